@@ -1,0 +1,64 @@
+"""Builds the Cython extensions. Switches, each an environment variable set to 1:
+
+DEBUG     -O0, assertions, Python-level line tracing off
+SANITIZE  AddressSanitizer and UndefinedBehaviorSanitizer (with DEBUG's flags)
+COVERAGE  line tracing for Cython.Coverage
+"""
+
+import os
+import sys
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+
+def switched_on(name: str) -> bool:
+    return os.environ.get(name, "") not in ("", "0")
+
+
+DEBUG, SANITIZE, COVERAGE = (switched_on(name) for name in ("DEBUG", "SANITIZE", "COVERAGE"))
+
+compile_args: list[str] = []
+link_args: list[str] = []
+if sys.platform != "win32":
+    compile_args += ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+    if DEBUG or SANITIZE:
+        compile_args += ["-O0" if DEBUG else "-O1", "-g3", "-UNDEBUG", "-fno-omit-frame-pointer"]
+    else:
+        compile_args += ["-O3", "-g1", "-fvisibility=hidden"]
+    if SANITIZE:
+        compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+        link_args += ["-fsanitize=address,undefined"]
+
+macros = [("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else []
+
+
+def extension(name: str) -> Extension:
+    return Extension(
+        name,
+        [f"src/{name.replace('.', '/')}.pyx"],
+        include_dirs=["src/kbatch/native"],
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=link_args,
+    )
+
+
+setup(
+    ext_modules=cythonize(
+        [extension(name) for name in ("kbatch._librdkafka", "kbatch._fastmap", "kbatch.testing._mock")],
+        include_path=["src"],
+        force=DEBUG or SANITIZE or COVERAGE,
+        annotate=switched_on("ANNOTATE"),
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": False,
+            "wraparound": False,
+            "initializedcheck": False,
+            "cdivision": True,
+            "embedsignature": True,
+            "embedsignature.format": "python",
+            "linetrace": COVERAGE,
+        },
+    )
+)

@@ -1,0 +1,192 @@
+# librdkafka's types and the table of its functions that kbatch calls. No logic.
+#
+# librdkafka is neither linked nor are its headers needed: these declarations repeat the public,
+# stable part of rdkafka.h (1.9 to 2.16), and `api` is filled once, when the module is imported, from
+# the library that confluent-kafka carries. Every function here may be called without the GIL.
+
+from libc.stdint cimport int16_t, int32_t, int64_t
+
+cdef extern from * nogil:
+    """
+    #include <stdint.h>
+    #include <stddef.h>
+    #ifndef KBATCH_RDKAFKA_TYPES
+    #define KBATCH_RDKAFKA_TYPES
+    typedef struct rd_kafka_s rd_kafka_t;
+    typedef struct rd_kafka_conf_s rd_kafka_conf_t;
+    typedef struct rd_kafka_topic_s rd_kafka_topic_t;
+    typedef struct rd_kafka_queue_s rd_kafka_queue_t;
+    typedef struct rd_kafka_op_s rd_kafka_event_t;
+    typedef struct rd_kafka_headers_s rd_kafka_headers_t;
+    typedef struct rd_kafka_error_s rd_kafka_error_t;
+    typedef struct rd_kafka_message_s {
+        int err;
+        rd_kafka_topic_t *rkt;
+        int32_t partition;
+        void *payload;
+        size_t len;
+        void *key;
+        size_t key_len;
+        int64_t offset;
+        void *_private;
+    } rd_kafka_message_t;
+    typedef struct rd_kafka_vu_s {
+        int vtype;
+        union {
+            rd_kafka_topic_t *rkt;
+            int i;
+            int32_t i32;
+            int64_t i64;
+            struct { const void *ptr; size_t size; } mem;
+            rd_kafka_headers_t *headers;
+            void *ptr;
+            char _pad[64];
+        } u;
+    } rd_kafka_vu_t;
+    #endif
+    """
+    ctypedef struct rd_kafka_t:
+        pass
+    ctypedef struct rd_kafka_conf_t:
+        pass
+    ctypedef struct rd_kafka_topic_t:
+        pass
+    ctypedef struct rd_kafka_queue_t:
+        pass
+    ctypedef struct rd_kafka_event_t:
+        pass
+    ctypedef struct rd_kafka_headers_t:
+        pass
+    ctypedef struct rd_kafka_error_t:
+        pass
+    ctypedef struct rd_kafka_message_t:
+        int err
+        rd_kafka_topic_t *rkt
+        int32_t partition
+        int64_t offset
+        void *_private  # the opaque of the produce call
+    ctypedef struct _vu_mem "struct { const void *ptr; size_t size; }":
+        const void *ptr
+        size_t size
+    ctypedef struct _vu_value "union rd_kafka_vu_u":
+        rd_kafka_topic_t *rkt
+        int i
+        int32_t i32
+        int64_t i64
+        _vu_mem mem
+        rd_kafka_headers_t *headers
+        void *ptr
+    ctypedef struct rd_kafka_vu_t:
+        int vtype
+        _vu_value u
+
+cdef enum:
+    RD_KAFKA_PRODUCER = 0
+    RD_KAFKA_CONSUMER = 1
+
+    RD_KAFKA_CONF_OK = 0
+    RD_KAFKA_CONF_UNKNOWN = -2
+
+    RD_KAFKA_VTYPE_RKT = 2
+    RD_KAFKA_VTYPE_PARTITION = 3
+    RD_KAFKA_VTYPE_VALUE = 4
+    RD_KAFKA_VTYPE_KEY = 5
+    RD_KAFKA_VTYPE_OPAQUE = 6
+    RD_KAFKA_VTYPE_TIMESTAMP = 8
+    RD_KAFKA_VTYPE_HEADERS = 10
+
+    RD_KAFKA_PARTITION_UA = -1
+    RD_KAFKA_OFFSET_INVALID = -1001
+
+    RD_KAFKA_PURGE_F_QUEUE = 0x1
+    RD_KAFKA_PURGE_F_INFLIGHT = 0x2
+    RD_KAFKA_PURGE_F_NON_BLOCKING = 0x4
+
+    RD_KAFKA_EVENT_DR = 0x1
+    RD_KAFKA_EVENT_LOG = 0x4
+    RD_KAFKA_EVENT_ERROR = 0x8
+    RD_KAFKA_EVENT_STATS = 0x40
+    RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH = 0x100
+
+    RD_KAFKA_MSG_STATUS_NOT_PERSISTED = 0
+    RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED = 1
+    RD_KAFKA_MSG_STATUS_PERSISTED = 2
+
+    RD_KAFKA_RESP_ERR__MSG_TIMED_OUT = -192
+    RD_KAFKA_RESP_ERR__INVALID_ARG = -186
+    RD_KAFKA_RESP_ERR__TIMED_OUT = -185
+    RD_KAFKA_RESP_ERR__QUEUE_FULL = -184
+    RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE = -166
+    RD_KAFKA_RESP_ERR__PURGE_QUEUE = -152
+    RD_KAFKA_RESP_ERR__FATAL = -150
+    RD_KAFKA_RESP_ERR_NO_ERROR = 0
+
+ctypedef void (*throttle_cb_t)(rd_kafka_t *rk, const char *broker_name, int32_t broker_id,
+                               int throttle_time_ms, void *opaque) noexcept nogil
+
+cdef struct Api:
+    # library
+    int (*version)() noexcept nogil
+    const char *(*version_str)() noexcept nogil
+    const char *(*err2str)(int err) noexcept nogil
+    const char *(*err2name)(int err) noexcept nogil
+    int (*last_error)() noexcept nogil
+    # errors as objects: the caller destroys what a call returned
+    int (*error_code)(const rd_kafka_error_t *error) noexcept nogil
+    const char *(*error_string)(const rd_kafka_error_t *error) noexcept nogil
+    void (*error_destroy)(rd_kafka_error_t *error) noexcept nogil
+    # configuration; `new` takes ownership of the conf, only if it succeeds
+    rd_kafka_conf_t *(*conf_new)() noexcept nogil
+    rd_kafka_conf_t *(*conf_dup)(const rd_kafka_conf_t *conf) noexcept nogil
+    void (*conf_destroy)(rd_kafka_conf_t *conf) noexcept nogil
+    int (*conf_set)(rd_kafka_conf_t *conf, const char *name, const char *value,
+                    char *errstr, size_t errstr_size) noexcept nogil
+    int (*conf_get)(const rd_kafka_conf_t *conf, const char *name, char *dest, size_t *dest_size) noexcept nogil
+    void (*conf_set_events)(rd_kafka_conf_t *conf, int events) noexcept nogil
+    void (*conf_set_opaque)(rd_kafka_conf_t *conf, void *opaque) noexcept nogil
+    void (*conf_set_throttle_cb)(rd_kafka_conf_t *conf, throttle_cb_t cb) noexcept nogil
+    # the instance
+    rd_kafka_t *(*new)(int type, rd_kafka_conf_t *conf, char *errstr, size_t errstr_size) noexcept nogil
+    void (*destroy)(rd_kafka_t *rk) noexcept nogil
+    const char *(*name)(const rd_kafka_t *rk) noexcept nogil
+    int (*outq_len)(rd_kafka_t *rk) noexcept nogil
+    int (*flush)(rd_kafka_t *rk, int timeout_ms) noexcept nogil
+    int (*purge)(rd_kafka_t *rk, int flags) noexcept nogil
+    int (*fatal_error)(rd_kafka_t *rk, char *errstr, size_t errstr_size) noexcept nogil
+    int (*test_fatal_error)(rd_kafka_t *rk, int err, const char *reason) noexcept nogil
+    int (*set_log_queue)(rd_kafka_t *rk, rd_kafka_queue_t *queue) noexcept nogil
+    int (*oauthbearer_set_token)(rd_kafka_t *rk, const char *token, int64_t lifetime_ms, const char *principal,
+                                 const char **extensions, size_t extension_size,
+                                 char *errstr, size_t errstr_size) noexcept nogil
+    int (*oauthbearer_set_token_failure)(rd_kafka_t *rk, const char *errstr) noexcept nogil
+    # topic handles, reference counted
+    rd_kafka_topic_t *(*topic_new)(rd_kafka_t *rk, const char *topic, void *conf) noexcept nogil
+    void (*topic_destroy)(rd_kafka_topic_t *topic) noexcept nogil
+    # producing; on an error of produceva the headers stay the caller's
+    rd_kafka_headers_t *(*headers_new)(size_t initial_count) noexcept nogil
+    void (*headers_destroy)(rd_kafka_headers_t *headers) noexcept nogil
+    int (*header_add)(rd_kafka_headers_t *headers, const char *name, ssize_t name_size,
+                      const void *value, ssize_t value_size) noexcept nogil
+    rd_kafka_error_t *(*produceva)(rd_kafka_t *rk, const rd_kafka_vu_t *vus, size_t count) noexcept nogil
+    # queues and events; the caller destroys both
+    rd_kafka_queue_t *(*queue_get_main)(rd_kafka_t *rk) noexcept nogil
+    void (*queue_destroy)(rd_kafka_queue_t *queue) noexcept nogil
+    void (*queue_yield)(rd_kafka_queue_t *queue) noexcept nogil
+    rd_kafka_event_t *(*queue_poll)(rd_kafka_queue_t *queue, int timeout_ms) noexcept nogil
+    int (*event_type)(const rd_kafka_event_t *event) noexcept nogil
+    void (*event_destroy)(rd_kafka_event_t *event) noexcept nogil
+    size_t (*event_message_array)(rd_kafka_event_t *event, const rd_kafka_message_t **messages,
+                                  size_t size) noexcept nogil
+    int (*message_status)(const rd_kafka_message_t *message) noexcept nogil
+    int (*event_error)(rd_kafka_event_t *event) noexcept nogil
+    const char *(*event_error_string)(rd_kafka_event_t *event) noexcept nogil
+    int (*event_error_is_fatal)(rd_kafka_event_t *event) noexcept nogil
+    int (*event_log)(rd_kafka_event_t *event, const char **fac, const char **text, int *level) noexcept nogil
+    const char *(*event_stats)(rd_kafka_event_t *event) noexcept nogil
+    const char *(*event_config_string)(rd_kafka_event_t *event) noexcept nogil
+
+# Filled at import; constant from then on.
+cdef Api api
+
+# The address of one more function of the same library, or an ImportError that names it.
+cdef void *symbol(str name) except NULL

@@ -1,0 +1,156 @@
+"""Binds librdkafka at run time: the one that the installed confluent-kafka carries.
+
+So a process holds one librdkafka, and its security fixes come with confluent-kafka. Importing this module opens
+the library; it raises `ImportError` when confluent-kafka is missing, its librdkafka is older than 2.12.0 or
+lacks a function. The handle is never closed: threads of librdkafka may outlive every Python object.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+
+from libc.stdint cimport int32_t, int64_t
+
+cdef extern from "platform.h" nogil:
+    void *kb_dl_open(const char *path)
+    void *kb_dl_symbol(void *library, const char *name)
+    const char *kb_dl_error()
+
+cdef int _MINIMUM_VERSION = 0x020c0000
+
+cdef void *_library = NULL
+
+#: The file whose librdkafka is bound.
+path: str
+#: librdkafka's version, for example ``"2.12.0"``.
+version: str
+
+
+def _candidates() -> list:
+    """The files to try, best first: confluent-kafka's extension, which pulls in its librdkafka; on Windows the DLL."""
+    spec = importlib.util.find_spec("confluent_kafka")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "kbatch needs confluent-kafka, whose librdkafka it uses, but no package named 'confluent_kafka' is "
+            f"installed for {sys.executable}; install it with: pip install 'confluent-kafka>=2.12'"
+        )
+    found = []
+    for folder in spec.submodule_search_locations:
+        if sys.platform == "win32":
+            libs = os.path.join(os.path.dirname(folder), "confluent_kafka.libs")
+            if os.path.isdir(libs):
+                os.add_dll_directory(libs)
+                found += [os.path.join(libs, name) for name in sorted(os.listdir(libs))
+                          if name.startswith("librdkafka") and not name.startswith("librdkafkacpp")]
+        else:
+            found += [os.path.join(folder, "cimpl" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    return found
+
+
+def _tried(list tried) -> str:
+    return "; tried:\n  " + "\n  ".join(tried) if tried else ""
+
+
+cdef void _open() except *:
+    global _library, path
+    tried = []
+    for candidate in _candidates():
+        if not os.path.exists(candidate):
+            tried.append(f"{candidate}: no such file")
+            continue
+        encoded = os.fsencode(candidate)
+        _library = kb_dl_open(encoded)
+        if _library != NULL:
+            path = candidate
+            return
+        tried.append(f"{candidate}: {kb_dl_error().decode(errors='replace')}")
+    raise ImportError("kbatch found confluent-kafka but could not open its librdkafka" + _tried(tried))
+
+
+cdef void *symbol(str name) except NULL:
+    cdef bytes encoded = name.encode()
+    cdef void *address = kb_dl_symbol(_library, encoded)
+    if address == NULL:
+        raise ImportError(f"librdkafka {version_text()} of {path} has no function {name}; kbatch needs 2.12.0 or newer")
+    return address
+
+
+def version_text() -> str:
+    """The bound library's version as it calls itself, or ``"of unknown version"``."""
+    return api.version_str().decode() if api.version_str != NULL else "of unknown version"
+
+
+cdef void _fill() except *:
+    api.version_str = <const char *(*)() noexcept nogil> symbol("rd_kafka_version_str")
+    api.version = <int (*)() noexcept nogil> symbol("rd_kafka_version")
+    if api.version() < _MINIMUM_VERSION:
+        raise ImportError(
+            f"kbatch needs librdkafka 2.12.0 or newer, but {path} carries {version_text()}; "
+            "install it with: pip install 'confluent-kafka>=2.12'"
+        )
+    api.err2str = <const char *(*)(int) noexcept nogil> symbol("rd_kafka_err2str")
+    api.err2name = <const char *(*)(int) noexcept nogil> symbol("rd_kafka_err2name")
+    api.last_error = <int (*)() noexcept nogil> symbol("rd_kafka_last_error")
+    api.error_code = <int (*)(const rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_code")
+    api.error_string = <const char *(*)(const rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_string")
+    api.error_destroy = <void (*)(rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_destroy")
+    api.conf_new = <rd_kafka_conf_t *(*)() noexcept nogil> symbol("rd_kafka_conf_new")
+    api.conf_dup = <rd_kafka_conf_t *(*)(const rd_kafka_conf_t *) noexcept nogil> symbol("rd_kafka_conf_dup")
+    api.conf_destroy = <void (*)(rd_kafka_conf_t *) noexcept nogil> symbol("rd_kafka_conf_destroy")
+    api.conf_set = <int (*)(rd_kafka_conf_t *, const char *, const char *, char *, size_t) noexcept nogil> symbol(
+        "rd_kafka_conf_set")
+    api.conf_get = <int (*)(const rd_kafka_conf_t *, const char *, char *, size_t *) noexcept nogil> symbol(
+        "rd_kafka_conf_get")
+    api.conf_set_events = <void (*)(rd_kafka_conf_t *, int) noexcept nogil> symbol("rd_kafka_conf_set_events")
+    api.conf_set_opaque = <void (*)(rd_kafka_conf_t *, void *) noexcept nogil> symbol("rd_kafka_conf_set_opaque")
+    api.conf_set_throttle_cb = <void (*)(rd_kafka_conf_t *, throttle_cb_t) noexcept nogil> symbol(
+        "rd_kafka_conf_set_throttle_cb")
+    api.new = <rd_kafka_t *(*)(int, rd_kafka_conf_t *, char *, size_t) noexcept nogil> symbol("rd_kafka_new")
+    api.destroy = <void (*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_destroy")
+    api.name = <const char *(*)(const rd_kafka_t *) noexcept nogil> symbol("rd_kafka_name")
+    api.outq_len = <int (*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_outq_len")
+    api.flush = <int (*)(rd_kafka_t *, int) noexcept nogil> symbol("rd_kafka_flush")
+    api.purge = <int (*)(rd_kafka_t *, int) noexcept nogil> symbol("rd_kafka_purge")
+    api.fatal_error = <int (*)(rd_kafka_t *, char *, size_t) noexcept nogil> symbol("rd_kafka_fatal_error")
+    api.test_fatal_error = <int (*)(rd_kafka_t *, int, const char *) noexcept nogil> symbol("rd_kafka_test_fatal_error")
+    api.set_log_queue = <int (*)(rd_kafka_t *, rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_set_log_queue")
+    api.oauthbearer_set_token = <int (*)(rd_kafka_t *, const char *, int64_t, const char *, const char **, size_t,
+                                         char *, size_t) noexcept nogil> symbol("rd_kafka_oauthbearer_set_token")
+    api.oauthbearer_set_token_failure = <int (*)(rd_kafka_t *, const char *) noexcept nogil> symbol(
+        "rd_kafka_oauthbearer_set_token_failure")
+    api.topic_new = <rd_kafka_topic_t *(*)(rd_kafka_t *, const char *, void *) noexcept nogil> symbol(
+        "rd_kafka_topic_new")
+    api.topic_destroy = <void (*)(rd_kafka_topic_t *) noexcept nogil> symbol("rd_kafka_topic_destroy")
+    api.headers_new = <rd_kafka_headers_t *(*)(size_t) noexcept nogil> symbol("rd_kafka_headers_new")
+    api.headers_destroy = <void (*)(rd_kafka_headers_t *) noexcept nogil> symbol("rd_kafka_headers_destroy")
+    api.header_add = <int (*)(rd_kafka_headers_t *, const char *, ssize_t, const void *, ssize_t) noexcept nogil> symbol(
+        "rd_kafka_header_add")
+    api.produceva = <rd_kafka_error_t *(*)(rd_kafka_t *, const rd_kafka_vu_t *, size_t) noexcept nogil> symbol(
+        "rd_kafka_produceva")
+    api.queue_get_main = <rd_kafka_queue_t *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_queue_get_main")
+    api.queue_destroy = <void (*)(rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_queue_destroy")
+    api.queue_yield = <void (*)(rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_queue_yield")
+    api.queue_poll = <rd_kafka_event_t *(*)(rd_kafka_queue_t *, int) noexcept nogil> symbol("rd_kafka_queue_poll")
+    api.event_type = <int (*)(const rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_type")
+    api.event_destroy = <void (*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_destroy")
+    api.event_message_array = <size_t (*)(rd_kafka_event_t *, const rd_kafka_message_t **, size_t) noexcept nogil> symbol(
+        "rd_kafka_event_message_array")
+    api.message_status = <int (*)(const rd_kafka_message_t *) noexcept nogil> symbol("rd_kafka_message_status")
+    api.event_error = <int (*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_error")
+    api.event_error_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_error_string")
+    api.event_error_is_fatal = <int (*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_error_is_fatal")
+    api.event_log = <int (*)(rd_kafka_event_t *, const char **, const char **, int *) noexcept nogil> symbol(
+        "rd_kafka_event_log")
+    api.event_stats = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_stats")
+    api.event_config_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_config_string")
+
+
+_open()
+_fill()
+version = version_text()
+
+
+def error_text(int code) -> tuple:
+    """librdkafka's name and description of an error code, such as ``("_MSG_TIMED_OUT", "Local: Message timed out")``."""
+    return api.err2name(code).decode(), api.err2str(code).decode()

@@ -1,0 +1,216 @@
+/* What C has no portable word for: locks, condition variables with a monotonic deadline, threads,
+ * atomics, shared libraries, random bytes. POSIX and Windows; no logic of kbatch's own. */
+#ifndef KBATCH_PLATFORM_H
+#define KBATCH_PLATFORM_H
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef _WIN32
+
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#include <bcrypt.h>
+#pragma comment(lib, "bcrypt")
+
+typedef SRWLOCK kb_mutex;
+typedef CONDITION_VARIABLE kb_cond;
+typedef HANDLE kb_thread;
+
+static inline void kb_mutex_init(kb_mutex *m) { InitializeSRWLock(m); }
+static inline void kb_mutex_destroy(kb_mutex *m) { (void)m; }
+static inline void kb_mutex_lock(kb_mutex *m) { AcquireSRWLockExclusive(m); }
+static inline void kb_mutex_unlock(kb_mutex *m) { ReleaseSRWLockExclusive(m); }
+static inline void kb_cond_init(kb_cond *c) { InitializeConditionVariable(c); }
+static inline void kb_cond_destroy(kb_cond *c) { (void)c; }
+static inline void kb_cond_signal(kb_cond *c) { WakeConditionVariable(c); }
+static inline void kb_cond_broadcast(kb_cond *c) { WakeAllConditionVariable(c); }
+static inline void kb_cond_wait(kb_cond *c, kb_mutex *m) { SleepConditionVariableSRW(c, m, INFINITE, 0); }
+
+static inline int64_t kb_now_ns(void) {
+        static LARGE_INTEGER freq;
+        LARGE_INTEGER t;
+        if (!freq.QuadPart)
+                QueryPerformanceFrequency(&freq);
+        QueryPerformanceCounter(&t);
+        return (int64_t)((double)t.QuadPart * 1e9 / (double)freq.QuadPart);
+}
+static inline int64_t kb_wall_ns(void) {
+        FILETIME ft;
+        GetSystemTimePreciseAsFileTime(&ft);
+        return ((((int64_t)ft.dwHighDateTime << 32) | ft.dwLowDateTime) - 116444736000000000LL) * 100;
+}
+static inline void kb_cond_wait_until(kb_cond *c, kb_mutex *m, int64_t deadline_ns) {
+        int64_t left = deadline_ns - kb_now_ns();
+        SleepConditionVariableSRW(c, m, left <= 0 ? 0 : (DWORD)((left + 999999) / 1000000), 0);
+}
+
+typedef void (*kb_thread_main)(void *);
+typedef struct { kb_thread_main main; void *arg; } kb_thread_start_arg;
+static DWORD WINAPI kb_thread_trampoline(LPVOID p) {
+        kb_thread_start_arg a = *(kb_thread_start_arg *)p;
+        free(p);
+        a.main(a.arg);
+        return 0;
+}
+static inline int kb_thread_start(kb_thread_main main, void *arg) {
+        HANDLE h;
+        kb_thread_start_arg *a = (kb_thread_start_arg *)malloc(sizeof *a);
+        if (!a)
+                return -1;
+        a->main = main;
+        a->arg = arg;
+        h = CreateThread(NULL, 0, kb_thread_trampoline, a, 0, NULL);
+        if (!h) {
+                free(a);
+                return -1;
+        }
+        CloseHandle(h);
+        return 0;
+}
+static inline int kb_pid(void) { return (int)GetCurrentProcessId(); }
+static inline int kb_random(void *p, size_t n) {
+        return BCryptGenRandom(NULL, (PUCHAR)p, (ULONG)n, BCRYPT_USE_SYSTEM_PREFERRED_RNG) == 0 ? 0 : -1;
+}
+static inline void *kb_dl_open(const char *path) { return (void *)LoadLibraryA(path); }
+static inline void *kb_dl_symbol(void *lib, const char *name) { return (void *)GetProcAddress((HMODULE)lib, name); }
+static inline const char *kb_dl_error(void) {
+        static char text[64];
+        wsprintfA(text, "Windows error %lu", GetLastError());
+        return text;
+}
+static inline void kb_on_fork_child(void (*fn)(void)) { (void)fn; }
+
+#define KB_ADD32(p, v) ((int32_t)InterlockedExchangeAdd((volatile LONG *)(p), (v)) + (v))
+#define KB_ADD64(p, v) ((int64_t)InterlockedExchangeAdd64((volatile LONG64 *)(p), (v)) + (v))
+#define KB_LOAD32(p) ((int32_t)InterlockedOr((volatile LONG *)(p), 0))
+#define KB_LOAD64(p) ((int64_t)InterlockedOr64((volatile LONG64 *)(p), 0))
+#define KB_STORE32(p, v) ((void)InterlockedExchange((volatile LONG *)(p), (v)))
+
+#else /* POSIX */
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <time.h>
+#include <unistd.h>
+#include <fcntl.h>
+
+typedef pthread_mutex_t kb_mutex;
+typedef pthread_cond_t kb_cond;
+
+static inline void kb_mutex_init(kb_mutex *m) { pthread_mutex_init(m, NULL); }
+static inline void kb_mutex_destroy(kb_mutex *m) { pthread_mutex_destroy(m); }
+static inline void kb_mutex_lock(kb_mutex *m) { pthread_mutex_lock(m); }
+static inline void kb_mutex_unlock(kb_mutex *m) { pthread_mutex_unlock(m); }
+static inline void kb_cond_init(kb_cond *c) {
+#ifdef __APPLE__
+        pthread_cond_init(c, NULL);
+#else
+        pthread_condattr_t a;
+        pthread_condattr_init(&a);
+        pthread_condattr_setclock(&a, CLOCK_MONOTONIC);
+        pthread_cond_init(c, &a);
+        pthread_condattr_destroy(&a);
+#endif
+}
+static inline void kb_cond_destroy(kb_cond *c) { pthread_cond_destroy(c); }
+static inline void kb_cond_signal(kb_cond *c) { pthread_cond_signal(c); }
+static inline void kb_cond_broadcast(kb_cond *c) { pthread_cond_broadcast(c); }
+static inline void kb_cond_wait(kb_cond *c, kb_mutex *m) { pthread_cond_wait(c, m); }
+
+static inline int64_t kb_now_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+static inline int64_t kb_wall_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_REALTIME, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+static inline void kb_cond_wait_until(kb_cond *c, kb_mutex *m, int64_t deadline_ns) {
+        struct timespec t;
+#ifdef __APPLE__
+        int64_t left = deadline_ns - kb_now_ns();
+        if (left < 0)
+                left = 0;
+        t.tv_sec = (time_t)(left / 1000000000);
+        t.tv_nsec = (long)(left % 1000000000);
+        pthread_cond_timedwait_relative_np(c, m, &t);
+#else
+        t.tv_sec = (time_t)(deadline_ns / 1000000000);
+        t.tv_nsec = (long)(deadline_ns % 1000000000);
+        pthread_cond_timedwait(c, m, &t);
+#endif
+}
+
+typedef void (*kb_thread_main)(void *);
+typedef struct { kb_thread_main main; void *arg; } kb_thread_start_arg;
+static void *kb_thread_trampoline(void *p) {
+        kb_thread_start_arg a = *(kb_thread_start_arg *)p;
+        free(p);
+        a.main(a.arg);
+        return NULL;
+}
+/* A detached thread that receives no signal: signals belong to the application's own threads. */
+static inline int kb_thread_start(kb_thread_main main, void *arg) {
+        pthread_t t;
+        sigset_t all, old;
+        int r;
+        kb_thread_start_arg *a = (kb_thread_start_arg *)malloc(sizeof *a);
+        if (!a)
+                return -1;
+        a->main = main;
+        a->arg = arg;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &old);
+        r = pthread_create(&t, NULL, kb_thread_trampoline, a);
+        pthread_sigmask(SIG_SETMASK, &old, NULL);
+        if (r) {
+                free(a);
+                return -1;
+        }
+        pthread_detach(t);
+        return 0;
+}
+static inline int kb_pid(void) { return (int)getpid(); }
+static inline int kb_random(void *p, size_t n) {
+        char *out = (char *)p;
+        int fd = open("/dev/urandom", O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+                return -1;
+        while (n) {
+                ssize_t r = read(fd, out, n);
+                if (r < 0 && errno == EINTR)
+                        continue;
+                if (r <= 0) {
+                        close(fd);
+                        return -1;
+                }
+                out += r;
+                n -= (size_t)r;
+        }
+        close(fd);
+        return 0;
+}
+static inline void *kb_dl_open(const char *path) { return dlopen(path, RTLD_NOW | RTLD_LOCAL); }
+static inline void *kb_dl_symbol(void *lib, const char *name) { return dlsym(lib, name); }
+static inline const char *kb_dl_error(void) {
+        const char *e = dlerror();
+        return e ? e : "unknown error";
+}
+static inline void kb_on_fork_child(void (*fn)(void)) { pthread_atfork(NULL, NULL, fn); }
+
+/* Each returns the new value; loads acquire, stores release. */
+#define KB_ADD32(p, v) __atomic_add_fetch((p), (v), __ATOMIC_ACQ_REL)
+#define KB_ADD64(p, v) __atomic_add_fetch((p), (v), __ATOMIC_ACQ_REL)
+#define KB_LOAD32(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define KB_LOAD64(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
+#define KB_STORE32(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+
+#endif
+#endif
