@@ -1,0 +1,145 @@
+# Everything that is done to this project: `make help` lists it. Each target sets up what it needs.
+#
+#   PYTHON=python3.12 make test        choose the interpreter (3.10 or newer) of a new .venv
+#   make test ARGS="tests/unit -x"     pass options on, likewise to run, bench and asan
+#
+# Stamp files in the virtual environment say what is up to date: a changed source is compiled before anything
+# runs, a changed pyproject.toml installs again.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.kbatch
+JOBS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+
+CYTHON_SOURCES := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi')
+PYTHON_SOURCES := setup.py src $(wildcard tests benchmarks)
+C_SOURCES := $(shell find src -name '*.h')
+# Cython's and setuptools' own time stamps do not see a change of these.
+FORCING := $(C_SOURCES) setup.py
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# setup.py's switches: whoever measures or tests must not do it on a leftover of these by accident.
+unexport DEBUG SANITIZE COVERAGE ANNOTATE
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# --- set-up ---------------------------------------------------------------------------------------------------------
+
+define new_venv # (folder)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "kbatch needs Python 3.10 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	mkdir -p $(1)/.kbatch
+	touch $(1)/.kbatch/venv
+endef
+
+$(STAMPS)/venv:
+	$(call new_venv,$(VENV))
+
+# The dependency groups of pyproject.toml.
+$(STAMPS)/%-group: $(STAMPS)/venv pyproject.toml
+	$(BIN)/python -m pip install --quiet --group $*
+	@touch $@
+
+$(STAMPS)/compiled: $(STAMPS)/compile-group $(CYTHON_SOURCES) $(FORCING)
+	$(BIN)/python setup.py --quiet build_ext --inplace --parallel $(JOBS) $(if $(filter $(FORCING),$?),--force)
+	@touch $@
+
+# Editable: Python sources are used where they are. Without build isolation, so that what is compiled stays so.
+$(STAMPS)/installed: $(STAMPS)/compiled pyproject.toml setup.py src/kbatch/_version.py
+	$(if $(filter-out $(STAMPS)/compiled,$?),$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[cli]')
+	@touch $@
+
+.PHONY: build
+build: $(STAMPS)/installed ## Make .venv, compile, install (what the other targets do first)
+
+# --- use and test ---------------------------------------------------------------------------------------------------
+
+.PHONY: run
+run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
+	$(BIN)/kbatch demo $(ARGS)
+
+.PHONY: test
+test: build $(STAMPS)/test-group ## Run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+.PHONY: bench
+bench: build $(STAMPS)/bench-group ## Run the benchmarks and print their ratios
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# --- checks ---------------------------------------------------------------------------------------------------------
+
+.PHONY: lint
+lint: build $(STAMPS)/lint-group ## ruff and cython-lint
+	$(BIN)/ruff check $(PYTHON_SOURCES)
+	$(BIN)/ruff format --check $(PYTHON_SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 120 src
+
+.PHONY: format
+format: build $(STAMPS)/lint-group ## Let ruff mend what it can
+	$(BIN)/ruff check --fix $(PYTHON_SOURCES)
+	$(BIN)/ruff format $(PYTHON_SOURCES)
+
+.PHONY: types
+types: build $(STAMPS)/lint-group $(STAMPS)/test-group ## mypy --strict, over the package and tests/typing
+	$(BIN)/mypy --strict src/kbatch $(wildcard tests/typing/*.py)
+
+.PHONY: stubtest
+stubtest: build $(STAMPS)/lint-group $(STAMPS)/test-group ## The .pyi files against the compiled modules
+	$(BIN)/python -m mypy.stubtest kbatch --allowlist tests/typing/stubtest_allowlist.txt --ignore-unused-allowlist
+
+# --- builds of their own, each in its own environment, from a copy of the sources -----------------------------------
+
+ASAN_VENV := .venv-asan
+ASAN_TREE := build/asan
+CC ?= cc
+
+$(ASAN_VENV)/.kbatch/venv:
+	$(call new_venv,$(ASAN_VENV))
+
+$(ASAN_VENV)/.kbatch/installed: $(ASAN_VENV)/.kbatch/venv $(CYTHON_SOURCES) $(FORCING) pyproject.toml \
+		$(shell find src -name '*.py' -o -name '*.pyi')
+	$(ASAN_VENV)/bin/python -m pip install --quiet --group compile --group test
+	rm -rf $(ASAN_TREE) && mkdir -p $(ASAN_TREE)
+	cp -R pyproject.toml setup.py README.md LICENSE src $(ASAN_TREE)/
+	find $(ASAN_TREE) \( -name '*.so' -o -name '*.egg-info' -o -name __pycache__ \) -prune -exec rm -rf {} +
+	rm -f $(ASAN_TREE)/src/kbatch/*.c $(ASAN_TREE)/src/kbatch/testing/*.c
+	SANITIZE=1 $(ASAN_VENV)/bin/python -m pip install --quiet --no-build-isolation './$(ASAN_TREE)[cli]'
+	@touch $@
+
+# Leaks are left to the suite's own counters: CPython's and librdkafka's globals would drown them.
+.PHONY: asan
+asan: $(ASAN_VENV)/.kbatch/installed ## Run the tests on a build with the address and undefined-behaviour sanitizers
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONMALLOC=malloc KBATCH_SLOW_BUILD=1 \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		$(ASAN_VENV)/bin/python -m pytest $(ARGS)
+
+.PHONY: wheel
+wheel: build $(STAMPS)/build-group ## Build sdist and wheel, install the wheel in a clean environment, import it
+	rm -rf dist build/wheel-venv
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[cli]"
+	cd build/wheel-venv && bin/python -c 'import kbatch, kbatch.testing; print("kbatch", kbatch.__version__, "from", kbatch.__file__)'
+	build/wheel-venv/bin/kbatch --help >build/wheel-venv/help.txt
+
+.PHONY: clean
+clean: ## Remove everything that was made
+	rm -rf .venv .venv-asan build dist wheelhouse src/*.egg-info
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .benchmarks benchmarks/build
+	rm -f src/kbatch/*.so src/kbatch/*.c src/kbatch/*.html
+	rm -f src/kbatch/testing/*.so src/kbatch/testing/*.c src/kbatch/testing/*.html
+	find $(wildcard src tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
