@@ -1,0 +1,76 @@
+"""What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
+
+import importlib.machinery
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+try:
+    from kbatch import _fastmap
+except ImportError as error:
+    pytest.exit(f"the tests need kbatch and its compiled modules (make build): {error}", returncode=3)
+
+IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
+# A sanitized build is some five times slower.
+SLOW_BUILD = os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0")
+
+_checks: dict[str, Any] = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
+}
+hypothesis.settings.register_profile("quick", max_examples=40, **_checks)
+hypothesis.settings.register_profile("default", max_examples=150, **_checks)
+hypothesis.settings.register_profile("thorough", max_examples=5000, **_checks)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("quick" if SLOW_BUILD else "default"))
+
+
+def _refuse_what_is_not_built() -> None:
+    compiled = Path(_fastmap.__file__)
+    if not compiled.name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)):
+        pytest.exit(f"the tests need the compiled kbatch._fastmap, not {compiled} (make build)", returncode=3)
+    package = compiled.parent
+    for source in [*package.rglob("*.pyx"), *package.glob("native/*.pxi")]:
+        name = source.stem if source.suffix == ".pyx" else "_fastmap"
+        folder = source.parent if source.suffix == ".pyx" else package
+        for module in folder.glob(f"{name}.*"):
+            if module.suffix in (".so", ".pyd") and module.stat().st_mtime < source.stat().st_mtime:
+                pytest.exit(f"{module} is older than {source.name} (make build)", returncode=3)
+
+
+_refuse_what_is_not_built()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_pinned() -> Iterator[None]:
+    """Fails a test after which librdkafka may still read from a batch's buffers."""
+    yield
+    pinned = _fastmap.pinned_buffers()
+    assert pinned == 0, f"{pinned} batches still pin their buffers after this test"
+
+
+def _fail_the_skipped(report: Any) -> None:
+    if not (IN_CI and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not reason.removeprefix("Skipped: ").startswith("platform:"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and in CI nothing is skipped for lack of something: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    report = yield
+    _fail_the_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Any:
+    report = yield
+    _fail_the_skipped(report)
+    return report
