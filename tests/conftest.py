@@ -14,6 +14,8 @@ try:
 except ImportError as error:
     pytest.exit(f"the tests need kbatch and its compiled modules (make build): {error}", returncode=3)
 
+pytest_plugins = ["pytester"]
+
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 # A sanitized build is some five times slower.
 SLOW_BUILD = os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0")

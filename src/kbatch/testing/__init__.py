@@ -1,0 +1,11 @@
+"""Tests without Kafka: a mock cluster with faults to order, and a pytest fixture.
+
+The plugin `kbatch.testing.pytest_plugin`, which pytest finds by itself, gives the fixture ``kafka_cluster``.
+"""
+
+from kbatch.testing._api_key import ApiKey
+from kbatch.testing._cluster import MockCluster
+from kbatch.testing._errors import MockClusterError
+from kbatch.testing._request import Request
+
+__all__ = ["ApiKey", "MockCluster", "MockClusterError", "Request"]

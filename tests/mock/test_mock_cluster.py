@@ -1,0 +1,513 @@
+import contextlib
+import gc
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from clients import produce, read
+from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka.admin import AdminClient
+
+import kbatch.testing
+import kbatch.testing._mock  # the suite needs the compiled extension
+from kbatch.testing import ApiKey, MockCluster, MockClusterError, Request
+
+since_2_15 = pytest.mark.skipif(
+    kbatch.testing._mock._version < "2.15", reason="librdkafka older than 2.15 lacks the functions"
+)
+
+
+@pytest.fixture(params=[False, True], ids=["threads", "process"])
+def cluster(request):
+    with MockCluster(process=request.param) as cluster:
+        yield cluster
+
+
+def metadata(cluster, topic=None):
+    return AdminClient({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}).list_topics(topic, timeout=10)
+
+
+def messages(count, **fields):
+    return [{"key": f"k{i % 7}", "value": f"value {i}".encode(), **fields} for i in range(count)]
+
+
+def test_public_names():
+    assert kbatch.testing.__all__ == sorted(kbatch.testing.__all__)
+    assert all(hasattr(kbatch.testing, name) for name in kbatch.testing.__all__)
+
+
+def test_round_trip_by_content(cluster):
+    cluster.create_topic("orders", partitions=6)
+    assert len(metadata(cluster, "orders").topics["orders"].partitions) == 6
+    sent = [
+        {
+            "key": f"customer-{i % 11}",
+            "value": json.dumps({"order": i}).encode(),
+            "headers": [("id", str(i)), ("id", b"\x00twice"), ("none", None)],
+            "partition": i % 6,
+        }
+        for i in range(500)
+    ]
+    assert produce(cluster.bootstrap_servers, "orders", sent) == [None] * 500
+    got = read(cluster.bootstrap_servers, "orders", 500)
+    assert sorted(got) == list(range(6))
+    for partition, records in got.items():
+        expected = [m for m in sent if m["partition"] == partition]
+        assert [r.offset for r in records] == list(range(len(expected)))
+        assert [r.key for r in records] == [m["key"].encode() for m in expected]
+        assert [r.value for r in records] == [m["value"] for m in expected]
+        assert [r.headers for r in records] == [
+            [(n, v.encode() if isinstance(v, str) else v) for n, v in m["headers"]] for m in expected
+        ]
+
+
+def test_topics_appear_on_first_use_with_four_partitions(cluster):
+    assert produce(cluster.bootstrap_servers, "unheard-of", messages(1)) == [None]
+    assert len(metadata(cluster, "unheard-of").topics["unheard-of"].partitions) == 4
+
+
+def test_request_tracking(cluster):
+    cluster.create_topic("t")
+    assert produce(cluster.bootstrap_servers, "t", messages(5)) == [None] * 5
+    assert cluster.requests() == []
+    cluster.start_request_tracking()
+    config = {"linger.ms": 0, "enable.idempotence": True}
+    for message in messages(3):
+        produce(cluster.bootstrap_servers, "t", [message], **config)
+    requests = cluster.requests()
+    assert all(type(r) is Request and r.broker_id == 1 for r in requests)
+    assert [r.timestamp_us for r in requests] == sorted(r.timestamp_us for r in requests)
+    assert cluster.produce_requests() == 3 == sum(r.api_key == ApiKey.PRODUCE for r in requests)
+    assert sum(r.api_key == ApiKey.INIT_PRODUCER_ID for r in requests) == 3
+    cluster.clear_requests()
+    assert cluster.produce_requests() == 0
+    produce(cluster.bootstrap_servers, "t", messages(1_000, partition=0), **{"linger.ms": 100})
+    assert cluster.produce_requests() == 1
+    cluster.stop_request_tracking()
+    assert cluster.requests() == []
+
+
+def test_pushed_request_errors_are_met_once_each(cluster):
+    cluster.create_topic("t")
+    # 10 is MSG_SIZE_TOO_LARGE, which librdkafka does not retry
+    cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE", "RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE", 10])
+    codes = [produce(cluster.bootstrap_servers, "t", messages(1))[0] for _ in range(4)]
+    assert [code and code.code() for code in codes] == [KafkaError.MSG_SIZE_TOO_LARGE] * 3 + [None]
+    cluster.push_request_errors(0, [10] * 5)
+    cluster.clear_request_errors(0)
+    assert produce(cluster.bootstrap_servers, "t", messages(1)) == [None]
+    cluster.push_request_errors(0, [])
+    assert len(read(cluster.bootstrap_servers, "t", 2)[0]) == 2
+
+
+def test_pushed_broker_errors_and_their_count(cluster):
+    cluster.create_topic("t")
+    assert cluster.broker_error_stack_count(1, 0) == 0
+    cluster.push_broker_errors(1, 0, [("_TRANSPORT", 0), (0, 300), ("TOPIC_AUTHORIZATION_FAILED", 0)])
+    assert cluster.broker_error_stack_count(1, 0) == 3
+    began = time.monotonic()
+    assert produce(cluster.bootstrap_servers, "t", messages(1)) == [None]  # the disconnected request is sent again
+    assert time.monotonic() - began >= 0.3
+    assert cluster.broker_error_stack_count(1, 0) == 1
+    (error,) = produce(cluster.bootstrap_servers, "t", messages(1))
+    assert error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+    assert cluster.broker_error_stack_count(1, 0) == 0
+    assert len(read(cluster.bootstrap_servers, "t", 1)[0]) == 1
+
+
+def test_round_trip_time(cluster):
+    cluster.create_topic("t")
+    cluster.set_rtt(-1, 200)
+    began = time.monotonic()
+    produce(cluster.bootstrap_servers, "t", messages(1))
+    assert time.monotonic() - began >= 0.2
+    cluster.set_rtt(1, 0)
+
+
+@pytest.mark.parametrize("broker_id", [1, -1])
+def test_broker_down_and_up(cluster, broker_id):
+    cluster.create_topic("t")
+    produce(cluster.bootstrap_servers, "t", messages(2))
+    cluster.set_broker_down(broker_id)
+    (error,) = produce(cluster.bootstrap_servers, "t", messages(1), **{"message.timeout.ms": 500})
+    assert error.code() == KafkaError._MSG_TIMED_OUT
+    cluster.set_broker_up(broker_id)
+    assert produce(cluster.bootstrap_servers, "t", messages(1)) == [None]
+    assert len(read(cluster.bootstrap_servers, "t", 3)[0]) == 3
+
+
+def test_topic_error(cluster):
+    cluster.set_topic_error("forbidden", "TOPIC_AUTHORIZATION_FAILED")
+    assert metadata(cluster, "forbidden").topics["forbidden"].error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
+    cluster.set_topic_error("forbidden", 0)
+    assert metadata(cluster, "forbidden").topics["forbidden"].error is None
+
+
+@since_2_15
+def test_delete_topic(cluster):
+    cluster.create_topic("t")
+    produce(cluster.bootstrap_servers, "t", messages(3))
+    cluster.delete_topic("t")
+    with pytest.raises(MockClusterError, match="'t'") as raised:
+        cluster.delete_topic("t")
+    assert (raised.value.code, raised.value.name) == (3, "UNKNOWN_TOPIC_OR_PART")
+    cluster.create_topic("t", 2)
+    assert read(cluster.bootstrap_servers, "t", 0) == {}
+
+
+@since_2_15
+def test_delete_records(cluster):
+    cluster.create_topic("t")
+    for message in messages(4):
+        produce(cluster.bootstrap_servers, "t", [message])
+    cluster.delete_records("t", 0, 3)
+    with pytest.raises(MockClusterError) as raised:
+        cluster.delete_records("t", 0, 5)
+    assert raised.value.name == "OFFSET_OUT_OF_RANGE"
+    with pytest.raises(MockClusterError):
+        cluster.delete_records("t", 1, 0)
+
+
+@since_2_15
+def test_partition_errors_strike_one_partition(cluster):
+    cluster.create_topic("t", 2)
+    cluster.push_partition_errors("t", 1, 0, ["INVALID_REQUIRED_ACKS"])
+    errors = produce(cluster.bootstrap_servers, "t", [{"value": b"a", "partition": 0}, {"value": b"b", "partition": 1}])
+    assert errors[0] is None
+    assert errors[1].code() == KafkaError.INVALID_REQUIRED_ACKS
+
+
+def test_leaders(cluster):
+    with MockCluster(3, process=cluster.pid != os.getpid()) as cluster:
+        assert len(cluster.bootstrap_servers.split(",")) == 3
+        cluster.create_topic("t", 3, replication_factor=3)
+        cluster.set_partition_leader("t", 0, 2)
+        cluster.set_partition_leader("t", 1, -1)
+        cluster.set_partition_follower("t", 0, 3)
+        cluster.set_partition_follower_watermarks("t", 0, 0, -1)
+        partitions = metadata(cluster, "t").topics["t"].partitions
+        assert (partitions[0].leader, partitions[1].leader) == (2, -1)
+        assert sorted(partitions[2].replicas) == [1, 2, 3]
+        for epoch in range(10, 20):  # one for each metadata response that a client may ask for
+            cluster.push_partition_leader("t", 2, 1, epoch)
+        assert metadata(cluster, "t").topics["t"].partitions[2].leader == 1
+        with pytest.raises(MockClusterError, match="leader 9"):
+            cluster.set_partition_leader("t", 0, 9)
+
+
+@since_2_15
+def test_brokers_come_and_go(cluster):
+    with pytest.raises(ValueError, match="last one"):
+        cluster.remove_broker(1)
+    cluster.create_topic("t", 2)
+    cluster.add_broker(7)
+    assert set(metadata(cluster).brokers) == {1, 7}
+    with pytest.raises(MockClusterError):
+        cluster.add_broker(7)
+    cluster.hide_broker(7)
+    assert set(metadata(cluster).brokers) == {1}
+    cluster.add_broker(8)
+    cluster.remove_broker(7)
+    cluster.set_broker_rack(8, "rack-8")
+    cluster.set_broker_address(8, "127.0.0.2", 9999)
+    broker = metadata(cluster).brokers[8]
+    assert (broker.host, broker.port) == ("127.0.0.2", 9999)
+    with pytest.raises(ValueError, match=r"no broker 7, only \[1, 8\]"):
+        cluster.set_broker_down(7)
+
+
+def test_groups_and_api_versions(cluster):
+    cluster.set_group_rebalance_delay(0)
+    cluster.set_coordinator("group", "g", 1)
+    with pytest.raises(ValueError, match="kind"):
+        cluster.set_coordinator("topic", "g", 1)
+    cluster.set_api_version(ApiKey.INIT_PRODUCER_ID, -1, -1)
+    with pytest.raises(MockClusterError):
+        cluster.set_api_version(9_999, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [
+        (lambda c: c.create_topic("", 1), ValueError),
+        (lambda c: c.create_topic("a\0b", 1), ValueError),
+        (lambda c: c.create_topic("\ud800", 1), ValueError),
+        (lambda c: c.create_topic(b"t", 1), TypeError),
+        (lambda c: c.create_topic("t", 0), ValueError),
+        (lambda c: c.create_topic("t", "4"), TypeError),
+        (lambda c: c.create_topic("t", 1, 0), ValueError),
+        (lambda c: c.push_request_errors(0, ["NO_SUCH_ERROR"]), ValueError),
+        (lambda c: c.push_request_errors(0, "_TRANSPORT"), TypeError),
+        (lambda c: c.push_request_errors(0, [1.5]), TypeError),
+        (lambda c: c.push_request_errors(2**15, []), ValueError),
+        (lambda c: c.push_broker_errors(1, 0, [(0, -1)]), ValueError),
+        (lambda c: c.push_broker_errors(2, 0, [(0, 0)]), ValueError),
+        (lambda c: c.set_rtt(1, -5), ValueError),
+        (lambda c: c.set_partition_leader("t", -1, 1), ValueError),
+        (lambda c: c.set_api_version(0, -2, 0), ValueError),
+        (lambda c: c.set_broker_address(1, "host", 0), ValueError),
+    ],
+)
+def test_bad_arguments(cluster, call, error):
+    with pytest.raises(error):
+        call(cluster)
+    cluster.create_topic("still-alive")
+
+
+def test_errors_name_librdkafka_and_pickle(cluster):
+    cluster.create_topic("t")
+    with pytest.raises(MockClusterError, match="topic 't': Broker: Topic already exists") as raised:
+        cluster.create_topic("t")
+    error = pickle.loads(pickle.dumps(raised.value))
+    assert (str(error), error.code, error.name) == (str(raised.value), 36, "TOPIC_ALREADY_EXISTS")
+
+
+@pytest.mark.parametrize("brokers", [0, -1, 1.0, True, "1"])
+def test_bad_number_of_brokers(brokers):
+    with pytest.raises((ValueError, TypeError)):
+        MockCluster(brokers)
+
+
+def test_every_call_of_the_binding_is_offered():
+    offered = {name for name in dir(MockCluster) if not name.startswith("_")}
+    bound = {name for name in dir(kbatch.testing._mock.Cluster) if not name.startswith("_")}
+    assert offered == bound | {"pid", "produce_requests"}
+
+
+@pytest.mark.skipif(kbatch.testing._mock._version >= "2.15", reason="librdkafka has the functions")
+def test_a_library_too_old_for_a_call_is_named(cluster):
+    for call in (
+        lambda: cluster.delete_topic("t"),
+        lambda: cluster.delete_records("t", 0, 0),
+        lambda: cluster.push_partition_errors("t", 0, 0, [1]),
+        lambda: cluster.hide_broker(1),
+    ):
+        with pytest.raises(MockClusterError, match=r"is not in librdkafka 2\.1[234]\..*needs confluent-kafka 2\.15"):
+            call()
+
+
+def test_closed_cluster(cluster):
+    assert cluster.bootstrap_servers in repr(cluster)
+    cluster.close()
+    cluster.close()
+    assert "closed" in repr(cluster)
+    with pytest.raises(MockClusterError, match="closed"):
+        cluster.create_topic("t")
+    with pytest.raises(KafkaException):
+        metadata_of(cluster.bootstrap_servers)
+
+
+def metadata_of(bootstrap_servers):
+    return AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 0}).list_topics(timeout=0.5)
+
+
+def test_several_threads_share_a_cluster(cluster):
+    failures = []
+
+    def work(n):
+        try:
+            for i in range(20):
+                cluster.create_topic(f"t-{n}-{i}")
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert sum(name.startswith("t-") for name in metadata(cluster).topics) == 80
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_is_refused_and_destroys_nothing(cluster):
+    cluster.create_topic("t")
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            with contextlib.suppress(MockClusterError):
+                cluster.create_topic("u")
+                os._exit(2)
+            cluster.close()
+            cluster._backend.close()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert set(metadata(cluster).topics) == {"t"}
+    cluster.create_topic("u")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+@pytest.mark.parametrize("process", [False, True], ids=["threads", "process"])
+def test_nothing_is_left_after_close(process):
+    me = psutil.Process()
+
+    def round_trip():
+        with MockCluster(2, process=process) as cluster:
+            cluster.create_topic("t")
+            produce(cluster.bootstrap_servers, "t", messages(10))
+
+    round_trip()
+    gc.collect()
+    before = (me.num_fds(), me.num_threads(), len(me.children()))
+    for _ in range(5):
+        round_trip()
+    gc.collect()
+    assert (me.num_fds(), me.num_threads(), len(me.children())) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident size")
+def test_calls_do_not_leak():
+    me = psutil.Process()
+    with MockCluster() as cluster:
+        cluster.create_topic("t")
+
+        def calls(count):
+            for _ in range(count):
+                cluster.start_request_tracking()
+                cluster.push_request_errors(0, [1, "_TRANSPORT"] * 50)
+                cluster.clear_request_errors(0)
+                cluster.requests()
+                with contextlib.suppress(MockClusterError):
+                    cluster.create_topic("t")
+
+        calls(1_000)
+        before = me.memory_info().rss
+        calls(4_000)
+        assert me.memory_info().rss - before < 2_000_000
+
+
+def test_dropping_the_last_reference_closes(cluster):
+    another = MockCluster(process=cluster.pid != os.getpid())
+    servers = another.bootstrap_servers
+    metadata_of(servers)
+    del another
+    gc.collect()
+    with pytest.raises(KafkaException):
+        metadata_of(servers)
+
+
+SCRIPT = """
+import sys, time
+from kbatch.testing import MockCluster
+cluster = MockCluster(process={process})
+cluster.create_topic("t")
+print(cluster.pid, flush=True)
+{rest}
+"""
+
+
+def wait_until_gone(pid, timeout_s=10.0):
+    deadline = time.monotonic() + timeout_s
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("process", [False, True], ids=["threads", "process"])
+def test_interpreter_exit_closes_open_clusters(process):
+    code = SCRIPT.format(process=process, rest="")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    wait_until_gone(int(done.stdout))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+def test_a_killed_parent_leaves_no_orphan():
+    code = SCRIPT.format(process=True, rest="time.sleep(60)")
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    with parent:
+        child = int(parent.stdout.readline())
+        assert psutil.pid_exists(child)
+        parent.kill()
+    wait_until_gone(child)
+
+
+@pytest.mark.skipif(not hasattr(os, "killpg"), reason="no process groups")
+def test_ctrl_c_on_the_terminal_spares_the_cluster():
+    rest = (
+        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n"
+        "    cluster.create_topic('u')\n    print('alive', flush=True)"
+    )
+    code = SCRIPT.format(process=True, rest=rest)
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    with parent:
+        child = int(parent.stdout.readline())
+        time.sleep(0.2)
+        os.killpg(parent.pid, signal.SIGINT)
+        assert parent.stdout.readline() == "alive\n"
+        assert parent.wait(10) == 0
+    wait_until_gone(child)
+
+
+def test_a_dead_process_is_named():
+    with MockCluster(process=True) as cluster:
+        os.kill(cluster.pid, signal.SIGTERM)
+        wait_until_gone(cluster.pid)
+        for _ in range(2):
+            with pytest.raises(MockClusterError, match=f"process .{cluster.pid}. has ended with exit status -15"):
+                cluster.create_topic("t")
+
+
+def test_a_call_cut_short_does_not_shift_the_replies():
+    with MockCluster(process=True) as cluster:
+        backend = cluster._backend
+        backend._last_id += 1
+        backend._requests.write(json.dumps({"id": backend._last_id, "call": "requests", "args": []}).encode() + b"\n")
+        assert cluster.broker_error_stack_count(1, 0) == 0
+
+
+def test_the_process_does_not_import_confluent_kafka():
+    code = (
+        "import sys, kbatch.testing._server, kbatch.testing._mock\n"
+        "sys.exit([m for m in sys.modules if m.startswith('confluent_kafka')] or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_produced_batch_survives_a_stopped_client(kafka_cluster):
+    """The fixture itself: a cluster with one broker, usable as it is."""
+    assert isinstance(kafka_cluster, MockCluster)
+    producer = Producer({"bootstrap.servers": kafka_cluster.bootstrap_servers})
+    producer.produce("t", b"x")
+    assert producer.flush(10) == 0
+
+
+def test_plugin_fixture(pytester):
+    pytester.makepyfile(
+        """
+        seen = []
+
+        def test_fresh(kafka_cluster):
+            kafka_cluster.create_topic("t")
+            seen.append(kafka_cluster)
+
+        def test_again(kafka_cluster):
+            kafka_cluster.create_topic("t")
+            assert "closed" in repr(seen[0])
+            assert len(kafka_cluster.bootstrap_servers.split(",")) == 1
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=2)
+
+
+def test_plugin_loads_no_compiled_module():
+    code = (
+        "import sys, kbatch.testing.pytest_plugin\n"
+        "sys.exit([m for m in sys.modules if m in ('kbatch._librdkafka', 'kbatch.testing._mock')] or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
