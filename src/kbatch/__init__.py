@@ -1,0 +1,66 @@
+"""kbatch sends batches of message envelopes to Apache Kafka at the speed of librdkafka, with one answer per batch.
+
+    import kbatch
+
+    with kbatch.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
+        report = producer.send_batch("orders", [kbatch.Envelope(order, key=order.id) for order in orders])
+        report.raise_for_errors()
+"""
+
+from kbatch._contract import OutgoingBatch, SenderCallback, SenderProtocol
+from kbatch._errors import (
+    BatchError,
+    BatchInterrupted,
+    BatchPending,
+    BatchTimedOut,
+    ConfigError,
+    DeliveryError,
+    ForkError,
+    KbatchError,
+    ProducerClosedError,
+    ProducerError,
+    ProducerFatalError,
+    SerializationError,
+    TopicDoesNotExist,
+    UndeliveredError,
+)
+from kbatch._fastmap import Envelope, Tombstone, uuid7
+from kbatch._librdkafka import version as librdkafka_version
+from kbatch._pending import PendingBatch
+from kbatch._producer import Producer
+from kbatch._report import DeliveryReport
+from kbatch._sender import KafkaSender
+from kbatch._serialization import SerializationContext
+from kbatch._version import __version__
+from kbatch._wire import WireFormat
+
+__all__ = [
+    "BatchError",
+    "BatchInterrupted",
+    "BatchPending",
+    "BatchTimedOut",
+    "ConfigError",
+    "DeliveryError",
+    "DeliveryReport",
+    "Envelope",
+    "ForkError",
+    "KafkaSender",
+    "KbatchError",
+    "OutgoingBatch",
+    "PendingBatch",
+    "Producer",
+    "ProducerClosedError",
+    "ProducerError",
+    "ProducerFatalError",
+    "SenderCallback",
+    "SenderProtocol",
+    "SerializationContext",
+    "SerializationError",
+    "Tombstone",
+    "TopicDoesNotExist",
+    "UndeliveredError",
+    "WireFormat",
+    "__version__",
+    "librdkafka_version",
+    "uuid7",
+]

@@ -1,0 +1,177 @@
+"""A producer's configuration: confluent-kafka's dict, checked as a whole before anything starts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kbatch._errors import ConfigError
+from kbatch._fastmap import Config
+from kbatch._version import __version__
+
+__all__ = ["ProducerConfig"]
+
+# librdkafka's aliases, so that a key has one name below.
+_CANONICAL = {
+    "request.required.acks": "acks",
+    "max.in.flight.requests.per.connection": "max.in.flight",
+    "message.send.max.retries": "retries",
+    "queue.buffering.max.ms": "linger.ms",
+    "delivery.timeout.ms": "message.timeout.ms",
+    "metadata.broker.list": "bootstrap.servers",
+}
+
+_DEFAULTS = {
+    "acks": "all",
+    "enable.idempotence": "true",
+    # A batch arrives in one burst and librdkafka coalesces while a request is in flight; waiting only costs.
+    "linger.ms": "0",
+    "client.software.name": "kbatch",
+    "client.software.version": __version__,
+}
+
+_CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb")
+
+_REFUSED = {
+    "on_delivery": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
+    "dr_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
+    "dr_msg_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
+    "background_event_cb": "kbatch takes librdkafka's events itself: use error_cb, stats_cb, throttle_cb, oauth_cb, logger",
+    "transactional.id": "transactions are not supported by this version of kbatch",
+}
+
+# A value of a key with one of these words must not be shown.
+_SECRET_WORDS = ("password", "secret", "key.pem", "sasl.oauthbearer.config", "jaas", "token")
+
+
+def is_secret(key: str) -> bool:
+    """Whether the value of a configuration key must not be shown."""
+    return any(word in key for word in _SECRET_WORDS)
+
+
+@dataclass(frozen=True)
+class ProducerConfig:
+    """What `Producer` takes as ``config``, checked. Its repr shows no values."""
+
+    native: Config = field(repr=False)
+    error_cb: Callable[..., object] | None = field(repr=False)
+    stats_cb: Callable[..., object] | None = field(repr=False)
+    throttle_cb: Callable[..., object] | None = field(repr=False)
+    oauth_cb: Callable[..., Any] | None = field(repr=False)
+    logger: Any = field(repr=False)
+    message_max_bytes: int
+    queue_max_bytes: int
+    delivery_timeout_s: float
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> ProducerConfig:
+        """Checks `config` as a whole.
+
+        Raises:
+            ConfigError: An unknown key, a bad value, a contradiction, or no ``bootstrap.servers``.
+        """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"config must be a mapping of librdkafka's keys, not {type(config).__name__}")
+        callbacks, given = _split(config)
+        names = {_CANONICAL.get(key, key): key for key in given}
+        if "bootstrap.servers" not in names and "test.mock.num.brokers" not in names:
+            raise ConfigError("bootstrap.servers is missing: the brokers to ask first, as 'host:port,host:port'")
+        settings = {**_defaults_for(given, names), **given}
+        native = Config()
+        # librdkafka loads plugins when the key is set, and they must be there before the rest.
+        for key in sorted(settings, key=lambda key: key != "plugin.library.paths"):
+            _set(native, key, settings[key])
+        if native.get("delivery.report.only.error") == "true":
+            raise ConfigError("delivery.report.only.error=true: acknowledgements would never arrive; leave it out")
+        if native.get("message.timeout.ms") == "0":
+            raise ConfigError(
+                f"{names.get('message.timeout.ms', 'message.timeout.ms')}=0 lets a batch wait for ever; give a bound"
+            )
+        return cls(
+            native=native,
+            **callbacks,
+            message_max_bytes=int(native.get("message.max.bytes") or 1_000_000),
+            queue_max_bytes=int(native.get("queue.buffering.max.kbytes") or 1_048_576) * 1024,
+            delivery_timeout_s=int(native.get("message.timeout.ms") or 300_000) / 1000,
+        )
+
+
+def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The callbacks, and librdkafka's keys with their values as text."""
+    callbacks: dict[str, Any] = dict.fromkeys((*_CALLBACKS, "logger"))
+    given: dict[str, str] = {}
+    for key, value in config.items():
+        if not isinstance(key, str):
+            raise ConfigError(f"configuration keys must be str, not {type(key).__name__}")
+        if key in _REFUSED:
+            raise ConfigError(f"{key} is refused: {_REFUSED[key]}")
+        if key in _CALLBACKS:
+            if value is not None and not callable(value):
+                raise ConfigError(f"{key} must be callable, not {type(value).__name__}")
+            callbacks[key] = value
+        elif key == "logger":
+            if value is not None and not callable(getattr(value, "log", None)):
+                raise ConfigError(f"logger must have a log method as logging.Logger has, not {type(value).__name__}")
+            callbacks[key] = value
+        elif key == "default.topic.config" and isinstance(value, Mapping):
+            given.update(_split(value)[1])
+        elif value is not None:  # None leaves librdkafka's default, as in confluent-kafka
+            given[key] = _text(key, value)
+    return callbacks, given
+
+
+def _text(key: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise ConfigError(f"{key} must be str, int, float or bool, not {type(value).__name__}")
+
+
+def _set(native: Config, key: str, value: str) -> None:
+    try:
+        native.set(key, value)
+    except LookupError:
+        raise ConfigError(f"{key} is not a configuration key of librdkafka") from None
+    except ValueError as error:
+        reason = str(error)
+        if is_secret(key) and value:
+            reason = reason.replace(value, "…")
+        raise ConfigError(f"{key}: {reason}") from None
+
+
+def _contradiction(given: dict[str, str], names: dict[str, str]) -> str | None:
+    """The first setting that idempotence does not allow, as ``key=value``."""
+
+    def value(key: str) -> str | None:
+        return given[names[key]].lower() if key in names else None
+
+    acks, in_flight, retries = value("acks"), value("max.in.flight"), value("retries")
+    if acks is not None and acks not in ("all", "-1"):
+        return f"{names['acks']}={acks}"
+    if in_flight is not None and in_flight.isdigit() and int(in_flight) > 5:
+        return f"{names['max.in.flight']}={in_flight}"
+    if retries == "0":
+        return f"{names['retries']}=0"
+    if value("queuing.strategy") == "lifo":
+        return "queuing.strategy=lifo"
+    return None
+
+
+def _defaults_for(given: dict[str, str], names: dict[str, str]) -> dict[str, str]:
+    defaults = {key: value for key, value in _DEFAULTS.items() if key not in names}
+    contradiction = _contradiction(given, names)
+    if contradiction is None:
+        return defaults
+    if "enable.idempotence" not in names:
+        defaults["enable.idempotence"] = "false"
+        warnings.warn(
+            f"{contradiction} does not allow the idempotent producer, which kbatch uses by default: retries may now "
+            "reorder or duplicate messages. Set enable.idempotence=false to confirm.",
+            stacklevel=5,
+        )
+    elif given["enable.idempotence"].lower() in ("true", "t", "1"):
+        raise ConfigError(f"{contradiction} contradicts enable.idempotence=true")
+    return defaults

@@ -1,0 +1,249 @@
+"""Every error that kbatch raises or reports, one tree::
+
+    KbatchError
+     ├─ ConfigError               a producer's configuration (also a ValueError)
+     ├─ SerializationError        phase 1: an envelope cannot be mapped; nothing was sent (also a ValueError)
+     ├─ DeliveryError             the outcome of one envelope that was not acknowledged
+     ├─ BatchError                the outcome of a batch; carries the report
+     │   ├─ BatchTimedOut         every failure is a timeout
+     │   ├─ TopicDoesNotExist     every failure is an unknown topic or partition
+     │   ├─ BatchInterrupted      given up by Ctrl-C or another exception before anything was sent
+     │   └─ UndeliveredError      a producer was closed with messages that were not acknowledged
+     ├─ BatchPending              the wait is over, the batch goes on (also a TimeoutError)
+     └─ ProducerError             the producer cannot send
+         ├─ ProducerClosedError   it was closed
+         ├─ ProducerFatalError    librdkafka's idempotent producer cannot go on; make a new producer
+         └─ ForkError             it was used before a fork, and this is the child
+
+All of them can be pickled. Where they answer for a batch in the batch callback contract, ``report`` holds the outcome
+of each envelope.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import uuid
+
+    from kbatch._pending import PendingBatch
+    from kbatch._report import DeliveryReport
+
+__all__ = [
+    "BatchError",
+    "BatchInterrupted",
+    "BatchPending",
+    "BatchTimedOut",
+    "ConfigError",
+    "DeliveryError",
+    "ForkError",
+    "KbatchError",
+    "ProducerClosedError",
+    "ProducerError",
+    "ProducerFatalError",
+    "SerializationError",
+    "TopicDoesNotExist",
+    "UndeliveredError",
+]
+
+
+class KbatchError(Exception):
+    """The root of kbatch's errors.
+
+    Attributes:
+        report: The outcome of each envelope, where the error answers for a batch; else ``None``.
+    """
+
+    report: DeliveryReport | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The arguments of __init__ need not be Exception's args: rebuild without calling it.
+        return _rebuild, (type(self), self.args, self._state())
+
+    def _state(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def _rebuild(cls: type[KbatchError], args: tuple[Any, ...], state: dict[str, Any]) -> KbatchError:
+    error = cls.__new__(cls)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(KbatchError, ValueError):
+    """A producer's configuration: an unknown key, a bad value, a contradiction. Values of secrets are never shown."""
+
+
+class SerializationError(KbatchError, ValueError):
+    """An envelope could not be mapped to a Kafka message. Nothing of its batch was sent.
+
+    Attributes:
+        reason: What is wrong, without the place.
+        index: The envelope's index in its batch; ``None`` if no single envelope is to blame.
+        envelope_id: Its id, if it has one.
+        field: What could not be mapped: ``"message"``, ``"key"``, ``"headers['x']"``, …
+    """
+
+    def __init__(self, reason: str, *, index: int | None, envelope_id: uuid.UUID | None, field: str) -> None:
+        where = "" if index is None else f"envelope {index}: " if envelope_id is None else (
+            f"envelope {index} (id {envelope_id}): "
+        )
+        super().__init__(where + reason)
+        self.reason = reason
+        self.index = index
+        self.envelope_id = envelope_id
+        self.field = field
+
+
+# Codes after which the same message may well be accepted later, as the Kafka protocol and librdkafka mark them.
+_RETRIABLE = frozenset(
+    (
+        -195,  # _TRANSPORT
+        -193,  # _RESOLVE
+        -192,  # _MSG_TIMED_OUT
+        -187,  # _ALL_BROKERS_DOWN
+        -185,  # _TIMED_OUT
+        -184,  # _QUEUE_FULL
+        -183,  # _ISR_INSUFF
+        -180,  # _WAIT_COORD
+        -166,  # _TIMED_OUT_QUEUE
+        -163,  # _INTR
+        -153,  # _RETRY
+        -152,  # _PURGE_QUEUE
+        -151,  # _PURGE_INFLIGHT
+        2,  # INVALID_MSG: damaged on its way
+        3,  # UNKNOWN_TOPIC_OR_PART
+        5,  # LEADER_NOT_AVAILABLE
+        6,  # NOT_LEADER_FOR_PARTITION
+        7,  # REQUEST_TIMED_OUT
+        8,  # BROKER_NOT_AVAILABLE
+        9,  # REPLICA_NOT_AVAILABLE
+        13,  # NETWORK_EXCEPTION
+        14,  # COORDINATOR_LOAD_IN_PROGRESS
+        15,  # COORDINATOR_NOT_AVAILABLE
+        16,  # NOT_COORDINATOR
+        19,  # NOT_ENOUGH_REPLICAS
+        20,  # NOT_ENOUGH_REPLICAS_AFTER_APPEND
+        41,  # NOT_CONTROLLER
+        51,  # CONCURRENT_TRANSACTIONS
+        56,  # KAFKA_STORAGE_ERROR
+        74,  # FENCED_LEADER_EPOCH
+        75,  # UNKNOWN_LEADER_EPOCH
+        89,  # THROTTLING_QUOTA_EXCEEDED
+        100,  # UNKNOWN_TOPIC_ID
+        103,  # INCONSISTENT_TOPIC_ID
+    )
+)
+
+# Codes that put an idempotent or transactional producer into its fatal state.
+_FATAL = frozenset((-150, -148, -144, 45, 47, 49, 59, 90))
+
+TIMEOUT_CODES = frozenset((-192, -185, -166, 7))
+UNKNOWN_TOPIC_CODES = frozenset((-190, -188, 3, 100))
+
+
+class DeliveryError(KbatchError):
+    """Why one envelope was not acknowledged.
+
+    Attributes:
+        code: librdkafka's error code; negative ones arose in this process, positive ones are the broker's.
+        name: Its name, such as ``"_MSG_TIMED_OUT"``.
+        retriable: Whether the same message may be accepted later.
+        fatal: Whether the producer itself cannot go on.
+        possibly_persisted: Whether the broker may have stored the message all the same: only then can sending it
+            again make a duplicate.
+    """
+
+    def __init__(self, code: int, *, possibly_persisted: bool) -> None:
+        from kbatch._librdkafka import error_text
+
+        self.code = code
+        self.name, text = error_text(code)
+        self.retriable = code in _RETRIABLE
+        self.fatal = code in _FATAL
+        self.possibly_persisted = possibly_persisted
+        super().__init__(f"{text} ({self.name})" + ("; it may be stored all the same" if possibly_persisted else ""))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DeliveryError):
+            return NotImplemented
+        return (self.code, self.possibly_persisted) == (other.code, other.possibly_persisted)
+
+    def __hash__(self) -> int:
+        return hash((self.code, self.possibly_persisted))
+
+
+class BatchError(KbatchError):
+    """Not every envelope of a batch was acknowledged; ``report`` says which."""
+
+    def __init__(self, message: str, report: DeliveryReport | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class BatchTimedOut(BatchError):
+    """Every envelope that failed timed out."""
+
+
+class TopicDoesNotExist(BatchError):
+    """Every envelope that failed went to a topic or partition that the cluster does not know."""
+
+
+class BatchInterrupted(BatchError):
+    """The batch was given up before anything of it was sent; an exception such as Ctrl-C is on its way."""
+
+
+class UndeliveredError(BatchError):
+    """A producer was closed and some messages were not acknowledged.
+
+    Attributes:
+        count: How many.
+    """
+
+    def __init__(self, message: str, *, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+class BatchPending(KbatchError, TimeoutError):
+    """The time to wait is over. The batch goes on and answers once.
+
+    Attributes:
+        pending: The batch, to be waited for again; ``None`` after pickling.
+    """
+
+    def __init__(self, message: str, pending: PendingBatch | None) -> None:
+        super().__init__(message)
+        self.pending = pending
+
+    def _state(self) -> dict[str, Any]:
+        return {**super()._state(), "pending": None}
+
+
+class ProducerError(KbatchError):
+    """The producer cannot send."""
+
+
+class ProducerClosedError(ProducerError):
+    """The producer is closed."""
+
+
+class ProducerFatalError(ProducerError):
+    """librdkafka's idempotent producer met an error after which it can never send again. Make a new producer.
+
+    Attributes:
+        code: librdkafka's error code.
+        name: Its name.
+    """
+
+    def __init__(self, reason: str, *, code: int) -> None:
+        from kbatch._librdkafka import error_text
+
+        self.code = code
+        self.name, text = error_text(code)
+        super().__init__(f"the producer is in its fatal state: {reason or text} ({self.name}); make a new one")
+
+
+class ForkError(ProducerError):
+    """A producer that was used before a fork was used again in the child."""

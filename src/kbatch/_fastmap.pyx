@@ -1,0 +1,62 @@
+# cython: language_level=3
+"""The hot path: envelopes become records (phase 1), records become messages of librdkafka (phase 2), delivery
+reports become outcomes, and whoever waits is woken once.
+
+The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``, ``map``, ``batch`` (who owns
+what), ``client`` (enqueue, count, wait, drain, without the GIL) and ``core`` (where Python meets the client).
+"""
+
+import datetime
+import logging
+import re
+import threading
+import uuid
+from collections.abc import Mapping, Sequence
+from types import GenericAlias
+
+import msgspec
+from msgspec import UNSET
+
+from kbatch._errors import (
+    ConfigError,
+    ForkError,
+    ProducerClosedError,
+    ProducerFatalError,
+    SerializationError,
+)
+from kbatch._serialization import SerializationContext
+
+cimport cython
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE, PyByteArray_Resize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.math cimport NAN
+from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t
+from libc.stdlib cimport free
+from libc.string cimport memchr, memcpy, strcmp, strcpy, strlen
+
+from kbatch._librdkafka cimport *
+
+cdef extern from *:
+    """
+    static inline PyObject *kb_tuple_item(PyObject *t, Py_ssize_t i) { return PyTuple_GET_ITEM(t, i); }
+    /* For an exception that a C function has set: raises it where Cython can catch it. */
+    static inline int kb_raise_pending(void) { return -1; }
+    """
+    PyObject *PyTuple_GET_ITEM "kb_tuple_item"(PyObject *t, Py_ssize_t i) noexcept
+    int raise_pending "kb_raise_pending"() except -1
+    object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
+    size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+
+cdef object _logger = logging.getLogger("kbatch")
+
+include "native/platform.pxi"
+include "native/memory.pxi"
+include "native/text.pxi"
+include "native/envelope.pxi"
+include "native/batch.pxi"
+include "native/map.pxi"
+include "native/client.pxi"
+include "native/core.pxi"

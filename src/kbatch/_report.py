@@ -1,0 +1,126 @@
+"""The outcome of each envelope of a batch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from kbatch._errors import (
+    TIMEOUT_CODES,
+    UNKNOWN_TOPIC_CODES,
+    BatchError,
+    BatchTimedOut,
+    DeliveryError,
+    TopicDoesNotExist,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from kbatch._fastmap import Outcomes
+
+__all__ = ["DeliveryReport"]
+
+_POSSIBLY_PERSISTED = 1
+
+
+class DeliveryReport:
+    """What became of each envelope of a batch. True if none failed.
+
+    Nothing is kept per envelope as a Python object until it is asked for. Every envelope is exactly one of
+    acknowledged, failed and expired; an expired one was not sent because its ``deliver_by`` had passed, which is not
+    a failure of the batch.
+    """
+
+    def __init__(self, outcomes: Outcomes, latency_s: float) -> None:
+        self._outcomes = outcomes
+        self._latency_s = latency_s
+
+    def __len__(self) -> int:
+        """The number of envelopes."""
+        return len(self._outcomes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether no envelope failed."""
+        return self.failed == 0
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    @cached_property
+    def acked(self) -> int:
+        """How many envelopes the broker acknowledged."""
+        return self._outcomes.acked()
+
+    @cached_property
+    def failed(self) -> int:
+        """How many envelopes failed."""
+        return self._outcomes.failed()
+
+    @cached_property
+    def expired(self) -> tuple[int, ...]:
+        """The indices of the envelopes that were not sent because their ``deliver_by`` had passed."""
+        return tuple(self._outcomes.expired())
+
+    @cached_property
+    def errors(self) -> Mapping[int, DeliveryError]:
+        """The failed envelopes: index to the reason."""
+        made: dict[tuple[int, int], DeliveryError] = {}
+        errors: dict[int, DeliveryError] = {}
+        for index, code, persistence in self._outcomes.failures():
+            error = made.get((code, persistence))
+            if error is None:
+                error = DeliveryError(code, possibly_persisted=persistence == _POSSIBLY_PERSISTED)
+                made[code, persistence] = error
+            errors[index] = error
+        return errors
+
+    @cached_property
+    def partitions(self) -> tuple[int, ...]:
+        """The partition of each envelope; -1 where none was chosen."""
+        return self._outcomes.partitions()
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """The offset of each envelope; -1 where it failed or the broker did not tell.
+
+        An acknowledged offset can be unknown: when the idempotent producer learns from a retry that the broker had
+        stored the message before.
+        """
+        return self._outcomes.offsets()
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the start of enqueueing to the last outcome."""
+        return self._latency_s
+
+    def error(self) -> BatchError | None:
+        """The failure of the batch as one error, its class by the kind of failure; ``None`` if there is none."""
+        if self.ok:
+            return None
+        codes = {error.code for error in self.errors.values()}
+        index, first = next(iter(self.errors.items()))
+        message = f"{self.failed} of {len(self)} envelopes failed; the first is envelope {index}: {first}"
+        if codes <= UNKNOWN_TOPIC_CODES:
+            return TopicDoesNotExist(message, self)
+        if codes <= TIMEOUT_CODES:
+            return BatchTimedOut(message, self)
+        return BatchError(message, self)
+
+    def raise_for_errors(self) -> DeliveryReport:
+        """Raises `BatchError` (or a subclass) if an envelope failed; else returns the report itself."""
+        error = self.error()
+        if error is not None:
+            raise error
+        return self
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return DeliveryReport, (self._outcomes, self._latency_s)
+
+    def __repr__(self) -> str:
+        expired = f" expired={len(self.expired)}" if self.expired else ""
+        return (
+            f"<DeliveryReport {len(self)} envelopes: acked={self.acked} failed={self.failed}{expired} "
+            f"in {self._latency_s * 1000:.1f} ms>"
+        )

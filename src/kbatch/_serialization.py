@@ -1,0 +1,28 @@
+"""What a callable encoder is told about the body that it makes."""
+
+from __future__ import annotations
+
+__all__ = ["SerializationContext"]
+
+
+class SerializationContext:
+    """The second argument of a callable encoder.
+
+    It has the attributes of confluent-kafka's class of the same name, so that its Avro, Protobuf and JSON Schema
+    serializers can be used as encoders.
+
+    Attributes:
+        topic: The topic of the envelope, or of its batch.
+        field: Always ``"value"``.
+        headers: An empty list; pairs that the encoder appends are sent as headers, before the envelope's own.
+    """
+
+    __slots__ = ("field", "headers", "topic")
+
+    def __init__(self, topic: str | None, headers: list[tuple[str, str | bytes | None]]) -> None:
+        self.topic = topic
+        self.field = "value"
+        self.headers = headers
+
+    def __repr__(self) -> str:
+        return f"SerializationContext(topic={self.topic!r}, field={self.field!r})"

@@ -1,0 +1,256 @@
+# What a batch is made of in C, and who owns each part until when.
+
+cdef enum:
+    # Outcome.state
+    PENDING = 0
+    ACKED = 1
+    FAILED = 2
+    EXPIRED = 3   # deliver_by had passed; never sent, not a failure
+
+cdef enum:
+    # Header.value_len when the value is made while the header is added, from the field that `value` points at
+    VALUE_NULL = -1
+    VALUE_UUID = -2
+    VALUE_TIME_KBATCH = -3
+    VALUE_TIME_WOLVERINE = -4
+    VALUE_INT32 = -5
+
+cdef enum:
+    # Record.flags
+    RECORD_IN_BUFFER = 1   # `value` is an offset into the batch's buffer until phase 1 ends
+    RECORD_EXPIRED = 2
+
+
+cdef struct Outcome:
+    # One per envelope, the opaque of its produce call. Written by whoever polls its delivery report, or by phase 2
+    # when it is not sent; read after the batch is done.
+    BatchState *batch
+    int64_t offset
+    int32_t partition
+    int16_t error
+    uint8_t state
+    uint8_t persistence  # rd_kafka_message_status: not, possibly, persisted
+
+
+cdef struct Header:
+    const char *name    # static, or the UTF-8 of a str that the batch's envelopes keep alive
+    const char *value   # the same, or a field of the envelope (see VALUE_…)
+    int32_t name_len
+    int32_t value_len
+
+
+cdef struct Topic:
+    # Made once per name and client, freed with the client.
+    char *name                # owned
+    rd_kafka_topic_t *handle  # owned; made when a batch first enqueues to it
+    Topic *next
+
+
+cdef struct Record:
+    # What phase 1 writes and phase 2 reads. Pointers are borrowed: from the envelopes and the objects that the Batch
+    # keeps until it is done, from the arena until phase 2 ends.
+    const char *key      # NULL: no key
+    const char *value    # NULL: a tombstone
+    Header *headers      # in the arena
+    Topic *topic
+    int64_t timestamp    # ms
+    int64_t value_len
+    int32_t key_len
+    int32_t header_count
+    int32_t partition
+    int32_t flags
+
+
+cdef struct ArenaBlock:
+    ArenaBlock *next
+    size_t used
+    size_t size  # bytes after this struct
+
+
+cdef enum:
+    ARENA_BLOCK = 65536
+    POOLED_BLOCKS = 256        # 16 MiB of arena kept for reuse per client
+    POOLED_RECORDS = 65536     # the largest record array kept for reuse
+
+
+cdef struct BatchState:
+    # Lives inside its Python Batch, which the client keeps alive (`owner`) while anything is in flight.
+    Client *client
+    PyObject *owner       # a reference, taken when phase 2 starts, given back when the batch is released
+    Outcome *outcomes     # owned by the Batch's Outcomes
+    Record *records       # owned until phase 2 ends
+    ArenaBlock *arena     # the same
+    Py_ssize_t capacity   # of `records`
+    Py_ssize_t count
+    Py_ssize_t next       # the first record not yet offered
+    int64_t remaining     # envelopes without an outcome, and 1 while phase 2 runs; atomic
+    int32_t done          # atomic; written under the client's lock
+    int32_t listeners     # wants the dispatcher; under the client's lock
+    int64_t started_ns
+    int64_t done_ns
+    int64_t deadline_ns   # no enqueueing after this
+    BatchState *next_done     # under the client's lock, as the next
+    BatchState *next_in_line
+
+
+cdef int32_t _pinned = 0
+
+
+def pinned_buffers() -> int:
+    """How many batches of this process hold memory that librdkafka may still read, or that is not yet given back."""
+    return KB_LOAD32(&_pinned)
+
+
+cdef inline size_t _block_room(ArenaBlock *block) noexcept nogil:
+    return block.size - block.used if block != NULL else 0
+
+
+cdef char *arena_take(Client *client, ArenaBlock **arena, size_t size) noexcept nogil:
+    # `size` bytes, aligned to 8, that do not move until arena_give; NULL when memory is short.
+    cdef ArenaBlock *block = arena[0]
+    cdef char *p
+    cdef size_t want
+    size = (size + 7) & ~<size_t> 7
+    if size > _block_room(block):
+        block = NULL
+        want = ARENA_BLOCK - sizeof(ArenaBlock)
+        if size <= want:
+            kb_mutex_lock(&client.mu)
+            block = client.spare_blocks
+            if block != NULL:
+                client.spare_blocks = block.next
+                client.spare_block_count -= 1
+            kb_mutex_unlock(&client.mu)
+        else:
+            want = size
+        if block == NULL:
+            block = <ArenaBlock *> kb_malloc(sizeof(ArenaBlock) + want)
+            if block == NULL:
+                return NULL
+            block.size = want
+        block.used = 0
+        block.next = arena[0]
+        arena[0] = block
+    p = <char *> (block + 1) + block.used
+    block.used += size
+    return p
+
+
+cdef void arena_give(Client *client, ArenaBlock **arena) noexcept nogil:
+    cdef ArenaBlock *block = arena[0]
+    cdef ArenaBlock *rest = NULL
+    cdef ArenaBlock *following
+    arena[0] = NULL
+    if block == NULL:
+        return
+    kb_mutex_lock(&client.mu)
+    while block != NULL:
+        following = block.next
+        if block.size == ARENA_BLOCK - sizeof(ArenaBlock) and client.spare_block_count < POOLED_BLOCKS:
+            block.next = client.spare_blocks
+            client.spare_blocks = block
+            client.spare_block_count += 1
+        else:
+            block.next = rest
+            rest = block
+        block = following
+    kb_mutex_unlock(&client.mu)
+    while rest != NULL:
+        following = rest.next
+        free(rest)
+        rest = following
+
+
+cdef Record *records_take(Client *client, Py_ssize_t count, Py_ssize_t *capacity) noexcept nogil:
+    cdef Record *records = NULL
+    kb_mutex_lock(&client.mu)
+    if client.spare_records != NULL and client.spare_records_capacity >= count:
+        records = client.spare_records
+        capacity[0] = client.spare_records_capacity
+        client.spare_records = NULL
+    kb_mutex_unlock(&client.mu)
+    if records == NULL:
+        records = <Record *> kb_malloc(<size_t> count * sizeof(Record))
+        capacity[0] = count
+    return records
+
+
+cdef void records_give(Client *client, Record **records, Py_ssize_t capacity) noexcept nogil:
+    # The larger one of two stays, up to a bound.
+    cdef Record *drop = records[0]
+    records[0] = NULL
+    if drop == NULL:
+        return
+    if capacity <= POOLED_RECORDS:
+        kb_mutex_lock(&client.mu)
+        if client.spare_records == NULL or client.spare_records_capacity < capacity:
+            drop, client.spare_records = client.spare_records, drop
+            client.spare_records_capacity = capacity
+        kb_mutex_unlock(&client.mu)
+    free(drop)
+
+
+cdef class Outcomes:
+    """What became of each envelope of a batch, kept as C records until it is asked for."""
+
+    cdef Outcome *_items   # owned
+    cdef readonly Py_ssize_t count
+
+    def __dealloc__(self):
+        free(self._items)
+
+    @staticmethod
+    cdef Outcomes make(Py_ssize_t count):
+        cdef Outcomes self = Outcomes.__new__(Outcomes)
+        # One more than asked for: an empty batch has an address too.
+        self._items = <Outcome *> kb_calloc(<size_t> count + 1, sizeof(Outcome))
+        if self._items == NULL:
+            raise MemoryError(f"no memory for the outcomes of {count} envelopes")
+        self.count = count
+        return self
+
+    def __len__(self) -> int:
+        return self.count
+
+    cdef Py_ssize_t _state_count(self, int state) noexcept:
+        cdef Py_ssize_t i, n = 0
+        for i in range(self.count):
+            n += self._items[i].state == state
+        return n
+
+    def acked(self) -> int:
+        return self._state_count(ACKED)
+
+    def failed(self) -> int:
+        return self._state_count(FAILED)
+
+    def expired(self) -> list:
+        """The indices of the envelopes whose deliver_by had passed."""
+        return [i for i in range(self.count) if self._items[i].state == EXPIRED]
+
+    def failures(self) -> list:
+        """``(index, error code, persistence)`` of each failed envelope."""
+        cdef Py_ssize_t i
+        return [(i, self._items[i].error, self._items[i].persistence)
+                for i in range(self.count) if self._items[i].state == FAILED]
+
+    def partitions(self) -> tuple:
+        cdef Py_ssize_t i
+        return tuple([self._items[i].partition for i in range(self.count)])
+
+    def offsets(self) -> tuple:
+        cdef Py_ssize_t i
+        return tuple([self._items[i].offset for i in range(self.count)])
+
+    def __reduce__(self):
+        cdef Py_ssize_t i
+        return _rebuild_outcomes, ([(self._items[i].state, self._items[i].error, self._items[i].persistence,
+                                     self._items[i].partition, self._items[i].offset) for i in range(self.count)],)
+
+
+def _rebuild_outcomes(list items):
+    cdef Outcomes self = Outcomes.make(len(items))
+    for i in range(len(items)):
+        (self._items[i].state, self._items[i].error, self._items[i].persistence,
+         self._items[i].partition, self._items[i].offset) = items[i]
+    return self

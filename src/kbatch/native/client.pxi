@@ -1,0 +1,760 @@
+# Phase 2, counting and waiting: everything that runs without the GIL.
+#
+# Lock: client.mu guards every field of Client and BatchState that is not marked atomic or const. It is never held
+# while librdkafka is called, except for the yield of a queue. Nothing here touches a Python object.
+
+cdef enum:
+    # Client.life
+    NEW = 0        # librdkafka not started
+    RUNNING = 1
+    CLOSING = 2    # no new batches; the drainer empties the queue
+    FINISHING = 3  # the drainer destroys librdkafka once nothing is in flight
+    CLOSED = 4
+
+cdef enum:
+    # Waiter.kind
+    FOR_BATCH = 0   # all envelopes of a batch have an outcome
+    FOR_ROOM = 1    # fewer messages are in flight than `level`
+    FOR_REPORT = 2  # a delivery report has come since `level`
+    FOR_TURN = 3    # it is this batch's turn to enqueue
+
+cdef enum:
+    # what enqueue_slice and wait_slice answer
+    DONE = 0
+    AGAIN = 1       # the slice is over: look at signals and deadlines, then go on
+    LATE = 2        # the batch's deadline for enqueueing has passed
+    SHUT = 3        # the client is closing
+
+cdef enum:
+    DRAIN_EVERY = 128            # messages between two looks at the delivery reports
+    ENQUEUE_SLICE = 65536        # messages between two looks at signals
+    MESSAGES_AT_ONCE = 128       # messages copied out of an event at a time
+
+cdef int64_t MS = 1000000
+cdef int64_t WAIT_SLICE = 100 * MS     # Ctrl-C is looked at this often
+cdef int64_t DRAINER_NAP = 5 * MS      # how long callers may leave the queue alone before the drainer takes over
+cdef int64_t FATAL_GRACE = 2000 * MS   # after a fatal error, before what is queued is purged
+
+cdef struct Waiter:
+    # On the stack of a thread that waits.
+    kb_cond cond
+    int kind
+    BatchState *batch
+    int64_t level
+    Waiter *next
+
+cdef struct Notice:
+    # An event for the dispatcher. It owns the event; throttle notices, which are no events, own their text.
+    rd_kafka_event_t *event
+    char *broker_name
+    int32_t broker_id
+    int32_t throttle_ms
+    Notice *next
+
+cdef struct Client:
+    int pid                 # const once started
+    int32_t references      # atomic: the Core, the dispatcher, the drainer
+    int64_t in_flight       # atomic: messages given to librdkafka (or about to be) without an outcome
+    int64_t max_in_flight   # const
+    kb_mutex mu
+    kb_cond drainer_cond
+    kb_cond dispatcher_cond
+    kb_cond life_cond       # life or entered changed
+    int life
+    int32_t shut            # atomic: life >= CLOSING
+    int entered             # threads inside librdkafka's calls, apart from the drainer
+    rd_kafka_t *rk          # owned; destroyed by the drainer. NULL before start
+    rd_kafka_queue_t *queue  # the same
+    Topic *topics           # owned; handles destroyed with rk, the rest with the client
+    Waiter *waiters
+    Waiter *leader          # the one waiter that polls
+    int32_t leader_is_due   # atomic: the leader should leave its poll, its wait is over
+    BatchState *line_first  # the batch that enqueues now, then those that wait for their turn
+    BatchState *line_last
+    int callers             # threads that enqueue
+    int64_t polls           # polls by callers, so that the drainer sees that they care
+    int eager               # unfinished batches with listeners, flushes: reasons to poll at once
+    int events_expected     # const: callbacks are configured
+    int drainer_parked      # waits without a time limit
+    int drainer_asleep      # waits with one
+    int64_t reports         # delivery report events handled
+    int64_t fatal_since_ns  # 0: no fatal error
+    int32_t fatal           # atomic: librdkafka's code of the fatal error
+    int64_t lost            # messages that ended without acknowledgement while closing
+    BatchState *done_first  # batches for the dispatcher, in order of completion
+    BatchState *done_last
+    BatchState *idle_done   # batches nobody listens to; released by whoever holds the GIL next
+    Notice *notice_first
+    Notice *notice_last
+    int dispatcher_stop
+    int dispatcher_nudge    # release idle_done
+    ArenaBlock *spare_blocks
+    int spare_block_count
+    Record *spare_records
+    Py_ssize_t spare_records_capacity
+    # counters for stats()
+    int64_t acked
+    int64_t failed
+
+
+cdef Client *client_make(int64_t max_in_flight) noexcept nogil:
+    cdef Client *c = <Client *> kb_calloc(1, sizeof(Client))
+    if c == NULL:
+        return NULL
+    c.references = 1
+    c.max_in_flight = max_in_flight
+    kb_mutex_init(&c.mu)
+    kb_cond_init(&c.drainer_cond)
+    kb_cond_init(&c.dispatcher_cond)
+    kb_cond_init(&c.life_cond)
+    return c
+
+
+cdef void client_drop(Client *c) noexcept nogil:
+    # Gives back one reference; the last one frees.
+    cdef Topic *topic
+    cdef ArenaBlock *block
+    if KB_ADD32(&c.references, -1) != 0:
+        return
+    while c.topics != NULL:
+        topic = c.topics
+        c.topics = topic.next
+        free(topic.name)
+        free(topic)
+    while c.spare_blocks != NULL:
+        block = c.spare_blocks
+        c.spare_blocks = block.next
+        free(block)
+    free(c.spare_records)
+    drop_notices(c)
+    kb_cond_destroy(&c.drainer_cond)
+    kb_cond_destroy(&c.dispatcher_cond)
+    kb_cond_destroy(&c.life_cond)
+    kb_mutex_destroy(&c.mu)
+    free(c)
+
+
+cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcept nogil:
+    # The entry of this name, made if there is none; NULL when memory is short. Names are few and never removed.
+    cdef Topic *topic
+    kb_mutex_lock(&c.mu)
+    topic = c.topics
+    while topic != NULL and strcmp(topic.name, name) != 0:
+        topic = topic.next
+    if topic == NULL:
+        topic = <Topic *> kb_malloc(sizeof(Topic))
+        if topic != NULL:
+            topic.handle = NULL
+            topic.name = <char *> kb_malloc(length + 1)
+            if topic.name == NULL:
+                free(topic)
+                topic = NULL
+            else:
+                memcpy(topic.name, name, length + 1)
+                topic.next = c.topics
+                c.topics = topic
+    kb_mutex_unlock(&c.mu)
+    return topic
+
+
+# -- notices: events for the dispatcher
+
+cdef void free_notice(Notice *notice) noexcept nogil:
+    if notice.event != NULL:
+        api.event_destroy(notice.event)
+    free(notice.broker_name)
+    free(notice)
+
+
+cdef void drop_notices(Client *c) noexcept nogil:
+    # Under the lock, or with no other thread left.
+    cdef Notice *notice
+    while c.notice_first != NULL:
+        notice = c.notice_first
+        c.notice_first = notice.next
+        free_notice(notice)
+    c.notice_last = NULL
+
+
+cdef void post_notice(Client *c, Notice *notice) noexcept nogil:
+    notice.next = NULL
+    kb_mutex_lock(&c.mu)
+    if c.notice_last == NULL:
+        c.notice_first = notice
+    else:
+        c.notice_last.next = notice
+    c.notice_last = notice
+    kb_cond_signal(&c.dispatcher_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef void on_throttle(rd_kafka_t *rk, const char *broker_name, int32_t broker_id, int throttle_ms,
+                      void *opaque) noexcept nogil:
+    # On a librdkafka thread: copy and leave.
+    cdef Client *c = <Client *> opaque
+    cdef Notice *notice = <Notice *> kb_calloc(1, sizeof(Notice))
+    if notice == NULL:
+        return
+    notice.broker_name = <char *> kb_malloc(strlen(broker_name) + 1)
+    if notice.broker_name == NULL:
+        free(notice)
+        return
+    strcpy(notice.broker_name, broker_name)
+    notice.broker_id = broker_id
+    notice.throttle_ms = throttle_ms
+    post_notice(c, notice)
+
+
+# -- completion
+
+cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
+    if w.kind == FOR_BATCH:
+        return w.batch.done
+    if w.kind == FOR_ROOM:
+        return KB_LOAD64(&c.in_flight) <= w.level
+    if w.kind == FOR_REPORT:
+        return c.reports != w.level
+    return c.line_first == w.batch
+
+
+cdef void wake_satisfied(Client *c, Waiter *me) noexcept nogil:
+    # Under the lock. The leader sits in librdkafka's poll, where only a yield reaches it.
+    cdef Waiter *w = c.waiters
+    while w != NULL:
+        if w != me and satisfied(c, w):
+            if w == c.leader:
+                KB_STORE32(&c.leader_is_due, 1)
+                api.queue_yield(c.queue)
+            else:
+                kb_cond_signal(&w.cond)
+        w = w.next
+
+
+cdef void complete(Client *c, BatchState *batch) noexcept nogil:
+    # Under the lock: the last outcome of `batch` is known. From `done` on the batch may vanish.
+    batch.done_ns = kb_now_ns()
+    batch.next_done = NULL
+    if batch.listeners:
+        c.eager -= 1
+        if c.done_last == NULL:
+            c.done_first = batch
+        else:
+            c.done_last.next_done = batch
+        c.done_last = batch
+        kb_cond_signal(&c.dispatcher_cond)
+    else:
+        batch.next_done = c.idle_done
+        c.idle_done = batch
+    KB_STORE32(&batch.done, 1)
+
+
+cdef void settle(Client *c, BatchState *batch, int64_t count) noexcept nogil:
+    # `count` envelopes of `batch` got their outcome.
+    if KB_ADD64(&batch.remaining, -count) == 0:
+        kb_mutex_lock(&c.mu)
+        complete(c, batch)
+        wake_satisfied(c, NULL)
+        kb_mutex_unlock(&c.mu)
+
+
+# -- counting: from events to outcomes
+
+cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcept nogil:
+    # Copy out, give the event back (only then has the queue room again), count down, wake.
+    cdef const rd_kafka_message_t *messages[MESSAGES_AT_ONCE]
+    cdef const rd_kafka_message_t *message
+    cdef BatchState *run = NULL   # consecutive reports mostly belong to one batch
+    cdef BatchState *waking[16]   # batches that ran down to zero in this event
+    cdef int64_t run_count = 0, total = 0, failed = 0
+    cdef int i, n, ran_down = 0
+    cdef Outcome *outcome
+    while True:
+        n = <int> api.event_message_array(event, messages, MESSAGES_AT_ONCE)
+        if n == 0:
+            break
+        total += n
+        for i in range(n):
+            message = messages[i]
+            outcome = <Outcome *> message._private
+            outcome.partition = message.partition
+            outcome.error = <int16_t> message.err
+            if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:
+                outcome.state = ACKED
+                outcome.persistence = RD_KAFKA_MSG_STATUS_PERSISTED
+                outcome.offset = message.offset if message.offset >= 0 else -1
+            else:
+                outcome.state = FAILED
+                outcome.persistence = <uint8_t> api.message_status(message)
+                outcome.offset = -1
+                failed += 1
+            if outcome.batch == run:
+                run_count += 1
+                continue
+            if run != NULL and KB_ADD64(&run.remaining, -run_count) == 0:
+                waking[ran_down] = run
+                ran_down += 1
+                if ran_down == 16:
+                    finish_reports(c, waking, ran_down)
+                    ran_down = 0
+            run = outcome.batch
+            run_count = 1
+    if run != NULL and KB_ADD64(&run.remaining, -run_count) == 0:
+        waking[ran_down] = run
+        ran_down += 1
+    api.event_destroy(event)
+    KB_ADD64(&c.in_flight, -total)
+    kb_mutex_lock(&c.mu)
+    c.reports += 1
+    c.acked += total - failed
+    c.failed += failed
+    if failed and c.life >= CLOSING:
+        c.lost += failed
+    for i in range(ran_down):
+        complete(c, waking[i])
+    if c.waiters != NULL:
+        wake_satisfied(c, me)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef void finish_reports(Client *c, BatchState **batches, int count) noexcept nogil:
+    cdef int i
+    kb_mutex_lock(&c.mu)
+    for i in range(count):
+        complete(c, batches[i])
+    wake_satisfied(c, NULL)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
+    # Handles one event; False when there was none. `me` is the polling waiter, which needs no waking.
+    cdef rd_kafka_event_t *event = api.queue_poll(c.queue, timeout_ms)
+    cdef Notice *notice
+    if event == NULL:
+        # A yield meant for the leader may have ended this poll instead: pass it on.
+        if me == NULL and KB_LOAD32(&c.leader_is_due):
+            api.queue_yield(c.queue)
+        return False
+    if api.event_type(event) == RD_KAFKA_EVENT_DR:
+        handle_reports(c, event, me)
+        return True
+    notice = <Notice *> kb_calloc(1, sizeof(Notice))
+    if notice == NULL:
+        api.event_destroy(event)  # no memory to pass it on
+    else:
+        notice.event = event
+        post_notice(c, notice)
+    return True
+
+
+cdef void look_for_fatal(Client *c) noexcept nogil:
+    # A fatal error of the idempotent producer shows in no delivery report of its own.
+    cdef int code
+    if KB_LOAD32(&c.fatal):
+        return
+    code = api.fatal_error(c.rk, NULL, 0)
+    if code:
+        KB_STORE32(&c.fatal, code)
+        kb_mutex_lock(&c.mu)
+        c.fatal_since_ns = kb_now_ns()
+        kb_cond_signal(&c.drainer_cond)
+        kb_mutex_unlock(&c.mu)
+
+
+# -- waiting: one leader polls, the others sleep
+
+cdef void link(Client *c, Waiter *w) noexcept nogil:
+    w.next = c.waiters
+    c.waiters = w
+
+
+cdef void unlink(Client *c, Waiter *w) noexcept nogil:
+    cdef Waiter **at = &c.waiters
+    while at[0] != w:
+        at = &at[0].next
+    at[0] = w.next
+
+
+cdef void nudge_successor(Client *c) noexcept nogil:
+    # Under the lock, with no leader: another waiter should lead; without one the drainer may have to poll.
+    cdef Waiter *w = c.waiters
+    while w != NULL:
+        if w.kind != FOR_TURN:
+            kb_cond_signal(&w.cond)
+            return
+        w = w.next
+    nudge_drainer(c)
+
+
+cdef void nudge_drainer(Client *c) noexcept nogil:
+    # Under the lock. A napping drainer looks by itself soon; only eagerness makes it look now.
+    if c.drainer_parked:
+        if KB_LOAD64(&c.in_flight) > 0 or c.eager:
+            kb_cond_signal(&c.drainer_cond)
+    elif c.drainer_asleep and c.eager:
+        kb_cond_signal(&c.drainer_cond)
+
+
+cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
+    # Under the lock on entry and exit. True once `w` is satisfied, False at the deadline, or when a client that
+    # closes has made the wait pointless.
+    cdef int64_t now
+    cdef bint done = satisfied(c, w)
+    if done:
+        return True
+    kb_cond_init(&w.cond)
+    link(c, w)
+    while True:
+        now = kb_now_ns()
+        if now >= deadline or (c.life != RUNNING and w.kind != FOR_BATCH):
+            break
+        if c.leader == NULL and w.kind != FOR_TURN and c.life == RUNNING:
+            c.leader = w
+            c.polls += 1
+            kb_mutex_unlock(&c.mu)
+            poll_once(c, <int> ((deadline - now + MS - 1) // MS), w)
+            kb_mutex_lock(&c.mu)
+            c.leader = NULL
+            KB_STORE32(&c.leader_is_due, 0)
+        else:
+            kb_cond_wait_until(&w.cond, &c.mu, deadline)
+        done = satisfied(c, w)
+        if done:
+            break
+    unlink(c, w)
+    kb_cond_destroy(&w.cond)
+    if c.leader == NULL and c.life == RUNNING:
+        nudge_successor(c)
+    return done
+
+
+# -- phase 2: first come, first served; the head of the line enqueues
+
+cdef void join_line(Client *c, BatchState *batch) noexcept nogil:
+    batch.next_in_line = NULL
+    if c.line_last == NULL:
+        c.line_first = batch
+    else:
+        c.line_last.next_in_line = batch
+    c.line_last = batch
+
+
+cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
+    # Under the lock, from any place in the line.
+    cdef BatchState *before = NULL
+    cdef BatchState *at = c.line_first
+    while at != batch:
+        before = at
+        at = at.next_in_line
+    if before == NULL:
+        c.line_first = batch.next_in_line
+    else:
+        before.next_in_line = batch.next_in_line
+    if c.line_last == batch:
+        c.line_last = before
+    if before == NULL and c.waiters != NULL:
+        wake_satisfied(c, NULL)
+
+
+cdef void poll_ready(Client *c) noexcept nogil:
+    # What is on the queue now, without waiting.
+    while poll_once(c, 0, NULL):
+        pass
+
+
+cdef inline void drop_headers(rd_kafka_headers_t *headers) noexcept nogil:
+    if headers != NULL:
+        api.headers_destroy(headers)
+
+
+cdef rd_kafka_headers_t *build_headers(Record *record) noexcept nogil:
+    cdef rd_kafka_headers_t *headers = api.headers_new(record.header_count)
+    cdef Header *h = record.headers
+    cdef Header *end = h + record.header_count
+    cdef char text[UUID_TEXT]
+    while h != end:
+        if h.value_len >= VALUE_NULL:
+            api.header_add(headers, h.name, h.name_len, h.value, h.value_len if h.value != NULL else 0)
+        else:
+            api.header_add(headers, h.name, h.name_len, text, write_value(h, text))
+        h += 1
+    return headers
+
+
+cdef int32_t write_value(Header *h, char *text) noexcept nogil:
+    # The text of a value that is made here rather than borrowed; at most UUID_TEXT bytes.
+    cdef int32_t length, value
+    if h.value_len == VALUE_UUID:
+        write_uuid(<const unsigned char *> h.value, text)
+        return UUID_TEXT
+    if h.value_len == VALUE_TIME_KBATCH:
+        write_time((<int64_t *> h.value)[0], False, text)
+        return TIME_TEXT_KBATCH
+    if h.value_len == VALUE_TIME_WOLVERINE:
+        write_time((<int64_t *> h.value)[0], True, text)
+        return TIME_TEXT_WOLVERINE
+    value = (<int32_t *> h.value)[0]
+    length = decimal_length(value)
+    _write_digits(text, value, length)
+    return length
+
+
+cdef int fail_record(Client *c, Outcome *outcome, Record *record, int error) noexcept nogil:
+    # Not sent, no report will come.
+    outcome.state = FAILED
+    outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED
+    outcome.error = <int16_t> error
+    outcome.partition = record.partition
+    outcome.offset = -1
+    return 0
+
+
+cdef int produce_error(Client *c, rd_kafka_error_t *error) noexcept nogil:
+    # The code of what produceva said, for a fatal state the code of its cause; destroys `error`.
+    cdef int code = api.error_code(error)
+    api.error_destroy(error)
+    if code == RD_KAFKA_RESP_ERR__FATAL:
+        look_for_fatal(c)
+        code = KB_LOAD32(&c.fatal) or code
+    return code
+
+
+cdef rd_kafka_topic_t *topic_handle(Client *c, Topic *topic) noexcept nogil:
+    # Only the batch whose turn it is comes here.
+    if topic.handle == NULL:
+        topic.handle = api.topic_new(c.rk, topic.name, NULL)
+    return topic.handle
+
+
+cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept nogil:
+    """Offers the records of `batch` to librdkafka from where the last slice ended; it is the batch's turn."""
+    cdef rd_kafka_vu_t vus[7]
+    cdef Waiter room, report
+    cdef Py_ssize_t i = batch.next
+    cdef Py_ssize_t stop = min(batch.count, i + ENQUEUE_SLICE)
+    cdef Py_ssize_t chunk_end = i
+    cdef int64_t reserved = 0   # counted as in flight, not yet offered
+    cdef int64_t settled = 0    # got their outcome here
+    cdef int64_t failed = 0
+    cdef int answer = DONE
+    cdef int code
+    cdef int64_t seen = 0
+    cdef Record *record
+    cdef rd_kafka_topic_t *topic
+    cdef rd_kafka_error_t *error
+    room.kind = FOR_ROOM
+    room.batch = batch
+    room.level = c.max_in_flight - c.max_in_flight // 4
+    report.kind = FOR_REPORT
+    report.batch = batch
+    vus[0].vtype = RD_KAFKA_VTYPE_RKT
+    vus[1].vtype = RD_KAFKA_VTYPE_PARTITION
+    vus[2].vtype = RD_KAFKA_VTYPE_VALUE
+    vus[3].vtype = RD_KAFKA_VTYPE_KEY
+    vus[4].vtype = RD_KAFKA_VTYPE_OPAQUE
+    vus[5].vtype = RD_KAFKA_VTYPE_TIMESTAMP
+    vus[6].vtype = RD_KAFKA_VTYPE_HEADERS
+    while i < stop:
+        if i == chunk_end:
+            poll_ready(c)
+            if KB_LOAD32(&c.shut):
+                answer = SHUT
+                break
+            if kb_now_ns() >= batch.deadline_ns:
+                answer = LATE
+                break
+            if KB_LOAD64(&c.in_flight) >= c.max_in_flight:
+                kb_mutex_lock(&c.mu)
+                code = wait_slice(c, &room, min(slice_end, batch.deadline_ns))
+                kb_mutex_unlock(&c.mu)
+                if not code:
+                    answer = AGAIN
+                    break
+            chunk_end = min(stop, i + DRAIN_EVERY)
+            reserved = chunk_end - i
+            KB_ADD64(&c.in_flight, reserved)
+        record = &batch.records[i]
+        if record.flags & RECORD_EXPIRED:
+            batch.outcomes[i].state = EXPIRED
+            batch.outcomes[i].partition = record.partition
+            batch.outcomes[i].offset = -1
+            KB_ADD64(&c.in_flight, -1)
+            reserved -= 1
+            settled += 1
+            i += 1
+            continue
+        topic = topic_handle(c, record.topic)
+        code = RD_KAFKA_RESP_ERR_NO_ERROR
+        if topic == NULL:
+            code = api.last_error()
+        else:
+            vus[0].u.rkt = topic
+            vus[1].u.i32 = record.partition
+            vus[2].u.mem.ptr = record.value
+            vus[2].u.mem.size = record.value_len
+            vus[3].u.mem.ptr = record.key
+            vus[3].u.mem.size = record.key_len
+            batch.outcomes[i].batch = batch
+            vus[4].u.ptr = &batch.outcomes[i]
+            vus[5].u.i64 = record.timestamp
+            vus[6].u.headers = build_headers(record) if record.header_count else NULL
+            seen = c.reports
+            error = api.produceva(c.rk, vus, 7)
+            if error != NULL:
+                drop_headers(vus[6].u.headers)  # still ours: the message was not taken
+                code = produce_error(c, error)
+        if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
+            KB_ADD64(&c.in_flight, -reserved)
+            reserved = 0
+            chunk_end = i
+            report.level = seen
+            kb_mutex_lock(&c.mu)
+            code = wait_slice(c, &report, min(slice_end, batch.deadline_ns))
+            kb_mutex_unlock(&c.mu)
+            if not code:
+                answer = AGAIN
+                break
+            continue  # the same record again
+        reserved -= 1
+        if code:
+            fail_record(c, &batch.outcomes[i], record, code)
+            KB_ADD64(&c.in_flight, -1)
+            settled += 1
+            failed += 1
+        i += 1
+    batch.next = i
+    if reserved:
+        KB_ADD64(&c.in_flight, -reserved)
+    if settled:
+        kb_mutex_lock(&c.mu)
+        c.failed += failed
+        kb_mutex_unlock(&c.mu)
+        settle(c, batch, settled)
+    if answer == DONE and i < batch.count:
+        answer = AGAIN
+    if answer == AGAIN and kb_now_ns() >= batch.deadline_ns:
+        answer = LATE
+    return answer
+
+
+cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
+    # What was not offered yet is settled as failed and not persisted.
+    cdef Py_ssize_t i
+    cdef int64_t rest = batch.count - batch.next
+    for i in range(batch.next, batch.count):
+        fail_record(c, &batch.outcomes[i], &batch.records[i], error)
+    batch.next = batch.count
+    kb_mutex_lock(&c.mu)
+    c.failed += rest
+    if c.life >= CLOSING:
+        c.lost += rest
+    kb_mutex_unlock(&c.mu)
+    if rest:
+        settle(c, batch, rest)
+
+
+# -- the drainer: polls when nobody else does, and ends librdkafka
+
+cdef void drainer_main(void *arg) noexcept nogil:
+    cdef Client *c = <Client *> arg
+    cdef int64_t in_flight, seen_polls = -1, now, purged_ns = 0
+    cdef bint urgent
+    kb_mutex_lock(&c.mu)
+    while True:
+        in_flight = KB_LOAD64(&c.in_flight)
+        if c.life == FINISHING and in_flight == 0 and c.entered == 0:
+            break
+        urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
+        if (c.leader != NULL or c.callers) and c.life == RUNNING:
+            seen_polls = -1
+            drainer_sleep(c, DRAINER_NAP if in_flight or c.idle_done != NULL else 0)
+            continue
+        if not urgent:
+            if in_flight == 0 and c.idle_done == NULL:
+                drainer_sleep(c, 0)
+                continue
+            if seen_polls != c.polls:
+                # A caller was here a moment ago and may come back: taking its reports away would only cost.
+                seen_polls = c.polls
+                drainer_sleep(c, DRAINER_NAP)
+                continue
+            if c.idle_done != NULL and not c.dispatcher_nudge:
+                c.dispatcher_nudge = 1
+                kb_cond_signal(&c.dispatcher_cond)
+            if in_flight == 0:
+                drainer_sleep(c, DRAINER_NAP)
+                continue
+        elif in_flight == 0 and not c.events_expected and c.life == RUNNING:
+            drainer_sleep(c, DRAINER_NAP if c.idle_done != NULL else 0)
+            if c.idle_done != NULL and not c.dispatcher_nudge:
+                c.dispatcher_nudge = 1
+                kb_cond_signal(&c.dispatcher_cond)
+            continue
+        now = kb_now_ns()
+        if in_flight and c.fatal_since_ns and now > c.fatal_since_ns + FATAL_GRACE and now > purged_ns + FATAL_GRACE:
+            # After a fatal error messages that were queued again are never sent.
+            purged_ns = now
+            kb_mutex_unlock(&c.mu)
+            api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
+            kb_mutex_lock(&c.mu)
+        kb_mutex_unlock(&c.mu)
+        if not poll_once(c, 10 if c.life == FINISHING else 100, NULL):
+            look_for_fatal(c)
+        kb_mutex_lock(&c.mu)
+    kb_mutex_unlock(&c.mu)
+    end_librdkafka(c)
+    client_drop(c)
+
+
+cdef void drainer_sleep(Client *c, int64_t ns) noexcept nogil:
+    # Under the lock. `ns` of 0: until signalled.
+    if ns:
+        c.drainer_asleep = 1
+        kb_cond_wait_until(&c.drainer_cond, &c.mu, kb_now_ns() + ns)
+        c.drainer_asleep = 0
+    else:
+        c.drainer_parked = 1
+        kb_cond_wait(&c.drainer_cond, &c.mu)
+        c.drainer_parked = 0
+
+
+cdef void end_librdkafka(Client *c) noexcept nogil:
+    # Nothing is in flight and no thread is inside a call. Events that nobody took go first: they hold references.
+    cdef Topic *topic
+    cdef rd_kafka_event_t *event
+    while True:
+        event = api.queue_poll(c.queue, 0)
+        if event == NULL:
+            break
+        api.event_destroy(event)
+    kb_mutex_lock(&c.mu)
+    drop_notices(c)
+    topic = c.topics
+    kb_mutex_unlock(&c.mu)
+    while topic != NULL:
+        if topic.handle != NULL:
+            api.topic_destroy(topic.handle)
+            topic.handle = NULL
+        topic = topic.next
+    api.queue_destroy(c.queue)
+    api.destroy(c.rk)
+    kb_mutex_lock(&c.mu)
+    c.rk = NULL
+    c.queue = NULL
+    c.life = CLOSED
+    kb_cond_broadcast(&c.life_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef void begin_closing(Client *c) noexcept nogil:
+    # Under the lock: new batches are refused; those who enqueue or lead leave; the drainer takes over.
+    cdef Waiter *w
+    c.life = CLOSING
+    KB_STORE32(&c.shut, 1)
+    w = c.waiters
+    while w != NULL:
+        kb_cond_signal(&w.cond)
+        w = w.next
+    if c.leader != NULL:
+        KB_STORE32(&c.leader_is_due, 1)
+    api.queue_yield(c.queue)
+    kb_cond_signal(&c.drainer_cond)

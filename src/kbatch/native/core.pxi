@@ -1,0 +1,786 @@
+# Where Python meets the client: Batch, Core, Dispatcher. Each long wait is cut into slices, so that Ctrl-C works.
+
+cdef class Config:
+    """librdkafka's configuration being built: sets and gets single properties, checked by librdkafka itself."""
+
+    cdef rd_kafka_conf_t *conf  # owned until a Core hands it to rd_kafka_new
+
+    def __cinit__(self):
+        self.conf = api.conf_new()
+
+    def __dealloc__(self):
+        if self.conf != NULL:
+            api.conf_destroy(self.conf)
+
+    def set(self, str name, str value) -> None:
+        """Raises ValueError with librdkafka's reason; LookupError if there is no such property."""
+        cdef char errstr[512]
+        cdef int result
+        errstr[0] = 0
+        result = api.conf_set(self.conf, name.encode(), value.encode(), errstr, sizeof(errstr))
+        if result == RD_KAFKA_CONF_OK:
+            return
+        reason = errstr.decode("utf-8", "replace")
+        if result == RD_KAFKA_CONF_UNKNOWN:
+            raise LookupError(reason)
+        raise ValueError(reason)
+
+    def get(self, str name) -> str | None:
+        cdef size_t size = 0
+        cdef bytes encoded = name.encode()
+        cdef bytearray value
+        if api.conf_get(self.conf, encoded, NULL, &size) != RD_KAFKA_CONF_OK:
+            return None
+        value = bytearray(size)
+        api.conf_get(self.conf, encoded, value, &size)
+        return value.rstrip(b"\0").decode()
+
+
+@cython.no_gc_clear
+cdef class Batch:
+    """One batch from phase 1 to its last outcome. `PendingBatch` is its public face."""
+
+    cdef BatchState state
+    cdef readonly Core core
+    cdef tuple envelopes
+    cdef readonly Outcomes outcomes
+    cdef bytearray buffer
+    cdef Py_buffer view
+    cdef bint has_view
+    cdef list kept
+    cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
+    cdef list callbacks   # called with this batch on the callback thread
+    cdef char[TIME_TEXT_WOLVERINE] sent_at
+
+    def __dealloc__(self):
+        # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
+        self._drop_records()
+        if self.has_view:
+            PyBuffer_Release(&self.view)
+
+    cdef void _drop_records(self) noexcept:
+        cdef Client *c = self.state.client
+        if c != NULL:
+            records_give(c, &self.state.records, self.state.capacity)
+            arena_give(c, &self.state.arena)
+
+    def __len__(self) -> int:
+        return self.state.count
+
+    def done(self) -> bool:
+        """Whether every envelope has its outcome."""
+        return KB_LOAD32(&self.state.done) != 0
+
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the start of enqueueing to the last outcome; ``nan`` before."""
+        if not KB_LOAD32(&self.state.done):
+            return NAN
+        return (self.state.done_ns - self.state.started_ns) / 1e9
+
+    cdef void _release(self) noexcept:
+        # With the GIL, once done: what librdkafka could read is given back.
+        if self.has_view:
+            PyBuffer_Release(&self.view)
+            self.has_view = False
+        self.buffer = None
+        self.kept = None
+        self.envelopes = None
+        KB_ADD32(&_pinned, -1)
+
+    cdef int _listen(self, object waker, object callback) except -1:
+        # Registers before completion, or answers at once after it.
+        cdef Client *c = self.state.client
+        cdef bint done
+        kb_mutex_lock(&c.mu)
+        done = self.state.done
+        if not done and not self.state.listeners:
+            self.state.listeners = 1
+            c.eager += 1
+            nudge_drainer(c)
+        kb_mutex_unlock(&c.mu)
+        if waker is not None:
+            if done:
+                waker()
+            elif self.wakers is None:
+                self.wakers = [waker]
+            else:
+                self.wakers.append(waker)
+        else:
+            if done:
+                self.core.dispatcher.call(callback, self)
+            elif self.callbacks is None:
+                self.callbacks = [callback]
+            else:
+                self.callbacks.append(callback)
+        return 0
+
+    def add_done_callback(self, callback) -> None:
+        """Calls ``callback(self)`` on the producer's callback thread once every envelope has its outcome.
+
+        An exception from it is logged.
+        """
+        self._listen(None, callback)
+
+    def _add_waker(self, waker) -> None:
+        # `waker` must not block: it runs on the thread that wakes every event loop.
+        self._listen(waker, None)
+
+    def _wait(self, timeout=None) -> bool:
+        """Blocks until done; False after `timeout` seconds. Ctrl-C raises; the batch goes on."""
+        return self.core._wait_for(self, deadline_after(timeout))
+
+
+cdef int64_t deadline_after(object timeout) except? -2:
+    cdef double seconds
+    if timeout is None:
+        return INT64_MAX
+    seconds = timeout
+    if not seconds < 9e9:
+        return INT64_MAX
+    return kb_now_ns() + <int64_t> (max(seconds, 0.0) * 1e9)
+
+
+cdef class Core:
+    """One producer's client, started at its first use."""
+
+    cdef Client *c
+    cdef object __weakref__
+    cdef Config config
+    cdef Mapper mapper
+    cdef readonly object dispatcher   # Dispatcher
+    cdef object start_lock
+    cdef int64_t delivery_timeout_ns
+    cdef int64_t batches
+    cdef int64_t mapped
+    cdef int64_t map_ns
+    cdef int64_t enqueue_ns
+
+    def __init__(self, Config config, Mapper mapper, dispatcher, *, int64_t max_in_flight, double delivery_timeout_s):
+        self.c = client_make(max_in_flight)
+        if self.c == NULL:
+            raise MemoryError("no memory for a client")
+        self.config = config
+        self.mapper = mapper
+        self.dispatcher = dispatcher
+        self.start_lock = threading.Lock()
+        self.delivery_timeout_ns = <int64_t> (delivery_timeout_s * 1e9)
+
+    def __dealloc__(self):
+        cdef Client *c = self.c
+        if c == NULL:
+            return
+        if c.life != NEW and c.pid != kb_pid():
+            return  # a forked child owns none of it
+        # Nothing is in flight: a batch in flight keeps its Core. The drainer ends librdkafka by itself.
+        kb_mutex_lock(&c.mu)
+        if c.life == RUNNING or c.life == CLOSING:
+            begin_closing(c)
+            c.life = FINISHING
+        c.dispatcher_stop = 1
+        kb_cond_signal(&c.drainer_cond)
+        kb_cond_signal(&c.dispatcher_cond)
+        kb_mutex_unlock(&c.mu)
+        client_drop(c)
+
+    # -- life
+
+    cdef int _start(self) except -1:
+        cdef Client *c = self.c
+        cdef char errstr[512]
+        cdef rd_kafka_conf_t *conf
+        cdef rd_kafka_t *rk
+        cdef bint failed
+        with self.start_lock:
+            if c.life != NEW:
+                return 0
+            self.dispatcher._attach(self)
+            try:
+                conf = api.conf_dup(self.config.conf)
+                api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
+                api.conf_set_opaque(conf, c)
+                if self.dispatcher.throttle_cb is not None:
+                    api.conf_set_throttle_cb(conf, on_throttle)
+                c.events_expected = self.dispatcher.events != 0
+                with nogil:
+                    rk = api.new(RD_KAFKA_PRODUCER, conf, errstr, sizeof(errstr))
+                if rk == NULL:
+                    api.conf_destroy(conf)
+                    raise ConfigError(f"librdkafka refused to start: {errstr.decode('utf-8', 'replace')}")
+                c.rk = rk
+                c.queue = api.queue_get_main(rk)
+                if self.dispatcher.events & RD_KAFKA_EVENT_LOG:
+                    api.set_log_queue(rk, NULL)
+                c.pid = kb_pid()
+                c.life = RUNNING
+                KB_ADD32(&c.references, 1)
+                if kb_thread_start(drainer_main, c) < 0:
+                    KB_ADD32(&c.references, -1)
+                    c.life = NEW
+                    api.queue_destroy(c.queue)
+                    with nogil:
+                        api.destroy(rk)
+                    c.rk = NULL
+                    c.queue = NULL
+                    raise RuntimeError("the system gave no thread for the producer")
+            except BaseException:
+                self.dispatcher._detach()
+                raise
+        return 0
+
+    cdef int _check_fork(self) except -1:
+        if self.c.life != NEW and self.c.pid != kb_pid():
+            raise ForkError(
+                "this producer was used before the fork and its threads are not in this process; make a new one here, "
+                "for example in os.register_at_fork(after_in_child=…), gunicorn's post_fork or Celery's "
+                "worker_process_init")
+        return 0
+
+    cdef int _enter(self) except -1:
+        # Every call into librdkafka happens between _enter and _leave.
+        cdef Client *c = self.c
+        cdef bint closed
+        if c.life == NEW:
+            self._start()
+        self._check_fork()
+        kb_mutex_lock(&c.mu)
+        closed = c.life >= CLOSING
+        if not closed:
+            c.entered += 1
+        kb_mutex_unlock(&c.mu)
+        if closed:
+            raise ProducerClosedError("the producer is closed")
+        return 0
+
+    cdef void _leave(self) noexcept nogil:
+        cdef Client *c = self.c
+        kb_mutex_lock(&c.mu)
+        c.entered -= 1
+        if c.life >= CLOSING and c.entered == 0:
+            kb_cond_broadcast(&c.life_cond)
+            kb_cond_signal(&c.drainer_cond)
+        kb_mutex_unlock(&c.mu)
+
+    cdef int _check_fatal(self) except -1:
+        cdef char errstr[512]
+        cdef int code = KB_LOAD32(&self.c.fatal)
+        if code:
+            errstr[0] = 0
+            if self.c.rk != NULL:
+                api.fatal_error(self.c.rk, errstr, sizeof(errstr))
+            raise ProducerFatalError(errstr.decode("utf-8", "replace"), code=code)
+        return 0
+
+    # -- a batch
+
+    def map(self, Batch batch, topic, envelopes) -> None:
+        """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `enqueue`."""
+        cdef int64_t start = kb_now_ns()
+        batch.core = self
+        batch.state.client = self.c
+        map_batch(self.mapper, self.c, batch, topic, envelopes)
+        self.mapped += batch.state.count
+        self.map_ns += kb_now_ns() - start
+
+    def records(self, Batch batch) -> list:
+        """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it has expired."""
+        return [read_record(&batch.state.records[i]) for i in range(batch.state.count)]
+
+    def fail(self, Batch batch, envelopes, int index, int code, int rest_code) -> None:
+        """Gives every envelope of a batch that was never enqueued a failed outcome: `code` at `index`, `rest_code` else."""
+        cdef Py_ssize_t i
+        batch.core = self
+        batch.state.client = self.c
+        batch._drop_records()
+        batch.state.count = len(envelopes)
+        batch.outcomes = Outcomes.make(batch.state.count)
+        for i in range(batch.state.count):
+            batch.outcomes._items[i].state = FAILED
+            batch.outcomes._items[i].error = <int16_t> (code if i == index else rest_code)
+            batch.outcomes._items[i].partition = batch.outcomes._items[i].offset = -1
+        batch.state.started_ns = batch.state.done_ns = kb_now_ns()
+        KB_STORE32(&batch.state.done, 1)
+
+    def enqueue(self, Batch batch, timeout=None) -> bool:
+        """Phase 2. True once all is enqueued; False if time ran out first and the rest was settled as not sent.
+
+        An exception from a signal handler settles the rest as not sent, too, and is raised.
+        """
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        cdef int64_t start = kb_now_ns()
+        cdef int answer
+        self._enter()
+        try:
+            self._check_fatal()
+        except BaseException:
+            self._leave()
+            raise
+        state.started_ns = start
+        state.deadline_ns = min(deadline_after(timeout), start + self.delivery_timeout_ns)
+        state.remaining = state.count + 1
+        state.owner = <PyObject *> batch
+        Py_INCREF(batch)
+        KB_ADD32(&_pinned, 1)
+        self.batches += 1
+        kb_mutex_lock(&c.mu)
+        join_line(c, state)
+        kb_mutex_unlock(&c.mu)
+        try:
+            while True:
+                with nogil:
+                    answer = enqueue_or_wait(c, state)
+                if answer != AGAIN:
+                    break
+                PyErr_CheckSignals()
+        except BaseException:
+            self._end_enqueue(batch, RD_KAFKA_RESP_ERR__PURGE_QUEUE, start)
+            raise
+        self._end_enqueue(
+            batch, RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE if answer == LATE else RD_KAFKA_RESP_ERR__PURGE_QUEUE, start)
+        return answer == DONE
+
+    cdef int _end_enqueue(self, Batch batch, int error, int64_t start) except -1:
+        cdef Client *c = self.c
+        with nogil:
+            give_up_rest(c, &batch.state, error)
+            kb_mutex_lock(&c.mu)
+            leave_line(c, &batch.state)
+            kb_mutex_unlock(&c.mu)
+        batch._drop_records()
+        self.enqueue_ns += kb_now_ns() - start
+        with nogil:
+            settle(c, &batch.state, 1)
+        self._leave()
+        return 0
+
+    def rest(self) -> None:
+        """After a submit that nobody waits for: lets the drainer know, and gives finished batches back."""
+        cdef Client *c = self.c
+        kb_mutex_lock(&c.mu)
+        nudge_drainer(c)
+        kb_mutex_unlock(&c.mu)
+        release_idle(c)
+
+    cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
+        cdef Client *c = self.c
+        cdef Waiter w
+        cdef bint done = KB_LOAD32(&batch.state.done)
+        cdef int64_t now
+        if done:
+            release_idle(c)
+            return True
+        self._check_fork()
+        w.kind = FOR_BATCH
+        w.batch = &batch.state
+        kb_mutex_lock(&c.mu)
+        c.entered += 1
+        kb_mutex_unlock(&c.mu)
+        try:
+            while True:
+                with nogil:
+                    now = kb_now_ns()
+                    kb_mutex_lock(&c.mu)
+                    done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE))
+                    kb_mutex_unlock(&c.mu)
+                    if not done and not KB_LOAD32(&c.fatal) and KB_LOAD32(&c.shut) == 0:
+                        look_for_fatal(c)
+                if done:
+                    break
+                PyErr_CheckSignals()
+                if kb_now_ns() >= deadline:
+                    break
+        finally:
+            self._leave()
+        release_idle(c)
+        return done
+
+    # -- the producer as a whole
+
+    def in_flight(self) -> int:
+        return KB_LOAD64(&self.c.in_flight)
+
+    def fatal_code(self) -> int:
+        """librdkafka's code of the producer's fatal error; 0 while there is none."""
+        return KB_LOAD32(&self.c.fatal)
+
+    def flush(self, timeout=None) -> int:
+        cdef Client *c = self.c
+        cdef int64_t deadline = deadline_after(timeout)
+        cdef int64_t now
+        if c.life == NEW:
+            return 0
+        self._enter()
+        kb_mutex_lock(&c.mu)
+        c.eager += 1
+        nudge_drainer(c)
+        kb_mutex_unlock(&c.mu)
+        try:
+            while KB_LOAD64(&c.in_flight) > 0:
+                with nogil:
+                    now = kb_now_ns()
+                    if now < deadline:
+                        api.flush(c.rk, <int> ((min(deadline - now, WAIT_SLICE) + MS - 1) // MS))
+                PyErr_CheckSignals()
+                if now >= deadline or c.life != RUNNING:
+                    break
+        finally:
+            kb_mutex_lock(&c.mu)
+            c.eager -= 1
+            kb_mutex_unlock(&c.mu)
+            self._leave()
+        release_idle(c)
+        return KB_LOAD64(&c.in_flight)
+
+    def purge(self) -> None:
+        cdef Client *c = self.c
+        if c.life == NEW:
+            return
+        self._enter()
+        with nogil:
+            api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
+        self._leave()
+
+    def close(self, timeout=None) -> int:
+        """Refuses new batches, flushes until the deadline, purges what is left, ends librdkafka.
+
+        Returns how many messages ended without acknowledgement. May be called again, from any thread.
+        """
+        cdef Client *c = self.c
+        cdef int64_t deadline = deadline_after(timeout)
+        cdef int64_t now
+        cdef bint mine
+        if c.life == NEW:
+            c.life = CLOSED
+            return 0
+        if c.pid != kb_pid():
+            return 0
+        kb_mutex_lock(&c.mu)
+        mine = c.life == RUNNING
+        if mine:
+            begin_closing(c)
+        kb_mutex_unlock(&c.mu)
+        interrupted = None
+        try:
+            if mine:
+                self._wait_for_life(CLOSING, deadline, True)
+                while KB_LOAD64(&c.in_flight) > 0:
+                    with nogil:
+                        now = kb_now_ns()
+                        if now < deadline:
+                            api.flush(c.rk, <int> ((min(deadline - now, WAIT_SLICE) + MS - 1) // MS))
+                    if now >= deadline or KB_LOAD32(&c.fatal):
+                        break
+                    PyErr_CheckSignals()
+        except BaseException as error:
+            interrupted = error
+        if mine:
+            if KB_LOAD64(&c.in_flight) > 0:
+                with nogil:
+                    api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
+            kb_mutex_lock(&c.mu)
+            c.life = FINISHING
+            api.queue_yield(c.queue)
+            kb_cond_signal(&c.drainer_cond)
+            kb_mutex_unlock(&c.mu)
+            deadline = max(deadline, kb_now_ns() + 1000 * MS)  # what was purged reports within this
+        self._wait_for_life(CLOSED, deadline, False)
+        kb_mutex_lock(&c.mu)
+        c.dispatcher_stop = 1
+        kb_cond_signal(&c.dispatcher_cond)
+        kb_mutex_unlock(&c.mu)
+        release_idle(c)
+        self.dispatcher._join(max(0.0, (deadline - kb_now_ns()) / 1e9) if deadline != INT64_MAX else None)
+        if interrupted is not None:
+            raise interrupted
+        return c.lost
+
+    cdef int _wait_for_life(self, int life, int64_t deadline, bint alone) except -1:
+        # Until `life` is reached and, if `alone`, no thread is enqueueing. Waiting threads leave by themselves.
+        cdef Client *c = self.c
+        cdef bint over = False
+        while not over:
+            with nogil:
+                kb_mutex_lock(&c.mu)
+                over = c.life >= life and not (alone and c.line_first != NULL)
+                if not over:
+                    kb_cond_wait_until(&c.life_cond, &c.mu, min(deadline, kb_now_ns() + WAIT_SLICE // 10))
+                    over = c.life >= life and not (alone and c.line_first != NULL)
+                kb_mutex_unlock(&c.mu)
+                over = over or kb_now_ns() >= deadline
+            if not over:
+                PyErr_CheckSignals()
+        return 0
+
+    def closed(self) -> bool:
+        return self.c.life >= CLOSING
+
+    def name(self) -> str | None:
+        """librdkafka's name of the instance; None before the first use and after close."""
+        cdef str name = None
+        if self.c.life == RUNNING and self.c.pid == kb_pid():
+            name = api.name(self.c.rk).decode()
+        return name
+
+    def counters(self) -> dict:
+        cdef Client *c = self.c
+        cdef int64_t acked, failed, blocks
+        kb_mutex_lock(&c.mu)
+        acked, failed, blocks = c.acked, c.failed, c.spare_block_count
+        kb_mutex_unlock(&c.mu)
+        return {
+            "batches": self.batches,
+            "envelopes": self.mapped,
+            "acked": acked,
+            "failed": failed,
+            "in_flight": KB_LOAD64(&c.in_flight),
+            "map_ns": self.map_ns,
+            "enqueue_ns": self.enqueue_ns,
+            "pooled_bytes": blocks * ARENA_BLOCK + c.spare_records_capacity * <int64_t> sizeof(Record),
+            "pinned_buffers": KB_LOAD32(&_pinned),
+        }
+
+    def inject_fatal_error(self, int code, str reason) -> None:
+        """Puts librdkafka's idempotent producer into its fatal state, for tests."""
+        self._enter()
+        api.test_fatal_error(self.c.rk, code, reason.encode())
+        self._leave()
+
+    def set_oauth_token(self, str token, double lifetime, str principal, dict extensions) -> None:
+        """Hands over a token; `lifetime` is in seconds since 1970. Raises ValueError with librdkafka's reason."""
+        cdef char errstr[512]
+        cdef list flat = [text.encode() for pair in extensions.items() for text in pair]
+        cdef const char **pointers = <const char **> kb_malloc((len(flat) + 1) * sizeof(char *))
+        cdef int code
+        if pointers == NULL:
+            raise MemoryError()
+        try:
+            for i in range(len(flat)):
+                pointers[i] = flat[i]
+            self._enter()
+            code = api.oauthbearer_set_token(self.c.rk, token.encode(), <int64_t> (lifetime * 1000), principal.encode(),
+                                             pointers, len(flat), errstr, sizeof(errstr))
+            self._leave()
+        finally:
+            free(pointers)
+        if code:
+            raise ValueError(errstr.decode("utf-8", "replace"))
+
+    def set_oauth_failure(self, str reason) -> None:
+        self._enter()
+        api.oauthbearer_set_token_failure(self.c.rk, reason.encode())
+        self._leave()
+
+
+cdef int enqueue_or_wait(Client *c, BatchState *batch) noexcept nogil:
+    # One slice of a batch that stands in line: wait for the turn, then enqueue.
+    cdef Waiter w
+    cdef int answer
+    cdef int64_t now = kb_now_ns()
+    cdef int64_t slice_end = now + WAIT_SLICE
+    w.kind = FOR_TURN
+    w.batch = batch
+    kb_mutex_lock(&c.mu)
+    if not wait_slice(c, &w, min(slice_end, batch.deadline_ns)):
+        kb_mutex_unlock(&c.mu)
+        if KB_LOAD32(&c.shut):
+            return SHUT
+        return LATE if kb_now_ns() >= batch.deadline_ns else AGAIN
+    c.callers += 1
+    c.polls += 1
+    kb_mutex_unlock(&c.mu)
+    answer = enqueue_slice(c, batch, slice_end)
+    kb_mutex_lock(&c.mu)
+    c.callers -= 1
+    kb_mutex_unlock(&c.mu)
+    return answer
+
+
+cdef void release_idle(Client *c) noexcept:
+    # With the GIL: gives back batches that are done and that nobody listens to.
+    cdef BatchState *batch
+    cdef BatchState *following
+    kb_mutex_lock(&c.mu)
+    batch = c.idle_done
+    c.idle_done = NULL
+    c.dispatcher_nudge = 0
+    kb_mutex_unlock(&c.mu)
+    while batch != NULL:
+        following = batch.next_done
+        release_owner(batch)
+        batch = following
+
+
+cdef void release_owner(BatchState *state) noexcept:
+    cdef Batch batch = <Batch> state.owner
+    state.owner = NULL
+    batch._release()
+    Py_DECREF(batch)
+
+
+cdef tuple read_record(Record *record):
+    cdef char text[UUID_TEXT]
+    cdef list headers = []
+    cdef Header *h
+    cdef int i
+    if record.flags & RECORD_EXPIRED:
+        return None
+    for i in range(record.header_count):
+        h = &record.headers[i]
+        name = h.name[:h.name_len].decode()
+        if h.value_len == VALUE_NULL:
+            headers.append((name, None))
+        elif h.value_len < 0:
+            headers.append((name, text[:write_value(h, text)]))
+        else:
+            headers.append((name, h.value[:h.value_len]))
+    return (record.topic.name.decode(), record.partition, record.timestamp,
+            None if record.key == NULL else record.key[:record.key_len],
+            None if record.value == NULL else record.value[:record.value_len], headers)
+
+
+cdef class Dispatcher:
+    """The one thread that takes the GIL for what happened without it.
+
+    It wakes event loops itself and hands user callbacks to the callback thread, so that a slow callback delays
+    neither. ``on_*`` are called here with plain values and must not block; the Python layer turns them into the
+    user's callbacks.
+    """
+
+    cdef Client *c                   # a reference, while the thread runs
+    cdef readonly int events         # event types to ask librdkafka for, besides delivery reports
+    cdef readonly object throttle_cb
+    cdef object callback_thread      # .put(function, *arguments), .join(timeout)
+    cdef object on_error
+    cdef object on_stats
+    cdef object on_log
+    cdef object on_oauth
+    cdef object thread
+
+    def __init__(self, callback_thread, *, on_error=None, on_stats=None, on_log=None, on_oauth=None, throttle_cb=None):
+        self.callback_thread = callback_thread
+        self.on_error, self.on_stats, self.on_log, self.on_oauth = on_error, on_stats, on_log, on_oauth
+        self.throttle_cb = throttle_cb
+        self.events = (
+            (RD_KAFKA_EVENT_ERROR if on_error is not None else 0)
+            | (RD_KAFKA_EVENT_STATS if on_stats is not None else 0)
+            | (RD_KAFKA_EVENT_LOG if on_log is not None else 0)
+            | (RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH if on_oauth is not None else 0))
+
+    def __dealloc__(self):
+        if self.c != NULL:
+            client_drop(self.c)
+
+    def _attach(self, Core core) -> None:
+        self.c = core.c
+        self.c.dispatcher_stop = 0
+        KB_ADD32(&self.c.references, 1)
+        self.thread = threading.Thread(target=self._run, name="kbatch-dispatcher", daemon=True)
+        try:
+            self.thread.start()
+        except BaseException:
+            self.thread = None
+            client_drop(self.c)
+            self.c = NULL
+            raise
+
+    def _detach(self) -> None:
+        kb_mutex_lock(&self.c.mu)
+        self.c.dispatcher_stop = 1
+        kb_cond_signal(&self.c.dispatcher_cond)
+        kb_mutex_unlock(&self.c.mu)
+        self.thread.join()
+        client_drop(self.c)
+        self.c = NULL
+
+    def _join(self, timeout) -> None:
+        """Waits for the thread and the callback thread to end, unless called on one of them."""
+        cdef int64_t deadline = deadline_after(timeout)
+        if self.thread is not None and self.thread is not threading.current_thread():
+            self.thread.join(timeout)
+        self.callback_thread.join(None if timeout is None else max(0.0, (deadline - kb_now_ns()) / 1e9))
+
+    def call(self, callback, argument) -> None:
+        self.callback_thread.put(callback, argument)
+
+    def _run(self) -> None:
+        cdef Client *c = self.c
+        cdef BatchState *batch
+        cdef BatchState *following
+        cdef Notice *notice
+        cdef bint stop = False
+        while not stop:
+            with nogil:
+                kb_mutex_lock(&c.mu)
+                while not (c.done_first != NULL or c.notice_first != NULL or c.dispatcher_nudge or c.dispatcher_stop):
+                    kb_cond_wait(&c.dispatcher_cond, &c.mu)
+                batch = c.done_first
+                c.done_first = c.done_last = NULL
+                notice = c.notice_first
+                c.notice_first = c.notice_last = NULL
+                stop = c.dispatcher_stop and batch == NULL and notice == NULL
+                if notice != NULL:
+                    c.entered += 1  # librdkafka must outlive its events
+                kb_mutex_unlock(&c.mu)
+            # A batch given back may be the last that kept the Core; its memory is not touched after that.
+            while batch != NULL:
+                following = batch.next_done
+                self._answer(<Batch> batch.owner)
+                release_owner(batch)
+                batch = following
+            if notice != NULL:
+                self._pass_on(notice)
+                kb_mutex_lock(&c.mu)
+                c.entered -= 1
+                kb_cond_signal(&c.drainer_cond)
+                kb_mutex_unlock(&c.mu)
+            release_idle(c)
+
+    cdef void _answer(self, Batch batch) noexcept:
+        # Loops first: they wait for a batch, callbacks are only told.
+        cdef list wakers = batch.wakers
+        cdef list callbacks = batch.callbacks
+        batch.wakers = batch.callbacks = None
+        if wakers is not None:
+            for waker in wakers:
+                try:
+                    waker()
+                except Exception:
+                    _logger.exception("could not wake an event loop")
+        if callbacks is not None:
+            for callback in callbacks:
+                self.callback_thread.put(callback, batch)
+
+    cdef void _pass_on(self, Notice *notice) noexcept:
+        cdef Notice *following
+        while notice != NULL:
+            following = notice.next
+            try:
+                self._pass_one(notice)
+            except Exception:
+                _logger.exception("could not pass on an event of librdkafka")
+            free_notice(notice)
+            notice = following
+
+    cdef int _pass_one(self, Notice *notice) except -1:
+        cdef rd_kafka_event_t *event = notice.event
+        cdef const char *fac
+        cdef const char *text
+        cdef int kind, level
+        if event == NULL:
+            self.throttle_cb(notice.broker_name.decode("utf-8", "replace"), notice.broker_id, notice.throttle_ms)
+            return 0
+        kind = api.event_type(event)
+        if kind == RD_KAFKA_EVENT_ERROR:
+            if self.on_error is not None:
+                self.on_error(api.event_error(event), api.event_error_string(event).decode("utf-8", "replace"),
+                              bool(api.event_error_is_fatal(event)))
+        elif kind == RD_KAFKA_EVENT_STATS:
+            self.on_stats(api.event_stats(event).decode())
+        elif kind == RD_KAFKA_EVENT_LOG:
+            if api.event_log(event, &fac, &text, &level) == 0:
+                self.on_log(level, fac.decode("utf-8", "replace"), text.decode("utf-8", "replace"))
+        elif kind == RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH:
+            text = api.event_config_string(event)
+            self.on_oauth("" if text == NULL else text.decode())
+        return 0

@@ -1,0 +1,327 @@
+# Envelope and Tombstone. The constructor checks what becomes a C number (times, partition, attempts, id) and the
+# shape of the rest; text is checked when a batch is mapped, where the error can name the envelope's index.
+
+cdef enum BodyKind:
+    BODY_MESSAGE = 0    # `_body` is encoded by the producer's encoder
+    BODY_DATA = 1       # `_body` is the encoded body
+    BODY_TOMBSTONE = 2  # a null value
+
+
+cdef int64_t _whole_number(object value, str field, int64_t lowest, int64_t highest) except? -2:
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise TypeError(f"{field} must be an int, not {type(value).__name__}")
+    if not lowest <= value <= highest:
+        raise ValueError(f"{field} must be from {lowest} to {highest}, not {value}")
+    return value
+
+
+cdef tuple _header_pairs(object headers):
+    # A tuple of exact 2-tuples, so that phase 1 reads them without a call.
+    cdef object pair
+    cdef list pairs = None
+    if isinstance(headers, Mapping):
+        return tuple((<dict> headers).items() if type(headers) is dict else [(k, v) for k, v in headers.items()])
+    if isinstance(headers, (str, bytes)):
+        raise TypeError(f"headers must be a mapping or a sequence of pairs, not {type(headers).__name__}")
+    try:
+        pairs = list(headers)
+    except TypeError:
+        raise TypeError(
+            f"headers must be a mapping or a sequence of pairs, not {type(headers).__name__}") from None
+    for i in range(len(pairs)):
+        pair = pairs[i]
+        if type(pair) is not tuple or len(<tuple> pair) != 2:
+            if isinstance(pair, (str, bytes)) or not isinstance(pair, Sequence) or len(pair) != 2:
+                raise TypeError(f"headers[{i}] must be a pair (name, value), not {type(pair).__name__}")
+            pairs[i] = (pair[0], pair[1])
+    return tuple(pairs)
+
+
+@cython.freelist(1024)
+cdef class Envelope:
+    """One message and what travels with it. Immutable.
+
+    Args:
+        message: The body as an object, encoded by the producer's encoder; ``None`` is JSON's ``null``.
+        data: The body as a buffer that is already encoded. Give exactly one of ``message`` and ``data``.
+            ``bytes`` are sent without a copy; any other buffer is copied when the batch is mapped.
+        key: The record key. Text is sent as UTF-8.
+        topic: Where it goes; wins over the topic of the batch.
+        partition: The partition, or ``None`` to let the partitioner choose.
+        timestamp: The record's time in milliseconds since 1970 (above 0); by default the time of the batch.
+        headers: A mapping or a sequence of pairs; names ``str``, values ``str``, ``bytes`` or ``None``. Order and
+            duplicates are kept.
+        id: By default a new UUID version 7.
+        message_type: By default the message class's ``__message_type__``, else its qualified name.
+        content_type: By default what the producer's encoder writes.
+        source: By default the producer's.
+        correlation_id, conversation_id, parent_id, tenant_id, user_name: Text that travels as headers;
+            ``conversation_id`` may be a ``uuid.UUID``.
+        sent_at, scheduled_time, deliver_by: Timezone-aware. ``sent_at`` is by default the time of the batch. An
+            envelope whose ``deliver_by`` has passed when its batch is mapped is not sent; its outcome is *expired*.
+        attempts: How often it was tried before.
+
+    Raises:
+        TypeError, ValueError: A wrong type, a naive time, a number out of range, both or neither of ``message`` and
+            ``data``. Text (key, topic, headers, …) is checked when a batch is mapped: see `SerializationError`.
+    """
+
+    cdef object _body
+    cdef object _key
+    cdef object _topic
+    cdef object _message_type
+    cdef object _content_type
+    cdef object _source
+    cdef object _correlation_id
+    cdef object _conversation_id
+    cdef object _parent_id
+    cdef object _tenant_id
+    cdef object _user_name
+    cdef tuple _headers
+    cdef int64_t _timestamp   # ms; 0: the batch's time
+    cdef int64_t _sent_at     # µs, as the next two; NO_TIME: unset
+    cdef int64_t _scheduled_time
+    cdef int64_t _deliver_by
+    cdef int32_t _partition   # -1: the partitioner's choice
+    cdef int32_t _attempts
+    cdef int _kind            # BodyKind
+    cdef unsigned char[16] _id
+
+    def __init__(self, message=UNSET, *, data=None, key=None, topic=None, partition=None, timestamp=None, headers=(),
+                 id=None, message_type=None, content_type=None, source=None, correlation_id=None,
+                 conversation_id=None, parent_id=None, tenant_id=None, user_name=None, sent_at=None,
+                 scheduled_time=None, deliver_by=None, attempts=0):
+        if data is None:
+            if message is UNSET:
+                raise TypeError("an Envelope needs either message or data")
+            self._body = message
+            self._kind = BODY_MESSAGE
+        else:
+            if message is not UNSET:
+                raise TypeError("an Envelope takes message or data, not both")
+            if type(data) is not bytes and not PyObject_CheckBuffer(data):
+                raise TypeError(f"data must be bytes or another buffer, not {type(data).__name__}")
+            self._body = data
+            self._kind = BODY_DATA
+        self._set_common(key, topic, partition, headers, id)
+        self._message_type = message_type
+        self._content_type = content_type
+        self._source = source
+        self._correlation_id = correlation_id
+        self._conversation_id = (
+            str(conversation_id) if conversation_id is not None and isinstance(conversation_id, uuid.UUID)
+            else conversation_id)
+        self._parent_id = parent_id
+        self._tenant_id = tenant_id
+        self._user_name = user_name
+        if timestamp is not None:
+            self._timestamp = _whole_number(timestamp, "timestamp", 1, INT64_MAX)
+        self._sent_at = NO_TIME if sent_at is None else time_us(sent_at, "sent_at")
+        self._scheduled_time = NO_TIME if scheduled_time is None else time_us(scheduled_time, "scheduled_time")
+        self._deliver_by = NO_TIME if deliver_by is None else time_us(deliver_by, "deliver_by")
+        if attempts is not _ZERO:
+            self._attempts = <int32_t> _whole_number(attempts, "attempts", 0, INT32_MAX)
+
+    cdef int _set_common(self, object key, object topic, object partition, object headers, object id) except -1:
+        self._key = key
+        self._topic = topic
+        self._partition = -1 if partition is None else <int32_t> _whole_number(partition, "partition", 0, INT32_MAX)
+        self._headers = () if headers is _EMPTY else _header_pairs(headers)
+        if id is None:
+            if make_uuid7(self._id) < 0:
+                raise OSError("the system gave no random bytes for an id")
+        elif isinstance(id, uuid.UUID):
+            memcpy(self._id, PyBytes_AS_STRING(id.bytes), 16)
+        else:
+            raise TypeError(f"id must be a uuid.UUID, not {type(id).__name__}")
+        return 0
+
+    @classmethod
+    def __class_getitem__(cls, item):
+        return GenericAlias(cls, item)
+
+    @property
+    def message(self):
+        """The body as an object; ``msgspec.UNSET`` when the envelope has ``data`` or is a tombstone."""
+        return self._body if self._kind == BODY_MESSAGE else UNSET
+
+    @property
+    def data(self):
+        """The encoded body that was given, or ``None``."""
+        return self._body if self._kind == BODY_DATA else None
+
+    @property
+    def key(self):
+        return self._key
+
+    @property
+    def topic(self):
+        return self._topic
+
+    @property
+    def partition(self):
+        return None if self._partition < 0 else self._partition
+
+    @property
+    def timestamp(self):
+        """Milliseconds since 1970, or ``None``."""
+        return self._timestamp or None
+
+    @property
+    def headers(self):
+        """Pairs of name and value, in order."""
+        return self._headers
+
+    @property
+    def id(self):
+        return uuid_object(self._id)
+
+    @property
+    def message_type(self):
+        """The type that is sent: the one given, else the message class's; ``None`` for a tombstone."""
+        if self._message_type is not None or self._kind == BODY_TOMBSTONE:
+            return self._message_type
+        return "bytes" if self._kind == BODY_DATA else message_type_of(type(self._body))
+
+    @property
+    def content_type(self):
+        return self._content_type
+
+    @property
+    def source(self):
+        return self._source
+
+    @property
+    def correlation_id(self):
+        return self._correlation_id
+
+    @property
+    def conversation_id(self):
+        return self._conversation_id
+
+    @property
+    def parent_id(self):
+        return self._parent_id
+
+    @property
+    def tenant_id(self):
+        return self._tenant_id
+
+    @property
+    def user_name(self):
+        return self._user_name
+
+    @property
+    def sent_at(self):
+        return time_object(self._sent_at)
+
+    @property
+    def scheduled_time(self):
+        return time_object(self._scheduled_time)
+
+    @property
+    def deliver_by(self):
+        return time_object(self._deliver_by)
+
+    @property
+    def attempts(self):
+        return self._attempts
+
+    cdef dict _arguments(self):
+        # What the constructor takes to make an equal envelope; only what differs from its defaults.
+        cdef dict arguments = {}
+        if self._kind == BODY_MESSAGE:
+            arguments["message"] = self._body
+        elif self._kind == BODY_DATA:
+            arguments["data"] = self._body
+        for name, value, default in (
+            ("key", self._key, None),
+            ("topic", self._topic, None),
+            ("partition", self.partition, None),
+            ("timestamp", self.timestamp, None),
+            ("headers", self._headers, ()),
+            ("message_type", self._message_type, None),
+            ("content_type", self._content_type, None),
+            ("source", self._source, None),
+            ("correlation_id", self._correlation_id, None),
+            ("conversation_id", self._conversation_id, None),
+            ("parent_id", self._parent_id, None),
+            ("tenant_id", self._tenant_id, None),
+            ("user_name", self._user_name, None),
+            ("sent_at", self.sent_at, None),
+            ("scheduled_time", self.scheduled_time, None),
+            ("deliver_by", self.deliver_by, None),
+            ("attempts", self._attempts, 0),
+        ):
+            if value is not default and value != default:
+                arguments[name] = value
+        arguments["id"] = self.id
+        return arguments
+
+    def replace(self, **changes):
+        """A copy with these fields changed; giving ``message`` drops ``data``, and the other way round.
+
+        The id stays; pass ``id=None`` for a new one.
+        """
+        cdef dict arguments = self._arguments()
+        if "message" in changes:
+            arguments.pop("data", None)
+        elif changes.get("data") is not None:
+            arguments.pop("message", None)
+        arguments.update(changes)
+        return type(self)(**arguments)
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        return self._arguments() == (<Envelope> other)._arguments()
+
+    def __hash__(self):
+        return hash(PyBytes_FromStringAndSize(<const char *> self._id, 16))
+
+    def __repr__(self):
+        cdef dict arguments = self._arguments()
+        parts = [repr(arguments.pop("message"))] if "message" in arguments else []
+        parts += [f"{name}={value!r}" for name, value in arguments.items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+    def __reduce__(self):
+        return _rebuild_envelope, (type(self), self._arguments())
+
+
+cdef class Tombstone(Envelope):
+    """An envelope with a null value: it deletes its key from a compacted topic.
+
+    Args:
+        key: The record key to delete.
+        topic, partition, headers, id: As in `Envelope`.
+    """
+
+    def __init__(self, key, *, topic=None, partition=None, headers=(), id=None):
+        if key is None:
+            raise TypeError("a Tombstone needs a key: it deletes the records of that key")
+        self._kind = BODY_TOMBSTONE
+        self._set_common(key, topic, partition, headers, id)
+        self._sent_at = self._scheduled_time = self._deliver_by = NO_TIME
+
+
+def _rebuild_envelope(cls, arguments):
+    return cls(**arguments)
+
+
+cdef object _EMPTY = ()
+cdef object _ZERO = 0
+cdef dict _message_types = {}
+
+
+cdef object message_type_of(object cls):
+    # Cached per class; a class is asked for __message_type__ once.
+    cdef object name = _message_types.get(cls)
+    if name is None:
+        name = getattr(cls, "__message_type__", None)
+        if not isinstance(name, str):
+            name = cls.__qualname__
+        if len(_message_types) >= 4096:  # classes made at run time must not pile up here
+            _message_types.clear()
+        _message_types[cls] = name
+    return name

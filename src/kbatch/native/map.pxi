@@ -1,0 +1,608 @@
+# Phase 1: envelopes become records. The GIL is held; nothing is on the wire. Each function that can fail raises
+# and leaves the batch to be dropped as a whole; what it took is released with the Batch.
+
+cdef enum Wire:
+    WIRE_KBATCH = 0
+    WIRE_WOLVERINE = 1
+    WIRE_RAW = 2
+    WIRE_CUSTOM = 3
+
+cdef enum:
+    MESSAGE_OVERHEAD = 36  # RD_KAFKAP_MESSAGE_V2_MAX_OVERHEAD of librdkafka
+    OWN_HEADERS = 16       # the most that a wire format writes itself
+    SIGNALS_EVERY = 4095   # Ctrl-C is looked at every 4,096 envelopes
+
+
+cdef extern from *:
+    """
+    /* A str's UTF-8: in place for ASCII, else made once and kept by the str. NULL with an exception for a lone
+       surrogate. */
+    static inline const char *kb_utf8(PyObject *s, Py_ssize_t *n) {
+        if (PyUnicode_IS_COMPACT_ASCII(s)) {
+            *n = PyUnicode_GET_LENGTH(s);
+            return (const char *)PyUnicode_DATA(s);
+        }
+        return PyUnicode_AsUTF8AndSize(s, n);
+    }
+    /* The length of a value's zig-zag varint, for n >= 0. */
+    static inline int kb_varint_length(int64_t n) {
+        return n < 64 ? 1 : n < 8192 ? 2 : n < 1048576 ? 3 : n < 134217728 ? 4 : 5;
+    }
+    """
+    const char *kb_utf8(PyObject *s, Py_ssize_t *n) noexcept
+    int kb_varint_length(int64_t n) noexcept nogil
+
+
+cdef struct Cursor:
+    # The headers being written of one envelope.
+    Header *next
+    int64_t wire_size  # serialised size so far
+
+
+cdef frozenset KBATCH_HEADERS = frozenset((
+    "id", "message-type", "content-type", "sent-at", "correlation-id", "conversation-id", "parent-id", "source",
+    "tenant-id", "user-name", "time-to-send", "deliver-by", "attempts"))
+cdef frozenset WOLVERINE_HEADERS = KBATCH_HEADERS | {"wolverine-protocol-version"}
+
+
+cdef inline void _put(Cursor *at, const char *name, int32_t name_len, const char *value, int32_t code,
+                      int64_t value_len) noexcept nogil:
+    # `code` is what goes into the header, `value_len` the length the value will have on the wire.
+    at.next.name = name
+    at.next.name_len = name_len
+    at.next.value = value
+    at.next.value_len = code
+    at.next += 1
+    at.wire_size += name_len + value_len + kb_varint_length(name_len) + kb_varint_length(value_len)
+
+
+cdef class Mapper:
+    """How envelopes become records: wire format, encoder and defaults of one producer."""
+
+    cdef int wire
+    cdef object custom                # the wire object, for WIRE_CUSTOM
+    cdef object encode_into           # msgspec's bound method, or None
+    cdef object encoder               # the callable, or None
+    cdef object encoded_content_type  # content type of what the encoder makes
+    cdef object source
+    cdef object header_hook
+    cdef frozenset reserved
+    cdef int64_t message_max_bytes
+    cdef int64_t queue_max_bytes
+
+    def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes):
+        if wire == "kbatch":
+            self.wire, self.reserved = WIRE_KBATCH, KBATCH_HEADERS
+        elif wire == "wolverine":
+            self.wire, self.reserved = WIRE_WOLVERINE, WOLVERINE_HEADERS
+        elif wire == "raw":
+            self.wire, self.reserved = WIRE_RAW, frozenset()
+        else:
+            self.wire, self.custom, self.reserved = WIRE_CUSTOM, wire, frozenset()
+        self.encoded_content_type = "application/octet-stream"
+        if isinstance(encoder, (msgspec.json.Encoder, msgspec.msgpack.Encoder)):
+            self.encode_into = encoder.encode_into
+            self.encoded_content_type = (
+                "application/json" if isinstance(encoder, msgspec.json.Encoder) else "application/msgpack")
+        else:
+            self.encoder = encoder
+        self.source = source
+        self.header_hook = header_hook
+        self.message_max_bytes = message_max_bytes
+        self.queue_max_bytes = queue_max_bytes
+
+
+cdef class _Mapping:
+    """One batch on its way through phase 1."""
+
+    cdef Mapper mapper
+    cdef Batch batch
+    cdef Client *client
+    cdef BatchState *state
+    cdef Py_ssize_t index        # the envelope being mapped
+    cdef Envelope envelope       # the same; None if it is no Envelope
+    cdef bytearray buffer
+    cdef list kept               # objects whose memory records point at, besides the envelopes
+    cdef int64_t now_us
+    cdef object default_topic
+    cdef object last_topic
+    cdef Topic *last_topic_entry
+    cdef object last_type
+    cdef object last_type_name
+    cdef tuple hook_headers
+    cdef tuple extra_headers     # what the encoder added for this envelope; None or pairs
+
+    # -- errors
+
+    cdef object _error(self, str field, str reason):
+        cdef object id = None if self.envelope is None else self.envelope.id
+        return SerializationError(reason, index=self.index, envelope_id=id, field=field)
+
+    # -- text
+
+    cdef const char *_text(self, object value, str field, Py_ssize_t *length) except NULL:
+        cdef const char *p
+        if type(value) is not str and not isinstance(value, str):
+            raise self._error(field, f"{field} must be str, not {type(value).__name__}")
+        p = kb_utf8(<PyObject *> value, length)
+        if p == NULL:
+            self._not_utf8(field)
+        if length[0] > INT32_MAX:
+            raise self._error(field, f"{field} is larger than 2 GiB")
+        return p
+
+    cdef int _not_utf8(self, str field) except -1:
+        try:
+            raise_pending()
+        except UnicodeEncodeError as error:
+            raise self._error(field, f"{field} cannot be encoded as UTF-8: {error.reason}") from error
+        return 0
+
+    cdef int _put_text(self, Cursor *at, const char *name, int32_t name_len, object value, str field) except -1:
+        cdef Py_ssize_t length
+        cdef const char *p
+        if value is None:
+            return 0
+        p = self._text(value, field, &length)
+        _put(at, name, name_len, p, <int32_t> length, length)
+        return 0
+
+    cdef int _put_headers(self, Cursor *at, tuple pairs, str where) except -1:
+        cdef object name, value, pair
+        cdef Py_ssize_t name_len, value_len
+        cdef const char *name_p
+        cdef const char *value_p
+        for pair in pairs:
+            name = <object> PyTuple_GET_ITEM(<PyObject *> pair, 0)
+            value = <object> PyTuple_GET_ITEM(<PyObject *> pair, 1)
+            if type(name) is not str and not isinstance(name, str):
+                raise self._error(where, f"{where}: a header's name must be str, not {type(name).__name__} ({name!r})")
+            name_p = kb_utf8(<PyObject *> name, &name_len)
+            if name_p == NULL:
+                self._not_utf8(f"{where}[{name!r}]")
+            if name_len == 0:
+                raise self._error(where, f"{where}: a header's name must not be empty")
+            if memchr(name_p, 0, name_len) != NULL:
+                raise self._error(f"{where}[{name!r}]", f"header {name!r}: a name must not contain a NUL character")
+            if self.mapper.reserved and name in self.mapper.reserved:
+                raise self._error(
+                    f"{where}[{name!r}]", f"header {name!r} is reserved: the wire format writes it itself")
+            if type(value) is bytes or isinstance(value, bytes):
+                value_p = PyBytes_AS_STRING(value)
+                value_len = PyBytes_GET_SIZE(value)
+            elif isinstance(value, str):
+                value_p = kb_utf8(<PyObject *> value, &value_len)
+                if value_p == NULL:
+                    self._not_utf8(f"{where}[{name!r}]")
+            elif value is None:
+                _put(at, name_p, <int32_t> name_len, NULL, VALUE_NULL, 0)
+                continue
+            else:
+                raise self._error(
+                    f"{where}[{name!r}]",
+                    f"header {name!r} must be str, bytes or None, not {type(value).__name__}")
+            if value_len > INT32_MAX or name_len > INT32_MAX:
+                raise self._error(f"{where}[{name!r}]", f"header {name!r} is larger than 2 GiB")
+            _put(at, name_p, <int32_t> name_len, value_p, <int32_t> value_len, value_len)
+        return 0
+
+    # -- the parts of a record
+
+    cdef int _map_topic(self, Record *record) except -1:
+        cdef object topic = self.envelope._topic
+        if topic is None:
+            topic = self.default_topic
+        if topic is not self.last_topic or self.last_topic_entry == NULL:
+            self.last_topic_entry = self._find_topic(topic)
+            self.last_topic = topic
+        record.topic = self.last_topic_entry
+        return 0
+
+    cdef Topic *_find_topic(self, object topic) except NULL:
+        cdef Topic *entry
+        cdef Py_ssize_t length
+        cdef const char *p
+        if topic is None:
+            raise self._error("topic", "the envelope has no topic and the batch has none either")
+        p = self._text(topic, "topic", &length)
+        if not _LEGAL_TOPIC(topic):
+            raise self._error(
+                "topic", f"topic {topic!r} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+        entry = client_topic(self.client, p, length)
+        if entry == NULL:
+            raise MemoryError("no memory for a topic")
+        return entry
+
+    cdef int _map_key(self, Record *record) except -1:
+        cdef object key = self.envelope._key
+        cdef Py_ssize_t length
+        if key is None:
+            record.key = NULL
+            record.key_len = 0
+            return 0
+        if type(key) is bytes or isinstance(key, bytes):
+            length = PyBytes_GET_SIZE(key)
+            record.key = PyBytes_AS_STRING(key)
+        elif isinstance(key, str):
+            record.key = self._text(key, "key", &length)
+        else:
+            raise self._error("key", f"key must be str, bytes or None, not {type(key).__name__}")
+        if length > INT32_MAX:
+            raise self._error("key", "key is larger than 2 GiB")
+        record.key_len = <int32_t> length
+        return 0
+
+    cdef int _borrow(self, Record *record, bytes data) noexcept:
+        record.value = PyBytes_AS_STRING(data)
+        record.value_len = PyBytes_GET_SIZE(data)
+        return 0
+
+    cdef int _append(self, Record *record, object data) except -1:
+        # A copy at the buffer's end, for memory that may change under us.
+        cdef Py_buffer view
+        cdef Py_ssize_t start = PyByteArray_GET_SIZE(self.buffer)
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except (BufferError, TypeError) as error:
+            raise self._error("data", f"data is not one contiguous buffer: {error}") from error
+        try:
+            PyByteArray_Resize(self.buffer, start + view.len)
+            if view.len:
+                memcpy(PyByteArray_AS_STRING(self.buffer) + start, view.buf, view.len)
+            record.value_len = view.len
+        finally:
+            PyBuffer_Release(&view)
+        record.value = <const char *> start
+        record.flags |= RECORD_IN_BUFFER
+        return 0
+
+    cdef int _map_body(self, Record *record) except -1:
+        cdef Envelope envelope = self.envelope
+        cdef object body = envelope._body
+        cdef Py_ssize_t start
+        cdef PyObject *args[4]
+        if envelope._kind == BODY_DATA:
+            if type(body) is bytes:
+                return self._borrow(record, <bytes> body)
+            return self._append(record, body)
+        if envelope._kind == BODY_TOMBSTONE:
+            record.value = NULL
+            record.value_len = 0
+            return 0
+        start = PyByteArray_GET_SIZE(self.buffer)
+        if self.mapper.encode_into is not None:
+            args[0] = NULL
+            args[1] = <PyObject *> body
+            args[2] = <PyObject *> self.buffer
+            args[3] = <PyObject *> _MINUS_ONE
+            try:
+                PyObject_Vectorcall(self.mapper.encode_into, args + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise self._error("message", f"message cannot be encoded: {error}") from error
+            record.value = <const char *> start
+            record.value_len = PyByteArray_GET_SIZE(self.buffer) - start
+            record.flags |= RECORD_IN_BUFFER
+            return 0
+        return self._call_encoder(record, body)
+
+    cdef int _call_encoder(self, Record *record, object body) except -1:
+        cdef object context, encoded
+        topic = self.envelope._topic if self.envelope._topic is not None else self.default_topic
+        context = SerializationContext(topic, [])
+        try:
+            encoded = self.mapper.encoder(body, context)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise self._error("message", f"message cannot be encoded: {error}") from error
+        if context.headers:
+            try:
+                self.extra_headers = _header_pairs(context.headers)
+            except TypeError as error:
+                raise self._error("message", f"the encoder's {error}") from error
+            self.kept.append(self.extra_headers)
+        if type(encoded) is bytes:
+            self.kept.append(encoded)
+            return self._borrow(record, <bytes> encoded)
+        if encoded is None:
+            record.value = NULL
+            record.value_len = 0
+            return 0
+        if not PyObject_CheckBuffer(encoded):
+            raise self._error("message", f"the encoder must return bytes, not {type(encoded).__name__}")
+        return self._append(record, encoded)
+
+    cdef object _type_name(self):
+        cdef object cls
+        if self.envelope._message_type is not None:
+            return self.envelope._message_type
+        if self.envelope._kind == BODY_DATA:
+            return "bytes"
+        cls = type(self.envelope._body)
+        if cls is not self.last_type:
+            self.last_type_name = message_type_of(cls)
+            self.last_type = cls
+        return self.last_type_name
+
+    cdef object _content_type(self):
+        if self.envelope._content_type is not None:
+            return self.envelope._content_type
+        return "application/octet-stream" if self.envelope._kind == BODY_DATA else self.mapper.encoded_content_type
+
+    cdef object _source(self):
+        return self.envelope._source if self.envelope._source is not None else self.mapper.source
+
+    cdef void _put_time(self, Cursor *at, const char *name, int32_t name_len, int64_t *us) noexcept:
+        if us[0] != NO_TIME:
+            if self.mapper.wire == WIRE_WOLVERINE:
+                _put(at, name, name_len, <const char *> us, VALUE_TIME_WOLVERINE, TIME_TEXT_WOLVERINE)
+            else:
+                _put(at, name, name_len, <const char *> us, VALUE_TIME_KBATCH, TIME_TEXT_KBATCH)
+
+    cdef inline void _put_sent_at(self, Cursor *at) noexcept:
+        # The batch's own time is written once per batch.
+        if self.envelope._sent_at != NO_TIME:
+            self._put_time(at, b"sent-at", 7, &self.envelope._sent_at)
+        elif self.mapper.wire == WIRE_WOLVERINE:
+            _put(at, b"sent-at", 7, self.batch.sent_at, TIME_TEXT_WOLVERINE, TIME_TEXT_WOLVERINE)
+        else:
+            _put(at, b"sent-at", 7, self.batch.sent_at, TIME_TEXT_KBATCH, TIME_TEXT_KBATCH)
+
+    # -- wire formats; the header names are those of DESIGN.md, "Wire formats"
+
+    cdef int _put_kbatch(self, Cursor *at) except -1:
+        cdef Envelope e = self.envelope
+        _put(at, b"id", 2, <const char *> e._id, VALUE_UUID, UUID_TEXT)
+        if e._kind == BODY_TOMBSTONE:
+            self._put_sent_at(at)
+            return 0
+        self._put_text(at, b"message-type", 12, self._type_name(), "message_type")
+        self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
+        self._put_sent_at(at)
+        self._put_text(at, b"correlation-id", 14, e._correlation_id, "correlation_id")
+        self._put_text(at, b"conversation-id", 15, e._conversation_id, "conversation_id")
+        self._put_text(at, b"parent-id", 9, e._parent_id, "parent_id")
+        self._put_text(at, b"source", 6, self._source(), "source")
+        self._put_text(at, b"tenant-id", 9, e._tenant_id, "tenant_id")
+        self._put_text(at, b"user-name", 9, e._user_name, "user_name")
+        self._put_time(at, b"time-to-send", 12, &e._scheduled_time)
+        self._put_time(at, b"deliver-by", 10, &e._deliver_by)
+        if e._attempts > 0:
+            _put(at, b"attempts", 8, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
+        return 0
+
+    cdef int _put_wolverine(self, Cursor *at) except -1:
+        cdef Envelope e = self.envelope
+        self._put_text(at, b"correlation-id", 14, e._correlation_id, "correlation_id")
+        if not _all_zero(e._id):
+            _put(at, b"id", 2, <const char *> e._id, VALUE_UUID, UUID_TEXT)
+        if e._conversation_id is not None:
+            self._put_text(at, b"conversation-id", 15, self._guid(e._conversation_id), "conversation_id")
+        self._put_text(at, b"parent-id", 9, e._parent_id, "parent_id")
+        self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
+        self._put_text(at, b"source", 6, self._source(), "source")
+        self._put_time(at, b"time-to-send", 12, &e._scheduled_time)
+        self._put_sent_at(at)
+        self._put_text(at, b"message-type", 12, self._type_name(), "message_type")
+        self._put_text(at, b"tenant-id", 9, e._tenant_id, "tenant_id")
+        self._put_text(at, b"user-name", 9, e._user_name, "user_name")
+        self._put_time(at, b"deliver-by", 10, &e._deliver_by)
+        _put(at, b"attempts", 8, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
+        _put(at, b"wolverine-protocol-version", 26, b"1.0", 3, 3)
+        return 0
+
+    cdef object _guid(self, object text):
+        # A GUID's text as .NET writes it; None for the empty GUID.
+        cdef object value
+        if not isinstance(text, str):
+            raise self._error("conversation_id", f"conversation_id must be str, not {type(text).__name__}")
+        try:
+            value = uuid.UUID(text)
+        except ValueError:
+            raise self._error(
+                "conversation_id", f"conversation_id must be a UUID in the wolverine format, not {text!r}") from None
+        if value.int == 0:
+            return None
+        text = str(value)
+        self.kept.append(text)
+        return text
+
+    cdef int _wolverine_key(self, Record *record) except -1:
+        cdef char *text
+        if record.key == NULL:
+            text = arena_take(self.client, &self.state.arena, UUID_TEXT)
+            if text == NULL:
+                raise MemoryError("no memory for a record key")
+            write_uuid(self.envelope._id, text)
+            record.key = text
+            record.key_len = UUID_TEXT
+        return 0
+
+    cdef Header *_room_for(self, Py_ssize_t count) except? NULL:
+        cdef Header *headers = <Header *> arena_take(
+            self.client, &self.state.arena, <size_t> count * sizeof(Header))
+        if headers == NULL:
+            raise MemoryError(f"no memory for {count} headers")
+        return headers
+
+    cdef int _map_headers(self, Record *record) except -1:
+        cdef Cursor at
+        cdef Envelope e = self.envelope
+        cdef Py_ssize_t most = len(e._headers) + len(self.hook_headers) + OWN_HEADERS
+        if self.extra_headers is not None:
+            most += len(self.extra_headers)
+        record.headers = at.next = self._room_for(most)
+        at.wire_size = 0
+        if self.mapper.wire == WIRE_KBATCH:
+            self._put_kbatch(&at)
+        if self.extra_headers is not None:
+            self._put_headers(&at, self.extra_headers, "encoder headers")
+        if self.hook_headers:
+            self._put_headers(&at, self.hook_headers, "header_hook")
+        if e._headers:
+            self._put_headers(&at, e._headers, "headers")
+        if self.mapper.wire == WIRE_WOLVERINE and e._kind != BODY_TOMBSTONE:
+            self._put_wolverine(&at)
+        return self._end_headers(record, &at, most)
+
+    cdef int _end_headers(self, Record *record, Cursor *at, Py_ssize_t most) except -1:
+        cdef Py_ssize_t count = at.next - record.headers
+        if count > INT32_MAX:
+            raise self._error("headers", f"{count} headers are more than Kafka can carry")
+        record.header_count = <int32_t> count
+        # Room that was not used goes back: the headers were the last that was taken.
+        self.state.arena.used -= <size_t> (most - count) * sizeof(Header)
+        return self._check_size(record, at.wire_size)
+
+    cdef int _check_size(self, Record *record, int64_t headers_size) except -1:
+        cdef int64_t size = MESSAGE_OVERHEAD + record.key_len + record.value_len + headers_size
+        cdef str field
+        if size > self.mapper.message_max_bytes or record.value_len > self.mapper.queue_max_bytes:
+            field = "data" if self.envelope._kind == BODY_DATA else "message"
+            if size > self.mapper.message_max_bytes:
+                raise self._error(
+                    field, f"the record would take {size} bytes (body {record.value_len}, key {record.key_len}, headers "
+                    f"{headers_size}), more than message.max.bytes={self.mapper.message_max_bytes}")
+            raise self._error(
+                field, f"the body of {record.value_len} bytes can never fit into "
+                f"queue.buffering.max.kbytes={self.mapper.queue_max_bytes // 1024}")
+        return 0
+
+    cdef int _map_custom(self, Record *record) except -1:
+        # The user's wire object answers with (key, value, headers) at Python speed.
+        cdef Cursor at
+        cdef object answer, key, value, headers
+        cdef tuple pairs
+        cdef Py_ssize_t most, length
+        try:
+            answer = self.mapper.custom.write(self.envelope)
+            key, value, headers = answer
+            pairs = _header_pairs(headers) if headers is not None else ()
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise self._error("wire", f"the wire format could not write the envelope: {error}") from error
+        self.kept.append((key, pairs))
+        if key is None:
+            record.key, record.key_len = NULL, 0
+        elif isinstance(key, bytes):
+            record.key, length = PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key)
+            record.key_len = <int32_t> min(length, INT32_MAX)
+        elif isinstance(key, str):
+            record.key = self._text(key, "key", &length)
+            record.key_len = <int32_t> length
+        else:
+            raise self._error("key", f"the wire format's key must be str, bytes or None, not {type(key).__name__}")
+        if value is None:
+            record.value, record.value_len = NULL, 0
+        elif type(value) is bytes:
+            self.kept.append(value)
+            self._borrow(record, <bytes> value)
+        elif PyObject_CheckBuffer(value):
+            self._append(record, value)
+        else:
+            raise self._error("wire", f"the wire format's value must be bytes or None, not {type(value).__name__}")
+        most = len(pairs) + len(self.hook_headers)
+        record.headers = at.next = self._room_for(most)
+        at.wire_size = 0
+        self._put_headers(&at, self.hook_headers, "header_hook")
+        self._put_headers(&at, pairs, "headers")
+        return self._end_headers(record, &at, most)
+
+    cdef int _map_one(self, object item, Record *record) except -1:
+        cdef Envelope e
+        if not isinstance(item, Envelope):
+            self.envelope = None
+            raise self._error("envelope", f"expected a kbatch.Envelope, not {type(item).__name__}")
+        self.envelope = e = <Envelope> item
+        record.flags = 0
+        record.partition = e._partition
+        record.timestamp = e._timestamp if e._timestamp else self.now_us // 1000
+        self._map_topic(record)
+        if e._deliver_by != NO_TIME and e._deliver_by <= self.now_us:
+            record.flags = RECORD_EXPIRED
+            return 0
+        if self.mapper.wire == WIRE_CUSTOM:
+            return self._map_custom(record)
+        self._map_key(record)
+        if self.mapper.wire == WIRE_WOLVERINE:
+            self._wolverine_key(record)
+        self.extra_headers = None
+        self._map_body(record)
+        return self._map_headers(record)
+
+    cdef int _run(self) except -1:
+        cdef Py_ssize_t i
+        cdef Record *record
+        cdef tuple envelopes = self.batch.envelopes
+        cdef char *base
+        for i in range(self.state.count):
+            if i & SIGNALS_EVERY == SIGNALS_EVERY:
+                PyErr_CheckSignals()
+            self.index = i
+            self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
+        if PyByteArray_GET_SIZE(self.buffer):
+            # From here on the buffer must not move: the export forbids it.
+            PyObject_GetBuffer(self.buffer, &self.batch.view, PyBUF_SIMPLE)
+            self.batch.has_view = True
+            base = <char *> self.batch.view.buf
+        else:
+            base = <char *> _NOTHING  # an empty value is not a null value
+        for i in range(self.state.count):
+            record = &self.state.records[i]
+            if record.flags & RECORD_IN_BUFFER:
+                record.value = base + <Py_ssize_t> record.value
+        return 0
+
+
+cdef char *_NOTHING = b""
+cdef object _MINUS_ONE = -1
+cdef object _LEGAL_TOPIC = re.compile(r"(?!\.{1,2}\Z)[a-zA-Z0-9._-]{1,249}\Z").match
+
+
+cdef bint _all_zero(const unsigned char *id) noexcept nogil:
+    cdef int i
+    for i in range(16):
+        if id[i]:
+            return False
+    return True
+
+
+cdef int map_batch(Mapper mapper, Client *client, Batch batch, object topic, object envelopes) except -1:
+    """Maps `envelopes` into `batch`, all or nothing."""
+    cdef _Mapping mapping = _Mapping.__new__(_Mapping)
+    cdef BatchState *state = &batch.state
+    cdef object hook
+    if isinstance(envelopes, (Envelope, str, bytes, Mapping)):
+        raise TypeError(f"envelopes must be an iterable of kbatch.Envelope, not {type(envelopes).__name__}")
+    # A tuple of our own: a list may be changed by another thread, or by an encoder, while it is mapped.
+    batch.envelopes = tuple(envelopes)
+    state.count = len(batch.envelopes)
+    batch.outcomes = Outcomes.make(state.count)
+    state.outcomes = batch.outcomes._items
+    state.records = records_take(client, state.count, &state.capacity)
+    if state.records == NULL and state.count:
+        raise MemoryError(f"no memory for {state.count} records")
+    mapping.mapper, mapping.batch = mapper, batch
+    mapping.client, mapping.state = client, state
+    mapping.buffer = batch.buffer = bytearray()
+    mapping.kept = batch.kept = []
+    mapping.index = -1
+    mapping.default_topic = topic
+    mapping.now_us = kb_wall_ns() // 1000
+    mapping.hook_headers = ()
+    write_time(mapping.now_us, mapper.wire == WIRE_WOLVERINE, batch.sent_at)
+    if mapper.header_hook is not None and state.count:
+        try:
+            hook = mapper.header_hook()
+            mapping.hook_headers = _header_pairs(hook) if hook is not None else ()
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise SerializationError(
+                f"header_hook failed: {error}", index=None, envelope_id=None, field="header_hook") from error
+        batch.kept.append(mapping.hook_headers)
+    mapping._run()
+    return 0
