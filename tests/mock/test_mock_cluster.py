@@ -11,7 +11,7 @@ import time
 
 import psutil
 import pytest
-from clients import produce, read
+from .clients import produce, read
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka.admin import AdminClient
 
