@@ -52,7 +52,7 @@ cdef struct Notice:
     Notice *next
 
 cdef struct Client:
-    int pid                 # const once started
+    int pid                 # const once started; 0 before
     int32_t references      # atomic: the Core, the dispatcher, the drainer
     int64_t in_flight       # atomic: messages given to librdkafka (or about to be) without an outcome
     int64_t max_in_flight   # const
@@ -259,6 +259,20 @@ cdef void settle(Client *c, BatchState *batch, int64_t count) noexcept nogil:
 
 # -- counting: from events to outcomes
 
+cdef void look_for_fatal(Client *c) noexcept nogil:
+    # A fatal error of the idempotent producer shows in no delivery report of its own.
+    cdef int code
+    if KB_LOAD32(&c.fatal):
+        return
+    code = api.fatal_error(c.rk, NULL, 0)
+    if code:
+        KB_STORE32(&c.fatal, code)
+        kb_mutex_lock(&c.mu)
+        c.fatal_since_ns = kb_now_ns()
+        kb_cond_signal(&c.drainer_cond)
+        kb_mutex_unlock(&c.mu)
+
+
 cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcept nogil:
     # Copy out, give the event back (only then has the queue room again), count down, wake.
     cdef const rd_kafka_message_t *messages[MESSAGES_AT_ONCE]
@@ -303,6 +317,8 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
         ran_down += 1
     api.event_destroy(event)
     KB_ADD64(&c.in_flight, -total)
+    if failed:
+        look_for_fatal(c)
     kb_mutex_lock(&c.mu)
     c.reports += 1
     c.acked += total - failed
@@ -344,20 +360,6 @@ cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
         notice.event = event
         post_notice(c, notice)
     return True
-
-
-cdef void look_for_fatal(Client *c) noexcept nogil:
-    # A fatal error of the idempotent producer shows in no delivery report of its own.
-    cdef int code
-    if KB_LOAD32(&c.fatal):
-        return
-    code = api.fatal_error(c.rk, NULL, 0)
-    if code:
-        KB_STORE32(&c.fatal, code)
-        kb_mutex_lock(&c.mu)
-        c.fatal_since_ns = kb_now_ns()
-        kb_cond_signal(&c.drainer_cond)
-        kb_mutex_unlock(&c.mu)
 
 
 # -- waiting: one leader polls, the others sleep

@@ -170,7 +170,7 @@ cdef class Core:
         cdef Client *c = self.c
         if c == NULL:
             return
-        if c.life != NEW and c.pid != kb_pid():
+        if c.pid and c.pid != kb_pid():
             return  # a forked child owns none of it
         # Nothing is in flight: a batch in flight keeps its Core. The drainer ends librdkafka by itself.
         kb_mutex_lock(&c.mu)
@@ -229,7 +229,7 @@ cdef class Core:
         return 0
 
     cdef int _check_fork(self) except -1:
-        if self.c.life != NEW and self.c.pid != kb_pid():
+        if self.c.pid and self.c.pid != kb_pid():
             raise ForkError(
                 "this producer was used before the fork and its threads are not in this process; make a new one here, "
                 "for example in os.register_at_fork(after_in_child=…), gunicorn's post_fork or Celery's "
@@ -311,6 +311,7 @@ cdef class Core:
         cdef int64_t start = kb_now_ns()
         cdef int answer
         self._enter()
+        look_for_fatal(c)
         try:
             self._check_fatal()
         except BaseException:
@@ -453,7 +454,7 @@ cdef class Core:
         if c.life == NEW:
             c.life = CLOSED
             return 0
-        if c.pid != kb_pid():
+        if c.pid and c.pid != kb_pid():
             return 0
         kb_mutex_lock(&c.mu)
         mine = c.life == RUNNING

@@ -1,0 +1,567 @@
+"""Threads, waits that end early, close, purge, fatal errors, fork, signals and exit: one outcome each, nothing pinned."""
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch._fastmap import pinned_buffers
+from kbatch.testing import MockCluster
+
+from .clients import read
+
+OUT_OF_ORDER_SEQUENCE = 45
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    """Waits for something that comes by itself; fails after a time that only a hang reaches."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, f"never came: {what}"
+        time.sleep(0.005)
+
+
+def make_producer(cluster: MockCluster, **options: Any) -> kbatch.Producer:
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0} | options.pop("config", {})
+    return kbatch.Producer(config, **options)
+
+
+def envelopes(count: int, prefix: str = "m", key: str | None = None) -> list[kbatch.Envelope[Any]]:
+    return [kbatch.Envelope(data=f"{prefix}{i}".encode(), key=key) for i in range(count)]
+
+
+@pytest.fixture
+def dark_cluster(kafka_cluster: MockCluster) -> MockCluster:
+    """A cluster whose only broker is down: what is sent stays in flight."""
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_broker_down(1)
+    return kafka_cluster
+
+
+# -- threads
+
+
+def test_threads_share_a_producer_and_each_keeps_its_order(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=4)
+    threads, rounds, size = 8, 12, 250
+    failures: list[BaseException] = []
+    with make_producer(kafka_cluster, max_in_flight=2_000, config={"queue.buffering.max.messages": 1_000}) as producer:
+
+        def send(number: int) -> None:
+            try:
+                pending = []
+                for turn in range(rounds):
+                    batch = envelopes(size, prefix=f"{number}:{turn}:", key=f"key-{number}")
+                    if turn % 3 == 0:
+                        producer.send_batch("orders", batch).raise_for_errors()
+                    else:
+                        pending.append(producer.submit("orders", batch))
+                for batch_in_flight in pending:
+                    batch_in_flight.wait().raise_for_errors()
+            except BaseException as error:
+                failures.append(error)
+
+        workers = [threading.Thread(target=send, args=(number,)) for number in range(threads)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert not failures
+        assert producer.flush() == 0
+    records = read(kafka_cluster.bootstrap_servers, "orders", threads * rounds * size)
+    values: dict[bytes, list[bytes]] = {}
+    for partition in records.values():
+        for record in partition:
+            assert record.key is not None
+            values.setdefault(record.key, []).append(record.value or b"")
+    for number in range(threads):
+        expected = [f"{number}:{turn}:{i}".encode() for turn in range(rounds) for i in range(size)]
+        assert values[f"key-{number}".encode()] == expected
+
+
+def test_batches_of_two_threads_never_interleave(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    size, rounds = 700, 10
+    with make_producer(kafka_cluster, max_in_flight=200) as producer:
+
+        def send(name: str) -> None:
+            for turn in range(rounds):
+                producer.submit("orders", envelopes(size, prefix=f"{name}{turn}-"))
+
+        workers = [threading.Thread(target=send, args=(name,)) for name in "ab"]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    (records,) = read(kafka_cluster.bootstrap_servers, "orders", 2 * size * rounds).values()
+    batches = [(record.value or b"").split(b"-")[0] for record in records]
+    for start in range(0, len(batches), size):
+        assert set(batches[start : start + size]) == {batches[start]}
+
+
+def test_many_threads_wait_for_one_batch(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_rtt(1, 50)
+    reports: list[kbatch.DeliveryReport] = []
+    with make_producer(kafka_cluster) as producer:
+        pending = producer.submit("orders", envelopes(100))
+        waiters = [threading.Thread(target=lambda: reports.append(pending.wait())) for _ in range(6)]
+        for waiter in waiters:
+            waiter.start()
+        for waiter in waiters:
+            waiter.join()
+    assert len(reports) == 6
+    assert all(report.acked == 100 for report in reports)
+
+
+# -- waits that end early
+
+
+def test_a_wait_that_times_out_ends_the_wait_only(dark_cluster: MockCluster) -> None:
+    with make_producer(dark_cluster) as producer:
+        with pytest.raises(kbatch.BatchPending) as caught:
+            producer.send_batch("orders", envelopes(10), timeout=0.2)
+        pending = caught.value.pending
+        assert isinstance(caught.value, TimeoutError)
+        assert pending is not None
+        assert not pending.done()
+        assert len(producer) == 10
+        with pytest.raises(kbatch.BatchPending):
+            pending.wait(0.05)
+        with pytest.raises(kbatch.BatchPending):
+            _ = pending.report
+        dark_cluster.set_broker_up(1)
+        assert pending.wait().acked == 10
+    (records,) = read(dark_cluster.bootstrap_servers, "orders", 10).values()
+    assert [record.value for record in records] == [f"m{i}".encode() for i in range(10)]
+
+
+def test_a_timeout_in_the_middle_of_enqueueing_settles_the_rest_as_not_sent(dark_cluster: MockCluster) -> None:
+    with make_producer(dark_cluster, config={"queue.buffering.max.messages": 50}) as producer:
+        with pytest.raises(kbatch.BatchPending) as caught:
+            producer.send_batch("orders", envelopes(80), timeout=0.3)
+        pending = caught.value.pending
+        assert pending is not None
+        assert len(producer) == 50
+        dark_cluster.set_broker_up(1)
+        report = pending.wait()
+    assert (report.acked, report.failed) == (50, 30)
+    assert sorted(report.errors) == list(range(50, 80))
+    assert {error.name for error in report.errors.values()} == {"_TIMED_OUT_QUEUE"}
+    assert not any(error.possibly_persisted for error in report.errors.values())
+    (records,) = read(dark_cluster.bootstrap_servers, "orders", 50).values()
+    assert len(records) == 50
+
+
+def test_enqueueing_ends_after_the_delivery_timeout(dark_cluster: MockCluster) -> None:
+    config = {"queue.buffering.max.messages": 50, "delivery.timeout.ms": 1_000}
+    with make_producer(dark_cluster, config=config) as producer:
+        report = producer.send_batch("orders", envelopes(120))
+    assert report.acked == 0
+    assert report.failed == 120
+    assert {error.name for error in report.errors.values()} <= {"_MSG_TIMED_OUT", "_TIMED_OUT_QUEUE"}
+
+
+# -- callbacks and event loops
+
+
+def test_a_callback_may_use_and_close_the_producer(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    producer = make_producer(kafka_cluster)
+    answers: list[object] = []
+
+    def second(report: kbatch.DeliveryReport) -> None:
+        answers.append(("second", report.acked))
+        answers.append(("left", producer.close()))
+
+    def first(report: kbatch.DeliveryReport) -> None:
+        answers.append(("first", report.acked))
+        answers.append(("inside", producer.send_batch("orders", envelopes(3)).acked))
+        producer.submit("orders", envelopes(4), callback=second)
+
+    producer.submit("orders", envelopes(5), callback=first)
+    until(lambda: len(answers) == 4, "the last answer")
+    assert answers == [("first", 5), ("inside", 3), ("second", 4), ("left", 0)]
+    producer.close()
+
+
+def test_a_callback_that_raises_is_logged_and_costs_nothing(
+    kafka_cluster: MockCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    answers: list[int] = []
+
+    def broken(report: kbatch.DeliveryReport) -> None:
+        raise RuntimeError("from the callback")
+
+    with make_producer(kafka_cluster) as producer:
+        producer.submit("orders", envelopes(5), callback=broken)
+        producer.submit("orders", envelopes(6), callback=lambda report: answers.append(report.acked))
+    assert answers == [6]
+    assert "from the callback" in caplog.text
+
+
+def test_a_slow_callback_delays_neither_waiters_nor_loops(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    release = threading.Event()
+    order: list[str] = []
+
+    def slow(report: kbatch.DeliveryReport) -> None:
+        release.wait(30)
+        order.append("slow")
+
+    with make_producer(kafka_cluster) as producer:
+        producer.submit("orders", envelopes(5), callback=slow)
+
+        async def on_a_loop() -> int:
+            return (await producer.submit("orders", envelopes(7))).acked
+
+        assert asyncio.run(on_a_loop()) == 7
+        assert producer.send_batch("orders", envelopes(8)).acked == 8
+        order.append("others")
+        release.set()
+    assert order == ["others", "slow"]
+
+
+def test_every_callback_runs_once(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    calls: Counter[int] = Counter()
+    with make_producer(kafka_cluster) as producer:
+        for number in range(200):
+            pending = producer.submit("orders", envelopes(3), callback=lambda report, n=number: calls.update([n]))
+            if number % 3 == 0:
+                pending.wait()
+                pending.add_done_callback(lambda done, n=1_000 + number: calls.update([n]))
+    assert set(calls.values()) == {1}
+    assert len(calls) == 200 + 67
+
+
+def test_several_loops_await_batches_of_one_producer(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    acked: list[int] = []
+    with make_producer(kafka_cluster) as producer:
+
+        async def main() -> None:
+            pending = [producer.submit("orders", envelopes(20)) for _ in range(10)]
+            reports = await asyncio.gather(*(_await(batch) for batch in pending))
+            acked.append(sum(report.acked for report in reports))
+
+        async def _await(batch: kbatch.PendingBatch) -> kbatch.DeliveryReport:
+            return await batch
+
+        loops = [threading.Thread(target=lambda: asyncio.run(main())) for _ in range(3)]
+        for loop in loops:
+            loop.start()
+        for loop in loops:
+            loop.join()
+    assert acked == [200, 200, 200]
+
+
+def test_cancelling_an_await_ends_the_wait_only(dark_cluster: MockCluster) -> None:
+    with make_producer(dark_cluster) as producer:
+        pending = producer.submit("orders", envelopes(10))
+
+        async def give_up() -> None:
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(_await(), 0.1)
+
+        async def _await() -> None:
+            await pending
+
+        asyncio.run(give_up())
+        assert not pending.done()
+        dark_cluster.set_broker_up(1)
+        assert pending.wait().acked == 10
+
+
+# -- close, purge, fatal
+
+
+def test_close_without_use_and_twice(kafka_cluster: MockCluster) -> None:
+    producer = make_producer(kafka_cluster)
+    assert producer.close() == 0
+    assert producer.close() == 0
+    assert producer.closed
+    with pytest.raises(kbatch.ProducerClosedError):
+        producer.send_batch("orders", envelopes(1))
+
+
+def test_close_gives_up_what_is_left_and_answers_for_it(dark_cluster: MockCluster) -> None:
+    answers: list[kbatch.DeliveryReport] = []
+    producer = make_producer(dark_cluster)
+    pending = producer.submit("orders", envelopes(30), callback=answers.append)
+    assert producer.close(timeout=0.2) == 30
+    assert pending.done()
+    assert [report.failed for report in answers] == [30]
+    assert {error.name for error in pending.report.errors.values()} <= {"_PURGE_QUEUE", "_PURGE_INFLIGHT"}
+    assert pinned_buffers() == 0
+
+
+def test_leaving_a_with_block_says_what_was_lost(dark_cluster: MockCluster) -> None:
+    with pytest.raises(kbatch.UndeliveredError) as caught, make_producer(dark_cluster, close_timeout=0.2) as producer:
+        producer.submit("orders", envelopes(7))
+    assert caught.value.count == 7
+
+
+def test_an_exception_on_its_way_is_not_replaced(dark_cluster: MockCluster) -> None:
+    with pytest.raises(ZeroDivisionError), make_producer(dark_cluster, close_timeout=0.2) as producer:
+        producer.submit("orders", envelopes(7))
+        raise ZeroDivisionError
+
+
+def test_close_ends_a_batch_that_is_being_enqueued(dark_cluster: MockCluster) -> None:
+    reports: list[kbatch.DeliveryReport] = []
+    producer = make_producer(dark_cluster, config={"queue.buffering.max.messages": 50})
+    sender = threading.Thread(target=lambda: reports.append(producer.send_batch("orders", envelopes(200))))
+    sender.start()
+    until(lambda: len(producer) >= 50, "a full queue")
+    left = producer.close(timeout=0.2)
+    sender.join()
+    assert left == 200
+    assert reports[0].failed == 200
+
+
+def test_close_from_several_threads_at_once(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    producer = make_producer(kafka_cluster)
+    pending = producer.submit("orders", envelopes(1_000))
+    left: list[int] = []
+    closers = [threading.Thread(target=lambda: left.append(producer.close())) for _ in range(4)]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join()
+    assert left == [0, 0, 0, 0]
+    assert pending.report.acked == 1_000
+
+
+def test_purge_settles_every_envelope(dark_cluster: MockCluster) -> None:
+    with make_producer(dark_cluster) as producer:
+        pending = producer.submit("orders", envelopes(30))
+        producer.purge()
+        report = pending.wait()
+        assert report.failed == 30
+        dark_cluster.set_broker_up(1)
+        assert producer.send_batch("orders", envelopes(5)).acked == 5
+
+
+def test_flush_counts_what_is_left(dark_cluster: MockCluster) -> None:
+    with make_producer(dark_cluster) as producer:
+        assert producer.flush() == 0
+        pending = producer.submit("orders", envelopes(30))
+        assert producer.flush(0.1) == 30
+        dark_cluster.set_broker_up(1)
+        assert producer.flush() == 0
+        assert pending.report.acked == 30
+
+
+def test_fatal_error_settles_what_is_in_flight_and_refuses_the_rest(dark_cluster: MockCluster) -> None:
+    producer = make_producer(dark_cluster)
+    pending = producer.submit("orders", envelopes(20))
+    producer._core.inject_fatal_error(OUT_OF_ORDER_SEQUENCE, "made by the test")
+    report = pending.wait()
+    assert report.failed == 20
+    with pytest.raises(kbatch.ProducerFatalError, match="made by the test") as caught:
+        producer.send_batch("orders", envelopes(1))
+    assert caught.value.code == OUT_OF_ORDER_SEQUENCE
+    assert producer.close(timeout=5) == 0
+
+
+def test_a_forgotten_producer_ends_its_threads(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+
+    def native_threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = native_threads()
+    producer = make_producer(kafka_cluster)
+    producer.send_batch("orders", envelopes(10)).raise_for_errors()
+    assert native_threads() > before
+    gone = weakref.ref(producer)
+    del producer
+    gc.collect()
+    assert gone() is None
+    until(lambda: native_threads() <= before, "the end of the threads")
+
+
+def test_a_pending_batch_outlives_its_producer(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_rtt(1, 100)
+    pending = make_producer(kafka_cluster).submit("orders", envelopes(10))
+    gc.collect()
+    assert pending.wait().acked == 10
+
+
+# -- fork, signals, exit: each in a process of its own
+
+
+def run(cluster: MockCluster, code: str, *, interrupt_at: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a fresh interpreter; sends SIGINT once it has printed `interrupt_at`."""
+    preamble = f"""
+        import os, signal, sys, threading, time
+        import kbatch
+        from kbatch._fastmap import pinned_buffers
+        CONFIG = {{"bootstrap.servers": {cluster.bootstrap_servers!r}, "log_level": 0}}
+        def envelopes(count):
+            return [kbatch.Envelope(data=b"m%d" % i) for i in range(count)]
+        """
+    program = textwrap.dedent(preamble) + textwrap.dedent(code)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    out = ""
+    if interrupt_at is not None:
+        assert process.stdout is not None
+        while interrupt_at not in (line := process.stdout.readline()):
+            assert line, process.communicate()
+            out += line
+        time.sleep(0.3)  # into the wait that follows
+        process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(program, process.returncode, out + rest, errors)
+
+
+def test_a_used_producer_refuses_in_a_forked_child_and_goes_on_in_the_parent(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    code = """
+        producer = kbatch.Producer(CONFIG)
+        unused = kbatch.Producer(CONFIG)
+        producer.send_batch("orders", envelopes(3)).raise_for_errors()
+        pending = producer.submit("orders", envelopes(1000))
+        child = os.fork()
+        if child == 0:
+            try:
+                producer.send_batch("orders", envelopes(1))
+            except kbatch.ForkError as error:
+                assert "post_fork" in str(error)
+            else:
+                os._exit(2)
+            assert producer.close() == 0
+            ok = unused.send_batch("orders", envelopes(5)).acked == 5
+            assert len({kbatch.uuid7() for _ in range(100)}) == 100
+            del producer, pending
+            unused.close()
+            sys.stdout.flush()
+            os._exit(0 if ok else 3)
+        assert os.waitpid(child, 0)[1] == 0
+        assert pending.wait().acked == 1000
+        producer.send_batch("orders", envelopes(7)).raise_for_errors()
+        producer.close()
+        print("parent done", pinned_buffers())
+        """
+    result = run(kafka_cluster, code)
+    assert result.stdout.strip() == "parent done 0", result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_interpreter_exits_with_batches_in_flight(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    result = run(
+        kafka_cluster,
+        """
+        producer = kbatch.Producer(CONFIG)
+        for _ in range(20):
+            producer.submit("orders", envelopes(100), callback=lambda report: print(report.acked))
+        """,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.split() == ["100"] * 20
+    (records,) = read(kafka_cluster.bootstrap_servers, "orders", 2_000).values()
+    assert len(records) == 2_000
+
+
+@pytest.mark.parametrize("end", ["os._exit(7)", "sys.exit(7)"])
+def test_exit_in_a_daemon_thread_world(dark_cluster: MockCluster, end: str) -> None:
+    result = run(
+        dark_cluster,
+        f"""
+        producer = kbatch.Producer(CONFIG)
+        producer.submit("orders", envelopes(100))
+        threading.Thread(target=lambda: producer.send_batch("orders", envelopes(10)), daemon=True).start()
+        time.sleep(0.2)
+        {end}
+        """,
+    )
+    assert (result.returncode, result.stderr) == (7, "")
+
+
+def test_ctrl_c_while_waiting(dark_cluster: MockCluster) -> None:
+    result = run(
+        dark_cluster,
+        """
+        producer = kbatch.Producer(CONFIG)
+        print("waiting", flush=True)
+        try:
+            producer.send_batch("orders", envelopes(10))
+        except KeyboardInterrupt:
+            print("interrupted", len(producer), producer.close(0.1), pinned_buffers())
+        """,
+        interrupt_at="waiting",
+    )
+    assert result.stdout.strip() == "interrupted 10 10 0", result.stderr
+
+
+def test_ctrl_c_in_the_middle_of_enqueueing(dark_cluster: MockCluster) -> None:
+    result = run(
+        dark_cluster,
+        """
+        producer = kbatch.Producer({**CONFIG, "queue.buffering.max.messages": 50})
+        print("waiting", flush=True)
+        try:
+            producer.send_batch("orders", envelopes(200))
+        except KeyboardInterrupt:
+            print("interrupted", len(producer), producer.close(0.1), pinned_buffers())
+        """,
+        interrupt_at="waiting",
+    )
+    assert result.stdout.strip() == "interrupted 50 50 0", result.stderr
+
+
+def test_ctrl_c_in_phase_1_sends_nothing(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    result = run(
+        kafka_cluster,
+        """
+        producer = kbatch.Producer(CONFIG, encoder=lambda message, context: time.sleep(0.02) or b"x")
+        print("waiting", flush=True)
+        try:
+            producer.send_batch("orders", [kbatch.Envelope(1) for _ in range(1000)])
+        except KeyboardInterrupt:
+            print("interrupted", producer.stats()["batches"], pinned_buffers())
+        """,
+        interrupt_at="waiting",
+    )
+    assert result.stdout.strip() == "interrupted 0 0", result.stderr
+
+
+def test_ctrl_c_in_a_sender_still_answers_once(dark_cluster: MockCluster) -> None:
+    result = run(
+        dark_cluster,
+        """
+        class Callback(kbatch.SenderCallback):
+            def mark_processing_failure(self, batch, error):
+                print("answer", len(batch), error.report.failed, threading.current_thread().name, flush=True)
+        producer = kbatch.Producer(CONFIG)
+        print("waiting", flush=True)
+        try:
+            kbatch.KafkaSender(producer, "orders").send_batch(Callback(), kbatch.OutgoingBatch(envelopes(10)))
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+        producer.close(0.1)
+        """,
+        interrupt_at="waiting",
+    )
+    assert result.stdout.split("\n")[:2] == ["interrupted", "answer 10 10 kbatch-callbacks"], result.stderr
+    assert result.returncode == 0
