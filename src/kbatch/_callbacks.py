@@ -22,25 +22,30 @@ class CallbackThread:
         self._name = name
         self._queue: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._running = False
         self._lock = threading.Lock()
 
     def put(self, function: Callable[..., object], *arguments: object) -> None:
         """Runs ``function(*arguments)`` soon; an exception from it is logged."""
-        self._queue.put((function, arguments))
         with self._lock:
-            if self._thread is None:
+            self._queue.put((function, arguments))
+            if not self._running:
+                self._running = True
                 self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
                 self._thread.start()
 
-    def join(self, timeout: float | None) -> None:
-        """Ends the thread once all that was put has run, and waits for that, unless called on the thread itself."""
+    def stop(self) -> None:
+        """Ends the thread once all that was put has run; a later `put` starts it again."""
         with self._lock:
-            thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        self._queue.put(None)
-        if thread is not threading.current_thread():
-            thread.join(timeout)
+            if self._running:
+                self._running = False
+                self._queue.put(None)
+
+    def join(self, timeout: float | None) -> None:
+        """As `stop`, and waits for the end, unless called on the thread itself."""
+        self.stop()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -111,7 +111,7 @@ class Producer:
                 to librdkafka is settled as failed.
             ProducerClosedError, ProducerFatalError, ForkError: The producer cannot send. Nothing was sent.
         """
-        batch = PendingBatch()
+        batch = PendingBatch(self._core)
         if timeout is None:
             self._core.map(batch, topic, envelopes)
             self._core.enqueue(batch)
@@ -140,7 +140,7 @@ class Producer:
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
         """
-        batch = PendingBatch()
+        batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         if callback is not None:
             batch.add_done_callback(lambda done: callback(done.report))
@@ -226,7 +226,7 @@ class Producer:
 
     def _map(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> list[Any]:
         """What phase 1 makes of the envelopes, for tests; starts nothing."""
-        batch = PendingBatch()
+        batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         return self._core.records(batch)
 
@@ -256,6 +256,7 @@ def _make_dispatcher(
 ) -> Dispatcher:
     """Turns librdkafka's events into calls of the user's callbacks, which have confluent-kafka's signatures."""
     on_error = on_stats = on_log = on_oauth = on_throttle = None
+    others: tuple[CallbackThread, ...] = ()
     if config.error_cb is not None:
         error_cb = config.error_cb
 
@@ -287,12 +288,19 @@ def _make_dispatcher(
     if config.oauth_cb is not None:
         oauth_cb = config.oauth_cb
         refresher = CallbackThread("kbatch-oauth")  # its own: a token must not wait behind other callbacks
+        others = (refresher,)
 
         def on_oauth(oauth_config: str) -> None:
             refresher.put(_refresh_token, oauth_cb, oauth_config, find_core)
 
     return Dispatcher(
-        callbacks, on_error=on_error, on_stats=on_stats, on_log=on_log, on_oauth=on_oauth, throttle_cb=on_throttle
+        callbacks,
+        others,
+        on_error=on_error,
+        on_stats=on_stats,
+        on_log=on_log,
+        on_oauth=on_oauth,
+        throttle_cb=on_throttle,
     )
 
 

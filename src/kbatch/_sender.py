@@ -49,7 +49,7 @@ class KafkaSender:
         the one callback then comes on the producer's callback thread when it is settled.
         """
         core = self.producer._core
-        pending = PendingBatch()
+        pending = PendingBatch(core)
         try:
             core.map(pending, self.topic, batch.envelopes)
         except Exception as error:
@@ -71,7 +71,7 @@ class KafkaSender:
 
     def _fail(self, callback: SenderCallback, batch: OutgoingBatch, error: KbatchError) -> None:
         """Nothing was sent: every envelope of the batch failed, one of them perhaps for a reason of its own."""
-        unsent = PendingBatch()
+        unsent = PendingBatch(self.producer._core)
         index, code, rest = -1, 0, _PURGE_QUEUE
         if isinstance(error, SerializationError) and error.index is not None:
             index, code = error.index, _VALUE_SERIALIZATION

@@ -75,7 +75,7 @@ cdef enum:
 
 cdef struct BatchState:
     # Lives inside its Python Batch, which the client keeps alive (`owner`) while anything is in flight.
-    Client *client
+    Client *client        # kept by the Batch's Core
     PyObject *owner       # a reference, taken when phase 2 starts, given back when the batch is released
     Outcome *outcomes     # owned by the Batch's Outcomes
     Record *records       # owned until phase 2 ends
@@ -124,7 +124,7 @@ cdef char *arena_take(Client *client, ArenaBlock **arena, size_t size) noexcept 
         else:
             want = size
         if block == NULL:
-            block = <ArenaBlock *> kb_malloc(sizeof(ArenaBlock) + want)
+            block = <ArenaBlock *> malloc(sizeof(ArenaBlock) + want)
             if block == NULL:
                 return NULL
             block.size = want
@@ -170,7 +170,7 @@ cdef Record *records_take(Client *client, Py_ssize_t count, Py_ssize_t *capacity
         client.spare_records = NULL
     kb_mutex_unlock(&client.mu)
     if records == NULL:
-        records = <Record *> kb_malloc(<size_t> count * sizeof(Record))
+        records = <Record *> malloc(<size_t> count * sizeof(Record))
         capacity[0] = count
     return records
 
@@ -203,7 +203,7 @@ cdef class Outcomes:
     cdef Outcomes make(Py_ssize_t count):
         cdef Outcomes self = Outcomes.__new__(Outcomes)
         # One more than asked for: an empty batch has an address too.
-        self._items = <Outcome *> kb_calloc(<size_t> count + 1, sizeof(Outcome))
+        self._items = <Outcome *> calloc(<size_t> count + 1, sizeof(Outcome))
         if self._items == NULL:
             raise MemoryError(f"no memory for the outcomes of {count} envelopes")
         self.count = count

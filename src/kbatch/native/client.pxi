@@ -77,7 +77,7 @@ cdef struct Client:
     int events_expected     # const: callbacks are configured
     int drainer_parked      # waits without a time limit
     int drainer_asleep      # waits with one
-    int64_t reports         # delivery report events handled
+    int64_t reports         # atomic: delivery report events handled
     int64_t fatal_since_ns  # 0: no fatal error
     int32_t fatal           # atomic: librdkafka's code of the fatal error
     int64_t lost            # messages that ended without acknowledgement while closing
@@ -98,7 +98,7 @@ cdef struct Client:
 
 
 cdef Client *client_make(int64_t max_in_flight) noexcept nogil:
-    cdef Client *c = <Client *> kb_calloc(1, sizeof(Client))
+    cdef Client *c = <Client *> calloc(1, sizeof(Client))
     if c == NULL:
         return NULL
     c.references = 1
@@ -142,10 +142,10 @@ cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcep
     while topic != NULL and strcmp(topic.name, name) != 0:
         topic = topic.next
     if topic == NULL:
-        topic = <Topic *> kb_malloc(sizeof(Topic))
+        topic = <Topic *> malloc(sizeof(Topic))
         if topic != NULL:
             topic.handle = NULL
-            topic.name = <char *> kb_malloc(length + 1)
+            topic.name = <char *> malloc(length + 1)
             if topic.name == NULL:
                 free(topic)
                 topic = NULL
@@ -192,10 +192,10 @@ cdef void on_throttle(rd_kafka_t *rk, const char *broker_name, int32_t broker_id
                       void *opaque) noexcept nogil:
     # On a librdkafka thread: copy and leave.
     cdef Client *c = <Client *> opaque
-    cdef Notice *notice = <Notice *> kb_calloc(1, sizeof(Notice))
+    cdef Notice *notice = <Notice *> calloc(1, sizeof(Notice))
     if notice == NULL:
         return
-    notice.broker_name = <char *> kb_malloc(strlen(broker_name) + 1)
+    notice.broker_name = <char *> malloc(strlen(broker_name) + 1)
     if notice.broker_name == NULL:
         free(notice)
         return
@@ -213,7 +213,7 @@ cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
     if w.kind == FOR_ROOM:
         return KB_LOAD64(&c.in_flight) <= w.level
     if w.kind == FOR_REPORT:
-        return c.reports != w.level
+        return KB_LOAD64(&c.reports) != w.level
     return c.line_first == w.batch
 
 
@@ -320,7 +320,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     if failed:
         look_for_fatal(c)
     kb_mutex_lock(&c.mu)
-    c.reports += 1
+    KB_ADD64(&c.reports, 1)
     c.acked += total - failed
     c.failed += failed
     if failed and c.life >= CLOSING:
@@ -353,7 +353,7 @@ cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
     if api.event_type(event) == RD_KAFKA_EVENT_DR:
         handle_reports(c, event, me)
         return True
-    notice = <Notice *> kb_calloc(1, sizeof(Notice))
+    notice = <Notice *> calloc(1, sizeof(Notice))
     if notice == NULL:
         api.event_destroy(event)  # no memory to pass it on
     else:
@@ -599,7 +599,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             vus[4].u.ptr = &batch.outcomes[i]
             vus[5].u.i64 = record.timestamp
             vus[6].u.headers = build_headers(record) if record.header_count else NULL
-            seen = c.reports
+            seen = KB_LOAD64(&c.reports)
             error = api.produceva(c.rk, vus, 7)
             if error != NULL:
                 drop_headers(vus[6].u.headers)  # still ours: the message was not taken

@@ -52,6 +52,10 @@ cdef class Batch:
     cdef list callbacks   # called with this batch on the callback thread
     cdef char[TIME_TEXT_WOLVERINE] sent_at
 
+    def __cinit__(self, Core core not None):
+        self.core = core
+        self.state.client = core.c
+
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
         self._drop_records()
@@ -59,10 +63,8 @@ cdef class Batch:
             PyBuffer_Release(&self.view)
 
     cdef void _drop_records(self) noexcept:
-        cdef Client *c = self.state.client
-        if c != NULL:
-            records_give(c, &self.state.records, self.state.capacity)
-            arena_give(c, &self.state.arena)
+        records_give(self.state.client, &self.state.records, self.state.capacity)
+        arena_give(self.state.client, &self.state.arena)
 
     def __len__(self) -> int:
         return self.state.count
@@ -276,8 +278,6 @@ cdef class Core:
     def map(self, Batch batch, topic, envelopes) -> None:
         """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `enqueue`."""
         cdef int64_t start = kb_now_ns()
-        batch.core = self
-        batch.state.client = self.c
         map_batch(self.mapper, self.c, batch, topic, envelopes)
         self.mapped += batch.state.count
         self.map_ns += kb_now_ns() - start
@@ -289,8 +289,6 @@ cdef class Core:
     def fail(self, Batch batch, envelopes, int index, int code, int rest_code) -> None:
         """Gives every envelope of a batch that was never enqueued a failed outcome: `code` at `index`, `rest_code` else."""
         cdef Py_ssize_t i
-        batch.core = self
-        batch.state.client = self.c
         batch._drop_records()
         batch.state.count = len(envelopes)
         batch.outcomes = Outcomes.make(batch.state.count)
@@ -551,7 +549,7 @@ cdef class Core:
         """Hands over a token; `lifetime` is in seconds since 1970. Raises ValueError with librdkafka's reason."""
         cdef char errstr[512]
         cdef list flat = [text.encode() for pair in extensions.items() for text in pair]
-        cdef const char **pointers = <const char **> kb_malloc((len(flat) + 1) * sizeof(char *))
+        cdef const char **pointers = <const char **> malloc((len(flat) + 1) * sizeof(char *))
         cdef int code
         if pointers == NULL:
             raise MemoryError()
@@ -651,15 +649,17 @@ cdef class Dispatcher:
     cdef Client *c                   # a reference, while the thread runs
     cdef readonly int events         # event types to ask librdkafka for, besides delivery reports
     cdef readonly object throttle_cb
-    cdef object callback_thread      # .put(function, *arguments), .join(timeout)
+    cdef object callback_thread      # a CallbackThread
+    cdef tuple other_threads         # more of them, that end with the producer
     cdef object on_error
     cdef object on_stats
     cdef object on_log
     cdef object on_oauth
     cdef object thread
 
-    def __init__(self, callback_thread, *, on_error=None, on_stats=None, on_log=None, on_oauth=None, throttle_cb=None):
+    def __init__(self, callback_thread, other_threads=(), *, on_error=None, on_stats=None, on_log=None, on_oauth=None, throttle_cb=None):
         self.callback_thread = callback_thread
+        self.other_threads = other_threads
         self.on_error, self.on_stats, self.on_log, self.on_oauth = on_error, on_stats, on_log, on_oauth
         self.throttle_cb = throttle_cb
         self.events = (
@@ -736,6 +736,8 @@ cdef class Dispatcher:
                 kb_cond_signal(&c.drainer_cond)
                 kb_mutex_unlock(&c.mu)
             release_idle(c)
+        for thread in (self.callback_thread, *self.other_threads):
+            thread.stop()
 
     cdef void _answer(self, Batch batch) noexcept:
         # Loops first: they wait for a batch, callbacks are only told.

@@ -37,6 +37,10 @@ cdef tuple _header_pairs(object headers):
     return tuple(pairs)
 
 
+cdef tuple _EMPTY = ()
+cdef object _ZERO = 0
+
+
 @cython.freelist(1024)
 cdef class Envelope:
     """One message and what travels with it. Immutable.
@@ -87,6 +91,12 @@ cdef class Envelope:
     cdef int _kind            # BodyKind
     cdef unsigned char[16] _id
 
+    def __cinit__(self):
+        # What holds even if a subclass does not call __init__.
+        self._headers = _EMPTY
+        self._partition = -1
+        self._sent_at = self._scheduled_time = self._deliver_by = NO_TIME
+
     def __init__(self, message=UNSET, *, data=None, key=None, topic=None, partition=None, timestamp=None, headers=(),
                  id=None, message_type=None, content_type=None, source=None, correlation_id=None,
                  conversation_id=None, parent_id=None, tenant_id=None, user_name=None, sent_at=None,
@@ -116,17 +126,19 @@ cdef class Envelope:
         self._user_name = user_name
         if timestamp is not None:
             self._timestamp = _whole_number(timestamp, "timestamp", 1, INT64_MAX)
-        self._sent_at = NO_TIME if sent_at is None else time_us(sent_at, "sent_at")
-        self._scheduled_time = NO_TIME if scheduled_time is None else time_us(scheduled_time, "scheduled_time")
-        self._deliver_by = NO_TIME if deliver_by is None else time_us(deliver_by, "deliver_by")
+        self._sent_at = time_us(sent_at, "sent_at")
+        self._scheduled_time = time_us(scheduled_time, "scheduled_time")
+        self._deliver_by = time_us(deliver_by, "deliver_by")
         if attempts is not _ZERO:
             self._attempts = <int32_t> _whole_number(attempts, "attempts", 0, INT32_MAX)
 
     cdef int _set_common(self, object key, object topic, object partition, object headers, object id) except -1:
         self._key = key
         self._topic = topic
-        self._partition = -1 if partition is None else <int32_t> _whole_number(partition, "partition", 0, INT32_MAX)
-        self._headers = () if headers is _EMPTY else _header_pairs(headers)
+        if partition is not None:
+            self._partition = <int32_t> _whole_number(partition, "partition", 0, INT32_MAX)
+        if headers is not _EMPTY:
+            self._headers = _header_pairs(headers)
         if id is None:
             if make_uuid7(self._id) < 0:
                 raise OSError("the system gave no random bytes for an id")
@@ -302,15 +314,12 @@ cdef class Tombstone(Envelope):
             raise TypeError("a Tombstone needs a key: it deletes the records of that key")
         self._kind = BODY_TOMBSTONE
         self._set_common(key, topic, partition, headers, id)
-        self._sent_at = self._scheduled_time = self._deliver_by = NO_TIME
 
 
 def _rebuild_envelope(cls, arguments):
     return cls(**arguments)
 
 
-cdef object _EMPTY = ()
-cdef object _ZERO = 0
 cdef dict _message_types = {}
 
 
