@@ -433,6 +433,11 @@ def run(cluster: MockCluster, code: str, *, interrupt_at: str | None = None) -> 
     return subprocess.CompletedProcess(program, process.returncode, out + rest, errors)
 
 
+@pytest.mark.skipif(
+    os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0"),
+    reason="platform: in a forked child glibc reuses the stacks of threads that are gone, whose redzones "
+    "AddressSanitizer has not cleared; librdkafka's uninstrumented threads then run into them",
+)
 def test_a_used_producer_refuses_in_a_forked_child_and_goes_on_in_the_parent(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     code = """
