@@ -1,0 +1,374 @@
+"""The mapping of envelopes to Kafka records once more: slow, plain Python, from the design and not from the code.
+
+It is the oracle of the fuzz tests and imports nothing of kbatch. What it cannot know, it is told: the batch's time,
+and the id of an envelope that was given none.
+"""
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, NamedTuple
+
+import msgspec
+from confluent_kafka.serialization import MessageField, SerializationContext
+
+Header = tuple[str, bytes | None]
+Encoder = Any  # a msgspec encoder, or a callable (message, SerializationContext) -> bytes
+
+KBATCH_NAMES = (
+    "id",
+    "message-type",
+    "content-type",
+    "sent-at",
+    "correlation-id",
+    "conversation-id",
+    "parent-id",
+    "source",
+    "tenant-id",
+    "user-name",
+    "time-to-send",
+    "deliver-by",
+    "attempts",
+)
+WOLVERINE_NAMES = (
+    "correlation-id",
+    "id",
+    "conversation-id",
+    "parent-id",
+    "content-type",
+    "source",
+    "time-to-send",
+    "sent-at",
+    "message-type",
+    "tenant-id",
+    "user-name",
+    "deliver-by",
+    "attempts",
+    "wolverine-protocol-version",
+)
+RESERVED = {"kbatch": frozenset(KBATCH_NAMES), "wolverine": frozenset(WOLVERINE_NAMES), "raw": frozenset[str]()}
+
+TEXT_FIELDS = ("message_type", "content_type", "source", "correlation_id", "parent_id", "tenant_id", "user_name")
+TIME_FIELDS = ("sent_at", "scheduled_time", "deliver_by")
+
+# librdkafka: a body or key above INT32_MAX is refused whatever message.max.bytes is, which cannot be above 10**9.
+RECORD_OVERHEAD = 36
+LONGEST_TOPIC = 249
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An envelope, or a tombstone, before it is one: the arguments of its constructor."""
+
+    arguments: Mapping[str, Any]
+    tombstone: bool = False
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an envelope's bytes depend on beside the envelope."""
+
+    wire: str = "kbatch"
+    batch_time: datetime = field(default_factory=lambda: datetime.now(timezone.utc))
+    source: str | None = None
+    encoder: Encoder = field(default_factory=msgspec.json.Encoder)
+    hook_headers: Sequence[tuple[str, Any]] = ()
+    message_max_bytes: int = 1_000_000
+    body_max_bytes: int = 1_048_576 * 1024
+
+
+class Record(NamedTuple):
+    """A record as it goes to librdkafka; `size` is what librdkafka holds against ``message.max.bytes``."""
+
+    topic: str
+    partition: int | None
+    timestamp: int | None
+    key: bytes | None
+    value: bytes | None
+    headers: list[Header]
+    size: int
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """The first envelope that cannot be mapped; an implementation may name any one of its bad fields."""
+
+    index: int
+    fields: frozenset[str]
+
+
+class _BadError(Exception):
+    """One bad field of one envelope."""
+
+
+def map_batch(topic: str | None, specs: Iterable[Spec], setting: Setting) -> list[Record] | Rejected:
+    """All records, or the first envelope that cannot be one."""
+    records = []
+    for index, spec in enumerate(specs):
+        record = map_one(topic, spec, setting)
+        if not isinstance(record, Record):
+            return Rejected(index, record)
+        records.append(record)
+    return records
+
+
+def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozenset[str]:
+    """The record, or the names of all fields that are bad."""
+    arguments = spec.arguments
+    bad: set[str] = set()
+
+    def attempt(name: str, function: Callable[..., Any], *values: Any) -> Any:
+        try:
+            return function(*values)
+        except _BadError:
+            bad.add(name)
+            return None
+
+    topic = attempt("topic", check_topic, arguments.get("topic") if arguments.get("topic") is not None else topic)
+    key = attempt("key", key_or_value, arguments.get("key"))
+    body_field = "data" if arguments.get("data") is not None else "message"
+    value = None if spec.tombstone else attempt(body_field, body_bytes, arguments, topic, setting.encoder)
+
+    own: list[Header] = []
+    for name, attribute, text in own_headers(spec, setting):
+        encoded = attempt(attribute, text)
+        if encoded is not None:
+            own.append((name, encoded))
+    users: list[Header] = []
+    for name, value_of_user in [*setting.hook_headers, *header_pairs(arguments.get("headers", ()))]:
+        header = attempt(f"headers[{name!r}]", user_header, name, value_of_user, RESERVED[setting.wire])
+        if header is not None:
+            users.append(header)
+
+    if setting.wire == "wolverine":
+        headers = users + own
+        # The original: Key = IsNullOrEmpty(PartitionKey) ? Id : PartitionKey, but a tombstone's key as it is.
+        if not key and not spec.tombstone and "key" not in bad:
+            key = str(arguments["id"]).encode()
+    else:
+        headers = own + users
+
+    size = wire_size(key, value, headers)
+    if size > setting.message_max_bytes or len(value or b"") > setting.body_max_bytes:
+        bad |= {"key", "headers"} if spec.tombstone else {body_field}
+    if bad:
+        return frozenset(bad)
+    return Record(topic, arguments.get("partition"), arguments.get("timestamp"), key, value, headers, size)
+
+
+# --- fields ---------------------------------------------------------------------------------------------------------
+
+
+def utf8(value: Any) -> bytes:
+    if not isinstance(value, str):
+        raise _BadError
+    try:
+        return value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise _BadError from None
+
+
+def check_topic(topic: Any) -> Any:
+    encoded = utf8(topic)
+    if not encoded or b"\0" in encoded or len(encoded) > LONGEST_TOPIC:
+        raise _BadError
+    return topic
+
+
+def key_or_value(given: Any) -> bytes | None:
+    if given is None:
+        return None
+    return bytes(given) if isinstance(given, bytes) else utf8(given)
+
+
+def body_bytes(arguments: Mapping[str, Any], topic: str | None, encoder: Encoder) -> bytes:
+    if arguments.get("data") is not None:
+        try:
+            return memoryview(arguments["data"]).tobytes()
+        except TypeError:
+            raise _BadError from None
+    try:
+        if hasattr(encoder, "encode"):
+            return bytes(encoder.encode(arguments["message"]))
+        encoded = encoder(arguments["message"], SerializationContext(topic, MessageField.VALUE))
+    except Exception:
+        raise _BadError from None
+    if not isinstance(encoded, bytes):
+        raise _BadError
+    return encoded
+
+
+def message_type(arguments: Mapping[str, Any]) -> Any:
+    if arguments.get("message_type") is not None:
+        return arguments["message_type"]
+    if arguments.get("data") is not None:
+        return "bytes"
+    of_class = getattr(type(arguments["message"]), "__message_type__", None)
+    return of_class if isinstance(of_class, str) else type(arguments["message"]).__qualname__
+
+
+def content_type(arguments: Mapping[str, Any], encoder: Encoder) -> Any:
+    if arguments.get("content_type") is not None:
+        return arguments["content_type"]
+    if arguments.get("data") is None and isinstance(encoder, msgspec.json.Encoder):
+        return "application/json"
+    if arguments.get("data") is None and isinstance(encoder, msgspec.msgpack.Encoder):
+        return "application/msgpack"
+    return "application/octet-stream"
+
+
+def _utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(timezone.utc)
+    except OverflowError:  # before the year 1 or after 9999, once in UTC
+        raise _BadError from None
+
+
+def iso_time(time: datetime) -> bytes:
+    """``2026-11-23T09:16:45.123456Z``"""
+    t = _utc(time)
+    day, clock = f"{t.year:04}-{t.month:02}-{t.day:02}", f"{t.hour:02}:{t.minute:02}:{t.second:02}"
+    return f"{day}T{clock}.{t.microsecond:06}Z".encode()
+
+
+def wolverine_time(time: datetime) -> bytes:
+    """``2026-11-23 09:16:45:123456 Z``"""
+    t = _utc(time)
+    day, clock = f"{t.year:04}-{t.month:02}-{t.day:02}", f"{t.hour:02}:{t.minute:02}:{t.second:02}"
+    return f"{day} {clock}:{t.microsecond:06} Z".encode()
+
+
+def any_conversation(value: str | uuid.UUID) -> bytes:
+    return str(value).encode() if isinstance(value, uuid.UUID) else utf8(value)
+
+
+def guid(value: str | uuid.UUID) -> bytes | None:
+    """Lower-case with dashes; nothing for the one that is all zero."""
+    text = any_conversation(value).decode()
+    parts = text.split("-")
+    if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not set(text) <= set("0123456789abcdefABCDEF-"):
+        raise _BadError
+    return None if set(text) == set("0-") else text.lower().encode()
+
+
+# --- headers --------------------------------------------------------------------------------------------------------
+
+
+def header_pairs(headers: Any) -> list[tuple[Any, Any]]:
+    pairs = headers.items() if isinstance(headers, Mapping) else headers
+    return [(name, value) for name, value in pairs]
+
+
+def user_header(name: Any, value: Any, reserved: frozenset[str]) -> Header:
+    encoded = utf8(name)
+    if not encoded or b"\0" in encoded or name in reserved:
+        raise _BadError
+    return str(name), key_or_value(value)
+
+
+def own_headers(spec: Spec, setting: Setting) -> list[tuple[str, str, Callable[[], bytes | None]]]:
+    """The headers that the wire format writes itself: name, field, and what gives the value (None: absent)."""
+    arguments = spec.arguments
+    if setting.wire == "raw" or (setting.wire == "wolverine" and spec.tombstone):
+        return []
+    wolverine = setting.wire == "wolverine"
+    time_text = wolverine_time if wolverine else iso_time
+    conversation = guid if wolverine else any_conversation
+
+    def optional(attribute: str, convert: Callable[[Any], bytes | None]) -> Callable[[], bytes | None]:
+        value = arguments.get(attribute)
+        return lambda: None if value is None else convert(value)
+
+    def envelope_id() -> bytes | None:
+        return guid(arguments["id"]) if wolverine else str(arguments["id"]).encode()
+
+    def sent_at() -> bytes:
+        given = arguments.get("sent_at")
+        return time_text(setting.batch_time if given is None else given)
+
+    def source() -> bytes | None:
+        given = arguments.get("source", None)
+        chosen = setting.source if given is None else given
+        return None if chosen is None else utf8(chosen)
+
+    def attempts() -> bytes | None:
+        count = arguments.get("attempts", 0)
+        return str(int(count)).encode() if count > 0 or wolverine else None
+
+    headers: dict[str, tuple[str, Callable[[], bytes | None]]] = {
+        "id": ("id", envelope_id),
+        "sent-at": ("sent_at", sent_at),
+    }
+    if not spec.tombstone:
+        headers |= {
+            "message-type": ("message_type", lambda: utf8(message_type(arguments))),
+            "content-type": ("content_type", lambda: utf8(content_type(arguments, setting.encoder))),
+            "correlation-id": ("correlation_id", optional("correlation_id", utf8)),
+            "conversation-id": ("conversation_id", optional("conversation_id", conversation)),
+            "parent-id": ("parent_id", optional("parent_id", utf8)),
+            "source": ("source", source),
+            "tenant-id": ("tenant_id", optional("tenant_id", utf8)),
+            "user-name": ("user_name", optional("user_name", utf8)),
+            "time-to-send": ("scheduled_time", optional("scheduled_time", time_text)),
+            "deliver-by": ("deliver_by", optional("deliver_by", time_text)),
+            "attempts": ("attempts", attempts),
+            "wolverine-protocol-version": ("wire", lambda: b"1.0"),
+        }
+    order = WOLVERINE_NAMES if wolverine else KBATCH_NAMES
+    return [(name, *headers[name]) for name in order if name in headers]
+
+
+# --- size -----------------------------------------------------------------------------------------------------------
+
+
+def varint_size(number: int) -> int:
+    """Bytes of a signed number as Kafka writes it: zig-zag, seven bits a byte. Sizes are not negative."""
+    zigzag = number * 2
+    size = 1
+    while zigzag > 0x7F:
+        zigzag >>= 7
+        size += 1
+    return size
+
+
+def wire_size(key: bytes | None, value: bytes | None, headers: Iterable[Header]) -> int:
+    """`rd_kafka_msg_max_wire_size` with `rd_kafka_headers_serialized_size`: the most that the record can take."""
+    size = RECORD_OVERHEAD + len(key or b"") + len(value or b"")
+    for name, content in headers:
+        name_size, content_size = len(name.encode()), len(content or b"")
+        size += name_size + content_size + varint_size(name_size) + varint_size(content_size)
+    return size
+
+
+# --- the constructor ------------------------------------------------------------------------------------------------
+
+INTEGER_RANGES = {"partition": (0, 2**31 - 1), "timestamp": (0, 2**63 - 1), "attempts": (0, 2**31 - 1)}
+
+
+def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
+    """Which arguments the constructor of an envelope refuses; what it lets pass, the mapping checks."""
+    refused = set()
+    if ("message" in arguments) == (arguments.get("data") is not None):
+        refused |= {"message", "data"}
+    for name in TIME_FIELDS:
+        time = arguments.get(name)
+        if time is not None and not (isinstance(time, datetime) and time.utcoffset() is not None):
+            refused.add(name)
+    if arguments.get("id") is not None and not isinstance(arguments["id"], uuid.UUID):
+        refused.add("id")
+    for name, (low, high) in INTEGER_RANGES.items():
+        number = arguments.get(name)
+        if number is None and name != "attempts":
+            continue
+        if name in arguments and not (isinstance(number, int) and low <= number <= high):
+            refused.add(name)
+    try:
+        if any(isinstance(pair, str | bytes) for pair in arguments.get("headers", ())) and not isinstance(
+            arguments["headers"], Mapping
+        ):
+            raise ValueError
+        header_pairs(arguments.get("headers", ()))
+    except (TypeError, ValueError):
+        refused.add("headers")
+    return frozenset(refused)
