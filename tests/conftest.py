@@ -16,6 +16,8 @@ except ImportError as error:
 
 pytest_plugins = ["pytester"]
 
+pytest.register_assert_rewrite("tests.mapping")
+
 IN_CI = os.environ.get("CI", "") not in ("", "0", "false")
 # A sanitized build is some five times slower.
 SLOW_BUILD = os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0")

@@ -2,18 +2,19 @@
 
 import uuid
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 import kbatch
-from tests.reference import Record, Rejected, Setting, Spec, map_batch
+from tests.reference import Rejected, Setting, Spec, map_batch
 
 # Phase 1 starts no librdkafka, and nothing listens here.
 NOWHERE = {"bootstrap.servers": "localhost:1"}
 
 
 class Mapped(NamedTuple):
-    """A record without what only the reference knows; no partition is -1, no timestamp 0, as librdkafka has it."""
+    """A record without its size, which kbatch does not tell."""
 
     topic: str
     partition: int
@@ -50,49 +51,38 @@ def producer_of(setting: Setting) -> Any:
     )
 
 
-def kbatch_maps(producer: Any, topic: str | None, envelopes: Iterable[Any]) -> list[Mapped] | Failed:
+def kbatch_maps(producer: Any, topic: str | None, envelopes: Iterable[Any]) -> list[Mapped | None] | Failed:
+    """The records, None for an envelope that has expired."""
     try:
-        return [
-            Mapped(topic, -1 if partition is None else partition, timestamp or 0, key, value, list(headers))
-            for topic, partition, timestamp, key, value, headers in producer._map(topic, envelopes)
-        ]
+        return [None if record is None else Mapped(*record) for record in producer._map(topic, envelopes)]
     except kbatch.SerializationError as error:
         return Failed(error.index, error.field, error.envelope_id)
 
 
-def reference_maps(topic: str | None, specs: Sequence[Spec], setting: Setting) -> list[Mapped] | Rejected:
+def reference_maps(topic: str | None, specs: Sequence[Spec], setting: Setting) -> list[Mapped | None] | Rejected:
     records = map_batch(topic, specs, setting)
-    return records if isinstance(records, Rejected) else without_size(records)
+    if isinstance(records, Rejected):
+        return records
+    return [None if record is None else Mapped(*record[:-1]) for record in records]
 
 
-def without_size(records: Sequence[Record]) -> list[Mapped]:
-    return [
-        Mapped(
-            record.topic,
-            -1 if record.partition is None else record.partition,
-            record.timestamp or 0,
-            record.key,
-            record.value,
-            record.headers,
-        )
-        for record in records
-    ]
-
-
-def batch_time_of(records: Sequence[Mapped], specs: Sequence[Spec], wire: str) -> datetime | None:
-    """The time that kbatch stamped the batch with, or None if no record shows it."""
-    if wire == "raw":
-        return None
+def batch_time_of(records: Sequence[Mapped | None], specs: Sequence[Spec], setting: Setting) -> datetime | None:
+    """The time that kbatch stamped the batch with, as exactly as a record shows it, or None."""
+    milliseconds = None
     for record, spec in zip(records, specs, strict=True):
-        if spec.arguments.get("sent_at") is None:
+        if record is None:
+            continue
+        if spec.arguments.get("sent_at") is None and setting.wire != "raw":
             for name, value in record.headers:
                 if name == "sent-at":
                     return parsed_time(value)
-    return None
+        if spec.arguments.get("timestamp") is None:
+            milliseconds = datetime.fromtimestamp(record.timestamp / 1000, timezone.utc)
+    return milliseconds
 
 
 def parsed_time(value: bytes | None) -> datetime:
-    """Either wire's time, strictly: any other text is a ValueError."""
+    """Either wire's time; any other text is a ValueError."""
     text = (value or b"").decode("ascii")
     for pattern in ("%Y-%m-%dT%H:%M:%S.%fZ", "%Y-%m-%d %H:%M:%S:%f Z"):
         try:
@@ -102,16 +92,18 @@ def parsed_time(value: bytes | None) -> datetime:
     raise ValueError(f"not a time of kbatch's or wolverine's: {text!r}")
 
 
-def assert_agree(producer: Any, topic: str | None, specs: Sequence[Spec], setting: Setting) -> list[Mapped] | Failed:
+def assert_agree(
+    producer: Any, topic: str | None, specs: Sequence[Spec], setting: Setting
+) -> list[Mapped | None] | Failed:
     """kbatch and the reference: the same records, or the same envelope refused for one of its bad fields."""
     envelopes = [envelope_of(spec) for spec in specs]
     specs = [
         Spec({**spec.arguments, "id": envelope.id}, spec.tombstone)
         for spec, envelope in zip(specs, envelopes, strict=True)
     ]
-    before = datetime.now(timezone.utc)
+    before = datetime.now(timezone.utc) - timedelta(milliseconds=1)
     got = kbatch_maps(producer, topic, envelopes)
-    after = datetime.now(timezone.utc) + timedelta(microseconds=1)
+    after = datetime.now(timezone.utc) + timedelta(milliseconds=1)
     if isinstance(got, Failed):
         expected = reference_maps(topic, specs, setting)
         assert isinstance(expected, Rejected), f"kbatch refuses what the reference maps: {got}"
@@ -119,14 +111,12 @@ def assert_agree(producer: Any, topic: str | None, specs: Sequence[Spec], settin
         assert got.field in expected.fields
         assert got.envelope_id == envelopes[got.index].id
         return got
-    stamped = batch_time_of(got, specs, setting.wire)
+    assert len(got) == len(specs)
+    stamped = batch_time_of(got, specs, setting)
     if stamped is not None:
         assert before <= stamped <= after
-    expected = reference_maps(topic, specs, _at(setting, stamped))
+        setting = replace(setting, batch_time=stamped)
+    expected = reference_maps(topic, specs, setting)
     assert not isinstance(expected, Rejected), f"kbatch maps what the reference refuses: {expected}"
     assert got == expected
     return got
-
-
-def _at(setting: Setting, time: datetime | None) -> Setting:
-    return setting if time is None else Setting(**{**vars(setting), "batch_time": time})

@@ -4,10 +4,12 @@ It is the oracle of the fuzz tests and imports nothing of kbatch. What it cannot
 and the id of an envelope that was given none.
 """
 
+import re
+import string
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 import msgspec
@@ -52,9 +54,9 @@ RESERVED = {"kbatch": frozenset(KBATCH_NAMES), "wolverine": frozenset(WOLVERINE_
 TEXT_FIELDS = ("message_type", "content_type", "source", "correlation_id", "parent_id", "tenant_id", "user_name")
 TIME_FIELDS = ("sent_at", "scheduled_time", "deliver_by")
 
-# librdkafka: a body or key above INT32_MAX is refused whatever message.max.bytes is, which cannot be above 10**9.
 RECORD_OVERHEAD = 36
 LONGEST_TOPIC = 249
+TOPIC_CHARACTERS = frozenset(string.ascii_letters + string.digits + "._-")
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class Record(NamedTuple):
     """A record as it goes to librdkafka; `size` is what librdkafka holds against ``message.max.bytes``."""
 
     topic: str
-    partition: int | None
-    timestamp: int | None
+    partition: int
+    timestamp: int
     key: bytes | None
     value: bytes | None
     headers: list[Header]
@@ -102,19 +104,19 @@ class _BadError(Exception):
     """One bad field of one envelope."""
 
 
-def map_batch(topic: str | None, specs: Iterable[Spec], setting: Setting) -> list[Record] | Rejected:
-    """All records, or the first envelope that cannot be one."""
-    records = []
+def map_batch(topic: str | None, specs: Iterable[Spec], setting: Setting) -> list[Record | None] | Rejected:
+    """All records, None for each envelope that is too late; or the first envelope that cannot be a record."""
+    records: list[Record | None] = []
     for index, spec in enumerate(specs):
         record = map_one(topic, spec, setting)
-        if not isinstance(record, Record):
+        if isinstance(record, frozenset):
             return Rejected(index, record)
         records.append(record)
     return records
 
 
-def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozenset[str]:
-    """The record, or the names of all fields that are bad."""
+def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozenset[str] | None:
+    """The record, None if it is too late to send it, or the names of all fields that are bad."""
     arguments = spec.arguments
     bad: set[str] = set()
 
@@ -126,6 +128,8 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
             return None
 
     topic = attempt("topic", check_topic, arguments.get("topic") if arguments.get("topic") is not None else topic)
+    if not bad and arguments.get("deliver_by") is not None and arguments["deliver_by"] <= setting.batch_time:
+        return None  # what is not sent is not looked at
     key = attempt("key", key_or_value, arguments.get("key"))
     body_field = "data" if arguments.get("data") is not None else "message"
     value = None if spec.tombstone else attempt(body_field, body_bytes, arguments, topic, setting.encoder)
@@ -137,7 +141,7 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
             own.append((name, encoded))
     users: list[Header] = []
     for name, value_of_user in [*setting.hook_headers, *header_pairs(arguments.get("headers", ()))]:
-        header = attempt(f"headers[{name!r}]", user_header, name, value_of_user, RESERVED[setting.wire])
+        header = attempt(header_field(name), user_header, name, value_of_user, RESERVED[setting.wire])
         if header is not None:
             users.append(header)
 
@@ -151,10 +155,12 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
 
     size = wire_size(key, value, headers)
     if size > setting.message_max_bytes or len(value or b"") > setting.body_max_bytes:
-        bad |= {"key", "headers"} if spec.tombstone else {body_field}
+        bad.add("key" if spec.tombstone else body_field)
     if bad:
         return frozenset(bad)
-    return Record(topic, arguments.get("partition"), arguments.get("timestamp"), key, value, headers, size)
+    partition = -1 if arguments.get("partition") is None else arguments["partition"]
+    timestamp = milliseconds(setting.batch_time) if arguments.get("timestamp") is None else arguments["timestamp"]
+    return Record(topic, partition, timestamp, key, value, headers, size)
 
 
 # --- fields ---------------------------------------------------------------------------------------------------------
@@ -170,8 +176,7 @@ def utf8(value: Any) -> bytes:
 
 
 def check_topic(topic: Any) -> Any:
-    encoded = utf8(topic)
-    if not encoded or b"\0" in encoded or len(encoded) > LONGEST_TOPIC:
+    if not utf8(topic) or len(topic) > LONGEST_TOPIC or topic in (".", "..") or not set(topic) <= TOPIC_CHARACTERS:
         raise _BadError
     return topic
 
@@ -221,7 +226,7 @@ def content_type(arguments: Mapping[str, Any], encoder: Encoder) -> Any:
 def _utc(time: datetime) -> datetime:
     try:
         return time.astimezone(timezone.utc)
-    except OverflowError:  # before the year 1 or after 9999, once in UTC
+    except OverflowError:
         raise _BadError from None
 
 
@@ -246,10 +251,15 @@ def any_conversation(value: str | uuid.UUID) -> bytes:
 def guid(value: str | uuid.UUID) -> bytes | None:
     """Lower-case with dashes; nothing for the one that is all zero."""
     text = any_conversation(value).decode()
-    parts = text.split("-")
-    if [len(part) for part in parts] != [8, 4, 4, 4, 12] or not set(text) <= set("0123456789abcdefABCDEF-"):
+    if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|[0-9a-fA-F]{32}", text):
         raise _BadError
-    return None if set(text) == set("0-") else text.lower().encode()
+    digits = text.replace("-", "").lower()
+    parts = (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
+    return None if set(digits) == {"0"} else "-".join(parts).encode()
+
+
+def milliseconds(time: datetime) -> int:
+    return (time - datetime(1970, 1, 1, tzinfo=timezone.utc)) // timedelta(milliseconds=1)
 
 
 # --- headers --------------------------------------------------------------------------------------------------------
@@ -258,6 +268,11 @@ def guid(value: str | uuid.UUID) -> bytes | None:
 def header_pairs(headers: Any) -> list[tuple[Any, Any]]:
     pairs = headers.items() if isinstance(headers, Mapping) else headers
     return [(name, value) for name, value in pairs]
+
+
+def header_field(name: Any) -> str:
+    """What an error calls a header: by its name, if it has one."""
+    return f"headers[{name!r}]" if isinstance(name, str) and name else "headers"
 
 
 def user_header(name: Any, value: Any, reserved: frozenset[str]) -> Header:
@@ -343,7 +358,7 @@ def wire_size(key: bytes | None, value: bytes | None, headers: Iterable[Header])
 
 # --- the constructor ------------------------------------------------------------------------------------------------
 
-INTEGER_RANGES = {"partition": (0, 2**31 - 1), "timestamp": (0, 2**63 - 1), "attempts": (0, 2**31 - 1)}
+INTEGER_RANGES = {"partition": (0, 2**31 - 1), "timestamp": (1, 2**63 - 1), "attempts": (0, 2**31 - 1)}
 
 
 def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
@@ -353,7 +368,13 @@ def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
         refused |= {"message", "data"}
     for name in TIME_FIELDS:
         time = arguments.get(name)
-        if time is not None and not (isinstance(time, datetime) and time.utcoffset() is not None):
+        if time is None:
+            continue
+        try:
+            if not isinstance(time, datetime) or time.utcoffset() is None:
+                raise _BadError
+            _utc(time)  # years 1 to 9999 there, too
+        except _BadError:
             refused.add(name)
     if arguments.get("id") is not None and not isinstance(arguments["id"], uuid.UUID):
         refused.add("id")
@@ -361,7 +382,7 @@ def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
         number = arguments.get(name)
         if number is None and name != "attempts":
             continue
-        if name in arguments and not (isinstance(number, int) and low <= number <= high):
+        if name in arguments and not (type(number) is int and low <= number <= high):
             refused.add(name)
     try:
         if any(isinstance(pair, str | bytes) for pair in arguments.get("headers", ())) and not isinstance(

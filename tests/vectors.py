@@ -43,7 +43,7 @@ def _vector(entry: dict[str, Any]) -> Vector:
         encoder=ENCODERS[entry["encoder"]],
         hook_headers=_pairs(entry["hook_headers"]),
     )
-    expected = _record(entry["topic"], entry["expected"]) if "expected" in entry else entry["error"]
+    expected = _record(entry, entry["expected"]) if "expected" in entry else entry["error"]
     return Vector(entry["name"], entry["topic"], Spec(arguments, tombstone), setting, expected)
 
 
@@ -79,11 +79,11 @@ def _bytes(value: Any) -> bytes | None:
     return literal.encode() if isinstance(literal, str) else literal
 
 
-def _record(topic: str, expected: dict[str, Any]) -> Record:
+def _record(entry: dict[str, Any], expected: dict[str, Any]) -> Record:
     return Record(
-        topic=expected.get("topic", topic),
-        partition=expected.get("partition"),
-        timestamp=expected.get("timestamp"),
+        topic=expected.get("topic", entry["topic"]),
+        partition=expected.get("partition", -1),
+        timestamp=expected.get("timestamp", entry["timestamp"]),
         key=_bytes(expected["key"]),
         value=_bytes(expected["value"]),
         headers=[(_literal(name), _bytes(value)) for name, value in expected["headers"]],

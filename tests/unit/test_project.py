@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
 
 import kbatch
 from kbatch import _version
@@ -19,6 +20,14 @@ def test_changelog_begins_with_this_version():
 
 def test_the_package_tells_its_version():
     assert kbatch.__version__ == _version.__version__
+
+
+def test_all_is_exact():
+    public = {
+        name for name, value in vars(kbatch).items() if not (name.startswith("_") or isinstance(value, ModuleType))
+    }
+    assert set(kbatch.__all__) - {"__version__"} == public
+    assert len(kbatch.__all__) == len(set(kbatch.__all__))
 
 
 def test_each_compiled_module_has_a_stub():
