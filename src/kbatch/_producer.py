@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope
     from kbatch._report import DeliveryReport
-    from kbatch._serialization import SerializationContext
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["Producer"]
@@ -60,7 +59,7 @@ class Producer:
         wire: str | WireFormat = "kbatch",
         encoder: msgspec.json.Encoder
         | msgspec.msgpack.Encoder
-        | Callable[[Any, SerializationContext], bytes | None]
+        | Callable[[Any, Any], bytes | None]
         | None = None,
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
@@ -231,7 +230,7 @@ class Producer:
         return self._core.records(batch)
 
 
-def _check_arguments(wire: object, encoder: object, source: object, header_hook: object, max_in_flight: int) -> None:
+def _check_arguments(wire: Any, encoder: Any, source: Any, header_hook: Any, max_in_flight: Any) -> None:
     if isinstance(wire, str):
         if wire not in _WIRES:
             raise ConfigError(f"wire must be one of {', '.join(_WIRES)} or an object with write(), not {wire!r}")
