@@ -240,6 +240,7 @@ class Mapper:
 
 @disjoint_base
 class Batch:
+    def __new__(cls, core: Core) -> Self: ...
     @property
     def core(self) -> Core: ...
     @property
@@ -283,6 +284,7 @@ class Core:
 
 class _CallbackThread(Protocol):
     def put(self, function: Callable[..., object], /, *arguments: object) -> None: ...
+    def stop(self) -> None: ...
     def join(self, timeout: float | None, /) -> None: ...
 
 @disjoint_base
@@ -290,6 +292,7 @@ class Dispatcher:
     def __init__(
         self,
         callback_thread: _CallbackThread,
+        other_threads: tuple[_CallbackThread, ...] = (),
         *,
         on_error: Callable[[int, str, bool], object] | None = None,
         on_stats: Callable[[str], object] | None = None,

@@ -2,9 +2,10 @@
 # shape of the rest; text is checked when a batch is mapped, where the error can name the envelope's index.
 
 cdef enum BodyKind:
-    BODY_MESSAGE = 0    # `_body` is encoded by the producer's encoder
-    BODY_DATA = 1       # `_body` is the encoded body
-    BODY_TOMBSTONE = 2  # a null value
+    BODY_NONE = 0       # no constructor has run to its end
+    BODY_MESSAGE = 1    # `_body` is encoded by the producer's encoder
+    BODY_DATA = 2       # `_body` is the encoded body
+    BODY_TOMBSTONE = 3  # a null value
 
 
 cdef int64_t _whole_number(object value, str field, int64_t lowest, int64_t highest) except? -2:
@@ -88,7 +89,7 @@ cdef class Envelope:
     cdef int64_t _deliver_by
     cdef int32_t _partition   # -1: the partitioner's choice
     cdef int32_t _attempts
-    cdef int _kind            # BodyKind
+    cdef int _kind            # BodyKind; the last that a constructor sets, and never changed after that
     cdef unsigned char[16] _id
 
     def __cinit__(self):
@@ -101,18 +102,19 @@ cdef class Envelope:
                  id=None, message_type=None, content_type=None, source=None, correlation_id=None,
                  conversation_id=None, parent_id=None, tenant_id=None, user_name=None, sent_at=None,
                  scheduled_time=None, deliver_by=None, attempts=0):
+        cdef int kind = BODY_MESSAGE
+        self._check_new()
         if data is None:
             if message is UNSET:
                 raise TypeError("an Envelope needs either message or data")
             self._body = message
-            self._kind = BODY_MESSAGE
         else:
             if message is not UNSET:
                 raise TypeError("an Envelope takes message or data, not both")
             if type(data) is not bytes and not PyObject_CheckBuffer(data):
                 raise TypeError(f"data must be bytes or another buffer, not {type(data).__name__}")
             self._body = data
-            self._kind = BODY_DATA
+            kind = BODY_DATA
         self._set_common(key, topic, partition, headers, id)
         self._message_type = message_type
         self._content_type = content_type
@@ -131,6 +133,13 @@ cdef class Envelope:
         self._deliver_by = time_us(deliver_by, "deliver_by")
         if attempts is not _ZERO:
             self._attempts = <int32_t> _whole_number(attempts, "attempts", 0, INT32_MAX)
+        self._kind = kind
+
+    cdef int _check_new(self) except -1:
+        # A batch in flight points into an envelope: it must never change.
+        if self._kind != BODY_NONE:
+            raise TypeError(f"{type(self).__name__}.__init__ has run before, and envelopes are immutable; use replace()")
+        return 0
 
     cdef int _set_common(self, object key, object topic, object partition, object headers, object id) except -1:
         self._key = key
@@ -273,7 +282,8 @@ cdef class Envelope:
     def replace(self, **changes):
         """A copy with these fields changed; giving ``message`` drops ``data``, and the other way round.
 
-        The id stays; pass ``id=None`` for a new one.
+        The id stays; pass ``id=None`` for a new one. A subclass's own attributes are copied, and its ``__init__`` is
+        not called.
         """
         cdef dict arguments = self._arguments()
         if "message" in changes:
@@ -281,7 +291,7 @@ cdef class Envelope:
         elif changes.get("data") is not None:
             arguments.pop("message", None)
         arguments.update(changes)
-        return type(self)(**arguments)
+        return _rebuild_envelope(type(self), arguments, getattr(self, "__dict__", None))
 
     def __eq__(self, other):
         if type(self) is not type(other):
@@ -298,7 +308,10 @@ cdef class Envelope:
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __reduce__(self):
-        return _rebuild_envelope, (type(self), self._arguments())
+        cdef dict arguments = self._arguments()
+        if isinstance(arguments.get("data"), memoryview):
+            arguments["data"] = bytes(arguments["data"])
+        return _rebuild_envelope, (type(self), arguments, getattr(self, "__dict__", None))
 
 
 cdef class Tombstone(Envelope):
@@ -312,12 +325,19 @@ cdef class Tombstone(Envelope):
     def __init__(self, key, *, topic=None, partition=None, headers=(), id=None):
         if key is None:
             raise TypeError("a Tombstone needs a key: it deletes the records of that key")
-        self._kind = BODY_TOMBSTONE
+        self._check_new()
         self._set_common(key, topic, partition, headers, id)
+        self._kind = BODY_TOMBSTONE
 
 
-def _rebuild_envelope(cls, arguments):
-    return cls(**arguments)
+def _rebuild_envelope(cls, arguments, attributes):
+    # Not by calling cls: a subclass's constructor may take something else.
+    cdef object base = Tombstone if issubclass(cls, Tombstone) else Envelope
+    cdef object envelope = base.__new__(cls)
+    base.__init__(envelope, **arguments)
+    if attributes:
+        envelope.__dict__.update(attributes)
+    return envelope
 
 
 cdef dict _message_types = {}

@@ -517,6 +517,8 @@ cdef class _Mapping:
             self.envelope = None
             raise self._error("envelope", f"expected a kbatch.Envelope, not {type(item).__name__}")
         self.envelope = e = <Envelope> item
+        if e._kind == BODY_NONE:
+            raise self._error("envelope", f"{type(item).__name__} was made without Envelope.__init__")
         record.flags = 0
         record.partition = e._partition
         record.timestamp = e._timestamp if e._timestamp else self.now_us // 1000

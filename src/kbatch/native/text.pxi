@@ -152,17 +152,23 @@ cdef object uuid_object(const unsigned char *raw):
 
 cdef object _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 cdef object _MICROSECOND = datetime.timedelta(microseconds=1)
+cdef int64_t _FIRST_TIME = -62135596800000000  # 0001-01-01T00:00:00Z
+cdef int64_t _LAST_TIME = 253402300799999999   # 9999-12-31T23:59:59.999999Z
 
 
 cdef int64_t time_us(object value, str field) except? -2:
     # Microseconds since 1970 of an aware datetime; NO_TIME for None.
+    cdef int64_t us
     if value is None:
         return NO_TIME
     if not isinstance(value, datetime.datetime):
         raise TypeError(f"{field} must be a timezone-aware datetime or None, not {type(value).__name__}")
     if value.utcoffset() is None:
         raise ValueError(f"{field} must be timezone-aware; {value!r} is naive")
-    return <int64_t> ((value - _EPOCH) // _MICROSECOND)
+    us = (value - _EPOCH) // _MICROSECOND
+    if us < _FIRST_TIME or us > _LAST_TIME:
+        raise ValueError(f"{field} is in UTC not in the years 1 to 9999: {value!r}")
+    return us
 
 
 cdef object time_object(int64_t us):
