@@ -13,7 +13,9 @@ from kbatch.testing._errors import MockClusterError
 
 
 def _error(error: Exception) -> list[Any]:
-    if type(error) in (MockClusterError, OverflowError, TypeError, ValueError):
+    if isinstance(error, MockClusterError):
+        return [MockClusterError.__name__, [str(error), error.code, error.name]]
+    if type(error) in (OverflowError, TypeError, ValueError):
         return [type(error).__name__, error.args]
     kind = ValueError if isinstance(error, ValueError) else MockClusterError
     return [kind.__name__, [f"{type(error).__name__}: {error}"]]
