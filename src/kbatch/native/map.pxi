@@ -421,8 +421,9 @@ cdef class _Mapping:
         return 0
 
     cdef Header *_room_for(self, Py_ssize_t count) except? NULL:
+        # Never nothing: the arena's last block is looked at afterwards, so there must be one.
         cdef Header *headers = <Header *> arena_take(
-            self.client, &self.state.arena, <size_t> count * sizeof(Header))
+            self.client, &self.state.arena, <size_t> max(count, 1) * sizeof(Header))
         if headers == NULL:
             raise MemoryError(f"no memory for {count} headers")
         return headers
