@@ -324,6 +324,7 @@ cdef class _Mapping:
         if cls is not self.last_type:
             self.last_type_name = message_type_of(cls)
             self.last_type = cls
+            self.kept.append(self.last_type_name)  # the cache may drop it while records point at it
         return self.last_type_name
 
     cdef object _content_type(self):
