@@ -243,7 +243,7 @@ cdef class _Mapping:
         cdef Py_ssize_t start = PyByteArray_GET_SIZE(self.buffer)
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        except (BufferError, TypeError) as error:
+        except (BufferError, TypeError, ValueError) as error:  # ValueError: a released memoryview, a closed mmap
             raise self._error("data", f"data is not one contiguous buffer: {error}") from error
         try:
             PyByteArray_Resize(self.buffer, start + view.len)
