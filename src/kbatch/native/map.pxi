@@ -56,6 +56,15 @@ cdef inline void _put(Cursor *at, const char *name, int32_t name_len, const char
     at.wire_size += name_len + value_len + kb_varint_length(name_len) + kb_varint_length(value_len)
 
 
+cdef str _shown(object value):
+    # How an error shows something of any size, whose repr may even fail.
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
 cdef class Mapper:
     """How envelopes become records: wire format, encoder and defaults of one producer."""
 
@@ -135,7 +144,8 @@ cdef class _Mapping:
         try:
             raise_pending()
         except UnicodeEncodeError as error:
-            raise self._error(field, f"{field} cannot be encoded as UTF-8: {error.reason}") from error
+            shown = field if len(field) <= 120 else field[:119] + "…"
+            raise self._error(field, f"{shown} cannot be encoded as UTF-8: {error.reason}") from error
         return 0
 
     cdef int _put_text(self, Cursor *at, const char *name, int32_t name_len, object value, str field) except -1:
@@ -156,14 +166,14 @@ cdef class _Mapping:
             name = <object> PyTuple_GET_ITEM(<PyObject *> pair, 0)
             value = <object> PyTuple_GET_ITEM(<PyObject *> pair, 1)
             if type(name) is not str and not isinstance(name, str):
-                raise self._error(where, f"{where}: a header's name must be str, not {type(name).__name__} ({name!r})")
+                raise self._error(where, f"{where}: a header's name must be str, not {type(name).__name__} ({_shown(name)})")
             name_p = kb_utf8(<PyObject *> name, &name_len)
             if name_p == NULL:
                 self._not_utf8(f"{where}[{name!r}]")
             if name_len == 0:
                 raise self._error(where, f"{where}: a header's name must not be empty")
             if memchr(name_p, 0, name_len) != NULL:
-                raise self._error(f"{where}[{name!r}]", f"header {name!r}: a name must not contain a NUL character")
+                raise self._error(f"{where}[{name!r}]", f"header {_shown(name)}: a name must not contain a NUL character")
             if self.mapper.reserved and name in self.mapper.reserved:
                 raise self._error(
                     f"{where}[{name!r}]", f"header {name!r} is reserved: the wire format writes it itself")
@@ -180,9 +190,9 @@ cdef class _Mapping:
             else:
                 raise self._error(
                     f"{where}[{name!r}]",
-                    f"header {name!r} must be str, bytes or None, not {type(value).__name__}")
+                    f"header {_shown(name)} must be str, bytes or None, not {type(value).__name__}")
             if value_len > INT32_MAX or name_len > INT32_MAX:
-                raise self._error(f"{where}[{name!r}]", f"header {name!r} is larger than 2 GiB")
+                raise self._error(f"{where}[{name!r}]", f"header {_shown(name)} is larger than 2 GiB")
             _put(at, name_p, <int32_t> name_len, value_p, <int32_t> value_len, value_len)
         return 0
 
@@ -207,7 +217,7 @@ cdef class _Mapping:
         p = self._text(topic, "topic", &length)
         if not _LEGAL_TOPIC(topic):
             raise self._error(
-                "topic", f"topic {topic!r} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+                "topic", f"topic {_shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
         entry = client_topic(self.client, p, length)
         if entry == NULL:
             raise MemoryError("no memory for a topic")
@@ -399,11 +409,11 @@ cdef class _Mapping:
         cdef object value
         if not isinstance(text, str):
             raise self._error("conversation_id", f"conversation_id must be str, not {type(text).__name__}")
-        try:
-            value = uuid.UUID(text)
-        except ValueError:
+        # uuid.UUID() also takes what int() takes: spaces, 0x, digits of every script.
+        if not _GUID(text):
             raise self._error(
-                "conversation_id", f"conversation_id must be a UUID in the wolverine format, not {text!r}") from None
+                "conversation_id", f"conversation_id must be a UUID in the wolverine format, not {_shown(text)}")
+        value = uuid.UUID(text)
         if value.int == 0:
             return None
         text = str(value)
@@ -411,8 +421,9 @@ cdef class _Mapping:
         return text
 
     cdef int _wolverine_key(self, Record *record) except -1:
+        # As the original: an empty key is none, except a tombstone's.
         cdef char *text
-        if record.key == NULL:
+        if record.key_len == 0 and self.envelope._kind != BODY_TOMBSTONE:
             text = arena_take(self.client, &self.state.arena, UUID_TEXT)
             if text == NULL:
                 raise MemoryError("no memory for a record key")
@@ -462,7 +473,7 @@ cdef class _Mapping:
         cdef int64_t size = MESSAGE_OVERHEAD + record.key_len + record.value_len + headers_size
         cdef str field
         if size > self.mapper.message_max_bytes or record.value_len > self.mapper.queue_max_bytes:
-            field = "data" if self.envelope._kind == BODY_DATA else "message"
+            field = ("message", "data", "key")[self.envelope._kind]  # a tombstone's key is all it has
             if size > self.mapper.message_max_bytes:
                 raise self._error(
                     field, f"the record would take {size} bytes (body {record.value_len}, key {record.key_len}, headers "
@@ -563,6 +574,7 @@ cdef class _Mapping:
 
 cdef char *_NOTHING = b""
 cdef object _MINUS_ONE = -1
+cdef object _GUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|[0-9a-fA-F]{32}").fullmatch
 cdef object _LEGAL_TOPIC = re.compile(r"(?!\.{1,2}\Z)[a-zA-Z0-9._-]{1,249}\Z").match
 
 
