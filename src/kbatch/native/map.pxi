@@ -473,7 +473,11 @@ cdef class _Mapping:
         cdef int64_t size = MESSAGE_OVERHEAD + record.key_len + record.value_len + headers_size
         cdef str field
         if size > self.mapper.message_max_bytes or record.value_len > self.mapper.queue_max_bytes:
-            field = ("message", "data", "key")[self.envelope._kind]  # a tombstone's key is all it has
+            field = "message"
+            if self.envelope._kind == BODY_DATA:
+                field = "data"
+            elif self.envelope._kind == BODY_TOMBSTONE:
+                field = "key"  # all it has
             if size > self.mapper.message_max_bytes:
                 raise self._error(
                     field, f"the record would take {size} bytes (body {record.value_len}, key {record.key_len}, headers "
