@@ -38,12 +38,12 @@ _REFUSED = {
     "on_delivery": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
     "dr_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
     "dr_msg_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
-    "background_event_cb": "kbatch takes librdkafka's events itself: use error_cb, stats_cb, throttle_cb, oauth_cb, logger",
+    "background_event_cb": "kbatch takes librdkafka's events itself: use error_cb, stats_cb, throttle_cb or oauth_cb",
     "transactional.id": "transactions are not supported by this version of kbatch",
 }
 
 # A value of a key with one of these words must not be shown.
-_SECRET_WORDS = ("password", "secret", "key.pem", "sasl.oauthbearer.config", "jaas", "token")
+_SECRET_WORDS = ("password", "passphrase", "secret", "key.pem", "sasl.oauthbearer.config", "jaas", "token")
 
 
 def is_secret(key: str) -> bool:
@@ -76,18 +76,25 @@ class ProducerConfig:
             raise ConfigError(f"config must be a mapping of librdkafka's keys, not {type(config).__name__}")
         callbacks, given = _split(config)
         names = {_CANONICAL.get(key, key): key for key in given}
-        if "bootstrap.servers" not in names and "test.mock.num.brokers" not in names:
+        if not given.get(names.get("bootstrap.servers", ""), "").strip() and "test.mock.num.brokers" not in names:
             raise ConfigError("bootstrap.servers is missing: the brokers to ask first, as 'host:port,host:port'")
-        settings = {**_defaults_for(given, names), **given}
         native = Config()
         # librdkafka loads plugins when the key is set, and they must be there before the rest.
-        for key in sorted(settings, key=lambda key: key != "plugin.library.paths"):
-            _set(native, key, settings[key])
+        for key in sorted(given, key=lambda key: key != "plugin.library.paths"):
+            _set(native, key, given[key])
+        for key, value in _defaults(native, names).items():
+            _set(native, key, value)
         if native.get("delivery.report.only.error") == "true":
             raise ConfigError("delivery.report.only.error=true: acknowledgements would never arrive; leave it out")
         if native.get("message.timeout.ms") == "0":
             raise ConfigError(
                 f"{names.get('message.timeout.ms', 'message.timeout.ms')}=0 lets a batch wait for ever; give a bound"
+            )
+        if callbacks["logger"] is not None:
+            _set(native, "log.queue", "true")  # lines come as events
+        elif native.get("log.queue") == "true":
+            raise ConfigError(
+                "log.queue=true without a logger: nobody would take the lines; give logger or leave it out"
             )
         return cls(
             native=native,
@@ -131,38 +138,40 @@ def _text(key: str, value: object) -> str:
 
 
 def _set(native: Config, key: str, value: str) -> None:
+    if "\0" in key + value:
+        # librdkafka would read up to there
+        raise ConfigError(f"{key!r}: a key and its value must not contain a NUL character")
     try:
         native.set(key, value)
     except LookupError:
         raise ConfigError(f"{key} is not a configuration key of librdkafka") from None
     except ValueError as error:
-        reason = str(error)
+        reason = str(error).strip()
         if is_secret(key) and value:
             reason = reason.replace(value, "…")
         raise ConfigError(f"{key}: {reason}") from None
 
 
-def _contradiction(given: dict[str, str], names: dict[str, str]) -> str | None:
-    """The first setting that idempotence does not allow, as ``key=value``."""
-
-    def value(key: str) -> str | None:
-        return given[names[key]].lower() if key in names else None
-
-    acks, in_flight, retries = value("acks"), value("max.in.flight"), value("retries")
-    if acks is not None and acks not in ("all", "-1"):
-        return f"{names['acks']}={acks}"
-    if in_flight is not None and in_flight.isdigit() and int(in_flight) > 5:
-        return f"{names['max.in.flight']}={in_flight}"
-    if retries == "0":
-        return f"{names['retries']}=0"
-    if value("queuing.strategy") == "lifo":
-        return "queuing.strategy=lifo"
+def _contradiction(native: Config, names: dict[str, str]) -> str | None:
+    """The first setting that was given and that idempotence does not allow, as ``key=value``."""
+    allowed: dict[str, Callable[[str], bool]] = {
+        "acks": lambda value: value == "-1",
+        "max.in.flight": lambda value: int(value) <= 5,
+        "retries": lambda value: int(value) > 0,
+        "queuing.strategy": lambda value: value == "fifo",
+        "queue.buffering.backpressure.threshold": lambda value: int(value) <= 1,
+    }
+    for key, allows in allowed.items():
+        value = native.get(key)
+        if key in names and value is not None and not allows(value):
+            return f"{names[key]}={value}"
     return None
 
 
-def _defaults_for(given: dict[str, str], names: dict[str, str]) -> dict[str, str]:
+def _defaults(native: Config, names: dict[str, str]) -> dict[str, str]:
+    """kbatch's own defaults for what was not given."""
     defaults = {key: value for key, value in _DEFAULTS.items() if key not in names}
-    contradiction = _contradiction(given, names)
+    contradiction = _contradiction(native, names)
     if contradiction is None:
         return defaults
     if "enable.idempotence" not in names:
@@ -170,8 +179,8 @@ def _defaults_for(given: dict[str, str], names: dict[str, str]) -> dict[str, str
         warnings.warn(
             f"{contradiction} does not allow the idempotent producer, which kbatch uses by default: retries may now "
             "reorder or duplicate messages. Set enable.idempotence=false to confirm.",
-            stacklevel=5,
+            stacklevel=4,  # the line that makes the Producer
         )
-    elif given["enable.idempotence"].lower() in ("true", "t", "1"):
+    elif native.get("enable.idempotence") == "true":
         raise ConfigError(f"{contradiction} contradicts enable.idempotence=true")
     return defaults

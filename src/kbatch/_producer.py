@@ -66,7 +66,7 @@ class Producer:
         close_timeout: float = 30.0,
         max_in_flight: int = 20_000,
     ) -> None:
-        _check_arguments(wire, encoder, source, header_hook, max_in_flight)
+        _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight)
         parsed = ProducerConfig.parse(config)
         self._close_timeout = close_timeout
         self._callback_thread = CallbackThread("kbatch-callbacks")
@@ -230,7 +230,9 @@ class Producer:
         return self._core.records(batch)
 
 
-def _check_arguments(wire: Any, encoder: Any, source: Any, header_hook: Any, max_in_flight: Any) -> None:
+def _check_arguments(
+    wire: Any, encoder: Any, source: Any, header_hook: Any, close_timeout: Any, max_in_flight: Any
+) -> None:
     if isinstance(wire, str):
         if wire not in _WIRES:
             raise ConfigError(f"wire must be one of {', '.join(_WIRES)} or an object with write(), not {wire!r}")
@@ -246,6 +248,8 @@ def _check_arguments(wire: Any, encoder: Any, source: Any, header_hook: Any, max
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None and not callable(header_hook):
         raise ConfigError(f"header_hook must be callable, not {type(header_hook).__name__}")
+    if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)) or not close_timeout >= 0:
+        raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
         raise ConfigError(f"max_in_flight must be an int of at least 1, not {max_in_flight!r}")
 

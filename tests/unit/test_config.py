@@ -1,0 +1,382 @@
+"""What a producer takes as its configuration, and what it says about the rest. No broker is needed: nothing is sent."""
+
+import logging
+import pickle
+import traceback
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import psutil
+import pytest
+
+import kbatch
+from kbatch import ConfigError
+from kbatch._config import ProducerConfig
+
+from ..waiting import until
+
+SERVERS = {"bootstrap.servers": "127.0.0.1:1"}
+SECRET = "hunter2-hunter2"
+
+
+def setting(config: Mapping[str, Any], key: str) -> str | None:
+    """What librdkafka makes of a key of `config`, with kbatch's defaults."""
+    return ProducerConfig.parse({**SERVERS, **config}).native.get(key)
+
+
+def error_of(config: Any, **options: Any) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        kbatch.Producer(config, **options)
+    return caught.value
+
+
+def threads() -> set[int]:
+    return {thread.id for thread in psutil.Process().threads()}
+
+
+def start(config: Mapping[str, Any]) -> None:
+    """Makes a producer and lets librdkafka start."""
+    producer = kbatch.Producer({**SERVERS, "log_level": 0, **config})
+    try:
+        producer.submit("orders", [])
+    finally:
+        producer.close(0)
+
+
+# -- the constructor starts nothing
+
+
+def test_a_constructor_starts_no_thread() -> None:
+    before = threads()
+    producer = kbatch.Producer(
+        {**SERVERS, "error_cb": print, "stats_cb": print, "oauth_cb": print, "logger": logging.getLogger()}
+    )
+    assert threads() <= before
+    assert repr(producer) == "<kbatch.Producer not started>"
+    assert (len(producer), bool(producer), producer.flush(0), producer.closed) == (0, True, 0, False)
+    assert producer.close() == 0
+    assert threads() <= before
+    assert repr(producer) == "<kbatch.Producer closed>"
+
+
+def test_mapping_starts_no_thread() -> None:
+    before = threads()
+    with kbatch.Producer(SERVERS) as producer:
+        with pytest.raises(kbatch.SerializationError):
+            producer.send_batch("orders", [kbatch.Envelope(object())])
+        assert threads() <= before
+
+
+# -- defaults and values
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("acks", "-1"),
+        ("enable.idempotence", "true"),
+        ("linger.ms", "0"),
+        ("client.software.name", "kbatch"),
+        ("client.software.version", kbatch.__version__),
+    ],
+)
+def test_defaults(key: str, value: str) -> None:
+    assert setting({}, key) == value
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        ({"linger.ms": 5}, "linger.ms", "5"),
+        ({"linger.ms": 0.25}, "linger.ms", "0.25"),
+        ({"linger.ms": "7"}, "linger.ms", "7"),
+        ({"queue.buffering.max.ms": 9}, "linger.ms", "9"),
+        ({"enable.idempotence": False}, "enable.idempotence", "false"),
+        ({"enable.idempotence": "f"}, "enable.idempotence", "false"),
+        ({"socket.keepalive.enable": True}, "socket.keepalive.enable", "true"),
+        ({"compression.type": "zstd"}, "compression.codec", "zstd"),
+        ({"client.software.name": "mine"}, "client.software.name", "mine"),
+        ({"client.id": "müller"}, "client.id", "müller"),
+        ({"delivery.timeout.ms": 1_500}, "message.timeout.ms", "1500"),
+        ({"default.topic.config": {"message.timeout.ms": 1_500}}, "message.timeout.ms", "1500"),
+        ({"linger.ms": None}, "linger.ms", "0"),  # as if it were not there
+    ],
+)
+def test_values_reach_librdkafka(config: dict[str, Any], key: str, value: str) -> None:
+    assert setting(config, key) == value
+
+
+def test_what_the_mapping_needs_is_read_back() -> None:
+    parsed = ProducerConfig.parse(SERVERS)
+    assert (parsed.message_max_bytes, parsed.queue_max_bytes) == (1_000_000, 1_048_576 * 1024)
+    assert parsed.delivery_timeout_s == 300.0
+    given = {"message.max.bytes": 5_000, "queue.buffering.max.kbytes": 7, "request.timeout.ms": 5, "acks": "all"}
+    parsed = ProducerConfig.parse({**SERVERS, **given, "delivery.timeout.ms": 1_500})
+    assert (parsed.message_max_bytes, parsed.queue_max_bytes, parsed.delivery_timeout_s) == (5_000, 7 * 1024, 1.5)
+
+
+def test_any_mapping_will_do() -> None:
+    kbatch.Producer(MappingProxyType(SERVERS)).close()
+
+
+def test_the_config_stays_the_callers() -> None:
+    config = {**SERVERS, "acks": 1, "enable.idempotence": False}
+    before = dict(config)
+    kbatch.Producer(config).close()
+    assert config == before
+
+
+@pytest.mark.parametrize("key", ["bootstrap.servers", "metadata.broker.list"])
+def test_both_names_of_the_brokers(key: str) -> None:
+    kbatch.Producer({key: "127.0.0.1:1"}).close()
+
+
+def test_an_empty_callback_is_none() -> None:
+    names = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger")
+    start(dict.fromkeys(names))
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize("config", [None, "127.0.0.1:1", [("bootstrap.servers", "127.0.0.1:1")], 7])
+def test_config_is_a_mapping(config: Any) -> None:
+    assert str(error_of(config)).startswith("config must be a mapping of librdkafka's keys, not ")
+
+
+@pytest.mark.parametrize("config", [{}, {"bootstrap.servers": ""}, {"bootstrap.servers": " "}, {"client.id": "x"}])
+def test_brokers_are_needed(config: dict[str, Any]) -> None:
+    assert str(error_of(config)).startswith("bootstrap.servers is missing")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"linger": 5}, "linger is not a configuration key of librdkafka"),
+        ({"group_id": "x"}, "group_id is not a configuration key"),
+        ({"": "x"}, " is not a configuration key"),
+        ({"default.topic.config": {"lingerie": 1}}, "lingerie is not a configuration key"),
+        ({7: "x"}, "configuration keys must be str, not int"),
+        ({b"linger.ms": 1}, "configuration keys must be str, not bytes"),
+        ({"linger.ms": "soon"}, 'linger.ms: Invalid value for configuration property "queue.buffering.max.ms"'),
+        ({"acks": "most"}, "acks: Invalid value"),
+        ({"enable.idempotence": "maybe"}, 'enable.idempotence: Expected bool value for "enable.idempotence"'),
+        ({"message.max.bytes": 10}, "message.max.bytes: .* value 10 is outside allowed range 1000..1000000000$"),
+        ({"linger.ms": [5]}, "linger.ms must be str, int, float or bool, not list"),
+        ({"client.id": b"x"}, "client.id must be str, int, float or bool, not bytes"),
+        ({"client.id": "a\0b"}, "'client.id': a key and its value must not contain a NUL character"),
+        ({"linger.ms\0": 5}, r"'linger.ms\\x00': a key and its value must not contain a NUL"),
+        ({"client.id": "\udcff"}, "client.id: 'utf-8' codec can't encode"),
+        ({"opaque": "x"}, "opaque: Property .* must be set through"),
+        ({"error_cb": 7}, "error_cb must be callable, not int"),
+        ({"stats_cb": "print"}, "stats_cb must be callable, not str"),
+        ({"logger": print}, "logger must have a log method as logging.Logger has, not builtin_function_or_method"),
+        ({"log.queue": True}, "log.queue=true without a logger"),
+        ({"delivery.report.only.error": True}, "delivery.report.only.error=true: acknowledgements would never arrive"),
+        ({"default.topic.config": {"delivery.report.only.error": "true"}}, "delivery.report.only.error=true"),
+        ({"message.timeout.ms": 0}, "message.timeout.ms=0 lets a batch wait for ever"),
+        ({"delivery.timeout.ms": "0"}, "delivery.timeout.ms=0 lets a batch wait for ever"),
+        ({"default.topic.config": {"message.timeout.ms": 0}}, "message.timeout.ms=0 lets a batch wait for ever"),
+        ({"transactional.id": "x"}, "transactional.id is refused: transactions are not supported"),
+        ({"background_event_cb": print}, "background_event_cb is refused: .* use error_cb, stats_cb"),
+        *(
+            ({key: print}, rf"{key} is refused: .* send_batch's report, submit\(callback=…\) or a SenderCallback")
+            for key in ("on_delivery", "dr_cb", "dr_msg_cb")
+        ),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_named(config: dict[Any, Any], message: str) -> None:
+    error = error_of({**SERVERS, **config})
+    with pytest.raises(ConfigError, match=message):
+        raise error
+    assert isinstance(error, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"wire": "xml"}, "wire must be one of kbatch, wolverine, raw .*, not 'xml'"),
+        ({"wire": 7}, r"wire must be a name or an object with a write\(\) method, not int"),
+        ({"wire": None}, "wire must be a name or an object"),
+        ({"encoder": "json"}, "encoder must be a msgspec encoder or callable, not str"),
+        ({"source": b"shop"}, "source must be str, not bytes"),
+        ({"header_hook": {}}, "header_hook must be callable, not dict"),
+        ({"close_timeout": -1}, "close_timeout must be seconds, 0 or more, not -1"),
+        ({"close_timeout": float("nan")}, "close_timeout must be seconds"),
+        ({"close_timeout": None}, "close_timeout must be seconds"),
+        ({"close_timeout": True}, "close_timeout must be seconds"),
+        ({"max_in_flight": 0}, "max_in_flight must be an int of at least 1, not 0"),
+        ({"max_in_flight": 1.5}, "max_in_flight must be an int of at least 1, not 1.5"),
+        ({"max_in_flight": True}, "max_in_flight must be an int"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        kbatch.Producer(SERVERS, **options)
+
+
+@pytest.mark.parametrize("encoder", [None, msgspec.json.Encoder(), msgspec.msgpack.Encoder(), lambda message, ctx: b""])
+def test_encoders(encoder: Any) -> None:
+    kbatch.Producer(SERVERS, encoder=encoder).close()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"linger.ms": 5_000, "message.timeout.ms": 1_000}, "`message.timeout.ms` must be greater than `linger.ms`"),
+        ({"security.protocol": "ssl", "ssl.ca.location": "/no/such/file"}, "ssl.ca.location failed"),
+        ({"security.protocol": "ssl", "ssl.key.pem": SECRET}, "ssl.key.pem failed"),
+    ],
+)
+def test_what_only_a_start_can_check_is_refused_at_the_first_use(config: dict[str, Any], message: str) -> None:
+    before = threads()
+    with kbatch.Producer({**SERVERS, "log_level": 0, **config}) as producer:
+        for _ in range(2):  # it stays refused, and nothing is left behind
+            with pytest.raises(ConfigError, match=f"librdkafka refused to start: .*{message}") as caught:
+                producer.send_batch("orders", [kbatch.Envelope(1)])
+            assert SECRET not in str(caught.value)
+            assert len(producer) == 0
+    until(lambda: threads() <= before, "the end of the threads")
+
+
+# -- idempotence
+
+# As kbatch is told, and as its message names it.
+CONTRADICTIONS = [
+    ({"acks": 1}, "acks=1"),
+    ({"acks": "0"}, "acks=0"),
+    ({"request.required.acks": 1}, "request.required.acks=1"),
+    ({"default.topic.config": {"acks": 1}}, "acks=1"),
+    ({"max.in.flight": 6}, "max.in.flight=6"),
+    ({"max.in.flight.requests.per.connection": "0x10"}, "max.in.flight.requests.per.connection=16"),
+    ({"retries": 0}, "retries=0"),
+    ({"message.send.max.retries": "00"}, "message.send.max.retries=0"),
+    ({"queuing.strategy": "LIFO"}, "queuing.strategy=lifo"),
+    ({"queue.buffering.backpressure.threshold": 2}, "queue.buffering.backpressure.threshold=2"),
+]
+
+
+@pytest.mark.parametrize(("config", "named"), CONTRADICTIONS, ids=str)
+def test_idempotence_gives_way_with_one_warning(config: dict[str, Any], named: str) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert setting(config, "enable.idempotence") == "false"
+        kbatch.Producer({**SERVERS, **config}).close()
+    assert len(caught) == 2  # one for each of the two
+    assert str(caught[1].message).startswith(f"{named} does not allow the idempotent producer")
+    assert caught[1].filename == __file__  # it points at the line that made the producer
+
+
+@pytest.mark.parametrize(("config", "named"), CONTRADICTIONS, ids=str)
+@pytest.mark.parametrize("idempotent", [True, "true", "T", "1"])
+def test_a_contradiction_to_explicit_idempotence(config: dict[str, Any], named: str, idempotent: object) -> None:
+    error = error_of({**SERVERS, **config, "enable.idempotence": idempotent})
+    assert str(error) == f"{named} contradicts enable.idempotence=true"
+
+
+@pytest.mark.parametrize(("config", "named"), CONTRADICTIONS, ids=str)
+def test_explicitly_without_idempotence_there_is_no_warning(config: dict[str, Any], named: str) -> None:
+    start({**config, "enable.idempotence": False})
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"acks": "all"},
+        {"acks": -1},
+        {"acks": "ALL"},
+        {"max.in.flight": 5},
+        {"max.in.flight": 1},
+        {"retries": 1},
+        {"queuing.strategy": "fifo"},
+        {"queue.buffering.backpressure.threshold": 1},
+    ],
+    ids=str,
+)
+def test_what_idempotence_allows(config: dict[str, Any]) -> None:
+    start(config)
+    assert setting(config, "enable.idempotence") == "true"
+
+
+@pytest.mark.parametrize(("config", "named"), CONTRADICTIONS, ids=str)
+def test_librdkafka_would_refuse_the_contradictions(config: dict[str, Any], named: str) -> None:
+    # kbatch's list is librdkafka's: what gives way above could not have started otherwise.
+    from confluent_kafka import KafkaException, Producer
+
+    with pytest.raises((KafkaException, ValueError), match=r"enable\.idempotence"):
+        Producer({**SERVERS, **config, "enable.idempotence": True})
+
+
+# -- secrets
+
+SECRETS = {
+    "sasl.password": SECRET,
+    "ssl.key.password": SECRET,
+    "ssl.keystore.password": SECRET,
+    "ssl.key.pem": f"-----BEGIN {SECRET}",
+    "sasl.oauthbearer.client.secret": SECRET,
+    "sasl.oauthbearer.config": SECRET,
+    "sasl.oauthbearer.assertion.private.key.passphrase": SECRET,
+}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"sasl.pasword": SECRET},
+        {"acks": "most"},
+        {"sasl.password": SECRET + "\0"},
+        {"sasl.password": SECRET.encode()},
+        {"sasl.password": [SECRET]},
+        {"ssl.key.password": SECRET + "\udcff"},
+        {"sasl.jaas.config": SECRET},
+        {"on_delivery": SECRET},
+        {"acks": 0, "enable.idempotence": True},
+        {"bootstrap.servers": None},
+    ],
+    ids=lambda bad: next(iter(bad)),
+)
+def test_secrets_are_in_no_error(bad: dict[str, Any]) -> None:
+    error = error_of({**SERVERS, **SECRETS, **bad})
+    texts = [str(error), repr(error), repr(error.args), repr(error.__dict__), *traceback.format_exception(error)]
+    assert not any(SECRET in text for text in texts)
+    assert SECRET.encode() not in pickle.dumps(error)
+
+
+def test_secrets_are_in_no_repr() -> None:
+    parsed = ProducerConfig.parse({**SERVERS, **SECRETS})
+    assert SECRET not in repr(parsed)
+    assert "127.0.0.1" not in repr(parsed)
+    with kbatch.Producer({**SERVERS, **SECRETS}) as producer:
+        texts = [repr(producer), str(producer), repr(vars(producer)), repr(kbatch.KafkaSender(producer, "orders"))]
+        assert not any(SECRET in text for text in texts)
+
+
+def test_a_producer_is_not_pickled() -> None:
+    with kbatch.Producer({**SERVERS, **SECRETS}) as producer:
+        for thing in (producer, producer._core):
+            with pytest.raises(TypeError):
+                pickle.dumps(thing)
+    with pytest.raises(TypeError):
+        pickle.dumps(ProducerConfig.parse({**SERVERS, **SECRETS}))
+
+
+def test_secrets_are_not_logged() -> None:
+    lines: list[str] = []
+
+    class Logger:
+        def log(self, level: int, text: str, *arguments: object) -> None:
+            lines.append(text % arguments)
+
+    config = {"debug": "all", "log_level": 7, "sasl.mechanism": "PLAIN", "sasl.username": "u", **SECRETS}
+    with kbatch.Producer({**SERVERS, **config, "logger": Logger()}) as producer:
+        producer.submit("orders", [])
+        # librdkafka tells its configuration, and what it does.
+        until(lambda: any("sasl.username" in line for line in lines), "the configuration")
+        until(lambda: any("CONNECT" in line for line in lines), "a connection")
+    assert not any(SECRET in line for line in lines)

@@ -1,0 +1,163 @@
+"""The callbacks of a producer's configuration: confluent-kafka's signatures, on a thread of their own. No broker."""
+
+import json
+import logging
+import threading
+import time
+from typing import Any
+
+import pytest
+from confluent_kafka import KafkaError
+
+import kbatch
+
+from ..waiting import until
+
+NOBODY = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+
+
+def test_error_cb() -> None:
+    errors: list[KafkaError] = []
+    threads: set[str] = set()
+
+    def error_cb(error: KafkaError) -> None:
+        errors.append(error)
+        threads.add(threading.current_thread().name)
+
+    with kbatch.Producer({**NOBODY, "error_cb": error_cb}) as producer:
+        producer.submit("orders", [])
+        until(lambda: len(errors) >= 2, "errors about the broker")
+    assert all(type(error) is KafkaError for error in errors)
+    assert {error.name() for error in errors} <= {"_TRANSPORT", "_ALL_BROKERS_DOWN"}
+    assert any("127.0.0.1:1" in error.str() for error in errors)
+    assert not any(error.fatal() for error in errors)
+    assert threads == {"kbatch-callbacks"}
+
+
+def test_a_fatal_error_is_told_as_fatal() -> None:
+    errors: list[KafkaError] = []
+    with kbatch.Producer({**NOBODY, "error_cb": errors.append}) as producer:
+        producer._core.inject_fatal_error(45, "made up")
+        until(lambda: any(error.fatal() for error in errors), "the fatal error")
+        (fatal,) = [error for error in errors if error.fatal()]
+        assert "made up" in fatal.str()
+
+
+def test_stats_cb() -> None:
+    texts: list[str] = []
+    with kbatch.Producer({**NOBODY, "stats_cb": texts.append, "statistics.interval.ms": 20}) as producer:
+        producer.submit("orders", [])
+        until(lambda: len(texts) >= 2, "statistics")
+        assert repr(producer).startswith(f"<kbatch.Producer {json.loads(texts[0])['name']} ")
+    assert {json.loads(text)["type"] for text in texts} == {"producer"}
+
+
+def test_logger() -> None:
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    logger = logging.getLogger("tests.kbatch.lines")
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    logger.addHandler(Keep())
+    with kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", "logger": logger, "debug": "broker"}) as producer:
+        producer.submit("orders", [])
+        until(lambda: any(record.levelno == logging.ERROR for record in records), "a line about the broker")
+    assert any(record.levelno == logging.DEBUG for record in records)
+    assert any("127.0.0.1:1" in record.getMessage() for record in records)
+
+
+def test_without_a_logger_librdkafka_writes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    written = ""
+
+    def failed() -> bool:
+        nonlocal written
+        written += capfd.readouterr().err
+        return "FAIL" in written
+
+    with kbatch.Producer({"bootstrap.servers": "127.0.0.1:1"}) as producer:
+        producer.submit("orders", [])
+        until(failed, "a line about the broker")
+
+
+def test_a_callback_that_raises_is_logged_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
+    calls: list[str] = []
+
+    def stats_cb(text: str) -> None:
+        calls.append(text)
+        raise ZeroDivisionError("from a callback")
+
+    with kbatch.Producer({**NOBODY, "stats_cb": stats_cb, "statistics.interval.ms": 20}) as producer:
+        producer.submit("orders", [])
+        until(lambda: len(calls) >= 2, "statistics")
+    assert "from a callback" in caplog.text
+
+
+OAUTH = {**NOBODY, "security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER"}
+
+
+def test_oauth_cb() -> None:
+    configs: list[str] = []
+    errors: list[KafkaError] = []
+
+    def oauth_cb(config: str) -> tuple[str, float, str, dict[str, str]]:
+        configs.append(config)
+        # It is asked again when four fifths of the token's life are over.
+        return "token", time.time() + 0.5, "principal", {"scope": "orders"}
+
+    config = {**OAUTH, "oauth_cb": oauth_cb, "sasl.oauthbearer.config": "scope=orders", "error_cb": errors.append}
+    with kbatch.Producer(config) as producer:
+        producer.submit("orders", [])
+        until(lambda: len(configs) >= 2, "a refresh")
+    assert set(configs) == {"scope=orders"}
+    assert "_AUTHENTICATION" not in {error.name() for error in errors}
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (ZeroDivisionError("the-token"), "ZeroDivisionError"),
+        (("the-token", 0.0), "ValueError"),  # it has expired
+        (("the-token",), "ValueError"),
+        (None, "TypeError"),
+        (("the-token", time.time() + 9, "p", {"auth": "reserved"}), "ValueError"),
+    ],
+)
+def test_an_oauth_cb_that_fails_is_told_to_error_cb_without_the_token(answer: Any, reason: str) -> None:
+    errors: list[KafkaError] = []
+
+    def oauth_cb(config: str) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    with kbatch.Producer({**OAUTH, "oauth_cb": oauth_cb, "error_cb": errors.append}) as producer:
+        producer.submit("orders", [])
+        until(lambda: any(error.name() == "_AUTHENTICATION" for error in errors), "the failure")
+    (failure,) = {error.str() for error in errors if error.name() == "_AUTHENTICATION"}
+    assert reason in failure
+    assert "the-token" not in failure
+
+
+def test_a_token_does_not_wait_behind_another_callback() -> None:
+    asked = threading.Event()
+    done = threading.Event()
+
+    def stats_cb(text: str) -> None:
+        done.wait(30)
+
+    def oauth_cb(config: str) -> tuple[str, float]:
+        asked.set()
+        return "token", time.time() + 0.2
+
+    with kbatch.Producer(
+        {**OAUTH, "oauth_cb": oauth_cb, "stats_cb": stats_cb, "statistics.interval.ms": 1}
+    ) as producer:
+        producer.submit("orders", [])
+        assert asked.wait(30)
+        asked.clear()
+        assert asked.wait(30)
+        done.set()
