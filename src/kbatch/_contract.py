@@ -80,4 +80,5 @@ class SenderCallback:
 class SenderProtocol(Protocol):
     """Anything that sends a batch and answers through a `SenderCallback`."""
 
-    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None: ...
+    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
+        """Sends `batch` and calls exactly one method of `callback`, once no envelope of it is in flight any more."""

@@ -1,0 +1,204 @@
+"""What users may rely on: the names, their documentation, what an import does; and the layers beneath."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kbatch
+from kbatch import testing
+
+PACKAGE = Path(__file__).parents[2] / "src" / "kbatch"
+
+# Imports point down only: each module may import those above it in this list.
+LAYERS = [
+    {"_version", "_serialization", "_callbacks", "_librdkafka"},
+    {"_errors"},
+    {"_fastmap"},
+    {"_report", "_wire", "_config"},
+    {"_pending"},
+    {"_producer", "_contract"},
+    {"_sender"},
+    {"testing"},
+    {"cli"},
+]
+LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
+ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
+
+
+def run(code: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+
+
+# -- names
+
+PUBLIC = """
+    BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError DeliveryError DeliveryReport Envelope ForkError
+    KafkaSender KbatchError OutgoingBatch PendingBatch Producer ProducerClosedError ProducerError ProducerFatalError
+    SenderCallback SenderProtocol SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError
+    WireFormat __version__ librdkafka_version uuid7
+"""
+
+
+def test_all_is_exact() -> None:
+    # Written down once more: a name that comes or goes does so on purpose.
+    assert kbatch.__all__ == PUBLIC.split()
+    assert sorted(kbatch.__all__) == kbatch.__all__
+
+
+def test_nothing_else_is_public() -> None:
+    names = run("import kbatch; print(*(name for name in dir(kbatch) if not name.startswith('_')))").split()
+    assert names == [name for name in kbatch.__all__ if not name.startswith("_")]
+
+
+def test_star_import() -> None:
+    names: dict[str, object] = {}
+    exec("from kbatch import *", names)
+    assert set(kbatch.__all__) <= set(names)
+
+
+@pytest.mark.parametrize("name", kbatch.__all__)
+def test_every_public_name_comes_from_a_private_module(name: str) -> None:
+    value = getattr(kbatch, name)
+    if isinstance(value, str):
+        assert value
+    else:
+        assert value.__name__ == name
+        assert value.__module__.startswith("kbatch._")
+
+
+def documented(owner: type) -> Iterator[str]:
+    for name, value in vars(owner).items():
+        if not name.startswith("_") and (callable(value) or isinstance(value, (property, classmethod))):
+            yield name
+
+
+@pytest.mark.parametrize("module", [kbatch, testing], ids=lambda module: module.__name__)
+def test_public_names_are_documented(module: object) -> None:
+    missing = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        if not callable(value):
+            continue
+        if not value.__dict__.get("__doc__", value.__doc__):
+            missing.append(name)
+        if inspect.isclass(value):
+            missing += [
+                f"{name}.{method}" for method in documented(value) if not inspect.getdoc(getattr(value, method))
+            ]
+    assert missing == []
+
+
+def test_private_modules_declare_what_they_export() -> None:
+    for path in PACKAGE.glob("_*.py"):
+        if path.name in ("__init__.py", "_version.py"):
+            continue
+        names = next(
+            ast.literal_eval(node.value)
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
+        )
+        module = sys.modules[f"kbatch.{path.stem}"]
+        assert all(hasattr(module, name) for name in names), path.name
+        assert sorted(names) == names, path.name
+
+
+# -- what an import does
+
+
+def test_an_import_brings_no_more_than_it_needs() -> None:
+    loaded = run("import sys, kbatch; print(*sys.modules)").split()
+    # librdkafka is taken out of confluent-kafka's folder, without its Python side.
+    unwanted = ("confluent_kafka", "kbatch.testing", "kbatch.cli", "pytest", "typer", "rich", "aiokafka", "psutil")
+    assert [name for name in loaded if name.startswith(unwanted)] == []
+
+
+def test_an_import_leaves_the_process_as_it_was() -> None:
+    assert (
+        run("""if True:
+        import logging, signal, threading, warnings
+        def state():
+            return ([signal.getsignal(number) for number in sorted(signal.valid_signals())], threading.enumerate(),
+                    logging.root.handlers[:], logging.root.level, warnings.filters[:])
+        before = state()
+        import kbatch
+        assert state() == before
+        producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1"})
+        assert state() == before
+        print("same")
+    """)
+        == "same\n"
+    )
+
+
+def test_librdkafka_is_confluent_kafkas() -> None:
+    import confluent_kafka
+
+    version, number = confluent_kafka.libversion()
+    assert kbatch.librdkafka_version == version
+    assert number >= 0x020C0000
+
+
+# -- layers
+
+
+def runtime_imports(tree: ast.AST) -> Iterator[str]:
+    """The modules that a Python file imports, apart from those for type checkers only."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            assert node.module is not None
+            if node.module == "kbatch":  # names of the package, or modules
+                yield from (f"kbatch.{alias.name}" if f"{alias.name}" in LAYER_OF else "kbatch" for alias in node.names)
+            else:
+                yield node.module
+        else:
+            yield from runtime_imports(node)
+
+
+def imports_of(path: Path) -> set[str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        found = list(runtime_imports(ast.parse(text)))
+    else:
+        found = re.findall(r"^\s*(?:from|import|cimport)\s+(kbatch[\w.]*)", text, re.MULTILINE)
+    return {name for name in found if name == "kbatch" or name.startswith("kbatch.")}
+
+
+def unit_of(path: Path) -> str:
+    """The module, or for testing and cli the package, to which a source file belongs."""
+    parts = path.relative_to(PACKAGE).parts
+    if parts[0] == "native":
+        return "_fastmap"
+    return parts[0] if len(parts) > 1 else path.stem
+
+
+def sources() -> list[Path]:
+    found = [path for suffix in ("py", "pyx", "pxd", "pxi") for path in PACKAGE.rglob(f"*.{suffix}")]
+    return [path for path in found if path != PACKAGE / "__init__.py"]
+
+
+def test_every_module_has_a_layer() -> None:
+    assert {unit_of(path) for path in sources()} == set(LAYER_OF)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_only(path: Path) -> None:
+    unit = unit_of(path)
+    for name in imports_of(path):
+        if name == "kbatch":
+            assert unit in ABOVE_THE_ROOT, f"{path.name} imports the whole package"
+            continue
+        imported = name.split(".")[1]
+        assert imported == unit or LAYER_OF[imported] < LAYER_OF[unit], f"{path.name} imports {name}"
