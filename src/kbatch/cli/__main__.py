@@ -1,0 +1,3 @@
+from kbatch.cli import main
+
+main()

@@ -1,0 +1,144 @@
+"""The commands and their options."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import kbatch
+from kbatch.cli._failure import Failure
+from kbatch.cli._screen import Screen
+
+app = typer.Typer(
+    help="Batches of messages into Kafka, with one answer per batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback with local variables would show secrets.
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"kbatch {kbatch.__version__} (librdkafka {kbatch.librdkafka_version})")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    count: Annotated[int, typer.Option(min=1, max=400_000, help="How many orders to send.")] = 200_000,
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Envelopes in a batch.")] = 1_000,
+    in_flight: Annotated[int, typer.Option(min=1, max=100_000, help="Messages in flight across batches.")] = 5_000,
+    one_at_a_time: Annotated[
+        int, typer.Option(min=0, max=100_000, help="How many of them to send again, one awaited message at a time.")
+    ] = 5_000,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
+) -> None:
+    """Send orders to an embedded Kafka, read them back, compare every byte, and show the figures.
+
+    Needs no broker: it starts the mock cluster of librdkafka in a process of its own. Exit status 0 if everything
+    arrived, once, unchanged and in order; else 1.
+    """
+    from kbatch.cli._demo import Plan, run
+
+    screen = Screen(quiet=quiet)
+    _exit_with(lambda: run(Plan(count, batch_size, in_flight, min(one_at_a_time, count)), screen), screen)
+
+
+@app.command()
+def produce(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A file of JSON lines; - reads standard input.")],
+    topic: Annotated[str, typer.Option("--topic", "-t", help="Where the lines go.")],
+    key: Annotated[
+        str | None, typer.Option("--key", "-k", metavar="FIELD", help="The field of each line that is its record key.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("-X", metavar="KEY=VALUE", help="A setting of librdkafka, such as bootstrap.servers. Repeatable."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Settings of librdkafka, a line key=value each; # comments.")
+    ] = None,
+    embedded: Annotated[
+        bool, typer.Option("--embedded", help="Send to an embedded broker that ends with the command.")
+    ] = False,
+    rejects: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Where lines go that are bad or not acknowledged.")
+    ] = None,
+    wire: Annotated[str, typer.Option(help="The headers: kbatch, wolverine, or raw for none.")] = "kbatch",
+    message_type: Annotated[str | None, typer.Option(help="The message-type header of every line.")] = None,
+    source: Annotated[str | None, typer.Option(help="The source header of every line.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Lines in a batch.")] = 1_000,
+    in_flight: Annotated[int, typer.Option(min=1, max=1_000_000, help="Lines in flight across batches.")] = 5_000,
+    connect_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a broker to answer.")] = 10.0,
+    grace: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that Ctrl-C leaves to what is in flight; a second one ends them.")
+    ] = 10.0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Send every line of a file as a message, its bytes as they are.
+
+    Settings come from -X, else from the environment (KBATCH_BOOTSTRAP_SERVERS is bootstrap.servers,
+    KBATCH_SASL_PASSWORD is sasl.password; two underscores stand for one), else from --config. Keep secrets out of -X:
+    others can see command lines.
+
+    A line that is not JSON, or has no key, is named with its number, goes to --rejects, and the rest is sent. So does
+    a line that the broker refuses. Blank lines are skipped.
+
+    Exit status: 0 if every line was acknowledged; 1 if not; 2 if a file, a setting or an option is wrong; 130 after
+    Ctrl-C.
+    """
+    from kbatch.cli._produce import Job
+    from kbatch.cli._produce import produce as run
+    from kbatch.cli._settings import Settings
+
+    screen = Screen(quiet=quiet)
+
+    def work() -> int:
+        return run(
+            Job(
+                input=file,
+                topic=topic,
+                key_field=key,
+                settings=Settings.collect(setting or [], config, os.environ),
+                embedded=embedded,
+                rejects=rejects,
+                wire=wire,
+                message_type=message_type,
+                source=source,
+                batch_size=batch_size,
+                in_flight=in_flight,
+                connect_timeout_s=connect_timeout,
+                grace_s=grace,
+            ),
+            screen,
+        )
+
+    _exit_with(work, screen)
+
+
+def _exit_with(work: Callable[[], int], screen: Screen) -> None:
+    try:
+        status = work()
+    except Failure as failure:
+        screen.tell(str(failure))
+        status = failure.status
+    except kbatch.KbatchError as error:
+        screen.tell(str(error))
+        status = 1
+    except KeyboardInterrupt:
+        screen.tell("interrupted")
+        status = 130
+    raise typer.Exit(status)

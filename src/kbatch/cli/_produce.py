@@ -1,0 +1,437 @@
+"""``kbatch produce``: lines of JSON into a topic."""
+
+import contextlib
+import os
+import time
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import kbatch
+from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._interrupt import Interrupt
+from kbatch.cli._json_line import BadLine, key_reader
+from kbatch.cli._lines import LineSource, Piece
+from kbatch.cli._preflight import LastError, check_broker
+from kbatch.cli._screen import Bar, Screen, counted
+from kbatch.cli._settings import Settings
+
+# Lines are named one by one up to here; the rest is counted. A gigabyte of bad lines must not flood the terminal.
+_LINES_NAMED = 20
+_BATCH_BYTES = 1024 * 1024
+_BATCHES_IN_FLIGHT = 16
+_EMBEDDED_PARTITIONS = 64
+# TOPIC_, GROUP_ and CLUSTER_AUTHORIZATION_FAILED
+_NOT_ALLOWED = (29, 30, 31)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the command line asks for."""
+
+    input: str
+    topic: str
+    key_field: str | None
+    settings: Settings
+    embedded: bool
+    rejects: Path | None
+    wire: str
+    message_type: str | None
+    source: str | None
+    batch_size: int
+    in_flight: int
+    connect_timeout_s: float
+    grace_s: float
+
+
+@dataclass
+class Batch:
+    """Lines that go out together, and what is needed to name and keep those that do not arrive."""
+
+    next_number: int
+    end_offset: int = 0
+    size: int = 0
+    numbers: list[int] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    envelopes: list[kbatch.Envelope[Any]] = field(default_factory=list)
+    # Told only when the batch is submitted: until then, none of its lines counts as read.
+    bad: list[tuple[int, str, bytes]] = field(default_factory=list)
+    blank: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.envelopes or self.bad or self.blank)
+
+
+@dataclass
+class Tally:
+    """Every line below `next_number` is exactly one of blank, bad, acknowledged and lost."""
+
+    next_number: int = 1
+    blank: int = 0
+    bad: int = 0
+    acknowledged: int = 0
+    acknowledged_bytes: int = 0
+    lost: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def read(self) -> int:
+        return self.next_number - 1 - self.blank
+
+
+class Rejects:
+    """The file for the lines that did not arrive, as they came."""
+
+    def __init__(self, path: Path | None, source: LineSource) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        if path is None:
+            return
+        try:
+            # Not truncated before it is known not to be the input.
+            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
+            status = os.fstat(self._file.fileno())
+            if (status.st_dev, status.st_ino) == source.identity and status.st_ino:
+                self._file.close()
+                raise Failure(f"--rejects {path} is the input itself", USAGE)
+            with contextlib.suppress(OSError):  # a device or a pipe
+                self._file.truncate(0)
+        except OSError as error:
+            raise Failure(f"cannot write {path}: {os.strerror(error.errno or 0)}", USAGE) from None
+
+    def write(self, *pieces: bytes) -> None:
+        """Raises `Failure`, once; from then on it writes nothing."""
+        if self._file is not None:
+            try:
+                self._file.writelines(pieces)
+            except OSError as error:
+                raise self._failure(error) from None
+
+    def close(self) -> None:
+        """Writes what is left; raises `Failure` as `write` does."""
+        file, self._file = self._file, None
+        if file is not None:
+            try:
+                file.close()
+            except OSError as error:
+                raise self._failure(error) from None
+
+    def _failure(self, error: OSError) -> Failure:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+        return Failure(f"cannot write {self.path}: {os.strerror(error.errno or 0)}")
+
+
+class Sender:
+    """Turns lines into batches, keeps several in flight, and accounts for every line."""
+
+    def __init__(
+        self, job: Job, producer: kbatch.Producer, rejects: Rejects, screen: Screen, bar: Bar, interrupt: Interrupt
+    ) -> None:
+        self.tally = Tally()
+        #: Why the broker or the producer takes no more; None while all is well.
+        self.stopped: str | None = None
+        #: Why the input or the file of rejects ended the work; None while all is well.
+        self.failure: Failure | None = None
+        self._job = job
+        self._producer = producer
+        self._rejects = rejects
+        self._screen = screen
+        self._bar = bar
+        self._interrupt = interrupt
+        self._key_of = key_reader(job.key_field)
+        self._flights: deque[tuple[kbatch.PendingBatch, Batch]] = deque()
+        self._in_flight = 0
+        self._end_offset = 0
+        self._named = 0
+        self._oversized = 0
+        self._fields = {
+            name: value
+            for name, value in (
+                ("content_type", "application/json"),
+                ("message_type", job.message_type),
+                ("source", job.source),
+            )
+            if value is not None
+        }
+
+    def run(self, source: LineSource) -> None:
+        """Sends until the input ends, the user stops it, or no more can be sent; then settles what is in flight."""
+        try:
+            self._send_all(source)
+        except Failure as failure:
+            self.failure = failure
+        if self._oversized:  # ended in the middle of a line
+            self._keep(b"\n")
+        if self._interrupt.requested and self._flights:
+            self._screen.tell(
+                f"stopping: waiting up to {self._job.grace_s:g} s for {counted(self._in_flight, 'line')} in flight; "
+                "Ctrl-C again gives them up"
+            )
+        while self._flights:
+            self._wait_for_oldest(0.1)
+        try:
+            self._rejects.close()
+        except Failure as failure:
+            self.failure = self.failure or failure
+        self._show()
+
+    def _send_all(self, source: LineSource) -> None:
+        batch = Batch(1)
+        for item in source.items():
+            if item is None:
+                if not self._oversized:
+                    self._settle_done()
+                self._show()
+            elif isinstance(item, Piece):
+                # Not in the middle of such a line: what fails now would end up within it in the file of rejects.
+                if not self._oversized:
+                    batch = self._submit(batch)
+                if not self._over:
+                    self._reject_oversized(item)
+                    batch = Batch(self.tally.next_number)
+            else:
+                for line in item.lines:
+                    self._add(batch, line)
+                    batch.end_offset = item.end_offset
+                    if len(batch.envelopes) + len(batch.bad) >= self._job.batch_size or batch.size >= _BATCH_BYTES:
+                        batch = self._submit(batch)
+                        if self._over:
+                            break
+                if not item.more and not self._over:
+                    batch = self._submit(batch)
+            if self._over:
+                return
+        self._submit(batch)
+
+    @property
+    def _over(self) -> bool:
+        return self.stopped is not None or self.failure is not None or self._interrupt.requested
+
+    def _add(self, batch: Batch, line: bytes) -> None:
+        number = batch.next_number
+        batch.next_number += 1
+        batch.size += len(line)
+        try:
+            key = self._key_of(line)
+        except BadLine as bad:
+            if not line.strip():
+                batch.blank += 1
+            else:
+                batch.bad.append((number, str(bad), line))
+            return
+        batch.numbers.append(number)
+        batch.lines.append(line)
+        batch.envelopes.append(kbatch.Envelope(data=line, key=key, **self._fields))
+
+    def _reject_oversized(self, piece: Piece) -> None:
+        self._oversized += len(piece.data)
+        if not piece.last:
+            self._keep(piece.data)
+            return
+        self._keep(piece.data, b"\n")
+        self.tally.next_number = piece.number + 1
+        self._count_bad(piece.number, f"{self._oversized:,} bytes are more than message.max.bytes allows")
+        self._oversized = 0
+
+    def _submit(self, batch: Batch) -> Batch:
+        """Sends a batch once there is room for it, and returns the next, empty one.
+
+        If the user stops it while it waits, nothing of the batch was sent and none of its lines counts as read.
+        """
+        self._settle_done()
+        while self._flights and (
+            self._in_flight + len(batch.envelopes) > self._job.in_flight or len(self._flights) >= _BATCHES_IN_FLIGHT
+        ):
+            if self._over:
+                return batch
+            self._wait_for_oldest(0.1)
+        if self._over or not batch:
+            return batch
+        while batch.envelopes:
+            try:
+                pending = self._producer.submit(self._job.topic, batch.envelopes)
+            except kbatch.SerializationError as error:
+                if error.index is None:
+                    raise
+                number = batch.numbers.pop(error.index)
+                batch.bad.append((number, error.reason, batch.lines.pop(error.index)))
+                del batch.envelopes[error.index]
+            except kbatch.ProducerError as error:
+                if not self._interrupt.requested:
+                    self.stopped = str(error)
+                return batch
+            else:
+                batch.envelopes.clear()  # the pending batch holds what it needs
+                self._flights.append((pending, batch))
+                self._in_flight += len(batch.lines)
+                break
+        for number, reason, line in batch.bad:
+            self._keep(line, b"\n")
+            self._count_bad(number, reason)
+        batch.bad.clear()
+        self.tally.blank += batch.blank
+        self.tally.next_number = batch.next_number
+        self._show()
+        return Batch(batch.next_number)
+
+    def _settle_done(self) -> None:
+        while self._flights and self._flights[0][0].done():
+            self._wait_for_oldest()
+
+    def _wait_for_oldest(self, timeout_s: float | None = None) -> None:
+        pending, batch = self._flights[0]
+        try:
+            report = pending.wait(timeout_s)
+        except kbatch.BatchPending:
+            self._show()
+            return
+        self._flights.popleft()
+        self._in_flight -= len(batch.lines)
+        tally = self.tally
+        tally.acknowledged += report.acked
+        tally.acknowledged_bytes += sum(map(len, batch.lines))
+        self._end_offset = batch.end_offset
+        if report.ok:
+            return
+        errors = report.errors
+        if not tally.acknowledged and all(error.code in _NOT_ALLOWED for error in errors.values()):
+            self.stopped = f"not allowed to write to topic {self._job.topic!r}: {next(iter(errors.values()))}"
+        for index, error in errors.items():
+            line = batch.lines[index]
+            tally.lost += 1
+            tally.acknowledged_bytes -= len(line)
+            self._keep(line, b"\n")
+            if self.stopped is None:
+                self._name(batch.numbers[index], str(error))
+            tally.reasons[str(error)] += 1
+
+    def _keep(self, *pieces: bytes) -> None:
+        try:
+            self._rejects.write(*pieces)
+        except Failure as failure:
+            self.failure = self.failure or failure
+
+    def _count_bad(self, number: int, reason: str) -> None:
+        self.tally.bad += 1
+        self._name(number, reason)
+
+    def _name(self, number: int, reason: str) -> None:
+        self._named += 1
+        if self._named <= _LINES_NAMED:
+            self._screen.tell(f"line {number}: {reason}")
+        elif self._named == _LINES_NAMED + 1:
+            self._screen.tell("more lines fail; they are counted, and named no longer")
+
+    def _show(self) -> None:
+        note = f"{self.tally.acknowledged:,} acknowledged"
+        if self.tally.bad or self.tally.lost:
+            note += f", {self.tally.bad + self.tally.lost:,} not"
+        if self._interrupt.requested and self._in_flight:
+            note += f"; stopping, {self._in_flight:,} in flight"
+        self._bar.show(self._end_offset, note)
+
+
+def produce(job: Job, screen: Screen) -> int:
+    """Runs the job and returns the exit status: 0 only if every line was acknowledged."""
+    if not job.topic:
+        raise Failure("--topic must not be empty", USAGE)
+    with contextlib.ExitStack() as stack:
+        source = LineSource(job.input, _max_line(job.settings))
+        stack.callback(source.close)
+        rejects = Rejects(job.rejects, source)
+        stack.callback(rejects.close)
+        last_error = LastError()
+        config = _config(job, stack)
+        producer = _producer(job, config, last_error, screen)
+        stack.callback(producer.close, 0)
+        check_broker(config, job.topic, job.connect_timeout_s)
+        if job.embedded and not screen.quiet:
+            screen.tell(f"an embedded broker at {config['bootstrap.servers']}; it ends with this command")
+        source.start()
+        interrupt = stack.enter_context(Interrupt(lambda: producer.close(0), job.grace_s))
+        began = time.monotonic()
+        with screen.bar(job.topic, source.size, of_bytes=True) as bar:
+            sender = Sender(job, producer, rejects, screen, bar, interrupt)
+            sender.run(source)
+        for line in _summary(job, sender, interrupt, time.monotonic() - began, last_error):
+            screen.say(line)
+        if sender.failure is not None:
+            raise sender.failure
+        if interrupt.requested:
+            return interrupt.status
+        return 0 if sender.stopped is None and not sender.tally.bad and not sender.tally.lost else 1
+
+
+def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
+    # librdkafka's own log lines only where they were asked for: what matters of them comes as errors.
+    config: dict[str, Any] = {"log_level": "0", **job.settings.values}
+    if not job.embedded:
+        return config
+    if job.settings.origins.get("bootstrap.servers") == "-X":
+        raise Failure("--embedded brings its own broker: leave out -X bootstrap.servers", USAGE)
+    from kbatch.testing import MockCluster
+
+    # What tells how to reach and log in to another broker does not hold for this one.
+    config = {k: v for k, v in config.items() if not k.startswith(("bootstrap.", "security.", "sasl.", "ssl."))}
+    cluster = stack.enter_context(MockCluster(process=True))
+    cluster.create_topic(job.topic, _EMBEDDED_PARTITIONS)
+    config["bootstrap.servers"] = cluster.bootstrap_servers
+    return config
+
+
+def _producer(job: Job, config: dict[str, Any], last_error: LastError, screen: Screen) -> kbatch.Producer:
+    if "bootstrap.servers" not in config and "metadata.broker.list" not in config:
+        raise Failure(
+            "no broker is named: give -X bootstrap.servers=HOST:PORT, KBATCH_BOOTSTRAP_SERVERS, --config FILE "
+            "or --embedded",
+            USAGE,
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            producer = kbatch.Producer(
+                {**config, "error_cb": last_error}, wire=job.wire, max_in_flight=max(job.in_flight, 20_000)
+            )
+        except kbatch.ConfigError as error:
+            raise Failure(job.settings.explain(str(error)), USAGE) from None
+    for warning in caught:
+        screen.tell(f"warning: {warning.message}")
+    return producer
+
+
+def _max_line(settings: Settings) -> int:
+    text = settings.values.get("message.max.bytes", "")
+    return int(text) if text.isdecimal() and text.isascii() else 1_000_000
+
+
+def _summary(job: Job, sender: Sender, interrupt: Interrupt, elapsed_s: float, last_error: LastError) -> Iterator[str]:
+    tally = sender.tally
+    speed = f"{tally.acknowledged / elapsed_s:,.0f} lines/s, {tally.acknowledged_bytes / elapsed_s / 1e6:,.1f} MB/s"
+    yield (
+        f"{tally.acknowledged:,} of {counted(tally.read, 'line')} acknowledged in topic {job.topic!r} "
+        f"in {elapsed_s:.1f} s ({speed})"
+    )
+    if tally.blank:
+        yield f"{counted(tally.blank, 'blank line')} skipped"
+    if tally.bad:
+        yield f"{counted(tally.bad, 'bad line')} not sent"
+    if tally.lost:
+        yield f"{counted(tally.lost, 'line')} not acknowledged:"
+        for reason, count in tally.reasons.most_common(5):
+            yield f"  {counted(count, 'line')}: {reason}"
+        if last_error.text:
+            yield f"  the last error of the connection: {last_error.text}"
+    if (tally.bad or tally.lost) and job.rejects is not None and sender.failure is None:
+        yield f"they are in {job.rejects}"
+    if sender.stopped is not None:
+        yield f"stopped: {sender.stopped}"
+    if interrupt.requested:
+        yield "interrupted" + (", and what was in flight given up" if interrupt.aborted else "")
+    if sender.stopped is not None or sender.failure is not None or interrupt.requested:
+        yield f"line {tally.next_number} and those after it were not sent"

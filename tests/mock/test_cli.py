@@ -1,0 +1,835 @@
+"""The command line, by its console script's module in processes of its own, read back by confluent-kafka's consumer."""
+
+import contextlib
+import errno
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+import pytest
+from typer.testing import CliRunner
+
+import kbatch
+from kbatch.cli import _demo, _json_line
+from kbatch.cli._app import app
+from kbatch.cli._failure import Failure
+from kbatch.cli._json_line import BadLine, key_reader
+from kbatch.cli._lines import Block, LineSource, Piece
+from kbatch.cli._orders import Orders
+from kbatch.cli._settings import Settings
+from kbatch.testing import ApiKey, MockCluster
+
+from .clients import Record, read
+
+COMMAND = [sys.executable, "-m", "kbatch.cli"]
+
+
+def environment(**variables):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("KBATCH_")}
+    return {**kept, "COLUMNS": "200", **variables}
+
+
+def run(*arguments, input=None, timeout=60, **variables):
+    """Runs ``kbatch`` and returns its exit status, standard output and standard error."""
+    if isinstance(input, str):
+        input = input.encode()
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        input=input,
+        capture_output=True,
+        timeout=timeout,
+        env=environment(**variables),
+    )
+    out, err = done.stdout.decode(), done.stderr.decode()
+    assert "Traceback" not in out + err, err
+    return done.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def shared_cluster():
+    with MockCluster(process=True) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def topic(shared_cluster, request):
+    name = re.sub(r"\W", "-", request.node.name)[:200]
+    shared_cluster.create_topic(name, 4)
+    return name
+
+
+@pytest.fixture
+def servers(shared_cluster):
+    return f"bootstrap.servers={shared_cluster.bootstrap_servers}"
+
+
+@pytest.fixture
+def lines_file(tmp_path):
+    def write(data, name="input.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(data if isinstance(data, bytes) else data.encode())
+        return path
+
+    return write
+
+
+def lines_of(count, size=0):
+    return [json.dumps({"id": f"key-{i % 13}", "n": i, "pad": "x" * size}) for i in range(count)]
+
+
+def values(records: dict[int, list[Record]]) -> list[bytes]:
+    return [record.value for partition in records.values() for record in partition]
+
+
+# -- demo
+
+
+def test_demo_sends_reads_back_and_compares():
+    status, out, err = run("demo", "--count", 3_000, "--one-at-a-time", 100)
+    assert (status, err) == (0, "")
+    assert "3,000 envelopes were sent, acknowledged, read back and compared" in out
+    for row in ("envelopes/s", "mapping, per envelope", "p50", "p99", "one awaited message at a time", "100 in"):
+        assert row in out
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(1, 1_000), (7, 3), (1_000, 1_000)])
+def test_demo_of_any_size(count, batch_size):
+    status, out, err = run("demo", "-q", "--count", count, "--batch-size", batch_size, "--one-at-a-time", 0)
+    assert (status, err) == (0, "")
+    assert out.count("\n") == 1
+
+
+def test_demo_orders_are_realistic():
+    orders = Orders(200_000)
+    sizes = [len(orders.body(index)) for index in range(1_000)]
+    assert 150 <= sum(sizes) / len(sizes) <= 200
+    assert len(orders.headers(5)) == 9
+    assert orders.body(5) == orders.body(5)
+    assert len({orders.body(index) for index in range(1_000)}) == 1_000
+
+
+class Tampered:
+    """A consumer's message with one thing changed."""
+
+    def __init__(self, message, **changes):
+        self._message = message
+        self._changes = changes
+
+    def __getattr__(self, name):
+        return (lambda: self._changes[name]) if name in self._changes else getattr(self._message, name)
+
+
+def dropped(messages):
+    return messages[1:]
+
+
+def doubled(messages):
+    return [messages[0], *messages]
+
+
+def swapped(messages):
+    customers = [message.key() for message in messages]
+    first = next(i for i, customer in enumerate(customers) if customers.count(customer) > 1)
+    second = customers.index(customers[first], first + 1)
+    messages[first], messages[second] = messages[second], messages[first]
+    return messages
+
+
+def changed(**make):
+    def change(messages):
+        changes = {name: new(getattr(messages[0], name)()) for name, new in make.items()}
+        return [Tampered(messages[0], **changes), *messages[1:]]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("tamper", "problem"),
+    [
+        (dropped, "1 order missing"),
+        (doubled, "a second time"),
+        (swapped, "after a later one of the same customer"),
+        (changed(value=lambda body: body.replace(b"EUR", b"EUX").replace(b"GBP", b"GBX")), "the body is not that of"),
+        (changed(headers=lambda headers: headers[:-1]), "the headers are not those of"),
+        (changed(headers=lambda headers: [*headers, headers[-1]]), "the headers are not those of"),
+        (changed(headers=lambda headers: []), "no order was sent with the id header"),
+        (changed(key=lambda key: key + b"0"), "the key is not that of"),
+    ],
+)
+def test_demo_finds_what_is_wrong(tamper, problem, monkeypatch):
+    def tampered(bootstrap_servers, count, check):
+        messages = [message for part in read_all(bootstrap_servers, count, check) for message in part]
+        yield tamper(messages)
+
+    read_all = _demo._read
+    monkeypatch.setattr(_demo, "_read", tampered)
+    result = CliRunner().invoke(app, ["demo", "--count", "500", "--one-at-a-time", "0"])
+    assert result.exit_code == 1
+    assert problem in result.stderr
+    assert "are not what was read back" in result.stderr
+    assert "none is missing" not in result.stdout
+
+
+# -- produce: what arrives
+
+
+def test_every_line_is_a_message(topic, servers, shared_cluster, lines_file):
+    lines = lines_of(5_000)
+    file = lines_file("\n".join(lines))
+    status, out, err = run("produce", file, "--topic", topic, "--key", "id", "-X", servers, "--source", "till")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"5,000 of 5,000 lines acknowledged in topic '{topic}'")
+    records = read(shared_cluster.bootstrap_servers, topic, 5_000)
+    assert sorted(values(records)) == sorted(line.encode() for line in lines)
+    for partition in records.values():
+        by_key = {}
+        for record in partition:
+            body = json.loads(record.value)
+            assert record.key == body["id"].encode()
+            assert by_key.get(record.key, -1) < body["n"], "out of order"
+            by_key[record.key] = body["n"]
+            headers = dict(record.headers)
+            assert headers["content-type"] == b"application/json"
+            assert headers["source"] == b"till"
+            assert len(headers["id"]) == 36
+
+
+def test_standard_input_and_raw_wire(topic, servers, shared_cluster):
+    arguments = ["produce", "-", "-t", topic, "-X", servers, "--wire", "raw"]
+    status, _, err = run(*arguments, input='{"a": 1}\r\n[2]\n"three"\n\n  \n4')
+    assert (status, err) == (0, "")
+    records = read(shared_cluster.bootstrap_servers, topic, 4)
+    assert sorted(values(records)) == [b'"three"', b"4", b"[2]", b'{"a": 1}']
+    assert all(record.key is None and record.headers == [] for part in records.values() for record in part)
+
+
+def test_bytes_travel_as_they_are(topic, servers, shared_cluster, lines_file):
+    lines = ['  {"id" : 1.50e3,\t"é": "\\u00e9 ü 😀"}  ', '{"id":"\\ud83d\\ude00"}', '{"id": -0, "half": "\\ud800"}']
+    file = lines_file(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    status, _, err = run("produce", file, "-t", topic, "-k", "id", "-X", servers)
+    assert (status, err) == (0, "")
+    records = [record for part in read(shared_cluster.bootstrap_servers, topic, 3).values() for record in part]
+    assert {record.value: record.key for record in records} == {
+        lines[0].encode(): b"1.50e3",
+        lines[1].encode(): "😀".encode(),
+        lines[2].encode(): b"-0",
+    }
+
+
+def test_an_empty_input_is_no_failure(topic, servers, lines_file):
+    status, out, err = run("produce", lines_file(""), "-t", topic, "-X", servers)
+    assert (status, err) == (0, "")
+    assert out.startswith("0 of 0 lines")
+
+
+def test_a_trickle_is_not_kept_waiting_for_a_batch(topic, servers, shared_cluster):
+    child = subprocess.Popen(
+        [*COMMAND, "produce", "-", "-t", topic, "-X", servers],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
+    with child:
+        for i in range(2):
+            child.stdin.write(b"%d\n" % i)
+            child.stdin.flush()
+            assert len(values(read(shared_cluster.bootstrap_servers, topic, i + 1))) == i + 1
+        child.stdin.close()
+        assert child.stdout.read().startswith(b"2 of 2 lines")
+    assert child.returncode == 0
+
+
+def test_embedded_needs_no_broker(lines_file):
+    file = lines_file("\n".join(lines_of(300)))
+    # what would lead to another broker is left out
+    variables = {"KBATCH_BOOTSTRAP_SERVERS": "elsewhere:1", "KBATCH_SECURITY_PROTOCOL": "ssl"}
+    status, out, err = run("produce", file, "-t", "orders", "-k", "id", "--embedded", **variables)
+    assert status == 0
+    assert out.startswith("300 of 300 lines")
+    assert "embedded broker at 127.0.0.1:" in err
+    status, _, err = run("produce", file, "-t", "orders", "--embedded", "-X", "bootstrap.servers=x:1")
+    assert status == 2
+    assert "leave out -X bootstrap.servers" in err
+
+
+# -- produce: what does not arrive
+
+
+def test_bad_lines_are_named_and_kept_and_the_rest_is_sent(topic, servers, shared_cluster, lines_file, tmp_path):
+    bad = {
+        2: ("nope", "not JSON: Expecting value at column 1"),
+        3: ('{"id": 1,}', "not JSON: "),
+        5: ('{"no": 1}', "no field 'id'"),
+        6: ('{"id": null}', "field 'id' is null; a key must be text or a number"),
+        7: ('{"id": {"a": 1}}', "field 'id' is an object; a key must be text or a number"),
+        8: ('{"id": true}', "field 'id' is true; a key must be text or a number"),
+        9: ("[1, 2]", "an array, not an object with a field 'id'"),
+        10: ('{"id": NaN}', "not JSON: NaN is not a JSON value"),
+        11: (b'{"id": "\xff"}', "not UTF-8: byte 0xff at column 9"),
+        12: ('{"id": "\\ud800"}', "field 'id' has half a surrogate pair"),
+        13: ("[" * 100_000, "nested too deeply"),
+        15: ('{"id": 1', "not JSON: "),
+    }
+    lines = [b'{"id": %d}' % number for number in range(1, 16)]
+    for number, (line, _) in bad.items():
+        lines[number - 1] = line if isinstance(line, bytes) else line.encode()
+    rejects = tmp_path / "rejects.jsonl"
+    rejects.write_text("of an earlier run\n" * 100_000)
+    arguments = ["-t", topic, "-k", "id", "-X", servers, "--rejects", rejects]
+    status, out, err = run("produce", lines_file(b"\n".join(lines)), *arguments)
+    assert status == 1
+    named = dict(re.findall(r"^kbatch: line (\d+): (.*)$", err, re.MULTILINE))
+    assert list(map(int, named)) == list(bad)
+    for number, (_, reason) in bad.items():
+        assert named[str(number)].startswith(reason)
+    assert out.startswith("3 of 15 lines acknowledged")
+    assert f"12 bad lines not sent\nthey are in {rejects}\n" in out
+    assert rejects.read_bytes() == b"".join(lines[number - 1] + b"\n" for number in bad)
+    records = read(shared_cluster.bootstrap_servers, topic, 3)
+    assert sorted(values(records)) == sorted(lines[number - 1] for number in (1, 4, 14))
+
+
+def test_many_bad_lines_are_counted_and_named_to_a_bound(topic, servers, lines_file):
+    status, out, err = run("produce", lines_file("x\n" * 30_000 + "1\n"), "-t", topic, "-X", servers)
+    assert status == 1
+    assert err.count("\n") == 21
+    assert "line 20:" in err
+    assert "line 21:" not in err
+    assert "1 of 30,001 lines" in out
+    assert "30,000 bad lines not sent" in out
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1, 300_000])
+def test_lines_at_the_size_limit(excess, topic, servers, shared_cluster, lines_file, tmp_path):
+    # message.max.bytes counts what is around the body as well: what is above phase 1's own limit is named by it
+    limit = 50_000
+    long_line = b'"' + b"x" * (limit + excess - 2) + b'"'
+    file = lines_file(b"1\n" + long_line + b"\n3\n")
+    rejects = tmp_path / "rejects"
+    setting = f"message.max.bytes={limit}"
+    status, _, err = run("produce", file, "-t", topic, "-X", servers, "-X", setting, "--rejects", rejects)
+    assert status == 1
+    assert err.startswith("kbatch: line 2: ")
+    assert err.count("\n") == 1
+    assert rejects.read_bytes() == long_line + b"\n"
+    assert sorted(values(read(shared_cluster.bootstrap_servers, topic, 2))) == [b"1", b"3"]
+
+
+def test_a_line_just_below_the_limit_is_sent(topic, servers, shared_cluster, lines_file):
+    line = b'"' + b"x" * 49_000 + b'"'
+    arguments = ["-t", topic, "-X", servers, "-X", "message.max.bytes=50000", "--wire", "raw"]
+    assert run("produce", lines_file(line), *arguments)[0] == 0
+    assert values(read(shared_cluster.bootstrap_servers, topic, 1)) == [line]
+
+
+def test_refused_lines_are_named_and_kept(tmp_path):
+    lines = [line.encode() for line in lines_of(30)]
+    rejects = tmp_path / "rejects"
+    with MockCluster() as cluster:
+        cluster.create_topic("t", 1)
+        servers = f"bootstrap.servers={cluster.bootstrap_servers}"
+        # ten lines in one request
+        running = Running("-t", "t", "-k", "id", "-X", servers, "-X", "linger.ms=300", "--rejects", rejects)
+        feed(running, lines[:10])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 10)
+        cluster.push_broker_errors(1, ApiKey.PRODUCE, [("MSG_SIZE_TOO_LARGE", 0)])
+        feed(running, lines[10:20])
+        wait_for(lambda: cluster.broker_error_stack_count(1, ApiKey.PRODUCE) == 0)
+        feed(running, lines[20:])
+        running.process.stdin.close()
+        status, out, err = running.end()
+        got = values(read(cluster.bootstrap_servers, "t", 20))
+    assert status == 1
+    assert out.startswith("20 of 30 lines acknowledged")
+    assert "10 lines not acknowledged:\n  10 lines: Broker: Message size too large (MSG_SIZE_TOO_LARGE)" in out
+    assert re.findall(r"line (\d+): Broker: Message size too large", err) == [str(n) for n in range(11, 21)]
+    assert rejects.read_bytes().splitlines() == lines[10:20]
+    assert got == lines[:10] + lines[20:]
+
+
+# -- produce: nothing is tried, or all is given up, with one line
+
+
+def assert_one_line(result, status, text):
+    assert result[0] == status, result
+    assert result[2].count("\n") == 1, result[2]
+    assert text in result[2]
+    assert result[2].startswith("kbatch: ")
+
+
+def test_wrong_files(topic, servers, lines_file, tmp_path):
+    arguments = ["-t", topic, "-X", servers]
+    good = lines_file("1\n")
+    missing = tmp_path / "missing"
+    assert_one_line(run("produce", missing, *arguments), 2, f"cannot read {missing}: No such file")
+    assert_one_line(run("produce", tmp_path, *arguments), 2, "Is a directory")
+    assert_one_line(run("produce", good, *arguments, "--rejects", tmp_path), 2, f"cannot write {tmp_path}")
+    assert_one_line(run("produce", good, *arguments, "--rejects", good), 2, "is the input itself")
+    assert good.read_text() == "1\n"
+    assert_one_line(run("produce", good, *arguments, "--config", missing), 2, f"configuration file {missing}: No such")
+    assert_one_line(run("produce", good, *arguments, "--config", tmp_path), 2, "Is a directory")
+    if os.geteuid():
+        good.chmod(0)
+        assert_one_line(run("produce", good, *arguments), 2, "Permission denied")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="platform: /dev/full")
+def test_a_full_disk(topic, servers, lines_file):
+    file = lines_file("bad line\n" * 100_000)
+    status, out, err = run("produce", file, "-t", topic, "-X", servers, "--rejects", "/dev/full")
+    assert status == 1
+    assert err.endswith(f"kbatch: cannot write /dev/full: {os.strerror(errno.ENOSPC)}\n")
+    assert "they are in" not in out
+
+
+def test_a_missing_broker(lines_file):
+    file = lines_file("1\n")
+    arguments = ["-t", "t", "--connect-timeout", "1", "-X"]
+    result = run("produce", file, *arguments, "bootstrap.servers=127.0.0.1:1")
+    assert_one_line(result, 1, "no broker answered within 1 s: 127.0.0.1:1/bootstrap: Connect to ")
+    result = run("produce", file, *arguments, "bootstrap.servers=no-such-host.invalid:9092")
+    assert_one_line(result, 1, "Failed to resolve 'no-such-host.invalid:9092'")
+    assert_one_line(run("produce", file, "-t", "t"), 2, "no broker is named: give -X bootstrap.servers=HOST:PORT")
+
+
+def test_wrong_settings(lines_file, servers):
+    file = lines_file("1\n")
+    produce = ["produce", file, "-t", "t", "-X", servers]
+    assert_one_line(run(*produce, "-X", "no.such.key=1"), 2, "no.such.key is not a configuration key of librdkafka")
+    assert_one_line(run(*produce, "-X", "linger.ms=soon"), 2, "linger.ms: ")
+    assert_one_line(run(*produce, KBATCH_SASL_PASWORD="x"), 2, "sasl.pasword is not a configuration key of librdkafka")
+    assert_one_line(run(*produce, KBATCH_SASL_PASWORD="x"), 2, "(from KBATCH_SASL_PASWORD)")
+    assert_one_line(run(*produce, "--wire", "morse"), 2, "wire must be one of")
+    assert_one_line(run(*produce, "-t", ""), 2, "--topic must not be empty")
+    config = lines_file("# a comment\n\nlinger.ms = 5\nacks\n", "settings")
+    assert_one_line(run(*produce, "--config", config), 2, f"{config}, line 4: expected key=value")
+    config = lines_file("no.such.key=1\n", "settings")
+    assert_one_line(run(*produce, "--config", config), 2, f"(from {config}, line 1)")
+    config = lines_file(b"a=\xff", "settings")
+    assert_one_line(run(*produce, "--config", config), 2, "is not UTF-8 text")
+
+
+def test_secrets_are_not_shown(lines_file, servers):
+    file = lines_file("1\n")
+    secret = "hush-hush-17"
+    config = lines_file(f"sasl.password={secret}\nsecurity.protocol=nonsense\n", "settings")
+    for extra, variables in (
+        (["-X", f"sasl.password:{secret}"], {}),
+        (["-X", f"={secret}"], {}),
+        (["-X", f"ssl.key.password={secret}", "-X", "acks=many"], {}),
+        (["--config", config], {}),
+        (["-X", "no.such=1"], {"KBATCH_SASL_PASSWORD": secret}),
+        (["-X", "security.protocol=sasl_plaintext", "-X", "sasl.mechanism=PLAIN"], {"KBATCH_SASL_PASSWORD": secret}),
+        (
+            ["-X", "security.protocol=sasl_plaintext", "-X", "sasl.mechanism=PLAIN", "-X", "sasl.username=me"],
+            {"KBATCH_SASL_PASSWORD": secret},
+        ),
+    ):
+        status, out, err = run("produce", file, "-t", "t", "-X", servers, "--connect-timeout", 1, *extra, **variables)
+        assert status in (1, 2)
+        assert secret not in out + err
+        assert err.startswith("kbatch: ")
+
+
+def test_no_permission(lines_file):
+    with MockCluster() as cluster:
+        servers = f"bootstrap.servers={cluster.bootstrap_servers}"
+        cluster.set_topic_error("secret", "TOPIC_AUTHORIZATION_FAILED")
+        file = lines_file("\n".join(lines_of(50_000)))
+        result = run("produce", file, "-t", "secret", "-X", servers)
+        assert_one_line(result, 1, "topic 'secret': Broker: Topic authorization failed")
+        # seen by all, written by few
+        cluster.create_topic("read-only")
+        cluster.push_request_errors(ApiKey.PRODUCE, ["TOPIC_AUTHORIZATION_FAILED"] * 1_000)
+        status, out, err = run("produce", file, "-t", "read-only", "-X", servers)
+    assert status == 1
+    assert err == ""
+    assert "stopped: not allowed to write to topic 'read-only': Broker: Topic authorization failed" in out
+    assert re.search(r"^line \d+ and those after it were not sent$", out, re.MULTILINE)
+
+
+def test_a_topic_that_does_not_exist(lines_file):
+    with MockCluster() as cluster:
+        cluster.set_topic_error("gone", "UNKNOWN_TOPIC_OR_PART")
+        arguments = ["-X", f"bootstrap.servers={cluster.bootstrap_servers}", "--connect-timeout", 1]
+        result = run("produce", lines_file("1\n"), "-t", "gone", *arguments)
+    assert_one_line(result, 1, "topic 'gone' does not exist, and the broker does not create it")
+
+
+def test_where_settings_come_from(tmp_path):
+    file = tmp_path / "settings"
+    file.write_text("\ufeffacks=all\n  linger.ms = 7  \n#client.id=no\nssl.key.password=a=b \nclient.id=file\n")
+    environment = {"KBATCH_CLIENT_ID": "env", "KBATCH_LOG__LEVEL": "3", "KBATCH_ACKS": "1", "HOME": "/", "KBATCH_": "x"}
+    settings = Settings.collect(["acks=-1", "bootstrap.servers=a:1,b=2"], file, environment)
+    assert settings.values == {
+        "acks": "-1",
+        "linger.ms": "7",
+        "ssl.key.password": "a=b",
+        "client.id": "env",
+        "log_level": "3",
+        "bootstrap.servers": "a:1,b=2",
+    }
+    assert settings.explain("client.id: bad") == "client.id: bad (from KBATCH_CLIENT_ID)"
+    assert "a=b" not in repr(settings)
+    with pytest.raises(Failure):
+        Settings.collect(["acks"], None, {})
+
+
+# -- produce: stopping
+
+
+class Running:
+    """A ``kbatch produce`` that reads its input from a pipe and can be interrupted."""
+
+    def __init__(self, *arguments):
+        self.process = subprocess.Popen(
+            [*COMMAND, "produce", "-", *map(str, arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            start_new_session=True,
+        )
+
+    def interrupt(self, number=signal.SIGINT):
+        # The whole group, as a terminal does.
+        os.killpg(self.process.pid, number)
+
+    def end(self, timeout=20):
+        out, err = b"", b""
+
+        def read_err():
+            nonlocal err
+            err = self.process.stderr.read()
+
+        reader = threading.Thread(target=read_err)
+        reader.start()
+        with self.process:
+            out = self.process.stdout.read()
+            reader.join(timeout)
+            status = self.process.wait(timeout)
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
+        assert b"Traceback" not in err, err.decode()
+        return status, out.decode(), err.decode()
+
+
+def feed(running, lines):
+    """Writes lines until the process no longer takes them."""
+    try:
+        for line in lines:
+            running.process.stdin.write(line + b"\n")
+        running.process.stdin.flush()
+    except BrokenPipeError:
+        pass
+
+
+def wait_for(condition, timeout_s=20.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_what_is_in_flight_and_says_where_it_stopped(number, lines_file):
+    lines = [line.encode() for line in lines_of(200_000)]
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        cluster.set_rtt(1, 100)
+        cluster.start_request_tracking()
+        running = Running("-t", "t", "-k", "id", "-X", f"bootstrap.servers={cluster.bootstrap_servers}")
+        feeder = threading.Thread(target=feed, args=(running, lines))
+        feeder.start()
+        wait_for(lambda: cluster.produce_requests() > 2)
+        running.interrupt(number)
+        status, out, err = running.end()
+        feeder.join()
+        cluster.set_rtt(1, 0)
+        stopped_at = int(re.search(r"^line (\d+) and those after it were not sent$", out, re.MULTILINE)[1])
+        got = values(read(cluster.bootstrap_servers, "t", stopped_at - 1))
+    assert status == 128 + number
+    assert 1 < stopped_at < 200_000
+    assert out.startswith(f"{stopped_at - 1:,} of {stopped_at - 1:,} lines acknowledged")
+    assert "\ninterrupted\n" in out
+    assert "stopping: waiting up to 10 s for " in err
+    assert got == lines[: stopped_at - 1]
+
+
+@pytest.mark.parametrize("how", ["deadline", "second"])
+def test_ctrl_c_gives_up_what_does_not_finish(how, tmp_path):
+    lines = [line.encode() for line in lines_of(20_000)]
+    rejects = tmp_path / "rejects"
+    grace = 0.5 if how == "deadline" else 60
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        servers = f"bootstrap.servers={cluster.bootstrap_servers}"
+        running = Running("-t", "t", "-k", "id", "-X", servers, "--rejects", rejects, "--grace", grace)
+        feed(running, lines[:1_000])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1_000)
+        cluster.set_broker_down()
+        feeder = threading.Thread(target=feed, args=(running, lines[1_000:]))
+        feeder.start()
+        time.sleep(1)
+        began = time.monotonic()
+        running.interrupt()
+        if how == "second":
+            time.sleep(0.5)
+            running.interrupt()
+        status, out, err = running.end()
+        assert time.monotonic() - began < 10
+        feeder.join()
+        cluster.set_broker_up()
+        got = values(read(cluster.bootstrap_servers, "t", 1_000))
+    assert status == 130
+    stopped_at = int(re.search(r"^line (\d+) and those after it were not sent$", out, re.MULTILINE)[1])
+    assert 1_001 < stopped_at < 20_000
+    assert out.startswith(f"1,000 of {stopped_at - 1:,} lines acknowledged")
+    assert f"{stopped_at - 1_001:,} lines not acknowledged:" in out
+    assert "interrupted, and what was in flight given up" in out
+    assert err.count("kbatch: line ") == 20
+    assert got == lines[:1_000]
+    assert rejects.read_bytes().splitlines() == lines[1_000 : stopped_at - 1]
+
+
+def test_ctrl_c_while_waiting_for_input(servers, topic):
+    running = Running("-t", topic, "-X", servers)
+    feed(running, [b"1"])
+    time.sleep(1.5)
+    running.interrupt()
+    status, out, _ = running.end()
+    assert status == 130
+    assert "1 of 1 line acknowledged" in out
+    assert "line 2 and those after it were not sent" in out
+
+
+def test_ctrl_c_before_a_broker_answers(lines_file):
+    running = Running("-t", "t", "-X", "bootstrap.servers=127.0.0.1:1", "--connect-timeout", "30")
+    time.sleep(1.5)
+    running.interrupt()
+    status, _, err = running.end()
+    assert (status, err) == (130, "kbatch: interrupted\n")
+
+
+def test_a_broker_that_is_gone_for_good(tmp_path):
+    lines = [line.encode() for line in lines_of(100)]
+    rejects = tmp_path / "rejects"
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        servers = f"bootstrap.servers={cluster.bootstrap_servers}"
+        arguments = ["-X", servers, "-X", "message.timeout.ms=5000", "--rejects", rejects]
+        running = Running("-t", "t", *arguments)
+        feed(running, lines[:50])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 50)
+        cluster.set_broker_down()
+        feed(running, lines[50:])
+        running.process.stdin.close()
+        status, out, err = running.end()
+    assert status == 1
+    assert out.startswith("50 of 100 lines acknowledged")
+    assert "50 lines not acknowledged:" in out
+    assert "_MSG_TIMED_OUT" in out
+    assert "the last error of the connection: 127.0.0.1:" in out
+    assert "line 51: " in err
+    assert rejects.read_bytes().splitlines() == lines[50:]
+
+
+# -- produce: memory, terminals
+
+
+def peak_memory_of(arguments, blocks):
+    """The most memory that a run took, in bytes, fed from a generator."""
+    child = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+    )
+    with child:
+        peak = 0
+        for block in blocks:
+            child.stdin.write(block)
+            peak = max(peak, psutil.Process(child.pid).memory_info().rss)
+        child.stdin.close()
+        out = child.stdout.read().decode()
+    return peak, child.returncode, out
+
+
+def test_memory_does_not_grow_with_the_input(topic, servers):
+    arguments = ["produce", "-", "-t", topic, "-k", "id", "-X", servers]
+    block = "".join(line + "\n" for line in lines_of(1_000, size=950)).encode()
+    small, status, _ = peak_memory_of(arguments, [block] * 20)
+    assert status == 0
+    large, status, out = peak_memory_of(arguments, [block] * 150)
+    assert status == 0
+    assert out.startswith("150,000 of 150,000 lines")
+    assert large - small < 20_000_000, f"{small:,} bytes for 20 MB, {large:,} for 150 MB"
+
+
+def test_one_endless_line_takes_no_memory(topic, servers, tmp_path):
+    rejects = tmp_path / "rejects"
+    arguments = ["produce", "-", "-t", topic, "-X", servers, "--rejects", str(rejects)]
+    small, _, _ = peak_memory_of(arguments, [b"1\n", b"x" * 2**20, b"\n2"])
+    large, status, out = peak_memory_of(arguments, [b"1\n", *[b"x" * 2**20] * 100, b"\n2"])
+    assert status == 1
+    assert out.startswith("2 of 3 lines")
+    assert rejects.stat().st_size == 100 * 2**20 + 1
+    assert large - small < 20_000_000
+
+
+def test_a_bar_on_a_terminal_and_nowhere_else(topic, servers, lines_file):
+    file = lines_file("\n".join(lines_of(2_000)))
+    master, slave = pty.openpty()
+    command = [*COMMAND, "produce", str(file), "-t", topic, "-X", servers]
+    variables = environment(TERM="xterm-256color", COLUMNS="100")
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=variables) as child:
+        os.close(slave)
+        shown = b""
+        while True:
+            if select.select([master], [], [], 20)[0]:
+                try:
+                    data = os.read(master, 65536)
+                except OSError:
+                    break
+                if not data:
+                    break
+                shown += data
+        out = child.stdout.read()
+    os.close(master)
+    assert child.returncode == 0
+    assert topic[:10].encode() in shown
+    assert b"acknowledged" in shown
+    assert b"\x1b" not in out
+    assert run("produce", file, "-t", topic, "-X", servers)[2] == ""
+
+
+def test_a_reader_that_goes_away_changes_nothing(topic, servers, lines_file):
+    file = lines_file("1\n")
+    command = " ".join([*COMMAND, "produce", str(file), "-t", topic, "-X", servers])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, env=environment(), timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+# -- the command as a whole
+
+
+def test_version_and_help():
+    assert run("--version")[1] == f"kbatch {kbatch.__version__} (librdkafka {kbatch.librdkafka_version})\n"
+    status, out, _ = run("--help")
+    assert status == 0
+    assert "demo" in out
+    assert "produce" in out
+    assert "KBATCH_BOOTSTRAP_SERVERS" in run("produce", "--help")[1]
+    assert run("produce")[0] == 2
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_the_extra(missing, tmp_path):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('No module', name='{missing}')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    status, _, err = run("demo", PYTHONPATH=path)
+    assert status == 1
+    assert err == f"kbatch: the command line needs {missing}; install it with: pip install 'kbatch-kafka[cli]'\n"
+
+
+# -- lines and keys, by themselves
+
+
+def items_of(data, max_line, tmp_path):
+    path = tmp_path / "lines"
+    path.write_bytes(data)
+    source = LineSource(str(path), max_line)
+    source.start()
+    try:
+        yield from (item for item in source.items() if item is not None)
+    finally:
+        source.close()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 7, 1024])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("last_end", [True, False])
+def test_lines_come_whole_whatever_the_blocks(block_size, end, last_end, tmp_path, monkeypatch):
+    monkeypatch.setattr("kbatch.cli._lines._BLOCK_SIZE", block_size)
+    lines = [b"a", b"", b"four", b"0123456789", b"a\rb", b"01234567890", b"x" * 100, b"", b"end"]
+    data = end.join(lines) + (end if last_end else b"")
+    expected = dict(enumerate(lines, 1))
+    got, pieces = {}, {}
+    for item in items_of(data, 10, tmp_path):
+        if isinstance(item, Block):
+            for number, line in enumerate(item.lines, item.first_number):
+                assert len(line) <= 10
+                got[number] = line
+        else:
+            assert isinstance(item, Piece)
+            pieces.setdefault(item.number, []).append(item)
+    for number, parts in pieces.items():
+        assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
+        # in pieces, the CR of the line's end may stay
+        got[number] = b"".join(part.data for part in parts).removesuffix(b"\r")
+        assert len(got[number]) > 10
+    assert got == expected
+
+
+def test_no_lines(tmp_path):
+    assert list(items_of(b"", 10, tmp_path)) == []
+    assert [item.lines for item in items_of(b"\n", 10, tmp_path)] == [[b""]]
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (b'{"id": "a"}', "a"),
+        (b'{"id": ""}', ""),
+        (b'{"id": "a\\u00e9\\n"}', "aé\n"),
+        (b'{"id": 12345678901234567890123}', "12345678901234567890123"),
+        (b'{"id": 1.0}', "1.0"),
+        (b'{"id": -1E+5}', "-1E+5"),
+        (b'{"a": {"id": 2}, "id": 1}', "1"),
+        (b'{"\\u0069d": 1}', "1"),
+        (b'{"id": 1, "a": 1e999}', "1"),
+        (b'{"id": 1.50, "a": "\\ud800"}', "1.50"),
+        (b'{"id": "b", "a": "\\ud800"}', "b"),
+    ],
+)
+def test_keys(line, key):
+    assert key_reader("id")(line) == key
+
+
+def test_the_two_parsers_agree(monkeypatch):
+    """What msgspec takes, Python's parser takes with the same key, and the other way round, but for half surrogates."""
+    texts = [b"1", b'"x"', b"[]", b"{}", b"tru", b"1.", b"01", b"[1,]", b'{"a":1,}', b"", b" 1 ", b"-", b'"\x01"']
+    ids = (b"1", b'"k"', b"null", b"[]", b"{}", b"true", b"1e5", b"-0.0", b'"\\n"', b"")
+    texts += [b'{"id":%s}' % value for value in ids]
+    fast = [key_reader(None), key_reader("id")]
+
+    def refuse(_):
+        raise ValueError
+
+    class Refusing:
+        decode = staticmethod(refuse)
+
+    monkeypatch.setattr(_json_line.msgspec.json, "Decoder", lambda *_: Refusing)
+    slow = [key_reader(None), key_reader("id")]
+
+    def outcome(reader, text):
+        try:
+            return reader(text)
+        except BadLine as error:
+            return str(error)
+
+    for text in texts:
+        for one, other in zip(fast, slow, strict=True):
+            assert outcome(one, text) == outcome(other, text), text
