@@ -53,6 +53,14 @@ def run(*arguments, input=None, timeout=60, **variables):
     return done.returncode, out, err
 
 
+def run_here(*arguments, **variables):
+    """As `run`, in this process: faster, where nothing but the command's own words matters."""
+    cleared = {name: None for name in os.environ if name.startswith("KBATCH_")}
+    done = CliRunner().invoke(app, list(map(str, arguments)), env={**cleared, **variables})
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.stdout, done.stderr
+
+
 @pytest.fixture(scope="module")
 def shared_cluster():
     with MockCluster(process=True) as cluster:
@@ -105,6 +113,18 @@ def test_demo_of_any_size(count, batch_size):
     status, out, err = run("demo", "-q", "--count", count, "--batch-size", batch_size, "--one-at-a-time", 0)
     assert (status, err) == (0, "")
     assert out.count("\n") == 1
+
+
+@pytest.mark.parametrize("after_s", [1.5, 3.0])
+def test_ctrl_c_ends_the_demo(after_s):
+    command = [*COMMAND, "demo", "--count", "400000"]
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(), start_new_session=True
+    )
+    time.sleep(after_s)
+    os.killpg(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=30)
+    assert (child.returncode, out, err) == (130, b"", b"kbatch: interrupted\n")
 
 
 def test_demo_orders_are_realistic():
@@ -370,16 +390,18 @@ def test_wrong_files(topic, servers, lines_file, tmp_path):
     arguments = ["-t", topic, "-X", servers]
     good = lines_file("1\n")
     missing = tmp_path / "missing"
-    assert_one_line(run("produce", missing, *arguments), 2, f"cannot read {missing}: No such file")
-    assert_one_line(run("produce", tmp_path, *arguments), 2, "Is a directory")
-    assert_one_line(run("produce", good, *arguments, "--rejects", tmp_path), 2, f"cannot write {tmp_path}")
-    assert_one_line(run("produce", good, *arguments, "--rejects", good), 2, "is the input itself")
+    assert_one_line(run_here("produce", missing, *arguments), 2, f"cannot read {missing}: No such file")
+    assert_one_line(run_here("produce", tmp_path, *arguments), 2, "Is a directory")
+    assert_one_line(run_here("produce", good, *arguments, "--rejects", tmp_path), 2, f"cannot write {tmp_path}")
+    assert_one_line(run_here("produce", good, *arguments, "--rejects", good), 2, "is the input itself")
     assert good.read_text() == "1\n"
-    assert_one_line(run("produce", good, *arguments, "--config", missing), 2, f"configuration file {missing}: No such")
-    assert_one_line(run("produce", good, *arguments, "--config", tmp_path), 2, "Is a directory")
+    assert_one_line(
+        run_here("produce", good, *arguments, "--config", missing), 2, f"configuration file {missing}: No such"
+    )
+    assert_one_line(run_here("produce", good, *arguments, "--config", tmp_path), 2, "Is a directory")
     if os.geteuid():
         good.chmod(0)
-        assert_one_line(run("produce", good, *arguments), 2, "Permission denied")
+        assert_one_line(run_here("produce", good, *arguments), 2, "Permission denied")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="platform: /dev/full")
@@ -404,18 +426,22 @@ def test_a_missing_broker(lines_file):
 def test_wrong_settings(lines_file, servers):
     file = lines_file("1\n")
     produce = ["produce", file, "-t", "t", "-X", servers]
-    assert_one_line(run(*produce, "-X", "no.such.key=1"), 2, "no.such.key is not a configuration key of librdkafka")
-    assert_one_line(run(*produce, "-X", "linger.ms=soon"), 2, "linger.ms: ")
-    assert_one_line(run(*produce, KBATCH_SASL_PASWORD="x"), 2, "sasl.pasword is not a configuration key of librdkafka")
-    assert_one_line(run(*produce, KBATCH_SASL_PASWORD="x"), 2, "(from KBATCH_SASL_PASWORD)")
-    assert_one_line(run(*produce, "--wire", "morse"), 2, "wire must be one of")
-    assert_one_line(run(*produce, "-t", ""), 2, "--topic must not be empty")
+    assert_one_line(
+        run_here(*produce, "-X", "no.such.key=1"), 2, "no.such.key is not a configuration key of librdkafka"
+    )
+    assert_one_line(run_here(*produce, "-X", "linger.ms=soon"), 2, "linger.ms: ")
+    assert_one_line(
+        run_here(*produce, KBATCH_SASL_PASWORD="x"), 2, "sasl.pasword is not a configuration key of librdkafka"
+    )
+    assert_one_line(run_here(*produce, KBATCH_SASL_PASWORD="x"), 2, "(from KBATCH_SASL_PASWORD)")
+    assert_one_line(run_here(*produce, "--wire", "morse"), 2, "wire must be one of")
+    assert_one_line(run_here(*produce, "-t", ""), 2, "--topic must not be empty")
     config = lines_file("# a comment\n\nlinger.ms = 5\nacks\n", "settings")
-    assert_one_line(run(*produce, "--config", config), 2, f"{config}, line 4: expected key=value")
+    assert_one_line(run_here(*produce, "--config", config), 2, f"{config}, line 4: expected key=value")
     config = lines_file("no.such.key=1\n", "settings")
-    assert_one_line(run(*produce, "--config", config), 2, f"(from {config}, line 1)")
+    assert_one_line(run_here(*produce, "--config", config), 2, f"(from {config}, line 1)")
     config = lines_file(b"a=\xff", "settings")
-    assert_one_line(run(*produce, "--config", config), 2, "is not UTF-8 text")
+    assert_one_line(run_here(*produce, "--config", config), 2, "is not UTF-8 text")
 
 
 def test_secrets_are_not_shown(lines_file, servers):

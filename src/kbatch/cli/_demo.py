@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ def _send(producer: kbatch.Producer, orders: Orders, plan: Plan, figures: Figure
 
 
 def _send_batches(
-    producer: kbatch.Producer, envelopes: list[kbatch.Envelope[object]], plan: Plan
+    producer: kbatch.Producer, envelopes: Sequence[kbatch.Envelope[Any]], plan: Plan
 ) -> Iterator[kbatch.DeliveryReport]:
     """Keeps several batches in flight: the next one is mapped while the last ones are on their way."""
     flights: deque[kbatch.PendingBatch] = deque()

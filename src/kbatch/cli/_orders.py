@@ -3,7 +3,7 @@
 import datetime
 import functools
 import uuid
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -69,7 +69,8 @@ class Orders:
             ship_to=f"{1 + (bits >> 34 & 127)} {_STREETS[bits >> 60]}",
         )
 
-    def fields(self, index: int) -> dict[str, str]:
+    def fields(self, index: int) -> dict[str, Any]:
+        """What the order's envelope says besides its body, key, id and time: arguments of `kbatch.Envelope`."""
         bits = _mix(index)
         return {
             "content_type": "application/json",

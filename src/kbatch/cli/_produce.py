@@ -150,7 +150,7 @@ class Sender:
         self._end_offset = 0
         self._named = 0
         self._oversized = 0
-        self._fields = {
+        self._fields: dict[str, Any] = {
             name: value
             for name, value in (
                 ("content_type", "application/json"),
