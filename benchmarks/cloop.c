@@ -1,0 +1,368 @@
+/* The yardstick: the loop a C programmer would write by hand to get prepared messages to their
+ * acknowledgements through librdkafka. It maps nothing: key, headers and body lie ready in memory.
+ *
+ * It loads the librdkafka it is given (the one that confluent-kafka carries, so that every side of a
+ * comparison runs the same code) and declares the few functions it needs itself; neither kbatch's
+ * declarations nor librdkafka's headers are used.
+ *
+ *   cloop LIBRARY DATA BOOTSTRAP TOPIC BATCH WINDOW [key=value ...]
+ *
+ * DATA      a file written by benchmarks/data.py; its messages are sent in order, over and over
+ * BATCH     messages enqueued in one go
+ * WINDOW    0: one batch at a time, each awaited before the next. Otherwise batches overlap, and the
+ *           next one is enqueued as soon as at most WINDOW messages are in flight.
+ *
+ * Each line of standard input is a number of messages: so many are sent and awaited, then a line of JSON
+ * with what it took goes to standard output. Two sides can thus take turns without starting anew. Every
+ * delivery report is checked; the first one with an error ends the program with status 1. */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <inttypes.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---- librdkafka, as far as it is called ---- */
+
+struct rk_message {
+        int err;
+        void *topic;
+        int32_t partition;
+        void *payload;
+        size_t len;
+        void *key;
+        size_t key_len;
+        int64_t offset;
+        void *opaque;
+};
+
+struct rk_argument {
+        int type;
+        union {
+                void *pointer;
+                struct {
+                        const void *data;
+                        size_t size;
+                } memory;
+                char room[64];
+        } u;
+};
+
+enum { ARG_TOPIC_HANDLE = 2, ARG_VALUE = 4, ARG_KEY = 5, ARG_OPAQUE = 6, ARG_HEADERS = 10 };
+enum { EVENT_DELIVERY = 0x1, EVENT_ERROR = 0x8 };
+enum { ERR_QUEUE_FULL = -184 };
+enum { PRODUCER = 0, DRAIN_EVERY = 128, REPORTS_AT_ONCE = 1024 };
+
+#define FUNCTIONS(X)                                                                                       \
+        X(const char *, version_str, (void))                                                               \
+        X(void *, conf_new, (void))                                                                        \
+        X(int, conf_set, (void *, const char *, const char *, char *, size_t))                             \
+        X(void, conf_set_events, (void *, int))                                                            \
+        X(void *, new, (int, void *, char *, size_t))                                                      \
+        X(void, destroy, (void *))                                                                         \
+        X(void *, topic_new, (void *, const char *, void *))                                               \
+        X(void, topic_destroy, (void *))                                                                   \
+        X(void *, headers_new, (size_t))                                                                   \
+        X(int, header_add, (void *, const char *, ssize_t, const void *, ssize_t))                         \
+        X(void *, produceva, (void *, const struct rk_argument *, size_t))                                 \
+        X(int, error_code, (const void *))                                                                 \
+        X(const char *, error_string, (const void *))                                                      \
+        X(void, error_destroy, (void *))                                                                   \
+        X(const char *, err2str, (int))                                                                    \
+        X(void *, queue_get_main, (void *))                                                                \
+        X(void *, queue_poll, (void *, int))                                                               \
+        X(void, queue_destroy, (void *))                                                                   \
+        X(int, event_type, (const void *))                                                                 \
+        X(size_t, event_message_array, (void *, const struct rk_message **, size_t))                       \
+        X(const char *, event_error_string, (void *))                                                      \
+        X(void, event_destroy, (void *))
+
+#define DECLARE(result, name, arguments) static result(*rk_##name) arguments;
+FUNCTIONS(DECLARE)
+
+static void fail(const char *what, const char *why) {
+        fprintf(stderr, "cloop: %s: %s\n", what, why);
+        exit(1);
+}
+
+static void bind_library(const char *path) {
+        void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+        if (!library)
+                fail("cannot open librdkafka", dlerror());
+#define BIND(result, name, arguments)                                                                      \
+        *(void **)&rk_##name = dlsym(library, "rd_kafka_" #name);                                          \
+        if (!rk_##name)                                                                                    \
+                fail("missing function", "rd_kafka_" #name);
+        FUNCTIONS(BIND)
+}
+
+/* ---- the prepared messages ---- */
+
+struct span {
+        const char *data;
+        uint32_t size;
+};
+
+struct header {
+        struct span name, value;
+};
+
+struct message {
+        struct span key, value;
+        struct header *headers;
+};
+
+static struct message *messages;
+static uint32_t message_count, header_count;
+
+static uint32_t read_u32(const char **at) {
+        uint32_t n;
+        memcpy(&n, *at, sizeof n);
+        *at += sizeof n;
+        return n;
+}
+
+static struct span read_span(const char **at) {
+        struct span s;
+        s.size = read_u32(at);
+        s.data = *at;
+        *at += s.size;
+        return s;
+}
+
+/* DATA: "KBM1", message count, headers per message; then for each message key, value, and name and value
+ * of each header. Each is a 32-bit length in the machine's byte order and its bytes. */
+static void load(const char *path) {
+        FILE *file = fopen(path, "rb");
+        long size;
+        char *bytes;
+        const char *at;
+        uint32_t i, h;
+
+        if (!file || fseek(file, 0, SEEK_END) || (size = ftell(file)) < 12 || fseek(file, 0, SEEK_SET))
+                fail(path, strerror(errno));
+        bytes = malloc((size_t)size);
+        if (!bytes || fread(bytes, 1, (size_t)size, file) != (size_t)size || memcmp(bytes, "KBM1", 4))
+                fail(path, "not a file of prepared messages");
+        fclose(file);
+        at = bytes + 4;
+        message_count = read_u32(&at);
+        header_count = read_u32(&at);
+        messages = malloc(message_count * sizeof *messages);
+        if (!messages)
+                fail(path, "out of memory");
+        for (i = 0; i < message_count; i++) {
+                messages[i].key = read_span(&at);
+                messages[i].value = read_span(&at);
+                messages[i].headers = malloc((header_count ? header_count : 1) * sizeof(struct header));
+                if (!messages[i].headers)
+                        fail(path, "out of memory");
+                for (h = 0; h < header_count; h++) {
+                        messages[i].headers[h].name = read_span(&at);
+                        messages[i].headers[h].value = read_span(&at);
+                }
+        }
+        if (at != bytes + size)
+                fail(path, "length does not match its content");
+}
+
+/* ---- sending ---- */
+
+static void *producer, *topic, *reports;
+static long acknowledged, enqueued;
+
+/* Takes one event if there is one within the timeout. Destroying it at once is what gives queue room back. */
+static int take_event(int timeout_ms) {
+        const struct rk_message *delivered[REPORTS_AT_ONCE];
+        void *event = rk_queue_poll(reports, timeout_ms);
+        size_t got, i;
+
+        if (!event)
+                return 0;
+        if (rk_event_type(event) == EVENT_DELIVERY) {
+                while ((got = rk_event_message_array(event, delivered, REPORTS_AT_ONCE)) > 0) {
+                        for (i = 0; i < got; i++)
+                                if (delivered[i]->err)
+                                        fail("a message was not delivered", rk_err2str(delivered[i]->err));
+                        acknowledged += (long)got;
+                }
+        } else if (rk_event_type(event) == EVENT_ERROR)
+                fprintf(stderr, "cloop: %s\n", rk_event_error_string(event));
+        rk_event_destroy(event);
+        return 1;
+}
+
+static void wait_until_in_flight(long most) {
+        while (enqueued - acknowledged > most)
+                take_event(1000);
+}
+
+static void enqueue(const struct message *m) {
+        struct rk_argument arguments[5];
+        void *headers = NULL, *error;
+        size_t n = 0;
+        uint32_t h;
+
+        arguments[n].type = ARG_TOPIC_HANDLE;
+        arguments[n++].u.pointer = topic;
+        arguments[n].type = ARG_VALUE;
+        arguments[n].u.memory.data = m->value.data;
+        arguments[n++].u.memory.size = m->value.size;
+        arguments[n].type = ARG_OPAQUE;
+        arguments[n++].u.pointer = (void *)m;
+        if (m->key.size) {
+                arguments[n].type = ARG_KEY;
+                arguments[n].u.memory.data = m->key.data;
+                arguments[n++].u.memory.size = m->key.size;
+        }
+        if (header_count) {
+                headers = rk_headers_new(header_count);
+                for (h = 0; h < header_count; h++)
+                        rk_header_add(headers, m->headers[h].name.data, m->headers[h].name.size,
+                                      m->headers[h].value.data, m->headers[h].value.size);
+                arguments[n].type = ARG_HEADERS;
+                arguments[n++].u.pointer = headers;
+        }
+        while ((error = rk_produceva(producer, arguments, n)) != NULL) {
+                if (rk_error_code(error) != ERR_QUEUE_FULL)
+                        fail("produce failed", rk_error_string(error));
+                rk_error_destroy(error);
+                take_event(100);
+        }
+        enqueued++;
+}
+
+static void send_all(long count, long batch, long window) {
+        static uint32_t next; /* goes on where the last call ended */
+        long sent = 0, i;
+
+        while (sent < count) {
+                wait_until_in_flight(window);
+                for (i = 1; i <= batch; i++) {
+                        enqueue(&messages[next]);
+                        if (++next == message_count)
+                                next = 0;
+                        if (i % DRAIN_EVERY == 0)
+                                while (take_event(0))
+                                        ;
+                }
+                sent += batch;
+                if (!window)
+                        wait_until_in_flight(0);
+        }
+        wait_until_in_flight(0);
+}
+
+/* ---- measuring ---- */
+
+struct clocks {
+        double wall, thread, user, system;
+};
+
+static double seconds(clockid_t clock) {
+        struct timespec t;
+        clock_gettime(clock, &t);
+        return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static struct clocks clocks_now(void) {
+        struct clocks c;
+        struct rusage usage;
+
+        getrusage(RUSAGE_SELF, &usage);
+        c.user = (double)usage.ru_utime.tv_sec + (double)usage.ru_utime.tv_usec * 1e-6;
+        c.system = (double)usage.ru_stime.tv_sec + (double)usage.ru_stime.tv_usec * 1e-6;
+        c.thread = seconds(CLOCK_THREAD_CPUTIME_ID);
+        c.wall = seconds(CLOCK_MONOTONIC);
+        return c;
+}
+
+static long resident_bytes(void) {
+        long pages = 0;
+        FILE *file = fopen("/proc/self/statm", "r");
+        if (file) {
+                if (fscanf(file, "%*d %ld", &pages) != 1)
+                        pages = 0;
+                fclose(file);
+        }
+        return pages * sysconf(_SC_PAGESIZE);
+}
+
+static void set(void *conf, const char *key, const char *value) {
+        char why[512];
+        if (rk_conf_set(conf, key, value, why, sizeof why) != 0)
+                fail("configuration", why);
+}
+
+static void run(long count, long batch, long window) {
+        struct clocks start, end;
+        struct rusage usage;
+        long resident = resident_bytes(), before = acknowledged;
+
+        start = clocks_now();
+        send_all(count, batch, window);
+        end = clocks_now();
+        getrusage(RUSAGE_SELF, &usage);
+        printf("{\"messages\": %ld, \"acknowledged\": %ld, \"seconds\": %.9f, \"cpu_user\": %.6f, \"cpu_system\": %.6f, "
+               "\"cpu_thread\": %.9f, \"rss_start\": %ld, \"rss_end\": %ld, \"rss_peak\": %ld}\n",
+               count, acknowledged - before, end.wall - start.wall, end.user - start.user, end.system - start.system,
+               end.thread - start.thread, resident, resident_bytes(), usage.ru_maxrss * 1024L);
+        fflush(stdout);
+}
+
+int main(int argc, char **argv) {
+        char why[512];
+        void *conf;
+        long batch, window, count;
+        int i;
+
+        if (argc < 7)
+                fail("usage", "cloop LIBRARY DATA BOOTSTRAP TOPIC BATCH WINDOW [key=value ...]");
+        bind_library(argv[1]);
+        load(argv[2]);
+        batch = atol(argv[5]);
+        window = atol(argv[6]);
+        if (batch < 1 || window < 0)
+                fail("usage", "BATCH must be positive, WINDOW not negative");
+
+        conf = rk_conf_new();
+        set(conf, "bootstrap.servers", argv[3]);
+        set(conf, "acks", "all");
+        set(conf, "enable.idempotence", "true");
+        set(conf, "linger.ms", "0");
+        for (i = 7; i < argc; i++) {
+                char *value = strchr(argv[i], '=');
+                if (!value)
+                        fail(argv[i], "not of the form key=value");
+                *value = '\0';
+                set(conf, argv[i], value + 1);
+        }
+        rk_conf_set_events(conf, EVENT_DELIVERY | EVENT_ERROR);
+        producer = rk_new(PRODUCER, conf, why, sizeof why);
+        if (!producer)
+                fail("cannot create the producer", why);
+        reports = rk_queue_get_main(producer);
+        topic = rk_topic_new(producer, argv[4], NULL);
+        if (!topic)
+                fail(argv[4], "no topic handle");
+
+        printf("{\"ready\": \"librdkafka %s\"}\n", rk_version_str());
+        fflush(stdout);
+        while (scanf("%ld", &count) == 1) {
+                if (count < 1 || count % batch)
+                        fail("standard input", "not a multiple of the batch size");
+                run(count, batch, window);
+        }
+        printf("{\"closed\": true}\n");
+
+        rk_topic_destroy(topic);
+        rk_queue_destroy(reports);
+        rk_destroy(producer);
+        return 0;
+}

@@ -1,0 +1,73 @@
+"""Starts a side and talks to it."""
+
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from benchmarks.library import build_cloop, librdkafka_path
+from benchmarks.sides.base import Result, Spec
+
+
+class Side:
+    """A running side. `final` holds what it said when it was closed."""
+
+    def __init__(self, name: str, spec: Spec, *, data: Path | None = None) -> None:
+        if name == "cloop":
+            if data is None:
+                raise ValueError("the C loop needs a file of prepared messages")
+            command = [str(build_cloop()), librdkafka_path(), str(data), spec.bootstrap, spec.topic]
+            command += [str(spec.batch), str(spec.window)]
+            command += [f"{key}={value}" for key, value in spec.options.items()]
+        else:
+            command = [sys.executable, "-m", f"benchmarks.sides.{name}_side", msgspec.json.encode(spec).decode()]
+        self.name = name
+        self.spec = spec
+        self.acknowledged = 0
+        self.final: dict[str, Any] = {}
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._read(dict[str, Any])
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._process.kill()
+            self._process.wait()
+
+    def run(self, count: int) -> Result:
+        """Lets the side send `count` messages and checks that all were acknowledged."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.flush()
+        result = self._read(Result)
+        if result.acknowledged != count or result.messages != count:
+            raise RuntimeError(f"{self.name}: {result.acknowledged} of {count} messages acknowledged")
+        self.acknowledged += count
+        return result
+
+    def close(self) -> dict[str, Any]:
+        """Ends the side and returns what it says at its end. May be called again."""
+        assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            return self.final
+        self._process.stdin.close()
+        self.final = self._read(dict[str, Any])
+        if status := self._process.wait():
+            raise RuntimeError(f"{self.name} ended with status {status}")
+        return self.final
+
+    def _read(self, kind: Any) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with status {self._process.wait()}")
+        return msgspec.json.decode(line, type=kind)

@@ -1,0 +1,75 @@
+"""kbatch. One batch at a time is `send_batch`; batches in flight are `submit`, which keeps the bound itself
+(`max_in_flight`), while the program collects the reports of batches that are done.
+
+Options: `form` of the second kind: "bound" (as said) or "oldest" (at most as many batches as the window holds, at
+least two, and the oldest is waited for before the next is submitted); `config`, more of librdkafka's settings.
+"""
+
+from collections import deque
+from typing import Any
+
+import kbatch
+
+from benchmarks.data import kbatch_envelopes, plain_value
+from benchmarks.sides.base import Spec, read_spec, serve
+
+
+class Sender:
+    def __init__(self, spec: Spec) -> None:
+        self._topic = spec.topic
+        self._batch = spec.batch
+        self._pending: deque[kbatch.PendingBatch] = deque()
+        self._next = 0
+        bound = spec.options.get("form", "bound") == "bound"
+        self._most_batches = 1_000_000 if bound else max(2, spec.window // spec.batch)
+        self._producer = kbatch.Producer(
+            {"bootstrap.servers": spec.bootstrap, **spec.options.get("config", {})},
+            wire="raw" if spec.values or not spec.headers else "kbatch",
+            max_in_flight=spec.window if spec.window and bound else 20_000,
+        )
+        envelopes: list[kbatch.Envelope[Any]]
+        if spec.values:
+            value = bytearray(plain_value(spec.values))
+            envelopes = [kbatch.Envelope(data=bytes(value)) for _ in range(spec.pool)]
+        else:
+            envelopes = kbatch_envelopes(spec.pool, spec.headers)
+        self._batches = [envelopes[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
+        self.send = self._send_in_flight if spec.window else self._send_one_at_a_time
+
+    def _batch_after(self) -> "list[kbatch.Envelope[Any]]":
+        batch = self._batches[self._next]
+        self._next = (self._next + 1) % len(self._batches)
+        return batch
+
+    def _send_one_at_a_time(self, count: int) -> int:
+        acknowledged = 0
+        for _ in range(count // self._batch):
+            report = self._producer.send_batch(self._topic, self._batch_after())
+            report.raise_for_errors()
+            acknowledged += report.acked
+        return acknowledged
+
+    def _send_in_flight(self, count: int) -> int:
+        acknowledged = 0
+        pending = self._pending
+        for _ in range(count // self._batch):
+            while pending and (len(pending) >= self._most_batches or pending[0].done()):
+                acknowledged += pending.popleft().wait().raise_for_errors().acked
+            pending.append(self._producer.submit(self._topic, self._batch_after()))
+        while pending:
+            acknowledged += pending.popleft().wait().raise_for_errors().acked
+        return acknowledged
+
+    def close(self) -> dict[str, Any]:
+        left = self._producer.close()
+        return {"left": left, "stats": self._producer.stats()}
+
+
+def main() -> None:
+    spec = read_spec()
+    sender = Sender(spec)
+    serve(f"kbatch {kbatch.__version__}", sender.send, sender.close)
+
+
+if __name__ == "__main__":
+    main()
