@@ -84,6 +84,7 @@ def _serve() -> None:
     lib = load_librdkafka()
     for name, result, arguments in (
         ("rd_kafka_conf_new", ctypes.c_void_p, ()),
+        ("rd_kafka_conf_set", ctypes.c_int, (ctypes.c_void_p, *[ctypes.c_char_p] * 3, ctypes.c_size_t)),
         ("rd_kafka_new", ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t)),
         ("rd_kafka_mock_cluster_new", ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int)),
         ("rd_kafka_mock_cluster_bootstraps", ctypes.c_char_p, (ctypes.c_void_p,)),
@@ -98,7 +99,9 @@ def _serve() -> None:
         print(json.dumps({"result": result} if error is None else {"error": error}), flush=True)
 
     why = ctypes.create_string_buffer(512)
-    handle = lib.rd_kafka_new(0, lib.rd_kafka_conf_new(), why, len(why))  # 0: a producer
+    conf = lib.rd_kafka_conf_new()
+    lib.rd_kafka_conf_set(conf, b"log_level", b"3", why, len(why))  # no warning that this client knows no broker
+    handle = lib.rd_kafka_new(0, conf, why, len(why))  # 0: a producer
     if not handle:
         answer(error=why.value.decode())
         return

@@ -9,8 +9,8 @@
  *
  * DATA      a file written by benchmarks/data.py; its messages are sent in order, over and over
  * BATCH     messages enqueued in one go
- * WINDOW    0: one batch at a time, each awaited before the next. Otherwise batches overlap, and the
- *           next one is enqueued as soon as at most WINDOW messages are in flight.
+ * WINDOW    0: one batch at a time, each awaited before the next. Otherwise batches overlap, with about
+ *           WINDOW messages in flight; the count is looked at every 128 messages.
  *
  * Each line of standard input is a number of messages: so many are sent and awaited, then a line of JSON
  * with what it took goes to standard output. Two sides can thus take turns without starting anew. Every
@@ -243,14 +243,16 @@ static void send_all(long count, long batch, long window) {
         long sent = 0, i;
 
         while (sent < count) {
-                wait_until_in_flight(window);
-                for (i = 1; i <= batch; i++) {
+                for (i = 0; i < batch; i++) {
+                        if (enqueued % DRAIN_EVERY == 0) {
+                                while (take_event(0))
+                                        ;
+                                if (window)
+                                        wait_until_in_flight(window);
+                        }
                         enqueue(&messages[next]);
                         if (++next == message_count)
                                 next = 0;
-                        if (i % DRAIN_EVERY == 0)
-                                while (take_event(0))
-                                        ;
                 }
                 sent += batch;
                 if (!window)

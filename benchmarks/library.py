@@ -1,4 +1,4 @@
-"""Finds the librdkafka that the installed confluent-kafka carries, and builds the C loop that loads it."""
+"""Finds the librdkafka that the installed confluent-kafka carries, and compiles the C programs."""
 
 import ctypes
 import os
@@ -61,11 +61,11 @@ def compiler() -> str:
     sys.exit("benchmarks need a C compiler: none of $CC, cc, gcc, clang was found")
 
 
-def build_cloop() -> Path:
-    """Compiles cloop.c if it is newer than its program."""
-    source, program = HERE / "cloop.c", BUILD / "cloop"
+def build(name: str) -> Path:
+    """The program made from `name`.c, compiled if the source is newer."""
+    source, program = HERE / f"{name}.c", BUILD / name
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(exist_ok=True)
-        command = [*compiler().split(), "-O3", "-std=gnu11", "-Wall", "-Wextra", "-o", str(program), str(source)]
-        subprocess.run([*command, "-ldl"], check=True)
+        command = [*compiler().split(), "-O3", "-std=gnu11", "-Wall", "-Wextra", "-pthread", "-o", str(program)]
+        subprocess.run([*command, str(source), "-ldl"], check=True)
     return program

@@ -8,27 +8,31 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.library import build_cloop, librdkafka_path
+from benchmarks.library import build, librdkafka_path
 from benchmarks.sides.base import Result, Spec
+
+
+def command_line(name: str, spec: Spec, data: Path | None) -> list[str]:
+    if name != "cloop":
+        return [sys.executable, "-m", f"benchmarks.sides.{name}_side", msgspec.json.encode(spec).decode()]
+    if data is None:
+        raise ValueError("the C loop needs a file of prepared messages")
+    command = [str(build("cloop")), librdkafka_path(), str(data), spec.bootstrap, spec.topic]
+    command += [str(spec.batch), str(spec.window)]
+    return command + [f"{key}={value}" for key, value in spec.options.get("config", {}).items()]
 
 
 class Side:
     """A running side. `final` holds what it said when it was closed."""
 
     def __init__(self, name: str, spec: Spec, *, data: Path | None = None) -> None:
-        if name == "cloop":
-            if data is None:
-                raise ValueError("the C loop needs a file of prepared messages")
-            command = [str(build_cloop()), librdkafka_path(), str(data), spec.bootstrap, spec.topic]
-            command += [str(spec.batch), str(spec.window)]
-            command += [f"{key}={value}" for key, value in spec.options.items()]
-        else:
-            command = [sys.executable, "-m", f"benchmarks.sides.{name}_side", msgspec.json.encode(spec).decode()]
         self.name = name
         self.spec = spec
         self.acknowledged = 0
         self.final: dict[str, Any] = {}
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command_line(name, spec, data), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self._read(dict[str, Any])
 
     def __enter__(self) -> "Side":

@@ -1,7 +1,6 @@
-"""What every Python side shares: its settings, the clock around each turn, the conversation with the harness."""
+"""What every Python side shares: its settings, the clocks around each turn, the conversation with the harness."""
 
 import gc
-import json
 import os
 import resource
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import msgspec
 
 from benchmarks.data import POOL
+from benchmarks.sides.competitor import Competitor
 
 PAGE = os.sysconf("SC_PAGESIZE")
 
@@ -28,6 +28,8 @@ class Spec(msgspec.Struct, frozen=True):
     #: above 0: bodies of so many bytes, no key, no headers, instead of orders
     values: int = 0
     pool: int = POOL
+    #: a pure-Python thread competes for the GIL during each turn
+    competitor: bool = False
     #: what only one side understands
     options: dict[str, Any] = {}
 
@@ -44,7 +46,7 @@ class Result(msgspec.Struct, frozen=True):
     rss_start: int
     rss_end: int
     rss_peak: int
-    extra: dict[str, Any] = {}
+    extra: dict[str, float] = {}
 
     @property
     def rate(self) -> float:
@@ -65,25 +67,29 @@ def resident_bytes() -> int:
         return 0
 
 
-def measured(send: Callable[[int], int], count: int) -> Result:
-    """Runs `send(count)`, which returns how many were acknowledged, between two readings of every clock."""
-    rss_start = resident_bytes()
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    thread, start = time.thread_time(), time.perf_counter()
-    acknowledged = send(count)
-    end, thread_end = time.perf_counter(), time.thread_time()
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    return Result(
-        messages=count,
-        acknowledged=acknowledged,
-        seconds=end - start,
-        cpu_user=after.ru_utime - before.ru_utime,
-        cpu_system=after.ru_stime - before.ru_stime,
-        cpu_thread=thread_end - thread,
-        rss_start=rss_start,
-        rss_end=resident_bytes(),
-        rss_peak=after.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-    )
+class Turn:
+    """The clocks, from its making to `end`."""
+
+    def __init__(self) -> None:
+        self._resident = resident_bytes()
+        self._usage = resource.getrusage(resource.RUSAGE_SELF)
+        self._thread, self._start = time.thread_time(), time.perf_counter()
+
+    def end(self, messages: int, acknowledged: int, extra: dict[str, float]) -> Result:
+        seconds, thread = time.perf_counter() - self._start, time.thread_time() - self._thread
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return Result(
+            messages=messages,
+            acknowledged=acknowledged,
+            seconds=seconds,
+            cpu_user=usage.ru_utime - self._usage.ru_utime,
+            cpu_system=usage.ru_stime - self._usage.ru_stime,
+            cpu_thread=thread,
+            rss_start=self._resident,
+            rss_end=resident_bytes(),
+            rss_peak=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            extra=extra,
+        )
 
 
 def read_spec() -> Spec:
@@ -95,11 +101,28 @@ def say(answer: Any) -> None:
     sys.stdout.flush()
 
 
-def serve(name: str, send: Callable[[int], int], close: Callable[[], dict[str, Any]]) -> None:
-    """Obeys the harness until it closes standard input. `close` may return figures that only exist at the end."""
+def settle() -> None:
+    """The pool of messages lives for ever, so no collection need look at it; the same on every Python side."""
     gc.collect()
-    gc.freeze()  # the pool of messages lives for ever: no collection need look at it, on any side
+    gc.freeze()
+
+
+def serve(spec: Spec, name: str, send: Callable[[int], int], close: Callable[[], dict[str, Any]]) -> None:
+    """Obeys the harness until it closes standard input.
+
+    `send(count)` returns how many messages were acknowledged; `close` may return figures that only exist at the end.
+    """
+    competitor = Competitor() if spec.competitor else None
+    settle()
     say({"ready": name})
     for line in sys.stdin:
-        say(measured(send, json.loads(line)))
+        count = int(line)
+        extra: dict[str, float] = {}
+        if competitor is not None:
+            competitor.begin()
+        turn = Turn()
+        acknowledged = send(count)
+        if competitor is not None:
+            extra = competitor.end()
+        say(turn.end(count, acknowledged, extra))
     say({"closed": True} | close())

@@ -8,6 +8,7 @@ errors-only  `delivery.report.only.error` with one callback for failures: a mess
              message either; it still confirms delivery, so it is the form that kbatch is compared with.
 """
 
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
@@ -23,25 +24,41 @@ POLL_EVERY = 500
 
 class Sender:
     def __init__(self, spec: Spec) -> None:
-        self._spec = spec
-        self._next = 0
+        self._topic = spec.topic
+        self._batch = spec.batch
+        self._window = spec.window
+        self._headers = bool(spec.headers)
+        self._only_errors = spec.options.get("form", "errors-only") == "errors-only"
         self._acknowledged = 0
         self._error: KafkaError | None = None
-        only_errors = spec.options.get("form", "errors-only") == "errors-only"
-        config = {
-            "bootstrap.servers": spec.bootstrap,
-            "acks": "all",
-            "enable.idempotence": True,
-            "linger.ms": spec.options.get("linger_ms", 5),
-            "queue.buffering.max.messages": 1_000_000,
-            "delivery.report.only.error": only_errors,
-            "on_delivery": self._on_failure if only_errors else self._on_delivery,
-        }
-        self._only_errors = only_errors
-        self._producer = Producer(config)
+        self._producer = Producer(
+            {
+                "bootstrap.servers": spec.bootstrap,
+                "acks": "all",
+                "enable.idempotence": True,
+                "linger.ms": spec.options.get("linger_ms", 5),
+                "queue.buffering.max.messages": 1_000_000,
+                "delivery.report.only.error": self._only_errors,
+                "on_delivery": self._on_delivery,
+                **spec.options.get("config", {}),
+            }
+        )
         self._encode = msgspec.json.Encoder().encode
-        self._pool = list(orders(spec.pool, spec.headers)) if not spec.values else []
-        self._value = plain_value(spec.values) if spec.values else b""
+        self._next = 0
+        # each batch cut into the pieces between two polls
+        piece = min(spec.batch, spec.options.get("poll_every", POLL_EVERY))
+        self._batches: list[list[list[Any]]] = []
+        self._produce: Callable[[list[Any]], None]
+        if spec.values:
+            value = bytearray(plain_value(spec.values))
+            pool: list[Any] = [bytes(value) for _ in range(spec.pool)]
+            self._produce = self._produce_values
+        else:
+            pool = list(orders(spec.pool, spec.headers))
+            self._produce = self._produce_envelopes
+        for start in range(0, spec.pool, spec.batch):
+            end = start + spec.batch
+            self._batches.append([pool[at : min(at + piece, end)] for at in range(start, end, piece)])
 
     def _on_delivery(self, error: KafkaError | None, _message: Message) -> None:
         if error is None:
@@ -49,29 +66,25 @@ class Sender:
         elif self._error is None:
             self._error = error
 
-    def _on_failure(self, error: KafkaError | None, _message: Message) -> None:
-        self._error = self._error or error
-
-    def _produce_values(self, count: int) -> None:
-        produce, topic, value = self._producer.produce, self._spec.topic, self._value
-        for _ in range(count):
+    def _produce_values(self, values: list[bytes]) -> None:
+        produce, topic = self._producer.produce, self._topic
+        for value in values:
             produce(topic, value)
 
-    def _produce(self, envelopes: list[PlainEnvelope]) -> None:
-        produce, topic, encode = self._producer.produce, self._spec.topic, self._encode
-        if not self._spec.headers:
+    def _produce_envelopes(self, envelopes: list[PlainEnvelope]) -> None:
+        produce, topic, encode = self._producer.produce, self._topic, self._encode
+        if not self._headers:
             for e in envelopes:
                 produce(topic, encode(e.message), e.key)
             return
-        # one time per batch; pairs that repeat are made once
         sent_at = ("sent-at", format_time(datetime.now(timezone.utc)))
-        repeated: dict[tuple[str, str], list[tuple[str, str]]] = {}
+        same: dict[tuple[str, str], list[tuple[str, str]]] = {}  # headers that many messages share are made once
         for e in envelopes:
             kind = (e.message_type, e.content_type)
-            first = repeated.get(kind)
-            if first is None:
-                first = repeated[kind] = [("message-type", e.message_type), ("content-type", e.content_type), sent_at]
-            headers = [("id", e.id), *first]
+            shared = same.get(kind)
+            if shared is None:
+                shared = same[kind] = [("message-type", e.message_type), ("content-type", e.content_type), sent_at]
+            headers = [("id", e.id), *shared]
             if e.correlation_id is not None:
                 headers.append(("correlation-id", e.correlation_id))
             if e.conversation_id is not None:
@@ -88,28 +101,19 @@ class Sender:
                 headers.extend(e.headers)
             produce(topic, encode(e.message), e.key, headers=headers)
 
-    def _take(self, count: int) -> list[PlainEnvelope]:
-        start = self._next
-        self._next = (start + count) % len(self._pool)
-        return self._pool[start : start + count]
-
     def send(self, count: int) -> int:
-        spec, producer = self._spec, self._producer
+        producer, window, produce, batches = self._producer, self._window, self._produce, self._batches
         before = self._acknowledged
-        for _ in range(count // spec.batch):
-            left = spec.batch
-            while left:
-                piece = min(left, POLL_EVERY)
-                if spec.values:
-                    self._produce_values(piece)
-                else:
-                    self._produce(self._take(piece))
+        for _ in range(count // self._batch):
+            batch = batches[self._next]
+            self._next = (self._next + 1) % len(batches)
+            for piece in batch:
+                produce(piece)
                 producer.poll(0)
-                left -= piece
-            if not spec.window:
+            if not window:
                 producer.flush()
             else:
-                while len(producer) > spec.window:
+                while len(producer) > window:
                     producer.poll(0.01)
         producer.flush()
         if self._error is not None or len(producer):
@@ -123,7 +127,7 @@ class Sender:
 def main() -> None:
     spec = read_spec()
     sender = Sender(spec)
-    serve("confluent-kafka", sender.send, sender.close)
+    serve(spec, "confluent-kafka", sender.send, sender.close)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Sender:
 def main() -> None:
     spec = read_spec()
     sender = Sender(spec)
-    serve(f"kbatch {kbatch.__version__}", sender.send, sender.close)
+    serve(spec, f"kbatch {kbatch.__version__}", sender.send, sender.close)
 
 
 if __name__ == "__main__":

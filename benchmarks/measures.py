@@ -1,0 +1,232 @@
+"""What is measured, and against which target. README.md says what each figure shows and what it does not."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from statistics import median
+
+from benchmarks.data import HEADER_COUNTS
+from benchmarks.figures import Figure, Section, figure, lines
+from benchmarks.sides.base import Result
+from benchmarks.turns import Contender, Effort, Score, pairs, take_turns
+from benchmarks.verify import same_bytes
+
+#: messages in flight across batches
+WINDOW = 5_000
+
+# The targets of issue 2.
+ONE_AT_A_TIME = {1_000: 0.9, 10_000: 0.95}
+IN_FLIGHT = {100: 0.7, 1_000: 0.7, 10_000: 0.8}
+CPU_US = 0.4
+CONFLUENT = 7.0
+AIOKAFKA = 10.0
+AWAITED = 500.0
+GIL_US = 0.4
+PLAIN_VALUES = 1_500_000.0
+GROWTH_MIB = 4.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is measured: the options of the command line."""
+
+    sizes: tuple[int, ...] = (100, 1_000, 10_000)
+    headers: tuple[int, ...] = HEADER_COUNTS
+    partitions: int = 4
+    effort: Effort = Effort(rounds=3, turns=7, seconds=0.25)
+    #: for what is shown for information
+    less: Effort = Effort(rounds=1, turns=7, seconds=0.25)
+    memory_envelopes: int = 10_000_000
+    tune: bool = True
+
+
+def _ratio(mine: Result, its: Result) -> float:
+    return mine.rate / its.rate
+
+
+def _cpu_difference(mine: Result, its: Result) -> float:
+    return mine.cpu_us - its.cpu_us
+
+
+def _us_per_message(key: str) -> Callable[[Result], float]:
+    return lambda turn: turn.extra[key] / turn.messages * 1e6
+
+
+def check_bytes(plan: Plan) -> Iterator[Section]:
+    section = Section("The same keys, values and headers on all sides")
+    for headers in plan.headers:
+        body, header_bytes = same_bytes(headers)
+        section.notes.append(
+            f"{headers} headers: read back and compared; bodies of {body:.0f} bytes, header names and values together "
+            f"{header_bytes:.0f} bytes"
+        )
+    yield section
+
+
+def tune_confluent(plan: Plan, batch: int) -> Contender:
+    """The rival's best settings, by trial: linger, messages in flight, form of confirmation."""
+    trials = [
+        Contender(f"linger {linger} ms, {window:,} in flight, {form}", "confluent", batch, window,
+                  {"linger_ms": linger, "form": form})
+        for linger, window, form in (
+            (0, WINDOW, "errors-only"),
+            (5, WINDOW, "errors-only"),
+            (5, 10 * WINDOW, "errors-only"),
+            (5, 10 * WINDOW, "callback"),
+            (50, 10 * WINDOW, "errors-only"),
+        )
+    ]  # fmt: skip
+    if not plan.tune:
+        return trials[2]
+    scores = take_turns(trials, Effort(1, 5, 0.15), partitions=plan.partitions)
+    return max(trials, key=lambda trial: median(scores[trial.label].rates))
+
+
+def loops(plan: Plan) -> Iterator[Section]:
+    """kbatch against the C loop and against confluent-kafka, for each size and header count."""
+    for batch in plan.sizes:
+        best = tune_confluent(plan, batch)
+        for headers in plan.headers:
+            yield _loop(plan, batch, headers, best)
+
+
+def _loop(plan: Plan, batch: int, headers: int, best: Contender) -> Section:
+    official = headers == 8
+    c_one = Contender("C loop, one batch at a time", "cloop", batch)
+    k_one = Contender("kbatch, one batch at a time", "kbatch", batch)
+    k_flight = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", batch, WINDOW)
+    c_flight = Contender(f"C loop, {WINDOW:,} in flight", "cloop", batch, WINDOW)
+    rival = replace(best, label="confluent-kafka, mapped in Python")
+    scores = take_turns(
+        (c_one, k_one, k_flight, c_flight, rival),
+        plan.effort if official else plan.less,
+        partitions=plan.partitions,
+        headers=headers,
+    )
+    section = Section(f"Batches of {batch:,}, {headers} headers", lines=lines(scores))
+    one, its_one = scores[k_one.label], scores[c_one.label]
+    flight, its_flight = scores[k_flight.label], scores[c_flight.label]
+    faster = max((one, flight), key=lambda score: median(score.rates))
+    section.figures = [
+        figure("kbatch / C loop, one batch at a time", pairs(one, its_one, _ratio),
+               target=ONE_AT_A_TIME.get(batch) if official else None),
+        figure("kbatch / C loop, in flight", pairs(flight, its_flight, _ratio),
+               target=IN_FLIGHT.get(batch) if official else None),
+        figure("CPU more than the C loop, one batch at a time", pairs(one, its_one, _cpu_difference), unit=" µs",
+               target=CPU_US if official else None, at_most=True),
+        figure("CPU more than the C loop, in flight", pairs(flight, its_flight, _cpu_difference), unit=" µs",
+               target=CPU_US if official else None, at_most=True),
+        figure("kbatch / confluent-kafka, each at its best", pairs(faster, scores[rival.label], _ratio),
+               target=CONFLUENT if official else None),
+    ]  # fmt: skip
+    section.notes.append(f"confluent-kafka at its best: {best.label}")
+    section.notes.append(_phases(one))
+    return section
+
+
+def _phases(score: Score) -> str:
+    stats = [final["stats"] for final in score.finals]
+    envelopes = sum(each["envelopes"] for each in stats)
+    mapping, enqueueing = (sum(each[key] for each in stats) / envelopes / 1000 for key in ("map_ns", "enqueue_ns"))
+    return f"kbatch, one batch at a time: phase 1 {mapping:.2f} µs, phase 2 {enqueueing:.2f} µs per envelope (wall clock)"
+
+
+def awaited(plan: Plan) -> Iterator[Section]:
+    """One awaited produce per message against batches, with a round trip of 1 ms."""
+    single = Contender("confluent-kafka, produce + flush each", "confluent", 1, options={"linger_ms": 0})
+    own = Contender("kbatch, send_batch of one", "kbatch", 1)
+    batches = [Contender(f"kbatch, send_batch of {batch:,}", "kbatch", batch) for batch in (1_000, 10_000)]
+    scores = take_turns((single, own, *batches), plan.less, partitions=plan.partitions, rtt_ms=1)
+    section = Section("One awaited produce per message, round trip 1 ms, 8 headers", lines=lines(scores))
+    section.figures = [
+        figure(f"{batch.label} / produce + flush", pairs(scores[batch.label], scores[single.label], _ratio), digits=0,
+               target=AWAITED if batch.batch == 10_000 else None)
+        for batch in batches
+    ]  # fmt: skip
+    yield section
+
+
+def gil(plan: Plan) -> Iterator[Section]:
+    """How long a competing pure-Python thread stands still per envelope."""
+    effort = replace(plan.less, seconds=2 * plan.less.seconds)
+    mine = [
+        Contender(f"kbatch, batches of {batch:,}", "kbatch", batch, WINDOW, competitor=True) for batch in (1_000, 10_000)
+    ]
+    rival = Contender("confluent-kafka, mapped in Python", "confluent", 1_000, 10 * WINDOW, {"linger_ms": 5},
+                      competitor=True)  # fmt: skip
+    control = Contender("control: the C loop in another process", "control", 1_000, WINDOW, competitor=True)
+    scores = take_turns((*mine, rival, control), effort, partitions=plan.partitions)
+    section = Section("GIL per envelope: what a competing thread loses, 8 headers", lines=lines(scores))
+    for contender in (*mine, rival, control):
+        still = [_us_per_message("still")(turn) for turn in scores[contender.label].turns]
+        section.figures.append(
+            figure(contender.label, still, unit=" µs", target=GIL_US if contender in mine else None, at_most=True)
+        )
+    for contender in (*mine, rival, control):
+        lost = median(_us_per_message("lost")(turn) for turn in scores[contender.label].turns)
+        section.notes.append(f"the same by the count that is missing: {contender.label}: {lost:.2f} µs")
+    yield section
+
+
+def plain_values(plan: Plan) -> Iterator[Section]:
+    """Bodies of 100 bytes, no key, no headers, wire="raw"."""
+    contenders = [
+        Contender("kbatch, 10,000 at a time", "kbatch", 10_000),
+        Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", 1_000, WINDOW),
+        Contender(f"kbatch, {4 * WINDOW:,} in flight", "kbatch", 10_000, 4 * WINDOW),
+        Contender("C loop, 10,000 at a time", "cloop", 10_000),
+        Contender(f"C loop, {WINDOW:,} in flight", "cloop", 1_000, WINDOW),
+        Contender("confluent-kafka", "confluent", 1_000, 10 * WINDOW, {"linger_ms": 5}),
+    ]
+    scores = take_turns(contenders, plan.less, partitions=plan.partitions, values=100)
+    section = Section('Plain values of 100 bytes, wire="raw"', lines=lines(scores))
+    best = max((scores[contender.label] for contender in contenders[:3]), key=lambda score: median(score.rates))
+    section.figures = [
+        figure("kbatch at its best", [rate / 1e6 for rate in best.rates], unit=" M/s", target=PLAIN_VALUES / 1e6)
+    ]
+    yield section
+
+
+def memory(plan: Plan) -> Iterator[Section]:
+    """Resident memory over millions of envelopes, and the counter of pinned buffers at the end."""
+    tenth = plan.memory_envelopes // 10
+    contender = Contender("kbatch, batches of 1,000", "kbatch", 1_000, WINDOW)
+    scores = take_turns(
+        (contender,), Effort(1, 10, 0), partitions=plan.partitions, counts=lambda _: tenth // 1_000 * 1_000
+    )
+    score = scores[contender.label]
+    resident = [turn.rss_end / 2**20 for turn in score.turns]
+    pinned = float(sum(final["stats"]["pinned_buffers"] for final in score.finals))
+    section = Section(f"Memory over {plan.memory_envelopes:,} envelopes, 8 headers", lines=lines(scores))
+    growth = resident[-1] - resident[0]
+    section.figures = [
+        Figure("resident memory at the end, more than after the first tenth", growth, growth, growth, " MiB",
+               GROWTH_MIB, at_most=True, digits=1),
+        Figure("pinned buffers at the end", pinned, pinned, pinned, target=0, at_most=True, digits=0),
+    ]  # fmt: skip
+    section.notes.append("resident MiB after each tenth: " + " ".join(f"{mib:.1f}" for mib in resident))
+    section.details["resident_mib"] = resident
+    yield section
+
+
+def aiokafka(plan: Plan) -> Iterator[Section]:
+    """kbatch against aiokafka."""
+    for batch in (size for size in plan.sizes if size >= 1_000):
+        rival = Contender("aiokafka, mapped in Python", "aiokafka", batch, 2 * batch)
+        mine = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", batch, WINDOW)
+        scores = take_turns((mine, rival), plan.less, partitions=plan.partitions)
+        section = Section(f"aiokafka, batches of {batch:,}, 8 headers", lines=lines(scores))
+        section.figures = [
+            figure("kbatch / aiokafka", pairs(scores[mine.label], scores[rival.label], _ratio), target=AIOKAFKA)
+        ]
+        yield section
+
+
+MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
+    "bytes": check_bytes,
+    "loops": loops,
+    "awaited": awaited,
+    "gil": gil,
+    "values": plain_values,
+    "memory": memory,
+    "aiokafka": aiokafka,
+}

@@ -1,0 +1,108 @@
+"""Measures kbatch against its yardsticks and prints the table: `python -m benchmarks.run`, or `make bench`.
+
+Exit status 0 says that everything was measured and every message accounted for, not that every target was reached; with
+--strict it says both.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from benchmarks.data import HEADER_COUNTS, POOL
+from benchmarks.figures import Section, show, summary
+from benchmarks.library import HERE, build
+from benchmarks.machine import describe, line_round_trip_ns, load
+from benchmarks.measures import MEASURES, Plan
+from benchmarks.turns import Effort
+
+RESULTS = HERE / "results"
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part.replace("_", "")) for part in text.split(","))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few minutes' worth: 8 headers, one round, 5 turns")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join(MEASURES)}")
+    parser.add_argument("--sizes", type=numbers, metavar="N,…", help="batch sizes (default 100,1000,10000)")
+    parser.add_argument("--headers", type=numbers, metavar="N,…", help="headers per message, of 0, 8, 15 (default all)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="rounds of 7 turns for each figure with a target (3)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="length of a turn (default 0.25)")
+    parser.add_argument("--partitions", type=int, metavar="N", help="partitions of each topic (default 4)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes (default benchmarks/results/)")
+    parser.add_argument("--strict", action="store_true", help="exit status 1 if a target is not reached")
+    options = parser.parse_args(arguments)
+    if options.only and (wrong := set(options.only.split(",")) - set(MEASURES)):
+        parser.error(f"--only: no such measure: {', '.join(sorted(wrong))}")
+    if options.headers and set(options.headers) - set(HEADER_COUNTS):
+        parser.error("--headers: choose from 0, 8 and 15")
+    if options.sizes and any(size < 1 or POOL % size for size in options.sizes):
+        parser.error(f"--sizes: each must divide {POOL}")
+    return options
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    plan = Plan()
+    if options.quick:
+        brief = Effort(rounds=1, turns=5, seconds=0.2)
+        plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False)
+    changes: dict[str, Any] = {
+        name: value
+        for name in ("sizes", "headers", "partitions")
+        if (value := getattr(options, name)) is not None
+    }
+    effort, less = plan.effort, plan.less
+    if options.repeats is not None:
+        effort = Effort(options.repeats, effort.turns, effort.seconds)
+    if options.seconds is not None:
+        effort = Effort(effort.rounds, effort.turns, options.seconds)
+        less = Effort(less.rounds, less.turns, options.seconds)
+    values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
+    return Plan(**(values | changes | {"effort": effort, "less": less}))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    plan = plan_of(options)
+    for program in ("cloop", "machine"):
+        build(program)
+    machine = describe()
+    print(
+        f"kbatch {machine['versions']['kbatch-kafka']}, confluent-kafka {machine['versions']['confluent-kafka']}, "
+        f"librdkafka {machine['librdkafka']}, msgspec {machine['versions']['msgspec']}, Python {machine['python']}\n"
+        f"{machine['processors']} × {machine['processor']}, {machine['system']}, {machine['libc']}, "
+        f"load {machine['load']:.1f}, cache line from one processor to another and back "
+        f"{machine['line_round_trip_ns'] or 0:.0f} ns\n"
+        f"mock cluster in its own process, {plan.partitions} partitions, acks=all, idempotent; medians of turns that "
+        "alternate"
+    )
+    sections: list[Section] = []
+    start = time.monotonic()
+    for name, measure in MEASURES.items():
+        if options.only and name not in options.only.split(","):
+            continue
+        for section in measure(plan):
+            # the state of the machine, which on a shared one changes within minutes
+            section.details |= {"line_round_trip_ns": line_round_trip_ns(), "load": load()}
+            sections.append(section)
+            print(show(section), flush=True)
+    print(summary(sections))
+    path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = {"machine": machine, "plan": plan, "seconds": time.monotonic() - start, "sections": sections}
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1))
+    print(f"took {time.monotonic() - start:.0f} s; written to {path}")
+    missed = any(figure.reached is False for section in sections for figure in section.figures)
+    return 1 if missed and options.strict else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

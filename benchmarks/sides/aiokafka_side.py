@@ -1,0 +1,75 @@
+"""aiokafka with the mapping in Python: one `send` per message, the batch's futures awaited together.
+
+`linger_ms` 0 and a large `max_batch_size` were its best settings. It has no native code for headers' sake to hide
+behind: everything here is Python, which is what the figure shows.
+"""
+
+import asyncio
+import sys
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+from aiokafka import AIOKafkaProducer
+
+from benchmarks.data import PlainEnvelope, format_time, header_pairs, orders
+from benchmarks.sides.base import Spec, Turn, read_spec, say, settle
+
+
+class Sender:
+    def __init__(self, spec: Spec, producer: AIOKafkaProducer) -> None:
+        self._spec = spec
+        self._producer = producer
+        self._encode = msgspec.json.Encoder().encode
+        pool = list(orders(spec.pool, spec.headers))
+        self._batches = [pool[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
+        self._next = 0
+
+    async def _enqueue(self, envelopes: list[PlainEnvelope]) -> list[Any]:
+        send, topic, encode = self._producer.send, self._spec.topic, self._encode
+        sent_at = format_time(datetime.now(timezone.utc))
+        futures = []
+        for e in envelopes:
+            headers = [(name, value.encode()) for name, value in header_pairs(e, sent_at)] if self._spec.headers else []
+            key = e.key.encode() if e.key is not None else None
+            futures.append(await send(topic, encode(e.message), key, headers=headers))
+        return futures
+
+    async def send(self, count: int) -> int:
+        acknowledged = 0
+        flying: list[list[Any]] = []
+        most = max(1, self._spec.window // self._spec.batch)
+        for _ in range(count // self._spec.batch):
+            batch = self._batches[self._next]
+            self._next = (self._next + 1) % len(self._batches)
+            flying.append(await self._enqueue(batch))
+            if len(flying) >= most:
+                acknowledged += len(await asyncio.gather(*flying.pop(0)))
+        for futures in flying:
+            acknowledged += len(await asyncio.gather(*futures))
+        return acknowledged
+
+
+async def main() -> None:
+    spec = read_spec()
+    producer = AIOKafkaProducer(
+        bootstrap_servers=spec.bootstrap,
+        acks="all",
+        enable_idempotence=bool(spec.options.get("idempotence", True)),
+        linger_ms=spec.options.get("linger_ms", 0),
+        max_batch_size=spec.options.get("max_batch_size", 1_000_000),
+    )
+    await producer.start()
+    sender = Sender(spec, producer)
+    settle()
+    say({"ready": "aiokafka"})
+    for line in sys.stdin:
+        turn = Turn()
+        acknowledged = await sender.send(int(line))
+        say(turn.end(int(line), acknowledged, {}))
+    await producer.stop()
+    say({"closed": True})
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
