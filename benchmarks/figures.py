@@ -37,14 +37,14 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One side's turns: messages acknowledged per second, CPU per message."""
+    """One side's turns: messages acknowledged per second, CPU per message, the most of the machine others used."""
 
     label: str
     rate: float
     lowest: float
     highest: float
     cpu_us: float
-    turns: int
+    foreign: float
     rates: list[float]
 
 
@@ -63,7 +63,9 @@ def figure(name: str, values: list[float], **rest: Any) -> Figure:
 
 def line(label: str, score: Score) -> Line:
     rates = score.rates
-    return Line(label, median(rates), min(rates), max(rates), score.cpu_us, len(rates), [round(rate) for rate in rates])
+    return Line(
+        label, median(rates), min(rates), max(rates), score.cpu_us, max(score.foreign), [round(rate) for rate in rates]
+    )
 
 
 def lines(scores: dict[str, Score]) -> list[Line]:
@@ -73,16 +75,16 @@ def lines(scores: dict[str, Score]) -> list[Line]:
 def show(section: Section) -> str:
     out = [f"\n{section.title}", "-" * len(section.title)]
     if section.lines:
-        out.append(f"  {'':44}{'messages/s':>12}{'lowest':>12}{'highest':>12}{'CPU µs each':>13}{'turns':>7}")
+        out.append(f"  {'':44}{'messages/s':>12}{'lowest':>12}{'highest':>12}{'CPU µs each':>13}{'others':>8}")
     for one in section.lines:
-        out.append(
-            f"  {one.label:44}{one.rate:>12,.0f}{one.lowest:>12,.0f}{one.highest:>12,.0f}{one.cpu_us:>13.2f}{one.turns:>7}"
-        )
-    for one in section.figures:
-        spread = f"({one.lowest:,.{one.digits}f} to {one.highest:,.{one.digits}f})"
-        if one.lowest == one.highest:
+        rates = f"{one.rate:>12,.0f}{one.lowest:>12,.0f}{one.highest:>12,.0f}"
+        out.append(f"  {one.label:44}{rates}{one.cpu_us:>13.2f}{one.foreign:>8.0%}")
+    for found in section.figures:
+        spread = f"({found.lowest:,.{found.digits}f} to {found.highest:,.{found.digits}f})"
+        if found.lowest == found.highest:
             spread = ""
-        out.append(f"  {one.name:60}{one.value:>12,.{one.digits}f}{one.unit:4}{spread:>22}  {one.verdict()}".rstrip())
+        value = f"{found.value:>12,.{found.digits}f}{found.unit:4}"
+        out.append(f"  {found.name:60}{value}{spread:>22}  {found.verdict()}".rstrip())
     out += [f"  {note}" for note in section.notes]
     return "\n".join(out)
 

@@ -25,6 +25,10 @@ PLAIN_VALUES = 1_500_000.0
 GROWTH_MIB = 4.0
 
 
+FULL = Effort(rounds=3, turns=7, seconds=0.25)
+LESS = Effort(rounds=1, turns=7, seconds=0.25)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much is measured: the options of the command line."""
@@ -32,9 +36,9 @@ class Plan:
     sizes: tuple[int, ...] = (100, 1_000, 10_000)
     headers: tuple[int, ...] = HEADER_COUNTS
     partitions: int = 4
-    effort: Effort = Effort(rounds=3, turns=7, seconds=0.25)
+    effort: Effort = FULL
     #: for what is shown for information
-    less: Effort = Effort(rounds=1, turns=7, seconds=0.25)
+    less: Effort = LESS
     memory_envelopes: int = 10_000_000
     tune: bool = True
 
@@ -127,7 +131,9 @@ def _phases(score: Score) -> str:
     stats = [final["stats"] for final in score.finals]
     envelopes = sum(each["envelopes"] for each in stats)
     mapping, enqueueing = (sum(each[key] for each in stats) / envelopes / 1000 for key in ("map_ns", "enqueue_ns"))
-    return f"kbatch, one batch at a time: phase 1 {mapping:.2f} µs, phase 2 {enqueueing:.2f} µs per envelope (wall clock)"
+    return (
+        f"kbatch, one batch at a time: phase 1 {mapping:.2f} µs, phase 2 {enqueueing:.2f} µs per envelope (wall clock)"
+    )
 
 
 def awaited(plan: Plan) -> Iterator[Section]:
@@ -149,7 +155,8 @@ def gil(plan: Plan) -> Iterator[Section]:
     """How long a competing pure-Python thread stands still per envelope."""
     effort = replace(plan.less, seconds=2 * plan.less.seconds)
     mine = [
-        Contender(f"kbatch, batches of {batch:,}", "kbatch", batch, WINDOW, competitor=True) for batch in (1_000, 10_000)
+        Contender(f"kbatch, batches of {batch:,}", "kbatch", batch, WINDOW, competitor=True)
+        for batch in (1_000, 10_000)
     ]
     rival = Contender("confluent-kafka, mapped in Python", "confluent", 1_000, 10 * WINDOW, {"linger_ms": 5},
                       competitor=True)  # fmt: skip
@@ -191,7 +198,11 @@ def memory(plan: Plan) -> Iterator[Section]:
     tenth = plan.memory_envelopes // 10
     contender = Contender("kbatch, batches of 1,000", "kbatch", 1_000, WINDOW)
     scores = take_turns(
-        (contender,), Effort(1, 10, 0), partitions=plan.partitions, counts=lambda _: tenth // 1_000 * 1_000
+        (contender,),
+        Effort(1, 10, 0),
+        partitions=plan.partitions,
+        counts=lambda _: tenth // 1_000 * 1_000,
+        patient=False,
     )
     score = scores[contender.label]
     resident = [turn.rss_end / 2**20 for turn in score.turns]

@@ -55,9 +55,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         brief = Effort(rounds=1, turns=5, seconds=0.2)
         plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False)
     changes: dict[str, Any] = {
-        name: value
-        for name in ("sizes", "headers", "partitions")
-        if (value := getattr(options, name)) is not None
+        name: value for name in ("sizes", "headers", "partitions") if (value := getattr(options, name)) is not None
     }
     effort, less = plan.effort, plan.less
     if options.repeats is not None:
@@ -78,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"kbatch {machine['versions']['kbatch-kafka']}, confluent-kafka {machine['versions']['confluent-kafka']}, "
         f"librdkafka {machine['librdkafka']}, msgspec {machine['versions']['msgspec']}, Python {machine['python']}\n"
-        f"{machine['processors']} × {machine['processor']}, {machine['system']}, {machine['libc']}, "
+        f"{machine['processors']} x {machine['processor']}, {machine['system']}, {machine['libc']}, "
         f"load {machine['load']:.1f}, cache line from one processor to another and back "
         f"{machine['line_round_trip_ns'] or 0:.0f} ns\n"
         f"mock cluster in its own process, {plan.partitions} partitions, acks=all, idempotent; medians of turns that "

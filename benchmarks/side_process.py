@@ -52,7 +52,7 @@ class Side:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{count}\n")
         self._process.stdin.flush()
-        result = self._read(Result)
+        result: Result = self._read(Result)
         if result.acknowledged != count or result.messages != count:
             raise RuntimeError(f"{self.name}: {result.acknowledged} of {count} messages acknowledged")
         self.acknowledged += count

@@ -1,8 +1,8 @@
-"""Do all sides send the same? Each sends the same messages to a topic of its own, and they are read back and compared."""
+"""Do all sides send the same? Each sends the same messages to a topic of its own; they are read back and compared."""
 
 import re
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from confluent_kafka import Consumer, TopicPartition
 
@@ -27,10 +27,9 @@ def _read(bootstrap: str, topic: str) -> Iterator[Record]:
             if message is None or message.error():
                 raise RuntimeError(f"{topic}: a message is missing: {message and message.error()}")
             headers = []
-            for name, value in message.headers() or []:
-                if name == "sent-at" and _TIME.fullmatch(value):
-                    value = b"now"
-                headers.append((name, value))
+            pairs: list[Any] = list(message.headers() or ())
+            for name, value in pairs:
+                headers.append((name, b"now" if name == "sent-at" and _TIME.fullmatch(value) else value))
             yield message.key(), message.value(), tuple(headers)
     finally:
         consumer.close()

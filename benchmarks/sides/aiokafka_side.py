@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import msgspec
-from aiokafka import AIOKafkaProducer
+from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
 
 from benchmarks.data import PlainEnvelope, format_time, header_pairs, orders
 from benchmarks.sides.base import Spec, Turn, read_spec, say, settle

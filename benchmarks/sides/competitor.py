@@ -13,8 +13,8 @@ import sys
 import threading
 import time
 
-#: Seconds that a thread may keep the GIL once another wants it. Python's default of 5 ms would only make the sender wait
-#: longer for each turn of its own; the time that it then holds the GIL does not depend on it.
+#: Seconds that a thread may keep the GIL once another wants it. Python's default of 5 ms would only make the sender
+#: wait longer for each turn of its own; the time that it then holds the GIL does not depend on it.
 SWITCH_INTERVAL = 0.001
 ALONE = 0.1
 

@@ -84,7 +84,7 @@ class Sender:
             shared = same.get(kind)
             if shared is None:
                 shared = same[kind] = [("message-type", e.message_type), ("content-type", e.content_type), sent_at]
-            headers = [("id", e.id), *shared]
+            headers: list[Any] = [("id", e.id), *shared]
             if e.correlation_id is not None:
                 headers.append(("correlation-id", e.correlation_id))
             if e.conversation_id is not None:

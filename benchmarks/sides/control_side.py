@@ -1,5 +1,5 @@
-"""The control of the GIL figure: a process whose only thread besides the competitor waits while the C loop, a process of
-its own, sends. Nobody takes the GIL, so the competitor must stand still for no time at all, however busy the machine.
+"""The control of the GIL figure: a process whose only thread besides the competitor waits while the C loop, a process
+of its own, sends. Nobody takes the GIL, so the competitor must stand still for no time at all, busy machine or not.
 
 Options: `command`, the C loop's command line.
 """

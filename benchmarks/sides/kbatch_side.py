@@ -9,7 +9,6 @@ from collections import deque
 from typing import Any
 
 import kbatch
-
 from benchmarks.data import kbatch_envelopes, plain_value
 from benchmarks.sides.base import Spec, read_spec, serve
 
