@@ -1,10 +1,10 @@
 """kbatch sends batches of message envelopes to Apache Kafka at the speed of librdkafka, with one answer per batch.
 
-    import kbatch
+import kbatch
 
-    with kbatch.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
-        report = producer.send_batch("orders", [kbatch.Envelope(order, key=order.id) for order in orders])
-        report.raise_for_errors()
+with kbatch.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
+    report = producer.send_batch("orders", [kbatch.Envelope(order, key=order.id) for order in orders])
+    report.raise_for_errors()
 """
 
 from kbatch._contract import OutgoingBatch, SenderCallback, SenderProtocol

@@ -86,8 +86,12 @@ class SerializationError(KbatchError, ValueError):
     """
 
     def __init__(self, reason: str, *, index: int | None, envelope_id: uuid.UUID | None, field: str) -> None:
-        where = "" if index is None else f"envelope {index}: " if envelope_id is None else (
-            f"envelope {index} (id {envelope_id}): "
+        where = (
+            ""
+            if index is None
+            else f"envelope {index}: "
+            if envelope_id is None
+            else (f"envelope {index} (id {envelope_id}): ")
         )
         super().__init__(where + reason)
         self.reason = reason

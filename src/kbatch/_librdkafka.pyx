@@ -10,8 +10,6 @@ import importlib.util
 import os
 import sys
 
-from libc.stdint cimport int32_t, int64_t
-
 cdef extern from "platform.h" nogil:
     void *kb_dl_open(const char *path)
     void *kb_dl_symbol(void *library, const char *name)
@@ -124,7 +122,8 @@ cdef void _fill() except *:
     api.topic_destroy = <void (*)(rd_kafka_topic_t *) noexcept nogil> symbol("rd_kafka_topic_destroy")
     api.headers_new = <rd_kafka_headers_t *(*)(size_t) noexcept nogil> symbol("rd_kafka_headers_new")
     api.headers_destroy = <void (*)(rd_kafka_headers_t *) noexcept nogil> symbol("rd_kafka_headers_destroy")
-    api.header_add = <int (*)(rd_kafka_headers_t *, const char *, ssize_t, const void *, ssize_t) noexcept nogil> symbol(
+    api.header_add = <int (*)(rd_kafka_headers_t *, const char *, ssize_t, const void *,
+                              ssize_t) noexcept nogil> symbol(
         "rd_kafka_header_add")
     api.produceva = <rd_kafka_error_t *(*)(rd_kafka_t *, const rd_kafka_vu_t *, size_t) noexcept nogil> symbol(
         "rd_kafka_produceva")
@@ -134,7 +133,8 @@ cdef void _fill() except *:
     api.queue_poll = <rd_kafka_event_t *(*)(rd_kafka_queue_t *, int) noexcept nogil> symbol("rd_kafka_queue_poll")
     api.event_type = <int (*)(const rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_type")
     api.event_destroy = <void (*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_destroy")
-    api.event_message_array = <size_t (*)(rd_kafka_event_t *, const rd_kafka_message_t **, size_t) noexcept nogil> symbol(
+    api.event_message_array = <size_t (*)(rd_kafka_event_t *, const rd_kafka_message_t **,
+                                          size_t) noexcept nogil> symbol(
         "rd_kafka_event_message_array")
     api.message_status = <int (*)(const rd_kafka_message_t *) noexcept nogil> symbol("rd_kafka_message_status")
     api.event_error = <int (*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_error")
@@ -143,7 +143,8 @@ cdef void _fill() except *:
     api.event_log = <int (*)(rd_kafka_event_t *, const char **, const char **, int *) noexcept nogil> symbol(
         "rd_kafka_event_log")
     api.event_stats = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_stats")
-    api.event_config_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_config_string")
+    api.event_config_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol(
+        "rd_kafka_event_config_string")
 
 
 _open()
@@ -152,5 +153,5 @@ version = version_text()
 
 
 def error_text(int code) -> tuple:
-    """librdkafka's name and description of an error code, such as ``("_MSG_TIMED_OUT", "Local: Message timed out")``."""
+    """librdkafka's name and description of an error code, as in ``("_MSG_TIMED_OUT", "Local: Message timed out")``."""
     return api.err2name(code).decode(), api.err2str(code).decode()

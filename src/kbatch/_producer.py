@@ -57,10 +57,7 @@ class Producer:
         config: Mapping[str, Any],
         *,
         wire: str | WireFormat = "kbatch",
-        encoder: msgspec.json.Encoder
-        | msgspec.msgpack.Encoder
-        | Callable[[Any, Any], bytes | None]
-        | None = None,
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
         close_timeout: float = 30.0,
@@ -221,7 +218,9 @@ class Producer:
         return f"<kbatch.Producer {name or ''}{' ' if name else ''}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
-        raise TypeError("a Producer cannot be pickled: it owns threads and connections, and its config may hold secrets")
+        raise TypeError(
+            "a Producer cannot be pickled: it owns threads and connections, and its config may hold secrets"
+        )
 
     def _map(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> list[Any]:
         """What phase 1 makes of the envelopes, for tests; starts nothing."""

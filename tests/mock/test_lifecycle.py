@@ -1,4 +1,4 @@
-"""Threads, waits that end early, close, purge, fatal errors, fork, signals and exit: one outcome each, nothing pinned."""
+"""Threads, waits that end early, close, purge, fatal errors, fork, signals, exit: one outcome each, nothing pinned."""
 
 import asyncio
 import gc
@@ -316,9 +316,13 @@ def test_leaving_a_with_block_says_what_was_lost(dark_cluster: MockCluster) -> N
 
 
 def test_an_exception_on_its_way_is_not_replaced(dark_cluster: MockCluster) -> None:
-    with pytest.raises(ZeroDivisionError), make_producer(dark_cluster, close_timeout=0.2) as producer:
-        producer.submit("orders", envelopes(7))
-        raise ZeroDivisionError
+    def use() -> None:
+        with make_producer(dark_cluster, close_timeout=0.2) as producer:
+            producer.submit("orders", envelopes(7))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        use()
 
 
 def test_close_ends_a_batch_that_is_being_enqueued(dark_cluster: MockCluster) -> None:

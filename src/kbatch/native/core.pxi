@@ -287,7 +287,7 @@ cdef class Core:
         return [read_record(&batch.state.records[i]) for i in range(batch.state.count)]
 
     def fail(self, Batch batch, envelopes, int index, int code, int rest_code) -> None:
-        """Gives every envelope of a batch that was never enqueued a failed outcome: `code` at `index`, `rest_code` else."""
+        """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
         cdef Py_ssize_t i
         batch._drop_records()
         batch.state.count = len(envelopes)
@@ -657,7 +657,8 @@ cdef class Dispatcher:
     cdef object on_oauth
     cdef object thread
 
-    def __init__(self, callback_thread, other_threads=(), *, on_error=None, on_stats=None, on_log=None, on_oauth=None, throttle_cb=None):
+    def __init__(self, callback_thread, other_threads=(), *, on_error=None, on_stats=None, on_log=None, on_oauth=None,
+                 throttle_cb=None):
         self.callback_thread = callback_thread
         self.other_threads = other_threads
         self.on_error, self.on_stats, self.on_log, self.on_oauth = on_error, on_stats, on_log, on_oauth

@@ -138,7 +138,7 @@ cdef class Envelope:
     cdef int _check_new(self) except -1:
         # A batch in flight points into an envelope: it must never change.
         if self._kind != BODY_NONE:
-            raise TypeError(f"{type(self).__name__}.__init__ has run before, and envelopes are immutable; use replace()")
+            raise TypeError(f"{type(self).__name__} is immutable, and its __init__ has run before; use replace()")
         return 0
 
     cdef int _set_common(self, object key, object topic, object partition, object headers, object id) except -1:

@@ -166,14 +166,16 @@ cdef class _Mapping:
             name = <object> PyTuple_GET_ITEM(<PyObject *> pair, 0)
             value = <object> PyTuple_GET_ITEM(<PyObject *> pair, 1)
             if type(name) is not str and not isinstance(name, str):
-                raise self._error(where, f"{where}: a header's name must be str, not {type(name).__name__} ({_shown(name)})")
+                raise self._error(
+                    where, f"{where}: a header's name must be str, not {type(name).__name__} ({_shown(name)})")
             name_p = kb_utf8(<PyObject *> name, &name_len)
             if name_p == NULL:
                 self._not_utf8(f"{where}[{name!r}]")
             if name_len == 0:
                 raise self._error(where, f"{where}: a header's name must not be empty")
             if memchr(name_p, 0, name_len) != NULL:
-                raise self._error(f"{where}[{name!r}]", f"header {_shown(name)}: a name must not contain a NUL character")
+                raise self._error(
+                    f"{where}[{name!r}]", f"header {_shown(name)}: a name must not contain a NUL character")
             if self.mapper.reserved and name in self.mapper.reserved:
                 raise self._error(
                     f"{where}[{name!r}]", f"header {name!r} is reserved: the wire format writes it itself")
@@ -217,7 +219,8 @@ cdef class _Mapping:
         p = self._text(topic, "topic", &length)
         if not _LEGAL_TOPIC(topic):
             raise self._error(
-                "topic", f"topic {_shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+                "topic",
+                f"topic {_shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
         entry = client_topic(self.client, p, length)
         if entry == NULL:
             raise MemoryError("no memory for a topic")
@@ -480,7 +483,8 @@ cdef class _Mapping:
                 field = "key"  # all it has
             if size > self.mapper.message_max_bytes:
                 raise self._error(
-                    field, f"the record would take {size} bytes (body {record.value_len}, key {record.key_len}, headers "
+                    field,
+                    f"the record would take {size} bytes (body {record.value_len}, key {record.key_len}, headers "
                     f"{headers_size}), more than message.max.bytes={self.mapper.message_max_bytes}")
             raise self._error(
                 field, f"the body of {record.value_len} bytes can never fit into "

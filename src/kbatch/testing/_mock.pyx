@@ -229,7 +229,7 @@ cdef class Cluster:
             raise MockClusterError(f"the mock cluster's client: {error.decode(errors='replace')}")
         if self._cluster == NULL:
             self.close()
-            raise MockClusterError(f"librdkafka could not start {brokers} brokers on free ports of the loopback address")
+            raise MockClusterError(f"librdkafka could not start {brokers} brokers on free loopback ports")
 
     def __dealloc__(self):
         self._destroy()
