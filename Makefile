@@ -98,7 +98,7 @@ types: build $(STAMPS)/lint-group $(STAMPS)/test-group ## mypy --strict, over th
 
 .PHONY: stubtest
 stubtest: build $(STAMPS)/lint-group $(STAMPS)/test-group ## The .pyi files against the compiled modules
-	$(BIN)/python -m mypy.stubtest kbatch --allowlist tests/typing/stubtest_allowlist.txt --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest kbatch._fastmap kbatch._librdkafka kbatch.testing._mock --allowlist tests/typing/stubtest_allowlist.txt --ignore-unused-allowlist
 
 # --- builds of their own, each in its own environment, from a copy of the sources -----------------------------------
 

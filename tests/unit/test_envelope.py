@@ -336,7 +336,7 @@ def test_no_field_can_be_set_or_deleted(envelope: Envelope, name: str) -> None:
 def test_a_constructor_runs_once() -> None:
     # A batch in flight points into its envelopes.
     for envelope in (Envelope(1, key="a"), Tombstone("a")):
-        with pytest.raises(TypeError, match="has run before, and envelopes are immutable"):
+        with pytest.raises(TypeError, match="is immutable, and its __init__ has run before"):
             envelope.__init__("b")
         assert envelope.key == "a"
 
