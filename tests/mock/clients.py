@@ -1,10 +1,12 @@
-"""Clients of the mock cluster that are not kbatch: confluent-kafka's own producer and consumer."""
+"""Clients of the mock cluster that are not kbatch: confluent-kafka's own producer and consumer, and aiokafka's."""
 
+import asyncio
 import time
 from collections import defaultdict
 from typing import NamedTuple
 
-from confluent_kafka import Consumer, KafkaError, Message, Producer, TopicPartition
+import aiokafka
+from confluent_kafka import TIMESTAMP_CREATE_TIME, Consumer, KafkaError, Message, Producer, TopicPartition
 
 
 class Record(NamedTuple):
@@ -56,3 +58,84 @@ def read(bootstrap_servers: str, topic: str, count: int, timeout_s: float = 30.0
         return dict(records)
     finally:
         consumer.close()
+
+
+class Stored(NamedTuple):
+    """A record as a consumer sees it."""
+
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]]
+
+
+def end_offsets(bootstrap_servers: str, topic: str) -> dict[int, int]:
+    """Of each partition, how many records were ever written: what a test compares that nothing was sent."""
+    consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "tests", "log_level": 0})
+    try:
+        return _end_offsets(consumer, topic)
+    finally:
+        consumer.close()
+
+
+def _end_offsets(consumer: Consumer, topic: str) -> dict[int, int]:
+    partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+    return {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=10)[1] for p in partitions}
+
+
+def read_back(bootstrap_servers: str, topic: str) -> list[Stored]:
+    """Every record of a topic by confluent-kafka's consumer, by partition and offset."""
+    config = {"bootstrap.servers": bootstrap_servers, "group.id": "tests", "log_level": 0, "enable.auto.commit": False}
+    consumer = Consumer(config | {"fetch.wait.max.ms": 10, "check.crcs": True})
+    try:
+        ends = {partition: end for partition, end in _end_offsets(consumer, topic).items() if end}
+        records: list[Stored] = []
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in ends])
+        deadline = time.monotonic() + 30
+        while missing := sum(ends.values()) - len(records):
+            assert time.monotonic() < deadline, f"{missing} of {sum(ends.values())} records do not come"
+            for message in consumer.consume(min(missing, 10_000), timeout=0.2):
+                assert message.error() is None, message.error()
+                kind, timestamp = message.timestamp()
+                assert kind == TIMESTAMP_CREATE_TIME
+                records.append(
+                    Stored(
+                        message.partition(),
+                        message.offset(),
+                        timestamp,
+                        message.key(),
+                        message.value(),
+                        message.headers() or [],
+                    )
+                )
+        return sorted(records, key=lambda record: record[:2])
+    finally:
+        consumer.close()
+
+
+def read_back_with_aiokafka(bootstrap_servers: str, topic: str) -> list[Stored]:
+    """The same by aiokafka, which shares no code with librdkafka."""
+
+    async def read() -> list[Stored]:
+        consumer = aiokafka.AIOKafkaConsumer(bootstrap_servers=bootstrap_servers, auto_offset_reset="earliest")
+        await consumer.start()
+        try:
+            await consumer._client.force_metadata_update()
+            partitions = [
+                aiokafka.TopicPartition(topic, p) for p in sorted(consumer._client.cluster.partitions_for_topic(topic))
+            ]
+            consumer.assign(partitions)
+            ends = await consumer.end_offsets(partitions)
+            records: list[Stored] = []
+            while len(records) < sum(ends.values()):
+                for messages in (await consumer.getmany(timeout_ms=100)).values():
+                    records += [
+                        Stored(m.partition, m.offset, m.timestamp, m.key, m.value, list(m.headers)) for m in messages
+                    ]
+            return sorted(records, key=lambda record: record[:2])
+        finally:
+            await consumer.stop()
+
+    return asyncio.run(asyncio.wait_for(read(), 30))
