@@ -38,12 +38,11 @@ def _refuse_what_is_not_built() -> None:
     if not compiled.name.endswith(tuple(importlib.machinery.EXTENSION_SUFFIXES)):
         pytest.exit(f"the tests need the compiled kbatch._fastmap, not {compiled} (make build)", returncode=3)
     package = compiled.parent
+    suffix = compiled.name.removeprefix("_fastmap")  # this interpreter's; another's may lie beside it
     for source in [*package.rglob("*.pyx"), *package.glob("native/*.pxi")]:
-        name = source.stem if source.suffix == ".pyx" else "_fastmap"
-        folder = source.parent if source.suffix == ".pyx" else package
-        for module in folder.glob(f"{name}.*"):
-            if module.suffix in (".so", ".pyd") and module.stat().st_mtime < source.stat().st_mtime:
-                pytest.exit(f"{module} is older than {source.name} (make build)", returncode=3)
+        module = source.with_name(source.stem + suffix) if source.suffix == ".pyx" else compiled
+        if module.stat().st_mtime < source.stat().st_mtime:
+            pytest.exit(f"{module} is older than {source.name} (make build)", returncode=3)
 
 
 _refuse_what_is_not_built()
