@@ -144,16 +144,21 @@ def header_pairs(envelope: PlainEnvelope, sent_at: str) -> list[tuple[str, str]]
     return pairs
 
 
-def kbatch_envelopes(count: int = POOL, headers: int = 8) -> "list[kbatch.Envelope[Any]]":
-    """The same messages as kbatch's envelopes; kbatch encodes the message and formats the ids when it maps."""
+def kbatch_envelopes(count: int = POOL, headers: int = 8, *, encoded: bool = False) -> "list[kbatch.Envelope[Any]]":
+    """The same messages as kbatch's envelopes. kbatch formats the ids and, unless they are `encoded` already, encodes
+    the bodies when it maps."""
     import kbatch
+
+    encode = msgspec.json.Encoder().encode
 
     optional = ("correlation_id", "conversation_id", "parent_id", "source", "tenant_id", "user_name")
     return [
         kbatch.Envelope(
-            plain.message,
+            **({"data": encode(plain.message)} if encoded else {"message": plain.message}),
             key=plain.key,
             id=uuid.UUID(plain.id),
+            message_type=plain.message_type,
+            content_type=plain.content_type,
             headers=plain.headers,
             **{name: value for name in optional if (value := getattr(plain, name)) is not None},
         )

@@ -49,11 +49,6 @@ def librdkafka_path() -> str:
     return os.fsdecode(info.file_name)
 
 
-def load_librdkafka() -> ctypes.CDLL:
-    """The same library for ctypes."""
-    return _open_extension()
-
-
 def compiler() -> str:
     for name in (os.environ.get("CC"), "cc", "gcc", "clang"):
         if name and shutil.which(name.split()[0]):

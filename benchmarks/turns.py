@@ -137,7 +137,7 @@ def take_turns(
         with Broker() as broker, ExitStack() as stack:
             sides: dict[str, Side] = {}
             turn_counts: dict[str, int] = {}
-            broker.set_rtt(rtt_ms)
+            broker.set_delay(rtt_ms)
             for contender in contenders:
                 side = _start(contender, broker, partitions, headers, values, data)
                 sides[contender.label] = stack.enter_context(side)
@@ -161,7 +161,7 @@ def take_turns(
                     scores[label].foreign.append(foreign)
                 left -= 1
                 order.reverse()
-            broker.set_rtt(0)
+            broker.set_delay(0)
             for label, side in sides.items():
                 held = stored(broker.bootstrap_servers, side.spec.topic, partitions)
                 if held != side.acknowledged:
@@ -171,7 +171,7 @@ def take_turns(
 
 
 def _start(c: Contender, broker: Broker, partitions: int, headers: int, values: int, data: Path) -> Side:
-    topic = broker.create_topic(c.side, partitions)
+    topic = broker.new_topic(c.side, partitions)
     options = c.options
     if c.side == "control":
         inner = Spec(broker.bootstrap_servers, topic, c.batch, c.window, headers, values)

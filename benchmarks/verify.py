@@ -44,7 +44,7 @@ def same_bytes(headers: int, sides: tuple[str, ...] = ("cloop", "kbatch", "confl
     with Broker() as broker:
         first: list[Record] = []
         for name in sides:
-            topic = broker.create_topic(name, 1)
+            topic = broker.new_topic(name, 1)
             with Side(name, Spec(broker.bootstrap_servers, topic, 100, 0, headers), data=prepared.path) as side:
                 side.run(COUNT)
             records = list(_read(broker.bootstrap_servers, topic))

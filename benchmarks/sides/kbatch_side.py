@@ -2,7 +2,8 @@
 (`max_in_flight`), while the program collects the reports of batches that are done.
 
 Options: `form` of the second kind: "bound" (as said) or "oldest" (at most as many batches as the window holds, at
-least two, and the oldest is waited for before the next is submitted); `config`, more of librdkafka's settings.
+least two, and the oldest is waited for before the next is submitted); `encoded`: the bodies are bytes already;
+`config`: more of librdkafka's settings.
 """
 
 from collections import deque
@@ -31,7 +32,7 @@ class Sender:
             value = bytearray(plain_value(spec.values))
             envelopes = [kbatch.Envelope(data=bytes(value)) for _ in range(spec.pool)]
         else:
-            envelopes = kbatch_envelopes(spec.pool, spec.headers)
+            envelopes = kbatch_envelopes(spec.pool, spec.headers, encoded=spec.options.get("encoded", False))
         self._batches = [envelopes[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
         self.send = self._send_in_flight if spec.window else self._send_one_at_a_time
 
