@@ -1,0 +1,1 @@
+"""Micro-benchmarks, for work on one part: `python -m pytest benchmarks/micro`. Not part of the tests."""
