@@ -20,7 +20,7 @@ def mapper(wire: str) -> Callable[[Envelopes], None]:
     core = kbatch.Producer({"bootstrap.servers": "localhost:1"}, wire=wire)._core
 
     def map_once(envelopes: Envelopes) -> None:
-        core.map(kbatch.PendingBatch(), "orders", envelopes)
+        core.map(kbatch.PendingBatch(core), "orders", envelopes)
 
     return map_once
 
