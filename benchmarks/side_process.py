@@ -28,12 +28,12 @@ class Side:
     def __init__(self, name: str, spec: Spec, *, data: Path | None = None) -> None:
         self.name = name
         self.spec = spec
-        self.acknowledged = 0
         self.final: dict[str, Any] = {}
         self._process = subprocess.Popen(
             command_line(name, spec, data), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        self._read(dict[str, Any])
+        #: messages acknowledged so far
+        self.acknowledged: int = self._read(dict[str, Any]).get("acknowledged", 0)
 
     def __enter__(self) -> "Side":
         return self
@@ -46,6 +46,10 @@ class Side:
         else:
             self._process.kill()
             self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def run(self, count: int) -> Result:
         """Lets the side send `count` messages and checks that all were acknowledged."""

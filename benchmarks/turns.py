@@ -1,7 +1,7 @@
 """Lets sides take turns on one broker, and checks that what was acknowledged is what the broker holds."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from benchmarks.data import prepare
 from benchmarks.library import BUILD
 from benchmarks.side_process import Side, command_line
 from benchmarks.sides.base import Result, Spec
+from benchmarks.sides.competitor import NICE, processors
 
 WARM_UP_S = 0.5
 MOST_AT_ONCE = 5_000_000
@@ -71,21 +72,23 @@ def pairs(one: Score, other: Score, figure: Callable[[Result, Result], float]) -
 class Onlooker:
     """Finds out which share of the machine was used by programs that are no part of the measurement."""
 
-    def __init__(self, broker: Broker) -> None:
-        self._broker = psutil.Process(broker.pid)
+    def __init__(self, pids: Iterable[int]) -> None:
+        self._own = [psutil.Process(pid) for pid in pids]
+        self._own += [child for process in self._own for child in process.children()]
         self._before = self._read()
 
     def _read(self) -> tuple[float, float, float]:
         # interrupts are left out: those of the loopback network are the measurement's own
-        every, broker = psutil.cpu_times(), self._broker.cpu_times()
-        return time.monotonic(), every.user + every.system + getattr(every, "nice", 0.0), broker.user + broker.system
+        every, own = psutil.cpu_times(), [process.cpu_times() for process in self._own]
+        busy = every.user + every.system + getattr(every, "nice", 0.0)
+        return time.monotonic(), busy, sum(each.user + each.system for each in own)
 
-    def foreign(self, turn: Result) -> float:
-        """The share since the last call, of which `turn` was a part."""
+    def foreign(self) -> float:
+        """The share since the last call."""
         now = self._read()
-        wall, busy, broker = (new - old for new, old in zip(now, self._before, strict=True))
+        wall, busy, own = (new - old for new, old in zip(now, self._before, strict=True))
         self._before = now
-        return max(0.0, busy - broker - turn.cpu_user - turn.cpu_system) / (wall * (psutil.cpu_count() or 1))
+        return float(max(0.0, busy - own) / (wall * (psutil.cpu_count() or 1)))
 
 
 def stored(bootstrap: str, topic: str, partitions: int) -> int:
@@ -123,11 +126,12 @@ def take_turns(
     rtt_ms: int = 0,
     counts: Callable[[Contender], int] | None = None,
     patient: bool = True,
+    apart: bool = False,
 ) -> dict[str, Score]:
     """Every side's turns. The order is turned round after each, so that none always follows the same neighbour.
 
     Unless `patient` is false, turns are taken again while other programs are busy: up to three times as many as
-    `effort` asks for.
+    `effort` asks for. With `apart` the broker keeps off the competitor's processor.
 
     Raises RuntimeError if a side's acknowledgements are not what it sent, or not what the broker holds.
     """
@@ -138,6 +142,10 @@ def take_turns(
             sides: dict[str, Side] = {}
             turn_counts: dict[str, int] = {}
             broker.set_delay(rtt_ms)
+            if apart:
+                process = psutil.Process(broker.pid)
+                process.cpu_affinity(list(processors()[1]))
+                process.nice(NICE)
             for contender in contenders:
                 side = _start(contender, broker, partitions, headers, values, data)
                 sides[contender.label] = stack.enter_context(side)
@@ -146,13 +154,13 @@ def take_turns(
                 else:
                     turn_counts[contender.label] = counts(contender)
             order = [contender.label for contender in contenders]
-            onlooker = Onlooker(broker)
+            onlooker = Onlooker([broker.pid, *(side.pid for side in sides.values())])
             left, again = effort.turns, 2 * effort.turns if patient else 0
             while left:
                 cycle: dict[str, tuple[Result, float]] = {}
                 for label in order:
                     turn = sides[label].run(turn_counts[label])
-                    cycle[label] = turn, onlooker.foreign(turn)
+                    cycle[label] = turn, onlooker.foreign()
                 if again and max(foreign for _, foreign in cycle.values()) > MOST_FOREIGN:
                     again -= 1
                     continue

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -107,22 +107,35 @@ def settle() -> None:
     gc.freeze()
 
 
-def serve(spec: Spec, name: str, send: Callable[[int], int], close: Callable[[], dict[str, Any]]) -> None:
-    """Obeys the harness until it closes standard input.
+class Sender(Protocol):
+    def send(self, count: int) -> int:
+        """Sends and awaits so many messages; returns how many were acknowledged."""
 
-    `send(count)` returns how many messages were acknowledged; `close` may return figures that only exist at the end.
-    """
+    def close(self) -> dict[str, Any]:
+        """Ends; returns figures that only exist at the end."""
+
+
+def serve(name: str, make: Callable[[Spec], Sender]) -> None:
+    """Makes the sender and obeys the harness until it closes standard input."""
+    spec = msgspec.json.decode(sys.argv[1], type=Spec)
+    acknowledged = 0
     competitor = Competitor() if spec.competitor else None
+    if competitor is None:
+        sender = make(spec)
+    else:
+        sender = competitor.make_nicer(lambda: make(spec))
+        # some start librdkafka, and with it the threads that must be nicer, at first use
+        acknowledged = competitor.make_nicer(lambda: sender.send(spec.batch))
     settle()
-    say({"ready": name})
+    say({"ready": name, "acknowledged": acknowledged})
     for line in sys.stdin:
         count = int(line)
         extra: dict[str, float] = {}
         if competitor is not None:
             competitor.begin()
         turn = Turn()
-        acknowledged = send(count)
+        acknowledged = sender.send(count)
         if competitor is not None:
             extra = competitor.end()
         say(turn.end(count, acknowledged, extra))
-    say({"closed": True} | close())
+    say({"closed": True} | sender.close())

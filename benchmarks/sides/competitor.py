@@ -1,29 +1,45 @@
-"""A thread of pure Python that competes for the GIL, and how long it stood still for want of it.
+"""A thread of pure Python that competes for the GIL, and how long it stands still for want of it.
 
 The thread counts. It never sleeps, reads or writes, so there are only three states it can be in: on a processor,
 runnable but without a processor (the machine's doing), or asleep because another thread holds the GIL. The kernel
-counts the first two for each thread; what is left of the wall-clock time is the third. On a machine whose processors
-are all busy this tells the GIL apart from the lack of a processor, which the progress of the counter alone cannot.
-It still errs to the sender's disadvantage: a sender that is preempted while it holds the GIL is charged for that too.
+counts the first two for each thread; what is left of the wall-clock time is the third.
+
+Where processors are short the states blur: a thread that was told that the GIL is free, but gets a processor only after
+the sender has taken it again, has waited for both; and a sender that loses its processor while it holds the GIL makes
+the competitor wait for longer than its work takes. Therefore the competitor has a processor of its own, and all other
+threads and the broker share the rest, on which the sending thread goes first: librdkafka's threads and the broker are
+nicer. So the rate of such a turn says nothing, but its GIL figure says what it should.
 
 `control_side.py` shows that the figure is zero when nothing in the process takes the GIL.
 """
 
+import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
-#: Seconds that a thread may keep the GIL once another wants it. Python's default of 5 ms would only make the sender
-#: wait longer for each turn of its own; the time that it then holds the GIL does not depend on it.
-SWITCH_INTERVAL = 0.001
+T = TypeVar("T")
+
+NICE = 10
+#: Seconds for which the competitor runs alone before each turn, to find out its speed.
 ALONE = 0.1
+
+
+def processors() -> tuple[set[int], set[int]]:
+    """The competitor's processor, and those of all others."""
+    usable = sorted(os.sched_getaffinity(0))
+    return set(usable[:1]), set(usable[1:] or usable)
 
 
 class Competitor:
     def __init__(self) -> None:
         if not sys.platform.startswith("linux"):
             raise NotImplementedError("the GIL figure needs Linux, which counts how long a thread was runnable")
-        sys.setswitchinterval(SWITCH_INTERVAL)
+        self._mine, others = processors()
+        os.sched_setaffinity(0, others)  # of this thread, and of those that it starts
         self._active = False
         self._count = 0
         self._go = threading.Event()
@@ -32,6 +48,7 @@ class Competitor:
         self._clock = time.pthread_getcpuclockid(self._thread.ident or 0)
 
     def _run(self) -> None:
+        os.sched_setaffinity(0, self._mine)
         while True:
             self._go.wait()
             self._go.clear()
@@ -39,6 +56,16 @@ class Competitor:
             while self._active:
                 count += 1
                 self._count = count
+
+    def make_nicer(self, make: Callable[[], T]) -> T:
+        """Calls `make` on a thread that lets others go first, as will all threads that it starts."""
+
+        def call() -> T:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            return make()
+
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(call).result()
 
     def begin(self) -> None:
         """Starts counting: first alone, to know its speed; then the turn begins."""
@@ -51,8 +78,8 @@ class Competitor:
         self._speed = (self._start[3] - before[3]) / (self._start[1] - before[1])
 
     def end(self) -> dict[str, float]:
-        """Seconds of the turn: `wall`, on a processor, runnable without one, standing still; and `lost`, the time that
-        the count is short of, at its speed alone, after the time without a processor is set aside."""
+        """Of the turn: seconds by the clock, on a processor, runnable without one, standing still; and `progress`, how
+        much it counted per second, as a share of what it counts alone."""
         end = self._read()
         self._active = False
         wall, cpu, runnable, count = (new - old for new, old in zip(end, self._start, strict=True))
@@ -61,7 +88,7 @@ class Competitor:
             "cpu": cpu,
             "runnable": runnable,
             "still": wall - cpu - runnable,
-            "lost": wall - runnable - count / self._speed,
+            "progress": count / wall / self._speed,
         }
 
     def _read(self) -> tuple[float, float, float, int]:

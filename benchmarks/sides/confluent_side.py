@@ -16,7 +16,7 @@ import msgspec
 from confluent_kafka import KafkaError, Message, Producer
 
 from benchmarks.data import PlainEnvelope, format_time, orders, plain_value
-from benchmarks.sides.base import Spec, read_spec, serve
+from benchmarks.sides.base import Spec, serve
 
 #: Messages between two calls of `poll(0)`.
 POLL_EVERY = 500
@@ -124,11 +124,5 @@ class Sender:
         return {}
 
 
-def main() -> None:
-    spec = read_spec()
-    sender = Sender(spec)
-    serve(spec, "confluent-kafka", sender.send, sender.close)
-
-
 if __name__ == "__main__":
-    main()
+    serve("confluent-kafka", Sender)

@@ -8,29 +8,29 @@ import json
 import subprocess
 from typing import Any
 
-from benchmarks.sides.base import read_spec, serve
+from benchmarks.sides.base import Spec, serve
 
 
-def main() -> None:
-    spec = read_spec()
-    loop = subprocess.Popen(spec.options["command"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert loop.stdin is not None
-    assert loop.stdout is not None
-    loop.stdout.readline()
+class Sender:
+    def __init__(self, spec: Spec) -> None:
+        self._loop = subprocess.Popen(spec.options["command"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
 
-    def send(count: int) -> int:
-        assert loop.stdin is not None
-        assert loop.stdout is not None
-        loop.stdin.write(f"{count}\n")
-        loop.stdin.flush()
-        return int(json.loads(loop.stdout.readline())["acknowledged"])
+    def _answer(self) -> dict[str, Any]:
+        assert self._loop.stdout is not None
+        answer: dict[str, Any] = json.loads(self._loop.stdout.readline())
+        return answer
 
-    def close() -> dict[str, Any]:
-        loop.communicate()
+    def send(self, count: int) -> int:
+        assert self._loop.stdin is not None
+        self._loop.stdin.write(f"{count}\n")
+        self._loop.stdin.flush()
+        return int(self._answer()["acknowledged"])
+
+    def close(self) -> dict[str, Any]:
+        self._loop.communicate()
         return {}
-
-    serve(spec, "control", send, close)
 
 
 if __name__ == "__main__":
-    main()
+    serve("control", Sender)

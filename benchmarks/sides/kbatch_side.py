@@ -11,7 +11,7 @@ from typing import Any
 
 import kbatch
 from benchmarks.data import kbatch_envelopes, plain_value
-from benchmarks.sides.base import Spec, read_spec, serve
+from benchmarks.sides.base import Spec, serve
 
 
 class Sender:
@@ -34,12 +34,15 @@ class Sender:
         else:
             envelopes = kbatch_envelopes(spec.pool, spec.headers, encoded=spec.options.get("encoded", False))
         self._batches = [envelopes[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
-        self.send = self._send_in_flight if spec.window else self._send_one_at_a_time
+        self._in_flight = bool(spec.window)
 
     def _batch_after(self) -> "list[kbatch.Envelope[Any]]":
         batch = self._batches[self._next]
         self._next = (self._next + 1) % len(self._batches)
         return batch
+
+    def send(self, count: int) -> int:
+        return self._send_in_flight(count) if self._in_flight else self._send_one_at_a_time(count)
 
     def _send_one_at_a_time(self, count: int) -> int:
         acknowledged = 0
@@ -65,11 +68,5 @@ class Sender:
         return {"left": left, "stats": self._producer.stats()}
 
 
-def main() -> None:
-    spec = read_spec()
-    sender = Sender(spec)
-    serve(spec, f"kbatch {kbatch.__version__}", sender.send, sender.close)
-
-
 if __name__ == "__main__":
-    main()
+    serve(f"kbatch {kbatch.__version__}", Sender)
