@@ -52,6 +52,9 @@ class KafkaSender:
         pending = PendingBatch(core)
         try:
             core.map(pending, self.topic, batch.envelopes)
+        except ProducerError as error:
+            self._fail(callback, batch, error)
+            return
         except Exception as error:
             self._fail(callback, batch, _as_serialization_error(error))
             return
@@ -61,11 +64,14 @@ class KafkaSender:
         try:
             core.enqueue(pending)
             report = pending.wait()
-        except ProducerError as error:
-            self._fail(callback, batch, error)
-        except BaseException:
-            pending.add_done_callback(lambda done: self._answer(callback, batch, done.report))
-            raise
+        except BaseException as error:
+            if pending.begun:
+                pending.add_done_callback(lambda done: self._answer(callback, batch, done.report))
+                raise
+            # The producer refused or could not start: librdkafka has none of it.
+            self._fail(callback, batch, _as_producer_error(error))
+            if not isinstance(error, Exception):
+                raise
         else:
             self._answer(callback, batch, report)
 
@@ -79,21 +85,19 @@ class KafkaSender:
             rest = error.code
         self.producer._core.fail(unsent, batch.envelopes, index, code, rest)
         error.report = unsent.report
-        if isinstance(error, SerializationError):
-            _call(callback.mark_serialization_failure, batch, error)
-        else:
-            _call(callback.mark_processing_failure, batch, error)
+        method = "mark_serialization_failure" if isinstance(error, SerializationError) else "mark_processing_failure"
+        _call(callback, method, batch, error)
 
     def _answer(self, callback: SenderCallback, batch: OutgoingBatch, report: DeliveryReport) -> None:
         error = report.error()
         if error is None:
-            _call(callback.mark_successful, batch, report)
+            _call(callback, "mark_successful", batch, report)
         elif isinstance(error, TopicDoesNotExist):
-            _call(callback.mark_topic_does_not_exist, batch, error)
+            _call(callback, "mark_topic_does_not_exist", batch, error)
         elif isinstance(error, BatchTimedOut):
-            _call(callback.mark_timed_out, batch, error)
+            _call(callback, "mark_timed_out", batch, error)
         else:
-            _call(callback.mark_processing_failure, batch, error)
+            _call(callback, "mark_processing_failure", batch, error)
 
     def __repr__(self) -> str:
         return f"<KafkaSender to {self.topic!r} by {self.producer!r}>"
@@ -107,8 +111,16 @@ def _as_serialization_error(error: Exception) -> SerializationError:
     return made
 
 
-def _call(method: object, batch: OutgoingBatch, answer: object) -> None:
+def _as_producer_error(error: BaseException) -> KbatchError:
+    if isinstance(error, KbatchError):
+        return error
+    made = ProducerError(f"the producer could not take the batch: {type(error).__name__}: {error}")
+    made.__cause__ = error
+    return made
+
+
+def _call(callback: SenderCallback, method: str, batch: OutgoingBatch, answer: KbatchError | DeliveryReport) -> None:
     try:
-        method(batch, answer)  # type: ignore[operator]
+        getattr(callback, method)(batch, answer)
     except Exception:
         _logger.exception("a sender callback failed; the batch keeps its outcome: %r", answer)

@@ -74,6 +74,11 @@ cdef class Batch:
         return KB_LOAD32(&self.state.done) != 0
 
     @property
+    def begun(self) -> bool:
+        """Whether enqueueing has begun, so that an answer will come."""
+        return self.state.started_ns != 0
+
+    @property
     def latency_s(self) -> float:
         """Seconds from the start of enqueueing to the last outcome; ``nan`` before."""
         if not KB_LOAD32(&self.state.done):
@@ -277,6 +282,7 @@ cdef class Core:
 
     def map(self, Batch batch, topic, envelopes) -> None:
         """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `enqueue`."""
+        self._check_fork()  # a thread that is gone may hold the lock
         cdef int64_t start = kb_now_ns()
         map_batch(self.mapper, self.c, batch, topic, envelopes)
         self.mapped += batch.state.count
