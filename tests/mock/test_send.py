@@ -1017,6 +1017,7 @@ def test_the_error_path_leaks_nothing(kafka_cluster: MockCluster, wire: str, ind
         view.extend(b"!")  # no export is held
 
 
+@pytest.mark.resident_size
 def test_the_error_path_leaks_no_memory(kafka_cluster: MockCluster) -> None:
     # What is not a Python object: records, headers, buffers of bodies. Each batch takes some 300 KB of them.
     envelopes: list[Any] = [Envelope("x" * 200, headers={f"h{i}": "v" for i in range(20)}) for _ in range(500)]
