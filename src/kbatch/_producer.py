@@ -12,7 +12,7 @@ import msgspec
 
 from kbatch._callbacks import CallbackThread
 from kbatch._config import ProducerConfig
-from kbatch._errors import ConfigError, UndeliveredError
+from kbatch._errors import BatchPending, ConfigError, UndeliveredError
 from kbatch._fastmap import Core, Dispatcher, Mapper
 from kbatch._pending import PendingBatch
 
@@ -108,14 +108,11 @@ class Producer:
             ProducerClosedError, ProducerFatalError, ForkError: The producer cannot send. Nothing was sent.
         """
         batch = PendingBatch(self._core)
-        if timeout is None:
-            self._core.map(batch, topic, envelopes)
-            self._core.enqueue(batch)
-            return batch.wait()
-        end = time.monotonic() + timeout
+        end = None if timeout is None else time.monotonic() + timeout
         self._core.map(batch, topic, envelopes)
-        self._core.enqueue(batch, end - time.monotonic())
-        return batch.wait(max(0.0, end - time.monotonic()))
+        if not self._core.send(batch, None if end is None else end - time.monotonic(), wait=True):
+            raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
+        return batch.report
 
     def submit(
         self,
@@ -140,8 +137,7 @@ class Producer:
         self._core.map(batch, topic, envelopes)
         if callback is not None:
             batch.add_done_callback(lambda done: callback(done.report))
-        self._core.enqueue(batch)
-        self._core.rest()
+        self._core.send(batch, wait=False)
         return batch
 
     # -- the producer as a whole

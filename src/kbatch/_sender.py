@@ -62,8 +62,7 @@ class KafkaSender:
             self._fail(callback, batch, BatchInterrupted("the batch was interrupted before anything was sent"))
             raise
         try:
-            core.enqueue(pending)
-            report = pending.wait()
+            core.send(pending, wait=True)
         except BaseException as error:
             if pending.begun:
                 pending.add_done_callback(lambda done: self._answer(callback, batch, done.report))
@@ -73,7 +72,7 @@ class KafkaSender:
             if not isinstance(error, Exception):
                 raise
         else:
-            self._answer(callback, batch, report)
+            self._answer(callback, batch, pending.report)
 
     def _fail(self, callback: SenderCallback, batch: OutgoingBatch, error: KbatchError) -> None:
         """Nothing was sent: every envelope of the batch failed, one of them perhaps for a reason of its own."""

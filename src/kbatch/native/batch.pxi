@@ -85,6 +85,7 @@ cdef struct BatchState:
     Py_ssize_t next       # the first record not yet offered
     int64_t remaining     # envelopes without an outcome, and 1 while phase 2 runs; atomic
     int32_t done          # atomic; written under the client's lock
+    int32_t enqueued      # phase 2 is over; the sender's own
     int32_t listeners     # wants the dispatcher; under the client's lock
     int64_t started_ns
     int64_t done_ns
@@ -188,6 +189,11 @@ cdef void records_give(Client *client, Record **records, Py_ssize_t capacity) no
             client.spare_records_capacity = capacity
         kb_mutex_unlock(&client.mu)
     free(drop)
+
+
+cdef void drop_records(BatchState *batch) noexcept nogil:
+    records_give(batch.client, &batch.records, batch.capacity)
+    arena_give(batch.client, &batch.arena)
 
 
 cdef class Outcomes:

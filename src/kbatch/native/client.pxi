@@ -95,6 +95,7 @@ cdef struct Client:
     # counters for stats()
     int64_t acked
     int64_t failed
+    int64_t enqueue_ns
 
 
 cdef Client *client_make(int64_t max_in_flight) noexcept nogil:
@@ -652,6 +653,69 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     kb_mutex_unlock(&c.mu)
     if rest:
         settle(c, batch, rest)
+
+
+cdef int take_turn(Client *c, BatchState *batch) noexcept nogil:
+    # One slice of a batch that stands in line: wait for its turn, then enqueue.
+    cdef Waiter w
+    cdef int answer
+    cdef int64_t slice_end = kb_now_ns() + WAIT_SLICE
+    w.kind = FOR_TURN
+    w.batch = batch
+    kb_mutex_lock(&c.mu)
+    if not wait_slice(c, &w, min(slice_end, batch.deadline_ns)):
+        kb_mutex_unlock(&c.mu)
+        if KB_LOAD32(&c.shut):
+            return SHUT
+        return LATE if kb_now_ns() >= batch.deadline_ns else AGAIN
+    c.callers += 1
+    c.polls += 1
+    kb_mutex_unlock(&c.mu)
+    answer = enqueue_slice(c, batch, slice_end)
+    kb_mutex_lock(&c.mu)
+    c.callers -= 1
+    kb_mutex_unlock(&c.mu)
+    return answer
+
+
+cdef void end_enqueueing(Client *c, BatchState *batch, int error) noexcept nogil:
+    # What was not offered fails with `error`; the next batch may enqueue; from now on only reports are missing.
+    give_up_rest(c, batch, error)
+    drop_records(batch)
+    kb_mutex_lock(&c.mu)
+    leave_line(c, batch)
+    c.enqueue_ns += kb_now_ns() - batch.started_ns
+    kb_mutex_unlock(&c.mu)
+    batch.enqueued = 1
+    settle(c, batch, 1)
+
+
+cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noexcept nogil:
+    """One slice of a batch's way, without the GIL: enqueue what is not enqueued, then wait if asked to."""
+    cdef Waiter w
+    cdef int answer
+    cdef int64_t now
+    cdef bint done
+    if not batch.enqueued:
+        answer = take_turn(c, batch)
+        if answer == AGAIN:
+            return AGAIN
+        end_enqueueing(
+            c, batch, RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE if answer == LATE else RD_KAFKA_RESP_ERR__PURGE_QUEUE)
+    now = kb_now_ns()
+    w.kind = FOR_BATCH
+    w.batch = batch
+    kb_mutex_lock(&c.mu)
+    if wait:
+        done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE))
+    else:
+        done = True
+        nudge_drainer(c)
+    kb_mutex_unlock(&c.mu)
+    if done:
+        return DONE
+    look_for_fatal(c)
+    return AGAIN if kb_now_ns() < deadline else LATE
 
 
 # -- the drainer: polls when nobody else does, and ends librdkafka

@@ -58,13 +58,9 @@ cdef class Batch:
 
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
-        self._drop_records()
+        drop_records(&self.state)
         if self.has_view:
             PyBuffer_Release(&self.view)
-
-    cdef void _drop_records(self) noexcept:
-        records_give(self.state.client, &self.state.records, self.state.capacity)
-        arena_give(self.state.client, &self.state.arena)
 
     def __len__(self) -> int:
         return self.state.count
@@ -161,7 +157,6 @@ cdef class Core:
     cdef int64_t batches
     cdef int64_t mapped
     cdef int64_t map_ns
-    cdef int64_t enqueue_ns
 
     def __init__(self, Config config, Mapper mapper, dispatcher, *, int64_t max_in_flight, double delivery_timeout_s):
         self.c = client_make(max_in_flight)
@@ -295,7 +290,7 @@ cdef class Core:
     def fail(self, Batch batch, envelopes, int index, int code, int rest_code) -> None:
         """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
         cdef Py_ssize_t i
-        batch._drop_records()
+        drop_records(&batch.state)
         batch.state.count = len(envelopes)
         batch.outcomes = Outcomes.make(batch.state.count)
         for i in range(batch.state.count):
@@ -305,100 +300,65 @@ cdef class Core:
         batch.state.started_ns = batch.state.done_ns = kb_now_ns()
         KB_STORE32(&batch.state.done, 1)
 
-    def enqueue(self, Batch batch, timeout=None) -> bool:
-        """Phase 2. True once all is enqueued; False if time ran out first and the rest was settled as not sent.
+    def send(self, Batch batch, timeout=None, *, bint wait) -> bool:
+        """Phase 2, and with `wait` the wait for the outcomes. False if `timeout` seconds have passed first.
 
-        An exception from a signal handler settles the rest as not sent, too, and is raised.
+        What is not enqueued by then, or by ``delivery.timeout.ms``, is settled as not sent; so is it when a signal
+        handler raises, whose exception is passed on.
         """
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
-        cdef int64_t start = kb_now_ns()
-        cdef int answer
+        cdef int64_t deadline = deadline_after(timeout)
         self._enter()
-        look_for_fatal(c)
         try:
+            look_for_fatal(c)
             self._check_fatal()
-        except BaseException:
-            self._leave()
-            raise
-        state.started_ns = start
-        state.deadline_ns = min(deadline_after(timeout), start + self.delivery_timeout_ns)
-        state.remaining = state.count + 1
-        state.owner = <PyObject *> batch
-        Py_INCREF(batch)
-        KB_ADD32(&_pinned, 1)
-        self.batches += 1
-        kb_mutex_lock(&c.mu)
-        join_line(c, state)
-        kb_mutex_unlock(&c.mu)
-        try:
-            while True:
-                with nogil:
-                    answer = enqueue_or_wait(c, state)
-                if answer != AGAIN:
-                    break
-                PyErr_CheckSignals()
-        except BaseException:
-            self._end_enqueue(batch, RD_KAFKA_RESP_ERR__PURGE_QUEUE, start)
-            raise
-        self._end_enqueue(
-            batch, RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE if answer == LATE else RD_KAFKA_RESP_ERR__PURGE_QUEUE, start)
-        return answer == DONE
-
-    cdef int _end_enqueue(self, Batch batch, int error, int64_t start) except -1:
-        cdef Client *c = self.c
-        with nogil:
-            give_up_rest(c, &batch.state, error)
+            state.started_ns = kb_now_ns()
+            state.deadline_ns = min(deadline, state.started_ns + self.delivery_timeout_ns)
+            state.remaining = state.count + 1
+            state.owner = <PyObject *> batch
+            Py_INCREF(batch)
+            KB_ADD32(&_pinned, 1)
+            self.batches += 1
             kb_mutex_lock(&c.mu)
-            leave_line(c, &batch.state)
+            join_line(c, state)
             kb_mutex_unlock(&c.mu)
-        batch._drop_records()
-        self.enqueue_ns += kb_now_ns() - start
-        with nogil:
-            settle(c, &batch.state, 1)
-        self._leave()
-        return 0
-
-    def rest(self) -> None:
-        """After a submit that nobody waits for: lets the drainer know, and gives finished batches back."""
-        cdef Client *c = self.c
-        kb_mutex_lock(&c.mu)
-        nudge_drainer(c)
-        kb_mutex_unlock(&c.mu)
-        release_idle(c)
+            return self._drive(batch, deadline, wait)
+        finally:
+            self._leave()
+            release_idle(c)
 
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
         cdef Client *c = self.c
-        cdef Waiter w
-        cdef bint done = KB_LOAD32(&batch.state.done)
-        cdef int64_t now
-        if done:
-            release_idle(c)
-            return True
-        self._check_fork()
-        w.kind = FOR_BATCH
-        w.batch = &batch.state
-        kb_mutex_lock(&c.mu)
-        c.entered += 1
-        kb_mutex_unlock(&c.mu)
+        if not KB_LOAD32(&batch.state.done):
+            self._check_fork()
+            kb_mutex_lock(&c.mu)
+            c.entered += 1
+            kb_mutex_unlock(&c.mu)
+            try:
+                return self._drive(batch, deadline, True)
+            finally:
+                self._leave()
+                release_idle(c)
+        release_idle(c)
+        return True
+
+    cdef bint _drive(self, Batch batch, int64_t deadline, bint wait) except -1:
+        # In slices, so that signals are seen. Usually the first does it all: the GIL is given up once per batch.
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        cdef int answer
         try:
             while True:
                 with nogil:
-                    now = kb_now_ns()
-                    kb_mutex_lock(&c.mu)
-                    done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE))
-                    kb_mutex_unlock(&c.mu)
-                    if not done and not KB_LOAD32(&c.fatal) and KB_LOAD32(&c.shut) == 0:
-                        look_for_fatal(c)
-                if done:
-                    break
+                    answer = advance(c, state, deadline, wait)
+                if answer != AGAIN:
+                    return answer == DONE
                 PyErr_CheckSignals()
-                if kb_now_ns() >= deadline:
-                    break
-        finally:
-            self._leave()
-        release_idle(c)
-        return done
+        except BaseException:
+            if not state.enqueued:
+                end_enqueueing(c, state, RD_KAFKA_RESP_ERR__PURGE_QUEUE)
+            raise
 
     # -- the producer as a whole
 
@@ -529,9 +489,9 @@ cdef class Core:
 
     def counters(self) -> dict:
         cdef Client *c = self.c
-        cdef int64_t acked, failed, blocks
+        cdef int64_t acked, failed, enqueue_ns, blocks
         kb_mutex_lock(&c.mu)
-        acked, failed, blocks = c.acked, c.failed, c.spare_block_count
+        acked, failed, enqueue_ns, blocks = c.acked, c.failed, c.enqueue_ns, c.spare_block_count
         kb_mutex_unlock(&c.mu)
         return {
             "batches": self.batches,
@@ -540,7 +500,7 @@ cdef class Core:
             "failed": failed,
             "in_flight": KB_LOAD64(&c.in_flight),
             "map_ns": self.map_ns,
-            "enqueue_ns": self.enqueue_ns,
+            "enqueue_ns": enqueue_ns,
             "pooled_bytes": blocks * ARENA_BLOCK + c.spare_records_capacity * <int64_t> sizeof(Record),
             "pinned_buffers": KB_LOAD32(&_pinned),
         }
@@ -575,30 +535,6 @@ cdef class Core:
         self._enter()
         api.oauthbearer_set_token_failure(self.c.rk, reason.encode())
         self._leave()
-
-
-cdef int enqueue_or_wait(Client *c, BatchState *batch) noexcept nogil:
-    # One slice of a batch that stands in line: wait for the turn, then enqueue.
-    cdef Waiter w
-    cdef int answer
-    cdef int64_t now = kb_now_ns()
-    cdef int64_t slice_end = now + WAIT_SLICE
-    w.kind = FOR_TURN
-    w.batch = batch
-    kb_mutex_lock(&c.mu)
-    if not wait_slice(c, &w, min(slice_end, batch.deadline_ns)):
-        kb_mutex_unlock(&c.mu)
-        if KB_LOAD32(&c.shut):
-            return SHUT
-        return LATE if kb_now_ns() >= batch.deadline_ns else AGAIN
-    c.callers += 1
-    c.polls += 1
-    kb_mutex_unlock(&c.mu)
-    answer = enqueue_slice(c, batch, slice_end)
-    kb_mutex_lock(&c.mu)
-    c.callers -= 1
-    kb_mutex_unlock(&c.mu)
-    return answer
 
 
 cdef void release_idle(Client *c) noexcept:
