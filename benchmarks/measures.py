@@ -105,7 +105,7 @@ def _loop(plan: Plan, batch: int, headers: int, best: Contender) -> Section:
     section = Section(f"Batches of {batch:,}, {headers} headers", lines=lines(scores))
     one, its_one = scores[k_one.label], scores[c_one.label]
     flight, its_flight = scores[k_flight.label], scores[c_flight.label]
-    faster = max((one, flight), key=lambda score: median(score.rates))
+    faster, loop = (max(pair, key=lambda score: median(score.rates)) for pair in ((one, flight), (its_one, its_flight)))
     section.figures = [
         figure("kbatch / C loop, one batch at a time", pairs(one, its_one, _ratio),
                target=ONE_AT_A_TIME.get(batch) if official else None),
@@ -117,6 +117,7 @@ def _loop(plan: Plan, batch: int, headers: int, best: Contender) -> Section:
                target=CPU_US if official else None, at_most=True),
         figure("kbatch / confluent-kafka, each at its best", pairs(faster, scores[rival.label], _ratio),
                target=CONFLUENT if official else None),
+        figure("C loop / confluent-kafka, each at its best", pairs(loop, scores[rival.label], _ratio)),
     ]  # fmt: skip
     section.notes.append(f"confluent-kafka at its best: {best.label}")
     section.notes.append(_phases(one))
