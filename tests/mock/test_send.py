@@ -356,16 +356,38 @@ def test_a_buffer_changed_after_submit_does_not_change_what_is_sent(cluster: Moc
     assert values(cluster) == [b"first body", b"second body", b"third body"]
 
 
-def test_borrowed_bytes_outlive_their_names(cluster: MockCluster) -> None:
+def from_envelopes(key: str, value: str, header: str) -> tuple[Envelope, dict[str, Any]]:
+    return Envelope(data=value.encode(), key=key.encode(), headers={"h": header.encode()}), {"wire": "raw"}
+
+
+def from_an_encoder(key: str, value: str, header: str) -> tuple[Envelope, dict[str, Any]]:
+    def encode(message: str, context: kbatch.SerializationContext) -> bytes:
+        context.headers.append(("h", f"header{message[5:9]}" * 9))
+        return message.encode()
+
+    return Envelope(value, key=key), {"wire": "raw", "encoder": encode}
+
+
+def from_a_wire_object(key: str, value: str, header: str) -> tuple[Envelope, dict[str, Any]]:
+    class Wire:
+        def write(self, envelope: Envelope) -> tuple[bytes, bytes, dict[str, bytes]]:
+            key, value, header = envelope.message
+            return key.encode(), value.encode(), {"h": header.encode()}
+
+    return Envelope([key, value, header]), {"wire": Wire()}
+
+
+@pytest.mark.parametrize("make", [from_envelopes, from_an_encoder, from_a_wire_object])
+def test_borrowed_bytes_outlive_their_names(
+    cluster: MockCluster, make: Callable[[str, str, str], tuple[Envelope, dict[str, Any]]]
+) -> None:
     # Nothing but the batch in flight refers to bodies, keys and headers.
     cluster.set_broker_down(1)
-    expected = [(f"key {i}" * 9, f"value {i}" * 99, f"header {i}" * 9) for i in range(300)]
-    with make_producer(cluster, wire="raw") as producer:
-        pending = producer.submit(
-            TOPIC, (Envelope(data=v.encode(), key=k.encode(), headers={"h": h.encode()}) for k, v, h in expected)
-        )
+    expected = [(f"key {i}" * 9, f"value {i:03}" * 99, f"header {i:03}" * 9) for i in range(300)]
+    with make_producer(cluster, **make("", "", "")[1]) as producer:
+        pending = producer.submit(TOPIC, (make(*texts)[0] for texts in expected))
         gc.collect()
-        noise = [bytes([i % 256]) * 500 for i in range(20_000)]
+        noise = [bytes([i % 256]) * (i % 1_000) for i in range(20_000)]
         cluster.set_broker_up(1)
         pending.wait().raise_for_errors()
         del noise
@@ -1034,6 +1056,23 @@ def test_the_error_path_leaks_no_memory(kafka_cluster: MockCluster) -> None:
         for _ in range(1_000):
             step()
         assert psutil.Process().memory_info().rss - before < 30_000_000  # a leak of one part would be ten times that
+
+
+def test_what_librdkafka_refuses_leaks_no_memory(cluster: MockCluster) -> None:
+    # The list of headers stays the caller's when a message is refused; each batch has some 1 MB of them.
+    envelopes = [Envelope(1, partition=9, headers={f"h{i}": "v" * 30 for i in range(20)}) for _ in range(500)]
+    with make_producer(cluster) as producer:
+
+        def step() -> None:
+            report = producer.send_batch(TOPIC, envelopes)
+            assert (report.failed, report.errors[0].name) == (500, "_UNKNOWN_PARTITION")
+
+        for _ in range(20):
+            step()
+        before = psutil.Process().memory_info().rss
+        for _ in range(200):
+            step()
+        assert psutil.Process().memory_info().rss - before < 20_000_000
 
 
 def test_sending_leaks_nothing(cluster: MockCluster) -> None:
