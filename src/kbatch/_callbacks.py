@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import queue
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,38 +20,53 @@ class CallbackThread:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._queue: queue.SimpleQueue[tuple[Callable[..., object], tuple[Any, ...]] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._running = False
-        self._lock = threading.Lock()
+        self._jobs: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._thread: threading.Thread | None = None  # None: the next put starts one
+        self._stopping = False
+        # Re-entrant: a signal handler or a finalizer may come here from within.
+        self._changed = threading.Condition(threading.RLock())
 
     def put(self, function: Callable[..., object], *arguments: object) -> None:
         """Runs ``function(*arguments)`` soon; an exception from it is logged."""
-        with self._lock:
-            self._queue.put((function, arguments))
-            if not self._running:
-                self._running = True
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
+        with self._changed:
+            self._jobs.append((function, arguments))
+            self._changed.notify()
+            if self._thread is not None:
+                return
+            self._stopping = False
+            self._thread = thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            try:
+                thread.start()
+                return
+            except RuntimeError:  # no thread to be had, or (3.12 on) the interpreter is ending
+                pass
+        self._run()
 
     def stop(self) -> None:
-        """Ends the thread once all that was put has run; a later `put` starts it again."""
-        with self._lock:
-            if self._running:
-                self._running = False
-                self._queue.put(None)
+        """Ends the thread once all that was put has run; a later `put` starts another."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
 
     def join(self, timeout: float | None) -> None:
         """As `stop`, and waits for the end, unless called on the thread itself."""
         self.stop()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+        thread = self._thread
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+            thread.join(timeout)
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            function, arguments = job
+        inline = threading.current_thread() is not self._thread
+        while True:
+            with self._changed:
+                while not self._jobs and not self._stopping and not inline:
+                    self._changed.wait()
+                if not self._jobs:
+                    self._thread = None
+                    return
+                function, arguments = self._jobs.popleft()
             try:
                 function(*arguments)
-            except Exception:
+            except BaseException:
                 _logger.exception("a callback failed: %r", function)
-            del job, function, arguments  # what it was called with must not live until the next one
+            del function, arguments

@@ -82,7 +82,6 @@ cdef extern from * nogil:
 
 cdef enum:
     RD_KAFKA_PRODUCER = 0
-    RD_KAFKA_CONSUMER = 1
 
     RD_KAFKA_CONF_OK = 0
     RD_KAFKA_CONF_UNKNOWN = -2
@@ -94,9 +93,6 @@ cdef enum:
     RD_KAFKA_VTYPE_OPAQUE = 6
     RD_KAFKA_VTYPE_TIMESTAMP = 8
     RD_KAFKA_VTYPE_HEADERS = 10
-
-    RD_KAFKA_PARTITION_UA = -1
-    RD_KAFKA_OFFSET_INVALID = -1001
 
     RD_KAFKA_PURGE_F_QUEUE = 0x1
     RD_KAFKA_PURGE_F_INFLIGHT = 0x2
@@ -112,9 +108,6 @@ cdef enum:
     RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED = 1
     RD_KAFKA_MSG_STATUS_PERSISTED = 2
 
-    RD_KAFKA_RESP_ERR__MSG_TIMED_OUT = -192
-    RD_KAFKA_RESP_ERR__INVALID_ARG = -186
-    RD_KAFKA_RESP_ERR__TIMED_OUT = -185
     RD_KAFKA_RESP_ERR__QUEUE_FULL = -184
     RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE = -166
     RD_KAFKA_RESP_ERR__PURGE_QUEUE = -152
@@ -133,7 +126,6 @@ cdef struct Api:
     int (*last_error)() noexcept nogil
     # errors as objects: the caller destroys what a call returned
     int (*error_code)(const rd_kafka_error_t *error) noexcept nogil
-    const char *(*error_string)(const rd_kafka_error_t *error) noexcept nogil
     void (*error_destroy)(rd_kafka_error_t *error) noexcept nogil
     # configuration; `new` takes ownership of the conf, only if it succeeds
     rd_kafka_conf_t *(*conf_new)() noexcept nogil
@@ -149,7 +141,6 @@ cdef struct Api:
     rd_kafka_t *(*new)(int type, rd_kafka_conf_t *conf, char *errstr, size_t errstr_size) noexcept nogil
     void (*destroy)(rd_kafka_t *rk) noexcept nogil
     const char *(*name)(const rd_kafka_t *rk) noexcept nogil
-    int (*outq_len)(rd_kafka_t *rk) noexcept nogil
     int (*flush)(rd_kafka_t *rk, int timeout_ms) noexcept nogil
     int (*purge)(rd_kafka_t *rk, int flags) noexcept nogil
     int (*fatal_error)(rd_kafka_t *rk, char *errstr, size_t errstr_size) noexcept nogil

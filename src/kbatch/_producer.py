@@ -28,7 +28,8 @@ __all__ = ["Producer"]
 
 _WIRES = ("kbatch", "wolverine", "raw")
 _EXIT_TIMEOUT_S = 5.0
-_producers: weakref.WeakSet[Producer] = weakref.WeakSet()
+# Cores, not producers: a batch in flight keeps its core alive when its producer is forgotten.
+_cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
 class Producer:
@@ -82,7 +83,7 @@ class Producer:
             delivery_timeout_s=parsed.delivery_timeout_s,
         )
         core = weakref.ref(self._core)
-        _producers.add(self)
+        _cores.add(self._core)
 
     # -- sending
 
@@ -135,9 +136,7 @@ class Producer:
         """
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
-        if callback is not None:
-            batch.add_done_callback(lambda done: callback(done.report))
-        self._core.send(batch, wait=False)
+        self._core.send(batch, wait=False, callback=None if callback is None else (lambda done: callback(done.report)))
         return batch
 
     # -- the producer as a whole
@@ -169,9 +168,7 @@ class Producer:
         Returns:
             How many messages ended without an acknowledgement since closing began.
         """
-        left = self._core.close(self._close_timeout if timeout is None else timeout)
-        _producers.discard(self)
-        return left
+        return self._core.close(self._close_timeout if timeout is None else timeout)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start.
@@ -323,6 +320,7 @@ def _refresh_token(oauth_cb: Callable[[str], Any], config: str, find_core: Calla
 
 @atexit.register
 def _close_all() -> None:
-    for producer in list(_producers):
+    end = time.monotonic() + _EXIT_TIMEOUT_S  # for all of them: what is in flight goes on while another is closed
+    for core in list(_cores):
         with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
-            producer.close(_EXIT_TIMEOUT_S)
+            core.close(max(0.0, end - time.monotonic()))

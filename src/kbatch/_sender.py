@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
@@ -49,77 +50,83 @@ class KafkaSender:
         the one callback then comes on the producer's callback thread when it is settled.
         """
         core = self.producer._core
+        answer = _Answer(callback, batch)
         pending = PendingBatch(core)
+        mapped = False
         try:
             core.map(pending, self.topic, batch.envelopes)
-        except ProducerError as error:
-            self._fail(callback, batch, error)
-            return
-        except Exception as error:
-            self._fail(callback, batch, _as_serialization_error(error))
-            return
-        except BaseException:
-            self._fail(callback, batch, BatchInterrupted("the batch was interrupted before anything was sent"))
-            raise
-        try:
+            mapped = True
             core.send(pending, wait=True)
+            answer.by_report(pending.report)
         except BaseException as error:
-            if pending.begun:
-                pending.add_done_callback(lambda done: self._answer(callback, batch, done.report))
+            if answer.given:
                 raise
-            # The producer refused or could not start: librdkafka has none of it.
-            self._fail(callback, batch, _as_producer_error(error))
+            if pending.begun:
+                pending.add_done_callback(lambda done: answer.by_report(done.report))
+                raise
+            self._refuse(answer, error, mapped)
             if not isinstance(error, Exception):
                 raise
-        else:
-            self._answer(callback, batch, pending.report)
 
-    def _fail(self, callback: SenderCallback, batch: OutgoingBatch, error: KbatchError) -> None:
+    def _refuse(self, answer: _Answer, reason: BaseException, mapped: bool) -> None:
         """Nothing was sent: every envelope of the batch failed, one of them perhaps for a reason of its own."""
-        unsent = PendingBatch(self.producer._core)
+        error = _as_answer(reason, mapped)
         index, code, rest = -1, 0, _PURGE_QUEUE
         if isinstance(error, SerializationError) and error.index is not None:
             index, code = error.index, _VALUE_SERIALIZATION
         elif isinstance(error, ProducerFatalError):
             rest = error.code
-        self.producer._core.fail(unsent, batch.envelopes, index, code, rest)
-        error.report = unsent.report
-        method = "mark_serialization_failure" if isinstance(error, SerializationError) else "mark_processing_failure"
-        _call(callback, method, batch, error)
-
-    def _answer(self, callback: SenderCallback, batch: OutgoingBatch, report: DeliveryReport) -> None:
-        error = report.error()
-        if error is None:
-            _call(callback, "mark_successful", batch, report)
-        elif isinstance(error, TopicDoesNotExist):
-            _call(callback, "mark_topic_does_not_exist", batch, error)
-        elif isinstance(error, BatchTimedOut):
-            _call(callback, "mark_timed_out", batch, error)
+        with contextlib.suppress(MemoryError):  # an answer without a report is better than none
+            unsent = PendingBatch(self.producer._core)
+            self.producer._core.fail(unsent, answer.batch.envelopes, index, code, rest)
+            error.report = unsent.report
+        if isinstance(error, SerializationError):
+            answer.give("mark_serialization_failure", error)
         else:
-            _call(callback, "mark_processing_failure", batch, error)
+            answer.give("mark_processing_failure", error)
 
     def __repr__(self) -> str:
         return f"<KafkaSender to {self.topic!r} by {self.producer!r}>"
 
 
-def _as_serialization_error(error: Exception) -> SerializationError:
-    if isinstance(error, SerializationError):
-        return error
-    made = SerializationError(f"{type(error).__name__}: {error}", index=None, envelope_id=None, field="batch")
-    made.__cause__ = error
-    return made
+class _Answer:
+    """The one call of a batch's callback."""
+
+    def __init__(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
+        self.callback = callback
+        self.batch = batch
+        self.given = False
+
+    def give(self, method: str, outcome: KbatchError | DeliveryReport) -> None:
+        self.given = True
+        try:
+            getattr(self.callback, method)(self.batch, outcome)
+        except Exception:
+            _logger.exception("a sender callback failed; the batch keeps its outcome: %r", outcome)
+
+    def by_report(self, report: DeliveryReport) -> None:
+        error = report.error()
+        if error is None:
+            self.give("mark_successful", report)
+        elif isinstance(error, TopicDoesNotExist):
+            self.give("mark_topic_does_not_exist", error)
+        elif isinstance(error, BatchTimedOut):
+            self.give("mark_timed_out", error)
+        else:
+            self.give("mark_processing_failure", error)
 
 
-def _as_producer_error(error: BaseException) -> KbatchError:
+def _as_answer(error: BaseException, mapped: bool) -> KbatchError:
+    """What a batch is told of an exception because of which nothing of it was sent."""
     if isinstance(error, KbatchError):
         return error
-    made = ProducerError(f"the producer could not take the batch: {type(error).__name__}: {error}")
+    text = f"{type(error).__name__}: {error}"
+    made: KbatchError
+    if not isinstance(error, Exception):
+        made = BatchInterrupted(f"interrupted before anything was sent: {text}")
+    elif mapped or isinstance(error, MemoryError):
+        made = ProducerError(f"the producer could not take the batch: {text}")
+    else:
+        made = SerializationError(text, index=None, envelope_id=None, field="batch")
     made.__cause__ = error
     return made
-
-
-def _call(callback: SenderCallback, method: str, batch: OutgoingBatch, answer: KbatchError | DeliveryReport) -> None:
-    try:
-        getattr(callback, method)(batch, answer)
-    except Exception:
-        _logger.exception("a sender callback failed; the batch keeps its outcome: %r", answer)

@@ -187,7 +187,7 @@ def test_memory_that_is_short_is_answered_too(cluster: MockCluster) -> None:
 
     with kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers}, encoder=encode) as producer:
         call = send(producer, envelopes(3))
-    assert call.method == "mark_serialization_failure"
+    assert call.method == "mark_processing_failure"
     assert isinstance(call.answer.__cause__, MemoryError)
     assert end_offsets(cluster.bootstrap_servers, TOPIC) == {0: 0}
 

@@ -1,6 +1,7 @@
 """Threads, waits that end early, close, purge, fatal errors, fork, signals, exit: one outcome each, nothing pinned."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -408,6 +409,94 @@ def test_a_pending_batch_outlives_its_producer(kafka_cluster: MockCluster) -> No
     assert pending.wait().acked == 10
 
 
+def test_a_closer_in_a_hurry_takes_no_answer_away(dark_cluster: MockCluster) -> None:
+    answers: list[int] = []
+    left: list[int] = []
+    producer = make_producer(dark_cluster)
+    producer.submit("orders", envelopes(5), callback=lambda report: answers.append(report.failed))
+    patient = threading.Thread(target=lambda: left.append(producer.close(timeout=1)))
+    patient.start()
+    until(lambda: producer.closed, "the first close")
+    assert producer.close(timeout=0) == 5
+    patient.join()
+    assert (left, answers) == ([5], [5])
+
+
+def test_close_stops_an_enqueuer_that_is_in_full_swing(dark_cluster: MockCluster) -> None:
+    producer = make_producer(dark_cluster, max_in_flight=1_000_000)
+    reports: list[kbatch.DeliveryReport] = []
+    batch = envelopes(50_000)
+    sender = threading.Thread(target=lambda: reports.append(producer.send_batch("orders", batch)))
+    sender.start()
+    until(lambda: len(producer), "the first message")
+    left = producer.close(timeout=0)
+    sender.join()
+    assert reports[0].failed == left == 50_000
+
+
+def test_close_and_first_use_at_once(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    for _ in range(20):
+        producer = make_producer(kafka_cluster)
+        used = threading.Thread(target=_use_ignoring_close, args=(producer,))
+        used.start()
+        producer.close()
+        with pytest.raises(kbatch.ProducerClosedError):
+            producer.send_batch("orders", envelopes(1))
+        used.join()
+
+
+def _use_ignoring_close(producer: kbatch.Producer) -> None:
+    with contextlib.suppress(kbatch.ProducerClosedError):
+        producer.submit("orders", envelopes(1))
+
+
+def test_a_fatal_error_frees_a_thread_that_waits(dark_cluster: MockCluster) -> None:
+    producer = make_producer(dark_cluster)
+    reports: list[kbatch.DeliveryReport] = []
+    waiter = threading.Thread(target=lambda: reports.append(producer.send_batch("orders", envelopes(5))))
+    waiter.start()
+    until(lambda: len(producer) == 5, "messages in flight")
+    producer._core.inject_fatal_error(OUT_OF_ORDER_SEQUENCE, "made by the test")
+    waiter.join(30)
+    assert [report.failed for report in reports] == [5]
+    producer.close(timeout=5)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+def test_no_exception_of_a_callback_ends_the_callbacks(kafka_cluster: MockCluster, error: type[BaseException]) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    answers: list[int] = []
+
+    def broken(report: kbatch.DeliveryReport) -> None:
+        raise error
+
+    with make_producer(kafka_cluster) as producer:
+        producer.submit("orders", envelopes(1), callback=broken).wait()
+        producer.submit("orders", envelopes(2), callback=lambda report: answers.append(report.acked))
+    assert answers == [2]
+
+
+def test_statistics_keep_coming_while_batches_are_sent(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    seen: list[str] = []
+    config = {"statistics.interval.ms": 20, "stats_cb": seen.append}
+    with make_producer(kafka_cluster, config=config) as producer:
+        for _ in range(1_500):
+            producer.send_batch("orders", envelopes(1)).raise_for_errors()
+        seen.clear()
+        until(lambda: len(seen) >= 3, "statistics after the batches")
+
+
+def test_a_batch_that_nobody_waits_for_is_given_back(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    for config in ({}, {"error_cb": print}):
+        with make_producer(kafka_cluster, config=config) as producer:
+            producer.submit("orders", envelopes(10))
+            until(lambda: pinned_buffers() == 0, "the buffers of a finished batch")
+
+
 # -- fork, signals, exit: each in a process of its own
 
 
@@ -504,6 +593,35 @@ def test_exit_in_a_daemon_thread_world(dark_cluster: MockCluster, end: str) -> N
         """,
     )
     assert (result.returncode, result.stderr) == (7, "")
+
+
+def test_a_forgotten_producer_answers_before_the_interpreter_ends(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    result = run(
+        kafka_cluster,
+        """
+        def job():
+            kbatch.Producer(CONFIG).submit("orders", envelopes(100), callback=lambda report: print(report.acked))
+        job()
+        """,
+    )
+    assert (result.returncode, result.stderr, result.stdout.split()) == (0, "", ["100"])
+
+
+def test_a_signal_handler_may_close_the_producer(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_rtt(1, 1_500)
+    result = run(
+        kafka_cluster,
+        """
+        producer = kbatch.Producer(CONFIG)
+        signal.signal(signal.SIGINT, lambda *_: print("left", producer.close(60), flush=True))
+        print("waiting", flush=True)
+        print("acked", producer.send_batch("orders", envelopes(10)).acked)
+        """,
+        interrupt_at="waiting",
+    )
+    assert result.stdout.split("\n")[:2] == ["left 0", "acked 10"], result.stderr
 
 
 def test_ctrl_c_while_waiting(dark_cluster: MockCluster) -> None:

@@ -341,12 +341,17 @@ def test_a_constructor_runs_once() -> None:
         assert envelope.key == "a"
 
 
-def test_a_constructor_that_failed_may_run_again() -> None:
+def test_a_constructor_that_failed_or_still_runs_is_not_run_again() -> None:
     envelope = Envelope.__new__(Envelope)
-    with pytest.raises(ValueError, match="partition"):
-        Envelope.__init__(envelope, 1, key="a", partition=-1)
-    Envelope.__init__(envelope, 2)
-    assert envelope.message == 2
+
+    def headers():
+        Envelope.__init__(envelope, 2)
+        yield ("a", "b")
+
+    with pytest.raises(TypeError):
+        Envelope.__init__(envelope, 1, headers=headers())
+    with pytest.raises(TypeError, match="is immutable"):
+        Envelope.__init__(envelope, 3)
 
 
 # -- replace

@@ -85,7 +85,7 @@ cdef struct BatchState:
     Py_ssize_t next       # the first record not yet offered
     int64_t remaining     # envelopes without an outcome, and 1 while phase 2 runs; atomic
     int32_t done          # atomic; written under the client's lock
-    int32_t enqueued      # phase 2 is over; the sender's own
+    int32_t in_line       # phase 2 is not over; the sending thread's own
     int32_t listeners     # wants the dispatcher; under the client's lock
     int64_t started_ns
     int64_t done_ns

@@ -33,6 +33,7 @@ cdef enum:
 cdef int64_t MS = 1000000
 cdef int64_t WAIT_SLICE = 100 * MS     # Ctrl-C is looked at this often
 cdef int64_t DRAINER_NAP = 5 * MS      # how long callers may leave the queue alone before the drainer takes over
+cdef int64_t FINISH_PURGE = 100 * MS   # between two purges while finishing
 cdef int64_t FATAL_GRACE = 2000 * MS   # after a fatal error, before what is queued is purged
 
 cdef struct Waiter:
@@ -62,7 +63,7 @@ cdef struct Client:
     kb_cond life_cond       # life or entered changed
     int life
     int32_t shut            # atomic: life >= CLOSING
-    int entered             # threads inside librdkafka's calls, apart from the drainer
+    int entered             # threads that may call librdkafka, apart from the drainer: it must live
     rd_kafka_t *rk          # owned; destroyed by the drainer. NULL before start
     rd_kafka_queue_t *queue  # the same
     Topic *topics           # owned; handles destroyed with rk, the rest with the client
@@ -127,7 +128,7 @@ cdef void client_drop(Client *c) noexcept nogil:
         c.spare_blocks = block.next
         free(block)
     free(c.spare_records)
-    drop_notices(c)
+    drop_notices(c.notice_first)
     kb_cond_destroy(&c.drainer_cond)
     kb_cond_destroy(&c.dispatcher_cond)
     kb_cond_destroy(&c.life_cond)
@@ -167,14 +168,12 @@ cdef void free_notice(Notice *notice) noexcept nogil:
     free(notice)
 
 
-cdef void drop_notices(Client *c) noexcept nogil:
-    # Under the lock, or with no other thread left.
-    cdef Notice *notice
-    while c.notice_first != NULL:
-        notice = c.notice_first
-        c.notice_first = notice.next
+cdef void drop_notices(Notice *notice) noexcept nogil:
+    cdef Notice *following
+    while notice != NULL:
+        following = notice.next
         free_notice(notice)
-    c.notice_last = NULL
+        notice = following
 
 
 cdef void post_notice(Client *c, Notice *notice) noexcept nogil:
@@ -191,7 +190,7 @@ cdef void post_notice(Client *c, Notice *notice) noexcept nogil:
 
 cdef void on_throttle(rd_kafka_t *rk, const char *broker_name, int32_t broker_id, int throttle_ms,
                       void *opaque) noexcept nogil:
-    # On a librdkafka thread: copy and leave.
+    # On whichever thread polls: copy and leave.
     cdef Client *c = <Client *> opaque
     cdef Notice *notice = <Notice *> calloc(1, sizeof(Notice))
     if notice == NULL:
@@ -249,13 +248,27 @@ cdef void complete(Client *c, BatchState *batch) noexcept nogil:
     KB_STORE32(&batch.done, 1)
 
 
+cdef inline void count_failed(Client *c, int64_t count) noexcept nogil:
+    # Under the lock.
+    c.failed += count
+    if c.life >= CLOSING:
+        c.lost += count
+
+
 cdef void settle(Client *c, BatchState *batch, int64_t count) noexcept nogil:
     # `count` envelopes of `batch` got their outcome.
     if KB_ADD64(&batch.remaining, -count) == 0:
         kb_mutex_lock(&c.mu)
-        complete(c, batch)
-        wake_satisfied(c, NULL)
+        finish(c, &batch, 1, NULL)
         kb_mutex_unlock(&c.mu)
+
+
+cdef void finish(Client *c, BatchState **batches, int count, Waiter *me) noexcept nogil:
+    # Under the lock: these batches are complete; wake whoever has waited for them, or for what else has changed.
+    cdef int i
+    for i in range(count):
+        complete(c, batches[i])
+    wake_satisfied(c, me)
 
 
 # -- counting: from events to outcomes
@@ -309,7 +322,9 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                 waking[ran_down] = run
                 ran_down += 1
                 if ran_down == 16:
-                    finish_reports(c, waking, ran_down)
+                    kb_mutex_lock(&c.mu)
+                    finish(c, waking, ran_down, me)
+                    kb_mutex_unlock(&c.mu)
                     ran_down = 0
             run = outcome.batch
             run_count = 1
@@ -323,22 +338,8 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     kb_mutex_lock(&c.mu)
     KB_ADD64(&c.reports, 1)
     c.acked += total - failed
-    c.failed += failed
-    if failed and c.life >= CLOSING:
-        c.lost += failed
-    for i in range(ran_down):
-        complete(c, waking[i])
-    if c.waiters != NULL:
-        wake_satisfied(c, me)
-    kb_mutex_unlock(&c.mu)
-
-
-cdef void finish_reports(Client *c, BatchState **batches, int count) noexcept nogil:
-    cdef int i
-    kb_mutex_lock(&c.mu)
-    for i in range(count):
-        complete(c, batches[i])
-    wake_satisfied(c, NULL)
+    count_failed(c, failed)
+    finish(c, waking, ran_down, me)
     kb_mutex_unlock(&c.mu)
 
 
@@ -391,7 +392,7 @@ cdef void nudge_successor(Client *c) noexcept nogil:
 cdef void nudge_drainer(Client *c) noexcept nogil:
     # Under the lock. A napping drainer looks by itself soon; only eagerness makes it look now.
     if c.drainer_parked:
-        if KB_LOAD64(&c.in_flight) > 0 or c.eager:
+        if KB_LOAD64(&c.in_flight) > 0 or c.eager or c.events_expected:
             kb_cond_signal(&c.drainer_cond)
     elif c.drainer_asleep and c.eager:
         kb_cond_signal(&c.drainer_cond)
@@ -433,6 +434,7 @@ cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
 # -- phase 2: first come, first served; the head of the line enqueues
 
 cdef void join_line(Client *c, BatchState *batch) noexcept nogil:
+    batch.in_line = 1
     batch.next_in_line = NULL
     if c.line_last == NULL:
         c.line_first = batch
@@ -445,6 +447,7 @@ cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
     # Under the lock, from any place in the line.
     cdef BatchState *before = NULL
     cdef BatchState *at = c.line_first
+    batch.in_line = 0
     while at != batch:
         before = at
         at = at.next_in_line
@@ -456,6 +459,17 @@ cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
         c.line_last = before
     if before == NULL and c.waiters != NULL:
         wake_satisfied(c, NULL)
+    if c.life >= CLOSING and c.line_first == NULL:
+        kb_cond_broadcast(&c.life_cond)
+        kb_cond_signal(&c.drainer_cond)
+
+
+cdef void leave(Client *c) noexcept nogil:
+    # Under the lock: a thread that had entered lets librdkafka go.
+    c.entered -= 1
+    if c.life >= CLOSING and c.entered == 0:
+        kb_cond_broadcast(&c.life_cond)
+        kb_cond_signal(&c.drainer_cond)
 
 
 cdef void poll_ready(Client *c) noexcept nogil:
@@ -501,14 +515,14 @@ cdef int32_t write_value(Header *h, char *text) noexcept nogil:
     return length
 
 
-cdef int fail_record(Client *c, Outcome *outcome, Record *record, int error) noexcept nogil:
-    # Not sent, no report will come.
-    outcome.state = FAILED
+cdef bint settle_unsent(Outcome *outcome, Record *record, int error) noexcept nogil:
+    # Not sent, no report will come. Whether it failed; what has expired did not.
+    outcome.state = EXPIRED if record.flags & RECORD_EXPIRED else FAILED
     outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED
     outcome.error = <int16_t> error
     outcome.partition = record.partition
     outcome.offset = -1
-    return 0
+    return outcome.state == FAILED
 
 
 cdef int produce_error(Client *c, rd_kafka_error_t *error) noexcept nogil:
@@ -545,10 +559,8 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef rd_kafka_topic_t *topic
     cdef rd_kafka_error_t *error
     room.kind = FOR_ROOM
-    room.batch = batch
-    room.level = c.max_in_flight - c.max_in_flight // 4
+    room.level = c.max_in_flight - max(1, c.max_in_flight // 4)
     report.kind = FOR_REPORT
-    report.batch = batch
     vus[0].vtype = RD_KAFKA_VTYPE_RKT
     vus[1].vtype = RD_KAFKA_VTYPE_PARTITION
     vus[2].vtype = RD_KAFKA_VTYPE_VALUE
@@ -572,14 +584,12 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 if not code:
                     answer = AGAIN
                     break
-            chunk_end = min(stop, i + DRAIN_EVERY)
+            chunk_end = min(stop, i + min(DRAIN_EVERY, c.max_in_flight))
             reserved = chunk_end - i
             KB_ADD64(&c.in_flight, reserved)
         record = &batch.records[i]
         if record.flags & RECORD_EXPIRED:
-            batch.outcomes[i].state = EXPIRED
-            batch.outcomes[i].partition = record.partition
-            batch.outcomes[i].offset = -1
+            settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)
             KB_ADD64(&c.in_flight, -1)
             reserved -= 1
             settled += 1
@@ -619,7 +629,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             continue  # the same record again
         reserved -= 1
         if code:
-            fail_record(c, &batch.outcomes[i], record, code)
+            settle_unsent(&batch.outcomes[i], record, code)
             KB_ADD64(&c.in_flight, -1)
             settled += 1
             failed += 1
@@ -629,7 +639,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         KB_ADD64(&c.in_flight, -reserved)
     if settled:
         kb_mutex_lock(&c.mu)
-        c.failed += failed
+        count_failed(c, failed)
         kb_mutex_unlock(&c.mu)
         settle(c, batch, settled)
     if answer == DONE and i < batch.count:
@@ -643,13 +653,12 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     # What was not offered yet is settled as failed and not persisted.
     cdef Py_ssize_t i
     cdef int64_t rest = batch.count - batch.next
+    cdef int64_t failed = 0
     for i in range(batch.next, batch.count):
-        fail_record(c, &batch.outcomes[i], &batch.records[i], error)
+        failed += settle_unsent(&batch.outcomes[i], &batch.records[i], error)
     batch.next = batch.count
     kb_mutex_lock(&c.mu)
-    c.failed += rest
-    if c.life >= CLOSING:
-        c.lost += rest
+    count_failed(c, failed)
     kb_mutex_unlock(&c.mu)
     if rest:
         settle(c, batch, rest)
@@ -686,7 +695,6 @@ cdef void end_enqueueing(Client *c, BatchState *batch, int error) noexcept nogil
     leave_line(c, batch)
     c.enqueue_ns += kb_now_ns() - batch.started_ns
     kb_mutex_unlock(&c.mu)
-    batch.enqueued = 1
     settle(c, batch, 1)
 
 
@@ -696,7 +704,7 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
     cdef int answer
     cdef int64_t now
     cdef bint done
-    if not batch.enqueued:
+    if batch.in_line:
         answer = take_turn(c, batch)
         if answer == AGAIN:
             return AGAIN
@@ -707,14 +715,19 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
     w.batch = batch
     kb_mutex_lock(&c.mu)
     if wait:
+        c.entered += 1
         done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE))
+        if not done and c.life == RUNNING:
+            kb_mutex_unlock(&c.mu)
+            look_for_fatal(c)
+            kb_mutex_lock(&c.mu)
+        leave(c)
     else:
         done = True
         nudge_drainer(c)
     kb_mutex_unlock(&c.mu)
     if done:
         return DONE
-    look_for_fatal(c)
     return AGAIN if kb_now_ns() < deadline else LATE
 
 
@@ -722,13 +735,24 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
 
 cdef void drainer_main(void *arg) noexcept nogil:
     cdef Client *c = <Client *> arg
-    cdef int64_t in_flight, seen_polls = -1, now, purged_ns = 0
+    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0
     cdef bint urgent
+    cdef int slice_ms
+    cdef Notice *unread
     kb_mutex_lock(&c.mu)
     while True:
         in_flight = KB_LOAD64(&c.in_flight)
-        if c.life == FINISHING and in_flight == 0 and c.entered == 0:
+        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and c.line_first == NULL:
             break
+        now = kb_now_ns()
+        if in_flight and now >= purge_after_ns and (
+                c.life == FINISHING or c.fatal_since_ns and now > c.fatal_since_ns + FATAL_GRACE):
+            # Again and again: a slice of an enqueuer, or a request that failed, may bring messages back.
+            purge_after_ns = now + (FINISH_PURGE if c.life == FINISHING else FATAL_GRACE)
+            kb_mutex_unlock(&c.mu)
+            api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
+            kb_mutex_lock(&c.mu)
+            continue
         urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
         if (c.leader != NULL or c.callers) and c.life == RUNNING:
             seen_polls = -1
@@ -743,32 +767,34 @@ cdef void drainer_main(void *arg) noexcept nogil:
                 seen_polls = c.polls
                 drainer_sleep(c, DRAINER_NAP)
                 continue
-            if c.idle_done != NULL and not c.dispatcher_nudge:
-                c.dispatcher_nudge = 1
-                kb_cond_signal(&c.dispatcher_cond)
+            nudge_dispatcher(c)
             if in_flight == 0:
                 drainer_sleep(c, DRAINER_NAP)
                 continue
         elif in_flight == 0 and not c.events_expected and c.life == RUNNING:
             drainer_sleep(c, DRAINER_NAP if c.idle_done != NULL else 0)
-            if c.idle_done != NULL and not c.dispatcher_nudge:
-                c.dispatcher_nudge = 1
-                kb_cond_signal(&c.dispatcher_cond)
+            nudge_dispatcher(c)
             continue
-        now = kb_now_ns()
-        if in_flight and c.fatal_since_ns and now > c.fatal_since_ns + FATAL_GRACE and now > purged_ns + FATAL_GRACE:
-            # After a fatal error messages that were queued again are never sent.
-            purged_ns = now
-            kb_mutex_unlock(&c.mu)
-            api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
-            kb_mutex_lock(&c.mu)
+        nudge_dispatcher(c)
+        slice_ms = 10 if c.life == FINISHING else 100
         kb_mutex_unlock(&c.mu)
-        if not poll_once(c, 10 if c.life == FINISHING else 100, NULL):
+        if not poll_once(c, slice_ms, NULL):
             look_for_fatal(c)
         kb_mutex_lock(&c.mu)
+    # Before the lock is given back: an event taken by the dispatcher after this would outlive librdkafka.
+    unread = c.notice_first
+    c.notice_first = c.notice_last = NULL
     kb_mutex_unlock(&c.mu)
+    drop_notices(unread)
     end_librdkafka(c)
     client_drop(c)
+
+
+cdef void nudge_dispatcher(Client *c) noexcept nogil:
+    # Under the lock: nobody who holds the GIL has given these batches back yet.
+    if c.idle_done != NULL and not c.dispatcher_nudge:
+        c.dispatcher_nudge = 1
+        kb_cond_signal(&c.dispatcher_cond)
 
 
 cdef void drainer_sleep(Client *c, int64_t ns) noexcept nogil:
@@ -792,10 +818,7 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
         if event == NULL:
             break
         api.event_destroy(event)
-    kb_mutex_lock(&c.mu)
-    drop_notices(c)
     topic = c.topics
-    kb_mutex_unlock(&c.mu)
     while topic != NULL:
         if topic.handle != NULL:
             api.topic_destroy(topic.handle)
@@ -807,6 +830,8 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
     c.rk = NULL
     c.queue = NULL
     c.life = CLOSED
+    c.dispatcher_stop = 1  # only now: until here batches may still become done
+    kb_cond_signal(&c.dispatcher_cond)
     kb_cond_broadcast(&c.life_cond)
     kb_mutex_unlock(&c.mu)
 

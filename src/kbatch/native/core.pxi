@@ -92,9 +92,12 @@ cdef class Batch:
         KB_ADD32(&_pinned, -1)
 
     cdef int _listen(self, object waker, object callback) except -1:
-        # Registers before completion, or answers at once after it.
+        # Registers before completion, or answers at once after it. Nothing may let go of the GIL between the look at
+        # `done` and the registration; a new list could, through a garbage collection.
         cdef Client *c = self.state.client
+        cdef list fresh = [callback if waker is None else waker]
         cdef bint done
+        self.core._check_fork()
         kb_mutex_lock(&c.mu)
         done = self.state.done
         if not done and not self.state.listeners:
@@ -106,14 +109,14 @@ cdef class Batch:
             if done:
                 waker()
             elif self.wakers is None:
-                self.wakers = [waker]
+                self.wakers = fresh
             else:
                 self.wakers.append(waker)
         else:
             if done:
                 self.core.dispatcher.call(callback, self)
             elif self.callbacks is None:
-                self.callbacks = [callback]
+                self.callbacks = fresh
             else:
                 self.callbacks.append(callback)
         return 0
@@ -165,7 +168,7 @@ cdef class Core:
         self.config = config
         self.mapper = mapper
         self.dispatcher = dispatcher
-        self.start_lock = threading.Lock()
+        self.start_lock = threading.RLock()
         self.delivery_timeout_ns = <int64_t> (delivery_timeout_s * 1e9)
 
     def __dealloc__(self):
@@ -179,9 +182,7 @@ cdef class Core:
         if c.life == RUNNING or c.life == CLOSING:
             begin_closing(c)
             c.life = FINISHING
-        c.dispatcher_stop = 1
         kb_cond_signal(&c.drainer_cond)
-        kb_cond_signal(&c.dispatcher_cond)
         kb_mutex_unlock(&c.mu)
         client_drop(c)
 
@@ -196,8 +197,9 @@ cdef class Core:
         with self.start_lock:
             if c.life != NEW:
                 return 0
-            self.dispatcher._attach(self)
+            c.pid = kb_pid()  # from here on a forked child must not use it, not even to start it
             try:
+                self.dispatcher._attach(self)
                 conf = api.conf_dup(self.config.conf)
                 api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
                 api.conf_set_opaque(conf, c)
@@ -213,19 +215,25 @@ cdef class Core:
                 c.queue = api.queue_get_main(rk)
                 if self.dispatcher.events & RD_KAFKA_EVENT_LOG:
                     api.set_log_queue(rk, NULL)
-                c.pid = kb_pid()
-                c.life = RUNNING
-                KB_ADD32(&c.references, 1)
-                if kb_thread_start(drainer_main, c) < 0:
-                    KB_ADD32(&c.references, -1)
-                    c.life = NEW
+                failed = c.life != NEW  # a signal handler has closed it meanwhile
+                if not failed:
+                    c.life = RUNNING
+                    KB_ADD32(&c.references, 1)
+                    failed = kb_thread_start(drainer_main, c) < 0
+                    if failed:
+                        KB_ADD32(&c.references, -1)
+                        c.life = NEW
+                if failed:
                     api.queue_destroy(c.queue)
                     with nogil:
                         api.destroy(rk)
                     c.rk = NULL
                     c.queue = NULL
+                    if c.life == CLOSED:
+                        raise ProducerClosedError("the producer is closed")
                     raise RuntimeError("the system gave no thread for the producer")
             except BaseException:
+                c.pid = 0
                 self.dispatcher._detach()
                 raise
         return 0
@@ -238,15 +246,15 @@ cdef class Core:
                 "worker_process_init")
         return 0
 
-    cdef int _enter(self) except -1:
-        # Every call into librdkafka happens between _enter and _leave.
+    cdef int _enter(self, int refused_from=CLOSING) except -1:
+        # librdkafka lives between _enter and _leave, and while a batch stands in line.
         cdef Client *c = self.c
         cdef bint closed
+        self._check_fork()
         if c.life == NEW:
             self._start()
-        self._check_fork()
         kb_mutex_lock(&c.mu)
-        closed = c.life >= CLOSING
+        closed = c.life >= refused_from
         if not closed:
             c.entered += 1
         kb_mutex_unlock(&c.mu)
@@ -255,13 +263,9 @@ cdef class Core:
         return 0
 
     cdef void _leave(self) noexcept nogil:
-        cdef Client *c = self.c
-        kb_mutex_lock(&c.mu)
-        c.entered -= 1
-        if c.life >= CLOSING and c.entered == 0:
-            kb_cond_broadcast(&c.life_cond)
-            kb_cond_signal(&c.drainer_cond)
-        kb_mutex_unlock(&c.mu)
+        kb_mutex_lock(&self.c.mu)
+        leave(self.c)
+        kb_mutex_unlock(&self.c.mu)
 
     cdef int _check_fatal(self) except -1:
         cdef char errstr[512]
@@ -276,9 +280,9 @@ cdef class Core:
     # -- a batch
 
     def map(self, Batch batch, topic, envelopes) -> None:
-        """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `enqueue`."""
-        self._check_fork()  # a thread that is gone may hold the lock
+        """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `send`."""
         cdef int64_t start = kb_now_ns()
+        self._check_fork()  # before a lock that a thread of the parent may have held
         map_batch(self.mapper, self.c, batch, topic, envelopes)
         self.mapped += batch.state.count
         self.map_ns += kb_now_ns() - start
@@ -300,11 +304,12 @@ cdef class Core:
         batch.state.started_ns = batch.state.done_ns = kb_now_ns()
         KB_STORE32(&batch.state.done, 1)
 
-    def send(self, Batch batch, timeout=None, *, bint wait) -> bool:
+    def send(self, Batch batch, timeout=None, *, bint wait, callback=None) -> bool:
         """Phase 2, and with `wait` the wait for the outcomes. False if `timeout` seconds have passed first.
 
         What is not enqueued by then, or by ``delivery.timeout.ms``, is settled as not sent; so is it when a signal
-        handler raises, whose exception is passed on.
+        handler raises, whose exception is passed on. `callback` is as in `Batch.add_done_callback`; if the producer
+        refuses the batch, it is not called.
         """
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
@@ -313,6 +318,8 @@ cdef class Core:
         try:
             look_for_fatal(c)
             self._check_fatal()
+            if callback is not None:
+                batch._listen(None, callback)
             state.started_ns = kb_now_ns()
             state.deadline_ns = min(deadline, state.started_ns + self.delivery_timeout_ns)
             state.remaining = state.count + 1
@@ -321,30 +328,23 @@ cdef class Core:
             KB_ADD32(&_pinned, 1)
             self.batches += 1
             kb_mutex_lock(&c.mu)
-            join_line(c, state)
+            join_line(c, state)  # from here on it keeps librdkafka alive, like `entered`
             kb_mutex_unlock(&c.mu)
-            return self._drive(batch, deadline, wait)
         finally:
             self._leave()
-            release_idle(c)
+        return self._drive(batch, deadline, wait)
 
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
-        cdef Client *c = self.c
         if not KB_LOAD32(&batch.state.done):
             self._check_fork()
-            kb_mutex_lock(&c.mu)
-            c.entered += 1
-            kb_mutex_unlock(&c.mu)
-            try:
-                return self._drive(batch, deadline, True)
-            finally:
-                self._leave()
-                release_idle(c)
-        release_idle(c)
+            return self._drive(batch, deadline, True)
+        if self.c.pid == kb_pid():
+            release_idle(self.c)
         return True
 
     cdef bint _drive(self, Batch batch, int64_t deadline, bint wait) except -1:
         # In slices, so that signals are seen. Usually the first does it all: the GIL is given up once per batch.
+        # Between slices nothing is held that closing waits for: a signal handler may close the producer.
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
         cdef int answer
@@ -353,21 +353,22 @@ cdef class Core:
                 with nogil:
                     answer = advance(c, state, deadline, wait)
                 if answer != AGAIN:
-                    return answer == DONE
+                    break
                 PyErr_CheckSignals()
         except BaseException:
-            if not state.enqueued:
+            if state.in_line:
                 end_enqueueing(c, state, RD_KAFKA_RESP_ERR__PURGE_QUEUE)
+            kb_mutex_lock(&c.mu)
+            nudge_drainer(c)
+            kb_mutex_unlock(&c.mu)
             raise
+        release_idle(c)
+        return answer == DONE
 
     # -- the producer as a whole
 
     def in_flight(self) -> int:
         return KB_LOAD64(&self.c.in_flight)
-
-    def fatal_code(self) -> int:
-        """librdkafka's code of the producer's fatal error; 0 while there is none."""
-        return KB_LOAD32(&self.c.fatal)
 
     def flush(self, timeout=None) -> int:
         cdef Client *c = self.c
@@ -415,11 +416,15 @@ cdef class Core:
         cdef int64_t deadline = deadline_after(timeout)
         cdef int64_t now
         cdef bint mine
-        if c.life == NEW:
-            c.life = CLOSED
-            return 0
         if c.pid and c.pid != kb_pid():
             return 0
+        if c.life == NEW:
+            with self.start_lock:  # a thread may be in the middle of starting it
+                if c.life == NEW:
+                    c.life = CLOSED
+                    return 0
+        if c.pid == 0:
+            return 0  # never started
         kb_mutex_lock(&c.mu)
         mine = c.life == RUNNING
         if mine:
@@ -440,25 +445,18 @@ cdef class Core:
         except BaseException as error:
             interrupted = error
         if mine:
-            if KB_LOAD64(&c.in_flight) > 0:
-                with nogil:
-                    api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
             kb_mutex_lock(&c.mu)
-            c.life = FINISHING
+            c.life = FINISHING  # the drainer purges what is left
             api.queue_yield(c.queue)
             kb_cond_signal(&c.drainer_cond)
             kb_mutex_unlock(&c.mu)
             deadline = max(deadline, kb_now_ns() + 1000 * MS)  # what was purged reports within this
         self._wait_for_life(CLOSED, deadline, False)
-        kb_mutex_lock(&c.mu)
-        c.dispatcher_stop = 1
-        kb_cond_signal(&c.dispatcher_cond)
-        kb_mutex_unlock(&c.mu)
         release_idle(c)
         self.dispatcher._join(max(0.0, (deadline - kb_now_ns()) / 1e9) if deadline != INT64_MAX else None)
         if interrupted is not None:
             raise interrupted
-        return c.lost
+        return c.lost + KB_LOAD64(&c.in_flight)
 
     cdef int _wait_for_life(self, int life, int64_t deadline, bint alone) except -1:
         # Until `life` is reached and, if `alone`, no thread is enqueueing. Waiting threads leave by themselves.
@@ -489,9 +487,13 @@ cdef class Core:
 
     def counters(self) -> dict:
         cdef Client *c = self.c
-        cdef int64_t acked, failed, enqueue_ns, blocks
+        cdef int64_t acked, failed, enqueue_ns, pooled
+        self._check_fork()
         kb_mutex_lock(&c.mu)
-        acked, failed, enqueue_ns, blocks = c.acked, c.failed, c.enqueue_ns, c.spare_block_count
+        acked, failed, enqueue_ns = c.acked, c.failed, c.enqueue_ns
+        pooled = c.spare_block_count * <int64_t> ARENA_BLOCK
+        if c.spare_records != NULL:
+            pooled += c.spare_records_capacity * <int64_t> sizeof(Record)
         kb_mutex_unlock(&c.mu)
         return {
             "batches": self.batches,
@@ -501,14 +503,15 @@ cdef class Core:
             "in_flight": KB_LOAD64(&c.in_flight),
             "map_ns": self.map_ns,
             "enqueue_ns": enqueue_ns,
-            "pooled_bytes": blocks * ARENA_BLOCK + c.spare_records_capacity * <int64_t> sizeof(Record),
+            "pooled_bytes": pooled,
             "pinned_buffers": KB_LOAD32(&_pinned),
         }
 
     def inject_fatal_error(self, int code, str reason) -> None:
         """Puts librdkafka's idempotent producer into its fatal state, for tests."""
+        cdef bytes text = reason.encode()
         self._enter()
-        api.test_fatal_error(self.c.rk, code, reason.encode())
+        api.test_fatal_error(self.c.rk, code, text)
         self._leave()
 
     def set_oauth_token(self, str token, double lifetime, str principal, dict extensions) -> None:
@@ -517,13 +520,16 @@ cdef class Core:
         cdef list flat = [text.encode() for pair in extensions.items() for text in pair]
         cdef const char **pointers = <const char **> malloc((len(flat) + 1) * sizeof(char *))
         cdef int code
+        cdef bytes token_utf8, principal_utf8
+        cdef int64_t lifetime_ms
         if pointers == NULL:
             raise MemoryError()
         try:
+            token_utf8, principal_utf8, lifetime_ms = token.encode(), principal.encode(), int(lifetime * 1000)
             for i in range(len(flat)):
                 pointers[i] = flat[i]
-            self._enter()
-            code = api.oauthbearer_set_token(self.c.rk, token.encode(), <int64_t> (lifetime * 1000), principal.encode(),
+            self._enter(FINISHING)  # what is flushed while closing may need a token
+            code = api.oauthbearer_set_token(self.c.rk, token_utf8, lifetime_ms, principal_utf8,
                                              pointers, len(flat), errstr, sizeof(errstr))
             self._leave()
         finally:
@@ -532,8 +538,9 @@ cdef class Core:
             raise ValueError(errstr.decode("utf-8", "replace"))
 
     def set_oauth_failure(self, str reason) -> None:
-        self._enter()
-        api.oauthbearer_set_token_failure(self.c.rk, reason.encode())
+        cdef bytes text = reason.encode()
+        self._enter(FINISHING)
+        api.oauthbearer_set_token_failure(self.c.rk, text)
         self._leave()
 
 
@@ -623,12 +630,16 @@ cdef class Dispatcher:
         try:
             self.thread.start()
         except BaseException:
-            self.thread = None
-            client_drop(self.c)
-            self.c = NULL
+            # Ctrl-C may come after the thread has begun: then it ends by _detach.
+            if self.thread.ident is None:
+                self.thread = None
+                client_drop(self.c)
+                self.c = NULL
             raise
 
     def _detach(self) -> None:
+        if self.c == NULL:
+            return
         kb_mutex_lock(&self.c.mu)
         self.c.dispatcher_stop = 1
         kb_cond_signal(&self.c.dispatcher_cond)
@@ -675,8 +686,7 @@ cdef class Dispatcher:
             if notice != NULL:
                 self._pass_on(notice)
                 kb_mutex_lock(&c.mu)
-                c.entered -= 1
-                kb_cond_signal(&c.drainer_cond)
+                leave(c)
                 kb_mutex_unlock(&c.mu)
             release_idle(c)
         for thread in (self.callback_thread, *self.other_threads):

@@ -6,6 +6,7 @@ cdef enum BodyKind:
     BODY_MESSAGE = 1    # `_body` is encoded by the producer's encoder
     BODY_DATA = 2       # `_body` is the encoded body
     BODY_TOMBSTONE = 3  # a null value
+    BODY_BUILDING = 4   # a constructor runs, or has failed
 
 
 cdef int64_t _whole_number(object value, str field, int64_t lowest, int64_t highest) except? -2:
@@ -139,6 +140,7 @@ cdef class Envelope:
         # A batch in flight points into an envelope: it must never change.
         if self._kind != BODY_NONE:
             raise TypeError(f"{type(self).__name__} is immutable, and its __init__ has run before; use replace()")
+        self._kind = BODY_BUILDING
         return 0
 
     cdef int _set_common(self, object key, object topic, object partition, object headers, object id) except -1:

@@ -538,7 +538,7 @@ cdef class _Mapping:
             self.envelope = None
             raise self._error("envelope", f"expected a kbatch.Envelope, not {type(item).__name__}")
         self.envelope = e = <Envelope> item
-        if e._kind == BODY_NONE:
+        if e._kind == BODY_NONE or e._kind == BODY_BUILDING:
             raise self._error("envelope", f"{type(item).__name__} was made without Envelope.__init__")
         record.flags = 0
         record.partition = e._partition

@@ -16,7 +16,6 @@
 
 typedef SRWLOCK kb_mutex;
 typedef CONDITION_VARIABLE kb_cond;
-typedef HANDLE kb_thread;
 
 static inline void kb_mutex_init(kb_mutex *m) { InitializeSRWLock(m); }
 static inline void kb_mutex_destroy(kb_mutex *m) { (void)m; }
