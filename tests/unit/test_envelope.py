@@ -4,6 +4,7 @@ import array
 import copy
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from datetime import date, datetime, timedelta, timezone
 from itertools import pairwise
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -596,6 +598,48 @@ def test_ids_are_unique_after_a_fork() -> None:
     ids = [uuid.UUID(line) for line in output.split()]
     assert len(ids) == 500
     assert len({id.int & (2**62 - 1) for id in ids}) == 500  # the random part alone
+
+
+CLOCK = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+/* The wall clock stands still, and every 1,000 looks it steps back by an hour. */
+int clock_gettime(clockid_t id, struct timespec *t) {
+    static int (*real)(clockid_t, struct timespec *);
+    static int looks;
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    if (id != CLOCK_REALTIME) return real(id, t);
+    t->tv_sec = 1764000000 - 3600 * (__atomic_fetch_add(&looks, 1, __ATOMIC_RELAXED) / 1000);
+    t->tv_nsec = 123456789;
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("cc"), reason="platform: no LD_PRELOAD, or no compiler")
+def test_ids_rise_strictly_while_the_clock_stands_still_or_steps_back(tmp_path: Path) -> None:
+    (tmp_path / "clock.c").write_text(CLOCK)
+    library = tmp_path / "clock.so"
+    command = ["cc", "-shared", "-fPIC", "-o", library, tmp_path / "clock.c", "-ldl"]
+    subprocess.run(command, check=True, timeout=60)
+    code = "import kbatch; print(*(kbatch.uuid7() for _ in range(5_000)), sep='\\n')"
+    preload = ":".join(filter(None, [os.environ.get("LD_PRELOAD"), str(library)]))
+    output = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "LD_PRELOAD": preload},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    ids = [uuid.UUID(line) for line in output.split()]
+    assert len(ids) == 5_000
+    assert all(a < b for a, b in pairwise(ids))
+    assert {id.version for id in ids} == {7}
+    # 5,000 ids of one instant: they are numbered on, into the milliseconds that follow.
+    assert timestamp_of(ids[0]) == 1_764_000_000.123
+    assert timestamp_of(ids[-1]) <= 1_764_000_000.125
 
 
 def test_random_bytes_are_not_used_twice() -> None:
