@@ -32,7 +32,7 @@ unexport DEBUG SANITIZE COVERAGE ANNOTATE
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # --- set-up ---------------------------------------------------------------------------------------------------------
 
@@ -79,6 +79,14 @@ test: build $(STAMPS)/test-group ## Run the tests
 bench: build $(STAMPS)/bench-group ## Run the benchmarks and print their ratios
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
+.PHONY: bench-instructions
+bench-instructions: build $(STAMPS)/bench-group ## Count instructions per envelope, with valgrind
+	$(BIN)/python -m benchmarks.instructions $(ARGS)
+
+.PHONY: bench-micro
+bench-micro: build $(STAMPS)/bench-group ## pytest-benchmark, for work on one part
+	$(BIN)/python -m pytest benchmarks/micro $(ARGS)
+
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 .PHONY: lint
@@ -93,8 +101,8 @@ format: build $(STAMPS)/lint-group ## Let ruff mend what it can
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 
 .PHONY: types
-types: build $(STAMPS)/lint-group $(STAMPS)/test-group ## mypy --strict, over the package and tests/typing
-	$(BIN)/mypy --strict src/kbatch $(wildcard tests/typing/*.py)
+types: build $(STAMPS)/lint-group $(STAMPS)/test-group $(STAMPS)/bench-group ## mypy --strict: package, benchmarks, tests/typing
+	$(BIN)/mypy --strict src/kbatch benchmarks $(wildcard tests/typing/*.py)
 
 .PHONY: stubtest
 stubtest: build $(STAMPS)/lint-group $(STAMPS)/test-group ## The .pyi files against the compiled modules

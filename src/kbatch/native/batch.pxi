@@ -17,8 +17,7 @@ cdef enum:
 
 cdef enum:
     # Record.flags
-    RECORD_IN_BUFFER = 1   # `value` is an offset into the batch's buffer until phase 1 ends
-    RECORD_EXPIRED = 2
+    RECORD_EXPIRED = 1
 
 
 cdef struct Outcome:
@@ -48,7 +47,7 @@ cdef struct Topic:
 
 cdef struct Record:
     # What phase 1 writes and phase 2 reads. Pointers are borrowed: from the envelopes and the objects that the Batch
-    # keeps until it is done, from the arena until phase 2 ends.
+    # keeps until it is done, from `bodies` as long, from the arena until phase 2 ends.
     const char *key      # NULL: no key
     const char *value    # NULL: a tombstone
     Header *headers      # in the arena
@@ -80,6 +79,7 @@ cdef struct BatchState:
     Outcome *outcomes     # owned by the Batch's Outcomes
     Record *records       # owned until phase 2 ends
     ArenaBlock *arena     # the same
+    ArenaBlock *bodies    # owned until the batch is released: librdkafka reads them until their reports
     Py_ssize_t capacity   # of `records`
     Py_ssize_t count
     Py_ssize_t next       # the first record not yet offered

@@ -44,9 +44,6 @@ cdef class Batch:
     cdef readonly Core core
     cdef tuple envelopes
     cdef readonly Outcomes outcomes
-    cdef bytearray buffer
-    cdef Py_buffer view
-    cdef bint has_view
     cdef list kept
     cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
     cdef list callbacks   # called with this batch on the callback thread
@@ -59,8 +56,7 @@ cdef class Batch:
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
         drop_records(&self.state)
-        if self.has_view:
-            PyBuffer_Release(&self.view)
+        arena_give(self.state.client, &self.state.bodies)
 
     def __len__(self) -> int:
         return self.state.count
@@ -83,10 +79,7 @@ cdef class Batch:
 
     cdef void _release(self) noexcept:
         # With the GIL, once done: what librdkafka could read is given back.
-        if self.has_view:
-            PyBuffer_Release(&self.view)
-            self.has_view = False
-        self.buffer = None
+        arena_give(self.state.client, &self.state.bodies)
         self.kept = None
         self.envelopes = None
         KB_ADD32(&_pinned, -1)

@@ -78,6 +78,11 @@ cdef class Mapper:
     cdef frozenset reserved
     cdef int64_t message_max_bytes
     cdef int64_t queue_max_bytes
+    # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back when one
+    # shrinks below half of it. A message that starts at `scratch_base`, the middle of the scratch's memory, and is no
+    # longer than a third of that, therefore moves nothing. This matters to speed only.
+    cdef bytearray scratch
+    cdef Py_ssize_t scratch_base
 
     def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes):
         if wire == "kbatch":
@@ -88,6 +93,7 @@ cdef class Mapper:
             self.wire, self.reserved = WIRE_RAW, frozenset()
         else:
             self.wire, self.custom, self.reserved = WIRE_CUSTOM, wire, frozenset()
+        self.scratch_base = 32768
         self.encoded_content_type = "application/octet-stream"
         if isinstance(encoder, (msgspec.json.Encoder, msgspec.msgpack.Encoder)):
             self.encode_into = encoder.encode_into
@@ -110,7 +116,7 @@ cdef class _Mapping:
     cdef BatchState *state
     cdef Py_ssize_t index        # the envelope being mapped
     cdef Envelope envelope       # the same; None if it is no Envelope
-    cdef bytearray buffer
+    cdef bytearray scratch       # into which messages are encoded, one after the other; the mapper's while it is used
     cdef list kept               # objects whose memory records point at, besides the envelopes
     cdef int64_t now_us
     cdef object default_topic
@@ -251,28 +257,34 @@ cdef class _Mapping:
         return 0
 
     cdef int _append(self, Record *record, object data) except -1:
-        # A copy at the buffer's end, for memory that may change under us.
+        # A copy, for memory that may change under us.
         cdef Py_buffer view
-        cdef Py_ssize_t start = PyByteArray_GET_SIZE(self.buffer)
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         except (BufferError, TypeError, ValueError) as error:  # ValueError: a released memoryview, a closed mmap
             raise self._error("data", f"data is not one contiguous buffer: {error}") from error
         try:
-            PyByteArray_Resize(self.buffer, start + view.len)
-            if view.len:
-                memcpy(PyByteArray_AS_STRING(self.buffer) + start, view.buf, view.len)
-            record.value_len = view.len
+            self._store(record, <const char *> view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
-        record.value = <const char *> start
-        record.flags |= RECORD_IN_BUFFER
+        return 0
+
+    cdef int _store(self, Record *record, const char *data, Py_ssize_t length) except -1:
+        # Copies a body to where it stays until its delivery report.
+        cdef char *body = _NOTHING  # an empty value is not a null value
+        if length:
+            body = arena_take(self.client, &self.state.bodies, length)
+            if body == NULL:
+                raise MemoryError(f"no memory for a body of {length} bytes")
+            memcpy(body, data, length)
+        record.value = body
+        record.value_len = length
         return 0
 
     cdef int _map_body(self, Record *record) except -1:
         cdef Envelope envelope = self.envelope
         cdef object body = envelope._body
-        cdef Py_ssize_t start
+        cdef Py_ssize_t length
         cdef PyObject *args[4]
         if envelope._kind == BODY_DATA:
             if type(body) is bytes:
@@ -282,11 +294,11 @@ cdef class _Mapping:
             record.value = NULL
             record.value_len = 0
             return 0
-        start = PyByteArray_GET_SIZE(self.buffer)
         if self.mapper.encode_into is not None:
+            PyByteArray_Resize(self.scratch, self.mapper.scratch_base)
             args[0] = NULL
             args[1] = <PyObject *> body
-            args[2] = <PyObject *> self.buffer
+            args[2] = <PyObject *> self.scratch
             args[3] = <PyObject *> _MINUS_ONE
             try:
                 PyObject_Vectorcall(self.mapper.encode_into, args + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
@@ -294,9 +306,11 @@ cdef class _Mapping:
                 raise
             except Exception as error:
                 raise self._error("message", f"message cannot be encoded: {error}") from error
-            record.value = <const char *> start
-            record.value_len = PyByteArray_GET_SIZE(self.buffer) - start
-            record.flags |= RECORD_IN_BUFFER
+            length = PyByteArray_GET_SIZE(self.scratch) - self.mapper.scratch_base
+            self._store(record, PyByteArray_AS_STRING(self.scratch) + self.mapper.scratch_base, length)
+            if 3 * length > self.mapper.scratch_base:
+                self.mapper.scratch_base = 4 * length
+                self.scratch = bytearray(2 * self.mapper.scratch_base)
             return 0
         return self._call_encoder(record, body)
 
@@ -558,25 +572,12 @@ cdef class _Mapping:
 
     cdef int _run(self) except -1:
         cdef Py_ssize_t i
-        cdef Record *record
         cdef tuple envelopes = self.batch.envelopes
-        cdef char *base
         for i in range(self.state.count):
             if i & SIGNALS_EVERY == SIGNALS_EVERY:
                 PyErr_CheckSignals()
             self.index = i
             self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
-        if PyByteArray_GET_SIZE(self.buffer):
-            # From here on the buffer must not move: the export forbids it.
-            PyObject_GetBuffer(self.buffer, &self.batch.view, PyBUF_SIMPLE)
-            self.batch.has_view = True
-            base = <char *> self.batch.view.buf
-        else:
-            base = <char *> _NOTHING  # an empty value is not a null value
-        for i in range(self.state.count):
-            record = &self.state.records[i]
-            if record.flags & RECORD_IN_BUFFER:
-                record.value = base + <Py_ssize_t> record.value
         return 0
 
 
@@ -611,7 +612,10 @@ cdef int map_batch(Mapper mapper, Client *client, Batch batch, object topic, obj
         raise MemoryError(f"no memory for {state.count} records")
     mapping.mapper, mapping.batch = mapper, batch
     mapping.client, mapping.state = client, state
-    mapping.buffer = batch.buffer = bytearray()
+    # Taken, not shared: an encoder may run Python code that maps another batch.
+    mapping.scratch, mapper.scratch = mapper.scratch, None
+    if mapping.scratch is None:
+        mapping.scratch = bytearray(2 * mapper.scratch_base)
     mapping.kept = batch.kept = []
     mapping.index = -1
     mapping.default_topic = topic
@@ -629,4 +633,5 @@ cdef int map_batch(Mapper mapper, Client *client, Batch batch, object topic, obj
                 f"header_hook failed: {error}", index=None, envelope_id=None, field="header_hook") from error
         batch.kept.append(mapping.hook_headers)
     mapping._run()
+    mapper.scratch = mapping.scratch
     return 0
