@@ -78,9 +78,9 @@ cdef class Mapper:
     cdef frozenset reserved
     cdef int64_t message_max_bytes
     cdef int64_t queue_max_bytes
-    # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back when
-    # one shrinks below half of it. A message that starts at `scratch_base`, the middle of the scratch's memory, and is no
-    # longer than a third of that, therefore moves nothing. This matters to speed only.
+    # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back
+    # when one shrinks below half of it. A message that starts at `scratch_base`, the middle of the scratch's
+    # memory, and is no longer than a third of that, therefore moves nothing. This matters to speed only.
     cdef bytearray scratch
     cdef Py_ssize_t scratch_base
 
