@@ -406,8 +406,7 @@ cdef class _Mapping:
         self._put_text(at, b"correlation-id", 14, e._correlation_id, "correlation_id")
         if not _all_zero(e._id):
             _put(at, b"id", 2, <const char *> e._id, VALUE_UUID, UUID_TEXT)
-        if e._conversation_id is not None:
-            self._put_text(at, b"conversation-id", 15, self._guid(e._conversation_id), "conversation_id")
+        self._put_guid(at, e._conversation_id)
         self._put_text(at, b"parent-id", 9, e._parent_id, "parent_id")
         self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
         self._put_text(at, b"source", 6, self._source(), "source")
@@ -421,11 +420,21 @@ cdef class _Mapping:
         _put(at, b"wolverine-protocol-version", 26, b"1.0", 3, 3)
         return 0
 
+    cdef int _put_guid(self, Cursor *at, object text) except -1:
+        # conversation-id as .NET writes a GUID: canonical, and absent if it is all zero.
+        cdef Py_ssize_t length
+        cdef const char *p
+        if text is None:
+            return 0
+        p = self._text(text, "conversation_id", &length)
+        if not is_canonical_uuid(p, length):
+            return self._put_text(at, b"conversation-id", 15, self._guid(text), "conversation_id")
+        _put(at, b"conversation-id", 15, p, <int32_t> length, length)
+        return 0
+
     cdef object _guid(self, object text):
-        # A GUID's text as .NET writes it; None for the empty GUID.
+        # The canonical text of a GUID in another form; None for the empty GUID.
         cdef object value
-        if not isinstance(text, str):
-            raise self._error("conversation_id", f"conversation_id must be str, not {type(text).__name__}")
         # uuid.UUID() also takes what int() takes: spaces, 0x, digits of every script.
         if not _GUID(text):
             raise self._error(

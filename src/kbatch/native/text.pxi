@@ -31,6 +31,23 @@ cdef inline void write_uuid(const unsigned char *id, char *out) noexcept nogil:
         o += 2
 
 
+cdef bint is_canonical_uuid(const char *text, Py_ssize_t length) noexcept nogil:
+    # 8-4-4-4-12 lower-case hexadecimal digits that are not all zero.
+    cdef int i
+    cdef bint zero = True
+    if length != UUID_TEXT:
+        return False
+    for i in range(UUID_TEXT):
+        if i == 8 or i == 13 or i == 18 or i == 23:
+            if text[i] != c'-':
+                return False
+        elif c'1' <= text[i] <= c'9' or c'a' <= text[i] <= c'f':
+            zero = False
+        elif text[i] != c'0':
+            return False
+    return not zero
+
+
 cdef inline void _write_digits(char *out, int64_t value, int width) noexcept nogil:
     cdef int i
     for i in range(width - 1, -1, -1):
