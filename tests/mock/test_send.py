@@ -1058,6 +1058,7 @@ def test_the_error_path_leaks_no_memory(kafka_cluster: MockCluster) -> None:
         assert psutil.Process().memory_info().rss - before < 30_000_000  # a leak of one part would be ten times that
 
 
+@pytest.mark.resident_size
 def test_what_librdkafka_refuses_leaks_no_memory(cluster: MockCluster) -> None:
     # The list of headers stays the caller's when a message is refused; each batch has some 1 MB of them.
     envelopes = [Envelope(1, partition=9, headers={f"h{i}": "v" * 30 for i in range(20)}) for _ in range(500)]
