@@ -497,6 +497,36 @@ def test_a_batch_that_nobody_waits_for_is_given_back(kafka_cluster: MockCluster)
             until(lambda: pinned_buffers() == 0, "the buffers of a finished batch")
 
 
+OAUTH = {"security.protocol": "sasl_plaintext", "sasl.mechanisms": "OAUTHBEARER"}
+
+
+def test_a_token_that_comes_while_closing_is_taken(dark_cluster: MockCluster, caplog: pytest.LogCaptureFixture) -> None:
+    asked: list[str] = []
+
+    def token(config: str) -> tuple[str, float]:
+        asked.append(config)
+        until(lambda: producer.closed, "the close")
+        return "token", time.time() + 3600
+
+    producer = make_producer(dark_cluster, config={**OAUTH, "oauth_cb": token})
+    producer.submit("orders", envelopes(3))
+    until(lambda: asked, "the request for a token")
+    assert producer.close(timeout=1) == 3
+    assert asked
+    assert not caplog.records
+
+
+def test_a_token_that_is_no_text_does_not_keep_librdkafka_alive(dark_cluster: MockCluster) -> None:
+    before = len(os.listdir("/proc/self/task"))
+    producer = make_producer(dark_cluster, config={**OAUTH, "oauth_cb": lambda config: ("token", time.time() + 3600)})
+    producer.submit("orders", envelopes(1))
+    for broken in (None, "\ud800"):
+        with pytest.raises((AttributeError, TypeError, UnicodeEncodeError)):
+            producer._core.set_oauth_token(broken, 0.0, "", {})
+    producer.close(timeout=0.1)
+    until(lambda: len(os.listdir("/proc/self/task")) <= before, "the end of librdkafka's threads")
+
+
 # -- fork, signals, exit: each in a process of its own
 
 
@@ -624,36 +654,21 @@ def test_a_signal_handler_may_close_the_producer(kafka_cluster: MockCluster) -> 
     assert result.stdout.split("\n")[:2] == ["left 0", "acked 10"], result.stderr
 
 
-def test_ctrl_c_while_waiting(dark_cluster: MockCluster) -> None:
+@pytest.mark.parametrize(("limit", "count", "in_flight"), [(100_000, 10, 10), (50, 200, 50)])
+def test_ctrl_c_while_waiting_or_enqueueing(dark_cluster: MockCluster, limit: int, count: int, in_flight: int) -> None:
     result = run(
         dark_cluster,
-        """
-        producer = kbatch.Producer(CONFIG)
+        f"""
+        producer = kbatch.Producer({{**CONFIG, "queue.buffering.max.messages": {limit}}})
         print("waiting", flush=True)
         try:
-            producer.send_batch("orders", envelopes(10))
+            producer.send_batch("orders", envelopes({count}))
         except KeyboardInterrupt:
             print("interrupted", len(producer), producer.close(0.1), pinned_buffers())
         """,
         interrupt_at="waiting",
     )
-    assert result.stdout.strip() == "interrupted 10 10 0", result.stderr
-
-
-def test_ctrl_c_in_the_middle_of_enqueueing(dark_cluster: MockCluster) -> None:
-    result = run(
-        dark_cluster,
-        """
-        producer = kbatch.Producer({**CONFIG, "queue.buffering.max.messages": 50})
-        print("waiting", flush=True)
-        try:
-            producer.send_batch("orders", envelopes(200))
-        except KeyboardInterrupt:
-            print("interrupted", len(producer), producer.close(0.1), pinned_buffers())
-        """,
-        interrupt_at="waiting",
-    )
-    assert result.stdout.strip() == "interrupted 50 50 0", result.stderr
+    assert result.stdout.strip() == f"interrupted {in_flight} {in_flight} 0", result.stderr
 
 
 def test_ctrl_c_in_phase_1_sends_nothing(kafka_cluster: MockCluster) -> None:
