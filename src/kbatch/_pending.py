@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Batch
+from kbatch._loop import LoopWaker
 from kbatch._report import DeliveryReport
 
 if TYPE_CHECKING:
@@ -59,26 +59,27 @@ class PendingBatch(Batch):
         super().add_done_callback(callback)
 
     def __await__(self) -> Generator[object, None, DeliveryReport]:
-        """Waits on the running event loop. Cancelling the task ends the wait only."""
-        if not self.done():
-            loop = asyncio.get_running_loop()
-            answer: asyncio.Future[None] = loop.create_future()
+        """Waits on the running event loop, without a thread. Cancelling the task ends the wait only."""
+        return self._answer().__await__()
 
-            def resolve() -> None:
-                if not answer.done():
-                    answer.set_result(None)
-
-            def wake() -> None:
-                try:
-                    loop.call_soon_threadsafe(resolve)
-                except RuntimeError:
-                    if not loop.is_closed():
-                        raise
-                    # A closed loop has nobody left who waits.
-
-            self._add_waker(wake)
-            yield from answer
+    async def _answer(self) -> DeliveryReport:
+        await self._wait_on_loop(None)
         return self.report
+
+    async def _wait_on_loop(self, timeout: float | None) -> bool:
+        # Whether it is done; not so after `timeout` seconds.
+        if self.done():
+            return True
+        waker = LoopWaker()
+        timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
+        self._add_waker(waker)
+        try:
+            await waker.future
+        finally:
+            self._remove_waker(waker)
+            if timer is not None:
+                timer.cancel()
+        return self.done()
 
     def __repr__(self) -> str:
         return f"<PendingBatch of {len(self)} envelopes, {'done' if self.done() else 'in flight'}>"

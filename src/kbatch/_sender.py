@@ -18,6 +18,7 @@ from kbatch._errors import (
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
+    from kbatch._base_producer import BaseProducer
     from kbatch._contract import OutgoingBatch, SenderCallback
     from kbatch._producer import Producer
     from kbatch._report import DeliveryReport
@@ -57,33 +58,16 @@ class KafkaSender:
             core.map(pending, self.topic, batch.envelopes)
             mapped = True
             core.send(pending, wait=True)
-            answer.by_report(pending.report)
+            answer.give(*answer_report(pending.report))
         except BaseException as error:
             if answer.given:
                 raise
             if pending.begun:
-                pending.add_done_callback(lambda done: answer.by_report(done.report))
+                pending.add_done_callback(lambda done: answer.give(*answer_report(done.report)))
                 raise
-            self._refuse(answer, error, mapped)
+            answer.give(*answer_refusal(self.producer, batch, error, mapped))
             if not isinstance(error, Exception):
                 raise
-
-    def _refuse(self, answer: _Answer, reason: BaseException, mapped: bool) -> None:
-        """Nothing was sent: every envelope of the batch failed, one of them perhaps for a reason of its own."""
-        error = _as_answer(reason, mapped)
-        index, code, rest = -1, 0, _PURGE_QUEUE
-        if isinstance(error, SerializationError) and error.index is not None:
-            index, code = error.index, _VALUE_SERIALIZATION
-        elif isinstance(error, ProducerFatalError):
-            rest = error.code
-        with contextlib.suppress(MemoryError):  # an answer without a report is better than none
-            unsent = PendingBatch(self.producer._core)
-            self.producer._core.fail(unsent, answer.batch.envelopes, index, code, rest)
-            error.report = unsent.report
-        if isinstance(error, SerializationError):
-            answer.give("mark_serialization_failure", error)
-        else:
-            answer.give("mark_processing_failure", error)
 
     def __repr__(self) -> str:
         return f"<KafkaSender to {self.topic!r} by {self.producer!r}>"
@@ -104,16 +88,36 @@ class _Answer:
         except Exception:
             _logger.exception("a sender callback failed; the batch keeps its outcome: %r", outcome)
 
-    def by_report(self, report: DeliveryReport) -> None:
-        error = report.error()
-        if error is None:
-            self.give("mark_successful", report)
-        elif isinstance(error, TopicDoesNotExist):
-            self.give("mark_topic_does_not_exist", error)
-        elif isinstance(error, BatchTimedOut):
-            self.give("mark_timed_out", error)
-        else:
-            self.give("mark_processing_failure", error)
+
+def answer_report(report: DeliveryReport) -> tuple[str, KbatchError | DeliveryReport]:
+    """The method of a `SenderCallback` that answers a batch that has settled, and what it is told."""
+    error = report.error()
+    if error is None:
+        return "mark_successful", report
+    if isinstance(error, TopicDoesNotExist):
+        return "mark_topic_does_not_exist", error
+    if isinstance(error, BatchTimedOut):
+        return "mark_timed_out", error
+    return "mark_processing_failure", error
+
+
+def answer_refusal(
+    producer: BaseProducer, batch: OutgoingBatch, reason: BaseException, mapped: bool
+) -> tuple[str, KbatchError]:
+    """The same for a batch of which nothing was sent: every envelope failed, one perhaps for a reason of its own."""
+    error = _as_answer(reason, mapped)
+    index, code, rest = -1, 0, _PURGE_QUEUE
+    if isinstance(error, SerializationError) and error.index is not None:
+        index, code = error.index, _VALUE_SERIALIZATION
+    elif isinstance(error, ProducerFatalError):
+        rest = error.code
+    with contextlib.suppress(MemoryError):  # an answer without a report is better than none
+        unsent = PendingBatch(producer._core)
+        producer._core.fail(unsent, batch.envelopes, index, code, rest)
+        error.report = unsent.report
+    if isinstance(error, SerializationError):
+        return "mark_serialization_failure", error
+    return "mark_processing_failure", error
 
 
 def _as_answer(error: BaseException, mapped: bool) -> KbatchError:

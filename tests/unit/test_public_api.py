@@ -17,13 +17,15 @@ PACKAGE = Path(__file__).parents[2] / "src" / "kbatch"
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_callbacks", "_librdkafka"},
+    {"_version", "_serialization", "_callbacks", "_librdkafka", "_loop"},
     {"_errors"},
     {"_fastmap"},
     {"_report", "_wire", "_config"},
-    {"_pending"},
+    {"_pending", "_events"},
+    {"_base_producer"},
     {"_producer", "_contract"},
     {"_sender"},
+    {"aio"},
     {"testing"},
     {"cli"},
 ]

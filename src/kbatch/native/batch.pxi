@@ -85,12 +85,16 @@ cdef struct BatchState:
     Py_ssize_t next       # the first record not yet offered
     int64_t remaining     # envelopes without an outcome, and 1 while phase 2 runs; atomic
     int32_t done          # atomic; written under the client's lock
-    int32_t in_line       # phase 2 is not over; the sending thread's own
-    int32_t listeners     # wants the dispatcher; under the client's lock
+    int32_t abandoned     # atomic: nobody wants what is not enqueued yet
+    int32_t detached      # const in line: the drainer enqueues it, not the thread that sends it
+    int32_t in_line       # phase 2 is not over; its thread's own
+    int32_t listeners     # wants the dispatcher; under the client's lock, as all below
+    int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
+    int32_t has_news      # waits for the dispatcher
     int64_t started_ns
     int64_t done_ns
     int64_t deadline_ns   # no enqueueing after this
-    BatchState *next_done     # under the client's lock, as the next
+    BatchState *next_news     # of those for the dispatcher, or of those that are done and nobody listens to
     BatchState *next_in_line
 
 

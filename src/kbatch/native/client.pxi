@@ -23,7 +23,7 @@ cdef enum:
     DONE = 0
     AGAIN = 1       # the slice is over: look at signals and deadlines, then go on
     LATE = 2        # the batch's deadline for enqueueing has passed
-    SHUT = 3        # the client is closing
+    SHUT = 3        # the client is closing, or nobody wants the rest of the batch
 
 cdef enum:
     DRAIN_EVERY = 128            # messages between two looks at the delivery reports
@@ -78,12 +78,15 @@ cdef struct Client:
     int events_expected     # const: callbacks are configured
     int drainer_parked      # waits without a time limit
     int drainer_asleep      # waits with one
+    int drainer_polls       # sits in librdkafka's poll
+    int32_t drainer_is_due  # atomic: the drainer should leave its poll, there is something to enqueue
+    Waiter drainer_self     # marks its polls; never linked
     int64_t reports         # atomic: delivery report events handled
     int64_t fatal_since_ns  # 0: no fatal error
     int32_t fatal           # atomic: librdkafka's code of the fatal error
     int64_t lost            # messages that ended without acknowledgement while closing
-    BatchState *done_first  # batches for the dispatcher, in order of completion
-    BatchState *done_last
+    BatchState *news_first  # batches for the dispatcher: done, or enqueued if that is to be told
+    BatchState *news_last
     BatchState *idle_done   # batches nobody listens to; released by whoever holds the GIL next
     Notice *notice_first
     Notice *notice_last
@@ -230,20 +233,28 @@ cdef void wake_satisfied(Client *c, Waiter *me) noexcept nogil:
         w = w.next
 
 
+cdef void post_news(Client *c, BatchState *batch) noexcept nogil:
+    # Under the lock: the dispatcher should look at `batch`.
+    if batch.has_news:
+        return
+    batch.has_news = 1
+    batch.next_news = NULL
+    if c.news_last == NULL:
+        c.news_first = batch
+    else:
+        c.news_last.next_news = batch
+    c.news_last = batch
+    kb_cond_signal(&c.dispatcher_cond)
+
+
 cdef void complete(Client *c, BatchState *batch) noexcept nogil:
     # Under the lock: the last outcome of `batch` is known. From `done` on the batch may vanish.
     batch.done_ns = kb_now_ns()
-    batch.next_done = NULL
     if batch.listeners:
         c.eager -= 1
-        if c.done_last == NULL:
-            c.done_first = batch
-        else:
-            c.done_last.next_done = batch
-        c.done_last = batch
-        kb_cond_signal(&c.dispatcher_cond)
+        post_news(c, batch)
     else:
-        batch.next_done = c.idle_done
+        batch.next_news = c.idle_done
         c.idle_done = batch
     KB_STORE32(&batch.done, 1)
 
@@ -348,8 +359,9 @@ cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
     cdef rd_kafka_event_t *event = api.queue_poll(c.queue, timeout_ms)
     cdef Notice *notice
     if event == NULL:
-        # A yield meant for the leader may have ended this poll instead: pass it on.
-        if me == NULL and KB_LOAD32(&c.leader_is_due):
+        # A yield meant for the leader or the drainer may have ended this poll instead: pass it on.
+        if ((me == NULL or me == &c.drainer_self) and KB_LOAD32(&c.leader_is_due)
+                or me != &c.drainer_self and KB_LOAD32(&c.drainer_is_due)):
             api.queue_yield(c.queue)
         return False
     if api.event_type(event) == RD_KAFKA_EVENT_DR:
@@ -389,13 +401,21 @@ cdef void nudge_successor(Client *c) noexcept nogil:
     nudge_drainer(c)
 
 
+cdef inline bint is_detached(BatchState *batch) noexcept nogil:
+    return batch != NULL and batch.detached
+
+
 cdef void nudge_drainer(Client *c) noexcept nogil:
     # Under the lock. A napping drainer looks by itself soon; only eagerness makes it look now.
     if c.drainer_parked:
-        if KB_LOAD64(&c.in_flight) > 0 or c.eager or c.events_expected:
+        if KB_LOAD64(&c.in_flight) > 0 or c.eager or c.events_expected or is_detached(c.line_first):
             kb_cond_signal(&c.drainer_cond)
-    elif c.drainer_asleep and c.eager:
-        kb_cond_signal(&c.drainer_cond)
+    elif c.drainer_asleep:
+        if c.eager or is_detached(c.line_first):
+            kb_cond_signal(&c.drainer_cond)
+    elif c.drainer_polls and is_detached(c.line_first):
+        KB_STORE32(&c.drainer_is_due, 1)
+        api.queue_yield(c.queue)
 
 
 cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
@@ -457,8 +477,11 @@ cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
         before.next_in_line = batch.next_in_line
     if c.line_last == batch:
         c.line_last = before
-    if before == NULL and c.waiters != NULL:
-        wake_satisfied(c, NULL)
+    if before == NULL:
+        if is_detached(c.line_first):
+            nudge_drainer(c)
+        elif c.waiters != NULL:
+            wake_satisfied(c, NULL)
     if c.life >= CLOSING and c.line_first == NULL:
         kb_cond_broadcast(&c.life_cond)
         kb_cond_signal(&c.drainer_cond)
@@ -571,7 +594,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     while i < stop:
         if i == chunk_end:
             poll_ready(c)
-            if KB_LOAD32(&c.shut):
+            if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):
                 answer = SHUT
                 break
             if kb_now_ns() >= batch.deadline_ns:
@@ -581,9 +604,10 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 kb_mutex_lock(&c.mu)
                 code = wait_slice(c, &room, min(slice_end, batch.deadline_ns))
                 kb_mutex_unlock(&c.mu)
-                if not code:
-                    answer = AGAIN
-                    break
+                if code:
+                    continue  # much may have changed meanwhile
+                answer = AGAIN
+                break
             chunk_end = min(stop, i + min(DRAIN_EVERY, c.max_in_flight))
             reserved = chunk_end - i
             KB_ADD64(&c.in_flight, reserved)
@@ -687,13 +711,16 @@ cdef int take_turn(Client *c, BatchState *batch) noexcept nogil:
     return answer
 
 
-cdef void end_enqueueing(Client *c, BatchState *batch, int error) noexcept nogil:
-    # What was not offered fails with `error`; the next batch may enqueue; from now on only reports are missing.
-    give_up_rest(c, batch, error)
+cdef void end_enqueueing(Client *c, BatchState *batch, int answer) noexcept nogil:
+    # What was not offered fails as `answer` says; the next batch may enqueue; from now on only reports are missing.
+    give_up_rest(
+        c, batch, RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE if answer == LATE else RD_KAFKA_RESP_ERR__PURGE_QUEUE)
     drop_records(batch)
     kb_mutex_lock(&c.mu)
     leave_line(c, batch)
     c.enqueue_ns += kb_now_ns() - batch.started_ns
+    if batch.tell_enqueued:
+        post_news(c, batch)
     kb_mutex_unlock(&c.mu)
     settle(c, batch, 1)
 
@@ -704,12 +731,11 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
     cdef int answer
     cdef int64_t now
     cdef bint done
-    if batch.in_line:
+    if batch.in_line and not batch.detached:
         answer = take_turn(c, batch)
         if answer == AGAIN:
             return AGAIN
-        end_enqueueing(
-            c, batch, RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE if answer == LATE else RD_KAFKA_RESP_ERR__PURGE_QUEUE)
+        end_enqueueing(c, batch, answer)
     now = kb_now_ns()
     w.kind = FOR_BATCH
     w.batch = batch
@@ -753,6 +779,9 @@ cdef void drainer_main(void *arg) noexcept nogil:
             api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
             kb_mutex_lock(&c.mu)
             continue
+        if is_detached(c.line_first):
+            enqueue_detached(c)
+            continue
         urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
         if (c.leader != NULL or c.callers) and c.life == RUNNING:
             seen_polls = -1
@@ -777,10 +806,13 @@ cdef void drainer_main(void *arg) noexcept nogil:
             continue
         nudge_dispatcher(c)
         slice_ms = 10 if c.life == FINISHING else 100
+        c.drainer_polls = 1
         kb_mutex_unlock(&c.mu)
-        if not poll_once(c, slice_ms, NULL):
+        if not poll_once(c, slice_ms, &c.drainer_self):
             look_for_fatal(c)
         kb_mutex_lock(&c.mu)
+        c.drainer_polls = 0
+        KB_STORE32(&c.drainer_is_due, 0)
     # Before the lock is given back: an event taken by the dispatcher after this would outlive librdkafka.
     unread = c.notice_first
     c.notice_first = c.notice_last = NULL
@@ -788,6 +820,17 @@ cdef void drainer_main(void *arg) noexcept nogil:
     drop_notices(unread)
     end_librdkafka(c)
     client_drop(c)
+
+
+cdef void enqueue_detached(Client *c) noexcept nogil:
+    # Under the lock on entry and exit: one slice of the head of the line, which no thread of its own enqueues.
+    cdef BatchState *batch = c.line_first
+    cdef int answer
+    kb_mutex_unlock(&c.mu)
+    answer = enqueue_slice(c, batch, kb_now_ns() + WAIT_SLICE)
+    if answer != AGAIN:
+        end_enqueueing(c, batch, answer)
+    kb_mutex_lock(&c.mu)
 
 
 cdef void nudge_dispatcher(Client *c) noexcept nogil:
@@ -847,5 +890,7 @@ cdef void begin_closing(Client *c) noexcept nogil:
         w = w.next
     if c.leader != NULL:
         KB_STORE32(&c.leader_is_due, 1)
+    if c.drainer_polls:
+        KB_STORE32(&c.drainer_is_due, 1)
     api.queue_yield(c.queue)
     kb_cond_signal(&c.drainer_cond)

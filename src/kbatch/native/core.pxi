@@ -46,6 +46,7 @@ cdef class Batch:
     cdef readonly Outcomes outcomes
     cdef list kept
     cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
+    cdef object enqueued_waker  # the same, at the end of phase 2
     cdef list callbacks   # called with this batch on the callback thread
     cdef char[TIME_TEXT_WOLVERINE] sent_at
 
@@ -79,10 +80,26 @@ cdef class Batch:
 
     cdef void _release(self) noexcept:
         # With the GIL, once done: what librdkafka could read is given back.
-        arena_give(self.state.client, &self.state.bodies)
+        with nogil:
+            arena_give(self.state.client, &self.state.bodies)
+        self._forget_envelopes()
         self.kept = None
-        self.envelopes = None
         KB_ADD32(&_pinned, -1)
+
+    cdef void _forget_envelopes(self) noexcept:
+        # To free many objects takes long, and an event loop must come in between.
+        cdef list rest
+        if self.state.detached and len(self.envelopes) > RELEASE_SLICE:
+            try:
+                rest = list(self.envelopes)
+                self.envelopes = None
+                while rest:
+                    del rest[-RELEASE_SLICE:]
+                    with nogil:
+                        pass
+            except MemoryError:
+                pass
+        self.envelopes = None
 
     cdef int _listen(self, object waker, object callback) except -1:
         # Registers before completion, or answers at once after it. Nothing may let go of the GIL between the look at
@@ -125,9 +142,21 @@ cdef class Batch:
         # `waker` must not block: it runs on the thread that wakes every event loop.
         self._listen(waker, None)
 
+    def _remove_waker(self, waker) -> None:
+        """Takes back what `_add_waker` was given, if it was not called yet."""
+        if self.wakers is not None:
+            try:
+                self.wakers.remove(waker)
+            except ValueError:
+                pass
+
     def _wait(self, timeout=None) -> bool:
         """Blocks until done; False after `timeout` seconds. Ctrl-C raises; the batch goes on."""
         return self.core._wait_for(self, deadline_after(timeout))
+
+
+cdef enum:
+    RELEASE_SLICE = 2000  # envelopes
 
 
 cdef int64_t deadline_after(object timeout) except? -2:
@@ -270,15 +299,41 @@ cdef class Core:
             raise ProducerFatalError(errstr.decode("utf-8", "replace"), code=code)
         return 0
 
+    def start(self) -> None:
+        """Starts librdkafka, unless it is started: some 10 ms, more with TLS. Raises as sending does."""
+        self._enter()
+        self._leave()
+
+    def started(self) -> bool:
+        return self.c.life != NEW
+
     # -- a batch
 
     def map(self, Batch batch, topic, envelopes) -> None:
         """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `send`."""
+        self._map_slice(self.begin_mapping(batch, topic, envelopes), INT64_MAX)
+
+    def begin_mapping(self, Batch batch, topic, envelopes) -> _Mapping:
+        """Phase 1 for event loops: call `map_slice` with the answer until it is true."""
         cdef int64_t start = kb_now_ns()
+        cdef _Mapping mapping
         self._check_fork()  # before a lock that a thread of the parent may have held
-        map_batch(self.mapper, self.c, batch, topic, envelopes)
-        self.mapped += batch.state.count
+        mapping = begin_mapping(self.mapper, self.c, batch, topic, envelopes)
         self.map_ns += kb_now_ns() - start
+        return mapping
+
+    def map_slice(self, _Mapping mapping not None, double seconds) -> bool:
+        """Maps for about so many seconds. True when `Batch` is ready to be sent; raises as `map` does."""
+        self._check_fork()
+        return self._map_slice(mapping, kb_now_ns() + <int64_t> (seconds * 1e9))
+
+    cdef bint _map_slice(self, _Mapping mapping, int64_t end_ns) except -1:
+        cdef int64_t start = kb_now_ns()
+        cdef bint finished = mapping._run(end_ns)
+        if finished:
+            self.mapped += mapping.state.count
+        self.map_ns += kb_now_ns() - start
+        return finished
 
     def records(self, Batch batch) -> list:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it has expired."""
@@ -304,15 +359,35 @@ cdef class Core:
         handler raises, whose exception is passed on. `callback` is as in `Batch.add_done_callback`; if the producer
         refuses the batch, it is not called.
         """
+        cdef int64_t deadline = deadline_after(timeout)
+        self._begin(batch, deadline, None, callback, False)
+        return self._drive(batch, deadline, wait)
+
+    def send_detached(self, Batch batch, timeout=None, *, enqueued=None, waker=None) -> None:
+        """Phase 2, all of it on the drainer's thread: returns at once, for event loops.
+
+        `enqueued` is called once nothing more of the batch will be handed to librdkafka, `waker` when it is done, both
+        on the thread that wakes every event loop, so they must not block. `timeout` and refusals are as in `send`.
+        """
+        if enqueued is not None:
+            batch.enqueued_waker = enqueued
+            batch.state.tell_enqueued = 1
+        self._begin(batch, deadline_after(timeout), waker, None, True)
+
+    def abandon(self, Batch batch) -> None:
+        """What of a detached batch is not enqueued yet is settled as not sent."""
+        KB_STORE32(&batch.state.abandoned, 1)
+
+    cdef int _begin(self, Batch batch, int64_t deadline, object waker, object callback, bint detached) except -1:
+        # From here on there will be an answer, unless it raises.
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
-        cdef int64_t deadline = deadline_after(timeout)
         self._enter()
         try:
             look_for_fatal(c)
             self._check_fatal()
-            if callback is not None:
-                batch._listen(None, callback)
+            if waker is not None or callback is not None:
+                batch._listen(waker, callback)
             state.started_ns = kb_now_ns()
             state.deadline_ns = min(deadline, state.started_ns + self.delivery_timeout_ns)
             state.remaining = state.count + 1
@@ -322,10 +397,17 @@ cdef class Core:
             self.batches += 1
             kb_mutex_lock(&c.mu)
             join_line(c, state)  # from here on it keeps librdkafka alive, like `entered`
+            if detached:
+                state.detached = 1
+                if state.tell_enqueued and not state.listeners:
+                    state.listeners = 1
+                    c.eager += 1
+                if c.line_first == state:
+                    nudge_drainer(c)
             kb_mutex_unlock(&c.mu)
         finally:
             self._leave()
-        return self._drive(batch, deadline, wait)
+        return 0
 
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
         if not KB_LOAD32(&batch.state.done):
@@ -349,8 +431,8 @@ cdef class Core:
                     break
                 PyErr_CheckSignals()
         except BaseException:
-            if state.in_line:
-                end_enqueueing(c, state, RD_KAFKA_RESP_ERR__PURGE_QUEUE)
+            if state.in_line and not state.detached:
+                end_enqueueing(c, state, SHUT)
             kb_mutex_lock(&c.mu)
             nudge_drainer(c)
             kb_mutex_unlock(&c.mu)
@@ -547,7 +629,7 @@ cdef void release_idle(Client *c) noexcept:
     c.dispatcher_nudge = 0
     kb_mutex_unlock(&c.mu)
     while batch != NULL:
-        following = batch.next_done
+        following = batch.next_news
         release_owner(batch)
         batch = following
 
@@ -654,28 +736,23 @@ cdef class Dispatcher:
     def _run(self) -> None:
         cdef Client *c = self.c
         cdef BatchState *batch
-        cdef BatchState *following
         cdef Notice *notice
         cdef bint stop = False
         while not stop:
             with nogil:
                 kb_mutex_lock(&c.mu)
-                while not (c.done_first != NULL or c.notice_first != NULL or c.dispatcher_nudge or c.dispatcher_stop):
+                while not (c.news_first != NULL or c.notice_first != NULL or c.dispatcher_nudge or c.dispatcher_stop):
                     kb_cond_wait(&c.dispatcher_cond, &c.mu)
-                batch = c.done_first
-                c.done_first = c.done_last = NULL
+                batch = c.news_first
+                c.news_first = c.news_last = NULL
                 notice = c.notice_first
                 c.notice_first = c.notice_last = NULL
                 stop = c.dispatcher_stop and batch == NULL and notice == NULL
                 if notice != NULL:
                     c.entered += 1  # librdkafka must outlive its events
                 kb_mutex_unlock(&c.mu)
-            # A batch given back may be the last that kept the Core; its memory is not touched after that.
             while batch != NULL:
-                following = batch.next_done
-                self._answer(<Batch> batch.owner)
-                release_owner(batch)
-                batch = following
+                batch = self._answer(batch)
             if notice != NULL:
                 self._pass_on(notice)
                 kb_mutex_lock(&c.mu)
@@ -685,20 +762,42 @@ cdef class Dispatcher:
         for thread in (self.callback_thread, *self.other_threads):
             thread.stop()
 
-    cdef void _answer(self, Batch batch) noexcept:
+    cdef BatchState *_answer(self, BatchState *state) noexcept:
+        # Tells what is new about a batch; returns the next one that has news.
+        cdef Batch batch = <Batch> state.owner
+        cdef BatchState *following
+        cdef bint done
+        kb_mutex_lock(&self.c.mu)
+        following = state.next_news
+        state.has_news = 0  # if it is not done yet, it will be posted again
+        done = state.done
+        kb_mutex_unlock(&self.c.mu)
+        if batch.enqueued_waker is not None:
+            waker, batch.enqueued_waker = batch.enqueued_waker, None
+            self._wake(waker)
+        if done:
+            self._answer_done(batch)
+            # This may give back the last reference that kept the Core; the state is not touched after it.
+            release_owner(state)
+        return following
+
+    cdef void _answer_done(self, Batch batch) noexcept:
         # Loops first: they wait for a batch, callbacks are only told.
         cdef list wakers = batch.wakers
         cdef list callbacks = batch.callbacks
         batch.wakers = batch.callbacks = None
         if wakers is not None:
             for waker in wakers:
-                try:
-                    waker()
-                except Exception:
-                    _logger.exception("could not wake an event loop")
+                self._wake(waker)
         if callbacks is not None:
             for callback in callbacks:
                 self.callback_thread.put(callback, batch)
+
+    cdef void _wake(self, object waker) noexcept:
+        try:
+            waker()
+        except Exception:
+            _logger.exception("could not wake an event loop")
 
     cdef void _pass_on(self, Notice *notice) noexcept:
         cdef Notice *following

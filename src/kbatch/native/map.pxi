@@ -579,15 +579,24 @@ cdef class _Mapping:
         self._map_body(record)
         return self._map_headers(record)
 
-    cdef int _run(self) except -1:
-        cdef Py_ssize_t i
+    cdef bint _run(self, int64_t end_ns) except -1:
+        # True when all are mapped; False when `end_ns` has passed, to be called again.
+        cdef Py_ssize_t i = self.index + 1
         cdef tuple envelopes = self.batch.envelopes
-        for i in range(self.state.count):
+        # Taken, not shared: an encoder may run Python code that maps another batch.
+        self.scratch, self.mapper.scratch = self.mapper.scratch, None
+        if self.scratch is None:
+            self.scratch = bytearray(2 * self.mapper.scratch_base)
+        while i < self.state.count:
             if i & SIGNALS_EVERY == SIGNALS_EVERY:
                 PyErr_CheckSignals()
             self.index = i
             self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
-        return 0
+            i += 1
+            if end_ns != INT64_MAX and kb_now_ns() >= end_ns:
+                break
+        self.mapper.scratch, self.scratch = self.scratch, None
+        return i == self.state.count
 
 
 cdef char *_NOTHING = b""
@@ -604,8 +613,8 @@ cdef bint _all_zero(const unsigned char *id) noexcept nogil:
     return True
 
 
-cdef int map_batch(Mapper mapper, Client *client, Batch batch, object topic, object envelopes) except -1:
-    """Maps `envelopes` into `batch`, all or nothing."""
+cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object topic, object envelopes):
+    """What `_Mapping._run` then maps into `batch`, all or nothing."""
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
     cdef object hook
@@ -621,10 +630,6 @@ cdef int map_batch(Mapper mapper, Client *client, Batch batch, object topic, obj
         raise MemoryError(f"no memory for {state.count} records")
     mapping.mapper, mapping.batch = mapper, batch
     mapping.client, mapping.state = client, state
-    # Taken, not shared: an encoder may run Python code that maps another batch.
-    mapping.scratch, mapper.scratch = mapper.scratch, None
-    if mapping.scratch is None:
-        mapping.scratch = bytearray(2 * mapper.scratch_base)
     mapping.kept = batch.kept = []
     mapping.index = -1
     mapping.default_topic = topic
@@ -641,6 +646,4 @@ cdef int map_batch(Mapper mapper, Client *client, Batch batch, object topic, obj
             raise SerializationError(
                 f"header_hook failed: {error}", index=None, envelope_id=None, field="header_hook") from error
         batch.kept.append(mapping.hook_headers)
-    mapping._run()
-    mapper.scratch = mapping.scratch
-    return 0
+    return mapping

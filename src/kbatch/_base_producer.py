@@ -1,0 +1,151 @@
+"""What the blocking producer and the one for asyncio have in common."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kbatch._callbacks import CallbackThread
+from kbatch._config import ProducerConfig
+from kbatch._errors import ConfigError, UndeliveredError
+from kbatch._events import make_dispatcher
+from kbatch._fastmap import Core, Mapper
+from kbatch._pending import PendingBatch
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Iterable, Mapping
+
+    from kbatch._fastmap import Envelope
+    from kbatch._wire import HeadersLike, WireFormat
+
+__all__ = ["BaseProducer"]
+
+_WIRES = ("kbatch", "wolverine", "raw")
+_EXIT_TIMEOUT_S = 5.0
+# Cores, not producers: a batch in flight keeps its core alive when its producer is forgotten.
+_cores: weakref.WeakSet[Core] = weakref.WeakSet()
+
+
+class BaseProducer:
+    """A producer, but for what waits: sending, flushing, closing."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        *,
+        wire: str | WireFormat = "kbatch",
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
+        source: str | None = None,
+        header_hook: Callable[[], HeadersLike | None] | None = None,
+        close_timeout: float = 30.0,
+        max_in_flight: int = 20_000,
+    ) -> None:
+        _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight)
+        parsed = ProducerConfig.parse(config)
+        self._close_timeout = close_timeout
+        self._callback_thread = CallbackThread("kbatch-callbacks")
+        self._tasks: set[asyncio.Task[None]] = set()  # callbacks that run on event loops, which keep weak references
+        self._core = Core(
+            parsed.native,
+            Mapper(
+                wire,
+                msgspec.json.Encoder() if encoder is None else encoder,
+                source,
+                header_hook,
+                parsed.message_max_bytes,
+                parsed.queue_max_bytes,
+            ),
+            make_dispatcher(parsed, self._callback_thread, lambda: core()),
+            max_in_flight=max_in_flight,
+            delivery_timeout_s=parsed.delivery_timeout_s,
+        )
+        core = weakref.ref(self._core)
+        _cores.add(self._core)
+
+    def purge(self) -> None:
+        """Gives up every message that is queued or in flight: its outcome is a failure. Does not wait for it."""
+        self._core.purge()
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        ``batches``, ``envelopes`` (mapped), ``acked``, ``failed``, ``in_flight``; ``map_ns`` and ``enqueue_ns``, the
+        time spent in the two phases; ``pooled_bytes``, memory kept for the next batches; ``pinned_buffers``, batches
+        of this process whose memory librdkafka may still read or that was not given back yet.
+        """
+        return self._core.counters()
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._core.closed()
+
+    def __len__(self) -> int:
+        """How many messages are queued or in flight."""
+        return self._core.in_flight()
+
+    def __bool__(self) -> bool:
+        # len() may be 0, and `if producer:` must not mean that.
+        return True
+
+    def __repr__(self) -> str:
+        name = self._core.name()
+        state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
+        return f"<kbatch.Producer {name or ''}{' ' if name else ''}{state}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(
+            "a Producer cannot be pickled: it owns threads and connections, and its config may hold secrets"
+        )
+
+    def _map(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> list[Any]:
+        """What phase 1 makes of the envelopes, for tests; starts nothing."""
+        batch = PendingBatch(self._core)
+        self._core.map(batch, topic, envelopes)
+        return self._core.records(batch)
+
+    def _check_delivered(self, left: int, error: BaseException | None) -> None:
+        # At the end of a `with` block, whose own error comes first.
+        if left and error is None:
+            raise UndeliveredError(
+                f"{left} messages were not acknowledged when the producer was closed, within {self._close_timeout} s",
+                count=left,
+            )
+
+
+def _check_arguments(
+    wire: Any, encoder: Any, source: Any, header_hook: Any, close_timeout: Any, max_in_flight: Any
+) -> None:
+    if isinstance(wire, str):
+        if wire not in _WIRES:
+            raise ConfigError(f"wire must be one of {', '.join(_WIRES)} or an object with write(), not {wire!r}")
+    elif not callable(getattr(wire, "write", None)):
+        raise ConfigError(f"wire must be a name or an object with a write() method, not {type(wire).__name__}")
+    if (
+        encoder is not None
+        and not isinstance(encoder, (msgspec.json.Encoder, msgspec.msgpack.Encoder))
+        and not callable(encoder)
+    ):
+        raise ConfigError(f"encoder must be a msgspec encoder or callable, not {type(encoder).__name__}")
+    if source is not None and not isinstance(source, str):
+        raise ConfigError(f"source must be str, not {type(source).__name__}")
+    if header_hook is not None and not callable(header_hook):
+        raise ConfigError(f"header_hook must be callable, not {type(header_hook).__name__}")
+    if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)) or not close_timeout >= 0:
+        raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
+    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
+        raise ConfigError(f"max_in_flight must be an int of at least 1, not {max_in_flight!r}")
+
+
+@atexit.register
+def _close_all() -> None:
+    end = time.monotonic() + _EXIT_TIMEOUT_S  # for all of them: what is in flight goes on while another is closed
+    for core in list(_cores):
+        with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
+            core.close(max(0.0, end - time.monotonic()))

@@ -1,0 +1,88 @@
+"""librdkafka's events become calls of the user's callbacks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kbatch._callbacks import CallbackThread
+from kbatch._fastmap import Dispatcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kbatch._config import ProducerConfig
+    from kbatch._fastmap import Core
+
+__all__ = ["make_dispatcher"]
+
+
+def make_dispatcher(
+    config: ProducerConfig, callbacks: CallbackThread, find_core: Callable[[], Core | None]
+) -> Dispatcher:
+    """Turns librdkafka's events into calls of the user's callbacks, which have confluent-kafka's signatures."""
+    on_error = on_stats = on_log = on_oauth = on_throttle = None
+    others: tuple[CallbackThread, ...] = ()
+    if config.error_cb is not None:
+        error_cb = config.error_cb
+
+        def on_error(code: int, reason: str, fatal: bool) -> None:
+            from confluent_kafka import KafkaError
+
+            callbacks.put(error_cb, KafkaError(code, reason, fatal=fatal))
+
+    if config.stats_cb is not None:
+        stats_cb = config.stats_cb
+
+        def on_stats(json: str) -> None:
+            callbacks.put(stats_cb, json)
+
+    if config.throttle_cb is not None:
+        throttle_cb = config.throttle_cb
+
+        def on_throttle(broker: str, broker_id: int, throttle_ms: int) -> None:
+            from confluent_kafka import ThrottleEvent
+
+            callbacks.put(throttle_cb, ThrottleEvent(broker, broker_id, throttle_ms / 1000))
+
+    if config.logger is not None:
+        logger = config.logger
+
+        def on_log(level: int, facility: str, text: str) -> None:
+            callbacks.put(logger.log, _LEVELS[level], "%s %s", facility, text)
+
+    if config.oauth_cb is not None:
+        oauth_cb = config.oauth_cb
+        refresher = CallbackThread("kbatch-oauth")  # its own: a token must not wait behind other callbacks
+        others = (refresher,)
+
+        def on_oauth(oauth_config: str) -> None:
+            refresher.put(_refresh_token, oauth_cb, oauth_config, find_core)
+
+    return Dispatcher(
+        callbacks,
+        others,
+        on_error=on_error,
+        on_stats=on_stats,
+        on_log=on_log,
+        on_oauth=on_oauth,
+        throttle_cb=on_throttle,
+    )
+
+
+# syslog's levels as Python's
+_LEVELS = (50, 50, 50, 40, 30, 20, 20, 10)
+
+
+def _refresh_token(oauth_cb: Callable[[str], Any], config: str, find_core: Callable[[], Core | None]) -> None:
+    core = find_core()
+    if core is None:
+        return
+    try:
+        # (token, expiry in seconds since 1970, [principal, [extensions]]), as in confluent-kafka
+        token, lifetime, *rest = oauth_cb(config)
+        principal = rest[0] if rest else ""
+        extensions = rest[1] if len(rest) > 1 else {}
+        core.set_oauth_token(token, lifetime, principal, extensions)
+    except Exception as error:
+        core.set_oauth_failure(f"oauth_cb failed: {type(error).__name__}")
+        raise

@@ -1,0 +1,20 @@
+"""kbatch for asyncio: the same names as in `kbatch`, awaitable. Envelopes, reports and errors are the same objects.
+
+import kbatch
+from kbatch import aio
+
+async with aio.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
+    report = await producer.send_batch("orders", [kbatch.Envelope(order, key=order.id) for order in orders])
+    report.raise_for_errors()
+
+Nothing here blocks the event loop for more than a few milliseconds: long batches are mapped in slices, a thread
+without the GIL hands them to librdkafka, and no thread waits for a batch. A producer belongs to no loop; each call
+answers the one it was made on.
+"""
+
+from kbatch._pending import PendingBatch
+from kbatch.aio._contract import SenderCallback, SenderProtocol
+from kbatch.aio._producer import Producer
+from kbatch.aio._sender import KafkaSender
+
+__all__ = ["KafkaSender", "PendingBatch", "Producer", "SenderCallback", "SenderProtocol"]

@@ -1,0 +1,181 @@
+"""The producer for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import logging
+import time
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+from kbatch._base_producer import BaseProducer
+from kbatch._errors import BatchPending
+from kbatch._fastmap import Envelope
+from kbatch._loop import LoopWaker, call_on_loop, in_thread
+from kbatch._pending import PendingBatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kbatch._report import DeliveryReport
+
+__all__ = ["Producer"]
+
+_logger = logging.getLogger("kbatch")
+
+_SLICE_S = 0.002  # how long the loop may be kept at a time
+
+
+class Producer(BaseProducer):
+    """Sends batches of envelopes to Kafka from asyncio. Any number of tasks and loops may use one producer.
+
+    Takes what `kbatch.Producer` takes. The callbacks of `config` run on a thread, as there.
+    """
+
+    # -- sending
+
+    async def send_batch(
+        self, topic: str | None, envelopes: Iterable[Envelope[Any]], *, timeout: float | None = None
+    ) -> DeliveryReport:
+        """Sends a batch and waits until each of its envelopes has an outcome.
+
+        Takes, returns and raises what `kbatch.Producer.send_batch` does. If the task is cancelled, nothing is sent of
+        a batch that is still being mapped; later, what was not yet handed to librdkafka is settled as failed, and the
+        rest goes on.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        batch = PendingBatch(self._core)
+        mapping = self._map_batch(batch, topic, envelopes)
+        del envelopes  # what the caller does not keep is freed with the batch, in slices
+        await mapping
+        left = None if end is None else end - time.monotonic()
+        self._core.send_detached(batch, left)
+        try:
+            done = await batch._wait_on_loop(left)
+        except BaseException:
+            self._core.abandon(batch)
+            raise
+        if not done:
+            raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
+        return batch.report
+
+    async def submit(
+        self,
+        topic: str | None,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        callback: Callable[[DeliveryReport], object] | None = None,
+    ) -> PendingBatch:
+        """Hands a batch to librdkafka and returns without waiting for the broker; await the answer for that.
+
+        It waits while ``max_in_flight`` messages are in flight or librdkafka's queue is full. If the task is cancelled
+        meanwhile, what was not yet handed over is settled as failed, and the rest goes on.
+
+        Args:
+            topic, envelopes: As in `send_batch`.
+            callback: Called once with the report, in a task of this loop; may be a coroutine function. An exception
+                from it is logged.
+
+        Raises:
+            SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
+                is not called.
+        """
+        batch = PendingBatch(self._core)
+        mapping = self._map_batch(batch, topic, envelopes)
+        del envelopes
+        await mapping
+        enqueued = LoopWaker()
+        self._core.send_detached(
+            batch,
+            enqueued=enqueued,
+            waker=None if callback is None else self._task_starter(lambda: callback(batch.report)),
+        )
+        try:
+            await enqueued.future
+        except BaseException:
+            self._core.abandon(batch)
+            raise
+        return batch
+
+    async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> None:
+        core = self._core
+        if not core.started():
+            await in_thread(core.start)
+        mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
+        del envelopes
+        while not core.map_slice(mapping, _SLICE_S):
+            await asyncio.sleep(0)
+
+    def _task_starter(self, call: Callable[[], object]) -> Callable[[], None]:
+        # What starts `call`, from any thread, as a task of the running loop with this context; close waits for it.
+        loop = asyncio.get_running_loop()
+        context = contextvars.copy_context()
+
+        async def run() -> None:
+            try:
+                result = call()
+                if inspect.isawaitable(result):
+                    await result
+            except Exception:
+                _logger.exception("a callback failed: %r", call)
+
+        def start() -> None:
+            task = context.run(loop.create_task, run())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        def starter() -> None:
+            if not call_on_loop(loop, start):
+                _logger.error("a callback was not called: the event loop on which its batch was sent is closed")
+
+        return starter
+
+    # -- the producer as a whole
+
+    async def flush(self, timeout: float | None = None) -> int:
+        """As `kbatch.Producer.flush`."""
+        if len(self) == 0:
+            return 0
+        return await in_thread(lambda: self._core.flush(timeout))
+
+    async def close(self, timeout: float | None = None) -> int:
+        """As `kbatch.Producer.close`; callbacks on other loops than this are not waited for.
+
+        If the task is cancelled, closing goes on without it.
+        """
+        if timeout is None:
+            timeout = self._close_timeout
+        end = time.monotonic() + timeout
+        left = await in_thread(lambda: self._core.close(timeout))
+        loop, me = asyncio.get_running_loop(), asyncio.current_task()
+        callbacks = {task for task in list(self._tasks) if task.get_loop() is loop and task is not me}
+        if callbacks:
+            await asyncio.wait(callbacks, timeout=max(0.0, end - time.monotonic()))
+        return left
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._check_delivered(await self.close(), error)
+
+
+async def _gather(envelopes: Iterable[Envelope[Any]]) -> Iterable[Envelope[Any]]:
+    # What has a length is copied at once, natively; a generator may take long.
+    if isinstance(envelopes, (Sized, Envelope)):
+        return envelopes
+    gathered = []
+    end = time.monotonic() + _SLICE_S
+    for envelope in envelopes:
+        gathered.append(envelope)
+        if time.monotonic() >= end:
+            await asyncio.sleep(0)
+            end = time.monotonic() + _SLICE_S
+    return gathered
