@@ -18,7 +18,6 @@ from kbatch._fastmap import Core, Mapper
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Callable, Iterable, Mapping
 
     from kbatch._fastmap import Envelope
@@ -50,7 +49,6 @@ class BaseProducer:
         parsed = ProducerConfig.parse(config)
         self._close_timeout = close_timeout
         self._callback_thread = CallbackThread("kbatch-callbacks")
-        self._tasks: set[asyncio.Task[None]] = set()  # callbacks that run on event loops, which keep weak references
         self._core = Core(
             parsed.native,
             Mapper(
@@ -67,6 +65,10 @@ class BaseProducer:
         )
         core = weakref.ref(self._core)
         _cores.add(self._core)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What a kind of producer needs besides."""
 
     def purge(self) -> None:
         """Gives up every message that is queued or in flight: its outcome is a failure. Does not wait for it."""

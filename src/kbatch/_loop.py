@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["LoopWaker", "call_on_loop", "in_thread"]
+__all__ = ["LoopWaker", "Turn", "Turns", "call_on_loop", "in_thread"]
 
 _T = TypeVar("_T")
 
@@ -61,3 +62,40 @@ async def in_thread(function: Callable[[], _T]) -> _T:
     if errors:
         raise errors[0]
     return answers[0]
+
+
+class Turns:
+    """First come, first served among the coroutines of each loop, whatever they do before their turn."""
+
+    def __init__(self) -> None:
+        self._lines: dict[asyncio.AbstractEventLoop, deque[Turn]] = {}
+
+    def join(self) -> Turn:
+        """A place at the end of the running loop's line. It must be left."""
+        return Turn(self._lines)
+
+
+class Turn:
+    """A place in a line."""
+
+    def __init__(self, lines: dict[asyncio.AbstractEventLoop, deque[Turn]]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._lines = lines
+        self._line = lines.setdefault(self._loop, deque())
+        self._line.append(self)
+        self._called: asyncio.Future[None] | None = None
+
+    async def come(self) -> None:
+        """Waits until all that joined before have left."""
+        if self._line[0] is not self:
+            self._called = self._loop.create_future()
+            await self._called
+
+    def leave(self) -> None:
+        self._line.remove(self)
+        if not self._line:
+            del self._lines[self._loop]
+            return
+        called = self._line[0]._called
+        if called is not None and not called.done() and not self._loop.is_closed():
+            called.set_result(None)

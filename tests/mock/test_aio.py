@@ -233,7 +233,7 @@ def test_a_child_of_a_fork_is_refused(cluster: MockCluster) -> None:
             if pid == 0:
                 answer = 1
                 try:
-                    producer.send_batch(TOPIC, envelopes(range(3))).send(None)
+                    asyncio.run(producer.send_batch(TOPIC, envelopes(range(3))))
                 except kbatch.ForkError:
                     answer = 0
                 finally:
@@ -451,6 +451,32 @@ def test_batches_that_are_mapped_in_turns_do_not_mix(cluster: MockCluster) -> No
     asyncio.run(main())
     got = stored(cluster)
     assert [[got[offset] for offset in report.offsets] for report in reports] == [list(batch) for batch in batches]
+
+
+def test_batches_are_sent_in_the_order_of_the_calls(cluster: MockCluster) -> None:
+    """Also by a producer that is yet to start, and when an earlier one takes longer to map, fails or is cancelled."""
+
+    async def main() -> None:
+        async with make_producer(cluster, encoder=slowly) as producer:
+            sends = [
+                producer.send_batch(TOPIC, envelopes(range(20))),
+                producer.send_batch(TOPIC, [Envelope(20)]),
+                producer.submit(TOPIC, [*envelopes(range(10)), Envelope(1, topic="no topic")]),
+                producer.send_batch(TOPIC, envelopes(range(10))),
+                producer.send_batch(TOPIC, envelopes(range(21, 30))),
+                producer.submit(TOPIC, [Envelope(30)]),
+                aio.KafkaSender(producer, TOPIC).send_batch(Recorder(), OutgoingBatch([Envelope(31)])),
+            ]
+            tasks = [asyncio.create_task(send) for send in sends]
+            await asyncio.sleep(0.01)
+            tasks[3].cancel()
+            answers = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(answers[2], kbatch.SerializationError)
+            assert isinstance(answers[3], asyncio.CancelledError)
+            assert not producer._turns._lines
+
+    asyncio.run(main())
+    assert stored(cluster) == list(range(32))
 
 
 def test_a_large_batch_leaves_the_loop_to_others(cluster: MockCluster) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Envelope
-from kbatch._loop import LoopWaker, call_on_loop, in_thread
+from kbatch._loop import LoopWaker, Turn, Turns, call_on_loop, in_thread
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
@@ -37,6 +37,10 @@ class Producer(BaseProducer):
     Takes what `kbatch.Producer` takes. The callbacks of `config` run on a thread, as there.
     """
 
+    def _prepare(self) -> None:
+        self._turns = Turns()
+        self._tasks: set[asyncio.Task[None]] = set()  # callbacks that run; a loop itself keeps weak references
+
     # -- sending
 
     async def send_batch(
@@ -52,9 +56,12 @@ class Producer(BaseProducer):
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)
         del envelopes  # what the caller does not keep is freed with the batch, in slices
-        await mapping
+        turn = await mapping
         left = None if end is None else end - time.monotonic()
-        self._core.send_detached(batch, left)
+        try:
+            self._core.send_detached(batch, left)
+        finally:
+            turn.leave()
         try:
             done = await batch._wait_on_loop(left)
         except BaseException:
@@ -88,13 +95,13 @@ class Producer(BaseProducer):
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)
         del envelopes
-        await mapping
-        enqueued = LoopWaker()
-        self._core.send_detached(
-            batch,
-            enqueued=enqueued,
-            waker=None if callback is None else self._task_starter(lambda: callback(batch.report)),
-        )
+        turn = await mapping
+        try:
+            enqueued = LoopWaker()
+            done = None if callback is None else self._task_starter(lambda: callback(batch.report))
+            self._core.send_detached(batch, enqueued=enqueued, waker=done)
+        finally:
+            turn.leave()
         try:
             await enqueued.future
         except BaseException:
@@ -102,14 +109,22 @@ class Producer(BaseProducer):
             raise
         return batch
 
-    async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> None:
+    async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> Turn:
+        """Phase 1. The batch may be sent then; the answer is to be left when it is, so that the next one may."""
         core = self._core
-        if not core.started():
-            await in_thread(core.start)
-        mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
-        del envelopes
-        while not core.map_slice(mapping, _SLICE_S):
-            await asyncio.sleep(0)
+        turn = self._turns.join()
+        try:
+            if not core.started():
+                await in_thread(core.start)
+            mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
+            del envelopes
+            while not core.map_slice(mapping, _SLICE_S):
+                await asyncio.sleep(0)
+            await turn.come()
+        except BaseException:
+            turn.leave()
+            raise
+        return turn
 
     def _task_starter(self, call: Callable[[], object]) -> Callable[[], None]:
         # What starts `call`, from any thread, as a task of the running loop with this context; close waits for it.

@@ -45,9 +45,12 @@ class KafkaSender:
         mapped = False
         later = producer._task_starter(lambda: _give(callback, batch, *answer_report(pending.report)))
         try:
-            await producer._map_batch(pending, self.topic, batch.envelopes)
+            turn = await producer._map_batch(pending, self.topic, batch.envelopes)
             mapped = True
-            producer._core.send_detached(pending)
+            try:
+                producer._core.send_detached(pending)
+            finally:
+                turn.leave()
             await pending
         except BaseException as error:
             if pending.begun:

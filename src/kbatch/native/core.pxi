@@ -82,24 +82,24 @@ cdef class Batch:
         # With the GIL, once done: what librdkafka could read is given back.
         with nogil:
             arena_give(self.state.client, &self.state.bodies)
-        self._forget_envelopes()
+        if self.state.detached and len(self.envelopes) > RELEASE_SLICE:
+            self._forget_in_slices()
+        self.envelopes = None
         self.kept = None
         KB_ADD32(&_pinned, -1)
 
-    cdef void _forget_envelopes(self) noexcept:
+    cdef void _forget_in_slices(self) noexcept:
         # To free many objects takes long, and an event loop must come in between.
-        cdef list rest
-        if self.state.detached and len(self.envelopes) > RELEASE_SLICE:
-            try:
-                rest = list(self.envelopes)
-                self.envelopes = None
-                while rest:
-                    del rest[-RELEASE_SLICE:]
-                    with nogil:
-                        pass
-            except MemoryError:
+        cdef list rest = self.kept
+        try:
+            rest.extend(self.envelopes)
+        except MemoryError:
+            return
+        self.envelopes = self.kept = None
+        while rest:
+            del rest[-RELEASE_SLICE:]
+            with nogil:
                 pass
-        self.envelopes = None
 
     cdef int _listen(self, object waker, object callback) except -1:
         # Registers before completion, or answers at once after it. Nothing may let go of the GIL between the look at
