@@ -75,6 +75,10 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 test: build $(STAMPS)/test-group ## Run the tests
 	$(BIN)/python -m pytest $(ARGS)
 
+.PHONY: mutants
+mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each (half an hour)
+	$(BIN)/python -m tests.mutants $(ARGS)
+
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks and print their ratios
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -1,0 +1,84 @@
+"""`python -m tests.mutants [WORD ...]`: plants the defects whose names contain a word (all, if none is given), one at a
+time, in a copy of the repository, builds it and runs the suite. Fails if the suite does not.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .planted import MUTANTS, Mutant
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+COPY = REPOSITORY / "build" / "mutants"
+COPIED = ("pyproject.toml", "setup.py", "README.md", "DESIGN.md", "LICENSE", "Makefile", "src", "tests", "examples")
+BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+# A test that hangs has found the defect, too.
+TEST = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--timeout=60"]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(COPY / "src"), "HYPOTHESIS_PROFILE": "quick", **environment}
+    return subprocess.run(
+        command, cwd=COPY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )
+
+
+def copy_repository() -> None:
+    shutil.rmtree(COPY, ignore_errors=True)
+    COPY.mkdir(parents=True)
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "*.egg-info")
+    for name in COPIED:
+        source = REPOSITORY / name
+        if source.is_dir():
+            shutil.copytree(source, COPY / name, ignore=ignore)
+        elif source.exists():
+            shutil.copy2(source, COPY / name)
+
+
+def build(file: Path) -> str | None:
+    """Compiles what has changed; the compiler's words if it refuses."""
+    if file.suffix == ".py":
+        return None
+    os.utime(COPY / "src/kbatch/_fastmap.pyx")  # its time stands for those of the files that it includes
+    built = run(BUILD)
+    return built.stdout if built.returncode else None
+
+
+def find(mutant: Mutant) -> str | None:
+    """The test that finds the defect, or None."""
+    for tests in (mutant.tests.split(), ["tests"]):
+        result = run([*TEST, *tests])
+        if result.returncode == 5:
+            raise SystemExit(f"no tests in {tests}")
+        if result.returncode:
+            failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+            return failed[0].split(" - ")[0] if failed else f"the run ended with status {result.returncode}"
+    return None
+
+
+def main(words: list[str]) -> int:
+    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    copy_repository()
+    if refusal := build(COPY / "src/kbatch/_fastmap.pyx"):
+        raise SystemExit(refusal)
+    missed = []
+    for mutant in chosen:
+        start = time.monotonic()
+        file = COPY / "src" / "kbatch" / mutant.file
+        original = file.read_text(encoding="utf-8")
+        assert original.count(mutant.old) == 1, mutant.name
+        file.write_text(original.replace(mutant.old, mutant.new), encoding="utf-8")
+        refusal = build(file)
+        found = "DOES NOT COMPILE\n" + refusal if refusal else find(mutant)
+        if refusal or found is None:
+            missed.append(mutant.name)
+        print(f"{mutant.name}: {found or 'NOT FOUND'} ({time.monotonic() - start:.0f} s)", flush=True)
+        file.write_text(original, encoding="utf-8")
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} planted defects found")
+    return bool(missed)
+
+
+sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,238 @@
+"""The defects. Each is what somebody could have written, and would lose, repeat or change a message, or an answer."""
+
+from typing import NamedTuple
+
+MAP, BATCH, CLIENT, CORE = (f"native/{name}.pxi" for name in ("map", "batch", "client", "core"))
+TEXT, ENVELOPE = "native/text.pxi", "native/envelope.pxi"
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str  # in src/kbatch
+    old: str  # once in the file
+    new: str
+    tests: str = "tests/mock/test_send.py"  # the ones that run first; the whole suite follows
+
+
+MUTANTS = (
+    # -- delivery reports
+    Mutant(
+        "a failed delivery report counts as an acknowledgement",
+        CLIENT,
+        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:",
+        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR or message.err > 0:",
+        "tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "the first acknowledgement of an event is skipped",
+        CLIENT,
+        "        for i in range(n):\n            message = messages[i]",
+        "        for i in range(1 if n > 1 else 0, n):\n            message = messages[i]",
+    ),
+    Mutant(
+        "an offset is off by one",
+        CLIENT,
+        "outcome.offset = message.offset if",
+        "outcome.offset = message.offset + 1 if",
+    ),
+    Mutant("the partition of a report is not kept", CLIENT, "outcome.partition = message.partition\n", "pass\n"),
+    Mutant(
+        "nothing was possibly persisted",
+        CLIENT,
+        "outcome.persistence = <uint8_t> api.message_status(message)",
+        "outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED",
+        "tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "a batch is done one envelope early",
+        CLIENT,
+        "if outcome.batch == run:\n                run_count += 1",
+        "if outcome.batch == run:\n                run_count += 2 if run_count == 1 else 1",
+    ),
+    # -- enqueueing
+    Mutant(
+        "a record is dropped when librdkafka's queue is full",
+        CLIENT,
+        "            continue  # the same record again\n",
+        "            i += 1\n            continue\n",
+    ),
+    Mutant(
+        "the first come is served last",
+        CLIENT,
+        "        c.line_last.next_in_line = batch\n    c.line_last = batch",
+        "        batch.next_in_line = c.line_first.next_in_line\n        c.line_first.next_in_line = batch\n"
+        "    if batch.next_in_line == NULL:\n        c.line_last = batch",
+        "tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
+        "back-pressure is not applied",
+        CLIENT,
+        "if KB_LOAD64(&c.in_flight) >= c.max_in_flight:",
+        "if KB_LOAD64(&c.in_flight) >= 1000 * c.max_in_flight:",
+        "tests/mock/test_lifecycle.py tests/mock/test_aio.py",
+    ),
+    Mutant(
+        "a record's last header is dropped",
+        CLIENT,
+        "    while h != end:\n        if h.value_len >= VALUE_NULL:",
+        "    while h + 1 < end:\n        if h.value_len >= VALUE_NULL:",
+    ),
+    Mutant(
+        "a header of null becomes an empty one",
+        CLIENT,
+        "h.value, h.value_len if h.value != NULL else 0)",
+        'h.value if h.value != NULL else b"", max(h.value_len, 0))',
+    ),
+    Mutant(
+        "the headers of a refused record leak",
+        CLIENT,
+        "                drop_headers(vus[6].u.headers)  # still ours",
+        "                pass  # still ours",
+        "tests/mock/test_send.py -k leak",
+    ),
+    Mutant(
+        "an expired envelope is sent",
+        CLIENT,
+        "        if record.flags & RECORD_EXPIRED:\n            settle_unsent(&batch.outcomes[i]",
+        "        if record.flags & 2 * RECORD_EXPIRED:\n            settle_unsent(&batch.outcomes[i]",
+    ),
+    Mutant(
+        "an expired envelope stays counted as in flight",
+        CLIENT,
+        "RD_KAFKA_RESP_ERR_NO_ERROR)\n            KB_ADD64(&c.in_flight, -1)\n",
+        "RD_KAFKA_RESP_ERR_NO_ERROR)\n",
+    ),
+    Mutant(
+        "a cancelled batch is enqueued to its end",
+        CLIENT,
+        "if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):",
+        "if KB_LOAD32(&c.shut):",
+        "tests/mock/test_aio.py",
+    ),
+    # -- memory
+    Mutant(
+        "bodies are given back when all is enqueued, not when all is reported",
+        CLIENT,
+        "    drop_records(batch)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
+        "    drop_records(batch)\n    arena_give(c, &batch.bodies)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
+    ),
+    Mutant(
+        "what an encoder returned is not kept",
+        MAP,
+        "            self.kept.append(encoded)\n            return self._borrow",
+        "            return self._borrow",
+    ),
+    Mutant(
+        "a batch forgets to give back its pin",
+        CORE,
+        "        KB_ADD32(&_pinned, -1)\n",
+        "        pass\n",
+    ),
+    # -- answers
+    Mutant(
+        "a callback comes twice",
+        CORE,
+        "                self.callback_thread.put(callback, batch)\n",
+        "                self.callback_thread.put(callback, batch)\n" * 2,
+        "tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
+        "the second event loop that waits for a batch is not woken",
+        CORE,
+        "            for waker in wakers:\n                self._wake(waker)",
+        "            for waker in wakers[:1]:\n                self._wake(waker)",
+        "tests/mock/test_aio.py",
+    ),
+    Mutant(
+        "a batch whose first outcome is a success is successful",
+        "_report.py",
+        "        if self.ok:\n            return None\n",
+        "        if self.ok or 0 not in self.errors:\n            return None\n",
+        "tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "one time-out among other failures is a time-out",
+        "_report.py",
+        "if codes <= TIMEOUT_CODES:",
+        "if codes & TIMEOUT_CODES:",
+        "tests/unit/test_errors.py tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "an interrupted sender gives no callback",
+        "_sender.py",
+        "            if pending.begun:\n",
+        "            if pending.begun:\n                raise\n            if pending.begun:\n",
+        "tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
+        "a child of a fork may use the producer",
+        CORE,
+        "        if self.c.pid and self.c.pid != kb_pid():\n            raise ForkError(",
+        "        if self.c.pid < 0:\n            raise ForkError(",
+        "tests/mock/test_lifecycle.py",
+    ),
+    # -- mapping
+    Mutant(
+        "the last envelope of a batch is not mapped when it fails",
+        MAP,
+        "            self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])\n",
+        "            try:\n"
+        "                self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])\n"
+        "            except SerializationError:\n"
+        "                if i + 1 < self.state.count or i == 0:\n"
+        "                    raise\n"
+        "                self.state.count -= 1\n",
+    ),
+    Mutant(
+        "a slice of mapping begins one envelope late",
+        MAP,
+        "        cdef Py_ssize_t i = self.index + 1\n",
+        "        cdef Py_ssize_t i = self.index + 1 + (self.index > 0)\n",
+        "tests/mock/test_aio.py",
+    ),
+    Mutant(
+        "a tombstone is an empty message",
+        MAP,
+        "            record.value = NULL\n            record.value_len = 0\n            return 0\n",
+        "            record.value = _NOTHING\n            record.value_len = 0\n            return 0\n",
+    ),
+    Mutant(
+        "a buffer that may change is borrowed",
+        MAP,
+        "            self._store(record, <const char *> view.buf, view.len)\n",
+        "            record.value, record.value_len = <const char *> view.buf, view.len\n",
+    ),
+    Mutant(
+        "a record may be one byte larger than the limit",
+        MAP,
+        "        if size > self.mapper.message_max_bytes or",
+        "        if size > self.mapper.message_max_bytes + 1 or",
+    ),
+    Mutant(
+        "an envelope's own time is not its record's",
+        MAP,
+        "e._timestamp if e._timestamp else self.now_us // 1000",
+        "self.now_us // 1000",
+    ),
+    Mutant("an envelope's partition is not heeded", MAP, "record.partition = e._partition", "record.partition = -1"),
+    Mutant(
+        "a batch's topic wins over an envelope's",
+        MAP,
+        "        if topic is None:\n            topic = self.default_topic\n        if topic is not",
+        "        if self.default_topic is not None:\n            topic = self.default_topic\n        if topic is not",
+    ),
+    Mutant(
+        "microseconds lose a digit",
+        TEXT,
+        "    _write_digits(out + 20, micros, 6)",
+        "    _write_digits(out + 20, micros // 10 * 10, 6)",
+        "tests/unit/test_vectors.py",
+    ),
+    Mutant(
+        "two ids of one moment are in no order",
+        TEXT,
+        "        stamp = _uuid_last + 1\n    if _entropy_left",
+        "        stamp = _uuid_last\n    if _entropy_left",
+        "tests/unit/test_envelope.py",
+    ),
+)

@@ -1,0 +1,23 @@
+"""The planted defects of `make mutants` still fit the sources."""
+
+from pathlib import Path
+
+import pytest
+
+import kbatch
+
+from ..mutants.planted import MUTANTS, Mutant
+
+PACKAGE = Path(kbatch.__file__).parent
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_defect_fits(mutant: Mutant) -> None:
+    if not (PACKAGE / mutant.file).exists():
+        pytest.skip("platform: installed without its sources")
+    assert (PACKAGE / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    assert mutant.new != mutant.old
+
+
+def test_there_are_at_least_twenty_and_each_has_its_name() -> None:
+    assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 20
