@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
 from kbatch._errors import ConfigError
@@ -42,8 +44,11 @@ _REFUSED = {
     "transactional.id": "transactions are not supported by this version of kbatch",
 }
 
-# A value of a key with one of these words must not be shown.
-_SECRET_WORDS = ("password", "passphrase", "secret", "key.pem", "sasl.oauthbearer.config", "jaas", "token")
+# A value of a key with one of these words must not be shown. What librdkafka calls sensitive is among them.
+_SECRET_WORDS = (
+    *("password", "passphrase", "secret", "private.key", "ssl.key", "ssl_key", "ca.pem"),
+    *("sasl.username", "sasl.oauthbearer.config", "jaas", "token"),
+)
 
 
 def is_secret(key: str) -> bool:
@@ -76,11 +81,11 @@ class ProducerConfig:
             raise ConfigError(f"config must be a mapping of librdkafka's keys, not {type(config).__name__}")
         callbacks, given = _split(config)
         names = {_CANONICAL.get(key, key): key for key in given}
-        if not given.get(names.get("bootstrap.servers", ""), "").strip() and "test.mock.num.brokers" not in names:
+        if not (given.get(names.get("bootstrap.servers", "")) or "").strip() and "test.mock.num.brokers" not in names:
             raise ConfigError("bootstrap.servers is missing: the brokers to ask first, as 'host:port,host:port'")
         native = Config()
         # librdkafka loads plugins when the key is set, and they must be there before the rest.
-        for key in sorted(given, key=lambda key: key != "plugin.library.paths"):
+        for key in sorted(given, key=lambda key: (key != "debug", key != "plugin.library.paths")):
             _set(native, key, given[key])
         for key, value in _defaults(native, names).items():
             _set(native, key, value)
@@ -90,12 +95,8 @@ class ProducerConfig:
             raise ConfigError(
                 f"{names.get('message.timeout.ms', 'message.timeout.ms')}=0 lets a batch wait for ever; give a bound"
             )
-        if callbacks["logger"] is not None:
-            _set(native, "log.queue", "true")  # lines come as events
-        elif native.get("log.queue") == "true":
-            raise ConfigError(
-                "log.queue=true without a logger: nobody would take the lines; give logger or leave it out"
-            )
+        # How lines reach a logger. Without one nobody would take them from the queue.
+        _set(native, "log.queue", "false" if callbacks["logger"] is None else "true")
         return cls(
             native=native,
             **callbacks,
@@ -105,14 +106,17 @@ class ProducerConfig:
         )
 
 
-def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | None]]:
     """The callbacks, and librdkafka's keys with their values as text."""
     callbacks: dict[str, Any] = dict.fromkeys((*_CALLBACKS, "logger"))
-    given: dict[str, str] = {}
+    given: dict[str, str | None] = {}
+    topic_config = config.get("default.topic.config")
+    if isinstance(topic_config, Mapping):  # it wins, as in confluent-kafka
+        config = {**{key: config[key] for key in config if key != "default.topic.config"}, **topic_config}
     for key, value in config.items():
         if not isinstance(key, str):
             raise ConfigError(f"configuration keys must be str, not {type(key).__name__}")
-        if key in _REFUSED:
+        if key in _REFUSED and not (key == "transactional.id" and value is None):
             raise ConfigError(f"{key} is refused: {_REFUSED[key]}")
         if key in _CALLBACKS:
             if value is not None and not callable(value):
@@ -122,34 +126,39 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
             if value is not None and not callable(getattr(value, "log", None)):
                 raise ConfigError(f"logger must have a log method as logging.Logger has, not {type(value).__name__}")
             callbacks[key] = value
-        elif key == "default.topic.config" and isinstance(value, Mapping):
-            given.update(_split(value)[1])
-        elif value is not None:  # None leaves librdkafka's default, as in confluent-kafka
+        else:
             given[key] = _text(key, value)
     return callbacks, given
 
 
-def _text(key: str, value: object) -> str:
+def _text(key: str, value: object) -> str | None:
+    if value is None:
+        return None
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (str, int, float)):
+    if isinstance(value, (str, Number)):
         return str(value)
-    raise ConfigError(f"{key} must be str, int, float or bool, not {type(value).__name__}")
+    if isinstance(value, os.PathLike):
+        return os.fsdecode(value)
+    # confluent-kafka takes the str() of anything.
+    raise ConfigError(f"{key} must be str, int, float, bool or a path, not {type(value).__name__}")
 
 
-def _set(native: Config, key: str, value: str) -> None:
-    if "\0" in key + value:
+def _set(native: Config, key: str, value: str | None) -> None:
+    if "\0" in key or (value is not None and "\0" in value):
         # librdkafka would read up to there
         raise ConfigError(f"{key!r}: a key and its value must not contain a NUL character")
+    reason = None
     try:
         native.set(key, value)
     except LookupError:
-        raise ConfigError(f"{key} is not a configuration key of librdkafka") from None
+        reason = f"{key} is not a configuration key of librdkafka"
     except ValueError as error:
-        reason = str(error).strip()
-        if is_secret(key) and value:
-            reason = reason.replace(value, "…")
-        raise ConfigError(f"{key}: {reason}") from None
+        # librdkafka quotes values, also in part, and UnicodeEncodeError one character.
+        reason = f"{key}: {'not a valid value' if value and is_secret(key) else str(error).strip()}"
+    if reason is not None:
+        # Not in the handler: the error there may hold the value.
+        raise ConfigError(reason)
 
 
 def _contradiction(native: Config, names: dict[str, str]) -> str | None:

@@ -5,6 +5,8 @@ import pickle
 import traceback
 import warnings
 from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -102,7 +104,13 @@ def test_defaults(key: str, value: str) -> None:
         ({"client.id": "müller"}, "client.id", "müller"),
         ({"delivery.timeout.ms": 1_500}, "message.timeout.ms", "1500"),
         ({"default.topic.config": {"message.timeout.ms": 1_500}}, "message.timeout.ms", "1500"),
-        ({"linger.ms": None}, "linger.ms", "0"),  # as if it were not there
+        ({"client.id": None}, "client.id", "rdkafka"),
+        ({"transactional.id": None}, "linger.ms", "0"),
+        ({"linger.ms": Decimal("2.5")}, "linger.ms", "2.5"),
+        ({"ssl.ca.location": Path("/etc/ca.pem")}, "ssl.ca.location", "/etc/ca.pem"),
+        ({"default.topic.config": {"acks": "all", "linger.ms": 3}, "linger.ms": 4}, "linger.ms", "3"),
+        ({"log.queue": True}, "log.queue", "false"),  # nobody would take the lines
+        ({"logger": logging.getLogger()}, "log.queue", "true"),
     ],
 )
 def test_values_reach_librdkafka(config: dict[str, Any], key: str, value: str) -> None:
@@ -165,8 +173,8 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
         ({"acks": "most"}, "acks: Invalid value"),
         ({"enable.idempotence": "maybe"}, 'enable.idempotence: Expected bool value for "enable.idempotence"'),
         ({"message.max.bytes": 10}, "message.max.bytes: .* value 10 is outside allowed range 1000..1000000000$"),
-        ({"linger.ms": [5]}, "linger.ms must be str, int, float or bool, not list"),
-        ({"client.id": b"x"}, "client.id must be str, int, float or bool, not bytes"),
+        ({"linger.ms": [5]}, "linger.ms must be str, int, float, bool or a path, not list"),
+        ({"client.id": b"x"}, "client.id must be str, int, float, bool or a path, not bytes"),
         ({"client.id": "a\0b"}, "'client.id': a key and its value must not contain a NUL character"),
         ({"linger.ms\0": 5}, r"'linger.ms\\x00': a key and its value must not contain a NUL"),
         ({"client.id": "\udcff"}, "client.id: 'utf-8' codec can't encode"),
@@ -174,7 +182,10 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
         ({"error_cb": 7}, "error_cb must be callable, not int"),
         ({"stats_cb": "print"}, "stats_cb must be callable, not str"),
         ({"logger": print}, "logger must have a log method as logging.Logger has, not builtin_function_or_method"),
-        ({"log.queue": True}, "log.queue=true without a logger"),
+        ({"lingerie": None}, "lingerie is not a configuration key"),
+        ({"linger.ms": None}, "linger.ms: Float configuration property .* cannot be set to empty value"),
+        ({"default.topic.config": {"on_delivery": print}}, "on_delivery is refused"),
+        ({"default.topic.config": "acks=all"}, "default.topic.config is not a configuration key"),
         ({"delivery.report.only.error": True}, "delivery.report.only.error=true: acknowledgements would never arrive"),
         ({"default.topic.config": {"delivery.report.only.error": "true"}}, "delivery.report.only.error=true"),
         ({"message.timeout.ms": 0}, "message.timeout.ms=0 lets a batch wait for ever"),

@@ -13,11 +13,19 @@ cdef class Config:
             api.conf_destroy(self.conf)
 
     def set(self, str name, str value) -> None:
-        """Raises ValueError with librdkafka's reason; LookupError if there is no such property."""
+        """Raises ValueError with librdkafka's reason; LookupError if there is no such property.
+
+        None is librdkafka's NULL: the default of a text, refused for what is no text.
+        """
         cdef char errstr[512]
         cdef int result
+        cdef bytes name_utf8 = name.encode(), value_utf8
+        cdef const char *text = NULL
+        if value is not None:
+            value_utf8 = value.encode()
+            text = value_utf8
         errstr[0] = 0
-        result = api.conf_set(self.conf, name.encode(), value.encode(), errstr, sizeof(errstr))
+        result = api.conf_set(self.conf, name_utf8, text, errstr, sizeof(errstr))
         if result == RD_KAFKA_CONF_OK:
             return
         reason = errstr.decode("utf-8", "replace")

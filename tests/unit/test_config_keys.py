@@ -1,0 +1,170 @@
+"""Every key that librdkafka documents, accepted or refused as confluent-kafka's Producer does it. Nothing is sent."""
+
+import contextlib
+import ctypes
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import confluent_kafka
+import pytest
+from confluent_kafka import cimpl
+
+import kbatch
+
+SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+
+if sys.platform == "win32":
+    pytest.skip("platform: librdkafka's list of keys is printed through libc's FILE", allow_module_level=True)
+
+
+@dataclass(frozen=True)
+class Key:
+    name: str
+    range: str  # "0 .. 900000", "true, false", "" for text
+    default: str
+    kind: str
+
+
+def read_keys(path: Path) -> list[Key]:
+    """librdkafka's own CONFIGURATION.md, global and topic keys."""
+    librdkafka, libc = ctypes.CDLL(cimpl.__file__), ctypes.CDLL(None)
+    libc.fopen.restype = ctypes.c_void_p
+    file = ctypes.c_void_p(libc.fopen(os.fsencode(path), b"w"))
+    librdkafka.rd_kafka_conf_properties_show(file)
+    libc.fclose(file)
+    keys = {}
+    for line in path.read_text().splitlines():
+        cells = [cell.strip() for cell in line.split(" | ")]
+        if len(cells) == 6 and cells[0] != "Property":
+            kind = re.search(r"\*Type: (.*)\*$", cells[5])
+            keys.setdefault(cells[0], Key(cells[0], cells[2], cells[3], kind[1] if kind else ""))
+    return list(keys.values())
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> list[Key]:
+    keys = read_keys(tmp_path_factory.mktemp("librdkafka") / "CONFIGURATION.md")
+    names = {key.name for key in keys}
+    assert len(keys) > 180
+    assert {"acks", "client.id", "group.id", "sasl.password", "interceptors", "error_cb", "message.timeout.ms"} <= names
+    return keys
+
+
+def values_of(key: Key) -> Iterator[Any]:
+    """Its default, its limits, what is just outside of them, and what it may not mean at all, in Python's types."""
+    if key.name == "plugin.library.paths":
+        yield from ("", "/no/such/plugin")
+        return
+    yield from ("", " ", "soon", None, True, False, "true", "T", 0, "0", 1, -1, 1.5, 5_000_000_000)
+    if key.default:
+        yield key.default
+    if ".." in key.range:
+        low, high = (int(number) for number in key.range.split(" .. "))
+        yield from {low, high, low - 1, high + 1, str(high), str(high + 1), float(high)}
+    elif "," in key.range:
+        yield from (choice.strip() for choice in key.range.split(","))
+        yield key.range
+
+
+def refused_by_confluent_kafka(config: dict[str, Any]) -> str | None:
+    try:
+        confluent_kafka.Producer({**SERVERS, **config})
+    except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def refused_by_kbatch(config: dict[str, Any]) -> kbatch.ConfigError | None:
+    try:
+        producer = kbatch.Producer({**SERVERS, **config})
+        try:
+            producer.submit("orders", [])
+        finally:
+            producer.close(0)
+    except kbatch.ConfigError as error:
+        return error
+    return None
+
+
+NEVER_ANSWERED = "delivery reports would not come, or not before for ever"
+NO_TRANSACTIONS = "kbatch has no transactions yet"
+
+
+def deliberate(key: str, value: Any, theirs: str | None) -> str | None:
+    """Why kbatch differs from confluent-kafka here; None if it must not."""
+    if key in ("bootstrap.servers", "metadata.broker.list") and not str(value or "").strip():
+        return "without brokers, confluent-kafka starts and waits for ever"
+    if key == "transactional.id" and value is not None:
+        return NO_TRANSACTIONS
+    if key in ("message.timeout.ms", "delivery.timeout.ms") and str(value) == "0":
+        return NEVER_ANSWERED
+    if key == "delivery.report.only.error":
+        # confluent-kafka takes nothing but a bool here; librdkafka takes its usual words for it.
+        return NEVER_ANSWERED if value is True else "the wrapper's own check" if "bool type" in (theirs or "") else None
+    if key == "enable.gapless.guarantee" and "enable.idempotence" in (theirs or ""):
+        return "it needs idempotence, which is kbatch's default"
+    if key in ("linger.ms", "queue.buffering.max.ms") and value in (900_000, "900000"):
+        return "above message.timeout.ms; librdkafka looks at it once a topic's key is set, as kbatch's acks"
+    if key.endswith("_cb") and value is None and "callable" in (theirs or ""):
+        return "None is no callback"
+    if key == "sasl.oauthbearer.metadata.authentication.type" and value == "aws_iam":
+        return "confluent-kafka brings an oauth_cb of its own for it; librdkafka takes the word"
+    return None
+
+
+def test_every_key_is_accepted_or_refused_as_by_confluent_kafka(
+    keys: list[Key], capfd: pytest.CaptureFixture[str]
+) -> None:
+    differences, tried, accepted, reasons = [], 0, 0, set()
+    for key in keys:
+        for value in values_of(key):
+            config = {key.name: value}
+            theirs = refused_by_confluent_kafka(config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # idempotence that gives way
+                mine = refused_by_kbatch(config)
+            tried += 1
+            accepted += mine is None
+            if (mine is None) != (theirs is None):
+                reason = deliberate(key.name, value, theirs)
+                reasons.add(reason)
+                if reason is None:
+                    differences.append((config, theirs, mine))
+            elif mine is not None and key.name not in str(mine) and str(mine).split(": ", 1)[1] not in str(theirs):
+                differences.append((config, theirs, mine))  # neither the key nor librdkafka's own words
+    capfd.readouterr()
+    assert not differences
+    assert tried > 2_500
+    assert accepted > 1_000
+    assert len(reasons) >= 7  # the exceptions are real ones (librdkafka 2.12 has no aws_iam)
+
+
+@pytest.mark.parametrize("key", ["linger", "group_id", "", "dr.cb", "bootstrap_servers", "linger.ms "])
+@pytest.mark.parametrize("value", ["5", None])
+def test_an_unknown_key_is_refused_by_both(key: str, value: str | None) -> None:
+    assert refused_by_confluent_kafka({key: value}) is not None
+    assert f"{key} is not a configuration key" in str(refused_by_kbatch({key: value}))
+
+
+def test_topic_keys_within_default_topic_config_are_as_by_confluent_kafka() -> None:
+    for config in (
+        {"default.topic.config": {"acks": "all"}, "acks": "most"},  # the nested one wins
+        {"acks": "most", "default.topic.config": {"acks": "all"}},
+        {"default.topic.config": {"acks": "most"}, "acks": "all"},
+        {"default.topic.config": {"error_cb": 7}},
+        {"default.topic.config": {"acks": None}},
+        {"default.topic.config": "acks=all"},
+        {"default.topic.config": None},
+    ):
+        theirs: object = None
+        with contextlib.suppress(AttributeError):  # its way to refuse what is no mapping
+            theirs = refused_by_confluent_kafka(config)
+            assert (refused_by_kbatch(config) is None) == (theirs is None), config
+            continue
+        assert refused_by_kbatch(config) is not None, config
