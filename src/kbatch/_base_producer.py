@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import time
+import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +46,15 @@ class BaseProducer:
         close_timeout: float = 30.0,
         max_in_flight: int = 20_000,
     ) -> None:
-        _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight)
-        parsed = ProducerConfig.parse(config)
+        try:
+            _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight)
+            parsed = ProducerConfig.parse(config)
+        except BaseException as error:
+            # Whoever prints local variables with a traceback must not find passwords in those of kbatch.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            del config
         self._close_timeout = close_timeout
         self._callback_thread = CallbackThread("kbatch-callbacks")
         self._core = Core(
@@ -97,6 +105,8 @@ class BaseProducer:
         return True
 
     def __repr__(self) -> str:
+        if not hasattr(self, "_core"):
+            return "<kbatch.Producer refused>"  # in a traceback of the constructor
         name = self._core.name()
         state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
         return f"<kbatch.Producer {name or ''}{' ' if name else ''}{state}>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -68,5 +69,9 @@ class CallbackThread:
             try:
                 function(*arguments)
             except BaseException:
-                _logger.exception("a callback failed: %r", function)
+                # Its name, not its repr: that of a functools.partial shows the arguments. And a logging filter that
+                # raises must not end the thread.
+                with contextlib.suppress(BaseException):
+                    name = getattr(function, "__qualname__", type(function).__qualname__)
+                    _logger.exception("a callback failed: %s", name)
             del function, arguments

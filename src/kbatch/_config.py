@@ -46,7 +46,7 @@ _REFUSED = {
 
 # A value of a key with one of these words must not be shown. What librdkafka calls sensitive is among them.
 _SECRET_WORDS = (
-    *("password", "passphrase", "secret", "private.key", "ssl.key", "ssl_key", "ca.pem"),
+    *("password", "passphrase", "secret", "private.key", "ssl.key", "ssl_key", "ssl.ca.pem"),
     *("sasl.username", "sasl.oauthbearer.config", "jaas", "token"),
 )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kbatch._callbacks import CallbackThread
-from kbatch._fastmap import Dispatcher
+from kbatch._fastmap import Dispatcher, TokenRefresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,8 +47,8 @@ def make_dispatcher(
     if config.logger is not None:
         logger = config.logger
 
-        def on_log(level: int, facility: str, text: str) -> None:
-            callbacks.put(logger.log, _LEVELS[level], "%s %s", facility, text)
+        def on_log(level: int, facility: str, name: str, text: str) -> None:
+            callbacks.put(logger.log, _LEVELS[level], "%s [%s] %s", facility, name, text)
 
     if config.oauth_cb is not None:
         oauth_cb = config.oauth_cb
@@ -56,7 +56,7 @@ def make_dispatcher(
         others = (refresher,)
 
         def on_oauth(oauth_config: str) -> None:
-            refresher.put(_refresh_token, oauth_cb, oauth_config, find_core)
+            refresher.put(TokenRefresh(oauth_cb, oauth_config, find_core))
 
     return Dispatcher(
         callbacks,
@@ -71,18 +71,3 @@ def make_dispatcher(
 
 # syslog's levels as Python's
 _LEVELS = (50, 50, 50, 40, 30, 20, 20, 10)
-
-
-def _refresh_token(oauth_cb: Callable[[str], Any], config: str, find_core: Callable[[], Core | None]) -> None:
-    core = find_core()
-    if core is None:
-        return
-    try:
-        # (token, expiry in seconds since 1970, [principal, [extensions]]), as in confluent-kafka
-        token, lifetime, *rest = oauth_cb(config)
-        principal = rest[0] if rest else ""
-        extensions = rest[1] if len(rest) > 1 else {}
-        core.set_oauth_token(token, lifetime, principal, extensions)
-    except Exception as error:
-        core.set_oauth_failure(f"oauth_cb failed: {type(error).__name__}")
-        raise

@@ -521,8 +521,8 @@ def test_a_token_that_is_no_text_does_not_keep_librdkafka_alive(dark_cluster: Mo
     producer = make_producer(dark_cluster, config={**OAUTH, "oauth_cb": lambda config: ("token", time.time() + 3600)})
     producer.submit("orders", envelopes(1))
     for broken in (None, "\ud800"):
-        with pytest.raises((AttributeError, TypeError, UnicodeEncodeError)):
-            producer._core.set_oauth_token(broken, 0.0, "", {})
+        with pytest.raises((TypeError, ValueError)):
+            producer._core.set_oauth_token((broken, 0.0))
     producer.close(timeout=0.1)
     until(lambda: len(os.listdir("/proc/self/task")) <= before, "the end of librdkafka's threads")
 

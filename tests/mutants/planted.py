@@ -193,8 +193,8 @@ MUTANTS = (
     Mutant(
         "a tombstone is an empty message",
         MAP,
-        "            record.value = NULL\n            record.value_len = 0\n            return 0\n",
-        "            record.value = _NOTHING\n            record.value_len = 0\n            return 0\n",
+        "            record.value = NULL\n            record.value_len = 0\n            return 0\n        if self.",
+        "            record.value = _NOTHING\n            record.value_len = 0\n            return 0\n        if self.",
     ),
     Mutant(
         "a buffer that may change is borrowed",

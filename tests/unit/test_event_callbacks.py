@@ -121,7 +121,7 @@ def test_oauth_cb() -> None:
     [
         (ZeroDivisionError("the-token"), "ZeroDivisionError"),
         (("the-token", 0.0), "ValueError"),  # it has expired
-        (("the-token",), "ValueError"),
+        (("the-token",), "TypeError"),
         (None, "TypeError"),
         (("the-token", time.time() + 9, "p", {"auth": "reserved"}), "ValueError"),
     ],

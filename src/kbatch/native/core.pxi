@@ -597,22 +597,36 @@ cdef class Core:
         api.test_fatal_error(self.c.rk, code, text)
         self._leave()
 
-    def set_oauth_token(self, str token, double lifetime, str principal, dict extensions) -> None:
-        """Hands over a token; `lifetime` is in seconds since 1970. Raises ValueError with librdkafka's reason."""
+    def set_oauth_token(self, answer) -> None:
+        """Hands over what an ``oauth_cb`` returned, in the forms that confluent-kafka takes.
+
+        ``(token, expiry in seconds since 1970[, principal[, extensions]])``. Raises what is wrong with it, without
+        showing it.
+        """
         cdef char errstr[512]
-        cdef list flat = [text.encode() for pair in extensions.items() for text in pair]
-        cdef const char **pointers = <const char **> malloc((len(flat) + 1) * sizeof(char *))
+        cdef const char **pointers
         cdef int code
-        cdef bytes token_utf8, principal_utf8
         cdef int64_t lifetime_ms
+        if not isinstance(answer, tuple) or not 2 <= len(answer) <= 4:
+            found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
+            raise TypeError(
+                f"oauth_cb must return (token, expiry in seconds since 1970[, principal[, extensions]]), not {found}")
+        cdef bytes token = oauth_text("token", answer[0])
+        cdef double expiry = answer[1]
+        cdef bytes principal = oauth_text("principal", answer[2]) if len(answer) > 2 else b""
+        extensions = answer[3] if len(answer) > 3 else {}
+        if not isinstance(extensions, dict):
+            raise TypeError(f"oauth_cb's extensions must be a dict, not {type(extensions).__name__}")
+        cdef list flat = [oauth_text("extension", text) for pair in extensions.items() for text in pair]
+        lifetime_ms = int(expiry * 1000)
+        pointers = <const char **> malloc((len(flat) + 1) * sizeof(char *))
         if pointers == NULL:
             raise MemoryError()
         try:
-            token_utf8, principal_utf8, lifetime_ms = token.encode(), principal.encode(), int(lifetime * 1000)
             for i in range(len(flat)):
                 pointers[i] = flat[i]
             self._enter(FINISHING)  # what is flushed while closing may need a token
-            code = api.oauthbearer_set_token(self.c.rk, token_utf8, lifetime_ms, principal_utf8,
+            code = api.oauthbearer_set_token(self.c.rk, token, lifetime_ms, principal,
                                              pointers, len(flat), errstr, sizeof(errstr))
             self._leave()
         finally:
@@ -625,6 +639,50 @@ cdef class Core:
         self._enter(FINISHING)
         api.oauthbearer_set_token_failure(self.c.rk, text)
         self._leave()
+
+
+cdef bytes oauth_text(str what, text):
+    cdef bytes encoded
+    if not isinstance(text, str):
+        raise TypeError(f"oauth_cb's {what} must be str, not {type(text).__name__}")
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        encoded = None
+    # Outside of the handler: its error holds the text.
+    if encoded is None or b"\0" in encoded:
+        raise ValueError(f"oauth_cb's {what} is not UTF-8 text without a NUL character")
+    return encoded
+
+
+cdef class TokenRefresh:
+    """A call of ``oauth_cb`` whose token goes to librdkafka.
+
+    Here rather than in Python: a traceback with local variables must show neither the token nor the configuration.
+    """
+
+    cdef object oauth_cb
+    cdef object find_core
+    cdef str config
+
+    def __init__(self, oauth_cb, str config, find_core):
+        self.oauth_cb, self.config, self.find_core = oauth_cb, config, find_core
+
+    def __call__(self) -> None:
+        cdef Core core = self.find_core()
+        if core is None:
+            return
+        try:
+            core.set_oauth_token(self.oauth_cb(self.config))
+        except ProducerClosedError:
+            return  # nobody needs it any more
+        except BaseException as error:
+            # Also for SystemExit: librdkafka does not ask again before it has an answer.
+            try:
+                core.set_oauth_failure(f"oauth_cb failed: {type(error).__name__}")
+            except ProducerClosedError:
+                pass
+            raise
 
 
 cdef void release_idle(Client *c) noexcept:
@@ -822,20 +880,25 @@ cdef class Dispatcher:
         cdef rd_kafka_event_t *event = notice.event
         cdef const char *fac
         cdef const char *text
-        cdef int kind, level
+        cdef char errstr[512]
+        cdef int kind, level, code
         if event == NULL:
             self.throttle_cb(notice.broker_name.decode("utf-8", "replace"), notice.broker_id, notice.throttle_ms)
             return 0
         kind = api.event_type(event)
         if kind == RD_KAFKA_EVENT_ERROR:
             if self.on_error is not None:
-                self.on_error(api.event_error(event), api.event_error_string(event).decode("utf-8", "replace"),
-                              bool(api.event_error_is_fatal(event)))
+                code, text = api.event_error(event), api.event_error_string(event)
+                if code == RD_KAFKA_RESP_ERR__FATAL:  # its cause, as confluent-kafka tells it
+                    errstr[0] = 0
+                    code, text = api.fatal_error(self.c.rk, errstr, sizeof(errstr)), errstr
+                self.on_error(code, text.decode("utf-8", "replace"), bool(api.event_error_is_fatal(event)))
         elif kind == RD_KAFKA_EVENT_STATS:
             self.on_stats(api.event_stats(event).decode())
         elif kind == RD_KAFKA_EVENT_LOG:
             if api.event_log(event, &fac, &text, &level) == 0:
-                self.on_log(level, fac.decode("utf-8", "replace"), text.decode("utf-8", "replace"))
+                self.on_log(level, fac.decode("utf-8", "replace"), api.name(self.c.rk).decode("utf-8", "replace"),
+                            text.decode("utf-8", "replace"))
         elif kind == RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH:
             text = api.event_config_string(event)
             self.on_oauth("" if text == NULL else text.decode())
