@@ -1,4 +1,4 @@
-"""No password in what kbatch shows, raises, logs, keeps or pickles. The frames and the dict of the caller are its own."""
+"""No password in what kbatch shows, raises, logs, keeps or pickles. The frames of the caller are its own."""
 
 import contextlib
 import copy
