@@ -55,8 +55,8 @@ def make_dispatcher(
         refresher = CallbackThread("kbatch-oauth")  # its own: a token must not wait behind other callbacks
         others = (refresher,)
 
-        def on_oauth(oauth_config: str) -> None:
-            refresher.put(TokenRefresh(oauth_cb, oauth_config, find_core))
+        def on_oauth(oauth_config: str | None) -> None:
+            refresher.put(TokenRefresh(oauth_cb, oauth_config, find_core).run)
 
     return Dispatcher(
         callbacks,

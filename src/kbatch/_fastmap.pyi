@@ -309,9 +309,9 @@ class Core:
 @disjoint_base
 class TokenRefresh:
     def __init__(
-        self, oauth_cb: Callable[[str], object], config: str, find_core: Callable[[], Core | None]
+        self, oauth_cb: Callable[[str | None], object], config: str | None, find_core: Callable[[], Core | None]
     ) -> None: ...
-    def __call__(self) -> None: ...
+    def run(self) -> None: ...
 
 class _CallbackThread(Protocol):
     def put(self, function: Callable[..., object], /, *arguments: object) -> None: ...
@@ -328,7 +328,7 @@ class Dispatcher:
         on_error: Callable[[int, str, bool], object] | None = None,
         on_stats: Callable[[str], object] | None = None,
         on_log: Callable[[int, str, str, str], object] | None = None,
-        on_oauth: Callable[[str], object] | None = None,
+        on_oauth: Callable[[str | None], object] | None = None,
         throttle_cb: Callable[[str, int, int], object] | None = None,
     ) -> None: ...
     @property

@@ -4,8 +4,10 @@ import json
 import logging
 import threading
 import time
+from decimal import Decimal
 from typing import Any
 
+import confluent_kafka
 import pytest
 from confluent_kafka import KafkaError
 
@@ -140,6 +142,66 @@ def test_an_oauth_cb_that_fails_is_told_to_error_cb_without_the_token(answer: An
     (failure,) = {error.str() for error in errors if error.name() == "_AUTHENTICATION"}
     assert reason in failure
     assert "the-token" not in failure
+
+
+def test_without_a_configuration_oauth_cb_gets_none_as_in_confluent_kafka() -> None:
+    configs: list[str | None] = []
+
+    def oauth_cb(config: str | None) -> tuple[str, float]:
+        configs.append(config)
+        return "token", time.time() + 3_600
+
+    with kbatch.Producer({**OAUTH, "oauth_cb": oauth_cb}) as producer:
+        producer.submit("orders", [])
+        until(lambda: configs, "the question")
+    confluent_kafka.Producer({**OAUTH, "oauth_cb": oauth_cb})
+    assert configs == [None, None]
+
+
+LATER = 4_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("answer", "refusal"),
+    [
+        (("token", LATER), None),
+        (("token", float(LATER)), None),
+        (("token", Decimal(LATER)), None),
+        (("token", LATER, "principal"), None),
+        (("token", LATER, "müller", {}), None),
+        (("token", LATER, "", {"scope": "orders", "tenant": "shop"}), None),
+        (("token", LATER, None), r"oauth_cb's principal must be str, not NoneType"),
+        (("token", LATER, "", None), r"oauth_cb's extensions must be a dict, not NoneType"),
+        (("token", LATER, "", [("scope", "orders")]), r"oauth_cb's extensions must be a dict, not list"),
+        (("token", LATER, "", {"scope": b"orders"}), r"oauth_cb's extension must be str, not bytes"),
+        (("token", LATER, "", {"scope": "orders\0"}), r"oauth_cb's extension is not UTF-8 text without a NUL"),
+        (("token", LATER, "", {"auth": "x"}), "reserved"),
+        (("token", LATER, "", {}, "more"), r"oauth_cb must return \(token, .*, not a tuple of 5"),
+        (("token",), r"oauth_cb must return \(token, .*, not a tuple of 1"),
+        (["token", LATER], r"oauth_cb must return \(token, .*, not list"),
+        ("token", r"oauth_cb must return \(token, .*, not str"),
+        (None, r"oauth_cb must return \(token, .*, not NoneType"),
+        ((b"token", LATER), r"oauth_cb's token must be str, not bytes"),
+        (("token\0", LATER), r"oauth_cb's token is not UTF-8 text without a NUL"),
+        (("\ud800", LATER), r"oauth_cb's token is not UTF-8 text"),
+        (("token", "soon"), "must be real number, not str"),
+        (("token", float("nan")), "oauth_cb's expiry must be seconds since 1970, not nan"),
+        (("token", float("inf")), "oauth_cb's expiry must be seconds since 1970, not inf"),
+        (("token", -1), "oauth_cb's expiry must be seconds since 1970, not -1"),
+        (("token", 0), "unexpired"),
+        (("token", time.time() - 1), "unexpired"),
+    ],
+    ids=str,
+)
+def test_what_oauth_cb_may_return(answer: Any, refusal: str | None) -> None:
+    config = {**OAUTH, "oauth_cb": lambda config: ("token", LATER)}
+    with kbatch.Producer(config) as producer:
+        producer.submit("orders", [])
+        if refusal is None:
+            producer._core.set_oauth_token(answer)
+        else:
+            with pytest.raises((TypeError, ValueError), match=refusal):
+                producer._core.set_oauth_token(answer)
 
 
 def test_a_token_does_not_wait_behind_another_callback() -> None:

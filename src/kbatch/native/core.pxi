@@ -618,7 +618,9 @@ cdef class Core:
         if not isinstance(extensions, dict):
             raise TypeError(f"oauth_cb's extensions must be a dict, not {type(extensions).__name__}")
         cdef list flat = [oauth_text("extension", text) for pair in extensions.items() for text in pair]
-        lifetime_ms = int(expiry * 1000)
+        if not 0 <= expiry < 1e12:  # what is no number of milliseconds must not be cast to one
+            raise ValueError(f"oauth_cb's expiry must be seconds since 1970, not {expiry}")
+        lifetime_ms = <int64_t> (expiry * 1000)
         pointers = <const char **> malloc((len(flat) + 1) * sizeof(char *))
         if pointers == NULL:
             raise MemoryError()
@@ -668,7 +670,7 @@ cdef class TokenRefresh:
     def __init__(self, oauth_cb, str config, find_core):
         self.oauth_cb, self.config, self.find_core = oauth_cb, config, find_core
 
-    def __call__(self) -> None:
+    def run(self) -> None:
         cdef Core core = self.find_core()
         if core is None:
             return
@@ -901,5 +903,5 @@ cdef class Dispatcher:
                             text.decode("utf-8", "replace"))
         elif kind == RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH:
             text = api.event_config_string(event)
-            self.on_oauth("" if text == NULL else text.decode())
+            self.on_oauth(None if text == NULL else text.decode())  # as confluent-kafka: None without the key
         return 0
