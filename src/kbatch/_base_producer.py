@@ -79,7 +79,10 @@ class BaseProducer:
         """What a kind of producer needs besides."""
 
     def purge(self) -> None:
-        """Gives up every message that is queued or in flight: its outcome is a failure. Does not wait for it."""
+        """Gives up every message that is queued or in flight: its outcome is a failure.
+
+        Does not wait for it: a batch sent before those failures have come may be given up as well.
+        """
         self._core.purge()
 
     def stats(self) -> dict[str, int]:

@@ -384,7 +384,7 @@ def test_a_fatal_error_frees_a_thread_that_waits(dark_cluster: MockCluster) -> N
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit])
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, KeyboardInterrupt])
 def test_no_exception_of_a_callback_ends_the_callbacks(kafka_cluster: MockCluster, error: type[BaseException]) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     answers: list[int] = []

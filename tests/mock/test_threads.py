@@ -1,12 +1,22 @@
 """Threads that share a producer: each envelope once, each thread's order kept, one outcome per envelope."""
 
+import asyncio
+import contextlib
+import itertools
+import queue
 import threading
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 import kbatch
+from kbatch._fastmap import pinned_buffers
 from kbatch.testing import MockCluster
 
-from .clients import read
+from ..waiting import until
+from .clients import Stored, read, read_back, read_back_with_aiokafka
 
 
 def make_producer(cluster: MockCluster, **options: Any) -> kbatch.Producer:
@@ -89,3 +99,319 @@ def test_many_threads_wait_for_one_batch(kafka_cluster: MockCluster) -> None:
             waiter.join()
     assert len(reports) == 6
     assert all(report.acked == 100 for report in reports)
+
+
+class Ledger:
+    """What sixteen threads sent, and the one outcome that each envelope was given."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[str]] = {}  # of each key the ids, in the order of the calls
+        self.outcomes: Counter[str] = Counter()
+        self.acked: set[str] = set()
+        self.maybe: set[str] = set()  # failed, but a broker may have written it
+        self.refused: set[str] = set()
+        self._lock = threading.Lock()
+
+    def batch(self, key: str, count: int) -> list[kbatch.Envelope[Any]]:
+        made = [kbatch.Envelope(data=b"x", key=key) for _ in range(count)]
+        with self._lock:
+            self.sent.setdefault(key, []).extend(str(envelope.id) for envelope in made)
+        return made
+
+    def settle(self, batch: list[kbatch.Envelope[Any]], report: kbatch.DeliveryReport) -> None:
+        ids = [str(envelope.id) for envelope in batch]
+        with self._lock:
+            self.outcomes.update(ids)
+            self.acked.update(id for i, id in enumerate(ids) if i not in report.errors)
+            self.maybe.update(ids[i] for i, error in report.errors.items() if error.possibly_persisted)
+
+    def refuse(self, batch: list[kbatch.Envelope[Any]]) -> None:
+        with self._lock:
+            self.refused.update(str(envelope.id) for envelope in batch)
+
+    def check(self, records: list[Stored]) -> None:
+        """One outcome for what was taken, none for what was refused; what is acknowledged is in the log once."""
+        everything = {id for ids in self.sent.values() for id in ids}
+        assert set(self.outcomes) == everything - self.refused
+        assert set(self.outcomes.values()) <= {1}
+        log: dict[str, list[str]] = {}
+        for record in records:
+            assert record.key is not None
+            log.setdefault(record.key.decode(), []).append((dict(record.headers)["id"] or b"").decode())
+        in_log = Counter(id for ids in log.values() for id in ids)
+        assert set(in_log.values()) <= {1}
+        assert self.acked <= set(in_log) <= self.acked | self.maybe
+        for key, ids in log.items():
+            assert ids == [id for id in self.sent[key] if id in in_log]
+
+
+class _Recorder(kbatch.SenderCallback):
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
+        self.ledger.settle(list(batch.envelopes), report)
+
+    def mark_processing_failure(self, batch: kbatch.OutgoingBatch, error: Any) -> None:
+        if isinstance(error, kbatch.ProducerClosedError):
+            self.ledger.refuse(list(batch.envelopes))
+        else:
+            self.ledger.settle(list(batch.envelopes), error.report)
+
+
+def send_one(producer: kbatch.Producer, ledger: Ledger, how: str, batch: list[kbatch.Envelope[Any]]) -> Any:
+    """Sends a batch in one of the ways there are; returns what is still to be waited for."""
+    if how == "send_batch":
+        ledger.settle(batch, producer.send_batch("orders", batch))
+    elif how == "submit":
+        pending = producer.submit("orders", batch)
+        return lambda: ledger.settle(batch, pending.wait())
+    elif how == "callback":
+        producer.submit("orders", batch, callback=lambda report: ledger.settle(batch, report))
+    elif how == "done_callback":
+        producer.submit("orders", batch).add_done_callback(lambda done: ledger.settle(batch, done.report))
+    elif how == "await":
+
+        async def main() -> None:
+            ledger.settle(batch, await producer.submit("orders", batch))
+
+        asyncio.run(main())
+    elif how == "sender":
+        kbatch.KafkaSender(producer, "orders").send_batch(_Recorder(ledger), kbatch.OutgoingBatch(batch))
+    return None
+
+
+WAYS = ["send_batch", "submit", "callback", "done_callback", "await", "sender"]
+
+
+def in_threads(work: list[Callable[[], object]]) -> None:
+    """Runs each on a thread of its own, all at once; fails with what one of them raised."""
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(work))
+
+    def run(one: Callable[[], object]) -> None:
+        try:
+            start.wait()
+            one()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=run, args=(one,)) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "a thread hangs"
+    assert failures == []
+
+
+def test_sixteen_threads_send_in_every_way(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=4)
+    ledger = Ledger()
+    rounds, size = 18, 40
+    config = {"queue.buffering.max.messages": 1_000}
+    with make_producer(kafka_cluster, max_in_flight=1_500, config=config) as producer:
+
+        def work(number: int) -> None:
+            later = []
+            for turn in range(rounds):
+                how = WAYS[(number + turn) % len(WAYS)]
+                left = send_one(producer, ledger, how, ledger.batch(f"key-{number}", size))
+                later += [left] if left is not None else []
+                if turn % 5 == number % 5:
+                    assert producer.flush() >= 0
+                assert len(producer) >= 0
+            for wait in later:
+                wait()
+
+        in_threads([lambda number=number: work(number) for number in range(16)])
+    total = 16 * rounds * size
+    stats = producer.stats()
+    assert (stats["acked"], stats["failed"], stats["envelopes"]) == (total, 0, total)
+    assert (stats["batches"], stats["in_flight"], stats["pinned_buffers"]) == (16 * rounds, 0, 0)
+    assert len(ledger.acked) == total
+    ledger.check(read_back_with_aiokafka(kafka_cluster.bootstrap_servers, "orders"))
+
+
+def test_submit_wait_flush_and_close_from_different_threads(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=2)
+    ledger = Ledger()
+    producer = make_producer(kafka_cluster, max_in_flight=500)
+    handed_over: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    submitted = threading.Event()
+    left: list[int] = []
+
+    def submit() -> None:
+        for _ in range(100):
+            batch = ledger.batch("key", 20)
+            handed_over.put((batch, producer.submit("orders", batch)))
+        handed_over.put(None)
+        submitted.set()
+
+    def wait() -> None:
+        while (item := handed_over.get()) is not None:
+            batch, pending = item
+            ledger.settle(batch, pending.wait())
+
+    def flush() -> None:
+        with contextlib.suppress(kbatch.ProducerClosedError):
+            while not submitted.is_set():
+                producer.flush()
+
+    def close() -> None:
+        submitted.wait(30)
+        left.append(producer.close())
+
+    in_threads([submit, wait, flush, close])
+    assert left == [0]
+    assert len(ledger.acked) == 2_000
+    ledger.check(read_back(kafka_cluster.bootstrap_servers, "orders"))
+
+
+@pytest.mark.parametrize("closer", ["thread", "callback", "two threads"])
+@pytest.mark.parametrize("timeout", [30, 0])
+def test_close_while_the_others_send_wait_and_flush(kafka_cluster: MockCluster, closer: str, timeout: float) -> None:
+    kafka_cluster.create_topic("orders", partitions=4)
+    ledger = Ledger()
+    producer = make_producer(kafka_cluster, max_in_flight=2_000)
+    left: list[int] = []
+    refusals: list[int] = []
+    batches_before_close = 60
+
+    def send(number: int) -> None:
+        later = []
+        for turn in itertools.count():
+            batch = ledger.batch(f"key-{number}", 30)
+            refused_before = len(ledger.refused)
+            try:
+                later.append(send_one(producer, ledger, WAYS[(number + turn) % len(WAYS)], batch))
+            except kbatch.ProducerClosedError:
+                if not any(str(envelope.id) in ledger.outcomes for envelope in batch):
+                    ledger.refuse(batch)
+            if len(ledger.refused) != refused_before and producer.closed:
+                break
+        refusals.append(number)
+        for wait in later:
+            if wait is not None:
+                wait()
+
+    def flush() -> None:
+        with contextlib.suppress(kbatch.ProducerClosedError):
+            while True:
+                producer.flush()
+
+    def close() -> None:
+        until(lambda: len(ledger.acked) > batches_before_close * 30, "acknowledgements")
+        if closer == "callback":
+            producer.submit("orders", [], callback=lambda report: left.append(producer.close(timeout)))
+            until(lambda: left, "the close")
+        else:
+            left.append(producer.close(timeout))
+
+    in_threads(
+        [lambda number=number: send(number) for number in range(10)]
+        + [flush, flush]
+        + [close] * (2 if closer == "two threads" else 1)
+    )
+    producer.close()
+    assert sorted(refusals) == list(range(10))
+    until(lambda: len(ledger.outcomes) + len(ledger.refused) == sum(map(len, ledger.sent.values())), "the last answer")
+    ledger.check(read_back(kafka_cluster.bootstrap_servers, "orders"))
+    lost = len(ledger.outcomes) - len(ledger.acked)
+    assert lost in left  # what a second closer in a hurry counts, others may still be settling
+    if timeout:
+        assert set(left) == {lost}
+        assert not ledger.maybe  # what was not enqueued yet is given up, the rest is waited for
+    assert (len(producer), pinned_buffers()) == (0, 0)
+
+
+def test_several_threads_flush_at_once(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_broker_down(1)
+    left: list[int] = []
+    with make_producer(kafka_cluster) as producer:
+        pending = producer.submit("orders", envelopes(100))
+        in_threads([lambda: left.append(producer.flush(0.05))] * 4)
+        assert left == [100] * 4
+        left.clear()
+
+        def flush() -> None:
+            left.append(producer.flush())
+            assert pending.done()
+
+        in_threads([flush] * 4 + [lambda: kafka_cluster.set_broker_up(1)])
+        assert left == [0] * 4
+        assert pending.report.acked == 100
+
+
+# -- callbacks
+
+
+def test_a_callback_may_call_whatever_there_is(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    answers: list[object] = []
+    producer = make_producer(kafka_cluster)
+
+    def callback(report: kbatch.DeliveryReport) -> None:
+        assert threading.current_thread().name == "kbatch-callbacks"
+        answers.append(producer.send_batch("orders", envelopes(3)).acked)
+        answers.append(producer.submit("orders", envelopes(4)).wait().acked)
+        producer.submit("orders", envelopes(5))
+        answers.append(producer.flush())
+        answers.append(len(producer))
+        answers.append(producer.stats()["acked"])
+        answers.append(asyncio.run(_await(producer.submit("orders", envelopes(6)))).acked)
+        producer.purge()
+        answers.append(producer.close())
+        with pytest.raises(kbatch.ProducerClosedError):
+            producer.submit("orders", envelopes(1))
+        answers.append("end")
+
+    producer.submit("orders", envelopes(2), callback=callback)
+    until(lambda: "end" in answers, "the callback's end")
+    assert answers == [3, 4, 0, 0, 2 + 3 + 4 + 5, 6, 0, "end"]
+    assert len(read_back(kafka_cluster.bootstrap_servers, "orders")) == 20
+
+
+async def _await(pending: kbatch.PendingBatch) -> kbatch.DeliveryReport:
+    return await pending
+
+
+def test_a_sender_callback_may_flush_and_close(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    answers: list[object] = []
+    producer = make_producer(kafka_cluster)
+
+    class Closes(kbatch.SenderCallback):
+        def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
+            answers.extend([report.acked, producer.flush(), producer.close(), producer.closed])
+
+        def mark_processing_failure(self, batch: kbatch.OutgoingBatch, error: Exception) -> None:
+            answers.append(type(error))
+
+    sender = kbatch.KafkaSender(producer, "orders")
+    sender.send_batch(Closes(), kbatch.OutgoingBatch(envelopes(5)))
+    sender.send_batch(Closes(), kbatch.OutgoingBatch(envelopes(5)))
+    assert answers == [5, 0, 0, True, kbatch.ProducerClosedError]
+
+
+def test_a_slow_callback_does_not_delay_draining(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    release = threading.Event()
+    answers: list[int] = []
+
+    def slow(report: kbatch.DeliveryReport) -> None:
+        release.wait(60)
+        answers.append(report.acked)
+
+    with make_producer(kafka_cluster, config={"queue.buffering.max.messages": 100}) as producer:
+        for count in range(1, 41):  # together many times the queue
+            producer.submit(
+                "orders", envelopes(count), callback=slow if count == 1 else lambda r: answers.append(r.acked)
+            )
+        assert producer.flush() == 0
+        until(lambda: pinned_buffers() == 0, "the memory of what is acknowledged")
+        assert answers == []
+        release.set()
+    assert answers[0] == 1
+    assert sorted(answers) == list(range(1, 41))
