@@ -4,7 +4,9 @@ import asyncio
 import contextlib
 import itertools
 import queue
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -415,3 +417,65 @@ def test_a_slow_callback_does_not_delay_draining(kafka_cluster: MockCluster) -> 
         release.set()
     assert answers[0] == 1
     assert sorted(answers) == list(range(1, 41))
+
+
+def test_callbacks_of_a_batch_run_in_the_order_in_which_they_were_added(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    calls: list[str] = []
+
+    def first(done: kbatch.PendingBatch) -> None:
+        calls.append("first")
+        done.add_done_callback(lambda _: calls.append("added by the first"))
+
+    interval = sys.getswitchinterval()
+    with make_producer(kafka_cluster) as producer:
+        pending = producer.submit("orders", envelopes(10))
+        pending.add_done_callback(first)
+        sys.setswitchinterval(60)  # nobody else gets the GIL: the batch is done, and its callbacks are not yet called
+        try:
+            while not pending.done():
+                pass
+            pending.add_done_callback(lambda _: calls.append("second"))
+            pending.add_done_callback(lambda _: calls.append("third"))
+        finally:
+            sys.setswitchinterval(interval)
+    assert calls == ["first", "second", "third", "added by the first"]
+
+
+def test_callbacks_added_while_the_batch_completes_run_once_and_in_order(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    calls: list[tuple[int, int, int]] = []
+    threads, rounds = 8, 60
+    with make_producer(kafka_cluster) as producer:
+        for turn in range(rounds):
+            pending = producer.submit("orders", envelopes(3))
+
+            def add(number: int, pending: kbatch.PendingBatch = pending, turn: int = turn) -> None:
+                at = 0
+                while not pending.done() or at < 5:
+                    pending.add_done_callback(lambda _, call=(turn, number, at): calls.append(call))
+                    at += 1
+                    time.sleep(0.0002)
+
+            in_threads([lambda number=number: add(number) for number in range(threads)])
+    assert max(Counter(calls).values()) == 1
+    for turn in range(rounds):
+        for number in range(threads):
+            mine = [at for of, by, at in calls if (of, by) == (turn, number)]
+            assert mine == list(range(len(mine)))
+            assert len(mine) >= 5
+
+
+def test_a_callback_that_adds_itself_again(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    calls: list[int] = []
+
+    def again(done: kbatch.PendingBatch) -> None:
+        calls.append(len(done))
+        if len(calls) < 500:
+            done.add_done_callback(again)
+
+    with make_producer(kafka_cluster) as producer:
+        producer.submit("orders", envelopes(2)).add_done_callback(again)
+        until(lambda: len(calls) == 500, "the last of them")
+    assert calls == [2] * 500

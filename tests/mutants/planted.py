@@ -132,8 +132,8 @@ MUTANTS = (
     Mutant(
         "a callback comes twice",
         CORE,
-        "                self.callback_thread.put(callback, batch)\n",
-        "                self.callback_thread.put(callback, batch)\n" * 2,
+        "                    self.callback_thread.put(callback, batch)\n",
+        "                    self.callback_thread.put(callback, batch)\n" * 2,
         "tests/mock/test_lifecycle.py",
     ),
     Mutant(

@@ -55,7 +55,7 @@ cdef class Batch:
     cdef list kept
     cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
     cdef object enqueued_waker  # the same, at the end of phase 2
-    cdef list callbacks   # called with this batch on the callback thread
+    cdef list callbacks   # called with this batch on the callback thread, in this order
     cdef char[TIME_TEXT_WOLVERINE] sent_at
 
     def __cinit__(self, Core core not None):
@@ -131,7 +131,7 @@ cdef class Batch:
             else:
                 self.wakers.append(waker)
         else:
-            if done:
+            if done and self.callbacks is None:
                 self.core.dispatcher.call(callback, self)
             elif self.callbacks is None:
                 self.callbacks = fresh
@@ -853,13 +853,17 @@ cdef class Dispatcher:
         # Loops first: they wait for a batch, callbacks are only told.
         cdef list wakers = batch.wakers
         cdef list callbacks = batch.callbacks
-        batch.wakers = batch.callbacks = None
+        batch.wakers = None
         if wakers is not None:
             for waker in wakers:
                 self._wake(waker)
         if callbacks is not None:
-            for callback in callbacks:
-                self.callback_thread.put(callback, batch)
+            for callback in callbacks:  # it may grow meanwhile: who comes later must not overtake
+                try:
+                    self.callback_thread.put(callback, batch)
+                except Exception:
+                    _logger.exception("could not call a callback")
+            batch.callbacks = None
 
     cdef void _wake(self, object waker) noexcept:
         try:
