@@ -1,7 +1,7 @@
 # Everything that is done to this project: `make help` lists it. Each target sets up what it needs.
 #
 #   PYTHON=python3.12 make test        choose the interpreter (3.10 or newer) of a new .venv
-#   make test ARGS="tests/unit -x"     pass options on, likewise to run, bench and asan
+#   make test ARGS="tests/unit -x"     pass options on, likewise to run, bench and the tests of memory
 #
 # Stamp files in the virtual environment say what is up to date: a changed source is compiled before anything
 # runs, a changed pyproject.toml installs again.
@@ -137,6 +137,27 @@ asan: $(ASAN_VENV)/.kbatch/installed ## Run the tests on a build with the addres
 	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" PYTHONMALLOC=malloc KBATCH_SLOW_BUILD=1 \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		$(ASAN_VENV)/bin/python -m pytest $(ARGS)
+
+# The next ones use .venv, but its compiled modules: they come from a tree that PYTHONPATH puts first.
+
+build/%/compiled: $(STAMPS)/installed $(STAMPS)/test-group $(CYTHON_SOURCES) $(FORCING) \
+		$(shell find src -name '*.py' -o -name '*.pyi')
+	rm -rf $(@D) && mkdir -p $(@D)
+	cp -R setup.py pyproject.toml README.md LICENSE src $(@D)/
+	find $(@D) \( -name '*.so' -o -name '*.egg-info' -o -name __pycache__ -o -name '*.c' \) -prune -exec rm -rf {} +
+	cd $(@D) && $(SWITCHES) $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --parallel $(JOBS)
+	@touch $@
+
+build/debug/compiled: SWITCHES := DEBUG=1
+build/tsan/compiled: SWITCHES := SANITIZE=thread
+
+.PHONY: memory
+memory: build/debug/compiled ## Let each allocation fail in turn, ours and Python's, on a debug build
+	PYTHONPATH=build/debug/src $(BIN)/python -m pytest tests/memory $(ARGS)
+
+.PHONY: fuzz
+fuzz: build $(STAMPS)/test-group ## Compare nasty envelopes with the reference: ARGS="--envelopes 10000000 --seed 7"
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 .PHONY: wheel
 wheel: build $(STAMPS)/build-group ## Build sdist and wheel, install the wheel in a clean environment, import it

@@ -1,7 +1,7 @@
 """Builds the Cython extensions. Switches, each an environment variable set to 1:
 
-DEBUG     -O0, assertions, Python-level line tracing off
-SANITIZE  AddressSanitizer and UndefinedBehaviorSanitizer (with DEBUG's flags)
+DEBUG     -O0, assertions, Python-level line tracing off, allocations that a test can let fail
+SANITIZE  AddressSanitizer and UndefinedBehaviorSanitizer, or ThreadSanitizer if it is "thread" (with DEBUG's flags)
 COVERAGE  line tracing for Cython.Coverage
 """
 
@@ -27,10 +27,13 @@ if sys.platform != "win32":
     else:
         compile_args += ["-O3", "-g1", "-fvisibility=hidden"]
     if SANITIZE:
-        compile_args += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-        link_args += ["-fsanitize=address,undefined"]
+        sanitizers = "-fsanitize=" + ("thread" if os.environ["SANITIZE"] == "thread" else "address,undefined")
+        compile_args += [sanitizers, "-fno-sanitize-recover=undefined"]
+        link_args += [sanitizers]
 
 macros = [("CYTHON_TRACE_NOGIL", "1")] if COVERAGE else []
+if (DEBUG or SANITIZE) and sys.platform != "win32":
+    macros += [("KBATCH_FAULTS", "1")]
 
 
 def extension(name: str) -> Extension:

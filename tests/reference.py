@@ -190,9 +190,12 @@ def key_or_value(given: Any) -> bytes | None:
 def body_bytes(arguments: Mapping[str, Any], topic: str | None, encoder: Encoder) -> bytes:
     if arguments.get("data") is not None:
         try:
-            return memoryview(arguments["data"]).tobytes()
-        except TypeError:
+            view = memoryview(arguments["data"])
+        except (TypeError, ValueError):  # ValueError: one that was released
             raise _BadError from None
+        if not view.c_contiguous:
+            raise _BadError
+        return view.tobytes()
     try:
         if hasattr(encoder, "encode"):
             return bytes(encoder.encode(arguments["message"]))
@@ -366,6 +369,13 @@ def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
     refused = set()
     if ("message" in arguments) == (arguments.get("data") is not None):
         refused |= {"message", "data"}
+    if arguments.get("data") is not None:
+        try:
+            memoryview(arguments["data"])
+        except TypeError:
+            refused.add("data")
+        except ValueError:  # a buffer that was released: the mapping finds out
+            pass
     for name in TIME_FIELDS:
         time = arguments.get(name)
         if time is None:
@@ -382,7 +392,8 @@ def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
         number = arguments.get(name)
         if number is None and name != "attempts":
             continue
-        if name in arguments and not (type(number) is int and low <= number <= high):
+        whole = isinstance(number, int) and not isinstance(number, bool)
+        if name in arguments and not (whole and low <= number <= high):
             refused.add(name)
     try:
         if any(isinstance(pair, str | bytes) for pair in arguments.get("headers", ())) and not isinstance(

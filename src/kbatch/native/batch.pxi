@@ -129,7 +129,7 @@ cdef char *arena_take(Client *client, ArenaBlock **arena, size_t size) noexcept 
         else:
             want = size
         if block == NULL:
-            block = <ArenaBlock *> malloc(sizeof(ArenaBlock) + want)
+            block = <ArenaBlock *> kb_malloc(sizeof(ArenaBlock) + want)
             if block == NULL:
                 return NULL
             block.size = want
@@ -162,7 +162,7 @@ cdef void arena_give(Client *client, ArenaBlock **arena) noexcept nogil:
     kb_mutex_unlock(&client.mu)
     while rest != NULL:
         following = rest.next
-        free(rest)
+        kb_free(rest)
         rest = following
 
 
@@ -175,7 +175,7 @@ cdef Record *records_take(Client *client, Py_ssize_t count, Py_ssize_t *capacity
         client.spare_records = NULL
     kb_mutex_unlock(&client.mu)
     if records == NULL:
-        records = <Record *> malloc(<size_t> count * sizeof(Record))
+        records = <Record *> kb_malloc(<size_t> count * sizeof(Record))
         capacity[0] = count
     return records
 
@@ -192,7 +192,7 @@ cdef void records_give(Client *client, Record **records, Py_ssize_t capacity) no
             drop, client.spare_records = client.spare_records, drop
             client.spare_records_capacity = capacity
         kb_mutex_unlock(&client.mu)
-    free(drop)
+    kb_free(drop)
 
 
 cdef void drop_records(BatchState *batch) noexcept nogil:
@@ -207,13 +207,13 @@ cdef class Outcomes:
     cdef readonly Py_ssize_t count
 
     def __dealloc__(self):
-        free(self._items)
+        kb_free(self._items)
 
     @staticmethod
     cdef Outcomes make(Py_ssize_t count):
         cdef Outcomes self = Outcomes.__new__(Outcomes)
         # One more than asked for: an empty batch has an address too.
-        self._items = <Outcome *> calloc(<size_t> count + 1, sizeof(Outcome))
+        self._items = <Outcome *> kb_calloc(<size_t> count + 1, sizeof(Outcome))
         if self._items == NULL:
             raise MemoryError(f"no memory for the outcomes of {count} envelopes")
         self.count = count

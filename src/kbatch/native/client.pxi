@@ -103,7 +103,7 @@ cdef struct Client:
 
 
 cdef Client *client_make(int64_t max_in_flight) noexcept nogil:
-    cdef Client *c = <Client *> calloc(1, sizeof(Client))
+    cdef Client *c = <Client *> kb_calloc(1, sizeof(Client))
     if c == NULL:
         return NULL
     c.references = 1
@@ -124,19 +124,19 @@ cdef void client_drop(Client *c) noexcept nogil:
     while c.topics != NULL:
         topic = c.topics
         c.topics = topic.next
-        free(topic.name)
-        free(topic)
+        kb_free(topic.name)
+        kb_free(topic)
     while c.spare_blocks != NULL:
         block = c.spare_blocks
         c.spare_blocks = block.next
-        free(block)
-    free(c.spare_records)
+        kb_free(block)
+    kb_free(c.spare_records)
     drop_notices(c.notice_first)
     kb_cond_destroy(&c.drainer_cond)
     kb_cond_destroy(&c.dispatcher_cond)
     kb_cond_destroy(&c.life_cond)
     kb_mutex_destroy(&c.mu)
-    free(c)
+    kb_free(c)
 
 
 cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcept nogil:
@@ -147,12 +147,12 @@ cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcep
     while topic != NULL and strcmp(topic.name, name) != 0:
         topic = topic.next
     if topic == NULL:
-        topic = <Topic *> malloc(sizeof(Topic))
+        topic = <Topic *> kb_malloc(sizeof(Topic))
         if topic != NULL:
             topic.handle = NULL
-            topic.name = <char *> malloc(length + 1)
+            topic.name = <char *> kb_malloc(length + 1)
             if topic.name == NULL:
-                free(topic)
+                kb_free(topic)
                 topic = NULL
             else:
                 memcpy(topic.name, name, length + 1)
@@ -167,8 +167,8 @@ cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcep
 cdef void free_notice(Notice *notice) noexcept nogil:
     if notice.event != NULL:
         api.event_destroy(notice.event)
-    free(notice.broker_name)
-    free(notice)
+    kb_free(notice.broker_name)
+    kb_free(notice)
 
 
 cdef void drop_notices(Notice *notice) noexcept nogil:
@@ -195,12 +195,12 @@ cdef void on_throttle(rd_kafka_t *rk, const char *broker_name, int32_t broker_id
                       void *opaque) noexcept nogil:
     # On whichever thread polls: copy and leave.
     cdef Client *c = <Client *> opaque
-    cdef Notice *notice = <Notice *> calloc(1, sizeof(Notice))
+    cdef Notice *notice = <Notice *> kb_calloc(1, sizeof(Notice))
     if notice == NULL:
         return
-    notice.broker_name = <char *> malloc(strlen(broker_name) + 1)
+    notice.broker_name = <char *> kb_malloc(strlen(broker_name) + 1)
     if notice.broker_name == NULL:
-        free(notice)
+        kb_free(notice)
         return
     strcpy(notice.broker_name, broker_name)
     notice.broker_id = broker_id
@@ -367,7 +367,7 @@ cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
     if api.event_type(event) == RD_KAFKA_EVENT_DR:
         handle_reports(c, event, me)
         return True
-    notice = <Notice *> calloc(1, sizeof(Notice))
+    notice = <Notice *> kb_calloc(1, sizeof(Notice))
     if notice == NULL:
         api.event_destroy(event)  # no memory to pass it on
     else:

@@ -621,7 +621,7 @@ cdef class Core:
         if not 0 <= expiry < 1e12:  # what is no number of milliseconds must not be cast to one
             raise ValueError(f"oauth_cb's expiry must be seconds since 1970, not {expiry}")
         lifetime_ms = <int64_t> (expiry * 1000)
-        pointers = <const char **> malloc((len(flat) + 1) * sizeof(char *))
+        pointers = <const char **> kb_malloc((len(flat) + 1) * sizeof(char *))
         if pointers == NULL:
             raise MemoryError()
         try:
@@ -632,7 +632,7 @@ cdef class Core:
                                              pointers, len(flat), errstr, sizeof(errstr))
             self._leave()
         finally:
-            free(pointers)
+            kb_free(pointers)
         if code:
             raise ValueError(errstr.decode("utf-8", "replace"))
 

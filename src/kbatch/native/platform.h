@@ -1,11 +1,43 @@
 /* What C has no portable word for: locks, condition variables with a monotonic deadline, threads,
- * atomics, shared libraries, random bytes. POSIX and Windows; no logic of kbatch's own. */
+ * atomics, shared libraries, random bytes. POSIX and Windows; no logic of kbatch's own. Also the one
+ * place where memory is allocated. */
 #ifndef KBATCH_PLATFORM_H
 #define KBATCH_PLATFORM_H
 
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef KBATCH_FAULTS
+/* Debug builds: allocations are counted, and one of them can be made to fail. tests/memory calls these by ctypes. */
+#define KB_EXPORTED __attribute__((visibility("default"), used))
+static int64_t kb_until_failure, kb_live, kb_failures;
+KB_EXPORTED void kb_fail_allocation(int64_t nth) { __atomic_store_n(&kb_until_failure, nth, __ATOMIC_SEQ_CST); }
+KB_EXPORTED int64_t kb_failed_allocations(void) { return __atomic_load_n(&kb_failures, __ATOMIC_SEQ_CST); }
+KB_EXPORTED int64_t kb_live_allocations(void) { return __atomic_load_n(&kb_live, __ATOMIC_SEQ_CST); }
+static inline void *kb_malloc(size_t size) {
+        void *p = NULL;
+        if (__atomic_load_n(&kb_until_failure, __ATOMIC_SEQ_CST) > 0 &&
+            __atomic_sub_fetch(&kb_until_failure, 1, __ATOMIC_SEQ_CST) == 0)
+                __atomic_add_fetch(&kb_failures, 1, __ATOMIC_SEQ_CST);
+        else if ((p = malloc(size)) != NULL)
+                __atomic_add_fetch(&kb_live, 1, __ATOMIC_SEQ_CST);
+        return p;
+}
+static inline void *kb_calloc(size_t count, size_t size) {
+        void *p = size && count > SIZE_MAX / size ? NULL : kb_malloc(count * size);
+        return p ? memset(p, 0, count * size) : NULL;
+}
+static inline void kb_free(void *p) {
+        if (p)
+                __atomic_sub_fetch(&kb_live, 1, __ATOMIC_SEQ_CST);
+        free(p);
+}
+#else
+#define kb_malloc(size) malloc(size)
+#define kb_calloc(count, size) calloc((count), (size))
+#define kb_free(p) free(p)
+#endif
 
 #ifdef _WIN32
 
@@ -49,20 +81,20 @@ typedef void (*kb_thread_main)(void *);
 typedef struct { kb_thread_main main; void *arg; } kb_thread_start_arg;
 static DWORD WINAPI kb_thread_trampoline(LPVOID p) {
         kb_thread_start_arg a = *(kb_thread_start_arg *)p;
-        free(p);
+        kb_free(p);
         a.main(a.arg);
         return 0;
 }
 static inline int kb_thread_start(kb_thread_main main, void *arg) {
         HANDLE h;
-        kb_thread_start_arg *a = (kb_thread_start_arg *)malloc(sizeof *a);
+        kb_thread_start_arg *a = (kb_thread_start_arg *)kb_malloc(sizeof *a);
         if (!a)
                 return -1;
         a->main = main;
         a->arg = arg;
         h = CreateThread(NULL, 0, kb_thread_trampoline, a, 0, NULL);
         if (!h) {
-                free(a);
+                kb_free(a);
                 return -1;
         }
         CloseHandle(h);
@@ -151,7 +183,7 @@ typedef void (*kb_thread_main)(void *);
 typedef struct { kb_thread_main main; void *arg; } kb_thread_start_arg;
 static void *kb_thread_trampoline(void *p) {
         kb_thread_start_arg a = *(kb_thread_start_arg *)p;
-        free(p);
+        kb_free(p);
         a.main(a.arg);
         return NULL;
 }
@@ -160,7 +192,7 @@ static inline int kb_thread_start(kb_thread_main main, void *arg) {
         pthread_t t;
         sigset_t all, old;
         int r;
-        kb_thread_start_arg *a = (kb_thread_start_arg *)malloc(sizeof *a);
+        kb_thread_start_arg *a = (kb_thread_start_arg *)kb_malloc(sizeof *a);
         if (!a)
                 return -1;
         a->main = main;
@@ -170,7 +202,7 @@ static inline int kb_thread_start(kb_thread_main main, void *arg) {
         r = pthread_create(&t, NULL, kb_thread_trampoline, a);
         pthread_sigmask(SIG_SETMASK, &old, NULL);
         if (r) {
-                free(a);
+                kb_free(a);
                 return -1;
         }
         pthread_detach(t);

@@ -1,6 +1,9 @@
-# Declarations of platform.h: locks, conditions, threads, clocks, atomics.
+# Declarations of platform.h: memory, locks, conditions, threads, clocks, atomics.
 
 cdef extern from "platform.h" nogil:
+    void *kb_malloc(size_t size) noexcept
+    void *kb_calloc(size_t count, size_t size) noexcept
+    void kb_free(void *p) noexcept
     ctypedef struct kb_mutex:
         pass
     ctypedef struct kb_cond:

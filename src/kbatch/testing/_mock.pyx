@@ -11,7 +11,6 @@ nobody but `MockCluster` and its server should call `Cluster`.
 
 cimport cython
 from libc.stdint cimport int16_t, int32_t, int64_t
-from libc.stdlib cimport free, malloc
 
 from kbatch._librdkafka cimport RD_KAFKA_PRODUCER, api, rd_kafka_conf_t, rd_kafka_t, symbol
 
@@ -20,6 +19,8 @@ from kbatch._librdkafka import version as _version
 from kbatch.testing._errors import MockClusterError
 
 cdef extern from "platform.h" nogil:
+    void *kb_malloc(size_t size)
+    void kb_free(void *p)
     int kb_pid()
     int64_t kb_now_ns()
 
@@ -371,14 +372,14 @@ cdef class Cluster:
         cdef int *array
         if not count:
             return
-        array = <int *> malloc(count * sizeof(int))
+        array = <int *> kb_malloc(count * sizeof(int))
         if array == NULL:
             raise MemoryError
         for i in range(count):
             array[i] = codes[i]
         with nogil:
             mock.push_request_errors_array(cluster, api_key, count, array)
-        free(array)
+        kb_free(array)
 
     def clear_request_errors(self, int16_t api_key) -> None:
         cdef void *cluster = self._open()
