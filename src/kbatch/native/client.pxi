@@ -61,7 +61,7 @@ cdef struct Client:
     kb_cond drainer_cond
     kb_cond dispatcher_cond
     kb_cond life_cond       # life or entered changed
-    int life
+    int32_t life            # written under `mu`; atomic, where it is read without
     int32_t shut            # atomic: life >= CLOSING
     int entered             # threads that may call librdkafka, apart from the drainer: it must live
     rd_kafka_t *rk          # owned; destroyed by the drainer. NULL before start
@@ -872,7 +872,7 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
     kb_mutex_lock(&c.mu)
     c.rk = NULL
     c.queue = NULL
-    c.life = CLOSED
+    KB_STORE32(&c.life, CLOSED)
     c.dispatcher_stop = 1  # only now: until here batches may still become done
     kb_cond_signal(&c.dispatcher_cond)
     kb_cond_broadcast(&c.life_cond)

@@ -225,7 +225,7 @@ cdef class Core:
         cdef rd_kafka_t *rk
         cdef bint failed
         with self.start_lock:
-            if c.life != NEW:
+            if KB_LOAD32(&c.life) != NEW:
                 return 0
             c.pid = kb_pid()  # from here on a forked child must not use it, not even to start it
             try:
@@ -281,7 +281,7 @@ cdef class Core:
         cdef Client *c = self.c
         cdef bint closed
         self._check_fork()
-        if c.life == NEW:
+        if KB_LOAD32(&c.life) == NEW:
             self._start()
         kb_mutex_lock(&c.mu)
         closed = c.life >= refused_from
@@ -457,7 +457,7 @@ cdef class Core:
         cdef Client *c = self.c
         cdef int64_t deadline = deadline_after(timeout)
         cdef int64_t now
-        if c.life == NEW:
+        if KB_LOAD32(&c.life) == NEW:
             return 0
         self._enter()
         kb_mutex_lock(&c.mu)
@@ -471,7 +471,7 @@ cdef class Core:
                     if now < deadline:
                         api.flush(c.rk, <int> ((min(deadline - now, WAIT_SLICE) + MS - 1) // MS))
                 PyErr_CheckSignals()
-                if now >= deadline or c.life != RUNNING:
+                if now >= deadline or KB_LOAD32(&c.life) != RUNNING:
                     break
         finally:
             kb_mutex_lock(&c.mu)
@@ -483,7 +483,7 @@ cdef class Core:
 
     def purge(self) -> None:
         cdef Client *c = self.c
-        if c.life == NEW:
+        if KB_LOAD32(&c.life) == NEW:
             return
         self._enter()
         with nogil:
@@ -497,11 +497,11 @@ cdef class Core:
         """
         cdef Client *c = self.c
         cdef int64_t deadline = deadline_after(timeout)
-        cdef int64_t now
+        cdef int64_t now, lost
         cdef bint mine
         if c.pid and c.pid != kb_pid():
             return 0
-        if c.life == NEW:
+        if KB_LOAD32(&c.life) == NEW:
             with self.start_lock:  # a thread may be in the middle of starting it
                 if c.life == NEW:
                     c.life = CLOSED
@@ -539,7 +539,10 @@ cdef class Core:
         self.dispatcher._join(max(0.0, (deadline - kb_now_ns()) / 1e9) if deadline != INT64_MAX else None)
         if interrupted is not None:
             raise interrupted
-        return c.lost + KB_LOAD64(&c.in_flight)
+        kb_mutex_lock(&c.mu)
+        lost = c.lost  # at the deadline the drainer may still count
+        kb_mutex_unlock(&c.mu)
+        return lost + KB_LOAD64(&c.in_flight)
 
     cdef int _wait_for_life(self, int life, int64_t deadline, bint alone) except -1:
         # Until `life` is reached and, if `alone`, no thread is enqueueing. Waiting threads leave by themselves.
@@ -559,12 +562,12 @@ cdef class Core:
         return 0
 
     def closed(self) -> bool:
-        return self.c.life >= CLOSING
+        return KB_LOAD32(&self.c.life) >= CLOSING
 
     def name(self) -> str | None:
         """librdkafka's name of the instance; None before the first use and after close."""
         cdef str name = None
-        if self.c.life == RUNNING and self.c.pid == kb_pid():
+        if KB_LOAD32(&self.c.life) == RUNNING and self.c.pid == kb_pid():
             name = api.name(self.c.rk).decode()
         return name
 
