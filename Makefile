@@ -155,6 +155,10 @@ build/tsan/compiled: SWITCHES := SANITIZE=thread
 memory: build/debug/compiled ## Let each allocation fail in turn, ours and Python's, on a debug build
 	PYTHONPATH=build/debug/src $(BIN)/python -m pytest tests/memory $(ARGS)
 
+.PHONY: tsan
+tsan: build/tsan/compiled ## Let threads do everything at once to a producer, under ThreadSanitizer
+	$(BIN)/python -m tests.races build/tsan/src $(ARGS)
+
 .PHONY: fuzz
 fuzz: build $(STAMPS)/test-group ## Compare nasty envelopes with the reference: ARGS="--envelopes 10000000 --seed 7"
 	$(BIN)/python -m tests.fuzz $(ARGS)

@@ -1,0 +1,1 @@
+"""What many threads do to one producer, for ThreadSanitizer: `make tsan`."""
