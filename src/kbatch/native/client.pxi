@@ -208,6 +208,13 @@ cdef void on_throttle(rd_kafka_t *rk, const char *broker_name, int32_t broker_id
     post_notice(c, notice)
 
 
+cdef void drop_event(Client *c, rd_kafka_event_t *event) noexcept nogil:
+    # librdkafka asks for a token once, and again only after it was told of a failure.
+    if api.event_type(event) == RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH:
+        api.oauthbearer_set_token_failure(c.rk, b"no memory to pass on that a token is wanted")
+    api.event_destroy(event)
+
+
 # -- completion
 
 cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
@@ -369,7 +376,7 @@ cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
         return True
     notice = <Notice *> kb_calloc(1, sizeof(Notice))
     if notice == NULL:
-        api.event_destroy(event)  # no memory to pass it on
+        drop_event(c, event)  # no memory to pass it on
     else:
         notice.event = event
         post_notice(c, notice)

@@ -881,6 +881,9 @@ cdef class Dispatcher:
             try:
                 self._pass_one(notice)
             except Exception:
+                if notice.event != NULL:
+                    drop_event(self.c, notice.event)
+                    notice.event = NULL
                 _logger.exception("could not pass on an event of librdkafka")
             free_notice(notice)
             notice = following
