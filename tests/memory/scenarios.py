@@ -1,0 +1,551 @@
+"""What is done while an allocation fails, and what must hold then and afterwards.
+
+A scenario is made once and gives a step, which is repeated with another allocation failing: ``step(attempt)`` calls
+``attempt(function)`` for what may fail.
+"""
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+from confluent_kafka import KafkaError
+
+import kbatch
+from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone
+from kbatch._fastmap import pinned_buffers
+from kbatch.testing import ApiKey, MockCluster
+from tests.mock.clients import read_back
+
+from ..waiting import until
+from .hooks import Outcome
+
+Attempt = Callable[[Callable[[], Any]], Outcome]
+Step = Callable[[Attempt], None]
+TOPIC = "orders"
+MOMENT = datetime(2026, 11, 23, 9, 16, 45, 123456, tzinfo=timezone.utc)
+# Nothing else may come of it. A thread that cannot be started is Python's RuntimeError.
+ALLOWED = (MemoryError,)
+NO_THREAD = "thread"
+
+
+class World:
+    """A cluster, the producers of a scenario, and the books of what must and may be on the wire."""
+
+    def __init__(self, cluster: MockCluster) -> None:
+        self.cluster = cluster
+        self.opened: list[kbatch.Producer] = []
+        self.serial = 0
+        self.sent: set[bytes] = set()
+        self.perhaps: set[bytes] = set()
+        self.at_end: list[Callable[[], object]] = []
+
+    def config(self, **config: Any) -> dict[str, Any]:
+        servers = self.cluster.bootstrap_servers
+        return {"bootstrap.servers": servers, "log_level": 0, "enable.idempotence": False, **config}
+
+    def producer(self, *, config: dict[str, Any] | None = None, **options: Any) -> kbatch.Producer:
+        made = kbatch.Producer(self.config(**(config or {})), **options)
+        self.opened.append(made)
+        return made
+
+    def started(self, **options: Any) -> kbatch.Producer:
+        producer = self.producer(**options)
+        producer.send_batch(TOPIC, self.batch()).raise_for_errors()
+        return producer
+
+    def batch(self, count: int = 3) -> list[Envelope]:
+        """Bodies that are there once; `book` tells what became of them."""
+        self.serial += 1
+        self.bodies = [b"%d/%d" % (self.serial, n) for n in range(count)]
+        self.perhaps |= set(self.bodies)
+        return [Envelope(data=body, key=f"kéy{n}", headers={"n": str(n)}) for n, body in enumerate(self.bodies)]
+
+    def book(self, acked: bool | None) -> None:
+        """Of the last batch: all sent, nothing sent, or unknown."""
+        if acked is not None:
+            self.perhaps -= set(self.bodies)
+        if acked:
+            self.sent |= set(self.bodies)
+
+    def check_wire(self) -> None:
+        stored = [record.value for record in read_back(self.cluster.bootstrap_servers, TOPIC)]
+        assert len(stored) == len(set(stored)), "something was stored twice"
+        assert self.sent <= set(stored), "something acknowledged is not there"
+        assert set(stored) <= self.sent | self.perhaps, "something is there that was said not to be sent"
+
+    def close(self) -> None:
+        while self.opened:
+            self.opened.pop().close()
+
+    def end(self) -> None:
+        self.close()
+        while self.at_end:
+            self.at_end.pop()()
+
+
+def settled() -> None:
+    gc.collect()
+    until(lambda: pinned_buffers() == 0, "the buffers of a finished batch")
+
+
+def usable(world: World, producer: kbatch.Producer) -> None:
+    report = producer.send_batch(TOPIC, world.batch())
+    assert report.acked == 3, report.errors
+    world.book(True)
+    settled()
+
+
+def checked(outcome: Outcome, *others: type[BaseException]) -> Outcome:
+    error = outcome.error
+    if error is None or isinstance(error, (*ALLOWED, *others)):
+        return outcome
+    if isinstance(error, RuntimeError) and NO_THREAD in str(error):
+        return outcome
+    raise AssertionError(f"not an answer to a lack of memory: {error!r}") from error
+
+
+# --- phase 1
+
+PLAIN: list[dict[str, Any]] = [
+    {"message": {"total": 3, "name": "Größe"}, "key": "schlüssel", "id": kbatch.uuid7()},
+    {"data": b"body", "key": b"key", "headers": [("trace", "ünïcödé"), ("none", None), ("b", b"\xff")], "topic": "a"},
+    {"data": bytearray(b"copied"), "headers": {"n": "1"}, "partition": 3, "topic": "b-topic"},
+    {"data": b"x" * 10, "timestamp": 7, "sent_at": MOMENT, "scheduled_time": MOMENT, "user_name": "müller"},
+    {"data": memoryview(b"y" * 70_000)},
+    {"message": "z" * 70_000, "conversation_id": "11111111222233334444555555555555", "attempts": 2, "source": "shöp"},
+    {"data": b"", "headers": [("h", "v")] * 3_000},
+]
+
+
+def envelopes() -> list[Envelope]:
+    made = [Envelope(**{"id": kbatch.uuid7(), "sent_at": MOMENT, "timestamp": 7, **fields}) for fields in PLAIN]
+    return [*made, Tombstone("tömb", id=kbatch.uuid7())]
+
+
+class Wire:
+    def write(self, envelope: Envelope) -> Any:
+        return envelope.key, b"x" if envelope.data is None else envelope.data, envelope.headers
+
+
+def encode(message: Any, context: kbatch.SerializationContext) -> bytes:
+    context.headers.append(("extra", "é"))
+    return msgspec.json.encode(message)
+
+
+def mapping(**options: Any) -> Callable[[World], Step]:
+    def scenario(world: World) -> Step:
+        batch = envelopes()
+
+        def mapped(producer: kbatch.Producer) -> list[Any]:
+            # without times, which a tombstone has of the batch
+            return [
+                (*record[:2], *record[3:5], [pair for pair in record[5] if pair[0] != "sent-at"])
+                for record in producer._map(TOPIC, batch)
+            ]
+
+        expected = mapped(world.producer(**options))
+
+        def step(attempt: Attempt) -> None:
+            producer = world.producer(**options)
+            got = checked(attempt(lambda: producer._map(TOPIC, batch)))
+            assert got.error is not None or len(got.value) == len(batch)
+            assert mapped(producer) == expected
+            world.close()
+
+        return step
+
+    return scenario
+
+
+def refused(world: World) -> Step:
+    """A bad envelope: the error that it deserves, or the lack of memory; always whole."""
+    bad = [
+        None,
+        Envelope(object()),
+        Envelope(1, headers={"\ud800": "x"}),
+        Envelope(1, headers={"x": 5}),
+        Envelope(1, key=7),
+        Envelope(1, topic="a b"),
+        Envelope(data=b"x" * 1_100_000),
+        Envelope(1, conversation_id="conv", key="k"),
+    ]
+    turn = 0
+
+    def step(attempt: Attempt) -> None:
+        nonlocal turn
+        turn += 1
+        producer = world.producer(wire="wolverine")
+        batch = [*envelopes()[:2], bad[turn % len(bad)]]
+        got = checked(attempt(lambda: producer._map(TOPIC, batch)), kbatch.SerializationError)
+        if isinstance(got.error, kbatch.SerializationError):
+            assert got.error.index == 2
+            assert str(got.error)
+        world.close()
+
+    return step
+
+
+def making(world: World) -> Step:
+    """The constructors, and what an envelope tells."""
+
+    def make() -> list[Any]:
+        made = envelopes()
+        copies = [envelope.replace(key="other") for envelope in made]
+        return [[(repr(each), hash(each), each.id, each.sent_at, each.message_type) for each in made], copies]
+
+    def step(attempt: Attempt) -> None:
+        got = checked(attempt(make))
+        assert got.error is not None or len(got.value[1]) == len(PLAIN) + 1
+
+    return step
+
+
+# --- sending, on a producer that has started
+
+
+def sending(world: World) -> Step:
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        batch = world.batch()
+        got = checked(attempt(lambda: producer.send_batch(TOPIC, batch).raise_for_errors()))
+        world.book(True if got.error is None else None)
+        settled()
+        usable(world, producer)
+
+    return step
+
+
+def sending_fresh(world: World) -> Step:
+    """The first use of a producer: everything is taken for the first time."""
+
+    def step(attempt: Attempt) -> None:
+        batch = world.batch()
+        producer = world.producer()
+        got = checked(attempt(lambda: producer.send_batch(TOPIC, batch)))
+        world.book(True if got.error is None else None)
+        settled()
+        usable(world, producer)
+        world.close()
+
+    return step
+
+
+def making_and_closing(world: World) -> Step:
+    def use() -> int:
+        producer = kbatch.Producer(world.config())
+        world.opened.append(producer)
+        producer.submit(TOPIC, [])
+        return producer.close()
+
+    def step(attempt: Attempt) -> None:
+        checked(attempt(use))
+        world.close()
+        settled()
+
+    return step
+
+
+def closing(world: World) -> Step:
+    def step(attempt: Attempt) -> None:
+        producer = world.producer()
+        batch = world.batch()
+        pending = producer.submit(TOPIC, batch)
+        checked(attempt(producer.close))
+        assert producer.close() == 0
+        world.book(pending.wait(30).ok)
+        del pending
+        world.close()
+        settled()
+
+    return step
+
+
+def submitting(world: World) -> Step:
+    """Two callbacks: each is called once if it was taken, and never if it was refused."""
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        batch = world.batch()
+        first: list[Any] = []
+        second: list[Any] = []
+        pending: list[kbatch.PendingBatch] = []
+
+        def use() -> None:
+            pending.append(producer.submit(TOPIC, batch, callback=first.append))
+            pending[0].add_done_callback(second.append)
+
+        got = checked(attempt(lambda: (use(), pending[0].wait(30), wait_for(lambda: first and second))))
+        producer.flush()
+        usable(world, producer)
+        if pending:
+            world.book(pending[0].wait(30).ok)
+            until(lambda: first, "the callback of a batch that was taken")
+        assert len(first) <= 1
+        if got.error is None:
+            assert (len(first), len(second)) == (1, 1)
+        assert len(second) <= 1
+        pending.clear()
+        settled()
+
+    return step
+
+
+def wait_for(condition: Callable[[], Any]) -> None:
+    """As `until`, but what comes of it is seen afterwards."""
+    deadline = time.monotonic() + 0.3
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.0005)
+
+
+def waiting(world: World) -> Step:
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        pending = producer.submit(TOPIC, world.batch())
+        got = checked(attempt(lambda: (pending.wait(30), pending.report.error(), repr(pending.report))))
+        report = pending.wait(30)
+        assert got.error is not None or got.value[0] is report
+        assert (report.acked, len(report.offsets), report.errors) == (3, 3, {})
+        world.book(True)
+        del pending, report
+        settled()
+
+    return step
+
+
+def awaiting(world: World) -> Step:
+    producer = world.started()
+    loop = asyncio.new_event_loop()
+    world.at_end.append(loop.close)
+
+    def step(attempt: Attempt) -> None:
+        batch = world.batch()
+
+        async def use() -> Any:
+            pending = producer.submit(TOPIC, batch)
+            failed = None
+            try:
+                await asyncio.wait_for(Awaited(pending, attempt), 30)
+            except MemoryError as error:
+                failed = error
+            return failed, await asyncio.wait_for(pending, 30)
+
+        class Awaited:
+            def __init__(self, pending: kbatch.PendingBatch, attempt: Attempt) -> None:
+                self.pending, self.attempt = pending, attempt
+
+            def __await__(self) -> Any:
+                steps = self.pending.__await__()
+                first = self.attempt(lambda: next(steps))
+                if first.error is not None and not isinstance(first.error, StopIteration):
+                    raise first.error
+                if first.error is None:
+                    yield first.value
+                    yield from steps
+
+        _failed, report = loop.run_until_complete(use())
+        world.book(report.ok)
+        assert report.acked == 3
+        usable(world, producer)
+
+    return step
+
+
+def reporting(world: World) -> Step:
+    """A batch of which every part is refused: the report with its errors, the error, its message."""
+    producer = world.started()
+
+    def use() -> Any:
+        report = producer.send_batch(TOPIC, [Envelope(1, partition=9), Envelope(2, partition=9)])
+        error = report.error()
+        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired
+
+    def step(attempt: Attempt) -> None:
+        got = checked(attempt(use))
+        assert got.error is not None or len(got.value[2]) == 2
+        settled()
+        usable(world, producer)
+
+    return step
+
+
+class Recorder(SenderCallback):
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def mark_successful(self, batch: Any, answer: Any) -> None:
+        self.calls.append(("mark_successful", answer))
+
+    def mark_serialization_failure(self, batch: Any, answer: Any) -> None:
+        self.calls.append(("mark_serialization_failure", answer))
+
+    def mark_timed_out(self, batch: Any, answer: Any) -> None:
+        self.calls.append(("mark_timed_out", answer))
+
+    def mark_topic_does_not_exist(self, batch: Any, answer: Any) -> None:
+        self.calls.append(("mark_topic_does_not_exist", answer))
+
+    def mark_processing_failure(self, batch: Any, answer: Any) -> None:
+        self.calls.append(("mark_processing_failure", answer))
+
+
+def answering(world: World) -> Step:
+    """A sender's callback: exactly one answer, a right one."""
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        batch = OutgoingBatch(world.batch())
+        callback = Recorder()
+        sender = KafkaSender(producer, TOPIC)
+        checked(attempt(lambda: sender.send_batch(callback, batch)))
+        until(lambda: callback.calls, "the answer of a batch")
+        settled()
+        ((method, answer),) = callback.calls
+        assert method in ("mark_successful", "mark_processing_failure"), (method, answer)
+        if method == "mark_successful":
+            world.book(True)
+        else:
+            # either nothing was sent, or the batch is in flight and the error says so
+            world.book(None)
+        usable(world, producer)
+
+    return step
+
+
+def answering_a_bad_batch(world: World) -> Step:
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        batch = OutgoingBatch([*world.batch(), Envelope(1, headers={"x": 5})])
+        callback = Recorder()
+        sender = KafkaSender(producer, TOPIC)
+        checked(attempt(lambda: sender.send_batch(callback, batch)))
+        ((method, answer),) = callback.calls
+        assert method in ("mark_serialization_failure", "mark_processing_failure"), (method, answer)
+        world.book(False)
+        settled()
+
+    return step
+
+
+# --- what librdkafka tells
+
+
+def statistics(world: World) -> Step:
+    """A notice that finds no memory is dropped; the next one comes."""
+    texts: list[str] = []
+
+    def step(attempt: Attempt) -> None:
+        producer = world.started(config={"stats_cb": texts.append, "statistics.interval.ms": 5})
+        texts.clear()
+        attempt(lambda: wait_for(lambda: len(texts) >= 2))
+        texts.clear()
+        until(lambda: texts, "statistics after a notice was dropped")
+        usable(world, producer)
+        world.close()
+
+    return step
+
+
+def errors(world: World) -> Step:
+    told: list[Any] = []
+
+    def step(attempt: Attempt) -> None:
+        producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0, "error_cb": told.append})
+        world.opened.append(producer)
+        producer.submit(TOPIC, [])
+        attempt(lambda: wait_for(lambda: told))
+        told.clear()
+        producer._core.inject_fatal_error(45, "made up")
+        until(lambda: any(error.fatal() for error in told), "the fatal error")
+        world.close()
+
+    return step
+
+
+def tokens(world: World) -> Step:
+    """A token that finds no memory on its way is asked for again."""
+    config = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER", "bootstrap.servers": "127.0.0.1:1"}
+
+    def step(attempt: Attempt) -> None:
+        asked = threading.Event()
+        failed = threading.Event()
+
+        def error_cb(error: KafkaError) -> None:
+            if error.name() == "_AUTHENTICATION":
+                failed.set()
+
+        def token(config: str) -> tuple[str, float, str, dict[str, str]]:
+            asked.set()
+            return "token", time.time() + 3600, "me", {"extension": "value"}
+
+        producer = world.producer(config={**config, "oauth_cb": token, "error_cb": error_cb})
+
+        def use() -> None:
+            producer.submit(TOPIC, [])
+            wait_for(asked.is_set)
+
+        checked(attempt(use))
+        producer.submit(TOPIC, [])
+        # A failure that librdkafka is told of is one that it asks again after, ten seconds later.
+        until(lambda: asked.is_set() or failed.is_set(), "a token or its failure")
+        world.close()
+
+    return step
+
+
+def setting_a_token(world: World) -> Step:
+    config = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER", "bootstrap.servers": "127.0.0.1:1"}
+    producer = world.producer(config={**config, "oauth_cb": lambda config: ("token", time.time() + 3600)})
+
+    def step(attempt: Attempt) -> None:
+        end = time.time() + 3600
+        checked(attempt(lambda: producer._core.set_oauth_token("token", end, "me", {"a": "b", "c": "d"})))
+        producer._core.set_oauth_token("token", end, "me", {"a": "b", "c": "d"})
+
+    return step
+
+
+# --- the mock cluster
+
+
+def pushing_errors(world: World) -> Step:
+    producer = world.started(config={"retry.backoff.ms": 1, "retry.backoff.max.ms": 1})
+
+    def step(attempt: Attempt) -> None:
+        checked(attempt(lambda: world.cluster.push_request_errors(ApiKey.PRODUCE, ["NOT_ENOUGH_REPLICAS"])))
+        usable(world, producer)
+
+    return step
+
+
+SCENARIOS: dict[str, Callable[[World], Step]] = {
+    "making": making,
+    "mapping kbatch": mapping(source="söurce", header_hook=lambda: {"hööked": "1"}),
+    "mapping wolverine": mapping(wire="wolverine"),
+    "mapping raw": mapping(wire="raw", encoder=msgspec.msgpack.Encoder()),
+    "mapping by an encoder": mapping(encoder=encode),
+    "mapping by a custom wire": mapping(wire=Wire()),
+    "refused": refused,
+    "sending": sending,
+    "sending fresh": sending_fresh,
+    "making and closing": making_and_closing,
+    "closing": closing,
+    "submitting": submitting,
+    "waiting": waiting,
+    "awaiting": awaiting,
+    "reporting": reporting,
+    "answering": answering,
+    "answering a bad batch": answering_a_bad_batch,
+    "statistics": statistics,
+    "errors": errors,
+    "tokens": tokens,
+    "setting a token": setting_a_token,
+    "pushing errors": pushing_errors,
+}
