@@ -313,7 +313,7 @@ cdef class Core:
         self._leave()
 
     def started(self) -> bool:
-        return self.c.life != NEW
+        return KB_LOAD32(&self.c.life) != NEW
 
     # -- a batch
 
