@@ -14,7 +14,10 @@
  *
  * Each line of standard input is a number of messages: so many are sent and awaited, then a line of JSON
  * with what it took goes to standard output. Two sides can thus take turns without starting anew. Every
- * delivery report is checked; the first one with an error ends the program with status 1. */
+ * delivery report is checked; the first one with an error ends the program with status 1.
+ *
+ * A second number on the line is an interval in nanoseconds: a batch is due at each, one at a time, and
+ * the answer names for each batch how long after that its sending began, and how long it took. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -263,6 +266,47 @@ static void send_all(long count, long batch, long window) {
 
 /* ---- measuring ---- */
 
+static int64_t now_ns(void) {
+        struct timespec t;
+        clock_gettime(CLOCK_MONOTONIC, &t);
+        return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* What benchmarks/sides/base.py does for the other sides: the schedule is fixed ahead, and the processor is
+ * kept busy until a batch is due. */
+static struct paced {
+        int64_t start, *waited, *served;
+        long batches;
+} paced;
+
+static void send_paced(long count, long batch, int64_t interval) {
+        long i;
+
+        paced.batches = count / batch;
+        paced.waited = realloc(paced.waited, (size_t)paced.batches * sizeof *paced.waited);
+        paced.served = realloc(paced.served, (size_t)paced.batches * sizeof *paced.served);
+        if (!paced.waited || !paced.served)
+                fail("latencies", "out of memory");
+        paced.start = now_ns();
+        for (i = 0; i < paced.batches; i++) {
+                int64_t due = paced.start + i * interval, called;
+                while ((called = now_ns()) < due)
+                        ;
+                send_all(batch, batch, 0);
+                paced.waited[i] = called - due;
+                paced.served[i] = now_ns() - called;
+        }
+}
+
+static void print_all(const char *name, const int64_t *values, long count) {
+        long i;
+
+        printf(", \"%s\": [", name);
+        for (i = 0; i < count; i++)
+                printf(i ? ",%" PRId64 : "%" PRId64, values[i]);
+        printf("]");
+}
+
 struct clocks {
         double wall, thread, user, system;
 };
@@ -302,24 +346,34 @@ static void set(void *conf, const char *key, const char *value) {
                 fail("configuration", why);
 }
 
-static void run(long count, long batch, long window) {
+static void run(long count, long batch, long window, int64_t interval) {
         struct clocks start, end;
         struct rusage usage;
         long resident = resident_bytes(), before = acknowledged;
 
         start = clocks_now();
-        send_all(count, batch, window);
+        if (interval)
+                send_paced(count, batch, interval);
+        else
+                send_all(count, batch, window);
         end = clocks_now();
         getrusage(RUSAGE_SELF, &usage);
         printf("{\"messages\": %ld, \"acknowledged\": %ld, \"seconds\": %.9f, \"cpu_user\": %.6f, \"cpu_system\": %.6f, "
-               "\"cpu_thread\": %.9f, \"rss_start\": %ld, \"rss_end\": %ld, \"rss_peak\": %ld}\n",
+               "\"cpu_thread\": %.9f, \"rss_start\": %ld, \"rss_end\": %ld, \"rss_peak\": %ld",
                count, acknowledged - before, end.wall - start.wall, end.user - start.user, end.system - start.system,
                end.thread - start.thread, resident, resident_bytes(), usage.ru_maxrss * 1024L);
+        if (interval) {
+                printf(", \"start_ns\": %" PRId64, paced.start);
+                print_all("waited_ns", paced.waited, paced.batches);
+                print_all("served_ns", paced.served, paced.batches);
+        }
+        puts("}");
         fflush(stdout);
 }
 
 int main(int argc, char **argv) {
-        char why[512];
+        char why[512], line[64];
+        int64_t interval;
         void *conf;
         long batch, window, count;
         int i;
@@ -356,10 +410,11 @@ int main(int argc, char **argv) {
 
         printf("{\"ready\": \"librdkafka %s\"}\n", rk_version_str());
         fflush(stdout);
-        while (scanf("%ld", &count) == 1) {
-                if (count < 1 || count % batch)
+        while (fgets(line, sizeof line, stdin)) {
+                interval = 0;
+                if (sscanf(line, "%ld %" SCNd64, &count, &interval) < 1 || count < 1 || count % batch || interval < 0)
                         fail("standard input", "not a multiple of the batch size");
-                run(count, batch, window);
+                run(count, batch, window, interval);
         }
         printf("{\"closed\": true}\n");
 

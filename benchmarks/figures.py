@@ -1,5 +1,6 @@
 """What was found, and how it is shown."""
 
+import math
 from statistics import median
 from typing import Any
 
@@ -48,9 +49,27 @@ class Line(msgspec.Struct, frozen=True):
     rates: list[float]
 
 
+class LatencyLine(msgspec.Struct, frozen=True):
+    """One side's paced turns, in microseconds: from when a batch was due to its answer, and of that the call alone.
+    Medians over the turns, but for the longest."""
+
+    label: str
+    batches_per_s: float
+    batches: int
+    p50: float
+    p99: float
+    longest: float
+    call_p50: float
+    call_p99: float
+    foreign: float
+    p50s: list[float]
+    p99s: list[float]
+
+
 class Section(msgspec.Struct):
     title: str
     lines: list[Line] = []
+    latencies: list[LatencyLine] = []
     figures: list[Figure] = []
     notes: list[str] = []
     details: dict[str, Any] = {}
@@ -72,6 +91,31 @@ def lines(scores: dict[str, Score]) -> list[Line]:
     return [line(label, score) for label, score in scores.items()]
 
 
+def percentile_us(nanoseconds: list[int], share: float) -> float:
+    """The smallest of the values that at least this share of them does not exceed, in microseconds."""
+    ordered = sorted(nanoseconds)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)] / 1000
+
+
+def latency_line(label: str, batches_per_s: float, score: Score) -> LatencyLine:
+    answers = [turn.latencies_ns for turn in score.turns]
+    calls = [turn.served_ns for turn in score.turns]
+    p50s, p99s = ([percentile_us(each, share) for each in answers] for share in (0.5, 0.99))
+    return LatencyLine(
+        label=label,
+        batches_per_s=batches_per_s,
+        batches=sum(len(each) for each in answers),
+        p50=median(p50s),
+        p99=median(p99s),
+        longest=max(max(each) for each in answers) / 1000,
+        call_p50=median(percentile_us(each, 0.5) for each in calls),
+        call_p99=median(percentile_us(each, 0.99) for each in calls),
+        foreign=max(score.foreign),
+        p50s=p50s,
+        p99s=p99s,
+    )
+
+
 def show(section: Section) -> str:
     out = [f"\n{section.title}", "-" * len(section.title)]
     if section.lines:
@@ -79,6 +123,15 @@ def show(section: Section) -> str:
     for one in section.lines:
         rates = f"{one.rate:>12,.0f}{one.lowest:>12,.0f}{one.highest:>12,.0f}"
         out.append(f"  {one.label:44}{rates}{one.cpu_us:>13.2f}{one.foreign:>8.0%}")
+    if section.latencies:
+        out.append(
+            f"  {'µs':44}{'batches/s':>10}{'p50':>9}{'p99':>9}{'longest':>9}{'call p50':>9}{'call p99':>9}"
+            f"{'batches':>9}{'others':>8}"
+        )
+    for each in section.latencies:
+        figures = (each.batches_per_s, each.p50, each.p99, each.longest, each.call_p50, each.call_p99, each.batches)
+        columns = "".join(f"{value:>9,.0f}" for value in figures)
+        out.append(f"  {each.label:44} {columns}{each.foreign:>8.0%}")
     for found in section.figures:
         spread = f"({found.lowest:,.{found.digits}f} to {found.highest:,.{found.digits}f})"
         if found.lowest == found.highest:

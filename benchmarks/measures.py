@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from benchmarks.data import HEADER_COUNTS
-from benchmarks.figures import Figure, Section, figure, lines
+from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
 from benchmarks.sides.base import Result
 from benchmarks.turns import Contender, Effort, Score, pairs, take_turns
 from benchmarks.verify import same_bytes
 
 #: messages in flight across batches
 WINDOW = 5_000
+LATENCY_SIZES = (1, 100, 1_000)
 
 # The targets of issue 2.
 ONE_AT_A_TIME = {1_000: 0.9, 10_000: 0.95}
@@ -23,6 +24,8 @@ AWAITED = 500.0
 GIL_US = 0.4
 PLAIN_VALUES = 1_500_000.0
 GROWTH_MIB = 4.0
+LATENCY_OF_C_LOOP = 1.2
+LATENCY_OF_CONFLUENT = 1.0
 
 
 FULL = Effort(rounds=3, turns=7, seconds=0.25)
@@ -41,6 +44,9 @@ class Plan:
     less: Effort = LESS
     memory_envelopes: int = 10_000_000
     tune: bool = True
+    #: for batches of one; half as many larger ones
+    latency: Effort = Effort(rounds=1, turns=7, seconds=0.25, batches=300)
+    latency_trial: Effort = Effort(rounds=1, turns=5, seconds=0.15)
 
 
 def _ratio(mine: Result, its: Result) -> float:
@@ -148,6 +154,51 @@ def awaited(plan: Plan) -> Iterator[Section]:
     yield section
 
 
+def latency(plan: Plan) -> Iterator[Section]:
+    """p50 and p99 of batches that are due at fixed times, at half the highest load; one at a time."""
+    for batch in LATENCY_SIZES:
+        yield _latency(plan, batch)
+
+
+def _latency(plan: Plan, batch: int) -> Section:
+    loop, mine = Contender("C loop", "cloop", batch), Contender("kbatch, send_batch", "kbatch", batch)
+    rivals = [
+        Contender(f"confluent-kafka, {form}, {wait}", "confluent", batch, 0,
+                  {"linger_ms": 0, "form": form, "wait": wait})
+        for form, wait in (("callback", "poll"), ("callback", "flush"), ("errors-only", "flush"))
+    ]  # fmt: skip
+    highest = take_turns((loop, mine, *rivals), plan.latency_trial, partitions=plan.partitions)
+    rates = {label: median(score.rates) / batch for label, score in highest.items()}
+    rival = max(rivals, key=lambda trial: rates[trial.label])
+    section = Section(f"Latency, batches of {batch:,} at half the highest load, 8 headers")
+    half, its_half = rates[loop.label] / 2, rates[rival.label] / 2
+    contenders = [
+        replace(loop, label="C loop, at half its highest load", batches_per_s=half),
+        replace(mine, label="kbatch, as often", batches_per_s=half),
+        replace(rival, label="confluent-kafka, at half its highest load", batches_per_s=its_half),
+        replace(mine, label="kbatch, as often as that", batches_per_s=its_half),
+    ]
+    effort = replace(plan.latency, batches=plan.latency.batches if batch == 1 else plan.latency.batches // 2)
+    scores = take_turns(contenders, effort, partitions=plan.partitions)
+    section.latencies = [latency_line(each.label, each.batches_per_s, scores[each.label]) for each in contenders]
+    c_loop, as_c_loop, confluent, as_confluent = scores.values()
+    for share in (0.5, 0.99):
+
+        def ratio(mine: Result, its: Result, share: float = share) -> float:
+            return percentile_us(mine.latencies_ns, share) / percentile_us(its.latencies_ns, share)
+
+        section.figures += [
+            figure(f"kbatch / C loop, p{share * 100:.0f}", pairs(as_c_loop, c_loop, ratio),
+                   target=LATENCY_OF_C_LOOP, at_most=True),
+            figure(f"kbatch / confluent-kafka, p{share * 100:.0f}", pairs(as_confluent, confluent, ratio),
+                   target=LATENCY_OF_CONFLUENT, at_most=True),
+        ]  # fmt: skip
+    section.notes.append(
+        "highest load, batches/s: " + "; ".join(f"{label} {rate:,.0f}" for label, rate in rates.items())
+    )
+    return section
+
+
 def gil(plan: Plan) -> Iterator[Section]:
     """How long a competing pure-Python thread stands still per envelope."""
     effort = replace(plan.less, seconds=2 * plan.less.seconds)
@@ -236,6 +287,7 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "bytes": check_bytes,
     "loops": loops,
     "awaited": awaited,
+    "latency": latency,
     "gil": gil,
     "values": plain_values,
     "memory": memory,

@@ -53,7 +53,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     plan = Plan()
     if options.quick:
         brief = Effort(rounds=1, turns=5, seconds=0.2)
-        plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False)
+        plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False,
+                    latency=Effort(1, 5, 0.2, 100))  # fmt: skip
     changes: dict[str, Any] = {
         name: value for name in ("sizes", "headers", "partitions") if (value := getattr(options, name)) is not None
     }

@@ -51,11 +51,20 @@ class Side:
     def pid(self) -> int:
         return self._process.pid
 
-    def run(self, count: int) -> Result:
-        """Lets the side send `count` messages and checks that all were acknowledged."""
+    def run(self, count: int, interval_ns: int = 0) -> Result:
+        """Lets the side send `count` messages, a batch at each interval if there is one, and checks that all were
+        acknowledged."""
+        self.begin(count, interval_ns)
+        return self.end(count)
+
+    def begin(self, count: int, interval_ns: int = 0) -> None:
+        """The first half of `run`."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{count}\n")
+        self._process.stdin.write(f"{count} {interval_ns}\n")
         self._process.stdin.flush()
+
+    def end(self, count: int) -> Result:
+        """The second half of `run`."""
         result: Result = self._read(Result)
         if result.acknowledged != count or result.messages != count:
             raise RuntimeError(f"{self.name}: {result.acknowledged} of {count} messages acknowledged")

@@ -34,16 +34,23 @@ class Contender:
     window: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     competitor: bool = False
+    #: above 0: a batch is due so many times a second; else the next is sent when the one before has its answer
+    batches_per_s: float = 0.0
+
+    @property
+    def interval_ns(self) -> int:
+        return round(1e9 / self.batches_per_s) if self.batches_per_s else 0
 
 
 @dataclass(frozen=True)
 class Effort:
     """`rounds` times all sides are started anew, with a broker of their own; in each they take `turns` turns of about
-    `seconds`."""
+    `seconds`, with `batches` at least."""
 
     rounds: int
     turns: int
     seconds: float
+    batches: int = 1
 
 
 @dataclass
@@ -150,16 +157,20 @@ def take_turns(
                 side = _start(contender, broker, partitions, headers, values, data)
                 sides[contender.label] = stack.enter_context(side)
                 if counts is None:
-                    turn_counts[contender.label] = _warm_up(side, effort.seconds)
+                    count = _warm_up(side, effort.seconds)
+                    if contender.batches_per_s:
+                        count = round(contender.batches_per_s * effort.seconds) * contender.batch
+                    turn_counts[contender.label] = max(count, effort.batches * contender.batch)
                 else:
                     turn_counts[contender.label] = counts(contender)
             order = [contender.label for contender in contenders]
+            intervals = {contender.label: contender.interval_ns for contender in contenders}
             onlooker = Onlooker([broker.pid, *(side.pid for side in sides.values())])
             left, again = effort.turns, 2 * effort.turns if patient else 0
             while left:
                 cycle: dict[str, tuple[Result, float]] = {}
                 for label in order:
-                    turn = sides[label].run(turn_counts[label])
+                    turn = sides[label].run(turn_counts[label], intervals[label])
                     cycle[label] = turn, onlooker.foreign()
                 if again and max(foreign for _, foreign in cycle.values()) > MOST_FOREIGN:
                     again -= 1

@@ -13,7 +13,7 @@ import msgspec
 from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
 
 from benchmarks.data import PlainEnvelope, format_time, header_pairs, orders
-from benchmarks.sides.base import Spec, Turn, read_spec, say, settle
+from benchmarks.sides.base import Spec, Turn, read_order, read_spec, say, settle
 
 
 class Sender:
@@ -65,8 +65,9 @@ async def main() -> None:
     say({"ready": "aiokafka"})
     for line in sys.stdin:
         turn = Turn()
-        acknowledged = await sender.send(int(line))
-        say(turn.end(int(line), acknowledged, {}))
+        count, _ = read_order(line)
+        acknowledged = await sender.send(count)
+        say(turn.end(count, acknowledged, {}))
     await producer.stop()
     say({"closed": True})
 

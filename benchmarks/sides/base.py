@@ -47,6 +47,11 @@ class Result(msgspec.Struct, frozen=True):
     rss_end: int
     rss_peak: int
     extra: dict[str, float] = {}
+    #: of a paced turn: when it began on the machine's monotonic clock, then for each batch how long after it was due its
+    #: sending began, and how long that took
+    start_ns: int = 0
+    waited_ns: list[int] = []
+    served_ns: list[int] = []
 
     @property
     def rate(self) -> float:
@@ -57,6 +62,11 @@ class Result(msgspec.Struct, frozen=True):
     def cpu_us(self) -> float:
         """Microseconds of CPU per message, all threads of the process."""
         return (self.cpu_user + self.cpu_system) / self.messages * 1e6
+
+    @property
+    def latencies_ns(self) -> list[int]:
+        """For each batch of a paced turn, the time from when it was due to its answer."""
+        return [waited + served for waited, served in zip(self.waited_ns, self.served_ns, strict=True)]
 
 
 def resident_bytes() -> int:
@@ -75,7 +85,7 @@ class Turn:
         self._usage = resource.getrusage(resource.RUSAGE_SELF)
         self._thread, self._start = time.thread_time(), time.perf_counter()
 
-    def end(self, messages: int, acknowledged: int, extra: dict[str, float]) -> Result:
+    def end(self, messages: int, acknowledged: int, extra: dict[str, float], pace: "Pace | None" = None) -> Result:
         seconds, thread = time.perf_counter() - self._start, time.thread_time() - self._thread
         usage = resource.getrusage(resource.RUSAGE_SELF)
         return Result(
@@ -89,7 +99,35 @@ class Turn:
             rss_end=resident_bytes(),
             rss_peak=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
             extra=extra,
+            start_ns=pace.start_ns if pace else 0,
+            waited_ns=pace.waited_ns if pace else [],
+            served_ns=pace.served_ns if pace else [],
         )
+
+
+class Pace:
+    """A batch is due every `interval_ns`, whether or not the one before has its answer: what waits for a slow answer
+    counts as waiting. Until a batch is due the processor is kept busy, as every side does: a sleep would add the
+    kernel's wake-up to all of them. An interval of 1 means: at once after the answer before."""
+
+    def __init__(self, batches: int, interval_ns: int) -> None:
+        self.waited_ns = [0] * batches
+        self.served_ns = [0] * batches
+        self._interval_ns = interval_ns
+        self.start_ns = time.monotonic_ns()
+
+    def due(self, number: int) -> int:
+        """Returns when it is time for batch `number`: the time."""
+        due = self.start_ns + number * self._interval_ns
+        now = time.monotonic_ns()
+        while now < due:
+            now = time.monotonic_ns()
+        self.waited_ns[number] = now - due
+        return now
+
+    def answered(self, number: int, called_ns: int) -> None:
+        self.served_ns[number] = time.monotonic_ns() - called_ns
+
 
 
 def read_spec() -> Spec:
@@ -107,12 +145,27 @@ def settle() -> None:
     gc.freeze()
 
 
+def read_order(line: str) -> tuple[int, int]:
+    """How many messages to send, and the interval in nanoseconds at which a batch is due; 0: as fast as it goes."""
+    count, _, interval_ns = line.partition(" ")
+    return int(count), int(interval_ns or 0)
+
+
 class Sender(Protocol):
     def send(self, count: int) -> int:
         """Sends and awaits so many messages; returns how many were acknowledged."""
 
     def close(self) -> dict[str, Any]:
         """Ends; returns figures that only exist at the end."""
+
+
+def _send_paced(sender: Sender, pace: Pace, batch: int) -> int:
+    acknowledged = 0
+    for number in range(len(pace.served_ns)):
+        called_ns = pace.due(number)
+        acknowledged += sender.send(batch)
+        pace.answered(number, called_ns)
+    return acknowledged
 
 
 def serve(name: str, make: Callable[[Spec], Sender]) -> None:
@@ -129,13 +182,18 @@ def serve(name: str, make: Callable[[Spec], Sender]) -> None:
     settle()
     say({"ready": name, "acknowledged": acknowledged})
     for line in sys.stdin:
-        count = int(line)
+        count, interval_ns = read_order(line)
         extra: dict[str, float] = {}
         if competitor is not None:
             competitor.begin()
         turn = Turn()
-        acknowledged = sender.send(count)
+        pace = None
+        if interval_ns:
+            pace = Pace(count // spec.batch, interval_ns)
+            acknowledged = _send_paced(sender, pace, spec.batch)
+        else:
+            acknowledged = sender.send(count)
         if competitor is not None:
             extra = competitor.end()
-        say(turn.end(count, acknowledged, extra))
+        say(turn.end(count, acknowledged, extra, pace))
     say({"closed": True} | sender.close())

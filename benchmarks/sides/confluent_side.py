@@ -6,6 +6,9 @@ callback     `produce(..., on_delivery=f)`; f counts, and keeps the first error
 errors-only  `delivery.report.only.error` with one callback for failures: a message is delivered when the producer's
              queue is empty and no failure was reported. No offsets, no outcome per message, but no Python call per
              message either; it still confirms delivery, so it is the form that kbatch is compared with.
+
+and `wait`, how the answer to one batch is awaited: `flush`, or (with callbacks only) `poll`: `poll(1)` until as many
+callbacks as messages have come.
 """
 
 from collections.abc import Callable
@@ -29,6 +32,7 @@ class Sender:
         self._window = spec.window
         self._headers = bool(spec.headers)
         self._only_errors = spec.options.get("form", "errors-only") == "errors-only"
+        self._polls = spec.options.get("wait", "flush") == "poll"
         self._acknowledged = 0
         self._error: KafkaError | None = None
         self._producer = Producer(
@@ -103,19 +107,24 @@ class Sender:
 
     def send(self, count: int) -> int:
         producer, window, produce, batches = self._producer, self._window, self._produce, self._batches
-        before = self._acknowledged
+        before, sent = self._acknowledged, 0
         for _ in range(count // self._batch):
             batch = batches[self._next]
             self._next = (self._next + 1) % len(batches)
             for piece in batch:
                 produce(piece)
                 producer.poll(0)
-            if not window:
-                producer.flush()
-            else:
+            if window:
                 while len(producer) > window:
                     producer.poll(0.01)
-        producer.flush()
+            elif self._polls:
+                sent += self._batch
+                while self._acknowledged - before < sent and self._error is None:
+                    producer.poll(1)
+            else:
+                producer.flush()
+        if window:
+            producer.flush()
         if self._error is not None or len(producer):
             raise RuntimeError(f"not everything was delivered: {self._error}, {len(producer)} left")
         return count if self._only_errors else self._acknowledged - before
