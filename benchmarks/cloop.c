@@ -59,7 +59,7 @@ struct rk_argument {
 
 enum { ARG_TOPIC_HANDLE = 2, ARG_VALUE = 4, ARG_KEY = 5, ARG_OPAQUE = 6, ARG_HEADERS = 10 };
 enum { EVENT_DELIVERY = 0x1, EVENT_ERROR = 0x8 };
-enum { ERR_QUEUE_FULL = -184 };
+enum { ERR_ALL_BROKERS_DOWN = -187, ERR_QUEUE_FULL = -184, ERR_TRANSPORT = -195 };
 enum { PRODUCER = 0, DRAIN_EVERY = 128, REPORTS_AT_ONCE = 1024 };
 
 #define FUNCTIONS(X)                                                                                       \
@@ -83,6 +83,7 @@ enum { PRODUCER = 0, DRAIN_EVERY = 128, REPORTS_AT_ONCE = 1024 };
         X(void, queue_destroy, (void *))                                                                   \
         X(int, event_type, (const void *))                                                                 \
         X(size_t, event_message_array, (void *, const struct rk_message **, size_t))                       \
+        X(int, event_error, (void *))                                                                      \
         X(const char *, event_error_string, (void *))                                                      \
         X(void, event_destroy, (void *))
 
@@ -195,7 +196,8 @@ static int take_event(int timeout_ms) {
                                         fail("a message was not delivered", rk_err2str(delivered[i]->err));
                         acknowledged += (long)got;
                 }
-        } else if (rk_event_type(event) == EVENT_ERROR)
+        } else if (rk_event_type(event) == EVENT_ERROR && rk_event_error(event) != ERR_TRANSPORT &&
+                   rk_event_error(event) != ERR_ALL_BROKERS_DOWN) /* a connection comes back by itself */
                 fprintf(stderr, "cloop: %s\n", rk_event_error_string(event));
         rk_event_destroy(event);
         return 1;

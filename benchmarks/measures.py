@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from statistics import median
 
 from benchmarks.data import HEADER_COUNTS
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
+from benchmarks.recovery import Outages, recoveries
 from benchmarks.sides.base import Result
 from benchmarks.turns import Contender, Effort, Score, pairs, take_turns
 from benchmarks.verify import same_bytes
@@ -13,6 +15,10 @@ from benchmarks.verify import same_bytes
 #: messages in flight across batches
 WINDOW = 5_000
 LATENCY_SIZES = (1, 100, 1_000)
+LARGE_BATCH = 200_000
+#: so that the mock cluster, which keeps 5 MiB of each, loses nothing of it
+LARGE_PARTITIONS = 32
+AWAITED_RTT_MS = 5
 
 # The targets of issue 2.
 ONE_AT_A_TIME = {1_000: 0.9, 10_000: 0.95}
@@ -26,10 +32,14 @@ PLAIN_VALUES = 1_500_000.0
 GROWTH_MIB = 4.0
 LATENCY_OF_C_LOOP = 1.2
 LATENCY_OF_CONFLUENT = 1.0
+RECOVERY_S = 1.0
 
 
 FULL = Effort(rounds=3, turns=7, seconds=0.25)
 LESS = Effort(rounds=1, turns=7, seconds=0.25)
+LATENCY = Effort(rounds=1, turns=11, seconds=0.1, batches=100)
+LATENCY_TRIAL = Effort(rounds=1, turns=5, seconds=0.15)
+OUTAGES = Outages()
 
 
 @dataclass(frozen=True)
@@ -44,9 +54,8 @@ class Plan:
     less: Effort = LESS
     memory_envelopes: int = 10_000_000
     tune: bool = True
-    #: for batches of one; half as many larger ones
-    latency: Effort = Effort(rounds=1, turns=7, seconds=0.25, batches=300)
-    latency_trial: Effort = Effort(rounds=1, turns=5, seconds=0.15)
+    latency: Effort = LATENCY
+    outages: Outages = OUTAGES
 
 
 def _ratio(mine: Result, its: Result) -> float:
@@ -55,6 +64,14 @@ def _ratio(mine: Result, its: Result) -> float:
 
 def _cpu_difference(mine: Result, its: Result) -> float:
     return mine.cpu_us - its.cpu_us
+
+
+def _p50_ratio(mine: Result, its: Result) -> float:
+    return percentile_us(mine.latencies_ns, 0.5) / percentile_us(its.latencies_ns, 0.5)
+
+
+def _p99_ratio(mine: Result, its: Result) -> float:
+    return percentile_us(mine.latencies_ns, 0.99) / percentile_us(its.latencies_ns, 0.99)
 
 
 def check_bytes(plan: Plan) -> Iterator[Section]:
@@ -167,7 +184,7 @@ def _latency(plan: Plan, batch: int) -> Section:
                   {"linger_ms": 0, "form": form, "wait": wait})
         for form, wait in (("callback", "poll"), ("callback", "flush"), ("errors-only", "flush"))
     ]  # fmt: skip
-    highest = take_turns((loop, mine, *rivals), plan.latency_trial, partitions=plan.partitions)
+    highest = take_turns((loop, mine, *rivals), LATENCY_TRIAL, partitions=plan.partitions)
     rates = {label: median(score.rates) / batch for label, score in highest.items()}
     rival = max(rivals, key=lambda trial: rates[trial.label])
     section = Section(f"Latency, batches of {batch:,} at half the highest load, 8 headers")
@@ -178,25 +195,80 @@ def _latency(plan: Plan, batch: int) -> Section:
         replace(rival, label="confluent-kafka, at half its highest load", batches_per_s=its_half),
         replace(mine, label="kbatch, as often as that", batches_per_s=its_half),
     ]
-    effort = replace(plan.latency, batches=plan.latency.batches if batch == 1 else plan.latency.batches // 2)
+    # twice as many where they are short, so that the 99th percentile rests on more of them
+    effort = replace(plan.latency, batches=plan.latency.batches * (2 if batch == 1 else 1))
     scores = take_turns(contenders, effort, partitions=plan.partitions)
     section.latencies = [latency_line(each.label, each.batches_per_s, scores[each.label]) for each in contenders]
     c_loop, as_c_loop, confluent, as_confluent = scores.values()
-    for share in (0.5, 0.99):
-
-        def ratio(mine: Result, its: Result, share: float = share) -> float:
-            return percentile_us(mine.latencies_ns, share) / percentile_us(its.latencies_ns, share)
-
+    for name, ratio in (("p50", _p50_ratio), ("p99", _p99_ratio)):
         section.figures += [
-            figure(f"kbatch / C loop, p{share * 100:.0f}", pairs(as_c_loop, c_loop, ratio),
+            figure(f"kbatch / C loop, {name}", pairs(as_c_loop, c_loop, ratio),
                    target=LATENCY_OF_C_LOOP, at_most=True),
-            figure(f"kbatch / confluent-kafka, p{share * 100:.0f}", pairs(as_confluent, confluent, ratio),
+            figure(f"kbatch / confluent-kafka, {name}", pairs(as_confluent, confluent, ratio),
                    target=LATENCY_OF_CONFLUENT, at_most=True),
         ]  # fmt: skip
     section.notes.append(
         "highest load, batches/s: " + "; ".join(f"{label} {rate:,.0f}" for label, rate in rates.items())
     )
     return section
+
+
+def recovery(plan: Plan) -> Iterator[Section]:
+    """From a broker's return to the first acknowledgement, on kbatch and on the C loop."""
+    quiet = {"config": {"log_level": "0"}}  # that the broker is gone is no news
+    contenders = [
+        Contender("C loop", "cloop", 100, options=quiet),
+        Contender("kbatch, send_batch", "kbatch", 100, options=quiet),
+    ]
+    found = recoveries(contenders, plan.outages)
+    section = Section("First acknowledgement after a broker's return, batches of 100, round trip 20 ms")
+    for label, outages in found.items():
+        section.figures.append(figure(label, [delay for delays in outages for delay in delays], unit=" s"))
+    its, mine = found.values()
+    section.figures.append(
+        figure("kbatch later than the C loop, medians of each outage",
+               [median(later) - median(delays) for later, delays in zip(mine, its, strict=True)], unit=" s",
+               target=RECOVERY_S, at_most=True)
+    )  # fmt: skip
+    section.details["seconds"] = found
+    yield section
+
+
+def loop_pauses(plan: Plan) -> Iterator[Section]:
+    """What an event loop's other tasks notice of a large batch, and how long one envelope takes that is awaited."""
+    forms = ["submit"] + ["aio"] * (find_spec("kbatch.aio") is not None)
+    names = {"submit": "await kbatch.Producer.submit", "aio": "await kbatch.aio.Producer.send_batch"}
+    large = [Contender(names[form], "kbatch_aio", LARGE_BATCH, options={"form": form}) for form in forms]
+    scores = take_turns(
+        large, Effort(1, plan.less.turns, 0), partitions=LARGE_PARTITIONS, counts=lambda contender: contender.batch
+    )
+    section = Section(f"Event loop: pauses while a batch of {LARGE_BATCH:,} is sent, 8 headers", lines=lines(scores))
+    for contender in large:
+        turns = scores[contender.label].turns
+        section.figures.append(
+            figure(f"{contender.label}: longest pause", [turn.extra["longest_ms"] for turn in turns], unit=" ms",
+                   at_most=True)
+        )  # fmt: skip
+        section.figures.append(
+            figure("  the same with nothing sent", [turn.extra["alone_ms"] for turn in turns], unit=" ms")
+        )
+    yield section
+    singles = [
+        Contender("C loop", "cloop", 1),
+        Contender("kbatch, send_batch", "kbatch", 1),
+        *(Contender(names[form], "kbatch_aio", 1, options={"form": form}) for form in forms),
+    ]
+    paced = [replace(each, batches_per_s=500 / AWAITED_RTT_MS) for each in singles]
+    effort = Effort(1, 5, 0, batches=50)
+    scores = take_turns(paced, effort, partitions=plan.partitions, rtt_ms=AWAITED_RTT_MS)
+    section = Section(f"Event loop: one envelope awaited, round trip {AWAITED_RTT_MS} ms, 8 headers")
+    section.latencies = [latency_line(each.label, each.batches_per_s, scores[each.label]) for each in paced]
+    for each in paced[1:]:
+        section.figures.append(
+            figure(f"{each.label} / C loop, p50", pairs(scores[each.label], scores["C loop"], _p50_ratio),
+                   target=LATENCY_OF_C_LOOP, at_most=True)
+        )  # fmt: skip
+    yield section
 
 
 def gil(plan: Plan) -> Iterator[Section]:
@@ -288,6 +360,8 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "loops": loops,
     "awaited": awaited,
     "latency": latency,
+    "recovery": recovery,
+    "asyncio": loop_pauses,
     "gil": gil,
     "values": plain_values,
     "memory": memory,

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import Section, show, summary
 from benchmarks.library import HERE, build
 from benchmarks.machine import describe, line_round_trip_ns, load
-from benchmarks.measures import MEASURES, Plan
+from benchmarks.measures import LATENCY, MEASURES, Plan
+from benchmarks.recovery import Outages
 from benchmarks.turns import Effort
 
 RESULTS = HERE / "results"
@@ -54,7 +56,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
     if options.quick:
         brief = Effort(rounds=1, turns=5, seconds=0.2)
         plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False,
-                    latency=Effort(1, 5, 0.2, 100))  # fmt: skip
+                    latency=replace(LATENCY, turns=5), outages=Outages((1.0, 1.6)))  # fmt: skip
     changes: dict[str, Any] = {
         name: value for name in ("sizes", "headers", "partitions") if (value := getattr(options, name)) is not None
     }

@@ -154,7 +154,7 @@ def take_turns(
                 process.cpu_affinity(list(processors()[1]))
                 process.nice(NICE)
             for contender in contenders:
-                side = _start(contender, broker, partitions, headers, values, data)
+                side = start(contender, broker, partitions, headers, values, data)
                 sides[contender.label] = stack.enter_context(side)
                 if counts is None:
                     count = _warm_up(side, effort.seconds)
@@ -189,7 +189,8 @@ def take_turns(
     return scores
 
 
-def _start(c: Contender, broker: Broker, partitions: int, headers: int, values: int, data: Path) -> Side:
+def start(c: Contender, broker: Broker, partitions: int, headers: int, values: int, data: Path) -> Side:
+    """The contender's process, with a topic of its own."""
     topic = broker.new_topic(c.side, partitions)
     options = c.options
     if c.side == "control":

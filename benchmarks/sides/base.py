@@ -47,8 +47,8 @@ class Result(msgspec.Struct, frozen=True):
     rss_end: int
     rss_peak: int
     extra: dict[str, float] = {}
-    #: of a paced turn: when it began on the machine's monotonic clock, then for each batch how long after it was due its
-    #: sending began, and how long that took
+    #: of a paced turn: when it began on the machine's monotonic clock, then for each batch how long after it was due
+    #: its sending began, and how long that took
     start_ns: int = 0
     waited_ns: list[int] = []
     served_ns: list[int] = []
@@ -127,7 +127,6 @@ class Pace:
 
     def answered(self, number: int, called_ns: int) -> None:
         self.served_ns[number] = time.monotonic_ns() - called_ns
-
 
 
 def read_spec() -> Spec:
