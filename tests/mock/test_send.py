@@ -833,6 +833,7 @@ BAD: list[tuple[str, Callable[[], Any], str, str]] = [
     ("newline", lambda: Envelope(1, topic="ab\n"), "topic", r"topic 'ab\\n' is not a Kafka topic name"),
     ("dots", lambda: Envelope(1, topic=".."), "topic", r"topic '\.\.' is not a Kafka topic name"),
     ("NUL", lambda: Envelope(1, topic="a\0"), "topic", r"topic 'a\\x00' is not a Kafka topic name"),
+    ("known topic, NUL", lambda: Envelope(1, topic=f"{TOPIC}\0"), "topic", r"\\x00' is not a Kafka topic name"),
     ("long topic", lambda: Envelope(1, topic="x" * 250), "topic", "is not a Kafka topic name: 1 to 249"),
     ("header name", lambda: Envelope(1, headers={7: "x"}), "headers", "a header's name must be str, not int"),
     ("header name None", lambda: Envelope(1, headers={None: "x"}), "headers", "name must be str, not NoneType"),

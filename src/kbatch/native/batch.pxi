@@ -41,6 +41,7 @@ cdef struct Header:
 cdef struct Topic:
     # Made once per name and client, freed with the client.
     char *name                # owned
+    Py_ssize_t length         # of name
     rd_kafka_topic_t *handle  # owned; made when a batch first enqueues to it
     Topic *next
 

@@ -139,14 +139,15 @@ cdef void client_drop(Client *c) noexcept nogil:
     kb_free(c)
 
 
-cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcept nogil:
-    # The entry of this name, made if there is none; NULL when memory is short. Names are few and never removed.
+cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length, bint make) noexcept nogil:
+    # The entry of this name; NULL if there is none, or with `make` when memory is short. Names are few and never
+    # removed. `name` may hold NULs if it is not `make`.
     cdef Topic *topic
     kb_mutex_lock(&c.mu)
     topic = c.topics
-    while topic != NULL and strcmp(topic.name, name) != 0:
+    while topic != NULL and (topic.length != length or memcmp(topic.name, name, length) != 0):
         topic = topic.next
-    if topic == NULL:
+    if topic == NULL and make:
         topic = <Topic *> kb_malloc(sizeof(Topic))
         if topic != NULL:
             topic.handle = NULL
@@ -156,6 +157,7 @@ cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length) noexcep
                 topic = NULL
             else:
                 memcpy(topic.name, name, length + 1)
+                topic.length = length
                 topic.next = c.topics
                 c.topics = topic
     kb_mutex_unlock(&c.mu)

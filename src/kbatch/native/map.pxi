@@ -223,13 +223,15 @@ cdef class _Mapping:
         if topic is None:
             raise self._error("topic", "the envelope has no topic and the batch has none either")
         p = self._text(topic, "topic", &length)
-        if not _LEGAL_TOPIC(topic):
-            raise self._error(
-                "topic",
-                f"topic {_shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
-        entry = client_topic(self.client, p, length)
+        entry = client_topic(self.client, p, length, False)
         if entry == NULL:
-            raise MemoryError("no memory for a topic")
+            if not _LEGAL_TOPIC(topic):
+                raise self._error(
+                    "topic",
+                    f"topic {_shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+            entry = client_topic(self.client, p, length, True)
+            if entry == NULL:
+                raise MemoryError("no memory for a topic")
         return entry
 
     cdef int _map_key(self, Record *record) except -1:
@@ -618,7 +620,7 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
     cdef object hook
-    if isinstance(envelopes, (Envelope, str, bytes, Mapping)):
+    if type(envelopes) is not list and isinstance(envelopes, (Envelope, str, bytes, Mapping)):
         raise TypeError(f"envelopes must be an iterable of kbatch.Envelope, not {type(envelopes).__name__}")
     # A tuple of our own: a list may be changed by another thread, or by an encoder, while it is mapped.
     batch.envelopes = tuple(envelopes)
