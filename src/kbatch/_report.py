@@ -35,6 +35,8 @@ class DeliveryReport:
     def __init__(self, outcomes: Outcomes, latency_s: float) -> None:
         self._outcomes = outcomes
         self._latency_s = latency_s
+        self._acked: int | None = None
+        self._failed: int | None = None
 
     def __len__(self) -> int:
         """The number of envelopes."""
@@ -48,15 +50,21 @@ class DeliveryReport:
     def __bool__(self) -> bool:
         return self.ok
 
-    @cached_property
+    # No cached_property: up to Python 3.11 it takes a lock, and every sender asks for these.
+
+    @property
     def acked(self) -> int:
         """How many envelopes the broker acknowledged."""
-        return self._outcomes.acked()
+        if self._acked is None:
+            self._acked = self._outcomes.acked()
+        return self._acked
 
-    @cached_property
+    @property
     def failed(self) -> int:
         """How many envelopes failed."""
-        return self._outcomes.failed()
+        if self._failed is None:
+            self._failed = self._outcomes.failed()
+        return self._failed
 
     @cached_property
     def expired(self) -> tuple[int, ...]:
@@ -110,7 +118,7 @@ class DeliveryReport:
 
     def raise_for_errors(self) -> DeliveryReport:
         """Raises `BatchError` (or a subclass) if an envelope failed; else returns the report itself."""
-        error = self.error()
+        error = self.error() if self.failed else None
         if error is not None:
             raise error
         return self
