@@ -4,6 +4,8 @@ It is the same librdkafka on both ends, it keeps 5 MiB per partition in memory a
 as little as a broker can, and it favours no side.
 """
 
+import os
+
 from kbatch.testing import MockCluster
 
 
@@ -25,3 +27,10 @@ class Broker(MockCluster):
     def set_delay(self, milliseconds: int) -> None:
         """Delays every response by so many milliseconds."""
         self.set_rtt(-1, milliseconds)
+
+    def confine(self, processors: set[int], nice: int = 0) -> None:
+        """Keeps every thread of the broker to these processors. Linux."""
+        for thread in os.listdir(f"/proc/{self.pid}/task"):
+            os.sched_setaffinity(int(thread), processors)
+            if nice:
+                os.setpriority(os.PRIO_PROCESS, int(thread), nice)

@@ -184,7 +184,7 @@ def _latency(plan: Plan, batch: int) -> Section:
                   {"linger_ms": 0, "form": form, "wait": wait})
         for form, wait in (("callback", "poll"), ("callback", "flush"), ("errors-only", "flush"))
     ]  # fmt: skip
-    highest = take_turns((loop, mine, *rivals), LATENCY_TRIAL, partitions=plan.partitions)
+    highest = take_turns((loop, mine, *rivals), LATENCY_TRIAL, partitions=plan.partitions, split=True)
     rates = {label: median(score.rates) / batch for label, score in highest.items()}
     rival = max(rivals, key=lambda trial: rates[trial.label])
     section = Section(f"Latency, batches of {batch:,} at half the highest load, 8 headers")
@@ -197,7 +197,7 @@ def _latency(plan: Plan, batch: int) -> Section:
     ]
     # twice as many where they are short, so that the 99th percentile rests on more of them
     effort = replace(plan.latency, batches=plan.latency.batches * (2 if batch == 1 else 1))
-    scores = take_turns(contenders, effort, partitions=plan.partitions)
+    scores = take_turns(contenders, effort, partitions=plan.partitions, split=True)
     section.latencies = [latency_line(each.label, each.batches_per_s, scores[each.label]) for each in contenders]
     c_loop, as_c_loop, confluent, as_confluent = scores.values()
     for name, ratio in (("p50", _p50_ratio), ("p99", _p99_ratio)):

@@ -23,15 +23,16 @@ def command_line(name: str, spec: Spec, data: Path | None) -> list[str]:
 
 
 class Side:
-    """A running side. `final` holds what it said when it was closed."""
+    """A running side, on these processors if some are named. `final` holds what it said when it was closed."""
 
-    def __init__(self, name: str, spec: Spec, *, data: Path | None = None) -> None:
+    def __init__(self, name: str, spec: Spec, *, data: Path | None = None, processors: set[int] | None = None) -> None:
         self.name = name
         self.spec = spec
         self.final: dict[str, Any] = {}
-        self._process = subprocess.Popen(
-            command_line(name, spec, data), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command = command_line(name, spec, data)
+        if processors:
+            command = ["taskset", "--cpu-list", ",".join(map(str, sorted(processors))), *command]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         #: messages acknowledged so far
         self.acknowledged: int = self._read(dict[str, Any]).get("acknowledged", 0)
 

@@ -1,5 +1,7 @@
 """Lets sides take turns on one broker, and checks that what was acknowledged is what the broker holds."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -134,11 +136,13 @@ def take_turns(
     counts: Callable[[Contender], int] | None = None,
     patient: bool = True,
     apart: bool = False,
+    split: bool = False,
 ) -> dict[str, Score]:
     """Every side's turns. The order is turned round after each, so that none always follows the same neighbour.
 
     Unless `patient` is false, turns are taken again while other programs are busy: up to three times as many as
-    `effort` asks for. With `apart` the broker keeps off the competitor's processor.
+    `effort` asks for. With `apart` the broker keeps off the competitor's processor; with `split` the sides have one
+    half of the processors and the broker the other.
 
     Raises RuntimeError if a side's acknowledgements are not what it sent, or not what the broker holds.
     """
@@ -149,12 +153,13 @@ def take_turns(
             sides: dict[str, Side] = {}
             turn_counts: dict[str, int] = {}
             broker.set_delay(rtt_ms)
+            own, others = halves() if split else (None, None)
             if apart:
-                process = psutil.Process(broker.pid)
-                process.cpu_affinity(list(processors()[1]))
-                process.nice(NICE)
+                broker.confine(processors()[1], NICE)
+            elif others:
+                broker.confine(others)
             for contender in contenders:
-                side = start(contender, broker, partitions, headers, values, data)
+                side = start(contender, broker, partitions, headers, values, data, own)
                 sides[contender.label] = stack.enter_context(side)
                 if counts is None:
                     count = _warm_up(side, effort.seconds)
@@ -189,7 +194,24 @@ def take_turns(
     return scores
 
 
-def start(c: Contender, broker: Broker, partitions: int, headers: int, values: int, data: Path) -> Side:
+def halves() -> tuple[set[int], set[int]] | tuple[None, None]:
+    """The sides' processors and the broker's. None where the system cannot tell them apart."""
+    if not sys.platform.startswith("linux"):
+        return None, None
+    usable = sorted(os.sched_getaffinity(0))
+    half = max(1, len(usable) // 2)
+    return set(usable[:half]), set(usable[half:] or usable)
+
+
+def start(
+    c: Contender,
+    broker: Broker,
+    partitions: int,
+    headers: int,
+    values: int,
+    data: Path,
+    processors: set[int] | None = None,
+) -> Side:
     """The contender's process, with a topic of its own."""
     topic = broker.new_topic(c.side, partitions)
     options = c.options
@@ -206,4 +228,4 @@ def start(c: Contender, broker: Broker, partitions: int, headers: int, values: i
         competitor=c.competitor,
         options=options,
     )
-    return Side(c.side, spec, data=data)
+    return Side(c.side, spec, data=data, processors=processors)
