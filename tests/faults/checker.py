@@ -1,0 +1,291 @@
+"""The invariants of a producer, checked on a history. No I/O, no clock.
+
+I1          what was acknowledged is in the log, with the content it was handed in with, where the report says
+I2          each envelope has one outcome, each batch one answer by each way in which it is answered
+I4          a partition's log has the order of the calls, while one producer lives and no message of it has failed
+I5          nothing stays pinned, no batch and no thread stays alive
+I6          a message is in the log once, and an id twice only if an attempt was possibly persisted
+not-sent    what is reported as not persisted, expired or refused is not in the log
+stranger    the log has nothing that was not sent, and nothing that was changed
+unexplained no failure and no refusal that the plan's faults do not explain; what is spoilt is refused
+settled     every batch is answered in the end
+recovered   when the faults are over, a batch is acknowledged
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tests.faults.history import (
+    ACKED,
+    CALLBACK,
+    CONTRACT,
+    EXPIRED,
+    FAILED,
+    Answer,
+    History,
+    Message,
+    Outcome,
+    Read,
+    Sent,
+)
+
+TIMEOUTS = frozenset((-192, -185, -166, 7))
+UNKNOWN_TOPICS = frozenset((-190, -188, 3, 100))
+PERMANENT = frozenset((10, 17, 29, 44, 87))
+
+
+class Violation(NamedTuple):
+    invariant: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.invariant}: {self.text}"
+
+
+class _Attempt(NamedTuple):
+    sent: Sent
+    index: int
+    message: Message
+    outcome: Outcome | None  # None: refused or not settled
+
+    @property
+    def name(self) -> str:
+        return f"batch {self.sent.number}, envelope {self.index} (token {self.message.token})"
+
+
+def check(history: History) -> list[Violation]:
+    """Every violation, in the order of the invariants."""
+    attempts = {attempt.message.token: attempt for sent in history.sends for attempt in _attempts(sent)}
+    found = list(_answers(history))
+    for topic, records in history.logs.items():
+        found += _strangers(topic, records, attempts)
+    found += _acknowledged(history, attempts)
+    found += _not_sent(history, attempts)
+    found += _copies(history, attempts)
+    if history.rules.ordered:
+        found += _order(history, attempts)
+    found += _leftovers(history)
+    found += _recovered(history)
+    found += [Violation("runner", finding) for finding in history.findings]
+    order = ("settled", "I2", "I1", "I4", "I5", "I6")
+    return sorted(found, key=lambda v: order.index(v.invariant) if v.invariant in order else len(order))
+
+
+def _outcomes(sent: Sent) -> tuple[Outcome, ...] | None:
+    return next((answer.outcomes for answer in sent.answers if answer.outcomes is not None), None)
+
+
+def _refusal(sent: Sent) -> str:
+    return next((answer.refusal for answer in sent.answers if answer.refusal), "")
+
+
+def _attempts(sent: Sent) -> Iterator[_Attempt]:
+    outcomes = _outcomes(sent)
+    for index, message in enumerate(sent.messages):
+        known = outcomes is not None and index < len(outcomes)
+        yield _Attempt(sent, index, message, outcomes[index] if known else None)
+
+
+# -- the answers by themselves
+
+
+def _answers(history: History) -> Iterator[Violation]:
+    for sent in history.sends:
+        by_channel: dict[str, list[Answer]] = defaultdict(list)
+        for answer in sent.answers:
+            by_channel[answer.channel].append(answer)
+        refusal = _refusal(sent)
+        for channel, answers in by_channel.items():
+            if len(answers) > 1:
+                yield Violation("I2", f"batch {sent.number} was answered {len(answers)} times by its {channel}")
+            if channel not in sent.channels and not (refusal and channel == "return"):
+                yield Violation("I2", f"batch {sent.number} was answered by a {channel} it does not have")
+        for channel in sorted(sent.channels - by_channel.keys()):
+            if not (refusal and channel != CONTRACT):
+                yield Violation("settled", f"batch {sent.number} was never answered by its {channel}")
+        if refusal and CALLBACK in by_channel:
+            yield Violation("I2", f"batch {sent.number} was refused ({refusal}), and its callback was called")
+        yield from _agreement(sent)
+        yield from _methods(sent)
+        yield from _explanations(history, sent, refusal)
+
+
+def _agreement(sent: Sent) -> Iterator[Violation]:
+    told = [answer for answer in sent.answers if answer.outcomes is not None]
+    for answer in told:
+        assert answer.outcomes is not None
+        if len(answer.outcomes) != len(sent.messages):
+            yield Violation("I2", f"batch {sent.number} of {len(sent.messages)} has {len(answer.outcomes)} outcomes")
+        if answer.outcomes != told[0].outcomes:
+            yield Violation("I2", f"batch {sent.number}: {answer.channel} and {told[0].channel} differ")
+        strange = {outcome.state for outcome in answer.outcomes} - {ACKED, FAILED, EXPIRED}
+        if strange:
+            yield Violation("I2", f"batch {sent.number} has envelopes that are {', '.join(sorted(strange))}")
+
+
+def _methods(sent: Sent) -> Iterator[Violation]:
+    for answer in sent.answers:
+        if answer.channel != CONTRACT or answer.outcomes is None:
+            continue
+        codes = {outcome.code for outcome in answer.outcomes if outcome.state == FAILED}
+        if answer.refusal:
+            due = "mark_serialization_failure" if answer.refusal == "SerializationError" else "mark_processing_failure"
+        elif not codes:
+            due = "mark_successful"
+        elif codes <= UNKNOWN_TOPICS:
+            due = "mark_topic_does_not_exist"
+        elif codes <= TIMEOUTS:
+            due = "mark_timed_out"
+        else:
+            due = "mark_processing_failure"
+        if answer.method != due:
+            yield Violation("I2", f"batch {sent.number} was answered by {answer.method}, not by {due}")
+
+
+def _explanations(history: History, sent: Sent, refusal: str) -> Iterator[Violation]:
+    allowed = history.rules.refusals
+    if sent.spoilt:
+        allowed = allowed | {sent.spoilt}
+        if sent.answers and not refusal:
+            yield Violation("unexplained", f"batch {sent.number} asks for {sent.spoilt} and was not refused")
+    if refusal and refusal not in allowed:
+        yield Violation("unexplained", f"batch {sent.number} was refused: {refusal}")
+    if refusal:
+        return
+    for attempt in _attempts(sent):
+        outcome = attempt.outcome
+        if outcome is None or outcome.state != FAILED:
+            continue
+        if outcome.code not in history.rules.codes:
+            yield Violation("unexplained", f"{attempt.name} failed with {outcome.code}")
+            break
+        if outcome.retriable and outcome.code in PERMANENT:
+            yield Violation("unexplained", f"{attempt.name} failed with {outcome.code}, which is said to be retriable")
+            break
+
+
+# -- the answers against the log
+
+
+def _strangers(topic: str, records: list[Read], attempts: dict[str, _Attempt]) -> Iterator[Violation]:
+    for record in records:
+        attempt = attempts.get(record.token)
+        where = f"{topic}[{record.partition}] at {record.offset}"
+        if attempt is None:
+            yield Violation("stranger", f"{where}: token {record.token!r} was never sent")
+        elif attempt.sent.topic != topic:
+            yield Violation("stranger", f"{where}: {attempt.name} was sent to {attempt.sent.topic}")
+        elif (record.key, record.value) != (attempt.message.key, attempt.message.value):
+            yield Violation("I1", f"{where}: {attempt.name} has another key or value than was handed in")
+        elif record.id is not None and record.id != attempt.message.id:
+            yield Violation("I1", f"{where}: {attempt.name} has another id than was handed in")
+
+
+def _places(history: History) -> dict[str, list[tuple[int, int]]]:
+    places: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for records in history.logs.values():
+        for record in records:
+            places[record.token].append((record.partition, record.offset))
+    return places
+
+
+def _acknowledged(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violation]:
+    places = _places(history)
+    for token, attempt in attempts.items():
+        outcome = attempt.outcome
+        if outcome is None or outcome.state != ACKED or attempt.sent.topic in history.deleted:
+            continue
+        found = places.get(token, [])
+        if not found:
+            yield Violation("I1", f"{attempt.name} was acknowledged and is not in the log")
+        elif outcome.offset >= 0 and (outcome.partition, outcome.offset) not in found:
+            told = (outcome.partition, outcome.offset)
+            yield Violation("I1", f"{attempt.name} was acknowledged at {told} and is at {found}")
+
+
+def _not_sent(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violation]:
+    places = _places(history)
+    for token, attempt in attempts.items():
+        if token not in places:
+            continue
+        outcome = attempt.outcome
+        refusal = _refusal(attempt.sent)
+        if refusal:
+            yield Violation("not-sent", f"{attempt.name} was refused ({refusal}) and is in the log")
+        elif outcome is None or outcome.state == ACKED:
+            continue
+        elif outcome.state == EXPIRED:
+            yield Violation("not-sent", f"{attempt.name} had expired and is in the log")
+        elif not outcome.possibly_persisted:
+            yield Violation("not-sent", f"{attempt.name} failed ({outcome.code}), not persisted, and is in the log")
+
+
+def _copies(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violation]:
+    places = _places(history)
+    if not history.rules.copies:
+        for token, found in places.items():
+            if len(found) > 1 and token in attempts:
+                yield Violation("I6", f"{attempts[token].name} is in the log {len(found)} times: {found}")
+    certain = Counter(
+        attempt.message.id
+        for token, attempt in attempts.items()
+        if token in places and attempt.outcome is not None and not attempt.outcome.possibly_persisted
+    )
+    for id, count in certain.items():
+        if count > 1:
+            yield Violation("I6", f"id {id} is in the log {count} times, each acknowledged")
+
+
+def _order(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violation]:
+    failed = {
+        (attempt.sent.instance, attempt.sent.topic, attempt.outcome.partition)
+        for attempt in attempts.values()
+        if attempt.outcome is not None and attempt.outcome.state == FAILED
+    }
+    for topic, records in history.logs.items():
+        if topic in history.deleted:
+            continue
+        # Of each producer and partition: the latest batch begun so far, and of each batch the last index.
+        latest: dict[tuple[int, int], _Attempt] = {}
+        last: dict[tuple[int, int], _Attempt] = {}
+        seen: set[str] = set()
+        for record in sorted(records, key=lambda record: (record.partition, record.offset)):
+            attempt = attempts.get(record.token)
+            if attempt is None or record.token in seen:  # only a first copy has an order
+                continue
+            seen.add(record.token)
+            sent = attempt.sent
+            place = (sent.instance, record.partition)
+            if (sent.instance, topic, record.partition) in failed:
+                continue
+            before = last.get((sent.number, record.partition))
+            if before is not None and before.index > attempt.index:
+                yield Violation("I4", f"{attempt.name} comes after envelope {before.index} of the same batch")
+            last[sent.number, record.partition] = attempt
+            newest = latest.get(place)
+            if newest is None or sent.began > newest.sent.began:
+                latest[place] = attempt
+            elif sent.handed_in is not None and sent.handed_in < newest.sent.began:
+                yield Violation("I4", f"{attempt.name} comes after {newest.name}, which was sent later")
+
+
+# -- the end
+
+
+def _leftovers(history: History) -> Iterator[Violation]:
+    if history.pinned_buffers:
+        yield Violation("I5", f"{history.pinned_buffers} batches still pin their buffers")
+    if history.live_batches:
+        yield Violation("I5", f"{history.live_batches} batches are still alive")
+    if history.live_threads:
+        yield Violation("I5", f"threads are still alive: {', '.join(history.live_threads)}")
+
+
+def _recovered(history: History) -> Iterator[Violation]:
+    probes = [sent for sent in history.sends if sent.probe]
+    if probes and not any(
+        outcomes is not None and all(outcome.state == ACKED for outcome in outcomes)
+        for outcomes in map(_outcomes, probes)
+    ):
+        yield Violation("recovered", f"none of {len(probes)} batches was acknowledged when the faults were over")

@@ -1,0 +1,96 @@
+"""What happened in one run of a plan: what was sent, what was answered, what a consumer read back. Plain data."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+ACKED, FAILED, EXPIRED = "acked", "failed", "expired"
+
+# How a batch may be answered: by what a call returned or raised, by a callback, by a SenderCallback.
+RETURN, CALLBACK, CONTRACT = "return", "callback", "contract"
+
+
+class Outcome(NamedTuple):
+    """One envelope's outcome, as a report told it."""
+
+    state: str
+    code: int = 0
+    possibly_persisted: bool = False
+    retriable: bool = False
+    partition: int = -1
+    offset: int = -1
+
+
+class Message(NamedTuple):
+    """An envelope as it was when it was handed in. The token is unique; a message sent again keeps its id only."""
+
+    token: str
+    id: str
+    key: bytes | None
+    value: bytes | None
+
+
+class Answer(NamedTuple):
+    """One answer for a batch. `refusal` is the exception that says that nothing was sent."""
+
+    channel: str
+    outcomes: tuple[Outcome, ...] | None
+    method: str = ""
+    refusal: str = ""
+
+
+@dataclass
+class Sent:
+    """A batch and its answers. `began` and `handed_in` are places in the run's order of events."""
+
+    number: int
+    topic: str
+    messages: tuple[Message, ...]
+    channels: frozenset[str]
+    instance: int = 0
+    began: int = 0
+    handed_in: int | None = None
+    answers: list[Answer] = field(default_factory=list)
+    #: The refusal that its envelopes ask for, "" for none.
+    spoilt: str = ""
+    #: A batch sent to a healthy cluster when all faults were over, the last of its kind.
+    probe: bool = False
+
+
+class Read(NamedTuple):
+    """A record that a consumer read back."""
+
+    partition: int
+    offset: int
+    token: str
+    id: str | None
+    key: bytes | None
+    value: bytes | None
+
+
+@dataclass
+class Rules:
+    """What the faults of the plan excuse."""
+
+    #: librdkafka's codes that a failure may have.
+    codes: frozenset[int] = frozenset()
+    #: Exceptions that may refuse a batch that is not spoilt.
+    refusals: frozenset[str] = frozenset()
+    #: Whether an acknowledgement may be lost after the append: then the mock cluster, which does not deduplicate, has a
+    #: message as often as it was sent.
+    copies: bool = False
+    #: Whether the configuration keeps the order when librdkafka sends again.
+    ordered: bool = True
+
+
+@dataclass
+class History:
+    rules: Rules
+    sends: list[Sent] = field(default_factory=list)
+    logs: dict[str, list[Read]] = field(default_factory=dict)
+    #: Topics that were deleted after records of theirs had been acknowledged.
+    deleted: set[str] = field(default_factory=set)
+    pinned_buffers: int = 0
+    live_batches: int = 0
+    live_threads: tuple[str, ...] = ()
+    #: What the runner itself saw go wrong.
+    findings: list[str] = field(default_factory=list)

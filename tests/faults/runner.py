@@ -1,0 +1,557 @@
+"""Carries out a plan against the mock cluster and writes down its history."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import faulthandler
+import gc
+import itertools
+import json
+import queue
+import sys
+import threading
+import time
+import traceback
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import msgspec
+
+import kbatch
+from kbatch._fastmap import pinned_buffers
+from kbatch.testing import ApiKey, MockCluster
+from tests.faults.checker import Violation, check
+from tests.faults.history import (
+    ACKED,
+    CALLBACK,
+    CONTRACT,
+    EXPIRED,
+    FAILED,
+    RETURN,
+    Answer,
+    History,
+    Message,
+    Outcome,
+    Read,
+    Sent,
+)
+from tests.faults.kinds import BY_NAME
+from tests.faults.plan import Fault, Plan, Send
+from tests.mock.clients import read_back
+
+BROKERS = 3
+# A message's time where a timeout is no part of the plan, and when a batch without an answer counts as a hang.
+_MESSAGE_TIMEOUT_MS = 20_000
+_HANG_S = 40.0
+_PATIENCE_S = 2.5
+_MESSAGE_MAX_BYTES = 4_000
+_LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
+
+_QUICK = {
+    "reconnect.backoff.ms": 10,
+    "reconnect.backoff.max.ms": 50,
+    "retry.backoff.ms": 10,
+    "retry.backoff.max.ms": 50,
+    "topic.metadata.refresh.fast.interval.ms": 10,
+    "log_level": 0,
+}
+
+_topic_numbers = itertools.count()
+
+
+class NoMemory:
+    """A message that cannot be encoded for lack of memory."""
+
+
+def _encode_rest(value: object) -> object:
+    if isinstance(value, NoMemory):
+        raise MemoryError("of a test")
+    raise NotImplementedError(f"a {type(value).__name__} has no JSON")
+
+
+def run_plan(cluster: MockCluster, plan: Plan) -> list[Violation]:
+    """What the plan's run has violated. The cluster is left as it was."""
+    return check(Run(cluster, plan).carry_out())
+
+
+class _Job:
+    """A send on its way through its sender."""
+
+    def __init__(self, index: int, step: Send) -> None:
+        self.index = index
+        self.step = step
+        self.entered = False
+        self.over = threading.Event()
+        self.sent: Sent | None = None
+        self.pending: kbatch.PendingBatch | None = None
+
+    def settled(self) -> bool:
+        return self.over.is_set() and (self.pending is None or self.pending.done())
+
+    def under_way(self, producer: kbatch.Producer) -> bool:
+        return self.over.is_set() or (self.entered and len(producer) > 0)
+
+
+class _Active:
+    def __init__(self, fault: Fault) -> None:
+        self.fault = fault
+        self.left = fault.span
+        self.jobs: list[_Job] = []
+
+
+class Run:
+    """One run of a plan. What faults may use: `cluster`, `plan`, `topic`, `producer`, `history`, `at_end`."""
+
+    brokers = BROKERS
+
+    def __init__(self, cluster: MockCluster, plan: Plan) -> None:
+        self.cluster = cluster
+        self.plan = plan
+        self.topic = f"seed-{plan.seed}-{next(_topic_numbers)}"
+        self.topics = {"main": self.topic, "unknown": f"{self.topic}-unknown", "doomed": f"{self.topic}-doomed"}
+        self.history = History(plan.rules())
+        self.at_end: list[Callable[[], None]] = []
+        self.instance = 0
+        self._events = itertools.count()
+        self._probes = itertools.count(1_000)
+        self._jobs: dict[int, _Job] = {}
+        self._batches: list[weakref.ref[kbatch.PendingBatch]] = []
+        self._buffers = pinned_buffers()
+        self._threads = set(threading.enumerate())
+        self.producer = self._make_producer()
+
+    # -- what faults do to the producer
+
+    def start_producer(self) -> None:
+        with contextlib.suppress(kbatch.ProducerError):
+            self.producer.send_batch(self.topic, [])
+
+    def renew_producer(self, close_timeout_s: float) -> None:
+        self.producer.close(close_timeout_s)
+        with self._swap:
+            self.producer = self._make_producer()
+            self.instance += 1
+
+    _swap = threading.Lock()
+
+    def _make_producer(self) -> kbatch.Producer:
+        config = {
+            "bootstrap.servers": self.cluster.bootstrap_servers,
+            "enable.idempotence": self.plan.idempotent,
+            "acks": "all",
+            "max.in.flight": self.plan.in_flight,
+            "message.timeout.ms": _MESSAGE_TIMEOUT_MS,
+            **_QUICK,
+            **dict(self.plan.config),
+        }
+        return kbatch.Producer(
+            config,
+            wire=self.plan.wire,
+            encoder=msgspec.json.Encoder(enc_hook=_encode_rest),
+            max_in_flight=self.plan.max_in_flight,
+        )
+
+    # -- the run
+
+    def carry_out(self) -> History:
+        self.cluster.create_topic(self.topic, self.plan.partitions)
+        if "no leader" in self.plan.kinds:
+            # With version 10 the mock cluster looks up the address of the leader that is not there, and crashes.
+            self.cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+        try:
+            if self._play():
+                self._probe()
+                self.producer.close(_HANG_S)
+                self._leave_nothing()
+                self._heal()
+                self._read()
+        finally:
+            self._heal()
+            self.producer.close(0)
+            for topic in self.topics.values():
+                with contextlib.suppress(kbatch.KbatchError):
+                    self.cluster.delete_topic(topic)
+        return self.history
+
+    def _heal(self) -> None:
+        self.cluster.set_api_version(ApiKey.PRODUCE, 0, 10)
+        self.cluster.set_broker_up()
+        self.cluster.set_rtt(-1, 0)
+        for api_key in (ApiKey.PRODUCE, ApiKey.INIT_PRODUCER_ID):
+            self.cluster.clear_request_errors(api_key)
+        while self.at_end:
+            self.at_end.pop()()
+
+    def _play(self) -> bool:
+        """The steps, until every batch has its answer; False if something hangs."""
+        queues: list[queue.SimpleQueue[_Job | None]] = [queue.SimpleQueue() for _ in range(self.plan.senders)]
+        threads = [threading.Thread(target=self._sender, args=(jobs,), daemon=True) for jobs in queues]
+        for thread in threads:
+            thread.start()
+        active: list[_Active] = []
+        for index, step in self.plan.taken:
+            if isinstance(step, Fault):
+                BY_NAME[step.kind].begin(self, step)
+                active.append(_Active(step))
+                continue
+            job = self._jobs[index] = _Job(index, step)
+            queues[step.sender].put(job)
+            for one in active:
+                one.jobs.append(job)
+                one.left -= 1
+            for one in [one for one in active if one.left == 0]:
+                active.remove(one)
+                self._end(one)
+        while active:
+            self._end(active.pop(0))
+        for jobs in queues:
+            jobs.put(None)
+        return self._join(threads)
+
+    def _end(self, one: _Active) -> None:
+        kind = BY_NAME[one.fault.kind]
+        if kind.until_settled:
+            self._until(lambda: all(job.settled() for job in one.jobs), _PATIENCE_S)
+        else:
+            self._until(lambda: all(job.under_way(self.producer) for job in one.jobs), 0.2)
+            time.sleep(one.fault.hold_ms / 1000)
+        kind.end(self, one.fault)
+
+    def _until(self, condition: Callable[[], bool], patience_s: float) -> bool:
+        deadline = time.monotonic() + patience_s
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+        return True
+
+    def _join(self, threads: list[threading.Thread]) -> bool:
+        deadline = time.monotonic() + _HANG_S
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        stuck = [job for job in self._jobs.values() if not job.over.is_set()]
+        if stuck:
+            faulthandler.dump_traceback(sys.__stderr__)
+            self.history.findings.append(f"a sender hangs in step {stuck[0].index}: {stuck[0].step}")
+            return False
+        for job in self._jobs.values():
+            if job.pending is not None and job.sent is not None:
+                with contextlib.suppress(kbatch.BatchPending):  # no answer: the checker will say so
+                    self._answer(job.sent, RETURN, job.pending.wait(max(0.0, deadline - time.monotonic())))
+                job.pending = None
+        return True
+
+    def _probe(self) -> None:
+        """All faults are over: a batch must go through."""
+        for _ in range(30):
+            job = _Job(next(self._probes), Send(0, 3, "send_batch", "bytes"))
+            self._send(job)
+            assert job.sent is not None
+            job.sent.probe = True
+            if all(o.state == ACKED for answer in job.sent.answers for o in answer.outcomes or (Outcome(FAILED),)):
+                return
+            time.sleep(0.1)
+
+    def _leave_nothing(self) -> None:
+        def batches() -> int:
+            return sum(batch() is not None for batch in self._batches)
+
+        def threads() -> tuple[str, ...]:
+            return tuple(
+                thread.name
+                for thread in threading.enumerate()
+                if thread not in self._threads and thread.name.startswith("kbatch")
+            )
+
+        history = self.history
+        if not self._until(lambda: pinned_buffers() == self._buffers and not batches() and not threads(), 0.05):
+            gc.collect()
+            self._until(lambda: pinned_buffers() == self._buffers and not batches() and not threads(), _PATIENCE_S)
+        history.pinned_buffers = pinned_buffers() - self._buffers
+        history.live_batches, history.live_threads = batches(), threads()
+
+    def _read(self) -> None:
+        for topic in sorted({sent.topic for sent in self.history.sends}):
+            records = []
+            for record in read_back(self.cluster.bootstrap_servers, topic):
+                headers = {name: (value or b"").decode() for name, value in record.headers}
+                records.append(
+                    Read(
+                        record.partition,
+                        record.offset,
+                        headers.get("token", "none"),
+                        headers.get("id"),
+                        record.key,
+                        record.value,
+                    )
+                )
+            self.history.logs[topic] = records
+
+    # -- a batch
+
+    def _sender(self, jobs: queue.SimpleQueue[_Job | None]) -> None:
+        while (job := jobs.get()) is not None:
+            try:
+                self._send(job)
+            except BaseException:
+                self.history.findings.append(f"step {job.index}, {job.step}, raised\n{traceback.format_exc()}")
+            finally:
+                job.over.set()
+
+    def _send(self, job: _Job) -> None:
+        step = job.step
+        messages, envelopes, buffers = self._again(job) if step.again is not None else self._fresh(job)
+        if step.again is not None and not messages:
+            return
+        with self._swap:
+            producer, instance = self.producer, self.instance
+        channels = {"callback": {RETURN, CALLBACK}, "sender": {CONTRACT}}.get(step.way, {RETURN})
+        sent = job.sent = Sent(
+            number=job.index,
+            topic=self.topics[step.topic],
+            messages=tuple(messages),
+            channels=frozenset(channels),
+            instance=instance,
+            spoilt=_refusal_due(step) if messages else "",
+        )
+        self.history.sends.append(sent)
+        sent.began = next(self._events)
+        job.entered = True
+        try:
+            _WAYS[step.way](self, job, sent, producer, envelopes)
+        except (kbatch.SerializationError, kbatch.ProducerError, MemoryError) as error:
+            sent.answers.append(Answer(RETURN, None, refusal=type(error).__name__))
+        if sent.handed_in is None:
+            sent.handed_in = next(self._events)
+        for buffer in buffers:
+            buffer[:] = b"!" * len(buffer)
+
+    def _pending(self, job: _Job, sent: Sent, pending: kbatch.PendingBatch) -> None:
+        sent.handed_in = next(self._events)
+        job.pending = pending
+        self._batches.append(weakref.ref(pending))
+
+    def _answer(self, sent: Sent, channel: str, report: kbatch.DeliveryReport) -> None:
+        sent.answers.append(Answer(channel, self._outcomes(sent, report)))
+
+    def _outcomes(self, sent: Sent, report: kbatch.DeliveryReport) -> tuple[Outcome, ...]:
+        expired, errors = set(report.expired), report.errors
+        outcomes = []
+        for i in range(len(report)):
+            place = {"partition": report.partitions[i], "offset": report.offsets[i]}
+            error = errors.get(i)
+            if error is not None:
+                state = "both failed and expired" if i in expired else FAILED
+                outcomes.append(Outcome(state, error.code, error.possibly_persisted, error.retriable, **place))
+            else:
+                outcomes.append(Outcome(EXPIRED if i in expired else ACKED, **place))
+        counts = Counter(outcome.state for outcome in outcomes)
+        told = {ACKED: report.acked, FAILED: report.failed, EXPIRED: len(expired)}
+        if +counts != +Counter(told):
+            self.history.findings.append(f"batch {sent.number}: the report counts {told}, its envelopes are {counts}")
+        return tuple(outcomes)
+
+    def _fresh(self, job: _Job) -> tuple[list[Message], list[kbatch.Envelope[Any]], list[bytearray]]:
+        step = job.step
+        count = max(1, step.count) if step.spoil else step.count
+        made = [self._envelope(job, i, i == count // 2) for i in range(count)]
+        return [message for message, _, _ in made], [e for _, e, _ in made], [b for _, _, b in made if b is not None]
+
+    def _envelope(self, job: _Job, i: int, middle: bool) -> tuple[Message, kbatch.Envelope[Any], bytearray | None]:
+        step = job.step
+        token = f"{self.plan.seed}.{job.index}.{i}"
+        headers = (("token", token),)
+        key = f"key-{i % 7}" if (self.plan.seed + job.index) % 3 else None
+        pad = "x" * (i % 50)
+        options: dict[str, Any] = {"key": key, "headers": headers}
+        if step.spoil == "expired" and i % 4 == 0:
+            options["deliver_by"] = _LONG_AGO
+        if step.spoil == "unknown partition" and middle:
+            options["partition"] = 77
+        buffer: bytearray | None = None
+        value: bytes | None
+        envelope: kbatch.Envelope[Any]
+        if step.spoil in _SPOILERS and middle:
+            value = None
+            envelope = _SPOILERS[step.spoil](options)
+        elif step.body == "json":
+            value = json.dumps({"token": token, "pad": pad}, separators=(",", ":")).encode()
+            envelope = kbatch.Envelope({"token": token, "pad": pad}, **options)
+        elif step.body == "tombstone" and i % 3 == 0 and "deliver_by" not in options:
+            value, key = None, key or "key"
+            envelope = kbatch.Tombstone(key, headers=headers, partition=options.get("partition"))
+        else:
+            value = f"{token} {pad}".encode()
+            data: Any = value
+            if step.body in ("bytearray", "memoryview"):
+                data = buffer = bytearray(value)
+            if step.body == "memoryview":
+                data = memoryview(buffer).toreadonly() if i % 2 else memoryview(buffer)
+            envelope = kbatch.Envelope(data=data, **options)
+        return Message(token, str(envelope.id), self._key(envelope), value), envelope, buffer
+
+    def _key(self, envelope: kbatch.Envelope[Any]) -> bytes | None:
+        if envelope.key is not None:
+            return envelope.key.encode() if isinstance(envelope.key, str) else envelope.key
+        return str(envelope.id).encode() if self.plan.wire == "wolverine" else None
+
+    def _again(self, job: _Job) -> tuple[list[Message], list[kbatch.Envelope[Any]], list[bytearray]]:
+        earlier = self._jobs.get(job.step.again if job.step.again is not None else -1)
+        if earlier is None or earlier.sent is None or not self._until(earlier.settled, _PATIENCE_S):
+            return [], [], []
+        if earlier.pending is not None:
+            outcomes = self._outcomes(earlier.sent, earlier.pending.report)
+        else:
+            outcomes = next((a.outcomes for a in earlier.sent.answers if a.outcomes), ())
+        messages, envelopes = [], []
+        for message, outcome in zip(earlier.sent.messages, outcomes, strict=False):
+            if outcome.state != FAILED:
+                continue
+            token = f"{self.plan.seed}.{job.index}.{len(messages)}"
+            value = f"{token} again".encode()
+            id = uuid.UUID(message.id)
+            envelope: kbatch.Envelope[Any] = kbatch.Envelope(
+                data=value, key=message.key, headers=(("token", token),), id=id
+            )
+            messages.append(Message(token, message.id, message.key, value))
+            envelopes.append(envelope)
+        return messages, envelopes, []
+
+
+# -- envelopes that spoil a batch
+
+_SPOILERS: dict[str, Callable[[dict[str, Any]], kbatch.Envelope[Any]]] = {
+    "too large": lambda options: kbatch.Envelope(data=b"x" * (_MESSAGE_MAX_BYTES + 1), **options),
+    "unserialisable": lambda options: kbatch.Envelope(object(), **options),
+    "no memory": lambda options: kbatch.Envelope(NoMemory(), **options),
+}
+
+
+def _refusal_due(step: Send) -> str:
+    if step.again is not None or step.spoil not in _SPOILERS:
+        return ""
+    if step.spoil == "no memory":
+        return "ProducerError" if step.way == "sender" else "MemoryError"
+    return "SerializationError"
+
+
+# -- ways to send
+
+
+def _send_batch(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    run._answer(sent, RETURN, producer.send_batch(sent.topic, envelopes))
+
+
+def _timed(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    try:
+        report = producer.send_batch(sent.topic, envelopes, timeout=0.003)
+    except kbatch.BatchPending as error:
+        if error.pending is not None:
+            run._pending(job, sent, error.pending)
+    else:
+        run._answer(sent, RETURN, report)
+
+
+def _wait(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    run._pending(job, sent, producer.submit(sent.topic, envelopes))
+
+
+def _callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    def answer(report: kbatch.DeliveryReport) -> None:
+        run._answer(sent, CALLBACK, report)
+
+    run._pending(job, sent, producer.submit(sent.topic, envelopes, callback=answer))
+
+
+def _await(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    async def main() -> kbatch.DeliveryReport:
+        pending = producer.submit(sent.topic, envelopes)
+        sent.handed_in = next(run._events)
+        return await pending
+
+    run._answer(sent, RETURN, asyncio.run(main()))
+
+
+async def _wait_for(pending: kbatch.PendingBatch) -> kbatch.DeliveryReport:
+    return await pending
+
+
+async def _cancel(pending: kbatch.PendingBatch) -> None:
+    task = asyncio.ensure_future(_wait_for(pending))
+    await asyncio.sleep(0.001)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+def _cancelled(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    async def main() -> kbatch.DeliveryReport:
+        pending = producer.submit(sent.topic, envelopes)
+        sent.handed_in = next(run._events)
+        await _cancel(pending)
+        return await pending  # the cancelled one was a wait, not the batch
+
+    run._answer(sent, RETURN, asyncio.run(main()))
+
+
+def _loop_closed(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    pending = producer.submit(sent.topic, envelopes)
+    run._pending(job, sent, pending)
+    asyncio.run(_cancel(pending))  # the batch will wake a loop that is closed
+
+
+class _Recorder(kbatch.SenderCallback):
+    def __init__(self, run: Run, sent: Sent) -> None:
+        self.run = run
+        self.sent = sent
+
+    def _record(self, method: str, outcome: kbatch.KbatchError | kbatch.DeliveryReport) -> None:
+        report = outcome if isinstance(outcome, kbatch.DeliveryReport) else outcome.report
+        refused = not isinstance(outcome, (kbatch.DeliveryReport, kbatch.BatchError))
+        self.sent.answers.append(
+            Answer(
+                CONTRACT,
+                None if report is None else self.run._outcomes(self.sent, report),
+                method,
+                type(outcome).__name__ if refused else "",
+            )
+        )
+
+    def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
+        self._record("mark_successful", report)
+
+    def mark_processing_failure(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+        self._record("mark_processing_failure", error)
+
+    def mark_serialization_failure(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+        self._record("mark_serialization_failure", error)
+
+    def mark_timed_out(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+        self._record("mark_timed_out", error)
+
+    def mark_topic_does_not_exist(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+        self._record("mark_topic_does_not_exist", error)
+
+    def mark_sender_is_latched(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+        self._record("mark_sender_is_latched", error)
+
+
+def _sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    kbatch.KafkaSender(producer, sent.topic).send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes))
+
+
+_WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] = {
+    "send_batch": _send_batch,
+    "timed": _timed,
+    "wait": _wait,
+    "callback": _callback,
+    "await": _await,
+    "cancelled": _cancelled,
+    "loop closed": _loop_closed,
+    "sender": _sender,
+}

@@ -1,0 +1,141 @@
+"""Runs many plans, makes those that fail shorter, and prints the shortest: ``make soak ARGS="--seeds 0:3000"``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from tests.faults.plan import Plan, make_plan
+from tests.faults.worker import Result, Worker
+
+
+def run_many(seeds: Iterator[int], jobs: int, told: Callable[[Result], None], enough: Callable[[], bool]) -> None:
+    """Runs the plans of `seeds` in `jobs` processes until they are through or `enough`."""
+    lock = threading.Lock()
+
+    def work() -> None:
+        worker = Worker()
+        try:
+            while True:
+                with lock:
+                    seed = None if enough() else next(seeds, None)
+                if seed is None:
+                    return
+                result = worker.run(make_plan(seed))
+                with lock:
+                    told(result)
+        finally:
+            worker.close()
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def shorten(result: Result, run: Callable[[Plan], Result], tries: int = 2) -> Result:
+    """Drops steps as long as what is left violates one of the same invariants."""
+
+    def fails(plan: Plan) -> Result | None:
+        for _ in range(tries):  # what fails may not fail each time
+            again = run(plan)
+            if again.invariants & result.invariants:
+                return again
+        return None
+
+    shortest = result
+    size = max(1, len(result.plan.keep) // 2)
+    while True:
+        keep = shortest.plan.keep
+        for start in range(0, len(keep), size):
+            shorter = fails(shortest.plan.only(keep[:start] + keep[start + size :]))
+            if shorter is not None:
+                shortest = shorter
+                break
+        else:
+            if size == 1:
+                return shortest
+            size //= 2
+
+
+def _range(text: str) -> range:
+    first, _, end = text.partition(":")
+    return range(int(first), int(end)) if end else range(int(first))
+
+
+def _steps(text: str) -> tuple[int, ...]:
+    return tuple(int(step) for step in text.split(",") if step)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
+    parser.add_argument("--seeds", type=_range, default=range(3_000), metavar="FIRST:END", help="default 0:3000")
+    parser.add_argument("--seed", type=int, help="run this one and print its plan")
+    parser.add_argument("--keep", type=_steps, metavar="0,3,5", help="with --seed: the steps to take")
+    parser.add_argument("--jobs", type=int, default=3, help="how many plans at a time, default 3")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no plan after this time")
+    parser.add_argument("--failures", type=int, default=5, help="stop after so many, default 5")
+    options = parser.parse_args(arguments)
+    if options.seed is not None:
+        plan = make_plan(options.seed)
+        return _one(plan if options.keep is None else plan.only(options.keep), shorter=options.keep is None)
+    return _many(options.seeds, options.jobs, options.seconds, options.failures)
+
+
+def _one(plan: Plan, *, shorter: bool) -> int:
+    print(plan, flush=True)
+    worker = Worker()
+    try:
+        result = worker.run(plan)
+        if result.violations and shorter:
+            result = shorten(result, worker.run)
+    finally:
+        worker.close()
+    if not result.violations:
+        print(f"nothing violated, in {result.seconds:.1f} s")
+        return 0
+    print(result)
+    return 1
+
+
+def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
+    began = time.monotonic()
+    failed: list[Result] = []
+    kinds: Counter[str] = Counter()
+    plans = envelopes = 0
+
+    def told(result: Result) -> None:
+        nonlocal plans, envelopes
+        kinds.update(result.plan.kinds)
+        envelopes += result.plan.envelopes
+        if result.violations:
+            failed.append(result)
+            print(result, flush=True)
+        plans += 1
+        if plans % 250 == 0:
+            print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed", flush=True)
+
+    def enough() -> bool:
+        return len(failed) >= failures or time.monotonic() - began > seconds
+
+    run_many(iter(seeds), jobs, told, enough)
+    print(f"{plans} plans with {envelopes} envelopes in {time.monotonic() - began:.0f} s, {len(failed)} failed")
+    print(f"each kind of fault {min(kinds.values(), default=0)} to {max(kinds.values(), default=0)} times")
+    if not failed:
+        return 0
+    worker = Worker()
+    try:
+        shortest = min((shorten(result, worker.run) for result in failed), key=lambda r: len(r.plan.keep))
+    finally:
+        worker.close()
+    print(f"\nthe shortest plan that fails:\n{shortest}")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

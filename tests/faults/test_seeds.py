@@ -1,0 +1,65 @@
+"""The first plans, in processes of their own; `make soak` runs more of them and makes a failing one shorter."""
+
+import concurrent.futures
+import contextlib
+import queue
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults.kinds import KINDS
+from tests.faults.plan import Plan, Send, make_plan
+from tests.faults.worker import Result, Worker
+
+SEEDS = range(50)
+_PROCESSES = 3
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> Iterator[dict[int, concurrent.futures.Future[Result]]]:
+    """The results of the selected seeds, to come: the plans mostly wait, so several run at a time."""
+    selected = [item for item in request.session.items if item.name.startswith("test_seed[")]
+    seeds = [item.callspec.params["seed"] for item in selected if isinstance(item, pytest.Function)]
+    workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+
+    def run(plan: Plan) -> Result:
+        worker = workers.get()
+        try:
+            return worker.run(plan)
+        finally:
+            workers.put(worker)
+
+    with contextlib.ExitStack() as stack:
+        for _ in range(_PROCESSES):
+            worker = Worker()
+            stack.callback(worker.close)
+            workers.put(worker)
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(_PROCESSES))
+        stack.callback(pool.shutdown, cancel_futures=True)
+        yield {seed: pool.submit(run, make_plan(seed)) for seed in seeds}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seed(seed: int, results: dict[int, concurrent.futures.Future[Result]]) -> None:
+    result = results[seed].result()
+    assert not result.violations, f"\n{result}"
+
+
+def test_a_seed_makes_the_same_plan_each_time() -> None:
+    for seed in SEEDS:
+        assert make_plan(seed) == make_plan(seed)
+        assert str(make_plan(seed)) == str(make_plan(seed))
+
+
+def test_the_seeds_cover_every_kind_of_fault_and_every_way_to_send() -> None:
+    plans = [make_plan(seed) for seed in SEEDS]
+    assert {name for plan in plans for name in plan.kinds} == {kind.name for kind in KINDS}
+    sends = [step for plan in plans for step in plan.steps if isinstance(step, Send)]
+    assert {send.way for send in sends} >= {"send_batch", "wait", "callback", "await", "sender", "timed", "cancelled"}
+    assert {send.body for send in sends} == {"json", "bytes", "bytearray", "memoryview", "tombstone"}
+    assert any(send.again is not None for send in sends)
+    assert {plan.in_flight for plan in plans} == {1, 5}
+    assert {plan.senders for plan in plans} == {1, 2, 3}
+    assert {plan.wire for plan in plans} == {"kbatch", "wolverine", "raw"}
+    assert {plan.idempotent for plan in plans} == {True, False}

@@ -1,0 +1,144 @@
+"""A process that runs plans, so that a crash or a hang is the result of a seed and not the end of the run.
+
+``python -m tests.faults.worker`` reads ``[seed, kept steps or null]`` from standard input and answers each, a line of
+JSON per plan; `Worker` is the other end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from tests.faults.plan import Plan, make_plan
+
+#: A plan that takes longer hangs. The longest take a few seconds.
+DEADLINE_S = 120.0
+_TAIL = 6_000
+
+
+class Result(NamedTuple):
+    plan: Plan
+    violations: tuple[str, ...]
+    seconds: float
+
+    @property
+    def invariants(self) -> set[str]:
+        return {violation.partition(":")[0] for violation in self.violations}
+
+    @property
+    def command(self) -> str:
+        keep = "" if len(self.plan.keep) == len(self.plan.steps) else f" --keep {','.join(map(str, self.plan.keep))}"
+        return f'make soak ARGS="--seed {self.plan.seed}{keep}"'
+
+    def __str__(self) -> str:
+        shown = [f"  {violation}" for violation in self.violations[:6]]
+        more = [f"  and {len(self.violations) - 6} more"] if len(self.violations) > 6 else []
+        return "\n".join([str(self.plan), "violated:", *shown, *more, f"again: {self.command}"])
+
+
+class Worker:
+    """Runs one plan at a time in a process, which is started anew after a crash, a hang, or a failure."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+
+    def run(self, plan: Plan) -> Result:
+        if self._process is None:
+            self._start()
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        began = time.monotonic()
+        with contextlib.suppress(OSError):
+            process.stdin.write(json.dumps([plan.seed, plan.keep]) + "\n")
+            process.stdin.flush()
+        try:
+            line = self._replies.get(timeout=DEADLINE_S)
+        except queue.Empty:
+            process.send_signal(signal.SIGABRT)  # faulthandler writes where each thread stands
+            found = (f"hang: no end within {DEADLINE_S} s\n{self._stop()}",)
+        else:
+            found = tuple(json.loads(line)) if line else (f"crash: {self._stop()}",)
+            if found and line:
+                self._stop()
+        return Result(plan, found, time.monotonic() - began)
+
+    def close(self) -> None:
+        self._stop()
+        self._errors.close()
+
+    def _start(self) -> None:
+        self._errors.seek(0)
+        self._errors.truncate()
+        self._replies = replies = queue.SimpleQueue()
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-W", "error", "-m", "tests.faults.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+
+        def read() -> None:
+            assert process.stdout is not None
+            with process.stdout:
+                for line in process.stdout:
+                    replies.put(line)
+            replies.put("")
+
+        self._reader = threading.Thread(target=read, daemon=True)
+        self._reader.start()
+
+    def _stop(self) -> str:
+        """Ends the process; its exit status and the end of what it wrote to standard error."""
+        process, self._process = self._process, None
+        if process is None:
+            return ""
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            status = process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            status = process.wait()
+        self._reader.join(20)
+        size = self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, size - _TAIL))
+        return f"exit status {status}\n{self._errors.read().decode(errors='replace')}"
+
+
+def main() -> None:
+    from kbatch.testing import MockCluster
+    from tests.faults.runner import BROKERS, run_plan
+
+    faulthandler.enable()
+    # Replies have a descriptor to themselves: whatever else prints, goes to standard error.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    with MockCluster(BROKERS) as cluster:
+        for line in sys.stdin:
+            seed, keep = json.loads(line)
+            violations = run_plan(cluster, make_plan(seed).only(tuple(keep)))
+            replies.write(json.dumps([str(violation) for violation in violations]) + "\n")
+            replies.flush()
+            if violations:  # nothing that was left behind shall disturb the next plan
+                os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
