@@ -1,5 +1,6 @@
 """What happened in one run of a plan: what was sent, what was answered, what a consumer read back. Plain data."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,3 +95,17 @@ class History:
     live_threads: tuple[str, ...] = ()
     #: What the runner itself saw go wrong.
     findings: list[str] = field(default_factory=list)
+
+
+def seen(history: History) -> Counter[str]:
+    """What the faults have brought about, to tell a plan that met them from one that did not."""
+    counts: Counter[str] = Counter()
+    for sent in history.sends:
+        counts.update(answer.refusal for answer in sent.answers if answer.refusal)
+        for outcome in next((answer.outcomes for answer in sent.answers if answer.outcomes and not answer.refusal), ()):
+            counts[outcome.state] += 1
+            if outcome.state == FAILED:
+                counts[f"failed with {outcome.code}{', perhaps stored' if outcome.possibly_persisted else ''}"] += 1
+    copies = Counter(record.token for records in history.logs.values() for record in records)
+    counts["stored twice"] = sum(count > 1 for count in copies.values())
+    return +counts

@@ -1,8 +1,8 @@
 """The faults: what each does to the cluster or the producer, what sends it needs, and what it excuses.
 
-These are the faults that concern the producer and that the mock cluster can play. Not here: what only a real broker does
-(a killed leader, min.insync.replicas, fencing), and interpreter exit, Ctrl-C and clock jumps, which have tests of their
-own.
+These are the faults that concern the producer and that the mock cluster can play. Not here: what only a real broker
+does (a killed leader, min.insync.replicas, fencing), and interpreter exit, Ctrl-C and clock jumps, which have tests of
+their own.
 """
 
 from __future__ import annotations
@@ -58,6 +58,8 @@ class Kind:
     #: second overtake it, or be taken for its acknowledgement.
     one_in_flight: bool = False
     idempotent: bool = False
+    #: It is about a producer that has not sent yet.
+    cold: bool = False
     codes: frozenset[int] = frozenset()
     refusals: frozenset[str] = frozenset()
     #: Connections are cut, or answers given up, while a request may have been carried out: librdkafka sends again, and
@@ -95,6 +97,12 @@ def _brokers_down(run: Run, fault: Fault) -> None:
 
 def _brokers_up(run: Run, fault: Fault) -> None:
     run.cluster.set_broker_up()
+
+
+def _lose_answers(run: Run, fault: Fault) -> None:
+    run.cluster.set_broker_down()
+    _brokers_up(run, fault)
+    _quick(run, fault)
 
 
 def _broker_down(run: Run, fault: Fault) -> None:
@@ -210,7 +218,7 @@ def _fork(run: Run, fault: Fault) -> None:
     _quick(run, fault)
 
 
-_ROW_LOST = "request lost before append"
+_ROW_LOST = "request lost before append; written, acknowledgement lost"
 _ROW_DOWN = "all brokers down past the timeout"
 _ROW_LEADER = "leader moves; no leader"
 _ROW_REPLICAS = "not enough replicas, before and after append"
@@ -225,6 +233,7 @@ _ASKING = {"topic.metadata.refresh.interval.ms": 500, "topic.metadata.propagatio
 KINDS = (
     Kind("request lost", _ROW_LOST, _push("_TRANSPORT"), _clear, hold_ms=(0, 100), one_in_flight=True),
     Kind("brokers blink", _ROW_DOWN, _brokers_down, _brokers_up, hold_ms=(20, 200), copies=True),
+    Kind("acknowledgement lost", _ROW_LOST, _slow(50), _lose_answers, hold_ms=(0, 40), copies=True),
     Kind("one broker blinks", _ROW_DOWN, _broker_down, _broker_up, hold_ms=(20, 200), copies=True),
     Kind(
         "brokers down past the timeout",
@@ -302,7 +311,8 @@ KINDS = (
     Kind("retriable errors of a partition", _ROW_REPLICAS, _push_on_partition, hold_ms=(0, 100), one_in_flight=True),
     Kind("permanent errors", _ROW_SIZE, _push(*PERMANENT), _clear, codes=frozenset(PERMANENT.values()),
          hold_ms=(0, 50), one_in_flight=True),
-    Kind("no producer id", _ROW_REPLICAS, _push_producer_id, _clear_producer_id, idempotent=True, hold_ms=(0, 100)),
+    Kind("no producer id", _ROW_REPLICAS, _push_producer_id, _clear_producer_id, idempotent=True, cold=True,
+         hold_ms=(0, 100)),
 )  # fmt: skip
 
 BY_NAME = {kind.name: kind for kind in KINDS}

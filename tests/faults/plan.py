@@ -51,6 +51,8 @@ class Plan:
     wire: str
     idempotent: bool
     in_flight: int
+    #: Whether a first batch is sent before the steps, so that faults meet a producer that is connected.
+    warm: bool
     #: The bound of ``submit``.
     max_in_flight: int
     config: tuple[tuple[str, Any], ...]
@@ -61,10 +63,6 @@ class Plan:
     @property
     def taken(self) -> list[tuple[int, Send | Fault]]:
         return [(index, self.steps[index]) for index in self.keep]
-
-    @property
-    def envelopes(self) -> int:
-        return sum(step.count for _, step in self.taken if isinstance(step, Send))
 
     def only(self, keep: tuple[int, ...]) -> "Plan":
         return replace(self, keep=keep)
@@ -83,7 +81,7 @@ class Plan:
             f"seed {self.seed}: {', '.join(self.kinds)}",
             f"  {self.partitions} partitions, {self.senders} senders, wire {self.wire}, "
             f"{'idempotent' if self.idempotent else 'not idempotent'}, {self.in_flight} requests in flight, "
-            f"max_in_flight {self.max_in_flight}",
+            f"max_in_flight {self.max_in_flight}{'' if self.warm else ', not connected before'}",
             f"  {dict(self.config)}",
         ]
         lines += [f"  {index:>3}. {step}" for index, step in self.taken]
@@ -111,6 +109,7 @@ def make_plan(seed: int) -> Plan:
         wire=rng.choice(("kbatch", "kbatch", "wolverine", "raw")),
         idempotent=idempotent,
         in_flight=in_flight,
+        warm=rng.random() < 0.9 and not any(kind.cold for kind in kinds),
         max_in_flight=rng.choice((20_000, 20_000, 50)),
         config=tuple(sorted(config.items())),
         steps=(steps := tuple(_make_steps(rng, kinds, senders))),

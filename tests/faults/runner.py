@@ -39,6 +39,7 @@ from tests.faults.history import (
     Outcome,
     Read,
     Sent,
+    seen,
 )
 from tests.faults.kinds import BY_NAME
 from tests.faults.plan import Fault, Plan, Send
@@ -50,6 +51,8 @@ _MESSAGE_TIMEOUT_MS = 20_000
 _HANG_S = 40.0
 _PATIENCE_S = 2.5
 _MESSAGE_MAX_BYTES = 4_000
+# Batches that are no steps of the plan: the one before them, and those after them.
+_FIRST, _PROBES = 900, 1_000
 _LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
 
 _QUICK = {
@@ -74,9 +77,10 @@ def _encode_rest(value: object) -> object:
     raise NotImplementedError(f"a {type(value).__name__} has no JSON")
 
 
-def run_plan(cluster: MockCluster, plan: Plan) -> list[Violation]:
-    """What the plan's run has violated. The cluster is left as it was."""
-    return check(Run(cluster, plan).carry_out())
+def run_plan(cluster: MockCluster, plan: Plan) -> tuple[list[Violation], Counter[str]]:
+    """What the plan's run has violated, and what it met. The cluster is left as it was."""
+    history = Run(cluster, plan).carry_out()
+    return check(history), seen(history)
 
 
 class _Job:
@@ -118,7 +122,7 @@ class Run:
         self.at_end: list[Callable[[], None]] = []
         self.instance = 0
         self._events = itertools.count()
-        self._probes = itertools.count(1_000)
+        self._probes = itertools.count(_PROBES)
         self._jobs: dict[int, _Job] = {}
         self._batches: list[weakref.ref[kbatch.PendingBatch]] = []
         self._buffers = pinned_buffers()
@@ -164,6 +168,8 @@ class Run:
             # With version 10 the mock cluster looks up the address of the leader that is not there, and crashes.
             self.cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
         try:
+            if self.plan.warm:
+                self._send(_Job(_FIRST, Send(0, self.plan.partitions, body="bytes")))
             if self._play():
                 self._probe()
                 self.producer.close(_HANG_S)
@@ -371,6 +377,8 @@ class Run:
         options: dict[str, Any] = {"key": key, "headers": headers}
         if step.spoil == "expired" and i % 4 == 0:
             options["deliver_by"] = _LONG_AGO
+        if job.index == _FIRST:
+            options["partition"] = i  # the connection to each leader
         if step.spoil == "unknown partition" and middle:
             options["partition"] = 77
         buffer: bytearray | None = None

@@ -107,12 +107,13 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
     began = time.monotonic()
     failed: list[Result] = []
     kinds: Counter[str] = Counter()
-    plans = envelopes = 0
+    seen: Counter[str] = Counter()
+    plans = 0
 
     def told(result: Result) -> None:
-        nonlocal plans, envelopes
+        nonlocal plans
         kinds.update(result.plan.kinds)
-        envelopes += result.plan.envelopes
+        seen.update(result.seen)
         if result.violations:
             failed.append(result)
             print(result, flush=True)
@@ -124,8 +125,9 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
         return len(failed) >= failures or time.monotonic() - began > seconds
 
     run_many(iter(seeds), jobs, told, enough)
-    print(f"{plans} plans with {envelopes} envelopes in {time.monotonic() - began:.0f} s, {len(failed)} failed")
+    print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed")
     print(f"each kind of fault {min(kinds.values(), default=0)} to {max(kinds.values(), default=0)} times")
+    print("outcomes:", ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     if not failed:
         return 0
     worker = Worker()

@@ -1,7 +1,7 @@
 """A process that runs plans, so that a crash or a hang is the result of a seed and not the end of the run.
 
-``python -m tests.faults.worker`` reads ``[seed, kept steps or null]`` from standard input and answers each, a line of
-JSON per plan; `Worker` is the other end.
+``python -m tests.faults.worker`` reads ``[seed, kept steps]`` from standard input and answers each with a line of JSON;
+`Worker` is the other end.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ class Result(NamedTuple):
     plan: Plan
     violations: tuple[str, ...]
     seconds: float
+    seen: dict[str, int]
 
     @property
     def invariants(self) -> set[str]:
@@ -65,16 +66,21 @@ class Worker:
         with contextlib.suppress(OSError):
             process.stdin.write(json.dumps([plan.seed, plan.keep]) + "\n")
             process.stdin.flush()
+        violations: list[str] = []
+        seen: dict[str, int] = {}
         try:
             line = self._replies.get(timeout=DEADLINE_S)
         except queue.Empty:
             process.send_signal(signal.SIGABRT)  # faulthandler writes where each thread stands
-            found = (f"hang: no end within {DEADLINE_S} s\n{self._stop()}",)
+            violations = [f"hang: no end within {DEADLINE_S} s\n{self._stop()}"]
         else:
-            found = tuple(json.loads(line)) if line else (f"crash: {self._stop()}",)
-            if found and line:
-                self._stop()
-        return Result(plan, found, time.monotonic() - began)
+            if not line:
+                violations = [f"crash: {self._stop()}"]
+            else:
+                violations, seen = json.loads(line)
+                if violations:
+                    self._stop()
+        return Result(plan, tuple(violations), time.monotonic() - began, seen)
 
     def close(self) -> None:
         self._stop()
@@ -133,8 +139,8 @@ def main() -> None:
     with MockCluster(BROKERS) as cluster:
         for line in sys.stdin:
             seed, keep = json.loads(line)
-            violations = run_plan(cluster, make_plan(seed).only(tuple(keep)))
-            replies.write(json.dumps([str(violation) for violation in violations]) + "\n")
+            violations, seen = run_plan(cluster, make_plan(seed).only(tuple(keep)))
+            replies.write(json.dumps([[str(violation) for violation in violations], seen]) + "\n")
             replies.flush()
             if violations:  # nothing that was left behind shall disturb the next plan
                 os._exit(0)
