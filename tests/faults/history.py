@@ -79,7 +79,7 @@ class Rules:
     #: Whether an acknowledgement may be lost after the append: then the mock cluster, which does not deduplicate, has a
     #: message as often as it was sent.
     copies: bool = False
-    #: Whether the configuration keeps the order when librdkafka sends again.
+    #: Whether the order of the calls holds.
     ordered: bool = True
 
 

@@ -73,7 +73,8 @@ class Plan:
             codes=frozenset().union(*(kind.codes for kind in kinds)),
             refusals=frozenset().union(*(kind.refusals for kind in kinds)),
             copies=any(kind.copies for kind in kinds),
-            ordered=self.idempotent or self.in_flight == 1,
+            # librdkafka keeps the order of what it sends again if it is idempotent; max.in.flight=1 alone does not.
+            ordered=self.idempotent or not any(kind.copies or kind.one_in_flight for kind in kinds),
         )
 
     def __str__(self) -> str:
