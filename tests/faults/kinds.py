@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 # librdkafka's codes
 TRANSPORT, MSG_TIMED_OUT, TIMED_OUT_QUEUE = -195, -192, -166
 UNKNOWN_PARTITION, UNKNOWN_TOPIC, UNKNOWN_TOPIC_OR_PART = -190, -188, 3
-PURGE_QUEUE, PURGE_INFLIGHT, FATAL = -152, -151, -150
+PURGE_QUEUE, PURGE_INFLIGHT, FATAL, DESTROY = -152, -151, -150, -197
 OUT_OF_ORDER_SEQUENCE = 45
 
 TIMED_OUT = frozenset((MSG_TIMED_OUT, TIMED_OUT_QUEUE))
-UNKNOWN = frozenset((UNKNOWN_PARTITION, UNKNOWN_TOPIC, UNKNOWN_TOPIC_OR_PART))
+# For a topic in error librdkafka drops the partitions, and fails what is queued for them with one of these.
+DROPPED = frozenset((UNKNOWN_PARTITION, DESTROY))
+UNKNOWN = frozenset((UNKNOWN_TOPIC, UNKNOWN_TOPIC_OR_PART)) | DROPPED
 PURGED = frozenset((PURGE_QUEUE, PURGE_INFLIGHT))
 RETRIABLE = ("REQUEST_TIMED_OUT", "NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILABLE", "KAFKA_STORAGE_ERROR")
 PERMANENT = {"MSG_SIZE_TOO_LARGE": 10, "INVALID_RECORD": 87, "POLICY_VIOLATION": 44}
@@ -287,7 +289,7 @@ KINDS = (
     Kind("topic deleted in flight", _ROW_TOPIC, _create_doomed, _delete_doomed, send={"topic": "doomed"},
          config=_ASKING, codes=UNKNOWN, hold_ms=(0, 60), one_in_flight=True),
     Kind("not authorised", "authorisation, expired credentials", _push("TOPIC_AUTHORIZATION_FAILED"), _clear,
-         codes=frozenset((29,)), hold_ms=(0, 50), one_in_flight=True),
+         codes=frozenset((29,)) | DROPPED, hold_ms=(0, 50), one_in_flight=True),
     Kind("fatal error of the broker", _ROW_FATAL, _push("OUT_OF_ORDER_SEQUENCE_NUMBER"), _renew,
          codes=frozenset((OUT_OF_ORDER_SEQUENCE, FATAL)) | PURGED,
          refusals=frozenset(("ProducerFatalError", "ProducerClosedError")),
