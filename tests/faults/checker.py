@@ -217,7 +217,7 @@ def _not_sent(history: History, attempts: dict[str, _Attempt]) -> Iterator[Viola
             continue
         elif outcome.state == EXPIRED:
             yield Violation("not-sent", f"{attempt.name} had expired and is in the log")
-        elif not outcome.possibly_persisted:
+        elif outcome.state == FAILED and not outcome.possibly_persisted:
             yield Violation("not-sent", f"{attempt.name} failed ({outcome.code}), not persisted, and is in the log")
 
 

@@ -131,7 +131,9 @@ def _make_steps(rng: random.Random, kinds: list[Kind], senders: int) -> list[Sen
                 send = send._replace(**kind.send)
             steps.append(send)
     for _ in range(rng.choice((0, 1, 2))):
-        earlier = [index for index, step in enumerate(steps) if isinstance(step, Send) and step.topic == "main"]
+        sends = [(index, step) for index, step in enumerate(steps) if isinstance(step, Send)]
+        repeated = {step.again for _, step in sends}
+        earlier = [index for index, step in sends if step.topic == "main" and index not in repeated]
         if earlier and rng.random() < 0.5:
             steps.append(_any_send(rng, senders)._replace(again=rng.choice(earlier), spoil=""))
         else:

@@ -1,0 +1,99 @@
+"""What the soak does with plans, against runs that are made up; and that a worker tells a crash and a hang."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.faults import soak, worker
+from tests.faults.plan import Fault, Plan, make_plan
+from tests.faults.worker import Result, Worker
+
+
+def result(plan: Plan, *violations: str) -> Result:
+    return Result(plan, violations, 0.1, {})
+
+
+def test_a_plan_is_made_as_short_as_it_can_be() -> None:
+    plan = make_plan(7)
+    needed = {plan.keep[1], plan.keep[-2]}
+    runs = 0
+
+    def run(plan: Plan) -> Result:
+        nonlocal runs
+        runs += 1
+        return result(plan, *(["I4: out of order"] if needed <= set(plan.keep) else ["I1: another one"]))
+
+    shortest = soak.shorten(run(plan), run)
+    assert set(shortest.plan.keep) == needed
+    assert runs < 200
+    assert f'again: make soak ARGS="--seed 7 --keep {plan.keep[1]},{plan.keep[-2]}"' in str(shortest)
+    assert "I4: out of order" in str(shortest)
+
+
+def test_what_fails_now_and_then_is_tried_again() -> None:
+    runs = 0
+
+    def run(plan: Plan) -> Result:
+        nonlocal runs
+        runs += 1
+        return result(plan, *(["I4: out of order"] if runs % 2 else []))
+
+    assert soak.shorten(run(make_plan(7)), run).plan.keep == ()
+
+
+def test_a_whole_plan_has_a_short_command() -> None:
+    assert 'make soak ARGS="--seed 7"' in str(result(make_plan(7), "I1: lost"))
+
+
+class Failing(Worker):
+    """Seed 3 fails if a fault of its plan is taken."""
+
+    def run(self, plan: Plan) -> Result:
+        faults = [step for _, step in plan.taken if isinstance(step, Fault)]
+        return result(plan, *(["I1: lost"] if plan.seed == 3 and faults else []))
+
+
+def test_the_soak_prints_the_shortest_plan_that_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(soak, "Worker", Failing)
+    assert soak.main(["--seeds", "3"]) == 0
+    assert "3 plans" in capsys.readouterr().out
+    assert soak.main(["--seeds", "0:10", "--jobs", "2"]) == 1
+    shown = capsys.readouterr().out.rpartition("the shortest plan that fails:")[2]
+    (fault,) = [line for line in shown.splitlines() if ". " in line]
+    assert "fault: " in fault
+    assert "I1: lost" in shown
+    assert "--seed 3 --keep " in shown
+
+
+def test_a_crash_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    crashing = Worker()
+    try:
+        crashing._start()
+        assert crashing._process is not None
+        crashing._process.kill()
+        (violation,) = crashing.run(make_plan(0)).violations
+        assert violation.startswith("crash: exit status -9")
+        assert crashing.run(make_plan(0).only(())).violations == ()  # the next plan has a process of its own
+    finally:
+        crashing.close()
+
+
+def test_a_hang_is_a_result_with_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = subprocess.Popen
+
+    def hanging(arguments: list[str], **options: object) -> subprocess.Popen[str]:
+        code = "import faulthandler, sys, time; faulthandler.enable(); sys.stdin.readline(); time.sleep(100)"
+        return popen([arguments[0], "-c", code], **options)
+
+    monkeypatch.setattr(worker.subprocess, "Popen", hanging)
+    monkeypatch.setattr(worker, "DEADLINE_S", 1.0)
+    stuck = Worker()
+    try:
+        (violation,) = stuck.run(make_plan(0)).violations
+    finally:
+        stuck.close()
+    assert violation.startswith("hang: ")
+    assert 'File "<string>", line 1' in violation, os.linesep + violation
