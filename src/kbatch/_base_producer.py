@@ -126,12 +126,10 @@ class BaseProducer:
         return self._core.records(batch)
 
     def _check_delivered(self, left: int, error: BaseException | None) -> None:
-        # At the end of a `with` block, whose own error comes first.
+        # At the end of a `with` block, whose own error comes first. Also if it was closed within the block: what was
+        # lost is never lost silently.
         if left and error is None:
-            raise UndeliveredError(
-                f"{left} messages were not acknowledged when the producer was closed, within {self._close_timeout} s",
-                count=left,
-            )
+            raise UndeliveredError(f"{left} messages were not acknowledged when the producer was closed", count=left)
 
 
 def _check_arguments(
@@ -154,8 +152,8 @@ def _check_arguments(
         raise ConfigError(f"header_hook must be callable, not {type(header_hook).__name__}")
     if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)) or not close_timeout >= 0:
         raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
-    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or max_in_flight < 1:
-        raise ConfigError(f"max_in_flight must be an int of at least 1, not {max_in_flight!r}")
+    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
+        raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
 
 
 @atexit.register

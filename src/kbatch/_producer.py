@@ -29,7 +29,8 @@ class Producer(BaseProducer):
     Args:
         config: The dict that confluent-kafka's ``Producer`` takes: librdkafka's keys, and ``error_cb``, ``stats_cb``,
             ``throttle_cb``, ``oauth_cb`` and ``logger``. Defaults that differ from librdkafka's: ``acks=all``,
-            ``enable.idempotence=true``, ``linger.ms=0``.
+            ``enable.idempotence=true``, ``linger.ms=0``. The callbacks run on a thread of the producer; what one of
+            them raises is logged under ``kbatch``, and nothing else comes of it.
         wire: How envelopes become Kafka messages: ``"kbatch"``, ``"wolverine"``, ``"raw"``, or an object with
             ``write(envelope) -> (key, value, headers)``.
         encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``.

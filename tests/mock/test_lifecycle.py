@@ -417,6 +417,16 @@ def test_a_batch_that_nobody_waits_for_is_given_back(kafka_cluster: MockCluster)
             until(lambda: pinned_buffers() == 0, "the buffers of a finished batch")
 
 
+def test_a_loss_is_told_by_the_close_and_by_the_block_around_it(dark_cluster: MockCluster) -> None:
+    producer = make_producer(dark_cluster)
+    producer.submit("orders", envelopes(3))
+    assert producer.close(0) == 3
+    assert producer.close() == 3
+    with pytest.raises(kbatch.UndeliveredError, match=r"^3 messages were not acknowledged .* was closed$") as caught:
+        producer.__exit__(None, None, None)
+    assert caught.value.count == 3
+
+
 OAUTH = {"security.protocol": "sasl_plaintext", "sasl.mechanisms": "OAUTHBEARER"}
 
 
