@@ -217,3 +217,32 @@ def test_a_logging_filter_that_raises_does_not_end_the_callbacks(
     finally:
         logger.removeFilter(refuse)
     assert len(reports.arguments) == 5
+
+
+def test_a_fatal_error_before_a_close_is_told_before_it_ends() -> None:
+    for _ in range(20):
+        errors = Calls()
+        config = {"bootstrap.servers": NOBODY, "log_level": 0, "statistics.interval.ms": 1, "stats_cb": Calls()}
+        producer = kbatch.Producer({**config, "error_cb": errors})
+        producer._core.inject_fatal_error(KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, "made up")
+        producer.close()
+        assert [error.fatal() for (error,) in errors.arguments if error.fatal()] == [True]
+
+
+def test_throttling_before_a_close_is_told_before_it_ends(proxy: ThrottlingProxy) -> None:
+    throttled = Calls()
+    config = {"bootstrap.servers": proxy.bootstrap_servers, "log_level": 0, "throttle_cb": throttled}
+    for _ in range(5):
+        with kbatch.Producer(config) as producer:
+            producer.submit("orders", [kbatch.Envelope(data=b"x")])
+        assert len(throttled.arguments) == proxy.throttled
+
+
+def test_a_close_does_not_wait_for_events_without_end(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    config = {"bootstrap.servers": kafka_cluster.bootstrap_servers, "log_level": 7, "debug": "all"}
+    config |= {"statistics.interval.ms": 1, "stats_cb": Calls(), "logger": Calls(), "error_cb": Calls()}
+    with kbatch.Producer(config) as producer:
+        assert producer.send_batch("orders", [kbatch.Envelope(data=b"x")] * 1_000).ok
+        began = threading.active_count()
+    assert threading.active_count() < began

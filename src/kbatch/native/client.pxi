@@ -35,6 +35,8 @@ cdef int64_t WAIT_SLICE = 100 * MS     # Ctrl-C is looked at this often
 cdef int64_t DRAINER_NAP = 5 * MS      # how long callers may leave the queue alone before the drainer takes over
 cdef int64_t FINISH_PURGE = 100 * MS   # between two purges while finishing
 cdef int64_t FATAL_GRACE = 2000 * MS   # after a fatal error, before what is queued is purged
+cdef int64_t LAST_LOOK = 50 * MS       # for the events that are on the queue when nothing is in flight any more
+cdef int64_t LAST_WORDS = 1000 * MS    # for the dispatcher to pass them on; it may need the GIL, or have none any more
 
 cdef struct Waiter:
     # On the stack of a thread that waits.
@@ -770,16 +772,27 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
 
 cdef void drainer_main(void *arg) noexcept nogil:
     cdef Client *c = <Client *> arg
-    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0
+    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0
     cdef bint urgent
     cdef int slice_ms
     cdef Notice *unread
     kb_mutex_lock(&c.mu)
     while True:
         in_flight = KB_LOAD64(&c.in_flight)
-        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and c.line_first == NULL:
-            break
         now = kb_now_ns()
+        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and c.line_first == NULL:
+            # What happened before the end is still told.
+            if finished_ns == 0 and c.events_expected:
+                finished_ns = now
+                kb_mutex_unlock(&c.mu)
+                while poll_once(c, 0, NULL) and kb_now_ns() < finished_ns + LAST_LOOK:
+                    pass
+                kb_mutex_lock(&c.mu)
+                continue
+            if c.notice_first == NULL or now > finished_ns + LAST_WORDS:
+                break
+            drainer_sleep(c, FINISH_PURGE)  # until the dispatcher, which enters to pass them on, leaves
+            continue
         if in_flight and now >= purge_after_ns and (
                 c.life == FINISHING or c.fatal_since_ns and now > c.fatal_since_ns + FATAL_GRACE):
             # Again and again: a slice of an enqueuer, or a request that failed, may bring messages back.

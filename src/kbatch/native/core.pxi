@@ -235,7 +235,7 @@ cdef class Core:
                 api.conf_set_opaque(conf, c)
                 if self.dispatcher.throttle_cb is not None:
                     api.conf_set_throttle_cb(conf, on_throttle)
-                c.events_expected = self.dispatcher.events != 0
+                c.events_expected = self.dispatcher.events != 0 or self.dispatcher.throttle_cb is not None
                 with nogil:
                     rk = api.new(RD_KAFKA_PRODUCER, conf, errstr, sizeof(errstr))
                 if rk == NULL:
