@@ -154,7 +154,8 @@ def test_without_a_configuration_oauth_cb_gets_none_as_in_confluent_kafka() -> N
     with kbatch.Producer({**OAUTH, "oauth_cb": oauth_cb}) as producer:
         producer.submit("orders", [])
         until(lambda: configs, "the question")
-    confluent_kafka.Producer({**OAUTH, "oauth_cb": oauth_cb})
+    confluent = confluent_kafka.Producer({**OAUTH, "oauth_cb": oauth_cb})
+    until(lambda: (confluent.poll(0.05), len(configs) == 2)[1], "their question")
     assert configs == [None, None]
 
 
