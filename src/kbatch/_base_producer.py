@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
+import sys
 import time
 import traceback
 import weakref
@@ -70,6 +72,7 @@ class BaseProducer:
             make_dispatcher(parsed, self._callback_thread, lambda: core()),
             max_in_flight=max_in_flight,
             delivery_timeout_s=parsed.delivery_timeout_s,
+            on_start=_close_all_of_a_multiprocessing_child,
         )
         core = weakref.ref(self._core)
         _cores.add(self._core)
@@ -162,3 +165,18 @@ def _close_all() -> None:
     for core in list(_cores):
         with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
             core.close(max(0.0, end - time.monotonic()))
+
+
+_finalized_pid = 0
+
+
+def _close_all_of_a_multiprocessing_child() -> None:
+    """multiprocessing may end its children without atexit functions, but runs the finalizers that were made there."""
+    global _finalized_pid
+    process = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None or _finalized_pid == os.getpid():
+        return
+    from multiprocessing import util
+
+    util.Finalize(None, _close_all, exitpriority=0)
+    _finalized_pid = os.getpid()

@@ -265,7 +265,14 @@ class _Mapping: ...
 @disjoint_base
 class Core:
     def __init__(
-        self, config: Config, mapper: Mapper, dispatcher: Dispatcher, *, max_in_flight: int, delivery_timeout_s: float
+        self,
+        config: Config,
+        mapper: Mapper,
+        dispatcher: Dispatcher,
+        *,
+        max_in_flight: int,
+        delivery_timeout_s: float,
+        on_start: Callable[[], object] | None = None,
     ) -> None: ...
     @property
     def dispatcher(self) -> Dispatcher: ...

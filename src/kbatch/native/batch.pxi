@@ -102,6 +102,15 @@ cdef struct BatchState:
 cdef int32_t _pinned = 0
 
 
+cdef void _forget_pinned() noexcept nogil:
+    # In a forked child: those batches are the parent's, and never given back here.
+    global _pinned
+    _pinned = 0
+
+
+kb_on_fork_child(_forget_pinned)
+
+
 def pinned_buffers() -> int:
     """How many batches of this process hold memory that librdkafka may still read, or that is not yet given back."""
     return KB_LOAD32(&_pinned)

@@ -186,12 +186,14 @@ cdef class Core:
     cdef Mapper mapper
     cdef readonly object dispatcher   # Dispatcher
     cdef object start_lock
+    cdef object on_start
     cdef int64_t delivery_timeout_ns
     cdef int64_t batches
     cdef int64_t mapped
     cdef int64_t map_ns
 
-    def __init__(self, Config config, Mapper mapper, dispatcher, *, int64_t max_in_flight, double delivery_timeout_s):
+    def __init__(self, Config config, Mapper mapper, dispatcher, *, int64_t max_in_flight, double delivery_timeout_s,
+                 on_start=None):
         self.c = client_make(max_in_flight)
         if self.c == NULL:
             raise MemoryError("no memory for a client")
@@ -199,6 +201,7 @@ cdef class Core:
         self.mapper = mapper
         self.dispatcher = dispatcher
         self.start_lock = threading.RLock()
+        self.on_start = on_start
         self.delivery_timeout_ns = <int64_t> (delivery_timeout_s * 1e9)
 
     def __dealloc__(self):
@@ -229,6 +232,8 @@ cdef class Core:
                 return 0
             c.pid = kb_pid()  # from here on a forked child must not use it, not even to start it
             try:
+                if self.on_start is not None:
+                    self.on_start()
                 self.dispatcher._attach(self)
                 conf = api.conf_dup(self.config.conf)
                 api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
