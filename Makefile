@@ -20,7 +20,7 @@ STAMPS := $(VENV)/.kbatch
 JOBS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 
 CYTHON_SOURCES := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi')
-PYTHON_SOURCES := setup.py src $(wildcard tests benchmarks)
+PYTHON_SOURCES := setup.py src $(wildcard tests benchmarks examples)
 C_SOURCES := $(shell find src -name '*.h')
 # Cython's and setuptools' own time stamps do not see a change of these.
 FORCING := $(C_SOURCES) setup.py
