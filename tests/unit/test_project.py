@@ -45,3 +45,13 @@ def test_build_requirements_are_the_same_with_and_without_isolation():
     assert isolated is not None
     assert group is not None
     assert sorted(re.findall(r'"(.*?)"', group[1])) == sorted(re.findall(r'"(.*?)"', isolated[1]))
+
+
+def test_nothing_claims_to_work_without_the_gil():
+    # Until it is tested on a free-threaded CPython, which turns the GIL on for an extension that does not declare it.
+    sources = [ROOT / "setup.py", *(ROOT / "src").rglob("*.pyx"), *(ROOT / "src").rglob("*.pxi")]
+    assert len(sources) > 5
+    assert [source.name for source in sources if "freethreading_compatible" in source.read_text("utf-8")] == []
+    builds = re.search(r'^build = "(.*)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert builds is not None
+    assert [build for build in builds[1].split() if not re.fullmatch(r"cp3\d+-\*", build)] == []
