@@ -1,6 +1,7 @@
 """Programs that use kbatch in a process of their own, where they may be forked, interrupted and ended."""
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from kbatch.testing import MockCluster
+
+# For tests that fork after a producer was used.
+needs_fork = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork"),
+    pytest.mark.skipif(
+        os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0"),
+        reason="platform: in a forked child glibc reuses the stacks of threads that are gone, whose redzones "
+        "AddressSanitizer has not cleared; librdkafka's uninstrumented threads then run into them",
+    ),
+]
 
 
 def program(cluster: MockCluster, code: str) -> str:

@@ -1,6 +1,5 @@
 """Forks: a used producer refuses in the child and goes on in the parent; an unused one works in the child."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -9,16 +8,9 @@ import pytest
 from kbatch.testing import MockCluster
 
 from .clients import read_back
-from .processes import run, start
+from .processes import needs_fork, run, start
 
-pytestmark = [
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork"),
-    pytest.mark.skipif(
-        os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0"),
-        reason="platform: in a forked child glibc reuses the stacks of threads that are gone, whose redzones "
-        "AddressSanitizer has not cleared; librdkafka's uninstrumented threads then run into them",
-    ),
-]
+pytestmark = needs_fork
 
 
 def test_a_used_producer_refuses_in_a_forked_child_and_goes_on_in_the_parent(kafka_cluster: MockCluster) -> None:

@@ -21,8 +21,9 @@ from kbatch.testing import MockCluster
 
 from ..waiting import until
 from .clients import end_offsets, read_back
+from .processes import needs_fork
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
+pytestmark = needs_fork
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
