@@ -79,6 +79,10 @@ test: build $(STAMPS)/test-group ## Run the tests
 mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each (half an hour)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
+.PHONY: soak
+soak: build $(STAMPS)/test-group ## Run 3,000 seeded fault plans, shorten one that fails (ARGS="--seeds 0:100000 --jobs 4")
+	$(BIN)/python -m tests.faults.soak $(ARGS)
+
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks and print their ratios
 	$(BIN)/python -m benchmarks.run $(ARGS)

@@ -76,6 +76,10 @@ def _push(*errors: str) -> Callable[[Run, Fault], None]:
     return push
 
 
+def _lose_requests(run: Run, fault: Fault) -> None:
+    run.cluster.push_request_errors(ApiKey.PRODUCE, ["_TRANSPORT"] * 2_000)
+
+
 def _clear(run: Run, fault: Fault) -> None:
     run.cluster.clear_request_errors(ApiKey.PRODUCE)
 
@@ -201,22 +205,25 @@ def _fork(run: Run, fault: Fault) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # that a process with threads forks is the point
         child = os.fork()
     if child == 0:
-        status = _CHILD_FAILED
+        outcome = _CHILD_FAILED
         try:
             run.producer.send_batch(run.topic, [kbatch.Envelope(data=b"of the child")])
-            status = _CHILD_SENT
+            outcome = _CHILD_SENT
         except kbatch.ForkError:
-            status = _CHILD_REFUSED
+            outcome = _CHILD_REFUSED
         finally:
-            os._exit(status)
+            os._exit(outcome)
     deadline = time.monotonic() + 20
-    while os.waitpid(child, os.WNOHANG)[0] == 0:
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         if time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            run.history.findings.append("a forked child that sends hangs")
-            return
+            ended = os.waitpid(child, 0)
+            break
         time.sleep(0.002)
+    status = os.waitstatus_to_exitcode(ended[1])
+    if status != _CHILD_REFUSED:
+        told = {_CHILD_SENT: "sent a batch", _CHILD_FAILED: "met another error than ForkError"}
+        run.history.findings.append(f"a forked child {told.get(status, f'hung or crashed ({status})')}")
     _quick(run, fault)
 
 
@@ -234,6 +241,16 @@ _ASKING = {"topic.metadata.refresh.interval.ms": 500, "topic.metadata.propagatio
 
 KINDS = (
     Kind("request lost", _ROW_LOST, _push("_TRANSPORT"), _clear, hold_ms=(0, 100), one_in_flight=True),
+    Kind(
+        "requests lost past the timeout",
+        _ROW_LOST,
+        _lose_requests,
+        _clear,
+        config=_SHORT,
+        until_settled=True,
+        codes=TIMED_OUT,
+        one_in_flight=True,
+    ),
     Kind("brokers blink", _ROW_DOWN, _brokers_down, _brokers_up, hold_ms=(20, 200), copies=True),
     Kind("acknowledgement lost", _ROW_LOST, _slow(50), _lose_answers, hold_ms=(0, 40), copies=True),
     Kind("one broker blinks", _ROW_DOWN, _broker_down, _broker_up, hold_ms=(20, 200), copies=True),

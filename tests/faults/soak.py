@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from tests.faults.plan import Plan, make_plan
 from tests.faults.worker import Result, Worker
 
+_PATIENCE_S = 300.0  # a plan that hangs takes its time at each try
+
 
 def run_many(seeds: Iterator[int], jobs: int, told: Callable[[Result], None], enough: Callable[[], bool]) -> None:
     """Runs the plans of `seeds` in `jobs` processes until they are through or `enough`."""
@@ -38,8 +40,9 @@ def run_many(seeds: Iterator[int], jobs: int, told: Callable[[Result], None], en
         thread.join()
 
 
-def shorten(result: Result, run: Callable[[Plan], Result], tries: int = 2) -> Result:
-    """Drops steps as long as what is left violates one of the same invariants."""
+def shorten(result: Result, run: Callable[[Plan], Result], patience_s: float = _PATIENCE_S, tries: int = 2) -> Result:
+    """Drops steps as long as what is left violates one of the same invariants, for `patience_s` at most."""
+    deadline = time.monotonic() + patience_s
 
     def fails(plan: Plan) -> Result | None:
         for _ in range(tries):  # what fails may not fail each time
@@ -53,6 +56,8 @@ def shorten(result: Result, run: Callable[[Plan], Result], tries: int = 2) -> Re
     while True:
         keep = shortest.plan.keep
         for start in range(0, len(keep), size):
+            if time.monotonic() > deadline:
+                return shortest
             shorter = fails(shortest.plan.only(keep[:start] + keep[start + size :]))
             if shorter is not None:
                 shortest = shorter
@@ -132,9 +137,10 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
         return 0
     worker = Worker()
     try:
-        shortest = min((shorten(result, worker.run) for result in failed), key=lambda r: len(r.plan.keep))
+        shortened = [shorten(result, worker.run, _PATIENCE_S / len(failed)) for result in failed]
     finally:
         worker.close()
+    shortest = min(shortened, key=lambda result: len(result.plan.keep))
     print(f"\nthe shortest plan that fails:\n{shortest}")
     return 1
 

@@ -23,7 +23,7 @@ from typing import IO, NamedTuple
 from tests.faults.plan import Plan, make_plan
 
 #: A plan that takes longer hangs. The longest take a few seconds.
-DEADLINE_S = 120.0
+DEADLINE_S = 90.0
 _TAIL = 6_000
 
 

@@ -40,6 +40,8 @@ class MockCluster:
       a broker that goes down stays leader of its partitions.
     - Pushed errors together with several requests in flight can give false acknowledgements to an idempotent producer;
       use ``max.in.flight=1`` there.
+    - A produce request of version 10 for a partition without a leader crashes it, and with it this process. Call
+      ``set_api_version(ApiKey.PRODUCE, 0, 9)`` before clients connect, or run it with ``process=True``.
 
     Errors: `ValueError` or `TypeError` for arguments out of range; `MockClusterError`, with librdkafka's code, when the
     cluster refuses a call, is closed, is used in a forked child process, or when the installed librdkafka is too old
