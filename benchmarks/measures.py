@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from statistics import median
 
 from benchmarks.data import HEADER_COUNTS
@@ -236,9 +235,8 @@ def recovery(plan: Plan) -> Iterator[Section]:
 
 def loop_pauses(plan: Plan) -> Iterator[Section]:
     """What an event loop's other tasks notice of a large batch, and how long one envelope takes that is awaited."""
-    forms = ["submit"] + ["aio"] * (find_spec("kbatch.aio") is not None)
-    names = {"submit": "await kbatch.Producer.submit", "aio": "await kbatch.aio.Producer.send_batch"}
-    large = [Contender(names[form], "kbatch_aio", LARGE_BATCH, options={"form": form}) for form in forms]
+    names = {"aio": "await kbatch.aio.Producer.send_batch", "submit": "await kbatch.Producer.submit"}
+    large = [Contender(name, "kbatch_aio", LARGE_BATCH, options={"form": form}) for form, name in names.items()]
     scores = take_turns(
         large,
         Effort(1, 5, 0),
@@ -260,7 +258,7 @@ def loop_pauses(plan: Plan) -> Iterator[Section]:
     singles = [
         Contender("C loop", "cloop", 1),
         Contender("kbatch, send_batch", "kbatch", 1),
-        *(Contender(names[form], "kbatch_aio", 1, options={"form": form}) for form in forms),
+        *(Contender(name, "kbatch_aio", 1, options={"form": form}) for form, name in names.items()),
     ]
     paced = [replace(each, batches_per_s=500 / AWAITED_RTT_MS) for each in singles]
     effort = Effort(1, 5, 0, batches=50)

@@ -14,11 +14,16 @@ import sys
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from copy import copy
+from itertools import cycle
 from typing import Any
+
+import msgspec
 
 import kbatch
 from benchmarks.data import kbatch_envelopes
 from benchmarks.sides.base import Pace, Spec, Turn, read_order, read_spec, say, settle
+from kbatch import aio
 
 Send = Callable[[str, list[kbatch.Envelope[Any]]], Awaitable[kbatch.DeliveryReport]]
 
@@ -38,57 +43,51 @@ class Ticker:
             last = now
             self.steps += 1
 
-    async def stop(self) -> None:
+    @classmethod
+    async def begun(cls) -> "Ticker":
+        ticker = cls()
+        await asyncio.sleep(0)  # it makes its first step
+        return ticker
+
+    async def end(self) -> float:
+        """Ends it; the longest time between two steps, in milliseconds."""
         await asyncio.sleep(0)  # it sees the pause that ended just now
         self._task.cancel()
         await asyncio.wait([self._task])
+        return self.longest_ns / 1e6
 
 
 class Sender:
     def __init__(self, spec: Spec, send: Send) -> None:
         self._topic, self._batch, self._send = spec.topic, spec.batch, send
-        envelopes = kbatch_envelopes(spec.pool, spec.headers)
-        envelopes *= -(-spec.batch // spec.pool)
-        self._batches = [envelopes[at : at + spec.batch] for at in range(0, len(envelopes), spec.batch)]
-        self._next = 0
+        self._envelopes = cycle(kbatch_envelopes(spec.pool, spec.headers))
 
-    async def send_one(self) -> int:
-        batch = self._batches[self._next]
-        self._next = (self._next + 1) % len(self._batches)
-        return (await self._send(self._topic, batch)).raise_for_errors().acked
+    def make(self, count: int) -> list[list[kbatch.Envelope[Any]]]:
+        """Envelopes that nobody else keeps, so that it is kbatch that frees them."""
+        return [[copy(next(self._envelopes)) for _ in range(self._batch)] for _ in range(count // self._batch)]
 
-    async def send(self, count: int) -> tuple[int, dict[str, float]]:
-        acknowledged, start = 0, time.monotonic()
-        ticker = Ticker()
-        await asyncio.sleep(0)  # its clock begins
-        for _ in range(count // self._batch):
-            acknowledged += await self.send_one()
-        await ticker.stop()
-        control = Ticker()
-        await asyncio.sleep(time.monotonic() - start)
-        await control.stop()
-        return acknowledged, {
-            "longest_ms": ticker.longest_ns / 1e6,
-            "alone_ms": control.longest_ns / 1e6,
-            "steps": ticker.steps,
-        }
+    async def send_one(self, batches: list[list[kbatch.Envelope[Any]]]) -> int:
+        return (await self._send(self._topic, batches.pop())).raise_for_errors().acked
 
-    async def send_paced(self, pace: Pace) -> int:
+    async def send(self, batches: list[list[kbatch.Envelope[Any]]]) -> int:
         acknowledged = 0
-        for number in range(len(pace.served_ns)):
+        while batches:
+            acknowledged += await self.send_one(batches)
+        return acknowledged
+
+    async def send_paced(self, batches: list[list[kbatch.Envelope[Any]]], pace: Pace) -> int:
+        acknowledged = 0
+        for number in range(len(batches)):
             called_ns = pace.due(number)
-            acknowledged += await self.send_one()
+            acknowledged += await self.send_one(batches)
             pace.answered(number, called_ns)
         return acknowledged
 
 
 async def _sender(form: str, config: dict[str, Any], stack: AsyncExitStack) -> Send:
     if form == "aio":
-        from kbatch import aio  # type: ignore[attr-defined,unused-ignore]
-
-        return (await stack.enter_async_context(aio.Producer(config))).send_batch  # type: ignore[no-any-return,unused-ignore]
-    producer = stack.enter_context(kbatch.Producer(config))
-    return producer.submit
+        return (await stack.enter_async_context(aio.Producer(config))).send_batch
+    return stack.enter_context(kbatch.Producer(config)).submit
 
 
 async def main() -> None:
@@ -96,18 +95,23 @@ async def main() -> None:
     async with AsyncExitStack() as stack:
         config = {"bootstrap.servers": spec.bootstrap, **spec.options.get("config", {})}
         sender = Sender(spec, await _sender(spec.options.get("form", "aio"), config, stack))
-        settle()
         say({"ready": f"kbatch {kbatch.__version__}"})
         for line in sys.stdin:
             count, interval_ns = read_order(line)
-            pace, extra = None, dict[str, float]()
-            turn = Turn()
+            batches = sender.make(count)
+            settle()
             if interval_ns:
-                pace = Pace(count // spec.batch, interval_ns)
-                acknowledged = await sender.send_paced(pace)
-            else:
-                acknowledged, extra = await sender.send(count)
-            say(turn.end(count, acknowledged, extra, pace))
+                turn, pace = Turn(), Pace(count // spec.batch, interval_ns)
+                say(turn.end(count, await sender.send_paced(batches, pace), {}, pace))
+                continue
+            ticker = await Ticker.begun()
+            turn = Turn()
+            result = turn.end(count, await sender.send(batches), {})
+            longest_ms = await ticker.end()
+            control = await Ticker.begun()
+            await asyncio.sleep(result.seconds)
+            extra = {"longest_ms": longest_ms, "alone_ms": await control.end(), "steps": ticker.steps}
+            say(msgspec.structs.replace(result, extra=extra))
     say({"closed": True})
 
 
