@@ -320,6 +320,8 @@ KINDS = (
          hold_ms=(0, 50)),
     Kind("fork", "fork in mid-send", _slow(20), _fork),
     Kind("task cancelled", _ROW_CANCELLED, _slow(30), _quick, send={"way": "cancelled"}, until_settled=True),
+    Kind("sender's task cancelled", _ROW_CANCELLED, _slow(30), _quick, send={"way": "aio cancelled"},
+         codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterrupted",)), until_settled=True),
     Kind("loop closed", _ROW_CANCELLED, _slow(30), _quick, send={"way": "loop closed"}, until_settled=True),
     Kind("no memory", _ROW_CANCELLED, send={"spoil": "no memory"}),
     Kind("wait times out", _ROW_END, _slow(30), _quick, send={"way": "timed"}, codes=frozenset((TIMED_OUT_QUEUE,)),

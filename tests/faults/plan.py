@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from tests.faults.history import Rules
 from tests.faults.kinds import BY_NAME, KINDS, Kind
 
-WAYS = ("send_batch", "wait", "callback", "await", "sender")
+WAYS = ("send_batch", "wait", "callback", "await", "sender", "aio", "aio callback", "aio sender")
 BODIES = ("json", "bytes", "bytearray", "memoryview", "tombstone")
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import msgspec
 
 import kbatch
+from kbatch import aio
 from kbatch._fastmap import pinned_buffers
 from kbatch.testing import ApiKey, MockCluster
 from tests.faults.checker import Violation, check
@@ -316,7 +317,7 @@ class Run:
             return
         with self._swap:
             producer, instance = self.producer, self.instance
-        channels = {"callback": {RETURN, CALLBACK}, "sender": {CONTRACT}}.get(step.way, {RETURN})
+        channels = _CHANNELS.get(step.way, {RETURN})
         sent = job.sent = Sent(
             number=job.index,
             topic=self.topics[step.topic],
@@ -329,7 +330,7 @@ class Run:
         sent.began = next(self._events)
         job.entered = True
         try:
-            _WAYS[step.way](self, job, sent, producer, envelopes)
+            WAYS[step.way](self, job, sent, producer, envelopes)
         except (kbatch.SerializationError, kbatch.ProducerError, MemoryError) as error:
             sent.answers.append(Answer(RETURN, None, refusal=type(error).__name__))
         if sent.handed_in is None:
@@ -444,7 +445,7 @@ def _refusal_due(step: Send) -> str:
     if step.again is not None or step.spoil not in _SPOILERS:
         return ""
     if step.spoil == "no memory":
-        return "ProducerError" if step.way == "sender" else "MemoryError"
+        return "ProducerError" if CONTRACT in _CHANNELS.get(step.way, ()) else "MemoryError"
     return "SerializationError"
 
 
@@ -553,7 +554,65 @@ def _sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelope
     kbatch.KafkaSender(producer, sent.topic).send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes))
 
 
-_WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] = {
+# Event loops beside the threads, on one and the same core.
+
+
+def _beside(producer: kbatch.Producer) -> aio.Producer:
+    other = object.__new__(aio.Producer)
+    vars(other).update(vars(producer))
+    other._prepare()
+    return other
+
+
+def _aio(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    run._answer(sent, RETURN, asyncio.run(_beside(producer).send_batch(sent.topic, envelopes)))
+
+
+def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    async def main() -> kbatch.DeliveryReport:
+        told = asyncio.Event()
+
+        async def answer(report: kbatch.DeliveryReport) -> None:
+            await asyncio.sleep(0)
+            run._answer(sent, CALLBACK, report)
+            told.set()
+
+        pending = await _beside(producer).submit(sent.topic, envelopes, callback=answer)
+        run._batches.append(weakref.ref(pending))
+        sent.handed_in = next(run._events)
+        await told.wait()
+        return await pending
+
+    run._answer(sent, RETURN, asyncio.run(main()))
+
+
+def _aio_sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    sender = aio.KafkaSender(_beside(producer), sent.topic)
+    asyncio.run(sender.send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes)))
+
+
+def _aio_cancelled(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    async def main() -> None:
+        sender = aio.KafkaSender(_beside(producer), sent.topic)
+        task = asyncio.create_task(sender.send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes)))
+        await asyncio.sleep(0.0005 * (job.index % 3))
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        while not sent.answers:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+
+
+_CHANNELS = {
+    "callback": {RETURN, CALLBACK},
+    "aio callback": {RETURN, CALLBACK},
+    "sender": {CONTRACT},
+    "aio sender": {CONTRACT},
+    "aio cancelled": {CONTRACT},
+}
+WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] = {
     "send_batch": _send_batch,
     "timed": _timed,
     "wait": _wait,
@@ -562,4 +621,8 @@ _WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] 
     "cancelled": _cancelled,
     "loop closed": _loop_closed,
     "sender": _sender,
+    "aio": _aio,
+    "aio callback": _aio_callback,
+    "aio sender": _aio_sender,
+    "aio cancelled": _aio_cancelled,
 }

@@ -29,6 +29,7 @@ __all__ = ["Producer"]
 _logger = logging.getLogger("kbatch")
 
 _SLICE_S = 0.002  # how long the loop may be kept at a time
+_LONG = 10_000
 
 
 class Producer(BaseProducer):
@@ -118,6 +119,8 @@ class Producer(BaseProducer):
                 await in_thread(core.start)
             mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
             del envelopes
+            if len(batch) > _LONG:  # to copy and to free so many references is a slice of its own
+                await asyncio.sleep(0)
             while not core.map_slice(mapping, _SLICE_S):
                 await asyncio.sleep(0)
             await turn.come()
