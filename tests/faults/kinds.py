@@ -197,7 +197,7 @@ _CHILD_REFUSED, _CHILD_SENT, _CHILD_FAILED = 0, 1, 2
 
 def _fork(run: Run, fault: Fault) -> None:
     run.start_producer()
-    if os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0"):
+    if not hasattr(os, "fork") or os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0"):
         # In a forked child glibc reuses the stacks of threads that are gone, whose redzones AddressSanitizer keeps.
         _quick(run, fault)
         return

@@ -137,7 +137,14 @@ class Run:
             self.producer.send_batch(self.topic, [])
 
     def renew_producer(self, close_timeout_s: float) -> None:
+        began = time.monotonic()
         self.producer.close(close_timeout_s)
+        if time.monotonic() - began < close_timeout_s + 0.9:  # it was not cut short: no answer may be missing
+            for job in self._jobs.values():
+                if job.pending is not None and job.sent is not None and job.sent.instance == self.instance:
+                    called = job.step.way != "callback" or any(a.channel == CALLBACK for a in job.sent.answers)
+                    if not (job.pending.done() and called):
+                        self.history.findings.append(f"close returned before batch {job.index} was answered")
         with self._swap:
             self.producer = self._make_producer()
             self.instance += 1

@@ -82,30 +82,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=_range, default=range(3_000), metavar="FIRST:END", help="default 0:3000")
     parser.add_argument("--seed", type=int, help="run this one and print its plan")
     parser.add_argument("--keep", type=_steps, metavar="0,3,5", help="with --seed: the steps to take")
+    parser.add_argument("--repeat", type=int, default=1, help="with --seed: run it until it fails, so often at most")
     parser.add_argument("--jobs", type=int, default=3, help="how many plans at a time, default 3")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no plan after this time")
     parser.add_argument("--failures", type=int, default=5, help="stop after so many, default 5")
     options = parser.parse_args(arguments)
     if options.seed is not None:
         plan = make_plan(options.seed)
-        return _one(plan if options.keep is None else plan.only(options.keep), shorter=options.keep is None)
+        if options.keep is not None:
+            plan = plan.only(options.keep)
+        return _one(plan, options.repeat, shorter=options.keep is None)
     return _many(options.seeds, options.jobs, options.seconds, options.failures)
 
 
-def _one(plan: Plan, *, shorter: bool) -> int:
+def _one(plan: Plan, repeat: int, *, shorter: bool) -> int:
     print(plan, flush=True)
     worker = Worker()
     try:
-        result = worker.run(plan)
-        if result.violations and shorter:
-            result = shorten(result, worker.run)
+        for _ in range(repeat):
+            result = worker.run(plan)
+            print(f"{len(result.violations)} violations, in {result.seconds:.1f} s", flush=True)
+            if result.violations:
+                print(shorten(result, worker.run) if shorter else result)
+                return 1
     finally:
         worker.close()
-    if not result.violations:
-        print(f"nothing violated, in {result.seconds:.1f} s")
-        return 0
-    print(result)
-    return 1
+    return 0
 
 
 def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
