@@ -155,6 +155,16 @@ def test_a_generator_that_fails_raises_what_it_raised(producer):
         producer._map("orders", envelopes())
 
 
+def test_a_batch_that_does_not_tell_its_class(producer):
+    class Secretive:
+        @property
+        def __class__(self):
+            raise LookupError("no class")
+
+    with pytest.raises(LookupError, match="no class"):
+        producer._map("orders", Secretive())
+
+
 def test_no_topic_anywhere(producer):
     error = refused(producer, [kbatch.Envelope(1, topic="orders"), kbatch.Envelope(2)], topic=None)
     assert (error.index, error.field) == (1, "topic")

@@ -95,10 +95,12 @@ cdef class Mapper:
             self.wire, self.custom, self.reserved = WIRE_CUSTOM, wire, frozenset()
         self.scratch_base = 32768
         self.encoded_content_type = "application/octet-stream"
-        if isinstance(encoder, (msgspec.json.Encoder, msgspec.msgpack.Encoder)):
+        if isinstance(encoder, msgspec.json.Encoder):
             self.encode_into = encoder.encode_into
-            self.encoded_content_type = (
-                "application/json" if isinstance(encoder, msgspec.json.Encoder) else "application/msgpack")
+            self.encoded_content_type = "application/json"
+        elif isinstance(encoder, msgspec.msgpack.Encoder):
+            self.encode_into = encoder.encode_into
+            self.encoded_content_type = "application/msgpack"
         else:
             self.encoder = encoder
         self.source = source
@@ -150,6 +152,8 @@ cdef class _Mapping:
         try:
             raise_pending()
         except UnicodeEncodeError as error:
+            if not isinstance(error, UnicodeEncodeError):
+                raise  # up to Python 3.11: there was no memory to make the one that was meant
             shown = field if len(field) <= 120 else field[:119] + "…"
             raise self._error(field, f"{shown} cannot be encoded as UTF-8: {error.reason}") from error
         return 0
@@ -620,7 +624,9 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
     cdef object hook
-    if type(envelopes) is not list and isinstance(envelopes, (Envelope, str, bytes, Mapping)):
+    # Each check on its own: in a tuple of classes Cython does not see that a check has raised.
+    if type(envelopes) is not list and (
+            isinstance(envelopes, (Envelope, str, bytes)) or isinstance(envelopes, Mapping)):
         raise TypeError(f"envelopes must be an iterable of kbatch.Envelope, not {type(envelopes).__name__}")
     # A tuple of our own: a list may be changed by another thread, or by an encoder, while it is mapped.
     batch.envelopes = tuple(envelopes)
