@@ -52,9 +52,10 @@ class KafkaSender:
         """
         core = self.producer._core
         answer = _Answer(callback, batch)
-        pending = PendingBatch(core)
+        pending = None
         mapped = False
         try:
+            pending = PendingBatch(core)
             core.map(pending, self.topic, batch.envelopes)
             mapped = True
             core.send(pending, wait=True)
@@ -62,7 +63,7 @@ class KafkaSender:
         except BaseException as error:
             if answer.given:
                 raise
-            if pending.begun:
+            if pending is not None and pending.begun:
                 pending.add_done_callback(lambda done: answer.give(*answer_report(done.report)))
                 raise
             answer.give(*answer_refusal(self.producer, batch, error, mapped))
