@@ -210,6 +210,8 @@ cdef void drop_records(BatchState *batch) noexcept nogil:
     arena_give(batch.client, &batch.arena)
 
 
+# No list comprehensions in Cython code: when such a list cannot grow, Cython 3.3.1 gives the new item back twice.
+
 cdef class Outcomes:
     """What became of each envelope of a batch, kept as C records until it is asked for."""
 
@@ -246,26 +248,43 @@ cdef class Outcomes:
 
     def expired(self) -> list:
         """The indices of the envelopes whose deliver_by had passed."""
-        return [i for i in range(self.count) if self._items[i].state == EXPIRED]
+        cdef Py_ssize_t i
+        cdef list found = []
+        for i in range(self.count):
+            if self._items[i].state == EXPIRED:
+                found.append(i)
+        return found
 
     def failures(self) -> list:
         """``(index, error code, persistence)`` of each failed envelope."""
         cdef Py_ssize_t i
-        return [(i, self._items[i].error, self._items[i].persistence)
-                for i in range(self.count) if self._items[i].state == FAILED]
+        cdef list found = []
+        for i in range(self.count):
+            if self._items[i].state == FAILED:
+                found.append((i, self._items[i].error, self._items[i].persistence))
+        return found
 
     def partitions(self) -> tuple:
         cdef Py_ssize_t i
-        return tuple([self._items[i].partition for i in range(self.count)])
+        cdef list partitions = []
+        for i in range(self.count):
+            partitions.append(self._items[i].partition)
+        return tuple(partitions)
 
     def offsets(self) -> tuple:
         cdef Py_ssize_t i
-        return tuple([self._items[i].offset for i in range(self.count)])
+        cdef list offsets = []
+        for i in range(self.count):
+            offsets.append(self._items[i].offset)
+        return tuple(offsets)
 
     def __reduce__(self):
         cdef Py_ssize_t i
-        return _rebuild_outcomes, ([(self._items[i].state, self._items[i].error, self._items[i].persistence,
-                                     self._items[i].partition, self._items[i].offset) for i in range(self.count)],)
+        cdef list items = []
+        for i in range(self.count):
+            items.append((self._items[i].state, self._items[i].error, self._items[i].persistence,
+                          self._items[i].partition, self._items[i].offset))
+        return _rebuild_outcomes, (items,)
 
 
 def _rebuild_outcomes(list items):

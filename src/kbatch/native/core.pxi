@@ -350,7 +350,10 @@ cdef class Core:
 
     def records(self, Batch batch) -> list:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it has expired."""
-        return [read_record(&batch.state.records[i]) for i in range(batch.state.count)]
+        cdef list records = []
+        for i in range(batch.state.count):
+            records.append(read_record(&batch.state.records[i]))
+        return records
 
     def fail(self, Batch batch, envelopes, int index, int code, int rest_code) -> None:
         """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
@@ -625,7 +628,10 @@ cdef class Core:
         extensions = answer[3] if len(answer) > 3 else {}
         if not isinstance(extensions, dict):
             raise TypeError(f"oauth_cb's extensions must be a dict, not {type(extensions).__name__}")
-        cdef list flat = [oauth_text("extension", text) for pair in extensions.items() for text in pair]
+        cdef list flat = []
+        for name, value in extensions.items():
+            flat.append(oauth_text("extension", name))
+            flat.append(oauth_text("extension", value))
         if not 0 <= expiry < 1e12:  # what is no number of milliseconds must not be cast to one
             raise ValueError(f"oauth_cb's expiry must be seconds since 1970, not {expiry}")
         lifetime_ms = <int64_t> (expiry * 1000)

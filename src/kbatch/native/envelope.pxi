@@ -22,7 +22,12 @@ cdef tuple _header_pairs(object headers):
     cdef object pair
     cdef list pairs = None
     if isinstance(headers, Mapping):
-        return tuple((<dict> headers).items() if type(headers) is dict else [(k, v) for k, v in headers.items()])
+        if type(headers) is dict:
+            return tuple((<dict> headers).items())
+        pairs = []
+        for name, value in headers.items():
+            pairs.append((name, value))
+        return tuple(pairs)
     if isinstance(headers, (str, bytes)):
         raise TypeError(f"headers must be a mapping or a sequence of pairs, not {type(headers).__name__}")
     try:
@@ -308,7 +313,8 @@ cdef class Envelope:
     def __repr__(self):
         cdef dict arguments = self._arguments()
         parts = [repr(arguments.pop("message"))] if "message" in arguments else []
-        parts += [f"{name}={value!r}" for name, value in arguments.items()]
+        for name, value in arguments.items():
+            parts.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(parts)})"
 
     def __reduce__(self):
