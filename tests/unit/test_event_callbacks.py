@@ -224,3 +224,15 @@ def test_a_token_does_not_wait_behind_another_callback() -> None:
         asked.clear()
         assert asked.wait(30)
         done.set()
+
+
+def test_a_dispatcher_that_cannot_be_made_is_made_at_the_next_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*args: Any, **options: Any) -> threading.Thread:
+        raise MemoryError
+
+    with kbatch.Producer(NOBODY) as producer:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading, "Thread", no_memory)
+            with pytest.raises(MemoryError):
+                producer.submit("orders", [])
+        assert producer.submit("orders", []).wait().ok

@@ -780,14 +780,14 @@ cdef class Dispatcher:
             client_drop(self.c)
 
     def _attach(self, Core core) -> None:
+        self.thread = threading.Thread(target=self._run, name="kbatch-dispatcher", daemon=True)
         self.c = core.c
         self.c.dispatcher_stop = 0
         KB_ADD32(&self.c.references, 1)
-        self.thread = threading.Thread(target=self._run, name="kbatch-dispatcher", daemon=True)
         try:
             self.thread.start()
         except BaseException:
-            # Ctrl-C may come after the thread has begun: then it ends by _detach.
+            # Ctrl-C may come after the thread has begun: then it ends by _detach. If it begins after this, by _run.
             if self.thread.ident is None:
                 self.thread = None
                 client_drop(self.c)
@@ -820,6 +820,8 @@ cdef class Dispatcher:
         cdef BatchState *batch
         cdef Notice *notice
         cdef bint stop = False
+        if c == NULL or self.thread is not threading.current_thread():
+            return
         while not stop:
             with nogil:
                 kb_mutex_lock(&c.mu)
