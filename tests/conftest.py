@@ -1,5 +1,6 @@
 """What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
 
+import ctypes
 import importlib.machinery
 import os
 from collections.abc import Iterator
@@ -46,6 +47,9 @@ def _refuse_what_is_not_built() -> None:
 
 
 _refuse_what_is_not_built()
+
+# Only a debug build can let its allocations fail: `make memory`.
+collect_ignore = [] if hasattr(ctypes.PyDLL(_fastmap.__file__), "kb_fail_allocation") and not SLOW_BUILD else ["memory"]
 
 
 @pytest.fixture(autouse=True)

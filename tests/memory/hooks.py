@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sysconfig
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ class Outcome:
     def __init__(self, function: Callable[[], Any]) -> None:
         self.value: Any = None
         self.error: BaseException | None = None
+        self.trace = ""
         try:
             self.value = function()
         except BaseException as error:
-            self.error = error.with_traceback(None)  # its frames would keep alive what is looked at afterwards
+            # Its frames would keep alive what is looked at afterwards.
+            self.trace = traceback.format_exc()
+            self.error = error.with_traceback(None)
 
 
 class NativeHook:
@@ -33,10 +37,6 @@ class NativeHook:
         self._library.kb_failed_allocations.restype = ctypes.c_int64
         self._library.kb_live_allocations.restype = ctypes.c_int64
         self.nth = 0
-
-    @staticmethod
-    def there() -> bool:
-        return hasattr(ctypes.PyDLL(_fastmap.__file__), "kb_fail_allocation")
 
     def failures(self) -> int:
         return self._library.kb_failed_allocations()
