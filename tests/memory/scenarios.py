@@ -527,9 +527,9 @@ def setting_a_token(world: World) -> Step:
     producer = world.producer(config={**config, "oauth_cb": lambda config: ("token", time.time() + 3600)})
 
     def step(attempt: Attempt) -> None:
-        end = time.time() + 3600
-        checked(attempt(lambda: producer._core.set_oauth_token("token", end, "me", {"a": "b", "c": "d"})))
-        producer._core.set_oauth_token("token", end, "me", {"a": "b", "c": "d"})
+        answer = ("token", time.time() + 3600, "me", {"a": "b", "c": "d"})
+        checked(attempt(lambda: producer._core.set_oauth_token(answer)))
+        producer._core.set_oauth_token(answer)
 
     return step
 
