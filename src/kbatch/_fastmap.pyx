@@ -8,6 +8,7 @@ what), ``client`` (enqueue, count, wait, drain, without the GIL) and ``core`` (w
 
 import datetime
 import logging
+import os
 import re
 import threading
 import uuid

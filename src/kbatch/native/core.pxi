@@ -177,6 +177,14 @@ cdef int64_t deadline_after(object timeout) except? -2:
     return kb_now_ns() + <int64_t> (max(seconds, 0.0) * 1e9)
 
 
+# A fork waits for this. In a child that is forked while librdkafka initialises OpenSSL, exit() hangs in OpenSSL's own
+# exit handler. Re-entrant: a signal handler may fork.
+cdef object _starting = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_starting.acquire, after_in_parent=_starting.release, after_in_child=_starting.release)
+
+
 cdef class Core:
     """One producer's client, started at its first use."""
 
@@ -241,7 +249,7 @@ cdef class Core:
                 if self.dispatcher.throttle_cb is not None:
                     api.conf_set_throttle_cb(conf, on_throttle)
                 c.events_expected = self.dispatcher.events != 0 or self.dispatcher.throttle_cb is not None
-                with nogil:
+                with _starting, nogil:
                     rk = api.new(RD_KAFKA_PRODUCER, conf, errstr, sizeof(errstr))
                 if rk == NULL:
                     api.conf_destroy(conf)
