@@ -159,6 +159,17 @@ build/tsan/compiled: SWITCHES := SANITIZE=thread
 memory: build/debug/compiled ## Let each allocation fail in turn, ours and Python's, on a debug build
 	PYTHONPATH=build/debug/src $(BIN)/python -m pytest tests/memory $(ARGS)
 
+LEAK_TESTS := tests/memory/test_native.py \
+	tests/mock/test_send.py::test_sending_leaks_nothing "tests/mock/test_send.py::test_the_error_path_leaks_nothing[kbatch-25]"
+
+# What is uninitialised is not looked for: CPython's own strings and its parser would drown it.
+.PHONY: valgrind
+valgrind: build/debug/compiled ## Run the tests of leaks under valgrind: what is lost, what is read after it was freed
+	PYTHONPATH=build/debug/src PYTHONMALLOC=malloc valgrind -q --error-exitcode=9 --num-callers=20 \
+		--undef-value-errors=no --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite \
+		--suppressions=tests/memory/valgrind.supp --gen-suppressions=all --trace-children=no \
+		$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 $(if $(ARGS),$(ARGS),$(LEAK_TESTS))
+
 .PHONY: tsan
 tsan: build/tsan/compiled ## Let threads do everything at once to a producer, under ThreadSanitizer
 	$(BIN)/python -m tests.races build/tsan/src $(ARGS)

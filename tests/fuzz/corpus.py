@@ -21,7 +21,10 @@ FOLDER = Path(__file__).parents[1] / "data" / "fuzz_corpus"
 
 def lines() -> list[str]:
     return [
-        line for file in sorted(FOLDER.glob("*.jsonl")) for line in file.read_text(encoding="ascii").splitlines() if line
+        line
+        for file in sorted(FOLDER.glob("*.jsonl"))
+        for line in file.read_text(encoding="ascii").splitlines()
+        if line
     ]
 
 

@@ -12,16 +12,14 @@ class Replay:
         self._producers: dict[int, Any] = {}
 
     def batch(self, setting: Setting, specs: list[Spec]) -> Any:
-        """kbatch's answer, which is the reference's too: records, the refused envelope, or the constructor's refusal."""
+        """The answer of both: records, the refused envelope, or what the constructor refused."""
         for index, spec in enumerate(specs):
             refused = refused_arguments(spec.arguments)
             if spec.tombstone:
                 refused -= {"message", "data"}
-            try:
-                mapping.envelope_of(spec)
-            except (TypeError, ValueError) as error:
-                assert refused, f"the constructor refuses envelope {index}: {error}"
-                str(error).encode()
+            refusal = self._refusal(spec)
+            if refusal is not None:
+                assert refused, f"the constructor refuses envelope {index}: {refusal}"
                 return "refused by the constructor"
             assert not refused, f"the constructor takes envelope {index} with {refused}"
         producer = self._producers.get(id(setting))
@@ -37,3 +35,9 @@ class Replay:
         assert isinstance(answer, (list, mapping.Failed))
         return answer
 
+    def _refusal(self, spec: Spec) -> bytes | None:
+        try:
+            mapping.envelope_of(spec)
+        except (TypeError, ValueError) as error:
+            return str(error).encode()  # it can be logged
+        return None

@@ -69,7 +69,13 @@ def run(options: argparse.Namespace, at: Any) -> None:
         answers[describe(answer)] += 1
         if options.keep is not None and len(specs) == 1:
             # The shortest of each kind of envelope and answer.
-            shape = (setting.wire, type(setting.encoder), tuple(specs[0].arguments)[:1], specs[0].tombstone, describe(answer))
+            shape = (
+                setting.wire,
+                type(setting.encoder),
+                tuple(specs[0].arguments)[:1],
+                specs[0].tombstone,
+                describe(answer),
+            )
             line = corpus.written(setting, specs)
             if shape not in kept or len(line) < len(kept[shape]):
                 kept[shape] = line
@@ -80,5 +86,6 @@ def run(options: argparse.Namespace, at: Any) -> None:
             print(f"{envelopes:,} envelopes, {envelopes / (told - start):,.0f}/s", file=sys.stderr, flush=True)
     if options.keep is not None:
         options.keep.write_text("".join(f"{line}\n" for line in sorted(kept.values())), encoding="ascii")
-    print(f"{envelopes:,} envelopes mapped as the reference does: seed {options.seed}, batches {options.first} to {number - 1}")
+    batches = f"seed {options.seed}, batches {options.first} to {number - 1}"
+    print(f"{envelopes:,} envelopes mapped as the reference does: {batches}")
     print("batches: " + ", ".join(f"{count:,} {answer}" for answer, count in answers.most_common()))

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def concerns_kbatch(lost: tuple[Any, Any, Any]) -> bool:
-    error, thing, tb = lost
+    _, thing, tb = lost
     while tb is not None:
         if "kbatch" in tb.tb_frame.f_code.co_filename:
             return True

@@ -316,7 +316,6 @@ def waiting(world: World) -> Step:
         assert got.error is not None or got.value[0] is report
         assert (report.acked, len(report.offsets), report.errors) == (3, 3, {})
         world.book(True)
-        del pending, report
         settled()
 
     return step
@@ -493,7 +492,11 @@ def errors(world: World) -> Step:
 
 def tokens(world: World) -> Step:
     """A token that finds no memory on its way is asked for again."""
-    config = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER", "bootstrap.servers": "127.0.0.1:1"}
+    config = {
+        "security.protocol": "SASL_PLAINTEXT",
+        "sasl.mechanisms": "OAUTHBEARER",
+        "bootstrap.servers": "127.0.0.1:1",
+    }
 
     def step(attempt: Attempt) -> None:
         asked = threading.Event()
@@ -523,7 +526,11 @@ def tokens(world: World) -> Step:
 
 
 def setting_a_token(world: World) -> Step:
-    config = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER", "bootstrap.servers": "127.0.0.1:1"}
+    config = {
+        "security.protocol": "SASL_PLAINTEXT",
+        "sasl.mechanisms": "OAUTHBEARER",
+        "bootstrap.servers": "127.0.0.1:1",
+    }
     producer = world.producer(config={**config, "oauth_cb": lambda config: ("token", time.time() + 3600)})
 
     def step(attempt: Attempt) -> None:

@@ -1,4 +1,4 @@
-"""Each of Python's allocations in the calling thread fails once: MemoryError or a right answer, and the producer goes on.
+"""Each of Python's allocations in the calling thread fails once: an answer, no crash, and the producer goes on.
 
 In the threads of a producer none fails here: CPython's threading.Thread.start() waits for ever when the new thread has
 no memory to begin, and a threading.Condition stays locked when its __exit__ has none to be called.

@@ -24,11 +24,17 @@ def main() -> int:
     shim = Path(tree).absolute() / "c11_threads.so"
     source = Path(__file__).with_name("c11_threads.c")
     subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-g", "-o", shim, source, "-lpthread"], check=True)
-    options = f"halt_on_error=0:history_size=4:exitcode={RACE}:suppressions={Path(__file__).parent / 'suppressions.txt'}"
+    options = (
+        f"halt_on_error=0:history_size=4:exitcode={RACE}:suppressions={Path(__file__).parent / 'suppressions.txt'}"
+    )
     with MockCluster(brokers=2) as cluster:
         for topic in TOPICS:
             cluster.create_topic(topic, partitions=3)
-        watched = {"LD_PRELOAD": f"{asked.stdout.strip()} {shim}", "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}", "TSAN_OPTIONS": options}
+        watched = {
+            "LD_PRELOAD": f"{asked.stdout.strip()} {shim}",
+            "PYTHONPATH": f"{tree}{os.pathsep}{ROOT}",
+            "TSAN_OPTIONS": options,
+        }
         return subprocess.run(
             [sys.executable, "-m", "tests.races.threads", cluster.bootstrap_servers, *arguments],
             env={**os.environ, **watched},

@@ -36,7 +36,12 @@ class Counted:
 def batch_of(dice: random.Random) -> list[Envelope[object]]:
     size = dice.choice((1, 3, 40, 300))
     bodies: list[Envelope[object]] = [Envelope({"n": n}, key=f"k{n}", topic=dice.choice(TOPICS)) for n in range(size)]
-    return [*bodies, Tombstone(b"k"), Envelope(data=bytearray(b"x" * 100)), Envelope(data=b"y" * dice.choice((1, 70_000)))]
+    return [
+        *bodies,
+        Tombstone(b"k"),
+        Envelope(data=bytearray(b"x" * 100)),
+        Envelope(data=b"y" * dice.choice((1, 70_000))),
+    ]
 
 
 def work(producer: Producer, dice: random.Random, counted: Counted, over: threading.Event) -> None:
@@ -69,7 +74,17 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
     def flush() -> None:
         producer.flush(dice.choice((0, 0.01, 1)))
 
-    deeds: list[Callable[[], None]] = [send, send, impatient, submit, submit, called_back, awaited, flush, lambda: ask(producer)]
+    deeds: list[Callable[[], None]] = [
+        send,
+        send,
+        impatient,
+        submit,
+        submit,
+        called_back,
+        awaited,
+        flush,
+        lambda: ask(producer),
+    ]
     while not over.is_set():
         try:
             dice.choice(deeds)()
