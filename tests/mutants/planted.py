@@ -160,8 +160,9 @@ MUTANTS = (
     Mutant(
         "an interrupted sender gives no callback",
         "_sender.py",
-        "            if pending.begun:\n",
-        "            if pending.begun:\n                raise\n            if pending.begun:\n",
+        "            if pending is not None and pending.begun:\n",
+        "            if pending is not None and pending.begun:\n                raise\n"
+        "            if pending is not None and pending.begun:\n",
         "tests/mock/test_lifecycle.py",
     ),
     Mutant(
