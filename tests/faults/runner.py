@@ -44,6 +44,7 @@ from tests.faults.history import (
 )
 from tests.faults.kinds import BY_NAME
 from tests.faults.plan import Fault, Plan, Send
+from tests.loops import beside
 from tests.mock.clients import read_back
 
 BROKERS = 3
@@ -564,15 +565,8 @@ def _sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelope
 # Event loops beside the threads, on one and the same core.
 
 
-def _beside(producer: kbatch.Producer) -> aio.Producer:
-    other = object.__new__(aio.Producer)
-    vars(other).update(vars(producer))
-    other._prepare()
-    return other
-
-
 def _aio(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
-    run._answer(sent, RETURN, asyncio.run(_beside(producer).send_batch(sent.topic, envelopes)))
+    run._answer(sent, RETURN, asyncio.run(beside(producer).send_batch(sent.topic, envelopes)))
 
 
 def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
@@ -584,7 +578,7 @@ def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, en
             run._answer(sent, CALLBACK, report)
             told.set()
 
-        pending = await _beside(producer).submit(sent.topic, envelopes, callback=answer)
+        pending = await beside(producer).submit(sent.topic, envelopes, callback=answer)
         run._batches.append(weakref.ref(pending))
         sent.handed_in = next(run._events)
         await told.wait()
@@ -594,13 +588,13 @@ def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, en
 
 
 def _aio_sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
-    sender = aio.KafkaSender(_beside(producer), sent.topic)
+    sender = aio.KafkaSender(beside(producer), sent.topic)
     asyncio.run(sender.send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes)))
 
 
 def _aio_cancelled(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
     async def main() -> None:
-        sender = aio.KafkaSender(_beside(producer), sent.topic)
+        sender = aio.KafkaSender(beside(producer), sent.topic)
         task = asyncio.create_task(sender.send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes)))
         await asyncio.sleep(0.0005 * (job.index % 3))
         task.cancel()

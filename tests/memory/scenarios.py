@@ -5,10 +5,11 @@ A scenario is made once and gives a step, which is repeated with another allocat
 """
 
 import asyncio
+import functools
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,12 +17,13 @@ import msgspec
 from confluent_kafka import KafkaError
 
 import kbatch
-from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone
+from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
 from kbatch._fastmap import pinned_buffers
 from kbatch._pending import PendingBatch
 from kbatch.testing import ApiKey, MockCluster
 from tests.mock.clients import read_back
 
+from ..loops import beside
 from ..waiting import until
 from .hooks import Outcome
 
@@ -359,6 +361,73 @@ def awaiting(world: World) -> Step:
     return step
 
 
+class Started:
+    """An awaitable whose first step, up to what it waits for, is what may fail."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], attempt: Attempt) -> None:
+        self.work, self.attempt = work, attempt
+
+    def __await__(self) -> Any:
+        first = checked(self.attempt(lambda: self.work.send(None)), StopIteration)
+        if isinstance(first.error, StopIteration):
+            return first.error.value
+        if first.error is not None:
+            raise first.error
+        # The rest of a coroutine that has begun, by hand: `yield from` would begin with what its first step gave.
+        waits_for = first.value
+        while True:
+            try:
+                got = yield waits_for
+            except BaseException as error:
+                step = functools.partial(self.work.throw, error)
+            else:
+                step = functools.partial(self.work.send, got)
+            try:
+                waits_for = step()
+            except StopIteration as end:
+                return end.value
+
+
+def on_a_loop(send: Callable[[aio.Producer, list[Envelope]], Coroutine[Any, Any, Any]]) -> Callable[[World], Step]:
+    def scenario(world: World) -> Step:
+        producer = world.started()
+        loop = asyncio.new_event_loop()
+        world.at_end.append(loop.close)
+
+        def step(attempt: Attempt) -> None:
+            batch = world.batch()
+
+            async def use() -> None:
+                await Started(send(beside(producer), batch), attempt)
+
+            try:
+                loop.run_until_complete(use())
+            except MemoryError:
+                world.book(None)  # either nothing was sent, or the wait could not begin
+            else:
+                world.book(True)
+            producer.flush()
+            usable(world, producer)
+
+        return step
+
+    return scenario
+
+
+async def _send(producer: aio.Producer, batch: list[Envelope]) -> None:
+    assert (await producer.send_batch(TOPIC, batch)).acked == 3
+
+
+async def _submit(producer: aio.Producer, batch: list[Envelope]) -> None:
+    told: list[kbatch.DeliveryReport] = []
+    pending = await producer.submit(TOPIC, batch, callback=told.append)
+    report = await pending
+    while not told:
+        await asyncio.sleep(0)
+    assert told == [report]
+    assert report.acked == 3
+
+
 def reporting(world: World) -> Step:
     """A batch of which every part is refused: the report with its errors, the error, its message."""
     producer = world.started()
@@ -430,6 +499,37 @@ def answering(world: World) -> Step:
         else:
             # either nothing was sent, or the batch is in flight and the error says so
             world.book(None)
+        usable(world, producer)
+
+    return step
+
+
+def answering_on_a_loop(world: World) -> Step:
+    """As `answering`, by a sender on a loop."""
+    producer = world.started()
+    loop = asyncio.new_event_loop()
+    world.at_end.append(loop.close)
+
+    def step(attempt: Attempt) -> None:
+        batch = OutgoingBatch(world.batch())
+        callback = Recorder()
+        sender = aio.KafkaSender(beside(producer), TOPIC)
+
+        async def use() -> None:
+            error = None
+            try:
+                await Started(sender.send_batch(callback, batch), attempt)
+            except MemoryError as raised:
+                error = raised
+            for _ in range(50):
+                if callback.count:
+                    break
+                await asyncio.sleep(0.001)
+            assert callback.count == 1 or (error is not None and callback.count == 0)
+
+        loop.run_until_complete(use())
+        world.book(True if callback.method == "mark_successful" else False if not callback.count else None)
+        producer.flush()
         usable(world, producer)
 
     return step
@@ -569,8 +669,11 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "submitting": submitting,
     "waiting": waiting,
     "awaiting": awaiting,
+    "sending on a loop": on_a_loop(_send),
+    "submitting on a loop": on_a_loop(_submit),
     "reporting": reporting,
     "answering": answering,
+    "answering on a loop": answering_on_a_loop,
     "answering a bad batch": answering_a_bad_batch,
     "statistics": statistics,
     "errors": errors,

@@ -23,6 +23,8 @@ ALLOCATIONS = {
     "sending fresh": 6,
     "making and closing": 3,
     "submitting": 1,
+    "sending on a loop": 1,
+    "submitting on a loop": 1,
     "statistics": 1,
     "errors": 1,
     "tokens": 1,

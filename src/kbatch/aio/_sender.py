@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from kbatch._pending import PendingBatch
 from kbatch._sender import answer_refusal, answer_report
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from kbatch import _contract
     from kbatch._contract import OutgoingBatch
     from kbatch._errors import KbatchError
@@ -41,10 +44,12 @@ class KafkaSender:
         ends at once, and the one callback then comes in a task of its own when the batch is settled.
         """
         producer = self.producer
-        pending = PendingBatch(producer._core)
+        pending = None
         mapped = False
-        later = producer._task_starter(lambda: _give(callback, batch, *answer_report(pending.report)))
         try:
+            pending = PendingBatch(producer._core)
+            # Made before it is needed: there may be no loop any more, or no memory.
+            later = producer._task_starter(functools.partial(_give_later, callback, batch, pending))
             turn = await producer._map_batch(pending, self.topic, batch.envelopes)
             mapped = True
             try:
@@ -53,7 +58,7 @@ class KafkaSender:
                 turn.leave()
             await pending
         except BaseException as error:
-            if pending.begun:
+            if pending is not None and pending.begun:
                 producer._core.abandon(pending)
                 pending._add_waker(later)
                 raise
@@ -65,6 +70,12 @@ class KafkaSender:
 
     def __repr__(self) -> str:
         return f"<kbatch.aio.KafkaSender to {self.topic!r} by {self.producer!r}>"
+
+
+def _give_later(
+    callback: SenderCallback | _contract.SenderCallback, batch: OutgoingBatch, pending: PendingBatch
+) -> Coroutine[None, None, None]:
+    return _give(callback, batch, *answer_report(pending.report))
 
 
 async def _give(
