@@ -11,6 +11,7 @@ cdef enum:
     MESSAGE_OVERHEAD = 36  # RD_KAFKAP_MESSAGE_V2_MAX_OVERHEAD of librdkafka
     OWN_HEADERS = 16       # the most that a wire format writes itself
     SIGNALS_EVERY = 4095   # Ctrl-C is looked at every 4,096 envelopes
+    ENVELOPE_BYTES = 192   # some three cache lines; that it is about right is enough
 
 
 cdef extern from *:
@@ -589,6 +590,7 @@ cdef class _Mapping:
         # True when all are mapped; False when `end_ns` has passed, to be called again.
         cdef Py_ssize_t i = self.index + 1
         cdef tuple envelopes = self.batch.envelopes
+        cdef PyObject *ahead
         # Taken, not shared: an encoder may run Python code that maps another batch.
         self.scratch, self.mapper.scratch = self.mapper.scratch, None
         if self.scratch is None:
@@ -596,6 +598,13 @@ cdef class _Mapping:
         while i < self.state.count:
             if i & SIGNALS_EVERY == SIGNALS_EVERY:
                 PyErr_CheckSignals()
+            if i + 8 < self.state.count:
+                # Between two batches librdkafka has driven the envelopes out of the processor's caches.
+                kb_prefetch(PyTuple_GET_ITEM(<PyObject *> envelopes, i + 8), ENVELOPE_BYTES)
+                ahead = PyTuple_GET_ITEM(<PyObject *> envelopes, i + 4)
+                if type(<object> ahead) is Envelope:
+                    kb_prefetch(<PyObject *> (<Envelope> ahead)._body, 1)
+                    kb_prefetch(<PyObject *> (<Envelope> ahead)._key, 1)
             self.index = i
             self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
             i += 1

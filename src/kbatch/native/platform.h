@@ -39,6 +39,17 @@ static inline void kb_free(void *p) {
 #define kb_free(p) free(p)
 #endif
 
+/* Asks for memory that is about to be read; any address will do. */
+static inline void kb_prefetch(const void *p, size_t size) {
+#ifdef __GNUC__
+        size_t at;
+        for (at = 0; at < size; at += 64)
+                __builtin_prefetch((const char *)p + at);
+#else
+        (void)p, (void)size;
+#endif
+}
+
 #ifdef _WIN32
 
 #define WIN32_LEAN_AND_MEAN

@@ -4,6 +4,7 @@ cdef extern from "platform.h" nogil:
     void *kb_malloc(size_t size) noexcept
     void *kb_calloc(size_t count, size_t size) noexcept
     void kb_free(void *p) noexcept
+    void kb_prefetch(const void *p, size_t size) noexcept
     ctypedef struct kb_mutex:
         pass
     ctypedef struct kb_cond:
