@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import os
 import sys
+import threading
 import time
 import traceback
 import weakref
@@ -36,6 +37,8 @@ _cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 class BaseProducer:
     """A producer, but for what waits: sending, flushing, closing."""
+
+    _shown = "kbatch.Producer"
 
     def __init__(
         self,
@@ -112,10 +115,10 @@ class BaseProducer:
 
     def __repr__(self) -> str:
         if not hasattr(self, "_core"):
-            return "<kbatch.Producer refused>"  # in a traceback of the constructor
+            return f"<{self._shown} refused>"  # in a traceback of the constructor
         name = self._core.name()
         state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
-        return f"<kbatch.Producer {name or ''}{' ' if name else ''}{state}>"
+        return f"<{self._shown} {name or ''}{' ' if name else ''}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(
@@ -167,6 +170,18 @@ def _close_all() -> None:
             core.close(max(0.0, end - time.monotonic()))
 
 
+def _end_multiprocessing_child() -> None:
+    # It comes before threads that are no daemons have ended, and what these send is to be taken.
+    others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
+    if all(thread.daemon for thread in others):
+        _close_all()
+        return
+    end = time.monotonic() + _EXIT_TIMEOUT_S
+    for core in list(_cores):
+        with contextlib.suppress(Exception):
+            core.flush(max(0.0, end - time.monotonic()))
+
+
 _finalized_pid = 0
 
 
@@ -178,5 +193,5 @@ def _close_all_of_a_multiprocessing_child() -> None:
         return
     from multiprocessing import util
 
-    util.Finalize(None, _close_all, exitpriority=0)
+    util.Finalize(None, _end_multiprocessing_child, exitpriority=0)
     _finalized_pid = os.getpid()

@@ -41,7 +41,7 @@ def call_on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[], object]
     return True
 
 
-async def in_thread(function: Callable[[], _T]) -> _T:
+async def in_thread(name: str, function: Callable[[], _T]) -> _T:
     """Runs something that blocks and awaits its end. If it is cancelled, the thread goes on.
 
     The thread is a daemon: unlike an executor's, it keeps neither the loop nor the interpreter from ending.
@@ -57,7 +57,7 @@ async def in_thread(function: Callable[[], _T]) -> _T:
             errors.append(error)
         waker()
 
-    threading.Thread(target=run, name=f"kbatch-{function.__name__}", daemon=True).start()
+    threading.Thread(target=run, name=name, daemon=True).start()
     await waker.future
     if errors:
         raise errors[0]
@@ -72,6 +72,9 @@ class Turns:
 
     def join(self) -> Turn:
         """A place at the end of the running loop's line. It must be left."""
+        for loop in list(self._lines):
+            if loop.is_closed():  # whatever stands in its line will not come any more
+                self._lines.pop(loop, None)
         return Turn(self._lines)
 
 
@@ -94,7 +97,7 @@ class Turn:
     def leave(self) -> None:
         self._line.remove(self)
         if not self._line:
-            del self._lines[self._loop]
+            self._lines.pop(self._loop, None)
             return
         called = self._line[0]._called
         if called is not None and not called.done() and not self._loop.is_closed():

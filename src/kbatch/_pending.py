@@ -72,8 +72,8 @@ class PendingBatch(Batch):
             return True
         waker = LoopWaker()
         timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
-        self._add_waker(waker)
         try:
+            self._add_waker(waker)
             await waker.future
         finally:
             self._remove_waker(waker)

@@ -750,3 +750,111 @@ def test_unhandled_failures_are_logged(cluster: MockCluster, caplog: pytest.LogC
 
     asyncio.run(main())
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+
+
+# -- what waits for room
+
+
+def test_a_batch_behind_one_that_waits_is_given_up_before_its_turn(cluster: MockCluster) -> None:
+    recorder = Recorder()
+
+    async def main() -> None:
+        async with make_producer(cluster, max_in_flight=10) as producer:
+            await producer.send_batch(TOPIC, [])
+            async with away(cluster):
+                head = asyncio.create_task(producer.send_batch(TOPIC, envelopes(range(50))))
+                while len(producer) < 10:
+                    await asyncio.sleep(0.001)
+                sender = aio.KafkaSender(producer, TOPIC)
+                task = asyncio.create_task(sender.send_batch(recorder, OutgoingBatch(envelopes(range(50, 55)))))
+                with pytest.raises(kbatch.BatchPending) as caught:
+                    await producer.send_batch(TOPIC, envelopes(range(55, 60)), timeout=0.05)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                assert caught.value.pending is not None
+                report = await asyncio.wait_for(caught.value.pending, 30)
+                assert {error.name for error in report.errors.values()} == {"_TIMED_OUT_QUEUE"}
+                while not recorder.calls:
+                    await asyncio.sleep(0.001)
+                assert not head.done()
+            assert (await head).acked == 50
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    ((method, error),) = recorder.calls
+    assert (method, error.report.failed) == ("mark_processing_failure", 5)
+    assert stored(cluster) == list(range(50))
+
+
+@pytest.mark.parametrize("awaited", [True, False])
+def test_a_fatal_error_while_a_batch_waits_for_room(cluster: MockCluster, awaited: bool) -> None:
+    """Nobody but the one that waits is there to see it."""
+    config = {"enable.idempotence": True, "socket.timeout.ms": 1000}
+
+    async def main() -> None:
+        producer = make_producer(cluster, max_in_flight=10, close_timeout=0.1, config=config)
+        await producer.send_batch(TOPIC, envelopes(range(1)))
+        cluster.set_rtt(1, 20_000)
+        if awaited:
+            send = asyncio.create_task(producer.send_batch(TOPIC, envelopes(range(50))))
+        else:
+            pending = kbatch.PendingBatch(producer._core)
+            producer._core.map(pending, TOPIC, envelopes(range(50)))
+            send = asyncio.create_task(asyncio.to_thread(producer._core.send, pending, wait=True))
+        while len(producer) < 10:
+            await asyncio.sleep(0.001)
+        producer._core.inject_fatal_error(47, "for a test")
+        report = await asyncio.wait_for(send, 60)
+        assert (report if awaited else pending.report).failed == 50
+        await producer.close()
+
+    asyncio.run(main())
+
+
+def test_callbacks_that_close_do_not_wait_for_each_other(cluster: MockCluster) -> None:
+    closed = 0
+
+    async def main() -> None:
+        producer = make_producer(cluster, close_timeout=1000)
+
+        async def close(report: kbatch.DeliveryReport) -> None:
+            nonlocal closed
+            await producer.close()
+            closed += 1
+
+        for start in (0, 10):
+            await producer.submit(TOPIC, envelopes(range(start, start + 10)), callback=close)
+        while closed < 2:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_loop_that_was_closed_while_calls_waited_for_their_turn_is_forgotten(cluster: MockCluster) -> None:
+    producer = make_producer(cluster, encoder=slowly)
+
+    async def leave() -> None:
+        for _ in range(3):
+            asyncio.get_running_loop().create_task(producer.send_batch(TOPIC, envelopes(range(10))))
+        await asyncio.sleep(0)
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    asyncio.run(producer.close())
+    with pytest.raises(kbatch.ProducerClosedError):
+        asyncio.run(producer.send_batch(TOPIC, []))
+    assert not producer._turns._lines
+
+
+def test_a_closed_producer_refuses_to_flush(cluster: MockCluster) -> None:
+    async def main() -> None:
+        producer = make_producer(cluster)
+        assert await producer.flush() == 0  # not started
+        await producer.send_batch(TOPIC, envelopes(range(3)))
+        assert repr(producer).startswith("<kbatch.aio.Producer rdkafka#producer-")
+        await producer.close()
+        with pytest.raises(kbatch.ProducerClosedError):
+            await producer.flush()
+
+    asyncio.run(main())

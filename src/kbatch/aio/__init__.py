@@ -10,6 +10,10 @@ async with aio.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
 Nothing here blocks the event loop for more than a few milliseconds: long batches are mapped in slices, a thread
 without the GIL hands them to librdkafka, and no thread waits for a batch. A producer belongs to no loop; each call
 answers the one it was made on.
+
+A `PendingBatch` is the same as in `kbatch`: await it. Its ``wait()`` blocks the thread, and what its
+``add_done_callback()`` takes runs on a thread of the producer, not on the loop; `Producer.submit` takes a ``callback``
+that runs on the loop.
 """
 
 from kbatch._pending import PendingBatch

@@ -38,9 +38,12 @@ class Producer(BaseProducer):
     Takes what `kbatch.Producer` takes. The callbacks of `config` run on a thread, as there.
     """
 
+    _shown = "kbatch.aio.Producer"
+
     def _prepare(self) -> None:
         self._turns = Turns()
-        self._tasks: set[asyncio.Task[None]] = set()  # callbacks that run; a loop itself keeps weak references
+        self._tasks: set[asyncio.Task[Any]] = set()  # callbacks that run; a loop itself keeps weak references
+        self._closers: set[asyncio.Task[Any] | None] = set()
 
     # -- sending
 
@@ -99,7 +102,7 @@ class Producer(BaseProducer):
         turn = await mapping
         try:
             enqueued = LoopWaker()
-            done = None if callback is None else self._task_starter(lambda: callback(batch.report))
+            done = None if callback is None else self._task_starter(callback, lambda: callback(batch.report))
             self._core.send_detached(batch, enqueued=enqueued, waker=done)
         finally:
             turn.leave()
@@ -115,22 +118,23 @@ class Producer(BaseProducer):
         core = self._core
         turn = self._turns.join()
         try:
-            if not core.started():
-                await in_thread(core.start)
             mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
             del envelopes
+            await turn.come()  # one of a loop at a time: together their slices would hold it up
+            if not core.started():
+                await in_thread("kbatch-start", core.start)
             if len(batch) > _LONG:  # to copy and to free so many references is a slice of its own
                 await asyncio.sleep(0)
             while not core.map_slice(mapping, _SLICE_S):
                 await asyncio.sleep(0)
-            await turn.come()
         except BaseException:
             turn.leave()
             raise
         return turn
 
-    def _task_starter(self, call: Callable[[], object]) -> Callable[[], None]:
+    def _task_starter(self, callback: object, call: Callable[[], object]) -> Callable[[], None]:
         # What starts `call`, from any thread, as a task of the running loop with this context; close waits for it.
+        # `callback` is the user's, for a log.
         loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
 
@@ -140,7 +144,9 @@ class Producer(BaseProducer):
                 if inspect.isawaitable(result):
                     await result
             except Exception:
-                _logger.exception("a callback failed: %r", call)
+                _logger.exception(
+                    "a callback failed: %s", getattr(callback, "__qualname__", type(callback).__qualname__)
+                )
 
         def start() -> None:
             task = context.run(loop.create_task, run())
@@ -157,9 +163,9 @@ class Producer(BaseProducer):
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.flush`."""
-        if len(self) == 0:
+        if len(self) == 0 and not self.closed:
             return 0
-        return await in_thread(lambda: self._core.flush(timeout))
+        return await in_thread("kbatch-flush", lambda: self._core.flush(timeout))
 
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.close`; callbacks on other loops than this are not waited for.
@@ -169,11 +175,15 @@ class Producer(BaseProducer):
         if timeout is None:
             timeout = self._close_timeout
         end = time.monotonic() + timeout
-        left = await in_thread(lambda: self._core.close(timeout))
         loop, me = asyncio.get_running_loop(), asyncio.current_task()
-        callbacks = {task for task in list(self._tasks) if task.get_loop() is loop and task is not me}
-        if callbacks:
-            await asyncio.wait(callbacks, timeout=max(0.0, end - time.monotonic()))
+        self._closers.add(me)  # callbacks that close do not wait for each other
+        try:
+            left = await in_thread("kbatch-close", lambda: self._core.close(timeout))
+            callbacks = {task for task in self._tasks.copy() - self._closers if task.get_loop() is loop}
+            if callbacks:
+                await asyncio.wait(callbacks, timeout=max(0.0, end - time.monotonic()))
+        finally:
+            self._closers.discard(me)
         return left
 
     async def __aenter__(self) -> Self:

@@ -41,7 +41,8 @@ class KafkaSender:
         """Waits until each envelope has its outcome, then awaits exactly one method of `callback`, in this task.
 
         An exception from `callback` is logged. If the task is cancelled while something of the batch is in flight, it
-        ends at once, and the one callback then comes in a task of its own when the batch is settled.
+        ends at once, and the one callback then comes in a task of its own when the batch is settled. If the loop is closed
+        by then nothing can be awaited on it, and an error is logged instead.
         """
         producer = self.producer
         pending = None
@@ -49,7 +50,7 @@ class KafkaSender:
         try:
             pending = PendingBatch(producer._core)
             # Made before it is needed: there may be no loop any more, or no memory.
-            later = producer._task_starter(functools.partial(_give_later, callback, batch, pending))
+            later = producer._task_starter(callback, functools.partial(_give_later, callback, batch, pending))
             turn = await producer._map_batch(pending, self.topic, batch.envelopes)
             mapped = True
             try:
@@ -61,6 +62,9 @@ class KafkaSender:
             if pending is not None and pending.begun:
                 producer._core.abandon(pending)
                 pending._add_waker(later)
+                raise
+            if isinstance(error, GeneratorExit):  # nothing can be awaited any more
+                _logger.error("%r was not sent, and has no answer: its event loop is closed", batch)
                 raise
             await _give(callback, batch, *answer_refusal(producer, batch, error, mapped))
             if not isinstance(error, Exception):

@@ -617,6 +617,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 kb_mutex_unlock(&c.mu)
                 if code:
                     continue  # much may have changed meanwhile
+                look_for_fatal(c)  # nobody else may be there to see it
                 answer = AGAIN
                 break
             chunk_end = min(stop, i + min(DRAIN_EVERY, c.max_in_flight))
@@ -659,6 +660,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             code = wait_slice(c, &report, min(slice_end, batch.deadline_ns))
             kb_mutex_unlock(&c.mu)
             if not code:
+                look_for_fatal(c)
                 answer = AGAIN
                 break
             continue  # the same record again
@@ -732,8 +734,10 @@ cdef void end_enqueueing(Client *c, BatchState *batch, int answer) noexcept nogi
     c.enqueue_ns += kb_now_ns() - batch.started_ns
     if batch.tell_enqueued:
         post_news(c, batch)
+    # Not after the lock: nothing else keeps librdkafka and the dispatcher until the last answer is on its way.
+    if KB_ADD64(&batch.remaining, -1) == 0:
+        finish(c, &batch, 1, NULL)
     kb_mutex_unlock(&c.mu)
-    settle(c, batch, 1)
 
 
 cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noexcept nogil:
@@ -772,7 +776,8 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
 
 cdef void drainer_main(void *arg) noexcept nogil:
     cdef Client *c = <Client *> arg
-    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0
+    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, look_behind_ns = 0
+    cdef BatchState *over
     cdef bint urgent
     cdef int slice_ms
     cdef Notice *unread
@@ -802,6 +807,15 @@ cdef void drainer_main(void *arg) noexcept nogil:
             kb_mutex_lock(&c.mu)
             continue
         if is_detached(c.line_first):
+            if now >= look_behind_ns:
+                over = over_behind_head(c, now)
+                if over != NULL:
+                    kb_mutex_unlock(&c.mu)
+                    end_enqueueing(c, over, SHUT if KB_LOAD32(&over.abandoned) else LATE)
+                    kb_mutex_lock(&c.mu)
+                    continue
+                look_behind_ns = now + WAIT_SLICE
+            nudge_dispatcher(c)
             enqueue_detached(c)
             continue
         urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
@@ -842,6 +856,14 @@ cdef void drainer_main(void *arg) noexcept nogil:
     drop_notices(unread)
     end_librdkafka(c)
     client_drop(c)
+
+
+cdef BatchState *over_behind_head(Client *c, int64_t now) noexcept nogil:
+    # Under the lock: a detached batch whose time is over, or that nobody wants, before it is its turn.
+    cdef BatchState *batch = c.line_first.next_in_line
+    while batch != NULL and not (batch.detached and (KB_LOAD32(&batch.abandoned) or now >= batch.deadline_ns)):
+        batch = batch.next_in_line
+    return batch
 
 
 cdef void enqueue_detached(Client *c) noexcept nogil:

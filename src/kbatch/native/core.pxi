@@ -64,6 +64,8 @@ cdef class Batch:
 
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
+        if self.state.client.pid and self.state.client.pid != kb_pid():
+            return  # in a forked child: a thread of the parent may have held the lock
         drop_records(&self.state)
         arena_give(self.state.client, &self.state.bodies)
 
@@ -826,6 +828,7 @@ cdef class Dispatcher:
     def _run(self) -> None:
         cdef Client *c = self.c
         cdef BatchState *batch
+        cdef BatchState *answered = NULL
         cdef Notice *notice
         cdef bint stop = False
         if c == NULL or self.thread is not threading.current_thread():
@@ -844,7 +847,12 @@ cdef class Dispatcher:
                     c.entered += 1  # librdkafka must outlive its events
                 kb_mutex_unlock(&c.mu)
             while batch != NULL:
-                batch = self._answer(batch)
+                batch = self._answer(batch, &answered)
+            while answered != NULL:
+                # This may give back the last reference that kept the Core; the state is not touched after it.
+                batch = answered
+                answered = batch.next_news
+                release_owner(batch)
             if notice != NULL:
                 self._pass_on(notice)
                 kb_mutex_lock(&c.mu)
@@ -854,8 +862,9 @@ cdef class Dispatcher:
         for thread in (self.callback_thread, *self.other_threads):
             thread.stop()
 
-    cdef BatchState *_answer(self, BatchState *state) noexcept:
-        # Tells what is new about a batch; returns the next one that has news.
+    cdef BatchState *_answer(self, BatchState *state, BatchState **answered) noexcept:
+        # Tells what is new about a batch; returns the next one that has news. To give a batch back takes long, so those
+        # that are done are collected: nobody else looks at them any more.
         cdef Batch batch = <Batch> state.owner
         cdef BatchState *following
         cdef bint done
@@ -869,8 +878,8 @@ cdef class Dispatcher:
             self._wake(waker)
         if done:
             self._answer_done(batch)
-            # This may give back the last reference that kept the Core; the state is not touched after it.
-            release_owner(state)
+            state.next_news = answered[0]
+            answered[0] = state
         return following
 
     cdef void _answer_done(self, Batch batch) noexcept:
