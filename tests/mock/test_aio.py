@@ -304,6 +304,28 @@ def test_a_full_queue_of_librdkafka_is_waited_for(cluster: MockCluster) -> None:
     assert stored(cluster) == list(range(1500))
 
 
+def test_a_batch_calls_the_drainer_out_of_its_poll(cluster: MockCluster) -> None:
+    """With a callback configured it always polls, 100 ms at a time; without one it sleeps until there is a batch."""
+    enough = 300
+
+    async def main() -> None:
+        calm = make_producer(cluster)
+        polling = make_producer(cluster, config={"error_cb": lambda error: None})
+        sent = {calm: 0, polling: 0}
+
+        async def send(producer: aio.Producer) -> None:
+            while sent[calm] < enough:
+                await producer.send_batch(TOPIC, envelopes(range(1)))
+                sent[producer] += 1
+
+        async with calm, polling:
+            await asyncio.gather(calm.send_batch(TOPIC, []), polling.send_batch(TOPIC, []))
+            await asyncio.gather(send(calm), send(polling))
+        assert sent[polling] > enough // 4
+
+    asyncio.run(main())
+
+
 def test_no_thread_waits_for_a_batch(cluster: MockCluster) -> None:
     process = psutil.Process()
 
