@@ -261,7 +261,7 @@ def test_some_timed_out_and_the_others_acknowledged(kafka_cluster: MockCluster) 
 @pytest.mark.parametrize("error", ["MSG_SIZE_TOO_LARGE", "TOPIC_AUTHORIZATION_FAILED", "INVALID_RECORD"])
 @pytest.mark.parametrize("idempotent", [False, True])
 def test_the_broker_refuses(cluster: MockCluster, error: str, idempotent: bool) -> None:
-    cluster.push_request_errors(ApiKey.PRODUCE, [error])
+    cluster.push_request_errors(ApiKey.PRODUCE, [error] * 5)  # as many requests as there may be
     with make_producer(cluster, idempotent=idempotent) as producer:
         call = send(producer, envelopes(5))
     assert call.method == "mark_processing_failure"

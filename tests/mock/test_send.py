@@ -1186,7 +1186,7 @@ def test_an_unknown_partition(cluster: MockCluster) -> None:
 def test_a_failure_and_what_the_report_says_of_it(cluster: MockCluster) -> None:
     from kbatch.testing import ApiKey
 
-    cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE"])
+    cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE"] * 5)
     with make_producer(cluster, idempotent=True) as producer:
         report = producer.send_batch(TOPIC, [Envelope(i) for i in range(5)])
         again = pickle.loads(pickle.dumps(report))
@@ -1202,6 +1202,7 @@ def test_a_failure_and_what_the_report_says_of_it(cluster: MockCluster) -> None:
             assert type(caught.value) is kbatch.BatchError
             assert pickle.loads(pickle.dumps(caught.value)).report.failed == 5
         assert producer.stats()["failed"] == 5
+        cluster.clear_request_errors(ApiKey.PRODUCE)
         # Idempotence: the producer goes on after a message that failed for good.
         producer.send_batch(TOPIC, [Envelope("next")]).raise_for_errors()
     assert values(cluster) == [b'"next"']
