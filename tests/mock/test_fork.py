@@ -204,3 +204,29 @@ def test_what_a_child_of_multiprocessing_submitted_is_sent_before_it_ends(
     for name in (b"m", b"a", b"b", b"c"):
         assert [value for value in values if value.startswith(name)] == [b"%s%d" % (name, i) for i in range(50)]
     assert len(values) == 200
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_thread_of_a_multiprocessing_child_goes_on_after_its_target(
+    kafka_cluster: MockCluster, tmp_path: Path, method: str
+) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    code = f"""
+        import multiprocessing
+        def work():
+            producer = kbatch.Producer(CONFIG)
+            producer.send_batch("orders", [])
+            def go_on():
+                time.sleep(0.5)  # until long after the target has returned
+                producer.send_batch("orders", envelopes(10)).raise_for_errors()
+                producer.close()
+            threading.Thread(target=go_on).start()
+        if __name__ == "__main__":
+            child = multiprocessing.get_context({method!r}).Process(target=work)
+            child.start()
+            child.join(30)
+            print(child.exitcode)
+        """
+    result = run(kafka_cluster, code, directory=tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "0\n", "")
+    assert len(read_back(kafka_cluster.bootstrap_servers, "orders")) == 10

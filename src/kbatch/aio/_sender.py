@@ -41,8 +41,8 @@ class KafkaSender:
         """Waits until each envelope has its outcome, then awaits exactly one method of `callback`, in this task.
 
         An exception from `callback` is logged. If the task is cancelled while something of the batch is in flight, it
-        ends at once, and the one callback then comes in a task of its own when the batch is settled. If the loop is closed
-        by then nothing can be awaited on it, and an error is logged instead.
+        ends at once, and the one callback then comes in a task of its own when the batch is settled. If the loop is
+        closed by then nothing can be awaited on it, and an error is logged instead.
         """
         producer = self.producer
         pending = None
