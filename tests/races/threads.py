@@ -12,6 +12,8 @@ from collections.abc import Callable
 import kbatch
 from kbatch import Envelope, Producer, Tombstone, _fastmap
 
+from ..loops import beside
+
 TOPICS = ("orders", "stock", "mail")
 HANG_S = 300
 
@@ -71,6 +73,28 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
 
         asyncio.run(several())
 
+    def on_a_loop() -> None:
+        other = beside(producer)
+
+        async def cancelled() -> None:
+            task = asyncio.create_task(other.send_batch("orders", batch_of(dice)))
+            await asyncio.sleep(dice.choice((0, 0.001)))
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+        async def submitted() -> None:
+            assert len((await (await other.submit("orders", batch_of(dice)))).offsets) > 0
+
+        async def impatient() -> None:
+            with contextlib.suppress(kbatch.BatchPending):
+                await other.send_batch("orders", batch_of(dice), timeout=dice.choice((0, 0.001, 0.01)))
+
+        async def several() -> None:
+            await asyncio.gather(*(dice.choice((cancelled, submitted, impatient))() for _ in range(4)))
+
+        asyncio.run(several())
+
     def flush() -> None:
         producer.flush(dice.choice((0, 0.01, 1)))
 
@@ -82,6 +106,8 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
         submit,
         called_back,
         awaited,
+        on_a_loop,
+        on_a_loop,
         flush,
         lambda: ask(producer),
     ]
