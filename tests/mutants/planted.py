@@ -81,7 +81,7 @@ MUTANTS = (
         "a header of null becomes an empty one",
         CLIENT,
         "h.value, h.value_len if h.value != NULL else 0)",
-        'h.value if h.value != NULL else b"", h.value_len if h.value != NULL else 0)',
+        "h.value if h.value != NULL else h.name, h.value_len if h.value != NULL else 0)",
     ),
     Mutant(
         "the headers of a refused record leak",
