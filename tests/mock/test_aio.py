@@ -372,7 +372,7 @@ def test_several_loops_share_a_producer(cluster: MockCluster, new_loop: Callable
         finally:
             loop.close()
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -394,7 +394,9 @@ def test_one_batch_is_awaited_on_several_loops(cluster: MockCluster) -> None:
     cluster.set_broker_down(1)
     pending = asyncio.run(send())
     answers: list[int] = []
-    threads = [threading.Thread(target=lambda: answers.append(asyncio.run(wait(pending)))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: answers.append(asyncio.run(wait(pending))), daemon=True) for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     cluster.set_broker_up(1)

@@ -14,6 +14,7 @@ from .planted import MUTANTS, Mutant
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPY = REPOSITORY / "build" / "mutants"
+END_S = 1500
 COPIED = ("pyproject.toml", "setup.py", "README.md", "DESIGN.md", "LICENSE", "Makefile", "src", "tests", "examples")
 BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
 # A test that hangs has found the defect, too.
@@ -22,9 +23,16 @@ TEST = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cac
 
 def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(COPY / "src"), "HYPOTHESIS_PROFILE": "quick", **environment}
-    return subprocess.run(
-        command, cwd=COPY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
+    with subprocess.Popen(
+        command, cwd=COPY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=END_S)
+        except subprocess.TimeoutExpired:  # a thread that hangs keeps pytest from ending
+            process.kill()
+            output, _ = process.communicate()
+            return subprocess.CompletedProcess(command, 1 if "\nFAILED " in output else -signal.SIGKILL, output)
+    return subprocess.CompletedProcess(command, process.returncode, output)
 
 
 def copy_repository() -> None:
