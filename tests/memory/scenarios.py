@@ -580,8 +580,8 @@ def errors(world: World) -> Step:
     def step(attempt: Attempt) -> None:
         producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0, "error_cb": told.append})
         world.opened.append(producer)
-        producer.submit(TOPIC, [])
-        attempt(lambda: wait_for(lambda: told))
+        # From the start on: the first error may come before one has begun to wait for it.
+        checked(attempt(lambda: (producer.submit(TOPIC, []), wait_for(lambda: told))))
         told.clear()
         producer._core.inject_fatal_error(45, "made up")
         until(lambda: any(error.fatal() for error in told), "the fatal error")
