@@ -79,7 +79,7 @@ class Turns:
 
 
 class Turn:
-    """A place in a line."""
+    """A place in a line. A `with` block is the turn itself, and leaves at its end."""
 
     def __init__(self, lines: dict[asyncio.AbstractEventLoop, deque[Turn]]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -93,6 +93,12 @@ class Turn:
         if self._line[0] is not self:
             self._called = self._loop.create_future()
             await self._called
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def leave(self) -> None:
         self._line.remove(self)

@@ -173,7 +173,9 @@ def test_a_callback_may_send_and_close(cluster: MockCluster) -> None:
 
 def test_errors_are_those_of_the_blocking_producer(cluster: MockCluster) -> None:
     async def main() -> None:
-        never = lambda report: pytest.fail("called for a batch that was refused")  # noqa: E731
+        def never(report: kbatch.DeliveryReport) -> None:
+            pytest.fail("called for a batch that was refused")
+
         async with make_producer(cluster) as producer:
             with pytest.raises(kbatch.SerializationError, match="envelope 2 "):
                 await producer.submit(TOPIC, [*envelopes(range(2)), Envelope(object())], callback=never)

@@ -60,12 +60,9 @@ class Producer(BaseProducer):
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)
         del envelopes  # what the caller does not keep is freed with the batch, in slices
-        turn = await mapping
-        left = None if end is None else end - time.monotonic()
-        try:
+        with await mapping:
+            left = None if end is None else end - time.monotonic()
             self._core.send_detached(batch, left)
-        finally:
-            turn.leave()
         try:
             done = await batch._wait_on_loop(left)
         except BaseException:
@@ -99,13 +96,10 @@ class Producer(BaseProducer):
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)
         del envelopes
-        turn = await mapping
-        try:
+        with await mapping:
             enqueued = LoopWaker()
             done = None if callback is None else self._task_starter(callback, lambda: callback(batch.report))
             self._core.send_detached(batch, enqueued=enqueued, waker=done)
-        finally:
-            turn.leave()
         try:
             await enqueued.future
         except BaseException:
@@ -114,7 +108,7 @@ class Producer(BaseProducer):
         return batch
 
     async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> Turn:
-        """Phase 1. The batch may be sent then; the answer is to be left when it is, so that the next one may."""
+        """Phase 1, in this call's turn. The batch is to be sent before the turn is left."""
         core = self._core
         turn = self._turns.join()
         try:

@@ -51,12 +51,9 @@ class KafkaSender:
             pending = PendingBatch(producer._core)
             # Made before it is needed: there may be no loop any more, or no memory.
             later = producer._task_starter(callback, functools.partial(_give_later, callback, batch, pending))
-            turn = await producer._map_batch(pending, self.topic, batch.envelopes)
-            mapped = True
-            try:
+            with await producer._map_batch(pending, self.topic, batch.envelopes):
+                mapped = True
                 producer._core.send_detached(pending)
-            finally:
-                turn.leave()
             await pending
         except BaseException as error:
             if pending is not None and pending.begun:
