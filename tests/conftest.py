@@ -60,6 +60,15 @@ def nothing_stays_pinned() -> Iterator[None]:
     assert pinned == 0, f"{pinned} batches still pin their buffers after this test"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kafka",
+        metavar="BOOTSTRAP",
+        default=os.environ.get("KBATCH_TEST_KAFKA") or None,
+        help="run tests/kafka on this cluster instead of one that is started (also: KBATCH_TEST_KAFKA)",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "resident_size: compares the memory of processes")
 
