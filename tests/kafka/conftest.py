@@ -7,30 +7,32 @@ import pytest
 from tests.kafka import install
 from tests.kafka.cluster import ExternalCluster, KafkaCluster
 
-OURS = {"one_broker", "kafka3"}  # fixtures whose brokers must be ours
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(install.HERE):
+            item.add_marker(pytest.mark.timeout(300))  # the first one starts the brokers
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    mine = [item for item in items if item.path.is_relative_to(install.HERE)]
-    external = config.getoption("--kafka")
-    lacking = install.missing() if mine and external is None else None
-    for item in mine:
-        item.add_marker(pytest.mark.timeout(300))  # the first one starts the brokers
-        if lacking is not None:
-            item.add_marker(pytest.mark.skip(reason=lacking))
-        elif external is not None and OURS & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.skip(reason="platform: an external cluster's brokers are not ours"))
+def _ours(request: pytest.FixtureRequest, brokers: int) -> KafkaCluster:
+    """Skips where that cannot be, always on the same line: pytest then reports them all in one."""
+    lacking = install.missing()
+    if request.config.getoption("--kafka") is not None:
+        lacking = "platform: an external cluster's brokers are not ours"
+    if lacking is not None:
+        pytest.skip(lacking)
+    return KafkaCluster(brokers)
 
 
 @pytest.fixture(scope="session")
-def _one_broker() -> Iterator[KafkaCluster]:
-    with KafkaCluster(1) as cluster:
+def _one_broker(request: pytest.FixtureRequest) -> Iterator[KafkaCluster]:
+    with _ours(request, 1) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def _three_brokers() -> Iterator[KafkaCluster]:
-    with KafkaCluster(3) as cluster:
+def _three_brokers(request: pytest.FixtureRequest) -> Iterator[KafkaCluster]:
+    with _ours(request, 3) as cluster:
         yield cluster
 
 
