@@ -1,6 +1,7 @@
 """Real Apache Kafka: one broker, or three, each started once per run when the first test asks for it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(300))  # the first one starts the brokers
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    """What is skipped for lack of a cluster has the same place, so that the summary has one line for all of it."""
+    report = yield
+    if report.when == "setup" and report.skipped and isinstance(report.longrepr, tuple):
+        report.longrepr = (str(install.HERE), None, report.longrepr[2])
+    return report
+
+
 def _ours(request: pytest.FixtureRequest, brokers: int) -> KafkaCluster:
-    """Skips where that cannot be, always on the same line: pytest then reports them all in one."""
     lacking = install.missing()
     if request.config.getoption("--kafka") is not None:
         lacking = "platform: an external cluster's brokers are not ours"
