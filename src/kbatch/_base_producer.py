@@ -16,10 +16,11 @@ import msgspec
 
 from kbatch._callbacks import CallbackThread
 from kbatch._config import ProducerConfig
-from kbatch._errors import ConfigError, UndeliveredError
+from kbatch._errors import ConfigError, ProducerError, UndeliveredError
 from kbatch._events import make_dispatcher
 from kbatch._fastmap import Core, Mapper
 from kbatch._pending import PendingBatch
+from kbatch._transactions import Transactions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -62,6 +63,7 @@ class BaseProducer:
             del config
         self._close_timeout = close_timeout
         self._callback_thread = CallbackThread("kbatch-callbacks")
+        transactions = CallbackThread("kbatch-transactions")
         self._core = Core(
             parsed.native,
             Mapper(
@@ -72,12 +74,15 @@ class BaseProducer:
                 parsed.message_max_bytes,
                 parsed.queue_max_bytes,
             ),
-            make_dispatcher(parsed, self._callback_thread, lambda: core()),
+            make_dispatcher(parsed, self._callback_thread, lambda: core(), (transactions,)),
             max_in_flight=max_in_flight,
             delivery_timeout_s=parsed.delivery_timeout_s,
             on_start=_close_all_of_a_multiprocessing_child,
         )
         core = weakref.ref(self._core)
+        self._transactions: Transactions | None = None
+        if parsed.transaction_timeout_s is not None:
+            self._transactions = Transactions(self._core, transactions, parsed.transaction_timeout_s)
         _cores.add(self._core)
         self._prepare()
 
@@ -124,6 +129,13 @@ class BaseProducer:
         raise TypeError(
             "a Producer cannot be pickled: it owns threads and connections, and its config may hold secrets"
         )
+
+    def _refuse_submit(self) -> None:
+        if self._transactions is not None:
+            raise ProducerError(
+                "submit is not possible with transactional.id: a batch is one transaction, and a producer has one at a "
+                "time; use send_batch, or a producer without transactional.id"
+            )
 
     def _map(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> list[Any]:
         """What phase 1 makes of the envelopes, for tests; starts nothing."""

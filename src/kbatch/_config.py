@@ -41,7 +41,6 @@ _REFUSED = {
     "dr_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
     "dr_msg_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
     "background_event_cb": "kbatch takes librdkafka's events itself: use error_cb, stats_cb, throttle_cb or oauth_cb",
-    "transactional.id": "transactions are not supported by this version of kbatch",
 }
 
 # A value of a key with one of these words must not be shown. What librdkafka calls sensitive is among them.
@@ -69,6 +68,7 @@ class ProducerConfig:
     message_max_bytes: int
     queue_max_bytes: int
     delivery_timeout_s: float
+    transaction_timeout_s: float | None  # without a transactional.id, None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> ProducerConfig:
@@ -95,6 +95,11 @@ class ProducerConfig:
             raise ConfigError(
                 f"{names.get('message.timeout.ms', 'message.timeout.ms')}=0 lets a batch wait for ever; give a bound"
             )
+        delivery_timeout_s = int(native.get("message.timeout.ms") or 300_000) / 1000
+        transaction_timeout_s = None
+        if native.get("transactional.id"):
+            transaction_timeout_s = int(native.get("transaction.timeout.ms") or 60_000) / 1000
+            delivery_timeout_s = min(delivery_timeout_s, transaction_timeout_s)
         # How lines reach a logger. Without one nobody would take them from the queue.
         _set(native, "log.queue", "false" if callbacks["logger"] is None else "true")
         return cls(
@@ -102,7 +107,8 @@ class ProducerConfig:
             **callbacks,
             message_max_bytes=int(native.get("message.max.bytes") or 1_000_000),
             queue_max_bytes=int(native.get("queue.buffering.max.kbytes") or 1_048_576) * 1024,
-            delivery_timeout_s=int(native.get("message.timeout.ms") or 300_000) / 1000,
+            delivery_timeout_s=delivery_timeout_s,
+            transaction_timeout_s=transaction_timeout_s,
         )
 
 
@@ -116,7 +122,7 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | N
     for key, value in config.items():
         if not isinstance(key, str):
             raise ConfigError(f"configuration keys must be str, not {type(key).__name__}")
-        if key in _REFUSED and not (key == "transactional.id" and value is None):
+        if key in _REFUSED:
             raise ConfigError(f"{key} is refused: {_REFUSED[key]}")
         if key in _CALLBACKS:
             if value is not None and not callable(value):
@@ -183,6 +189,8 @@ def _defaults(native: Config, names: dict[str, str]) -> dict[str, str]:
     contradiction = _contradiction(native, names)
     if contradiction is None:
         return defaults
+    if native.get("transactional.id"):
+        raise ConfigError(f"{contradiction} contradicts transactional.id, which needs the idempotent producer")
     if "enable.idempotence" not in names:
         defaults["enable.idempotence"] = "false"
         warnings.warn(

@@ -13,6 +13,7 @@
      └─ ProducerError             the producer cannot send
          ├─ ProducerClosedError   it was closed
          ├─ ProducerFatalError    librdkafka's idempotent producer cannot go on; make a new producer
+         │   └─ ProducerFencedError  another producer with the same transactional.id has taken over
          └─ ForkError             it was used before a fork, and this is the child
 
 All of them can be pickled. Where they answer for a batch in the batch callback contract, ``report`` holds the outcome
@@ -41,6 +42,7 @@ __all__ = [
     "ProducerClosedError",
     "ProducerError",
     "ProducerFatalError",
+    "ProducerFencedError",
     "SerializationError",
     "TopicDoesNotExist",
     "UndeliveredError",
@@ -137,11 +139,18 @@ _RETRIABLE = frozenset(
         89,  # THROTTLING_QUOTA_EXCEEDED
         100,  # UNKNOWN_TOPIC_ID
         103,  # INCONSISTENT_TOPIC_ID
+        120,  # TRANSACTION_ABORTABLE
     )
 )
 
 # Codes that put an idempotent or transactional producer into its fatal state.
 _FATAL = frozenset((-150, -148, -144, 45, 47, 49, 59, 90))
+
+# Fatal ones that say that another producer with the same transactional.id has started.
+FENCED_CODES = frozenset((-144, 47, 90))
+
+# What envelopes are told that were acknowledged when their transaction was aborted because of others.
+ABORTED_CODE = 120
 
 TIMEOUT_CODES = frozenset((-192, -185, -166, 7))
 UNKNOWN_TOPIC_CODES = frozenset((-190, -188, 3, 100))
@@ -241,12 +250,23 @@ class ProducerFatalError(ProducerError):
         name: Its name.
     """
 
+    _text = "the producer is in its fatal state: {reason} ({name}); make a new one"
+
     def __init__(self, reason: str, *, code: int) -> None:
         from kbatch._librdkafka import error_text
 
         self.code = code
         self.name, text = error_text(code)
-        super().__init__(f"the producer is in its fatal state: {reason or text} ({self.name}); make a new one")
+        super().__init__(self._text.format(reason=reason or text, name=self.name))
+
+
+class ProducerFencedError(ProducerFatalError):
+    """Another producer with the same ``transactional.id`` has started, and the brokers listen to that one alone.
+
+    Whoever makes a new producer with this ``transactional.id`` fences the other in turn.
+    """
+
+    _text = "another producer with the same transactional.id has taken over: {reason} ({name})"
 
 
 class ForkError(ProducerError):

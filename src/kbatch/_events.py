@@ -17,11 +17,16 @@ __all__ = ["make_dispatcher"]
 
 
 def make_dispatcher(
-    config: ProducerConfig, callbacks: CallbackThread, find_core: Callable[[], Core | None]
+    config: ProducerConfig,
+    callbacks: CallbackThread,
+    find_core: Callable[[], Core | None],
+    others: tuple[CallbackThread, ...] = (),
 ) -> Dispatcher:
-    """Turns librdkafka's events into calls of the user's callbacks, which have confluent-kafka's signatures."""
+    """Turns librdkafka's events into calls of the user's callbacks, which have confluent-kafka's signatures.
+
+    `others` end with the producer, too.
+    """
     on_error = on_stats = on_log = on_oauth = on_throttle = None
-    others: tuple[CallbackThread, ...] = ()
     if config.error_cb is not None:
         error_cb = config.error_cb
 
@@ -53,7 +58,7 @@ def make_dispatcher(
     if config.oauth_cb is not None:
         oauth_cb = config.oauth_cb
         refresher = CallbackThread("kbatch-oauth")  # its own: a token must not wait behind other callbacks
-        others = (refresher,)
+        others = (*others, refresher)
 
         def on_oauth(oauth_config: str | None) -> None:
             refresher.put(TokenRefresh(oauth_cb, oauth_config, find_core).run)

@@ -19,10 +19,12 @@ import msgspec
 from msgspec import UNSET
 
 from kbatch._errors import (
+    FENCED_CODES,
     ConfigError,
     ForkError,
     ProducerClosedError,
     ProducerFatalError,
+    ProducerFencedError,
     SerializationError,
 )
 from kbatch._serialization import SerializationContext

@@ -111,6 +111,7 @@ cdef enum:
     RD_KAFKA_RESP_ERR__QUEUE_FULL = -184
     RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE = -166
     RD_KAFKA_RESP_ERR__PURGE_QUEUE = -152
+    RD_KAFKA_RESP_ERR__PURGE_INFLIGHT = -151
     RD_KAFKA_RESP_ERR__FATAL = -150
     RD_KAFKA_RESP_ERR_NO_ERROR = 0
 
@@ -126,6 +127,10 @@ cdef struct Api:
     int (*last_error)() noexcept nogil
     # errors as objects: the caller destroys what a call returned
     int (*error_code)(const rd_kafka_error_t *error) noexcept nogil
+    const char *(*error_string)(const rd_kafka_error_t *error) noexcept nogil
+    int (*error_is_fatal)(const rd_kafka_error_t *error) noexcept nogil
+    int (*error_is_retriable)(const rd_kafka_error_t *error) noexcept nogil
+    int (*error_txn_requires_abort)(const rd_kafka_error_t *error) noexcept nogil
     void (*error_destroy)(rd_kafka_error_t *error) noexcept nogil
     # configuration; `new` takes ownership of the conf, only if it succeeds
     rd_kafka_conf_t *(*conf_new)() noexcept nogil
@@ -159,6 +164,11 @@ cdef struct Api:
     int (*header_add)(rd_kafka_headers_t *headers, const char *name, ssize_t name_size,
                       const void *value, ssize_t value_size) noexcept nogil
     rd_kafka_error_t *(*produceva)(rd_kafka_t *rk, const rd_kafka_vu_t *vus, size_t count) noexcept nogil
+    # transactions: one call at a time; they block
+    rd_kafka_error_t *(*init_transactions)(rd_kafka_t *rk, int timeout_ms) noexcept nogil
+    rd_kafka_error_t *(*begin_transaction)(rd_kafka_t *rk) noexcept nogil
+    rd_kafka_error_t *(*commit_transaction)(rd_kafka_t *rk, int timeout_ms) noexcept nogil
+    rd_kafka_error_t *(*abort_transaction)(rd_kafka_t *rk, int timeout_ms) noexcept nogil
     # queues and events; the caller destroys both
     rd_kafka_queue_t *(*queue_get_main)(rd_kafka_t *rk) noexcept nogil
     void (*queue_destroy)(rd_kafka_queue_t *queue) noexcept nogil

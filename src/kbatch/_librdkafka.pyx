@@ -91,6 +91,11 @@ cdef void _fill() except *:
     api.err2name = <const char *(*)(int) noexcept nogil> symbol("rd_kafka_err2name")
     api.last_error = <int (*)() noexcept nogil> symbol("rd_kafka_last_error")
     api.error_code = <int (*)(const rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_code")
+    api.error_string = <const char *(*)(const rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_string")
+    api.error_is_fatal = <int (*)(const rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_is_fatal")
+    api.error_is_retriable = <int (*)(const rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_is_retriable")
+    api.error_txn_requires_abort = <int (*)(const rd_kafka_error_t *) noexcept nogil> symbol(
+        "rd_kafka_error_txn_requires_abort")
     api.error_destroy = <void (*)(rd_kafka_error_t *) noexcept nogil> symbol("rd_kafka_error_destroy")
     api.conf_new = <rd_kafka_conf_t *(*)() noexcept nogil> symbol("rd_kafka_conf_new")
     api.conf_dup = <rd_kafka_conf_t *(*)(const rd_kafka_conf_t *) noexcept nogil> symbol("rd_kafka_conf_dup")
@@ -125,6 +130,13 @@ cdef void _fill() except *:
         "rd_kafka_header_add")
     api.produceva = <rd_kafka_error_t *(*)(rd_kafka_t *, const rd_kafka_vu_t *, size_t) noexcept nogil> symbol(
         "rd_kafka_produceva")
+    api.init_transactions = <rd_kafka_error_t *(*)(rd_kafka_t *, int) noexcept nogil> symbol(
+        "rd_kafka_init_transactions")
+    api.begin_transaction = <rd_kafka_error_t *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_begin_transaction")
+    api.commit_transaction = <rd_kafka_error_t *(*)(rd_kafka_t *, int) noexcept nogil> symbol(
+        "rd_kafka_commit_transaction")
+    api.abort_transaction = <rd_kafka_error_t *(*)(rd_kafka_t *, int) noexcept nogil> symbol(
+        "rd_kafka_abort_transaction")
     api.queue_get_main = <rd_kafka_queue_t *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_queue_get_main")
     api.queue_destroy = <void (*)(rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_queue_destroy")
     api.queue_yield = <void (*)(rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_queue_yield")

@@ -50,7 +50,9 @@ class Producer(BaseProducer):
     ) -> DeliveryReport:
         """Sends a batch and blocks until each of its envelopes has an outcome.
 
-        The GIL is released while it waits, and Ctrl-C works.
+        The GIL is released while it waits, and Ctrl-C works. With a ``transactional.id`` the batch is one transaction:
+        readers with ``isolation.level=read_committed`` see all of it or nothing. If one of its envelopes fails, so do
+        all.
 
         Args:
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
@@ -69,7 +71,7 @@ class Producer(BaseProducer):
         batch = PendingBatch(self._core)
         end = None if timeout is None else time.monotonic() + timeout
         self._core.map(batch, topic, envelopes)
-        if not self._core.send(batch, None if end is None else end - time.monotonic(), wait=True):
+        if not self._send(batch, None if end is None else end - time.monotonic()):
             raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
         return batch.report
 
@@ -91,11 +93,24 @@ class Producer(BaseProducer):
         Raises:
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
+            ProducerError: The producer has a ``transactional.id``.
         """
+        self._refuse_submit()
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         self._core.send(batch, wait=False, callback=None if callback is None else (lambda done: callback(done.report)))
         return batch
+
+    def _send(self, batch: PendingBatch, timeout: float | None = None) -> bool:
+        """Sends what is mapped and waits for its answer; false after `timeout` seconds."""
+        if self._transactions is None:
+            return self._core.send(batch, timeout, wait=True)
+        self._transactions.send(batch, timeout)
+        try:
+            return batch._wait(timeout)
+        except BaseException:
+            self._core.abandon(batch)
+            raise
 
     # -- the producer as a whole
 

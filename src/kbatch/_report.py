@@ -6,6 +6,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from kbatch._errors import (
+    ABORTED_CODE,
     TIMEOUT_CODES,
     UNKNOWN_TOPIC_CODES,
     BatchError,
@@ -108,8 +109,15 @@ class DeliveryReport:
         if self.ok:
             return None
         codes = {error.code for error in self.errors.values()}
-        index, first = next(iter(self.errors.items()))
+        aborted = ABORTED_CODE in codes
+        if aborted and len(codes) > 1:
+            codes.remove(ABORTED_CODE)  # the cause is another's
+        index, first = next((index, error) for index, error in self.errors.items() if error.code in codes)
         message = f"{self.failed} of {len(self)} envelopes failed; the first is envelope {index}: {first}"
+        if aborted:
+            message = f"the transaction of {len(self)} envelopes was aborted"
+            if first.code != ABORTED_CODE:
+                message += f"; the cause is envelope {index}: {first}"
         if codes <= UNKNOWN_TOPIC_CODES:
             return TopicDoesNotExist(message, self)
         if codes <= TIMEOUT_CODES:

@@ -58,7 +58,7 @@ class KafkaSender:
             pending = PendingBatch(core)
             core.map(pending, self.topic, batch.envelopes)
             mapped = True
-            core.send(pending, wait=True)
+            self.producer._send(pending)
             answer.give(*answer_report(pending.report))
         except BaseException as error:
             if answer.given:

@@ -191,7 +191,8 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
         ({"message.timeout.ms": 0}, "message.timeout.ms=0 lets a batch wait for ever"),
         ({"delivery.timeout.ms": "0"}, "delivery.timeout.ms=0 lets a batch wait for ever"),
         ({"default.topic.config": {"message.timeout.ms": 0}}, "message.timeout.ms=0 lets a batch wait for ever"),
-        ({"transactional.id": "x"}, "transactional.id is refused: transactions are not supported"),
+        ({"transactional.id": "x", "acks": 1}, "acks=1 contradicts transactional.id, which needs the idempotent producer"),
+        ({"transactional.id": "x", "max.in.flight": 6}, "max.in.flight=6 contradicts transactional.id"),
         ({"background_event_cb": print}, "background_event_cb is refused: .* use error_cb, stats_cb"),
         *(
             ({key: print}, rf"{key} is refused: .* send_batch's report, submit\(callback=…\) or a SenderCallback")

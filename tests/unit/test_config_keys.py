@@ -93,15 +93,12 @@ def refused_by_kbatch(config: dict[str, Any]) -> kbatch.ConfigError | None:
 
 
 NEVER_ANSWERED = "delivery reports would not come, or not before for ever"
-NO_TRANSACTIONS = "kbatch has no transactions yet"
 
 
 def deliberate(key: str, value: Any, theirs: str | None) -> str | None:
     """Why kbatch differs from confluent-kafka here; None if it must not."""
     if key in ("bootstrap.servers", "metadata.broker.list") and not str(value or "").strip():
         return "without brokers, confluent-kafka starts and waits for ever"
-    if key == "transactional.id" and value is not None:
-        return NO_TRANSACTIONS
     if key in ("message.timeout.ms", "delivery.timeout.ms") and str(value) == "0":
         return NEVER_ANSWERED
     if key == "delivery.report.only.error":

@@ -62,7 +62,7 @@ class Producer(BaseProducer):
         del envelopes  # what the caller does not keep is freed with the batch, in slices
         with await mapping:
             left = None if end is None else end - time.monotonic()
-            self._core.send_detached(batch, left)
+            self._send(batch, left)
         try:
             done = await batch._wait_on_loop(left)
         except BaseException:
@@ -93,6 +93,7 @@ class Producer(BaseProducer):
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
         """
+        self._refuse_submit()
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)
         del envelopes
@@ -106,6 +107,13 @@ class Producer(BaseProducer):
             self._core.abandon(batch)
             raise
         return batch
+
+    def _send(self, batch: PendingBatch, timeout: float | None = None) -> None:
+        """Sends what is mapped; its answer will come."""
+        if self._transactions is None:
+            self._core.send_detached(batch, timeout)
+        else:
+            self._transactions.send(batch, timeout)
 
     async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> Turn:
         """Phase 1, in this call's turn. The batch is to be sent before the turn is left."""
@@ -157,7 +165,7 @@ class Producer(BaseProducer):
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.flush`."""
-        if len(self) == 0 and not self.closed:
+        if len(self) == 0 and self._transactions is None and not self.closed:
             return 0
         return await in_thread("kbatch-flush", lambda: self._core.flush(timeout))
 

@@ -53,7 +53,7 @@ class KafkaSender:
             later = producer._task_starter(callback, functools.partial(_give_later, callback, batch, pending))
             with await producer._map_batch(pending, self.topic, batch.envelopes):
                 mapped = True
-                producer._core.send_detached(pending)
+                producer._send(pending)
             await pending
         except BaseException as error:
             if pending is not None and pending.begun:

@@ -84,8 +84,11 @@ cdef struct BatchState:
     Py_ssize_t capacity   # of `records`
     Py_ssize_t count
     Py_ssize_t next       # the first record not yet offered
-    int64_t remaining     # envelopes without an outcome, and 1 while phase 2 runs; atomic
+    int64_t remaining     # envelopes without an outcome, 1 while phase 2 runs, and `hold`; atomic
+    int64_t hold          # 1: a transaction decides when the batch is done; then 0. Under the client's lock
     int32_t done          # atomic; written under the client's lock
+    int32_t settled       # of a batch on hold: every envelope has an outcome; written under the client's lock
+    int32_t failing       # atomic: an envelope has failed
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
     int32_t detached      # const in line: the drainer enqueues it, not the thread that sends it
     int32_t in_line       # phase 2 is not over; its thread's own

@@ -14,9 +14,14 @@ cdef enum:
 cdef enum:
     # Waiter.kind
     FOR_BATCH = 0   # all envelopes of a batch have an outcome
-    FOR_ROOM = 1    # fewer messages are in flight than `level`
-    FOR_REPORT = 2  # a delivery report has come since `level`
-    FOR_TURN = 3    # it is this batch's turn to enqueue
+    FOR_OUTCOME = 1  # the same of a batch on hold, or one of them has failed and no more is enqueued
+    FOR_SETTLED = 2  # all envelopes of a batch on hold have an outcome
+    FOR_ROOM = 3    # fewer messages are in flight than `level`
+    FOR_REPORT = 4  # a delivery report has come since `level`
+    FOR_TURN = 5    # it is this batch's turn to enqueue
+
+cdef enum:
+    NO_WAIT = -1  # instead of a Waiter.kind
 
 cdef enum:
     # what enqueue_slice and wait_slice answer
@@ -87,6 +92,8 @@ cdef struct Client:
     int64_t fatal_since_ns  # 0: no fatal error
     int32_t fatal           # atomic: librdkafka's code of the fatal error
     int64_t lost            # messages that ended without acknowledgement while closing
+    int32_t held            # batches on hold; written under `mu`; atomic
+    int64_t undecided       # their envelopes
     BatchState *news_first  # batches for the dispatcher: done, or enqueued if that is to be told
     BatchState *news_last
     BatchState *idle_done   # batches nobody listens to; released by whoever holds the GIL next
@@ -224,6 +231,10 @@ cdef void drop_event(Client *c, rd_kafka_event_t *event) noexcept nogil:
 cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
     if w.kind == FOR_BATCH:
         return w.batch.done
+    if w.kind == FOR_OUTCOME:
+        return w.batch.settled or (KB_LOAD32(&w.batch.failing) and not w.batch.in_line)
+    if w.kind == FOR_SETTLED:
+        return w.batch.settled
     if w.kind == FOR_ROOM:
         return KB_LOAD64(&c.in_flight) <= w.level
     if w.kind == FOR_REPORT:
@@ -260,6 +271,9 @@ cdef void post_news(Client *c, BatchState *batch) noexcept nogil:
 
 cdef void complete(Client *c, BatchState *batch) noexcept nogil:
     # Under the lock: the last outcome of `batch` is known. From `done` on the batch may vanish.
+    if batch.hold:
+        batch.settled = 1
+        return
     batch.done_ns = kb_now_ns()
     if batch.listeners:
         c.eager -= 1
@@ -277,9 +291,15 @@ cdef inline void count_failed(Client *c, int64_t count) noexcept nogil:
         c.lost += count
 
 
+cdef inline bint counts_down(BatchState *batch, int64_t count) noexcept nogil:
+    # `count` envelopes of `batch` got their outcome: whether they were the last. If not, it may vanish at once.
+    cdef int64_t hold = batch.hold
+    return KB_ADD64(&batch.remaining, -count) == hold
+
+
 cdef void settle(Client *c, BatchState *batch, int64_t count) noexcept nogil:
     # `count` envelopes of `batch` got their outcome.
-    if KB_ADD64(&batch.remaining, -count) == 0:
+    if counts_down(batch, count):
         kb_mutex_lock(&c.mu)
         finish(c, &batch, 1, NULL)
         kb_mutex_unlock(&c.mu)
@@ -337,10 +357,11 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                 outcome.persistence = <uint8_t> api.message_status(message)
                 outcome.offset = -1
                 failed += 1
+                KB_STORE32(&outcome.batch.failing, 1)
             if outcome.batch == run:
                 run_count += 1
                 continue
-            if run != NULL and KB_ADD64(&run.remaining, -run_count) == 0:
+            if run != NULL and counts_down(run, run_count):
                 waking[ran_down] = run
                 ran_down += 1
                 if ran_down == 16:
@@ -350,7 +371,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                     ran_down = 0
             run = outcome.batch
             run_count = 1
-    if run != NULL and KB_ADD64(&run.remaining, -run_count) == 0:
+    if run != NULL and counts_down(run, run_count):
         waking[ran_down] = run
         ran_down += 1
     api.event_destroy(event)
@@ -440,7 +461,7 @@ cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
     link(c, w)
     while True:
         now = kb_now_ns()
-        if now >= deadline or (c.life != RUNNING and w.kind != FOR_BATCH):
+        if now >= deadline or (c.life != RUNNING and w.kind > FOR_SETTLED):
             break
         if c.leader == NULL and w.kind != FOR_TURN and c.life == RUNNING:
             c.leader = w
@@ -678,6 +699,8 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         kb_mutex_lock(&c.mu)
         count_failed(c, failed)
         kb_mutex_unlock(&c.mu)
+        if failed:
+            KB_STORE32(&batch.failing, 1)
         settle(c, batch, settled)
     if answer == DONE and i < batch.count:
         answer = AGAIN
@@ -697,6 +720,8 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     kb_mutex_lock(&c.mu)
     count_failed(c, failed)
     kb_mutex_unlock(&c.mu)
+    if failed:
+        KB_STORE32(&batch.failing, 1)
     if rest:
         settle(c, batch, rest)
 
@@ -735,13 +760,18 @@ cdef void end_enqueueing(Client *c, BatchState *batch, int answer) noexcept nogi
     if batch.tell_enqueued:
         post_news(c, batch)
     # Not after the lock: nothing else keeps librdkafka and the dispatcher until the last answer is on its way.
-    if KB_ADD64(&batch.remaining, -1) == 0:
+    if counts_down(batch, 1):
         finish(c, &batch, 1, NULL)
+    elif batch.hold:
+        wake_satisfied(c, NULL)  # a transaction that fails need not wait for the rest
     kb_mutex_unlock(&c.mu)
 
 
-cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noexcept nogil:
-    """One slice of a batch's way, without the GIL: enqueue what is not enqueued, then wait if asked to."""
+cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) noexcept nogil:
+    """One slice of a batch's way, without the GIL: enqueue what is not enqueued, then wait if asked to.
+
+    `wait_for` is NO_WAIT or a Waiter.kind up to FOR_SETTLED.
+    """
     cdef Waiter w
     cdef int answer
     cdef int64_t now
@@ -752,10 +782,10 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, bint wait) noex
             return AGAIN
         end_enqueueing(c, batch, answer)
     now = kb_now_ns()
-    w.kind = FOR_BATCH
+    w.kind = wait_for
     w.batch = batch
     kb_mutex_lock(&c.mu)
-    if wait:
+    if wait_for != NO_WAIT:
         c.entered += 1
         done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE))
         if not done and c.life == RUNNING:
@@ -785,7 +815,7 @@ cdef void drainer_main(void *arg) noexcept nogil:
     while True:
         in_flight = KB_LOAD64(&c.in_flight)
         now = kb_now_ns()
-        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and c.line_first == NULL:
+        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and c.line_first == NULL and c.held == 0:
             # What happened before the end is still told.
             if finished_ns == 0 and c.events_expected:
                 finished_ns = now

@@ -168,6 +168,28 @@ cdef class Batch:
 cdef enum:
     RELEASE_SLICE = 2000  # envelopes
 
+cdef enum:
+    # Core.transaction_call
+    INIT_TRANSACTIONS = 0
+    BEGIN_TRANSACTION = 1
+    COMMIT_TRANSACTION = 2
+    ABORT_TRANSACTION = 3
+
+
+cdef inline bint something_left(Client *c) noexcept nogil:
+    # The batches on hold, too: their answer is still to come.
+    return KB_LOAD64(&c.in_flight) > 0 or KB_LOAD32(&c.held) > 0
+
+
+cdef void flush_slice(Client *c, int64_t ns) noexcept nogil:
+    if KB_LOAD64(&c.in_flight) > 0:
+        api.flush(c.rk, <int> ((ns + MS - 1) // MS))
+        return
+    kb_mutex_lock(&c.mu)
+    if KB_LOAD32(&c.held) > 0:
+        kb_cond_wait_until(&c.life_cond, &c.mu, kb_now_ns() + ns)
+    kb_mutex_unlock(&c.mu)
+
 
 cdef int64_t deadline_after(object timeout) except? -2:
     cdef double seconds
@@ -319,7 +341,8 @@ cdef class Core:
             errstr[0] = 0
             if self.c.rk != NULL:
                 api.fatal_error(self.c.rk, errstr, sizeof(errstr))
-            raise ProducerFatalError(errstr.decode("utf-8", "replace"), code=code)
+            kind = ProducerFencedError if code in FENCED_CODES else ProducerFatalError
+            raise kind(errstr.decode("utf-8", "replace"), code=code)
         return 0
 
     def start(self) -> None:
@@ -387,7 +410,7 @@ cdef class Core:
         """
         cdef int64_t deadline = deadline_after(timeout)
         self._begin(batch, deadline, None, callback, False)
-        return self._drive(batch, deadline, wait)
+        return self._drive(batch, deadline, FOR_BATCH if wait else NO_WAIT)
 
     def send_detached(self, Batch batch, timeout=None, *, enqueued=None, waker=None) -> None:
         """Phase 2, all of it on the drainer's thread: returns at once, for event loops.
@@ -410,17 +433,7 @@ cdef class Core:
         cdef BatchState *state = &batch.state
         self._enter()
         try:
-            look_for_fatal(c)
-            self._check_fatal()
-            if waker is not None or callback is not None:
-                batch._listen(waker, callback)
-            state.started_ns = kb_now_ns()
-            state.deadline_ns = min(deadline, state.started_ns + self.delivery_timeout_ns)
-            state.remaining = state.count + 1
-            state.owner = <PyObject *> batch
-            Py_INCREF(batch)
-            KB_ADD32(&_pinned, 1)
-            self.batches += 1
+            self._take(batch, deadline, waker, callback)
             kb_mutex_lock(&c.mu)
             join_line(c, state)  # from here on it keeps librdkafka alive, like `entered`
             if detached:
@@ -435,15 +448,160 @@ cdef class Core:
             self._leave()
         return 0
 
+    cdef int _take(self, Batch batch, int64_t deadline, object waker, object callback) except -1:
+        # Entered. Raises, or the batch is the client's until its answer.
+        cdef BatchState *state = &batch.state
+        look_for_fatal(self.c)
+        self._check_fatal()
+        if waker is not None or callback is not None:
+            batch._listen(waker, callback)
+        state.started_ns = kb_now_ns()
+        state.deadline_ns = min(deadline, state.started_ns + self.delivery_timeout_ns)
+        state.remaining = state.count + 1
+        state.owner = <PyObject *> batch
+        Py_INCREF(batch)
+        KB_ADD32(&_pinned, 1)
+        self.batches += 1
+        return 0
+
+    # -- a batch that is one transaction: hold; enqueue_held, wait_for_outcome or give_up_held; conclude
+
+    def hold(self, Batch batch, timeout=None) -> None:
+        """Takes a batch whose answer `conclude` gives: from here on it must come. Refusals are as in `send`.
+
+        Until then librdkafka lives, also while the producer is being closed.
+        """
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        self._enter()
+        try:
+            self._take(batch, deadline_after(timeout), None, None)
+            state.remaining += 1
+            state.detached = 1  # who waits for it must not enqueue it
+            kb_mutex_lock(&c.mu)
+            state.hold = 1
+            KB_STORE32(&c.held, c.held + 1)
+            c.undecided += state.count
+            kb_mutex_unlock(&c.mu)
+        finally:
+            self._leave()
+
+    def refusal(self, Batch batch) -> int:
+        """0, or librdkafka's code of why a batch on hold is not to be enqueued any more."""
+        if KB_LOAD32(&batch.state.abandoned) or KB_LOAD32(&self.c.shut):
+            return RD_KAFKA_RESP_ERR__PURGE_QUEUE
+        return RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE if kb_now_ns() >= batch.state.deadline_ns else 0
+
+    def is_finishing(self) -> bool:
+        """Whether the producer's time to close is over."""
+        return KB_LOAD32(&self.c.life) >= FINISHING
+
+    def enqueue_held(self, Batch batch) -> None:
+        """Phase 2 of a batch on hold, on the drainer's thread."""
+        cdef Client *c = self.c
+        kb_mutex_lock(&c.mu)
+        join_line(c, &batch.state)
+        if c.line_first == &batch.state:
+            nudge_drainer(c)
+        kb_mutex_unlock(&c.mu)
+
+    def wait_for_outcome(self, Batch batch) -> bool:
+        """Waits until nothing more of a batch on hold is enqueued, and all have an outcome or one has failed.
+
+        False if one has failed.
+        """
+        self._drive(batch, INT64_MAX, FOR_OUTCOME)
+        return not KB_LOAD32(&batch.state.failing)
+
+    def wait_until_settled(self, Batch batch) -> None:
+        """Waits until every envelope of a batch on hold has an outcome."""
+        self._drive(batch, INT64_MAX, FOR_SETTLED)
+
+    def give_up_held(self, Batch batch, int code) -> None:
+        """Instead of `enqueue_held`: nothing of the batch was sent, for a reason that is librdkafka's `code`."""
+        cdef BatchState *state = &batch.state
+        give_up_rest(self.c, state, code)
+        drop_records(state)
+        KB_ADD64(&state.remaining, -1)
+
+    def conclude(self, Batch batch, int code=0, *, bint unknown=False) -> None:
+        """The answer of a batch on hold, all of whose envelopes have an outcome.
+
+        With a `code` of librdkafka nothing of it counts as acknowledged; it is the code of those that were, or that
+        were purged when the transaction was aborted. If `unknown`, the batch may be stored all the same.
+        """
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        cdef Outcome *outcome
+        cdef Py_ssize_t i
+        cdef int64_t overturned = 0
+        if code:
+            for i in range(state.count):
+                outcome = &batch.outcomes._items[i]
+                if outcome.state == ACKED:
+                    outcome.state, outcome.error, outcome.offset = FAILED, <int16_t> code, -1
+                    overturned += 1
+                if outcome.state == FAILED:
+                    if outcome.error in (RD_KAFKA_RESP_ERR__PURGE_QUEUE, RD_KAFKA_RESP_ERR__PURGE_INFLIGHT):
+                        outcome.error = <int16_t> code
+                    outcome.persistence = (
+                        RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED if unknown else RD_KAFKA_MSG_STATUS_NOT_PERSISTED)
+        kb_mutex_lock(&c.mu)
+        c.acked -= overturned
+        count_failed(c, overturned)
+        KB_STORE32(&c.held, c.held - 1)
+        c.undecided -= state.count
+        state.hold = 0
+        KB_ADD64(&state.remaining, -1)
+        finish(c, &state, 1, NULL)
+        kb_cond_broadcast(&c.life_cond)
+        kb_cond_signal(&c.drainer_cond)
+        kb_mutex_unlock(&c.mu)
+
+    def transaction_call(self, int call, int timeout_ms) -> tuple | None:
+        """One of librdkafka's calls about transactions, in the order init, begin, commit, abort; for a batch on hold.
+
+        Returns None, or ``(code, text, fatal, retriable, requires abort)``. It blocks for as long as it takes.
+        """
+        cdef Client *c = self.c
+        cdef rd_kafka_error_t *error
+        kb_mutex_lock(&c.mu)
+        c.eager += 1  # an abort waits for reports, and somebody must take them
+        nudge_drainer(c)
+        kb_mutex_unlock(&c.mu)
+        with nogil:
+            if call == INIT_TRANSACTIONS:
+                error = api.init_transactions(c.rk, timeout_ms)
+            elif call == BEGIN_TRANSACTION:
+                error = api.begin_transaction(c.rk)
+            elif call == COMMIT_TRANSACTION:
+                error = api.commit_transaction(c.rk, timeout_ms)
+            else:
+                error = api.abort_transaction(c.rk, timeout_ms)
+            kb_mutex_lock(&c.mu)
+            c.eager -= 1
+            kb_mutex_unlock(&c.mu)
+        if error == NULL:
+            return None
+        try:
+            if api.error_is_fatal(error):
+                look_for_fatal(c)
+            return (
+                KB_LOAD32(&c.fatal) or api.error_code(error), api.error_string(error).decode("utf-8", "replace"),
+                bool(api.error_is_fatal(error)), bool(api.error_is_retriable(error)),
+                bool(api.error_txn_requires_abort(error)))
+        finally:
+            api.error_destroy(error)
+
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
         if not KB_LOAD32(&batch.state.done):
             self._check_fork()
-            return self._drive(batch, deadline, True)
+            return self._drive(batch, deadline, FOR_BATCH)
         if self.c.pid == kb_pid():
             release_idle(self.c)
         return True
 
-    cdef bint _drive(self, Batch batch, int64_t deadline, bint wait) except -1:
+    cdef bint _drive(self, Batch batch, int64_t deadline, int wait_for) except -1:
         # In slices, so that signals are seen. Usually the first does it all: the GIL is given up once per batch.
         # Between slices nothing is held that closing waits for: a signal handler may close the producer.
         cdef Client *c = self.c
@@ -452,7 +610,7 @@ cdef class Core:
         try:
             while True:
                 with nogil:
-                    answer = advance(c, state, deadline, wait)
+                    answer = advance(c, state, deadline, wait_for)
                 if answer != AGAIN:
                     break
                 PyErr_CheckSignals()
@@ -483,11 +641,11 @@ cdef class Core:
         nudge_drainer(c)
         kb_mutex_unlock(&c.mu)
         try:
-            while KB_LOAD64(&c.in_flight) > 0:
+            while something_left(c):
                 with nogil:
                     now = kb_now_ns()
                     if now < deadline:
-                        api.flush(c.rk, <int> ((min(deadline - now, WAIT_SLICE) + MS - 1) // MS))
+                        flush_slice(c, min(deadline - now, WAIT_SLICE))
                 PyErr_CheckSignals()
                 if now >= deadline or KB_LOAD32(&c.life) != RUNNING:
                     break
@@ -535,11 +693,11 @@ cdef class Core:
         try:
             if mine:
                 self._wait_for_life(CLOSING, deadline, True)
-                while KB_LOAD64(&c.in_flight) > 0:
+                while something_left(c):
                     with nogil:
                         now = kb_now_ns()
                         if now < deadline:
-                            api.flush(c.rk, <int> ((min(deadline - now, WAIT_SLICE) + MS - 1) // MS))
+                            flush_slice(c, min(deadline - now, WAIT_SLICE))
                     if now >= deadline or KB_LOAD32(&c.fatal):
                         break
                     PyErr_CheckSignals()
@@ -558,9 +716,9 @@ cdef class Core:
         if interrupted is not None:
             raise interrupted
         kb_mutex_lock(&c.mu)
-        lost = c.lost  # at the deadline the drainer may still count
+        lost = c.lost + max(c.undecided, KB_LOAD64(&c.in_flight))  # at the deadline the drainer may still count
         kb_mutex_unlock(&c.mu)
-        return lost + KB_LOAD64(&c.in_flight)
+        return lost
 
     cdef int _wait_for_life(self, int life, int64_t deadline, bint alone) except -1:
         # Until `life` is reached and, if `alone`, no thread is enqueueing. Waiting threads leave by themselves.

@@ -1,0 +1,134 @@
+"""With a ``transactional.id`` a batch is one transaction of Kafka: all of it becomes visible, or nothing."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from kbatch._errors import ABORTED_CODE, ProducerError
+
+if TYPE_CHECKING:
+    from kbatch._callbacks import CallbackThread
+    from kbatch._fastmap import Core
+    from kbatch._pending import PendingBatch
+
+__all__ = ["Transactions"]
+
+_INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # Core.transaction_call
+
+# librdkafka goes on with a call that timed out, and the next one takes it up. With -1 a call may never end.
+_SLICE_MS = 500
+_PAUSE_S = 0.05  # before what is retriable is tried again
+_TIMED_OUT = -185
+
+_STATE, _PURGE_QUEUE, _PURGE_INFLIGHT = -172, -152, -151  # librdkafka's codes
+
+
+class _Error(NamedTuple):
+    """What librdkafka says of a call about a transaction."""
+
+    code: int
+    text: str
+    fatal: bool
+    retriable: bool
+    requires_abort: bool
+
+
+class Transactions:
+    """The transactions of one producer, one at a time, first come, first served, on a thread of their own.
+
+    So a caller may stop waiting for one (a timeout, Ctrl-C, a cancelled task), and it still ends and answers.
+
+    What is retriable is tried again here. What is abortable aborts the transaction: its batch failed, and may be sent
+    again. What is fatal ends the producer, as it does without transactions.
+    """
+
+    def __init__(self, core: Core, thread: CallbackThread, timeout_s: float) -> None:
+        self._core = core
+        self._thread = thread
+        self._timeout_s = timeout_s
+        self._initialized = False
+        self._undecided: str | None = None  # why the last one has no known end: none can follow
+
+    def send(self, batch: PendingBatch, timeout: float | None) -> None:
+        """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent."""
+        if self._undecided is not None:
+            raise ProducerError(f"this producer can send no more: {self._undecided}; make a new one")
+        self._core.hold(batch, timeout)
+        try:
+            self._thread.put(self._run, batch)
+        except BaseException:
+            self._core.give_up_held(batch, _PURGE_QUEUE)
+            self._core.conclude(batch, _PURGE_QUEUE)
+            raise
+
+    def _run(self, batch: PendingBatch) -> None:
+        code = self._begin(batch)
+        if code:
+            self._core.give_up_held(batch, code)
+            self._core.conclude(batch, code)
+            return
+        self._core.enqueue_held(batch)
+        if self._core.wait_for_outcome(batch):
+            self._commit(batch)
+        else:
+            self._abort(batch, ABORTED_CODE)
+
+    def _begin(self, batch: PendingBatch) -> int:
+        """0, or the code of why nothing of the batch can be sent."""
+        if self._undecided is not None:
+            return _STATE
+        while not (refusal := self._core.refusal(batch)) and not self._initialized:
+            error = self._call(_INIT)
+            self._initialized = error is None
+            if error is not None and not self._again(error):
+                return error.code
+        if refusal:
+            return refusal
+        error = self._call(_BEGIN)
+        return 0 if error is None else error.code
+
+    def _commit(self, batch: PendingBatch) -> None:
+        end = time.monotonic() + 2 * self._timeout_s
+        asked = False
+        while not self._core.is_finishing():
+            asked = True
+            error = self._call(_COMMIT)
+            if error is None:
+                self._core.conclude(batch)
+                return
+            if error.requires_abort:
+                self._abort(batch, error.code)
+                return
+            if not self._again(error) or time.monotonic() > end:
+                # It may have been committed, and only the answer is missing.
+                if not error.fatal:
+                    self._undecided = f"its last transaction was neither committed nor aborted ({error.text})"
+                self._core.conclude(batch, error.code, unknown=True)
+                return
+        self._core.conclude(batch, _PURGE_INFLIGHT, unknown=asked)
+
+    def _abort(self, batch: PendingBatch, code: int) -> None:
+        """Ends the transaction without its batch. If that fails, the coordinator does it when it times out."""
+        end = time.monotonic() + 2 * self._timeout_s
+        while not self._core.is_finishing():
+            error = self._call(_ABORT)
+            if error is None:
+                break
+            if not self._again(error) or time.monotonic() > end:
+                if error.fatal:
+                    code = error.code
+                else:
+                    self._undecided = f"its last transaction could not be aborted ({error.text})"
+                break
+        self._core.wait_until_settled(batch)
+        self._core.conclude(batch, code)
+
+    def _call(self, call: int) -> _Error | None:
+        error = self._core.transaction_call(call, _SLICE_MS)
+        return None if error is None else _Error(*error)
+
+    def _again(self, error: _Error) -> bool:
+        if error.retriable and error.code != _TIMED_OUT:  # which has waited
+            time.sleep(_PAUSE_S)
+        return error.retriable
