@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -40,6 +41,8 @@ _REFUSED = {
     "on_delivery": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
     "dr_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
     "dr_msg_cb": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
+    "key.serializer": "give Envelope its key as str or bytes: Envelope(…, key=serialize(key))",
+    "value.serializer": "give it to the producer: Producer(config, encoder=…)",
     "background_event_cb": "kbatch takes librdkafka's events itself: use error_cb, stats_cb, throttle_cb or oauth_cb",
 }
 
@@ -127,6 +130,8 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | N
         if key in _CALLBACKS:
             if value is not None and not callable(value):
                 raise ConfigError(f"{key} must be callable, not {type(value).__name__}")
+            if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(getattr(value, "__call__", None)):  # noqa: B004
+                raise ConfigError(f"{key} must not be a coroutine function: it is called on a thread of the producer")
             callbacks[key] = value
         elif key == "logger":
             if value is not None and not callable(getattr(value, "log", None)):

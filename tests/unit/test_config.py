@@ -1,5 +1,6 @@
 """What a producer takes as its configuration, and what it says about the rest. No broker is needed: nothing is sent."""
 
+import functools
 import logging
 import pickle
 import traceback
@@ -193,6 +194,8 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
         ({"default.topic.config": {"message.timeout.ms": 0}}, "message.timeout.ms=0 lets a batch wait for ever"),
         ({"transactional.id": "x", "acks": 1}, "acks=1 contradicts transactional.id, which needs the idempotent producer"),
         ({"transactional.id": "x", "max.in.flight": 6}, "max.in.flight=6 contradicts transactional.id"),
+        ({"key.serializer": print}, r"key.serializer is refused: .* Envelope\(…, key=serialize\(key\)\)"),
+        ({"value.serializer": None}, r"value.serializer is refused: .* Producer\(config, encoder=…\)"),
         ({"background_event_cb": print}, "background_event_cb is refused: .* use error_cb, stats_cb"),
         *(
             ({key: print}, rf"{key} is refused: .* send_batch's report, submit\(callback=…\) or a SenderCallback")
@@ -206,6 +209,26 @@ def test_bad_settings_are_named(config: dict[Any, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         raise error
     assert isinstance(error, ValueError)
+
+
+async def coroutine_function(*arguments: Any) -> None:
+    """What confluent-kafka's AIOProducer takes for a callback."""
+
+
+class CoroutineCallable:
+    __call__ = coroutine_function
+
+
+@pytest.mark.parametrize("key", ["error_cb", "stats_cb", "throttle_cb", "oauth_cb"])
+@pytest.mark.parametrize("kind", ["function", "partial", "object"])
+def test_a_callback_is_no_coroutine_function(key: str, kind: str) -> None:
+    callbacks = {
+        "function": coroutine_function,
+        "partial": functools.partial(coroutine_function),
+        "object": CoroutineCallable(),
+    }
+    error = error_of({**SERVERS, key: callbacks[kind]})
+    assert str(error) == f"{key} must not be a coroutine function: it is called on a thread of the producer"
 
 
 @pytest.mark.parametrize(

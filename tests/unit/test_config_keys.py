@@ -84,7 +84,7 @@ def refused_by_kbatch(config: dict[str, Any]) -> kbatch.ConfigError | None:
     try:
         producer = kbatch.Producer({**SERVERS, **config})
         try:
-            producer.submit("orders", [])
+            producer._core.start()
         finally:
             producer.close(0)
     except kbatch.ConfigError as error:
