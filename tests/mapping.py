@@ -74,7 +74,7 @@ def batch_time_of(records: Sequence[Mapped | None], specs: Sequence[Spec], setti
             continue
         if spec.arguments.get("sent_at") is None and setting.wire != "raw":
             for name, value in record.headers:
-                if name == "sent-at":
+                if name in ("sent-at", "ce_time"):
                     return parsed_time(value)
         if spec.arguments.get("timestamp") is None:
             milliseconds = datetime.fromtimestamp(record.timestamp / 1000, timezone.utc)

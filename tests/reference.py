@@ -49,7 +49,29 @@ WOLVERINE_NAMES = (
     "attempts",
     "wolverine-protocol-version",
 )
-RESERVED = {"kbatch": frozenset(KBATCH_NAMES), "wolverine": frozenset(WOLVERINE_NAMES), "raw": frozenset[str]()}
+CLOUDEVENTS_NAMES = (
+    "ce_specversion",
+    "ce_id",
+    "ce_source",
+    "ce_type",
+    "ce_time",
+    "content-type",
+    "ce_correlationid",
+    "ce_conversationid",
+    "ce_parentid",
+    "ce_tenantid",
+    "ce_username",
+    "ce_scheduledtime",
+    "ce_expirytime",
+    "ce_attempts",
+)
+RESERVED = {
+    "kbatch": frozenset(KBATCH_NAMES),
+    "wolverine": frozenset(WOLVERINE_NAMES),
+    # The specification gives these two another place: the record's value and content-type.
+    "cloudevents": frozenset((*CLOUDEVENTS_NAMES, "ce_data", "ce_datacontenttype")),
+    "raw": frozenset[str](),
+}
 
 TEXT_FIELDS = ("message_type", "content_type", "source", "correlation_id", "parent_id", "tenant_id", "user_name")
 TIME_FIELDS = ("sent_at", "scheduled_time", "deliver_by")
@@ -141,7 +163,7 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
             own.append((name, encoded))
     users: list[Header] = []
     for name, value_of_user in [*setting.hook_headers, *header_pairs(arguments.get("headers", ()))]:
-        header = attempt(header_field(name), user_header, name, value_of_user, RESERVED[setting.wire])
+        header = attempt(header_field(name), user_header, name, value_of_user, setting.wire)
         if header is not None:
             users.append(header)
 
@@ -278,18 +300,36 @@ def header_field(name: Any) -> str:
     return f"headers[{name!r}]" if isinstance(name, str) and name else "headers"
 
 
-def user_header(name: Any, value: Any, reserved: frozenset[str]) -> Header:
+def user_header(name: Any, value: Any, wire: str) -> Header:
     encoded = utf8(name)
-    if not encoded or b"\0" in encoded or name in reserved:
+    if not encoded or b"\0" in encoded or name in RESERVED[wire]:
         raise _BadError
-    return str(name), key_or_value(value)
+    content = key_or_value(value)
+    if wire == "cloudevents":
+        check_attribute(name, content)
+    return str(name), content
+
+
+def check_attribute(name: str, content: bytes | None) -> None:
+    """What has the name of an attribute of CloudEvents must be a legal one. Some readers ignore the case of names."""
+    if name.lower() == "content-type":
+        raise _BadError
+    if name.lower().startswith("ce_"):
+        if not re.fullmatch("ce_[a-z0-9]+", name) or content is None:
+            raise _BadError
+        try:
+            content.decode()
+        except UnicodeDecodeError:
+            raise _BadError from None
 
 
 def own_headers(spec: Spec, setting: Setting) -> list[tuple[str, str, Callable[[], bytes | None]]]:
     """The headers that the wire format writes itself: name, field, and what gives the value (None: absent)."""
     arguments = spec.arguments
-    if setting.wire == "raw" or (setting.wire == "wolverine" and spec.tombstone):
+    if setting.wire == "raw" or (setting.wire in ("wolverine", "cloudevents") and spec.tombstone):
         return []
+    if setting.wire == "cloudevents":
+        return cloudevents_headers(arguments, setting)
     wolverine = setting.wire == "wolverine"
     time_text = wolverine_time if wolverine else iso_time
     conversation = guid if wolverine else any_conversation
@@ -335,6 +375,43 @@ def own_headers(spec: Spec, setting: Setting) -> list[tuple[str, str, Callable[[
         }
     order = WOLVERINE_NAMES if wolverine else KBATCH_NAMES
     return [(name, *headers[name]) for name in order if name in headers]
+
+
+def cloudevents_headers(
+    arguments: Mapping[str, Any], setting: Setting
+) -> list[tuple[str, str, Callable[[], bytes | None]]]:
+    """The Kafka protocol binding of CloudEvents 1.0, binary content mode."""
+
+    def not_empty(text: Any) -> bytes:
+        encoded = utf8(text)
+        if not encoded:
+            raise _BadError
+        return encoded
+
+    def optional(attribute: str, convert: Callable[[Any], bytes | None]) -> Callable[[], bytes | None]:
+        value = arguments.get(attribute)
+        return lambda: None if value is None else convert(value)
+
+    own_source, own_time = arguments.get("source"), arguments.get("sent_at")
+    count = arguments.get("attempts", 0)
+    values: dict[str, tuple[str, Callable[[], bytes | None]]] = {
+        "ce_specversion": ("wire", lambda: b"1.0"),
+        "ce_id": ("id", lambda: str(arguments["id"]).encode()),
+        # required: None is no text
+        "ce_source": ("source", lambda: not_empty(setting.source if own_source is None else own_source)),
+        "ce_type": ("message_type", lambda: not_empty(message_type(arguments))),
+        "ce_time": ("sent_at", lambda: iso_time(setting.batch_time if own_time is None else own_time)),
+        "content-type": ("content_type", lambda: not_empty(content_type(arguments, setting.encoder))),
+        "ce_correlationid": ("correlation_id", optional("correlation_id", not_empty)),
+        "ce_conversationid": ("conversation_id", optional("conversation_id", any_conversation)),
+        "ce_parentid": ("parent_id", optional("parent_id", utf8)),
+        "ce_tenantid": ("tenant_id", optional("tenant_id", utf8)),
+        "ce_username": ("user_name", optional("user_name", utf8)),
+        "ce_scheduledtime": ("scheduled_time", optional("scheduled_time", iso_time)),
+        "ce_expirytime": ("deliver_by", optional("deliver_by", iso_time)),
+        "ce_attempts": ("attempts", lambda: str(int(count)).encode() if count > 0 else None),
+    }
+    return [(name, *values[name]) for name in CLOUDEVENTS_NAMES]
 
 
 # --- size -----------------------------------------------------------------------------------------------------------

@@ -122,17 +122,30 @@ further_names = st.sampled_from(
 values = st.one_of(st.none(), texts, octets)
 pairs = st.tuples(st.one_of(names, names, further_names), values)
 few_headers = st.lists(pairs, max_size=6)
-many_headers = st.sampled_from([[("h", None)] * MANY_HEADERS, (("h", b""),) * MANY_HEADERS])
-headers = st.one_of(
-    few_headers,
-    few_headers,
-    few_headers.map(tuple),
-    few_headers.map(lambda some: [list(pair) for pair in some]),
-    few_headers.map(dict),
-    few_headers.map(lambda some: MappingProxyType(dict(some))),
-    few_headers.map(Once),
-    st.lists(pairs, min_size=20, max_size=40),
+# What has the name of an attribute of CloudEvents is one, of legal name and text.
+attribute_names = st.sampled_from(["ce_subject", "ce_dataschema", "ce_traceparent", "ce_7", "ce_partitionkey"])
+cloudevents_pairs = st.one_of(
+    pairs.filter(lambda pair: not pair[0].lower().startswith("ce_") and pair[0].lower() != "content-type"),
+    st.tuples(attribute_names, st.one_of(texts, texts.map(lambda text: text.encode()))),
 )
+
+
+def headers_of(wire: str) -> st.SearchStrategy[Any]:
+    pairs_of_wire = cloudevents_pairs if wire == "cloudevents" else pairs
+    few = st.lists(pairs_of_wire, max_size=6)
+    return st.one_of(
+        few,
+        few,
+        few.map(tuple),
+        few.map(lambda some: [list(pair) for pair in some]),
+        few.map(dict),
+        few.map(lambda some: MappingProxyType(dict(some))),
+        few.map(Once),
+        st.lists(pairs_of_wire, min_size=20, max_size=40),
+    )
+
+
+headers = {wire: headers_of(wire) for wire in RESERVED}
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -164,7 +177,7 @@ buffers = st.one_of(
 
 settings = st.builds(
     Setting,
-    wire=st.sampled_from(["kbatch", "wolverine", "raw"]),
+    wire=st.sampled_from(list(RESERVED)),
     source=st.sampled_from([None, "fleet-1", ""]),
     encoder=st.sampled_from(list(ENCODERS.values())),
     hook_headers=st.sampled_from([(), (("traceparent", "00-ab-cd-01"), ("baggage", None))]),
@@ -175,7 +188,6 @@ _optional: dict[str, Any] = {
     "topic": topics,
     "partition": partitions,
     "timestamp": timestamps,
-    "headers": headers,
     "id": ids,
     **dict.fromkeys(TEXT_FIELDS, texts),
     "sent_at": times,
@@ -195,12 +207,21 @@ def conversation_ids(wire: str) -> st.SearchStrategy[Any]:
 def specs(draw: st.DrawFn, setting: Setting) -> Spec:
     """A good envelope or tombstone for the setting's wire."""
     if draw(st.integers(0, 7)) == 0:
-        optional = {name: _optional[name] for name in ("topic", "partition", "headers", "id")}
+        optional = {name: _optional[name] for name in ("topic", "partition", "id")} | {"headers": headers[setting.wire]}
         key = draw(st.one_of(texts, octets))
         return Spec({"key": key, **draw(st.fixed_dictionaries({}, optional=optional))}, tombstone=True)
     body = draw(st.one_of(st.fixed_dictionaries({"message": messages}), st.fixed_dictionaries({"data": buffers})))
-    optional = {**_optional, "conversation_id": conversation_ids(setting.wire)}
-    return Spec({**body, **draw(st.fixed_dictionaries({}, optional=optional))})
+    optional = {**_optional, "headers": headers[setting.wire], "conversation_id": conversation_ids(setting.wire)}
+    required = {}
+    if setting.wire == "cloudevents":
+        optional |= dict.fromkeys(NEVER_EMPTY, texts.filter(len))
+        if not setting.source:
+            required["source"] = optional.pop("source")
+    return Spec({**body, **draw(st.fixed_dictionaries(required, optional=optional))})
+
+
+# Of CloudEvents: the attributes that are required, or may be absent but not empty.
+NEVER_EMPTY = ("source", "message_type", "content_type", "correlation_id")
 
 
 @st.composite
@@ -224,6 +245,8 @@ def spoilt(draw: st.DrawFn, setting: Setting) -> Spec:
             arguments["topic"] = draw(st.one_of(torn_texts, not_text, st.sampled_from(bad_topics)))
         elif fault == "conversation_id" and setting.wire == "wolverine":
             arguments[fault] = draw(st.one_of(torn_texts, not_text, st.sampled_from(not_guids)))
+        elif fault in NEVER_EMPTY and setting.wire == "cloudevents":
+            arguments[fault] = draw(st.one_of(torn_texts, not_text, st.just("")))
         else:
             arguments[fault] = draw(st.one_of(torn_texts, not_text))
     return Spec(arguments, spec.tombstone)
@@ -237,6 +260,23 @@ class Unprintable:
 
 
 bad_topics = ["", ".", "..", "a\0b", "\0", "a b", "größe", "a/b", "orders\n", "t" * 250, "t" * 600]
+
+not_attributes = [
+    ("ce_", "empty"),
+    ("CE_subject", "capitals"),
+    ("ce_Subject", "capitals"),
+    ("Ce_subject", "capitals"),
+    ("cE_subject", "capitals"),
+    ("ce_sub-ject", "a dash"),
+    ("ce_sub_ject", "an underscore"),
+    ("ce_größe", "not ASCII"),
+    ("ce_subject ", "a space"),
+    ("Content-Type", "text/plain"),
+    ("CONTENT-TYPE", "text/plain"),
+    ("ce_subject", None),
+    ("ce_subject", b"\xff"),
+    ("ce_subject", b"\xed\xa0\x80"),
+]
 
 not_guids = [
     "",
@@ -259,6 +299,9 @@ def bad_headers(draw: st.DrawFn, setting: Setting) -> list[tuple[Any, Any]]:
         bad_names |= st.sampled_from(sorted(RESERVED[setting.wire]))
     bad = draw(st.one_of(st.tuples(bad_names, values), st.tuples(names, torn_texts | not_text_nor_octets)))
     some = draw(few_headers)
+    if setting.wire == "cloudevents":
+        bad = draw(st.one_of(st.just(bad), st.sampled_from(not_attributes)))
+        some = draw(st.lists(cloudevents_pairs, max_size=6))
     some.insert(draw(st.integers(0, len(some))), bad)
     return some
 
@@ -278,6 +321,8 @@ def sized(draw: st.DrawFn, setting: Setting, off: int) -> Spec:
         arguments["key"] = None
         for name in TEXT_FIELDS:
             arguments.pop(name, None)
+        if setting.wire == "cloudevents":
+            arguments["source"] = "/"
         room = map_one(None, Spec(arguments), setting)
     size = setting.message_max_bytes + off - room.size
     arguments["data"] = draw(st.sampled_from([bytes, bytearray]))(size)

@@ -17,7 +17,8 @@ Envelopes = list[kbatch.Envelope[Any]]
 
 def mapper(wire: str) -> Callable[[Envelopes], None]:
     # Nothing listens there, and nothing connects: the client starts when the first batch is enqueued.
-    core = kbatch.Producer({"bootstrap.servers": "localhost:1"}, wire=wire)._core
+    source = "/shop" if wire == "cloudevents" else None
+    core = kbatch.Producer({"bootstrap.servers": "localhost:1"}, wire=wire, source=source)._core
 
     def map_once(envelopes: Envelopes) -> None:
         core.map(kbatch.PendingBatch(core), "orders", envelopes)
@@ -25,7 +26,7 @@ def mapper(wire: str) -> Callable[[Envelopes], None]:
     return map_once
 
 
-@pytest.mark.parametrize("wire", ["kbatch", "wolverine"])
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "cloudevents"])
 def test_map(benchmark: BenchmarkFixture, envelopes: Envelopes, wire: str) -> None:
     benchmark(mapper(wire), envelopes)
 

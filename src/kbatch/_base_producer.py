@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseProducer"]
 
-_WIRES = ("kbatch", "wolverine", "raw")
+_WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 _EXIT_TIMEOUT_S = 5.0
 # Cores, not producers: a batch in flight keeps its core alive when its producer is forgotten.
 _cores: weakref.WeakSet[Core] = weakref.WeakSet()

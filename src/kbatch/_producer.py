@@ -31,10 +31,11 @@ class Producer(BaseProducer):
             ``throttle_cb``, ``oauth_cb`` and ``logger``. Defaults that differ from librdkafka's: ``acks=all``,
             ``enable.idempotence=true``, ``linger.ms=0``. The callbacks run on a thread of the producer; what one of
             them raises is logged under ``kbatch``, and nothing else comes of it.
-        wire: How envelopes become Kafka messages: ``"kbatch"``, ``"wolverine"``, ``"raw"``, or an object with
-            ``write(envelope) -> (key, value, headers)``.
-        encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``.
-        source: The ``source`` of envelopes that have none.
+        wire: How envelopes become Kafka messages: ``"kbatch"``, ``"wolverine"``, ``"cloudevents"``, ``"raw"``, or an
+            object with ``write(envelope) -> (key, value, headers)``.
+        encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``, such
+            as confluent-kafka's Avro, Protobuf and JSON Schema serializers.
+        source: The ``source`` of envelopes that have none. CloudEvents needs one.
         header_hook: Called once per batch; returns headers that are added to each of its envelopes.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages may be in flight before ``submit`` waits.

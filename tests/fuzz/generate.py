@@ -11,6 +11,7 @@ from typing import Any
 from tests.messages import ENCODERS, MESSAGES
 from tests.reference import RESERVED, TEXT_FIELDS, Setting, Spec
 from tests.strategies import (
+    NEVER_EMPTY,
     SHARED,
     VARINT_EDGES,
     Octets,
@@ -19,6 +20,7 @@ from tests.strategies import (
     Time,
     Unprintable,
     bad_topics,
+    not_attributes,
     not_guids,
 )
 
@@ -58,7 +60,7 @@ SETTINGS = [
         message_max_bytes=message_max_bytes,
         body_max_bytes=body_max_bytes,
     )
-    for wire in ("kbatch", "wolverine", "raw")
+    for wire in RESERVED
     for encoder in ENCODERS.values()
     for source, hook_headers, message_max_bytes, body_max_bytes in (
         (None, (), 1_000_000, 1_048_576 * 1024),
@@ -73,7 +75,8 @@ ALPHABETS = (
     "äöüßéñ漢字かなкириллицаعربى😀👩‍👩‍👧\u202e\u200d\u0301",
 )
 TORN = ("\ud800", "\udbff", "\udc00", "\udfff", "\ud83d\ud83d", "\udc80", "\ude00\ud83d")
-HEADER_NAMES = ("h", "trace", "traceparent", "saga-id", "ID", "Id", "id ", "größe", "ce_id", "x" * 64, "n" * 63)
+HEADER_NAMES = ("h", "trace", "traceparent", "saga-id", "ID", "Id", "id ", "größe", "x" * 64, "n" * 63)
+ATTRIBUTE_NAMES = ("ce_subject", "ce_traceparent", "ce_7")
 EDGE_TIMES = (
     datetime.min.replace(tzinfo=timezone.utc),
     datetime.max.replace(tzinfo=timezone.utc),
@@ -93,6 +96,7 @@ class Nasty:
     def __init__(self, seed: int, number: int) -> None:
         self.random = Random(seed << 40 | number)
         self.spoil = self.random.choice((0, 0, 5, 60))
+        self.wire = "kbatch"
 
     def rarely(self, of_a_thousand: int) -> bool:
         return self.random.random() * 1000 < of_a_thousand
@@ -102,6 +106,7 @@ class Nasty:
 
     def batch(self) -> tuple[Setting, list[Spec]]:
         setting = self.pick(SETTINGS)
+        self.wire = setting.wire
         size = self.pick((0, 1, 1, 2, 5, 8, 13, 40))
         return setting, [self.spec(setting) for _ in range(size)]
 
@@ -126,6 +131,13 @@ class Nasty:
             if self.random.random() < 0.3:
                 wolverine = setting.wire == "wolverine"
                 arguments["conversation_id"] = self.guid() if wolverine else self.pick((self.id, self.text))()
+        if self.wire == "cloudevents" and not self.rarely(20):
+            # Without a source, and with an empty text where one is needed, all would be refused.
+            if roll >= 0.1 and setting.source is None and arguments.get("source") in (None, ""):
+                arguments["source"] = "/shop"
+            for name in NEVER_EMPTY:
+                if arguments.get(name) == "":
+                    arguments[name] = "x"
         return Spec(arguments, tombstone=roll < 0.1)
 
     # --- parts
@@ -242,7 +254,8 @@ class Nasty:
 
     def header_name(self) -> Any:
         if self.rarely(self.spoil / 3):
-            return self.pick(("", "\0", "a\0", *self.torn(), *sorted(RESERVED["wolverine"]), 5, b"h", None, object))
+            of_wires = (*sorted(RESERVED["wolverine"] | RESERVED["cloudevents"]), *(name for name, _ in not_attributes))
+            return self.pick(("", "\0", "a\0", *self.torn(), *of_wires, 5, b"h", None, object))
         name = self.pick(HEADER_NAMES) if self.rarely(700) else self.plain_text()
         return name if name and "\0" not in name else "h"
 
@@ -254,11 +267,19 @@ class Nasty:
             return None
         return self.octets() if roll < 0.3 else self.text()
 
+    def attribute(self) -> tuple[str, Any]:
+        if self.rarely(self.spoil):
+            return self.pick(not_attributes)
+        text = self.plain_text()
+        return self.pick(ATTRIBUTE_NAMES), self.pick((text, text.encode()))
+
     def headers(self) -> Any:
         if self.rarely(self.spoil):
             return self.pick((None, "ab", b"ab", 5, ["ab"], [("a",)], [("a", "b", "c")], [5], ["a", "b"]))
         count = self.pick((0, 1, 2, 3, 6)) if self.rarely(970) else self.pick((40, 1000))
         pairs: list[Any] = [(self.header_name(), self.header_value()) for _ in range(count)]
+        if count and self.rarely(300):
+            pairs[-1] = self.attribute()
         if count >= 40:
             pairs[1:] = pairs[1:2] * (count - 1)
         roll = self.random.random()

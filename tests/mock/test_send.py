@@ -158,6 +158,42 @@ WIRES: dict[str, list[Content]] = {
         ),
         (b"\xff\x00", None, [("why", b"gone")]),
     ],
+    "cloudevents": [
+        (
+            "schlüssel".encode(),
+            FULL_VALUE,
+            [
+                ("ce_specversion", b"1.0"),
+                ("ce_id", str(ID).encode()),
+                ("ce_source", b"shop"),
+                ("ce_type", b"order"),
+                ("ce_time", b"2026-11-23T09:16:45.123456Z"),
+                ("content-type", b"application/vnd.order+json"),
+                ("ce_correlationid", b"c-1"),
+                ("ce_conversationid", b"11111111-2222-3333-4444-555555555555"),
+                ("ce_parentid", b"p-1"),
+                ("ce_tenantid", b"t-1"),
+                ("ce_username", "müller".encode()),
+                ("ce_scheduledtime", b"2026-11-23T10:16:45.123456Z"),
+                ("ce_expirytime", b"9999-12-31T23:59:59.999999Z"),
+                ("ce_attempts", b"2"),
+                *FULL_USER_HEADERS,
+            ],
+        ),
+        (
+            None,
+            b"\x00",
+            [
+                ("ce_specversion", b"1.0"),
+                ("ce_id", str(ID).encode()),
+                ("ce_source", b"/producer"),
+                ("ce_type", b"bytes"),
+                ("ce_time", b"2026-11-23T09:16:45.123456Z"),
+                ("content-type", b"application/octet-stream"),
+            ],
+        ),
+        (b"\xff\x00", None, [("why", b"gone")]),
+    ],
     "raw": [
         ("schlüssel".encode(), FULL_VALUE, FULL_USER_HEADERS),
         (None, b"\x00", []),
@@ -171,7 +207,8 @@ WIRES: dict[str, list[Content]] = {
 def test_the_bytes_of_each_wire_format(
     cluster: MockCluster, wire: str, read: Callable[[str, str], list[Stored]]
 ) -> None:
-    report = send(cluster, [FULL, MINIMAL, GONE], wire=wire)
+    source = "/producer" if wire == "cloudevents" else None  # which is required there
+    report = send(cluster, [FULL, MINIMAL, GONE], wire=wire, source=source)
     records = read(cluster.bootstrap_servers, TOPIC)
     # What has no sent_at gets the time of the batch, as its timestamp.
     of_batch = datetime.fromtimestamp(0, timezone.utc) + timedelta(milliseconds=records[1].timestamp)
@@ -724,7 +761,9 @@ def test_the_size_limit_is_librdkafkas_to_the_byte(cluster: MockCluster, shape: 
     assert [wire_size(record) for record in stored(cluster)] == [LIMIT - 1, LIMIT, LIMIT, LIMIT]
 
 
-@pytest.mark.parametrize("wire", ["kbatch", "wolverine", Custom()], ids=["kbatch", "wolverine", "custom"])
+@pytest.mark.parametrize(
+    "wire", ["kbatch", "wolverine", "cloudevents", Custom()], ids=["kbatch", "wolverine", "cloudevents", "custom"]
+)
 def test_the_size_limit_counts_the_wire_formats_own_headers(cluster: MockCluster, wire: Any) -> None:
     def envelope(size: int) -> Envelope:
         if isinstance(wire, Custom):
@@ -917,6 +956,14 @@ def test_one_that_cannot_be_mapped_keeps_all_from_the_wire(
         ({"encoder": lambda m, c: c.headers.append(("x", 7)) or b""}, 0, "encoder headers['x']", "not int"),
         ({"encoder": lambda m, c: c.headers.append(("id", "7")) or b""}, 0, "encoder headers['id']", "is reserved"),
         ({"wire": "wolverine", "source": SURROGATE}, 0, "source", "source cannot be encoded as UTF-8"),
+        ({"wire": "cloudevents"}, 0, "source", "needs a source: give one to the envelope or to the producer"),
+        ({"wire": "cloudevents", "source": ""}, 0, "source", "source is empty"),
+        (
+            {"wire": "cloudevents", "source": "/", "header_hook": lambda: {"ce_trace-parent": "x"}},
+            0,
+            "header_hook['ce_trace-parent']",
+            "not an attribute of CloudEvents: it must be ce_ and then a-z and 0-9 only",
+        ),
     ],
     ids=str,
 )
@@ -983,7 +1030,7 @@ def leaks_of(step: Callable[[], object], watched: list[Any], repeat: int) -> tup
 
 
 @pytest.mark.parametrize("index", [0, 25, 49])
-@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "raw", "custom"])
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "cloudevents", "raw", "custom"])
 def test_the_error_path_leaks_nothing(kafka_cluster: MockCluster, wire: str, index: int) -> None:
     body, view, key, name, value, text = (
         b"body" * 100,
@@ -1022,7 +1069,8 @@ def test_the_error_path_leaks_nothing(kafka_cluster: MockCluster, wire: str, ind
     if wire == "custom":
         bad = [None, Envelope(Unwritable()), Envelope(1, topic=SURROGATE)]
     given = Wire() if wire == "custom" else wire
-    with make_producer(kafka_cluster, wire=given, encoder=encode, header_hook=lambda: hooked) as producer:
+    options = {"wire": given, "encoder": encode, "header_hook": lambda: hooked, "source": text}
+    with make_producer(kafka_cluster, **options) as producer:
 
         def step() -> None:
             for broken in bad:

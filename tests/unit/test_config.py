@@ -234,7 +234,7 @@ def test_a_callback_is_no_coroutine_function(key: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"wire": "xml"}, "wire must be one of kbatch, wolverine, raw .*, not 'xml'"),
+        ({"wire": "xml"}, "wire must be one of kbatch, wolverine, cloudevents, raw .*, not 'xml'"),
         ({"wire": 7}, r"wire must be a name or an object with a write\(\) method, not int"),
         ({"wire": None}, "wire must be a name or an object"),
         ({"encoder": "json"}, "encoder must be a msgspec encoder or callable, not str"),

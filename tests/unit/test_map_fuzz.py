@@ -10,7 +10,7 @@ from tests import mapping, strategies
 from tests.messages import ENCODERS
 from tests.reference import Setting, Spec, refused_arguments
 
-WIRES = ("kbatch", "wolverine", "raw")
+WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 SMALL = 20_000
 
 
@@ -79,7 +79,7 @@ def test_a_body_as_large_as_librdkafkas_queue(off):
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("headers", [[("h", None)], (("h", ""),), [("h", b""), ["i", ""]]])
 def test_100_000_headers(wire, headers):
-    setting = Setting(wire=wire)
+    setting = Setting(wire=wire, source="fleet-1")
     specs = [Spec({"data": b"x", "headers": headers * (strategies.MANY_HEADERS // len(headers))})] * 2
     with mapping.producer_of(setting) as producer:
         got = mapping.assert_agree(producer, "orders", specs, setting)
@@ -89,7 +89,7 @@ def test_100_000_headers(wire, headers):
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("position", [0, strategies.MANY_HEADERS // 2, strategies.MANY_HEADERS - 1])
 def test_a_bad_one_of_100_000_headers(wire, position):
-    setting = Setting(wire=wire)
+    setting = Setting(wire=wire, source="fleet-1")
     headers = [("h", None)] * strategies.MANY_HEADERS
     headers[position] = ("bad", 5)
     with mapping.producer_of(setting) as producer:

@@ -6,7 +6,15 @@ from collections import Counter
 import pytest
 
 from tests import mapping, vectors
-from tests.reference import KBATCH_NAMES, TEXT_FIELDS, TIME_FIELDS, WOLVERINE_NAMES, Record, map_one
+from tests.reference import (
+    CLOUDEVENTS_NAMES,
+    KBATCH_NAMES,
+    TEXT_FIELDS,
+    TIME_FIELDS,
+    WOLVERINE_NAMES,
+    Record,
+    map_one,
+)
 
 VECTORS = vectors.load()
 every_vector = pytest.mark.parametrize("vector", VECTORS, ids=[vector.name for vector in VECTORS])
@@ -16,8 +24,12 @@ def test_the_vectors_cover_the_wire_formats():
     assert len(VECTORS) >= 40
     assert [name for name, count in Counter(vector.name for vector in VECTORS).items() if count > 1] == []
     mapped = [vector for vector in VECTORS if isinstance(vector.expected, Record)]
-    assert {vector.setting.wire for vector in mapped} == {"kbatch", "wolverine", "raw"}
-    for wire, names in (("kbatch", KBATCH_NAMES), ("wolverine", WOLVERINE_NAMES)):
+    assert {vector.setting.wire for vector in mapped} == {"kbatch", "wolverine", "cloudevents", "raw"}
+    for wire, names in (
+        ("kbatch", KBATCH_NAMES),
+        ("wolverine", WOLVERINE_NAMES),
+        ("cloudevents", CLOUDEVENTS_NAMES),
+    ):
         of_wire = [vector for vector in mapped if vector.setting.wire == wire]
         written = {name for vector in of_wire for name, _ in vector.expected.headers}
         assert set(names) <= written
@@ -54,7 +66,8 @@ def _timeless(record, vector):
         record = record._replace(timestamp=0)
     if given.get("sent_at") is None and vector.setting.wire != "raw":
         headers = [
-            (name, re.sub(rb"\d", b"0", value) if name == "sent-at" else value) for name, value in record.headers
+            (name, re.sub(rb"\d", b"0", value) if name in ("sent-at", "ce_time") else value)
+            for name, value in record.headers
         ]
         record = record._replace(headers=headers)
     return record

@@ -77,7 +77,7 @@ def produce(
     rejects: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Where lines go that are bad or not acknowledged.")
     ] = None,
-    wire: Annotated[str, typer.Option(help="The headers: kbatch, wolverine, or raw for none.")] = "kbatch",
+    wire: Annotated[str, typer.Option(help="The headers: kbatch, wolverine, cloudevents, or raw for none.")] = "kbatch",
     message_type: Annotated[str | None, typer.Option(help="The message-type header of every line.")] = None,
     source: Annotated[str | None, typer.Option(help="The source header of every line.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Lines in a batch.")] = 1_000,

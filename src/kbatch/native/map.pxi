@@ -6,6 +6,7 @@ cdef enum Wire:
     WIRE_WOLVERINE = 1
     WIRE_RAW = 2
     WIRE_CUSTOM = 3
+    WIRE_CLOUDEVENTS = 4
 
 cdef enum:
     MESSAGE_OVERHEAD = 36  # RD_KAFKAP_MESSAGE_V2_MAX_OVERHEAD of librdkafka
@@ -44,6 +45,11 @@ cdef frozenset KBATCH_HEADERS = frozenset((
     "id", "message-type", "content-type", "sent-at", "correlation-id", "conversation-id", "parent-id", "source",
     "tenant-id", "user-name", "time-to-send", "deliver-by", "attempts"))
 cdef frozenset WOLVERINE_HEADERS = KBATCH_HEADERS | {"wolverine-protocol-version"}
+# The last two have another place in Kafka: the value, and content-type.
+cdef frozenset CLOUDEVENTS_HEADERS = frozenset((
+    "ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "content-type", "ce_correlationid",
+    "ce_conversationid", "ce_parentid", "ce_tenantid", "ce_username", "ce_scheduledtime", "ce_expirytime",
+    "ce_attempts", "ce_data", "ce_datacontenttype"))
 
 
 cdef inline void _put(Cursor *at, const char *name, int32_t name_len, const char *value, int32_t code,
@@ -55,6 +61,31 @@ cdef inline void _put(Cursor *at, const char *name, int32_t name_len, const char
     at.next.value_len = code
     at.next += 1
     at.wire_size += name_len + value_len + kb_varint_length(name_len) + kb_varint_length(value_len)
+
+
+cdef bint _is_attribute(const char *name, Py_ssize_t length) noexcept nogil:
+    # Whether a reader of CloudEvents takes a header for an attribute. Some ignore the case of names.
+    cdef const char *content_type = b"content-type"
+    cdef Py_ssize_t i
+    if length >= 3 and (name[0] | 32) == c'c' and (name[1] | 32) == c'e' and name[2] == c'_':
+        return True
+    if length != 12:
+        return False
+    for i in range(12):
+        if name[i] != content_type[i] and (i == 7 or (name[i] | 32) != content_type[i]):  # 7: the dash
+            return False
+    return True
+
+
+cdef bint _is_attribute_name(const char *name, Py_ssize_t length) noexcept nogil:
+    # ce_ and what CloudEvents allows in the name of an attribute.
+    cdef Py_ssize_t i
+    if length < 4 or name[0] != c'c' or name[1] != c'e' or name[2] != c'_':
+        return False
+    for i in range(3, length):
+        if not (c'a' <= name[i] <= c'z' or c'0' <= name[i] <= c'9'):
+            return False
+    return True
 
 
 cdef str _shown(object value):
@@ -90,6 +121,8 @@ cdef class Mapper:
             self.wire, self.reserved = WIRE_KBATCH, KBATCH_HEADERS
         elif wire == "wolverine":
             self.wire, self.reserved = WIRE_WOLVERINE, WOLVERINE_HEADERS
+        elif wire == "cloudevents":
+            self.wire, self.reserved = WIRE_CLOUDEVENTS, CLOUDEVENTS_HEADERS
         elif wire == "raw":
             self.wire, self.reserved = WIRE_RAW, frozenset()
         else:
@@ -168,6 +201,31 @@ cdef class _Mapping:
         _put(at, name, name_len, p, <int32_t> length, length)
         return 0
 
+    cdef int _put_attribute(self, Cursor *at, const char *name, int32_t name_len, object value,
+                            str field) except -1:
+        # One of CloudEvents that may not be empty.
+        if value is not None and isinstance(value, str) and not <str> value:
+            raise self._error(field, f"{field} is empty, which the cloudevents format does not allow")
+        return self._put_text(at, name, name_len, value, field)
+
+    cdef int _check_attribute(self, str where, object name, const char *name_p, Py_ssize_t name_len,
+                              object value) except -1:
+        # A user's header that readers of CloudEvents take for an attribute.
+        cdef str field = f"{where}[{name!r}]"
+        if not _is_attribute_name(name_p, name_len):
+            raise self._error(
+                field,
+                f"header {_shown(name)} is not an attribute of CloudEvents: it must be ce_ and then a-z and 0-9 only")
+        if value is None:
+            raise self._error(field, f"header {name!r} is an attribute of CloudEvents: it must be text, not None")
+        if isinstance(value, bytes):
+            try:
+                (<bytes> value).decode()
+            except UnicodeDecodeError as error:
+                raise self._error(
+                    field, f"header {name!r} is an attribute of CloudEvents: its bytes must be UTF-8") from error
+        return 0
+
     cdef int _put_headers(self, Cursor *at, tuple pairs, str where) except -1:
         cdef object name, value, pair
         cdef Py_ssize_t name_len, value_len
@@ -190,6 +248,8 @@ cdef class _Mapping:
             if self.mapper.reserved and name in self.mapper.reserved:
                 raise self._error(
                     f"{where}[{name!r}]", f"header {name!r} is reserved: the wire format writes it itself")
+            if self.mapper.wire == WIRE_CLOUDEVENTS and _is_attribute(name_p, name_len):
+                self._check_attribute(where, name, name_p, name_len, value)
             if type(value) is bytes or isinstance(value, bytes):
                 value_p = PyBytes_AS_STRING(value)
                 value_len = PyBytes_GET_SIZE(value)
@@ -376,14 +436,14 @@ cdef class _Mapping:
             else:
                 _put(at, name, name_len, <const char *> us, VALUE_TIME_KBATCH, TIME_TEXT_KBATCH)
 
-    cdef inline void _put_sent_at(self, Cursor *at) noexcept:
+    cdef inline void _put_sent_at(self, Cursor *at, const char *name, int32_t name_len) noexcept:
         # The batch's own time is written once per batch.
         if self.envelope._sent_at != NO_TIME:
-            self._put_time(at, b"sent-at", 7, &self.envelope._sent_at)
+            self._put_time(at, name, name_len, &self.envelope._sent_at)
         elif self.mapper.wire == WIRE_WOLVERINE:
-            _put(at, b"sent-at", 7, self.batch.sent_at, TIME_TEXT_WOLVERINE, TIME_TEXT_WOLVERINE)
+            _put(at, name, name_len, self.batch.sent_at, TIME_TEXT_WOLVERINE, TIME_TEXT_WOLVERINE)
         else:
-            _put(at, b"sent-at", 7, self.batch.sent_at, TIME_TEXT_KBATCH, TIME_TEXT_KBATCH)
+            _put(at, name, name_len, self.batch.sent_at, TIME_TEXT_KBATCH, TIME_TEXT_KBATCH)
 
     # -- wire formats; the header names are those of DESIGN.md, "Wire formats"
 
@@ -391,11 +451,11 @@ cdef class _Mapping:
         cdef Envelope e = self.envelope
         _put(at, b"id", 2, <const char *> e._id, VALUE_UUID, UUID_TEXT)
         if e._kind == BODY_TOMBSTONE:
-            self._put_sent_at(at)
+            self._put_sent_at(at, b"sent-at", 7)
             return 0
         self._put_text(at, b"message-type", 12, self._type_name(), "message_type")
         self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
-        self._put_sent_at(at)
+        self._put_sent_at(at, b"sent-at", 7)
         self._put_text(at, b"correlation-id", 14, e._correlation_id, "correlation_id")
         self._put_text(at, b"conversation-id", 15, e._conversation_id, "conversation_id")
         self._put_text(at, b"parent-id", 9, e._parent_id, "parent_id")
@@ -418,13 +478,41 @@ cdef class _Mapping:
         self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
         self._put_text(at, b"source", 6, self._source(), "source")
         self._put_time(at, b"time-to-send", 12, &e._scheduled_time)
-        self._put_sent_at(at)
+        self._put_sent_at(at, b"sent-at", 7)
         self._put_text(at, b"message-type", 12, self._type_name(), "message_type")
         self._put_text(at, b"tenant-id", 9, e._tenant_id, "tenant_id")
         self._put_text(at, b"user-name", 9, e._user_name, "user_name")
         self._put_time(at, b"deliver-by", 10, &e._deliver_by)
         _put(at, b"attempts", 8, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
         _put(at, b"wolverine-protocol-version", 26, b"1.0", 3, 3)
+        return 0
+
+    cdef int _put_cloudevents(self, Cursor *at) except -1:
+        # CloudEvents 1.0, Kafka protocol binding, binary content mode. A tombstone is no event: it has no type.
+        cdef Envelope e = self.envelope
+        cdef object source
+        if e._kind == BODY_TOMBSTONE:
+            return 0
+        source = self._source()
+        if source is None:
+            raise self._error(
+                "source", "the cloudevents format needs a source: give one to the envelope or to the producer "
+                "(source=…)")
+        _put(at, b"ce_specversion", 14, b"1.0", 3, 3)
+        _put(at, b"ce_id", 5, <const char *> e._id, VALUE_UUID, UUID_TEXT)
+        self._put_attribute(at, b"ce_source", 9, source, "source")
+        self._put_attribute(at, b"ce_type", 7, self._type_name(), "message_type")
+        self._put_sent_at(at, b"ce_time", 7)
+        self._put_attribute(at, b"content-type", 12, self._content_type(), "content_type")
+        self._put_attribute(at, b"ce_correlationid", 16, e._correlation_id, "correlation_id")
+        self._put_text(at, b"ce_conversationid", 17, e._conversation_id, "conversation_id")
+        self._put_text(at, b"ce_parentid", 11, e._parent_id, "parent_id")
+        self._put_text(at, b"ce_tenantid", 11, e._tenant_id, "tenant_id")
+        self._put_text(at, b"ce_username", 11, e._user_name, "user_name")
+        self._put_time(at, b"ce_scheduledtime", 16, &e._scheduled_time)
+        self._put_time(at, b"ce_expirytime", 13, &e._deliver_by)
+        if e._attempts > 0:
+            _put(at, b"ce_attempts", 11, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
         return 0
 
     cdef int _put_guid(self, Cursor *at, object text) except -1:
@@ -483,6 +571,8 @@ cdef class _Mapping:
         at.wire_size = 0
         if self.mapper.wire == WIRE_KBATCH:
             self._put_kbatch(&at)
+        elif self.mapper.wire == WIRE_CLOUDEVENTS:
+            self._put_cloudevents(&at)
         if self.extra_headers is not None:
             self._put_headers(&at, self.extra_headers, "encoder headers")
         if self.hook_headers:
