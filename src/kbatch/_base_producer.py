@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import inspect
 import os
 import sys
 import threading
@@ -164,6 +165,10 @@ def _check_arguments(
         and not callable(encoder)
     ):
         raise ConfigError(f"encoder must be a msgspec encoder or callable, not {type(encoder).__name__}")
+    if callable(encoder) and (
+        inspect.iscoroutinefunction(encoder) or inspect.iscoroutinefunction(type(encoder).__call__)
+    ):
+        raise ConfigError("encoder must not be a coroutine function: mapping awaits nothing")
     if source is not None and not isinstance(source, str):
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None and not callable(header_hook):

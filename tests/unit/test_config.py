@@ -231,6 +231,17 @@ def test_a_callback_is_no_coroutine_function(key: str, kind: str) -> None:
     assert str(error) == f"{key} must not be a coroutine function: it is called on a thread of the producer"
 
 
+async def encode_later(message: object, context: object) -> bytes:
+    raise AssertionError
+
+
+class Later:
+    """An object that is called like a coroutine function."""
+
+    async def __call__(self, message: object, context: object) -> bytes:
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -238,6 +249,8 @@ def test_a_callback_is_no_coroutine_function(key: str, kind: str) -> None:
         ({"wire": 7}, r"wire must be a name or an object with a write\(\) method, not int"),
         ({"wire": None}, "wire must be a name or an object"),
         ({"encoder": "json"}, "encoder must be a msgspec encoder or callable, not str"),
+        ({"encoder": encode_later}, "encoder must not be a coroutine function"),
+        ({"encoder": Later()}, "encoder must not be a coroutine function"),
         ({"source": b"shop"}, "source must be str, not bytes"),
         ({"header_hook": {}}, "header_hook must be callable, not dict"),
         ({"close_timeout": -1}, "close_timeout must be seconds, 0 or more, not -1"),

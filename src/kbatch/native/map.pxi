@@ -404,6 +404,11 @@ cdef class _Mapping:
             record.value = NULL
             record.value_len = 0
             return 0
+        if hasattr(type(encoded), "__await__"):
+            if hasattr(encoded, "close"):
+                encoded.close()  # else Python warns of a coroutine that was never awaited
+            raise self._error(
+                "message", "the encoder is asynchronous, and mapping awaits nothing: use one that returns bytes")
         if not PyObject_CheckBuffer(encoded):
             raise self._error("message", f"the encoder must return bytes, not {type(encoded).__name__}")
         return self._append(record, encoded)
