@@ -15,6 +15,7 @@ from kbatch._errors import (
     BatchTimedOut,
     ConfigError,
     DeliveryError,
+    DeserializationError,
     ForkError,
     KbatchError,
     ProducerClosedError,
@@ -29,11 +30,12 @@ from kbatch._fastmap import Envelope, Tombstone, uuid7
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._read import read_envelope
 from kbatch._report import DeliveryReport
 from kbatch._sender import KafkaSender
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__
-from kbatch._wire import WireFormat
+from kbatch._wire import ConsumedRecord, WireFormat, WireReader
 
 __all__ = [
     "BatchError",
@@ -41,8 +43,10 @@ __all__ = [
     "BatchPending",
     "BatchTimedOut",
     "ConfigError",
+    "ConsumedRecord",
     "DeliveryError",
     "DeliveryReport",
+    "DeserializationError",
     "Envelope",
     "ForkError",
     "KafkaSender",
@@ -62,7 +66,9 @@ __all__ = [
     "TopicDoesNotExist",
     "UndeliveredError",
     "WireFormat",
+    "WireReader",
     "__version__",
     "librdkafka_version",
+    "read_envelope",
     "uuid7",
 ]

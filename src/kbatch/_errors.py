@@ -3,6 +3,7 @@
     KbatchError
      ├─ ConfigError               a producer's configuration (also a ValueError)
      ├─ SerializationError        phase 1: an envelope cannot be mapped; nothing was sent (also a ValueError)
+     ├─ DeserializationError      a consumed record is no envelope (also a ValueError)
      ├─ DeliveryError             the outcome of one envelope that was not acknowledged
      ├─ BatchError                the outcome of a batch; carries the report
      │   ├─ BatchTimedOut         every failure is a timeout
@@ -37,6 +38,7 @@ __all__ = [
     "BatchTimedOut",
     "ConfigError",
     "DeliveryError",
+    "DeserializationError",
     "ForkError",
     "KbatchError",
     "ProducerClosedError",
@@ -100,6 +102,26 @@ class SerializationError(KbatchError, ValueError):
         self.index = index
         self.envelope_id = envelope_id
         self.field = field
+
+
+class DeserializationError(KbatchError, ValueError):
+    """A consumed record could not be read as an envelope.
+
+    Attributes:
+        reason: What is wrong, without the place.
+        topic, partition, offset: Which record it is, as far as is known.
+        header: The header that is wrong; ``None`` if it is something else.
+    """
+
+    def __init__(
+        self, reason: str, *, topic: str | None, partition: int | None, offset: int | None, header: str | None
+    ) -> None:
+        super().__init__(f"record {topic} [{partition}] at offset {offset}: {reason}")
+        self.reason = reason
+        self.topic = topic
+        self.partition = partition
+        self.offset = offset
+        self.header = header
 
 
 # Codes after which the same message may well be accepted later, as the Kafka protocol and librdkafka mark them.

@@ -54,6 +54,7 @@ def test_each_error_is_exported_and_no_other() -> None:
     [
         (kbatch.ConfigError, ValueError),
         (kbatch.SerializationError, ValueError),
+        (kbatch.DeserializationError, ValueError),
         (kbatch.BatchPending, TimeoutError),
     ],
 )
@@ -79,6 +80,7 @@ ERRORS = [
     kbatch.ConfigError("linger.ms: bad"),
     kbatch.SerializationError("x", index=3, envelope_id=ID, field="key"),
     kbatch.SerializationError("x", index=None, envelope_id=None, field="header_hook"),
+    kbatch.DeserializationError("x", topic="orders", partition=3, offset=17, header="id"),
     with_report(kbatch.SerializationError("x", index=1, envelope_id=ID, field="headers['x']")),
     kbatch.DeliveryError(-192, possibly_persisted=True),
     kbatch.DeliveryError(45, possibly_persisted=False),

@@ -21,7 +21,7 @@ LAYERS = [
     {"_errors"},
     {"_fastmap"},
     {"_report", "_wire", "_config"},
-    {"_pending", "_events"},
+    {"_pending", "_events", "_read"},
     {"_base_producer"},
     {"_producer", "_contract"},
     {"_sender"},
@@ -42,10 +42,11 @@ def run(code: str) -> str:
 # -- names
 
 PUBLIC = """
-    BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError DeliveryError DeliveryReport Envelope ForkError
-    KafkaSender KbatchError OutgoingBatch PendingBatch Producer ProducerClosedError ProducerError ProducerFatalError
-    SenderCallback SenderProtocol SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError
-    WireFormat __version__ librdkafka_version uuid7
+    BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError ConsumedRecord DeliveryError DeliveryReport
+    DeserializationError Envelope ForkError KafkaSender KbatchError OutgoingBatch PendingBatch Producer
+    ProducerClosedError ProducerError ProducerFatalError SenderCallback SenderProtocol SerializationContext
+    SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader __version__ librdkafka_version
+    read_envelope uuid7
 """
 
 
