@@ -7,6 +7,7 @@ from statistics import median
 from benchmarks.data import HEADER_COUNTS
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
 from benchmarks.recovery import Outages, recoveries
+from benchmarks.serializers import serializers
 from benchmarks.sides.base import Result
 from benchmarks.turns import Contender, Effort, Score, pairs, take_turns
 from benchmarks.verify import same_bytes
@@ -381,6 +382,7 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "asyncio": loop_pauses,
     "gil": gil,
     "values": plain_values,
+    "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
     "memory": memory,
     "aiokafka": aiokafka,
 }
