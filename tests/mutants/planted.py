@@ -49,6 +49,21 @@ MUTANTS = (
         "if outcome.batch == run:\n                run_count += 1",
         "if outcome.batch == run:\n                run_count += 2 if run_count == 1 else 1",
     ),
+    # -- headers
+    Mutant(
+        "a header of the encoder's goes with the next envelope, too",
+        MAP,
+        "        self.extra_headers = None\n",
+        "        pass\n",
+        "tests/mock/test_serializers.py",
+    ),
+    Mutant(
+        "a user's header may take the name of an attribute that the format writes",
+        MAP,
+        "self.wire, self.reserved = WIRE_CLOUDEVENTS, CLOUDEVENTS_HEADERS",
+        "self.wire, self.reserved = WIRE_CLOUDEVENTS, KBATCH_HEADERS",
+        "tests/unit/test_vectors.py",
+    ),
     # -- enqueueing
     Mutant(
         "a record is dropped when librdkafka's queue is full",
