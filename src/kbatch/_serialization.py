@@ -9,7 +9,9 @@ class SerializationContext:
     """The second argument of a callable encoder.
 
     It has the attributes of confluent-kafka's class of the same name, so that its Avro, Protobuf and JSON Schema
-    serializers can be used as encoders.
+    serializers are encoders as they are, whether the schema id goes in the payload or in a header. Its asynchronous
+    serializers are refused, for mapping awaits nothing; a serializer that asks the registry holds its caller up, an
+    event loop too. Keys are not encoded: call a serializer for them yourself and give its headers to the envelope.
 
     Attributes:
         topic: The topic of the envelope, or of its batch.
