@@ -177,12 +177,29 @@ def refused(world: World) -> Step:
         Envelope(data=b"x" * 1_100_000),
         Envelope(1, conversation_id="conv", key="k"),
     ]
+    return _refused(world, bad, wire="wolverine")
+
+
+def refused_events(world: World) -> Step:
+    """The same for CloudEvents."""
+    bad = [
+        Envelope(1, source=""),
+        Envelope(1, source="\ud800"),
+        Envelope(1, headers={"ce_größe": "x"}),
+        Envelope(1, headers={"ce_x": None}),
+        Envelope(1, headers={"ce_x": b"\xff"}),
+        Envelope(1, headers={"ce_id": "x"}),
+    ]
+    return _refused(world, bad, wire="cloudevents", source="/shop")
+
+
+def _refused(world: World, bad: list[Any], **options: Any) -> Step:
     turn = 0
 
     def step(attempt: Attempt) -> None:
         nonlocal turn
         turn += 1
-        producer = world.producer(wire="wolverine")
+        producer = world.producer(**options)
         batch = [*envelopes()[:2], bad[turn % len(bad)]]
         pending = PendingBatch(producer._core)
         got = checked(attempt(lambda: producer._core.map(pending, TOPIC, batch)), kbatch.SerializationError)
@@ -658,10 +675,12 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "making": making,
     "mapping kbatch": mapping(source="söurce", header_hook=lambda: {"hööked": "1"}),
     "mapping wolverine": mapping(wire="wolverine"),
+    "mapping cloudevents": mapping(wire="cloudevents", source="/söurce", header_hook=lambda: {"ce_hooked": b"1"}),
     "mapping raw": mapping(wire="raw", encoder=msgspec.msgpack.Encoder()),
     "mapping by an encoder": mapping(encoder=encode),
     "mapping by a custom wire": mapping(wire=Wire()),
     "refused": refused,
+    "refused events": refused_events,
     "sending": sending,
     "sending fresh": sending_fresh,
     "making and closing": making_and_closing,

@@ -15,10 +15,12 @@ from .scenarios import SCENARIOS, TOPIC, World
 ALLOCATIONS = {
     "mapping kbatch": 8,
     "mapping wolverine": 8,
+    "mapping cloudevents": 8,
     "mapping raw": 8,
     "mapping by an encoder": 8,
     "mapping by a custom wire": 8,
     "refused": 4,
+    "refused events": 4,
     "sending": 1,
     "sending fresh": 6,
     "making and closing": 3,

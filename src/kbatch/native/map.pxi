@@ -222,6 +222,8 @@ cdef class _Mapping:
             try:
                 (<bytes> value).decode()
             except UnicodeDecodeError as error:
+                if not isinstance(error, UnicodeDecodeError):
+                    raise  # as in _not_utf8
                 raise self._error(
                     field, f"header {name!r} is an attribute of CloudEvents: its bytes must be UTF-8") from error
         return 0
