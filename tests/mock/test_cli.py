@@ -435,6 +435,7 @@ def test_wrong_settings(lines_file, servers):
     )
     assert_one_line(run_here(*produce, KBATCH_SASL_PASWORD="x"), 2, "(from KBATCH_SASL_PASWORD)")
     assert_one_line(run_here(*produce, "--wire", "morse"), 2, "wire must be one of")
+    assert_one_line(run_here(*produce, "--wire", "cloudevents"), 2, "--wire cloudevents needs --source")
     assert_one_line(run_here(*produce, "-t", ""), 2, "--topic must not be empty")
     config = lines_file("# a comment\n\nlinger.ms = 5\nacks\n", "settings")
     assert_one_line(run_here(*produce, "--config", config), 2, f"{config}, line 4: expected key=value")

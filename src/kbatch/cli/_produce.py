@@ -341,6 +341,8 @@ def produce(job: Job, screen: Screen) -> int:
     """Runs the job and returns the exit status: 0 only if every line was acknowledged."""
     if not job.topic:
         raise Failure("--topic must not be empty", USAGE)
+    if job.wire == "cloudevents" and not job.source:
+        raise Failure("--wire cloudevents needs --source", USAGE)
     with contextlib.ExitStack() as stack:
         source = LineSource(job.input, _max_line(job.settings))
         stack.callback(source.close)
