@@ -20,7 +20,7 @@ STAMPS := $(VENV)/.kbatch
 JOBS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 
 CYTHON_SOURCES := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi')
-PYTHON_SOURCES := setup.py src $(wildcard tests benchmarks examples)
+PYTHON_SOURCES := setup.py src $(wildcard tests benchmarks examples tools)
 C_SOURCES := $(shell find src -name '*.h')
 # Cython's and setuptools' own time stamps do not see a change of these.
 FORCING := $(C_SOURCES) setup.py
@@ -110,7 +110,7 @@ format: build $(STAMPS)/lint-group ## Let ruff mend what it can
 
 .PHONY: types
 types: build $(STAMPS)/lint-group $(STAMPS)/test-group $(STAMPS)/bench-group ## mypy --strict: package, benchmarks, tests/typing
-	$(BIN)/mypy --strict src/kbatch benchmarks $(wildcard tests/typing/*.py)
+	$(BIN)/mypy --strict src/kbatch benchmarks tools $(wildcard tests/typing/*.py)
 
 .PHONY: stubtest
 stubtest: build $(STAMPS)/lint-group $(STAMPS)/test-group ## The .pyi files against the compiled modules
@@ -179,14 +179,8 @@ fuzz: build $(STAMPS)/test-group ## Compare nasty envelopes with the reference: 
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 .PHONY: wheel
-wheel: build $(STAMPS)/build-group ## Build sdist and wheel, install the wheel in a clean environment, import it
-	rm -rf dist build/wheel-venv
-	$(BIN)/python -m build
-	$(BIN)/python -m twine check --strict dist/*
-	$(PYTHON) -m venv build/wheel-venv
-	build/wheel-venv/bin/python -m pip install --quiet "$$(echo dist/*.whl)[cli]"
-	cd build/wheel-venv && bin/python -c 'import kbatch, kbatch.testing; print("kbatch", kbatch.__version__, "from", kbatch.__file__)'
-	build/wheel-venv/bin/kbatch --help >build/wheel-venv/help.txt
+wheel: $(STAMPS)/build-group ## sdist and wheels of each CPython here, checked, installed, tested (20 minutes; ARGS="--tests unit": 3)
+	$(BIN)/python -m tools.wheels $(ARGS)
 
 .PHONY: clean
 clean: ## Remove everything that was made
@@ -194,4 +188,4 @@ clean: ## Remove everything that was made
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .benchmarks benchmarks/build
 	rm -f src/kbatch/*.so src/kbatch/*.c src/kbatch/*.html
 	rm -f src/kbatch/testing/*.so src/kbatch/testing/*.c src/kbatch/testing/*.html
-	find $(wildcard src tests benchmarks) -name __pycache__ -prune -exec rm -rf {} +
+	find $(wildcard src tests benchmarks tools) -name __pycache__ -prune -exec rm -rf {} +

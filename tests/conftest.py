@@ -3,6 +3,7 @@
 import ctypes
 import importlib.machinery
 import os
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,31 @@ def _refuse_what_is_not_built() -> None:
 
 _refuse_what_is_not_built()
 
+HERE = Path(__file__).parent
+IN_CHECKOUT = (HERE.parent / "src").exists()
+# What tests files that no wheel holds: the sources, the project's own files and programs.
+NEED_THE_CHECKOUT = ["unit/test_binding.py", "unit/test_mutants.py", "unit/test_project.py"]
+
+
+def _refuse_another_package() -> None:
+    """Away from the checkout, only what is installed in this environment is tested."""
+    package = Path(_fastmap.__file__).parent
+    if not IN_CHECKOUT and package.parent != Path(sysconfig.get_path("platlib")):
+        pytest.exit(f"these tests are for an installed package, but kbatch is imported from {package}", returncode=3)
+
+
+_refuse_another_package()
+
+
+def pytest_report_header() -> list[str]:
+    left_out = "" if IN_CHECKOUT else f"; without a checkout, left out: {', '.join(NEED_THE_CHECKOUT)}"
+    return [f"kbatch: {Path(_fastmap.__file__).parent}{left_out}"]
+
+
 # Only a debug build can let its allocations fail: `make memory`.
 collect_ignore = [] if hasattr(ctypes.PyDLL(_fastmap.__file__), "kb_fail_allocation") and not SLOW_BUILD else ["memory"]
+if not IN_CHECKOUT:
+    collect_ignore += NEED_THE_CHECKOUT
 
 
 @pytest.fixture(autouse=True)

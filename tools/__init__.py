@@ -1,0 +1,1 @@
+"""Programs for those who build and publish kbatch. Not part of the package."""
