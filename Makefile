@@ -95,6 +95,11 @@ bench-instructions: build $(STAMPS)/bench-group ## Count instructions per envelo
 bench-micro: build $(STAMPS)/bench-group ## pytest-benchmark, for work on one part
 	$(BIN)/python -m pytest benchmarks/micro $(ARGS)
 
+BASE ?= HEAD~1
+.PHONY: bench-compare
+bench-compare: build $(STAMPS)/bench-group ## Fail if BASE=HEAD~1 was faster by more than 15 %, as a ratio to the C loop
+	$(BIN)/python -m benchmarks.compare --base $(BASE) $(ARGS)
+
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 .PHONY: lint

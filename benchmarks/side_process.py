@@ -79,6 +79,8 @@ class Side:
             return self.final
         self._process.stdin.close()
         self.final = self._read(dict[str, Any])
+        assert self._process.stdout is not None
+        self._process.stdout.close()
         if status := self._process.wait():
             raise RuntimeError(f"{self.name} ended with status {status}")
         return self.final

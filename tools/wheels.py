@@ -42,7 +42,8 @@ PROBE = """
 import importlib.util, json, os, platform, sys, sysconfig
 print(json.dumps({
     "version": sys.version_info[:3], "final": sys.version_info.releaselevel == "final",
-    "implementation": platform.python_implementation(), "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "implementation": platform.python_implementation(),
+    "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "suffix": sysconfig.get_config_var("EXT_SUFFIX"),
     "headers": os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")),
     "ensurepip": all(importlib.util.find_spec(name) for name in ("ensurepip", "venv")),
@@ -251,8 +252,7 @@ def build_sdist(version: str) -> Path:
 def package_files(sdist: Path, version: str) -> list[str]:
     prefix = f"kbatch_kafka-{version}/src/"
     with tarfile.open(sdist) as archive:
-        names = [member.name.removeprefix(prefix) for member in archive if member.name.startswith(f"{prefix}kbatch/")]
-    return names
+        return [member.name.removeprefix(prefix) for member in archive if member.name.startswith(f"{prefix}kbatch/")]
 
 
 def build_wheel(interpreter: Interpreter, sdist: Path, folder: Path, version: str) -> Path:
@@ -317,7 +317,7 @@ def run_tests(interpreter: Interpreter, folder: Path, tests: str) -> str:
         else:
             shutil.copy2(source, copy / name)
     python = python_of(folder / "environment")
-    command = [python, "-m", "pytest", "-p", "no:cacheprovider", *TESTS[tests]]
+    command: list[str | Path] = [python, "-m", "pytest", "-p", "no:cacheprovider", *TESTS[tests]]
     variables = environment(interpreter)
     if tests == "unit":  # the quick run; `make test` has looked longer
         variables.setdefault("HYPOTHESIS_PROFILE", "quick")
@@ -378,16 +378,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shutil.rmtree(DIST, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="kbatch-wheels-") as name:
         work = Path(name)
-        try:
-            sdist = build_sdist(version)
-        except CheckError as error:
-            say("sdist", f"FAILED: {error}")
-            return 1
+        sdist = build_sdist(version)
         wheels = for_each(usable, options.jobs, lambda one: build_and_install(one, sdist, work, version, options.tests))
         if wheels:
-            call(
-                [sys.executable, "-m", "twine", "check", "--strict", sdist, *wheels.values()], ROOT, TIMEOUT_S["build"]
-            )
+            twine = [sys.executable, "-m", "twine", "check", "--strict"]
+            call([*twine, sdist, *wheels.values()], ROOT, TIMEOUT_S["build"])
         good = {one.tag for one in usable if one.tag in wheels}
         if options.tests != "none":
             jobs = options.jobs if options.tests == "unit" else 1
@@ -401,4 +396,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except CheckError as error:
+        sys.exit(str(error))

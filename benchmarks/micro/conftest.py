@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,11 @@ from benchmarks.broker import Broker
 from benchmarks.data import kbatch_envelopes
 
 BATCH = 1_000
+
+
+def pytest_benchmark_update_json(output_json: dict[str, Any]) -> None:
+    """Says in the results which kbatch was measured."""
+    output_json["kbatch"] = {"folder": str(Path(kbatch.__file__).parent), "librdkafka": kbatch.librdkafka_version}
 
 
 @pytest.fixture(scope="session", params=(0, 8, 15))

@@ -3,10 +3,13 @@
 import uuid
 from typing import Any
 
+import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import kbatch
 from benchmarks.data import CONTENT_TYPE, MESSAGE_TYPE, SOURCE, PlainEnvelope, orders
+
+pytestmark = pytest.mark.benchmark(group="computing")
 
 ORDER = next(orders(1))
 
@@ -47,6 +50,7 @@ def test_replace(benchmark: BenchmarkFixture) -> None:
     benchmark(lambda: envelope.replace(attempts=1))
 
 
+@pytest.mark.benchmark(group="for comparison")
 def test_plain_python_envelope(benchmark: BenchmarkFixture) -> None:
     """A dataclass with slots and an id from `uuid.uuid4`."""
     message, key = ORDER.message, ORDER.key
@@ -57,6 +61,7 @@ def test_uuid7(benchmark: BenchmarkFixture) -> None:
     benchmark(kbatch.uuid7)
 
 
+@pytest.mark.benchmark(group="for comparison")
 def test_uuid4_of_the_standard_library(benchmark: BenchmarkFixture) -> None:
     benchmark(uuid.uuid4)
 

@@ -12,6 +12,8 @@ import kbatch
 from benchmarks.data import format_time, header_pairs, orders
 from benchmarks.micro.conftest import BATCH
 
+pytestmark = pytest.mark.benchmark(group="computing")
+
 Envelopes = list[kbatch.Envelope[Any]]
 
 
@@ -39,6 +41,7 @@ def test_map_raw(benchmark: BenchmarkFixture) -> None:
     benchmark(mapper("raw"), [kbatch.Envelope(data=b"x" * 100) for _ in range(BATCH)])
 
 
+@pytest.mark.benchmark(group="for comparison")
 def test_the_same_in_python(benchmark: BenchmarkFixture, headers: int) -> None:
     """What the mapping alone costs in Python, before `produce` is called."""
     plain = list(orders(BATCH, headers))
@@ -54,6 +57,7 @@ def test_the_same_in_python(benchmark: BenchmarkFixture, headers: int) -> None:
     benchmark(map_once)
 
 
+@pytest.mark.benchmark(group="for comparison")
 def test_encoding_alone(benchmark: BenchmarkFixture) -> None:
     """msgspec's part of it."""
     messages = [envelope.message for envelope in orders(BATCH)]

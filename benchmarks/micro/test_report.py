@@ -1,8 +1,11 @@
 """Reading the report of 10,000 envelopes."""
 
+import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import kbatch
+
+pytestmark = pytest.mark.benchmark(group="computing")
 
 
 def fresh(report: kbatch.DeliveryReport) -> kbatch.DeliveryReport:
