@@ -52,7 +52,10 @@ static inline void kb_prefetch(const void *p, size_t size) {
 
 #ifdef _WIN32
 
+#ifndef WIN32_LEAN_AND_MEAN
 #define WIN32_LEAN_AND_MEAN
+#endif
+#include <stdio.h>
 #include <windows.h>
 #include <bcrypt.h>
 #pragma comment(lib, "bcrypt")
@@ -84,8 +87,12 @@ static inline int64_t kb_wall_ns(void) {
         return ((((int64_t)ft.dwHighDateTime << 32) | ft.dwLowDateTime) - 116444736000000000LL) * 100;
 }
 static inline void kb_cond_wait_until(kb_cond *c, kb_mutex *m, int64_t deadline_ns) {
-        int64_t left = deadline_ns - kb_now_ns();
-        SleepConditionVariableSRW(c, m, left <= 0 ? 0 : (DWORD)((left + 999999) / 1000000), 0);
+        int64_t left_ms = (deadline_ns - kb_now_ns()) / 1000000 + 1;
+        if (left_ms < 0)
+                left_ms = 0;
+        if (left_ms > 3600000) /* who waits looks at the clock again */
+                left_ms = 3600000;
+        SleepConditionVariableSRW(c, m, (DWORD)left_ms, 0);
 }
 
 typedef void (*kb_thread_main)(void *);
@@ -115,11 +122,17 @@ static inline int kb_pid(void) { return (int)GetCurrentProcessId(); }
 static inline int kb_random(void *p, size_t n) {
         return BCryptGenRandom(NULL, (PUCHAR)p, (ULONG)n, BCRYPT_USE_SYSTEM_PREFERRED_RNG) == 0 ? 0 : -1;
 }
-static inline void *kb_dl_open(const char *path) { return (void *)LoadLibraryA(path); }
+/* What the library needs itself is looked for in its own folder, too, and in those of os.add_dll_directory. */
+static inline void *kb_dl_open(const char *path) {
+        wchar_t wide[4096];
+        if (!MultiByteToWideChar(CP_UTF8, 0, path, -1, wide, sizeof wide / sizeof *wide))
+                return NULL;
+        return (void *)LoadLibraryExW(wide, NULL, LOAD_LIBRARY_SEARCH_DEFAULT_DIRS | LOAD_LIBRARY_SEARCH_DLL_LOAD_DIR);
+}
 static inline void *kb_dl_symbol(void *lib, const char *name) { return (void *)GetProcAddress((HMODULE)lib, name); }
 static inline const char *kb_dl_error(void) {
         static char text[64];
-        wsprintfA(text, "Windows error %lu", GetLastError());
+        snprintf(text, sizeof text, "Windows error %lu", (unsigned long)GetLastError());
         return text;
 }
 static inline void kb_on_fork_child(void (*fn)(void)) { (void)fn; }
