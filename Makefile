@@ -103,10 +103,14 @@ bench-compare: build $(STAMPS)/bench-group ## Fail if BASE=HEAD~1 was faster by 
 # --- checks ---------------------------------------------------------------------------------------------------------
 
 .PHONY: lint
-lint: build $(STAMPS)/lint-group ## ruff and cython-lint
+lint: build $(STAMPS)/lint-group ## ruff, cython-lint; of the workflows: schema, zizmor, cibuildwheel's list of builds
 	$(BIN)/ruff check $(PYTHON_SOURCES)
 	$(BIN)/ruff format --check $(PYTHON_SOURCES)
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/cython-lint --max-line-length 120 src
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --quiet --persona auditor .github
+	$(BIN)/python -m tools.builds
 
 .PHONY: format
 format: build $(STAMPS)/lint-group ## Let ruff mend what it can
