@@ -52,7 +52,13 @@ _refuse_what_is_not_built()
 HERE = Path(__file__).parent
 IN_CHECKOUT = (HERE.parent / "src").exists()
 # What tests files that no wheel holds: the sources, the project's own files and programs.
-NEED_THE_CHECKOUT = ["unit/test_binding.py", "unit/test_mutants.py", "unit/test_project.py"]
+NEED_THE_CHECKOUT = [
+    "unit/test_binding.py",
+    "unit/test_compare.py",
+    "unit/test_mutants.py",
+    "unit/test_project.py",
+    "unit/test_wheels.py",
+]
 
 
 def _refuse_another_package() -> None:
