@@ -294,7 +294,8 @@ def install(interpreter: Interpreter, wheel: Path, folder: Path, tests: str) -> 
     python = python_of(folder / "environment")
     requirements: list[str | Path] = [f"{wheel}[cli]"]
     if tests != "none":
-        requirements += ["--group", f"{ROOT / 'pyproject.toml'}:test"]
+        group = "test-free-threaded" if interpreter.free_threaded else "test"
+        requirements += ["--group", f"{ROOT / 'pyproject.toml'}:{group}"]
     call([python, "-m", "pip", "install", "--quiet", *requirements], folder, TIMEOUT_S["build"])
     code = (
         "import sysconfig, kbatch, kbatch.aio, kbatch.cli, kbatch.testing; "
