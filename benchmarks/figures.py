@@ -38,13 +38,22 @@ class Figure(msgspec.Struct, frozen=True):
 
 
 class Line(msgspec.Struct, frozen=True):
-    """One side's turns: messages acknowledged per second, CPU per message, the most of the machine others used."""
+    """One side's turns: messages acknowledged per second, CPU per message of its process and of the broker's, the most
+    memory it ever had and what that is more than before it sent anything, the most of the machine others used."""
 
     label: str
+    side: str
+    batch: int
+    window: int
+    headers: int
+    options: dict[str, Any]
     rate: float
     lowest: float
     highest: float
     cpu_us: float
+    broker_cpu_us: float
+    peak_mib: float
+    sending_mib: float
     foreign: float
     rates: list[float]
 
@@ -54,6 +63,8 @@ class LatencyLine(msgspec.Struct, frozen=True):
     Medians over the turns, but for the longest."""
 
     label: str
+    side: str
+    batch: int
     batches_per_s: float
     batches: int
     p50: float
@@ -67,7 +78,11 @@ class LatencyLine(msgspec.Struct, frozen=True):
 
 
 class Section(msgspec.Struct):
+    """`measure` and `settings` say to programs what `title` says to readers."""
+
     title: str
+    measure: str = ""
+    settings: dict[str, Any] = {}
     lines: list[Line] = []
     latencies: list[LatencyLine] = []
     figures: list[Figure] = []
@@ -81,9 +96,23 @@ def figure(name: str, values: list[float], **rest: Any) -> Figure:
 
 
 def line(label: str, score: Score) -> Line:
-    rates = score.rates
+    rates, contender = score.rates, score.contender
     return Line(
-        label, median(rates), min(rates), max(rates), score.cpu_us, max(score.foreign), [round(rate) for rate in rates]
+        label=label,
+        side=contender.side,
+        batch=contender.batch,
+        window=contender.window,
+        headers=score.headers,
+        options=contender.options,
+        rate=median(rates),
+        lowest=min(rates),
+        highest=max(rates),
+        cpu_us=score.cpu_us,
+        broker_cpu_us=score.broker_cpu_us,
+        peak_mib=score.peak / 2**20,
+        sending_mib=(score.peak - score.resident) / 2**20,
+        foreign=max(score.foreign),
+        rates=[round(rate) for rate in rates],
     )
 
 
@@ -103,6 +132,8 @@ def latency_line(label: str, batches_per_s: float, score: Score) -> LatencyLine:
     p50s, p99s = ([percentile_us(each, share) for each in answers] for share in (0.5, 0.99))
     return LatencyLine(
         label=label,
+        side=score.contender.side,
+        batch=score.contender.batch,
         batches_per_s=batches_per_s,
         batches=sum(len(each) for each in answers),
         p50=median(p50s),
@@ -119,10 +150,14 @@ def latency_line(label: str, batches_per_s: float, score: Score) -> LatencyLine:
 def show(section: Section) -> str:
     out = [f"\n{section.title}", "-" * len(section.title)]
     if section.lines:
-        out.append(f"  {'':44}{'messages/s':>12}{'lowest':>12}{'highest':>12}{'CPU µs each':>13}{'others':>8}")
+        out.append(
+            f"  {'':44}{'messages/s':>12}{'lowest':>12}{'highest':>12}{'CPU µs each':>13}{'broker µs':>11}{'MiB':>7}"
+            f"{'others':>8}"
+        )
     for one in section.lines:
         rates = f"{one.rate:>12,.0f}{one.lowest:>12,.0f}{one.highest:>12,.0f}"
-        out.append(f"  {one.label:44}{rates}{one.cpu_us:>13.2f}{one.foreign:>8.0%}")
+        costs = f"{one.cpu_us:>13.2f}{one.broker_cpu_us:>11.2f}{one.peak_mib:>7,.0f}"
+        out.append(f"  {one.label:44}{rates}{costs}{one.foreign:>8.0%}")
     if section.latencies:
         out.append(
             f"  {'µs':44}{'batches/s':>10}{'p50':>9}{'p99':>9}{'longest':>9}{'call p50':>9}{'call p99':>9}"

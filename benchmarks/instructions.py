@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.broker import Broker
+from benchmarks.broker import MockBroker
 from benchmarks.data import prepare
 from benchmarks.library import BUILD
 from benchmarks.side_process import command_line
@@ -69,7 +69,7 @@ def per_envelope(side: str, options: dict[str, Any], setting: Setting) -> float:
     counts = (max(setting.batch, setting.messages // 10 // setting.batch * setting.batch), setting.messages)
     totals = []
     for messages in counts:
-        with Broker() as broker:
+        with MockBroker() as broker:
             topic = broker.new_topic(side, setting.partitions)
             spec = Spec(
                 broker.bootstrap_servers, topic, setting.batch, setting.window, setting.headers, 0, POOL, False, options

@@ -1,4 +1,4 @@
-"""Finds the librdkafka that the installed confluent-kafka carries, and compiles the C programs."""
+"""Finds the librdkafka that the installed confluent-kafka carries, and compiles the C and Java programs."""
 
 import ctypes
 import os
@@ -64,3 +64,12 @@ def build(name: str) -> Path:
         command = [*compiler().split(), "-O3", "-std=gnu11", "-Wall", "-Wextra", "-pthread", "-o", str(program)]
         subprocess.run([*command, str(source), "-ldl"], check=True)
     return program
+
+
+def build_java(class_path: str) -> str:
+    """Compiles sides/JavaSide.java if it is newer than what was made of it; returns the class path with it."""
+    source, made = HERE / "sides" / "JavaSide.java", BUILD / "JavaSide.class"
+    if not made.exists() or made.stat().st_mtime < source.stat().st_mtime:
+        BUILD.mkdir(exist_ok=True)
+        subprocess.run(["javac", "-cp", class_path, "-d", str(BUILD), str(source)], check=True)
+    return f"{BUILD}{os.pathsep}{class_path}"

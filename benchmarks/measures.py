@@ -1,9 +1,11 @@
 """What is measured, and against which target. README.md says what each figure shows and what it does not."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
+from benchmarks.broker import MockBroker, OpenBroker
 from benchmarks.data import HEADER_COUNTS
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
 from benchmarks.recovery import Outages, recoveries
@@ -19,6 +21,16 @@ LARGE_BATCH = 200_000
 #: so that the mock cluster, which keeps 5 MiB of each, loses nothing of it
 LARGE_PARTITIONS = 32
 AWAITED_RTT_MS = 5
+#: of the comparison with the rivals, of round trips and of linger times
+BATCH = 1_000
+ROUND_TRIPS_MS = (0, 1, 5)
+LINGERS_MS = (0, 1, 5)
+CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
+CODEC_SIZES = (1_000, 10_000)
+#: several threads that each await small batches on one producer
+THREADS, SMALL_BATCH = 8, 10
+#: until the JVM has compiled what is called often
+JAVA_WARM_UP_S = 5.0
 
 # The targets of issue 2.
 ONE_AT_A_TIME = {1_000: 0.9, 10_000: 0.95}
@@ -38,6 +50,7 @@ RECOVERY_S = 1.0
 FULL = Effort(rounds=3, turns=7, seconds=0.25)
 LESS = Effort(rounds=1, turns=7, seconds=0.25)
 LATENCY = Effort(rounds=1, turns=11, seconds=0.1, batches=100)
+TRIAL = Effort(rounds=1, turns=5, seconds=0.15)
 LATENCY_TRIAL = Effort(rounds=1, turns=5, seconds=0.15)
 OUTAGES = Outages()
 
@@ -56,6 +69,15 @@ class Plan:
     tune: bool = True
     latency: Effort = LATENCY
     outages: Outages = OUTAGES
+    open_broker: OpenBroker = MockBroker
+    #: where Kafka's own Java classes are, if they are to take part
+    class_path: str | None = None
+
+    def take_turns(self, contenders: Sequence[Contender], effort: Effort | None = None, **how: Any) -> dict[str, Score]:
+        """`turns.take_turns` where this plan says; `less` effort unless told otherwise."""
+        return take_turns(
+            contenders, effort or self.less, open_broker=self.open_broker, **({"partitions": self.partitions} | how)
+        )
 
 
 def _ratio(mine: Result, its: Result) -> float:
@@ -83,9 +105,16 @@ def _due_p99(mine: Result, its: Result) -> float:
 
 
 def check_bytes(plan: Plan) -> Iterator[Section]:
-    section = Section("The same keys, values and headers on all sides")
+    section = Section("The same keys, values and headers on all sides", "bytes")
     for headers in plan.headers:
-        body, header_bytes = same_bytes(headers)
+        sides: list[tuple[str, dict[str, Any]]] = [
+            ("cloop", {}), ("kbatch", {}), ("confluent", {}), ("confluent", {"form": "callback"}), ("aiokafka", {})
+        ]  # fmt: skip
+        if not headers:
+            sides += [("confluent", {"call": "produce_batch"}), ("aioproducer", {})]
+        if plan.class_path:
+            sides.append(("java", {"class_path": plan.class_path}))
+        body, header_bytes = same_bytes(plan.open_broker, headers, sides)
         section.notes.append(
             f"{headers} headers: read back and compared; bodies of {body:.0f} bytes, header names and values together "
             f"{header_bytes:.0f} bytes"
@@ -93,23 +122,28 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     yield section
 
 
-def tune_confluent(plan: Plan, batch: int) -> Contender:
+def _best(plan: Plan, trials: Sequence[Contender], headers: int = 8) -> Contender:
+    """The fastest by trial; the first of them where nothing is to be tried out."""
+    if not plan.tune:
+        return trials[0]
+    scores = plan.take_turns(trials, TRIAL, headers=headers)
+    return max(trials, key=lambda trial: median(scores[trial.label].rates))
+
+
+def tune_confluent(plan: Plan, batch: int, headers: int = 8) -> Contender:
     """The rival's best settings, by trial: linger, messages in flight, form of confirmation."""
     trials = [
         Contender(f"linger {linger} ms, {window:,} in flight, {form}", "confluent", batch, window,
                   {"linger_ms": linger, "form": form})
         for linger, window, form in (
+            (5, 10 * WINDOW, "errors-only"),
             (0, WINDOW, "errors-only"),
             (5, WINDOW, "errors-only"),
-            (5, 10 * WINDOW, "errors-only"),
             (5, 10 * WINDOW, "callback"),
             (50, 10 * WINDOW, "errors-only"),
         )
     ]  # fmt: skip
-    if not plan.tune:
-        return trials[2]
-    scores = take_turns(trials, Effort(1, 5, 0.15), partitions=plan.partitions)
-    return max(trials, key=lambda trial: median(scores[trial.label].rates))
+    return _best(plan, trials, headers)
 
 
 def loops(plan: Plan) -> Iterator[Section]:
@@ -127,13 +161,11 @@ def _loop(plan: Plan, batch: int, headers: int, best: Contender) -> Section:
     k_flight = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", batch, WINDOW)
     c_flight = Contender(f"C loop, {WINDOW:,} in flight", "cloop", batch, WINDOW)
     rival = replace(best, label="confluent-kafka, mapped in Python")
-    scores = take_turns(
-        (c_one, k_one, k_flight, c_flight, rival),
-        plan.effort if official else plan.less,
-        partitions=plan.partitions,
-        headers=headers,
+    contenders = (c_one, k_one, k_flight, c_flight, rival)
+    scores = plan.take_turns(contenders, plan.effort if official else plan.less, headers=headers)
+    section = Section(
+        f"Batches of {batch:,}, {headers} headers", "loops", {"batch": batch, "headers": headers}, lines(scores)
     )
-    section = Section(f"Batches of {batch:,}, {headers} headers", lines=lines(scores))
     one, its_one = scores[k_one.label], scores[c_one.label]
     flight, its_flight = scores[k_flight.label], scores[c_flight.label]
     faster, loop = (max(pair, key=lambda score: median(score.rates)) for pair in ((one, flight), (its_one, its_flight)))
@@ -168,9 +200,16 @@ def awaited(plan: Plan) -> Iterator[Section]:
     """One awaited produce per message against batches, with a round trip of 1 ms."""
     single = Contender("confluent-kafka, produce + flush each", "confluent", 1, options={"linger_ms": 0})
     own = Contender("kbatch, send_batch of one", "kbatch", 1)
+    others = [
+        Contender("aiokafka, send_and_wait each", "aiokafka", 1),
+        Contender("AIOProducer, produce + flush each, no headers", "aioproducer", 1, headers=0),
+        Contender("FastStream (aiokafka), publish_batch of one, no headers", "faststream", 1, headers=0),
+    ]
     batches = [Contender(f"kbatch, send_batch of {batch:,}", "kbatch", batch) for batch in (1_000, 10_000)]
-    scores = take_turns((single, own, *batches), plan.less, partitions=plan.partitions, rtt_ms=1)
-    section = Section("One awaited produce per message, round trip 1 ms, 8 headers", lines=lines(scores))
+    scores = plan.take_turns((single, own, *others, *batches), rtt_ms=1)
+    section = Section(
+        "One awaited produce per message, round trip 1 ms, 8 headers", "awaited", {"rtt_ms": 1}, lines(scores)
+    )
     section.figures = [
         figure(f"{batch.label} / produce + flush", pairs(scores[batch.label], scores[single.label], _ratio), digits=0,
                target=AWAITED if batch.batch == 10_000 else None)
@@ -192,10 +231,10 @@ def _latency(plan: Plan, batch: int) -> Section:
                   {"linger_ms": 0, "form": form, "wait": wait})
         for form, wait in (("callback", "poll"), ("callback", "flush"), ("errors-only", "flush"))
     ]  # fmt: skip
-    highest = take_turns((loop, mine, *rivals), LATENCY_TRIAL, partitions=plan.partitions, split=True)
+    highest = plan.take_turns((loop, mine, *rivals), LATENCY_TRIAL, split=True)
     rates = {label: median(score.rates) / batch for label, score in highest.items()}
     rival = max(rivals, key=lambda trial: rates[trial.label])
-    section = Section(f"Latency, batches of {batch:,} at half the highest load, 8 headers")
+    section = Section(f"Latency, batches of {batch:,} at half the highest load, 8 headers", "latency", {"batch": batch})
     half, its_half = rates[loop.label] / 2, rates[rival.label] / 2
     contenders = [
         replace(loop, label="C loop, at half its highest load", batches_per_s=half),
@@ -205,7 +244,7 @@ def _latency(plan: Plan, batch: int) -> Section:
     ]
     # twice as many where they are short, so that the 99th percentile rests on more of them
     effort = replace(plan.latency, batches=plan.latency.batches * (2 if batch == 1 else 1))
-    scores = take_turns(contenders, effort, partitions=plan.partitions, split=True)
+    scores = plan.take_turns(contenders, effort, split=True)
     section.latencies = [latency_line(each.label, each.batches_per_s, scores[each.label]) for each in contenders]
     c_loop, as_c_loop, confluent, as_confluent = scores.values()
     for name, ratio in (("p50", _call_p50), ("p99", _call_p99)):
@@ -236,7 +275,7 @@ def recovery(plan: Plan) -> Iterator[Section]:
         Contender("kbatch, send_batch", "kbatch", 100, options=quiet),
     ]
     found = recoveries(contenders, plan.outages)
-    section = Section("First acknowledgement after a broker's return, batches of 100, round trip 20 ms")
+    section = Section("First acknowledgement after a broker's return, batches of 100, round trip 20 ms", "recovery")
     for label, outages in found.items():
         section.figures.append(figure(label, [delay for delays in outages for delay in delays], unit=" s"))
     its, mine = found.values()
@@ -253,14 +292,16 @@ def loop_pauses(plan: Plan) -> Iterator[Section]:
     """What an event loop's other tasks notice of a large batch, and how long one envelope takes that is awaited."""
     names = {"aio": "await kbatch.aio.Producer.send_batch", "submit": "await kbatch.Producer.submit"}
     large = [Contender(name, "kbatch_aio", LARGE_BATCH, options={"form": form}) for form, name in names.items()]
-    scores = take_turns(
+    scores = plan.take_turns(
         large,
         Effort(1, 5, 0),
         partitions=LARGE_PARTITIONS,
         counts=lambda contender: contender.batch,
         patient=False,  # a turn is long, and shows by itself what else the machine did
     )
-    section = Section(f"Event loop: pauses while a batch of {LARGE_BATCH:,} is sent, 8 headers", lines=lines(scores))
+    section = Section(
+        f"Event loop: pauses while a batch of {LARGE_BATCH:,} is sent, 8 headers", "pauses", lines=lines(scores)
+    )
     for contender in large:
         turns = scores[contender.label].turns
         section.figures.append(
@@ -278,8 +319,8 @@ def loop_pauses(plan: Plan) -> Iterator[Section]:
     ]
     paced = [replace(each, batches_per_s=500 / AWAITED_RTT_MS) for each in singles]
     effort = Effort(1, 5, 0, batches=50)
-    scores = take_turns(paced, effort, partitions=plan.partitions, rtt_ms=AWAITED_RTT_MS)
-    section = Section(f"Event loop: one envelope awaited, round trip {AWAITED_RTT_MS} ms, 8 headers")
+    scores = plan.take_turns(paced, effort, rtt_ms=AWAITED_RTT_MS)
+    section = Section(f"Event loop: one envelope awaited, round trip {AWAITED_RTT_MS} ms, 8 headers", "one_awaited")
     section.latencies = [latency_line(each.label, each.batches_per_s, scores[each.label]) for each in paced]
     for each in paced[1:]:
         section.figures.append(
@@ -299,8 +340,8 @@ def gil(plan: Plan) -> Iterator[Section]:
     rival = Contender("confluent-kafka, mapped in Python", "confluent", 1_000, 10 * WINDOW, {"linger_ms": 5},
                       competitor=True)  # fmt: skip
     control = Contender("control: the C loop in another process", "control", 1_000, WINDOW, competitor=True)
-    scores = take_turns((*mine, rival, control), effort, partitions=plan.partitions, apart=True)
-    section = Section("GIL per envelope: what a competing thread loses, 8 headers", lines=lines(scores))
+    scores = plan.take_turns((*mine, rival, control), effort, apart=True)
+    section = Section("GIL per envelope: what a competing thread loses, 8 headers", "gil", lines=lines(scores))
     for contender in (*mine, rival, control):
         turns = scores[contender.label].turns
         still = [turn.extra["still"] / turn.messages * 1e6 for turn in turns]
@@ -325,8 +366,8 @@ def plain_values(plan: Plan) -> Iterator[Section]:
         Contender(f"C loop, {WINDOW:,} in flight", "cloop", 1_000, WINDOW),
         Contender("confluent-kafka", "confluent", 1_000, 10 * WINDOW, {"linger_ms": 5}),
     ]
-    scores = take_turns(contenders, plan.less, partitions=plan.partitions, values=100)
-    section = Section('Plain values of 100 bytes, wire="raw"', lines=lines(scores))
+    scores = plan.take_turns(contenders, values=100)
+    section = Section('Plain values of 100 bytes, wire="raw"', "values", lines=lines(scores))
     best = max((scores[contender.label] for contender in contenders[:3]), key=lambda score: median(score.rates))
     section.figures = [
         figure("kbatch at its best", [rate / 1e6 for rate in best.rates], unit=" M/s", target=PLAIN_VALUES / 1e6)
@@ -338,17 +379,16 @@ def memory(plan: Plan) -> Iterator[Section]:
     """Resident memory over millions of envelopes, and the counter of pinned buffers at the end."""
     tenth = plan.memory_envelopes // 10
     contender = Contender("kbatch, batches of 1,000", "kbatch", 1_000, WINDOW)
-    scores = take_turns(
+    scores = plan.take_turns(
         (contender,),
         Effort(1, 10, 0),
-        partitions=plan.partitions,
         counts=lambda _: tenth // 1_000 * 1_000,
         patient=False,
     )
     score = scores[contender.label]
     resident = [turn.rss_end / 2**20 for turn in score.turns]
     pinned = float(sum(final["stats"]["pinned_buffers"] for final in score.finals))
-    section = Section(f"Memory over {plan.memory_envelopes:,} envelopes, 8 headers", lines=lines(scores))
+    section = Section(f"Memory over {plan.memory_envelopes:,} envelopes, 8 headers", "memory", lines=lines(scores))
     growth = resident[-1] - resident[0]
     section.figures = [
         Figure("resident memory at the end, more than after the first tenth", growth, growth, growth, " MiB",
@@ -360,22 +400,200 @@ def memory(plan: Plan) -> Iterator[Section]:
     yield section
 
 
-def aiokafka(plan: Plan) -> Iterator[Section]:
-    """kbatch against aiokafka."""
-    for batch in (size for size in plan.sizes if size >= 1_000):
-        rival = Contender("aiokafka, mapped in Python", "aiokafka", batch, 2 * batch)
-        mine = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", batch, WINDOW)
-        scores = take_turns((mine, rival), plan.less, partitions=plan.partitions)
-        section = Section(f"aiokafka, batches of {batch:,}, 8 headers", lines=lines(scores))
+def rivals(plan: Plan) -> Iterator[Section]:
+    """What others send in batches of 1,000: first those that carry headers, then all without headers."""
+    for headers in (8, 0):
+        mine = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", BATCH, WINDOW)
+        loop = Contender(f"C loop, {WINDOW:,} in flight", "cloop", BATCH, WINDOW)
+        found = [(label, _best(plan, trials, headers)) for label, trials in _rivals(headers, plan.class_path) if trials]
+        scores = plan.take_turns(
+            (mine, loop, *(replace(best, label=label) for label, best in found)), plan.effort, headers=headers
+        )
+        section = Section(
+            f"Others, batches of {BATCH:,}, {headers} headers"
+            if headers
+            else f"Others, batches of {BATCH:,}, no headers",
+            "rivals",
+            {"batch": BATCH, "headers": headers},
+            lines(scores),
+        )
+        for label, best in found:
+            section.figures.append(
+                figure(
+                    f"kbatch / {label}", pairs(scores[mine.label], scores[label], _ratio), target=_TARGETS.get(label)
+                )
+            )
+            section.notes.append(f"{label}: {best.label}")
+        yield section
+
+
+_TARGETS = {
+    "confluent-kafka, produce": CONFLUENT,
+    "aiokafka": AIOKAFKA,
+    "confluent-kafka, AIOProducer": AIOKAFKA,
+    "FastStream over aiokafka, publish_batch": AIOKAFKA,
+    "FastStream over confluent-kafka, publish_batch": AIOKAFKA,
+}
+
+
+def _rivals(headers: int, class_path: str | None) -> Iterator[tuple[str, list[Contender]]]:
+    """Each rival with the settings that are tried out, the best known first."""
+
+    def trials(side: str, form: str, *settings: tuple[int, int, dict[str, Any]]) -> list[Contender]:
+        return [
+            Contender(
+                f"{form}, linger {linger} ms, {window:,} in flight",
+                side,
+                BATCH,
+                window,
+                {"linger_ms": linger} | options,
+            )
+            for linger, window, options in settings
+        ]
+
+    yield "confluent-kafka, produce", trials(
+        "confluent", "produce, errors only",
+        (5, 10 * WINDOW, {}), (0, WINDOW, {}), (5, WINDOW, {}), (50, 10 * WINDOW, {}),
+    )  # fmt: skip
+    yield "aiokafka", trials("aiokafka", "send", (0, 2 * BATCH, {}), (0, WINDOW, {}), (5, WINDOW, {}))
+    if class_path:
+        yield (
+            "Java producer, nothing mapped",
+            [
+                _java(class_path, "send", linger, window)
+                for linger, window in ((5, WINDOW), (0, WINDOW), (5, 10 * WINDOW))
+            ],
+        )
+    if headers:
+        return
+    if class_path:
+        yield "Java, ProducerPerformance, no keys", [_java(class_path, "performance", linger, 0) for linger in (5, 0)]
+    yield "confluent-kafka, produce_batch", trials(
+        "confluent", "produce_batch, errors only",
+        *((linger, window, {"call": "produce_batch", "poll_every": BATCH})
+          for linger, window in ((5, 10 * WINDOW), (0, WINDOW), (5, WINDOW))),
+    )  # fmt: skip
+    yield (
+        "confluent-kafka, AIOProducer",
+        trials("aioproducer", "produce, flush", (0, WINDOW, {}), (0, BATCH, {}), (5, 10 * WINDOW, {})),
+    )
+    yield (
+        "FastStream over aiokafka, publish_batch",
+        trials("faststream", "publish_batch", (0, WINDOW, {"over": "aiokafka"}), (0, 2 * BATCH, {"over": "aiokafka"})),
+    )
+    yield (
+        "FastStream over confluent-kafka, publish_batch",
+        trials("faststream", "publish_batch", (0, WINDOW, {"over": "confluent"}), (5, WINDOW, {"over": "confluent"})),
+    )
+
+
+def _java(class_path: str, form: str, linger_ms: int, window: int) -> Contender:
+    config = {"linger.ms": str(linger_ms), "batch.size": "1000000", "buffer.memory": str(2**26)}
+    label = f"{form}, linger {linger_ms} ms" + (f", {window:,} in flight" if window else "")
+    return Contender(
+        label, "java", BATCH, window, {"class_path": class_path, "form": form, "config": config},
+        warm_up_s=JAVA_WARM_UP_S,
+        # each run of ProducerPerformance connects anew
+        seconds=2.0 if form == "performance" else None,
+    )  # fmt: skip
+
+
+def round_trips(plan: Plan) -> Iterator[Section]:
+    """Batches of 1,000 to a broker further and further away, with each linger time."""
+    for rtt_ms in ROUND_TRIPS_MS:
+        contenders = [
+            Contender("C loop, one batch at a time", "cloop", BATCH),
+            Contender(f"C loop, {WINDOW:,} in flight", "cloop", BATCH, WINDOW),
+        ]
+        for linger_ms in LINGERS_MS:
+            contenders += [
+                replace(each, label=f"{each.label}, linger {linger_ms} ms", options=_config(linger_ms=linger_ms))
+                for each in (
+                    Contender("kbatch, one batch at a time", "kbatch", BATCH),
+                    Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", BATCH, WINDOW),
+                )
+            ]
+        contenders.append(
+            Contender(f"confluent-kafka, linger 5 ms, {10 * WINDOW:,} in flight", "confluent", BATCH, 10 * WINDOW,
+                      {"linger_ms": 5})
+        )  # fmt: skip
+        scores = plan.take_turns(contenders, rtt_ms=rtt_ms)
+        section = Section(
+            f"Round trip {rtt_ms} ms more, batches of {BATCH:,}, 8 headers",
+            "round_trips",
+            {"rtt_ms": rtt_ms, "batch": BATCH},
+            lines(scores),
+        )
+        one, flight = (
+            scores[f"kbatch, {how}, linger 0 ms"] for how in ("one batch at a time", f"{WINDOW:,} in flight")
+        )
         section.figures = [
-            figure("kbatch / aiokafka", pairs(scores[mine.label], scores[rival.label], _ratio), target=AIOKAFKA)
+            figure("kbatch / C loop, one batch at a time", pairs(one, scores[contenders[0].label], _ratio)),
+            figure("kbatch / C loop, in flight", pairs(flight, scores[contenders[1].label], _ratio)),
         ]
         yield section
+
+
+def _config(*, linger_ms: int | None = None, codec: str | None = None) -> dict[str, Any]:
+    """Options that the C loop and kbatch understand."""
+    config = {"linger.ms": linger_ms, "compression.type": codec}
+    return {"config": {key: str(value) for key, value in config.items() if value is not None}}
+
+
+def codecs(plan: Plan) -> Iterator[Section]:
+    for batch in CODEC_SIZES:
+        contenders = [
+            Contender(f"{name}, {codec}", side, batch, WINDOW, _config(codec=codec))
+            for codec in CODECS
+            for name, side in (("C loop", "cloop"), ("kbatch", "kbatch"))
+        ]
+        scores = plan.take_turns(contenders)
+        section = Section(
+            f"Codecs, batches of {batch:,}, {WINDOW:,} in flight, 8 headers", "codecs", {"batch": batch}, lines(scores)
+        )
+        section.figures = [
+            figure(f"kbatch / C loop, {codec}", pairs(scores[f"kbatch, {codec}"], scores[f"C loop, {codec}"], _ratio))
+            for codec in CODECS
+        ]
+        yield section
+
+
+def linger(plan: Plan) -> Iterator[Section]:
+    """Whether another `linger.ms` than 0 would be a better default, for large batches and for small ones."""
+    workloads = [
+        Contender(f"batches of {BATCH:,}, one at a time", "kbatch", BATCH),
+        Contender(f"batches of {BATCH:,}, {WINDOW:,} in flight", "kbatch", BATCH, WINDOW),
+        Contender(f"batches of {SMALL_BATCH}, {WINDOW:,} in flight", "kbatch", SMALL_BATCH, WINDOW),
+        Contender(f"{THREADS} threads, batches of {SMALL_BATCH}", "kbatch", SMALL_BATCH, options={"threads": THREADS}),
+        Contender(f"{THREADS} threads, batches of 1", "kbatch", 1, options={"threads": THREADS}),
+    ]
+    for rtt_ms in (None, 1):
+        for workload in workloads:
+            contenders = {
+                linger_ms: replace(
+                    workload, label=f"linger {linger_ms} ms", options=workload.options | _config(linger_ms=linger_ms)
+                )
+                for linger_ms in LINGERS_MS
+            }
+            scores = plan.take_turns(list(contenders.values()), rtt_ms=rtt_ms)
+            section = Section(
+                f"Linger: {workload.label}, round trip {rtt_ms} ms more" if rtt_ms else f"Linger: {workload.label}",
+                "linger",
+                {"rtt_ms": rtt_ms or 0, "workload": workload.label},
+                lines(scores),
+            )
+            zero = scores[contenders[0].label]
+            for linger_ms in LINGERS_MS[1:]:
+                other = scores[contenders[linger_ms].label]
+                section.figures.append(figure(f"linger {linger_ms} ms / 0 ms", pairs(other, zero, _ratio)))
+            yield section
 
 
 MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "bytes": check_bytes,
     "loops": loops,
+    "rivals": rivals,
+    "round-trips": round_trips,
     "awaited": awaited,
     "latency": latency,
     "recovery": recovery,
@@ -384,5 +602,10 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "values": plain_values,
     "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
     "memory": memory,
-    "aiokafka": aiokafka,
+    "codecs": codecs,
+    "linger": linger,
 }
+#: Those of a run without --only. On a real broker: not what needs the mock cluster's faults, gigabytes of disk, or
+#: priorities that a process cannot have back.
+ON_MOCK = tuple(name for name in MEASURES if name not in ("codecs", "linger"))
+ON_KAFKA = tuple(name for name in MEASURES if name not in ("recovery", "asyncio", "gil", "memory"))

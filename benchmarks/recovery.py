@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from benchmarks.broker import Broker
-from benchmarks.data import prepare
-from benchmarks.library import BUILD
+from benchmarks.broker import MockBroker
 from benchmarks.side_process import Side
 from benchmarks.sides.base import Result
 from benchmarks.turns import Contender, start, stored
@@ -33,14 +31,13 @@ def recoveries(contenders: Sequence[Contender], outages: Outages) -> dict[str, l
 
     All processes send batch after batch to one broker, which goes down and comes back for all at once.
     """
-    data = prepare(BUILD, 8).path
     found: dict[str, list[list[float]]] = {contender.label: [] for contender in contenders}
-    with Broker() as broker, ExitStack() as stack:
+    with MockBroker() as broker, ExitStack() as stack:
         broker.set_delay(RTT_MS)
         sides: list[tuple[str, Side]] = []
         for contender in contenders:
             for _ in range(outages.copies):
-                side = start(contender, broker, 4, 8, 0, data)
+                side = start(contender, broker, 4, 8, 0)
                 sides.append((contender.label, stack.enter_context(side)))
                 side.run(5 * contender.batch)
         for seconds in outages.seconds:

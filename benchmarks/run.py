@@ -19,7 +19,7 @@ from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import Section, show, summary
 from benchmarks.library import HERE, build
 from benchmarks.machine import describe, line_round_trip_ns, load
-from benchmarks.measures import LATENCY, MEASURES, Plan
+from benchmarks.measures import LATENCY, MEASURES, ON_KAFKA, ON_MOCK, Plan
 from benchmarks.recovery import Outages
 from benchmarks.turns import Effort
 
@@ -33,6 +33,7 @@ def numbers(text: str) -> tuple[int, ...]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few minutes' worth: 8 headers, one round, 5 turns")
+    parser.add_argument("--kafka", action="store_true", help="on a real Apache Kafka, which is started for it")
     parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join(MEASURES)}")
     parser.add_argument("--sizes", type=numbers, metavar="N,…", help="batch sizes (default 100,1000,10000)")
     parser.add_argument("--headers", type=numbers, metavar="N,…", help="headers per message, of 0, 8, 15 (default all)")
@@ -87,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     sections: list[Section] = []
     start = time.monotonic()
+    chosen = options.only.split(",") if options.only else ON_KAFKA if options.kafka else ON_MOCK
     for name, measure in MEASURES.items():
-        if options.only and name not in options.only.split(","):
+        if name not in chosen:
             continue
         for section in measure(plan):
             # the state of the machine, which on a shared one changes within minutes

@@ -8,18 +8,21 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.library import build, librdkafka_path
+from benchmarks.library import build, build_java, librdkafka_path
 from benchmarks.sides.base import Result, Spec
 
 
 def command_line(name: str, spec: Spec, data: Path | None) -> list[str]:
-    if name != "cloop":
+    if name not in ("cloop", "java"):
         return [sys.executable, "-m", f"benchmarks.sides.{name}_side", msgspec.json.encode(spec).decode()]
     if data is None:
-        raise ValueError("the C loop needs a file of prepared messages")
-    command = [str(build("cloop")), librdkafka_path(), str(data), spec.bootstrap, spec.topic]
-    command += [str(spec.batch), str(spec.window)]
-    return command + [f"{key}={value}" for key, value in spec.options.get("config", {}).items()]
+        raise ValueError(f"{name} needs a file of prepared messages")
+    where = [str(data), spec.bootstrap, spec.topic, str(spec.batch), str(spec.window)]
+    config = [f"{key}={value}" for key, value in spec.options.get("config", {}).items()]
+    if name == "cloop":
+        return [str(build("cloop")), librdkafka_path(), *where, *config]
+    java = ["java", "-Xmx1g", "-cp", build_java(spec.options["class_path"]), "JavaSide"]
+    return [*java, *where, spec.options.get("form", "send"), *config]
 
 
 class Side:
@@ -33,8 +36,11 @@ class Side:
         if processors:
             command = ["taskset", "--cpu-list", ",".join(map(str, sorted(processors))), *command]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        ready = self._read(dict[str, Any])
         #: messages acknowledged so far
-        self.acknowledged: int = self._read(dict[str, Any]).get("acknowledged", 0)
+        self.acknowledged: int = ready.get("acknowledged", 0)
+        #: bytes of memory before anything is sent
+        self.resident: int = ready["resident"]
 
     def __enter__(self) -> "Side":
         return self

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from confluent_kafka import Consumer, TopicPartition
 
-from benchmarks.broker import Broker
+from benchmarks.broker import Broker, OpenBroker, cpu_seconds, peak_bytes
 from benchmarks.data import prepare
 from benchmarks.library import BUILD
 from benchmarks.side_process import Side, command_line
@@ -35,7 +36,13 @@ class Contender:
     batch: int
     window: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    #: instead of those that all sides have, where a side cannot carry them
+    headers: int | None = None
     competitor: bool = False
+    #: for how long it sends before it is measured; what is compiled while it runs needs more of it
+    warm_up_s: float = WARM_UP_S
+    #: instead of the length of a turn that all sides have
+    seconds: float | None = None
     #: above 0: a batch is due so many times a second; else the next is sent when the one before has its answer
     batches_per_s: float = 0.0
 
@@ -60,9 +67,16 @@ class Score:
     """A side's turns, in the order of time, and what it said at the end of each round. `foreign` is the share of the
     machine that other programs used during each turn."""
 
+    contender: Contender
+    headers: int = 0
     turns: list[Result] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
     finals: list[dict[str, Any]] = field(default_factory=list)
+    #: seconds of CPU that the broker used during each turn, and during all the most memory that it ever had
+    broker_cpu_s: list[float] = field(default_factory=list)
+    broker_peak: int = 0
+    #: resident bytes when the side had made its messages, but sent none
+    resident: int = 0
 
     @property
     def rates(self) -> list[float]:
@@ -71,6 +85,16 @@ class Score:
     @property
     def cpu_us(self) -> float:
         return median(turn.cpu_us for turn in self.turns)
+
+    @property
+    def broker_cpu_us(self) -> float:
+        """The broker's CPU per message, of all turns together: the kernel counts it in steps of 10 ms."""
+        return sum(self.broker_cpu_s) / sum(turn.messages for turn in self.turns) * 1e6
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were ever resident."""
+        return max(turn.rss_peak for turn in self.turns)
 
 
 def pairs(one: Score, other: Score, figure: Callable[[Result, Result], float]) -> list[float]:
@@ -112,12 +136,12 @@ def stored(bootstrap: str, topic: str, partitions: int) -> int:
         consumer.close()
 
 
-def _warm_up(side: Side, seconds: float) -> int:
+def _warm_up(side: Side, seconds: float, warm_up_s: float) -> int:
     """Creates connections, fills pools and caches, and finds out how many messages make a turn of `seconds`."""
     batch = side.spec.batch
     side.run(batch)  # connecting and finding the topic takes longer than all that follows
     count, spent, best = max(batch, 10 if batch == 1 else 2_000 // batch * batch), 0.0, 0.0
-    while spent < WARM_UP_S:
+    while spent < warm_up_s:
         result = side.run(count)
         spent += result.seconds
         best = max(best, result.rate)
@@ -129,10 +153,11 @@ def take_turns(
     contenders: Sequence[Contender],
     effort: Effort,
     *,
+    open_broker: OpenBroker,
     partitions: int,
     headers: int = 8,
     values: int = 0,
-    rtt_ms: int = 0,
+    rtt_ms: int | None = None,
     counts: Callable[[Contender], int] | None = None,
     patient: bool = True,
     apart: bool = False,
@@ -142,14 +167,16 @@ def take_turns(
 
     Unless `patient` is false, turns are taken again while other programs are busy: up to three times as many as
     `effort` asks for. With `apart` the broker keeps off the competitor's processor; with `split` the sides have one
-    half of the processors and the broker the other.
+    half of the processors and the broker the other. `rtt_ms` 0 goes where 1 would, through the proxy if there is one.
 
     Raises RuntimeError if a side's acknowledgements are not what it sent, or not what the broker holds.
     """
-    data: Path = prepare(BUILD, headers, values=values).path
-    scores = {contender.label: Score() for contender in contenders}
+    scores = {
+        each.label: Score(each, 0 if values else headers if each.headers is None else each.headers)
+        for each in contenders
+    }
     for _ in range(effort.rounds):
-        with Broker() as broker, ExitStack() as stack:
+        with open_broker() as broker, ExitStack() as stack:
             sides: dict[str, Side] = {}
             turn_counts: dict[str, int] = {}
             broker.set_delay(rtt_ms)
@@ -159,10 +186,12 @@ def take_turns(
             elif others:
                 broker.confine(others)
             for contender in contenders:
-                side = start(contender, broker, partitions, headers, values, data, own)
-                sides[contender.label] = stack.enter_context(side)
+                score = scores[contender.label]
+                side = stack.enter_context(start(contender, broker, partitions, score.headers, values, own))
+                sides[contender.label] = side
+                score.resident = max(score.resident, side.resident)
                 if counts is None:
-                    count = _warm_up(side, effort.seconds)
+                    count = _warm_up(side, contender.seconds or effort.seconds, contender.warm_up_s)
                     if contender.batches_per_s:
                         count = round(contender.batches_per_s * effort.seconds) * contender.batch
                     turn_counts[contender.label] = max(count, effort.batches * contender.batch)
@@ -170,28 +199,37 @@ def take_turns(
                     turn_counts[contender.label] = counts(contender)
             order = [contender.label for contender in contenders]
             intervals = {contender.label: contender.interval_ns for contender in contenders}
-            onlooker = Onlooker([broker.pid, *(side.pid for side in sides.values())])
+            onlooker = Onlooker([*broker.pids, *(side.pid for side in sides.values())])
             left, again = effort.turns, 2 * effort.turns if patient else 0
             while left:
-                cycle: dict[str, tuple[Result, float]] = {}
+                cycle: dict[str, tuple[Result, float, float]] = {}
                 for label in order:
+                    before = cpu_seconds(broker.pids[0])
                     turn = sides[label].run(turn_counts[label], intervals[label])
-                    cycle[label] = turn, onlooker.foreign()
-                if again and max(foreign for _, foreign in cycle.values()) > MOST_FOREIGN:
+                    cycle[label] = turn, onlooker.foreign(), cpu_seconds(broker.pids[0]) - before
+                if again and max(foreign for _, foreign, _ in cycle.values()) > MOST_FOREIGN:
                     again -= 1
                     continue
-                for label, (turn, foreign) in cycle.items():
+                for label, (turn, foreign, broker_cpu_s) in cycle.items():
                     scores[label].turns.append(turn)
                     scores[label].foreign.append(foreign)
+                    scores[label].broker_cpu_s.append(broker_cpu_s)
                 left -= 1
                 order.reverse()
-            broker.set_delay(0)
+            broker.set_delay(None)
+            peak = peak_bytes(broker.pids[0])
             for label, side in sides.items():
                 held = stored(broker.bootstrap_servers, side.spec.topic, partitions)
                 if held != side.acknowledged:
                     raise RuntimeError(f"{label}: {side.acknowledged} messages acknowledged, but the broker has {held}")
                 scores[label].finals.append(side.close())
+                scores[label].broker_peak = max(scores[label].broker_peak, peak)
     return scores
+
+
+@cache
+def _prepared(headers: int, values: int) -> Path:
+    return prepare(BUILD, headers, values=values).path
 
 
 def halves() -> tuple[set[int], set[int]] | tuple[None, None]:
@@ -209,10 +247,10 @@ def start(
     partitions: int,
     headers: int,
     values: int,
-    data: Path,
     processors: set[int] | None = None,
 ) -> Side:
     """The contender's process, with a topic of its own."""
+    data = _prepared(headers, values)
     topic = broker.new_topic(c.side, partitions)
     options = c.options
     if c.side == "control":
@@ -225,6 +263,7 @@ def start(
         window=c.window,
         headers=headers,
         values=values,
+        partitions=partitions,
         competitor=c.competitor,
         options=options,
     )

@@ -1,12 +1,12 @@
 """Do all sides send the same? Each sends the same messages to a topic of its own; they are read back and compared."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 from confluent_kafka import Consumer, TopicPartition
 
-from benchmarks.broker import Broker
+from benchmarks.broker import OpenBroker
 from benchmarks.data import prepare
 from benchmarks.library import BUILD
 from benchmarks.side_process import Side
@@ -35,21 +35,24 @@ def _read(bootstrap: str, topic: str) -> Iterator[Record]:
         consumer.close()
 
 
-def same_bytes(headers: int, sides: tuple[str, ...] = ("cloop", "kbatch", "confluent")) -> tuple[float, float]:
+def same_bytes(
+    open_broker: OpenBroker, headers: int, sides: Sequence[tuple[str, dict[str, Any]]]
+) -> tuple[float, float]:
     """Compares keys, values and headers, but for the digits of `sent-at`; returns bytes per body and per header set.
 
     Raises RuntimeError that shows the first difference.
     """
     prepared = prepare(BUILD, headers)
-    with Broker() as broker:
+    with open_broker() as broker:
         first: list[Record] = []
-        for name in sides:
+        for name, options in sides:
             topic = broker.new_topic(name, 1)
-            with Side(name, Spec(broker.bootstrap_servers, topic, 100, 0, headers), data=prepared.path) as side:
+            spec = Spec(broker.bootstrap_servers, topic, 100, 0, headers, partitions=1, options=options)
+            with Side(name, spec, data=prepared.path) as side:
                 side.run(COUNT)
             records = list(_read(broker.bootstrap_servers, topic))
             first = first or records
             for number, (one, other) in enumerate(zip(first, records, strict=True)):
                 if one != other:
-                    raise RuntimeError(f"message {number} of {sides[0]} and {name} differ:\n  {one}\n  {other}")
+                    raise RuntimeError(f"message {number} of {sides[0][0]} and {name} differ:\n  {one}\n  {other}")
     return prepared.value_bytes, prepared.header_bytes

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from benchmarks.broker import Broker
+from benchmarks.broker import MockBroker
 from benchmarks.data import kbatch_envelopes
 
 BATCH = 1_000
@@ -34,5 +34,5 @@ def encoded_envelopes(headers: int) -> "list[kbatch.Envelope[Any]]":
 @pytest.fixture(scope="session")
 def report() -> Iterator[kbatch.DeliveryReport]:
     """The report of 10,000 envelopes that were delivered."""
-    with Broker() as broker, kbatch.Producer({"bootstrap.servers": broker.bootstrap_servers}) as producer:
+    with MockBroker() as broker, kbatch.Producer({"bootstrap.servers": broker.bootstrap_servers}) as producer:
         yield producer.send_batch(broker.new_topic("report", 4), kbatch_envelopes(10_000))

@@ -1,11 +1,12 @@
 """aiokafka with the mapping in Python: one `send` per message, the batch's futures awaited together.
 
-`linger_ms` 0 and a large `max_batch_size` were its best settings. It has no native code for headers' sake to hide
-behind: everything here is Python, which is what the figure shows.
+`linger_ms` 0 and a large `max_batch_size` were its best settings. Batches of one are `send_and_wait`.
 """
 
 import asyncio
-import sys
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -13,7 +14,7 @@ import msgspec
 from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
 
 from benchmarks.data import PlainEnvelope, format_time, header_pairs, orders
-from benchmarks.sides.base import Spec, Turn, read_order, read_spec, say, settle
+from benchmarks.sides.base import Spec, serve_async
 
 
 class Sender:
@@ -37,40 +38,34 @@ class Sender:
 
     async def send(self, count: int) -> int:
         acknowledged = 0
-        flying: list[list[Any]] = []
+        flying: deque[list[Any]] = deque()
         most = max(1, self._spec.window // self._spec.batch)
         for _ in range(count // self._spec.batch):
             batch = self._batches[self._next]
             self._next = (self._next + 1) % len(self._batches)
             flying.append(await self._enqueue(batch))
             if len(flying) >= most:
-                acknowledged += len(await asyncio.gather(*flying.pop(0)))
+                acknowledged += len(await asyncio.gather(*flying.popleft()))
         for futures in flying:
             acknowledged += len(await asyncio.gather(*futures))
         return acknowledged
 
 
-async def main() -> None:
-    spec = read_spec()
+@asynccontextmanager
+async def make(spec: Spec) -> AsyncIterator[Sender]:
     producer = AIOKafkaProducer(
         bootstrap_servers=spec.bootstrap,
         acks="all",
-        enable_idempotence=bool(spec.options.get("idempotence", True)),
+        enable_idempotence=True,
         linger_ms=spec.options.get("linger_ms", 0),
         max_batch_size=spec.options.get("max_batch_size", 1_000_000),
     )
     await producer.start()
-    sender = Sender(spec, producer)
-    settle()
-    say({"ready": "aiokafka"})
-    for line in sys.stdin:
-        turn = Turn()
-        count, _ = read_order(line)
-        acknowledged = await sender.send(count)
-        say(turn.end(count, acknowledged, {}))
-    await producer.stop()
-    say({"closed": True})
+    try:
+        yield Sender(spec, producer)
+    finally:
+        await producer.stop()
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    serve_async("aiokafka", make)

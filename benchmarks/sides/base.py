@@ -1,11 +1,13 @@
 """What every Python side shares: its settings, the clocks around each turn, the conversation with the harness."""
 
+import asyncio
 import gc
 import os
 import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 import msgspec
@@ -32,6 +34,8 @@ class Spec(msgspec.Struct, frozen=True):
     competitor: bool = False
     #: what only one side understands
     options: dict[str, Any] = {}
+    #: of the topic
+    partitions: int = 4
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -77,6 +81,16 @@ def resident_bytes() -> int:
         return 0
 
 
+def peak_bytes() -> int:
+    """The most memory that was ever resident. Linux's `ru_maxrss` begins with what the parent held when it forked."""
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        usage = resource.getrusage(resource.RUSAGE_SELF)
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 class Turn:
     """The clocks, from its making to `end`."""
 
@@ -97,7 +111,7 @@ class Turn:
             cpu_thread=thread,
             rss_start=self._resident,
             rss_end=resident_bytes(),
-            rss_peak=usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+            rss_peak=peak_bytes(),
             extra=extra,
             start_ns=pace.start_ns if pace else 0,
             waited_ns=pace.waited_ns if pace else [],
@@ -131,6 +145,11 @@ class Pace:
 
 def read_spec() -> Spec:
     return msgspec.json.decode(sys.argv[1], type=Spec)
+
+
+def say_ready(name: str, acknowledged: int = 0) -> None:
+    """Everything is in place: what is resident now is the interpreter, the libraries and the pool of messages."""
+    say({"ready": name, "acknowledged": acknowledged, "resident": resident_bytes()})
 
 
 def say(answer: Any) -> None:
@@ -179,7 +198,7 @@ def serve(name: str, make: Callable[[Spec], Sender]) -> None:
         # some start librdkafka, and with it the threads that must be nicer, at first use
         acknowledged = competitor.make_nicer(lambda: sender.send(spec.batch))
     settle()
-    say({"ready": name, "acknowledged": acknowledged})
+    say_ready(name, acknowledged)
     for line in sys.stdin:
         count, interval_ns = read_order(line)
         extra: dict[str, float] = {}
@@ -196,3 +215,33 @@ def serve(name: str, make: Callable[[Spec], Sender]) -> None:
             extra = competitor.end()
         say(turn.end(count, acknowledged, extra, pace))
     say({"closed": True} | sender.close())
+
+
+class AsyncSender(Protocol):
+    async def send(self, count: int) -> int:
+        """Sends and awaits so many messages; returns how many were acknowledged."""
+
+
+def serve_async(name: str, make: Callable[[Spec], AbstractAsyncContextManager[AsyncSender]]) -> None:
+    """The same for a sender that lives on an event loop, without a competitor for the GIL."""
+    asyncio.run(_serve_async(name, read_spec(), make))
+
+
+async def _serve_async(name: str, spec: Spec, make: Callable[[Spec], AbstractAsyncContextManager[AsyncSender]]) -> None:
+    async with make(spec) as sender:
+        settle()
+        say_ready(name)
+        while line := await asyncio.to_thread(sys.stdin.readline):  # what the client does in the background goes on
+            turn = Turn()
+            count, interval_ns = read_order(line)
+            pace = Pace(count // spec.batch, interval_ns) if interval_ns else None
+            if pace is None:
+                acknowledged = await sender.send(count)
+            else:
+                acknowledged = 0
+                for number in range(len(pace.served_ns)):
+                    called_ns = pace.due(number)
+                    acknowledged += await sender.send(spec.batch)
+                    pace.answered(number, called_ns)
+            say(turn.end(count, acknowledged, {}, pace))
+    say({"closed": True})

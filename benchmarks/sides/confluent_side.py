@@ -7,8 +7,9 @@ errors-only  `delivery.report.only.error` with one callback for failures: a mess
              queue is empty and no failure was reported. No offsets, no outcome per message, but no Python call per
              message either; it still confirms delivery, so it is the form that kbatch is compared with.
 
-and `wait`, how the answer to one batch is awaited: `flush`, or (with callbacks only) `poll`: `poll(1)` until as many
-callbacks as messages have come.
+`call`: "produce", or "produce_batch", which knows no headers and takes a list of dicts, as many as there are between
+two polls; `poll_every`, how many that are; and `wait`, how the answer to one batch is awaited: `flush`, or (with
+callbacks only) `poll`: `poll(1)` until as many callbacks as messages have come.
 """
 
 from collections.abc import Callable
@@ -60,6 +61,10 @@ class Sender:
         else:
             pool = list(orders(spec.pool, spec.headers))
             self._produce = self._produce_envelopes
+            if spec.options.get("call") == "produce_batch":
+                if spec.headers:
+                    raise ValueError("produce_batch would drop the headers")
+                self._produce = self._produce_batch
         for start in range(0, spec.pool, spec.batch):
             end = start + spec.batch
             self._batches.append([pool[at : min(at + piece, end)] for at in range(start, end, piece)])
@@ -104,6 +109,13 @@ class Sender:
             if e.headers:
                 headers.extend(e.headers)
             produce(topic, encode(e.message), e.key, headers=headers)
+
+    def _produce_batch(self, envelopes: list[PlainEnvelope]) -> None:
+        encode = self._encode
+        messages = [{"value": encode(e.message), "key": e.key} for e in envelopes]
+        queued = self._producer.produce_batch(self._topic, messages)
+        if queued != len(messages):
+            raise RuntimeError(f"produce_batch queued {queued} of {len(messages)}")
 
     def send(self, count: int) -> int:
         producer, window, produce, batches = self._producer, self._window, self._produce, self._batches

@@ -22,7 +22,7 @@ import msgspec
 
 import kbatch
 from benchmarks.data import kbatch_envelopes
-from benchmarks.sides.base import Pace, Spec, Turn, read_order, read_spec, say, settle
+from benchmarks.sides.base import Pace, Spec, Turn, read_order, read_spec, say, say_ready, settle
 from kbatch import aio
 
 Send = Callable[[str, list[kbatch.Envelope[Any]]], Awaitable[kbatch.DeliveryReport]]
@@ -95,7 +95,7 @@ async def main() -> None:
     async with AsyncExitStack() as stack:
         config = {"bootstrap.servers": spec.bootstrap, **spec.options.get("config", {})}
         sender = Sender(spec, await _sender(spec.options.get("form", "aio"), config, stack))
-        say({"ready": f"kbatch {kbatch.__version__}"})
+        say_ready(f"kbatch {kbatch.__version__}")
         for line in sys.stdin:
             count, interval_ns = read_order(line)
             batches = sender.make(count)

@@ -3,10 +3,11 @@
 
 Options: `form` of the second kind: "bound" (as said) or "oldest" (at most as many batches as the window holds, at
 least two, and the oldest is waited for before the next is submitted); `encoded`: the bodies are bytes already;
-`config`: more of librdkafka's settings.
+`threads`: so many threads send one batch at a time each, on the same producer; `config`: more of librdkafka's settings.
 """
 
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kbatch
@@ -35,6 +36,8 @@ class Sender:
             envelopes = kbatch_envelopes(spec.pool, spec.headers, encoded=spec.options.get("encoded", False))
         self._batches = [envelopes[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
         self._in_flight = bool(spec.window)
+        self._shares = spec.options.get("threads", 0)
+        self._threads = ThreadPoolExecutor(self._shares) if self._shares else None
 
     def _batch_after(self) -> "list[kbatch.Envelope[Any]]":
         batch = self._batches[self._next]
@@ -42,6 +45,10 @@ class Sender:
         return batch
 
     def send(self, count: int) -> int:
+        if self._threads is not None:
+            batches = count // self._batch
+            shares = [batches // self._shares + (n < batches % self._shares) for n in range(self._shares)]
+            return sum(self._threads.map(self._send_one_at_a_time, [share * self._batch for share in shares]))
         return self._send_in_flight(count) if self._in_flight else self._send_one_at_a_time(count)
 
     def _send_one_at_a_time(self, count: int) -> int:
