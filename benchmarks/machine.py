@@ -9,8 +9,11 @@ from importlib.metadata import version
 from typing import Any
 
 import confluent_kafka
+import psutil  # type: ignore[import-untyped]
 
 from benchmarks.library import build
+
+RIVALS = ("aiokafka", "faststream")
 
 
 def processor() -> str:
@@ -45,7 +48,8 @@ def describe() -> dict[str, Any]:
         "libc": " ".join(platform.libc_ver()),
         "python": sys.version.split()[0],
         "librdkafka": confluent_kafka.libversion()[0],
-        "versions": {name: version(name) for name in ("confluent-kafka", "msgspec", "kbatch-kafka")},
+        "memory_gib": psutil.virtual_memory().total / 2**30,
+        "versions": {name: version(name) for name in ("kbatch-kafka", "confluent-kafka", "msgspec", *RIVALS)},
         "line_round_trip_ns": line_round_trip_ns(),
         "load": load(),
     }

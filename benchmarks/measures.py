@@ -72,12 +72,13 @@ class Plan:
     open_broker: OpenBroker = MockBroker
     #: where Kafka's own Java classes are, if they are to take part
     class_path: str | None = None
+    #: take turns again while other programs are busy
+    patient: bool = True
 
     def take_turns(self, contenders: Sequence[Contender], effort: Effort | None = None, **how: Any) -> dict[str, Score]:
         """`turns.take_turns` where this plan says; `less` effort unless told otherwise."""
-        return take_turns(
-            contenders, effort or self.less, open_broker=self.open_broker, **({"partitions": self.partitions} | how)
-        )
+        how = {"partitions": self.partitions, "patient": self.patient} | how
+        return take_turns(contenders, effort or self.less, open_broker=self.open_broker, **how)
 
 
 def _ratio(mine: Result, its: Result) -> float:

@@ -8,6 +8,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from benchmarks import plots, results
 from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import Section, show, summary
 from benchmarks.library import HERE, build
@@ -40,7 +42,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of 7 turns for each figure with a target (3)")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of a turn (default 0.25)")
     parser.add_argument("--partitions", type=int, metavar="N", help="partitions of each topic (default 4)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes (default benchmarks/results/)")
+    parser.add_argument("--log-folder", type=Path, metavar="DIR", help="where the real Kafka keeps its logs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes, with the plots beside it "
+                        "(default benchmarks/results/TIME/)")  # fmt: skip
+    parser.add_argument("--hasty", action="store_true", help="take no turn again because other programs were busy")
     parser.add_argument("--strict", action="store_true", help="exit status 1 if a target is not reached")
     options = parser.parse_args(arguments)
     if options.only and (wrong := set(options.only.split(",")) - set(MEASURES)):
@@ -61,6 +66,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     changes: dict[str, Any] = {
         name: value for name in ("sizes", "headers", "partitions") if (value := getattr(options, name)) is not None
     }
+    if options.kafka and not options.quick:
+        plan = replace(plan, headers=(8,), effort=replace(plan.effort, rounds=2))
     effort, less = plan.effort, plan.less
     if options.repeats is not None:
         effort = Effort(options.repeats, effort.turns, effort.seconds)
@@ -68,14 +75,33 @@ def plan_of(options: argparse.Namespace) -> Plan:
         effort = Effort(effort.rounds, effort.turns, options.seconds)
         less = Effort(less.rounds, less.turns, options.seconds)
     values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return Plan(**(values | changes | {"effort": effort, "less": less}))
+    return Plan(**(values | changes | {"effort": effort, "less": less, "patient": not options.hasty}))
+
+
+def describe_plan(plan: Plan) -> dict[str, Any]:
+    names = ("sizes", "headers", "partitions", "effort", "less", "memory_envelopes", "tune", "latency", "outages")
+    found: dict[str, Any] = msgspec.to_builtins({name: getattr(plan, name) for name in names})
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     plan = plan_of(options)
-    for program in ("cloop", "machine"):
+    for program in ("cloop", "machine", "delay"):
         build(program)
+    with ExitStack() as stack:
+        if not options.kafka:
+            return run(options, plan, {"kind": "mock", "name": "mock cluster"})
+        from benchmarks.real import KafkaBroker, class_path  # needs Java and Maven
+
+        start = time.monotonic()
+        broker = stack.enter_context(KafkaBroker(options.log_folder))
+        about = broker.describe() | {"warm_up_rates": [round(rate) for rate in broker.warm_up()]}
+        print(f"{about['name']} started and warmed up in {time.monotonic() - start:.0f} s", flush=True)
+        return run(options, replace(plan, open_broker=broker.session, class_path=class_path()), about)
+
+
+def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
     machine = describe()
     print(
         f"kbatch {machine['versions']['kbatch-kafka']}, confluent-kafka {machine['versions']['confluent-kafka']}, "
@@ -83,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{machine['processors']} x {machine['processor']}, {machine['system']}, {machine['libc']}, "
         f"load {machine['load']:.1f}, cache line from one processor to another and back "
         f"{machine['line_round_trip_ns'] or 0:.0f} ns\n"
-        f"mock cluster in its own process, {plan.partitions} partitions, acks=all, idempotent; medians of turns that "
-        "alternate"
+        f"{broker['name']} in its own process, {plan.partitions} partitions, acks=all, idempotent; medians of turns "
+        "that alternate"
     )
     sections: list[Section] = []
     start = time.monotonic()
@@ -95,14 +121,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for section in measure(plan):
             # the state of the machine, which on a shared one changes within minutes
             section.details |= {"line_round_trip_ns": line_round_trip_ns(), "load": load()}
+            if options.kafka:  # the targets are the mock cluster's
+                section.figures = [msgspec.structs.replace(figure, target=None) for figure in section.figures]
             sections.append(section)
             print(show(section), flush=True)
     print(summary(sections))
-    path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine, "plan": plan, "seconds": time.monotonic() - start, "sections": sections}
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1))
-    print(f"took {time.monotonic() - start:.0f} s; written to {path}")
+    seconds = time.monotonic() - start
+    document = results.Document(machine, broker, describe_plan(plan), seconds, sections)
+    path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}" / f"{broker['kind']}.json"
+    results.write(path, document)
+    written = [path, *plots.draw(document, path.parent)]
+    print(f"took {seconds:.0f} s; written: {' '.join(map(str, written))}")
     missed = any(figure.reached is False for section in sections for figure in section.figures)
     return 1 if missed and options.strict else 0
 

@@ -2,6 +2,7 @@ import com.sun.management.OperatingSystemMXBean;
 import java.io.BufferedReader;
 import java.io.IOException;
 import java.io.InputStreamReader;
+import java.io.OutputStream;
 import java.io.PrintStream;
 import java.lang.management.ManagementFactory;
 import java.nio.ByteBuffer;
@@ -118,10 +119,10 @@ public final class JavaSide {
     private static void perform(String topic, long count, Path bodies, Properties config) throws Exception {
         List<String> arguments = new ArrayList<>(List.of(
                 "--topic", topic, "--num-records", Long.toString(count), "--throughput", "-1",
-                "--payload-file", bodies.toString(), "--producer-props"));
+                "--payload-file", bodies.toString()));
         config.forEach((key, value) -> {
             if (!key.toString().endsWith("serializer")) {
-                arguments.add(key + "=" + value);
+                arguments.addAll(List.of("--command-property", key + "=" + value));
             }
         });
         Class.forName("org.apache.kafka.tools.ProducerPerformance")
@@ -130,7 +131,7 @@ public final class JavaSide {
     }
 
     public static void main(String[] arguments) throws Exception {
-        System.setOut(System.err); // what others print is no answer
+        System.setOut(new PrintStream(OutputStream.nullOutputStream())); // what others print is no answer
         String topic = arguments[2];
         int batch = Integer.parseInt(arguments[3]);
         long window = Long.parseLong(arguments[4]);

@@ -1,0 +1,156 @@
+"""Puts the figures of runs into docs/benchmarks.md: `make bench-docs`, or `python -m benchmarks.docs RESULTS.json ...`.
+
+The results are kept in docs/benchmarks/, `mock.json` and `kafka.json`; plots and tables are made from these alone, so
+that they cannot differ. On the page a table stands between `<!-- figures: kafka rivals -->` and `<!-- end -->`: the
+broker, and a measure of `measures.py`. Without arguments everything is made again from what is kept.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import plots, results
+from benchmarks.figures import Figure, LatencyLine, Line, Section
+from benchmarks.results import Document
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+KEPT = ROOT / "docs" / "benchmarks"
+KINDS = ("kafka", "mock")
+_REGION = re.compile(r"(<!-- figures: (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
+
+
+def _rates(lines: list[Line]) -> str:
+    head = ("", "messages/s", "lowest to highest", "CPU µs", "broker's CPU µs", "peak MiB", "of it to send")
+    return _table(
+        head,
+        [
+            (
+                line.label,
+                f"{_round(line.rate)}",
+                f"{_round(line.lowest)} to {_round(line.highest)}",
+                f"{line.cpu_us:.2f}",
+                f"{line.broker_cpu_us:.2f}",
+                f"{line.peak_mib:.0f}",
+                f"{line.sending_mib:.0f}",
+            )
+            for line in lines
+        ],
+    )
+
+
+def _latencies(lines: list[LatencyLine]) -> str:
+    head = ("µs", "batches/s", "call p50", "call p99", "p50 since due", "p99 since due", "longest", "batches")
+    return _table(
+        head,
+        [
+            (
+                line.label,
+                f"{line.batches_per_s:,.0f}",
+                *(
+                    f"{value:,.0f}"
+                    for value in (line.call_p50, line.call_p99, line.p50, line.p99, line.longest, line.batches)
+                ),
+            )
+            for line in lines
+        ],
+    )
+
+
+def _figures(figures: list[Figure]) -> str:
+    rows = []
+    for found in figures:
+        value, low, high = (f"{each:,.{found.digits}f}" for each in (found.value, found.lowest, found.highest))
+        spread = f"{low} to {high}" if found.lowest != found.highest else ""
+        wanted = "" if found.target is None else f"{'≤' if found.at_most else '≥'} {found.target:g}{found.unit}"
+        rows.append((found.name.strip(), f"{value}{found.unit}", spread, wanted))
+    targets = any(row[-1] for row in rows)
+    head = ("", "median", "range", "target")
+    return _table(head, rows) if targets else _table(head[:-1], [row[:-1] for row in rows])
+
+
+def _round(rate: float) -> str:
+    """Three digits: the others are noise."""
+    digits = max(0, len(f"{rate:.0f}") - 3)
+    return f"{round(rate, -digits):,.0f}"
+
+
+def render(section: Section) -> str:
+    parts = [f"**{section.title}**"]
+    if section.lines:
+        parts.append(_rates(section.lines))
+    if section.latencies:
+        parts.append(_latencies(section.latencies))
+    if section.figures:
+        parts.append(_figures(section.figures))
+    parts += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []
+    return "\n\n".join(parts)
+
+
+def machine(document: Document) -> str:
+    about, broker = document.machine, document.broker
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    parts = [
+        f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes",
+        f"- {about['processors']} x {about['processor']}, {about['memory_gib']:.0f} GiB, {about['system']}, "
+        f"{about['libc']}; a cache line takes {about['line_round_trip_ns']:.0f} ns from one processor to another and back",
+        f"- Python {about['python']}, librdkafka {about['librdkafka']}, {versions}",
+    ]
+    if document.on_kafka:
+        options = " ".join(broker["java_options"])
+        parts.append(f"- {broker['java']}, heap {broker['heap_mb']} MiB, {options}; logs on {broker['folder']}")
+    return "\n".join(parts)
+
+
+def region(document: Document | None, measure: str) -> str:
+    if document is None:
+        return "Not measured yet."
+    if measure == "machine":
+        return machine(document)
+    found = [render(section) for section in document.find(measure)]
+    return "\n\n".join(found) if found else "Not measured in this run."
+
+
+def fill(page: str, documents: Mapping[str, Document]) -> str:
+    """The page with the figures of these documents."""
+
+    def replace(match: re.Match[str]) -> str:
+        opening, kind, measure, end = match.groups()
+        if kind not in KINDS:
+            raise ValueError(f"no such broker: {kind}")
+        return f"{opening}\n{region(documents.get(kind), measure)}\n\n{end}"
+
+    return _REGION.sub(replace, page)
+
+
+def kept(folder: Path = KEPT) -> dict[str, Document]:
+    return {kind: results.read(path) for kind in KINDS if (path := folder / f"{kind}.json").exists()}
+
+
+def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
+    """Makes plots and tables anew from what is kept."""
+    documents = kept(folder)
+    for old in folder.glob("*.svg"):
+        old.unlink()
+    for document in documents.values():
+        yield from plots.draw(document, folder)
+    page.write_text(fill(page.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    yield page
+
+
+def main(arguments: Sequence[str]) -> None:
+    for name in arguments:
+        document = results.read(Path(name))
+        results.write(KEPT / f"{document.broker['kind']}.json", document)
+    for path in write():
+        print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

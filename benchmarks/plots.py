@@ -1,0 +1,288 @@
+"""Draws what a run found: `python -m benchmarks.plots RESULTS.json FOLDER`.
+
+The same results make the same bytes with the same matplotlib. Text stays text, so that the files are small.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from benchmarks.figures import Line, Section
+from benchmarks.results import Document, fastest, lines_of, linger_ms, read
+
+#: Okabe and Ito's colours, which the colour-blind tell apart.
+COLORS = {
+    "kbatch": "#d55e00",
+    "cloop": "#555555",
+    "confluent": "#0072b2",
+    "aioproducer": "#56b4e9",
+    "aiokafka": "#009e73",
+    "faststream": "#cc79a7",
+    "java": "#b8a400",
+    "control": "#999999",
+}
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "kbatch",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e4e4e4",
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
+
+Plot = Callable[[Document], Figure | None]
+
+
+def _thousands(value: float, _position: int | None = None) -> str:
+    if value >= 1_000_000:
+        return f"{value / 1e6:g} M"
+    return f"{value / 1000:g} k" if value >= 1000 else f"{value:g}"
+
+
+def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False)
+    return figure, list(axes[0])
+
+
+def _curve(axes: Axes, xs: list[float], lines: list[Line], label: str, color: str, style: str = "-") -> None:
+    """Medians with the range of the turns."""
+    rates = [line.rate for line in lines]
+    below = [line.rate - line.lowest for line in lines]
+    above = [line.highest - line.rate for line in lines]
+    axes.errorbar(
+        xs, rates, yerr=[below, above], label=label, color=color, linestyle=style, marker="o", markersize=4,
+        linewidth=1.6, elinewidth=0.7, capsize=2,
+    )  # fmt: skip
+
+
+def _legend_below(axes: Axes) -> None:
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=2)
+
+
+def throughput_by_batch_size(document: Document) -> Figure | None:
+    sections = sorted(document.find("loops", headers=8), key=lambda section: int(section.settings["batch"]))
+    if len(sections) < 2:
+        return None
+    sizes = [float(section.settings["batch"]) for section in sections]
+    figure, (axes,) = _panels(1, 6.4, 4.2)
+    for label, side, in_flight, style in (
+        ("kbatch, 5,000 in flight", "kbatch", True, "-"),
+        ("kbatch, one batch at a time", "kbatch", False, "--"),
+        ("C loop, 5,000 in flight", "cloop", True, "-"),
+        ("C loop, one batch at a time", "cloop", False, "--"),
+        ("confluent-kafka, mapped in Python", "confluent", None, "-"),
+    ):
+        lines = [fastest(lines_of(section, side, in_flight=in_flight)) for section in sections]
+        _curve(axes, sizes, lines, label, COLORS[side], style)
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [f"{size:,.0f}" for size in sizes])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.set_xlabel("messages in a batch")
+    axes.set_title(f"Acknowledged messages per second, 8 headers, {document.broker['name']}")
+    _legend_below(axes)
+    return figure
+
+
+def rivals(document: Document) -> Figure | None:
+    sections = sorted(document.find("rivals"), key=lambda section: -int(section.settings["headers"]))
+    if not sections:
+        return None
+    figure, panels = _panels(len(sections), 4.9 * len(sections), 3.6)
+    for axes, section in zip(panels, sections, strict=True):
+        ordered = sorted(section.lines, key=lambda line: line.rate)
+        for at, line in enumerate(ordered):
+            axes.barh(at, line.rate, color=COLORS[line.side], height=0.66)
+            axes.text(line.rate, at, f" {_thousands(round(line.rate, -3))}", va="center", fontsize=8)
+        axes.set_yticks(range(len(ordered)), [_short(line) for line in ordered])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.set_xlim(right=max(line.rate for line in ordered) * 1.15)
+        headers = section.settings["headers"]
+        axes.set_title(f"{headers} headers" if headers else "no headers")
+    batch = sections[0].settings["batch"]
+    figure.suptitle(
+        f"Acknowledged messages per second, batches of {batch:,}, {document.broker['name']}", x=0.01, ha="left",
+        fontsize=10,
+    )  # fmt: skip
+    return figure
+
+
+def _short(line: Line) -> str:
+    return {"kbatch": "kbatch", "cloop": "C loop"}.get(line.side, line.label.replace(", publish_batch", ""))
+
+
+def throughput_by_round_trip(document: Document) -> Figure | None:
+    sections = sorted(document.find("round_trips"), key=lambda section: float(section.settings["rtt_ms"]))
+    if len(sections) < 2:
+        return None
+    trips = [float(section.settings["rtt_ms"]) for section in sections]
+    figure, panels = _panels(2, 9.6, 4.2)
+    for axes, in_flight in zip(panels, (True, False), strict=True):
+        for linger, style in (("0", "-"), ("1", "--"), ("5", ":")):
+            lines = [_lingering(section, "kbatch", in_flight, linger) for section in sections]
+            _curve(axes, trips, lines, f"kbatch, linger {linger} ms", COLORS["kbatch"], style)
+        _curve(axes, trips, [_lingering(each, "cloop", in_flight, "0") for each in sections], "C loop, linger 0 ms",
+               COLORS["cloop"])  # fmt: skip
+        rival = [lines_of(section, "confluent") for section in sections]
+        if in_flight and all(rival):
+            lines = [fastest(found) for found in rival]
+            window, linger = lines[0].window, linger_ms(lines[0])
+            label = f"confluent-kafka, linger {linger} ms, {window:,} in flight"
+            _curve(axes, trips, lines, label, COLORS["confluent"])
+        axes.set_xticks(trips, [f"{trip:g}" for trip in trips])
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.set_xlabel("round trip, ms more than loopback")
+        batch = sections[0].settings["batch"]
+        how = "5,000 messages in flight" if in_flight else "one batch at a time"
+        axes.set_title(f"Messages/s, batches of {batch:,}, {how}")
+        _legend_below(axes)
+    figure.suptitle(document.broker["name"], x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+def _lingering(section: Section, side: str, in_flight: bool, linger: str) -> Line:
+    return next(line for line in lines_of(section, side, in_flight=in_flight) if linger_ms(line) == linger)
+
+
+def latency(document: Document) -> Figure | None:
+    sections = sorted(document.find("latency"), key=lambda section: int(section.settings["batch"]))
+    if not sections:
+        return None
+    figure, panels = _panels(len(sections), 3.6 * len(sections), 2.6)
+    for axes, section in zip(panels, sections, strict=True):
+        # the C loop with kbatch at its rate, then confluent-kafka with kbatch at that one's
+        ordered = list(reversed(section.latencies))
+        for at, line in enumerate(ordered):
+            color = COLORS[line.side]
+            axes.plot([line.call_p50, line.call_p99], [at, at], color=color, linewidth=2)
+            axes.plot([line.call_p50], [at], marker="o", color=color, linestyle="")
+            axes.plot([line.call_p99], [at], marker="|", color=color, linestyle="", markersize=9, markeredgewidth=2)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        names = {"kbatch": "kbatch", "cloop": "C loop", "confluent": "confluent-kafka"}
+        labels = [f"{names[line.side]}, {line.batches_per_s:,.0f}/s" for line in ordered]
+        axes.set_yticks(range(len(ordered)), labels)
+        axes.set_ylim(-0.6, len(ordered) - 0.4)
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlabel("ms")
+        batch = section.settings["batch"]
+        axes.set_title(f"batches of {batch:,}" if batch > 1 else "one message at a time")
+    figure.suptitle(
+        f"From the call to its answer, p50 (dot) to p99 (bar), {document.broker['name']}",
+        x=0.01,
+        ha="left",
+        fontsize=10,
+    )
+    return figure
+
+
+def gil(document: Document) -> Figure | None:
+    section = next(document.find("gil"), None)
+    if section is None:
+        return None
+    figure, (axes,) = _panels(1, 6.4, 2.2)
+    found = list(reversed(list(zip(section.figures, section.lines, strict=True))))
+    for at, (still, line) in enumerate(found):
+        axes.barh(at, still.value, color=COLORS[line.side], height=0.6)
+        axes.text(max(0.0, still.value), at, f" {still.value:.2f} µs", va="center", fontsize=8)
+    axes.set_yticks(range(len(found)), [line.label for _, line in found])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, max(still.value for still, _ in found) * 1.15)
+    axes.set_title("How long another Python thread stands still for the GIL, µs per message")
+    return figure
+
+
+def linger(document: Document) -> Figure | None:
+    sections = list(document.find("linger"))
+    if not sections:
+        return None
+    trips = sorted({section.settings["rtt_ms"] for section in sections})
+    figure, panels = _panels(len(trips), 4.8 * len(trips), 3.4)
+    for axes, trip in zip(panels, trips, strict=True):
+        chosen = [section for section in sections if section.settings["rtt_ms"] == trip]
+        for at, section in enumerate(reversed(chosen)):
+            for shift, (line, alpha) in enumerate(zip(section.lines, (1.0, 0.65, 0.35), strict=True)):
+                relative = line.rate / section.lines[0].rate
+                axes.barh(at + 0.27 - 0.27 * shift, relative, height=0.24, color=COLORS["kbatch"], alpha=alpha,
+                          label=line.label if at == 0 else None)  # fmt: skip
+        axes.set_yticks(range(len(chosen)), [section.settings["workload"] for section in reversed(chosen)])
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+        axes.axvline(1, color="#555555", linewidth=0.8)
+        axes.set_title(f"round trip {trip:g} ms more" if trip else "loopback")
+    panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=3)
+    figure.suptitle(
+        f"kbatch's throughput by linger.ms, 0 ms = 1, {document.broker['name']}", x=0.01, ha="left", fontsize=10
+    )
+    return figure
+
+
+def codecs(document: Document) -> Figure | None:
+    sections = sorted(document.find("codecs"), key=lambda section: int(section.settings["batch"]))
+    if not sections:
+        return None
+    figure, panels = _panels(len(sections), 4.4 * len(sections), 2.8)
+    for axes, section in zip(panels, sections, strict=True):
+        names: list[str] = []
+        for line in lines_of(section, "kbatch"):
+            codec = line.options["config"]["compression.type"]
+            its = next(each for each in lines_of(section, "cloop") if each.options == line.options)
+            axes.bar(len(names) - 0.2, line.rate, width=0.38, color=COLORS["kbatch"], label=None if names else "kbatch")
+            axes.bar(len(names) + 0.2, its.rate, width=0.38, color=COLORS["cloop"], label=None if names else "C loop")
+            names.append(codec)
+        axes.set_xticks(range(len(names)), names)
+        axes.grid(visible=False, axis="x")
+        axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.set_title(f"batches of {section.settings['batch']:,}")
+    panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
+    figure.suptitle(f"Messages/s by codec, 5,000 in flight, {document.broker['name']}", x=0.01, ha="left", fontsize=10)
+    return figure
+
+
+PLOTS: dict[str, Plot] = {
+    "batch-size": throughput_by_batch_size,
+    "rivals": rivals,
+    "round-trip": throughput_by_round_trip,
+    "latency": latency,
+    "gil": gil,
+    "linger": linger,
+    "codecs": codecs,
+}
+
+
+def draw(document: Document, folder: Path) -> Iterator[Path]:
+    """Writes a file for each plot that the document has figures for: `NAME-mock.svg` or `NAME-kafka.svg`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        for name, plot in PLOTS.items():
+            figure = plot(document)
+            if figure is not None:
+                path = folder / f"{name}-{document.broker['kind']}.svg"
+                figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+                yield path
+
+
+if __name__ == "__main__":
+    for written in draw(read(Path(sys.argv[1])), Path(sys.argv[2])):
+        print(written)
