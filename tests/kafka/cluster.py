@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 LISTENERS = {"PLAINTEXT": "PLAINTEXT", "PROXIED": "PLAINTEXT", "TLS": "SSL", "EXPIRED": "SSL", "SASL": "SASL_SSL"}
 SASL_USER, SASL_PASSWORD = "alice", "alice's password"
 START_TIMEOUT_S = 90.0
+#: Up soon and small; a broker that shall be fast takes the JVM's own choice.
+QUICK_START = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 
 _topic_numbers = itertools.count()
 
@@ -49,12 +51,13 @@ _topic_numbers = itertools.count()
 class Broker:
     """One process. Its ports stay the same when it is started again."""
 
-    def __init__(self, node: int, folder: Path, guard: Guard) -> None:
+    def __init__(self, node: int, folder: Path, guard: Guard, make_proxy: Callable[[int], FaultProxy]) -> None:
         self.node = node
         self.folder = folder
         self.ports = {name: free_port() for name in (*LISTENERS, "CONTROLLER")}
-        self.proxy = FaultProxy(self.ports["PROXIED"])
+        self.proxy = make_proxy(self.ports["PROXIED"])
         self.heap_mb = 256
+        self.java_options: Sequence[str] = QUICK_START
         self.process: subprocess.Popen[bytes] | None = None
         self._guard = guard
 
@@ -73,7 +76,7 @@ class Broker:
         with open(self.folder / "broker.log", "ab") as log:
             self.process = subprocess.Popen(
                 [
-                    *_java(self.heap_mb),
+                    *_java(self.heap_mb, self.java_options),
                     f"-Dlog4j2.configurationFile={install.HERE / 'log4j2.properties'}",
                     "kafka.Kafka",
                     str(self.folder / "server.properties"),
@@ -190,7 +193,14 @@ class KafkaCluster(ExternalCluster):
     """
 
     def __init__(
-        self, brokers: int = 1, *, heap_mb: int = 256, settings: dict[str, Any] | None = None, folder: str | None = None
+        self,
+        brokers: int = 1,
+        *,
+        heap_mb: int = 256,
+        settings: dict[str, Any] | None = None,
+        folder: str | None = None,
+        java_options: Sequence[str] = QUICK_START,
+        make_proxy: Callable[[int], FaultProxy] = FaultProxy,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="kbatch-kafka-", dir=folder))
         self._guard = Guard()
@@ -200,8 +210,9 @@ class KafkaCluster(ExternalCluster):
         try:
             certificates.make(self.folder / "certificates")
             for node in range(1, brokers + 1):
-                broker = Broker(node, self.folder / f"broker-{node}", self._guard)
+                broker = Broker(node, self.folder / f"broker-{node}", self._guard, make_proxy)
                 broker.heap_mb = heap_mb
+                broker.java_options = java_options
                 self.brokers.append(broker)
             for broker in self.brokers:
                 broker.folder.mkdir()
@@ -409,9 +420,8 @@ def _all_in_sync(partitions: dict[int, Any]) -> bool:
     return all(each.leader > 0 and len(each.isrs) == len(each.replicas) for each in partitions.values())
 
 
-def _java(heap_mb: int) -> list[str]:
-    quick = ["-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto"]
-    return [install.java(), f"-Xms{heap_mb // 2}m", f"-Xmx{heap_mb}m", *quick, "-cp", install.class_path()]
+def _java(heap_mb: int, options: Sequence[str] = QUICK_START) -> list[str]:
+    return [install.java(), f"-Xms{heap_mb // 2}m", f"-Xmx{heap_mb}m", *options, "-cp", install.class_path()]
 
 
 def free_port() -> int:
