@@ -84,8 +84,12 @@ soak: build $(STAMPS)/test-group ## Run 3,000 seeded fault plans, shorten one th
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 .PHONY: bench
-bench: build $(STAMPS)/bench-group ## Run the benchmarks and print their ratios
-	$(BIN)/python -m benchmarks.run $(ARGS)
+bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)
+	$(BIN)/python -m benchmarks.run $(if $(KAFKA),--kafka) $(ARGS)
+
+.PHONY: bench-docs
+bench-docs: build $(STAMPS)/bench-group ## Put results into docs/benchmarks.md: ARGS="benchmarks/results/…/kafka.json"
+	$(BIN)/python -m benchmarks.docs $(ARGS)
 
 .PHONY: bench-instructions
 bench-instructions: build $(STAMPS)/bench-group ## Count instructions per envelope, with valgrind

@@ -99,7 +99,7 @@ def machine(document: Document) -> str:
     parts = [
         f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes",
         f"- {about['processors']} x {about['processor']}, {about['memory_gib']:.0f} GiB, {about['system']}, "
-        f"{about['libc']}; a cache line takes {about['line_round_trip_ns']:.0f} ns from one processor to another and back",
+        f"{about['libc']}; a cache line from one processor to another and back: {about['line_round_trip_ns']:.0f} ns",
         f"- Python {about['python']}, librdkafka {about['librdkafka']}, {versions}",
     ]
     if document.on_kafka:
