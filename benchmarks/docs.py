@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import plots, results
+from benchmarks import results
 from benchmarks.figures import Figure, LatencyLine, Line, Section
 from benchmarks.results import Document
 
@@ -135,11 +135,13 @@ def kept(folder: Path = KEPT) -> dict[str, Document]:
 
 def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
     """Makes plots and tables anew from what is kept."""
+    from benchmarks import plots  # matplotlib, which nobody else here needs
+
     documents = kept(folder)
     for old in folder.glob("*.svg"):
         old.unlink()
-    for document in documents.values():
-        yield from plots.draw(document, folder)
+    for kind in documents:
+        yield from plots.draw(folder / f"{kind}.json", folder)
     page.write_text(fill(page.read_text(encoding="utf-8"), documents), encoding="utf-8")
     yield page
 

@@ -3,6 +3,7 @@
 The same results make the same bytes with the same matplotlib. Text stays text, so that the files are small.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -271,18 +272,21 @@ PLOTS: dict[str, Plot] = {
 }
 
 
-def draw(document: Document, folder: Path) -> Iterator[Path]:
-    """Writes a file for each plot that the document has figures for: `NAME-mock.svg` or `NAME-kafka.svg`."""
+def draw(source: Path, folder: Path) -> Iterator[Path]:
+    """Writes a file for each plot that the results have figures for, `NAME-mock.svg` or `NAME-kafka.svg`. Each names
+    the results by their SHA-256."""
+    document = read(source)
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context(STYLE):
         for name, plot in PLOTS.items():
             figure = plot(document)
             if figure is not None:
                 path = folder / f"{name}-{document.broker['kind']}.svg"
-                figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})
+                figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Source": digest})
                 yield path
 
 
 if __name__ == "__main__":
-    for written in draw(read(Path(sys.argv[1])), Path(sys.argv[2])):
+    for written in draw(Path(sys.argv[1]), Path(sys.argv[2])):
         print(written)

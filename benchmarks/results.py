@@ -33,8 +33,11 @@ def read(path: Path) -> Document:
 
 
 def write(path: Path, document: Document) -> None:
+    """One line for each section."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
+    head = msgspec.json.encode(msgspec.structs.replace(document, sections=[])).removesuffix(b"]}")
+    sections = b",\n".join(msgspec.json.encode(section) for section in document.sections)
+    path.write_bytes(head + b"\n" + sections + b"\n]}\n")
 
 
 def lines_of(section: Section, side: str, *, in_flight: bool | None = None) -> list[Line]:

@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
     document = results.Document(machine, broker, describe_plan(plan), seconds, sections)
     path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}" / f"{broker['kind']}.json"
     results.write(path, document)
-    written = [path, *plots.draw(document, path.parent)]
+    written = [path, *plots.draw(path, path.parent)]
     print(f"took {seconds:.0f} s; written: {' '.join(map(str, written))}")
     missed = any(figure.reached is False for section in sections for figure in section.figures)
     return 1 if missed and options.strict else 0
