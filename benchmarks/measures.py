@@ -9,28 +9,23 @@ from benchmarks.broker import MockBroker, OpenBroker
 from benchmarks.data import HEADER_COUNTS
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
 from benchmarks.recovery import Outages, recoveries
+from benchmarks.rivals import BATCH, WINDOW, config, rivals
 from benchmarks.serializers import serializers
 from benchmarks.sides.base import Result
 from benchmarks.turns import Contender, Effort, Score, pairs, take_turns
 from benchmarks.verify import same_bytes
 
-#: messages in flight across batches
-WINDOW = 5_000
 LATENCY_SIZES = (1, 100, 1_000)
 LARGE_BATCH = 200_000
 #: so that the mock cluster, which keeps 5 MiB of each, loses nothing of it
 LARGE_PARTITIONS = 32
 AWAITED_RTT_MS = 5
-#: of the comparison with the rivals, of round trips and of linger times
-BATCH = 1_000
 ROUND_TRIPS_MS = (0, 1, 5)
 LINGERS_MS = (0, 1, 5)
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
 CODEC_SIZES = (1_000, 10_000)
 #: several threads that each await small batches on one producer
 THREADS, SMALL_BATCH = 8, 10
-#: until the JVM has compiled what is called often
-JAVA_WARM_UP_S = 5.0
 
 # The targets of issue 2.
 ONE_AT_A_TIME = {1_000: 0.9, 10_000: 0.95}
@@ -401,102 +396,30 @@ def memory(plan: Plan) -> Iterator[Section]:
     yield section
 
 
-def rivals(plan: Plan) -> Iterator[Section]:
+def others(plan: Plan) -> Iterator[Section]:
     """What others send in batches of 1,000: first those that carry headers, then all without headers."""
     for headers in (8, 0):
-        mine = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", BATCH, WINDOW)
-        loop = Contender(f"C loop, {WINDOW:,} in flight", "cloop", BATCH, WINDOW)
-        found = [(label, _best(plan, trials, headers)) for label, trials in _rivals(headers, plan.class_path) if trials]
-        scores = plan.take_turns(
-            (mine, loop, *(replace(best, label=label) for label, best in found)), plan.effort, headers=headers
-        )
+        found = {name: _best(plan, trials, headers) for name, trials in rivals(headers, plan.class_path)}
+        contenders = [replace(best, label=name) for name, best in found.items()]
+        scores = plan.take_turns(contenders, plan.effort, headers=headers)
         section = Section(
-            f"Others, batches of {BATCH:,}, {headers} headers"
-            if headers
-            else f"Others, batches of {BATCH:,}, no headers",
+            f"Others, batches of {BATCH:,}, {headers or 'no'} headers",
             "rivals",
             {"batch": BATCH, "headers": headers},
             lines(scores),
         )
-        for label, best in found:
-            section.figures.append(
-                figure(
-                    f"kbatch / {label}", pairs(scores[mine.label], scores[label], _ratio), target=_TARGETS.get(label)
-                )
-            )
-            section.notes.append(f"{label}: {best.label}")
+        for name in found:
+            if name not in ("kbatch", "C loop"):
+                ratios = pairs(scores["kbatch"], scores[name], _ratio)
+                section.figures.append(figure(f"kbatch / {name}", ratios, target=_target(name, headers)))
+        section.notes.append("; ".join(f"{name}: {best.label}" for name, best in found.items()))
         yield section
 
 
-_TARGETS = {
-    "confluent-kafka, produce": CONFLUENT,
-    "aiokafka": AIOKAFKA,
-    "confluent-kafka, AIOProducer": AIOKAFKA,
-    "FastStream over aiokafka, publish_batch": AIOKAFKA,
-    "FastStream over confluent-kafka, publish_batch": AIOKAFKA,
-}
-
-
-def _rivals(headers: int, class_path: str | None) -> Iterator[tuple[str, list[Contender]]]:
-    """Each rival with the settings that are tried out, the best known first."""
-
-    def trials(side: str, form: str, *settings: tuple[int, int, dict[str, Any]]) -> list[Contender]:
-        return [
-            Contender(
-                f"{form}, linger {linger} ms, {window:,} in flight",
-                side,
-                BATCH,
-                window,
-                {"linger_ms": linger} | options,
-            )
-            for linger, window, options in settings
-        ]
-
-    yield "confluent-kafka, produce", trials(
-        "confluent", "produce, errors only",
-        (5, 10 * WINDOW, {}), (0, WINDOW, {}), (5, WINDOW, {}), (50, 10 * WINDOW, {}),
-    )  # fmt: skip
-    yield "aiokafka", trials("aiokafka", "send", (0, 2 * BATCH, {}), (0, WINDOW, {}), (5, WINDOW, {}))
-    if class_path:
-        yield (
-            "Java producer, nothing mapped",
-            [
-                _java(class_path, "send", linger, window)
-                for linger, window in ((5, WINDOW), (0, WINDOW), (5, 10 * WINDOW))
-            ],
-        )
-    if headers:
-        return
-    if class_path:
-        yield "Java, ProducerPerformance, no keys", [_java(class_path, "performance", linger, 0) for linger in (5, 0)]
-    yield "confluent-kafka, produce_batch", trials(
-        "confluent", "produce_batch, errors only",
-        *((linger, window, {"call": "produce_batch", "poll_every": BATCH})
-          for linger, window in ((5, 10 * WINDOW), (0, WINDOW), (5, WINDOW))),
-    )  # fmt: skip
-    yield (
-        "confluent-kafka, AIOProducer",
-        trials("aioproducer", "produce, flush", (0, WINDOW, {}), (0, BATCH, {}), (5, 10 * WINDOW, {})),
-    )
-    yield (
-        "FastStream over aiokafka, publish_batch",
-        trials("faststream", "publish_batch", (0, WINDOW, {"over": "aiokafka"}), (0, 2 * BATCH, {"over": "aiokafka"})),
-    )
-    yield (
-        "FastStream over confluent-kafka, publish_batch",
-        trials("faststream", "publish_batch", (0, WINDOW, {"over": "confluent"}), (5, WINDOW, {"over": "confluent"})),
-    )
-
-
-def _java(class_path: str, form: str, linger_ms: int, window: int) -> Contender:
-    config = {"linger.ms": str(linger_ms), "batch.size": "1000000", "buffer.memory": str(2**26)}
-    label = f"{form}, linger {linger_ms} ms" + (f", {window:,} in flight" if window else "")
-    return Contender(
-        label, "java", BATCH, window, {"class_path": class_path, "form": form, "config": config},
-        warm_up_s=JAVA_WARM_UP_S,
-        # each run of ProducerPerformance connects anew
-        seconds=2.0 if form == "performance" else None,
-    )  # fmt: skip
+def _target(rival: str, headers: int) -> float | None:
+    if rival == "confluent-kafka, produce":
+        return CONFLUENT if headers else None
+    return AIOKAFKA if rival.startswith(("aiokafka", "FastStream", "confluent-kafka, AIOProducer")) else None
 
 
 def round_trips(plan: Plan) -> Iterator[Section]:
@@ -508,7 +431,7 @@ def round_trips(plan: Plan) -> Iterator[Section]:
         ]
         for linger_ms in LINGERS_MS:
             contenders += [
-                replace(each, label=f"{each.label}, linger {linger_ms} ms", options=_config(linger_ms=linger_ms))
+                replace(each, label=f"{each.label}, linger {linger_ms} ms", options=config(linger_ms=linger_ms))
                 for each in (
                     Contender("kbatch, one batch at a time", "kbatch", BATCH),
                     Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", BATCH, WINDOW),
@@ -535,16 +458,10 @@ def round_trips(plan: Plan) -> Iterator[Section]:
         yield section
 
 
-def _config(*, linger_ms: int | None = None, codec: str | None = None) -> dict[str, Any]:
-    """Options that the C loop and kbatch understand."""
-    config = {"linger.ms": linger_ms, "compression.type": codec}
-    return {"config": {key: str(value) for key, value in config.items() if value is not None}}
-
-
 def codecs(plan: Plan) -> Iterator[Section]:
     for batch in CODEC_SIZES:
         contenders = [
-            Contender(f"{name}, {codec}", side, batch, WINDOW, _config(codec=codec))
+            Contender(f"{name}, {codec}", side, batch, WINDOW, config(codec=codec))
             for codec in CODECS
             for name, side in (("C loop", "cloop"), ("kbatch", "kbatch"))
         ]
@@ -572,7 +489,7 @@ def linger(plan: Plan) -> Iterator[Section]:
         for workload in workloads:
             contenders = {
                 linger_ms: replace(
-                    workload, label=f"linger {linger_ms} ms", options=workload.options | _config(linger_ms=linger_ms)
+                    workload, label=f"linger {linger_ms} ms", options=workload.options | config(linger_ms=linger_ms)
                 )
                 for linger_ms in LINGERS_MS
             }
@@ -593,7 +510,7 @@ def linger(plan: Plan) -> Iterator[Section]:
 MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "bytes": check_bytes,
     "loops": loops,
-    "rivals": rivals,
+    "rivals": others,
     "round-trips": round_trips,
     "awaited": awaited,
     "latency": latency,

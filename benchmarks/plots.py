@@ -12,7 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks.figures import Line, Section
 from benchmarks.results import Document, fastest, lines_of, linger_ms, read
@@ -152,11 +152,14 @@ def throughput_by_round_trip(document: Document) -> Figure | None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.set_xlabel("round trip, ms more than loopback")
-        batch = sections[0].settings["batch"]
         how = "5,000 messages in flight" if in_flight else "one batch at a time"
-        axes.set_title(f"Messages/s, batches of {batch:,}, {how}")
+        axes.set_title(how)
         _legend_below(axes)
-    figure.suptitle(document.broker["name"], x=0.01, ha="left", fontsize=10)
+    batch = sections[0].settings["batch"]
+    figure.suptitle(
+        f"Acknowledged messages per second, batches of {batch:,}, 8 headers, {document.broker['name']}",
+        x=0.01, ha="left", fontsize=10,
+    )  # fmt: skip
     return figure
 
 
@@ -178,6 +181,7 @@ def latency(document: Document) -> Figure | None:
             axes.plot([line.call_p50], [at], marker="o", color=color, linestyle="")
             axes.plot([line.call_p99], [at], marker="|", color=color, linestyle="", markersize=9, markeredgewidth=2)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         names = {"kbatch": "kbatch", "cloop": "C loop", "confluent": "confluent-kafka"}

@@ -72,9 +72,7 @@ class DelayProxy:
         self.delay_ms(0)
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(10)
+        self._process.communicate(timeout=10)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -4,7 +4,7 @@ It adds one header itself, `correlation_id`. Bodies are encoded by msgspec befor
 faster than to let FastStream do it. Keys are per message, by `KafkaPublishMessage`.
 
 Options: `over`: "aiokafka" (each call makes one batch of records for one partition; here the partitions take turns) or
-"confluent" (one task and one callback for each message); `linger_ms` for the latter.
+"confluent-kafka" (one task and one callback for each message); `linger_ms` for the latter.
 """
 
 import asyncio
