@@ -142,6 +142,8 @@ def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
         old.unlink()
     for kind in documents:
         yield from plots.draw(folder / f"{kind}.json", folder)
+    if len(documents) == len(KINDS):
+        yield from plots.draw_summary(folder / "kafka.json", folder / "mock.json", folder)
     page.write_text(fill(page.read_text(encoding="utf-8"), documents), encoding="utf-8")
     yield page
 

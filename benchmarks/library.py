@@ -66,10 +66,16 @@ def build(name: str) -> Path:
     return program
 
 
+def java_program(name: str) -> str | None:
+    """`java` or `javac`: JAVA_HOME's, else the one in PATH."""
+    home = os.environ.get("JAVA_HOME")
+    return shutil.which(name, path=f"{home}/bin" if home else None)
+
+
 def build_java(class_path: str) -> str:
     """Compiles sides/JavaSide.java if it is newer than what was made of it; returns the class path with it."""
     source, made = HERE / "sides" / "JavaSide.java", BUILD / "JavaSide.class"
     if not made.exists() or made.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(exist_ok=True)
-        subprocess.run(["javac", "-cp", class_path, "-d", str(BUILD), str(source)], check=True)
+        subprocess.run([java_program("javac") or "javac", "-cp", class_path, "-d", str(BUILD), str(source)], check=True)
     return f"{BUILD}{os.pathsep}{class_path}"

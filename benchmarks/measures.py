@@ -22,6 +22,8 @@ LARGE_PARTITIONS = 32
 AWAITED_RTT_MS = 5
 ROUND_TRIPS_MS = (0, 1, 5)
 LINGERS_MS = (0, 1, 5)
+#: librdkafka takes fractions
+LINGER_TRIALS_MS = (0, 0.2, 1, 5)
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
 CODEC_SIZES = (1_000, 10_000)
 #: several threads that each await small batches on one producer
@@ -491,7 +493,7 @@ def linger(plan: Plan) -> Iterator[Section]:
                 linger_ms: replace(
                     workload, label=f"linger {linger_ms} ms", options=workload.options | config(linger_ms=linger_ms)
                 )
-                for linger_ms in LINGERS_MS
+                for linger_ms in LINGER_TRIALS_MS
             }
             scores = plan.take_turns(list(contenders.values()), rtt_ms=rtt_ms)
             section = Section(
@@ -501,7 +503,7 @@ def linger(plan: Plan) -> Iterator[Section]:
                 lines(scores),
             )
             zero = scores[contenders[0].label]
-            for linger_ms in LINGERS_MS[1:]:
+            for linger_ms in LINGER_TRIALS_MS[1:]:
                 other = scores[contenders[linger_ms].label]
                 section.figures.append(figure(f"linger {linger_ms} ms / 0 ms", pairs(other, zero, _ratio)))
             yield section

@@ -5,7 +5,8 @@ The same results make the same bytes with the same matplotlib. Text stays text, 
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,28 +102,41 @@ def throughput_by_batch_size(document: Document) -> Figure | None:
     return figure
 
 
+def _bars(axes: Axes, bars: Sequence[tuple[str, float, str, str]]) -> None:
+    """A bar for each of label, value, colour and what stands at its end; the first is at the top."""
+    for at, (_, value, color, text) in enumerate(reversed(bars)):
+        axes.barh(at, value, color=color, height=0.66)
+        axes.text(max(0.0, value), at, f" {text}", va="center", fontsize=8)
+    axes.set_yticks(range(len(bars)), [label for label, *_ in reversed(bars)])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlim(0, max(value for _, value, *_ in bars) * 1.17)
+
+
+def _title(figure: Figure, text: str) -> None:
+    figure.suptitle(text, x=0.01, ha="left", fontsize=10)
+
+
+def _rates(axes: Axes, section: Section) -> None:
+    ordered = sorted(section.lines, key=lambda line: -line.rate)
+    _bars(
+        axes,
+        [(_short(line), line.rate, COLORS[line.side], _thousands(float(f"{line.rate:.3g}"))) for line in ordered],
+    )
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+
+
 def rivals(document: Document) -> Figure | None:
     sections = sorted(document.find("rivals"), key=lambda section: -int(section.settings["headers"]))
     if not sections:
         return None
     figure, panels = _panels(len(sections), 4.9 * len(sections), 3.6)
     for axes, section in zip(panels, sections, strict=True):
-        ordered = sorted(section.lines, key=lambda line: line.rate)
-        for at, line in enumerate(ordered):
-            axes.barh(at, line.rate, color=COLORS[line.side], height=0.66)
-            axes.text(line.rate, at, f" {_thousands(round(line.rate, -3))}", va="center", fontsize=8)
-        axes.set_yticks(range(len(ordered)), [_short(line) for line in ordered])
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False, axis="y")
-        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
-        axes.set_xlim(right=max(line.rate for line in ordered) * 1.15)
+        _rates(axes, section)
         headers = section.settings["headers"]
         axes.set_title(f"{headers} headers" if headers else "no headers")
     batch = sections[0].settings["batch"]
-    figure.suptitle(
-        f"Acknowledged messages per second, batches of {batch:,}, {document.broker['name']}", x=0.01, ha="left",
-        fontsize=10,
-    )  # fmt: skip
+    _title(figure, f"Acknowledged messages per second, batches of {batch:,}, {document.broker['name']}")
     return figure
 
 
@@ -156,10 +170,7 @@ def throughput_by_round_trip(document: Document) -> Figure | None:
         axes.set_title(how)
         _legend_below(axes)
     batch = sections[0].settings["batch"]
-    figure.suptitle(
-        f"Acknowledged messages per second, batches of {batch:,}, 8 headers, {document.broker['name']}",
-        x=0.01, ha="left", fontsize=10,
-    )  # fmt: skip
+    _title(figure, f"Acknowledged messages per second, batches of {batch:,}, 8 headers, {document.broker['name']}")
     return figure
 
 
@@ -192,12 +203,7 @@ def latency(document: Document) -> Figure | None:
         axes.set_xlabel("ms")
         batch = section.settings["batch"]
         axes.set_title(f"batches of {batch:,}" if batch > 1 else "one message at a time")
-    figure.suptitle(
-        f"From the call to its answer, p50 (dot) to p99 (bar), {document.broker['name']}",
-        x=0.01,
-        ha="left",
-        fontsize=10,
-    )
+    _title(figure, f"From the call to its answer, p50 (dot) to p99 (bar), {document.broker['name']}")
     return figure
 
 
@@ -205,16 +211,42 @@ def gil(document: Document) -> Figure | None:
     section = next(document.find("gil"), None)
     if section is None:
         return None
-    figure, (axes,) = _panels(1, 6.4, 2.2)
-    found = list(reversed(list(zip(section.figures, section.lines, strict=True))))
-    for at, (still, line) in enumerate(found):
-        axes.barh(at, still.value, color=COLORS[line.side], height=0.6)
-        axes.text(max(0.0, still.value), at, f" {still.value:.2f} µs", va="center", fontsize=8)
-    axes.set_yticks(range(len(found)), [line.label for _, line in found])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, max(still.value for still, _ in found) * 1.15)
-    axes.set_title("How long another Python thread stands still for the GIL, µs per message")
+    figure, (axes,) = _panels(1, 6.4, 2.4)
+    _standing_still(axes, section)
+    _title(figure, f"{GIL_TITLE}, {document.broker['name']}")
+    return figure
+
+
+GIL_TITLE = "How long another Python thread stands still for the GIL, per message"
+
+
+def _standing_still(axes: Axes, section: Section) -> None:
+    found = zip(section.figures, section.lines, strict=True)
+    _bars(
+        axes,
+        [
+            (
+                "control" if line.side == "control" else line.label,
+                still.value,
+                COLORS[line.side],
+                f"{still.value:.2f} µs",
+            )
+            for still, line in found
+        ],
+    )
+    axes.set_xlabel("µs")
+
+
+def summary(kafka: Document, mock: Document) -> Figure | None:
+    """What is shown to those who read no further: rates on a real broker, and the GIL."""
+    rates, still = next(kafka.find("rivals", headers=8), None), next(mock.find("gil"), None)
+    if rates is None or still is None:
+        return None
+    figure, (left, right) = _panels(2, 9.8, 2.6)
+    _rates(left, rates)
+    left.set_title(f"Acknowledged messages per second, {kafka.broker['name']}")
+    _standing_still(right, still)
+    right.set_title("Kept from the GIL: another thread, per message")
     return figure
 
 
@@ -227,19 +259,18 @@ def linger(document: Document) -> Figure | None:
     for axes, trip in zip(panels, trips, strict=True):
         chosen = [section for section in sections if section.settings["rtt_ms"] == trip]
         for at, section in enumerate(reversed(chosen)):
-            for shift, (line, alpha) in enumerate(zip(section.lines, (1.0, 0.65, 0.35), strict=True)):
-                relative = line.rate / section.lines[0].rate
-                axes.barh(at + 0.27 - 0.27 * shift, relative, height=0.24, color=COLORS["kbatch"], alpha=alpha,
-                          label=line.label if at == 0 else None)  # fmt: skip
+            count = len(section.lines)
+            for number, line in enumerate(section.lines):
+                middle = at + 0.8 * ((count - 1) / 2 - number) / count
+                axes.barh(middle, line.rate / section.lines[0].rate, height=0.72 / count, color=COLORS["kbatch"],
+                          alpha=1 - number / count, label=line.label if at == 0 else None)  # fmt: skip
         axes.set_yticks(range(len(chosen)), [section.settings["workload"] for section in reversed(chosen)])
         axes.tick_params(axis="y", length=0)
         axes.grid(visible=False, axis="y")
         axes.axvline(1, color="#555555", linewidth=0.8)
         axes.set_title(f"round trip {trip:g} ms more" if trip else "loopback")
-    panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=3)
-    figure.suptitle(
-        f"kbatch's throughput by linger.ms, 0 ms = 1, {document.broker['name']}", x=0.01, ha="left", fontsize=10
-    )
+    panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=4)
+    _title(figure, f"kbatch's throughput by linger.ms, 0 ms = 1, {document.broker['name']}")
     return figure
 
 
@@ -261,7 +292,7 @@ def codecs(document: Document) -> Figure | None:
         axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
         axes.set_title(f"batches of {section.settings['batch']:,}")
     panels[0].legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=2)
-    figure.suptitle(f"Messages/s by codec, 5,000 in flight, {document.broker['name']}", x=0.01, ha="left", fontsize=10)
+    _title(figure, f"Messages/s by codec, 5,000 in flight, {document.broker['name']}")
     return figure
 
 
@@ -280,15 +311,23 @@ def draw(source: Path, folder: Path) -> Iterator[Path]:
     """Writes a file for each plot that the results have figures for, `NAME-mock.svg` or `NAME-kafka.svg`. Each names
     the results by their SHA-256."""
     document = read(source)
-    digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, plot in PLOTS.items():
+        yield from _save(folder / f"{name}-{document.broker['kind']}.svg", partial(plot, document), source)
+
+
+def draw_summary(kafka: Path, mock: Path, folder: Path) -> Iterator[Path]:
+    """Writes the plot that takes both."""
+    yield from _save(folder / "summary.svg", lambda: summary(read(kafka), read(mock)), kafka, mock)
+
+
+def _save(path: Path, plot: Callable[[], Figure | None], *sources: Path) -> Iterator[Path]:
     with mpl.rc_context(STYLE):
-        for name, plot in PLOTS.items():
-            figure = plot(document)
-            if figure is not None:
-                path = folder / f"{name}-{document.broker['kind']}.svg"
-                figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Source": digest})
-                yield path
+        figure = plot()
+        if figure is not None:
+            digests = " ".join(hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None, "Source": digests})
+            yield path
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import msgspec
 from benchmarks import plots, results
 from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import Section, show, summary
-from benchmarks.library import HERE, build
+from benchmarks.library import HERE, build, java_program
 from benchmarks.machine import describe, line_round_trip_ns, load
 from benchmarks.measures import LATENCY, MEASURES, ON_KAFKA, ON_MOCK, Plan
 from benchmarks.recovery import Outages
@@ -98,7 +98,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         broker = stack.enter_context(KafkaBroker(options.log_folder))
         about = broker.describe() | {"warm_up_rates": [round(rate) for rate in broker.warm_up()]}
         print(f"{about['name']} started and warmed up in {time.monotonic() - start:.0f} s", flush=True)
-        return run(options, replace(plan, open_broker=broker.session, class_path=class_path()), about)
+        plan = replace(plan, open_broker=broker.session, class_path=class_path() if java_program("javac") else None)
+        if plan.class_path is None:
+            print("no javac: Kafka's own producer takes no part")
+        return run(options, plan, about)
 
 
 def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:

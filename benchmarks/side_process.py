@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from benchmarks.library import build, build_java, librdkafka_path
+from benchmarks.library import build, build_java, java_program, librdkafka_path
 from benchmarks.sides.base import Result, Spec
 
 
@@ -21,7 +21,7 @@ def command_line(name: str, spec: Spec, data: Path | None) -> list[str]:
     config = [f"{key}={value}" for key, value in spec.options.get("config", {}).items()]
     if name == "cloop":
         return [str(build("cloop")), librdkafka_path(), *where, *config]
-    java = ["java", "-Xmx1g", "-cp", build_java(spec.options["class_path"]), "JavaSide"]
+    java = [java_program("java") or "java", "-Xmx1g", "-cp", build_java(spec.options["class_path"]), "JavaSide"]
     return [*java, *where, spec.options.get("form", "send"), *config]
 
 

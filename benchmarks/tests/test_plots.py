@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import docs, plots
 from benchmarks.figures import Figure, LatencyLine, Line, Section
-from benchmarks.measures import CODECS, LINGERS_MS
+from benchmarks.measures import CODECS, LINGER_TRIALS_MS, LINGERS_MS
 from benchmarks.results import Document, read, write
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -65,7 +65,7 @@ def results(tmp_path: Path) -> Path:
     ]
     still = [Figure("kbatch", 0.9, 0.8, 1.0, " µs"), Figure("control", -0.01, -0.01, 0.0, " µs")]
     sections += [Section("", "gil", {}, [line("kbatch", "kbatch"), line("control", "control")], figures=still)]
-    by_linger = [line(f"linger {ms} ms", "kbatch", {"linger.ms": str(ms)}) for ms in LINGERS_MS]
+    by_linger = [line(f"linger {ms} ms", "kbatch", {"linger.ms": str(ms)}) for ms in LINGER_TRIALS_MS]
     sections += [Section("", "linger", {"rtt_ms": ms, "workload": "batches of 10"}, by_linger) for ms in (0, 1)]
     by_codec = [line("", side, {"compression.type": codec}) for codec in CODECS for side in ("kbatch", "cloop")]
     sections += [Section("", "codecs", {"batch": 1_000}, by_codec)]
@@ -107,10 +107,17 @@ def test_the_same_results_make_the_same_files(results: Path, tmp_path: Path) -> 
     assert all(path.read_bytes() != one[path.name] for path in plots.draw(results, tmp_path / "changed"))
 
 
+def test_the_summary_takes_both(results: Path, tmp_path: Path) -> None:
+    (summary,) = plots.draw_summary(results, results, tmp_path)
+    assert "0.90 µs" in texts(summary)
+    assert "200 k" in texts(summary)
+
+
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     write(path, Document({}, {"kind": "kafka", "name": "Apache Kafka"}, {}, 1.0, []))
     assert list(plots.draw(path, tmp_path)) == []
+    assert list(plots.draw_summary(path, path, tmp_path)) == []
 
 
 def test_results_are_read_as_they_were_written(results: Path, tmp_path: Path) -> None:
