@@ -221,19 +221,11 @@ GIL_TITLE = "How long another Python thread stands still for the GIL, per messag
 
 
 def _standing_still(axes: Axes, section: Section) -> None:
-    found = zip(section.figures, section.lines, strict=True)
-    _bars(
-        axes,
-        [
-            (
-                "control" if line.side == "control" else line.label,
-                still.value,
-                COLORS[line.side],
-                f"{still.value:.2f} µs",
-            )
-            for still, line in found
-        ],
-    )
+    bars = []
+    for still, line in zip(section.figures, section.lines, strict=True):
+        label = "control" if line.side == "control" else line.label
+        bars.append((label, still.value, COLORS[line.side], f"{still.value:.2f} µs"))
+    _bars(axes, bars)
     axes.set_xlabel("µs")
 
 
