@@ -2,7 +2,8 @@
 
 The results are kept in docs/benchmarks/, `mock.json` and `kafka.json`; plots and tables are made from these alone, so
 that they cannot differ. On the page a table stands between `<!-- figures: kafka rivals -->` and `<!-- end -->`: the
-broker, and a measure of `measures.py`. Without arguments everything is made again from what is kept.
+broker, and a measure of `measures.py`. Of several results of one broker the later ones replace what they have anew.
+Without arguments everything is made again from what is kept.
 """
 
 import re
@@ -149,9 +150,13 @@ def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
 
 
 def main(arguments: Sequence[str]) -> None:
+    found: dict[str, Document] = {}
     for name in arguments:
         document = results.read(Path(name))
-        results.write(KEPT / f"{document.broker['kind']}.json", document)
+        kind = document.broker["kind"]
+        found[kind] = results.merge(found[kind], document) if kind in found else document
+    for kind, document in found.items():
+        results.write(KEPT / f"{kind}.json", document)
     for path in write():
         print(path.relative_to(ROOT))
 

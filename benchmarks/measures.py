@@ -106,7 +106,8 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     section = Section("The same keys, values and headers on all sides", "bytes")
     for headers in plan.headers:
         sides: list[tuple[str, dict[str, Any]]] = [
-            ("cloop", {}), ("kbatch", {}), ("confluent", {}), ("confluent", {"form": "callback"}), ("aiokafka", {})
+            ("cloop", {}), ("kbatch", {}), ("confluent", {}), ("confluent", {"form": "callback"}), ("aiokafka", {}),
+            ("aiokafka", {"form": "send_batch"}),
         ]  # fmt: skip
         if not headers:
             sides += [("confluent", {"call": "produce_batch"}), ("aioproducer", {})]

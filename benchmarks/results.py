@@ -40,6 +40,17 @@ def write(path: Path, document: Document) -> None:
     path.write_bytes(head + b"\n" + sections + b"\n]}\n")
 
 
+def merge(first: Document, second: Document) -> Document:
+    """Both runs' sections; where both have the same, the second's. What is said of machine and plan is the second's."""
+    sections = {_key(section): section for section in (*first.sections, *second.sections)}
+    seconds = first.seconds + second.seconds
+    return msgspec.structs.replace(second, seconds=seconds, sections=list(sections.values()))
+
+
+def _key(section: Section) -> tuple[str, str]:
+    return section.measure, section.title
+
+
 def lines_of(section: Section, side: str, *, in_flight: bool | None = None) -> list[Line]:
     """A side's lines: with several batches in flight, or one at a time."""
     return [

@@ -31,7 +31,8 @@ def rivals(headers: int, class_path: str | None) -> Iterator[tuple[str, list[Con
             ],
         )
     yield "confluent-kafka, produce", _trials("confluent", {}, (5, 50_000), (0, 5_000), (5, 5_000), (50, 50_000))
-    yield "aiokafka", _trials("aiokafka", {}, (0, 2_000), (0, 5_000), (5, 5_000))
+    yield "aiokafka, send", _trials("aiokafka", {}, (0, 2_000), (0, 5_000), (5, 5_000))
+    yield "aiokafka, send_batch", _trials("aiokafka", {"form": "send_batch"}, (0, 5_000), (0, 2_000))
     if class_path:
         java = [_java(class_path, linger, window) for linger, window in ((5, 5_000), (0, 5_000), (5, 50_000))]
         yield "Java producer, nothing mapped", java

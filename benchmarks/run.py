@@ -18,7 +18,7 @@ import msgspec
 
 from benchmarks import plots, results
 from benchmarks.data import HEADER_COUNTS, POOL
-from benchmarks.figures import Section, show, summary
+from benchmarks.figures import show, summary
 from benchmarks.library import HERE, build, java_program
 from benchmarks.machine import describe, line_round_trip_ns, load
 from benchmarks.measures import LATENCY, MEASURES, ON_KAFKA, ON_MOCK, Plan
@@ -67,7 +67,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         name: value for name in ("sizes", "headers", "partitions") if (value := getattr(options, name)) is not None
     }
     if options.kafka and not options.quick:
-        plan = replace(plan, headers=(8,), effort=replace(plan.effort, rounds=2))
+        plan = replace(plan, headers=(8,), effort=replace(plan.effort, rounds=1, turns=9))
     effort, less = plan.effort, plan.less
     if options.repeats is not None:
         effort = Effort(options.repeats, effort.turns, effort.seconds)
@@ -115,7 +115,8 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
         f"{broker['name']} in its own process, {plan.partitions} partitions, acks=all, idempotent; medians of turns "
         "that alternate"
     )
-    sections: list[Section] = []
+    document = results.Document(machine, broker, describe_plan(plan), 0.0, [])
+    path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}" / f"{broker['kind']}.json"
     start = time.monotonic()
     chosen = options.only.split(",") if options.only else ON_KAFKA if options.kafka else ON_MOCK
     for name, measure in MEASURES.items():
@@ -126,15 +127,14 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
             section.details |= {"line_round_trip_ns": line_round_trip_ns(), "load": load()}
             if options.kafka:  # the targets are the mock cluster's
                 section.figures = [msgspec.structs.replace(figure, target=None) for figure in section.figures]
-            sections.append(section)
+            document.sections.append(section)
+            document.seconds = time.monotonic() - start
+            results.write(path, document)  # what is measured stays, whatever becomes of the rest
             print(show(section), flush=True)
+    sections = document.sections
     print(summary(sections))
-    seconds = time.monotonic() - start
-    document = results.Document(machine, broker, describe_plan(plan), seconds, sections)
-    path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}" / f"{broker['kind']}.json"
-    results.write(path, document)
     written = [path, *plots.draw(path, path.parent)]
-    print(f"took {seconds:.0f} s; written: {' '.join(map(str, written))}")
+    print(f"took {document.seconds:.0f} s; written: {' '.join(map(str, written))}")
     missed = any(figure.reached is False for section in sections for figure in section.figures)
     return 1 if missed and options.strict else 0
 

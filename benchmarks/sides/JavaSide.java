@@ -119,10 +119,10 @@ public final class JavaSide {
     private static void perform(String topic, long count, Path bodies, Properties config) throws Exception {
         List<String> arguments = new ArrayList<>(List.of(
                 "--topic", topic, "--num-records", Long.toString(count), "--throughput", "-1",
-                "--payload-file", bodies.toString()));
+                "--payload-file", bodies.toString(), "--command-property"));
         config.forEach((key, value) -> {
             if (!key.toString().endsWith("serializer")) {
-                arguments.addAll(List.of("--command-property", key + "=" + value));
+                arguments.add(key + "=" + value);
             }
         });
         Class.forName("org.apache.kafka.tools.ProducerPerformance")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import docs
+from benchmarks import docs, results
 from benchmarks.figures import Figure, LatencyLine, Line, Section
 from benchmarks.results import Document
 
@@ -59,6 +59,16 @@ def test_what_was_not_measured_says_so():
     )
     assert "Not measured in this run." in page
     assert "Not measured yet." in page
+
+
+def test_of_two_results_the_second_replaces_what_it_has():
+    first, second = document(section(rate=1.0), Section("Other", "loops")), document(section(rate=2.0))
+    merged = results.merge(first, second)
+    assert [(each.title, [line.rate for line in each.lines]) for each in merged.sections] == [
+        ("Batches", [2.0]),
+        ("Other", []),
+    ]
+    assert merged.seconds == 2.0
 
 
 def test_the_page_has_the_figures_that_are_kept():
