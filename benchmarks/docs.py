@@ -28,7 +28,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _rates(lines: list[Line]) -> str:
-    head = ("", "messages/s", "lowest to highest", "CPU µs", "broker's CPU µs", "peak MiB", "of it to send")
+    head = ("", "messages/s", "lowest to highest", "CPU µs", "broker's CPU µs", "peak MiB", "of it to send", "others")
     return _table(
         head,
         [
@@ -40,6 +40,7 @@ def _rates(lines: list[Line]) -> str:
                 f"{line.broker_cpu_us:.2f}",
                 f"{line.peak_mib:.0f}",
                 f"{line.sending_mib:.0f}",
+                f"{line.foreign:.0%}",
             )
             for line in lines
         ],
@@ -98,7 +99,7 @@ def machine(document: Document) -> str:
     about, broker = document.machine, document.broker
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts = [
-        f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes",
+        f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes, load {about['load']:.1f} before",
         f"- {about['processors']} x {about['processor']}, {about['memory_gib']:.0f} GiB, {about['system']}, "
         f"{about['libc']}; a cache line from one processor to another and back: {about['line_round_trip_ns']:.0f} ns",
         f"- Python {about['python']}, librdkafka {about['librdkafka']}, {versions}",

@@ -32,7 +32,7 @@ def document(*sections: Section) -> Document:
 
 def test_a_section_becomes_tables():
     text = docs.render(section())
-    assert "| kbatch, one at a time | 123,000 | 99,000 to 1,500,000 | 1.23 | 0.50 | 49 | 10 |" in text
+    assert "| kbatch, one at a time | 123,000 | 99,000 to 1,500,000 | 1.23 | 0.50 | 49 | 10 | 1% |" in text
     assert "| C loop | 2,000 | 140 | 1,000 | 150 | 1,234 | 9,999 | 11 |" in text
     assert "| kbatch / C loop | 0.95 | 0.90 to 1.00 | ≥ 0.9 |" in text
     assert text.endswith("- a note")
