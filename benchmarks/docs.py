@@ -99,7 +99,8 @@ def machine(document: Document) -> str:
     about, broker = document.machine, document.broker
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts = [
-        f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes, load {about['load']:.1f} before",
+        f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes; "
+        f"load {about['load']:.1f} before",
         f"- {about['processors']} x {about['processor']}, {about['memory_gib']:.0f} GiB, {about['system']}, "
         f"{about['libc']}; a cache line from one processor to another and back: {about['line_round_trip_ns']:.0f} ns",
         f"- Python {about['python']}, librdkafka {about['librdkafka']}, {versions}",
