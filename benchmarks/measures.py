@@ -482,6 +482,7 @@ def codecs(plan: Plan) -> Iterator[Section]:
 def linger(plan: Plan) -> Iterator[Section]:
     """Whether another `linger.ms` than 0 would be a better default, for large batches and for small ones."""
     workloads = [
+        Contender("batches of 100, one at a time", "kbatch", 100),
         Contender(f"batches of {BATCH:,}, one at a time", "kbatch", BATCH),
         Contender(f"batches of {BATCH:,}, {WINDOW:,} in flight", "kbatch", BATCH, WINDOW),
         Contender(f"batches of {SMALL_BATCH}, {WINDOW:,} in flight", "kbatch", SMALL_BATCH, WINDOW),
