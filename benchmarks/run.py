@@ -26,6 +26,7 @@ from benchmarks.recovery import Outages
 from benchmarks.turns import Effort
 
 RESULTS = HERE / "results"
+PATIENCE_MINUTES = 20.0
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -45,7 +46,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--log-folder", type=Path, metavar="DIR", help="where the real Kafka keeps its logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes, with the plots beside it "
                         "(default benchmarks/results/TIME/)")  # fmt: skip
-    parser.add_argument("--hasty", action="store_true", help="take no turn again because other programs were busy")
+    parser.add_argument("--patience", type=float, default=PATIENCE_MINUTES, metavar="MINUTES",
+                        help="after so long no turn is taken again because other programs were busy (20)")  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="exit status 1 if a target is not reached")
     options = parser.parse_args(arguments)
     if options.only and (wrong := set(options.only.split(",")) - set(MEASURES)):
@@ -75,7 +77,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
         effort = Effort(effort.rounds, effort.turns, options.seconds)
         less = Effort(less.rounds, less.turns, options.seconds)
     values = {name: getattr(plan, name) for name in Plan.__dataclass_fields__}
-    return Plan(**(values | changes | {"effort": effort, "less": less, "patient": not options.hasty}))
+    return Plan(**(values | changes | {"effort": effort, "less": less}))
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
@@ -122,7 +124,8 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
     for name, measure in MEASURES.items():
         if name not in chosen:
             continue
-        for section in measure(plan):
+        patient = time.monotonic() - start < 60 * options.patience
+        for section in measure(replace(plan, patient=patient)):
             # the state of the machine, which on a shared one changes within minutes
             section.details |= {"line_round_trip_ns": line_round_trip_ns(), "load": load()}
             if options.kafka:  # the targets are the mock cluster's
