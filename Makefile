@@ -91,6 +91,10 @@ bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, dr
 bench-docs: build $(STAMPS)/bench-group ## Put results into docs/benchmarks.md: ARGS="benchmarks/results/…/kafka.json"
 	$(BIN)/python -m benchmarks.docs $(ARGS)
 
+.PHONY: bench-test
+bench-test: build $(STAMPS)/test-group $(STAMPS)/bench-group ## Test the benchmarks themselves: plots, the proxy
+	$(BIN)/python -m pytest benchmarks/tests $(ARGS)
+
 .PHONY: bench-instructions
 bench-instructions: build $(STAMPS)/bench-group ## Count instructions per envelope, with valgrind
 	$(BIN)/python -m benchmarks.instructions $(ARGS)
