@@ -105,6 +105,8 @@ def machine(document: Document) -> str:
         f"{about['libc']}; a cache line from one processor to another and back: {about['line_round_trip_ns']:.0f} ns",
         f"- Python {about['python']}, librdkafka {about['librdkafka']}, {versions}",
     ]
+    peak = max((line.broker_peak_mib for section in document.sections for line in section.lines), default=0.0)
+    parts.append(f"- the broker's process had {peak:,.0f} MiB of memory at most")
     if document.on_kafka:
         options = " ".join(broker["java_options"])
         parts.append(f"- {broker['java']}, heap {broker['heap_mb']} MiB, {options}; logs on {broker['folder']}")

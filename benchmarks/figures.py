@@ -56,6 +56,8 @@ class Line(msgspec.Struct, frozen=True):
     sending_mib: float
     foreign: float
     rates: list[float]
+    #: of the broker's process until the end of these turns
+    broker_peak_mib: float = 0.0
 
 
 class LatencyLine(msgspec.Struct, frozen=True):
@@ -113,6 +115,7 @@ def line(label: str, score: Score) -> Line:
         sending_mib=(score.peak - score.resident) / 2**20,
         foreign=max(score.foreign),
         rates=[round(rate) for rate in rates],
+        broker_peak_mib=score.broker_peak / 2**20,
     )
 
 
