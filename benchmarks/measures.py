@@ -9,6 +9,7 @@ from benchmarks.broker import MockBroker, OpenBroker
 from benchmarks.data import HEADER_COUNTS
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
 from benchmarks.recovery import Outages, recoveries
+from benchmarks.requests import send_batches
 from benchmarks.rivals import BATCH, WINDOW, config, rivals
 from benchmarks.serializers import serializers
 from benchmarks.sides.base import Result
@@ -22,10 +23,11 @@ LARGE_PARTITIONS = 32
 AWAITED_RTT_MS = 5
 ROUND_TRIPS_MS = (0, 1, 5)
 LINGERS_MS = (0, 1, 5)
-#: librdkafka takes fractions
+#: librdkafka takes fractions, of which it makes little
 LINGER_TRIALS_MS = (0, 0.2, 1, 5)
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
 CODEC_SIZES = (1_000, 10_000)
+REQUESTS_SIZES = (1, 10, 100, 1_000, 10_000)
 #: several threads that each await small batches on one producer
 THREADS, SMALL_BATCH = 8, 10
 
@@ -495,7 +497,7 @@ def linger(plan: Plan) -> Iterator[Section]:
                 linger_ms: replace(
                     workload, label=f"linger {linger_ms} ms", options=workload.options | config(linger_ms=linger_ms)
                 )
-                for linger_ms in LINGER_TRIALS_MS
+                for linger_ms in LINGERS_MS
             }
             scores = plan.take_turns(list(contenders.values()), rtt_ms=rtt_ms)
             section = Section(
@@ -505,10 +507,29 @@ def linger(plan: Plan) -> Iterator[Section]:
                 lines(scores),
             )
             zero = scores[contenders[0].label]
-            for linger_ms in LINGER_TRIALS_MS[1:]:
+            for linger_ms in LINGERS_MS[1:]:
                 other = scores[contenders[linger_ms].label]
                 section.figures.append(figure(f"linger {linger_ms} ms / 0 ms", pairs(other, zero, _ratio)))
             yield section
+
+
+def requests(plan: Plan) -> Iterator[Section]:
+    """Into how many requests a batch is cut, by linger time. Needs the mock cluster, which counts them."""
+    for rtt_ms in (0, 1):
+        section = Section(
+            f"Requests per batch, one batch at a time, round trip {rtt_ms} ms more, 8 headers",
+            "requests",
+            {"rtt_ms": rtt_ms},
+        )
+        for batch in REQUESTS_SIZES:
+            for linger_ms in LINGER_TRIALS_MS:
+                found = send_batches(batch, linger_ms, rtt_ms)
+                name = f"batches of {batch:,}, linger {linger_ms:g} ms"
+                section.figures += [
+                    figure(f"{name}: requests", [found.requests], digits=1),
+                    figure(f"{name}: from call to answer", found.milliseconds, unit=" ms"),
+                ]
+        yield section
 
 
 MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
@@ -526,8 +547,9 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "memory": memory,
     "codecs": codecs,
     "linger": linger,
+    "requests": requests,
 }
 #: Those of a run without --only. On a real broker: not what needs the mock cluster's faults, gigabytes of disk, or
 #: priorities that a process cannot have back.
 ON_MOCK = tuple(name for name in MEASURES if name not in ("codecs", "linger"))
-ON_KAFKA = tuple(name for name in MEASURES if name not in ("recovery", "asyncio", "gil", "memory"))
+ON_KAFKA = tuple(name for name in MEASURES if name not in ("recovery", "asyncio", "gil", "memory", "requests"))

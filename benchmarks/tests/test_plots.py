@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import docs, plots
 from benchmarks.figures import Figure, LatencyLine, Line, Section
-from benchmarks.measures import CODECS, LINGER_TRIALS_MS, LINGERS_MS
+from benchmarks.measures import CODECS, LINGERS_MS
 from benchmarks.results import Document, read, write
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -65,7 +65,7 @@ def results(tmp_path: Path) -> Path:
     ]
     still = [Figure("kbatch", 0.9, 0.8, 1.0, " µs"), Figure("control", -0.01, -0.01, 0.0, " µs")]
     sections += [Section("", "gil", {}, [line("kbatch", "kbatch"), line("control", "control")], figures=still)]
-    by_linger = [line(f"linger {ms} ms", "kbatch", {"linger.ms": str(ms)}) for ms in LINGER_TRIALS_MS]
+    by_linger = [line(f"linger {ms} ms", "kbatch", {"linger.ms": str(ms)}) for ms in LINGERS_MS]
     sections += [Section("", "linger", {"rtt_ms": ms, "workload": "batches of 10"}, by_linger) for ms in (0, 1)]
     by_codec = [line("", side, {"compression.type": codec}) for codec in CODECS for side in ("kbatch", "cloop")]
     sections += [Section("", "codecs", {"batch": 1_000}, by_codec)]
