@@ -90,6 +90,7 @@ ERRORS = [
     kbatch.BatchInterrupted("a"),
     kbatch.UndeliveredError("a", count=4),
     kbatch.BatchPending("a", None),
+    kbatch.ProducerFencedError("a newer instance", code=-144),
     kbatch.ProducerError("a"),
     kbatch.ProducerClosedError("a"),
     with_report(kbatch.ProducerFatalError("made up", code=45)),
