@@ -196,7 +196,7 @@ fuzz: build $(STAMPS)/test-group ## Compare nasty envelopes with the reference: 
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 .PHONY: wheel
-wheel: $(STAMPS)/build-group ## sdist and wheels of each CPython here, checked, installed, tested (20 minutes; ARGS="--tests unit": 3)
+wheel: $(STAMPS)/build-group ## sdist, and for each CPython here a wheel, checked, installed, tested (10 minutes each; ARGS="--tests unit": 3 in all)
 	$(BIN)/python -m tools.wheels $(ARGS)
 
 .PHONY: clean
