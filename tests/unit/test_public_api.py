@@ -22,6 +22,7 @@ LAYERS = [
     {"_fastmap"},
     {"_report", "_wire", "_config"},
     {"_pending", "_events", "_read"},
+    {"_transactions"},
     {"_base_producer"},
     {"_producer", "_contract"},
     {"_sender"},
@@ -44,9 +45,9 @@ def run(code: str) -> str:
 PUBLIC = """
     BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError ConsumedRecord DeliveryError DeliveryReport
     DeserializationError Envelope ForkError KafkaSender KbatchError OutgoingBatch PendingBatch Producer
-    ProducerClosedError ProducerError ProducerFatalError SenderCallback SenderProtocol SerializationContext
-    SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader __version__ librdkafka_version
-    read_envelope uuid7
+    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError SenderCallback SenderProtocol
+    SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader __version__
+    librdkafka_version read_envelope uuid7
 """
 
 
