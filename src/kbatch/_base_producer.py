@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer"]
+__all__ = ["BaseProducer", "check_timeout"]
 
 _WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 _EXIT_TIMEOUT_S = 5.0
@@ -149,6 +149,12 @@ class BaseProducer:
         # lost is never lost silently.
         if left and error is None:
             raise UndeliveredError(f"{left} messages were not acknowledged when the producer was closed", count=left)
+
+
+def check_timeout(timeout: float | None) -> None:
+    """Raises for a negative time: confluent-kafka's -1 waits for ever, and must not end a wait at once here."""
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
 
 
 def _check_arguments(

@@ -130,6 +130,8 @@ _RETRIABLE = frozenset(
         -195,  # _TRANSPORT
         -193,  # _RESOLVE
         -192,  # _MSG_TIMED_OUT
+        -190,  # _UNKNOWN_PARTITION
+        -188,  # _UNKNOWN_TOPIC
         -187,  # _ALL_BROKERS_DOWN
         -185,  # _TIMED_OUT
         -184,  # _QUEUE_FULL
@@ -169,7 +171,7 @@ _RETRIABLE = frozenset(
 _FATAL = frozenset((-150, -148, -144, 45, 47, 49, 59, 90))
 
 # Fatal ones that say that another producer with the same transactional.id has started.
-FENCED_CODES = frozenset((-144, 47, 90))
+_FENCED = frozenset((-144, 47, 90))
 
 # What envelopes are told that were acknowledged when their transaction was aborted because of others.
 ABORTED_CODE = 120
@@ -289,6 +291,11 @@ class ProducerFencedError(ProducerFatalError):
     """
 
     _text = "another producer with the same transactional.id has taken over: {reason} ({name})"
+
+
+def fatal_error(reason: str, code: int) -> ProducerFatalError:
+    """The error for a producer in its fatal state, by librdkafka's code."""
+    return (ProducerFencedError if code in _FENCED else ProducerFatalError)(reason, code=code)
 
 
 class ForkError(ProducerError):

@@ -19,13 +19,11 @@ import msgspec
 from msgspec import UNSET
 
 from kbatch._errors import (
-    FENCED_CODES,
     ConfigError,
     ForkError,
     ProducerClosedError,
-    ProducerFatalError,
-    ProducerFencedError,
     SerializationError,
+    fatal_error,
 )
 from kbatch._serialization import SerializationContext
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer
+from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending
 from kbatch._pending import PendingBatch
 
@@ -124,6 +124,7 @@ class Producer(BaseProducer):
         Returns:
             How many messages are still in flight.
         """
+        check_timeout(timeout)
         return self._core.flush(timeout)
 
     def close(self, timeout: float | None = None) -> int:
@@ -138,6 +139,7 @@ class Producer(BaseProducer):
         Returns:
             How many messages ended without an acknowledgement since closing began.
         """
+        check_timeout(timeout)
         return self._core.close(self._close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Self:

@@ -182,6 +182,7 @@ SAME_RECORDS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "records": nothing,
     "serializers": nothing,
     "shutdown": nothing,
+    "transactions": nothing,
 }
 
 

@@ -1,5 +1,6 @@
 """What is not an envelope, or not a good one: an error that says where and what, and never a crash or half a batch."""
 
+import asyncio
 import contextlib
 import pickle
 import threading
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kbatch
+import kbatch.aio
 from tests import mapping
 from tests.reference import Setting, refused_arguments
 
@@ -501,3 +503,19 @@ def test_settings_map_alike():
     with mapping.producer_of(Setting()) as one, kbatch.Producer(mapping.NOWHERE) as other:
         envelope = kbatch.Envelope({"id": 7}, sent_at=datetime(2026, 1, 1, tzinfo=timezone.utc), timestamp=1)
         assert one._map("orders", [envelope]) == other._map("orders", [envelope])
+
+
+@pytest.mark.parametrize("method", ["flush", "close"])
+@pytest.mark.parametrize("timeout", [-1, -0.5])
+def test_a_negative_time_is_refused(method: str, timeout: float) -> None:
+    # confluent-kafka's flush(-1) waits for ever; here it would give up what is in flight.
+    message = "timeout must be seconds, 0 or more, or None to wait as long as it takes"
+    with kbatch.Producer({"bootstrap.servers": "127.0.0.1:1"}) as producer, pytest.raises(ValueError, match=message):
+        getattr(producer, method)(timeout)
+
+    async def on_a_loop() -> None:
+        async with kbatch.aio.Producer({"bootstrap.servers": "127.0.0.1:1"}) as producer:
+            await getattr(producer, method)(timeout)
+
+    with pytest.raises(ValueError, match=message):
+        asyncio.run(on_a_loop())

@@ -46,8 +46,8 @@ PUBLIC = """
     BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError ConsumedRecord DeliveryError DeliveryReport
     DeserializationError Envelope ForkError KafkaSender KbatchError OutgoingBatch PendingBatch Producer
     ProducerClosedError ProducerError ProducerFatalError ProducerFencedError SenderCallback SenderProtocol
-    SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader __version__
-    librdkafka_version read_envelope uuid7
+    SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader
+    __version__ librdkafka_version read_envelope uuid7
 """
 
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer
+from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Envelope
 from kbatch._loop import LoopWaker, Turn, Turns, call_on_loop, in_thread
@@ -165,6 +165,7 @@ class Producer(BaseProducer):
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.flush`."""
+        check_timeout(timeout)
         if len(self) == 0 and self._transactions is None and not self.closed:
             return 0
         return await in_thread("kbatch-flush", lambda: self._core.flush(timeout))
@@ -174,6 +175,7 @@ class Producer(BaseProducer):
 
         If the task is cancelled, closing goes on without it.
         """
+        check_timeout(timeout)
         if timeout is None:
             timeout = self._close_timeout
         end = time.monotonic() + timeout

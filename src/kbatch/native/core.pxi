@@ -341,8 +341,7 @@ cdef class Core:
             errstr[0] = 0
             if self.c.rk != NULL:
                 api.fatal_error(self.c.rk, errstr, sizeof(errstr))
-            kind = ProducerFencedError if code in FENCED_CODES else ProducerFatalError
-            raise kind(errstr.decode("utf-8", "replace"), code=code)
+            raise fatal_error(errstr.decode("utf-8", "replace"), code)
         return 0
 
     def start(self) -> None:
