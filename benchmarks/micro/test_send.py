@@ -10,7 +10,7 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import kbatch
-from benchmarks.broker import Broker
+from benchmarks.broker import Broker, MockBroker
 from benchmarks.data import kbatch_envelopes, prepare
 from benchmarks.library import BUILD
 from benchmarks.micro.conftest import BATCH
@@ -26,7 +26,7 @@ Batches = list[list[kbatch.Envelope[Any]]]
 
 @pytest.fixture(scope="module")
 def broker() -> Iterator[Broker]:
-    with Broker() as broker:
+    with MockBroker() as broker:
         yield broker
 
 
