@@ -549,7 +549,8 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "linger": linger,
     "requests": requests,
 }
-#: Those of a run without --only. On a real broker: not what needs the mock cluster's faults, gigabytes of disk, or
-#: priorities that a process cannot have back.
+#: Those of a run without --only. On a real broker: not what needs the mock cluster's faults or counts, priorities that
+#: a process cannot have back, or gigabytes of disk; nor what sends nothing.
+_MOCK_ALONE = ("recovery", "asyncio", "gil", "serializers", "memory", "requests")
 ON_MOCK = tuple(name for name in MEASURES if name not in ("codecs", "linger"))
-ON_KAFKA = tuple(name for name in MEASURES if name not in ("recovery", "asyncio", "gil", "memory", "requests"))
+ON_KAFKA = tuple(name for name in MEASURES if name not in _MOCK_ALONE)

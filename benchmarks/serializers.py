@@ -168,7 +168,8 @@ def costs(encoding: Encoding, envelopes: Sequence["kbatch.Envelope[Any]"], turns
 
 def serializers(turns: int) -> Iterator[Section]:
     section = Section(
-        f"Encoders: phase 1 of {BATCH:,} envelopes with 8 headers, and the encoder alone; µs of CPU per envelope"
+        f"Encoders: phase 1 of {BATCH:,} envelopes with 8 headers, and the encoder alone; µs of CPU per envelope",
+        "serializers",
     )
     envelopes = kbatch_envelopes(BATCH)
     for encoding in encodings():
