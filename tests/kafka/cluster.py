@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
-from confluent_kafka.admin._acl import AclBinding, AclOperation, AclPermissionType
+from confluent_kafka.admin._acl import AclBinding, AclBindingFilter, AclOperation, AclPermissionType
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 from confluent_kafka.cimpl import NewTopic
 
@@ -311,15 +311,32 @@ class KafkaCluster(ExternalCluster):
         """Lets a principal (`User:alice`) do something with a topic."""
         self._acl(principal, ResourceType.TOPIC, topic, operations)
 
+    def forbid(self, principal: str, topic: str) -> None:
+        """Takes back what `allow` gave."""
+        anything = AclBindingFilter(
+            ResourceType.TOPIC,
+            topic,
+            ResourcePatternType.LITERAL,
+            principal,
+            None,
+            AclOperation.ANY,
+            AclPermissionType.ANY,
+        )
+        self.admin.delete_acls([anything])[anything].result(30)
+        self._wait(lambda: not self.admin.describe_acls(anything).result(10))
+
     def allow_transactions(self, principal: str, transactional_id: str) -> None:
         operations = (AclOperation.WRITE, AclOperation.DESCRIBE)
         self._acl(principal, ResourceType.TRANSACTIONAL_ID, transactional_id, operations)
 
     def _acl(self, principal: str, kind: ResourceType, name: str, operations: Iterable[AclOperation]) -> None:
         literal, allow = ResourcePatternType.LITERAL, AclPermissionType.ALLOW
-        bindings = [AclBinding(kind, name, literal, principal, "*", each, allow) for each in operations]
-        for future in self.admin.create_acls(bindings).values():
+        bindings = {AclBinding(kind, name, literal, principal, "*", each, allow) for each in operations}
+        for future in self.admin.create_acls(list(bindings)).values():
             future.result(30)
+        # The brokers learn of it a moment later.
+        theirs = AclBindingFilter(kind, name, literal, principal, None, AclOperation.ANY, AclPermissionType.ANY)
+        self._wait(lambda: len(self.admin.describe_acls(theirs).result(10)) >= len(bindings))
 
     # --- its making -------------------------------------------------------------------------------------------------
 
@@ -347,6 +364,8 @@ class KafkaCluster(ExternalCluster):
             "listener.name.expired.ssl.keystore.type": "PEM",
             "listener.name.expired.ssl.keystore.location": self.certificate("expired_broker"),
             "listener.name.tls.ssl.client.auth": "requested",
+            # A certificate's name has more parts, some of them random.
+            "ssl.principal.mapping.rules": r"RULE:^.*?(CN=[^,]+).*$/$1/",
             "sasl.enabled.mechanisms": "SCRAM-SHA-512",
             "listener.name.sasl.scram-sha-512.sasl.jaas.config": (
                 "org.apache.kafka.common.security.scram.ScramLoginModule required;"

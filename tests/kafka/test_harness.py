@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._acl import AclOperation
 
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.proxy import Direction, FaultProxy
@@ -175,3 +176,20 @@ def _answers(admin: AdminClient) -> bool:
     except KafkaException:
         return False
     return True
+
+
+def test_what_a_certificate_may_do(one_broker: KafkaCluster) -> None:
+    topic = one_broker.create_topic()
+    config = one_broker.tls("client")
+    servers = config.pop("bootstrap.servers")
+    principal = "User:CN=client"
+
+    def written() -> bool:
+        (error,) = produce(servers, topic, [{"value": b"x"}], **config)
+        return error is None
+
+    assert not written()
+    one_broker.allow(principal, topic, AclOperation.WRITE)
+    assert written()
+    one_broker.forbid(principal, topic)
+    assert not written()
