@@ -1,8 +1,10 @@
 """With a transactional.id a batch is one transaction: readers see all of it or nothing, whatever happens."""
 
 import asyncio
+import contextlib
 import json
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,12 +12,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AclOperation
 
 import kbatch
@@ -337,7 +338,7 @@ def test_a_commit_without_an_answer_may_have_been_made(one_broker: KafkaCluster)
     assert seen == {0: 5, 3: 5}
 
 
-@contextmanager
+@contextlib.contextmanager
 def before_commit(producer: kbatch.Producer, act: Any) -> Iterator[None]:
     """Does something when a transaction's messages are acknowledged, before it is committed."""
     transactions = producer._transactions
@@ -454,3 +455,15 @@ def run_sender(
         # The last line may be cut off.
         out = begun + out[: out.rfind("\n") + 1]
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_the_pair_of_the_page_of_migration(one_broker: KafkaCluster, side: str) -> None:
+    orders = [{"id": f"order-{i}", "batch": 0, "n": i, "of": 20} for i in range(20)]
+    with contextlib.suppress(KafkaException):
+        one_broker.delete_topic("orders")
+    one_broker.create_topic("orders")
+    program = Path(__file__).parents[2] / "examples" / "migration" / "transactions" / f"{side}.py"
+    settings = {"bootstrap.servers": one_broker.bootstrap_servers, **QUIET}
+    runpy.run_path(str(program))["send_orders"](settings, orders)
+    assert batches(read(one_broker, "orders")) == {0: 20}
