@@ -48,10 +48,6 @@ from tests.loops import beside
 from tests.mock.clients import read_back
 
 BROKERS = 3
-# A message's time where a timeout is no part of the plan, and when a batch without an answer counts as a hang.
-_MESSAGE_TIMEOUT_MS = 10_000
-_HANG_S = 20.0
-_PATIENCE_S = 2.5
 _MESSAGE_MAX_BYTES = 4_000
 # Batches that are no steps of the plan: the one before them, and those after them.
 _FIRST, _PROBES = 900, 1_000
@@ -114,8 +110,12 @@ class Run:
     """One run of a plan. What faults may use: `cluster`, `plan`, `topic`, `producer`, `history`, `at_end`."""
 
     brokers = BROKERS
+    # A message's time where a timeout is no part of the plan, and when a batch without an answer counts as a hang.
+    message_timeout_ms = 10_000
+    hang_s = 20.0
+    patience_s = 2.5
 
-    def __init__(self, cluster: MockCluster, plan: Plan) -> None:
+    def __init__(self, cluster: Any, plan: Plan) -> None:
         self.cluster = cluster
         self.plan = plan
         self.topic = f"seed-{plan.seed}-{next(_topic_numbers)}"
@@ -154,11 +154,11 @@ class Run:
 
     def _make_producer(self) -> kbatch.Producer:
         config = {
-            "bootstrap.servers": self.cluster.bootstrap_servers,
+            "bootstrap.servers": self.bootstrap_servers,
             "enable.idempotence": self.plan.idempotent,
             "acks": "all",
             "max.in.flight": self.plan.in_flight,
-            "message.timeout.ms": _MESSAGE_TIMEOUT_MS,
+            "message.timeout.ms": self.message_timeout_ms,
             **_QUICK,
             **dict(self.plan.config),
         }
@@ -172,26 +172,42 @@ class Run:
     # -- the run
 
     def carry_out(self) -> History:
+        try:
+            self._prepare()
+            if self.plan.warm:
+                self._send(_Job(_FIRST, Send(0, self.plan.partitions, body="bytes")))
+            if self._play():
+                self._conclude()
+        finally:
+            self._leave()
+        return self.history
+
+    def _conclude(self) -> None:
+        self._probe()
+        self.producer.close(self.hang_s)
+        self._leave_nothing()
+        self._heal()
+        self._read()
+
+    def _leave(self) -> None:
+        self._heal()
+        self.producer.close(0)
+        self._drop_topics()
+
+    @property
+    def bootstrap_servers(self) -> str:
+        return str(self.cluster.bootstrap_servers)
+
+    def _prepare(self) -> None:
         self.cluster.create_topic(self.topic, self.plan.partitions)
         if "no leader" in self.plan.kinds:
             # With version 10 the mock cluster looks up the address of the leader that is not there, and crashes.
             self.cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
-        try:
-            if self.plan.warm:
-                self._send(_Job(_FIRST, Send(0, self.plan.partitions, body="bytes")))
-            if self._play():
-                self._probe()
-                self.producer.close(_HANG_S)
-                self._leave_nothing()
-                self._heal()
-                self._read()
-        finally:
-            self._heal()
-            self.producer.close(0)
-            for topic in self.topics.values():
-                with contextlib.suppress(kbatch.KbatchError):
-                    self.cluster.delete_topic(topic)
-        return self.history
+
+    def _drop_topics(self) -> None:
+        for topic in self.topics.values():
+            with contextlib.suppress(kbatch.KbatchError):
+                self.cluster.delete_topic(topic)
 
     def _heal(self) -> None:
         self.cluster.set_api_version(ApiKey.PRODUCE, 0, 10)
@@ -231,7 +247,7 @@ class Run:
     def _end(self, one: _Active) -> None:
         kind = BY_NAME[one.fault.kind]
         if kind.until_settled:
-            self._until(lambda: all(job.settled() for job in one.jobs), _PATIENCE_S)
+            self._until(lambda: all(job.settled() for job in one.jobs), self.patience_s)
         else:
             self._until(lambda: all(job.under_way(self.producer) for job in one.jobs), 0.2)
             time.sleep(one.fault.hold_ms / 1000)
@@ -246,7 +262,7 @@ class Run:
         return True
 
     def _join(self, threads: list[threading.Thread]) -> bool:
-        deadline = time.monotonic() + _HANG_S
+        deadline = time.monotonic() + self.hang_s
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
         stuck = [job for job in self._jobs.values() if not job.over.is_set()]
@@ -286,7 +302,7 @@ class Run:
         history = self.history
         if not self._until(lambda: pinned_buffers() == self._buffers and not batches() and not threads(), 0.05):
             gc.collect()
-            self._until(lambda: pinned_buffers() == self._buffers and not batches() and not threads(), _PATIENCE_S)
+            self._until(lambda: pinned_buffers() == self._buffers and not batches() and not threads(), self.patience_s)
         history.pinned_buffers = pinned_buffers() - self._buffers
         history.live_batches, history.live_threads = batches(), threads()
 
@@ -419,7 +435,7 @@ class Run:
 
     def _again(self, job: _Job) -> tuple[list[Message], list[kbatch.Envelope[Any]], list[bytearray]]:
         earlier = self._jobs.get(job.step.again if job.step.again is not None else -1)
-        if earlier is None or earlier.sent is None or not self._until(earlier.settled, _PATIENCE_S):
+        if earlier is None or earlier.sent is None or not self._until(earlier.settled, self.patience_s):
             return [], [], []
         if earlier.pending is not None:
             outcomes = self._outcomes(earlier.sent, earlier.pending.report)
