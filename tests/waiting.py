@@ -4,9 +4,9 @@ import time
 from collections.abc import Callable
 
 
-def until(condition: Callable[[], object], what: str) -> None:
+def until(condition: Callable[[], object], what: str, patience_s: float = 30.0) -> None:
     """Waits for something that comes by itself; fails after a time that only a hang reaches."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert time.monotonic() < deadline, f"never came: {what}"
         time.sleep(0.005)

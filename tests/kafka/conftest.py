@@ -1,5 +1,6 @@
 """Real Apache Kafka: one broker, or three, each started once per run when the first test asks for it."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,9 @@ import pytest
 
 from tests.kafka import install
 from tests.kafka.cluster import ExternalCluster, KafkaCluster
+
+# More of what takes long: `make nightly`.
+NIGHTLY = os.environ.get("KBATCH_NIGHTLY", "") not in ("", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
