@@ -17,6 +17,7 @@ import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -44,8 +45,10 @@ SASL_USER, SASL_PASSWORD = "alice", "alice's password"
 START_TIMEOUT_S = 90.0
 #: Up soon and small; a broker that shall be fast takes the JVM's own choice.
 QUICK_START = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
+_API_VERSIONS = 18
 
 _topic_numbers = itertools.count()
+_given: set[int] = set()  # ports, which may be free only because their brokers do not run yet
 
 
 class Broker:
@@ -102,6 +105,16 @@ class Broker:
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
+
+    def answers(self) -> bool:
+        """Whether it serves clients: a broker that has just been started does not, whatever the others say of it."""
+        question = struct.pack(">ihhih", 10, _API_VERSIONS, 0, 1, -1)
+        try:
+            with socket.create_connection(("127.0.0.1", self.ports["PLAINTEXT"]), timeout=5) as connection:
+                connection.sendall(question)
+                return connection.recv(1) != b""
+        except OSError:
+            return False
 
     def log_tail(self) -> str:
         return (self.folder / "broker.log").read_text(errors="replace")[-4000:]
@@ -423,6 +436,8 @@ class KafkaCluster(ExternalCluster):
             (data / "meta.properties").write_text(meta)
 
     def _is_up(self) -> bool:
+        if not all(broker.answers() for broker in self.brokers):
+            return False
         metadata = self.admin.list_topics(timeout=5)
         return len(metadata.brokers) == len(self.brokers) and all(
             _all_in_sync(topic.partitions) for topic in metadata.topics.values()
@@ -447,9 +462,12 @@ def free_port() -> int:
     """A port that is free now, and that the system gives to no outgoing connection later."""
     while True:
         port = random.SystemRandom().randrange(15_000, 30_000)
+        if port in _given:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            return port
+        _given.add(port)
+        return port

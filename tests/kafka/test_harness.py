@@ -44,6 +44,10 @@ def test_a_killed_broker_comes_back(kafka3: KafkaCluster) -> None:
     assert kafka3.leader(topic) is not leader
     kafka3.heal()
     assert leader.runs
+    assert leader.answers()
+    leader.kill()
+    kafka3.heal()  # at once: nobody has missed it yet
+    assert leader.answers()
 
 
 ORPHAN = """
