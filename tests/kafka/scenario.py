@@ -12,7 +12,7 @@ from confluent_kafka import KafkaException
 
 import kbatch
 from tests.faults.checker import Violation, check
-from tests.faults.history import ACKED, FAILED, History, Outcome, Rules, Sent, seen
+from tests.faults.history import ACKED, FAILED, RETURN, History, Outcome, Rules, Sent, seen
 from tests.faults.plan import BODIES, WAYS, Plan, Send
 from tests.faults.runner import Run, _Job
 from tests.waiting import until
@@ -138,6 +138,17 @@ class Scenario(KafkaRun):
         assert not thread.is_alive(), "a sender hangs"
         self._settle(job)
 
+    def by_hand(self, count: int) -> tuple[Sent, list[kbatch.Envelope[Any]]]:
+        """A batch that the test sends itself; `answer` is to be called with its report."""
+        job = _Job(next(self._steps), Send(0, count, "send_batch", "bytes"))
+        messages, envelopes, _ = self._fresh(job)
+        sent = Sent(job.index, self.topic, tuple(messages), frozenset({RETURN}), self.instance, next(self._events))
+        self.history.sends.append(sent)
+        return sent, envelopes
+
+    def answer(self, sent: Sent, report: kbatch.DeliveryReport) -> None:
+        self._answer(sent, RETURN, report)
+
     @contextlib.contextmanager
     def load(self, senders: int = 2, count: int = 20) -> Iterator[Callable[[int], None]]:
         """Batches all the time, of every kind; what is given waits until so many more are answered."""
@@ -205,5 +216,5 @@ class Scenario(KafkaRun):
         if job.pending is None or job.sent is None:
             return
         with contextlib.suppress(kbatch.BatchPending):  # no answer: the checker will say so
-            self._answer(job.sent, "return", job.pending.wait(self.hang_s))
+            self._answer(job.sent, RETURN, job.pending.wait(self.hang_s))
         job.pending = None

@@ -1,5 +1,7 @@
 """Faults that only real brokers have, each with the checker of invariants (`tests/faults/checker.py`)."""
 
+import asyncio
+
 import pytest
 
 from tests.faults.history import ACKED, FAILED
@@ -7,10 +9,13 @@ from tests.kafka.cluster import KafkaCluster
 from tests.kafka.conftest import NIGHTLY
 from tests.kafka.proxy import Direction
 from tests.kafka.scenario import Scenario
+from tests.loops import beside
 from tests.mock.clients import end_offsets, produce
 from tests.waiting import until
 
 MSG_TIMED_OUT = -192
+# Of a topic that is gone librdkafka drops the partitions, and fails what was queued for them with the first.
+UNKNOWN = frozenset((-190, -188, 3))
 
 
 def written(kafka: KafkaCluster, topic: str) -> int:
@@ -83,41 +88,34 @@ def test_rolling_hard_restarts(kafka3: KafkaCluster) -> None:
 # -- too few replicas
 
 
-def test_too_few_replicas_is_tried_again(kafka3: KafkaCluster) -> None:
+def test_too_few_replicas(kafka3: KafkaCluster) -> None:
     every_replica = {"min.insync.replicas": "3"}
     witness = kafka3.create_topic(partitions=1, config=every_replica)
-    with Scenario(kafka3, partitions=1, topic_config=every_replica) as run:
-        leader = kafka3.leader(run.topic)
-        follower = next(broker for broker in kafka3.brokers if broker is not leader)
-        follower.kill()
-        until(lambda: refusal(kafka3, witness) == "NOT_ENOUGH_REPLICAS", "too few replicas")
-        before = written(kafka3, run.topic)
-        with run.sending(300, "callback") as job, run.sending(30, "aio sender") as other:
-            until(lambda: refusal(kafka3, witness) == "NOT_ENOUGH_REPLICAS", "too few replicas")
+
+    def too_few() -> bool:
+        return refusal(kafka3, witness) == "NOT_ENOUGH_REPLICAS"
+
+    short = {"codes": frozenset((MSG_TIMED_OUT,)), "delivery.timeout.ms": 2_000}
+    with (
+        Scenario(kafka3, partitions=1, topic_config=every_replica, **short) as impatient,
+        Scenario(kafka3, partitions=1, topic_config=every_replica) as patient,
+    ):
+        next(broker for broker in kafka3.brokers if broker is not kafka3.leader(patient.topic)).kill()
+        until(too_few, "too few replicas")
+        before = written(kafka3, patient.topic)
+        with patient.sending(300, "callback") as job, patient.sending(30, "aio sender") as other:
+            given_up = impatient.send(100, "sender")
+            assert impatient.states(given_up) == {FAILED}
+            assert not any(outcome.possibly_persisted for outcome in impatient.outcomes(given_up))
+            assert too_few()
             assert not job.settled()
             assert not other.settled()
-            assert written(kafka3, run.topic) == before
+            assert written(kafka3, patient.topic) == before
             kafka3.heal()
-        assert job.sent is not None
-        assert run.states(job.sent) == {ACKED}
-        assert written(kafka3, run.topic) == run.acked
-
-
-def test_too_few_replicas_for_too_long(kafka3: KafkaCluster) -> None:
-    every_replica = {"min.insync.replicas": "3"}
-    witness = kafka3.create_topic(partitions=1, config=every_replica)
-    codes = frozenset((MSG_TIMED_OUT,))
-    config = {"delivery.timeout.ms": 3_000}
-    with Scenario(kafka3, partitions=1, topic_config=every_replica, codes=codes, **config) as run:
-        leader = kafka3.leader(run.topic)
-        follower = next(broker for broker in kafka3.brokers if broker is not leader)
-        follower.kill()
-        until(lambda: refusal(kafka3, witness) == "NOT_ENOUGH_REPLICAS", "too few replicas")
-        sent = run.send(100, "sender")
-        print(run.outcomes(sent)[0])
-        assert run.states(sent) == {FAILED}
-        kafka3.heal()
-        assert run.states(run.resend(sent)) == {ACKED}
+        assert patient.failed == 0
+        assert impatient.states(impatient.resend(given_up)) == {ACKED}
+        for run in (patient, impatient):
+            assert written(kafka3, run.topic) == run.acked  # each once
 
 
 def test_two_of_three_brokers_are_stopped(kafka3: KafkaCluster) -> None:
@@ -150,7 +148,58 @@ def test_brokers_stand_still_past_the_timeout(kafka3: KafkaCluster) -> None:
             broker.pause()
         on_their_way = run.send(300, "sender")
         assert run.states(on_their_way) == {FAILED}
-        print({outcome[:4] for outcome in run.outcomes(on_their_way)})
+        assert any(outcome.possibly_persisted for outcome in run.outcomes(on_their_way))
+        # Nobody is asked for these: what is not sent is not persisted.
+        waiting = run.send(5, "aio sender")
+        assert run.states(waiting) == {FAILED}
+        assert not any(outcome.possibly_persisted for outcome in run.outcomes(waiting))
         kafka3.heal()
-        run.resend(on_their_way)
-        run.send(10)
+        for sent in (on_their_way, waiting):
+            assert run.states(run.resend(sent)) == {ACKED}
+
+
+# -- a slow broker
+
+
+def test_a_slow_broker_holds_up_no_event_loop(one_broker: KafkaCluster) -> None:
+    """The loop turns while answers take 0.4 s, and what is in flight is bounded."""
+    bound = 3_000
+    ticks, most = 0, 0
+    with Scenario(one_broker, max_in_flight=bound, **{"batch.num.messages": 500}) as run:
+        one_broker.brokers[0].proxy.delay(0.2)
+
+        async def tick() -> None:
+            nonlocal ticks, most
+            while True:
+                ticks, most = ticks + 1, max(most, run.producer.stats()["in_flight"])
+                await asyncio.sleep(0.005)
+
+        async def main() -> None:
+            ticking = asyncio.create_task(tick())
+            # One after the other is handed over, and nobody waits for an answer.
+            pending = [await producer.submit(run.topic, envelopes) for _, envelopes in batches]
+            assert ticks > 50  # they had to wait for room
+            for (sent, _), batch in zip(batches, pending, strict=True):
+                run.answer(sent, await batch)
+            ticking.cancel()
+
+        producer = beside(run.producer)
+        batches = [run.by_hand(1_000) for _ in range(10)]
+        asyncio.run(main())
+        assert most < bound + 128  # so many are enqueued between two looks at the bound
+        assert run.failed == 0
+
+
+# -- a topic that is deleted
+
+
+def test_a_topic_is_deleted_in_flight(one_broker: KafkaCluster) -> None:
+    quick = {"topic.metadata.propagation.max.ms": 500, "delivery.timeout.ms": 20_000}
+    with Scenario(one_broker, codes=UNKNOWN, ordered=False, **quick) as run:
+        run.history.deleted.add(run.topic)
+        with run.load() as more:
+            more(5)
+            one_broker.delete_topic(run.topic)
+            more(10)
+        assert run.failed
+        one_broker.create_topic(run.topic, partitions=3)
