@@ -83,6 +83,14 @@ mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whe
 soak: build $(STAMPS)/test-group ## Run 3,000 seeded fault plans, shorten one that fails (ARGS="--seeds 0:100000 --jobs 4")
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
+.PHONY: soak-kafka
+soak-kafka: build $(STAMPS)/test-group ## Run 100 seeded fault plans on real brokers (ARGS="--seeds 0:1000")
+	$(BIN)/python -m tests.faults.soak --kafka $(ARGS)
+
+.PHONY: nightly
+nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 48 seeds
+	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka $(ARGS)
+
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)
 	$(BIN)/python -m benchmarks.run $(if $(KAFKA),--kafka) $(ARGS)

@@ -37,6 +37,9 @@ RETRIABLE = ("REQUEST_TIMED_OUT", "NOT_LEADER_FOR_PARTITION", "LEADER_NOT_AVAILA
 PERMANENT = {"MSG_SIZE_TOO_LARGE": 10, "INVALID_RECORD": 87, "POLICY_VIOLATION": 44}
 
 
+Action = Callable[["Run", "Fault"], None]
+
+
 def _nothing(run: Run, fault: Fault) -> None:
     pass
 
@@ -67,6 +70,8 @@ class Kind:
     #: Connections are cut, or answers given up, while a request may have been carried out: librdkafka sends again, and
     #: the mock cluster does not deduplicate.
     copies: bool = False
+    #: A real cluster does, for an idempotent producer.
+    deduplicated: bool = False
 
 
 def _push(*errors: str) -> Callable[[Run, Fault], None]:

@@ -4,6 +4,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from tests.faults import kafka_kinds
 from tests.faults.history import Rules
 from tests.faults.kinds import BY_NAME, KINDS, Kind
 
@@ -59,6 +60,11 @@ class Plan:
     steps: tuple[Send | Fault, ...]
     #: The indices of the steps that are taken, for a plan that was made shorter.
     keep: tuple[int, ...]
+    #: Run it on real brokers.
+    kafka: bool = False
+
+    def kind(self, name: str) -> Kind:
+        return (kafka_kinds.BY_NAME if self.kafka else BY_NAME)[name]
 
     @property
     def taken(self) -> list[tuple[int, Send | Fault]]:
@@ -68,11 +74,11 @@ class Plan:
         return replace(self, keep=keep)
 
     def rules(self) -> Rules:
-        kinds = [BY_NAME[name] for name in self.kinds]
+        kinds = [self.kind(name) for name in self.kinds]
         return Rules(
             codes=frozenset().union(*(kind.codes for kind in kinds)),
             refusals=frozenset().union(*(kind.refusals for kind in kinds)),
-            copies=any(kind.copies for kind in kinds),
+            copies=any(kind.copies and not (kind.deduplicated and self.idempotent) for kind in kinds),
             # librdkafka keeps the order of what it sends again if it is idempotent; max.in.flight=1 alone does not.
             ordered=self.idempotent or not any(kind.copies or kind.one_in_flight for kind in kinds),
         )
@@ -89,11 +95,12 @@ class Plan:
         return "\n".join(lines)
 
 
-def make_plan(seed: int) -> Plan:
+def make_plan(seed: int, *, kafka: bool = False) -> Plan:
     rng = random.Random(seed)
+    known = kafka_kinds.KAFKA_KINDS if kafka else KINDS
     # Each kind leads a plan once in so many seeds; the others come by chance.
-    kinds = [KINDS[seed % len(KINDS)]]
-    kinds += [kind for kind in rng.sample(KINDS, rng.choice((0, 0, 1, 1, 2, 3))) if kind not in kinds]
+    kinds = [known[seed % len(known)]]
+    kinds += [kind for kind in rng.sample(known, rng.choice((0, 0, 1, 1, 2, 3))) if kind not in kinds]
     idempotent = any(kind.idempotent for kind in kinds) or rng.random() < 0.7
     in_flight = 1 if any(kind.one_in_flight for kind in kinds) else rng.choice((1, 5))
     senders = rng.choice((1, 1, 1, 2, 3))
@@ -115,6 +122,7 @@ def make_plan(seed: int) -> Plan:
         config=tuple(sorted(config.items())),
         steps=(steps := tuple(_make_steps(rng, kinds, senders))),
         keep=tuple(range(len(steps))),
+        kafka=kafka,
     )
 
 

@@ -42,7 +42,6 @@ from tests.faults.history import (
     Sent,
     seen,
 )
-from tests.faults.kinds import BY_NAME
 from tests.faults.plan import Fault, Plan, Send
 from tests.loops import beside
 from tests.mock.clients import read_back
@@ -227,7 +226,7 @@ class Run:
         active: list[_Active] = []
         for index, step in self.plan.taken:
             if isinstance(step, Fault):
-                BY_NAME[step.kind].begin(self, step)
+                self.plan.kind(step.kind).begin(self, step)
                 active.append(_Active(step))
                 continue
             job = self._jobs[index] = _Job(index, step)
@@ -245,7 +244,7 @@ class Run:
         return self._join(threads)
 
     def _end(self, one: _Active) -> None:
-        kind = BY_NAME[one.fault.kind]
+        kind = self.plan.kind(one.fault.kind)
         if kind.until_settled:
             self._until(lambda: all(job.settled() for job in one.jobs), self.patience_s)
         else:

@@ -1,4 +1,7 @@
-"""Runs many plans, makes those that fail shorter, and prints the shortest: ``make soak ARGS="--seeds 0:3000"``."""
+"""Runs many plans, makes those that fail shorter, and prints the shortest: ``make soak ARGS="--seeds 0:3000"``.
+
+With ``--kafka`` on real brokers instead of the mock cluster, with plans of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,21 @@ from tests.faults.worker import Result, Worker
 _PATIENCE_S = 300.0  # a plan that hangs takes its time at each try
 
 
-def run_many(seeds: Iterator[int], jobs: int, told: Callable[[Result], None], enough: Callable[[], bool]) -> None:
+def run_many(
+    seeds: Iterator[int], jobs: int, told: Callable[[Result], None], enough: Callable[[], bool], *, kafka: bool = False
+) -> None:
     """Runs the plans of `seeds` in `jobs` processes until they are through or `enough`."""
     lock = threading.Lock()
 
     def work() -> None:
-        worker = Worker()
+        worker = Worker(kafka=kafka)
         try:
             while True:
                 with lock:
                     seed = None if enough() else next(seeds, None)
                 if seed is None:
                     return
-                result = worker.run(make_plan(seed))
+                result = worker.run(make_plan(seed, kafka=kafka))
                 with lock:
                     told(result)
         finally:
@@ -79,25 +84,28 @@ def _steps(text: str) -> tuple[int, ...]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
-    parser.add_argument("--seeds", type=_range, default=range(3_000), metavar="FIRST:END", help="default 0:3000")
+    parser.add_argument("--kafka", action="store_true", help="on real brokers; 0:100, one at a time")
+    parser.add_argument("--seeds", type=_range, metavar="FIRST:END", help="default 0:3000")
     parser.add_argument("--seed", type=int, help="run this one and print its plan")
     parser.add_argument("--keep", type=_steps, metavar="0,3,5", help="with --seed: the steps to take")
     parser.add_argument("--repeat", type=int, default=1, help="with --seed: run it until it fails, so often at most")
-    parser.add_argument("--jobs", type=int, default=3, help="how many plans at a time, default 3")
+    parser.add_argument("--jobs", type=int, help="how many plans at a time, default 3")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no plan after this time")
     parser.add_argument("--failures", type=int, default=5, help="stop after so many, default 5")
     options = parser.parse_args(arguments)
     if options.seed is not None:
-        plan = make_plan(options.seed)
+        plan = make_plan(options.seed, kafka=options.kafka)
         if options.keep is not None:
             plan = plan.only(options.keep)
         return _one(plan, options.repeat, shorter=options.keep is None)
-    return _many(options.seeds, options.jobs, options.seconds, options.failures)
+    seeds = options.seeds or range(100 if options.kafka else 3_000)
+    jobs = options.jobs or (1 if options.kafka else 3)
+    return _many(seeds, jobs, options.seconds, options.failures, kafka=options.kafka)
 
 
 def _one(plan: Plan, repeat: int, *, shorter: bool) -> int:
     print(plan, flush=True)
-    worker = Worker()
+    worker = Worker(kafka=plan.kafka)
     try:
         for _ in range(repeat):
             result = worker.run(plan)
@@ -110,7 +118,7 @@ def _one(plan: Plan, repeat: int, *, shorter: bool) -> int:
     return 0
 
 
-def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
+def _many(seeds: range, jobs: int, seconds: float, failures: int, *, kafka: bool = False) -> int:
     began = time.monotonic()
     failed: list[Result] = []
     kinds: Counter[str] = Counter()
@@ -125,19 +133,19 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int) -> int:
             failed.append(result)
             print(result, flush=True)
         plans += 1
-        if plans % 250 == 0:
+        if plans % (10 if kafka else 250) == 0:
             print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed", flush=True)
 
     def enough() -> bool:
         return len(failed) >= failures or time.monotonic() - began > seconds
 
-    run_many(iter(seeds), jobs, told, enough)
+    run_many(iter(seeds), jobs, told, enough, kafka=kafka)
     print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed")
     print(f"each kind of fault {min(kinds.values(), default=0)} to {max(kinds.values(), default=0)} times")
     print("outcomes:", ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     if not failed:
         return 0
-    worker = Worker()
+    worker = Worker(kafka=kafka)
     try:
         shortened = [shorten(result, worker.run, _PATIENCE_S / len(failed)) for result in failed]
     finally:

@@ -1,7 +1,7 @@
 """A process that runs plans, so that a crash or a hang is the result of a seed and not the end of the run.
 
-``python -m tests.faults.worker`` reads ``[seed, kept steps]`` from standard input and answers each with a line of JSON;
-`Worker` is the other end.
+``python -m tests.faults.worker [kafka]`` reads ``[seed, kept steps]`` from standard input and answers each with a line
+of JSON; `Worker` is the other end.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from tests.faults.checker import Violation
 from tests.faults.plan import Plan, make_plan
 
 #: A plan that takes longer hangs. The longest take a few seconds.
 DEADLINE_S = 90.0
+KAFKA_DEADLINE_S = 400.0
 _TAIL = 6_000
 
 
@@ -40,7 +44,7 @@ class Result(NamedTuple):
     @property
     def command(self) -> str:
         keep = "" if len(self.plan.keep) == len(self.plan.steps) else f" --keep {','.join(map(str, self.plan.keep))}"
-        return f'make soak ARGS="--seed {self.plan.seed}{keep}"'
+        return f'make soak{"-kafka" if self.plan.kafka else ""} ARGS="--seed {self.plan.seed}{keep}"'
 
     def __str__(self) -> str:
         shown = [f"  {violation}" for violation in self.violations[:6]]
@@ -51,7 +55,8 @@ class Result(NamedTuple):
 class Worker:
     """Runs one plan at a time in a process, which is started anew after a crash, a hang, or a failure."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, kafka: bool = False) -> None:
+        self._kafka = kafka
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -67,12 +72,13 @@ class Worker:
             process.stdin.write(json.dumps([plan.seed, plan.keep]) + "\n")
             process.stdin.flush()
         violations: list[str] = []
+        deadline_s = KAFKA_DEADLINE_S if self._kafka else DEADLINE_S
         seen: dict[str, int] = {}
         try:
-            line = self._replies.get(timeout=DEADLINE_S)
+            line = self._replies.get(timeout=deadline_s)
         except queue.Empty:
             process.send_signal(signal.SIGABRT)  # faulthandler writes where each thread stands
-            violations = [f"hang: no end within {DEADLINE_S} s\n{self._stop()}"]
+            violations = [f"hang: no end within {deadline_s} s\n{self._stop()}"]
         else:
             if not line:
                 violations = [f"crash: {self._stop()}"]
@@ -91,7 +97,7 @@ class Worker:
         self._errors.truncate()
         self._replies = replies = queue.SimpleQueue()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.faults.worker"],
+            [sys.executable, "-W", "error", "-m", "tests.faults.worker", *(["kafka"] if self._kafka else [])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -129,17 +135,27 @@ class Worker:
 
 
 def main() -> None:
-    from kbatch.testing import MockCluster
-    from tests.faults.runner import BROKERS, run_plan
+    kafka = sys.argv[1:] == ["kafka"]
+    run_plan: Callable[[Any, Plan], tuple[list[Violation], Counter[str]]]
+    cluster: Any
+    if kafka:
+        from tests.kafka.cluster import KafkaCluster
+        from tests.kafka.scenario import run_plan
 
+        cluster = KafkaCluster(3)
+    else:
+        from kbatch.testing import MockCluster
+        from tests.faults.runner import BROKERS, run_plan
+
+        cluster = MockCluster(BROKERS)
     faulthandler.enable()
     # Replies have a descriptor to themselves: whatever else prints, goes to standard error.
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    with MockCluster(BROKERS) as cluster:
+    with cluster:
         for line in sys.stdin:
             seed, keep = json.loads(line)
-            violations, seen = run_plan(cluster, make_plan(seed).only(tuple(keep)))
+            violations, seen = run_plan(cluster, make_plan(seed, kafka=kafka).only(tuple(keep)))
             replies.write(json.dumps([[str(violation) for violation in violations], seen]) + "\n")
             replies.flush()
             if violations:  # nothing that was left behind shall disturb the next plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from confluent_kafka import KafkaException
 import kbatch
 from tests.faults.checker import Violation, check
 from tests.faults.history import ACKED, FAILED, RETURN, History, Outcome, Rules, Sent, seen
+from tests.faults.kafka_kinds import DOOMED
 from tests.faults.plan import BODIES, WAYS, Plan, Send
 from tests.faults.runner import Run, _Job
 from tests.waiting import until
@@ -29,6 +31,12 @@ _numbers = itertools.count()
 _PATIENCE_S = 90.0
 
 
+def run_plan(cluster: KafkaCluster, plan: Plan) -> tuple[list[Violation], Counter[str]]:
+    """What the plan's run has violated, and what it met. The cluster is left as it was."""
+    history = KafkaRun(cluster, plan).carry_out()
+    return check(history), seen(history)
+
+
 class KafkaRun(Run):
     """A run through the proxies of a real cluster. No copies are excused: it deduplicates for idempotent producers."""
 
@@ -42,6 +50,8 @@ class KafkaRun(Run):
 
     def _prepare(self) -> None:
         self.cluster.create_topic(self.topic, partitions=self.plan.partitions, config=self.topic_config)
+        if DOOMED in self.plan.kinds:
+            self.cluster.create_topic(self.topics["doomed"], partitions=2)
 
     topic_config: dict[str, str] | None = None
 
