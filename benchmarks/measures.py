@@ -532,22 +532,23 @@ def requests(plan: Plan) -> Iterator[Section]:
         yield section
 
 
+#: In this order they are run: what is first is there, should a run be broken off.
 MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "bytes": check_bytes,
     "loops": loops,
     "rivals": others,
     "round-trips": round_trips,
+    "linger": linger,
     "awaited": awaited,
+    "codecs": codecs,
     "latency": latency,
     "recovery": recovery,
     "asyncio": loop_pauses,
     "gil": gil,
     "values": plain_values,
     "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
-    "memory": memory,
-    "codecs": codecs,
-    "linger": linger,
     "requests": requests,
+    "memory": memory,
 }
 #: Those of a run without --only. On a real broker: not what needs the mock cluster's faults or counts, priorities that
 #: a process cannot have back, or gigabytes of disk; nor what sends nothing.
