@@ -238,7 +238,7 @@ def summary(kafka: Document, mock: Document) -> Figure | None:
     _rates(left, rates)
     left.set_title(f"Acknowledged messages per second, {kafka.broker['name']}")
     _standing_still(right, still)
-    right.set_title("Kept from the GIL: another thread, per message")
+    right.set_title("GIL taken, per message")
     return figure
 
 
