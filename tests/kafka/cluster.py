@@ -331,7 +331,7 @@ class KafkaCluster(ExternalCluster):
             topic,
             ResourcePatternType.LITERAL,
             principal,
-            None,
+            None,  # type: ignore[arg-type]  # any host, of which the stub does not know
             AclOperation.ANY,
             AclPermissionType.ANY,
         )
@@ -348,7 +348,15 @@ class KafkaCluster(ExternalCluster):
         for future in self.admin.create_acls(list(bindings)).values():
             future.result(30)
         # The brokers learn of it a moment later.
-        theirs = AclBindingFilter(kind, name, literal, principal, None, AclOperation.ANY, AclPermissionType.ANY)
+        theirs = AclBindingFilter(
+            kind,
+            name,
+            literal,
+            principal,
+            None,  # type: ignore[arg-type]
+            AclOperation.ANY,
+            AclPermissionType.ANY,
+        )
         self._wait(lambda: len(self.admin.describe_acls(theirs).result(10)) >= len(bindings))
 
     # --- its making -------------------------------------------------------------------------------------------------
