@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import pty
 import re
 import select
 import signal
@@ -718,6 +717,7 @@ def test_one_endless_line_takes_no_memory(topic, servers, tmp_path):
 
 def test_a_bar_on_a_terminal_and_nowhere_else(topic, servers, lines_file):
     file = lines_file("\n".join(lines_of(2_000)))
+    pty = pytest.importorskip("pty", reason="platform: no pseudo-terminals")
     master, slave = pty.openpty()
     command = [*COMMAND, "produce", str(file), "-t", topic, "-X", servers]
     variables = environment(TERM="xterm-256color", COLUMNS="100")
