@@ -35,13 +35,16 @@ class CallbackThread:
             if self._thread is not None:
                 return
             self._stopping = False
-            self._thread = thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread = thread = threading.Thread(target=self._run, args=(False,), name=self._name, daemon=True)
             try:
                 thread.start()
                 return
             except RuntimeError:  # no thread to be had, or (3.12 on) the interpreter is ending
                 pass
-        self._run()
+            except BaseException:
+                self._thread = None  # if it begins all the same, it ends at once
+                raise
+        self._run(True)
 
     def stop(self) -> None:
         """Ends the thread once all that was put has run; a later `put` starts another."""
@@ -56,10 +59,11 @@ class CallbackThread:
         if thread is not None and thread.ident is not None and thread is not threading.current_thread():
             thread.join(timeout)
 
-    def _run(self) -> None:
-        inline = threading.current_thread() is not self._thread
+    def _run(self, inline: bool) -> None:
         while True:
             with self._changed:
+                if not inline and self._thread is not threading.current_thread():
+                    return
                 while not self._jobs and not self._stopping and not inline:
                     self._changed.wait()
                 if not self._jobs:

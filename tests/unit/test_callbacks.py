@@ -1,0 +1,30 @@
+"""The thread on which callbacks run."""
+
+import threading
+
+import pytest
+
+from kbatch._callbacks import CallbackThread
+from tests.waiting import until
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_thread_whose_start_was_interrupted_is_replaced(monkeypatch: pytest.MonkeyPatch, begins: bool) -> None:
+    thread = CallbackThread("tests")
+    ran: list[tuple[int, threading.Thread]] = []
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        if begins:
+            start(self)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(MemoryError):
+            thread.put(lambda: ran.append((1, threading.current_thread())))
+    thread.put(lambda: ran.append((2, threading.current_thread())))
+    until(lambda: 2 in [number for number, _ in ran], "the job that was put afterwards")
+    assert [number for number, _ in ran] == [1, 2]
+    assert len({one for _, one in ran}) == 1
+    thread.join(30)
