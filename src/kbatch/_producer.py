@@ -122,7 +122,7 @@ class Producer(BaseProducer):
             timeout: Seconds; ``None`` waits as long as it takes.
 
         Returns:
-            How many messages are still in flight.
+            How many messages are still in flight, or in a transaction that is not decided.
         """
         check_timeout(timeout)
         return self._core.flush(timeout)

@@ -54,15 +54,26 @@ class Transactions:
         """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent."""
         if self._undecided is not None:
             raise ProducerError(f"this producer can send no more: {self._undecided}; make a new one")
-        self._core.hold(batch, timeout)
         try:
+            self._core.hold(batch, timeout)
             self._thread.put(self._run, batch)
         except BaseException:
-            self._core.give_up_held(batch, _PURGE_QUEUE)
-            self._core.conclude(batch, _PURGE_QUEUE)
+            # Ctrl-C may come when it is on hold and its thread has it, or will have it.
+            self._core.refuse_held(batch, _PURGE_QUEUE)
             raise
 
     def _run(self, batch: PendingBatch) -> None:
+        if not self._core.take_held(batch):
+            return  # refused meanwhile
+        try:
+            self._transact(batch)
+        except BaseException:
+            # No memory; or Ctrl-C, if no thread was to be had and this is the main one.
+            self._undecided = "its last transaction was interrupted"
+            self._core.end_held(batch)
+            raise
+
+    def _transact(self, batch: PendingBatch) -> None:
         code = self._begin(batch)
         if code:
             self._core.give_up_held(batch, code)
@@ -98,7 +109,7 @@ class Transactions:
                 self._core.conclude(batch)
                 return
             if error.requires_abort:
-                self._abort(batch, error.code)
+                self._abort(batch, error.code, asked=True)
                 return
             if not self._again(error) or time.monotonic() > end:
                 # It may have been committed, and only the answer is missing.
@@ -108,27 +119,34 @@ class Transactions:
                 return
         self._core.conclude(batch, _PURGE_INFLIGHT, unknown=asked)
 
-    def _abort(self, batch: PendingBatch, code: int) -> None:
-        """Ends the transaction without its batch. If that fails, the coordinator does it when it times out."""
+    def _abort(self, batch: PendingBatch, code: int, *, asked: bool = False) -> None:
+        """Ends the transaction without its batch. If that fails, the coordinator does it when it times out.
+
+        Unless a commit was asked for: it may have been made, and only its answer was lost.
+        """
         end = time.monotonic() + 2 * self._timeout_s
+        aborted = False
         while not self._core.is_finishing():
             error = self._call(_ABORT)
             if error is None:
+                aborted = True
+                code = ABORTED_CODE  # it may be sent again, whatever the cause
                 break
-            if not self._again(error) or time.monotonic() > end:
+            if not self._again(error, error.requires_abort) or time.monotonic() > end:
                 if error.fatal:
                     code = error.code
                 else:
                     self._undecided = f"its last transaction could not be aborted ({error.text})"
                 break
         self._core.wait_until_settled(batch)
-        self._core.conclude(batch, code)
+        self._core.conclude(batch, code, unknown=asked and not aborted)
 
     def _call(self, call: int) -> _Error | None:
         error = self._core.transaction_call(call, _SLICE_MS)
         return None if error is None else _Error(*error)
 
-    def _again(self, error: _Error) -> bool:
-        if error.retriable and error.code != _TIMED_OUT:  # which has waited
+    def _again(self, error: _Error, also: bool = False) -> bool:
+        again = error.retriable or also
+        if again and error.code != _TIMED_OUT:  # which has waited
             time.sleep(_PAUSE_S)
-        return error.retriable
+        return again

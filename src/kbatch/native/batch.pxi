@@ -88,6 +88,7 @@ cdef struct BatchState:
     int64_t hold          # 1: a transaction decides when the batch is done; then 0. Under the client's lock
     int32_t done          # atomic; written under the client's lock
     int32_t settled       # of a batch on hold: every envelope has an outcome; written under the client's lock
+    int32_t taken         # of a batch on hold: somebody sees to its answer; under the GIL
     int32_t failing       # atomic: an envelope has failed
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
     int32_t detached      # const in line: the drainer enqueues it, not the thread that sends it

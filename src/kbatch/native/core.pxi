@@ -485,6 +485,40 @@ cdef class Core:
         finally:
             self._leave()
 
+    def take_held(self, Batch batch) -> bool:
+        """Whether the answer of a batch on hold is now the caller's business: true once."""
+        if not batch.state.hold or batch.state.taken:
+            return False
+        batch.state.taken = 1
+        return True
+
+    def refuse_held(self, Batch batch, int code) -> None:
+        """`give_up_held` and `conclude`, in one so that no signal comes between, unless another has taken the batch."""
+        if self.take_held(batch):
+            self.give_up_held(batch, code)
+            self.conclude(batch, code)
+
+    def end_held(self, Batch batch) -> None:
+        """The answer of a batch on hold whose transaction was left in the middle, unless it has one.
+
+        Waits for what is in flight of it, and Ctrl-C does not end that.
+        """
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        cdef bint fresh
+        if not state.hold:
+            return
+        kb_mutex_lock(&c.mu)
+        fresh = not state.in_line and KB_LOAD64(&state.remaining) == state.count + 2  # not yet enqueued
+        kb_mutex_unlock(&c.mu)
+        if fresh:
+            self.give_up_held(batch, RD_KAFKA_RESP_ERR__PURGE_QUEUE)
+        KB_STORE32(&state.abandoned, 1)
+        with nogil:
+            while advance(c, state, INT64_MAX, FOR_SETTLED) == AGAIN:
+                pass
+        self.conclude(batch, RD_KAFKA_RESP_ERR__PURGE_INFLIGHT, unknown=not fresh)
+
     def refusal(self, Batch batch) -> int:
         """0, or librdkafka's code of why a batch on hold is not to be enqueued any more."""
         if KB_LOAD32(&batch.state.abandoned) or KB_LOAD32(&self.c.shut):
@@ -521,7 +555,7 @@ cdef class Core:
         cdef BatchState *state = &batch.state
         give_up_rest(self.c, state, code)
         drop_records(state)
-        KB_ADD64(&state.remaining, -1)
+        settle(self.c, state, 1)
 
     def conclude(self, Batch batch, int code=0, *, bint unknown=False) -> None:
         """The answer of a batch on hold, all of whose envelopes have an outcome.
@@ -631,7 +665,7 @@ cdef class Core:
     def flush(self, timeout=None) -> int:
         cdef Client *c = self.c
         cdef int64_t deadline = deadline_after(timeout)
-        cdef int64_t now
+        cdef int64_t now, left
         if KB_LOAD32(&c.life) == NEW:
             return 0
         self._enter()
@@ -654,7 +688,10 @@ cdef class Core:
             kb_mutex_unlock(&c.mu)
             self._leave()
         release_idle(c)
-        return KB_LOAD64(&c.in_flight)
+        kb_mutex_lock(&c.mu)
+        left = max(c.undecided, KB_LOAD64(&c.in_flight))
+        kb_mutex_unlock(&c.mu)
+        return left
 
     def purge(self) -> None:
         cdef Client *c = self.c

@@ -1,0 +1,183 @@
+"""Transactions against the mock cluster: refusals that a real one cannot be asked for, and what interrupts them."""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch.testing import ApiKey, MockCluster
+from tests.waiting import until
+
+
+@pytest.fixture
+def cluster() -> Iterator[MockCluster]:
+    with MockCluster() as cluster:
+        cluster.create_topic("t", partitions=2)
+        yield cluster
+
+
+@pytest.fixture
+def producer(cluster: MockCluster) -> Iterator[kbatch.Producer]:
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "transactional.id": "one", "log_level": 0}
+    producer = kbatch.Producer(config)
+    assert producer.send_batch("t", envelopes(2)).ok
+    yield producer
+    producer.close(20)
+
+
+def envelopes(count: int) -> list[kbatch.Envelope[int]]:
+    return [kbatch.Envelope(n) for n in range(count)]
+
+
+def test_a_commit_that_is_refused_but_aborted_may_be_sent_again(
+    cluster: MockCluster, producer: kbatch.Producer
+) -> None:
+    cluster.push_request_errors(ApiKey.END_TXN, ["UNKNOWN_PRODUCER_ID"])
+    report = producer.send_batch("t", envelopes(3))
+    assert report.failed == 3
+    assert all(error.retriable and not error.fatal for error in report.errors.values())
+    assert not any(error.possibly_persisted for error in report.errors.values())
+    assert producer.send_batch("t", envelopes(3)).ok
+
+
+def test_an_abort_that_is_refused_is_tried_again(cluster: MockCluster, producer: kbatch.Producer) -> None:
+    cluster.push_request_errors(ApiKey.END_TXN, ["UNKNOWN", "UNKNOWN", "UNKNOWN"])
+    report = producer.send_batch("t", envelopes(3))
+    assert report.failed == 3
+    assert not any(error.possibly_persisted for error in report.errors.values())
+    assert producer.send_batch("t", envelopes(3)).ok
+
+
+def test_a_commit_that_is_refused_and_cannot_be_aborted_may_have_been_made(
+    cluster: MockCluster, producer: kbatch.Producer
+) -> None:
+    # As if the answer of a first commit had been lost, and the coordinator knew of no transaction any more.
+    cluster.push_request_errors(ApiKey.END_TXN, ["UNKNOWN", "INVALID_TXN_STATE"])
+    report = producer.send_batch("t", envelopes(3))
+    assert report.failed == 3
+    assert all(error.possibly_persisted for error in report.errors.values())
+    with pytest.raises(kbatch.ProducerFatalError):
+        producer.send_batch("t", envelopes(3))
+
+
+def test_flush_counts_a_transaction_that_is_not_decided(producer: kbatch.Producer) -> None:
+    transactions = producer._transactions
+    assert transactions is not None
+    commit, go = transactions._commit, threading.Event()
+
+    def late(batch: Any) -> None:
+        go.wait(30)
+        commit(batch)
+
+    transactions._commit = late  # type: ignore[method-assign]
+    with pytest.raises(kbatch.BatchPending) as error:
+        producer.send_batch("t", envelopes(3), timeout=1)
+    until(lambda: len(producer) == 0, "the acknowledgements")
+    assert producer.flush(0.01) == 3
+    go.set()
+    assert producer.flush(30) == 0
+    assert error.value.pending is not None
+    assert error.value.pending.done()
+
+
+class Interrupted(BaseException):
+    pass
+
+
+class Failing:
+    """The core, but one of its methods raises, before or after it has done its work."""
+
+    def __init__(self, core: Any, method: str, nth: int, *, after: bool) -> None:
+        self._core, self._method, self._left, self._after = core, method, nth, after
+
+    def __getattr__(self, name: str) -> Any:
+        real: Callable[..., Any] = getattr(self._core, name)
+        if name != self._method:
+            return real
+
+        def failing(*args: Any, **kwargs: Any) -> Any:
+            self._left -= 1
+            if self._left != 0:
+                return real(*args, **kwargs)
+            if self._after:
+                real(*args, **kwargs)
+            raise Interrupted
+
+        return failing
+
+
+STEPS = [
+    ("refusal", 1, False),
+    ("transaction_call", 1, False),  # begin
+    ("transaction_call", 1, True),
+    ("enqueue_held", 1, False),
+    ("enqueue_held", 1, True),
+    ("wait_for_outcome", 1, False),
+    ("wait_for_outcome", 1, True),
+    ("transaction_call", 2, False),  # commit
+    ("transaction_call", 2, True),
+    ("conclude", 1, False),
+    ("conclude", 1, True),
+]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize(("method", "nth", "after"), STEPS)
+def test_whatever_interrupts_a_transaction_its_batch_is_answered(
+    producer: kbatch.Producer, method: str, nth: int, after: bool, count: int
+) -> None:
+    transactions = producer._transactions
+    assert transactions is not None
+    transactions._core = Failing(producer._core, method, nth, after=after)  # type: ignore[assignment]
+    report = producer.send_batch("t", envelopes(count), timeout=30)
+    if (method, after) == ("conclude", True):
+        assert report.acked == count
+    else:
+        assert report.failed == count
+    unsent = (method in ("refusal", "enqueue_held") and not after) or (method, nth) == ("transaction_call", 1)
+    if unsent:
+        assert not any(error.possibly_persisted for error in report.errors.values())
+    elif (method, nth, after) == ("transaction_call", 2, True):  # it was committed
+        assert all(error.possibly_persisted for error in report.errors.values())
+    with pytest.raises(kbatch.ProducerError, match="interrupted; make a new one"):
+        producer.send_batch("t", envelopes(1))
+    assert producer.close(20) == 0
+    assert producer._core.name() is None
+
+
+@pytest.mark.parametrize("where", ["hold", "put before", "put after"])
+def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch.Producer, where: str) -> None:
+    transactions = producer._transactions
+    assert transactions is not None
+    core, thread = transactions._core, transactions._thread
+    answers: list[str] = []
+
+    class Callback(kbatch.SenderCallback):
+        def mark_successful(self, batch: Any, report: Any) -> None:
+            answers.append("successful")
+
+        def mark_processing_failure(self, batch: Any, error: Any) -> None:
+            assert not any(one.possibly_persisted for one in error.report.errors.values())
+            answers.append("failure")
+
+    class Thread:
+        def put(self, function: Callable[..., object], *arguments: object) -> None:
+            if where == "put after":
+                # The thread comes to it only when its sender has given it up.
+                thread._jobs.append((function, arguments))
+            raise Interrupted
+
+    if where == "hold":
+        transactions._core = Failing(core, "hold", 1, after=True)  # type: ignore[assignment]
+    else:
+        transactions._thread = Thread()  # type: ignore[assignment]
+    with pytest.raises(Interrupted):
+        kbatch.KafkaSender(producer, "t").send_batch(Callback(), kbatch.OutgoingBatch(envelopes(3)))
+    transactions._core, transactions._thread = core, thread
+    assert producer.send_batch("t", envelopes(3)).ok
+    until(lambda: answers, "the answer")
+    assert producer.close(20) == 0
+    assert answers == ["failure"]
+    assert producer._core.name() is None
