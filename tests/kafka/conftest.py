@@ -13,7 +13,15 @@ from tests.kafka.cluster import ExternalCluster, KafkaCluster
 NIGHTLY = os.environ.get("KBATCH_NIGHTLY", "") not in ("", "0")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "nightly: takes long, and something shorter in `make test` tests the same row")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not NIGHTLY:
+        late = [item for item in items if item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in late]
     for item in items:
         if item.path.is_relative_to(install.HERE):
             item.add_marker(pytest.mark.timeout(300))  # the first one starts the brokers

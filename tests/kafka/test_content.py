@@ -95,7 +95,7 @@ def test_the_vectors(kafka: ExternalCluster, wire: str) -> None:
 
 # A broker takes a time that is an hour ahead at most, by default.
 ANY_TIME = {"message.timestamp.after.max.ms": str(2**63 - 1), "message.timestamp.before.max.ms": str(2**63 - 1)}
-COUNT = 400
+COUNT = 300
 
 
 def random_specs(setting: Setting, seed: int, count: int) -> list[Spec]:

@@ -41,11 +41,6 @@ def test_a_killed_broker_comes_back(kafka3: KafkaCluster) -> None:
     topic = kafka3.create_topic(partitions=1)
     leader = kafka3.leader(topic)
     leader.kill()
-    assert kafka3.leader(topic) is not leader
-    kafka3.heal()
-    assert leader.runs
-    assert leader.answers()
-    leader.kill()
     kafka3.heal()  # at once: nobody has missed it yet
     assert leader.answers()
 

@@ -9,7 +9,7 @@ from tests.kafka.conftest import NIGHTLY
 from tests.kafka.scenario import run_plan
 
 # Each kind of fault leads a plan once in so many seeds.
-SEEDS = range(3 * len(KAFKA_KINDS) if NIGHTLY else 2)
+SEEDS = range(3 * len(KAFKA_KINDS) if NIGHTLY else 1)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
