@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from kbatch._pending import PendingBatch
 
 __all__ = ["Transactions"]
+
+_logger = logging.getLogger("kbatch")
 
 _INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # Core.transaction_call
 
@@ -109,6 +112,7 @@ class Transactions:
                 self._core.conclude(batch)
                 return
             if error.requires_abort:
+                _logger.warning("a transaction of %d envelopes is aborted: %s", len(batch), error.text)
                 self._abort(batch, error.code, asked=True)
                 return
             if not self._again(error) or time.monotonic() > end:
