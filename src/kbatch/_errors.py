@@ -168,7 +168,7 @@ _RETRIABLE = frozenset(
 )
 
 # Codes that put an idempotent or transactional producer into its fatal state.
-_FATAL = frozenset((-150, -148, -144, 45, 47, 49, 59, 90))
+_FATAL = frozenset((-150, -148, -144, 45, 47, 48, 49, 50, 53, 59, 90))
 
 # Fatal ones that say that another producer with the same transactional.id has started.
 _FENCED = frozenset((-144, 47, 90))

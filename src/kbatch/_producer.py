@@ -58,7 +58,8 @@ class Producer(BaseProducer):
         Args:
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
             envelopes: Any iterable; it is read once, before anything is sent.
-            timeout: Seconds to wait; ``None`` waits until all is settled, which ``delivery.timeout.ms`` bounds.
+            timeout: Seconds to wait; ``None`` waits until all is settled, which ``delivery.timeout.ms`` bounds; for a
+                transaction its end comes on top, twice ``transaction.timeout.ms`` at most for a commit and an abort.
 
         Returns:
             The outcome of each envelope. It is true if none failed; `DeliveryReport.raise_for_errors` raises.

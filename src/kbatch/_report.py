@@ -112,7 +112,13 @@ class DeliveryReport:
         aborted = ABORTED_CODE in codes
         if aborted and len(codes) > 1:
             codes.remove(ABORTED_CODE)  # the cause is another's
-        index, first = next((index, error) for index, error in self.errors.items() if error.code in codes)
+        found = None
+        for index, error in self.errors.items():
+            if error.code in codes:
+                found = index, error
+                break
+        assert found is not None
+        index, first = found
         message = f"{self.failed} of {len(self)} envelopes failed; the first is envelope {index}: {first}"
         if aborted:
             message = f"the transaction of {len(self)} envelopes was aborted"

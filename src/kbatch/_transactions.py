@@ -24,7 +24,7 @@ _SLICE_MS = 500
 _PAUSE_S = 0.05  # before what is retriable is tried again
 _TIMED_OUT = -185
 
-_STATE, _PURGE_QUEUE, _PURGE_INFLIGHT = -172, -152, -151  # librdkafka's codes
+_PURGE_QUEUE, _PURGE_INFLIGHT = -152, -151  # librdkafka's codes
 
 
 class _Error(NamedTuple):
@@ -55,10 +55,10 @@ class Transactions:
 
     def send(self, batch: PendingBatch, timeout: float | None) -> None:
         """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent."""
-        if self._undecided is not None:
-            raise ProducerError(f"this producer can send no more: {self._undecided}; make a new one")
         try:
             self._core.hold(batch, timeout)
+            if self._undecided is not None:
+                raise ProducerError(f"this producer can send no more: {self._undecided}; make a new one")
             self._thread.put(self._run, batch)
         except BaseException:
             # Ctrl-C may come when it is on hold and its thread has it, or will have it.
@@ -91,7 +91,7 @@ class Transactions:
     def _begin(self, batch: PendingBatch) -> int:
         """0, or the code of why nothing of the batch can be sent."""
         if self._undecided is not None:
-            return _STATE
+            return _PURGE_QUEUE
         while not (refusal := self._core.refusal(batch)) and not self._initialized:
             error = self._call(_INIT)
             self._initialized = error is None
@@ -117,8 +117,7 @@ class Transactions:
                 return
             if not self._again(error) or time.monotonic() > end:
                 # It may have been committed, and only the answer is missing.
-                if not error.fatal:
-                    self._undecided = f"its last transaction was neither committed nor aborted ({error.text})"
+                self._undecided = f"its last transaction was neither committed nor aborted ({error.text})"
                 self._core.conclude(batch, error.code, unknown=True)
                 return
         self._core.conclude(batch, _PURGE_INFLIGHT, unknown=asked)
@@ -137,10 +136,9 @@ class Transactions:
                 code = ABORTED_CODE  # it may be sent again, whatever the cause
                 break
             if not self._again(error, error.requires_abort) or time.monotonic() > end:
+                self._undecided = f"its last transaction could not be aborted ({error.text})"
                 if error.fatal:
                     code = error.code
-                else:
-                    self._undecided = f"its last transaction could not be aborted ({error.text})"
                 break
         self._core.wait_until_settled(batch)
         self._core.conclude(batch, code, unknown=asked and not aborted)

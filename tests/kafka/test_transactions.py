@@ -239,7 +239,7 @@ def test_who_may_not_have_the_id_is_told(one_broker: KafkaCluster) -> None:
     with kbatch.Producer({**alice, "transactional.id": "not alice's"}) as producer:
         report = producer.send_batch(topic, envelopes(0, 5))
         assert {error.name for error in report.errors.values()} == {"TRANSACTIONAL_ID_AUTHORIZATION_FAILED"}
-        assert not any(error.possibly_persisted for error in report.errors.values())
+        assert all(error.fatal and not error.possibly_persisted for error in report.errors.values())
         with pytest.raises(kbatch.ProducerFatalError, match="TRANSACTIONAL_ID_AUTHORIZATION_FAILED"):
             producer.send_batch(topic, envelopes(1, 5))
     one_broker.allow_transactions("User:alice", "alice's")

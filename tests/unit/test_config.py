@@ -193,6 +193,14 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
         ({"delivery.timeout.ms": "0"}, "delivery.timeout.ms=0 lets a batch wait for ever"),
         ({"default.topic.config": {"message.timeout.ms": 0}}, "message.timeout.ms=0 lets a batch wait for ever"),
         ({"transactional.id": "x", "acks": 1}, "acks=1 contradicts transactional.id, which needs the idempotent"),
+        (
+            {"transactional.id": "x", "enable.idempotence": False},
+            "enable.idempotence=false contradicts transactional.id",
+        ),
+        (
+            {"transactional.id": "x", "delivery.timeout.ms": 60_001},
+            "delivery.timeout.ms=60001 is longer than transaction.timeout.ms=60000",
+        ),
         ({"transactional.id": "x", "max.in.flight": 6}, "max.in.flight=6 contradicts transactional.id"),
         ({"key.serializer": print}, r"key.serializer is refused: .* Envelope\(…, key=serialize\(key\)\)"),
         ({"value.serializer": None}, r"value.serializer is refused: .* Producer\(config, encoder=…\)"),
