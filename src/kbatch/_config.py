@@ -104,11 +104,10 @@ class ProducerConfig:
             if native.get("enable.idempotence") == "false":
                 raise ConfigError("enable.idempotence=false contradicts transactional.id")
             transaction_timeout_s = int(native.get("transaction.timeout.ms") or 60_000) / 1000
-            key = names.get("message.timeout.ms")
-            if key is not None and delivery_timeout_s > transaction_timeout_s:
-                raise ConfigError(
-                    f"{key}={given[key]} is longer than transaction.timeout.ms={native.get('transaction.timeout.ms')}"
-                )
+            named = names.get("message.timeout.ms")
+            if named is not None and delivery_timeout_s > transaction_timeout_s:
+                limit = native.get("transaction.timeout.ms")
+                raise ConfigError(f"{named}={given[named]} is longer than transaction.timeout.ms={limit}")
             delivery_timeout_s = min(delivery_timeout_s, transaction_timeout_s)
         # How lines reach a logger. Without one nobody would take them from the queue.
         _set(native, "log.queue", "false" if callbacks["logger"] is None else "true")
