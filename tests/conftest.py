@@ -3,6 +3,7 @@
 import ctypes
 import importlib.machinery
 import os
+import signal
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ except ImportError as error:
     pytest.exit(f"the tests need kbatch and its compiled modules (make build): {error}", returncode=3)
 
 pytest_plugins = ["pytester"]
+
+# A shell that starts the tests in the background may have SIGINT ignored, and what they start would ignore it too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 pytest.register_assert_rewrite("tests.mapping")
 
