@@ -11,11 +11,15 @@
      │   ├─ BatchInterrupted      given up by Ctrl-C or another exception before anything was sent
      │   └─ UndeliveredError      a producer was closed with messages that were not acknowledged
      ├─ BatchPending              the wait is over, the batch goes on (also a TimeoutError)
-     └─ ProducerError             the producer cannot send
-         ├─ ProducerClosedError   it was closed
-         ├─ ProducerFatalError    librdkafka's idempotent producer cannot go on; make a new producer
-         │   └─ ProducerFencedError  another producer with the same transactional.id has taken over
-         └─ ForkError             it was used before a fork, and this is the child
+     ├─ ProducerError             the producer cannot send
+     │   ├─ ProducerClosedError   it was closed
+     │   ├─ ProducerFatalError    librdkafka's idempotent producer cannot go on; make a new producer
+     │   │   └─ ProducerFencedError  another producer with the same transactional.id has taken over
+     │   └─ ForkError             it was used before a fork, and this is the child
+     └─ SenderError               a sender cannot take an envelope, or did not send it
+         ├─ SenderClosedError     it is closed, or was closed first
+         ├─ SenderFullError       no room within the time (also a TimeoutError)
+         └─ CircuitOpenError      the circuit breaker is open: nothing was sent
 
 All of them can be pickled. Where they answer for a batch in the batch callback contract, ``report`` holds the outcome
 of each envelope.
@@ -36,6 +40,7 @@ __all__ = [
     "BatchInterrupted",
     "BatchPending",
     "BatchTimedOut",
+    "CircuitOpenError",
     "ConfigError",
     "DeliveryError",
     "DeserializationError",
@@ -45,6 +50,9 @@ __all__ = [
     "ProducerError",
     "ProducerFatalError",
     "ProducerFencedError",
+    "SenderClosedError",
+    "SenderError",
+    "SenderFullError",
     "SerializationError",
     "TopicDoesNotExist",
     "UndeliveredError",
@@ -293,6 +301,33 @@ class ProducerFencedError(ProducerFatalError):
     _text = "another producer with the same transactional.id has taken over: {reason} ({name})"
 
 
+# What is wrong with a message, and would be so with any broker.
+_ENVELOPES_OWN = frozenset(
+    (
+        -162,  # _KEY_SERIALIZATION
+        -161,  # _VALUE_SERIALIZATION
+        10,  # MSG_SIZE_TOO_LARGE
+        87,  # INVALID_RECORD
+    )
+)
+
+
+def blames_envelope(error: KbatchError) -> bool:
+    """Whether an envelope failed for a reason of its own, which says nothing about the brokers."""
+    return error.code in _ENVELOPES_OWN if isinstance(error, DeliveryError) else isinstance(error, SerializationError)
+
+
+# Retriable ones that arise in this process without being about a broker that does not answer.
+_NO_OUTAGE = frozenset((-190, -188, -184, -183))
+
+
+def is_outage(error: KbatchError) -> bool:
+    """Whether an envelope failed because no broker answered, or because its producer was given up."""
+    if isinstance(error, DeliveryError):
+        return error.fatal or (error.code < 0 and error.retriable and error.code not in _NO_OUTAGE)
+    return isinstance(error, ProducerError)
+
+
 def fatal_error(reason: str, code: int) -> ProducerFatalError:
     """The error for a producer in its fatal state, by librdkafka's code."""
     return (ProducerFencedError if code in _FENCED else ProducerFatalError)(reason, code=code)
@@ -300,3 +335,19 @@ def fatal_error(reason: str, code: int) -> ProducerFatalError:
 
 class ForkError(ProducerError):
     """A producer that was used before a fork was used again in the child."""
+
+
+class SenderError(KbatchError):
+    """A sender cannot take an envelope, or did not send it."""
+
+
+class SenderClosedError(SenderError):
+    """The sender is closed, or was closed before the envelope was sent."""
+
+
+class SenderFullError(SenderError, TimeoutError):
+    """The sender's buffer had no room for the envelope within the time; it was not taken."""
+
+
+class CircuitOpenError(SenderError):
+    """The circuit breaker is open, after too many batches had failed one after the other. Nothing was sent."""

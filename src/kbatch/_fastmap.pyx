@@ -4,8 +4,10 @@ reports become outcomes, and whoever waits is woken once.
 
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``, ``map``, ``batch`` (who owns
 what), ``client`` (enqueue, count, wait, drain, without the GIL) and ``core`` (where Python meets the client).
+``accumulator`` stands before it all: single envelopes become batches.
 """
 
+import collections
 import datetime
 import logging
 import os
@@ -22,6 +24,7 @@ from kbatch._errors import (
     ConfigError,
     ForkError,
     ProducerClosedError,
+    SenderFullError,
     SerializationError,
     fatal_error,
 )
@@ -29,7 +32,7 @@ from kbatch._serialization import SerializationContext
 
 cimport cython
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE, PyByteArray_Resize
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_FULL_RO, PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
@@ -59,3 +62,4 @@ include "native/batch.pxi"
 include "native/map.pxi"
 include "native/client.pxi"
 include "native/core.pxi"
+include "native/accumulator.pxi"

@@ -82,6 +82,18 @@ cdef class Batch:
         return self.state.started_ns != 0
 
     @property
+    def mean_value_bytes(self) -> int:
+        """Of a batch that is mapped and not yet sent: how large its records' values are on average."""
+        cdef int64_t total = 0
+        cdef Py_ssize_t i
+        if self.state.records == NULL or not self.state.count:
+            return 0
+        for i in range(self.state.count):
+            if not self.state.records[i].flags:
+                total += self.state.records[i].value_len
+        return total // self.state.count
+
+    @property
     def latency_s(self) -> float:
         """Seconds from the start of enqueueing to the last outcome; ``nan`` before."""
         if not KB_LOAD32(&self.state.done):

@@ -1,0 +1,356 @@
+# Envelopes one at a time become batches. The GIL guards all of it but Signal: nothing between a look at the state and its
+# change may run Python code, and so none may allocate what the garbage collector tracks.
+
+cdef int32_t _forks = 0  # of this process since kbatch was imported
+
+
+cdef void _count_fork() noexcept nogil:
+    global _forks
+    _forks += 1
+
+
+kb_on_fork_child(_count_fork)
+
+
+cdef class Signal:
+    """What one thread waits for and others set. Setting runs no Python code: a signal handler or a finalizer may do it."""
+
+    cdef kb_mutex mu
+    cdef kb_cond cond
+    cdef bint raised  # under `mu`
+
+    def __cinit__(self):
+        kb_mutex_init(&self.mu)
+        kb_cond_init(&self.cond)
+
+    def __dealloc__(self):
+        kb_cond_destroy(&self.cond)
+        kb_mutex_destroy(&self.mu)
+
+    def set(self) -> None:
+        kb_mutex_lock(&self.mu)
+        self.raised = True
+        kb_cond_signal(&self.cond)
+        kb_mutex_unlock(&self.mu)
+
+    def wait(self, timeout=None, *, bint interruptible=True) -> bool:
+        """Blocks without the GIL until it is set, and takes it back; False after `timeout` seconds.
+
+        If `interruptible`, Ctrl-C works.
+        """
+        cdef int64_t deadline = deadline_after(timeout)
+        cdef int64_t slice_ns = WAIT_SLICE if interruptible else INT64_MAX // 2
+        cdef bint raised = False, over = False
+        while not over:
+            with nogil:
+                kb_mutex_lock(&self.mu)
+                if not self.raised:
+                    kb_cond_wait_until(&self.cond, &self.mu, min(deadline, kb_now_ns() + slice_ns))
+                raised = self.raised
+                self.raised = False
+                kb_mutex_unlock(&self.mu)
+                over = raised or kb_now_ns() >= deadline
+            if not over:
+                PyErr_CheckSignals()
+        return raised
+
+
+@cython.final
+cdef class FormedBatch:
+    """Envelopes that go out together, in the order in which they came."""
+
+    cdef readonly list envelopes
+    cdef readonly int64_t first_seq   # of the first; the others follow one by one
+    cdef readonly int64_t bytes       # of keys and bodies, as `Accumulator` counts them
+    cdef int64_t oldest_ns
+    cdef readonly bint scheduled      # one of them has a scheduled_time
+
+    @property
+    def accepted_at(self) -> float:
+        """When the first came, as `time.monotonic`."""
+        return self.oldest_ns / 1e9
+
+
+@cython.final
+cdef class RoomWaiter:
+    """An envelope that waits for room."""
+
+    cdef Envelope envelope
+    cdef int64_t bytes
+    cdef object wake          # a Signal, or a callable that must not block
+    cdef readonly bint taken  # the envelope has its place
+
+
+cdef enum:
+    # Accumulator.stage
+    UNUSED = 0     # the next envelope starts the sender
+    ACCEPTING = 1
+    REFUSING = 2
+
+
+cdef class Accumulator:
+    """Takes envelopes one at a time, from any thread, and forms batches of them.
+
+    A batch is closed when it has `batch_size` envelopes, when the next one would make its keys and bodies more than
+    `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what those before it
+    took on average. At most `max_buffered` envelopes are held from `send` to `give_back`.
+    """
+
+    cdef readonly Signal signal       # set when there is something to do or to plan
+    cdef FormedBatch filling
+    cdef object formed                # a deque of those that are closed
+    cdef object waiters               # a deque of RoomWaiter, in the order of their calls
+    cdef int stage
+    cdef int32_t forks                # at the start
+    cdef readonly int64_t batch_size
+    cdef readonly int64_t batch_bytes
+    cdef readonly int64_t max_buffered
+    cdef int64_t timeout_ns
+    cdef int64_t held                 # accepted, not given back
+    cdef readonly int64_t accepted    # ever: the number that the next one gets
+    cdef int64_t message_bytes        # what a message is thought to take when it is encoded
+
+    def __init__(self, *, int64_t batch_size, int64_t batch_bytes, double batch_timeout_s, int64_t max_buffered):
+        self.signal = Signal()
+        self.formed = collections.deque()
+        self.waiters = collections.deque()
+        self.batch_size, self.batch_bytes, self.max_buffered = batch_size, batch_bytes, max_buffered
+        self.timeout_ns = <int64_t> (batch_timeout_s * 1e9)
+        self.message_bytes = 256
+
+    # -- envelopes come
+
+    def send(self, envelope, *, timeout=None):
+        """Takes an envelope; it goes out with others, in the order of the calls. Waits while the buffer is full.
+
+        Any number of threads may call it, and Ctrl-C ends the wait.
+
+        Args:
+            envelope: A `kbatch.Envelope`. What cannot be mapped is told to ``on_failed``, not here.
+            timeout: Seconds to wait for room; ``None`` waits as long as it takes.
+
+        Raises:
+            SenderFullError: `timeout` has passed; the envelope was not taken.
+            SenderClosedError: The sender is closed.
+            ForkError: It was used before a fork, and this is the child.
+        """
+        if not self._offer(envelope):
+            self._wait_for_room(envelope, timeout)
+
+    def try_send(self, envelope):
+        """As `send`, but never waits: false if there is no room, and then the envelope was not taken."""
+        return self._offer(envelope)
+
+    cdef bint _offer(self, object item) except -1:
+        cdef Envelope envelope
+        cdef int64_t size
+        if type(item) is not Envelope and not isinstance(item, Envelope):
+            raise TypeError(f"expected a kbatch.Envelope, not {type(item).__name__}")
+        envelope = <Envelope> item
+        if self.stage != ACCEPTING or self.forks != _forks:
+            self._look()
+        if self.held >= self.max_buffered or self.waiters:
+            return False
+        size = self._measure(envelope)
+        self._append(envelope, size)
+        return True
+
+    cdef int _look(self) except -1:
+        # Not accepting as far as one sees: starts, or raises.
+        if self.stage == UNUSED:
+            self._start()
+        else:
+            self._check_fork()
+        if self.stage != ACCEPTING:
+            self._refuse()
+        return 0
+
+    cdef int64_t _measure(self, Envelope envelope) except -1:
+        cdef int64_t size = 0
+        cdef Py_buffer view
+        if envelope._key is not None:
+            size = len(envelope._key) if isinstance(envelope._key, (str, bytes)) else 0
+        if envelope._kind == BODY_MESSAGE:
+            size += self.message_bytes
+        elif envelope._kind == BODY_DATA:
+            if type(envelope._body) is bytes:
+                size += PyBytes_GET_SIZE(envelope._body)
+            else:
+                PyObject_GetBuffer(envelope._body, &view, PyBUF_FULL_RO)
+                size += view.len
+                PyBuffer_Release(&view)
+        return size
+
+    cdef int _append(self, Envelope envelope, int64_t size) except -1:
+        cdef FormedBatch batch
+        while True:
+            batch = self.filling
+            if batch is not None and batch.bytes + size > self.batch_bytes:
+                self._close_batch()
+                batch = None
+            if batch is not None:
+                break
+            batch = FormedBatch.__new__(FormedBatch)
+            batch.envelopes = []
+            if self.filling is None:  # else a finalizer has sent something meanwhile
+                batch.first_seq = self.accepted
+                batch.oldest_ns = kb_now_ns()
+                self.filling = batch
+                self.signal.set()
+                break
+        batch.envelopes.append(envelope)
+        batch.bytes += size
+        batch.scheduled |= envelope._scheduled_time != NO_TIME
+        self.held += 1
+        self.accepted += 1
+        if len(batch.envelopes) >= self.batch_size or batch.bytes >= self.batch_bytes:
+            self._close_batch()
+        return 0
+
+    cdef int _close_batch(self) except -1:
+        self.formed.append(self.filling)
+        self.filling = None
+        self.signal.set()
+        return 0
+
+    # -- waiting for room
+
+    cdef int _wait_for_room(self, object envelope, object timeout) except -1:
+        cdef Signal signal = Signal()
+        cdef int64_t deadline = deadline_after(timeout)
+        cdef RoomWaiter waiter
+        if timeout is not None and timeout < 0:
+            raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
+        waiter = self._line_up(envelope, signal)
+        try:
+            while not waiter.taken:
+                if self.stage != ACCEPTING or self.forks != _forks:
+                    self._look()
+                if not signal.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
+                    if not waiter.taken:
+                        raise SenderFullError(
+                            f"no room for the envelope within {timeout} s: {self.held} are waiting for their "
+                            "acknowledgement")
+        finally:
+            self._leave_line(waiter)
+        return 0
+
+    def _line_up(self, envelope, wake) -> RoomWaiter:
+        """For an envelope that found no room. It is taken in its turn; `wake` is then set or called.
+
+        If the sender refuses by then, it is woken as well, and `taken` is false.
+        """
+        cdef RoomWaiter waiter = RoomWaiter.__new__(RoomWaiter)
+        waiter.envelope = envelope
+        waiter.bytes = self._measure(waiter.envelope)
+        waiter.wake = wake
+        self.waiters.append(waiter)
+        self._make_room()
+        return waiter
+
+    def _leave_line(self, RoomWaiter waiter not None) -> None:
+        if not waiter.taken:
+            try:
+                self.waiters.remove(waiter)
+            except ValueError:
+                pass
+            self._make_room()
+
+    cdef int _make_room(self) except -1:
+        cdef RoomWaiter waiter
+        while self.waiters and self.held < self.max_buffered and self.stage == ACCEPTING:
+            waiter = self.waiters.popleft()
+            waiter.taken = True
+            self._append(waiter.envelope, waiter.bytes)
+            self._wake(waiter)
+        return 0
+
+    cdef int _wake(self, RoomWaiter waiter) except -1:
+        if type(waiter.wake) is Signal:
+            (<Signal> waiter.wake).set()
+        else:
+            waiter.wake()
+        return 0
+
+    # -- for the thread that sends
+
+    def _accept(self) -> None:
+        self.forks = _forks
+        if self.stage == UNUSED:
+            self.stage = ACCEPTING
+
+    def _stop_accepting(self) -> None:
+        """Refuses every envelope from here on, also those that wait for room."""
+        if self.stage == UNUSED:
+            self.forks = _forks
+        self.stage = REFUSING
+        while self.waiters:
+            self._wake(self.waiters.popleft())
+        self._close_filling()
+
+    def _close_filling(self) -> int:
+        """Closes the batch that is being filled. Returns the number of the next envelope."""
+        if self.filling is not None:
+            self._close_batch()
+        return self.accepted
+
+    def _next_batch(self) -> FormedBatch | None:
+        """The oldest batch that is closed, or whose first envelope is old enough."""
+        if not self.formed:
+            if self.filling is None or kb_now_ns() < self.filling.oldest_ns + self.timeout_ns:
+                return None
+            self._close_batch()
+        return self.formed.popleft()
+
+    def _due_in(self) -> float | None:
+        """Seconds until `_next_batch` has one; None if there is nothing."""
+        if self.formed:
+            return 0.0
+        if self.filling is None:
+            return None
+        return max(0.0, (self.filling.oldest_ns + self.timeout_ns - kb_now_ns()) / 1e9)
+
+    def _oldest(self) -> FormedBatch | None:
+        """The batch with the oldest envelope, closed or not."""
+        return self.formed[0] if self.formed else self.filling
+
+    def _give_back(self, int64_t count) -> None:
+        """So many envelopes have their outcome."""
+        self.held -= count
+        self._make_room()
+
+    def _size_of(self, Envelope envelope not None) -> int:
+        """What an envelope counts in a batch's bytes."""
+        return self._measure(envelope)
+
+    def _learn_message_bytes(self, int64_t mean) -> None:
+        self.message_bytes = mean
+
+    @property
+    def _batch_timeout_s(self) -> float:
+        return self.timeout_ns / 1e9
+
+    @property
+    def _is_used(self) -> bool:
+        return self.stage != UNUSED
+
+    @property
+    def _is_refusing(self) -> bool:
+        return self.stage == REFUSING
+
+    @property
+    def _is_forked(self) -> bool:
+        return self.stage != UNUSED and self.forks != _forks
+
+    def _check_fork(self) -> None:
+        if self._is_forked:
+            raise ForkError(
+                "this sender was used before the fork and its threads are not in this process; make a new one here, for "
+                "example in gunicorn's post_fork or Celery's worker_process_init")
+
+    def __len__(self) -> int:
+        """How many envelopes were taken and have no outcome yet."""
+        return self.held
+
+    def __bool__(self) -> bool:
+        return True
