@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import inspect
-import os
-import sys
-import threading
-import time
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -19,6 +13,7 @@ from kbatch._callbacks import CallbackThread
 from kbatch._config import ProducerConfig
 from kbatch._errors import ConfigError, ProducerError, UndeliveredError
 from kbatch._events import make_dispatcher
+from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import Core, Mapper
 from kbatch._pending import PendingBatch
 from kbatch._transactions import Transactions
@@ -32,9 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["BaseProducer", "check_timeout"]
 
 _WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
-_EXIT_TIMEOUT_S = 5.0
-# Cores, not producers: a batch in flight keeps its core alive when its producer is forgotten.
-_cores: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
 class BaseProducer:
@@ -78,13 +70,13 @@ class BaseProducer:
             make_dispatcher(parsed, self._callback_thread, lambda: core(), (transactions,)),
             max_in_flight=max_in_flight,
             delivery_timeout_s=parsed.delivery_timeout_s,
-            on_start=_close_all_of_a_multiprocessing_child,
+            on_start=watch_multiprocessing_child,
         )
         core = weakref.ref(self._core)
         self._transactions: Transactions | None = None
         if parsed.transaction_timeout_s is not None:
             self._transactions = Transactions(self._core, transactions, parsed.transaction_timeout_s)
-        _cores.add(self._core)
+        CORES.add(self._core)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -183,38 +175,3 @@ def _check_arguments(
         raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
-
-
-@atexit.register
-def _close_all() -> None:
-    end = time.monotonic() + _EXIT_TIMEOUT_S  # for all of them: what is in flight goes on while another is closed
-    for core in list(_cores):
-        with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
-            core.close(max(0.0, end - time.monotonic()))
-
-
-def _end_multiprocessing_child() -> None:
-    # It comes before threads that are no daemons have ended, and what these send is to be taken.
-    others = (thread for thread in threading.enumerate() if thread is not threading.main_thread())
-    if all(thread.daemon for thread in others):
-        _close_all()
-        return
-    end = time.monotonic() + _EXIT_TIMEOUT_S
-    for core in list(_cores):
-        with contextlib.suppress(Exception):
-            core.flush(max(0.0, end - time.monotonic()))
-
-
-_finalized_pid = 0
-
-
-def _close_all_of_a_multiprocessing_child() -> None:
-    """multiprocessing may end its children without atexit functions, but runs the finalizers that were made there."""
-    global _finalized_pid
-    process = sys.modules.get("multiprocessing.process")
-    if process is None or process.parent_process() is None or _finalized_pid == os.getpid():
-        return
-    from multiprocessing import util
-
-    util.Finalize(None, _end_multiprocessing_child, exitpriority=0)
-    _finalized_pid = os.getpid()
