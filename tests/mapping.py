@@ -7,7 +7,8 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 import kbatch
-from tests.reference import Rejected, Setting, Spec, map_batch
+from kbatch._pending import PendingBatch
+from tests.reference import Record, Rejected, Setting, Spec, map_batch, map_one
 
 # Phase 1 starts no librdkafka, and nothing listens here.
 NOWHERE = {"bootstrap.servers": "localhost:1"}
@@ -57,6 +58,18 @@ def kbatch_maps(producer: Any, topic: str | None, envelopes: Iterable[Any]) -> l
         return [None if record is None else Mapped(*record) for record in producer._map(topic, envelopes)]
     except kbatch.SerializationError as error:
         return Failed(error.index, error.field, error.envelope_id)
+
+
+def kbatch_maps_all_but(
+    producer: Any, topic: str | None, envelopes: Iterable[Any]
+) -> tuple[list[Mapped | None], list[Failed]]:
+    """The records of a batch that goes on without what cannot be mapped, None for what is not sent; and these."""
+    batch = PendingBatch(producer._core)
+    rejected: list[tuple[int, kbatch.SerializationError]] = []
+    producer._core.map(batch, topic, envelopes, rejected)
+    records = [None if record is None else Mapped(*record) for record in producer._core.records(batch)]
+    assert [index for index, _ in rejected] == [error.index for _, error in rejected]
+    return records, [Failed(index, error.field, error.envelope_id) for index, error in rejected]
 
 
 def reference_maps(topic: str | None, specs: Sequence[Spec], setting: Setting) -> list[Mapped | None] | Rejected:
@@ -120,3 +133,32 @@ def assert_agree(
     assert not isinstance(expected, Rejected), f"kbatch maps what the reference refuses: {expected}"
     assert got == expected
     return got
+
+
+def assert_agree_on_each(
+    producer: Any, topic: str | None, specs: Sequence[Spec], setting: Setting
+) -> tuple[list[Mapped | None], list[Failed]]:
+    """kbatch, which leaves out what it cannot map, and the reference, which maps each envelope by itself."""
+    envelopes = [envelope_of(spec) for spec in specs]
+    specs = [
+        Spec({**spec.arguments, "id": envelope.id}, spec.tombstone)
+        for spec, envelope in zip(specs, envelopes, strict=True)
+    ]
+    got, rejected = kbatch_maps_all_but(producer, topic, envelopes)
+    assert len(got) == len(specs)
+    stamped = batch_time_of(got, specs, setting)
+    if stamped is not None:
+        setting = replace(setting, batch_time=stamped)
+    expected: list[Mapped | None] = []
+    refused: dict[int, frozenset[str]] = {}
+    for index, spec in enumerate(specs):
+        record = map_one(topic, spec, setting)
+        if isinstance(record, frozenset):
+            refused[index] = record
+        expected.append(Mapped(*record[:-1]) if isinstance(record, Record) else None)
+    assert got == expected
+    assert [failed.index for failed in rejected] == list(refused)
+    for failed in rejected:
+        assert failed.field in refused[failed.index]
+        assert failed.envelope_id == envelopes[failed.index].id
+    return got, rejected

@@ -184,6 +184,9 @@ _FENCED = frozenset((-144, 47, 90))
 # What envelopes are told that were acknowledged when their transaction was aborted because of others.
 ABORTED_CODE = 120
 
+# What an envelope is told that could not be mapped, if its batch was sent without it: _VALUE_SERIALIZATION.
+REJECTED_CODE = -161
+
 TIMEOUT_CODES = frozenset((-192, -185, -166, 7))
 UNKNOWN_TOPIC_CODES = frozenset((-190, -188, 3, 100))
 

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from typing_extensions import Buffer, Self, TypeVar, disjoint_base
 
+from kbatch._errors import SerializationError
 from kbatch._wire import HeadersLike, WireFormat
 
 # Without an argument, Envelope means Envelope[Any].
@@ -280,8 +281,20 @@ class Core:
     def dispatcher(self) -> Dispatcher: ...
     def start(self) -> None: ...
     def started(self) -> bool: ...
-    def map(self, batch: Batch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> None: ...
-    def begin_mapping(self, batch: Batch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> _Mapping: ...
+    def map(
+        self,
+        batch: Batch,
+        topic: str | None,
+        envelopes: Iterable[Envelope[Any]],
+        rejected: list[tuple[int, SerializationError]] | None = None,
+    ) -> None: ...
+    def begin_mapping(
+        self,
+        batch: Batch,
+        topic: str | None,
+        envelopes: Iterable[Envelope[Any]],
+        rejected: list[tuple[int, SerializationError]] | None = None,
+    ) -> _Mapping: ...
     def map_slice(self, mapping: _Mapping, seconds: float) -> bool: ...
     def records(self, batch: Batch) -> list[_MappedRecord | None]: ...
     def fail(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kbatch._errors import (
     ABORTED_CODE,
+    REJECTED_CODE,
     TIMEOUT_CODES,
     UNKNOWN_TOPIC_CODES,
     BatchError,
@@ -110,8 +111,8 @@ class DeliveryReport:
             return None
         codes = {error.code for error in self.errors.values()}
         aborted = ABORTED_CODE in codes
-        if aborted and len(codes) > 1:
-            codes.remove(ABORTED_CODE)  # the cause is another's
+        if aborted:  # the cause is another's, and no transaction is aborted for what cannot be mapped
+            codes = codes - {ABORTED_CODE, REJECTED_CODE} or {ABORTED_CODE}
         found = None
         for index, error in self.errors.items():
             if error.code in codes:

@@ -39,6 +39,17 @@ def test_a_bad_envelope_anywhere(data, setting):
         assert isinstance(mapping.assert_agree(producer, "orders", specs, setting), list)
 
 
+@given(data=st.data(), setting=strategies.settings)
+def test_a_batch_that_goes_on_without_bad_envelopes(data, setting):
+    specs = data.draw(st.lists(strategies.specs(setting) | strategies.spoilt(setting), max_size=6))
+    with mapping.producer_of(setting) as producer:
+        _, rejected = mapping.assert_agree_on_each(producer, "orders", specs, setting)
+        # once more, with pools that have been used
+        again = mapping.assert_agree_on_each(producer, "orders", specs[::-1], setting)
+        assert _fastmap.pinned_buffers() == 0
+    assert len(rejected) == len(again[1])
+
+
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("off", [-1, 0, 1])
 @given(data=st.data())

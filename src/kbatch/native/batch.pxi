@@ -16,8 +16,9 @@ cdef enum:
     VALUE_INT32 = -5
 
 cdef enum:
-    # Record.flags
+    # Record.flags: what is not sent. Of such a record only `flags` and `partition` are set.
     RECORD_EXPIRED = 1
+    RECORD_REJECTED = 2  # it could not be mapped, and the batch goes on without it
 
 
 cdef struct Outcome:
@@ -89,7 +90,7 @@ cdef struct BatchState:
     int32_t done          # atomic; written under the client's lock
     int32_t settled       # of a batch on hold: every envelope has an outcome; written under the client's lock
     int32_t taken         # of a batch on hold: somebody sees to its answer; under the GIL
-    int32_t failing       # atomic: an envelope has failed
+    int32_t failing       # atomic: an envelope has failed that could be mapped
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
     int32_t detached      # const in line: the drainer enqueues it, not the thread that sends it
     int32_t in_line       # phase 2 is not over; its thread's own
@@ -178,6 +179,20 @@ cdef void arena_give(Client *client, ArenaBlock **arena) noexcept nogil:
         following = rest.next
         kb_free(rest)
         rest = following
+
+
+cdef void arena_rewind(Client *client, ArenaBlock **arena, ArenaBlock *block, size_t used) noexcept nogil:
+    # Gives back what was taken since `block` was the last one and had `used` bytes in use.
+    cdef ArenaBlock *newer = arena[0]
+    cdef ArenaBlock *oldest = newer
+    if newer != block:
+        while oldest.next != block:
+            oldest = oldest.next
+        oldest.next = NULL
+        arena[0] = block
+        arena_give(client, &newer)
+    if block != NULL:
+        block.used = used
 
 
 cdef Record *records_take(Client *client, Py_ssize_t count, Py_ssize_t *capacity) noexcept nogil:

@@ -572,7 +572,11 @@ cdef int32_t write_value(Header *h, char *text) noexcept nogil:
 
 cdef bint settle_unsent(Outcome *outcome, Record *record, int error) noexcept nogil:
     # Not sent, no report will come. Whether it failed; what has expired did not.
-    outcome.state = EXPIRED if record.flags & RECORD_EXPIRED else FAILED
+    outcome.state = FAILED
+    if record.flags & RECORD_EXPIRED:
+        outcome.state = EXPIRED
+    elif record.flags & RECORD_REJECTED:
+        error = RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION  # whatever became of the others
     outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED
     outcome.error = <int16_t> error
     outcome.partition = record.partition
@@ -607,6 +611,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef int64_t reserved = 0   # counted as in flight, not yet offered
     cdef int64_t settled = 0    # got their outcome here
     cdef int64_t failed = 0
+    cdef int64_t refused = 0    # of these, other than in phase 1: a transaction fails with them
     cdef int answer = DONE
     cdef int code
     cdef int64_t seen = 0
@@ -645,8 +650,8 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             reserved = chunk_end - i
             KB_ADD64(&c.in_flight, reserved)
         record = &batch.records[i]
-        if record.flags & RECORD_EXPIRED:
-            settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)
+        if record.flags:
+            failed += settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)
             KB_ADD64(&c.in_flight, -1)
             reserved -= 1
             settled += 1
@@ -691,6 +696,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             KB_ADD64(&c.in_flight, -1)
             settled += 1
             failed += 1
+            refused += 1
         i += 1
     batch.next = i
     if reserved:
@@ -699,7 +705,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         kb_mutex_lock(&c.mu)
         count_failed(c, failed)
         kb_mutex_unlock(&c.mu)
-        if failed:
+        if refused:
             KB_STORE32(&batch.failing, 1)
         settle(c, batch, settled)
     if answer == DONE and i < batch.count:
@@ -714,13 +720,15 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     cdef Py_ssize_t i
     cdef int64_t rest = batch.count - batch.next
     cdef int64_t failed = 0
+    cdef bint given_up = False
     for i in range(batch.next, batch.count):
         failed += settle_unsent(&batch.outcomes[i], &batch.records[i], error)
+        given_up |= batch.records[i].flags == 0
     batch.next = batch.count
     kb_mutex_lock(&c.mu)
     count_failed(c, failed)
     kb_mutex_unlock(&c.mu)
-    if failed:
+    if given_up:
         KB_STORE32(&batch.failing, 1)
     if rest:
         settle(c, batch, rest)

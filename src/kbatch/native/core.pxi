@@ -366,16 +366,22 @@ cdef class Core:
 
     # -- a batch
 
-    def map(self, Batch batch, topic, envelopes) -> None:
-        """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `send`."""
-        self._map_slice(self.begin_mapping(batch, topic, envelopes), INT64_MAX)
+    def map(self, Batch batch, topic, envelopes, list rejected=None) -> None:
+        """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `send`.
 
-    def begin_mapping(self, Batch batch, topic, envelopes) -> _Mapping:
-        """Phase 1 for event loops: call `map_slice` with the answer until it is true."""
+        With a list `rejected`, an envelope that cannot be mapped does not raise: it is appended as ``(index,
+        SerializationError)`` and not sent, and its outcome is a failure with the code ``_VALUE_SERIALIZATION``. It
+        aborts no transaction. Errors of no single envelope are raised all the same, and then nothing is appended.
+        """
+        self._map_slice(self.begin_mapping(batch, topic, envelopes, rejected), INT64_MAX)
+
+    def begin_mapping(self, Batch batch, topic, envelopes, list rejected=None) -> _Mapping:
+        """Phase 1 for event loops: call `map_slice` with the answer until it is true. `rejected` is as for `map`."""
         cdef int64_t start = kb_now_ns()
         cdef _Mapping mapping
         self._check_fork()  # before a lock that a thread of the parent may have held
-        mapping = begin_mapping(self.mapper, self.c, batch, topic, envelopes)
+        mapping = begin_mapping(self.mapper, self.c, batch, topic, envelopes, rejected is not None)
+        mapping.rejected_out = rejected
         self.map_ns += kb_now_ns() - start
         return mapping
 
@@ -388,12 +394,14 @@ cdef class Core:
         cdef int64_t start = kb_now_ns()
         cdef bint finished = mapping._run(end_ns)
         if finished:
+            if mapping.rejected:
+                mapping.rejected_out.extend(mapping.rejected)
             self.mapped += mapping.state.count
         self.map_ns += kb_now_ns() - start
         return finished
 
     def records(self, Batch batch) -> list:
-        """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it has expired."""
+        """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it is not sent."""
         cdef list records = []
         for i in range(batch.state.count):
             records.append(read_record(&batch.state.records[i]))
@@ -583,6 +591,8 @@ cdef class Core:
         if code:
             for i in range(state.count):
                 outcome = &batch.outcomes._items[i]
+                if outcome.error == RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION:
+                    continue  # never sent, so never stored
                 if outcome.state == ACKED:
                     outcome.state, outcome.error, outcome.offset = FAILED, <int16_t> code, -1
                     overturned += 1
@@ -944,7 +954,7 @@ cdef tuple read_record(Record *record):
     cdef list headers = []
     cdef Header *h
     cdef int i
-    if record.flags & RECORD_EXPIRED:
+    if record.flags:
         return None
     for i in range(record.header_count):
         h = &record.headers[i]

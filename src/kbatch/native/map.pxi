@@ -1,5 +1,6 @@
 # Phase 1: envelopes become records. The GIL is held; nothing is on the wire. Each function that can fail raises
-# and leaves the batch to be dropped as a whole; what it took is released with the Batch.
+# and leaves the batch to be dropped as a whole; what it took is released with the Batch. Who asks for it
+# (`rejected`) gets a batch without the envelopes that cannot be mapped.
 
 cdef enum Wire:
     WIRE_KBATCH = 0
@@ -162,6 +163,8 @@ cdef class _Mapping:
     cdef object last_type_name
     cdef tuple hook_headers
     cdef tuple extra_headers     # what the encoder added for this envelope; None or pairs
+    cdef list rejected           # (index, error) of those that cannot be mapped; None: the first ends the batch
+    cdef list rejected_out       # the caller's list of them, who gets them at the end
 
     # -- errors
 
@@ -683,6 +686,26 @@ cdef class _Mapping:
         self._map_body(record)
         return self._map_headers(record)
 
+    cdef int _map_or_reject(self, object item, Record *record) except -1:
+        cdef BatchState *state = self.state
+        cdef ArenaBlock *arena = state.arena
+        cdef ArenaBlock *bodies = state.bodies
+        cdef size_t arena_used = arena.used if arena != NULL else 0
+        cdef size_t bodies_used = bodies.used if bodies != NULL else 0
+        cdef Py_ssize_t kept = len(self.kept)
+        try:
+            return self._map_one(item, record)
+        except SerializationError as error:
+            self.rejected.append((self.index, error))
+        record.flags = RECORD_REJECTED
+        record.partition = -1 if self.envelope is None else self.envelope._partition
+        # Nothing points at what it took: a large one must not lie here until the batch is done.
+        arena_rewind(self.client, &state.arena, arena, arena_used)
+        arena_rewind(self.client, &state.bodies, bodies, bodies_used)
+        self.last_type = None  # its name may be among the following
+        del self.kept[kept:]
+        return 0
+
     cdef bint _run(self, int64_t end_ns) except -1:
         # True when all are mapped; False when `end_ns` has passed, to be called again.
         cdef Py_ssize_t i = self.index + 1
@@ -703,7 +726,10 @@ cdef class _Mapping:
                     kb_prefetch(<PyObject *> (<Envelope> ahead)._body, 1)
                     kb_prefetch(<PyObject *> (<Envelope> ahead)._key, 1)
             self.index = i
-            self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
+            if self.rejected is None:
+                self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
+            else:
+                self._map_or_reject(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])
             i += 1
             if end_ns != INT64_MAX and kb_now_ns() >= end_ns:
                 break
@@ -725,8 +751,9 @@ cdef bint _all_zero(const unsigned char *id) noexcept nogil:
     return True
 
 
-cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object topic, object envelopes):
-    """What `_Mapping._run` then maps into `batch`, all or nothing."""
+cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object topic, object envelopes,
+                            bint reject):
+    """What `_Mapping._run` then maps into `batch`: all or nothing, or with `reject` all that can be mapped."""
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
     cdef object hook
@@ -746,6 +773,8 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     mapping.client, mapping.state = client, state
     mapping.kept = batch.kept = []
     mapping.index = -1
+    if reject:
+        mapping.rejected = []
     mapping.default_topic = topic
     mapping.now_us = kb_wall_ns() // 1000
     mapping.hook_headers = ()

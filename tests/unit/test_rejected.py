@@ -1,0 +1,125 @@
+"""Phase 1 of a batch that goes on without the envelopes that cannot be mapped."""
+
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope
+from kbatch._pending import PendingBatch
+from tests import mapping
+from tests.reference import Setting, Spec
+
+
+def map_all_but(producer: Any, envelopes: Any, topic: str | None = "orders") -> tuple[list[Any], list[Any]]:
+    rejected: list[tuple[int, kbatch.SerializationError]] = []
+    batch = PendingBatch(producer._core)
+    producer._core.map(batch, topic, envelopes, rejected)
+    return producer._core.records(batch), rejected
+
+
+def make(**options: Any) -> kbatch.Producer:
+    return kbatch.Producer(mapping.NOWHERE, **options)
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (2500,), (4999,), (0, 1, 2500, 4999), tuple(range(5000))])
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "cloudevents", "raw"])
+def test_the_first_a_middle_the_last_and_all(wire: str, bad: tuple[int, ...]) -> None:
+    setting = Setting(wire=wire, source="fleet-1")
+    specs = [Spec({"message": {"id": n}, "key": f"order-{n % 97}", "headers": {"n": str(n)}}) for n in range(5000)]
+    for index in bad:
+        # Each fails when the key is written and the body, too.
+        specs[index] = Spec({"message": {"id": index}, "key": "k" * 40, "headers": [("a", "b" * 100), ("x", 5)]})
+    with mapping.producer_of(setting) as producer:
+        _, rejected = mapping.assert_agree_on_each(producer, "orders", specs, setting)
+    assert [failed.index for failed in rejected] == list(bad)
+
+
+def test_what_is_no_envelope_and_what_has_no_topic() -> None:
+    class Hollow(Envelope[Any]):
+        def __init__(self) -> None:
+            pass
+
+    with make() as producer:
+        good = Envelope(1, topic="t")
+        records, rejected = map_all_but(producer, [5, good, Hollow(), Envelope(2), good], None)
+    assert [record is None for record in records] == [True, False, True, True, False]
+    assert [(index, error.field) for index, error in rejected] == [(0, "envelope"), (2, "envelope"), (3, "topic")]
+    assert all(isinstance(error, kbatch.SerializationError) for _, error in rejected)
+
+
+def test_names_of_types_live_as_long_as_records_point_at_them() -> None:
+    # The name of a type is kept once for a run of envelopes; the run's first is rejected here.
+    class Meta(type):
+        @property
+        def __message_type__(cls) -> str:
+            return "".join(["made", "-", cls.__name__])
+
+    def made(name: str) -> Any:
+        return Meta(name, (), {})()
+
+    with make(encoder=lambda message, context: b"x") as producer:
+        order, other = made("Order"), made("Other")
+        envelopes = [Envelope(order, headers=[("x", 5)]), Envelope(order), Envelope(order, headers=[("x", 5)])]
+        envelopes += [Envelope(other, headers=[("x", 5)]), Envelope(order), Envelope(other)]
+        for n in range(4100):  # the cache of names is emptied at some point
+            envelopes.append(Envelope(made(f"T{n}")))
+        records, rejected = map_all_but(producer, envelopes)
+        assert [index for index, _ in rejected] == [0, 2, 3]
+        names = [dict(record[5])["message-type"] for record in records if record is not None]
+        assert names == [b"made-Order", b"made-Order", b"made-Other", *(b"made-T%d" % n for n in range(4100))]
+
+
+def test_what_a_rejected_one_took_is_given_back() -> None:
+    with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": 1000}) as producer:
+        small = Envelope(data=bytearray(b"small"), headers={"h": "v"})
+        large = Envelope(data=bytearray(10_000_000), headers=[("h", "v")] * 10_000)
+        records, rejected = map_all_but(producer, [small, *[large, small] * 20])
+    assert len(rejected) == 20
+    assert [record[4] for record in records if record is not None] == [b"small"] * 21
+    assert {dict(record[5])["h"] for record in records if record is not None} == {b"v"}
+
+
+def test_an_error_of_no_envelope_is_raised_and_nothing_is_appended() -> None:
+    def hook() -> Any:
+        raise RuntimeError("no headers today")
+
+    with make(header_hook=hook) as producer:
+        rejected: list[Any] = []
+        with pytest.raises(kbatch.SerializationError, match="no headers today") as raised:
+            producer._core.map(PendingBatch(producer._core), "t", [Envelope(object())], rejected)
+        assert raised.value.index is None
+        assert rejected == []
+
+
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, SystemExit])
+def test_what_is_no_mistake_of_an_envelope_is_raised(kind: type[BaseException]) -> None:
+    def encode(message: Any, context: Any) -> bytes:
+        if message == "raise":
+            raise kind
+        return b"x"
+
+    with make(encoder=encode) as producer:
+        rejected: list[Any] = []
+        envelopes = [Envelope(1), Envelope(2, headers=[("x", 5)]), Envelope("raise"), Envelope(3)]
+        with pytest.raises(kind):
+            producer._core.map(PendingBatch(producer._core), "t", envelopes, rejected)
+        assert rejected == []
+
+
+def test_in_slices() -> None:
+    with make() as producer:
+        rejected: list[tuple[int, kbatch.SerializationError]] = []
+        batch = PendingBatch(producer._core)
+        envelopes = [Envelope(n if n % 3 else object()) for n in range(1000)]
+        mapping_ = producer._core.begin_mapping(batch, "t", envelopes, rejected)
+        while not producer._core.map_slice(mapping_, 0.0):
+            pass
+        assert [index for index, _ in rejected] == list(range(0, 1000, 3))
+        assert [record is None for record in producer._core.records(batch)] == [n % 3 == 0 for n in range(1000)]
+
+
+def test_without_a_list_nothing_has_changed() -> None:
+    with make() as producer, pytest.raises(kbatch.SerializationError) as raised:
+        producer._map("t", [Envelope(1), Envelope(object()), Envelope(object())])
+    assert raised.value.index == 1
