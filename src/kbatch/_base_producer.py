@@ -55,6 +55,7 @@ class BaseProducer:
         finally:
             del config
         self._close_timeout = close_timeout
+        self._fingerprint = parsed.fingerprint
         self._callback_thread = CallbackThread("kbatch-callbacks")
         transactions = CallbackThread("kbatch-transactions")
         self._core = Core(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from kbatch._errors import ConfigError
 from kbatch._fastmap import Config
 from kbatch._version import __version__
 
-__all__ = ["ProducerConfig"]
+__all__ = ["ProducerConfig", "inherit"]
 
 # librdkafka's aliases, so that a key has one name below.
 _CANONICAL = {
@@ -24,6 +26,10 @@ _CANONICAL = {
     "queue.buffering.max.ms": "linger.ms",
     "delivery.timeout.ms": "message.timeout.ms",
     "metadata.broker.list": "bootstrap.servers",
+    "compression.type": "compression.codec",
+    "sasl.mechanism": "sasl.mechanisms",
+    "sasl.oauthbearer.client.credentials.client.id": "sasl.oauthbearer.client.id",
+    "sasl.oauthbearer.client.credentials.client.secret": "sasl.oauthbearer.client.secret",
 }
 
 _DEFAULTS = {
@@ -53,6 +59,10 @@ _SECRET_WORDS = (
 )
 
 
+# A fingerprint must not help anybody who sees it to guess a password.
+_FINGERPRINT_KEY = os.urandom(32)
+
+
 def is_secret(key: str) -> bool:
     """Whether the value of a configuration key must not be shown."""
     return any(word in key for word in _SECRET_WORDS)
@@ -72,6 +82,7 @@ class ProducerConfig:
     queue_max_bytes: int
     delivery_timeout_s: float
     transaction_timeout_s: float | None  # without a transactional.id, None
+    fingerprint: bytes = field(repr=False)  # the same where librdkafka's settings are, within this process
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> ProducerConfig:
@@ -118,17 +129,39 @@ class ProducerConfig:
             queue_max_bytes=int(native.get("queue.buffering.max.kbytes") or 1_048_576) * 1024,
             delivery_timeout_s=delivery_timeout_s,
             transaction_timeout_s=transaction_timeout_s,
+            fingerprint=_fingerprint(native, names, given),
         )
+
+
+def inherit(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """What is `shared`, key by key, unless `own` has the key, by this name or by another of librdkafka's for it."""
+    shared, own = _flat(shared), _flat(own)
+    overridden = {_CANONICAL.get(key, key) for key in own}
+    return {**{key: shared[key] for key in shared if _CANONICAL.get(key, key) not in overridden}, **own}
+
+
+def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    topic_config = config.get("default.topic.config")
+    if not isinstance(topic_config, Mapping):
+        return config
+    # It wins, as in confluent-kafka.
+    return {**{key: config[key] for key in config if key != "default.topic.config"}, **topic_config}
+
+
+def _fingerprint(native: Config, names: dict[str, str], given: dict[str, str | None]) -> bytes:
+    # A default that was given counts: with some keys librdkafka behaves otherwise than without.
+    digest = hashlib.blake2b(key=_FINGERPRINT_KEY, digest_size=32)
+    for name in sorted({*names, *_DEFAULTS}):
+        value = native.get(name)
+        digest.update(repr((name, given.get(names.get(name, "")) if value is None else value)).encode())
+    return digest.digest()
 
 
 def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | None]]:
     """The callbacks, and librdkafka's keys with their values as text."""
     callbacks: dict[str, Any] = dict.fromkeys((*_CALLBACKS, "logger"))
     given: dict[str, str | None] = {}
-    topic_config = config.get("default.topic.config")
-    if isinstance(topic_config, Mapping):  # it wins, as in confluent-kafka
-        config = {**{key: config[key] for key in config if key != "default.topic.config"}, **topic_config}
-    for key, value in config.items():
+    for key, value in _flat(config).items():
         if not isinstance(key, str):
             raise ConfigError(f"configuration keys must be str, not {type(key).__name__}")
         if key in _REFUSED:
@@ -207,8 +240,18 @@ def _defaults(native: Config, names: dict[str, str]) -> dict[str, str]:
         warnings.warn(
             f"{contradiction} does not allow the idempotent producer, which kbatch uses by default: retries may now "
             "reorder or duplicate messages. Set enable.idempotence=false to confirm.",
-            stacklevel=4,  # the line that makes the Producer
+            stacklevel=_callers_level(),
         )
     elif native.get("enable.idempotence") == "true":
         raise ConfigError(f"{contradiction} contradicts enable.idempotence=true")
     return defaults
+
+
+def _callers_level() -> int:
+    """The `stacklevel` of the line outside of kbatch that makes the producer."""
+    level = 1
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "kbatch" and frame.f_back is not None:
+        frame = frame.f_back
+        level += 1
+    return level

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 import kbatch
-from kbatch import ConfigError
-from kbatch._config import ProducerConfig
+from kbatch import ConfigError, aio
+from kbatch._config import ProducerConfig, inherit
 
 from ..waiting import until
 
@@ -437,3 +437,73 @@ def test_secrets_are_not_logged() -> None:
         until(lambda: any("sasl.username" in line for line in lines), "the configuration")
         until(lambda: any("CONNECT" in line for line in lines), "a connection")
     assert not any(SECRET in line for line in lines)
+
+
+# -- a configuration that inherits another
+
+
+@pytest.mark.parametrize(
+    ("shared", "own", "expected"),
+    [
+        ({"acks": 1}, {}, {"acks": 1}),
+        ({}, {"acks": 1}, {"acks": 1}),
+        ({"acks": 1, "retries": 2}, {"acks": -1}, {"acks": -1, "retries": 2}),
+        ({"delivery.timeout.ms": 1}, {"message.timeout.ms": 2}, {"message.timeout.ms": 2}),
+        ({"message.timeout.ms": 1}, {"delivery.timeout.ms": 2}, {"delivery.timeout.ms": 2}),
+        ({"sasl.mechanism": "PLAIN"}, {"sasl.mechanisms": "SCRAM-SHA-256"}, {"sasl.mechanisms": "SCRAM-SHA-256"}),
+        ({"request.required.acks": 1}, {"acks": None}, {"acks": None}),
+        ({"default.topic.config": {"acks": 1}}, {"acks": 0}, {"acks": 0}),
+        ({"acks": 1}, {"default.topic.config": {"request.required.acks": 0}}, {"request.required.acks": 0}),
+        ({"acks": 1, "default.topic.config": {"acks": 0}}, {}, {"acks": 0}),
+        ({"error_cb": print}, {"error_cb": None}, {"error_cb": None}),
+    ],
+    ids=str,
+)
+def test_one_inherits_the_other_key_by_key(
+    shared: dict[str, Any], own: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    before = str((shared, own))
+    assert inherit(shared, own) == expected
+    assert str((shared, own)) == before
+
+
+def fingerprint(config: dict[str, Any]) -> bytes:
+    return ProducerConfig.parse({**SERVERS, **config}).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({}, {}, True),
+        ({"linger.ms": 5, "client.id": "x"}, {"client.id": "x", "linger.ms": "5"}, True),
+        ({"linger.ms": 5}, {"queue.buffering.max.ms": 5.0}, True),
+        ({"message.timeout.ms": 9}, {"default.topic.config": {"delivery.timeout.ms": 9}}, True),
+        ({"acks": "all"}, {}, True),
+        ({"acks": -1, "enable.idempotence": "T", "linger.ms": 0}, {}, True),
+        ({"linger.ms": 5}, {"linger.ms": 6}, False),
+        ({"linger.ms": 5}, {}, False),
+        ({"client.id": "x"}, {"client.rack": "x"}, False),
+        ({"sasl.password": SECRET}, {"sasl.password": SECRET}, True),
+        ({"sasl.password": SECRET}, {"sasl.password": SECRET + "."}, False),
+        ({"sasl.username": "a", "sasl.password": "b"}, {"sasl.username": "b", "sasl.password": "a"}, False),
+        ({"ssl.key.pem": SECRET}, {"ssl.key.pem": SECRET + "."}, False),
+        ({"bootstrap.servers": "127.0.0.1:2"}, {}, False),
+    ],
+    ids=str,
+)
+def test_fingerprints_agree_where_settings_do(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
+    assert (fingerprint(one) == fingerprint(other)) is same
+
+
+def test_every_key_that_can_be_set_changes_the_fingerprint() -> None:
+    # librdkafka does not read everything back.
+    for key, value in (("plugin.library.paths", ""), ("ssl.ca.pem", "x"), ("sasl.oauthbearer.config", "x")):
+        assert fingerprint({key: value}) != fingerprint({}), key
+
+
+def test_the_warning_names_the_callers_line() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kbatch.Producer({**SERVERS, "acks": 1})
+        aio.Producer({**SERVERS, "acks": 1})
+    assert [warning.filename for warning in caught] == [__file__] * 2

@@ -16,6 +16,7 @@ import pytest
 from confluent_kafka import cimpl
 
 import kbatch
+from kbatch._config import _CANONICAL
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 
@@ -29,6 +30,8 @@ class Key:
     range: str  # "0 .. 900000", "true, false", "" for text
     default: str
     kind: str
+    alias_of: str
+    use: str  # "P" and "C", producers and consumers, or "*"
 
 
 def read_keys(path: Path) -> list[Key]:
@@ -43,7 +46,9 @@ def read_keys(path: Path) -> list[Key]:
         cells = [cell.strip() for cell in line.split(" | ")]
         if len(cells) == 6 and cells[0] != "Property":
             kind = re.search(r"\*Type: (.*)\*$", cells[5])
-            keys.setdefault(cells[0], Key(cells[0], cells[2], cells[3], kind[1] if kind else ""))
+            alias = re.match(r"Alias for `(.*?)`", cells[5])
+            more = (kind[1] if kind else "", alias[1] if alias else "", cells[1])
+            keys.setdefault(cells[0], Key(cells[0], cells[2], cells[3], *more))
     return list(keys.values())
 
 
@@ -140,6 +145,14 @@ def test_every_key_is_accepted_or_refused_as_by_confluent_kafka(
     assert tried > 2_500
     assert accepted > 1_000
     assert len(reasons) >= 7  # the exceptions are real ones (librdkafka 2.12 has no aws_iam)
+
+
+def test_every_alias_counts_as_one_key_with_its_other_name(keys: list[Key]) -> None:
+    pairs = {frozenset((key.name, key.alias_of)) for key in keys if key.alias_of and key.use != "C"}
+    names = {key.name for key in keys}
+    assert len(pairs) >= 8
+    known = {frozenset(pair) for pair in _CANONICAL.items()}
+    assert {pair for pair in known if pair <= names} == pairs  # the older ones of librdkafka have fewer
 
 
 @pytest.mark.parametrize("key", ["linger", "group_id", "", "dr.cb", "bootstrap_servers", "linger.ms "])
