@@ -21,6 +21,8 @@ from kbatch._transactions import Transactions
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from typing_extensions import Self
+
     from kbatch._fastmap import Envelope
     from kbatch._wire import HeadersLike, WireFormat
 
@@ -54,6 +56,11 @@ class BaseProducer:
             raise
         finally:
             del config
+        self._configure(parsed, wire, encoder, source, header_hook, close_timeout, max_in_flight)
+
+    def _configure(self, parsed: ProducerConfig, *options: Any) -> None:
+        wire, encoder, source, header_hook, close_timeout, max_in_flight = options
+        self._made_of = (parsed, *options)
         self._close_timeout = close_timeout
         self._fingerprint = parsed.fingerprint
         self._callback_thread = CallbackThread("kbatch-callbacks")
@@ -79,6 +86,12 @@ class BaseProducer:
             self._transactions = Transactions(self._core, transactions, parsed.transaction_timeout_s)
         CORES.add(self._core)
         self._prepare()
+
+    def _twin(self) -> Self:
+        """A new producer with the same settings, not started."""
+        twin = type(self).__new__(type(self))
+        twin._configure(*self._made_of)
+        return twin
 
     def _prepare(self) -> None:
         """What a kind of producer needs besides."""
