@@ -26,11 +26,22 @@ LAYERS = [
     {"_base_producer"},
     {"_producer", "_contract"},
     {"_sender"},
+    {"_sending"},
     {"aio"},
     {"testing"},
     {"cli"},
 ]
+# The same within the package _sending.
+SENDING_LAYERS = [
+    {"_circuit", "_retry"},
+    {"_queue"},
+    {"_handle"},
+    {"_agent"},
+    {"_batched", "_inline"},
+    {"_topic"},
+]
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
+LAYER_OF_SENDING = {module: depth for depth, modules in enumerate(SENDING_LAYERS) for module in modules}
 ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
 
 
@@ -101,7 +112,7 @@ def test_public_names_are_documented(module: object) -> None:
 
 
 def test_private_modules_declare_what_they_export() -> None:
-    for path in PACKAGE.glob("_*.py"):
+    for path in [*PACKAGE.glob("_*.py"), *PACKAGE.glob("_sending/_*.py")]:
         if path.name in ("__init__.py", "_version.py"):
             continue
         names = next(
@@ -109,7 +120,7 @@ def test_private_modules_declare_what_they_export() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
         )
-        module = sys.modules[f"kbatch.{path.stem}"]
+        module = sys.modules[".".join(["kbatch", *path.relative_to(PACKAGE).with_suffix("").parts])]
         assert all(hasattr(module, name) for name in names), path.name
         assert sorted(names) == names, path.name
 
@@ -195,6 +206,7 @@ def sources() -> list[Path]:
 def test_every_module_has_a_layer() -> None:
     stubs = PACKAGE.rglob("*.pyi")  # all that an installed package shows of its compiled modules
     assert {unit_of(path) for path in [*sources(), *stubs]} == set(LAYER_OF)
+    assert {path.stem for path in PACKAGE.glob("_sending/_*.py")} - {"__init__"} <= set(LAYER_OF_SENDING)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -206,3 +218,5 @@ def test_imports_point_down_only(path: Path) -> None:
             continue
         imported = name.split(".")[1]
         assert imported == unit or LAYER_OF[imported] < LAYER_OF[unit], f"{path.name} imports {name}"
+        if name.startswith("kbatch._sending.") and unit == "_sending":
+            assert LAYER_OF_SENDING[name.split(".")[2]] < LAYER_OF_SENDING[path.stem], f"{path.name} imports {name}"

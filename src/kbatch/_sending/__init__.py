@@ -1,0 +1,1 @@
+"""Senders: what stands between an application that has envelopes one at a time and the producer."""

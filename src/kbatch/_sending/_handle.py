@@ -1,0 +1,132 @@
+"""A producer that several senders share, and that is replaced for all of them when it cannot go on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+from kbatch._errors import ForkError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from kbatch._base_producer import BaseProducer
+
+__all__ = ["ProducerHandle"]
+
+_logger = logging.getLogger("kbatch")
+
+# Of every handle and both tables, for a few instructions at a time. A fork waits for it, so that a child finds them
+# whole and the lock free. Re-entrant: a signal handler may fork, and a finalizer may release.
+_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+# By the id of a producer, which a handle keeps alive; and of those made of settings, by these.
+_handles: weakref.WeakValueDictionary[int, ProducerHandle] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[Hashable, ProducerHandle] = weakref.WeakValueDictionary()
+
+
+class ProducerHandle:
+    """A producer that senders share; when it is in its fatal state one of them has it replaced, for all of them.
+
+    Attributes:
+        producer: The current one. It may change between two looks at it.
+    """
+
+    __slots__ = ("__weakref__", "_given", "_key", "_users", "producer")
+
+    def __init__(self, producer: BaseProducer, *, given: bool, key: Hashable = None) -> None:
+        self.producer = producer
+        self._given = producer if given else None  # the caller's, who closes it
+        self._key = key
+        self._users = 0
+        _handles[id(producer)] = self
+
+    @classmethod
+    def of(cls, producer: BaseProducer) -> ProducerHandle:
+        """The handle of a producer: the same one while somebody keeps it.
+
+        A producer that no handle has made is, and stays, the caller's.
+        """
+        with _lock:
+            handle = _handles.get(id(producer))
+            # An id may have belonged to another, which was replaced.
+            if handle is not None and (handle.producer is producer or handle._given is producer):
+                return handle
+            return cls(producer, given=True)
+
+    @classmethod
+    def shared(cls, key: Hashable, prototype: BaseProducer) -> ProducerHandle:
+        """The handle of the producer of these settings in this process, acquired. It is closed with its last user.
+
+        Args:
+            key: The same where the settings are. It must hold no secret.
+            prototype: A producer with these settings, of which a new one is made if there is none. Never used itself.
+        """
+        with _lock:
+            handle = _shared.get(key)
+            if handle is None or not _is_usable(handle.producer):
+                handle = _shared[key] = cls(prototype._twin(), given=False, key=key)
+            handle._users += 1
+            return handle
+
+    def acquire(self) -> None:
+        """One more user."""
+        with _lock:
+            self._users += 1
+
+    def release(self, timeout: float | None) -> int:
+        """One user less. The last one closes the producer, unless it is the caller's.
+
+        Args:
+            timeout: Seconds; ``None`` is the producer's ``close_timeout``.
+
+        Returns:
+            How many messages ended without an acknowledgement since closing began; 0 if nothing is closed.
+        """
+        with _lock:
+            self._users -= 1
+            producer = self.producer
+            if self._users > 0 or producer is self._given:
+                return 0
+            if self._given is not None:
+                self.producer = self._given  # who comes later begins with it, as the first one did
+            elif _shared.get(self._key) is self:
+                del _shared[self._key]
+        return _close(producer, timeout)
+
+    def replace(self, dead: BaseProducer) -> None:
+        """Has a producer in its fatal state replaced by a new one with the same settings, unless it was already.
+
+        What is in flight of a producer that senders share is given up, so its batches should have settled. Not for one
+        that was fenced by another, which the new one would fence in turn.
+        """
+        with _lock:
+            if self.producer is not dead or not self._users:
+                return
+            twin = dead._twin()
+            self.producer = twin
+            _handles[id(twin)] = self
+        _logger.warning("%r cannot send any more; a new producer with its settings takes its place", dead)
+        if dead is not self._given:
+            _close(dead, 0.0)
+
+    def __repr__(self) -> str:
+        return f"<ProducerHandle of {self.producer!r}, users: {self._users}>"
+
+
+def _is_usable(producer: BaseProducer) -> bool:
+    try:
+        producer.stats()
+    except ForkError:
+        return False  # what the parent has started is not this process's
+    return not producer.closed
+
+
+def _close(producer: BaseProducer, timeout: float | None) -> int:
+    # The core, so that it is the same for producers of event loops.
+    return producer._core.close(producer._close_timeout if timeout is None else timeout)
