@@ -37,6 +37,10 @@ from kbatch._producer import Producer
 from kbatch._read import read_envelope
 from kbatch._report import DeliveryReport
 from kbatch._sender import KafkaSender
+from kbatch._sending._agent import SendingAgent
+from kbatch._sending._batched import BatchedSender
+from kbatch._sending._circuit import CircuitState
+from kbatch._sending._retry import RetryPolicy
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__
 from kbatch._wire import ConsumedRecord, WireFormat, WireReader
@@ -46,7 +50,9 @@ __all__ = [
     "BatchInterrupted",
     "BatchPending",
     "BatchTimedOut",
+    "BatchedSender",
     "CircuitOpenError",
+    "CircuitState",
     "ConfigError",
     "ConsumedRecord",
     "DeliveryError",
@@ -63,11 +69,13 @@ __all__ = [
     "ProducerError",
     "ProducerFatalError",
     "ProducerFencedError",
+    "RetryPolicy",
     "SenderCallback",
     "SenderClosedError",
     "SenderError",
     "SenderFullError",
     "SenderProtocol",
+    "SendingAgent",
     "SerializationContext",
     "SerializationError",
     "Tombstone",

@@ -17,8 +17,17 @@ that runs on the loop.
 """
 
 from kbatch._pending import PendingBatch
+from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._contract import SenderCallback, SenderProtocol
 from kbatch.aio._producer import Producer
 from kbatch.aio._sender import KafkaSender
 
-__all__ = ["KafkaSender", "PendingBatch", "Producer", "SenderCallback", "SenderProtocol"]
+__all__ = [
+    "BatchedSender",
+    "KafkaSender",
+    "PendingBatch",
+    "Producer",
+    "SenderCallback",
+    "SenderProtocol",
+    "SendingAgent",
+]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kbatch.aio._contract import SenderCallback
     from kbatch.aio._producer import Producer
 
-__all__ = ["KafkaSender"]
+__all__ = ["KafkaSender", "give"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -63,11 +63,11 @@ class KafkaSender:
             if isinstance(error, GeneratorExit):  # nothing can be awaited any more
                 _logger.error("%r was not sent, and has no answer: its event loop is closed", batch)
                 raise
-            await _give(callback, batch, *answer_refusal(producer, batch, error, mapped))
+            await give(callback, batch, *answer_refusal(producer, batch, error, mapped))
             if not isinstance(error, Exception):
                 raise
         else:
-            await _give(callback, batch, *answer_report(pending.report))
+            await give(callback, batch, *answer_report(pending.report))
 
     def __repr__(self) -> str:
         return f"<kbatch.aio.KafkaSender to {self.topic!r} by {self.producer!r}>"
@@ -76,10 +76,10 @@ class KafkaSender:
 def _give_later(
     callback: SenderCallback | _contract.SenderCallback, batch: OutgoingBatch, pending: PendingBatch
 ) -> Coroutine[None, None, None]:
-    return _give(callback, batch, *answer_report(pending.report))
+    return give(callback, batch, *answer_report(pending.report))
 
 
-async def _give(
+async def give(
     callback: SenderCallback | _contract.SenderCallback,
     batch: OutgoingBatch,
     method: str,

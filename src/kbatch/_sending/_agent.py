@@ -1,0 +1,753 @@
+"""The thread that sends a sender's batches, and sees to those that fail."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any, Literal
+
+from kbatch._base_producer import BaseProducer
+from kbatch._callbacks import CallbackThread
+from kbatch._contract import SenderCallback
+from kbatch._errors import (
+    CircuitOpenError,
+    ConfigError,
+    DeliveryError,
+    KbatchError,
+    ProducerClosedError,
+    ProducerError,
+    ProducerFatalError,
+    ProducerFencedError,
+    SenderClosedError,
+    SerializationError,
+    blames_envelope,
+)
+from kbatch._fastmap import Signal
+from kbatch._pending import PendingBatch
+from kbatch._sender import KafkaSender, answer_refusal
+from kbatch._sending._circuit import CircuitBreaker, CircuitState
+from kbatch._sending._dead_letter import dead_letter
+from kbatch._sending._handle import ProducerHandle
+from kbatch._sending._queue import Ended, Entry, Flight, SendQueue
+from kbatch._sending._retry import RetryPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kbatch._contract import OutgoingBatch
+    from kbatch._fastmap import Accumulator, Envelope
+    from kbatch._report import DeliveryReport
+
+__all__ = ["BaseSendingAgent", "Outcome", "SendingAgent", "Verdict", "check_agent_options", "check_whole"]
+
+_logger = logging.getLogger("kbatch")
+
+Verdict = Literal["succeeded", "failed", "nothing"]
+
+_KEPT_FAILURES = 1000
+_LONG = 2000  # envelopes; the GIL is given up while more are mapped
+_SLICE_S = 0.002
+_PROBE_TIMEOUT_S = 5.0
+_EXPIRE_EVERY_S = 1.0
+_LOOK_AT_CLOCK_S = 30.0  # time since 1970 may jump
+_UNKNOWN = -185  # _TIMED_OUT: what is told of an envelope that was still in flight at the end
+_LAST_WORDS_S = 1.0  # for callbacks, after the deadline of closing
+
+
+class BaseSendingAgent:
+    """An agent, but for what waits and for how user callbacks are called."""
+
+    _shown = "kbatch.SendingAgent"
+
+    def __init__(
+        self,
+        producer: BaseProducer | ProducerHandle,
+        topic: str | None,
+        *,
+        retry: RetryPolicy | None = None,
+        failures_to_open: int = 3,
+        probe_interval_s: float = 1.0,
+        max_probe_interval_s: float = 30.0,
+        max_in_flight_batches: int = 5,
+        strict_order: bool = False,
+        on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
+        dead_letter_topic: str | None = None,
+        on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
+    ) -> None:
+        check_agent_options(
+            retry,
+            failures_to_open,
+            probe_interval_s,
+            max_probe_interval_s,
+            max_in_flight_batches,
+            on_failed,
+            dead_letter_topic,
+            on_state_change,
+        )
+        if not isinstance(producer, (BaseProducer, ProducerHandle)):
+            raise ConfigError(f"producer must be a kbatch.Producer, not {type(producer).__name__}")
+        self.topic = topic
+        if isinstance(producer, ProducerHandle):
+            self._handle = producer  # acquired for this agent
+        else:
+            self._handle = ProducerHandle.of(producer)
+            self._handle.acquire()
+        self._policy = RetryPolicy() if retry is None else retry
+        self._max_in_flight = max_in_flight_batches
+        self._strict_order = strict_order
+        self._on_failed = self._keep_failure if on_failed is None else on_failed
+        self._dead_letter_topic = dead_letter_topic
+        self._on_state_change = on_state_change
+        self._kept: deque[tuple[Envelope[Any], KbatchError]] = deque(maxlen=_KEPT_FAILURES)
+        self._circuit = CircuitBreaker(
+            failures_to_open=failures_to_open,
+            probe_interval_s=probe_interval_s,
+            max_probe_interval_s=max_probe_interval_s,
+            random=random.random,
+        )
+        # Guards the circuit and the life. Re-entrant: a signal handler may come here from within.
+        self._mu = threading.RLock()
+        self._callbacks = CallbackThread("kbatch-sender-callbacks")
+        self._prober = CallbackThread("kbatch-probe")
+        self._buffer: Accumulator | None = None
+        self._signal = Signal()
+        self._queue: SendQueue | None = None
+        self._thread: threading.Thread | None = None
+        self._news: deque[Callable[[], None]] = deque()  # for the thread
+        self._watchers: list[_Watcher] = []
+        self._broken: BaseProducer | None = None  # in its fatal state, to be replaced
+        self._death: KbatchError | None = None  # nothing can be sent any more
+        self._giving_up = False
+        self._abandoned: set[Flight] = set()
+        self._released = False
+        self._ended_in_giving_up = 0
+        self._next_expiry = 0.0
+        self._last_topic = topic  # of what was sent last: a topic to ask for
+        self._counts = dict.fromkeys(("acked", "expired", "failed", "retried", "dead_letters"), 0)
+
+    @property
+    def state(self) -> CircuitState:
+        """The state of the circuit breaker."""
+        return self._circuit.state
+
+    @property
+    def failed(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
+        """The last 1,000 envelopes that were given up and the reasons, the oldest first, unless ``on_failed`` took
+        them."""
+        return tuple(self._kept)
+
+    def __repr__(self) -> str:
+        return f"<{self._shown} to {self.topic!r}, circuit {self.state.value}>"
+
+    # -- for a batch that is not sent again
+
+    def _admit(self, batch: OutgoingBatch) -> bool | None:
+        """Whether the batch is the circuit's trial; ``None`` if it must not be sent."""
+        with self._mu:
+            if not self._circuit.may_send():
+                return None
+            if len(batch):
+                self._last_topic = batch.envelopes[0].topic or self.topic
+            return self._circuit.sent()
+
+    def _latched(self) -> CircuitOpenError:
+        return CircuitOpenError("the circuit breaker is open: nothing was sent")
+
+    # -- for BatchedSender
+
+    def _bind(self, buffer: Accumulator) -> None:
+        """Takes the batches of `buffer` from now on."""
+        with self._mu:
+            if self._buffer is not None or self._thread is not None:
+                raise ConfigError("the agent has a sender already, or has sent a batch; make an agent for each sender")
+            self._buffer = buffer
+            self._signal = buffer.signal
+
+    def _start(self) -> None:
+        with self._mu:
+            if self._thread is not None:
+                return
+            if self._giving_up:
+                raise SenderClosedError("the sender is closed")
+            producer = self._handle.producer
+            producer._core.start()
+            buffer = self._buffer
+            self._queue = SendQueue(
+                self.topic,
+                self._policy,
+                batch_size=1000 if buffer is None else buffer.batch_size,
+                batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
+                strict_order=self._strict_order,
+                hold_scheduled=not producer._carries_scheduled_time,
+                measure=_no_size if buffer is None else buffer._size_of,
+                random=random.random,
+            )
+            thread = threading.Thread(target=self._run, name="kbatch-sender", daemon=True)
+            thread.start()
+            self._thread = thread
+            if buffer is not None:
+                buffer._accept()
+
+    def _refusal(self) -> KbatchError:
+        """Why nothing is taken any more."""
+        death = self._death
+        if death is None:
+            return SenderClosedError("the sender is closed")
+        error = SenderClosedError(f"the sender has ended: {death}")
+        error.__cause__ = death
+        return error
+
+    def _when_done(self, seq: int | None, wake: Callable[[], None]) -> _Watcher:
+        """Calls `wake` once every envelope before `seq` has its outcome, those that are scheduled for later not
+        counted.
+
+        With ``None``, once there is none at all.
+        """
+        watcher = _Watcher(seq, wake)
+        self._watchers.append(watcher)
+        self._signal.set()
+        return watcher
+
+    def _unwatch(self, watcher: _Watcher) -> None:
+        with contextlib.suppress(ValueError):  # another thread was first
+            self._watchers.remove(watcher)
+
+    def _left(self, seq: int) -> int:
+        """How many of the envelopes before `seq` have no outcome, those that are scheduled for later not counted."""
+        buffer, queue = self._buffer, self._queue
+        assert buffer is not None
+        if queue is None:
+            return 0
+        return max(0, min(len(buffer) - queue.scheduled, seq))
+
+    def _end(self, timeout: float) -> int:
+        """Gives up what was not sent, for good. How many envelopes that were."""
+        with self._mu:
+            self._giving_up = True
+            thread = self._thread
+            first, self._released = not self._released, True
+        end = time.monotonic() + timeout
+        self._signal.set()
+        if first:
+            # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
+            self._handle.release(max(0.0, end - time.monotonic()))
+            self._news.append(self._abandon_flights)
+            self._signal.set()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(max(0.0, end - time.monotonic()) + _LAST_WORDS_S)
+        self._prober.stop()
+        self._callbacks.join(max(0.0, end - time.monotonic()) + _LAST_WORDS_S)
+        return self._ended_in_giving_up
+
+    def _stats(self) -> dict[str, int]:
+        queue = self._queue
+        waiting = (0, 0) if queue is None else (queue.scheduled, queue.in_flight)
+        return {**self._counts, "scheduled": waiting[0], "in_flight_batches": waiting[1]}
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while self._step():
+                pass
+        except BaseException as error:
+            _logger.critical("a sender's thread failed; nothing more is sent", exc_info=True)
+            self._die(ProducerError(f"a sender's thread failed: {type(error).__name__}: {error}"))
+            raise
+
+    def _step(self) -> bool:
+        """What is to be done now; then waits for more. False if there will be nothing more."""
+        queue = self._queue
+        assert queue is not None
+        while self._news:
+            self._news.popleft()()
+        now, wall = time.monotonic(), time.time()
+        if self._death is not None or self._giving_up:
+            self._give_up_waiting()
+        else:
+            self._probe_if_due(now)
+            self._replace_if_settled()
+            self._send_all(now, wall)
+            if self._circuit.state is not CircuitState.CLOSED and now >= self._next_expiry:
+                self._next_expiry = now + _EXPIRE_EVERY_S
+                self._expire(now)
+        self._see_off(now)
+        self._tell_watchers()
+        if self._giving_up and not queue.in_flight:
+            return False
+        if not self._news and not queue.ended:
+            self._signal.wait(self._idle_for(time.monotonic(), time.time()), interruptible=False)
+        return True
+
+    def _idle_for(self, now: float, wall: float) -> float | None:
+        """Seconds until there is something to do, if nothing happens; None: for ever."""
+        queue = self._queue
+        assert queue is not None
+        due: list[float] = []
+        if self._can_send():
+            at = queue.due_at(now, wall)
+            if at is not None:
+                due.append(at - now)
+            if queue.scheduled:
+                due.append(_LOOK_AT_CLOCK_S)
+            if self._buffer is not None and queue.wants_batch():
+                buffer_due = self._buffer._due_in()
+                if buffer_due is not None:
+                    due.append(buffer_due)
+        if self._death is None and not self._giving_up:
+            probe_at = self._circuit.probe_at()
+            if probe_at is not None:
+                due.append(probe_at - now)
+            if self._policy.max_age_s is not None and self._circuit.state is not CircuitState.CLOSED:
+                due.append(self._next_expiry - now)
+        return max(0.0, min(due)) if due else None
+
+    def _can_send(self) -> bool:
+        queue = self._queue
+        assert queue is not None
+        return (
+            self._death is None
+            and not self._giving_up
+            and self._broken is None
+            and queue.in_flight < self._max_in_flight
+            and self._circuit.may_send()
+        )
+
+    def _send_all(self, now: float, wall: float) -> None:
+        queue = self._queue
+        assert queue is not None
+        while self._can_send():
+            flight = queue.next_flight(now, wall)
+            if flight is None:
+                if self._buffer is None or not queue.wants_batch():
+                    return
+                batch = self._buffer._next_batch()
+                if batch is None:
+                    return
+                flight = queue.admit(batch, now, wall)
+                if flight is None:
+                    continue
+            self._send(flight)
+
+    def _send(self, flight: Flight) -> None:
+        queue = self._queue
+        assert queue is not None
+        with self._mu:
+            flight.trial = self._circuit.sent()
+        self._last_topic = flight.envelopes[0].topic or self.topic
+        producer = self._handle.producer
+        rejected: list[tuple[int, SerializationError]] = []
+        try:
+            pending = PendingBatch(producer._core)
+            self._map(producer, pending, flight, rejected)
+            producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
+        except ProducerFencedError as error:
+            queue.put_back(flight)
+            self._die(error)
+        except ProducerFatalError as error:
+            queue.put_back(flight)
+            _logger.warning("a producer is in its fatal state and will be replaced: %s", error)
+            self._broken = producer
+            self._note("failed", flight.trial, time.monotonic())
+        except ProducerClosedError as error:
+            queue.put_back(flight)
+            self._note("nothing", flight.trial, time.monotonic())
+            if self._handle.producer is producer and not self._giving_up:
+                self._die(error)
+        except Exception as error:  # a header_hook that fails, no memory, no threads
+            if not isinstance(error, KbatchError):
+                made = ProducerError(f"the producer could not take the batch: {type(error).__name__}: {error}")
+                made.__cause__ = error
+                error = made
+            self._note("nothing", flight.trial, time.monotonic())
+            failures = [(index, error) for index in range(len(flight.envelopes))]
+            queue.settled(flight, failures, time.monotonic(), again=not self._giving_up)
+
+    def _map(
+        self,
+        producer: BaseProducer,
+        pending: PendingBatch,
+        flight: Flight,
+        rejected: list[tuple[int, SerializationError]],
+    ) -> None:
+        core = producer._core
+        if len(flight.envelopes) <= _LONG:
+            core.map(pending, self.topic, flight.envelopes, rejected)
+        else:
+            mapping = core.begin_mapping(pending, self.topic, flight.envelopes, rejected)
+            while not core.map_slice(mapping, _SLICE_S):
+                time.sleep(0)  # others may have the GIL
+        if self._buffer is not None:
+            self._buffer._learn_message_bytes(pending.mean_value_bytes)
+
+    def _on_settled(
+        self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError]]
+    ) -> None:
+        # On the dispatcher's thread, which must not wait for us.
+        self._news.append(functools.partial(self._settle, flight, pending, rejected))
+        self._signal.set()
+
+    def _settle(self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError]]) -> None:
+        queue = self._queue
+        assert queue is not None
+        if flight in self._abandoned:  # it has its outcome
+            self._abandoned.remove(flight)
+            return
+        report = pending.report
+        now = time.monotonic()
+        failures: list[tuple[int, KbatchError]] = []
+        if report.failed:
+            reasons = dict(rejected)
+            failures = [(index, reasons.get(index, error)) for index, error in report.errors.items()]
+        again = self._death is None and not self._giving_up
+        queue.settled(flight, failures, now, again=again)
+        self._note(_verdict(report.acked, failures), flight.trial, now)
+        done = len(report) - report.failed
+        self._counts["acked"] += report.acked
+        self._counts["expired"] += done - report.acked
+        if failures and again:
+            self._counts["retried"] += len(failures) - len(queue.ended)
+        if self._buffer is not None and done:
+            self._buffer._give_back(done)
+
+    # -- the circuit
+
+    def _note(self, verdict: Verdict, trial: bool, now: float) -> None:
+        with self._mu:
+            before = self._circuit.state
+            if verdict == "succeeded":
+                self._circuit.succeeded(trial, now)
+            elif verdict == "failed":
+                self._circuit.failed(trial, now)
+            else:
+                self._circuit.said_nothing(trial)
+            self._tell_state(before)
+
+    def _tell_state(self, before: CircuitState) -> None:
+        state = self._circuit.state
+        if state is before:
+            return
+        if state is CircuitState.OPEN:
+            _logger.warning(
+                "the circuit breaker of %r is open: %d batches in a row failed; nothing is sent until a probe succeeds",
+                self.topic,
+                self._circuit.failures,
+            )
+        else:
+            _logger.info("the circuit breaker of %r is %s", self.topic, state.value)
+        if self._on_state_change is not None:
+            self._callbacks.put(self._call_back, self._on_state_change, before, state)
+        self._signal.set()
+
+    def _probe_if_due(self, now: float) -> None:
+        with self._mu:
+            at = self._circuit.probe_at()
+            if at is None or now < at:
+                return
+            self._circuit.probe_started()
+        self._prober.put(self._probe)
+
+    def _probe(self) -> None:
+        reason: str | None = "not asked"
+        try:
+            topic = self._last_topic
+            assert topic is not None  # something has failed
+            reason = self._handle.producer._core.probe(topic, _PROBE_TIMEOUT_S)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+        finally:
+            if reason is not None:
+                _logger.debug("a probe of %r failed: %s", self.topic, reason)
+            with self._mu:
+                before = self._circuit.state
+                self._circuit.probed(reason is None, time.monotonic())
+                self._tell_state(before)
+            self._signal.set()
+
+    def _replace_if_settled(self) -> None:
+        queue = self._queue
+        assert queue is not None
+        if self._broken is not None and not queue.in_flight:
+            broken, self._broken = self._broken, None
+            try:
+                self._handle.replace(broken)
+            except Exception as error:
+                _logger.error("a producer in its fatal state could not be replaced", exc_info=True)
+                self._die(ProducerError(f"a producer could not be replaced: {type(error).__name__}: {error}"))
+
+    # -- ends
+
+    def _die(self, error: KbatchError) -> None:
+        """Nothing can be sent any more, for good."""
+        if self._death is None:
+            self._death = error
+            _logger.error("a sender to %r has ended: %s", self.topic, error)
+        self._give_up_waiting()
+        self._see_off(time.monotonic())
+        self._tell_watchers()
+
+    def _give_up_waiting(self) -> None:
+        queue, buffer = self._queue, self._buffer
+        assert queue is not None
+        entries = queue.give_up()
+        if buffer is not None:
+            buffer._stop_accepting()
+            while (batch := buffer._next_batch()) is not None:
+                entries += [
+                    Entry(envelope, seq, batch.accepted_at, None)
+                    for seq, envelope in enumerate(batch.envelopes, batch.first_seq)
+                ]
+        for entry in entries:
+            queue.ended.append(Ended(entry, entry.error or self._refusal()))
+
+    def _abandon_flights(self) -> None:
+        """After the end of closing: what is still in flight has no known outcome."""
+        queue = self._queue
+        assert queue is not None
+        for flight in queue.flights():
+            self._abandoned.add(flight)
+            failures = [
+                (index, DeliveryError(_UNKNOWN, possibly_persisted=True)) for index in range(len(flight.envelopes))
+            ]
+            queue.settled(flight, failures, time.monotonic(), again=False)
+
+    def _expire(self, now: float) -> None:
+        queue, buffer = self._queue, self._buffer
+        assert queue is not None
+        queue.expire(now)
+        age = self._policy.max_age_s
+        if age is None or buffer is None:
+            return
+        while (batch := buffer._oldest()) is not None and now - batch.accepted_at >= age:
+            buffer._close_filling()
+            batch = buffer._next_batch()
+            assert batch is not None
+            for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
+                error = CircuitOpenError(f"not sent within max_age_s={age}: the circuit breaker is open")
+                queue.ended.append(Ended(Entry(envelope, seq, batch.accepted_at, None), error))
+
+    def _see_off(self, now: float) -> None:
+        """What has ended goes to the dead letters, or to `on_failed`."""
+        queue = self._queue
+        assert queue is not None
+        if not queue.ended:
+            return
+        ended, queue.ended = queue.ended, []
+        told: list[Ended] = []
+        for end in ended:
+            if end.entry.origin is not None:
+                _logger.error("a dead letter could not be sent: %s", end.error)
+                told.append(end.entry.origin)
+                continue
+            letter = None
+            if self._dead_letter_topic is not None and self._death is None and not self._giving_up:
+                letter = dead_letter(end, self._dead_letter_topic, self.topic)
+            if letter is None:
+                told.append(end)
+            else:
+                self._counts["dead_letters"] += 1
+                queue.add_dead_letter(letter, end, now)
+        if self._giving_up:
+            self._ended_in_giving_up += len(told)
+        self._counts["failed"] += len(told)
+        if told:
+            self._callbacks.put(self._tell_failed, told)
+
+    def _tell_failed(self, told: list[Ended]) -> None:
+        if self._on_failed == self._keep_failure:
+            _logger.error(
+                "%d envelopes to %r were given up; the first is %s: %s",
+                len(told),
+                self.topic,
+                told[0].entry.envelope.id,
+                told[0].error,
+            )
+        for end in told:
+            try:
+                self._call_back(self._on_failed, end.entry.envelope, end.error)
+            except Exception:
+                _logger.exception("on_failed failed; agent.failed keeps envelope %s", end.entry.envelope.id)
+                self._keep_failure(end.entry.envelope, end.error)
+            finally:
+                if self._buffer is not None:
+                    self._buffer._give_back(1)  # not before: what a slow callback has not taken yet is held, too
+        self._signal.set()
+
+    def _keep_failure(self, envelope: Envelope[Any], error: KbatchError) -> None:
+        self._kept.append((envelope, error))
+
+    def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
+        """Calls a user's callback, on the thread of callbacks, and returns when it has ended."""
+        callback(*arguments)
+
+    def _tell_watchers(self) -> None:
+        if not self._watchers:
+            return
+        buffer, queue = self._buffer, self._queue
+        assert buffer is not None
+        assert queue is not None
+        oldest: int | None = queue.oldest()
+        if oldest is None:
+            batch = buffer._oldest()
+            oldest = None if batch is None else batch.first_seq
+        for watcher in self._watchers[:]:
+            if len(buffer) == 0 or (watcher.seq is not None and (oldest is None or oldest >= watcher.seq)):
+                self._unwatch(watcher)
+                watcher.done = True
+                watcher.wake()
+
+
+class SendingAgent(BaseSendingAgent):
+    """Sends the batches of a `BatchedSender`, sends again what failed, and stops sending while Kafka is away.
+
+    Only envelopes that failed are sent again, never one that was acknowledged. One whose outcome is not known
+    (``possibly_persisted``) is sent again too, and may then be stored twice; its id is the same. What cannot be mapped,
+    or is refused for good, is not sent again. When an envelope is given up, `on_failed` is told, once.
+
+    After `failures_to_open` failed batches in a row the circuit breaker opens: nothing is sent, and a probe that writes
+    nothing asks whether the brokers know the topic and lead a partition of it. When they do, the oldest batch is the
+    trial; if it succeeds all goes on. A producer in its fatal state is replaced by one with the same settings, once
+    what it sent has settled; one that was fenced is not.
+
+    Args:
+        producer: A `kbatch.Producer`, which stays the caller's.
+        topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+        retry: When to send a failed envelope again, and when no more.
+        failures_to_open: How many batches in a row must fail.
+        probe_interval_s, max_probe_interval_s: Seconds from the opening to the probe, and at most between two; each one
+            that fails doubles the time.
+        max_in_flight_batches: How many batches are in flight at a time.
+        strict_order: At most one envelope of a key is in flight, so that none is ever overtaken by a later one of its
+            key.
+            Slower where there are few keys: then a batch has few envelopes.
+        on_failed: Called with an envelope that was given up and the reason, on a thread of the agent. By default an
+            error is logged, and `failed` holds the last 1,000.
+        dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
+            called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
+            sender is closed.
+        on_state_change: Called with the old and the new `CircuitState`, on a thread of the agent.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of its range.
+    """
+
+    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
+        """Sends a batch under the circuit breaker, but does not send it again: for whoever keeps it, such as an outbox.
+
+        As `KafkaSender.send_batch`. While the circuit is open, ``mark_sender_is_latched`` is called at once, and
+        nothing is sent.
+        """
+        self._start()
+        trial = self._admit(batch)
+        if trial is None:
+            _, refusal = answer_refusal(self._handle.producer, batch, self._latched(), True)
+            _answer(callback.mark_sender_is_latched, batch, refusal)
+            return
+        outcome = Outcome(callback)
+        try:
+            KafkaSender(self._handle.producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
+        finally:
+            self._note(outcome.verdict, trial, time.monotonic())
+
+
+class _Watcher:
+    """Somebody who waits until all before `seq` is done."""
+
+    def __init__(self, seq: int | None, wake: Callable[[], None]) -> None:
+        self.seq = seq
+        self.wake = wake
+        self.done = False
+
+
+class Outcome(SenderCallback):
+    """Passes the one answer on, and remembers what it says about the brokers."""
+
+    def __init__(self, callback: Any) -> None:
+        self._callback = callback  # one of event loops answers with coroutines, and so does this
+        self.verdict: Verdict = "nothing"
+
+    def mark_successful(self, batch: OutgoingBatch, report: DeliveryReport) -> Any:
+        self.verdict = "succeeded" if report.acked else "nothing"
+        return self._callback.mark_successful(batch, report)
+
+    def mark_serialization_failure(self, batch: OutgoingBatch, error: KbatchError) -> Any:
+        return self._callback.mark_serialization_failure(batch, error)
+
+    def mark_processing_failure(self, batch: OutgoingBatch, error: KbatchError) -> Any:
+        self._judge(error)
+        return self._callback.mark_processing_failure(batch, error)
+
+    def mark_timed_out(self, batch: OutgoingBatch, error: KbatchError) -> Any:
+        self._judge(error)
+        return self._callback.mark_timed_out(batch, error)
+
+    def mark_topic_does_not_exist(self, batch: OutgoingBatch, error: KbatchError) -> Any:
+        self._judge(error)
+        return self._callback.mark_topic_does_not_exist(batch, error)
+
+    def _judge(self, error: KbatchError) -> None:
+        report = error.report
+        if report is not None and report.acked:
+            self.verdict = "succeeded"
+        elif report is None or not all(blames_envelope(each) for each in report.errors.values()):
+            self.verdict = "failed"
+
+
+def _verdict(acked: int, failures: list[tuple[int, KbatchError]]) -> Verdict:
+    """What the outcome of a batch says about the brokers."""
+    if acked:
+        return "succeeded"
+    if all(blames_envelope(error) for _, error in failures):
+        return "nothing"
+    return "failed"
+
+
+def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: OutgoingBatch, error: KbatchError) -> None:
+    try:
+        method(batch, error)
+    except Exception:
+        _logger.exception("a sender callback failed; the batch keeps its outcome: %r", error)
+
+
+def _no_size(_: object) -> int:
+    return 0
+
+
+def check_agent_options(
+    retry: Any,
+    failures_to_open: Any,
+    probe_interval_s: Any,
+    max_probe_interval_s: Any,
+    max_in_flight_batches: Any,
+    on_failed: Any,
+    dead_letter_topic: Any,
+    on_state_change: Any,
+) -> None:
+    """Raises ConfigError for what an agent cannot take."""
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise ConfigError(f"retry must be a kbatch.RetryPolicy, not {type(retry).__name__}")
+    check_whole("failures_to_open", failures_to_open)
+    check_whole("max_in_flight_batches", max_in_flight_batches)
+    for name, value in (("probe_interval_s", probe_interval_s), ("max_probe_interval_s", max_probe_interval_s)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
+            raise ConfigError(f"{name} must be seconds above 0, not {value!r}")
+    if probe_interval_s > max_probe_interval_s:
+        raise ConfigError(
+            f"probe_interval_s={probe_interval_s!r} is longer than max_probe_interval_s={max_probe_interval_s!r}"
+        )
+    for name, value in (("on_failed", on_failed), ("on_state_change", on_state_change)):
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} must be callable, not {type(value).__name__}")
+    if dead_letter_topic is not None and not isinstance(dead_letter_topic, str):
+        raise ConfigError(f"dead_letter_topic must be str, not {type(dead_letter_topic).__name__}")
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Raises ConfigError for what is no int of 1 or more."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise ConfigError(f"{name} must be an int from 1 to 2**31 - 1, not {value!r}")

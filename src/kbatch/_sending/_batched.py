@@ -1,0 +1,219 @@
+"""Envelopes one at a time go out in batches."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kbatch._base_producer import check_timeout
+from kbatch._errors import ConfigError, UndeliveredError
+from kbatch._exit import SENDERS
+from kbatch._fastmap import Accumulator, Signal
+from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+__all__ = ["BaseBatchedSender", "BatchedSender"]
+
+
+class BaseBatchedSender(Accumulator):
+    """A batched sender, but for what waits."""
+
+    _shown = "kbatch.BatchedSender"
+    _agent_class: type[BaseSendingAgent] = SendingAgent
+
+    def __init__(
+        self,
+        agent: BaseSendingAgent,
+        *,
+        batch_size: int = 1000,
+        batch_bytes: int = 1_000_000,
+        batch_timeout_ms: float = 5.0,
+        max_buffered: int = 100_000,
+        close_timeout: float = 30.0,
+    ) -> None:
+        if not isinstance(agent, self._agent_class):
+            raise ConfigError(f"agent must be a {self._agent_class._shown}, not {type(agent).__name__}")
+        check_batching_options(batch_size, batch_bytes, batch_timeout_ms, max_buffered, close_timeout)
+        super().__init__(
+            batch_size=batch_size,
+            batch_bytes=batch_bytes,
+            batch_timeout_s=batch_timeout_ms / 1000,
+            max_buffered=max_buffered,
+        )
+        self._close_timeout = close_timeout
+        self._not_sent: int | None = None  # what close says
+        self._agent = agent
+        agent._bind(self)
+
+    @property
+    def agent(self) -> BaseSendingAgent:
+        """What sends the batches: its ``state`` is the circuit breaker's, its ``failed`` what was given up."""
+        return self._agent
+
+    @property
+    def closed(self) -> bool:
+        """Whether no envelope is taken any more."""
+        return self._is_refusing
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, of envelopes unless said otherwise.
+
+        ``accepted``; ``acked``; ``expired`` (not sent because ``deliver_by`` had passed); ``failed`` (told to
+        ``on_failed``); ``dead_letters`` (sent to the dead-letter topic instead); ``retried`` (failures after which they
+        were sent again); ``buffered``, those without an outcome; ``scheduled``, those of them that are held for their
+        ``scheduled_time``; ``in_flight_batches``.
+        """
+        return {"accepted": self.accepted, "buffered": len(self), **self._agent._stats()}
+
+    def _start(self) -> None:
+        # By the first envelope.
+        SENDERS.add(self)
+        self._agent._start()
+
+    def _refuse(self) -> None:
+        raise self._agent._refusal()
+
+    def _check_sent(self, left: int, error: BaseException | None) -> None:
+        # At the end of a `with` block, whose own error comes first.
+        if left and error is None:
+            raise UndeliveredError(f"{left} envelopes were not sent when the sender was closed", count=left)
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_agent"):
+            return f"<{self._shown} refused>"
+        return f"<{self._shown} to {self._agent.topic!r}, {len(self)} buffered, circuit {self._agent.state.value}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a sender cannot be pickled: it owns threads and connections")
+
+    # -- blocking; kbatch.aio has them in a thread
+
+    def _flush(self, timeout: float | None) -> int:
+        check_timeout(timeout)
+        if not self._is_used:
+            return 0
+        self._check_fork()
+        seq = self._close_filling()
+        self._wait_for(seq, timeout)
+        return self._agent._left(seq)
+
+    def _drain(self, timeout: float | None) -> int:
+        check_timeout(timeout)
+        self._stop_accepting()
+        if len(self) == 0:
+            return 0
+        self._check_fork()
+        self._wait_for(None, timeout)
+        return len(self)
+
+    def _close(self, timeout: float | None) -> int:
+        check_timeout(timeout)
+        if timeout is None:
+            timeout = self._close_timeout
+        if self._is_forked:
+            return 0  # those are the parent's
+        end = time.monotonic() + timeout
+        try:
+            self._drain(timeout)
+        finally:
+            not_sent = self._agent._end(max(0.0, end - time.monotonic()))
+            SENDERS.discard(self)
+        return not_sent
+
+    def _wait_for(self, seq: int | None, timeout: float | None) -> None:
+        done = Signal()
+        watcher = self._agent._when_done(seq, done.set)
+        try:
+            done.wait(timeout)
+        finally:
+            self._agent._unwatch(watcher)
+
+
+class BatchedSender(BaseBatchedSender):
+    """Takes envelopes one at a time, from any thread, and sends them in batches; the agent sees to what fails.
+
+    A batch is closed when it has `batch_size` envelopes, when the next one would make its keys and bodies more than
+    `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
+    ``max_in_flight_batches`` are in flight. The order of the calls is the order within a partition, as far as
+    `SendingAgent` says. A future ``scheduled_time`` holds an envelope until then. What is buffered lives in memory: a
+    crash loses it, and so it loses what is scheduled.
+
+    The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
+    `close`. At interpreter exit what is left is sent for some seconds.
+
+    Args:
+        agent: Sends the batches. Each sender has one of its own.
+        batch_size, batch_bytes, batch_timeout_ms: See above. A body that is not encoded yet counts as the average of
+            those that were.
+        max_buffered: How many envelopes may be taken and have no outcome, before `send` waits.
+        close_timeout: Seconds that leaving a ``with`` block waits for what is buffered.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of its range, or an agent that has a sender.
+    """
+
+    def flush(self, timeout: float | None = None) -> int:
+        """Sends what is buffered without waiting for more, and waits until it is acknowledged or given up.
+
+        Retries are waited for; what is held for its ``scheduled_time`` is not.
+
+        Args:
+            timeout: Seconds; ``None`` waits as long as it takes.
+
+        Returns:
+            How many envelopes have no outcome yet.
+        """
+        return self._flush(timeout)
+
+    def drain(self, timeout: float | None = None) -> int:
+        """Takes no more envelopes, and waits until those that were taken are acknowledged or given up, the scheduled
+        ones, too.
+
+        Args:
+            timeout: Seconds; ``None`` waits as long as it takes.
+
+        Returns:
+            How many envelopes have no outcome yet.
+        """
+        return self._drain(timeout)
+
+    def close(self, timeout: float | None = None) -> int:
+        """As `drain`; then gives up what is left, and tells ``on_failed`` of each with `SenderClosedError`.
+
+        What is still in flight then, by a producer that others go on using, may have been stored: that is a
+        `DeliveryError` with ``possibly_persisted``. May be called again, from any thread.
+
+        Args:
+            timeout: Seconds; ``None`` is the sender's ``close_timeout``.
+
+        Returns:
+            How many envelopes were not sent, or not known to be.
+        """
+        return self._close(timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._check_sent(self.close(), error)
+
+
+def check_batching_options(
+    batch_size: Any, batch_bytes: Any, batch_timeout_ms: Any, max_buffered: Any, close_timeout: Any
+) -> None:
+    """Raises ConfigError for what a batched sender cannot take."""
+    check_whole("batch_size", batch_size)
+    check_whole("batch_bytes", batch_bytes)
+    check_whole("max_buffered", max_buffered)
+    if max_buffered < batch_size:
+        raise ConfigError(f"max_buffered={max_buffered} is less than batch_size={batch_size}: no batch would be full")
+    for name, value in (("batch_timeout_ms", batch_timeout_ms), ("close_timeout", close_timeout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+            unit = "milliseconds" if name.endswith("ms") else "seconds"
+            raise ConfigError(f"{name} must be {unit}, 0 or more, not {value!r}")

@@ -1,0 +1,470 @@
+"""What a sender sends next: retries, what is held for the order of its key, what is scheduled for later.
+
+No threads, no I/O and no clock: each call says what time it is (``now``, seconds of a monotonic clock; ``wall``,
+seconds since 1970). In the usual case, when nothing has failed, a batch passes through as it is and nothing is done per
+envelope.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections import deque
+from itertools import chain
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from kbatch._errors import DeliveryError, SenderError, SerializationError, is_outage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+
+    from kbatch._errors import KbatchError
+    from kbatch._fastmap import Envelope
+    from kbatch._sending._retry import RetryPolicy
+
+__all__ = ["Ended", "Entry", "Flight", "SendQueue"]
+
+_MSG_SIZE_TOO_LARGE = 10
+
+
+class Formed(Protocol):
+    """A batch as it comes; `FormedBatch` is one."""
+
+    @property
+    def envelopes(self) -> list[Envelope[Any]]: ...
+    @property
+    def first_seq(self) -> int: ...
+    @property
+    def accepted_at(self) -> float: ...
+    @property
+    def scheduled(self) -> bool: ...
+
+
+class Entry:
+    """An envelope that has failed before, or that waits for something."""
+
+    __slots__ = ("accepted_at", "attempts", "envelope", "error", "failures", "group", "origin", "seq")
+
+    def __init__(self, envelope: Envelope[Any], seq: int, accepted_at: float, group: Hashable | None) -> None:
+        self.envelope = envelope
+        self.seq = seq  # the order of sending
+        self.accepted_at = accepted_at
+        self.group = group  # what its order is kept in
+        self.attempts = 0  # that count
+        self.failures = 0  # all
+        self.error: KbatchError | None = None  # the last
+        self.origin: Ended | None = None  # of a dead letter
+
+
+class Ended(NamedTuple):
+    """An envelope that is not sent again."""
+
+    entry: Entry
+    error: KbatchError
+
+
+class Flight:
+    """Envelopes that are sent together."""
+
+    __slots__ = ("accepted_at", "entries", "envelopes", "isolated", "seqs", "trial")
+
+    def __init__(
+        self,
+        envelopes: Sequence[Envelope[Any]],
+        seqs: Sequence[int],
+        accepted_at: float,
+        entries: list[Entry] | None = None,
+        *,
+        isolated: bool = False,
+    ) -> None:
+        self.envelopes = envelopes
+        self.seqs = seqs
+        self.accepted_at = accepted_at
+        self.entries = entries  # of envelopes that have one
+        self.isolated = isolated  # nothing else is in flight meanwhile
+        self.trial = False  # of the circuit breaker; the agent's own
+
+
+class _Lane:
+    """The envelopes of one group that wait behind one of them."""
+
+    __slots__ = ("busy", "due", "entries")
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []  # by seq
+        self.due = 0.0  # when the first may be sent
+        self.busy = False  # strict order: one of the group is in flight, or about to be
+
+    def insert(self, entry: Entry) -> bool:
+        """Whether it became the first."""
+        if not self.entries or self.entries[-1].seq < entry.seq:
+            self.entries.append(entry)
+        else:
+            insort(self.entries, entry, key=attrgetter("seq"))
+        return self.entries[0] is entry
+
+
+class SendQueue:
+    """The envelopes of one sender that are not in the buffer any more, and which of them to send when.
+
+    Order is kept per *group*: the envelopes of one topic and key, or of one topic and partition if they have no key.
+    Others have no order among them once one has failed. When an envelope fails and is to be sent again, those of its
+    group that were not sent yet are held behind it. With `strict_order` at most one envelope of a group is in flight,
+    so that those which are already under way cannot overtake it either.
+
+    A broker refuses a record batch as a whole (see DESIGN.md), so an envelope that failed with ``MSG_SIZE_TOO_LARGE``
+    may be innocent. Such envelopes are sent again with nothing else in flight, in halves of halves, until those that
+    are refused alone are found.
+    """
+
+    def __init__(
+        self,
+        topic: str | None,
+        policy: RetryPolicy,
+        *,
+        batch_size: int,
+        batch_bytes: int,
+        strict_order: bool,
+        hold_scheduled: bool,
+        measure: Callable[[Envelope[Any]], int],
+        random: Callable[[], float],
+    ) -> None:
+        self.ended: list[Ended] = []  # whoever calls takes them out
+        self.in_flight = 0  # flights
+        self._topic = topic
+        self._policy = policy
+        self._batch_size = batch_size
+        self._batch_bytes = batch_bytes
+        self._strict = strict_order
+        self._hold_scheduled = hold_scheduled
+        self._measure = measure
+        self._random = random
+        self._flights: set[Flight] = set()
+        self._isolating = False
+        self._suspects: list[list[Entry]] = []  # the last is the next
+        self._ready: deque[Entry] = deque()
+        self._lanes: dict[Hashable, _Lane] = {}
+        # (due, seq, group of a lane or None, entry without a lane or None); a lane's timer counts if it is the lane's
+        # due
+        self._timers: list[tuple[float, int, Hashable | None, Entry | None]] = []
+        self._scheduled: list[tuple[float, int, Entry]] = []  # by time since 1970
+
+    # -- sending
+
+    def wants_batch(self) -> bool:
+        """Whether `admit` may be called: nothing older is ready."""
+        return not self._ready and not self._suspects and not self._isolating
+
+    def admit(self, batch: Formed, now: float, wall: float) -> Flight | None:
+        """A batch that comes from the buffer; what of it may be sent now, if anything."""
+        envelopes = batch.envelopes
+        seqs: Sequence[int] = range(batch.first_seq, batch.first_seq + len(envelopes))
+        if self._lanes or self._strict or (batch.scheduled and self._hold_scheduled):
+            envelopes, seqs = self._divert(batch, wall)
+            if not envelopes:
+                return None
+        return self._depart(Flight(envelopes, seqs, batch.accepted_at))
+
+    def next_flight(self, now: float, wall: float) -> Flight | None:
+        """What waits here and may be sent now."""
+        self._call_due(now, wall)
+        if self._isolating or (self._suspects and self.in_flight):
+            return None
+        if self._suspects:
+            self._isolating = True
+            return self._depart(_flight_of(self._suspects.pop(), isolated=True))
+        chosen: list[Entry] = []
+        size = 0
+        while self._ready and len(chosen) < self._batch_size:
+            entry = self._ready.popleft()
+            lane = None if self._strict or entry.group is None else self._lanes.get(entry.group)
+            if lane is not None:
+                lane.insert(entry)  # one before it has failed meanwhile
+                continue
+            if self._end_if_too_old(entry, now):
+                continue
+            size += self._measure(entry.envelope)
+            if chosen and size > self._batch_bytes:
+                self._ready.appendleft(entry)
+                break
+            chosen.append(entry)
+        return self._depart(_flight_of(chosen)) if chosen else None
+
+    def put_back(self, flight: Flight) -> None:
+        """A flight that was not sent after all."""
+        self._land(flight)
+        entries = [self._entry(flight, index) for index in range(len(flight.envelopes))]
+        if flight.isolated:
+            self._suspects.append(entries)
+        else:
+            self._ready.extendleft(reversed(entries))
+
+    def settled(self, flight: Flight, failures: Iterable[tuple[int, KbatchError]], now: float, *, again: bool) -> None:
+        """The outcome of a flight: these of its envelopes failed, the others are done with.
+
+        Unless `again`, none is sent again.
+        """
+        self._land(flight)
+        again_at: dict[int, float] = {}
+        suspects: list[Entry] = []
+        failed: set[int] = set()
+        for index, error in failures:
+            entry = self._entry(flight, index)
+            entry.error = error
+            if not again or not self._may_go_again(entry, error, flight, now):
+                self.ended.append(Ended(entry, error))
+                continue
+            failed.add(index)
+            lane = None if entry.group is None else self._lanes.get(entry.group)
+            held = lane is not None and lane.entries and lane.entries[0].seq < entry.seq
+            if _code(error) == _MSG_SIZE_TOO_LARGE and not held:
+                suspects.append(entry)
+                continue
+            due = again_at.get(entry.failures)
+            if due is None:  # one for all, so that what failed together goes again together
+                due = again_at[entry.failures] = now + self._policy.delay_s(max(1, entry.failures), self._random)
+            self._wait_until(due, entry)
+        if suspects:
+            middle = len(suspects) // 2
+            self._suspects.append(suspects[middle:])
+            if middle:
+                self._suspects.append(suspects[:middle])
+        if self._strict:
+            for index in range(len(flight.envelopes)):
+                if index not in failed:
+                    group = flight.entries[index].group if flight.entries else self._group(flight.envelopes[index])
+                    if group is not None:
+                        self._free(group)
+
+    def add_dead_letter(self, envelope: Envelope[Any], origin: Ended, now: float) -> None:
+        """An envelope that is to be sent instead of one that ended."""
+        entry = Entry(envelope, origin.entry.seq, now, None)
+        entry.origin = origin
+        self._ready.append(entry)
+
+    # -- time
+
+    def due_at(self, now: float, wall: float) -> float | None:
+        """When `next_flight` should be asked again, if nothing else happens."""
+        due = self._timers[0][0] if self._timers else None
+        if self._scheduled:
+            at = now + max(0.0, self._scheduled[0][0] - wall)
+            due = at if due is None else min(due, at)
+        return due
+
+    def expire(self, now: float) -> None:
+        """Ends what is too old to be sent again, while nothing is sent."""
+        if self._policy.max_age_s is None:
+            return
+        for group, lane in list(self._lanes.items()):
+            first = lane.entries[0] if lane.entries else None
+            lane.entries = [entry for entry in lane.entries if not self._end_if_too_old(entry, now, owns_lane=False)]
+            if not lane.entries and not lane.busy:
+                del self._lanes[group]
+            elif lane.entries and lane.entries[0] is not first:
+                self._set_due(group, lane, now)
+        suspects, self._suspects = self._suspects, []
+        for group_of_them in suspects:
+            kept = [entry for entry in group_of_them if not self._end_if_too_old(entry, now)]
+            if kept:
+                self._suspects.append(kept)
+        ready, self._ready = self._ready, deque()
+        self._ready.extendleft([entry for entry in reversed(ready) if not self._end_if_too_old(entry, now)])
+        self._timers = [timer for timer in self._timers if timer[3] is None or not self._end_if_too_old(timer[3], now)]
+        heapq.heapify(self._timers)
+
+    # -- as a whole
+
+    @property
+    def scheduled(self) -> int:
+        """How many envelopes are held for their `scheduled_time`."""
+        return len(self._scheduled)
+
+    @property
+    def waiting(self) -> int:
+        """How many envelopes are here and not in flight."""
+        return sum(1 for _ in self._all_waiting())
+
+    def oldest(self) -> int | None:
+        """The lowest number of those that have no outcome, the scheduled ones not counted."""
+        seqs = (min(flight.seqs) if flight.entries else flight.seqs[0] for flight in self._flights)
+        scheduled = {id(entry) for _, _, entry in self._scheduled}
+        waiting = (entry.seq for entry in self._all_waiting() if id(entry) not in scheduled)
+        return min(chain(seqs, waiting), default=None)
+
+    def flights(self) -> list[Flight]:
+        """What is in flight."""
+        return list(self._flights)
+
+    def give_up(self) -> list[Entry]:
+        """Takes out all that waits here."""
+        entries = sorted(self._all_waiting(), key=attrgetter("seq"))
+        self._suspects.clear()
+        self._ready.clear()
+        self._lanes.clear()
+        self._timers.clear()
+        self._scheduled.clear()
+        return entries
+
+    # -- inside
+
+    def _all_waiting(self) -> Iterator[Entry]:
+        yield from chain.from_iterable(self._suspects)
+        yield from self._ready
+        for lane in self._lanes.values():
+            yield from lane.entries
+        for _, _, _, entry in self._timers:
+            if entry is not None:
+                yield entry
+        for _, _, entry in self._scheduled:
+            yield entry
+
+    def _depart(self, flight: Flight) -> Flight:
+        self._flights.add(flight)
+        self.in_flight += 1
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        self._flights.remove(flight)
+        self.in_flight -= 1
+        if flight.isolated:
+            self._isolating = False
+
+    def _entry(self, flight: Flight, index: int) -> Entry:
+        if flight.entries is not None:
+            return flight.entries[index]
+        envelope = flight.envelopes[index]
+        return Entry(envelope, flight.seqs[index], flight.accepted_at, self._group(envelope))
+
+    def _group(self, envelope: Envelope[Any]) -> Hashable | None:
+        key = envelope.key
+        within: Hashable
+        if key is None:
+            within = envelope.partition
+            if within is None:
+                return None
+        elif isinstance(key, str):
+            within = key.encode("utf-8", "surrogatepass")  # the same record key as these bytes
+        elif isinstance(key, bytes):
+            within = bytes(key)
+        else:
+            return None  # refused when it is mapped
+        return envelope.topic or self._topic, within
+
+    def _divert(self, batch: Formed, wall: float) -> tuple[list[Envelope[Any]], list[int]]:
+        """What of a batch may be sent now, and its numbers; the rest waits here."""
+        envelopes: list[Envelope[Any]] = []
+        seqs: list[int] = []
+        for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
+            group = self._group(envelope)
+            if batch.scheduled and self._hold_scheduled and envelope.scheduled_time is not None:
+                due = envelope.scheduled_time.timestamp()
+                if due > wall:
+                    heapq.heappush(self._scheduled, (due, seq, Entry(envelope, seq, batch.accepted_at, group)))
+                    continue
+            if group is not None:
+                lane = self._lanes.get(group)
+                if lane is not None:
+                    lane.insert(Entry(envelope, seq, batch.accepted_at, group))
+                    continue
+                if self._strict:
+                    self._lanes[group] = lane = _Lane()
+                    lane.busy = True
+            envelopes.append(envelope)
+            seqs.append(seq)
+        return envelopes, seqs
+
+    def _may_go_again(self, entry: Entry, error: KbatchError, flight: Flight, now: float) -> bool:
+        if isinstance(error, SerializationError) and error.index is not None:
+            return False
+        if isinstance(error, DeliveryError):
+            if error.code == _MSG_SIZE_TOO_LARGE:
+                return not (flight.isolated and len(flight.envelopes) == 1)
+            if not error.retriable and not error.fatal:
+                return False
+        entry.failures += 1
+        if not is_outage(error):
+            entry.attempts += 1
+            if self._policy.max_attempts is not None and entry.attempts >= self._policy.max_attempts:
+                return False
+        return not self._is_past_max_age(entry, now)
+
+    def _wait_until(self, due: float, entry: Entry) -> None:
+        group = entry.group
+        if group is None:
+            heapq.heappush(self._timers, (due, entry.seq, None, entry))
+            return
+        lane = self._lanes.get(group)
+        if lane is None:
+            lane = self._lanes[group] = _Lane()
+        lane.busy = False
+        if lane.insert(entry) or self._strict:
+            self._set_due(group, lane, due)
+
+    def _set_due(self, group: Hashable, lane: _Lane, due: float) -> None:
+        lane.due = due
+        heapq.heappush(self._timers, (due, lane.entries[0].seq, group, None))
+
+    def _call_due(self, now: float, wall: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            due, _, group, entry = heapq.heappop(self._timers)
+            if entry is not None:
+                self._ready.append(entry)
+                continue
+            assert group is not None
+            lane = self._lanes.get(group)
+            if lane is None or lane.busy or lane.due != due or not lane.entries:
+                continue
+            if self._strict:
+                lane.busy = True
+                self._ready.append(lane.entries.pop(0))
+            else:
+                self._ready.extend(lane.entries)
+                del self._lanes[group]
+        while self._scheduled and self._scheduled[0][0] <= wall:
+            _, _, entry = heapq.heappop(self._scheduled)
+            self._call_scheduled(entry)
+
+    def _call_scheduled(self, entry: Entry) -> None:
+        if self._strict and entry.group is not None:
+            lane = self._lanes.get(entry.group)
+            if lane is not None:
+                lane.insert(entry)
+                return
+            self._lanes[entry.group] = lane = _Lane()
+            lane.busy = True
+        self._ready.append(entry)
+
+    def _free(self, group: Hashable) -> None:
+        lane = self._lanes[group]
+        if lane.entries:
+            self._ready.append(lane.entries.pop(0))
+        else:
+            del self._lanes[group]
+
+    def _is_past_max_age(self, entry: Entry, now: float) -> bool:
+        return self._policy.max_age_s is not None and now - entry.accepted_at >= self._policy.max_age_s
+
+    def _end_if_too_old(self, entry: Entry, now: float, *, owns_lane: bool = True) -> bool:
+        if not self._is_past_max_age(entry, now):
+            return False
+        error = entry.error or SenderError(f"not sent within max_age_s={self._policy.max_age_s}")
+        self.ended.append(Ended(entry, error))
+        if self._strict and owns_lane and entry.group is not None:
+            self._free(entry.group)
+        return True
+
+
+def _flight_of(entries: list[Entry], *, isolated: bool = False) -> Flight:
+    return Flight(
+        [entry.envelope for entry in entries],
+        [entry.seq for entry in entries],
+        entries[0].accepted_at,
+        entries,
+        isolated=isolated,
+    )
+
+
+def _code(error: KbatchError) -> int | None:
+    return error.code if isinstance(error, DeliveryError) else None

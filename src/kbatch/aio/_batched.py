@@ -1,0 +1,200 @@
+"""Envelopes one at a time go out in batches: the sender for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import inspect
+import time
+from typing import TYPE_CHECKING, Any
+
+from kbatch._base_producer import check_timeout
+from kbatch._errors import SenderFullError
+from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
+from kbatch._sender import answer_refusal
+from kbatch._sending._agent import BaseSendingAgent, Outcome
+from kbatch._sending._batched import BaseBatchedSender
+from kbatch.aio._sender import KafkaSender, give
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kbatch import _contract
+    from kbatch._contract import OutgoingBatch
+    from kbatch._fastmap import Envelope
+    from kbatch.aio._contract import SenderCallback
+
+__all__ = ["BatchedSender", "SendingAgent"]
+
+_YIELD_EVERY = 1000  # envelopes, after which a task that only sends lets others run
+_LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
+
+
+class SendingAgent(BaseSendingAgent):
+    """As `kbatch.SendingAgent`; ``on_failed`` and ``on_state_change`` may be coroutine functions.
+
+    They are called on the event loop from which the first envelope was sent. If that loop is closed, envelopes that are
+    given up are in ``failed``, and an error is logged.
+    """
+
+    _shown = "kbatch.aio.SendingAgent"
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def send_batch(self, callback: SenderCallback | _contract.SenderCallback, batch: OutgoingBatch) -> None:
+        """As `kbatch.SendingAgent.send_batch`."""
+        if self._thread is None:
+            await self._start_from_loop()
+        trial = self._admit(batch)
+        if trial is None:
+            _, refusal = answer_refusal(self._handle.producer, batch, self._latched(), True)
+            await give(callback, batch, "mark_sender_is_latched", refusal)
+            return
+        outcome = Outcome(callback)
+        try:
+            await KafkaSender(self._handle.producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
+        finally:
+            self._note(outcome.verdict, trial, time.monotonic())
+
+    async def _start_from_loop(self) -> None:
+        self._loop = self._loop or asyncio.get_running_loop()
+        await in_thread("kbatch-start", self._start)
+
+    def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
+        loop = self._loop
+        if loop is None or callback == self._keep_failure:
+            super()._call_back(callback, *arguments)
+            return
+        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+
+        async def run() -> None:
+            try:
+                result = callback(*arguments)
+                if inspect.isawaitable(result):
+                    await result
+            except BaseException as error:
+                ended.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+                if not isinstance(error, Exception):
+                    raise
+            else:
+                ended.set_result(None)
+
+        tasks: list[asyncio.Task[None]] = []  # a loop itself keeps weak references
+        if not call_on_loop(loop, lambda: tasks.append(loop.create_task(run()))):
+            raise RuntimeError("the event loop for the callback is closed")
+        while True:
+            try:
+                ended.result(_LOOK_AT_LOOP_S)
+                return
+            except concurrent.futures.TimeoutError:
+                if ended.done():
+                    raise
+                if loop.is_closed():
+                    raise RuntimeError("the event loop was closed before the callback had ended") from None
+
+
+class BatchedSender(BaseBatchedSender):
+    """Takes envelopes one at a time, from any task and loop, and sends them in batches; the agent sees to what fails.
+
+    As `kbatch.BatchedSender`. `send` waits while the buffer is full, without a thread; a task that does nothing but
+    send lets others run now and then.
+    """
+
+    _shown = "kbatch.aio.BatchedSender"
+    _agent_class = SendingAgent
+    _agent: SendingAgent
+    _starting = 0  # calls that wait for the start, or for such calls before them
+
+    async def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> None:  # type: ignore[override]
+        """As `kbatch.BatchedSender.send`. If the task is cancelled, its envelope may have been taken."""
+        if not self._is_used or self._starting:
+            await self._await_start()
+        if not self.try_send(envelope):
+            await self._wait_for_place(envelope, timeout)
+        elif self.accepted % _YIELD_EVERY == 0:
+            await asyncio.sleep(0)
+
+    async def _await_start(self) -> None:
+        # In the order of the calls.
+        self._starting += 1
+        try:
+            turn = self._turns.join()
+            try:
+                await turn.come()
+                if not self._is_used:
+                    self._agent._loop = asyncio.get_running_loop()
+                    await in_thread("kbatch-start", self._start)
+            finally:
+                turn.leave()
+        finally:
+            self._starting -= 1
+
+    @functools.cached_property
+    def _turns(self) -> Turns:
+        return Turns()
+
+    async def _wait_for_place(self, envelope: Envelope[Any], timeout: float | None) -> None:
+        check_timeout(timeout)
+        waker = LoopWaker()
+        timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
+        waiter = self._line_up(envelope, waker)
+        try:
+            await waker.future
+        finally:
+            self._leave_line(waiter)
+            if timer is not None:
+                timer.cancel()
+        if waiter.taken:
+            return
+        if self._is_refusing:
+            self._refuse()
+        raise SenderFullError(
+            f"no room for the envelope within {timeout} s: {len(self)} are waiting for their acknowledgement"
+        )
+
+    async def flush(self, timeout: float | None = None) -> int:
+        """As `kbatch.BatchedSender.flush`."""
+        check_timeout(timeout)
+        if not self._is_used:
+            return 0
+        self._check_fork()
+        seq = self._close_filling()
+        await self._come_to(seq, timeout)
+        return self._agent._left(seq)
+
+    async def drain(self, timeout: float | None = None) -> int:
+        """As `kbatch.BatchedSender.drain`."""
+        check_timeout(timeout)
+        self._stop_accepting()
+        if len(self):
+            self._check_fork()
+            await self._come_to(None, timeout)
+        return len(self)
+
+    async def close(self, timeout: float | None = None) -> int:
+        """As `kbatch.BatchedSender.close`. If the task is cancelled, closing goes on without it."""
+        check_timeout(timeout)
+        self._stop_accepting()
+        return await in_thread("kbatch-close", lambda: self._close(timeout))
+
+    async def _come_to(self, seq: int | None, timeout: float | None) -> None:
+        waker = LoopWaker()
+        timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
+        watcher = self._agent._when_done(seq, waker)
+        try:
+            await waker.future
+        finally:
+            self._agent._unwatch(watcher)
+            if timer is not None:
+                timer.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._check_sent(await self.close(), error)
