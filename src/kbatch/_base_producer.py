@@ -56,27 +56,30 @@ class BaseProducer:
             raise
         finally:
             del config
-        self._configure(parsed, wire, encoder, source, header_hook, close_timeout, max_in_flight)
-
-    def _configure(self, parsed: ProducerConfig, *options: Any) -> None:
-        wire, encoder, source, header_hook, close_timeout, max_in_flight = options
-        self._made_of = (parsed, *options)
-        self._close_timeout = close_timeout
+        self._parsed = parsed
         self._fingerprint = parsed.fingerprint
+        self._mapper = Mapper(
+            wire,
+            msgspec.json.Encoder() if encoder is None else encoder,
+            source,
+            header_hook,
+            parsed.message_max_bytes,
+            parsed.queue_max_bytes,
+        )
+        self._close_timeout = close_timeout
+        self._max_in_flight = max_in_flight
+        self._assemble()
+
+    def _assemble(self) -> None:
+        """Makes what a twin does not share."""
+        parsed = self._parsed
         self._callback_thread = CallbackThread("kbatch-callbacks")
         transactions = CallbackThread("kbatch-transactions")
         self._core = Core(
             parsed.native,
-            Mapper(
-                wire,
-                msgspec.json.Encoder() if encoder is None else encoder,
-                source,
-                header_hook,
-                parsed.message_max_bytes,
-                parsed.queue_max_bytes,
-            ),
+            self._mapper,
             make_dispatcher(parsed, self._callback_thread, lambda: core(), (transactions,)),
-            max_in_flight=max_in_flight,
+            max_in_flight=self._max_in_flight,
             delivery_timeout_s=parsed.delivery_timeout_s,
             on_start=watch_multiprocessing_child,
         )
@@ -87,14 +90,16 @@ class BaseProducer:
         CORES.add(self._core)
         self._prepare()
 
-    def _twin(self) -> Self:
-        """A new producer with the same settings, not started."""
-        twin = type(self).__new__(type(self))
-        twin._configure(*self._made_of)
-        return twin
-
     def _prepare(self) -> None:
         """What a kind of producer needs besides."""
+
+    def _twin(self) -> Self:
+        """A new producer with the same configuration and options, not started. What this one is doing stays its own."""
+        # The configuration is librdkafka's object, which each start copies: Python has no password to give again.
+        twin = type(self).__new__(type(self))
+        vars(twin).update(vars(self))
+        twin._assemble()
+        return twin
 
     def purge(self) -> None:
         """Gives up every message that is queued or in flight: its outcome is a failure.
@@ -149,6 +154,19 @@ class BaseProducer:
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         return self._core.records(batch)
+
+    def _send_detached(
+        self, batch: PendingBatch, timeout: float | None = None, *, waker: Callable[[], object] | None = None
+    ) -> None:
+        """Sends what is mapped, from any thread: returns at once, and its answer will come.
+
+        Raises as sending does; then there is no answer. `waker` is called at the end, unless this raises, on the thread
+        that wakes every event loop, so it must not block.
+        """
+        if self._transactions is None:
+            self._core.send_detached(batch, timeout, waker=waker)
+        else:
+            self._transactions.send(batch, timeout, waker)
 
     def _check_delivered(self, left: int, error: BaseException | None) -> None:
         # At the end of a `with` block, whose own error comes first. Also if it was closed within the block: what was

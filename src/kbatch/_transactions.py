@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from kbatch._errors import ABORTED_CODE, ProducerError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kbatch._callbacks import CallbackThread
     from kbatch._fastmap import Core
     from kbatch._pending import PendingBatch
@@ -53,15 +55,20 @@ class Transactions:
         self._initialized = False
         self._undecided: str | None = None  # why the last one has no known end: none can follow
 
-    def send(self, batch: PendingBatch, timeout: float | None) -> None:
-        """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent."""
+    def send(self, batch: PendingBatch, timeout: float | None, waker: Callable[[], object] | None = None) -> None:
+        """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent.
+
+        `waker` is as in `Core.send_detached`; it is not called if this raises.
+        """
         try:
-            self._core.hold(batch, timeout)
+            self._core.hold(batch, timeout, waker=waker)
             if self._undecided is not None:
                 raise ProducerError(f"this producer can send no more: {self._undecided}; make a new one")
             self._thread.put(self._run, batch)
         except BaseException:
             # Ctrl-C may come when it is on hold and its thread has it, or will have it.
+            if waker is not None:
+                batch._remove_waker(waker)
             self._core.refuse_held(batch, _PURGE_QUEUE)
             raise
 

@@ -185,7 +185,14 @@ def test_secrets_cannot_be_reached_from_a_producer_and_its_batches() -> None:
 def test_neither_a_pickle_nor_a_copy() -> None:
     with kbatch.Producer({**SERVERS, **SECRETS}) as producer:
         parsed = ProducerConfig.parse({**SERVERS, **SECRETS})
-        for thing in (producer, producer._core, parsed, parsed.native, kbatch.KafkaSender(producer, "orders")):
+        for thing in (
+            producer,
+            producer._core,
+            producer._twin(),
+            parsed,
+            parsed.native,
+            kbatch.KafkaSender(producer, "orders"),
+        ):
             for attempt in (pickle.dumps, copy.deepcopy):
                 with pytest.raises(TypeError) as caught:
                     attempt(thing)

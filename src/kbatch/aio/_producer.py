@@ -62,7 +62,7 @@ class Producer(BaseProducer):
         del envelopes  # what the caller does not keep is freed with the batch, in slices
         with await mapping:
             left = None if end is None else end - time.monotonic()
-            self._send(batch, left)
+            self._send_detached(batch, left)
         try:
             done = await batch._wait_on_loop(left)
         except BaseException:
@@ -107,13 +107,6 @@ class Producer(BaseProducer):
             self._core.abandon(batch)
             raise
         return batch
-
-    def _send(self, batch: PendingBatch, timeout: float | None = None) -> None:
-        """Sends what is mapped; its answer will come."""
-        if self._transactions is None:
-            self._core.send_detached(batch, timeout)
-        else:
-            self._transactions.send(batch, timeout)
 
     async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> Turn:
         """Phase 1, in this call's turn. The batch is to be sent before the turn is left."""

@@ -53,7 +53,7 @@ class KafkaSender:
             later = producer._task_starter(callback, functools.partial(_give_later, callback, batch, pending))
             with await producer._map_batch(pending, self.topic, batch.envelopes):
                 mapped = True
-                producer._send(pending)
+                producer._send_detached(pending)
             await pending
         except BaseException as error:
             if pending is not None and pending.begun:

@@ -485,8 +485,10 @@ cdef class Core:
 
     # -- a batch that is one transaction: hold; enqueue_held, wait_for_outcome or give_up_held; conclude
 
-    def hold(self, Batch batch, timeout=None) -> None:
+    def hold(self, Batch batch, timeout=None, *, waker=None) -> None:
         """Takes a batch whose answer `conclude` gives: from here on it must come. Refusals are as in `send`.
+
+        `waker` is as in `send_detached`.
 
         Until then librdkafka lives, also while the producer is being closed.
         """
@@ -494,7 +496,7 @@ cdef class Core:
         cdef BatchState *state = &batch.state
         self._enter()
         try:
-            self._take(batch, deadline_after(timeout), None, None)
+            self._take(batch, deadline_after(timeout), waker, None)
             state.remaining += 1
             state.detached = 1  # who waits for it must not enqueue it
             kb_mutex_lock(&c.mu)
