@@ -49,6 +49,7 @@ def producer_of(setting: Setting) -> Any:
         encoder=setting.encoder,
         source=setting.source,
         header_hook=(lambda: setting.hook_headers) if setting.hook_headers else None,
+        carry_scheduled_time=setting.carry_scheduled_time,
     )
 
 

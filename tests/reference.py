@@ -100,6 +100,7 @@ class Setting:
     hook_headers: Sequence[tuple[str, Any]] = ()
     message_max_bytes: int = 1_000_000
     body_max_bytes: int = 1_048_576 * 1024
+    carry_scheduled_time: bool = False
 
 
 class Record(NamedTuple):
@@ -152,6 +153,9 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
     topic = attempt("topic", check_topic, arguments.get("topic") if arguments.get("topic") is not None else topic)
     if not bad and arguments.get("deliver_by") is not None and arguments["deliver_by"] <= setting.batch_time:
         return None  # what is not sent is not looked at
+    scheduled = arguments.get("scheduled_time")
+    if scheduled is not None and scheduled > setting.batch_time and not setting.carry_scheduled_time:
+        bad.add("scheduled_time")
     key = attempt("key", key_or_value, arguments.get("key"))
     body_field = "data" if arguments.get("data") is not None else "message"
     value = None if spec.tombstone else attempt(body_field, body_bytes, arguments, topic, setting.encoder)

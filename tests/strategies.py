@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from types import MappingProxyType
 from typing import Any
@@ -107,6 +108,8 @@ deadlines = st.one_of(
     st.datetimes(datetime(2100, 1, 1), LAST, timezones=zones),
     st.datetimes(FIRST, datetime(2020, 1, 1), timezones=zones),
 )
+past_times = st.datetimes(FIRST, datetime(2020, 1, 1), timezones=zones)
+future_times = st.datetimes(datetime(2100, 1, 1), LAST, timezones=zones)
 ids = st.one_of(st.uuids(), st.sampled_from([uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)]))
 partitions = st.one_of(st.none(), st.sampled_from([0, 1, 2**31 - 1]), st.integers(0, 2**31 - 1))
 timestamps = st.one_of(st.none(), st.sampled_from([1, 1_795_425_405_123, 2**63 - 1]), st.integers(1, 2**63 - 1))
@@ -181,7 +184,8 @@ settings = st.builds(
     source=st.sampled_from([None, "fleet-1", ""]),
     encoder=st.sampled_from(list(ENCODERS.values())),
     hook_headers=st.sampled_from([(), (("traceparent", "00-ab-cd-01"), ("baggage", None))]),
-)
+    carry_scheduled_time=st.booleans(),
+).map(lambda setting: replace(setting, carry_scheduled_time=setting.carry_scheduled_time and setting.wire != "raw"))
 
 _optional: dict[str, Any] = {
     "key": keys,
@@ -191,7 +195,6 @@ _optional: dict[str, Any] = {
     "id": ids,
     **dict.fromkeys(TEXT_FIELDS, texts),
     "sent_at": times,
-    "scheduled_time": times,
     "deliver_by": deadlines,
     "attempts": attempts,
 }
@@ -212,6 +215,7 @@ def specs(draw: st.DrawFn, setting: Setting) -> Spec:
         return Spec({"key": key, **draw(st.fixed_dictionaries({}, optional=optional))}, tombstone=True)
     body = draw(st.one_of(st.fixed_dictionaries({"message": messages}), st.fixed_dictionaries({"data": buffers})))
     optional = {**_optional, "headers": headers[setting.wire], "conversation_id": conversation_ids(setting.wire)}
+    optional["scheduled_time"] = times if setting.carry_scheduled_time else past_times
     required = {}
     if setting.wire == "cloudevents":
         optional |= dict.fromkeys(NEVER_EMPTY, texts.filter(len))
@@ -233,6 +237,7 @@ def spoilt(draw: st.DrawFn, setting: Setting) -> Spec:
     faults = ["topic", "key", "headers"]
     if not spec.tombstone:
         faults += ["message"] + ([*TEXT_FIELDS, "conversation_id"] if setting.wire != "raw" else [])
+        faults += [] if setting.carry_scheduled_time else ["scheduled_time"]
     for fault in draw(st.lists(st.sampled_from(faults), min_size=1, max_size=2, unique=True)):
         if fault == "message":
             arguments.pop("data", None)
@@ -243,6 +248,8 @@ def spoilt(draw: st.DrawFn, setting: Setting) -> Spec:
             arguments["key"] = draw(st.one_of(torn_texts, not_text_nor_octets))
         elif fault == "topic":
             arguments["topic"] = draw(st.one_of(torn_texts, not_text, st.sampled_from(bad_topics)))
+        elif fault == "scheduled_time":
+            arguments[fault] = draw(future_times)
         elif fault == "conversation_id" and setting.wire == "wolverine":
             arguments[fault] = draw(st.one_of(torn_texts, not_text, st.sampled_from(not_guids)))
         elif fault in NEVER_EMPTY and setting.wire == "cloudevents":

@@ -42,6 +42,7 @@ def _vector(entry: dict[str, Any]) -> Vector:
         source=entry["source"],
         encoder=ENCODERS[entry["encoder"]],
         hook_headers=_pairs(entry["hook_headers"]),
+        carry_scheduled_time=entry["carry_scheduled_time"],
     )
     expected = _record(entry, entry["expected"]) if "expected" in entry else entry["error"]
     return Vector(entry["name"], entry["topic"], Spec(arguments, tombstone), setting, expected)

@@ -46,9 +46,10 @@ class BaseProducer:
         header_hook: Callable[[], HeadersLike | None] | None = None,
         close_timeout: float = 30.0,
         max_in_flight: int = 20_000,
+        carry_scheduled_time: bool = False,
     ) -> None:
         try:
-            _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight)
+            _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight, carry_scheduled_time)
             parsed = ProducerConfig.parse(config)
         except BaseException as error:
             # Whoever prints local variables with a traceback must not find passwords in those of kbatch.
@@ -65,6 +66,7 @@ class BaseProducer:
             header_hook,
             parsed.message_max_bytes,
             parsed.queue_max_bytes,
+            carry_scheduled_time=carry_scheduled_time,
         )
         self._close_timeout = close_timeout
         self._max_in_flight = max_in_flight
@@ -182,7 +184,13 @@ def check_timeout(timeout: float | None) -> None:
 
 
 def _check_arguments(
-    wire: Any, encoder: Any, source: Any, header_hook: Any, close_timeout: Any, max_in_flight: Any
+    wire: Any,
+    encoder: Any,
+    source: Any,
+    header_hook: Any,
+    close_timeout: Any,
+    max_in_flight: Any,
+    carry_scheduled_time: Any,
 ) -> None:
     if isinstance(wire, str):
         if wire not in _WIRES:
@@ -207,3 +215,7 @@ def _check_arguments(
         raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
+    if not isinstance(carry_scheduled_time, bool):
+        raise ConfigError(f"carry_scheduled_time must be bool, not {type(carry_scheduled_time).__name__}")
+    if carry_scheduled_time and wire == "raw":
+        raise ConfigError("carry_scheduled_time=True contradicts wire='raw', which has no place for it")

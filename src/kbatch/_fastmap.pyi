@@ -237,6 +237,8 @@ class Mapper:
         header_hook: Callable[[], HeadersLike | None] | None,
         message_max_bytes: int,
         queue_max_bytes: int,
+        *,
+        carry_scheduled_time: bool = False,
     ) -> None: ...
 
 @disjoint_base

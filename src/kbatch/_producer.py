@@ -39,6 +39,8 @@ class Producer(BaseProducer):
         header_hook: Called once per batch; returns headers that are added to each of its envelopes.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages may be in flight before ``submit`` waits.
+        carry_scheduled_time: An envelope whose ``scheduled_time`` is in the future is sent at once and carries it, for
+            a reader that waits until then. Without it such an envelope is refused with `SerializationError`.
 
     Raises:
         ConfigError: An unknown key, a bad value, a contradiction, a missing ``bootstrap.servers``.

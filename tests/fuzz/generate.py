@@ -59,6 +59,7 @@ SETTINGS = [
         hook_headers=hook_headers,
         message_max_bytes=message_max_bytes,
         body_max_bytes=body_max_bytes,
+        carry_scheduled_time=source is None and wire != "raw",
     )
     for wire in RESERVED
     for encoder in ENCODERS.values()

@@ -34,6 +34,7 @@ def make_producer(kafka: ExternalCluster, setting: Setting, **config: Any) -> kb
         encoder=setting.encoder,
         source=setting.source,
         header_hook=(lambda: setting.hook_headers) if setting.hook_headers else None,
+        carry_scheduled_time=setting.carry_scheduled_time,
     )
 
 
@@ -136,7 +137,7 @@ def number_of(record: Stored) -> int:
 def test_envelopes_at_random(kafka: ExternalCluster, wire: str) -> None:
     topic = kafka.create_topic(partitions=PARTITIONS, config=ANY_TIME)
     hook = (("traceparent", "00-ab-cd-01"), ("baggage", None))
-    setting = Setting(wire=wire, source="fleet-1", hook_headers=hook)
+    setting = Setting(wire=wire, source="fleet-1", hook_headers=hook, carry_scheduled_time=wire != "raw")
     specs = for_a_topic(random_specs(setting, 7, COUNT), PARTITIONS)
     envelopes = [mapping.envelope_of(spec) for spec in specs]
     specs = [

@@ -21,7 +21,7 @@ from tests.reference import Setting
 ID = uuid.UUID("01934a2b-3c4d-7e5f-8a9b-0c1d2e3f4a5b")
 MOMENT = datetime(2026, 11, 23, 9, 16, 45, 123456, tzinfo=timezone.utc)
 LATER = datetime(2099, 12, 31, 23, 59, 59, tzinfo=timezone.utc)
-SETTING = Setting(wire="cloudevents", source="/producer")
+SETTING = Setting(wire="cloudevents", source="/producer", carry_scheduled_time=True)
 
 
 def mapped(*envelopes: Envelope) -> list[KafkaMessage]:

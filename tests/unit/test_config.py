@@ -261,6 +261,12 @@ class Later:
         ({"encoder": Later()}, "encoder must not be a coroutine function"),
         ({"source": b"shop"}, "source must be str, not bytes"),
         ({"header_hook": {}}, "header_hook must be callable, not dict"),
+        ({"carry_scheduled_time": 1}, "carry_scheduled_time must be bool, not int"),
+        ({"carry_scheduled_time": None}, "carry_scheduled_time must be bool, not NoneType"),
+        (
+            {"carry_scheduled_time": True, "wire": "raw"},
+            "carry_scheduled_time=True contradicts wire='raw', which has no place for it",
+        ),
         ({"close_timeout": -1}, "close_timeout must be seconds, 0 or more, not -1"),
         ({"close_timeout": float("nan")}, "close_timeout must be seconds"),
         ({"close_timeout": None}, "close_timeout must be seconds"),

@@ -111,13 +111,15 @@ cdef class Mapper:
     cdef frozenset reserved
     cdef int64_t message_max_bytes
     cdef int64_t queue_max_bytes
+    cdef bint carry_scheduled_time    # a time in the future is the reader's business
     # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back
     # when one shrinks below half of it. A message that starts at `scratch_base`, the middle of the scratch's
     # memory, and is no longer than a third of that, therefore moves nothing. This matters to speed only.
     cdef bytearray scratch
     cdef Py_ssize_t scratch_base
 
-    def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes):
+    def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes, *,
+                 carry_scheduled_time=False):
         if wire == "kbatch":
             self.wire, self.reserved = WIRE_KBATCH, KBATCH_HEADERS
         elif wire == "wolverine":
@@ -142,6 +144,7 @@ cdef class Mapper:
         self.header_hook = header_hook
         self.message_max_bytes = message_max_bytes
         self.queue_max_bytes = queue_max_bytes
+        self.carry_scheduled_time = carry_scheduled_time
 
 
 cdef class _Mapping:
@@ -662,6 +665,15 @@ cdef class _Mapping:
         self._put_headers(&at, pairs, "headers")
         return self._end_headers(record, &at, most)
 
+    cdef int _refuse_scheduled(self) except -1:
+        carry = ""
+        if self.mapper.wire != WIRE_RAW:
+            carry = ", or make the producer with carry_scheduled_time=True, so that its reader waits"
+        raise self._error(
+            "scheduled_time",
+            f"scheduled_time {time_object(self.envelope._scheduled_time).isoformat()} is in the future, and a producer "
+            f"sends at once: give the envelope to a BUFFERED sender, which waits until then{carry}")
+
     cdef int _map_one(self, object item, Record *record) except -1:
         cdef Envelope e
         if not isinstance(item, Envelope):
@@ -677,6 +689,8 @@ cdef class _Mapping:
         if e._deliver_by != NO_TIME and e._deliver_by <= self.now_us:
             record.flags = RECORD_EXPIRED
             return 0
+        if e._scheduled_time > self.now_us and not self.mapper.carry_scheduled_time:
+            self._refuse_scheduled()
         if self.mapper.wire == WIRE_CUSTOM:
             return self._map_custom(record)
         self._map_key(record)
