@@ -40,6 +40,7 @@ from kbatch._sender import KafkaSender
 from kbatch._sending._agent import SendingAgent
 from kbatch._sending._batched import BatchedSender
 from kbatch._sending._circuit import CircuitState
+from kbatch._sending._inline import InlineSender
 from kbatch._sending._retry import RetryPolicy
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__
@@ -60,6 +61,7 @@ __all__ = [
     "DeserializationError",
     "Envelope",
     "ForkError",
+    "InlineSender",
     "KafkaSender",
     "KbatchError",
     "OutgoingBatch",

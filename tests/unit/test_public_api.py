@@ -55,8 +55,8 @@ def run(code: str) -> str:
 
 PUBLIC = """
     BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError ConsumedRecord DeliveryError DeliveryReport
-    DeserializationError Envelope ForkError KafkaSender KbatchError OutgoingBatch PendingBatch Producer
-    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError SenderCallback SenderProtocol
+    DeserializationError Envelope ForkError InlineSender KafkaSender KbatchError OutgoingBatch PendingBatch
+    Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError SenderCallback SenderProtocol
     SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader
     __version__ librdkafka_version read_envelope uuid7
 """

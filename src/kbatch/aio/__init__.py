@@ -19,11 +19,13 @@ that runs on the loop.
 from kbatch._pending import PendingBatch
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._contract import SenderCallback, SenderProtocol
+from kbatch.aio._inline import InlineSender
 from kbatch.aio._producer import Producer
 from kbatch.aio._sender import KafkaSender
 
 __all__ = [
     "BatchedSender",
+    "InlineSender",
     "KafkaSender",
     "PendingBatch",
     "Producer",

@@ -1,0 +1,154 @@
+"""One envelope at a time, each with its own answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kbatch._base_producer import check_timeout
+from kbatch._errors import (
+    ProducerClosedError,
+    ProducerFatalError,
+    ProducerFencedError,
+    SenderClosedError,
+    UndeliveredError,
+)
+from kbatch._sending._handle import ProducerHandle
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kbatch._base_producer import BaseProducer
+    from kbatch._fastmap import Envelope
+    from kbatch._producer import Producer
+    from kbatch._report import DeliveryReport
+
+__all__ = ["BaseInlineSender", "InlineSender"]
+
+
+class BaseInlineSender:
+    """What does not wait of an inline sender, be it blocking or for asyncio."""
+
+    _shown = "kbatch.InlineSender"
+
+    def __init__(self, producer: BaseProducer, topic: str | None, *, close_timeout: float = 30.0) -> None:
+        check_timeout(close_timeout)
+        self.topic = topic
+        self._close_timeout = close_timeout
+        self._handle = ProducerHandle.of(producer)
+        self._handle.acquire()
+        self._held = [self._handle]  # empty once it is closed: whoever takes it out releases it
+        self._closed = False
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closed
+
+    def _refuse(self) -> None:
+        raise SenderClosedError("the sender is closed")
+
+    def _check_refusal(self, producer: BaseProducer, error: Exception) -> None:
+        """Raises, unless what a producer refused may be sent by its successor. Nothing of it was sent."""
+        if self._closed:
+            raise SenderClosedError("the sender is closed") from None
+        # Closed with another in its place: one of the senders that share it has had it replaced.
+        replaced = self._handle.producer is not producer
+        if isinstance(error, ProducerFencedError) or not (replaced or isinstance(error, ProducerFatalError)):
+            raise error
+
+    def _answer(self, report: DeliveryReport) -> DeliveryReport:
+        if report.failed:
+            error = report.errors[0]
+            error.report = report
+            raise error
+        return report
+
+    def _begin_closing(self) -> ProducerHandle | None:
+        """What is to be released, the first time."""
+        self._closed = True
+        try:
+            return self._held.pop()
+        except IndexError:
+            return None
+
+    def _check_delivered(self, left: int, error: BaseException | None) -> None:
+        # At the end of a `with` block, whose own error comes first.
+        if left and error is None:
+            raise UndeliveredError(f"{left} envelopes were not acknowledged when the sender was closed", count=left)
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else f"by {self._handle.producer!r}"
+        return f"<{self._shown} to {self.topic!r} {state}>"
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a sender cannot be pickled: it shares a producer, which owns threads and connections")
+
+
+class InlineSender(BaseInlineSender):
+    """Sends one envelope at a time and waits for its answer. Any number of threads may use one sender.
+
+    Envelopes that are sent at the same time share requests to the broker.
+
+    Args:
+        producer: Stays the caller's; closing it is not this object's business. When it is in its fatal state a new one
+            with its settings sends in its place, for all senders that share it, until the last of them is closed.
+        topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+        close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
+    """
+
+    def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None:
+        super().__init__(producer, topic, close_timeout=close_timeout)
+
+    def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> DeliveryReport:
+        """Blocks until the envelope has its outcome. The GIL is released while it waits, and Ctrl-C works.
+
+        Args:
+            envelope: With a ``deliver_by`` that has passed it is not sent, and the report says so: ``expired``.
+            timeout: Seconds to wait; ``None`` waits until it is settled, which ``delivery.timeout.ms`` bounds.
+
+        Returns:
+            The report of this envelope: its partition, its offset.
+
+        Raises:
+            DeliveryError: It was not acknowledged. ``possibly_persisted`` says whether it may be stored all the same.
+            SerializationError: It could not be mapped. Nothing was sent.
+            BatchPending: `timeout` has passed. The error carries what is pending, which goes on.
+            SenderClosedError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent.
+        """
+        if self._closed:
+            self._refuse()
+        producer: Any = self._handle.producer
+        try:
+            report: DeliveryReport = producer.send_batch(self.topic, (envelope,), timeout=timeout)
+        except (ProducerFatalError, ProducerClosedError) as error:
+            self._check_refusal(producer, error)
+        else:
+            return self._answer(report)
+        self._handle.replace(producer)
+        successor: Any = self._handle.producer
+        return self._answer(successor.send_batch(self.topic, (envelope,), timeout=timeout))
+
+    def close(self, timeout: float | None = None) -> int:
+        """Refuses envelopes from now on, and closes the producer if it is the last sender of one that kbatch made.
+
+        What other threads are sending has its answer; if the producer is closed, by then. May be called again.
+
+        Args:
+            timeout: Seconds for what is in flight; ``None`` is the ``close_timeout``.
+
+        Returns:
+            How many envelopes ended without an acknowledgement since closing began; 0 if this closed no producer.
+        """
+        check_timeout(timeout)
+        held = self._begin_closing()
+        return 0 if held is None else held.release(self._close_timeout if timeout is None else timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._check_delivered(self.close(), error)

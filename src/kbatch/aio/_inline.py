@@ -1,0 +1,69 @@
+"""One envelope at a time on an event loop, each with its own answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kbatch._base_producer import check_timeout
+from kbatch._errors import ProducerClosedError, ProducerFatalError
+from kbatch._loop import in_thread
+from kbatch._sending._inline import BaseInlineSender
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kbatch._fastmap import Envelope
+    from kbatch._report import DeliveryReport
+    from kbatch.aio._producer import Producer
+
+__all__ = ["InlineSender"]
+
+
+class InlineSender(BaseInlineSender):
+    """Sends one envelope at a time and awaits its answer. Any number of tasks and loops may use one sender.
+
+    Takes what `kbatch.InlineSender` takes, with a `kbatch.aio.Producer`.
+    """
+
+    _shown = "kbatch.aio.InlineSender"
+
+    def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None:
+        super().__init__(producer, topic, close_timeout=close_timeout)
+
+    async def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> DeliveryReport:
+        """Waits until the envelope has its outcome.
+
+        Takes, returns and raises what `kbatch.InlineSender.send` does. If the task is cancelled, the envelope is not
+        sent if it was not yet handed to librdkafka, and goes on otherwise.
+        """
+        if self._closed:
+            self._refuse()
+        producer: Any = self._handle.producer
+        try:
+            report: DeliveryReport = await producer.send_batch(self.topic, (envelope,), timeout=timeout)
+        except (ProducerFatalError, ProducerClosedError) as error:
+            self._check_refusal(producer, error)
+        else:
+            return self._answer(report)
+        await in_thread("kbatch-replace", lambda: self._handle.replace(producer))
+        successor: Any = self._handle.producer
+        return self._answer(await successor.send_batch(self.topic, (envelope,), timeout=timeout))
+
+    async def close(self, timeout: float | None = None) -> int:
+        """As `kbatch.InlineSender.close`. If the task is cancelled, closing goes on without it."""
+        check_timeout(timeout)
+        held = self._begin_closing()
+        if held is None:
+            return 0
+        left = self._close_timeout if timeout is None else timeout
+        return await in_thread("kbatch-close", lambda: held.release(left))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._check_delivered(await self.close(), error)
