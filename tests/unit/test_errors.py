@@ -56,6 +56,7 @@ def test_each_error_is_exported_and_no_other() -> None:
         (kbatch.SerializationError, ValueError),
         (kbatch.DeserializationError, ValueError),
         (kbatch.BatchPending, TimeoutError),
+        (kbatch.SenderFullError, TimeoutError),
     ],
 )
 def test_errors_that_are_builtin_ones_too(error: type[Exception], builtin: type[Exception]) -> None:
@@ -95,6 +96,10 @@ ERRORS = [
     kbatch.ProducerClosedError("a"),
     with_report(kbatch.ProducerFatalError("made up", code=45)),
     kbatch.ForkError("a"),
+    kbatch.SenderError("a"),
+    kbatch.SenderClosedError("a"),
+    kbatch.SenderFullError("a"),
+    kbatch.CircuitOpenError("a"),
 ]
 
 

@@ -17,7 +17,7 @@ PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_callbacks", "_librdkafka", "_loop"},
+    {"_version", "_serialization", "_callbacks", "_exit", "_librdkafka", "_loop"},
     {"_errors"},
     {"_fastmap"},
     {"_report", "_wire", "_config"},
@@ -54,11 +54,11 @@ def run(code: str) -> str:
 # -- names
 
 PUBLIC = """
-    BatchError BatchInterrupted BatchPending BatchTimedOut ConfigError ConsumedRecord DeliveryError DeliveryReport
-    DeserializationError Envelope ForkError InlineSender KafkaSender KbatchError OutgoingBatch PendingBatch
-    Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError SenderCallback SenderProtocol
-    SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError WireFormat WireReader
-    __version__ librdkafka_version read_envelope uuid7
+    BatchError BatchInterrupted BatchPending BatchTimedOut CircuitOpenError ConfigError ConsumedRecord DeliveryError
+    DeliveryReport DeserializationError Envelope ForkError InlineSender KafkaSender KbatchError OutgoingBatch
+    PendingBatch Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError SenderCallback
+    SenderClosedError SenderError SenderFullError SenderProtocol SerializationContext SerializationError Tombstone
+    TopicDoesNotExist UndeliveredError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 
