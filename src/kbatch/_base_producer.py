@@ -35,6 +35,7 @@ class BaseProducer:
     """A producer, but for what waits: sending, flushing, closing."""
 
     _shown = "kbatch.Producer"
+    _core_type = Core
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class BaseProducer:
         parsed = self._parsed
         self._callback_thread = CallbackThread("kbatch-callbacks")
         transactions = CallbackThread("kbatch-transactions")
-        self._core = Core(
+        self._core = self._core_type(
             parsed.native,
             self._mapper,
             make_dispatcher(parsed, self._callback_thread, lambda: core(), (transactions,)),

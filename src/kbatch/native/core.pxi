@@ -259,6 +259,9 @@ cdef class Core:
         if c.life == RUNNING or c.life == CLOSING:
             begin_closing(c)
             c.life = FINISHING
+        elif c.life == NEW:
+            c.dispatcher_stop = 1  # that of `start_in_memory`, which no drainer ends
+            kb_cond_signal(&c.dispatcher_cond)
         kb_cond_signal(&c.drainer_cond)
         kb_mutex_unlock(&c.mu)
         client_drop(c)
@@ -469,9 +472,12 @@ cdef class Core:
 
     cdef int _take(self, Batch batch, int64_t deadline, object waker, object callback) except -1:
         # Entered. Raises, or the batch is the client's until its answer.
-        cdef BatchState *state = &batch.state
         look_for_fatal(self.c)
         self._check_fatal()
+        return self._adopt(batch, deadline, waker, callback)
+
+    cdef int _adopt(self, Batch batch, int64_t deadline, object waker, object callback) except -1:
+        cdef BatchState *state = &batch.state
         if waker is not None or callback is not None:
             batch._listen(waker, callback)
         state.started_ns = kb_now_ns()
@@ -649,6 +655,107 @@ cdef class Core:
                 bool(api.error_txn_requires_abort(error)))
         finally:
             api.error_destroy(error)
+
+    # -- without librdkafka: for `kbatch.testing`, which overrides whatever would start it. `life` goes from NEW to CLOSED.
+
+    def start_in_memory(self) -> None:
+        """Starts the dispatcher alone. Raises as `start` does."""
+        cdef Client *c = self.c
+        self._check_fork()
+        with self.start_lock:
+            if c.life == NEW and c.pid == 0:
+                c.pid = kb_pid()
+                try:
+                    self.dispatcher._attach(self)
+                except BaseException:
+                    c.pid = 0
+                    self.dispatcher._detach()
+                    raise
+        if KB_LOAD32(&c.life) != NEW:
+            raise ProducerClosedError("the producer is closed")
+
+    def take_in_memory(self, Batch batch not None, *, enqueued=None, waker=None, callback=None) -> tuple:
+        """Takes a batch whose outcomes `settle_in_memory` gives. Returns its envelopes and what `records` does.
+
+        `enqueued`, `waker`, `callback` and refusals are as in `send` and `send_detached`, but for a fatal error.
+        """
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        cdef list records
+        cdef int64_t sent = 0
+        cdef Py_ssize_t i
+        self.start_in_memory()
+        records = self.records(batch)
+        answer = batch.envelopes, records
+        self._adopt(batch, INT64_MAX, waker, callback)
+        for i in range(state.count):
+            sent += is_sent(&state.records[i])
+        KB_ADD64(&c.in_flight, sent)
+        if enqueued is not None:
+            batch.enqueued_waker = enqueued
+            kb_mutex_lock(&c.mu)
+            if not state.listeners:
+                state.listeners = 1
+                c.eager += 1
+            post_news(c, state)
+            kb_mutex_unlock(&c.mu)
+        return answer
+
+    def settle_in_memory(self, Batch batch not None, list outcomes not None) -> None:
+        """The answer of a batch that was taken: ``(code, persistence, partition, offset)`` of each envelope.
+
+        Those that phase 1 has settled need none.
+        """
+        cdef Client *c = self.c
+        cdef BatchState *state = &batch.state
+        cdef Outcome *outcome
+        cdef Record *record
+        cdef Py_ssize_t i
+        cdef int64_t offset, acked = 0, failed = 0, sent = 0
+        cdef int16_t code
+        cdef uint8_t persistence
+        cdef int32_t partition
+        if batch.core is not self or state.owner == NULL or state.records == NULL and state.count or state.done:
+            raise ValueError("this batch waits for no outcomes")
+        if len(outcomes) != state.count:
+            raise ValueError(f"{len(outcomes)} outcomes for a batch of {state.count} envelopes")
+        for i in range(state.count):
+            outcome = &batch.outcomes._items[i]
+            record = &state.records[i]
+            if not is_sent(record):
+                failed += settle_unsent(outcome, record, RD_KAFKA_RESP_ERR_NO_ERROR)
+                continue
+            code, persistence, partition, offset = <tuple?> outcomes[i]
+            if state.done:
+                raise ValueError("this batch waits for no outcomes")  # a number's __index__ has given them
+            outcome.state = FAILED if code else ACKED
+            outcome.error, outcome.persistence, outcome.partition, outcome.offset = code, persistence, partition, offset
+            sent += 1
+            acked += not code
+            failed += code != 0
+        drop_records(state)
+        KB_ADD64(&c.in_flight, -sent)
+        kb_mutex_lock(&c.mu)
+        state.remaining = 0
+        c.acked += acked
+        count_failed(c, failed)
+        finish(c, &state, 1, NULL)
+        kb_mutex_unlock(&c.mu)
+        release_idle(c)
+
+    def shut_in_memory(self) -> None:
+        """Refuses new batches. `end_in_memory` follows when each has its answer, then `close`."""
+        with self.start_lock:
+            KB_STORE32(&self.c.life, CLOSED)
+            KB_STORE32(&self.c.shut, 1)
+
+    def end_in_memory(self) -> None:
+        """Lets the dispatcher end when all is told."""
+        cdef Client *c = self.c
+        kb_mutex_lock(&c.mu)
+        c.dispatcher_stop = 1
+        kb_cond_signal(&c.dispatcher_cond)
+        kb_mutex_unlock(&c.mu)
 
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
         if not KB_LOAD32(&batch.state.done):
