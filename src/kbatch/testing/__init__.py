@@ -1,4 +1,4 @@
-"""Tests without Kafka: a mock cluster with faults to order, and a pytest fixture.
+"""Tests without Kafka: producers in memory, a mock cluster with faults to order, and a pytest fixture.
 
 The plugin `kbatch.testing.pytest_plugin`, which pytest finds by itself, gives the fixture ``kafka_cluster``.
 """
@@ -6,6 +6,16 @@ The plugin `kbatch.testing.pytest_plugin`, which pytest finds by itself, gives t
 from kbatch.testing._api_key import ApiKey
 from kbatch.testing._cluster import MockCluster
 from kbatch.testing._errors import MockClusterError
+from kbatch.testing._memory import AioMemoryProducer, MemoryProducer
+from kbatch.testing._memory_broker import MemoryRecord
 from kbatch.testing._request import Request
 
-__all__ = ["ApiKey", "MockCluster", "MockClusterError", "Request"]
+__all__ = [
+    "AioMemoryProducer",
+    "ApiKey",
+    "MemoryProducer",
+    "MemoryRecord",
+    "MockCluster",
+    "MockClusterError",
+    "Request",
+]
