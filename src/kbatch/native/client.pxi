@@ -570,10 +570,6 @@ cdef int32_t write_value(Header *h, char *text) noexcept nogil:
     return length
 
 
-cdef inline bint is_sent(Record *record) noexcept nogil:
-    return not record.flags & RECORD_EXPIRED
-
-
 cdef bint settle_unsent(Outcome *outcome, Record *record, int error) noexcept nogil:
     # Not sent, no report will come. Whether it failed; what has expired did not.
     outcome.state = FAILED

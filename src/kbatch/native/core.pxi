@@ -689,7 +689,7 @@ cdef class Core:
         answer = batch.envelopes, records
         self._adopt(batch, INT64_MAX, waker, callback)
         for i in range(state.count):
-            sent += is_sent(&state.records[i])
+            sent += state.records[i].flags == 0
         KB_ADD64(&c.in_flight, sent)
         if enqueued is not None:
             batch.enqueued_waker = enqueued
@@ -722,7 +722,7 @@ cdef class Core:
         for i in range(state.count):
             outcome = &batch.outcomes._items[i]
             record = &state.records[i]
-            if not is_sent(record):
+            if record.flags:
                 failed += settle_unsent(outcome, record, RD_KAFKA_RESP_ERR_NO_ERROR)
                 continue
             code, persistence, partition, offset = <tuple?> outcomes[i]
