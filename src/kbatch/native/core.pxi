@@ -656,7 +656,7 @@ cdef class Core:
         finally:
             api.error_destroy(error)
 
-    # -- without librdkafka: for `kbatch.testing`, which overrides whatever would start it. `life` goes from NEW to CLOSED.
+    # -- without librdkafka, for `kbatch.testing`, which overrides whatever would start it: NEW until it is CLOSED
 
     def start_in_memory(self) -> None:
         """Starts the dispatcher alone. Raises as `start` does."""
@@ -727,7 +727,7 @@ cdef class Core:
                 continue
             code, persistence, partition, offset = <tuple?> outcomes[i]
             if state.done:
-                raise ValueError("this batch waits for no outcomes")  # a number's __index__ has given them
+                raise ValueError("this batch waits for no outcomes")  # a number's __int__ has given them
             outcome.state = FAILED if code else ACKED
             outcome.error, outcome.persistence, outcome.partition, outcome.offset = code, persistence, partition, offset
             sent += 1

@@ -302,7 +302,7 @@ class _InMemory(BaseProducer):
         """Makes the next envelopes fail. Of several such orders the first that fits an envelope counts.
 
         Args:
-            error: librdkafka's code or its name, such as ``"NOT_ENOUGH_REPLICAS"``. `fatal` is for what ends a producer.
+            error: librdkafka's code or its name, such as ``"NOT_ENOUGH_REPLICAS"``. What ends a producer is `fatal`.
             times: How many envelopes; one that is sent again counts again. ``None``: until `up`.
             when: Called with an envelope: whether it is to fail. By default each.
             possibly_persisted: What its `DeliveryError` says of it. It is not kept either way.

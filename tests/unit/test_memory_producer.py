@@ -1,0 +1,851 @@
+"""Producers in memory: what an application's own tests see, and that they behave as the ones they stand for."""
+
+import asyncio
+import gc
+import inspect
+import os
+import pickle
+import threading
+import weakref
+import zlib
+from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, OutgoingBatch, aio
+from kbatch._fastmap import Core
+from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
+
+from ..mapping import NOWHERE
+from ..waiting import until
+
+TOPIC = "orders"
+
+
+def envelopes(count: int, **fields: Any) -> list[Envelope]:
+    return [Envelope(i, **fields) for i in range(count)]
+
+
+def messages(found: tuple[Envelope, ...]) -> list[Any]:
+    return [envelope.message for envelope in found]
+
+
+def values(producer: MemoryProducer | AioMemoryProducer) -> list[bytes | None]:
+    return [record.value() for record in producer.records]
+
+
+def names(report: kbatch.DeliveryReport) -> dict[int, str]:
+    return {index: error.name for index, error in report.errors.items()}
+
+
+@pytest.fixture
+def producer() -> Iterator[MemoryProducer]:
+    with MemoryProducer(close_timeout=0) as producer:
+        yield producer
+        producer.release()
+
+
+# -- it is a producer
+
+
+def test_it_is_usable_wherever_a_producer_is() -> None:
+    assert isinstance(MemoryProducer(), kbatch.Producer)
+    assert isinstance(AioMemoryProducer(), aio.Producer)
+
+
+@pytest.mark.parametrize(
+    ("memory", "real"), [(MemoryProducer, kbatch.Producer), (AioMemoryProducer, aio.Producer)], ids=["threads", "aio"]
+)
+def test_its_surface_is_that_of_the_real_one(memory: type, real: type) -> None:
+    for name in dir(real):
+        if not name.startswith("_"):
+            assert getattr(memory, name) is getattr(real, name), name
+    of_memory = dict(inspect.signature(memory).parameters)
+    of_real = dict(inspect.signature(real).parameters)
+    assert of_memory.pop("config").default is None
+    assert of_real.pop("config").default is inspect.Parameter.empty
+    del of_memory["partitions"], of_real["max_in_flight"]
+    assert of_memory == of_real
+
+
+@pytest.mark.parametrize("memory", [MemoryProducer, AioMemoryProducer])
+def test_every_method_of_the_core_that_needs_librdkafka_is_overridden(memory: Callable[[], Any]) -> None:
+    # By what they do: each of these would start librdkafka, or use the one that is not there.
+    core = memory()._core
+    own = {name for name in vars(type(core)) if not name.startswith("_")}
+    assert own >= {"start", "send", "send_detached", "flush", "purge", "close", "name", "probe", "inject_fatal_error"}
+    unused = {  # by Transactions, or by a token's refresh
+        *("hold", "take_held", "refuse_held", "end_held", "refusal", "is_finishing", "enqueue_held", "give_up_held"),
+        *("wait_for_outcome", "wait_until_settled", "conclude", "transaction_call"),
+        *("set_oauth_token", "set_oauth_failure"),
+    }
+    harmless = {"map", "begin_mapping", "map_slice", "records", "fail", "abandon", "in_flight", "closed", "counters"}
+    harmless |= {"dispatcher", "start_in_memory", "take_in_memory", "settle_in_memory", "shut_in_memory"}
+    harmless |= {"end_in_memory"}
+    inherited = {name for name in dir(Core) if not name.startswith("_")} - own
+    assert inherited == unused | harmless
+
+
+def test_no_librdkafka_is_started() -> None:
+    before = set(os.listdir("/proc/self/task")) if os.path.isdir("/proc/self/task") else set()
+    with MemoryProducer() as producer:
+        producer.send_batch(TOPIC, envelopes(3))
+        if before:
+            # the dispatcher, and no thread of librdkafka or of the drainer
+            assert len(set(os.listdir("/proc/self/task")) - before) == 1
+
+
+# -- what has come
+
+
+def test_a_batch(producer: MemoryProducer) -> None:
+    batch = [Envelope({"id": i}, key=f"k{i}", headers={"h": "x"}) for i in range(3)]
+    report = producer.send_batch(TOPIC, batch)
+    assert (report.ok, report.acked, report.partitions, report.offsets) == (True, 3, (0, 0, 0), (0, 1, 2))
+    assert all(kept is sent for kept, sent in zip(producer.envelopes, batch, strict=True))
+    assert [record.value() for record in producer.records] == [b'{"id":0}', b'{"id":1}', b'{"id":2}']
+    record = producer.records[1]
+    assert (record.topic(), record.partition(), record.offset(), record.key()) == (TOPIC, 0, 1, b"k1")
+    assert record.error() is None
+    assert repr(record) == "<MemoryRecord orders [0] at offset 1>"
+    assert ("h", b"x") in record.headers()
+    assert (producer.in_flight, len(producer)) == ((), 0)
+    stats = producer.stats()
+    assert (stats["batches"], stats["envelopes"], stats["acked"], stats["failed"], stats["in_flight"]) == (
+        1,
+        3,
+        3,
+        0,
+        0,
+    )
+
+
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "cloudevents", "raw"])
+def test_a_record_is_what_the_wire_format_writes(wire: str) -> None:
+    real = kbatch.Producer(NOWHERE, wire=wire, source="here", header_hook=lambda: {"hook": "1"})
+    time = datetime(2026, 11, 23, 9, 16, 45, tzinfo=timezone.utc)
+    batch = [
+        Envelope({"a": 1}, key="k", sent_at=time, timestamp=17, tenant_id="t", headers={"mine": None}),
+        Envelope(data=b"", sent_at=time, timestamp=18),
+        kbatch.Tombstone("gone", partition=1),
+    ]
+    with MemoryProducer(partitions=2, wire=wire, source="here", header_hook=lambda: {"hook": "1"}) as producer:
+        producer.send_batch(TOPIC, batch).raise_for_errors()
+        for record, mapped in zip(producer.records[:2], real._map(TOPIC, batch)[:2], strict=True):
+            _, _, timestamp, key, value, headers = mapped
+            assert (record.timestamp(), record.key(), record.value()) == ((1, timestamp), key, value)
+            assert record.headers() == headers
+        read = [kbatch.read_envelope(record, wire=wire) for record in producer.records]
+    assert bytes(read[0].data) == b'{"a":1}'
+    assert (read[0].partition, read[0].topic, read[0].timestamp) == (zlib.crc32(b"k") % 2, TOPIC, 17)
+    if wire != "raw":
+        assert (read[0].id, read[0].tenant_id, read[0].sent_at) == (batch[0].id, "t", time)
+    assert isinstance(read[2], kbatch.Tombstone)
+    assert (read[2].key, read[2].partition) == (b"gone", 1)
+
+
+def test_a_record_can_be_kept_and_compared(producer: MemoryProducer) -> None:
+    producer.send_batch(TOPIC, envelopes(2))
+    first, second = producer.records
+    again = pickle.loads(pickle.dumps(first))
+    assert again == first
+    assert hash(again) == hash(first)
+    assert first != second
+    assert isinstance(first, MemoryRecord)
+
+
+def test_partitions() -> None:
+    with MemoryProducer(partitions=3) as producer:
+        report = producer.send_batch(TOPIC, [Envelope(i, key=f"key {i % 5}") for i in range(20)])
+        assert report.partitions == tuple(zlib.crc32(f"key {i % 5}".encode()) % 3 for i in range(20))
+        assert len(set(report.partitions)) > 1
+        # Without a key each in turn, by topic; an explicit one is kept.
+        assert producer.send_batch("a", envelopes(4)).partitions == (0, 1, 2, 0)
+        assert producer.send_batch("b", [Envelope(1), Envelope(2, partition=2), Envelope(3, key="")]).partitions == (
+            0,
+            2,
+            1,
+        )
+        assert producer.send_batch("a", envelopes(2)).partitions == (1, 2)
+        report = producer.send_batch("a", envelopes(1, partition=3))
+        assert isinstance(report.error(), kbatch.TopicDoesNotExist)
+        assert (names(report), report.partitions) == ({0: "_UNKNOWN_PARTITION"}, (3,))
+    places = [(record.topic(), record.partition(), record.offset()) for record in producer.records]
+    assert len(set(places)) == len(places) == 29
+
+
+def test_clear_forgets_and_offsets_go_on(producer: MemoryProducer) -> None:
+    producer.send_batch(TOPIC, envelopes(3))
+    producer.clear()
+    assert (producer.envelopes, producer.records) == ((), ())
+    assert producer.send_batch(TOPIC, envelopes(1)).offsets == (3,)
+    assert len(producer.records) == len(producer.envelopes) == 1
+
+
+def test_what_is_handed_out_does_not_change(producer: MemoryProducer) -> None:
+    producer.send_batch(TOPIC, envelopes(1))
+    found, records = producer.envelopes, producer.records
+    producer.send_batch(TOPIC, envelopes(1))
+    producer.clear()
+    assert (len(found), len(records)) == (1, 1)
+
+
+# -- phase 1 is the real one
+
+
+def test_an_envelope_that_cannot_be_mapped(producer: MemoryProducer) -> None:
+    with pytest.raises(kbatch.SerializationError) as caught:
+        producer.send_batch(TOPIC, [Envelope(0), Envelope(object()), Envelope(2)])
+    assert caught.value.index == 1
+    assert producer.envelopes == ()
+    with pytest.raises(kbatch.SerializationError, match="is not a Kafka topic name"):
+        producer.submit("no topic!", envelopes(1))
+
+
+def test_sizes_are_those_of_the_config() -> None:
+    with (
+        MemoryProducer({"message.max.bytes": 1_000}) as producer,
+        pytest.raises(kbatch.SerializationError, match=r"message\.max\.bytes=1000"),
+    ):
+        producer.send_batch(TOPIC, [Envelope(data=b"x" * 1_000)])
+
+
+def test_what_has_expired_is_not_sent(producer: MemoryProducer) -> None:
+    past = datetime.now(timezone.utc) - timedelta(seconds=1)
+    producer.down()
+    report = producer.send_batch(TOPIC, envelopes(2, deliver_by=past))
+    assert (report.ok, report.expired) == (True, (0, 1))
+    producer.up()
+    report = producer.send_batch(TOPIC, [Envelope(0, deliver_by=past), Envelope(1)])
+    assert (report.expired, report.acked, report.offsets) == ((0,), 1, (-1, 0))
+    producer.hold()
+    # Nothing of it is in flight: it is answered at once, as by librdkafka.
+    assert producer.submit(TOPIC, envelopes(2, deliver_by=past)).done()
+    assert producer.submit(TOPIC, []).done()
+    pending = producer.submit(TOPIC, [Envelope(7), Envelope(8, deliver_by=past)])
+    assert (len(producer), messages(producer.in_flight)) == (1, [7])
+    producer.release()
+    assert (pending.wait().acked, len(producer)) == (1, 0)
+    assert messages(producer.envelopes) == [1, 7]
+
+
+def test_empty_batches(producer: MemoryProducer) -> None:
+    report = producer.send_batch(TOPIC, [])
+    assert (report.ok, len(report)) == (True, 0)
+
+
+# -- configuration
+
+
+def test_the_configuration_is_checked_as_in_production() -> None:
+    MemoryProducer({"bootstrap.servers": "kafka:9092", "linger.ms": 5, "compression.type": "lz4"})
+    with pytest.raises(kbatch.ConfigError, match=r"no\.such\.key"):
+        MemoryProducer({"no.such.key": 1})
+    with pytest.raises(kbatch.ConfigError, match=r"bootstrap\.servers is missing"):
+        MemoryProducer({"bootstrap.servers": ""})
+    with pytest.raises(kbatch.ConfigError, match="config must be a mapping"):
+        MemoryProducer("kafka:9092")  # type: ignore[arg-type]
+    with pytest.raises(kbatch.ConfigError, match="wire must be one of"):
+        MemoryProducer(wire="nothing")
+
+
+@pytest.mark.parametrize("partitions", [0, -1, 1.0, True, "3", 2**31])
+def test_partitions_out_of_range(partitions: Any) -> None:
+    with pytest.raises(kbatch.ConfigError, match="partitions must be an int from 1"):
+        MemoryProducer(partitions=partitions)
+
+
+def test_no_password_stays_in_a_frame() -> None:
+    with pytest.raises(kbatch.ConfigError) as caught:
+        MemoryProducer({"sasl.password": "hunter2", "no.such.key": 1})
+    traceback = caught.value.__traceback__
+    shown = []
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename != __file__:
+            shown.append(repr(traceback.tb_frame.f_locals))
+        traceback = traceback.tb_next
+    assert shown
+    assert "hunter2" not in "".join(shown)
+
+
+def test_reprs() -> None:
+    producer = MemoryProducer()
+    assert repr(producer) == "<kbatch.testing.MemoryProducer not started>"
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(2))
+    assert repr(producer) == "<kbatch.testing.MemoryProducer in memory 2 in flight>"
+    producer.release()
+    pending.wait()
+    producer.close()
+    assert repr(producer) == "<kbatch.testing.MemoryProducer closed>"
+    assert repr(AioMemoryProducer()) == "<kbatch.testing.AioMemoryProducer not started>"
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(producer)
+
+
+# -- submit, wait, callbacks
+
+
+def test_callbacks_come_on_the_callback_thread_in_order(producer: MemoryProducer) -> None:
+    seen: list[tuple[str, int]] = []
+    for i in range(20):
+        producer.submit(
+            TOPIC, envelopes(i), callback=lambda report: seen.append((threading.current_thread().name, report.acked))
+        )
+    until(lambda: len(seen) == 20, "the callbacks")
+    assert seen == [("kbatch-callbacks", i) for i in range(20)]
+
+
+def test_a_done_callback_of_a_batch_that_is_done(producer: MemoryProducer) -> None:
+    pending = producer.submit(TOPIC, envelopes(1))
+    called = threading.Event()
+    pending.add_done_callback(lambda batch: called.set())
+    assert called.wait(30)
+
+
+def test_a_wait_that_ends_early(producer: MemoryProducer) -> None:
+    producer.hold()
+    with pytest.raises(kbatch.BatchPending) as caught:
+        producer.send_batch(TOPIC, envelopes(2), timeout=0.01)
+    pending = caught.value.pending
+    assert pending is not None
+    assert not pending.done()
+    with pytest.raises(kbatch.BatchPending):
+        pending.wait(0)
+    assert producer.envelopes == ()
+    producer.release()
+    assert pending.wait().acked == 2
+    assert messages(producer.envelopes) == [0, 1]
+
+
+def test_no_time_at_all_sends_nothing(producer: MemoryProducer) -> None:
+    # As the real one: phase 2 never comes to it.
+    report = producer.send_batch(TOPIC, envelopes(2), timeout=0)
+    assert names(report) == {0: "_TIMED_OUT_QUEUE", 1: "_TIMED_OUT_QUEUE"}
+    assert isinstance(report.error(), kbatch.BatchTimedOut)
+    assert producer.envelopes == ()
+
+
+def test_a_waiting_thread_is_woken(producer: MemoryProducer) -> None:
+    producer.hold()
+    reports: list[kbatch.DeliveryReport] = []
+    threads = [
+        threading.Thread(target=lambda i=i: reports.append(producer.send_batch(TOPIC, envelopes(i + 1))))
+        for i in range(5)
+    ]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(producer) == 15, "all in flight")
+    assert reports == []
+    assert len(producer.in_flight) == 15
+    producer.release()
+    for thread in threads:
+        thread.join(30)
+    assert sorted(report.acked for report in reports) == [1, 2, 3, 4, 5]
+
+
+def test_many_threads(producer: MemoryProducer) -> None:
+    acked: list[int] = []
+
+    def send(name: int) -> None:
+        for i in range(50):
+            acked.append(producer.send_batch(TOPIC, [Envelope([name, i])]).acked)
+
+    threads = [threading.Thread(target=send, args=(name,)) for name in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sum(acked) == len(producer.records) == 400
+    assert [record.offset() for record in producer.records] == list(range(400))
+    for name in range(8):  # each thread's are in its order
+        assert [i for who, i in messages(producer.envelopes) if who == name] == list(range(50))
+
+
+# -- faults
+
+
+def test_fail(producer: MemoryProducer) -> None:
+    producer.fail("NOT_ENOUGH_REPLICAS", times=2)
+    report = producer.send_batch(TOPIC, envelopes(3))
+    assert names(report) == {0: "NOT_ENOUGH_REPLICAS", 1: "NOT_ENOUGH_REPLICAS"}
+    assert not any(error.possibly_persisted for error in report.errors.values())
+    assert report.offsets == (-1, -1, 0)
+    assert (messages(producer.envelopes), values(producer)) == ([2], [b"2"])
+    assert producer.send_batch(TOPIC, envelopes(3)).ok  # it is over
+
+
+def test_fail_as_told(producer: MemoryProducer) -> None:
+    producer.fail(-192, times=None, when=lambda envelope: envelope.key == "bad", possibly_persisted=True)
+    producer.fail("RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE", when=lambda envelope: envelope.message == 5)
+    for _ in range(3):
+        report = producer.send_batch(TOPIC, [Envelope(1, key="bad"), Envelope(2, key="good")])
+        assert names(report) == {0: "_MSG_TIMED_OUT"}
+        assert report.errors[0].possibly_persisted
+    assert names(producer.send_batch(TOPIC, [Envelope(5)])) == {0: "MSG_SIZE_TOO_LARGE"}
+    assert producer.send_batch(TOPIC, [Envelope(5)]).ok
+    assert messages(producer.envelopes) == [2, 2, 2, 5]
+    producer.up()
+    assert producer.send_batch(TOPIC, [Envelope(1, key="bad")]).ok
+
+
+def test_the_default_is_a_timeout(producer: MemoryProducer) -> None:
+    producer.fail()
+    report = producer.send_batch(TOPIC, envelopes(2))
+    assert (names(report), isinstance(report.error(), kbatch.BatchTimedOut)) == ({0: "_MSG_TIMED_OUT"}, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"error": "NO_SUCH_ERROR"}, ValueError),
+        ({"error": 0}, ValueError),
+        ({"error": 40_000}, ValueError),
+        ({"error": 1.5}, TypeError),
+        ({"error": True}, TypeError),
+        ({"times": 0}, ValueError),
+        ({"times": 1.5}, ValueError),
+        ({"when": 3}, TypeError),
+    ],
+)
+def test_orders_that_make_no_sense(producer: MemoryProducer, arguments: dict[str, Any], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        producer.fail(**arguments)
+    with pytest.raises(ValueError, match="batches must be"):
+        producer.release(-1)
+    assert producer.send_batch(TOPIC, envelopes(1)).ok
+
+
+def test_a_condition_that_raises_costs_no_answer(producer: MemoryProducer) -> None:
+    called: list[kbatch.DeliveryReport] = []
+    producer.fail(when=lambda envelope: envelope.message / 0)
+    with pytest.raises(ZeroDivisionError):
+        producer.submit(TOPIC, envelopes(1), callback=called.append)
+    until(lambda: called, "the callback")
+    assert (names(called[0]), len(producer), producer.envelopes) == ({0: "_PURGE_QUEUE"}, 0, ())
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(1))
+    with pytest.raises(ZeroDivisionError):
+        producer.release()
+    assert names(pending.wait()) == {0: "_PURGE_INFLIGHT"}
+
+
+def test_down_and_up(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(2))
+    assert producer._core.probe(TOPIC, 1.0) is None
+    producer.down()
+    assert "no broker answers" in str(producer._core.probe(TOPIC, 1.0))
+    report = pending.wait()
+    assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
+    assert all(error.possibly_persisted for error in report.errors.values())  # it was on its way
+    report = producer.send_batch(TOPIC, envelopes(2))  # at once, although it holds
+    assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
+    assert not any(error.possibly_persisted for error in report.errors.values())
+    assert isinstance(report.error(), kbatch.BatchTimedOut)
+    producer.up()
+    producer.release()
+    assert producer._core.probe(TOPIC, 1.0) is None
+    assert producer.send_batch(TOPIC, envelopes(2)).ok
+    assert len(producer.records) == 2
+
+
+def test_hold_and_release_some(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = [producer.submit(TOPIC, [Envelope(i)]) for i in range(4)]
+    assert messages(producer.in_flight) == [0, 1, 2, 3]
+    producer.release(2)
+    assert [batch.done() for batch in pending] == [True, True, False, False]
+    assert (messages(producer.in_flight), messages(producer.envelopes)) == ([2, 3], [0, 1])
+    pending.append(producer.submit(TOPIC, [Envelope(4)]))
+    assert not pending[-1].done()
+    producer.release()
+    assert producer.send_batch(TOPIC, [Envelope(5)]).ok
+    assert messages(producer.envelopes) == [0, 1, 2, 3, 4, 5]
+    producer.release()  # of nothing
+
+
+def test_a_fatal_error(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(2))
+    producer.fatal()
+    assert names(pending.wait()) == dict.fromkeys(range(2), "OUT_OF_ORDER_SEQUENCE_NUMBER")
+    for _ in range(2):
+        with pytest.raises(kbatch.ProducerFatalError, match="made up by a test") as caught:
+            producer.send_batch(TOPIC, envelopes(1))
+        assert caught.value.code == 45
+        producer.fatal("INVALID_PRODUCER_EPOCH")  # the first one stays
+    with pytest.raises(kbatch.ProducerFatalError):
+        producer.submit(TOPIC, envelopes(1), callback=lambda report: pytest.fail("called"))
+    assert producer.flush() == 0
+
+
+def test_a_fenced_producer(producer: MemoryProducer) -> None:
+    producer.fatal("_FENCED", "another has come")
+    with pytest.raises(kbatch.ProducerFencedError, match="another has come"):
+        producer.send_batch(TOPIC, envelopes(1))
+
+
+# -- flush, purge, close
+
+
+def test_flush_waits_for_what_is_held(producer: MemoryProducer) -> None:
+    assert producer.flush() == 0  # not started
+    producer.hold()
+    producer.submit(TOPIC, envelopes(3))
+    assert producer.flush(0.01) == 3
+    timer = threading.Timer(0.05, producer.release)
+    timer.start()
+    assert producer.flush() == 0
+    timer.join()
+    with pytest.raises(ValueError, match="timeout must be"):
+        producer.flush(-1)
+
+
+def test_purge(producer: MemoryProducer) -> None:
+    producer.purge()  # not started
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(3))
+    producer.purge()
+    report = pending.wait()
+    assert set(names(report).values()) == {"_PURGE_INFLIGHT"}
+    assert all(error.possibly_persisted for error in report.errors.values())
+    assert (producer.envelopes, producer.in_flight, len(producer)) == ((), (), 0)
+
+
+def test_close_gives_up_what_is_held_at_the_deadline() -> None:
+    producer = MemoryProducer()
+    producer.hold()
+    called: list[kbatch.DeliveryReport] = []
+    pending = producer.submit(TOPIC, envelopes(3), callback=called.append)
+    assert producer.close(0) == 3
+    assert producer.closed
+    assert set(names(pending.wait()).values()) == {"_PURGE_INFLIGHT"}
+    assert len(called) == 1  # before close returned
+    assert producer.close() == 3
+    assert producer.records == ()
+
+
+def test_close_waits_for_what_is_released() -> None:
+    producer = MemoryProducer()
+    producer.hold()
+    producer.submit(TOPIC, envelopes(3))
+    closed: list[int] = []
+    thread = threading.Thread(target=lambda: closed.append(producer.close()))
+    thread.start()
+    until(lambda: producer.closed, "closing")
+    with pytest.raises(kbatch.ProducerClosedError):
+        producer.send_batch(TOPIC, envelopes(1))
+    producer.release()
+    thread.join(30)
+    assert closed == [0]
+    assert messages(producer.envelopes) == [0, 1, 2]  # what it has kept can be looked at
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_a_closed_producer_refuses(used: bool) -> None:
+    producer = MemoryProducer()
+    if used:
+        producer.send_batch(TOPIC, envelopes(1))
+    assert producer.close() == 0
+    calls: list[Callable[[], object]] = [
+        lambda: producer.send_batch(TOPIC, envelopes(1)),
+        lambda: producer.submit(TOPIC, envelopes(1)),
+        producer.flush,
+        producer.purge,
+        producer.fatal,
+    ]
+    for call in calls:
+        with pytest.raises(kbatch.ProducerClosedError):
+            call()
+    assert producer.close() == 0
+    assert producer.stats()["acked"] == int(used)
+
+
+def test_a_with_block_says_what_was_lost() -> None:
+    def lose() -> None:
+        with MemoryProducer(close_timeout=0) as producer:
+            producer.hold()
+            producer.submit(TOPIC, envelopes(3))
+
+    with pytest.raises(kbatch.UndeliveredError) as caught:
+        lose()
+    assert caught.value.count == 3
+
+
+def test_close_from_a_callback() -> None:
+    producer = MemoryProducer()
+    closed = threading.Event()
+
+    def close(report: kbatch.DeliveryReport) -> None:
+        producer.close()
+        closed.set()
+
+    producer.submit(TOPIC, envelopes(1), callback=close)
+    assert closed.wait(30)
+
+
+def test_a_forgotten_producer_ends_its_thread() -> None:
+    producer = MemoryProducer()
+    producer.send_batch(TOPIC, envelopes(1))
+    core = weakref.ref(producer._core)
+    thread = next(thread for thread in threading.enumerate() if thread.name == "kbatch-dispatcher")
+    del producer
+    gc.collect()
+    assert core() is None
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
+def test_a_forked_child() -> None:
+    used, unused = MemoryProducer(), MemoryProducer()
+    used.send_batch(TOPIC, envelopes(1))
+    used.hold()
+    pending = used.submit(TOPIC, envelopes(1))
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            refused = 0
+            for call in (
+                lambda: used.send_batch(TOPIC, envelopes(1)),
+                lambda: used.submit(TOPIC, envelopes(1)),
+                lambda: used.flush(),
+                lambda: used.purge(),
+            ):
+                try:
+                    call()
+                except kbatch.ForkError:
+                    refused += 1
+            answer = [refused, used.close(), unused.send_batch(TOPIC, envelopes(3)).acked, unused.close()]
+            os.write(writer, repr(answer).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        assert pipe.read() == "[4, 0, 3, 0]"
+    assert os.waitpid(pid, 0)[1] == 0
+    used.release()
+    assert pending.wait().ok
+    assert len(used.records) == 2
+    used.close()
+    unused.close()
+
+
+# -- transactions
+
+
+@pytest.fixture
+def transactional() -> Iterator[MemoryProducer]:
+    with MemoryProducer({"transactional.id": "t"}, close_timeout=0) as producer:
+        yield producer
+        producer.release()
+
+
+def test_a_transaction_is_kept_as_a_whole(transactional: MemoryProducer) -> None:
+    assert transactional.send_batch(TOPIC, envelopes(3)).acked == 3
+    transactional.fail("MSG_SIZE_TOO_LARGE", when=lambda envelope: envelope.message == 1, possibly_persisted=True)
+    report = transactional.send_batch(TOPIC, envelopes(3))
+    assert names(report) == {0: "TRANSACTION_ABORTABLE", 1: "MSG_SIZE_TOO_LARGE", 2: "TRANSACTION_ABORTABLE"}
+    assert not any(error.possibly_persisted for error in report.errors.values())
+    assert "the cause is envelope 1" in str(report.error())
+    assert messages(transactional.envelopes) == [0, 1, 2]
+    assert transactional.send_batch(TOPIC, envelopes(1)).offsets == (3,)
+
+
+def test_what_has_expired_aborts_no_transaction(transactional: MemoryProducer) -> None:
+    past = datetime(2020, 1, 1, tzinfo=timezone.utc)
+    report = transactional.send_batch(TOPIC, [Envelope(0), Envelope(1, deliver_by=past)])
+    assert (report.ok, report.acked, report.expired) == (True, 1, (1,))
+    transactional.fail()
+    report = transactional.send_batch(TOPIC, [Envelope(0), Envelope(1, deliver_by=past)])
+    assert (names(report), report.expired) == ({0: "_MSG_TIMED_OUT"}, (1,))
+
+
+def test_a_transaction_waits_as_others_do(transactional: MemoryProducer) -> None:
+    with pytest.raises(kbatch.ProducerError, match="submit is not possible"):
+        transactional.submit(TOPIC, envelopes(1))
+    transactional.hold()
+    with pytest.raises(kbatch.BatchPending) as caught:
+        transactional.send_batch(TOPIC, envelopes(1), timeout=0.01)
+    transactional.release()
+    assert caught.value.pending is not None
+    assert caught.value.pending.wait().ok
+
+
+# -- the batch callback contract
+
+
+class Recorder(kbatch.SenderCallback):
+    """Keeps every call, whatever it is."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattribute__(self, name: str) -> Any:
+        if not name.startswith("mark_"):
+            return super().__getattribute__(name)
+        return lambda batch, answer: self.calls.append((name, answer))
+
+
+def no_order(producer: Any) -> None:
+    pass
+
+
+CONTRACT = [
+    (no_order, envelopes(2), "mark_successful"),
+    (no_order, [Envelope(1), Envelope(object())], "mark_serialization_failure"),
+    (lambda producer: producer.down(), envelopes(2), "mark_timed_out"),
+    (lambda producer: producer.fail("UNKNOWN_TOPIC_OR_PART"), envelopes(2), "mark_topic_does_not_exist"),
+    (lambda producer: producer.fail("MSG_SIZE_TOO_LARGE"), envelopes(2), "mark_processing_failure"),
+    (lambda producer: producer.fatal(), envelopes(2), "mark_processing_failure"),
+    (lambda producer: producer._core.close(), envelopes(2), "mark_processing_failure"),
+]
+
+
+@pytest.mark.parametrize(("order", "batch", "method"), CONTRACT)
+def test_kafka_sender(order: Callable[[Any], object], batch: list[Envelope], method: str) -> None:
+    with MemoryProducer() as producer:
+        order(producer)
+        callback = Recorder()
+        kbatch.KafkaSender(producer, TOPIC).send_batch(callback, OutgoingBatch(batch))
+        ((called, answer),) = callback.calls
+        assert called == method
+        report = answer if method == "mark_successful" else answer.report
+        assert report.acked + report.failed == 2
+        assert report.acked == len(producer.records)
+
+
+@pytest.mark.parametrize(("order", "batch", "method"), CONTRACT)
+def test_aio_kafka_sender(order: Callable[[Any], object], batch: list[Envelope], method: str) -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            order(producer)
+            callback = Recorder()
+            await aio.KafkaSender(producer, TOPIC).send_batch(callback, OutgoingBatch(batch))
+            ((called, _),) = callback.calls
+            assert called == method
+
+    asyncio.run(main())
+
+
+# -- asyncio
+
+
+def test_asyncio() -> None:
+    async def main() -> None:
+        async with AioMemoryProducer(partitions=2) as producer:
+            report = await producer.send_batch(TOPIC, envelopes(4))
+            assert (report.acked, report.partitions) == (4, (0, 1, 0, 1))
+            assert messages(producer.envelopes) == [0, 1, 2, 3]
+            reports: list[kbatch.DeliveryReport] = []
+
+            async def on_report(report: kbatch.DeliveryReport) -> None:
+                await asyncio.sleep(0)
+                reports.append(report)
+
+            producer.hold()
+            pending = await producer.submit(TOPIC, envelopes(2), callback=on_report)
+            waiting = asyncio.create_task(producer.send_batch(TOPIC, [Envelope("x")]))
+            while len(producer) < 3:
+                await asyncio.sleep(0.001)
+            with pytest.raises(kbatch.BatchPending):
+                await producer.send_batch(TOPIC, envelopes(1), timeout=0.01)
+            assert await producer.flush(0.01) == 4
+            assert not waiting.done()
+            producer.release()
+            assert (await pending).acked == 2
+            assert (await waiting).acked == 1
+            assert await producer.flush() == 0
+            producer.fail()
+            assert names(await producer.send_batch(TOPIC, envelopes(1))) == {0: "_MSG_TIMED_OUT"}
+        assert [report.acked for report in reports] == [2]  # closing waits for callbacks
+        with pytest.raises(kbatch.ProducerClosedError):
+            await producer.send_batch(TOPIC, envelopes(1))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_task_that_is_cancelled_ends_the_wait_only() -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            producer.hold()
+            task = asyncio.create_task(producer.send_batch(TOPIC, envelopes(2)))
+            while len(producer) < 2:
+                await asyncio.sleep(0.001)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            producer.release()
+            assert len(producer.envelopes) == 2
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_asyncio_transactions_and_losses() -> None:
+    tasks = []
+
+    async def lose() -> None:
+        async with AioMemoryProducer({"transactional.id": "t"}, close_timeout=0.05) as producer:
+            with pytest.raises(kbatch.ProducerError, match="submit is not possible"):
+                await producer.submit(TOPIC, envelopes(1))
+            producer.fail(when=lambda envelope: envelope.message == 1)
+            assert (await producer.send_batch(TOPIC, envelopes(3))).failed == 3
+            assert (await producer.send_batch(TOPIC, envelopes(3))).acked == 3
+            producer.hold()
+            tasks.append(asyncio.create_task(producer.send_batch(TOPIC, envelopes(1))))
+            while not producer.in_flight:
+                await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        with pytest.raises(kbatch.UndeliveredError):
+            await lose()
+        assert names(await tasks[0]) == {0: "_PURGE_INFLIGHT"}
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+# -- the native part
+
+
+def test_outcomes_are_given_once_and_checked(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(2))
+    core = producer._core
+    good = [(0, 2, 0, 7), (-192, 1, -1, -1)]
+    with pytest.raises(ValueError, match="1 outcomes for a batch of 2"):
+        core.settle_in_memory(pending, good[:1])
+    for bad in [(0, 2, 0), ("x", 2, 0, 1), (2**40, 2, 0, 1), (0, 300, 0, 1), None]:
+        with pytest.raises((ValueError, TypeError, OverflowError)):
+            core.settle_in_memory(pending, [good[0], bad])
+        assert not pending.done()
+    with pytest.raises(ValueError, match="waits for no outcomes"), MemoryProducer() as other:
+        other._core.settle_in_memory(pending, good)
+    core.settle_in_memory(pending, good)
+    report = pending.wait()
+    assert (report.acked, report.offsets, names(report)) == (1, (7, -1), {1: "_MSG_TIMED_OUT"})
+    with pytest.raises(ValueError, match="waits for no outcomes"):
+        core.settle_in_memory(pending, good)
+    with pytest.raises(ValueError, match="waits for no outcomes"):
+        core.settle_in_memory(kbatch.PendingBatch(core), [])
+    producer._line.held.clear()
+    assert len(producer) == 0
+
+
+def test_a_number_that_settles_the_batch_itself(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(2))
+
+    class Number:
+        def __int__(self) -> int:
+            producer._core.settle_in_memory(pending, [(0, 2, 0, 0)] * 2)
+            return 0
+
+    with pytest.raises(ValueError, match="waits for no outcomes"):
+        producer._core.settle_in_memory(pending, [(Number(), 2, 0, 0)] * 2)
+    assert pending.wait().acked == 2
+    producer._line.held.clear()
