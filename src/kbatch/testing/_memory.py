@@ -209,8 +209,8 @@ class _CommittedAtOnce(Transactions):
     def __init__(self, core: MemoryCore) -> None:
         self._memory_core = core
 
-    def send(self, batch: PendingBatch, timeout: float | None) -> None:
-        self._memory_core.send_detached(batch, timeout)
+    def send(self, batch: PendingBatch, timeout: float | None, waker: Callable[[], object] | None = None) -> None:
+        self._memory_core.send_detached(batch, timeout, waker=waker)
 
 
 class _InMemory(BaseProducer):
@@ -254,7 +254,8 @@ class _InMemory(BaseProducer):
             self._transactions = _CommittedAtOnce(core)
 
     def _twin(self) -> Self:
-        twin: Self = super()._twin()  # type: ignore[misc]
+        """It goes on with what this one has kept, and with the same faults, as on the same cluster."""
+        twin = super()._twin()
         twin._join(self._line)
         return twin
 
