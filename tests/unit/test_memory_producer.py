@@ -17,6 +17,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import Core
+from kbatch._sending._handle import ProducerHandle
 from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
 
 from ..mapping import NOWHERE
@@ -807,6 +808,55 @@ def test_asyncio_transactions_and_losses() -> None:
         assert names(await tasks[0]) == {0: "_PURGE_INFLIGHT"}
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+# -- what senders use
+
+
+def test_a_twin_goes_on_with_what_was_kept() -> None:
+    producer = MemoryProducer({"transactional.id": "t"}, partitions=3, wire="raw")
+    producer.send_batch(TOPIC, envelopes(1, partition=2)).raise_for_errors()
+    producer.fail(times=None, when=lambda envelope: envelope.message == 5)
+    producer.fatal()
+    handle = ProducerHandle.of(producer)
+    handle.acquire()
+    handle.replace(producer)
+    twin = handle.producer
+    assert type(twin) is MemoryProducer
+    assert twin is not producer
+    assert twin.send_batch(TOPIC, envelopes(2, partition=2)).offsets == (1, 2)
+    assert twin.send_batch(TOPIC, [Envelope(5), Envelope(6)]).failed == 2  # a transaction, and the same fault
+    twin.hold()
+    with pytest.raises(kbatch.ProducerFatalError):
+        producer.send_batch(TOPIC, envelopes(1))
+    waiting = threading.Thread(target=twin.send_batch, args=(TOPIC, envelopes(1)))
+    waiting.start()
+    until(lambda: producer.in_flight, "what the twin has sent")
+    assert producer.close() == 0  # what is in flight is the other's
+    producer.release()
+    waiting.join(30)
+    assert values(producer) == [b"0", b"0", b"1", b"0"]
+    assert producer.records == twin.records
+    assert handle.release(None) == 0
+    assert twin.closed
+
+
+@pytest.mark.parametrize("config", [{}, {"transactional.id": "t"}], ids=["plain", "transactional"])
+def test_a_batch_goes_on_without_what_cannot_be_mapped(config: dict[str, str]) -> None:
+    with MemoryProducer(config, close_timeout=0) as producer:
+        rejected: list[tuple[int, kbatch.SerializationError]] = []
+        batch = kbatch.PendingBatch(producer._core)
+        producer._core.map(batch, TOPIC, [Envelope(0), Envelope(object()), Envelope(2)], rejected)
+        done = threading.Event()
+        producer.hold()
+        producer._send_detached(batch, waker=done.set)
+        assert (len(producer), messages(producer.in_flight)) == (2, [0, 2])
+        producer.release()
+        assert done.wait(30)
+        assert [(index, error.field) for index, error in rejected] == [(1, "message")]
+        assert (names(batch.report), batch.report.offsets) == ({1: "_VALUE_SERIALIZATION"}, (0, -1, 1))
+        assert messages(producer.envelopes) == [0, 2]
+        assert producer.stats()["failed"] == 1
 
 
 # -- the native part
