@@ -1,19 +1,18 @@
 """What is measured, and against which target. README.md says what each figure shows and what it does not."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from benchmarks.broker import MockBroker, OpenBroker
-from benchmarks.data import HEADER_COUNTS
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
-from benchmarks.recovery import Outages, recoveries
+from benchmarks.plan import TRIAL, Plan
+from benchmarks.recovery import recoveries
 from benchmarks.requests import send_batches
 from benchmarks.rivals import BATCH, WINDOW, config, rivals
 from benchmarks.serializers import serializers
 from benchmarks.sides.base import Result
-from benchmarks.turns import Contender, Effort, Score, pairs, take_turns
+from benchmarks.turns import Contender, Effort, Score, pairs, rate_ratio
 from benchmarks.verify import same_bytes
 
 LATENCY_SIZES = (1, 100, 1_000)
@@ -44,44 +43,6 @@ GROWTH_MIB = 4.0
 LATENCY_OF_C_LOOP = 1.2
 LATENCY_OF_CONFLUENT = 1.0
 RECOVERY_S = 1.0
-
-
-FULL = Effort(rounds=3, turns=7, seconds=0.25)
-LESS = Effort(rounds=1, turns=7, seconds=0.25)
-LATENCY = Effort(rounds=1, turns=11, seconds=0.1, batches=100)
-TRIAL = Effort(rounds=1, turns=5, seconds=0.15)
-LATENCY_TRIAL = Effort(rounds=1, turns=5, seconds=0.15)
-OUTAGES = Outages()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much is measured: the options of the command line."""
-
-    sizes: tuple[int, ...] = (100, 1_000, 10_000)
-    headers: tuple[int, ...] = HEADER_COUNTS
-    partitions: int = 4
-    effort: Effort = FULL
-    #: for what is shown for information
-    less: Effort = LESS
-    memory_envelopes: int = 10_000_000
-    tune: bool = True
-    latency: Effort = LATENCY
-    outages: Outages = OUTAGES
-    open_broker: OpenBroker = MockBroker
-    #: where Kafka's own Java classes are, if they are to take part
-    class_path: str | None = None
-    #: take turns again while other programs are busy
-    patient: bool = True
-
-    def take_turns(self, contenders: Sequence[Contender], effort: Effort | None = None, **how: Any) -> dict[str, Score]:
-        """`turns.take_turns` where this plan says; `less` effort unless told otherwise."""
-        how = {"partitions": self.partitions, "patient": self.patient} | how
-        return take_turns(contenders, effort or self.less, open_broker=self.open_broker, **how)
-
-
-def _ratio(mine: Result, its: Result) -> float:
-    return mine.rate / its.rate
 
 
 def _cpu_difference(mine: Result, its: Result) -> float:
@@ -123,14 +84,6 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     yield section
 
 
-def _best(plan: Plan, trials: Sequence[Contender], headers: int = 8) -> Contender:
-    """The fastest by trial; the first of them where nothing is to be tried out."""
-    if not plan.tune:
-        return trials[0]
-    scores = plan.take_turns(trials, TRIAL, headers=headers)
-    return max(trials, key=lambda trial: median(scores[trial.label].rates))
-
-
 def tune_confluent(plan: Plan, batch: int, headers: int = 8) -> Contender:
     """The rival's best settings, by trial: linger, messages in flight, form of confirmation."""
     trials = [
@@ -144,7 +97,7 @@ def tune_confluent(plan: Plan, batch: int, headers: int = 8) -> Contender:
             (50, 10 * WINDOW, "errors-only"),
         )
     ]  # fmt: skip
-    return _best(plan, trials, headers)
+    return plan.best(trials, headers)
 
 
 def loops(plan: Plan) -> Iterator[Section]:
@@ -171,17 +124,17 @@ def _loop(plan: Plan, batch: int, headers: int, best: Contender) -> Section:
     flight, its_flight = scores[k_flight.label], scores[c_flight.label]
     faster, loop = (max(pair, key=lambda score: median(score.rates)) for pair in ((one, flight), (its_one, its_flight)))
     section.figures = [
-        figure("kbatch / C loop, one batch at a time", pairs(one, its_one, _ratio),
+        figure("kbatch / C loop, one batch at a time", pairs(one, its_one, rate_ratio),
                target=ONE_AT_A_TIME.get(batch) if official else None),
-        figure("kbatch / C loop, in flight", pairs(flight, its_flight, _ratio),
+        figure("kbatch / C loop, in flight", pairs(flight, its_flight, rate_ratio),
                target=IN_FLIGHT.get(batch) if official else None),
         figure("CPU more than the C loop, one batch at a time", pairs(one, its_one, _cpu_difference), unit=" µs",
                target=CPU_US if official else None, at_most=True),
         figure("CPU more than the C loop, in flight", pairs(flight, its_flight, _cpu_difference), unit=" µs",
                target=CPU_US if official else None, at_most=True),
-        figure("kbatch / confluent-kafka, each at its best", pairs(faster, scores[rival.label], _ratio),
+        figure("kbatch / confluent-kafka, each at its best", pairs(faster, scores[rival.label], rate_ratio),
                target=CONFLUENT if official else None),
-        figure("C loop / confluent-kafka, each at its best", pairs(loop, scores[rival.label], _ratio)),
+        figure("C loop / confluent-kafka, each at its best", pairs(loop, scores[rival.label], rate_ratio)),
     ]  # fmt: skip
     section.notes.append(f"confluent-kafka at its best: {best.label}")
     section.notes.append(_phases(one))
@@ -212,8 +165,8 @@ def awaited(plan: Plan) -> Iterator[Section]:
         "One awaited produce per message, round trip 1 ms, 8 headers", "awaited", {"rtt_ms": 1}, lines(scores)
     )
     section.figures = [
-        figure(f"{batch.label} / produce + flush", pairs(scores[batch.label], scores[single.label], _ratio), digits=0,
-               target=AWAITED if batch.batch == 10_000 else None)
+        figure(f"{batch.label} / produce + flush", pairs(scores[batch.label], scores[single.label], rate_ratio),
+               digits=0, target=AWAITED if batch.batch == 10_000 else None)
         for batch in batches
     ]  # fmt: skip
     yield section
@@ -232,7 +185,7 @@ def _latency(plan: Plan, batch: int) -> Section:
                   {"linger_ms": 0, "form": form, "wait": wait})
         for form, wait in (("callback", "poll"), ("callback", "flush"), ("errors-only", "flush"))
     ]  # fmt: skip
-    highest = plan.take_turns((loop, mine, *rivals), LATENCY_TRIAL, split=True)
+    highest = plan.take_turns((loop, mine, *rivals), TRIAL, split=True)
     rates = {label: median(score.rates) / batch for label, score in highest.items()}
     rival = max(rivals, key=lambda trial: rates[trial.label])
     section = Section(f"Latency, batches of {batch:,} at half the highest load, 8 headers", "latency", {"batch": batch})
@@ -404,7 +357,7 @@ def memory(plan: Plan) -> Iterator[Section]:
 def others(plan: Plan) -> Iterator[Section]:
     """What others send in batches of 1,000: first those that carry headers, then all without headers."""
     for headers in (8, 0):
-        found = {name: _best(plan, trials, headers) for name, trials in rivals(headers, plan.class_path)}
+        found = {name: plan.best(trials, headers) for name, trials in rivals(headers, plan.class_path)}
         contenders = [replace(best, label=name) for name, best in found.items()]
         scores = plan.take_turns(contenders, plan.effort, headers=headers)
         section = Section(
@@ -415,7 +368,7 @@ def others(plan: Plan) -> Iterator[Section]:
         )
         for name in found:
             if name not in ("kbatch", "C loop"):
-                ratios = pairs(scores["kbatch"], scores[name], _ratio)
+                ratios = pairs(scores["kbatch"], scores[name], rate_ratio)
                 section.figures.append(figure(f"kbatch / {name}", ratios, target=_target(name, headers)))
         section.notes.append("; ".join(f"{name}: {best.label}" for name, best in found.items()))
         yield section
@@ -457,8 +410,8 @@ def round_trips(plan: Plan) -> Iterator[Section]:
             scores[f"kbatch, {how}, linger 0 ms"] for how in ("one batch at a time", f"{WINDOW:,} in flight")
         )
         section.figures = [
-            figure("kbatch / C loop, one batch at a time", pairs(one, scores[contenders[0].label], _ratio)),
-            figure("kbatch / C loop, in flight", pairs(flight, scores[contenders[1].label], _ratio)),
+            figure("kbatch / C loop, one batch at a time", pairs(one, scores[contenders[0].label], rate_ratio)),
+            figure("kbatch / C loop, in flight", pairs(flight, scores[contenders[1].label], rate_ratio)),
         ]
         yield section
 
@@ -475,7 +428,9 @@ def codecs(plan: Plan) -> Iterator[Section]:
             f"Codecs, batches of {batch:,}, {WINDOW:,} in flight, 8 headers", "codecs", {"batch": batch}, lines(scores)
         )
         section.figures = [
-            figure(f"kbatch / C loop, {codec}", pairs(scores[f"kbatch, {codec}"], scores[f"C loop, {codec}"], _ratio))
+            figure(
+                f"kbatch / C loop, {codec}", pairs(scores[f"kbatch, {codec}"], scores[f"C loop, {codec}"], rate_ratio)
+            )
             for codec in CODECS
         ]
         yield section
@@ -509,7 +464,7 @@ def linger(plan: Plan) -> Iterator[Section]:
             zero = scores[contenders[0].label]
             for linger_ms in LINGERS_MS[1:]:
                 other = scores[contenders[linger_ms].label]
-                section.figures.append(figure(f"linger {linger_ms} ms / 0 ms", pairs(other, zero, _ratio)))
+                section.figures.append(figure(f"linger {linger_ms} ms / 0 ms", pairs(other, zero, rate_ratio)))
             yield section
 
 

@@ -21,7 +21,8 @@ from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import show, summary
 from benchmarks.library import HERE, build, java_program
 from benchmarks.machine import describe, line_round_trip_ns, load
-from benchmarks.measures import LATENCY, MEASURES, ON_KAFKA, ON_MOCK, Plan
+from benchmarks.measures import MEASURES, ON_KAFKA, ON_MOCK
+from benchmarks.plan import LATENCY, Plan
 from benchmarks.recovery import Outages
 from benchmarks.turns import Effort
 

@@ -102,6 +102,10 @@ def pairs(one: Score, other: Score, figure: Callable[[Result, Result], float]) -
     return [figure(mine, its) for mine, its in zip(one.turns, other.turns, strict=True)]
 
 
+def rate_ratio(mine: Result, its: Result) -> float:
+    return mine.rate / its.rate
+
+
 class Onlooker:
     """Finds out which share of the machine was used by programs that are no part of the measurement."""
 
