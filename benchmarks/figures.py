@@ -150,6 +150,20 @@ def latency_line(label: str, batches_per_s: float, score: Score) -> LatencyLine:
     )
 
 
+def standing_still(section: Section, scores: dict[str, Score], targets: dict[str, float] | None = None) -> None:
+    """Adds what the competitor of each side lost (`sides/competitor.py`)."""
+    for label, score in scores.items():
+        still = [turn.extra["still"] / turn.messages * 1e6 for turn in score.turns]
+        target = (targets or {}).get(label)
+        section.figures.append(figure(label, still, unit=" µs", target=target, at_most=True))
+        waiting = median(turn.extra["runnable"] / turn.extra["wall"] for turn in score.turns)
+        counted = median(turn.extra["progress"] for turn in score.turns)
+        section.notes.append(
+            f"{label}: the competitor counted {counted:.0%} of what it counts alone; without a processor for "
+            f"{waiting:.0%} of the time"
+        )
+
+
 def show(section: Section) -> str:
     out = [f"\n{section.title}", "-" * len(section.title)]
     if section.lines:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us
+from benchmarks import senders
+from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us, standing_still
 from benchmarks.plan import TRIAL, Plan
 from benchmarks.recovery import recoveries
 from benchmarks.requests import send_batches
@@ -70,10 +71,12 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     for headers in plan.headers:
         sides: list[tuple[str, dict[str, Any]]] = [
             ("cloop", {}), ("kbatch", {}), ("confluent", {}), ("confluent", {"form": "callback"}), ("aiokafka", {}),
-            ("aiokafka", {"form": "send_batch"}),
+            ("aiokafka", {"form": "send_batch"}), ("sender", {}), ("sender_aio", {}), ("sender", {"form": "inline"}),
         ]  # fmt: skip
         if not headers:
             sides += [("confluent", {"call": "produce_batch"}), ("aioproducer", {})]
+        else:
+            sides += [("produce", {}), ("produce", {"form": "callback"})]
         if plan.class_path:
             sides.append(("java", {"class_path": plan.class_path}))
         body, header_bytes = same_bytes(plan.open_broker, headers, sides)
@@ -296,17 +299,7 @@ def gil(plan: Plan) -> Iterator[Section]:
     control = Contender("control: the C loop in another process", "control", 1_000, WINDOW, competitor=True)
     scores = plan.take_turns((*mine, rival, control), effort, apart=True)
     section = Section("GIL per envelope: what a competing thread loses, 8 headers", "gil", lines=lines(scores))
-    for contender in (*mine, rival, control):
-        turns = scores[contender.label].turns
-        still = [turn.extra["still"] / turn.messages * 1e6 for turn in turns]
-        target = GIL_US if contender in mine else None
-        section.figures.append(figure(contender.label, still, unit=" µs", target=target, at_most=True))
-        waiting = median(turn.extra["runnable"] / turn.extra["wall"] for turn in turns)
-        counted = median(turn.extra["progress"] for turn in turns)
-        section.notes.append(
-            f"{contender.label}: the competitor counted {counted:.0%} of what it counts alone; without a processor for "
-            f"{waiting:.0%} of the time"
-        )
+    standing_still(section, scores, {each.label: GIL_US for each in mine})
     yield section
 
 
@@ -500,6 +493,11 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "recovery": recovery,
     "asyncio": loop_pauses,
     "gil": gil,
+    "senders": senders.senders,
+    "senders-cost": senders.cost,
+    "senders-latency": senders.latency,
+    "senders-inline": senders.inline,
+    "senders-gil": senders.gil,
     "values": plain_values,
     "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
     "requests": requests,
@@ -507,6 +505,6 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
 }
 #: Those of a run without --only. On a real broker: not what needs the mock cluster's faults or counts, priorities that
 #: a process cannot have back, or gigabytes of disk; nor what sends nothing.
-_MOCK_ALONE = ("recovery", "asyncio", "gil", "serializers", "memory", "requests")
+_MOCK_ALONE = ("recovery", "asyncio", "gil", "senders-gil", "serializers", "memory", "requests")
 ON_MOCK = tuple(name for name in MEASURES if name not in ("codecs", "linger"))
 ON_KAFKA = tuple(name for name in MEASURES if name not in _MOCK_ALONE)

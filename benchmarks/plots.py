@@ -28,6 +28,9 @@ COLORS = {
     "faststream": "#cc79a7",
     "java": "#b8a400",
     "control": "#999999",
+    "sender": "#d55e00",
+    "sender_aio": "#e69f00",
+    "produce": "#0072b2",
 }
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -207,6 +210,24 @@ def latency(document: Document) -> Figure | None:
     return figure
 
 
+def senders(document: Document) -> Figure | None:
+    sections = sorted(document.find("senders"), key=lambda section: float(section.settings["rtt_ms"]))
+    if not sections:
+        return None
+    figure, panels = _panels(len(sections), 2.6 + 2.6 * len(sections), 4.2)
+    for axes, section in zip(panels, sections, strict=True):
+        bars = [
+            (line.label, line.rate, COLORS[line.side], _thousands(float(f"{line.rate:.3g}"))) for line in section.lines
+        ]
+        _bars(axes, bars)
+        if section is not sections[0]:
+            axes.set_yticklabels([])
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        axes.set_title(f"round trip {section.settings['rtt_ms']} ms more")
+    _title(figure, f"Acknowledged messages per second, one send each, {document.broker['name']}")
+    return figure
+
+
 def gil(document: Document) -> Figure | None:
     section = next(document.find("gil"), None)
     if section is None:
@@ -293,6 +314,7 @@ PLOTS: dict[str, Plot] = {
     "rivals": rivals,
     "round-trip": throughput_by_round_trip,
     "latency": latency,
+    "senders": senders,
     "gil": gil,
     "linger": linger,
     "codecs": codecs,

@@ -1,4 +1,5 @@
-"""aiokafka with the mapping in Python. Options: `linger_ms`; `form`, one of
+"""aiokafka with the mapping in Python. Options: `linger_ms`; `tasks`, which share the messages of a turn (1), and so
+their batches and the window; `form`, one of
 
 send        one `send` per message, the batch's futures awaited together; for batches of one that is `send_and_wait`
 send_batch  record batches of its own making, one for each partition, with one future each; the partition comes from
@@ -65,9 +66,19 @@ class Sender:
         return await self._producer.send_batch(batch, self._spec.topic, partition=partition)
 
     async def send(self, count: int) -> int:
+        batches = count // self._spec.batch
+        tasks = self._spec.options.get("tasks", 1)
+        numbers = [batches // tasks + (at < batches % tasks) for at in range(tasks)]
+        if tasks == 1:
+            await self._send_batches(batches)
+        else:
+            await asyncio.gather(*map(self._send_batches, numbers))
+        return count  # a future whose messages were not acknowledged has raised
+
+    async def _send_batches(self, number: int) -> None:
         flying: deque[list[Any]] = deque()
-        most = max(1, self._spec.window // self._spec.batch)
-        for _ in range(count // self._spec.batch):
+        most = max(1, self._spec.window // self._spec.batch // self._spec.options.get("tasks", 1))
+        for _ in range(number):
             batch = self._batches[self._next]
             self._next = (self._next + 1) % len(self._batches)
             flying.append(await self._enqueue(batch))
@@ -75,7 +86,6 @@ class Sender:
                 await asyncio.gather(*flying.popleft())
         for futures in flying:
             await asyncio.gather(*futures)
-        return count  # a future whose messages were not acknowledged has raised
 
 
 @asynccontextmanager

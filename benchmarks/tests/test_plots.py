@@ -65,6 +65,8 @@ def results(tmp_path: Path) -> Path:
     ]
     still = [Figure("kbatch", 0.9, 0.8, 1.0, " µs"), Figure("control", -0.01, -0.01, 0.0, " µs")]
     sections += [Section("", "gil", {}, [line("kbatch", "kbatch"), line("control", "control")], figures=still)]
+    one_by_one = [line("C loop", "cloop"), line("BatchedSender", "sender"), line("errors only", "produce")]
+    sections += [Section("", "senders", {"rtt_ms": ms}, one_by_one) for ms in (0, 1)]
     by_linger = [line(f"linger {ms} ms", "kbatch", {"linger.ms": str(ms)}) for ms in LINGERS_MS]
     sections += [Section("", "linger", {"rtt_ms": ms, "workload": "batches of 10"}, by_linger) for ms in (0, 1)]
     by_codec = [line("", side, {"compression.type": codec}) for codec in CODECS for side in ("kbatch", "cloop")]
