@@ -306,8 +306,14 @@ def gil(plan: Plan) -> Iterator[Section]:
         ),
         Contender("control: the C loop in another process", "control", BATCH, WINDOW, competitor=True),
     ]  # fmt: skip
-    # a warm-up by time would end while each flush still waits for the competitor
-    scores = plan.take_turns(contenders, replace(plan.less, rounds=1), apart=True, counts=lambda _: COST_MESSAGES)
+    # A warm-up by time would end while each flush still waits for the competitor; and who gives the GIL up in each
+    # `produce` waits for it in each as well.
+    scores = plan.take_turns(
+        contenders,
+        replace(plan.less, rounds=1),
+        apart=True,
+        counts=lambda contender: COST_MESSAGES if contender.side != "produce" else COST_MESSAGES // 10,
+    )
     section = Section("GIL per envelope, one at a time: what a competing thread loses, 8 headers", "sender_gil")
     section.lines = lines(scores)
     standing_still(section, scores)
