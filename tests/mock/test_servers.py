@@ -29,7 +29,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @contextmanager
-def server(log: Path, *arguments: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+def server(log: Path, *arguments: str, status: int = 0, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
     """A server of the examples, with its output in a file; killed with its children if it does not end by itself."""
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -43,7 +43,7 @@ def server(log: Path, *arguments: str, **variables: str) -> Iterator[subprocess.
     try:
         yield process
         until(lambda: process.poll() is not None, "the server's end")
-        assert process.returncode == 0, log.read_text()
+        assert process.returncode == status, log.read_text()
         with pytest.raises(ProcessLookupError):  # none of its processes is left behind
             os.killpg(process.pid, 0)
     finally:
