@@ -61,14 +61,14 @@ def test_names_of_types_live_as_long_as_records_point_at_them() -> None:
 
     with make(encoder=lambda message, context: b"x") as producer:
         order, other = made("Order"), made("Other")
-        envelopes = [Envelope(order, headers=[("x", 5)]), Envelope(order), Envelope(order, headers=[("x", 5)])]
-        envelopes += [Envelope(other, headers=[("x", 5)]), Envelope(order), Envelope(other)]
+        envelopes = [Envelope(order, headers=[("x", 5)]), Envelope(order)]
+        envelopes += [Envelope(other, headers=[("x", 5)]), Envelope(other)]
         for n in range(4100):  # the cache of names is emptied at some point
             envelopes.append(Envelope(made(f"T{n}")))
         records, rejected = map_all_but(producer, envelopes)
-        assert [index for index, _ in rejected] == [0, 2, 3]
+        assert [index for index, _ in rejected] == [0, 2]
         names = [dict(record[5])["message-type"] for record in records if record is not None]
-        assert names == [b"made-Order", b"made-Order", b"made-Other", *(b"made-T%d" % n for n in range(4100))]
+        assert names == [b"made-Order", b"made-Other", *(b"made-T%d" % n for n in range(4100))]
 
 
 def test_what_a_rejected_one_took_is_given_back_at_once() -> None:
