@@ -65,7 +65,7 @@ THREE = [Envelope(i, key=str(i)) for i in range(3)]
         (THREE, lambda cluster: cluster.set_broker_down(1), lambda memory: memory.down(), no_order),
         (
             THREE,
-            lambda cluster: cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"]),
+            lambda cluster: cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"] * 3),
             lambda memory: memory.fail("INVALID_RECORD", times=3),
             no_order,
         ),
