@@ -228,6 +228,7 @@ class _InMemory(BaseProducer):
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
         close_timeout: float = 30.0,
+        carry_scheduled_time: bool = False,
     ) -> None:
         try:
             if isinstance(partitions, bool) or not isinstance(partitions, int) or not 0 < partitions < 2**31:
@@ -239,6 +240,7 @@ class _InMemory(BaseProducer):
                 source=source,
                 header_hook=header_hook,
                 close_timeout=close_timeout,
+                carry_scheduled_time=carry_scheduled_time,
             )
         finally:
             del config  # it may hold passwords
@@ -380,7 +382,7 @@ class MemoryProducer(_InMemory, Producer):
             ``message.max.bytes``, ``queue.buffering.max.kbytes`` and ``transactional.id`` change what it does, and its
             callbacks are not called.
         partitions: How many each topic has.
-        wire, encoder, source, header_hook, close_timeout: As for `kbatch.Producer`.
+        wire, encoder, source, header_hook, close_timeout, carry_scheduled_time: As for `kbatch.Producer`.
 
     Raises:
         ConfigError: As `kbatch.Producer`.
