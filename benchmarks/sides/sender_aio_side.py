@@ -47,19 +47,19 @@ class Client:
         spec = self._spec
         config = {"bootstrap.servers": spec.bootstrap, **spec.options.get("config", {})}
         form = spec.options.get("form", "batched")
+        producer = await stack.enter_async_context(aio.Producer(config))
         if form == "batched":
-            producer = stack.enter_context(kbatch.Producer(config))
-            agent = kbatch.SendingAgent(producer, spec.topic, on_failed=lambda _, error: self.failed.append(error))
+            agent = aio.SendingAgent(producer, spec.topic, on_failed=lambda _, error: self.failed.append(error))
             self._sender = await stack.enter_async_context(aio.BatchedSender(agent, **spec.options.get("sender", {})))
-            return self._sender.send
-        on_loop = await stack.enter_async_context(aio.Producer(config))
+            send: Send = self._sender.send
+            return send
         if form == "inline":
-            inline = await stack.enter_async_context(aio.InlineSender(on_loop, spec.topic))
+            inline = await stack.enter_async_context(aio.InlineSender(producer, spec.topic))
             return inline.send
         topic = spec.topic
 
         async def send_batch(batch: list[kbatch.Envelope[Any]]) -> None:
-            (await on_loop.send_batch(topic, batch)).raise_for_errors()
+            (await producer.send_batch(topic, batch)).raise_for_errors()
 
         return send_batch
 
@@ -70,7 +70,7 @@ class Client:
         left = await self._sender.flush()
         if left or self.failed:
             raise RuntimeError(f"not everything was delivered: {left} left, {self.failed[:1]}")
-        acked = self._sender.stats()["acked"]
+        acked: int = self._sender.stats()["acked"]
         more, self._acked = acked - self._acked, acked
         return more
 
