@@ -69,6 +69,7 @@ class BaseProducer:
             parsed.queue_max_bytes,
             carry_scheduled_time=carry_scheduled_time,
         )
+        self._carries_scheduled_time = carry_scheduled_time
         self._close_timeout = close_timeout
         self._max_in_flight = max_in_flight
         self._assemble()

@@ -38,9 +38,10 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport NAN
 from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t
-from libc.string cimport memchr, memcmp, memcpy, strcpy, strlen
+from libc.string cimport memchr, memcmp, memcpy, strcmp, strcpy, strlen
 
 from kbatch._librdkafka cimport *
+from kbatch._librdkafka import error_text
 
 cdef extern from *:
     """

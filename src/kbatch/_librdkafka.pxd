@@ -19,6 +19,34 @@ cdef extern from * nogil:
     typedef struct rd_kafka_op_s rd_kafka_event_t;
     typedef struct rd_kafka_headers_s rd_kafka_headers_t;
     typedef struct rd_kafka_error_s rd_kafka_error_t;
+    typedef struct rd_kafka_metadata_broker {
+        int32_t id;
+        char *host;
+        int port;
+    } rd_kafka_metadata_broker_t;
+    typedef struct rd_kafka_metadata_partition {
+        int32_t id;
+        int err;
+        int32_t leader;
+        int replica_cnt;
+        int32_t *replicas;
+        int isr_cnt;
+        int32_t *isrs;
+    } rd_kafka_metadata_partition_t;
+    typedef struct rd_kafka_metadata_topic {
+        char *topic;
+        int partition_cnt;
+        rd_kafka_metadata_partition_t *partitions;
+        int err;
+    } rd_kafka_metadata_topic_t;
+    typedef struct rd_kafka_metadata {
+        int broker_cnt;
+        rd_kafka_metadata_broker_t *brokers;
+        int topic_cnt;
+        rd_kafka_metadata_topic_t *topics;
+        int32_t orig_broker_id;
+        char *orig_broker_name;
+    } rd_kafka_metadata_t;
     typedef struct rd_kafka_message_s {
         int err;
         rd_kafka_topic_t *rkt;
@@ -59,6 +87,20 @@ cdef extern from * nogil:
         pass
     ctypedef struct rd_kafka_error_t:
         pass
+    ctypedef struct rd_kafka_metadata_broker_t:
+        int32_t id
+    ctypedef struct rd_kafka_metadata_partition_t:
+        int32_t leader  # -1: none
+    ctypedef struct rd_kafka_metadata_topic_t:
+        char *topic
+        int partition_cnt
+        rd_kafka_metadata_partition_t *partitions
+        int err
+    ctypedef struct rd_kafka_metadata_t:
+        int broker_cnt
+        rd_kafka_metadata_broker_t *brokers
+        int topic_cnt
+        rd_kafka_metadata_topic_t *topics
     ctypedef struct rd_kafka_message_t:
         int err
         rd_kafka_topic_t *rkt
@@ -152,6 +194,9 @@ cdef struct Api:
     int (*fatal_error)(rd_kafka_t *rk, char *errstr, size_t errstr_size) noexcept nogil
     int (*test_fatal_error)(rd_kafka_t *rk, int err, const char *reason) noexcept nogil
     int (*set_log_queue)(rd_kafka_t *rk, rd_kafka_queue_t *queue) noexcept nogil
+    int (*metadata)(rd_kafka_t *rk, int all_topics, rd_kafka_topic_t *topic, const rd_kafka_metadata_t **metadata,
+                    int timeout_ms) noexcept nogil
+    void (*metadata_destroy)(const rd_kafka_metadata_t *metadata) noexcept nogil
     int (*oauthbearer_set_token)(rd_kafka_t *rk, const char *token, int64_t lifetime_ms, const char *principal,
                                  const char **extensions, size_t extension_size,
                                  char *errstr, size_t errstr_size) noexcept nogil

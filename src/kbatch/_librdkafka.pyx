@@ -115,6 +115,9 @@ cdef void _fill() except *:
     api.purge = <int (*)(rd_kafka_t *, int) noexcept nogil> symbol("rd_kafka_purge")
     api.fatal_error = <int (*)(rd_kafka_t *, char *, size_t) noexcept nogil> symbol("rd_kafka_fatal_error")
     api.test_fatal_error = <int (*)(rd_kafka_t *, int, const char *) noexcept nogil> symbol("rd_kafka_test_fatal_error")
+    api.metadata = <int (*)(rd_kafka_t *, int, rd_kafka_topic_t *, const rd_kafka_metadata_t **,
+                            int) noexcept nogil> symbol("rd_kafka_metadata")
+    api.metadata_destroy = <void (*)(const rd_kafka_metadata_t *) noexcept nogil> symbol("rd_kafka_metadata_destroy")
     api.set_log_queue = <int (*)(rd_kafka_t *, rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_set_log_queue")
     api.oauthbearer_set_token = <int (*)(rd_kafka_t *, const char *, int64_t, const char *, const char **, size_t,
                                          char *, size_t) noexcept nogil> symbol("rd_kafka_oauthbearer_set_token")

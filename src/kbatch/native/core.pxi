@@ -177,6 +177,25 @@ cdef class Batch:
         return self.core._wait_for(self, deadline_after(timeout))
 
 
+cdef object what_hinders(const rd_kafka_metadata_t *metadata, const char *name):
+    # What, by this answer, hinders writing to a topic: None if one of its partitions has a leader among the brokers.
+    cdef rd_kafka_metadata_topic_t *topic
+    cdef int i, j
+    for i in range(metadata.topic_cnt):
+        if strcmp(metadata.topics[i].topic, name) == 0:
+            break
+    else:
+        return None
+    topic = &metadata.topics[i]
+    if topic.err:
+        return f"the topic: {error_text(topic.err)[1]}"
+    for i in range(topic.partition_cnt):
+        for j in range(metadata.broker_cnt):
+            if metadata.brokers[j].id == topic.partitions[i].leader:
+                return None
+    return f"none of the topic's {topic.partition_cnt} partitions has a leader"
+
+
 cdef enum:
     RELEASE_SLICE = 2000  # envelopes
 
@@ -823,6 +842,28 @@ cdef class Core:
         left = max(c.undecided, KB_LOAD64(&c.in_flight))
         kb_mutex_unlock(&c.mu)
         return left
+
+    def probe(self, str topic, double timeout_s) -> str | None:
+        """Asks the brokers for metadata, which writes nothing. None if they answer, and the topic can be written to as
+        far as they tell; else the reason. Blocks without the GIL.
+
+        It asks for the topics that librdkafka knows and asks for by itself, so that no topic is made by it. What was
+        never sent to by this producer is not among them; then it is the answer that counts.
+        """
+        cdef const rd_kafka_metadata_t *metadata = NULL
+        cdef bytes name = topic.encode()
+        cdef const char *name_p = name
+        cdef int code, timeout_ms = <int> (timeout_s * 1000)
+        self._enter()
+        with nogil:
+            code = api.metadata(self.c.rk, 0, NULL, &metadata, timeout_ms)
+            self._leave()
+        if code:
+            return f"no broker answers: {error_text(code)[1]}"
+        try:
+            return what_hinders(metadata, name_p)
+        finally:
+            api.metadata_destroy(metadata)
 
     def purge(self) -> None:
         cdef Client *c = self.c
