@@ -123,6 +123,7 @@ class BaseSendingAgent:
         self._broken: BaseProducer | None = None  # in its fatal state, to be replaced
         self._death: KbatchError | None = None  # nothing can be sent any more
         self._giving_up = False
+        self._is_over = False  # the thread has ended, or is about to
         self._abandoned: set[Flight] = set()
         self._released = False
         self._ended_in_giving_up = 0
@@ -211,6 +212,8 @@ class BaseSendingAgent:
         watcher = _Watcher(seq, wake)
         self._watchers.append(watcher)
         self._signal.set()
+        if self._is_over:
+            wake()
         return watcher
 
     def _unwatch(self, watcher: _Watcher) -> None:
@@ -259,6 +262,10 @@ class BaseSendingAgent:
             _logger.critical("a sender's thread failed; nothing more is sent", exc_info=True)
             self._die(ProducerError(f"a sender's thread failed: {type(error).__name__}: {error}"))
             raise
+        finally:
+            self._is_over = True
+            for watcher in self._watchers[:]:
+                watcher.wake()
 
     def _step(self) -> bool:
         """What is to be done now; then waits for more. False if there will be nothing more."""
@@ -405,13 +412,14 @@ class BaseSendingAgent:
             reasons = dict(rejected)
             failures = [(index, reasons.get(index, error)) for index, error in report.errors.items()]
         again = self._death is None and not self._giving_up
+        ended = len(queue.ended)
         queue.settled(flight, failures, now, again=again)
         self._note(_verdict(report.acked, failures), flight.trial, now)
         done = len(report) - report.failed
         self._counts["acked"] += report.acked
         self._counts["expired"] += done - report.acked
         if failures and again:
-            self._counts["retried"] += len(failures) - len(queue.ended)
+            self._counts["retried"] += len(failures) - (len(queue.ended) - ended)
         if self._buffer is not None and done:
             self._buffer._give_back(done)
 
@@ -598,7 +606,6 @@ class BaseSendingAgent:
         for watcher in self._watchers[:]:
             if len(buffer) == 0 or (watcher.seq is not None and (oldest is None or oldest >= watcher.seq)):
                 self._unwatch(watcher)
-                watcher.done = True
                 watcher.wake()
 
 
@@ -654,6 +661,10 @@ class SendingAgent(BaseSendingAgent):
         finally:
             self._note(outcome.verdict, trial, time.monotonic())
 
+    def close(self) -> None:
+        """Ends an agent that has no `BatchedSender`, whose own ``close`` does this."""
+        self._end(0)
+
 
 class _Watcher:
     """Somebody who waits until all before `seq` is done."""
@@ -661,7 +672,6 @@ class _Watcher:
     def __init__(self, seq: int | None, wake: Callable[[], None]) -> None:
         self.seq = seq
         self.wake = wake
-        self.done = False
 
 
 class Outcome(SenderCallback):

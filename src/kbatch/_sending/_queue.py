@@ -211,6 +211,9 @@ class SendQueue:
         failed: set[int] = set()
         for index, error in failures:
             entry = self._entry(flight, index)
+            if again and self._hold_scheduled and _is_early(error):
+                self._hold_until_due(entry)  # the clock was set back
+                continue
             entry.error = error
             if not again or not self._may_go_again(entry, error, flight, now):
                 self.ended.append(Ended(entry, error))
@@ -359,9 +362,8 @@ class SendQueue:
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
             group = self._group(envelope)
             if batch.scheduled and self._hold_scheduled and envelope.scheduled_time is not None:
-                due = envelope.scheduled_time.timestamp()
-                if due > wall:
-                    heapq.heappush(self._scheduled, (due, seq, Entry(envelope, seq, batch.accepted_at, group)))
+                if envelope.scheduled_time.timestamp() > wall:
+                    self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group))
                     continue
             if group is not None:
                 lane = self._lanes.get(group)
@@ -401,6 +403,11 @@ class SendQueue:
         lane.busy = False
         if lane.insert(entry) or self._strict:
             self._set_due(group, lane, due)
+
+    def _hold_until_due(self, entry: Entry) -> None:
+        due = entry.envelope.scheduled_time
+        assert due is not None
+        heapq.heappush(self._scheduled, (due.timestamp(), entry.seq, entry))
 
     def _set_due(self, group: Hashable, lane: _Lane, due: float) -> None:
         lane.due = due
@@ -464,6 +471,10 @@ def _flight_of(entries: list[Entry], *, isolated: bool = False) -> Flight:
         entries,
         isolated=isolated,
     )
+
+
+def _is_early(error: KbatchError) -> bool:
+    return isinstance(error, SerializationError) and error.index is not None and error.field == "scheduled_time"
 
 
 def _code(error: KbatchError) -> int | None:

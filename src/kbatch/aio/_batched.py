@@ -59,6 +59,10 @@ class SendingAgent(BaseSendingAgent):
         finally:
             self._note(outcome.verdict, trial, time.monotonic())
 
+    async def close(self) -> None:
+        """As `kbatch.SendingAgent.close`."""
+        await in_thread("kbatch-close", lambda: self._end(0))
+
     async def _start_from_loop(self) -> None:
         self._loop = self._loop or asyncio.get_running_loop()
         await in_thread("kbatch-start", self._start)
