@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections import deque
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
@@ -120,6 +121,7 @@ class BaseSendingAgent:
         self._thread: threading.Thread | None = None
         self._news: deque[Callable[[], None]] = deque()  # for the thread
         self._watchers: list[_Watcher] = []
+        self._untold: deque[list[Ended]] = deque()  # on_failed has these, or will have
         self._broken: BaseProducer | None = None  # in its fatal state, to be replaced
         self._death: KbatchError | None = None  # nothing can be sent any more
         self._giving_up = False
@@ -564,6 +566,7 @@ class BaseSendingAgent:
             self._ended_in_giving_up += len(told)
         self._counts["failed"] += len(told)
         if told:
+            self._untold.append(told)
             self._callbacks.put(self._tell_failed, told)
 
     def _tell_failed(self, told: list[Ended]) -> None:
@@ -584,6 +587,7 @@ class BaseSendingAgent:
             finally:
                 if self._buffer is not None:
                     self._buffer._give_back(1)  # not before: what a slow callback has not taken yet is held, too
+        self._untold.popleft()
         self._signal.set()
 
     def _keep_failure(self, envelope: Envelope[Any], error: KbatchError) -> None:
@@ -599,7 +603,10 @@ class BaseSendingAgent:
         buffer, queue = self._buffer, self._queue
         assert buffer is not None
         assert queue is not None
-        oldest: int | None = queue.oldest()
+        oldest = min(
+            chain((end.entry.seq for told in list(self._untold) for end in told), _unless_none(queue.oldest())),
+            default=None,
+        )
         if oldest is None:
             batch = buffer._oldest()
             oldest = None if batch is None else batch.first_seq
@@ -722,6 +729,10 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
         method(batch, error)
     except Exception:
         _logger.exception("a sender callback failed; the batch keeps its outcome: %r", error)
+
+
+def _unless_none(value: int | None) -> tuple[int, ...]:
+    return () if value is None else (value,)
 
 
 def _no_size(_: object) -> int:

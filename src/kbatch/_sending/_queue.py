@@ -361,10 +361,10 @@ class SendQueue:
         seqs: list[int] = []
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
             group = self._group(envelope)
-            if batch.scheduled and self._hold_scheduled and envelope.scheduled_time is not None:
-                if envelope.scheduled_time.timestamp() > wall:
-                    self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group))
-                    continue
+            due = envelope.scheduled_time if batch.scheduled and self._hold_scheduled else None
+            if due is not None and due.timestamp() > wall:
+                self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group))
+                continue
             if group is not None:
                 lane = self._lanes.get(group)
                 if lane is not None:
