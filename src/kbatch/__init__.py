@@ -42,6 +42,7 @@ from kbatch._sending._batched import BatchedSender
 from kbatch._sending._circuit import CircuitState
 from kbatch._sending._inline import InlineSender
 from kbatch._sending._retry import RetryPolicy
+from kbatch._sending._topic import KafkaTopic, Mode
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__
 from kbatch._wire import ConsumedRecord, WireFormat, WireReader
@@ -63,7 +64,9 @@ __all__ = [
     "ForkError",
     "InlineSender",
     "KafkaSender",
+    "KafkaTopic",
     "KbatchError",
+    "Mode",
     "OutgoingBatch",
     "PendingBatch",
     "Producer",

@@ -32,12 +32,17 @@ class BaseInlineSender:
 
     _shown = "kbatch.InlineSender"
 
-    def __init__(self, producer: BaseProducer, topic: str | None, *, close_timeout: float = 30.0) -> None:
+    def __init__(
+        self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout: float = 30.0
+    ) -> None:
         check_timeout(close_timeout)
         self.topic = topic
         self._close_timeout = close_timeout
-        self._handle = ProducerHandle.of(producer)
-        self._handle.acquire()
+        if isinstance(producer, ProducerHandle):
+            self._handle = producer  # acquired for this sender
+        else:
+            self._handle = ProducerHandle.of(producer)
+            self._handle.acquire()
         self._held = [self._handle]  # empty once it is closed: whoever takes it out releases it
         self._closed = False
 
@@ -98,8 +103,9 @@ class InlineSender(BaseInlineSender):
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
     """
 
-    def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None:
-        super().__init__(producer, topic, close_timeout=close_timeout)
+    if TYPE_CHECKING:
+
+        def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None: ...
 
     def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> DeliveryReport:
         """Blocks until the envelope has its outcome. The GIL is released while it waits, and Ctrl-C works.

@@ -22,11 +22,13 @@ from kbatch.aio._contract import SenderCallback, SenderProtocol
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._producer import Producer
 from kbatch.aio._sender import KafkaSender
+from kbatch.aio._topic import KafkaTopic
 
 __all__ = [
     "BatchedSender",
     "InlineSender",
     "KafkaSender",
+    "KafkaTopic",
     "PendingBatch",
     "Producer",
     "SenderCallback",

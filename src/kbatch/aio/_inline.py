@@ -29,8 +29,9 @@ class InlineSender(BaseInlineSender):
 
     _shown = "kbatch.aio.InlineSender"
 
-    def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None:
-        super().__init__(producer, topic, close_timeout=close_timeout)
+    if TYPE_CHECKING:
+
+        def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None: ...
 
     async def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> DeliveryReport:
         """Waits until the envelope has its outcome.

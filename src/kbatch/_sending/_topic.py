@@ -1,0 +1,290 @@
+"""A topic, how envelopes are sent to it, and by which producer."""
+
+from __future__ import annotations
+
+import enum
+import re
+import traceback
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from kbatch._base_producer import BaseProducer
+from kbatch._config import inherit
+from kbatch._errors import ConfigError
+from kbatch._producer import Producer
+from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options
+from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
+from kbatch._sending._handle import ProducerHandle
+from kbatch._sending._inline import BaseInlineSender, InlineSender
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    import msgspec
+
+    from kbatch._errors import KbatchError
+    from kbatch._fastmap import Envelope
+    from kbatch._sending._circuit import CircuitState
+    from kbatch._sending._retry import RetryPolicy
+    from kbatch._wire import HeadersLike, WireFormat
+
+__all__ = ["BaseTopic", "KafkaTopic", "Mode"]
+
+_LEGAL_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
+
+_BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered")
+_AGENT = (
+    *("retry", "failures_to_open", "probe_interval_s", "max_probe_interval_s", "max_in_flight_batches", "strict_order"),
+    *("on_failed", "dead_letter_topic", "on_state_change"),
+)
+_CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger")
+
+
+class Mode(enum.Enum):
+    """How a topic's envelopes are sent."""
+
+    INLINE = "inline"
+    """One at a time, each awaited: `InlineSender`."""
+    BUFFERED = "buffered"
+    """In batches from memory, with retries and a circuit breaker: `BatchedSender`. A crash loses what is buffered."""
+    DURABLE = "durable"
+    """Through an outbox, which survives a crash. Not there yet."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class BaseTopic:
+    """What the topics for threads and for asyncio have in common."""
+
+    name: str
+    mode: Mode
+    close_timeout: float
+    batch_size: int | None
+    batch_bytes: int | None
+    batch_timeout_ms: float | None
+    max_buffered: int | None
+    retry: RetryPolicy | None
+    failures_to_open: int | None
+    probe_interval_s: float | None
+    max_probe_interval_s: float | None
+    max_in_flight_batches: int | None
+    strict_order: bool | None
+    on_failed: Callable[[Envelope[Any], KbatchError], object] | None
+    dead_letter_topic: str | None
+    on_state_change: Callable[[CircuitState, CircuitState], object] | None
+    _settings: Hashable  # the same where the producer, or what it is made of, is
+    _producer: BaseProducer = field(compare=False)  # the caller's, or one that is never used and others are made of
+    _is_given: bool = field(compare=False)
+
+    _shown = "kbatch.KafkaTopic"
+    _producer_class: type[BaseProducer] = Producer
+    _inline_class: type[BaseInlineSender] = InlineSender
+    _agent_class: type[BaseSendingAgent] = SendingAgent
+    _batched_class: type[BaseBatchedSender] = BatchedSender
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        mode: Mode,
+        producer: BaseProducer | Mapping[str, Any],
+        config: Mapping[str, Any] | None = None,
+        wire: str | WireFormat | None = None,
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
+        source: str | None = None,
+        header_hook: Callable[[], HeadersLike | None] | None = None,
+        carry_scheduled_time: bool | None = None,
+        max_in_flight: int | None = None,
+        batch_size: int | None = None,
+        batch_bytes: int | None = None,
+        batch_timeout_ms: float | None = None,
+        max_buffered: int | None = None,
+        retry: RetryPolicy | None = None,
+        failures_to_open: int | None = None,
+        probe_interval_s: float | None = None,
+        max_probe_interval_s: float | None = None,
+        max_in_flight_batches: int | None = None,
+        strict_order: bool | None = None,
+        on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
+        dead_letter_topic: str | None = None,
+        on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
+        close_timeout: float = 30.0,
+    ) -> None:
+        given = {
+            "batch_size": batch_size,
+            "batch_bytes": batch_bytes,
+            "batch_timeout_ms": batch_timeout_ms,
+            "max_buffered": max_buffered,
+            "retry": retry,
+            "failures_to_open": failures_to_open,
+            "probe_interval_s": probe_interval_s,
+            "max_probe_interval_s": max_probe_interval_s,
+            "max_in_flight_batches": max_in_flight_batches,
+            "strict_order": strict_order,
+            "on_failed": on_failed,
+            "dead_letter_topic": dead_letter_topic,
+            "on_state_change": on_state_change,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        options = {
+            "wire": wire,
+            "encoder": encoder,
+            "source": source,
+            "header_hook": header_hook,
+            "carry_scheduled_time": carry_scheduled_time,
+            "max_in_flight": max_in_flight,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        values = vars(self)  # past the guard of a frozen dataclass
+        try:
+            _check_name("name", name)
+            _check_mode(mode, given)
+            values.update(name=name, mode=mode, close_timeout=close_timeout)
+            values.update(self._checked(given))
+            if dead_letter_topic == name:
+                raise ConfigError(f"dead_letter_topic must not be the topic itself, {name!r}")
+            values.update(self._bind(producer, config, options))
+        except BaseException as error:
+            # As the producer's: passwords must not be found in the local variables of a traceback.
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            del producer, config
+
+    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of the sender and its agent with their defaults; without a buffer, None."""
+        batching = {**_defaults(self._batched_class, _BATCHING), **given}
+        agent = {**_defaults(self._agent_class, _AGENT), **given}
+        check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout=self.close_timeout)
+        check_agent_options(**{name: agent[name] for name in _AGENT if name != "strict_order"})
+        if not isinstance(agent["strict_order"], bool):
+            raise ConfigError(f"strict_order must be bool, not {type(agent['strict_order']).__name__}")
+        if agent["dead_letter_topic"] is not None:
+            _check_name("dead_letter_topic", agent["dead_letter_topic"])
+        if self.mode is Mode.INLINE:
+            return dict.fromkeys((*_BATCHING, *_AGENT))
+        return {name: (agent if name in _AGENT else batching)[name] for name in (*_BATCHING, *_AGENT)}
+
+    def _bind(self, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        if isinstance(producer, BaseProducer):
+            if not isinstance(producer, self._producer_class):
+                other = "kbatch.KafkaTopic" if isinstance(producer, Producer) else "kbatch.aio.KafkaTopic"
+                raise ConfigError(f"{self._shown} takes no {producer._shown}; use {other}")
+            refused = [*(["config"] if config is not None else []), *options]
+            if refused:
+                raise ConfigError(
+                    f"{', '.join(refused)}: the producer that was given has its settings already; "
+                    "give its configuration as producer, and topics whose settings agree share one"
+                )
+            return {"_settings": _Same(producer), "_producer": producer, "_is_given": True}
+        for name, value in (("producer", producer), ("config", config)):
+            if not isinstance(value, Mapping) and (name == "producer" or value is not None):
+                what = f"a {self._producer_class._shown} or a mapping" if name == "producer" else "a mapping"
+                raise ConfigError(f"{name} must be {what} of librdkafka's keys, not {type(value).__name__}")
+        merged = inherit(producer, config or {})
+        prototype = self._producer_class(merged, **options)
+        wire = options.get("wire", "kbatch")
+        settings = (
+            self._producer_class,
+            prototype._fingerprint,
+            *(_Same(merged.get(name)) for name in _CALLBACKS),
+            wire if isinstance(wire, str) else _Same(wire),
+            *(_Same(options.get(name)) for name in ("encoder", "header_hook")),
+            *(prototype._max_in_flight, options.get("source"), options.get("carry_scheduled_time", False)),
+        )
+        return {"_settings": settings, "_producer": prototype, "_is_given": False}
+
+    def _create(self) -> Any:
+        if self._is_given:
+            handle = ProducerHandle.of(self._producer)
+            handle.acquire()
+        else:
+            handle = ProducerHandle.shared(self._settings, self._producer)
+        try:
+            if self.mode is Mode.INLINE:
+                return self._inline_class(handle, self.name, close_timeout=self.close_timeout)
+            agent = self._agent_class(handle, self.name, **{name: getattr(self, name) for name in _AGENT})
+            batching = {name: getattr(self, name) for name in _BATCHING}
+            return self._batched_class(agent, **batching, close_timeout=self.close_timeout)
+        except BaseException:
+            handle.release(0)
+            raise
+
+    def __repr__(self) -> str:
+        if "_is_given" not in vars(self):
+            return f"<{self._shown} refused>"  # in a traceback of the constructor
+        return f"<{self._shown} {self.name!r} {self.mode.name}>"
+
+
+class KafkaTopic(BaseTopic):
+    """A topic and how envelopes are sent to it; makes senders. Immutable; checked as a whole when it is made.
+
+    Topics that are given settings share one producer where these agree: the same configuration, and the same objects
+    for callbacks, encoder, wire format and hook. It is made with the first sender and closed with the last one, so each
+    sender must be closed. After a fork, the child has producers of its own, unless nothing was sent yet.
+
+    Args:
+        name: The topic.
+        mode: What kind of sender.
+        producer: A `Producer`, which stays the caller's; or the configuration that topics share, as it takes one.
+        config: What is different for this topic; all else is inherited key by key, security and callbacks included.
+        wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; not with one.
+        batch_size, batch_bytes, batch_timeout_ms, max_buffered: As for `BatchedSender`; only with ``Mode.BUFFERED``.
+        retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order, on_failed,
+            dead_letter_topic, on_state_change: As for `SendingAgent`; only with ``Mode.BUFFERED``.
+        close_timeout: Seconds that leaving the ``with`` block of a sender waits for what it has not sent.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of its range, an option that the mode does not have, or a setting
+            that `Producer` refuses.
+    """
+
+    def create_sender(self) -> InlineSender | BatchedSender:
+        """A new sender, to be closed: a context manager, whose ``close(timeout)`` says how many were not sent.
+
+        With ``Mode.INLINE`` an `InlineSender`, with ``Mode.BUFFERED`` a `BatchedSender`. It starts with its first
+        envelope.
+        """
+        sender: InlineSender | BatchedSender = self._create()
+        return sender
+
+
+class _Same:
+    """Equal to what holds the same object, or the same method of it."""
+
+    def __init__(self, thing: object) -> None:
+        self._thing = thing  # kept, so that its id stays its own
+        is_method = isinstance(thing, types.MethodType)
+        self._ids = (id(thing.__self__), id(thing.__func__)) if is_method else (id(thing),)  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._ids == other._ids
+
+    def __hash__(self) -> int:
+        return hash(self._ids)
+
+
+def _defaults(kind: type, names: tuple[str, ...]) -> dict[str, Any]:
+    defaults: dict[str, Any] = kind.__init__.__kwdefaults__  # type: ignore[misc]
+    return {name: defaults[name] for name in names}
+
+
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} must be str, not {type(name).__name__}")
+    if not _LEGAL_NAME.fullmatch(name) or name in (".", ".."):
+        raise ConfigError(
+            f"{what} must be 1 to 249 letters, digits, '.', '_' and '-', as Kafka's topics are, not {name!r}"
+        )
+
+
+def _check_mode(mode: Any, given: dict[str, Any]) -> None:
+    if not isinstance(mode, Mode):
+        raise ConfigError(f"mode must be kbatch.Mode.INLINE or kbatch.Mode.BUFFERED, not {mode!r}")
+    if mode is Mode.DURABLE:
+        raise ConfigError("Mode.DURABLE needs an outbox, which this version does not have; use Mode.BUFFERED")
+    if mode is Mode.INLINE and given:
+        raise ConfigError(
+            f"{', '.join(given)}: not with Mode.INLINE, which sends each envelope by itself, once; use Mode.BUFFERED"
+        )
