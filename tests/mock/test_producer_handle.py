@@ -117,3 +117,34 @@ class TestForkInTheMiddle:
             """
         result = run(cluster, code)
         assert result.stdout.strip() == "{0}", result.stderr
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["not used", "used"])
+class TestForkedTopic:
+    pytestmark = needs_fork
+
+    def test_a_topic_of_the_parent_makes_senders_in_the_child(self, cluster: MockCluster, used: bool) -> None:
+        code = f"""
+            used = {used}
+            topic = kbatch.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=CONFIG)
+            parents = topic.create_sender()
+            if used:
+                parents.send(kbatch.Envelope("parent"))
+            child = os.fork()
+            if child == 0:
+                with topic.create_sender() as own:
+                    assert (own._handle is parents._handle) == (not used)
+                    own.send(kbatch.Envelope("child"))
+                assert own._handle.producer.closed == used  # else the parent's copy still has it
+                assert parents.close() == 0
+                assert own._handle.producer.closed
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            parents.send(kbatch.Envelope("parent"))
+            assert parents.close() == 0
+            print("done")
+            """
+        result = run(cluster, code)
+        assert result.stdout.strip() == "done", result.stderr
+        expected = [b'"parent"'] * used + [b'"child"', b'"parent"']
+        assert [record.value for record in read_back(cluster.bootstrap_servers, "orders")] == expected

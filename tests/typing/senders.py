@@ -1,0 +1,33 @@
+"""Senders and topics, as a user types them."""
+
+from typing_extensions import assert_type
+
+import kbatch
+from kbatch import aio
+
+
+def blocking(producer: kbatch.Producer, settings: dict[str, str | int]) -> None:
+    with kbatch.InlineSender(producer, "orders") as sender:
+        assert_type(sender, kbatch.InlineSender)
+        assert_type(sender.send(kbatch.Envelope(1), timeout=5), kbatch.DeliveryReport)
+        assert_type(sender.close(1.5), int)
+    topic = kbatch.KafkaTopic(
+        "orders", mode=kbatch.Mode.BUFFERED, producer=settings, config={"linger.ms": 5}, wire="raw"
+    )
+    assert_type(topic.create_sender(), kbatch.InlineSender | kbatch.BatchedSender)
+    assert_type(topic.batch_size, int | None)
+    with topic.create_sender() as made:
+        made.send(kbatch.Envelope(1))
+    kbatch.KafkaTopic("orders", mode="inline", producer=producer)  # type: ignore[arg-type]
+    kbatch.InlineSender(7, "orders")  # type: ignore[arg-type]
+
+
+async def on_a_loop(producer: aio.Producer, blocking: kbatch.Producer) -> None:
+    async with aio.InlineSender(producer, None) as sender:
+        assert_type(await sender.send(kbatch.Envelope(1)), kbatch.DeliveryReport)
+        assert_type(await sender.close(), int)
+    topic = aio.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=producer)
+    assert_type(topic.create_sender(), aio.InlineSender | aio.BatchedSender)
+    async with topic.create_sender() as made:
+        await made.send(kbatch.Envelope(1))
+    aio.InlineSender(blocking, "orders")  # type: ignore[arg-type]
