@@ -183,8 +183,10 @@ def serve(name: str, make: Callable[[Spec], OneAtATime]) -> None:
     spec = read_spec()
     competitor = Competitor() if spec.competitor else None
     one = make(spec)
-    one.sending()(one.messages[0])  # what starts at first use is there before it is measured
-    acknowledged = one.flush()
+    acknowledged = 0
+    if competitor is not None:  # threads that are to be nicer start with the first message
+        one.sending()(one.messages[0])
+        acknowledged = one.flush()
     turns = Turns(one, spec)
     _sleep_exactly()
     settle()
