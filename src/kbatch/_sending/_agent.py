@@ -86,6 +86,7 @@ class BaseSendingAgent:
             probe_interval_s,
             max_probe_interval_s,
             max_in_flight_batches,
+            strict_order,
             on_failed,
             dead_letter_topic,
             on_state_change,
@@ -745,6 +746,7 @@ def check_agent_options(
     probe_interval_s: Any,
     max_probe_interval_s: Any,
     max_in_flight_batches: Any,
+    strict_order: Any,
     on_failed: Any,
     dead_letter_topic: Any,
     on_state_change: Any,
@@ -761,6 +763,8 @@ def check_agent_options(
         raise ConfigError(
             f"probe_interval_s={probe_interval_s!r} is longer than max_probe_interval_s={max_probe_interval_s!r}"
         )
+    if not isinstance(strict_order, bool):
+        raise ConfigError(f"strict_order must be bool, not {type(strict_order).__name__}")
     for name, value in (("on_failed", on_failed), ("on_state_change", on_state_change)):
         if value is not None and not callable(value):
             raise ConfigError(f"{name} must be callable, not {type(value).__name__}")

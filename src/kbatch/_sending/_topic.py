@@ -157,9 +157,7 @@ class BaseTopic:
         batching = {**_defaults(self._batched_class, _BATCHING), **given}
         agent = {**_defaults(self._agent_class, _AGENT), **given}
         check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout=self.close_timeout)
-        check_agent_options(**{name: agent[name] for name in _AGENT if name != "strict_order"})
-        if not isinstance(agent["strict_order"], bool):
-            raise ConfigError(f"strict_order must be bool, not {type(agent['strict_order']).__name__}")
+        check_agent_options(**{name: agent[name] for name in _AGENT})
         if agent["dead_letter_topic"] is not None:
             _check_name("dead_letter_topic", agent["dead_letter_topic"])
         if self.mode is Mode.INLINE:
