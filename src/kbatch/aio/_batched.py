@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchedSender", "SendingAgent"]
 
-_YIELD_EVERY = 1000  # envelopes, after which a task that only sends lets others run
+_TAKEN, _TAKEN_PAUSE, _NOT_STARTED = 1, 2, 3  # what Accumulator._send_on_loop answers
 _LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
 
 
@@ -110,16 +110,18 @@ class BatchedSender(BaseBatchedSender):
     _shown = "kbatch.aio.BatchedSender"
     _agent_class = SendingAgent
     _agent: SendingAgent
-    _starting = 0  # calls that wait for the start, or for such calls before them
 
     async def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> None:  # type: ignore[override]
         """As `kbatch.BatchedSender.send`. If the task is cancelled, its envelope may have been taken."""
-        if not self._is_used or self._starting:
+        answer = self._send_on_loop(envelope)
+        if answer == _TAKEN:
+            return
+        if answer == _NOT_STARTED:
             await self._await_start()
-        if not self.try_send(envelope):
-            await self._wait_for_place(envelope, timeout)
-        elif self.accepted % _YIELD_EVERY == 0:
+        if answer == _TAKEN_PAUSE:
             await asyncio.sleep(0)
+        elif not self.try_send(envelope):
+            await self._wait_for_place(envelope, timeout)
 
     async def _await_start(self) -> None:
         # In the order of the calls.

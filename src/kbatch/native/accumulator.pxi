@@ -88,6 +88,17 @@ cdef enum:
     REFUSING = 2
 
 
+cdef enum:
+    PAUSE_EVERY = 1000  # envelopes, after which a task that does nothing but send lets others run
+
+cdef enum:
+    # what _send_on_loop answers
+    FULL = 0
+    TAKEN = 1
+    TAKEN_PAUSE = 2
+    NOT_STARTED = 3
+
+
 cdef class Accumulator:
     """Takes envelopes one at a time, from any thread, and forms batches of them.
 
@@ -101,6 +112,7 @@ cdef class Accumulator:
     cdef object formed                # a deque of those that are closed
     cdef object waiters               # a deque of RoomWaiter, in the order of their calls
     cdef int stage
+    cdef public int _starting         # calls on event loops that wait for the start
     cdef int32_t forks                # at the start
     cdef readonly int64_t batch_size
     cdef readonly int64_t batch_bytes
@@ -140,6 +152,14 @@ cdef class Accumulator:
     def try_send(self, envelope):
         """As `send`, but never waits: false if there is no room, and then the envelope was not taken."""
         return self._offer(envelope)
+
+    def _send_on_loop(self, envelope) -> int:
+        """`try_send` for event loops, whose caller may have to wait: for room, its turn at the start, or others."""
+        if self.stage == UNUSED or self._starting:
+            return NOT_STARTED
+        if not self._offer(envelope):
+            return FULL
+        return TAKEN if self.accepted % PAUSE_EVERY else TAKEN_PAUSE
 
     cdef bint _offer(self, object item) except -1:
         cdef Envelope envelope
