@@ -14,11 +14,12 @@ def blocking(producer: kbatch.Producer, settings: dict[str, str | int]) -> None:
     topic = kbatch.KafkaTopic(
         "orders", mode=kbatch.Mode.BUFFERED, producer=settings, config={"linger.ms": 5}, wire="raw"
     )
-    assert_type(topic.create_sender(), kbatch.InlineSender | kbatch.BatchedSender)
+    assert_type(topic.create_sender(), kbatch.BatchedSender)
     assert_type(topic.batch_size, int | None)
     with topic.create_sender() as made:
         made.send(kbatch.Envelope(1))
-    kbatch.KafkaTopic("orders", mode="inline", producer=producer)  # type: ignore[arg-type]
+        assert_type(made.flush(5), int)
+    kbatch.KafkaTopic("orders", mode="inline", producer=producer)  # type: ignore[call-overload]
     kbatch.InlineSender(7, "orders")  # type: ignore[arg-type]
 
 
@@ -27,7 +28,7 @@ async def on_a_loop(producer: aio.Producer, blocking: kbatch.Producer) -> None:
         assert_type(await sender.send(kbatch.Envelope(1)), kbatch.DeliveryReport)
         assert_type(await sender.close(), int)
     topic = aio.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=producer)
-    assert_type(topic.create_sender(), aio.InlineSender | aio.BatchedSender)
+    assert_type(topic.create_sender(), aio.InlineSender)
     async with topic.create_sender() as made:
         await made.send(kbatch.Envelope(1))
     aio.InlineSender(blocking, "orders")  # type: ignore[arg-type]

@@ -1,8 +1,10 @@
 """KafkaTopic: what it takes and refuses, which topics share a producer, and that it shows no password."""
 
+import ast
 import copy
 import dataclasses
 import gc
+import inspect
 import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, KafkaTopic, Mode, aio
-from kbatch._sending import _handle
+from kbatch._sending import _handle, _topic
 
 from .test_secrets import SECRET, SECRETS, assert_no_secret, strings_within, texts_of
 
@@ -330,3 +332,16 @@ def test_neither_a_pickle_nor_a_deep_copy(attempt: Callable[[Any], Any]) -> None
     with pytest.raises(TypeError) as caught:
         attempt(topic(producer={**SERVERS, **SECRETS}))
     assert_no_secret(texts_of(caught.value))
+
+
+def test_what_type_checkers_are_told_is_what_it_takes() -> None:
+    module = ast.parse(inspect.getsource(_topic))
+    (options,) = (node for node in ast.walk(module) if isinstance(node, ast.ClassDef) and node.name == "Options")
+    told = [
+        (node.target.id, ast.unparse(node.annotation))
+        for node in options.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    taken = inspect.signature(_topic.BaseTopic.__init__).parameters.values()
+    own = ("self", "name", "mode", "producer")
+    assert told == [(each.name, each.annotation) for each in taken if each.name not in own]

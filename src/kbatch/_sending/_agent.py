@@ -417,7 +417,7 @@ class BaseSendingAgent:
         again = self._death is None and not self._giving_up
         ended = len(queue.ended)
         queue.settled(flight, failures, now, again=again)
-        self._note(_verdict(report.acked, failures), flight.trial, now)
+        self._note(_verdict(report.acked, failures) if again else "nothing", flight.trial, now)
         done = len(report) - report.failed
         self._counts["acked"] += report.acked
         self._counts["expired"] += done - report.acked

@@ -8,7 +8,7 @@ import traceback
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kbatch._base_producer import BaseProducer
 from kbatch._config import inherit
@@ -21,8 +21,10 @@ from kbatch._sending._inline import BaseInlineSender, InlineSender
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
+    from typing import Literal, TypedDict, overload
 
     import msgspec
+    from typing_extensions import Unpack
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
@@ -40,6 +42,36 @@ _AGENT = (
     *("on_failed", "dead_letter_topic", "on_state_change"),
 )
 _CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger")
+
+
+_S_co = TypeVar("_S_co", covariant=True)  # the sender
+
+if TYPE_CHECKING:
+
+    class Options(TypedDict, total=False):
+        """What a topic takes besides, once more, so that a type checker knows its sender by its mode."""
+
+        config: Mapping[str, Any] | None
+        wire: str | WireFormat | None
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None
+        source: str | None
+        header_hook: Callable[[], HeadersLike | None] | None
+        carry_scheduled_time: bool | None
+        max_in_flight: int | None
+        batch_size: int | None
+        batch_bytes: int | None
+        batch_timeout_ms: float | None
+        max_buffered: int | None
+        retry: RetryPolicy | None
+        failures_to_open: int | None
+        probe_interval_s: float | None
+        max_probe_interval_s: float | None
+        max_in_flight_batches: int | None
+        strict_order: bool | None
+        on_failed: Callable[[Envelope[Any], KbatchError], object] | None
+        dead_letter_topic: str | None
+        on_state_change: Callable[[CircuitState, CircuitState], object] | None
+        close_timeout: float
 
 
 class Mode(enum.Enum):
@@ -215,7 +247,7 @@ class BaseTopic:
         return f"<{self._shown} {self.name!r} {self.mode.name}>"
 
 
-class KafkaTopic(BaseTopic):
+class KafkaTopic(BaseTopic, Generic[_S_co]):
     """A topic and how envelopes are sent to it; makes senders. Immutable; checked as a whole when it is made.
 
     Topics that are given settings share one producer where these agree: the same configuration, and the same objects
@@ -238,13 +270,44 @@ class KafkaTopic(BaseTopic):
             that `Producer` refuses.
     """
 
-    def create_sender(self) -> InlineSender | BatchedSender:
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender],
+            name: str,
+            *,
+            mode: Literal[Mode.INLINE],
+            producer: Producer | Mapping[str, Any],
+            **options: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[BatchedSender],
+            name: str,
+            *,
+            mode: Literal[Mode.BUFFERED],
+            producer: Producer | Mapping[str, Any],
+            **options: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender | BatchedSender],
+            name: str,
+            *,
+            mode: Mode,
+            producer: Producer | Mapping[str, Any],
+            **options: Unpack[Options],
+        ) -> None: ...
+        def __init__(self, name: str, **options: Any) -> None: ...
+
+    def create_sender(self) -> _S_co:
         """A new sender, to be closed: a context manager, whose ``close(timeout)`` says how many were not sent.
 
         With ``Mode.INLINE`` an `InlineSender`, with ``Mode.BUFFERED`` a `BatchedSender`. It starts with its first
         envelope.
         """
-        sender: InlineSender | BatchedSender = self._create()
+        sender: _S_co = self._create()
         return sender
 
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
 from kbatch._sending._topic import BaseTopic
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._producer import Producer
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Literal, overload
+
+    from typing_extensions import Unpack
+
+    from kbatch._sending._topic import Mode, Options
+
 __all__ = ["KafkaTopic"]
 
 
-class KafkaTopic(BaseTopic):
+_S_co = TypeVar("_S_co", covariant=True)  # the sender
+
+
+class KafkaTopic(BaseTopic, Generic[_S_co]):
     """As `kbatch.KafkaTopic`, with a `kbatch.aio.Producer` and senders for asyncio."""
 
     _shown = "kbatch.aio.KafkaTopic"
@@ -19,7 +32,38 @@ class KafkaTopic(BaseTopic):
     _agent_class = SendingAgent
     _batched_class = BatchedSender
 
-    def create_sender(self) -> InlineSender | BatchedSender:
+    if TYPE_CHECKING:
+
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender],
+            name: str,
+            *,
+            mode: Literal[Mode.INLINE],
+            producer: Producer | Mapping[str, Any],
+            **options: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[BatchedSender],
+            name: str,
+            *,
+            mode: Literal[Mode.BUFFERED],
+            producer: Producer | Mapping[str, Any],
+            **options: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender | BatchedSender],
+            name: str,
+            *,
+            mode: Mode,
+            producer: Producer | Mapping[str, Any],
+            **options: Unpack[Options],
+        ) -> None: ...
+        def __init__(self, name: str, **options: Any) -> None: ...
+
+    def create_sender(self) -> _S_co:
         """As `kbatch.KafkaTopic.create_sender`: a `kbatch.aio.InlineSender` or a `kbatch.aio.BatchedSender`."""
-        sender: InlineSender | BatchedSender = self._create()
+        sender: _S_co = self._create()
         return sender
