@@ -61,8 +61,10 @@ class RetryPolicy:
 
     def delay_s(self, failures: int, random: Callable[[], float]) -> float:
         """Seconds to wait after so many failures; `random` answers from 0 to 1."""
-        # The power is bounded: a float overflows above some 1,000 doublings.
-        longest = self.initial_backoff_s * self.multiplier ** min(failures - 1, 50)
+        try:
+            longest = self.initial_backoff_s * float(self.multiplier) ** (failures - 1)
+        except OverflowError:  # some 1,000 doublings
+            longest = self.max_backoff_s
         return float(min(longest, self.max_backoff_s) * (1 - self.jitter * random()))
 
 
