@@ -277,7 +277,8 @@ class BaseSendingAgent:
         while self._news:
             self._news.popleft()()
         now, wall = time.monotonic(), time.time()
-        if self._death is not None or self._giving_up:
+        giving_up = self._giving_up  # it may change on the way
+        if self._death is not None or giving_up:
             self._give_up_waiting()
         else:
             self._probe_if_due(now)
@@ -288,7 +289,7 @@ class BaseSendingAgent:
                 self._expire(now)
         self._see_off(now)
         self._tell_watchers()
-        if self._giving_up and not queue.in_flight:
+        if giving_up and not queue.in_flight:
             return False
         if not self._news and not queue.ended:
             self._signal.wait(self._idle_for(time.monotonic(), time.time()), interruptible=False)

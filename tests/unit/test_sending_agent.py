@@ -1,0 +1,45 @@
+"""What the thread of a sending agent does when others meddle at an awkward moment; no broker."""
+
+import threading
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, SendingAgent
+from kbatch.testing import MemoryProducer
+
+from ..waiting import until
+
+LATER = datetime(9000, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize("moment", ["_probe_if_due", "_send_all", "_see_off", "_tell_watchers"])
+def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
+    told: list[tuple[Envelope[Any], kbatch.KbatchError]] = []
+    answers: list[int] = []
+    envelope = Envelope(1, scheduled_time=LATER)
+    with MemoryProducer() as producer:
+        agent = SendingAgent(producer, "orders", on_failed=lambda *what: told.append(what))
+        sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
+        sender.send(envelope)
+        until(lambda: sender.stats()["scheduled"], "the envelope held until its time")
+        closer = threading.Thread(target=lambda: answers.append(sender.close(0)))
+        work: Callable[..., None] = getattr(agent, moment)
+
+        def interrupted(*arguments: Any) -> None:
+            work(*arguments)
+            if closer.ident is None:
+                closer.start()
+                until(lambda: agent._giving_up, "the beginning of the end")
+
+        setattr(agent, moment, interrupted)
+        agent._signal.set()
+        until(lambda: answers, "the answer of close")
+    assert answers == [1]
+    assert len(told) == 1
+    assert told[0][0] is envelope
+    assert isinstance(told[0][1], kbatch.SenderClosedError)
+    assert len(sender) == 0
