@@ -583,7 +583,7 @@ class BaseSendingAgent:
         for end in told:
             try:
                 self._call_back(self._on_failed, end.entry.envelope, end.error)
-            except Exception:
+            except BaseException:  # also a sys.exit(): the others are to be told
                 _logger.exception("on_failed failed; agent.failed keeps envelope %s", end.entry.envelope.id)
                 self._keep_failure(end.entry.envelope, end.error)
             finally:

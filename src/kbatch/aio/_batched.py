@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import functools
 import inspect
 import time
@@ -69,9 +70,11 @@ class SendingAgent(BaseSendingAgent):
 
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
         loop = self._loop
-        if loop is None or callback == self._keep_failure:
+        if callback == self._keep_failure:
             super()._call_back(callback, *arguments)
             return
+        if loop is None:
+            raise RuntimeError("no event loop for the callback: the first envelope was sent from none")
         ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
         async def run() -> None:
@@ -122,6 +125,12 @@ class BatchedSender(BaseBatchedSender):
             await asyncio.sleep(0)
         elif not self.try_send(envelope):
             await self._wait_for_place(envelope, timeout)
+
+    def _start(self) -> None:
+        if self._agent._loop is None:  # try_send was first
+            with contextlib.suppress(RuntimeError):
+                self._agent._loop = asyncio.get_running_loop()
+        super()._start()
 
     async def _await_start(self) -> None:
         # In the order of the calls.
