@@ -46,6 +46,10 @@ class CallbackThread:
                 raise
         self._run(True)
 
+    def is_current(self) -> bool:
+        """Whether it is this thread that asks."""
+        return self._thread is threading.current_thread()
+
     def stop(self) -> None:
         """Ends the thread once all that was put has run; a later `put` starts another."""
         with self._changed:

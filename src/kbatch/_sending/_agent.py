@@ -25,6 +25,7 @@ from kbatch._errors import (
     ProducerFatalError,
     ProducerFencedError,
     SenderClosedError,
+    SenderError,
     SerializationError,
     blames_envelope,
 )
@@ -205,6 +206,17 @@ class BaseSendingAgent:
         error = SenderClosedError(f"the sender has ended: {death}")
         error.__cause__ = death
         return error
+
+    def _check_caller(self) -> None:
+        """Raises in a callback: what it waited for would wait for its end."""
+        if self._is_calling_back():
+            raise SenderError(
+                "flush, drain and close wait for on_failed and on_state_change, and so must not be called by them; use "
+                "another thread or task"
+            )
+
+    def _is_calling_back(self) -> bool:
+        return self._callbacks.is_current()
 
     def _when_done(self, seq: int | None, wake: Callable[[], None]) -> _Watcher:
         """Calls `wake` once every envelope before `seq` has its outcome, those that are scheduled for later not
@@ -641,7 +653,8 @@ class SendingAgent(BaseSendingAgent):
         strict_order: At most one envelope of a key is in flight, so that none is ever overtaken by a later one of its
             key.
             Slower where there are few keys: then a batch has few envelopes.
-        on_failed: Called with an envelope that was given up and the reason, on a thread of the agent. By default an
+        on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
+            wait for its sender. By default an
             error is logged, and `failed` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the

@@ -94,6 +94,7 @@ class BaseBatchedSender(Accumulator):
 
     def _flush(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        self._agent._check_caller()
         if not self._is_used:
             return 0
         self._check_fork()
@@ -103,6 +104,7 @@ class BaseBatchedSender(Accumulator):
 
     def _drain(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        self._agent._check_caller()
         self._stop_accepting()
         if len(self) == 0:
             return 0
@@ -112,6 +114,7 @@ class BaseBatchedSender(Accumulator):
 
     def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        self._agent._check_caller()
         if timeout is None:
             timeout = self._close_timeout
         if self._is_forked:

@@ -44,6 +44,7 @@ class SendingAgent(BaseSendingAgent):
 
     _shown = "kbatch.aio.SendingAgent"
     _loop: asyncio.AbstractEventLoop | None = None
+    _callback_task: asyncio.Task[None] | None = None  # the last
 
     async def send_batch(self, callback: SenderCallback | _contract.SenderCallback, batch: OutgoingBatch) -> None:
         """As `kbatch.SendingAgent.send_batch`."""
@@ -68,6 +69,13 @@ class SendingAgent(BaseSendingAgent):
         self._loop = self._loop or asyncio.get_running_loop()
         await in_thread("kbatch-start", self._start)
 
+    def _is_calling_back(self) -> bool:
+        try:
+            task = asyncio.current_task()
+        except RuntimeError:  # a thread without a loop
+            return super()._is_calling_back()
+        return task is not None and task is self._callback_task
+
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
         loop = self._loop
         if callback == self._keep_failure:
@@ -89,8 +97,10 @@ class SendingAgent(BaseSendingAgent):
             else:
                 ended.set_result(None)
 
-        tasks: list[asyncio.Task[None]] = []  # a loop itself keeps weak references
-        if not call_on_loop(loop, lambda: tasks.append(loop.create_task(run()))):
+        def start() -> None:
+            self._callback_task = loop.create_task(run())  # a loop itself keeps weak references
+
+        if not call_on_loop(loop, start):
             raise RuntimeError("the event loop for the callback is closed")
         while True:
             try:
@@ -173,6 +183,7 @@ class BatchedSender(BaseBatchedSender):
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.flush`."""
         check_timeout(timeout)
+        self._agent._check_caller()
         if not self._is_used:
             return 0
         self._check_fork()
@@ -183,6 +194,7 @@ class BatchedSender(BaseBatchedSender):
     async def drain(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.drain`."""
         check_timeout(timeout)
+        self._agent._check_caller()
         self._stop_accepting()
         if len(self):
             self._check_fork()
@@ -192,6 +204,7 @@ class BatchedSender(BaseBatchedSender):
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.close`. If the task is cancelled, closing goes on without it."""
         check_timeout(timeout)
+        self._agent._check_caller()
         self._stop_accepting()
         return await in_thread("kbatch-close", lambda: self._close(timeout))
 
