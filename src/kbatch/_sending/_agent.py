@@ -236,7 +236,7 @@ class BaseSendingAgent:
             self._watchers.remove(watcher)
 
     def _left(self, seq: int) -> int:
-        """How many of the envelopes before `seq` have no outcome, those that are scheduled for later not counted."""
+        """How many of the envelopes before `seq` may have no outcome, those that are scheduled for later not counted."""
         buffer, queue = self._buffer, self._queue
         assert buffer is not None
         if queue is None:
@@ -627,6 +627,7 @@ class BaseSendingAgent:
         for watcher in self._watchers[:]:
             if len(buffer) == 0 or (watcher.seq is not None and (oldest is None or oldest >= watcher.seq)):
                 self._unwatch(watcher)
+                watcher.done = True
                 watcher.wake()
 
 
@@ -694,6 +695,7 @@ class _Watcher:
     def __init__(self, seq: int | None, wake: Callable[[], None]) -> None:
         self.seq = seq
         self.wake = wake
+        self.done = False
 
 
 class Outcome(SenderCallback):

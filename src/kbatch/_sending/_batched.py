@@ -99,8 +99,7 @@ class BaseBatchedSender(Accumulator):
             return 0
         self._check_fork()
         seq = self._close_filling()
-        self._wait_for(seq, timeout)
-        return self._agent._left(seq)
+        return 0 if self._wait_for(seq, timeout) else self._agent._left(seq)
 
     def _drain(self, timeout: float | None) -> int:
         check_timeout(timeout)
@@ -127,13 +126,14 @@ class BaseBatchedSender(Accumulator):
             SENDERS.discard(self)
         return not_sent
 
-    def _wait_for(self, seq: int | None, timeout: float | None) -> None:
+    def _wait_for(self, seq: int | None, timeout: float | None) -> bool:
         done = Signal()
         watcher = self._agent._when_done(seq, done.set)
         try:
             done.wait(timeout)
         finally:
             self._agent._unwatch(watcher)
+        return watcher.done
 
 
 class BatchedSender(BaseBatchedSender):
@@ -168,7 +168,7 @@ class BatchedSender(BaseBatchedSender):
             timeout: Seconds; ``None`` waits as long as it takes.
 
         Returns:
-            How many envelopes have no outcome yet.
+            How many envelopes have no outcome yet, at most: if the time has passed, some may have been sent later.
         """
         return self._flush(timeout)
 

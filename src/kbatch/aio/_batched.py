@@ -188,8 +188,7 @@ class BatchedSender(BaseBatchedSender):
             return 0
         self._check_fork()
         seq = self._close_filling()
-        await self._come_to(seq, timeout)
-        return self._agent._left(seq)
+        return 0 if await self._come_to(seq, timeout) else self._agent._left(seq)
 
     async def drain(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.drain`."""
@@ -208,7 +207,7 @@ class BatchedSender(BaseBatchedSender):
         self._stop_accepting()
         return await in_thread("kbatch-close", lambda: self._close(timeout))
 
-    async def _come_to(self, seq: int | None, timeout: float | None) -> None:
+    async def _come_to(self, seq: int | None, timeout: float | None) -> bool:
         waker = LoopWaker()
         timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
         watcher = self._agent._when_done(seq, waker)
@@ -218,6 +217,7 @@ class BatchedSender(BaseBatchedSender):
             self._agent._unwatch(watcher)
             if timer is not None:
                 timer.cancel()
+        return watcher.done
 
     async def __aenter__(self) -> Self:
         return self
