@@ -213,7 +213,7 @@ def latency(plan: Plan) -> Iterator[Section]:
     ):
         paced = [replace(each, batches_per_s=rate) for each in sides]
         scores = plan.take_turns(paced, LATENCY)
-        section = Section(f"From send to acknowledgement at {title}, {rate:,.0f} a second", "sender_latency")
+        section = Section(f"From send to acknowledgement at {title}, 8 headers", "sender_latency")
         section.latencies = [latency_line(each.label, rate, scores[each.label]) for each in paced]
         for each in paced:
             turns = scores[each.label].turns
