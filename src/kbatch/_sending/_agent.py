@@ -236,7 +236,7 @@ class BaseSendingAgent:
             self._watchers.remove(watcher)
 
     def _left(self, seq: int) -> int:
-        """How many of the envelopes before `seq` may have no outcome, those that are scheduled for later not counted."""
+        """How many of the envelopes before `seq` may have no outcome, without those scheduled for later."""
         buffer, queue = self._buffer, self._queue
         assert buffer is not None
         if queue is None:
