@@ -299,11 +299,11 @@ class BaseSendingAgent:
             if self._circuit.state is not CircuitState.CLOSED and now >= self._next_expiry:
                 self._next_expiry = now + _EXPIRE_EVERY_S
                 self._expire(now)
-        self._see_off(now)
+        sent_away = self._see_off(now)
         self._tell_watchers()
         if giving_up and not queue.in_flight:
             return False
-        if not self._news and not queue.ended:
+        if not self._news and not queue.ended and not sent_away:
             self._signal.wait(self._idle_for(time.monotonic(), time.time()), interruptible=False)
         return True
 
@@ -555,12 +555,12 @@ class BaseSendingAgent:
                 error = CircuitOpenError(f"not sent within max_age_s={age}: the circuit breaker is open")
                 queue.ended.append(Ended(Entry(envelope, seq, batch.accepted_at, None), error))
 
-    def _see_off(self, now: float) -> None:
-        """What has ended goes to the dead letters, or to `on_failed`."""
+    def _see_off(self, now: float) -> bool:
+        """What has ended goes to the dead letters, or to `on_failed`. Whether there is a dead letter to send."""
         queue = self._queue
         assert queue is not None
         if not queue.ended:
-            return
+            return False
         ended, queue.ended = queue.ended, []
         told: list[Ended] = []
         for end in ended:
@@ -582,6 +582,7 @@ class BaseSendingAgent:
         if told:
             self._untold.append(told)
             self._callbacks.put(self._tell_failed, told)
+        return len(told) < len(ended)
 
     def _tell_failed(self, told: list[Ended]) -> None:
         if self._on_failed == self._keep_failure:
