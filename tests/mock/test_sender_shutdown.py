@@ -225,6 +225,7 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
         topic = f"round-{seed}"
         kafka_cluster.create_topic(topic, partitions=1)
         kafka_cluster.set_rtt(1, chance.choice((0, 1, 10)))
+        batching["max_buffered"] = min(batching["max_buffered"], 1_000)  # so many can `failed` hold
         agent = aio.SendingAgent(shared, topic, on_failed=account.on_failed_async, **sending)
         sender = aio.BatchedSender(agent, **batching)
         way, timeout = chance.choice(WAYS), chance.choice(TIMEOUTS)
@@ -257,6 +258,7 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
             not_sent = asyncio.run(asyncio.wait_for(main(chance, sender, account, way, timeout), 60))
             for each in beside:
                 each.result(60)
+        until(lambda sender=sender: len(sender) == 0, "the callbacks")  # a loop that has ended is found out in a second
         for envelope, error in agent.failed:  # what the loop of the first envelope, if it has ended, could not be told
             account.on_failed(envelope, error)
         log = stored(kafka_cluster, topic)
