@@ -17,6 +17,7 @@ from kbatch.testing import MockCluster
 from tests.waiting import until
 
 from .clients import read
+from .processes import needs_fork
 
 KINDS: list[type[Any]] = [kbatch.Producer, kbatch.aio.Producer]
 
@@ -217,7 +218,8 @@ def test_a_twin_on_an_event_loop(cluster: MockCluster) -> None:
     assert sorted(values(cluster, 7)) == list(range(7))
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
+@needs_fork[0]
+@needs_fork[1]
 def test_a_twin_in_a_child_of_a_used_one(cluster: MockCluster) -> None:
     with kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}) as producer:
         assert producer.send_batch("t", [Envelope(1)]).ok
