@@ -85,6 +85,11 @@ def test_it_probes_after_the_interval_less_a_random_half(random: float, after_s:
     assert opened(first_s=4.0, random=random).probe_at() == NOW + after_s
 
 
+def test_a_batch_that_was_on_its_way_when_it_opened_is_no_trial() -> None:
+    circuit = opened()
+    assert not circuit.sent()
+
+
 def test_nothing_is_due_while_a_probe_is_under_way() -> None:
     circuit = opened()
     circuit.probe_started()
