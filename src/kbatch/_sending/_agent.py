@@ -157,7 +157,7 @@ class BaseSendingAgent:
             if not self._circuit.may_send():
                 return None
             if len(batch):
-                self._last_topic = batch.envelopes[0].topic or self.topic
+                self._last_topic = _topic_of(batch.envelopes[0], self.topic)
             return self._circuit.sent()
 
     def _latched(self) -> CircuitOpenError:
@@ -209,14 +209,15 @@ class BaseSendingAgent:
 
     def _check_caller(self) -> None:
         """Raises in a callback: what it waited for would wait for its end."""
-        if self._is_calling_back():
+        if self._is_own():
             raise SenderError(
-                "flush, drain and close wait for on_failed and on_state_change, and so must not be called by them; use "
+                "flush, drain and close wait for the sender's callbacks, and so must not be called by them; use "
                 "another thread or task"
             )
 
-    def _is_calling_back(self) -> bool:
-        return self._callbacks.is_current()
+    def _is_own(self) -> bool:
+        """Whether the caller runs on a thread of the sender."""
+        return self._callbacks.is_current() or threading.current_thread() is self._thread
 
     def _when_done(self, seq: int | None, wake: Callable[[], None]) -> _Watcher:
         """Calls `wake` once every envelope before `seq` has its outcome, those that are scheduled for later not
@@ -260,7 +261,10 @@ class BaseSendingAgent:
             thread.join(max(0.0, end - time.monotonic()) + _LAST_WORDS_S)
         self._prober.stop()
         self._callbacks.join(max(0.0, end - time.monotonic()) + _LAST_WORDS_S)
-        return self._ended_in_giving_up
+        lost = 0
+        if self._is_over and self._buffer is not None:  # after a crash there may be some that nobody could be told of
+            lost = max(0, len(self._buffer) - sum(len(told) for told in list(self._untold)))
+        return self._ended_in_giving_up + lost
 
     def _stats(self) -> dict[str, int]:
         queue = self._queue
@@ -274,13 +278,23 @@ class BaseSendingAgent:
             while self._step():
                 pass
         except BaseException as error:
-            _logger.critical("a sender's thread failed; nothing more is sent", exc_info=True)
-            self._die(ProducerError(f"a sender's thread failed: {type(error).__name__}: {error}"))
+            self._crash(error)
             raise
         finally:
             self._is_over = True
             for watcher in self._watchers[:]:
                 watcher.wake()
+
+    def _crash(self, error: BaseException) -> None:
+        """After a defect, or without memory: nothing is taken any more, and as far as possible all is told."""
+        if self._buffer is not None:
+            self._buffer._stop_accepting()
+        with contextlib.suppress(BaseException):
+            self._log(logging.CRITICAL, "a sender's thread failed; nothing more is sent", exc_info=error)
+            self._die(ProducerError(f"a sender's thread failed: {type(error).__name__}"))
+        with contextlib.suppress(BaseException):
+            self._abandon_flights()
+            self._see_off(time.monotonic())
 
     def _step(self) -> bool:
         """What is to be done now; then waits for more. False if there will be nothing more."""
@@ -362,10 +376,10 @@ class BaseSendingAgent:
         assert queue is not None
         with self._mu:
             flight.trial = self._circuit.sent()
-        self._last_topic = flight.envelopes[0].topic or self.topic
         producer = self._handle.producer
         rejected: list[tuple[int, SerializationError]] = []
         try:
+            self._last_topic = _topic_of(flight.envelopes[0], self.topic)
             pending = PendingBatch(producer._core)
             self._map(producer, pending, flight, rejected)
             producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
@@ -374,7 +388,7 @@ class BaseSendingAgent:
             self._die(error)
         except ProducerFatalError as error:
             queue.put_back(flight)
-            _logger.warning("a producer is in its fatal state and will be replaced: %s", error)
+            self._log(logging.WARNING, "a producer is in its fatal state and will be replaced: %s", error)
             self._broken = producer
             self._note("failed", flight.trial, time.monotonic())
         except ProducerClosedError as error:
@@ -382,13 +396,15 @@ class BaseSendingAgent:
             self._note("nothing", flight.trial, time.monotonic())
             if self._handle.producer is producer and not self._giving_up:
                 self._die(error)
-        except Exception as error:  # a header_hook that fails, no memory, no threads
-            if not isinstance(error, KbatchError):
-                made = ProducerError(f"the producer could not take the batch: {type(error).__name__}: {error}")
-                made.__cause__ = error
-                error = made
+        except BaseException as error:  # a header_hook that fails, no memory, no threads, a sys.exit() in an encoder
+            reason: KbatchError
+            if isinstance(error, KbatchError):
+                reason = error
+            else:
+                reason = SenderError(f"the producer could not take the batch: {type(error).__name__}: {error}")
+                reason.__cause__ = error
             self._note("nothing", flight.trial, time.monotonic())
-            failures = [(index, error) for index in range(len(flight.envelopes))]
+            failures = [(index, reason) for index in range(len(flight.envelopes))]
             queue.settled(flight, failures, time.monotonic(), again=not self._giving_up)
 
     def _map(
@@ -457,13 +473,14 @@ class BaseSendingAgent:
         if state is before:
             return
         if state is CircuitState.OPEN:
-            _logger.warning(
+            self._log(
+                logging.WARNING,
                 "the circuit breaker of %r is open: %d batches in a row failed; nothing is sent until a probe succeeds",
                 self.topic,
                 self._circuit.failures,
             )
         else:
-            _logger.info("the circuit breaker of %r is %s", self.topic, state.value)
+            self._log(logging.INFO, "the circuit breaker of %r is %s", self.topic, state.value)
         if self._on_state_change is not None:
             self._callbacks.put(self._call_back, self._on_state_change, before, state)
         self._signal.set()
@@ -479,14 +496,12 @@ class BaseSendingAgent:
     def _probe(self) -> None:
         reason: str | None = "not asked"
         try:
-            topic = self._last_topic
-            assert topic is not None  # something has failed
-            reason = self._handle.producer._core.probe(topic, _PROBE_TIMEOUT_S)
+            reason = self._handle.producer._core.probe(self._last_topic or "", _PROBE_TIMEOUT_S)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         finally:
             if reason is not None:
-                _logger.debug("a probe of %r failed: %s", self.topic, reason)
+                self._log(logging.DEBUG, "a probe of %r failed: %s", self.topic, reason)
             with self._mu:
                 before = self._circuit.state
                 self._circuit.probed(reason is None, time.monotonic())
@@ -501,7 +516,7 @@ class BaseSendingAgent:
             try:
                 self._handle.replace(broken)
             except Exception as error:
-                _logger.error("a producer in its fatal state could not be replaced", exc_info=True)
+                self._log(logging.ERROR, "a producer in its fatal state could not be replaced", exc_info=error)
                 self._die(ProducerError(f"a producer could not be replaced: {type(error).__name__}: {error}"))
 
     # -- ends
@@ -510,7 +525,7 @@ class BaseSendingAgent:
         """Nothing can be sent any more, for good."""
         if self._death is None:
             self._death = error
-            _logger.error("a sender to %r has ended: %s", self.topic, error)
+            self._log(logging.ERROR, "a sender to %r has ended: %s", self.topic, error)
         self._give_up_waiting()
         self._see_off(time.monotonic())
         self._tell_watchers()
@@ -565,12 +580,13 @@ class BaseSendingAgent:
         told: list[Ended] = []
         for end in ended:
             if end.entry.origin is not None:
-                _logger.error("a dead letter could not be sent: %s", end.error)
+                self._log(logging.ERROR, "a dead letter could not be sent: %s", end.error)
                 told.append(end.entry.origin)
                 continue
             letter = None
             if self._dead_letter_topic is not None and self._death is None and not self._giving_up:
-                letter = dead_letter(end, self._dead_letter_topic, self.topic)
+                with contextlib.suppress(Exception):  # headers that could not be mapped either
+                    letter = dead_letter(end, self._dead_letter_topic, self.topic)
             if letter is None:
                 told.append(end)
             else:
@@ -586,24 +602,34 @@ class BaseSendingAgent:
 
     def _tell_failed(self, told: list[Ended]) -> None:
         if self._on_failed == self._keep_failure:
-            _logger.error(
+            self._log(
+                logging.ERROR,
                 "%d envelopes to %r were given up; the first is %s: %s",
-                len(told),
-                self.topic,
-                told[0].entry.envelope.id,
-                told[0].error,
+                *(len(told), self.topic, told[0].entry.envelope.id, told[0].error),
             )
         for end in told:
             try:
                 self._call_back(self._on_failed, end.entry.envelope, end.error)
-            except BaseException:  # also a sys.exit(): the others are to be told
-                _logger.exception("on_failed failed; agent.failed keeps envelope %s", end.entry.envelope.id)
+            except BaseException as error:  # also a sys.exit(): the others are to be told
                 self._keep_failure(end.entry.envelope, end.error)
+                text = "on_failed failed; agent.failed keeps envelope %s"
+                self._log(logging.ERROR, text, end.entry.envelope.id, exc_info=error)
             finally:
                 if self._buffer is not None:
                     self._buffer._give_back(1)  # not before: what a slow callback has not taken yet is held, too
         self._untold.popleft()
         self._signal.set()
+
+    def _log(self, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
+        # On the thread of callbacks: a handler may send by this very sender, and wait for room.
+        if not self._callbacks.is_current():
+            self._callbacks.put(self._log_now, level, text, arguments, exc_info)
+            return
+        with contextlib.suppress(BaseException):  # whatever a handler raises
+            self._log_now(level, text, arguments, exc_info)
+
+    def _log_now(self, level: int, text: str, arguments: tuple[object, ...], exc_info: BaseException | None) -> None:
+        _logger.log(level, text, *arguments, exc_info=exc_info)
 
     def _keep_failure(self, envelope: Envelope[Any], error: KbatchError) -> None:
         self._kept.append((envelope, error))
@@ -751,6 +777,11 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
 
 def _unless_none(value: int | None) -> tuple[int, ...]:
     return () if value is None else (value,)
+
+
+def _topic_of(envelope: Envelope[Any], default: str | None) -> str | None:
+    # What is no text is refused when it is mapped.
+    return envelope.topic if isinstance(envelope.topic, str) else default
 
 
 def _no_size(_: object) -> int:

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
-from kbatch._errors import ConfigError, UndeliveredError
+from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Signal
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
@@ -76,6 +76,11 @@ class BaseBatchedSender(Accumulator):
 
     def _refuse(self) -> None:
         raise self._agent._refusal()
+
+    def _check_wait(self) -> None:
+        # Before a wait for room.
+        if self._agent._is_own():
+            raise SenderFullError("no room for the envelope, and a callback of the sender must not wait for it")
 
     def _check_sent(self, left: int, error: BaseException | None) -> None:
         # At the end of a `with` block, whose own error comes first.

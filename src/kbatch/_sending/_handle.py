@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -111,7 +112,8 @@ class ProducerHandle:
             twin = dead._twin()
             self.producer = twin
             _handles[id(twin)] = self
-        _logger.warning("%r cannot send any more; a new producer with its settings takes its place", dead)
+        with contextlib.suppress(Exception):  # whatever a handler of logs does
+            _logger.warning("%r cannot send any more; a new producer with its settings takes its place", dead)
         if dead is not self._given:
             _close(dead, 0.0)
 

@@ -341,7 +341,9 @@ class SendQueue:
         return Entry(envelope, flight.seqs[index], flight.accepted_at, self._group(envelope))
 
     def _group(self, envelope: Envelope[Any]) -> Hashable | None:
-        key = envelope.key
+        key, topic = envelope.key, envelope.topic
+        if topic is not None and not isinstance(topic, str):
+            return None  # refused when it is mapped
         within: Hashable
         if key is None:
             within = envelope.partition
@@ -353,7 +355,7 @@ class SendQueue:
             within = bytes(key)
         else:
             return None  # refused when it is mapped
-        return envelope.topic or self._topic, within
+        return topic or self._topic, within
 
     def _divert(self, batch: Formed, wall: float) -> tuple[list[Envelope[Any]], list[int]]:
         """What of a batch may be sent now, and its numbers; the rest waits here."""

@@ -69,11 +69,11 @@ class SendingAgent(BaseSendingAgent):
         self._loop = self._loop or asyncio.get_running_loop()
         await in_thread("kbatch-start", self._start)
 
-    def _is_calling_back(self) -> bool:
+    def _is_own(self) -> bool:
         try:
             task = asyncio.current_task()
         except RuntimeError:  # a thread without a loop
-            return super()._is_calling_back()
+            return super()._is_own()
         return task is not None and task is self._callback_task
 
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
@@ -163,6 +163,7 @@ class BatchedSender(BaseBatchedSender):
 
     async def _wait_for_place(self, envelope: Envelope[Any], timeout: float | None) -> None:
         check_timeout(timeout)
+        self._check_wait()
         waker = LoopWaker()
         timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
         waiter = self._line_up(envelope, waker)

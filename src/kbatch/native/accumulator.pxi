@@ -201,6 +201,9 @@ cdef class Accumulator:
                 PyBuffer_Release(&view)
         return size
 
+    def _check_wait(self) -> None:
+        """Raises if the caller must not wait for room."""
+
     cdef int _append(self, Envelope envelope, int64_t size) except -1:
         cdef FormedBatch batch
         while True:
@@ -241,6 +244,7 @@ cdef class Accumulator:
         cdef RoomWaiter waiter
         if timeout is not None and timeout < 0:
             raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
+        self._check_wait()
         waiter = self._line_up(envelope, signal)
         try:
             while not waiter.taken:
@@ -340,8 +344,11 @@ cdef class Accumulator:
         self._make_room()
 
     def _size_of(self, Envelope envelope not None) -> int:
-        """What an envelope counts in a batch's bytes."""
-        return self._measure(envelope)
+        """What an envelope counts in a batch's bytes; nothing if that cannot be told any more."""
+        try:
+            return self._measure(envelope)
+        except (BufferError, ValueError):  # a memoryview that was released meanwhile
+            return 0
 
     def _learn_message_bytes(self, int64_t mean) -> None:
         self.message_bytes = mean
