@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import threading
 from collections import deque
@@ -11,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CallbackThread"]
+__all__ = ["CallbackThread", "is_coroutine_function"]
 
 _logger = logging.getLogger("kbatch")
+
+
+def is_coroutine_function(function: object) -> bool:
+    """Whether a call of it has to be awaited."""
+    call = getattr(function, "__call__", None)  # noqa: B004
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
 class CallbackThread:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import os
 import sys
 import warnings
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Number
 from typing import Any
 
+from kbatch._callbacks import is_coroutine_function
 from kbatch._errors import ConfigError
 from kbatch._fastmap import Config
 from kbatch._version import __version__
@@ -169,7 +169,7 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | N
         if key in _CALLBACKS:
             if value is not None and not callable(value):
                 raise ConfigError(f"{key} must be callable, not {type(value).__name__}")
-            if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(getattr(value, "__call__", None)):  # noqa: B004
+            if is_coroutine_function(value):
                 raise ConfigError(f"{key} must not be a coroutine function: it is called on a thread of the producer")
             callbacks[key] = value
         elif key == "logger":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import random
+import re
 import threading
 import time
 from collections import deque
@@ -13,12 +15,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
-from kbatch._callbacks import CallbackThread
+from kbatch._callbacks import CallbackThread, is_coroutine_function
 from kbatch._contract import SenderCallback
 from kbatch._errors import (
     CircuitOpenError,
     ConfigError,
     DeliveryError,
+    ForkError,
     KbatchError,
     ProducerClosedError,
     ProducerError,
@@ -31,6 +34,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Signal
 from kbatch._pending import PendingBatch
+from kbatch._producer import Producer
 from kbatch._sender import KafkaSender, answer_refusal
 from kbatch._sending._circuit import CircuitBreaker, CircuitState
 from kbatch._sending._dead_letter import dead_letter
@@ -39,18 +43,27 @@ from kbatch._sending._queue import Ended, Entry, Flight, SendQueue
 from kbatch._sending._retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from kbatch._contract import OutgoingBatch
     from kbatch._fastmap import Accumulator, Envelope
     from kbatch._report import DeliveryReport
 
-__all__ = ["BaseSendingAgent", "Outcome", "SendingAgent", "Verdict", "check_agent_options", "check_whole"]
+__all__ = [
+    "BaseSendingAgent",
+    "Outcome",
+    "SendingAgent",
+    "Verdict",
+    "check_agent_options",
+    "check_topic",
+    "check_whole",
+]
 
 _logger = logging.getLogger("kbatch")
 
 Verdict = Literal["succeeded", "failed", "nothing"]
 
+_LEGAL_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _KEPT_FAILURES = 1000
 _LONG = 2000  # envelopes; the GIL is given up while more are mapped
 _SLICE_S = 0.002
@@ -65,6 +78,8 @@ class BaseSendingAgent:
     """An agent, but for what waits and for how user callbacks are called."""
 
     _shown = "kbatch.SendingAgent"
+    _producer_class: type[BaseProducer] = Producer
+    _takes_coroutines = False
 
     def __init__(
         self,
@@ -92,8 +107,17 @@ class BaseSendingAgent:
             dead_letter_topic,
             on_state_change,
         )
-        if not isinstance(producer, (BaseProducer, ProducerHandle)):
-            raise ConfigError(f"producer must be a kbatch.Producer, not {type(producer).__name__}")
+        if topic is not None:
+            check_topic("topic", topic)
+            if dead_letter_topic == topic:
+                raise ConfigError(f"dead_letter_topic must not be the topic itself, {topic!r}")
+        if not isinstance(producer, (self._producer_class, ProducerHandle)):
+            shown = getattr(producer, "_shown", type(producer).__name__)
+            raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
+        if not self._takes_coroutines:
+            for name, callback in (("on_failed", on_failed), ("on_state_change", on_state_change)):
+                if is_coroutine_function(callback):
+                    raise ConfigError(f"{name} must not be a coroutine function; kbatch.aio.SendingAgent takes them")
         self.topic = topic
         if isinstance(producer, ProducerHandle):
             self._handle = producer  # acquired for this agent
@@ -121,6 +145,7 @@ class BaseSendingAgent:
         self._signal = Signal()
         self._queue: SendQueue | None = None
         self._thread: threading.Thread | None = None
+        self._pid: int | None = None  # where it was started
         self._news: deque[Callable[[], None]] = deque()  # for the thread
         self._watchers: list[_Watcher] = []
         self._untold: deque[list[Ended]] = deque()  # on_failed has these, or will have
@@ -132,7 +157,7 @@ class BaseSendingAgent:
         self._released = False
         self._ended_in_giving_up = 0
         self._next_expiry = 0.0
-        self._last_topic = topic  # of what was sent last: a topic to ask for
+        self._failed_topic = topic  # None: one of several
         self._counts = dict.fromkeys(("acked", "expired", "failed", "retried", "dead_letters"), 0)
 
     @property
@@ -151,14 +176,26 @@ class BaseSendingAgent:
 
     # -- for a batch that is not sent again
 
-    def _admit(self, batch: OutgoingBatch) -> bool | None:
-        """Whether the batch is the circuit's trial; ``None`` if it must not be sent."""
+    def _admit(self) -> bool | None:
+        """Whether a batch is the circuit's trial; ``None`` if it must not be sent."""
         with self._mu:
+            if self._giving_up or self._death is not None:
+                raise self._refusal()
             if not self._circuit.may_send():
                 return None
-            if len(batch):
-                self._last_topic = _topic_of(batch.envelopes[0], self.topic)
             return self._circuit.sent()
+
+    def _note_batch(self, producer: BaseProducer, batch: OutgoingBatch, outcome: Outcome, trial: bool) -> None:
+        if outcome.verdict == "failed":
+            self._failed_topic = self._topic_to_ask(batch.envelopes)
+        self._note(outcome.verdict, trial, time.monotonic())
+        if isinstance(outcome.error, ProducerFatalError) and not isinstance(outcome.error, ProducerFencedError):
+            self._news.append(functools.partial(self._break, producer))
+            self._signal.set()
+
+    def _break(self, producer: BaseProducer) -> None:
+        if self._handle.producer is producer:
+            self._broken = producer
 
     def _latched(self) -> CircuitOpenError:
         return CircuitOpenError("the circuit breaker is open: nothing was sent")
@@ -173,15 +210,29 @@ class BaseSendingAgent:
             self._buffer = buffer
             self._signal = buffer.signal
 
+    def _is_forked(self) -> bool:
+        return self._pid is not None and self._pid != os.getpid()
+
     def _start(self) -> None:
+        if self._is_forked():  # before the lock, which a thread of the parent may have held
+            raise ForkError(
+                "this sender was used before the fork and its threads are not in this process; make a new one"
+            )
+        self._pid = os.getpid()
         with self._mu:
-            if self._thread is not None:
-                return
             if self._giving_up:
                 raise SenderClosedError("the sender is closed")
+            self._start_once()
+            if self._buffer is not None:
+                self._buffer._accept()
+
+    def _start_once(self) -> None:
+        if self._thread is None:
             producer = self._handle.producer
             producer._core.start()
             buffer = self._buffer
+            if self._thread is not None:
+                return  # a signal handler has sent meanwhile
             self._queue = SendQueue(
                 self.topic,
                 self._policy,
@@ -192,11 +243,13 @@ class BaseSendingAgent:
                 measure=_no_size if buffer is None else buffer._size_of,
                 random=random.random,
             )
-            thread = threading.Thread(target=self._run, name="kbatch-sender", daemon=True)
-            thread.start()
-            self._thread = thread
-            if buffer is not None:
-                buffer._accept()
+            self._thread = thread = threading.Thread(target=self._run, name="kbatch-sender", daemon=True)
+            try:
+                thread.start()
+            except BaseException:
+                if thread.ident is None:  # else Ctrl-C came when it had begun
+                    self._thread = None
+                raise
 
     def _refusal(self) -> KbatchError:
         """Why nothing is taken any more."""
@@ -246,6 +299,8 @@ class BaseSendingAgent:
 
     def _end(self, timeout: float) -> int:
         """Gives up what was not sent, for good. How many envelopes that were."""
+        if self._is_forked():
+            return 0  # what was taken is the parent's
         with self._mu:
             self._giving_up = True
             thread = self._thread
@@ -258,9 +313,9 @@ class BaseSendingAgent:
             self._news.append(self._abandon_flights)
             self._signal.set()
         if thread is not None and thread is not threading.current_thread():
-            thread.join(max(0.0, end - time.monotonic()) + _LAST_WORDS_S)
+            thread.join(_seconds_until(end))
         self._prober.stop()
-        self._callbacks.join(max(0.0, end - time.monotonic()) + _LAST_WORDS_S)
+        self._callbacks.join(_seconds_until(end))
         lost = 0
         if self._is_over and self._buffer is not None:  # after a crash there may be some that nobody could be told of
             lost = max(0, len(self._buffer) - sum(len(told) for told in list(self._untold)))
@@ -274,6 +329,8 @@ class BaseSendingAgent:
     # -- the thread
 
     def _run(self) -> None:
+        if self._thread is not threading.current_thread():
+            return
         try:
             while self._step():
                 pass
@@ -317,6 +374,8 @@ class BaseSendingAgent:
         self._tell_watchers()
         if giving_up and not queue.in_flight:
             return False
+        if self._broken is not None and not queue.in_flight and not giving_up:
+            return True  # to be replaced now
         if not self._news and not queue.ended and not sent_away:
             self._signal.wait(self._idle_for(time.monotonic(), time.time()), interruptible=False)
         return True
@@ -379,7 +438,6 @@ class BaseSendingAgent:
         producer = self._handle.producer
         rejected: list[tuple[int, SerializationError]] = []
         try:
-            self._last_topic = _topic_of(flight.envelopes[0], self.topic)
             pending = PendingBatch(producer._core)
             self._map(producer, pending, flight, rejected)
             producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
@@ -396,6 +454,11 @@ class BaseSendingAgent:
             self._note("nothing", flight.trial, time.monotonic())
             if self._handle.producer is producer and not self._giving_up:
                 self._die(error)
+        except ProducerError as error:  # after a transaction whose end is not known
+            queue.put_back(flight)
+            self._log(logging.WARNING, "a producer can send no more and will be replaced: %s", error)
+            self._broken = producer
+            self._note("failed", flight.trial, time.monotonic())
         except BaseException as error:  # a header_hook that fails, no memory, no threads, a sys.exit() in an encoder
             reason: KbatchError
             if isinstance(error, KbatchError):
@@ -421,8 +484,9 @@ class BaseSendingAgent:
             mapping = core.begin_mapping(pending, self.topic, flight.envelopes, rejected)
             while not core.map_slice(mapping, _SLICE_S):
                 time.sleep(0)  # others may have the GIL
-        if self._buffer is not None:
-            self._buffer._learn_message_bytes(pending.mean_value_bytes)
+        mean = pending.mean_value_bytes
+        if self._buffer is not None and mean:
+            self._buffer._learn_message_bytes(mean)
 
     def _on_settled(
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError]]
@@ -446,7 +510,10 @@ class BaseSendingAgent:
         again = self._death is None and not self._giving_up
         ended = len(queue.ended)
         queue.settled(flight, failures, now, again=again)
-        self._note(_verdict(report.acked, failures) if again else "nothing", flight.trial, now)
+        verdict = _verdict(report.acked, failures) if again else "nothing"
+        if verdict == "failed":
+            self._failed_topic = self._topic_to_ask(flight.envelopes)
+        self._note(verdict, flight.trial, now)
         done = len(report) - report.failed
         self._counts["acked"] += report.acked
         self._counts["expired"] += done - report.acked
@@ -485,18 +552,31 @@ class BaseSendingAgent:
             self._callbacks.put(self._call_back, self._on_state_change, before, state)
         self._signal.set()
 
+    def _topic_to_ask(self, envelopes: Sequence[Envelope[Any]]) -> str | None:
+        return self.topic if all(envelope.topic in (None, self.topic) for envelope in envelopes) else None
+
     def _probe_if_due(self, now: float) -> None:
         with self._mu:
             at = self._circuit.probe_at()
             if at is None or now < at:
                 return
             self._circuit.probe_started()
-        self._prober.put(self._probe)
+        try:
+            self._prober.put(self._probe)
+        except BaseException:
+            self._circuit.probed(False, now)
+            raise
 
     def _probe(self) -> None:
         reason: str | None = "not asked"
+        producer = self._handle.producer
         try:
-            reason = self._handle.producer._core.probe(self._last_topic or "", _PROBE_TIMEOUT_S)
+            # Of several topics one may be gone; then it is enough that brokers answer, and the trial shows the rest.
+            reason = producer._core.probe(self._failed_topic or "", _PROBE_TIMEOUT_S)
+        except ProducerClosedError as error:
+            reason = str(error)
+            if self._handle.producer is producer:
+                self._news.append(functools.partial(self._die, error))
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
         finally:
@@ -592,7 +672,7 @@ class BaseSendingAgent:
             else:
                 self._counts["dead_letters"] += 1
                 queue.add_dead_letter(letter, end, now)
-        if self._giving_up:
+        if self._giving_up or self._death is not None:
             self._ended_in_giving_up += len(told)
         self._counts["failed"] += len(told)
         if told:
@@ -699,17 +779,23 @@ class SendingAgent(BaseSendingAgent):
         As `KafkaSender.send_batch`. While the circuit is open, ``mark_sender_is_latched`` is called at once, and
         nothing is sent.
         """
-        self._start()
-        trial = self._admit(batch)
+        producer = self._handle.producer
+        try:
+            self._start()
+            trial = self._admit()
+        except Exception as error:
+            method, refusal = answer_refusal(producer, batch, error, True)
+            _answer(getattr(callback, method), batch, refusal)
+            return
         if trial is None:
-            _, refusal = answer_refusal(self._handle.producer, batch, self._latched(), True)
+            _, refusal = answer_refusal(producer, batch, self._latched(), True)
             _answer(callback.mark_sender_is_latched, batch, refusal)
             return
         outcome = Outcome(callback)
         try:
-            KafkaSender(self._handle.producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
+            KafkaSender(producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
         finally:
-            self._note(outcome.verdict, trial, time.monotonic())
+            self._note_batch(producer, batch, outcome, trial)
 
     def close(self) -> None:
         """Ends an agent that has no `BatchedSender`, whose own ``close`` does this."""
@@ -731,6 +817,7 @@ class Outcome(SenderCallback):
     def __init__(self, callback: Any) -> None:
         self._callback = callback  # one of event loops answers with coroutines, and so does this
         self.verdict: Verdict = "nothing"
+        self.error: KbatchError | None = None
 
     def mark_successful(self, batch: OutgoingBatch, report: DeliveryReport) -> Any:
         self.verdict = "succeeded" if report.acked else "nothing"
@@ -752,6 +839,7 @@ class Outcome(SenderCallback):
         return self._callback.mark_topic_does_not_exist(batch, error)
 
     def _judge(self, error: KbatchError) -> None:
+        self.error = error
         report = error.report
         if report is not None and report.acked:
             self.verdict = "succeeded"
@@ -775,13 +863,12 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
         _logger.exception("a sender callback failed; the batch keeps its outcome: %r", error)
 
 
+def _seconds_until(end: float) -> float:
+    return min(max(0.0, end - time.monotonic()) + _LAST_WORDS_S, threading.TIMEOUT_MAX)
+
+
 def _unless_none(value: int | None) -> tuple[int, ...]:
     return () if value is None else (value,)
-
-
-def _topic_of(envelope: Envelope[Any], default: str | None) -> str | None:
-    # What is no text is refused when it is mapped.
-    return envelope.topic if isinstance(envelope.topic, str) else default
 
 
 def _no_size(_: object) -> int:
@@ -816,8 +903,18 @@ def check_agent_options(
     for name, value in (("on_failed", on_failed), ("on_state_change", on_state_change)):
         if value is not None and not callable(value):
             raise ConfigError(f"{name} must be callable, not {type(value).__name__}")
-    if dead_letter_topic is not None and not isinstance(dead_letter_topic, str):
-        raise ConfigError(f"dead_letter_topic must be str, not {type(dead_letter_topic).__name__}")
+    if dead_letter_topic is not None:
+        check_topic("dead_letter_topic", dead_letter_topic)
+
+
+def check_topic(what: str, name: Any) -> None:
+    """Raises ConfigError for what is no name of a topic."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{what} must be str, not {type(name).__name__}")
+    if not _LEGAL_NAME.fullmatch(name) or name in (".", ".."):
+        raise ConfigError(
+            f"{what} must be 1 to 249 letters, digits, '.', '_' and '-', as Kafka's topics are, not {name!r}"
+        )
 
 
 def check_whole(name: str, value: Any) -> None:

@@ -45,7 +45,6 @@ class BaseBatchedSender(Accumulator):
             max_buffered=max_buffered,
         )
         self._close_timeout = close_timeout
-        self._not_sent: int | None = None  # what close says
         self._agent = agent
         agent._bind(self)
 
@@ -108,11 +107,11 @@ class BaseBatchedSender(Accumulator):
 
     def _drain(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        self._check_fork()
         self._agent._check_caller()
         self._stop_accepting()
         if len(self) == 0:
             return 0
-        self._check_fork()
         self._wait_for(None, timeout)
         return len(self)
 

@@ -433,6 +433,7 @@ class SendQueue:
                 del self._lanes[group]
         while self._scheduled and self._scheduled[0][0] <= wall:
             _, _, entry = heapq.heappop(self._scheduled)
+            entry.accepted_at = now  # its age begins
             self._call_scheduled(entry)
 
     def _call_scheduled(self, entry: Entry) -> None:

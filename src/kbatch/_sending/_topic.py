@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import re
 import traceback
 import types
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from kbatch._base_producer import BaseProducer
 from kbatch._config import inherit
 from kbatch._errors import ConfigError
 from kbatch._producer import Producer
-from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options
+from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options, check_topic
 from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
 from kbatch._sending._handle import ProducerHandle
 from kbatch._sending._inline import BaseInlineSender, InlineSender
@@ -33,8 +32,6 @@ if TYPE_CHECKING:
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "Mode"]
-
-_LEGAL_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 _BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered")
 _AGENT = (
@@ -170,7 +167,7 @@ class BaseTopic:
         options = {name: value for name, value in options.items() if value is not None}
         values = vars(self)  # past the guard of a frozen dataclass
         try:
-            _check_name("name", name)
+            check_topic("name", name)
             _check_mode(mode, given)
             values.update(name=name, mode=mode, close_timeout=close_timeout)
             values.update(self._checked(given))
@@ -191,7 +188,7 @@ class BaseTopic:
         check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout=self.close_timeout)
         check_agent_options(**{name: agent[name] for name in _AGENT})
         if agent["dead_letter_topic"] is not None:
-            _check_name("dead_letter_topic", agent["dead_letter_topic"])
+            check_topic("dead_letter_topic", agent["dead_letter_topic"])
         if self.mode is Mode.INLINE:
             return dict.fromkeys((*_BATCHING, *_AGENT))
         return {name: (agent if name in _AGENT else batching)[name] for name in (*_BATCHING, *_AGENT)}
@@ -329,15 +326,6 @@ class _Same:
 def _defaults(kind: type, names: tuple[str, ...]) -> dict[str, Any]:
     defaults: dict[str, Any] = kind.__init__.__kwdefaults__  # type: ignore[misc]
     return {name: defaults[name] for name in names}
-
-
-def _check_name(what: str, name: Any) -> None:
-    if not isinstance(name, str):
-        raise ConfigError(f"{what} must be str, not {type(name).__name__}")
-    if not _LEGAL_NAME.fullmatch(name) or name in (".", ".."):
-        raise ConfigError(
-            f"{what} must be 1 to 249 letters, digits, '.', '_' and '-', as Kafka's topics are, not {name!r}"
-        )
 
 
 def _check_mode(mode: Any, given: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import functools
 import inspect
-import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
@@ -16,6 +15,7 @@ from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
 from kbatch._sender import answer_refusal
 from kbatch._sending._agent import BaseSendingAgent, Outcome
 from kbatch._sending._batched import BaseBatchedSender
+from kbatch.aio._producer import Producer
 from kbatch.aio._sender import KafkaSender, give
 
 if TYPE_CHECKING:
@@ -43,23 +43,30 @@ class SendingAgent(BaseSendingAgent):
     """
 
     _shown = "kbatch.aio.SendingAgent"
+    _producer_class = Producer
+    _takes_coroutines = True
     _loop: asyncio.AbstractEventLoop | None = None
     _callback_task: asyncio.Task[None] | None = None  # the last
 
     async def send_batch(self, callback: SenderCallback | _contract.SenderCallback, batch: OutgoingBatch) -> None:
         """As `kbatch.SendingAgent.send_batch`."""
-        if self._thread is None:
-            await self._start_from_loop()
-        trial = self._admit(batch)
+        producer = self._handle.producer
+        try:
+            if self._thread is None:
+                await self._start_from_loop()
+            trial = self._admit()
+        except Exception as error:
+            await give(callback, batch, *answer_refusal(producer, batch, error, True))
+            return
         if trial is None:
-            _, refusal = answer_refusal(self._handle.producer, batch, self._latched(), True)
+            _, refusal = answer_refusal(producer, batch, self._latched(), True)
             await give(callback, batch, "mark_sender_is_latched", refusal)
             return
         outcome = Outcome(callback)
         try:
-            await KafkaSender(self._handle.producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
+            await KafkaSender(producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
         finally:
-            self._note(outcome.verdict, trial, time.monotonic())
+            self._note_batch(producer, batch, outcome, trial)
 
     async def close(self) -> None:
         """As `kbatch.SendingAgent.close`."""
@@ -194,10 +201,10 @@ class BatchedSender(BaseBatchedSender):
     async def drain(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.drain`."""
         check_timeout(timeout)
+        self._check_fork()
         self._agent._check_caller()
         self._stop_accepting()
         if len(self):
-            self._check_fork()
             await self._come_to(None, timeout)
         return len(self)
 
@@ -205,7 +212,6 @@ class BatchedSender(BaseBatchedSender):
         """As `kbatch.BatchedSender.close`. If the task is cancelled, closing goes on without it."""
         check_timeout(timeout)
         self._agent._check_caller()
-        self._stop_accepting()
         return await in_thread("kbatch-close", lambda: self._close(timeout))
 
     async def _come_to(self, seq: int | None, timeout: float | None) -> bool:

@@ -81,6 +81,13 @@ cdef class RoomWaiter:
     cdef readonly bint taken  # the envelope has its place
 
 
+cdef Envelope own_data(Envelope envelope):
+    # A body that may change under us while it waits is copied.
+    if envelope._kind != BODY_DATA or type(envelope._body) is bytes:
+        return envelope
+    return envelope.replace(data=bytes(envelope._body))
+
+
 cdef enum:
     # Accumulator.stage
     UNUSED = 0     # the next envelope starts the sender
@@ -138,7 +145,8 @@ cdef class Accumulator:
         Any number of threads may call it, and Ctrl-C ends the wait.
 
         Args:
-            envelope: A `kbatch.Envelope`. What cannot be mapped is told to ``on_failed``, not here.
+            envelope: A `kbatch.Envelope`. What cannot be mapped is told to ``on_failed``, not here. Its message is
+                encoded later, and again for each retry, so it must not change; ``data`` that is no ``bytes`` is copied.
             timeout: Seconds to wait for room; ``None`` waits as long as it takes.
 
         Raises:
@@ -146,6 +154,8 @@ cdef class Accumulator:
             SenderClosedError: The sender is closed.
             ForkError: It was used before a fork, and this is the child.
         """
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
         if not self._offer(envelope):
             self._wait_for_room(envelope, timeout)
 
@@ -166,12 +176,12 @@ cdef class Accumulator:
         cdef int64_t size
         if type(item) is not Envelope and not isinstance(item, Envelope):
             raise TypeError(f"expected a kbatch.Envelope, not {type(item).__name__}")
-        envelope = <Envelope> item
+        envelope = own_data(<Envelope> item)
         if self.stage != ACCEPTING or self.forks != _forks:
             self._look()
+        size = self._measure(envelope)  # before the look, as it may run Python code
         if self.held >= self.max_buffered or self.waiters:
             return False
-        size = self._measure(envelope)
         self._append(envelope, size)
         return True
 
@@ -187,18 +197,12 @@ cdef class Accumulator:
 
     cdef int64_t _measure(self, Envelope envelope) except -1:
         cdef int64_t size = 0
-        cdef Py_buffer view
         if envelope._key is not None:
             size = len(envelope._key) if isinstance(envelope._key, (str, bytes)) else 0
         if envelope._kind == BODY_MESSAGE:
             size += self.message_bytes
-        elif envelope._kind == BODY_DATA:
-            if type(envelope._body) is bytes:
-                size += PyBytes_GET_SIZE(envelope._body)
-            else:
-                PyObject_GetBuffer(envelope._body, &view, PyBUF_FULL_RO)
-                size += view.len
-                PyBuffer_Release(&view)
+        elif envelope._kind == BODY_DATA and type(envelope._body) is bytes:
+            size += PyBytes_GET_SIZE(envelope._body)
         return size
 
     def _check_wait(self) -> None:
@@ -215,6 +219,8 @@ cdef class Accumulator:
                 break
             batch = FormedBatch.__new__(FormedBatch)
             batch.envelopes = []
+            if self.stage != ACCEPTING:  # a finalizer has closed it
+                self._refuse()
             if self.filling is None:  # else a finalizer has sent something meanwhile
                 batch.first_seq = self.accepted
                 batch.oldest_ns = kb_now_ns()
@@ -242,8 +248,6 @@ cdef class Accumulator:
         cdef Signal signal = Signal()
         cdef int64_t deadline = deadline_after(timeout)
         cdef RoomWaiter waiter
-        if timeout is not None and timeout < 0:
-            raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
         self._check_wait()
         waiter = self._line_up(envelope, signal)
         try:
@@ -265,7 +269,7 @@ cdef class Accumulator:
         If the sender refuses by then, it is woken as well, and `taken` is false.
         """
         cdef RoomWaiter waiter = RoomWaiter.__new__(RoomWaiter)
-        waiter.envelope = envelope
+        waiter.envelope = own_data(envelope)
         waiter.bytes = self._measure(waiter.envelope)
         waiter.wake = wake
         self.waiters.append(waiter)
@@ -284,16 +288,23 @@ cdef class Accumulator:
         cdef RoomWaiter waiter
         while self.waiters and self.held < self.max_buffered and self.stage == ACCEPTING:
             waiter = self.waiters.popleft()
+            try:
+                self._append(waiter.envelope, waiter.bytes)
+            except (MemoryError, SenderClosedError):
+                self.waiters.appendleft(waiter)  # whoever gives room back next tries again
+                return 0
             waiter.taken = True
-            self._append(waiter.envelope, waiter.bytes)
             self._wake(waiter)
         return 0
 
     cdef int _wake(self, RoomWaiter waiter) except -1:
         if type(waiter.wake) is Signal:
             (<Signal> waiter.wake).set()
-        else:
+            return 0
+        try:
             waiter.wake()
+        except Exception:
+            _logger.exception("could not wake an event loop")
         return 0
 
     # -- for the thread that sends
@@ -344,11 +355,8 @@ cdef class Accumulator:
         self._make_room()
 
     def _size_of(self, Envelope envelope not None) -> int:
-        """What an envelope counts in a batch's bytes; nothing if that cannot be told any more."""
-        try:
-            return self._measure(envelope)
-        except (BufferError, ValueError):  # a memoryview that was released meanwhile
-            return 0
+        """What an envelope counts in a batch's bytes."""
+        return self._measure(envelope)
 
     def _learn_message_bytes(self, int64_t mean) -> None:
         self.message_bytes = mean
