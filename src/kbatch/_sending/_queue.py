@@ -168,12 +168,13 @@ class SendQueue:
 
     def next_flight(self, now: float, wall: float) -> Flight | None:
         """What waits here and may be sent now."""
-        self._call_due(now, wall)
-        if self._isolating or (self._suspects and self.in_flight):
+        if self._is_blocked():
             return None
-        if self._suspects:
+        suspects = self._next_suspects(now)
+        if suspects:
             self._isolating = True
-            return self._depart(_flight_of(self._suspects.pop(), isolated=True))
+            return self._depart(_flight_of(suspects, isolated=True))
+        self._call_due(now, wall)
         chosen: list[Entry] = []
         size = 0
         while self._ready and len(chosen) < self._batch_size:
@@ -184,7 +185,7 @@ class SendQueue:
                 continue
             if self._end_if_too_old(entry, now):
                 continue
-            size += self._measure(entry.envelope)
+            size += self._size_of(entry)
             if chosen and size > self._batch_bytes:
                 self._ready.appendleft(entry)
                 break
@@ -229,10 +230,7 @@ class SendQueue:
                 due = again_at[entry.failures] = now + self._policy.delay_s(max(1, entry.failures), self._random)
             self._wait_until(due, entry)
         if suspects:
-            middle = len(suspects) // 2
-            self._suspects.append(suspects[middle:])
-            if middle:
-                self._suspects.append(suspects[:middle])
+            self._suspect(suspects, flight.isolated)
         if self._strict:
             for index in range(len(flight.envelopes)):
                 if index not in failed:
@@ -250,6 +248,10 @@ class SendQueue:
 
     def due_at(self, now: float, wall: float) -> float | None:
         """When `next_flight` should be asked again, if nothing else happens."""
+        if self._is_blocked():
+            return None
+        if self._ready or self._suspects:
+            return now
         due = self._timers[0][0] if self._timers else None
         if self._scheduled:
             at = now + max(0.0, self._scheduled[0][0] - wall)
@@ -340,6 +342,12 @@ class SendQueue:
         envelope = flight.envelopes[index]
         return Entry(envelope, flight.seqs[index], flight.accepted_at, self._group(envelope))
 
+    def _size_of(self, entry: Entry) -> int:
+        try:
+            return self._measure(entry.envelope)
+        except Exception:  # a memoryview that was released: refused when it is mapped
+            return 0
+
     def _group(self, envelope: Envelope[Any]) -> Hashable | None:
         key, topic = envelope.key, envelope.topic
         if topic is not None and not isinstance(topic, str):
@@ -394,6 +402,39 @@ class SendQueue:
                 return False
         return not self._is_past_max_age(entry, now)
 
+    def _is_blocked(self) -> bool:
+        return self._isolating or (bool(self._suspects) and self.in_flight > 0)
+
+    def _suspect(self, suspects: list[Entry], isolated: bool) -> None:
+        size = (len(suspects) + 1) // 2
+        if not isolated:  # perhaps of several flights
+            size = max([size, *map(len, self._suspects)])
+            suspects = sorted(chain(suspects, *self._suspects), key=attrgetter("seq"))
+            self._suspects.clear()
+        pieces = [suspects[start : start + size] for start in range(0, len(suspects), size)]
+        self._suspects.extend(reversed(pieces))
+
+    def _next_suspects(self, now: float) -> list[Entry]:
+        """Those that are sent next with nothing else in flight: not those behind an earlier one of their group."""
+        if self._suspects and not self._strict:
+            ready, self._ready = self._ready, deque()
+            for entry in ready:
+                if entry.group is None:
+                    self._ready.append(entry)
+                else:
+                    self._wait_until(now, entry)
+        while self._suspects:
+            chosen: list[Entry] = []
+            for entry in self._suspects.pop():
+                lane = None if self._strict or entry.group is None else self._lanes.get(entry.group)
+                if lane is not None and lane.entries[0].seq < entry.seq:
+                    lane.insert(entry)
+                elif not self._end_if_too_old(entry, now):
+                    chosen.append(entry)
+            if chosen:
+                return chosen
+        return []
+
     def _wait_until(self, due: float, entry: Entry) -> None:
         group = entry.group
         if group is None:
@@ -416,6 +457,8 @@ class SendQueue:
         heapq.heappush(self._timers, (due, lane.entries[0].seq, group, None))
 
     def _call_due(self, now: float, wall: float) -> None:
+        if self._timers and self._timers[0][0] <= now and not self._strict:
+            self._hold_ready()
         while self._timers and self._timers[0][0] <= now:
             due, _, group, entry = heapq.heappop(self._timers)
             if entry is not None:
@@ -432,9 +475,21 @@ class SendQueue:
                 self._ready.extend(lane.entries)
                 del self._lanes[group]
         while self._scheduled and self._scheduled[0][0] <= wall:
-            _, _, entry = heapq.heappop(self._scheduled)
-            entry.accepted_at = now  # its age begins
+            due, _, entry = heapq.heappop(self._scheduled)
+            entry.accepted_at = now - (wall - due)  # its age counts from when it could be sent
             self._call_scheduled(entry)
+
+    def _hold_ready(self) -> None:
+        """What is ready goes to the lane of its group, if there is one, so that it leaves in the order of the group."""
+        if not self._lanes:
+            return
+        ready, self._ready = self._ready, deque()
+        for entry in ready:
+            lane = None if entry.group is None else self._lanes.get(entry.group)
+            if lane is None:
+                self._ready.append(entry)
+            else:
+                lane.insert(entry)
 
     def _call_scheduled(self, entry: Entry) -> None:
         if self._strict and entry.group is not None:
@@ -447,7 +502,9 @@ class SendQueue:
         self._ready.append(entry)
 
     def _free(self, group: Hashable) -> None:
-        lane = self._lanes[group]
+        lane = self._lanes.get(group)
+        if lane is None:  # all was given up meanwhile
+            return
         if lane.entries:
             self._ready.append(lane.entries.pop(0))
         else:
