@@ -177,9 +177,9 @@ cdef class Accumulator:
         if type(item) is not Envelope and not isinstance(item, Envelope):
             raise TypeError(f"expected a kbatch.Envelope, not {type(item).__name__}")
         envelope = own_data(<Envelope> item)
+        size = self._measure(envelope)  # first: it may run Python code, which may send
         if self.stage != ACCEPTING or self.forks != _forks:
             self._look()
-        size = self._measure(envelope)  # before the look, as it may run Python code
         if self.held >= self.max_buffered or self.waiters:
             return False
         self._append(envelope, size)
