@@ -238,7 +238,13 @@ def test_a_batch_is_closed_by_count_or_before_it_has_too_many_bytes() -> None:
     sender = make(batch_size=3, batch_bytes=10)
     for size in (1, 1, 1, 6, 5, 20, 10, 4, 4):
         sender.send(sized(size))
-    assert [[len(e.data) for e in batch.envelopes] for batch in take_all(sender)] == [[1, 1, 1], [6], [5], [20], [10]]
+    assert [[len(bytes(e.data or b"")) for e in batch.envelopes] for batch in take_all(sender)] == [
+        [1, 1, 1],
+        [6],
+        [5],
+        [20],
+        [10],
+    ]
     assert sender._close_filling() == 9
     assert [batch.first_seq for batch in take_all(sender)] == [7]
 
@@ -328,11 +334,15 @@ def join(threads: list[threading.Thread]) -> None:
 def test_threads_that_wait_are_served_in_their_order() -> None:
     sender = make(max_buffered=1)
     sender.send(sized(0))
-    threads = []
     signals = [Signal() for _ in range(5)]
     waiters = [sender._line_up(sized(n), signal) for n, signal in enumerate(signals, 1)]
     served: list[int] = []
-    threads = in_threads(*[lambda n=n: signals[n].wait(PATIENCE_S) and served.append(n) for n in range(5)])
+
+    def wait(n: int) -> None:
+        assert signals[n].wait(PATIENCE_S)
+        served.append(n)
+
+    threads = in_threads(*[lambda n=n: wait(n) for n in range(5)])
     for n in range(5):
         sender._give_back(1)
         assert [waiter.taken for waiter in waiters] == [other <= n for other in range(5)]
@@ -340,7 +350,7 @@ def test_threads_that_wait_are_served_in_their_order() -> None:
     join(threads)
     assert served == list(range(5))
     sender._close_filling()
-    assert [len(e.data) for batch in take_all(sender) for e in batch.envelopes] == list(range(6))
+    assert [len(bytes(e.data or b"")) for batch in take_all(sender) for e in batch.envelopes] == list(range(6))
 
 
 def test_many_threads_with_little_room_lose_nothing_and_keep_their_order() -> None:
