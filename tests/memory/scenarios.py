@@ -5,6 +5,7 @@ A scenario is made once and gives a step, which is repeated with another allocat
 """
 
 import asyncio
+import contextlib
 import functools
 import gc
 import threading
@@ -18,9 +19,9 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
-from kbatch._fastmap import pinned_buffers
+from kbatch._fastmap import Accumulator, pinned_buffers
 from kbatch._pending import PendingBatch
-from kbatch.testing import ApiKey, MockCluster
+from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
 
 from ..loops import beside
@@ -138,6 +139,10 @@ class Wire:
 def encode(message: Any, context: kbatch.SerializationContext) -> bytes:
     context.headers.append(("extra", "é"))
     return repr(message).encode()  # msgspec.json.encode() crashes when its buffer cannot grow
+
+
+class Unwritable:
+    """No encoder takes it."""
 
 
 def mapping(**options: Any) -> Callable[[World], Step]:
@@ -385,7 +390,10 @@ class Started:
         self.work, self.attempt = work, attempt
 
     def __await__(self) -> Any:
-        first = checked(self.attempt(lambda: self.work.send(None)), StopIteration)
+        # SystemError: CPython's send(), of a coroutine that returns at once, finds no memory for StopIteration.
+        first = checked(self.attempt(lambda: self.work.send(None)), StopIteration, SystemError)
+        if isinstance(first.error, SystemError) and "returned NULL" in str(first.error):
+            return None
         if isinstance(first.error, StopIteration):
             return first.error.value
         if first.error is not None:
@@ -572,6 +580,312 @@ def answering_a_bad_batch(world: World) -> Step:
     return step
 
 
+# --- single envelopes
+
+
+class Buffer(Accumulator):
+    """A buffer without a sender."""
+
+    def _start(self) -> None:
+        self._accept()
+
+    def _refuse(self) -> None:
+        raise kbatch.SenderClosedError("the sender is closed")
+
+
+def accumulating(world: World) -> Step:
+    """An envelope is taken once or not at all, and the answer tells which; also if it must wait."""
+    numbers = [Envelope(n) for n in range(5)]
+
+    def taken(buffer: Buffer) -> list[Envelope]:
+        buffer._close_filling()
+        envelopes: list[Envelope] = []
+        while (batch := buffer._next_batch()) is not None:
+            assert batch.first_seq == len(envelopes)
+            assert batch.envelopes, "a batch of nothing"
+            envelopes += batch.envelopes
+        return envelopes
+
+    def step(attempt: Attempt) -> None:
+        buffer = Buffer(batch_size=2, batch_bytes=1000, batch_timeout_s=3600, max_buffered=3)
+        accepted = [False] * len(numbers)
+        waiters: list[Any] = [None]
+
+        def use() -> None:
+            for n in range(3):
+                buffer.send(numbers[n])
+                accepted[n] = True
+            assert not buffer.try_send(numbers[3])
+            waiters[0] = buffer._line_up(numbers[4], lambda: None)
+            buffer._give_back(1)
+
+        checked(attempt(use))
+        if waiters[0] is not None:
+            buffer._leave_line(waiters[0])
+            accepted[4] = waiters[0].taken
+        assert taken(buffer) == [envelope for envelope, was_taken in zip(numbers, accepted, strict=True) if was_taken]
+        buffer._give_back(len(buffer))
+        buffer.send(numbers[0])
+        assert len(buffer) == 1
+
+    return step
+
+
+def rejecting(world: World) -> Step:
+    """Those that cannot be mapped are told, no other, or nothing is mapped."""
+    bad = {
+        1: Envelope(Unwritable(), headers={"h": "v"}),
+        3: Envelope(1, headers={"x": 5}),
+        9: Envelope(data=b"x" * 1_100_000),
+    }
+    batch: list[Any] = envelopes()
+    for index, envelope in bad.items():
+        batch.insert(index, envelope)
+
+    def step(attempt: Attempt) -> None:
+        producer = world.producer()
+        pending = PendingBatch(producer._core)
+        rejected: list[tuple[int, kbatch.SerializationError]] = []
+        got = checked(attempt(lambda: producer._core.map(pending, TOPIC, batch, rejected)))
+        if got.error is None:
+            assert [index for index, _ in rejected] == list(bad)
+            assert [record is None for record in producer._core.records(pending)] == [
+                n in bad for n in range(len(batch))
+            ]
+        else:
+            assert rejected == []
+        world.close()
+
+    return step
+
+
+def sending_without_the_rejected(world: World) -> Step:
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        batch = [*world.batch(), Envelope(Unwritable())]
+        done = threading.Event()
+
+        def use() -> PendingBatch:
+            pending = PendingBatch(producer._core)
+            producer._core.map(pending, TOPIC, batch, [])
+            producer._send_detached(pending, waker=done.set)
+            return pending
+
+        got = checked(attempt(use))
+        world.book(None)
+        if got.error is None:
+            assert done.wait(30)
+            report = got.value.report
+            assert (report.acked, list(report.errors)) == (3, [3])
+            assert not report.errors[3].possibly_persisted
+            world.book(True)
+        settled()
+        usable(world, producer)
+
+    return step
+
+
+def probing(world: World) -> Step:
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        got = checked(attempt(lambda: [producer._core.probe(topic, 10.0) for topic in (TOPIC, "ünknown")]))
+        assert got.value in (None, [None, None])
+        assert producer._core.probe(TOPIC, 10.0) is None
+
+    return step
+
+
+def batched(world: World) -> Step:
+    """What was taken is sent, whatever fails; what raised was not taken."""
+    producer = world.started()
+    failed: list[Any] = []
+    agent = kbatch.SendingAgent(
+        producer,
+        TOPIC,
+        retry=kbatch.RetryPolicy(initial_backoff_s=0.001),
+        failures_to_open=1_000_000,
+        on_failed=lambda *what: failed.append(what),
+    )
+    sender = kbatch.BatchedSender(agent, batch_size=2)
+    world.at_end.append(sender.close)
+
+    def step(attempt: Attempt) -> None:
+        batch = world.batch()
+        taken = [False] * len(batch)
+
+        def use() -> None:
+            for n, envelope in enumerate(batch):
+                sender.send(envelope)
+                taken[n] = True
+            assert sender.flush() == 0
+
+        checked(attempt(use))
+        world.perhaps -= set(world.bodies)
+        world.sent |= {body for body, was_taken in zip(world.bodies, taken, strict=True) if was_taken}
+        assert sender.flush() == 0
+        assert len(sender) == 0
+        assert failed == []
+
+    return step
+
+
+def batched_fresh(world: World) -> Step:
+    """A sender from its making to its end."""
+    producer = world.started()
+
+    def step(attempt: Attempt) -> None:
+        made: list[kbatch.BatchedSender] = []
+        add = made.append
+
+        def use() -> None:
+            agent = kbatch.SendingAgent(producer, TOPIC, on_failed=lambda envelope, error: None)
+            add(kbatch.BatchedSender(agent))
+            for envelope in world.batch():
+                made[0].send(envelope)
+            assert made[0].close() == 0
+
+        got = checked(attempt(use))
+        if made:
+            world.book(None)
+            left = made.pop().close()
+            assert left <= 3
+        if got.error is None:
+            world.book(True)
+        settled()
+        usable(world, producer)
+
+    return step
+
+
+def batched_on_a_loop(world: World) -> Step:
+    producer = world.started()
+    loop = asyncio.new_event_loop()
+    world.at_end.append(loop.close)
+    failed: list[Any] = []
+
+    async def make() -> aio.BatchedSender:
+        agent = aio.SendingAgent(
+            beside(producer),
+            TOPIC,
+            retry=kbatch.RetryPolicy(initial_backoff_s=0.001),
+            failures_to_open=1_000_000,
+            on_failed=lambda *what: failed.append(what),
+        )
+        sender = aio.BatchedSender(agent, batch_size=2, max_buffered=2)
+        await sender.send(world.batch()[0])
+        world.book(None)
+        await sender.flush()
+        return sender
+
+    sender = loop.run_until_complete(make())
+
+    def step(attempt: Attempt) -> None:
+        async def use() -> None:
+            for envelope in world.batch():
+                with contextlib.suppress(MemoryError):
+                    await Started(sender.send(envelope), attempt)
+            with contextlib.suppress(MemoryError):
+                await Started(sender.flush(), attempt)
+
+        loop.run_until_complete(use())
+        world.book(None)
+        assert loop.run_until_complete(sender.flush()) == 0
+        assert (len(sender), failed) == (0, [])
+
+    def end() -> None:
+        loop.run_until_complete(sender.close())
+
+    world.at_end.append(end)
+    return step
+
+
+def inline(world: World) -> Step:
+    producer = world.started()
+    sender = kbatch.InlineSender(producer, TOPIC)
+    world.at_end.append(sender.close)
+
+    def step(attempt: Attempt) -> None:
+        (envelope,) = world.batch(1)
+        got = checked(attempt(lambda: sender.send(envelope)))
+        world.book(True if got.error is None else None)
+        assert got.error is not None or got.value.acked == 1
+        settled()
+        usable(world, producer)
+
+    return step
+
+
+def inline_on_a_loop(world: World) -> Step:
+    producer = world.started()
+    loop = asyncio.new_event_loop()
+    world.at_end.append(loop.close)
+    sender = aio.InlineSender(beside(producer), TOPIC)
+
+    def step(attempt: Attempt) -> None:
+        (envelope,) = world.batch(1)
+
+        async def use() -> None:
+            report = await Started(sender.send(envelope), attempt)
+            assert report.acked == 1
+
+        try:
+            loop.run_until_complete(use())
+        except MemoryError:
+            world.book(None)
+        else:
+            world.book(True)
+        producer.flush()
+        usable(world, producer)
+
+    return step
+
+
+def answering_by_an_agent(world: World) -> Step:
+    """As `answering`, under a circuit breaker."""
+    producer = world.started()
+    agent = kbatch.SendingAgent(producer, TOPIC)
+    world.at_end.append(agent.close)
+
+    def step(attempt: Attempt) -> None:
+        batch = OutgoingBatch(world.batch())
+        callback = Recorder()
+        got = checked(attempt(lambda: agent.send_batch(callback, batch)))
+        assert callback.count <= 1
+        if got.error is None:
+            assert callback.count == 1
+        if not callback.count:
+            wait_for(lambda: callback.count)
+        world.book(True if callback.method == "mark_successful" else None)
+        producer.flush()
+        assert agent.state is kbatch.CircuitState.CLOSED
+        usable(world, producer)
+
+    return step
+
+
+def in_memory(world: World) -> Step:
+    """A producer without Kafka. What is told to be sent is there."""
+
+    def step(attempt: Attempt) -> None:
+        producer = MemoryProducer()
+        batch = [Envelope(data=b"%d" % n) for n in range(3)]
+
+        def use() -> None:
+            assert producer.send_batch(TOPIC, batch).acked == 3
+            assert producer.submit(TOPIC, batch, callback=lambda report: None).wait().ok
+            producer.close()
+
+        got = checked(attempt(use))
+        if got.error is None:
+            values = [record.value() for record in producer.records]
+            assert values == [b"0", b"1", b"2"] * 2
+        assert producer.close() == 0
+
+    return step
+
+
 # --- what librdkafka tells
 
 
@@ -694,6 +1008,17 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "answering": answering,
     "answering on a loop": answering_on_a_loop,
     "answering a bad batch": answering_a_bad_batch,
+    "accumulating": accumulating,
+    "rejecting": rejecting,
+    "sending without the rejected": sending_without_the_rejected,
+    "probing": probing,
+    "batched": batched,
+    "batched fresh": batched_fresh,
+    "batched on a loop": batched_on_a_loop,
+    "inline": inline,
+    "inline on a loop": inline_on_a_loop,
+    "answering by an agent": answering_by_an_agent,
+    "in memory": in_memory,
     "statistics": statistics,
     "errors": errors,
     "tokens": tokens,

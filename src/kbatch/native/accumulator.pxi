@@ -216,9 +216,10 @@ cdef class Accumulator:
                 self._close_batch()
                 batch = None
             if batch is not None:
+                batch.envelopes.append(envelope)
                 break
             batch = FormedBatch.__new__(FormedBatch)
-            batch.envelopes = []
+            batch.envelopes = [envelope]
             if self.stage != ACCEPTING:  # a finalizer has closed it
                 self._refuse()
             if self.filling is None:  # else a finalizer has sent something meanwhile
@@ -227,13 +228,15 @@ cdef class Accumulator:
                 self.filling = batch
                 self.signal.set()
                 break
-        batch.envelopes.append(envelope)
         batch.bytes += size
         batch.scheduled |= envelope._scheduled_time != NO_TIME
         self.held += 1
         self.accepted += 1
         if len(batch.envelopes) >= self.batch_size or batch.bytes >= self.batch_bytes:
-            self._close_batch()
+            try:
+                self._close_batch()
+            except MemoryError:
+                pass  # the envelope is taken; the next one closes the batch, or its age
         return 0
 
     cdef int _close_batch(self) except -1:
