@@ -15,7 +15,12 @@ from .planted import MUTANTS, Mutant
 REPOSITORY = Path(__file__).resolve().parents[2]
 COPY = REPOSITORY / "build" / "mutants"
 END_S = 1500
-COPIED = ("pyproject.toml", "setup.py", "README.md", "DESIGN.md", "LICENSE", "Makefile", "src", "tests", "examples")
+COPIED = (
+    "pyproject.toml",
+    "setup.py",
+    *("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile"),
+    *(".github", "benchmarks", "docs", "examples", "src", "tests", "tools"),
+)
 BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
 # A test that hangs has found the defect, too.
 TEST = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", "--timeout=60"]
@@ -38,7 +43,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess[s
 def copy_repository() -> None:
     shutil.rmtree(COPY, ignore_errors=True)
     COPY.mkdir(parents=True)
-    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.c", "*.egg-info")
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "_*.c", "*.egg-info", "results")
     for name in COPIED:
         source = REPOSITORY / name
         if source.is_dir():
@@ -60,7 +65,10 @@ def find(mutant: Mutant) -> str | None:
         result = run([*TEST, *tests])
         if result.returncode == 1:
             failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
-            return failed[0].split(" - ")[0]
+            first = failed[0].split(" - ")[0]
+            if "::" not in first:  # a file that cannot be imported finds nothing
+                raise SystemExit(f"the tests did not run:\n{result.stdout}")
+            return first
         if result.returncode < 0:
             return f"killed by {signal.Signals(-result.returncode).name}"
         if result.returncode:

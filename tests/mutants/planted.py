@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
-MAP, BATCH, CLIENT, CORE = (f"native/{name}.pxi" for name in ("map", "batch", "client", "core"))
+MAP, BATCH, CLIENT, CORE, ACCUMULATOR = (
+    f"native/{name}.pxi" for name in ("map", "batch", "client", "core", "accumulator")
+)
+AGENT = "_sending/_agent.py"
 TEXT, ENVELOPE = "native/text.pxi", "native/envelope.pxi"
 
 
@@ -191,6 +194,77 @@ MUTANTS = (
         CORE,
         "        KB_ADD32(&_pinned, -1)\n",
         "        pass\n",
+    ),
+    # -- single envelopes
+    Mutant(
+        "the room of an envelope is not given back",
+        ACCUMULATOR,
+        "        self.held -= count\n",
+        "        self.held -= count - 1\n",
+        "tests/mock/test_sender_leaks.py",
+    ),
+    Mutant(
+        "who waited for room and left is taken all the same",
+        ACCUMULATOR,
+        "                self.waiters.remove(waiter)\n",
+        "                pass\n",
+        "tests/mock/test_sender_leaks.py tests/mock/test_sending.py",
+    ),
+    Mutant(
+        "the buffer has no bound",
+        ACCUMULATOR,
+        "        if self.held >= self.max_buffered or self.waiters:\n",
+        "        if self.waiters:\n",
+        "tests/mock/test_sender_leaks.py",
+    ),
+    Mutant(
+        "the age of a batch begins with its last envelope",
+        ACCUMULATOR,
+        "                batch.envelopes.append(envelope)\n",
+        "                batch.envelopes.append(envelope)\n                batch.oldest_ns = kb_now_ns()\n",
+        "tests/unit/test_batch_formation.py",
+    ),
+    Mutant(
+        "what waits is forgotten when closing begins while the thread is at work",
+        AGENT,
+        "        if giving_up and not queue.in_flight:\n",
+        "        if self._giving_up and not queue.in_flight:\n",
+        "tests/unit/test_sending_agent.py",
+    ),
+    Mutant(
+        "an envelope that cannot be mapped is told the batch's error",
+        AGENT,
+        "(index, reasons.get(index, error))",
+        "(index, error)",
+        "tests/mock/test_sending.py",
+    ),
+    Mutant(
+        "an acknowledged envelope keeps its room",
+        AGENT,
+        "            self._buffer._give_back(done)\n",
+        "            self._buffer._give_back(done - (done > 2))\n",
+        "tests/mock/test_sender_leaks.py",
+    ),
+    Mutant(
+        "the outcomes of a batch in memory are off by one partition",
+        CORE,
+        "outcome.partition, outcome.offset = code, persistence, partition, offset\n",
+        "outcome.partition, outcome.offset = code, persistence, partition + 1, offset\n",
+        "tests/mock/test_memory_producer.py",
+    ),
+    Mutant(
+        "a batch in memory stays counted as in flight",
+        CORE,
+        "        KB_ADD64(&c.in_flight, -sent)\n",
+        "        pass\n",
+        "tests/unit/test_memory_producer.py",
+    ),
+    Mutant(
+        "a topic without leaders can be written to",
+        CORE,
+        "            return what_hinders(metadata, name_p)\n",
+        "            return None\n",
+        "tests/mock/test_sending.py",
     ),
     # -- answers
     Mutant(
