@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import faulthandler
+import logging
 import random
 import threading
 import time
@@ -120,6 +121,27 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
             return
 
 
+def send_singly(sender: kbatch.BatchedSender, dice: random.Random, over: threading.Event) -> None:
+    def impatient() -> None:
+        with contextlib.suppress(kbatch.SenderFullError):
+            sender.send(Envelope(1, key=f"k{dice.randrange(5)}"), timeout=dice.choice((0, 0.001)))
+
+    deeds: list[Callable[[], object]] = [
+        *[lambda: sender.send(Envelope({"n": 1}, key=f"k{dice.randrange(5)}"))] * 20,
+        *[lambda: sender.try_send(Envelope(data=b"x" * dice.choice((1, 2_000))))] * 10,
+        lambda: sender.send(Envelope(object())),
+        impatient,
+        lambda: sender.flush(dice.choice((0, 0.01, 0.1))),
+        sender.stats,
+        lambda: repr(sender),
+    ]
+    while not over.is_set():
+        try:
+            dice.choice(deeds)()
+        except kbatch.SenderClosedError:
+            return
+
+
 def ask(producer: Producer) -> None:
     producer.stats()
     assert len(repr(producer)) > 0
@@ -159,6 +181,11 @@ def round_of(bootstrap_servers: str, dice: random.Random, seconds: float) -> Non
     threads = [
         threading.Thread(target=work, args=(producer, random.Random(dice.random()), counted, over)) for _ in range(4)
     ]
+    agent = kbatch.SendingAgent(producer, "orders", on_failed=lambda envelope, error: None)
+    sender = kbatch.BatchedSender(agent, batch_size=20, batch_timeout_ms=1, max_buffered=50)
+    threads += [
+        threading.Thread(target=send_singly, args=(sender, random.Random(dice.random()), over)) for _ in range(2)
+    ]
     all_over = threading.Event()
     watcher = threading.Thread(target=watch, args=(producer, all_over))
     for thread in (watcher, *threads):
@@ -172,15 +199,21 @@ def round_of(bootstrap_servers: str, dice: random.Random, seconds: float) -> Non
     closers = [threading.Thread(target=producer.close, args=(dice.choice((0, 0.05, 10)),))] * (ending == "close twice")
     for closer in closers:
         closer.start()
+    if dice.random() < 0.5:
+        sender.close(dice.choice((0, 0.05)))
     if ending != "forget":
         producer.close(dice.choice((0, 0.05, 10)))
     else:
         producer.flush()
+    sender.close(10)
     for thread in [*threads, *closers]:
         thread.join()
+    told = sender.stats()
+    assert told["acked"] + told["failed"] == told["accepted"], told
+    assert len(sender) == 0
     all_over.set()
     watcher.join()
-    del producer, threads, closers, thread, watcher
+    del producer, agent, sender, threads, closers, thread, watcher
     deadline = time.monotonic() + 60
     while _fastmap.pinned_buffers() or counted.answers < counted.batches:
         assert time.monotonic() < deadline, (_fastmap.pinned_buffers(), counted.answers, counted.batches)
@@ -195,6 +228,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.3, help="of a round before it is ended")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # circuits open when producers are closed under senders
     faulthandler.dump_traceback_later(HANG_S + options.rounds * options.seconds * 10, exit=True)
     dice = random.Random(options.seed)
     for _ in range(options.rounds):
