@@ -222,7 +222,7 @@ MUTANTS = (
         ACCUMULATOR,
         "                batch.envelopes.append(envelope)\n",
         "                batch.envelopes.append(envelope)\n                batch.oldest_ns = kb_now_ns()\n",
-        "tests/unit/test_batch_formation.py",
+        "tests/unit/test_sending_agent.py",
     ),
     Mutant(
         "what waits is forgotten when closing begins while the thread is at work",

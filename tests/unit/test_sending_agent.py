@@ -1,6 +1,7 @@
 """What the thread of a sending agent does when others meddle at an awkward moment; no broker."""
 
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SendingAgent
+from kbatch._fastmap import Accumulator
 from kbatch.testing import MemoryProducer
 
 from ..waiting import until
@@ -43,3 +45,22 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
     assert told[0][0] is envelope
     assert isinstance(told[0][1], kbatch.SenderClosedError)
     assert len(sender) == 0
+
+
+class Buffer(Accumulator):
+    def _start(self) -> None:
+        self._accept()
+
+
+def test_the_age_of_a_batch_is_that_of_its_first_envelope() -> None:
+    buffer = Buffer(batch_size=100, batch_bytes=10_000, batch_timeout_s=3600.0, max_buffered=100)
+    buffer.send(Envelope(0))
+    begin = buffer._due_in()
+    for n in range(1, 4):
+        time.sleep(0.002)
+        buffer.send(Envelope(n))
+        assert begin is not None
+        due = buffer._due_in()
+        assert due is not None
+        assert due <= begin - 0.002
+        begin = due
