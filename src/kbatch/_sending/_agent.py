@@ -374,9 +374,7 @@ class BaseSendingAgent:
         self._tell_watchers()
         if giving_up and not queue.in_flight:
             return False
-        if self._broken is not None and not queue.in_flight and not giving_up:
-            return True  # to be replaced now
-        if not self._news and not queue.ended and not sent_away:
+        if not (self._news or queue.ended or sent_away or self._may_replace()):
             self._signal.wait(self._idle_for(time.monotonic(), time.time()), interruptible=False)
         return True
 
@@ -588,11 +586,16 @@ class BaseSendingAgent:
                 self._tell_state(before)
             self._signal.set()
 
-    def _replace_if_settled(self) -> None:
+    def _may_replace(self) -> bool:
         queue = self._queue
         assert queue is not None
-        if self._broken is not None and not queue.in_flight:
+        alive = self._death is None and not self._giving_up
+        return alive and self._broken is not None and not queue.in_flight
+
+    def _replace_if_settled(self) -> None:
+        if self._may_replace():
             broken, self._broken = self._broken, None
+            assert broken is not None
             try:
                 self._handle.replace(broken)
             except Exception as error:
