@@ -10,6 +10,11 @@ stranger    the log has nothing that was not sent, and nothing that was changed
 unexplained no failure and no refusal that the plan's faults do not explain; what is spoilt is refused
 settled     every batch is answered in the end
 recovered   when the faults are over, a batch is acknowledged
+
+Of batched senders (`Stream`): each envelope that was taken is acknowledged (I1), or had expired, or is told to ``on_failed``, once
+(I2), and counted; what was acknowledged is not sent again, so that it is in the log once and besides as often as it was possibly
+persisted (I6). Given up is what is refused for good, or failed too often, and not for an outage (unexplained). In strict order no
+message comes after a later one of its key; else that holds if nothing was sent again (I4). ``max_buffered`` holds (bounded).
 """
 
 from collections import Counter, defaultdict
@@ -28,6 +33,7 @@ from tests.faults.history import (
     Outcome,
     Read,
     Sent,
+    Stream,
 )
 
 TIMEOUTS = frozenset((-192, -185, -166, 7))
@@ -44,7 +50,7 @@ class Violation(NamedTuple):
 
 
 class _Attempt(NamedTuple):
-    sent: Sent
+    sent: Sent | Stream
     index: int
     message: Message
     outcome: Outcome | None  # None: refused or not settled
@@ -57,9 +63,16 @@ class _Attempt(NamedTuple):
 def check(history: History) -> list[Violation]:
     """Every violation, in the order of the invariants."""
     attempts = {attempt.message.token: attempt for sent in history.sends for attempt in _attempts(sent)}
+    streamed = {
+        message.token: _Attempt(stream, index, message, None)
+        for stream in history.streams
+        for index, message in enumerate(stream.taken)
+    }
     found = list(_answers(history))
     for topic, records in history.logs.items():
-        found += _strangers(topic, records, attempts)
+        found += _strangers(topic, records, attempts | streamed)
+    for stream in history.streams:
+        found += _stream(history, stream, streamed)
     found += _acknowledged(history, attempts)
     found += _not_sent(history, attempts)
     found += _copies(history, attempts)
@@ -268,6 +281,93 @@ def _order(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violatio
                 latest[place] = attempt
             elif sent.handed_in is not None and sent.handed_in < newest.sent.began:
                 yield Violation("I4", f"{attempt.name} comes after {newest.name}, which was sent later")
+
+
+# -- batched senders
+
+# What fails because no broker answers is no reason to give up.
+OUTAGES = frozenset((-195, -192, -187, -185, -166, -152, -151, -150, 45))
+TOO_OFTEN = frozenset((-190, -188, 3, 100))
+
+
+def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> Iterator[Violation]:
+    if stream.not_sent is None:
+        yield Violation("settled", f"the sender of step {stream.number} was not closed")
+        return
+    places = _places(history)
+    died = any(reason == "SenderClosedError" for _, reason in stream.told) or bool(stream.refusal)
+    told = Counter(token for token, _ in stream.told)
+    if died and "ProducerClosedError" not in history.rules.refusals:
+        yield Violation("unexplained", f"the sender of step {stream.number} ended: {stream.refusal}")
+    if stream.left or (stream.not_sent and not died):
+        yield Violation("settled", f"sender of step {stream.number}: {stream.left} left, {stream.not_sent} not sent")
+    if stream.most > stream.bound:
+        yield Violation("bounded", f"the sender of step {stream.number} held {stream.most}, not {stream.bound}")
+    expired = 0
+    for message in stream.taken:
+        name = streamed[message.token].name
+        attempts = stream.attempts.get(message.token, [])
+        acked = [outcome for outcome in attempts if outcome.state == ACKED]
+        expired += any(outcome.state == EXPIRED for outcome in attempts)
+        outcomes = told[message.token] + sum(outcome.state != FAILED for outcome in attempts)
+        if outcomes != 1:
+            yield Violation("I2", f"{name} has {outcomes} outcomes: told {told[message.token]} times, {attempts}")
+        if any(outcome.state != FAILED for outcome in attempts[:-1]):
+            yield Violation("I6", f"{name} was sent again after its end: {attempts}")
+        if message.token in stream.expired and acked:
+            yield Violation("I2", f"{name} had expired, and is acknowledged")
+        if stream.topic in history.deleted:
+            continue
+        found = places.get(message.token, [])
+        perhaps = sum(outcome.possibly_persisted for outcome in attempts)
+        if acked and not found:
+            yield Violation("I1", f"{name} was acknowledged and is not in the log")
+        elif acked and acked[0].offset >= 0 and (acked[0].partition, acked[0].offset) not in found:
+            yield Violation("I1", f"{name} was acknowledged at {acked[0]} and is at {found}")
+        if found and not acked and not perhaps:
+            yield Violation("not-sent", f"{name} was neither acknowledged nor perhaps stored, and is in the log")
+        if len(found) > len(acked) + perhaps and not history.rules.copies:
+            yield Violation("I6", f"{name} is at {found}, after {attempts}")
+    counted = {"acked": 0, "expired": expired, "failed": len(stream.told), "accepted": len(stream.taken)}
+    counted["acked"] = len(stream.taken) - expired - len(stream.told)
+    if any(stream.stats[name] != count for name, count in counted.items()):
+        yield Violation("I2", f"the sender of step {stream.number} counts {stream.stats}, but it is {counted}")
+    yield from _given_up(history, stream, streamed, died=died)
+    if stream.topic not in history.deleted:
+        yield from _stream_order(history, stream, streamed)
+
+
+def _given_up(history: History, stream: Stream, streamed: dict[str, _Attempt], *, died: bool) -> Iterator[Violation]:
+    for token, reason in stream.told:
+        if token not in streamed:
+            yield Violation("stranger", f"on_failed of step {stream.number} was told of {token}")
+        elif token in stream.unmappable:
+            if reason != "SerializationError" and not died:
+                yield Violation("unexplained", f"{streamed[token].name} cannot be mapped, but is told {reason}")
+        elif isinstance(reason, str):
+            if reason != "SenderClosedError":
+                yield Violation("unexplained", f"{streamed[token].name} was given up: {reason}")
+        elif reason not in history.rules.codes or (reason in OUTAGES and not died):
+            yield Violation("unexplained", f"{streamed[token].name} was given up: {reason}")
+        elif reason in TOO_OFTEN and not died and len(stream.attempts[token]) < stream.stats["max_attempts"]:
+            yield Violation("unexplained", f"{streamed[token].name} was given up too early: {stream.attempts[token]}")
+
+
+def _stream_order(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> Iterator[Violation]:
+    if not stream.strict and (stream.stats["retried"] or not history.rules.ordered):
+        return
+    latest: dict[str, _Attempt] = {}
+    seen: set[str] = set()
+    for record in sorted(history.logs.get(stream.topic, ()), key=lambda record: (record.partition, record.offset)):
+        attempt = streamed.get(record.token)
+        if attempt is None or attempt.sent is not stream or record.token in seen:
+            continue
+        seen.add(record.token)
+        group = stream.groups.get(record.token, "")
+        before = latest.get(group)
+        if group and before is not None and before.index > attempt.index:
+            yield Violation("I4", f"{attempt.name} comes after {before.name}, which was sent later")
+        latest[group] = attempt
 
 
 # -- the end

@@ -57,6 +57,37 @@ class Sent:
     probe: bool = False
 
 
+@dataclass
+class Stream:
+    """What a batched sender was given, one envelope at a time, and what it told of it when it was closed.
+
+    The sender sends again: `attempts` are the outcomes of each of its batches, by the message's token.
+    """
+
+    number: int
+    topic: str
+    strict: bool
+    #: Those that it took, in the order of the calls.
+    taken: list[Message] = field(default_factory=list)
+    #: Of a token: what its order is kept in. Without one there is no order.
+    groups: dict[str, str] = field(default_factory=dict)
+    #: Tokens of those that had expired, and of those that cannot be mapped.
+    expired: set[str] = field(default_factory=set)
+    unmappable: set[str] = field(default_factory=set)
+    attempts: dict[str, list[Outcome]] = field(default_factory=dict)
+    #: What `on_failed` was told: token, and the error's type or, of a DeliveryError, its code.
+    told: list[tuple[str, str | int]] = field(default_factory=list)
+    #: What a call of `send` raised, after which there were no more.
+    refusal: str = ""
+    #: The longest that the sender was, and how long it may be.
+    most: int = 0
+    bound: int = 0
+    #: What `close` returned, and how many had no outcome then.
+    not_sent: int | None = None
+    left: int = 0
+    stats: dict[str, int] = field(default_factory=dict)
+
+
 class Read(NamedTuple):
     """A record that a consumer read back."""
 
@@ -87,6 +118,7 @@ class Rules:
 class History:
     rules: Rules
     sends: list[Sent] = field(default_factory=list)
+    streams: list[Stream] = field(default_factory=list)
     logs: dict[str, list[Read]] = field(default_factory=dict)
     #: Topics that were deleted after records of theirs had been acknowledged.
     deleted: set[str] = field(default_factory=set)
@@ -106,6 +138,10 @@ def seen(history: History) -> Counter[str]:
             counts[outcome.state] += 1
             if outcome.state == FAILED:
                 counts[f"failed with {outcome.code}{', perhaps stored' if outcome.possibly_persisted else ''}"] += 1
+    for stream in history.streams:
+        counts["one at a time"] += len(stream.taken)
+        counts["sent again by a sender"] += stream.stats.get("retried", 0)
+        counts.update(f"given up by a sender: {reason}" for _, reason in stream.told)
     copies = Counter(record.token for records in history.logs.values() for record in records)
     counts["stored twice"] = sum(count > 1 for count in copies.values())
     return +counts

@@ -9,6 +9,8 @@ from tests.faults.history import Rules
 from tests.faults.kinds import BY_NAME, KINDS, Kind
 
 WAYS = ("send_batch", "wait", "callback", "await", "sender", "aio", "aio callback", "aio sender")
+#: One envelope at a time, to a sender of its own that is closed at the end of the step.
+ONE_AT_A_TIME = ("batched", "aio batched")
 BODIES = ("json", "bytes", "bytearray", "memoryview", "tombstone")
 
 
@@ -141,9 +143,14 @@ def _make_steps(rng: random.Random, kinds: list[Kind], senders: int) -> list[Sen
     for _ in range(rng.choice((0, 1, 2))):
         sends = [(index, step) for index, step in enumerate(steps) if isinstance(step, Send)]
         repeated = {step.again for _, step in sends}
-        earlier = [index for index, step in sends if step.topic == "main" and index not in repeated]
+        earlier = [
+            index
+            for index, step in sends
+            if step.topic == "main" and index not in repeated and step.way not in ONE_AT_A_TIME
+        ]
         if earlier and rng.random() < 0.5:
-            steps.append(_any_send(rng, senders)._replace(again=rng.choice(earlier), spoil=""))
+            again = {"again": rng.choice(earlier), "spoil": "", "way": rng.choice(WAYS)}
+            steps.append(_any_send(rng, senders)._replace(**again))
         else:
             steps.append(_any_send(rng, senders))
     return steps
@@ -153,7 +160,7 @@ def _any_send(rng: random.Random, senders: int) -> Send:
     return Send(
         sender=rng.randrange(senders),
         count=rng.choice((0, 1, 1, 2, 5, 20, 50, 129, 300)),
-        way=rng.choice(WAYS),
+        way=rng.choice(WAYS + ONE_AT_A_TIME),
         body=rng.choice(BODIES),
         spoil="expired" if rng.random() < 0.1 else "",
     )

@@ -40,9 +40,10 @@ from tests.faults.history import (
     Outcome,
     Read,
     Sent,
+    Stream,
     seen,
 )
-from tests.faults.plan import Fault, Plan, Send
+from tests.faults.plan import ONE_AT_A_TIME, Fault, Plan, Send
 from tests.loops import beside
 from tests.mock.clients import read_back
 
@@ -306,7 +307,7 @@ class Run:
         history.live_batches, history.live_threads = batches(), threads()
 
     def _read(self) -> None:
-        for topic in sorted({sent.topic for sent in self.history.sends}):
+        for topic in sorted({sent.topic for sent in (*self.history.sends, *self.history.streams)}):
             records = []
             for record in read_back(self.cluster.bootstrap_servers, topic):
                 headers = {name: (value or b"").decode() for name, value in record.headers}
@@ -335,6 +336,9 @@ class Run:
 
     def _send(self, job: _Job) -> None:
         step = job.step
+        if step.way in ONE_AT_A_TIME:
+            self._stream(job)
+            return
         messages, envelopes, buffers = self._again(job) if step.again is not None else self._fresh(job)
         if step.again is not None and not messages:
             return
@@ -361,6 +365,54 @@ class Run:
         for buffer in buffers:
             buffer[:] = b"!" * len(buffer)
 
+    def _stream(self, job: _Job) -> None:
+        step = job.step
+        if step.spoil == "no memory":  # which is tried again for ever
+            step = job.step = step._replace(spoil="")
+        messages, envelopes, buffers = self._fresh(job)
+        with self._swap:
+            producer = self.producer
+        stream = Stream(job.index, self.topics[step.topic], strict=(self.plan.seed + job.index) % 2 == 0)
+        for message, envelope in zip(messages, envelopes, strict=True):
+            group = envelope.key if envelope.key is not None else envelope.partition
+            if group is not None:
+                stream.groups[message.token] = repr(group)
+            if envelope.deliver_by is not None:
+                stream.expired.add(message.token)
+        if step.spoil in ("too large", "unserialisable") and messages:
+            stream.unmappable.add(messages[len(messages) // 2].token)
+        self.history.streams.append(stream)
+        job.entered = True
+        (_batched if step.way == "batched" else _aio_batched)(self, job, stream, producer, messages, envelopes)
+        for buffer in buffers:
+            buffer[:] = b"!" * len(buffer)
+
+    def stream_options(self, job: _Job, stream: Stream) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Of the agent, and of the sender."""
+        number = self.plan.seed + job.index
+
+        def on_failed(envelope: kbatch.Envelope[Any], error: kbatch.KbatchError) -> None:
+            reason = error.code if isinstance(error, kbatch.DeliveryError) else type(error).__name__
+            stream.told.append((_token(envelope), reason))
+
+        agent = {
+            "retry": kbatch.RetryPolicy(_ATTEMPTS, initial_backoff_s=0.01, max_backoff_s=0.1),
+            "probe_interval_s": 0.02,
+            "max_probe_interval_s": 0.2,
+            "max_in_flight_batches": (1, 2, 5)[number % 3],
+            "strict_order": stream.strict,
+            "on_failed": on_failed,
+        }
+        size = (1, 7, 50)[number // 3 % 3]
+        stream.bound = size * (1, 3)[number // 9 % 2]
+        sender = {"batch_size": size, "batch_timeout_ms": (0, 1, 5)[number % 3], "max_buffered": stream.bound}
+        return agent, sender
+
+    def end_stream(self, stream: Stream, sender: Any, not_sent: int) -> None:
+        stream.not_sent = not_sent
+        stream.left = len(sender)
+        stream.stats = {**sender.stats(), "max_attempts": _ATTEMPTS}
+
     def _pending(self, job: _Job, sent: Sent, pending: kbatch.PendingBatch) -> None:
         sent.handed_in = next(self._events)
         job.pending = pending
@@ -369,7 +421,7 @@ class Run:
     def _answer(self, sent: Sent, channel: str, report: kbatch.DeliveryReport) -> None:
         sent.answers.append(Answer(channel, self._outcomes(sent, report)))
 
-    def _outcomes(self, sent: Sent, report: kbatch.DeliveryReport) -> tuple[Outcome, ...]:
+    def _outcomes(self, sent: Sent | Stream, report: kbatch.DeliveryReport) -> tuple[Outcome, ...]:
         expired, errors = set(report.expired), report.errors
         outcomes = []
         for i in range(len(report)):
@@ -617,6 +669,81 @@ def _aio_cancelled(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, e
             await task
         while not sent.answers:
             await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+
+
+# One at a time, by senders that send again.
+
+_ATTEMPTS = 6  # that are counted; an outage's are not
+_CLOSE_TIMEOUT_S = 15.0
+
+
+def _token(envelope: kbatch.Envelope[Any]) -> str:
+    return str(dict(envelope.headers).get("token", "none"))
+
+
+class _Watched:
+    """An agent that writes down the outcome of each batch."""
+
+    run: Run
+    stream: Stream
+
+    def _settle(self, flight: Any, pending: kbatch.PendingBatch, rejected: Any) -> None:
+        if flight not in self._abandoned:  # type: ignore[attr-defined]
+            outcomes = self.run._outcomes(self.stream, pending.report)
+            for envelope, outcome in zip(flight.envelopes, outcomes, strict=True):
+                self.stream.attempts.setdefault(_token(envelope), []).append(outcome)
+        super()._settle(flight, pending, rejected)  # type: ignore[misc]
+
+
+class _Agent(_Watched, kbatch.SendingAgent):
+    pass
+
+
+class _AioAgent(_Watched, aio.SendingAgent):
+    pass
+
+
+def _batched(
+    run: Run, job: _Job, stream: Stream, producer: kbatch.Producer, messages: list[Message], envelopes: list[Any]
+) -> None:
+    agent_options, sender_options = run.stream_options(job, stream)
+    agent = _Agent(producer, stream.topic, **agent_options)
+    agent.run, agent.stream = run, stream
+    sender = kbatch.BatchedSender(agent, **sender_options)
+    try:
+        for message, envelope in zip(messages, envelopes, strict=True):
+            sender.send(envelope)
+            stream.taken.append(message)
+            stream.most = max(stream.most, len(sender))
+    except kbatch.SenderClosedError as error:
+        stream.refusal = str(error)
+    except kbatch.ProducerError as error:
+        stream.refusal = repr(error)
+    finally:
+        run.end_stream(stream, sender, sender.close(_CLOSE_TIMEOUT_S))
+
+
+def _aio_batched(
+    run: Run, job: _Job, stream: Stream, producer: kbatch.Producer, messages: list[Message], envelopes: list[Any]
+) -> None:
+    async def main() -> None:
+        agent_options, sender_options = run.stream_options(job, stream)
+        agent = _AioAgent(beside(producer), stream.topic, **agent_options)
+        agent.run, agent.stream = run, stream
+        sender = aio.BatchedSender(agent, **sender_options)
+        try:
+            for message, envelope in zip(messages, envelopes, strict=True):
+                await sender.send(envelope)
+                stream.taken.append(message)
+                stream.most = max(stream.most, len(sender))
+        except kbatch.SenderClosedError as error:
+            stream.refusal = str(error)
+        except kbatch.ProducerError as error:
+            stream.refusal = repr(error)
+        finally:
+            run.end_stream(stream, sender, await sender.close(_CLOSE_TIMEOUT_S))
 
     asyncio.run(main())
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.kinds import KINDS
-from tests.faults.plan import Plan, Send, make_plan
+from tests.faults.plan import ONE_AT_A_TIME, Plan, Send, make_plan
 from tests.faults.runner import WAYS
 from tests.faults.worker import Result, Worker
 
@@ -57,7 +57,7 @@ def test_the_seeds_cover_every_kind_of_fault_and_every_way_to_send() -> None:
     plans = [make_plan(seed) for seed in SEEDS]
     assert {name for plan in plans for name in plan.kinds} == {kind.name for kind in KINDS}
     sends = [step for plan in plans for step in plan.steps if isinstance(step, Send)]
-    assert {send.way for send in sends} == set(WAYS)
+    assert {send.way for send in sends} == {*WAYS, *ONE_AT_A_TIME}
     assert {send.body for send in sends} == {"json", "bytes", "bytearray", "memoryview", "tombstone"}
     assert any(send.again is not None for send in sends)
     assert {plan.in_flight for plan in plans} == {1, 5}
