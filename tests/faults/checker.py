@@ -11,10 +11,11 @@ unexplained no failure and no refusal that the plan's faults do not explain; wha
 settled     every batch is answered in the end
 recovered   when the faults are over, a batch is acknowledged
 
-Of batched senders (`Stream`): each envelope that was taken is acknowledged (I1), or had expired, or is told to ``on_failed``, once
-(I2), and counted; what was acknowledged is not sent again, so that it is in the log once and besides as often as it was possibly
-persisted (I6). Given up is what is refused for good, or failed too often, and not for an outage (unexplained). In strict order no
-message comes after a later one of its key; else that holds if nothing was sent again (I4). ``max_buffered`` holds (bounded).
+Of batched senders (`Stream`): each envelope that was taken is acknowledged (I1), or had expired, or is told to
+``on_failed``, once (I2), and counted. What was acknowledged is not sent again, so that it is in the log once, and
+besides as often as it was possibly persisted (I6). Given up is what is refused for good or failed too often, nothing for
+an outage (unexplained). In strict order no message comes after a later one of its key; else that holds if nothing was
+sent again (I4). ``max_buffered`` is kept (bounded).
 """
 
 from collections import Counter, defaultdict
@@ -287,6 +288,8 @@ def _order(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violatio
 
 # What fails because no broker answers is no reason to give up.
 OUTAGES = frozenset((-195, -192, -187, -185, -166, -152, -151, -150, 45))
+# Of what is in flight when a sender is closed nothing is known.
+GIVEN_UP = -185
 TOO_OFTEN = frozenset((-190, -188, 3, 100))
 
 
@@ -295,11 +298,10 @@ def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> 
         yield Violation("settled", f"the sender of step {stream.number} was not closed")
         return
     places = _places(history)
-    died = any(reason == "SenderClosedError" for _, reason in stream.told) or bool(stream.refusal)
     told = Counter(token for token, _ in stream.told)
-    if died and "ProducerClosedError" not in history.rules.refusals:
-        yield Violation("unexplained", f"the sender of step {stream.number} ended: {stream.refusal}")
-    if stream.left or (stream.not_sent and not died):
+    if stream.death and "ProducerClosedError" not in history.rules.refusals:
+        yield Violation("unexplained", f"the sender of step {stream.number} ended: {stream.death}")
+    if stream.left or (stream.not_sent and not stream.death and not stream.hopeless):
         yield Violation("settled", f"sender of step {stream.number}: {stream.left} left, {stream.not_sent} not sent")
     if stream.most > stream.bound:
         yield Violation("bounded", f"the sender of step {stream.number} held {stream.most}, not {stream.bound}")
@@ -319,7 +321,7 @@ def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> 
         if stream.topic in history.deleted:
             continue
         found = places.get(message.token, [])
-        perhaps = sum(outcome.possibly_persisted for outcome in attempts)
+        perhaps = sum(outcome.possibly_persisted for outcome in attempts) + ((message.token, GIVEN_UP) in stream.told)
         if acked and not found:
             yield Violation("I1", f"{name} was acknowledged and is not in the log")
         elif acked and acked[0].offset >= 0 and (acked[0].partition, acked[0].offset) not in found:
@@ -332,24 +334,26 @@ def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> 
     counted["acked"] = len(stream.taken) - expired - len(stream.told)
     if any(stream.stats[name] != count for name, count in counted.items()):
         yield Violation("I2", f"the sender of step {stream.number} counts {stream.stats}, but it is {counted}")
-    yield from _given_up(history, stream, streamed, died=died)
+    yield from _given_up(history, stream, streamed)
     if stream.topic not in history.deleted:
         yield from _stream_order(history, stream, streamed)
 
 
-def _given_up(history: History, stream: Stream, streamed: dict[str, _Attempt], *, died: bool) -> Iterator[Violation]:
+def _given_up(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> Iterator[Violation]:
+    given_up = bool(stream.death or stream.hopeless)
+    codes = history.rules.codes | {GIVEN_UP} if given_up else history.rules.codes
     for token, reason in stream.told:
         if token not in streamed:
             yield Violation("stranger", f"on_failed of step {stream.number} was told of {token}")
         elif token in stream.unmappable:
-            if reason != "SerializationError" and not died:
+            if reason != "SerializationError" and not given_up:
                 yield Violation("unexplained", f"{streamed[token].name} cannot be mapped, but is told {reason}")
         elif isinstance(reason, str):
-            if reason != "SenderClosedError":
+            if reason != "SenderClosedError" or not given_up:
                 yield Violation("unexplained", f"{streamed[token].name} was given up: {reason}")
-        elif reason not in history.rules.codes or (reason in OUTAGES and not died):
+        elif reason not in codes or (reason in OUTAGES and not given_up):
             yield Violation("unexplained", f"{streamed[token].name} was given up: {reason}")
-        elif reason in TOO_OFTEN and not died and len(stream.attempts[token]) < stream.stats["max_attempts"]:
+        elif reason in TOO_OFTEN and not given_up and len(stream.attempts[token]) < stream.stats["max_attempts"]:
             yield Violation("unexplained", f"{streamed[token].name} was given up too early: {stream.attempts[token]}")
 
 

@@ -77,8 +77,10 @@ class Stream:
     attempts: dict[str, list[Outcome]] = field(default_factory=dict)
     #: What `on_failed` was told: token, and the error's type or, of a DeliveryError, its code.
     told: list[tuple[str, str | int]] = field(default_factory=list)
-    #: What a call of `send` raised, after which there were no more.
-    refusal: str = ""
+    #: Why it ended by itself, and could send no more.
+    death: str = ""
+    #: Whether its topic may never be there: then closing gives up.
+    hopeless: bool = False
     #: The longest that the sender was, and how long it may be.
     most: int = 0
     bound: int = 0

@@ -373,6 +373,7 @@ class Run:
         with self._swap:
             producer = self.producer
         stream = Stream(job.index, self.topics[step.topic], strict=(self.plan.seed + job.index) % 2 == 0)
+        stream.hopeless = step.topic != "main"
         for message, envelope in zip(messages, envelopes, strict=True):
             group = envelope.key if envelope.key is not None else envelope.partition
             if group is not None:
@@ -411,6 +412,7 @@ class Run:
     def end_stream(self, stream: Stream, sender: Any, not_sent: int) -> None:
         stream.not_sent = not_sent
         stream.left = len(sender)
+        stream.death = stream.death or ("" if sender.agent._death is None else repr(sender.agent._death))
         stream.stats = {**sender.stats(), "max_attempts": _ATTEMPTS}
 
     def _pending(self, job: _Job, sent: Sent, pending: kbatch.PendingBatch) -> None:
@@ -676,7 +678,10 @@ def _aio_cancelled(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, e
 # One at a time, by senders that send again.
 
 _ATTEMPTS = 6  # that are counted; an outage's are not
-_CLOSE_TIMEOUT_S = 15.0
+
+
+def _close_timeout_s(stream: Stream) -> float:
+    return 1.5 if stream.hopeless else 15.0
 
 
 def _token(envelope: kbatch.Envelope[Any]) -> str:
@@ -717,12 +722,10 @@ def _batched(
             sender.send(envelope)
             stream.taken.append(message)
             stream.most = max(stream.most, len(sender))
-    except kbatch.SenderClosedError as error:
-        stream.refusal = str(error)
-    except kbatch.ProducerError as error:
-        stream.refusal = repr(error)
+    except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
+        stream.death = repr(error)
     finally:
-        run.end_stream(stream, sender, sender.close(_CLOSE_TIMEOUT_S))
+        run.end_stream(stream, sender, sender.close(_close_timeout_s(stream)))
 
 
 def _aio_batched(
@@ -738,12 +741,10 @@ def _aio_batched(
                 await sender.send(envelope)
                 stream.taken.append(message)
                 stream.most = max(stream.most, len(sender))
-        except kbatch.SenderClosedError as error:
-            stream.refusal = str(error)
-        except kbatch.ProducerError as error:
-            stream.refusal = repr(error)
+        except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
+            stream.death = repr(error)
         finally:
-            run.end_stream(stream, sender, await sender.close(_CLOSE_TIMEOUT_S))
+            run.end_stream(stream, sender, await sender.close(_close_timeout_s(stream)))
 
     asyncio.run(main())
 
