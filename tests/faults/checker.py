@@ -13,7 +13,7 @@ recovered   when the faults are over, a batch is acknowledged
 
 Of batched senders (`Stream`): each envelope that was taken is acknowledged (I1), or had expired, or is told to
 ``on_failed``, once (I2), and counted. What was acknowledged is not sent again, so that it is in the log once, and
-besides as often as it was possibly persisted (I6). Given up is what is refused for good or failed too often, nothing for
+besides as often as it was possibly persisted (I6). Given up is what is refused for good or failed too often, never for
 an outage (unexplained). In strict order no message comes after a later one of its key; else that holds if nothing was
 sent again (I4). ``max_buffered`` is kept (bounded).
 """

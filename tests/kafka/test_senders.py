@@ -1,0 +1,217 @@
+"""Batched senders on real brokers: outages under load, what brokers refuse, producers that cannot go on."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from confluent_kafka.admin._acl import AclOperation
+
+import kbatch
+from kbatch import CircuitState, Envelope, RetryPolicy
+from tests.kafka.cluster import KafkaCluster
+from tests.kafka.conftest import NIGHTLY
+from tests.mock.clients import end_offsets, read_back
+from tests.sending import KINDS, Driver, Load, check_nothing_lost, check_overtaken, check_strict_order, numbers
+from tests.waiting import until
+
+QUIET: dict[str, Any] = {"log_level": 0, "reconnect.backoff.max.ms": 500}
+SOON: dict[str, Any] = {
+    "retry": RetryPolicy(initial_backoff_s=0.05, max_backoff_s=0.5),
+    "probe_interval_s": 0.2,
+    "max_probe_interval_s": 1.0,
+}
+PRINCIPAL = "User:CN=client"
+OUTAGE_S = 10
+LONG_S = 120.0
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def producer_of(kafka: KafkaCluster, **config: Any) -> kbatch.Producer:
+    return kbatch.Producer({"bootstrap.servers": kafka.bootstrap_servers, **QUIET, **config}, close_timeout=0)
+
+
+# -- no broker answers, under load
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=[] if NIGHTLY else pytest.mark.nightly)])
+def test_an_outage_under_load(kafka3: KafkaCluster, kind: str, how: str, strict: bool) -> None:
+    """For five times the messages' time no broker answers. Nothing is lost, the order holds, memory is bounded."""
+    in_flight, batch_size, bound = 5, 20, 400
+    topic = kafka3.create_topic(partitions=3)
+    options = {"batch_size": batch_size, "batch_timeout_ms": 1.0, "max_buffered": bound}
+    agent = {"strict_order": strict, "max_in_flight_batches": in_flight, **SOON}
+    with (
+        producer_of(kafka3, **{"message.timeout.ms": 2_000}) as producer,
+        Driver(kind, producer, topic, options=options, **agent) as driver,
+    ):
+        load = Load(driver)
+        with load.running():
+            until(lambda: driver.stats()["acked"] > 500, "what is sent before")
+            for broker in kafka3.brokers:
+                if how == "stopped":
+                    broker.pause()
+                else:
+                    broker.kill()
+            until(lambda: len(driver) == bound, "a full buffer")
+            time.sleep(OUTAGE_S)
+            until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
+            taken = load.count
+            time.sleep(0.5)
+            assert load.count == taken
+            assert driver.try_send(Envelope(1)) is False
+            kafka3.heal()
+            until(lambda: load.count > taken + 500, "going on", LONG_S)
+        assert driver.drain() == 0
+        assert driver.close() == 0
+        assert load.most <= bound
+        assert driver.failed == []
+        assert driver.stats()["acked"] == load.count
+        assert driver.states[-2:] == ["half-open", "closed"]
+    seen = numbers(read_back(kafka3.bootstrap_servers, topic))
+    # What timed out and was stored all the same is sent again.
+    check_nothing_lost(load, seen, copies=True)
+    if strict:
+        check_strict_order(seen)
+    else:
+        check_overtaken(seen, in_flight * batch_size)
+
+
+def test_the_leader_is_killed_under_load(kafka3: KafkaCluster, kind: str) -> None:
+    topic = kafka3.create_topic(partitions=1)
+    options = {"batch_size": 20, "batch_timeout_ms": 1.0, "max_buffered": 400}
+    with (
+        producer_of(kafka3, **{"message.timeout.ms": 60_000}) as producer,
+        Driver(kind, producer, topic, options=options, **SOON) as driver,
+    ):
+        load = Load(driver)
+        with load.running():
+            until(lambda: driver.stats()["acked"] > 500, "what is sent before")
+            kafka3.leader(topic).kill()
+            goal = load.count + 2_000
+            until(lambda: load.count > goal, "going on", LONG_S)
+        assert driver.drain() == 0
+        assert driver.failed == []
+        assert driver.stats()["retried"] == 0  # librdkafka's own retries keep the order, and make no copies
+    seen = numbers(read_back(kafka3.bootstrap_servers, topic))
+    assert seen == {key: list(range(count)) for key, count in load.sent.items()}
+
+
+# -- what a broker refuses
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+def test_only_the_one_that_is_too_large_is_given_up(one_broker: KafkaCluster, kind: str, strict: bool) -> None:
+    """The broker refuses a whole record batch; those that were with the large ones are delivered, once."""
+    topic = one_broker.create_topic(partitions=1, config={"max.message.bytes": "4000"})
+    small = [Envelope(data=b"%d" % n, key=f"k{n % 5}") for n in range(60)]
+    large = [Envelope(data=os.urandom(8_000), key=f"k{n}") for n in range(3)]
+    sent = [*small[:10], large[0], *small[10:40], large[1], large[2], *small[40:]]
+    options = {"batch_size": 100, "batch_timeout_ms": 10_000}
+    with (
+        producer_of(one_broker, **{"linger.ms": 50}) as producer,
+        Driver(kind, producer, topic, options=options, strict_order=strict, **SOON) as driver,
+    ):
+        driver.send_all(sent)
+        assert driver.flush() == 0
+        assert {envelope.id for envelope, _ in driver.failed} == {envelope.id for envelope in large}
+        assert driver.reasons == ["MSG_SIZE_TOO_LARGE"] * 3
+        assert driver.agent.state is CircuitState.CLOSED
+        assert driver.states == ["closed"]
+    stored = [record.value for record in read_back(one_broker.bootstrap_servers, topic)]
+    assert Counter(stored) == Counter(envelope.data for envelope in small)
+    if strict:
+        for key in range(5):
+            numbers = [int(value) for value in stored if value is not None and int(value) % 5 == key]
+            assert numbers == sorted(numbers)
+
+
+@pytest.fixture
+def elsewhere(one_broker: KafkaCluster) -> Iterator[str]:
+    """A topic to which the client may write: whoever may write nowhere gets no producer id."""
+    topic = one_broker.create_topic()
+    one_broker.allow(PRINCIPAL, topic, AclOperation.WRITE)
+    yield topic
+    one_broker.forbid(PRINCIPAL, topic)
+
+
+def test_a_permission_that_comes_later(one_broker: KafkaCluster, elsewhere: str, kind: str) -> None:
+    topic = one_broker.create_topic()
+    config = {**one_broker.tls("client"), "topic.metadata.refresh.interval.ms": 500, **QUIET}
+    with (
+        kbatch.Producer(config, close_timeout=0) as producer,
+        Driver(kind, producer, topic, options={"batch_size": 1, "batch_timeout_ms": 0}, **SOON) as driver,
+    ):
+        sent = [Envelope(n, key="k") for n in range(50)]
+        driver.send_all(sent)
+        until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
+        held = len(driver)
+        assert held  # what was not sent is not refused
+        assert set(driver.reasons) == {"TOPIC_AUTHORIZATION_FAILED"}
+        time.sleep(1.5)  # some probes
+        assert driver.agent.state is CircuitState.OPEN
+        assert len(driver) == held
+        assert end_offsets(one_broker.bootstrap_servers, topic) == dict.fromkeys(range(4), 0)
+        one_broker.allow(PRINCIPAL, topic, AclOperation.WRITE)
+        try:
+            assert driver.flush() == 0
+            assert driver.agent.state is CircuitState.CLOSED
+            told = {envelope.id for envelope, _ in driver.failed}
+            stored = [record.value for record in read_back(one_broker.bootstrap_servers, topic)]
+            assert stored == [b"%d" % envelope.message for envelope in sent if envelope.id not in told]
+            assert stored
+        finally:
+            one_broker.forbid(PRINCIPAL, topic)
+
+
+# -- transactions
+
+
+def committed(kafka: KafkaCluster, topic: str) -> Counter[bytes | None]:
+    return Counter(record.value for record in read_back(kafka.bootstrap_servers, topic))
+
+
+def test_a_fatal_transactional_producer_is_replaced(one_broker: KafkaCluster, kind: str) -> None:
+    topic = one_broker.create_topic(partitions=1)
+    with (
+        producer_of(one_broker, **{"transactional.id": f"fatal-{kind}"}) as producer,
+        Driver(kind, producer, topic, options={"batch_timeout_ms": 1.0}, **SOON) as driver,
+    ):
+        for n in range(3):
+            driver.send_all(Envelope(data=b"%d-%d" % (n, i)) for i in range(20))
+            assert driver.flush() == 0
+            if n < 2:
+                driver.agent._handle.producer._core.inject_fatal_error(45, "made up")
+        assert driver.failed == []
+        assert driver.agent._handle.producer is not producer
+        assert driver.close() == 0
+        assert driver.stats()["acked"] == 60
+
+
+def test_a_fenced_producer_ends_its_sender(one_broker: KafkaCluster, kind: str) -> None:
+    topic = one_broker.create_topic(partitions=1)
+    transactional = {"transactional.id": f"fenced-{kind}"}
+    with (
+        producer_of(one_broker, **transactional) as producer,
+        Driver(kind, producer, topic, options={"batch_timeout_ms": 1.0}, **SOON) as driver,
+    ):
+        driver.send(Envelope(data=b"first"))
+        assert driver.flush() == 0
+        with producer_of(one_broker, **transactional) as other:
+            assert other.send_batch(topic, [Envelope(data=b"of the other")]).ok
+            sent = [Envelope(data=b"late") for _ in range(3)]
+            driver.send_all(sent[:1])
+            until(lambda: driver.failed, "the end")
+            with pytest.raises(kbatch.SenderClosedError) as caught:
+                driver.send(sent[1])
+            assert isinstance(caught.value.__cause__, kbatch.ProducerFencedError)
+            assert [envelope for envelope, _ in driver.failed] == sent[:1]
+            assert driver.agent._handle.producer is driver.sender.agent._handle.producer
+            assert other.send_batch(topic, [Envelope(data=b"of the other")]).ok  # it was not fenced in turn
