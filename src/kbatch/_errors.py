@@ -135,6 +135,7 @@ class DeserializationError(KbatchError, ValueError):
 # Codes after which the same message may well be accepted later, as the Kafka protocol and librdkafka mark them.
 _RETRIABLE = frozenset(
     (
+        -197,  # _DESTROY: librdkafka drops the partitions of a topic in error, and what was in flight for them
         -195,  # _TRANSPORT
         -193,  # _RESOLVE
         -192,  # _MSG_TIMED_OUT
@@ -321,7 +322,7 @@ def blames_envelope(error: KbatchError) -> bool:
 
 
 # Retriable ones that arise in this process without being about a broker that does not answer.
-_NO_OUTAGE = frozenset((-190, -188, -184, -183))
+_NO_OUTAGE = frozenset((-197, -190, -188, -184, -183))
 
 
 def is_outage(error: KbatchError) -> bool:

@@ -290,7 +290,7 @@ def _order(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violatio
 OUTAGES = frozenset((-195, -192, -187, -185, -166, -152, -151, -150, 45))
 # Of what is in flight when a sender is closed nothing is known.
 GIVEN_UP = -185
-TOO_OFTEN = frozenset((-190, -188, 3, 100))
+TOO_OFTEN = frozenset((-197, -190, -188, 3, 100))
 
 
 def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> Iterator[Violation]:

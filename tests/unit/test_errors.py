@@ -190,6 +190,7 @@ def test_delivery_errors_are_equal_by_code_and_persistence() -> None:
         ("_MSG_TIMED_OUT", True, False),
         ("_TIMED_OUT", True, False),
         ("_TRANSPORT", True, False),
+        ("_DESTROY", True, False),
         ("_QUEUE_FULL", True, False),
         ("_PURGE_QUEUE", True, False),
         ("_PURGE_INFLIGHT", True, False),
