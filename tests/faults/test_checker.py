@@ -20,6 +20,7 @@ from tests.faults.history import (
     Read,
     Rules,
     Sent,
+    Stream,
     seen,
 )
 
@@ -305,4 +306,116 @@ def test_what_was_acknowledged_in_a_deleted_topic_is_gone() -> None:
     history.logs[TOPIC].clear()
     assert {violation.invariant for violation in check(history)} == {"I1"}
     history.deleted.add(TOPIC)
+    assert check(history) == []
+
+
+# -- batched senders
+
+
+def sound_stream() -> History:
+    """A sender that is healthy but for one envelope that failed once, one refused for good and one that had expired."""
+    taken = [message(f"s{n}") for n in range(5)]
+    timed_out = Outcome(FAILED, TIMED_OUT, possibly_persisted=True, retriable=True)
+    stream = Stream(
+        7,
+        TOPIC,
+        strict=True,
+        taken=taken,
+        groups=dict.fromkeys((m.token for m in taken), "key"),
+        expired={"s4"},
+        attempts={
+            "s0": [acked(0)],
+            "s1": [timed_out, acked(2)],
+            "s2": [acked(3)],
+            "s3": [Outcome(FAILED, 10)],
+            "s4": [Outcome(EXPIRED)],
+        },
+        told=[("s3", 10)],
+        most=3,
+        bound=3,
+        not_sent=0,
+        stats={"accepted": 5, "acked": 3, "failed": 1, "expired": 1, "retried": 1, "max_attempts": 3},
+    )
+    log = [record(0, taken[0]), record(1, taken[1]), record(2, taken[1]), record(3, taken[2])]
+    return History(Rules(codes=frozenset((TIMED_OUT, 10, -188))), streams=[stream], logs={TOPIC: log})
+
+
+def test_a_sound_stream_violates_nothing() -> None:
+    assert check(sound_stream()) == []
+    assert seen(sound_stream())["one at a time"] == 5
+
+
+def tell(token: str, reason: str | int) -> Callable[[History], None]:
+    def told(history: History) -> None:
+        history.streams[0].told.append((token, reason))
+
+    return told
+
+
+def attempt(token: str, *outcomes: Outcome) -> Callable[[History], None]:
+    def attempted(history: History) -> None:
+        history.streams[0].attempts[token] = list(outcomes)
+
+    return attempted
+
+
+def log(*tokens: str) -> Callable[[History], None]:
+    def logged(history: History) -> None:
+        history.logs[TOPIC] = [record(offset, message(token)) for offset, token in enumerate(tokens)]
+
+    return logged
+
+
+def stream(**fields: object) -> Callable[[History], None]:
+    def change(history: History) -> None:
+        history.streams[0] = replace(history.streams[0], **fields)  # type: ignore[arg-type]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "invariant"),
+    [
+        (log("s0", "s1", "s1"), "I1"),
+        (log("s1", "s0", "s1", "s2"), "I1"),  # s0 is not where it was acknowledged
+        (log("s2", "s1", "s0", "s2"), "I4"),
+        (log("s0", "s1", "s1", "s2", "s2"), "I6"),
+        (log("s0", "s1", "s1", "s2", "s3"), "not-sent"),
+        (log("s0", "s1", "s1", "s2", "another"), "stranger"),
+        (attempt("s0", acked(0), acked(0)), "I6"),
+        (attempt("s2"), "I2"),
+        (attempt("s4", acked(3)), "I2"),
+        (tell("s3", 10), "I2"),
+        (tell("s0", 10), "I2"),
+        (tell("other", 10), "stranger"),
+        (stream(told=[]), "I2"),
+        (stream(told=[("s3", TIMED_OUT)]), "unexplained"),
+        (stream(told=[("s3", 29)]), "unexplained"),
+        (stream(told=[("s3", -188)]), "unexplained"),  # too early
+        (stream(told=[("s3", "SenderClosedError")]), "unexplained"),
+        (stream(unmappable={"s3"}), "unexplained"),
+        (stream(death="ProducerClosedError()"), "unexplained"),
+        (stream(not_sent=None), "settled"),
+        (stream(not_sent=1), "settled"),
+        (stream(left=1), "settled"),
+        (stream(most=4), "bounded"),
+    ],
+)
+def test_what_is_wrong_with_a_stream_is_found(change: Callable[[History], None], invariant: str) -> None:
+    history = sound_stream()
+    change(history)
+    assert invariant in {violation.invariant for violation in check(history)}
+
+
+def test_a_stream_is_excused() -> None:
+    history = sound_stream()
+    log("s0", "s2", "s1", "s2")(history)
+    attempt("s1", Outcome(FAILED, TIMED_OUT), acked(2))(history)
+    attempt("s2", Outcome(FAILED, TIMED_OUT, possibly_persisted=True), acked(3))(history)
+    assert {violation.invariant for violation in check(history)} == {"I4"}
+    stream(strict=False)(history)  # what was sent again may be overtaken
+    assert check(history) == []
+    log("s0", "s0", "s1", "s2")(history)
+    assert {violation.invariant for violation in check(history)} == {"I6"}
+    history.rules.copies = True
     assert check(history) == []
