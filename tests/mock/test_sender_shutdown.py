@@ -724,18 +724,3 @@ def test_callbacks_that_raise_lose_nothing(
     assert stored(cluster) == [str(number) for number in range(100) if number % 10]
 
 
-def test_a_callback_may_send_and_close(cluster: MockCluster) -> None:
-    """But not without a timeout: its own envelope has no outcome before it has ended."""
-    left: list[int] = []
-
-    def on_failed(envelope: Envelope, error: KbatchError) -> None:
-        sender.send(named("instead"))
-        left.append(sender.flush(0.2))
-        left.append(sender.close(0.2))
-
-    with kbatch.Producer(config_of(cluster)) as producer:
-        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, TOPIC, on_failed=on_failed))
-        sender.send(Envelope(BAD))
-        until(lambda: len(left) == 2 and len(sender) == 0, "the end of the callback")
-        assert sender.close() == 0
-    assert stored(cluster) == ["instead"]
