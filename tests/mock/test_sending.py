@@ -38,6 +38,9 @@ NOT_ENOUGH_REPLICAS = "NOT_ENOUGH_REPLICAS"
 
 Open = Callable[..., Driver]
 
+# Slow, and the agent does the same for both kinds.
+ONLY_THREADS = pytest.mark.parametrize("kind", ["threads"])
+
 
 @pytest.fixture
 def cluster() -> Iterator[MockCluster]:
@@ -141,6 +144,7 @@ def test_an_outage_before_the_first_envelope(cluster: MockCluster, opened: Open)
     assert values(cluster) == [str(n).encode() for n in range(10)]
 
 
+@ONLY_THREADS
 def test_an_outage_counts_no_attempt(cluster: MockCluster, opened: Open) -> None:
     driver = opened(
         config={"message.timeout.ms": 100}, retry=RetryPolicy(2, initial_backoff_s=0.01), failures_to_open=1_000
@@ -168,6 +172,7 @@ def test_several_batches_in_flight_keep_the_order(cluster: MockCluster, opened: 
     assert numbers(read_back(cluster.bootstrap_servers, TOPIC)) == {"k": list(range(2_000))}
 
 
+@ONLY_THREADS
 def test_strict_order_with_failures_all_the_time(cluster: MockCluster, opened: Open) -> None:
     driver = opened(
         sender={"batch_size": 7},
@@ -192,7 +197,7 @@ def test_strict_order_with_failures_all_the_time(cluster: MockCluster, opened: O
 
 def test_what_was_not_sent_yet_waits_behind_what_failed(cluster: MockCluster, opened: Open) -> None:
     """Without strict order: only what was in flight already overtakes; what is sent later does not."""
-    cluster.push_partition_errors(TOPIC, 0, ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS] * 3)
+    cluster.push_partition_errors(TOPIC, 0, ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS])
     driver = opened(config=NO_RETRIES, retry=RetryPolicy(initial_backoff_s=0.3, jitter=0))
     driver.send(Envelope(data=b"0", partition=0))
     until(lambda: driver.stats()["retried"], "the failure")
@@ -247,6 +252,7 @@ def test_attempts_come_to_an_end(cluster: MockCluster, opened: Open, attempts: i
     assert values(cluster) == [b"1", b"2"]
 
 
+@ONLY_THREADS
 def test_age_comes_to_an_end_while_brokers_are_away(cluster: MockCluster, opened: Open) -> None:
     driver = opened(
         config={"message.timeout.ms": 1000},
@@ -269,6 +275,7 @@ def test_age_comes_to_an_end_while_brokers_are_away(cluster: MockCluster, opened
     assert sorted(values(cluster)) == [b"after", b"before"]
 
 
+@ONLY_THREADS
 def test_deliver_by_passes_while_it_waits(cluster: MockCluster, opened: Open) -> None:
     cluster.set_broker_down()
     driver = opened(config={"message.timeout.ms": 1000})
@@ -422,6 +429,7 @@ def test_what_is_scheduled_is_held_until_then(cluster: MockCluster, opened: Open
     assert all(record.timestamp >= due.timestamp() * 1_000 - 1 for record in records)
 
 
+@ONLY_THREADS
 def test_what_comes_due_while_brokers_are_away(cluster: MockCluster, opened: Open) -> None:
     driver = opened(config={"message.timeout.ms": 1000})
     cluster.set_broker_down()
@@ -528,6 +536,7 @@ def test_a_fenced_producer_is_never_replaced(cluster: MockCluster, opened: Open)
 # -- the circuit
 
 
+@ONLY_THREADS
 def test_while_it_is_open_nothing_is_written_and_nothing_is_made(cluster: MockCluster, opened: Open) -> None:
     cluster.push_request_errors(ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS] * 3)
     driver = opened(
@@ -633,6 +642,22 @@ def test_the_trial_is_one_batch_of_many_senders(cluster: MockCluster, kind: str)
 
 
 # -- closing
+
+
+def test_the_producer_is_closed_while_the_circuit_is_open(cluster: MockCluster, opened: Open) -> None:
+    driver = opened(config={"message.timeout.ms": 300}, sender={"max_buffered": 50, "batch_size": 10})
+    driver.send(Envelope(data=b"0"))
+    assert driver.flush() == 0
+    cluster.set_broker_down()
+    sent = datas(50)
+    driver.send_all(sent)
+    until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
+    driver.agent._handle.producer._core.close(0)
+    with pytest.raises(kbatch.SenderClosedError) as caught:
+        driver.send(Envelope(data=b"no room"))
+    assert isinstance(caught.value.__cause__, kbatch.ProducerClosedError)
+    until(lambda: len(driver) == 0, "what on_failed is told")
+    assert Counter(envelope.id for envelope, _ in driver.failed) == Counter(envelope.id for envelope in sent)
 
 
 def test_close_tells_what_was_not_sent(cluster: MockCluster, opened: Open) -> None:
