@@ -722,5 +722,3 @@ def test_callbacks_that_raise_lose_nothing(
     assert called == [envelope.attempts for envelope, _ in agents[0].failed] == list(range(0, 100, 10))
     assert {type(reason) for _, reason in agents[0].failed} == {kbatch.SerializationError}
     assert stored(cluster) == [str(number) for number in range(100) if number % 10]
-
-

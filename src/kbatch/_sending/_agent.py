@@ -432,6 +432,9 @@ class BaseSendingAgent:
         queue = self._queue
         assert queue is not None
         with self._mu:
+            if not self._circuit.may_send():  # a send_batch was faster
+                queue.put_back(flight)
+                return
             flight.trial = self._circuit.sent()
         producer = self._handle.producer
         rejected: list[tuple[int, SerializationError]] = []

@@ -1,5 +1,5 @@
-# Envelopes one at a time become batches. The GIL guards all of it but Signal: nothing between a look at the state and its
-# change may run Python code, and so none may allocate what the garbage collector tracks.
+# Envelopes one at a time become batches. The GIL guards all of it but Signal: nothing between a look at the state and
+# its change may run Python code, and so none may allocate what the garbage collector tracks.
 
 cdef int32_t _forks = 0  # of this process since kbatch was imported
 
@@ -13,7 +13,7 @@ kb_on_fork_child(_count_fork)
 
 
 cdef class Signal:
-    """What one thread waits for and others set. Setting runs no Python code: a signal handler or a finalizer may do it."""
+    """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may do it."""
 
     cdef kb_mutex mu
     cdef kb_cond cond
@@ -110,8 +110,8 @@ cdef class Accumulator:
     """Takes envelopes one at a time, from any thread, and forms batches of them.
 
     A batch is closed when it has `batch_size` envelopes, when the next one would make its keys and bodies more than
-    `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what those before it
-    took on average. At most `max_buffered` envelopes are held from `send` to `give_back`.
+    `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what those
+    before it took on average. At most `max_buffered` envelopes are held from `send` to `give_back`.
     """
 
     cdef readonly Signal signal       # set when there is something to do or to plan
@@ -155,7 +155,8 @@ cdef class Accumulator:
             ForkError: It was used before a fork, and this is the child.
         """
         if timeout is not None and not timeout >= 0:
-            raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
+            raise ValueError(
+                f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
         if not self._offer(envelope):
             self._wait_for_room(envelope, timeout)
 
@@ -383,8 +384,8 @@ cdef class Accumulator:
     def _check_fork(self) -> None:
         if self._is_forked:
             raise ForkError(
-                "this sender was used before the fork and its threads are not in this process; make a new one here, for "
-                "example in gunicorn's post_fork or Celery's worker_process_init")
+                "this sender was used before the fork and its threads are not in this process; make a new one here, "
+                "for example in gunicorn's post_fork or Celery's worker_process_init")
 
     def __len__(self) -> int:
         """How many envelopes were taken and have no outcome yet."""
