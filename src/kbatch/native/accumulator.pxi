@@ -13,7 +13,7 @@ kb_on_fork_child(_count_fork)
 
 
 cdef class Signal:
-    """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may do it."""
+    """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may."""
 
     cdef kb_mutex mu
     cdef kb_cond cond
