@@ -12,6 +12,7 @@ cdef extern from * nogil:
     #include <stddef.h>
     #ifndef KBATCH_RDKAFKA_TYPES
     #define KBATCH_RDKAFKA_TYPES
+    struct addrinfo;
     typedef struct rd_kafka_s rd_kafka_t;
     typedef struct rd_kafka_conf_s rd_kafka_conf_t;
     typedef struct rd_kafka_topic_s rd_kafka_topic_t;
@@ -73,6 +74,8 @@ cdef extern from * nogil:
     } rd_kafka_vu_t;
     #endif
     """
+    ctypedef struct addrinfo "struct addrinfo":
+        pass
     ctypedef struct rd_kafka_t:
         pass
     ctypedef struct rd_kafka_conf_t:
@@ -161,6 +164,9 @@ cdef enum:
 ctypedef void (*throttle_cb_t)(rd_kafka_t *rk, const char *broker_name, int32_t broker_id,
                                int throttle_time_ms, void *opaque) noexcept nogil
 
+ctypedef int (*resolve_cb_t)(const char *node, const char *service, const addrinfo *hints, addrinfo **found,
+                             void *opaque) noexcept nogil
+
 cdef struct Api:
     # library
     int (*version)() noexcept nogil
@@ -185,6 +191,7 @@ cdef struct Api:
     void (*conf_set_events)(rd_kafka_conf_t *conf, int events) noexcept nogil
     void (*conf_set_opaque)(rd_kafka_conf_t *conf, void *opaque) noexcept nogil
     void (*conf_set_throttle_cb)(rd_kafka_conf_t *conf, throttle_cb_t cb) noexcept nogil
+    void (*conf_set_resolve_cb)(rd_kafka_conf_t *conf, resolve_cb_t cb) noexcept nogil
     # the instance
     rd_kafka_t *(*new)(int type, rd_kafka_conf_t *conf, char *errstr, size_t errstr_size) noexcept nogil
     void (*destroy)(rd_kafka_t *rk) noexcept nogil

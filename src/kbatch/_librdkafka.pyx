@@ -108,6 +108,8 @@ cdef void _fill() except *:
     api.conf_set_opaque = <void (*)(rd_kafka_conf_t *, void *) noexcept nogil> symbol("rd_kafka_conf_set_opaque")
     api.conf_set_throttle_cb = <void (*)(rd_kafka_conf_t *, throttle_cb_t) noexcept nogil> symbol(
         "rd_kafka_conf_set_throttle_cb")
+    api.conf_set_resolve_cb = <void (*)(rd_kafka_conf_t *, resolve_cb_t) noexcept nogil> symbol(
+        "rd_kafka_conf_set_resolve_cb")
     api.new = <rd_kafka_t *(*)(int, rd_kafka_conf_t *, char *, size_t) noexcept nogil> symbol("rd_kafka_new")
     api.destroy = <void (*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_destroy")
     api.name = <const char *(*)(const rd_kafka_t *) noexcept nogil> symbol("rd_kafka_name")

@@ -174,6 +174,25 @@ def test_a_new_producer_works_in_a_child_while_the_parents_is_in_use(kafka_clust
         assert [record.value for record in records] == [b"m%d" % i for i in range(count)]
 
 
+def test_a_child_that_is_forked_while_brokers_are_looked_up_can_look_up_names(kafka_cluster: MockCluster) -> None:
+    """glibc's getaddrinfo has a lock that stays locked in a child, if a thread of the parent had it."""
+    code = """
+        import socket
+        for _ in range(30):
+            producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout=0)
+            producer.submit("orders", envelopes(1))  # librdkafka starts to look up its broker
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(20)
+                socket.getaddrinfo("127.0.0.1", 80, flags=socket.AI_ADDRCONFIG)
+                os._exit(0)
+            assert os.waitpid(pid, 0)[1] == 0, "it hangs"
+            producer.close()
+        """
+    result = run(kafka_cluster, code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("made", ["in the child", "before the fork"])
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
 def test_what_a_child_of_multiprocessing_submitted_is_sent_before_it_ends(

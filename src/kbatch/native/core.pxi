@@ -304,6 +304,8 @@ cdef class Core:
                 conf = api.conf_dup(self.config.conf)
                 api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
                 api.conf_set_opaque(conf, c)
+                if KB_FORKS:
+                    api.conf_set_resolve_cb(conf, resolve)
                 if self.dispatcher.throttle_cb is not None:
                     api.conf_set_throttle_cb(conf, on_throttle)
                 c.events_expected = self.dispatcher.events != 0 or self.dispatcher.throttle_cb is not None

@@ -137,6 +137,18 @@ static inline const char *kb_dl_error(void) {
 }
 static inline void kb_on_fork_child(void (*fn)(void)) { (void)fn; }
 
+#define KB_FORKS 0
+struct addrinfo;
+static inline void kb_on_fork(void (*before)(void), void (*parent)(void), void (*child)(void)) {
+        (void)before, (void)parent, (void)child;
+}
+static inline int kb_resolve(const char *node, const char *service, const struct addrinfo *hints,
+                             struct addrinfo **found) {
+        (void)node, (void)service, (void)hints, (void)found;
+        return -1;
+}
+static inline void kb_resolved_free(struct addrinfo *found) { (void)found; }
+
 #define KB_ADD32(p, v) ((int32_t)InterlockedExchangeAdd((volatile LONG *)(p), (v)) + (v))
 #define KB_ADD64(p, v) ((int64_t)InterlockedExchangeAdd64((volatile LONG64 *)(p), (v)) + (v))
 #define KB_LOAD32(p) ((int32_t)InterlockedOr((volatile LONG *)(p), 0))
@@ -147,6 +159,7 @@ static inline void kb_on_fork_child(void (*fn)(void)) { (void)fn; }
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <netdb.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
@@ -259,6 +272,16 @@ static inline const char *kb_dl_error(void) {
         return e ? e : "unknown error";
 }
 static inline void kb_on_fork_child(void (*fn)(void)) { pthread_atfork(NULL, NULL, fn); }
+
+#define KB_FORKS 1
+static inline void kb_on_fork(void (*before)(void), void (*parent)(void), void (*child)(void)) {
+        pthread_atfork(before, parent, child);
+}
+static inline int kb_resolve(const char *node, const char *service, const struct addrinfo *hints,
+                             struct addrinfo **found) {
+        return getaddrinfo(node, service, hints, found);
+}
+static inline void kb_resolved_free(struct addrinfo *found) { freeaddrinfo(found); }
 
 /* Each returns the new value; loads acquire, stores release. */
 #define KB_ADD32(p, v) __atomic_add_fetch((p), (v), __ATOMIC_ACQ_REL)

@@ -26,6 +26,11 @@ cdef extern from "platform.h" nogil:
     int kb_pid() noexcept
     int kb_random(void *p, size_t n) noexcept
     void kb_on_fork_child(void (*fn)() noexcept nogil) noexcept
+    bint KB_FORKS
+    void kb_on_fork(void (*before)() noexcept nogil, void (*parent)() noexcept nogil,
+                    void (*child)() noexcept nogil) noexcept
+    int kb_resolve(const char *node, const char *service, const addrinfo *hints, addrinfo **found) noexcept
+    void kb_resolved_free(addrinfo *found) noexcept
     int32_t KB_ADD32(int32_t *p, int32_t v) noexcept  # returns the new value, as KB_ADD64
     int64_t KB_ADD64(int64_t *p, int64_t v) noexcept
     int32_t KB_LOAD32(int32_t *p) noexcept
