@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from tests.faults.history import ACKED, FAILED
+from tests.faults.kinds import UNKNOWN
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.conftest import NIGHTLY
 from tests.kafka.proxy import Direction
@@ -14,8 +15,6 @@ from tests.mock.clients import end_offsets, produce
 from tests.waiting import until
 
 MSG_TIMED_OUT = -192
-# Of a topic that is gone librdkafka drops the partitions, and fails what was queued for them with the first.
-UNKNOWN = frozenset((-190, -188, 3))
 
 
 def written(kafka: KafkaCluster, topic: str) -> int:

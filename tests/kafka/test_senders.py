@@ -152,6 +152,7 @@ def test_a_permission_that_comes_later(one_broker: KafkaCluster, elsewhere: str,
         sent = [Envelope(n, key="k") for n in range(50)]
         driver.send_all(sent)
         until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
+        until(lambda: len(driver) + len(driver.failed) == len(sent), "what was refused, told")
         held = len(driver)
         assert held  # what was not sent is not refused
         assert set(driver.reasons) == {"TOPIC_AUTHORIZATION_FAILED"}
