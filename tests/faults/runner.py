@@ -684,6 +684,11 @@ def _close_timeout_s(stream: Stream) -> float:
     return 1.5 if stream.hopeless else 15.0
 
 
+def _send_timeout_s(stream: Stream) -> float | None:
+    # While the circuit is open nothing leaves a full buffer, and without the topic it stays open.
+    return 1.0 if stream.hopeless else None
+
+
 def _token(envelope: kbatch.Envelope[Any]) -> str:
     return str(dict(envelope.headers).get("token", "none"))
 
@@ -719,9 +724,12 @@ def _batched(
     sender = kbatch.BatchedSender(agent, **sender_options)
     try:
         for message, envelope in zip(messages, envelopes, strict=True):
-            sender.send(envelope)
+            sender.send(envelope, timeout=_send_timeout_s(stream))
             stream.taken.append(message)
             stream.most = max(stream.most, len(sender))
+    except kbatch.SenderFullError:
+        if not stream.hopeless:
+            raise
     except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
         stream.death = repr(error)
     finally:
@@ -738,9 +746,12 @@ def _aio_batched(
         sender = aio.BatchedSender(agent, **sender_options)
         try:
             for message, envelope in zip(messages, envelopes, strict=True):
-                await sender.send(envelope)
+                await sender.send(envelope, timeout=_send_timeout_s(stream))
                 stream.taken.append(message)
                 stream.most = max(stream.most, len(sender))
+        except kbatch.SenderFullError:
+            if not stream.hopeless:
+                raise
         except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
             stream.death = repr(error)
         finally:
