@@ -1,5 +1,7 @@
 """What the thread of a sending agent does when others meddle at an awkward moment; no broker."""
 
+import asyncio
+import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
@@ -9,9 +11,9 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import Envelope, SendingAgent
+from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
-from kbatch.testing import MemoryProducer
+from kbatch.testing import AioMemoryProducer, MemoryProducer
 
 from ..waiting import until
 
@@ -45,6 +47,47 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
     assert told[0][0] is envelope
     assert isinstance(told[0][1], kbatch.SenderClosedError)
     assert len(sender) == 0
+
+
+class EndsTooLate(concurrent.futures.Future[None]):
+    """Its first wait is over in the moment in which it ends."""
+
+    waited = False
+
+    def result(self, timeout: float | None = None) -> None:
+        if not self.waited:
+            self.waited = True
+            concurrent.futures.wait([self])
+            raise concurrent.futures.TimeoutError
+        super().result(timeout)
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("its own"), ZeroDivisionError()])
+def test_a_callback_ends_while_its_loop_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception | None
+) -> None:
+    told: list[Envelope[Any]] = []
+
+    async def on_failed(envelope: Envelope[Any], _: kbatch.KbatchError) -> None:
+        told.append(envelope)
+        if error is not None:
+            raise error
+
+    async def main() -> aio.SendingAgent:
+        async with AioMemoryProducer() as producer:
+            agent = aio.SendingAgent(producer, "orders", on_failed=on_failed)
+            async with aio.BatchedSender(agent, batch_timeout_ms=0) as sender:
+                await sender.send(envelope)
+                assert await sender.flush(30) == 0
+        return agent
+
+    monkeypatch.setattr(concurrent.futures, "Future", EndsTooLate)
+    envelope = Envelope(object())
+    agent = asyncio.run(main())
+    assert told == [envelope]
+    assert [kept for kept, _ in agent.failed] == ([] if error is None else [envelope])
+    failures = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert failures == ([] if error is None else [error])
 
 
 class Buffer(Accumulator):

@@ -114,9 +114,11 @@ class SendingAgent(BaseSendingAgent):
                 ended.result(_LOOK_AT_LOOP_S)
                 return
             except concurrent.futures.TimeoutError:
+                closed = loop.is_closed()  # before the other look: what has ended did so on the open loop
                 if ended.done():
-                    raise
-                if loop.is_closed():
+                    ended.result()  # the callback's own error, if it has one
+                    return
+                if closed:
                     raise RuntimeError("the event loop was closed before the callback had ended") from None
 
 
