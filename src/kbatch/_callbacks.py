@@ -41,7 +41,6 @@ class CallbackThread:
             self._changed.notify()
             if self._thread is not None:
                 return
-            self._stopping = False
             self._thread = thread = threading.Thread(target=self._run, args=(False,), name=self._name, daemon=True)
             try:
                 thread.start()
@@ -58,7 +57,7 @@ class CallbackThread:
         return self._thread is threading.current_thread()
 
     def stop(self) -> None:
-        """Ends the thread once all that was put has run; a later `put` starts another."""
+        """Ends the thread once all that was put has run; a later `put` starts another, which ends in the same way."""
         with self._changed:
             self._stopping = True
             self._changed.notify()

@@ -28,3 +28,12 @@ def test_a_thread_whose_start_was_interrupted_is_replaced(monkeypatch: pytest.Mo
     assert [number for number, _ in ran] == [1, 2]
     assert len({one for _, one in ran}) == 1
     thread.join(30)
+
+
+def test_what_is_put_after_the_end_runs_on_a_thread_that_ends() -> None:
+    thread = CallbackThread("tests")
+    ran: list[threading.Thread] = []
+    thread.join(30)
+    for count in (1, 2):
+        thread.put(lambda: ran.append(threading.current_thread()))
+        until(lambda count=count: len(ran) == count and not ran[-1].is_alive(), "the end of the thread")

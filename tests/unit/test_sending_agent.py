@@ -14,9 +14,11 @@ import kbatch
 from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
 from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing._memory import MemoryCore
 
 from ..waiting import until
 
+PROBE = "kbatch-probe"
 LATER = datetime(9000, 1, 1, tzinfo=timezone.utc)
 
 
@@ -47,6 +49,30 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
     assert told[0][0] is envelope
     assert isinstance(told[0][1], kbatch.SenderClosedError)
     assert len(sender) == 0
+
+
+def test_a_probe_that_outlives_its_sender_leaves_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def probe(*_: object) -> str:
+        asked.set()
+        assert go_on.wait(30)
+        return "no"
+
+    def of_the_sender() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name in ("kbatch-sender-callbacks", PROBE)]
+
+    monkeypatch.setattr(MemoryCore, "probe", probe)
+    with MemoryProducer() as producer:
+        producer.down()
+        agent = SendingAgent(producer, "orders", failures_to_open=1, probe_interval_s=0.001)
+        sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
+        sender.send(Envelope(1))
+        assert asked.wait(30)
+        assert sender.close(0) == 1
+        assert of_the_sender() == [PROBE]
+        go_on.set()
+        until(lambda: not of_the_sender(), "the end of the threads")
 
 
 class EndsTooLate(concurrent.futures.Future[None]):
