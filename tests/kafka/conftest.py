@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(install.HERE):
             item.add_marker(pytest.mark.timeout(300))  # the first one starts the brokers
+            item.add_marker(pytest.mark.xdist_group("kafka"))  # which are of one process
 
 
 @pytest.hookimpl(wrapper=True)

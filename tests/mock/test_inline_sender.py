@@ -15,6 +15,7 @@ import kbatch
 from kbatch import Envelope, aio
 from kbatch.testing import MockCluster
 
+from ..naming import shown
 from ..waiting import until
 from .clients import Stored, end_offsets, read_back
 from .processes import needs_fork, run
@@ -154,7 +155,7 @@ def test_what_has_expired_is_not_sent_and_no_failure(kind: Any, cluster: MockClu
     assert end_offsets(cluster.bootstrap_servers, TOPIC) == {0: 0}
 
 
-@pytest.mark.parametrize("bad", [Envelope(object()), Envelope(1, key=7), None, [Envelope(1)], "text"], ids=str)
+@pytest.mark.parametrize("bad", [Envelope(object()), Envelope(1, key=7), None, [Envelope(1)], "text"], ids=shown)
 def test_what_cannot_be_mapped(kind: Any, cluster: MockCluster, producer: Any, bad: Any) -> None:
     sender = kind.InlineSender(producer, TOPIC)
     with pytest.raises(kbatch.SerializationError):

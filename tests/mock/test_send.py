@@ -22,6 +22,7 @@ from kbatch import Envelope, Tombstone
 from kbatch._fastmap import pinned_buffers
 from kbatch.testing import MockCluster
 
+from ..naming import shown
 from .clients import Stored, end_offsets, produce, read_back, read_back_with_aiokafka
 
 TOPIC = "orders"
@@ -584,7 +585,7 @@ def test_a_wire_object(cluster: MockCluster) -> None:
         (("k", b"v", {"x": 1}), "headers['x']", "header 'x' must be str, bytes or None, not int"),
         (("k", b"v" * 1_100_000, None), "message", "more than message.max.bytes"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_a_wire_object_that_answers_nonsense(cluster: MockCluster, answer: Any, field: str, message: str) -> None:
     with make_producer(cluster, wire=Custom()) as producer:
@@ -621,7 +622,7 @@ def test_one_envelope_may_be_sent_several_times(cluster: MockCluster) -> None:
     assert [(record.key, record.value) for record in stored(cluster)] == [(b"k", b'{"a":1}')] * 4
 
 
-@pytest.mark.parametrize("envelopes", [[], (), iter([])], ids=repr)
+@pytest.mark.parametrize("envelopes", [[], (), iter([])], ids=shown)
 def test_an_empty_batch(cluster: MockCluster, envelopes: Any) -> None:
     with make_producer(cluster) as producer:
         report = producer.send_batch(TOPIC, envelopes)
@@ -965,7 +966,7 @@ def test_one_that_cannot_be_mapped_keeps_all_from_the_wire(
             "not an attribute of CloudEvents: it must be ce_ and then a-z and 0-9 only",
         ),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_the_producers_options_get_wrong(
     cluster: MockCluster, options: dict[str, Any], index: int | None, field: str, message: str

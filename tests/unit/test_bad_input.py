@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import kbatch
 import kbatch.aio
 from tests import mapping
+from tests.naming import shown
 from tests.reference import Setting, refused_arguments
 
 ID = uuid.UUID("01934a2b-3c4d-7e5f-8a9b-0c1d2e3f4a5b")
@@ -432,7 +433,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize("arguments", REFUSED, ids=repr)
+@pytest.mark.parametrize("arguments", REFUSED, ids=shown)
 def test_the_constructor_refuses(arguments):
     assert refused_arguments(arguments)
     with pytest.raises((TypeError, ValueError, OverflowError)):

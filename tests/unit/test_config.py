@@ -19,6 +19,7 @@ import kbatch
 from kbatch import ConfigError, aio
 from kbatch._config import ProducerConfig, inherit
 
+from ..naming import shown
 from ..waiting import until
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1"}
@@ -210,7 +211,7 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
             for key in ("on_delivery", "dr_cb", "dr_msg_cb")
         ),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_bad_settings_are_named(config: dict[Any, Any], message: str) -> None:
     error = error_of({**SERVERS, **config})
@@ -276,7 +277,7 @@ class Later:
         ({"max_in_flight": True}, "max_in_flight must be an int"),
         ({"max_in_flight": 1 << 80}, "max_in_flight must be an int"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -359,7 +360,7 @@ def test_explicitly_without_idempotence_there_is_no_warning(config: dict[str, An
         {"queuing.strategy": "fifo"},
         {"queue.buffering.backpressure.threshold": 1},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_idempotence_allows(config: dict[str, Any]) -> None:
     start(config)
@@ -463,7 +464,7 @@ def test_secrets_are_not_logged() -> None:
         ({"acks": 1, "default.topic.config": {"acks": 0}}, {}, {"acks": 0}),
         ({"error_cb": print}, {"error_cb": None}, {"error_cb": None}),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_one_inherits_the_other_key_by_key(
     shared: dict[str, Any], own: dict[str, Any], expected: dict[str, Any]
@@ -495,7 +496,7 @@ def fingerprint(config: dict[str, Any]) -> bytes:
         ({"ssl.key.pem": SECRET}, {"ssl.key.pem": SECRET + "."}, False),
         ({"bootstrap.servers": "127.0.0.1:2"}, {}, False),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_fingerprints_agree_where_settings_do(one: dict[str, Any], other: dict[str, Any], same: bool) -> None:
     assert (fingerprint(one) == fingerprint(other)) is same

@@ -22,6 +22,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, Tombstone
+from tests.naming import shown
 
 UTC = timezone.utc
 MOMENT = datetime(2026, 11, 23, 9, 16, 45, 123456, tzinfo=UTC)
@@ -128,7 +129,7 @@ def test_message_is_kept_as_it_is(message: object) -> None:
     assert Envelope(message=message).message is message
 
 
-@pytest.mark.parametrize("data", [b"", b"x", bytearray(b"xy"), memoryview(b"xyz"), array.array("i", [1, 2])], ids=repr)
+@pytest.mark.parametrize("data", [b"", b"x", bytearray(b"xy"), memoryview(b"xyz"), array.array("i", [1, 2])], ids=shown)
 def test_data_is_kept_as_it_is(data: Any) -> None:
     envelope = Envelope(data=data)
     assert envelope.data is data

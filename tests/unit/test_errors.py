@@ -13,6 +13,7 @@ from confluent_kafka import KafkaError
 import kbatch
 from kbatch import _errors
 from kbatch._fastmap import Outcomes
+from tests.naming import shown
 
 ID = kbatch.uuid7()
 
@@ -156,6 +157,7 @@ def test_errors_without_a_batch_have_no_report() -> None:
 @pytest.mark.parametrize(
     ("index", "id", "where"),
     [(None, None, ""), (17, None, "envelope 17: "), (17, ID, f"envelope 17 (id {ID}): ")],
+    ids=shown,
 )
 def test_serialization_errors_say_where(index: Any, id: Any, where: str) -> None:
     error = kbatch.SerializationError("key must be str", index=index, envelope_id=id, field="key")

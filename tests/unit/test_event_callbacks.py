@@ -13,6 +13,7 @@ from confluent_kafka import KafkaError
 
 import kbatch
 
+from ..naming import shown
 from ..waiting import until
 
 NOBODY = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
@@ -192,7 +193,7 @@ LATER = 4_000_000_000
         (("token", 0), "unexpired"),
         (("token", time.time() - 1), "unexpired"),
     ],
-    ids=str,
+    ids=shown,
 )
 def test_what_oauth_cb_may_return(answer: Any, refusal: str | None) -> None:
     config = {**OAUTH, "oauth_cb": lambda config: ("token", LATER)}

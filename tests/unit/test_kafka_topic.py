@@ -16,6 +16,7 @@ import kbatch
 from kbatch import ConfigError, KafkaTopic, Mode, aio
 from kbatch._sending import _handle, _topic
 
+from ..naming import shown
 from .test_secrets import SECRET, SECRETS, assert_no_secret, strings_within, texts_of
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
@@ -225,7 +226,7 @@ OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("one", "other", "same"), [(*pair, True) for pair in SAME] + [(*pair, False) for pair in OTHER], ids=str
+    ("one", "other", "same"), [(*pair, True) for pair in SAME] + [(*pair, False) for pair in OTHER], ids=shown
 )
 def test_topics_share_a_producer_where_their_settings_agree(
     kind: Any, one: dict[str, Any], other: dict[str, Any], same: bool

@@ -19,6 +19,7 @@ import pytest
 import kbatch
 from kbatch._config import ProducerConfig, is_secret
 
+from ..naming import shown
 from ..waiting import until
 from .test_config_keys import Key, keys  # noqa: F401 (a fixture)
 
@@ -241,7 +242,7 @@ def ask(secret: str, answer: object, config: str) -> object:
         [SECRET, time.time() + 9],
         SECRET,
     ],
-    ids=lambda answer: str(answer).replace(SECRET, "token")[:40],
+    ids=lambda answer: shown(answer).replace(SECRET, "token")[:40],
 )
 def test_a_token_and_what_oauth_cb_was_made_with(answer: object, caplog: pytest.LogCaptureFixture) -> None:
     errors: list[Any] = []
