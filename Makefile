@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# Processes of pytest: most tests wait for something, so three are not too many for two cores.
+WORKERS ?= 3
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -72,8 +74,8 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 	$(BIN)/kbatch demo $(ARGS)
 
 .PHONY: test
-test: build $(STAMPS)/test-group ## Run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: build $(STAMPS)/test-group ## Run the tests, WORKERS=3 processes side by side
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 .PHONY: mutants
 mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each (half an hour)
