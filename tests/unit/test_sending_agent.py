@@ -16,6 +16,7 @@ from kbatch._fastmap import Accumulator
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 from kbatch.testing._memory import MemoryCore
 
+from ..sending import KINDS, Driver
 from ..waiting import until
 
 PROBE = "kbatch-probe"
@@ -73,6 +74,15 @@ def test_a_probe_that_outlives_its_sender_leaves_no_thread(monkeypatch: pytest.M
         assert of_the_sender() == [PROBE]
         go_on.set()
         until(lambda: not of_the_sender(), "the end of the threads")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("end", ["drain", "close"])
+def test_a_sender_that_ended_before_its_first_envelope_has_nothing_to_flush(kind: str, end: str) -> None:
+    with MemoryProducer() as producer, Driver(kind, producer, "orders", options={}) as driver:
+        assert getattr(driver, end)() == 0
+        assert driver.flush(None) == 0
+        assert driver.drain(None) == driver.close() == 0
 
 
 class EndsTooLate(concurrent.futures.Future[None]):

@@ -197,6 +197,8 @@ class BatchedSender(BaseBatchedSender):
         if not self._is_used:
             return 0
         self._check_fork()
+        if len(self) == 0:  # its thread may never have begun
+            return 0
         seq = self._close_filling()
         return 0 if await self._come_to(seq, timeout) else self._agent._left(seq)
 
