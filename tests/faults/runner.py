@@ -114,6 +114,8 @@ class Run:
     message_timeout_ms = 10_000
     hang_s = 20.0
     patience_s = 2.5
+    # A sender's: longer than a fault that waits for its end, and than a message's time after it.
+    close_timeout_s = 15.0
 
     def __init__(self, cluster: Any, plan: Plan) -> None:
         self.cluster = cluster
@@ -680,8 +682,8 @@ def _aio_cancelled(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, e
 _ATTEMPTS = 6  # that are counted; an outage's are not
 
 
-def _close_timeout_s(stream: Stream) -> float:
-    return 1.5 if stream.hopeless else 15.0
+def _close_timeout_s(run: Run, stream: Stream) -> float:
+    return 1.5 if stream.hopeless else run.close_timeout_s
 
 
 def _send_timeout_s(stream: Stream) -> float | None:
@@ -733,7 +735,7 @@ def _batched(
     except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
         stream.death = repr(error)
     finally:
-        run.end_stream(stream, sender, sender.close(_close_timeout_s(stream)))
+        run.end_stream(stream, sender, sender.close(_close_timeout_s(run, stream)))
 
 
 def _aio_batched(
@@ -755,7 +757,7 @@ def _aio_batched(
         except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
             stream.death = repr(error)
         finally:
-            run.end_stream(stream, sender, await sender.close(_close_timeout_s(stream)))
+            run.end_stream(stream, sender, await sender.close(_close_timeout_s(run, stream)))
 
     asyncio.run(main())
 

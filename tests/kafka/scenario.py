@@ -43,6 +43,7 @@ class KafkaRun(Run):
     message_timeout_ms = 60_000
     hang_s = _PATIENCE_S
     patience_s = 30.0
+    close_timeout_s = 80.0
 
     @property
     def bootstrap_servers(self) -> str:
