@@ -35,7 +35,13 @@ class Driver:
     """A batched sender and its agent; one for asyncio runs on a loop of its own, and is waited for from here."""
 
     def __init__(
-        self, kind: str, producer: kbatch.Producer, topic: str | None, *, options: dict[str, Any], **agent_options: Any
+        self,
+        kind: str,
+        producer: kbatch.Producer | aio.Producer,
+        topic: str | None,
+        *,
+        options: dict[str, Any],
+        **agent_options: Any,
     ) -> None:
         self.failed: list[tuple[kbatch.Envelope[Any], kbatch.KbatchError]] = []
         self.states: list[str] = ["closed"]
@@ -50,7 +56,8 @@ class Driver:
             self._loop = asyncio.new_event_loop()
             self._thread = threading.Thread(target=self._loop.run_forever)
             self._thread.start()
-            self.agent = aio.SendingAgent(beside(producer), topic, **agent_options)
+            own = producer if isinstance(producer, aio.Producer) else beside(producer)
+            self.agent = aio.SendingAgent(own, topic, **agent_options)
             self.sender = aio.BatchedSender(self.agent, **options)
 
     def __enter__(self) -> Self:
