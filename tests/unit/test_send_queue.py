@@ -665,3 +665,22 @@ def test_what_cannot_be_measured_any_more_is_sent_all_the_same() -> None:
     queue = make_queue(measure=measure)
     fail(queue, admit(queue, Batch(keyed("a", "b"))), {0: RETRIABLE, 1: RETRIABLE})
     assert after(queue, NOW + 1) == [0, 1]  # and refused when it is mapped
+
+
+def test_what_is_ready_waits_behind_one_of_its_key_that_fails_again() -> None:
+    queue = make_queue(batch_size=2)
+    first = queue.admit(Batch([Envelope(data=b"%d" % number, key="a") for number in range(3)]), NOW, WALL)
+    assert first is not None
+    queue.settled(first, [(index, refusal(RETRIABLE)) for index in range(3)], NOW, again=True)
+    second = queue.next_flight(NOW + 1, WALL)
+    assert second is not None
+    assert list(second.seqs) == [0, 1]  # the third is ready, but a batch is full
+    queue.settled(second, [(index, refusal(RETRIABLE)) for index in range(2)], NOW + 1, again=True)
+    assert queue.next_flight(NOW + 1, WALL) is None
+    third = queue.next_flight(NOW + 3, WALL)
+    assert third is not None
+    assert list(third.seqs) == [0, 1]
+    queue.settled(third, [], NOW + 3, again=True)
+    last = queue.next_flight(NOW + 3, WALL)
+    assert last is not None
+    assert list(last.seqs) == [2]

@@ -29,13 +29,14 @@ import kbatch
 from kbatch import Envelope, KbatchError
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 
-from ..sending import HANG_S, KINDS, Driver, check_overtaken, check_strict_order, firsts
+from ..sending import HANG_S, KINDS, Driver, check_overtaken, firsts
 
 TOPIC = "orders"
 DEAD = "dead"
 KEYS = ("a", "b", None)
 BODIES = ("good",) * 6 + ("unmappable", "expired", "expires soon", "callback fails")
-RETRIABLE, PERMANENT, TOO_LARGE, OUTAGE = "NOT_ENOUGH_REPLICAS", "TOPIC_AUTHORIZATION_FAILED", "MSG_SIZE_TOO_LARGE", -192
+RETRIABLE, PERMANENT, TOO_LARGE = "NOT_ENOUGH_REPLICAS", "TOPIC_AUTHORIZATION_FAILED", "MSG_SIZE_TOO_LARGE"
+OUTAGE = -192  # _MSG_TIMED_OUT
 SHORT_S = st.sampled_from([0.0, 0.002])
 LONG_AGO = datetime(2000, 1, 1, tzinfo=timezone.utc)
 SOON = timedelta(milliseconds=2)
