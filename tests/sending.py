@@ -67,10 +67,18 @@ class Driver:
         try:
             self.close(5)
         finally:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join(HANG_S)
-                self._loop.close()
+            self._end_loop()
+
+    def forget(self) -> None:
+        """Lets the sender go as it is."""
+        self._end_loop()
+        del self.agent, self.sender
+
+    def _end_loop(self) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(HANG_S)
+            self._loop.close()
 
     def __len__(self) -> int:
         return len(self.sender)

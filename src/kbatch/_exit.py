@@ -9,19 +9,27 @@ import sys
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from kbatch._fastmap import Core
 
 __all__ = ["CORES", "SENDERS", "watch_multiprocessing_child"]
 
 _TIMEOUT_S = 5.0  # for all of them: what is in flight goes on while another is closed
+_LAST_WORDS_S = 1.0  # for the callbacks of all of them, after it
+
+
+_T = TypeVar("_T")
 
 
 class _Sender(Protocol):
-    def _close(self, timeout: float) -> int: ...
     def _flush(self, timeout: float) -> int: ...
+    def _drain(self, timeout: float) -> int: ...
+    def _begin_end(self) -> None: ...
+    def _await_end(self, end: float) -> int: ...
 
 
 SENDERS: weakref.WeakSet[_Sender] = weakref.WeakSet()
@@ -29,15 +37,26 @@ SENDERS: weakref.WeakSet[_Sender] = weakref.WeakSet()
 CORES: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
+def _each(items: list[_T], call: Callable[[_T], object]) -> None:
+    for item in items:
+        with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
+            call(item)
+
+
+def _seconds_until(end: float) -> float:
+    return max(0.0, end - time.monotonic())
+
+
 @atexit.register
 def _close_all() -> None:
     end = time.monotonic() + _TIMEOUT_S
-    for sender in list(SENDERS):
-        with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
-            sender._close(max(0.0, end - time.monotonic()))
-    for core in list(CORES):
-        with contextlib.suppress(Exception):
-            core.close(max(0.0, end - time.monotonic()))
+    senders = list(SENDERS)
+    _each(senders, lambda sender: sender._drain(0))  # all of them send at once
+    _each(senders, lambda sender: sender._drain(_seconds_until(end)))
+    _each(senders, lambda sender: sender._begin_end())
+    told = time.monotonic() + _LAST_WORDS_S
+    _each(senders, lambda sender: sender._await_end(told))
+    _each(list(CORES), lambda core: core.close(_seconds_until(end)))
 
 
 def _end_multiprocessing_child() -> None:
@@ -47,12 +66,10 @@ def _end_multiprocessing_child() -> None:
         _close_all()
         return
     end = time.monotonic() + _TIMEOUT_S
-    for sender in list(SENDERS):
-        with contextlib.suppress(Exception):
-            sender._flush(max(0.0, end - time.monotonic()))
-    for core in list(CORES):
-        with contextlib.suppress(Exception):
-            core.flush(max(0.0, end - time.monotonic()))
+    senders = list(SENDERS)
+    _each(senders, lambda sender: sender._flush(0))
+    _each(senders, lambda sender: sender._flush(_seconds_until(end)))
+    _each(list(CORES), lambda core: core.flush(_seconds_until(end)))
 
 
 _finalized_pid = 0

@@ -435,6 +435,37 @@ def test_a_finalizer_may_send_in_the_middle_of_a_send() -> None:
     assert len(sender) == sender.accepted == 4000
 
 
+class Closer:
+    """Closes a sender when it is collected."""
+
+    def __init__(self, sender: Sender) -> None:
+        self.sender = sender
+        self.cycle = self
+
+    def __del__(self) -> None:
+        self.sender._stop_accepting()
+
+
+def test_a_finalizer_may_close_it_while_who_waits_gets_its_room() -> None:
+    before = gc.get_threshold()
+    for _ in range(200):
+        sender = make(batch_size=1, max_buffered=1)
+        sender.send(Envelope(1))
+        take_all(sender)
+        woken: list[bool] = []
+        waiter = sender._line_up(Envelope(2), lambda woken=woken: woken.append(True))
+        Closer(sender)
+        gc.set_threshold(1, 1, 1)
+        try:
+            sender._give_back(1)
+        finally:
+            gc.set_threshold(*before)
+        gc.collect()
+        assert woken == [True]
+        assert sender._is_refusing
+        assert len(sender) == (1 if waiter.taken else 0)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="platform: no interval timers")
 def test_a_signal_handler_may_send_in_the_middle_of_a_send() -> None:
     sender = make(batch_size=5)

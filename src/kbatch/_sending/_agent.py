@@ -10,6 +10,8 @@ import random
 import re
 import threading
 import time
+import warnings
+import weakref
 from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -72,6 +74,7 @@ _EXPIRE_EVERY_S = 1.0
 _LOOK_AT_CLOCK_S = 30.0  # time since 1970 may jump
 _UNKNOWN = -185  # _TIMED_OUT: what is told of an envelope that was still in flight at the end
 _LAST_WORDS_S = 1.0  # for callbacks, after the deadline of closing
+_OVER = -1.0
 
 
 class BaseSendingAgent:
@@ -243,7 +246,18 @@ class BaseSendingAgent:
                 measure=_no_size if buffer is None else buffer._size_of,
                 random=random.random,
             )
-            self._thread = thread = threading.Thread(target=self._run, name="kbatch-sender", daemon=True)
+            signal, pid = self._signal, os.getpid()
+
+            def wake(_: object) -> None:
+                if os.getpid() == pid:  # in a forked child a thread of the parent may have held its lock
+                    signal.set()
+
+            self._thread = thread = threading.Thread(
+                target=_run,
+                args=(weakref.ref(self, wake), signal, self._handle, (self._callbacks, self._prober)),
+                name="kbatch-sender",
+                daemon=True,
+            )
             try:
                 thread.start()
             except BaseException:
@@ -299,19 +313,27 @@ class BaseSendingAgent:
 
     def _end(self, timeout: float) -> int:
         """Gives up what was not sent, for good. How many envelopes that were."""
+        end = time.monotonic() + timeout
+        self._begin_end(timeout)
+        return self._await_end(end + _LAST_WORDS_S)
+
+    def _begin_end(self, timeout: float) -> None:
         if self._is_forked():
-            return 0  # what was taken is the parent's
+            return  # what was taken is the parent's
         with self._mu:
             self._giving_up = True
-            thread = self._thread
             first, self._released = not self._released, True
-        end = time.monotonic() + timeout
         self._signal.set()
         if first:
             # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
-            self._handle.release(max(0.0, end - time.monotonic()))
+            self._handle.release(timeout)
             self._news.append(self._abandon_flights)
             self._signal.set()
+
+    def _await_end(self, end: float) -> int:
+        if self._is_forked():
+            return 0
+        thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join(_seconds_until(end))
         self._prober.stop()
@@ -328,19 +350,31 @@ class BaseSendingAgent:
 
     # -- the thread
 
-    def _run(self) -> None:
-        if self._thread is not threading.current_thread():
-            return
+    def _turn(self) -> float | None:
+        """Does what is to be done now. Returns the seconds until there will be more, if nothing happens; ``None``: for
+        ever; `_OVER`: there will be nothing more."""
+        pause: float | None = _OVER
         try:
-            while self._step():
-                pass
+            pause = self._step()
         except BaseException as error:
             self._crash(error)
             raise
         finally:
-            self._is_over = True
-            for watcher in self._watchers[:]:
-                watcher.wake()
+            if pause == _OVER:
+                self._is_over = True
+                for watcher in self._watchers[:]:
+                    watcher.wake()
+        return pause
+
+    def _is_idle(self) -> bool:
+        """Whether nobody's envelopes depend on the thread."""
+        queue, buffer = self._queue, self._buffer
+        return not (self._news or (queue is not None and queue.in_flight) or (buffer is not None and len(buffer)))
+
+    def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
+        # `getattr`: the constructor may have raised.
+        if getattr(self, "_thread", None) is not None and not (self._released or self._is_forked()):
+            warn(f"unclosed {self if self._buffer is None else self._buffer!r}", ResourceWarning, source=self)
 
     def _crash(self, error: BaseException) -> None:
         """After a defect, or without memory: nothing is taken any more, and as far as possible all is told."""
@@ -353,8 +387,7 @@ class BaseSendingAgent:
             self._abandon_flights()
             self._see_off(time.monotonic())
 
-    def _step(self) -> bool:
-        """What is to be done now; then waits for more. False if there will be nothing more."""
+    def _step(self) -> float | None:
         queue = self._queue
         assert queue is not None
         while self._news:
@@ -373,10 +406,10 @@ class BaseSendingAgent:
         sent_away = self._see_off(now)
         self._tell_watchers()
         if giving_up and not queue.in_flight:
-            return False
-        if not (self._news or queue.ended or sent_away or self._may_replace()):
-            self._signal.wait(self._idle_for(time.monotonic(), time.time()), interruptible=False)
-        return True
+            return _OVER
+        if self._news or queue.ended or sent_away or self._may_replace():
+            return 0.0
+        return self._idle_for(time.monotonic(), time.time())
 
     def _idle_for(self, now: float, wall: float) -> float | None:
         """Seconds until there is something to do, if nothing happens; None: for ever."""
@@ -744,6 +777,28 @@ class BaseSendingAgent:
                 watcher.wake()
 
 
+def _run(
+    reference: weakref.ref[BaseSendingAgent],
+    signal: Signal,
+    handle: ProducerHandle,
+    threads: tuple[CallbackThread, ...],
+) -> None:
+    """An agent's thread. While nothing depends on it, it keeps nobody who has forgotten the agent from losing it."""
+    while (agent := reference()) is not None:
+        if agent._thread is not threading.current_thread():
+            return  # its start was interrupted, and another took its place
+        pause = agent._turn()
+        if pause == _OVER:
+            return
+        if agent._is_idle():
+            del agent
+        if pause != 0.0:
+            signal.wait(pause, interruptible=False)
+    handle.release(0.0)
+    for thread in threads:
+        thread.stop()
+
+
 class SendingAgent(BaseSendingAgent):
     """Sends the batches of a `BatchedSender`, sends again what failed, and stops sending while Kafka is away.
 
@@ -870,7 +925,7 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
 
 
 def _seconds_until(end: float) -> float:
-    return min(max(0.0, end - time.monotonic()) + _LAST_WORDS_S, threading.TIMEOUT_MAX)
+    return min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
 
 
 def _unless_none(value: int | None) -> tuple[int, ...]:

@@ -132,6 +132,14 @@ class BaseBatchedSender(Accumulator):
             SENDERS.discard(self)
         return not_sent
 
+    def _begin_end(self) -> None:
+        # At the end of the interpreter, where all senders have the same time.
+        self._agent._begin_end(0.0)
+        SENDERS.discard(self)
+
+    def _await_end(self, end: float) -> int:
+        return self._agent._await_end(end)
+
     def _wait_for(self, seq: int | None, timeout: float | None) -> bool:
         done = Signal()
         watcher = self._agent._when_done(seq, done.set)
@@ -152,7 +160,8 @@ class BatchedSender(BaseBatchedSender):
     crash loses it, and so it loses what is scheduled.
 
     The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
-    `close`. At interpreter exit what is left is sent for some seconds.
+    `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it holds; then
+    it ends with a ResourceWarning.
 
     Args:
         agent: Sends the batches. Each sender has one of its own.

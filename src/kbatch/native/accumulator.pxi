@@ -294,8 +294,11 @@ cdef class Accumulator:
             waiter = self.waiters.popleft()
             try:
                 self._append(waiter.envelope, waiter.bytes)
-            except (MemoryError, SenderClosedError):
+            except MemoryError:
                 self.waiters.appendleft(waiter)  # whoever gives room back next tries again
+                return 0
+            except SenderClosedError:  # a finalizer has closed it, and has not seen this one in the line
+                self._wake(waiter)
                 return 0
             waiter.taken = True
             self._wake(waiter)

@@ -1,0 +1,93 @@
+"""Senders that nobody closes: what they hold is sent, they are collected, and a warning tells of them."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope
+from kbatch._sending._agent import BaseSendingAgent
+from kbatch.testing import MemoryProducer
+
+from ..sending import KINDS, Driver
+from ..waiting import until
+
+
+def of_senders() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("kbatch-sender")]
+
+
+@pytest.fixture
+def producer() -> Iterator[MemoryProducer]:
+    with MemoryProducer() as producer:
+        yield producer
+
+
+class Forgotten:
+    """A sender that is used in `use` and then forgotten."""
+
+    def __init__(self, kind: str, producer: Any, use: Any, **options: Any) -> None:
+        driver = Driver(kind, producer, "orders", options=options)
+        self.agent: weakref.ref[BaseSendingAgent] = weakref.ref(driver.agent)
+        self.sender = weakref.ref(driver.sender)
+        use(driver)
+        driver.forget()
+
+    def is_gone(self) -> bool:
+        gc.collect()
+        return self.agent() is None and self.sender() is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_holds_nothing(kind: str, producer: MemoryProducer) -> None:
+    def use(driver: Driver) -> None:
+        driver.send(Envelope(1))
+        assert driver.flush() == 0
+
+    with pytest.warns(ResourceWarning, match=r"^unclosed <kbatch\..*BatchedSender to 'orders', 0 buffered, "):
+        sender = Forgotten(kind, producer, use)
+        until(sender.is_gone, "the end of the sender")
+    until(lambda: not of_senders(), "the end of its threads")
+    assert not producer.closed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_holds_is_sent(kind: str, producer: MemoryProducer) -> None:
+    def use(driver: Driver) -> None:
+        driver.send_all(Envelope(n) for n in range(25))
+        assert len(driver) >= 5
+
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        sender = Forgotten(kind, producer, use, batch_size=10, batch_timeout_ms=200)
+        until(sender.is_gone, "the end of the sender")
+    assert [record.value() for record in producer.records] == [b"%d" % n for n in range(25)]
+    until(lambda: not of_senders(), "the end of its threads")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_that_was_never_used_or_was_closed_is_told_of_by_nobody(kind: str, producer: MemoryProducer) -> None:
+    def send_and_close(driver: Driver) -> None:
+        driver.send(Envelope(1))
+        assert driver.close() == 0
+
+    for use in (lambda driver: None, send_and_close):
+        until(Forgotten(kind, producer, use).is_gone, "the end of the sender")
+
+
+def test_the_producer_of_its_topic_ends_with_it(kafka_cluster: kbatch.testing.MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    topic = kbatch.KafkaTopic(
+        "orders", mode=kbatch.Mode.BUFFERED, producer={"bootstrap.servers": kafka_cluster.bootstrap_servers}
+    )
+    sender = topic.create_sender()
+    sender.send(Envelope(1))
+    assert sender.flush(30) == 0
+    made = sender._agent._handle.producer
+    with pytest.warns(ResourceWarning, match="unclosed"):
+        del sender
+        gc.collect()
+    until(lambda: made.closed, "the end of its producer")
