@@ -10,7 +10,6 @@ import pytest
 
 import kbatch
 from kbatch import Envelope
-from kbatch._sending._agent import BaseSendingAgent
 from kbatch.testing import MemoryProducer
 
 from ..sending import KINDS, Driver
@@ -27,19 +26,13 @@ def producer() -> Iterator[MemoryProducer]:
         yield producer
 
 
-class Forgotten:
-    """A sender that is used in `use` and then forgotten."""
-
-    def __init__(self, kind: str, producer: Any, use: Any, **options: Any) -> None:
-        driver = Driver(kind, producer, "orders", options=options)
-        self.agent: weakref.ref[BaseSendingAgent] = weakref.ref(driver.agent)
-        self.sender = weakref.ref(driver.sender)
-        use(driver)
-        driver.forget()
-
-    def is_gone(self) -> bool:
-        gc.collect()
-        return self.agent() is None and self.sender() is None
+def forget(kind: str, producer: Any, use: Any, **options: Any) -> None:
+    """Makes a sender, has it used, forgets it, and waits until it has been collected."""
+    driver = Driver(kind, producer, "orders", options=options)
+    ends = weakref.ref(driver.agent), weakref.ref(driver.sender)
+    use(driver)
+    driver.forget()
+    until(lambda: gc.collect() >= 0 and [end() for end in ends] == [None, None], "the end of the sender")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -49,8 +42,7 @@ def test_one_that_holds_nothing(kind: str, producer: MemoryProducer) -> None:
         assert driver.flush() == 0
 
     with pytest.warns(ResourceWarning, match=r"^unclosed <kbatch\..*BatchedSender to 'orders', 0 buffered, "):
-        sender = Forgotten(kind, producer, use)
-        until(sender.is_gone, "the end of the sender")
+        forget(kind, producer, use)
     until(lambda: not of_senders(), "the end of its threads")
     assert not producer.closed
 
@@ -62,8 +54,7 @@ def test_what_one_holds_is_sent(kind: str, producer: MemoryProducer) -> None:
         assert len(driver) >= 5
 
     with pytest.warns(ResourceWarning, match="unclosed"):
-        sender = Forgotten(kind, producer, use, batch_size=10, batch_timeout_ms=200)
-        until(sender.is_gone, "the end of the sender")
+        forget(kind, producer, use, batch_size=10, batch_timeout_ms=200)
     assert [record.value() for record in producer.records] == [b"%d" % n for n in range(25)]
     until(lambda: not of_senders(), "the end of its threads")
 
@@ -75,7 +66,7 @@ def test_one_that_was_never_used_or_was_closed_is_told_of_by_nobody(kind: str, p
         assert driver.close() == 0
 
     for use in (lambda driver: None, send_and_close):
-        until(Forgotten(kind, producer, use).is_gone, "the end of the sender")
+        forget(kind, producer, use)
 
 
 def test_the_producer_of_its_topic_ends_with_it(kafka_cluster: kbatch.testing.MockCluster) -> None:
@@ -87,7 +78,7 @@ def test_the_producer_of_its_topic_ends_with_it(kafka_cluster: kbatch.testing.Mo
     sender.send(Envelope(1))
     assert sender.flush(30) == 0
     made = sender._agent._handle.producer
+    del sender
     with pytest.warns(ResourceWarning, match="unclosed"):
-        del sender
         gc.collect()
     until(lambda: made.closed, "the end of its producer")
