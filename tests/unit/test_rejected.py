@@ -118,18 +118,32 @@ def test_an_error_of_no_envelope_is_raised_and_nothing_is_appended() -> None:
 
 
 @pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, SystemExit])
-def test_what_is_no_mistake_of_an_envelope_is_raised(kind: type[BaseException]) -> None:
+def test_what_is_no_mistake_of_an_envelope_is_the_cause_of_its_error(kind: type[BaseException]) -> None:
     def encode(message: Any, context: Any) -> bytes:
         if message == "raise":
-            raise kind
+            raise kind("no more")
         return b"x"
 
     with make(encoder=encode) as producer:
         rejected: list[Any] = []
+        batch = PendingBatch(producer._core)
         envelopes = [Envelope(1), Envelope(2, headers=[("x", 5)]), Envelope("raise"), Envelope(3)]
-        with pytest.raises(kind):
-            producer._core.map(PendingBatch(producer._core), "t", envelopes, rejected)
-        assert rejected == []
+        producer._core.map(batch, "t", envelopes, rejected)
+        assert [(index, error.index) for index, error in rejected] == [(1, 1), (2, 2)]
+        error = rejected[1][1]
+        assert type(error.__cause__) is kind
+        assert f"envelope 2 (id {envelopes[2].id}): " in str(error)
+        assert f"{kind.__name__}: no more" in str(error)
+        assert [record is None for record in producer._core.records(batch)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt, SystemExit])
+def test_without_a_list_it_is_raised(kind: type[BaseException]) -> None:
+    def encode(message: Any, context: Any) -> bytes:
+        raise kind("no more")
+
+    with make(encoder=encode) as producer, pytest.raises(kind, match="no more"):
+        producer._map("t", [Envelope(1)])
 
 
 def test_in_slices() -> None:

@@ -143,3 +143,49 @@ def test_the_age_of_a_batch_is_that_of_its_first_envelope() -> None:
         assert due is not None
         assert due <= begin - 0.002
         begin = due
+
+
+class Poison:
+    """Its encoder raises this."""
+
+    def __init__(self, *errors: BaseException) -> None:
+        self.errors = list(errors)
+
+    def encode(self) -> bytes:
+        if self.errors:
+            raise self.errors.pop(0)
+        return b"cured"
+
+
+def encode(message: Any, _: object) -> bytes:
+    return message.encode() if isinstance(message, Poison) else b"%d" % message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("poison", "is_stored", "retried"),
+    [
+        (Poison(MemoryError("too large")), True, 1),
+        (Poison(*[MemoryError("too large")] * 9), False, 2),
+        (Poison(SystemExit(3)), False, 0),
+        (Poison(KeyboardInterrupt()), False, 0),
+    ],
+    ids=["no memory for a moment", "never any memory", "sys.exit", "Ctrl-C"],
+)
+def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing(
+    kind: str, poison: Poison, is_stored: bool, retried: int
+) -> None:
+    poison = Poison(*poison.errors)
+    first = poison.errors[0]
+    retry = kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.001)
+    with (
+        MemoryProducer(encoder=encode) as producer,
+        Driver(kind, producer, "orders", options={"batch_timeout_ms": 50}, retry=retry) as driver,
+    ):
+        driver.send_all([Envelope(0), Envelope(poison), *map(Envelope, range(1, 20))])
+        assert driver.flush() == 0
+        values = [record.value() for record in producer.records]
+        assert sorted(values) == sorted([b"%d" % n for n in range(20)] + [b"cured"] * is_stored)
+        assert driver.stats()["retried"] == retried
+        assert [type(error.__cause__) for _, error in driver.failed] == ([] if is_stored else [type(first)])
+        assert driver.states == ["closed"]

@@ -378,11 +378,12 @@ class BaseSendingAgent:
 
     def _crash(self, error: BaseException) -> None:
         """After a defect, or without memory: nothing is taken any more, and as far as possible all is told."""
+        self._death = ProducerError(f"a sender's thread failed: {type(error).__name__}")
         if self._buffer is not None:
             self._buffer._stop_accepting()
         with contextlib.suppress(BaseException):
             self._log(logging.CRITICAL, "a sender's thread failed; nothing more is sent", exc_info=error)
-            self._die(ProducerError(f"a sender's thread failed: {type(error).__name__}"))
+            self._die(self._death)
         with contextlib.suppress(BaseException):
             self._abandon_flights()
             self._see_off(time.monotonic())
@@ -478,17 +479,12 @@ class BaseSendingAgent:
         except ProducerFencedError as error:
             queue.put_back(flight)
             self._die(error)
-        except ProducerFatalError as error:
-            queue.put_back(flight)
-            self._log(logging.WARNING, "a producer is in its fatal state and will be replaced: %s", error)
-            self._broken = producer
-            self._note("failed", flight.trial, time.monotonic())
         except ProducerClosedError as error:
             queue.put_back(flight)
             self._note("nothing", flight.trial, time.monotonic())
             if self._handle.producer is producer and not self._giving_up:
                 self._die(error)
-        except ProducerError as error:  # after a transaction whose end is not known
+        except ProducerError as error:  # in its fatal state, or after a transaction whose end is not known
             queue.put_back(flight)
             self._log(logging.WARNING, "a producer can send no more and will be replaced: %s", error)
             self._broken = producer

@@ -389,8 +389,9 @@ class SendQueue:
 
     def _may_go_again(self, entry: Entry, error: KbatchError, flight: Flight, now: float) -> bool:
         if isinstance(error, SerializationError) and error.index is not None:
-            return False
-        if isinstance(error, DeliveryError):
+            if not isinstance(error.__cause__, MemoryError):  # there may be some later
+                return False
+        elif isinstance(error, DeliveryError):
             if error.code == _MSG_SIZE_TOO_LARGE:
                 return not (flight.isolated and len(flight.envelopes) == 1)
             if not error.retriable and not error.fatal:

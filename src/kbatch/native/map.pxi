@@ -711,6 +711,12 @@ cdef class _Mapping:
             return self._map_one(item, record)
         except SerializationError as error:
             self.rejected.append((self.index, error))
+        except BaseException as error:  # the others must not pay for one without memory, or for a sys.exit() in an encoder
+            if isinstance(error, Exception) and not isinstance(error, MemoryError):
+                raise
+            reason = self._error("message", f"the envelope cannot be mapped: {type(error).__name__}: {error}")
+            reason.__cause__ = error
+            self.rejected.append((self.index, reason))
         record.flags = RECORD_REJECTED
         record.partition = -1 if self.envelope is None else self.envelope._partition
         # Nothing points at what it took: a large one must not lie here until the batch is done.
