@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
@@ -15,15 +16,53 @@ __all__ = ["LoopWaker", "Turn", "Turns", "call_on_loop", "in_thread"]
 _T = TypeVar("_T")
 
 
+class _Arrivals:
+    """The wakers of one loop that were called. The loop is woken once for all that come before it has looked."""
+
+    __slots__ = ("is_woken", "wakers")
+
+    def __init__(self) -> None:
+        self.wakers: deque[LoopWaker] = deque()
+        self.is_woken = False
+
+    def resolve(self) -> None:
+        self.is_woken = False
+        try:
+            for _ in range(len(self.wakers)):  # who comes meanwhile wakes the loop again
+                self.wakers.popleft().resolve()
+        except BaseException:  # Ctrl-C
+            asyncio.get_running_loop().call_soon(self.resolve)
+            raise
+
+
+_arrivals: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Arrivals] = weakref.WeakKeyDictionary()
+
+
+def _begin_arrivals(loop: asyncio.AbstractEventLoop) -> _Arrivals:
+    for other, left in list(_arrivals.items()):
+        if other.is_closed():
+            left.wakers.clear()  # they would keep their loop from being forgotten
+    arrivals = _arrivals[loop] = _Arrivals()
+    return arrivals
+
+
 class LoopWaker:
     """Resolves a future of the running event loop when it is called, from whatever thread."""
 
+    __slots__ = ("_arrivals", "future", "loop")
+
     def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[None] = self.loop.create_future()
+        self.loop = loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[None] = loop.create_future()
+        self._arrivals = _arrivals.get(loop) or _begin_arrivals(loop)
 
     def __call__(self) -> None:
-        call_on_loop(self.loop, self.resolve)
+        arrivals = self._arrivals
+        arrivals.wakers.append(self)
+        if not arrivals.is_woken:
+            arrivals.is_woken = True
+            if not call_on_loop(self.loop, arrivals.resolve):
+                arrivals.wakers.clear()
 
     def resolve(self) -> None:
         if not self.future.done():
@@ -70,12 +109,21 @@ class Turns:
     def __init__(self) -> None:
         self._lines: dict[asyncio.AbstractEventLoop, deque[Turn]] = {}
 
+    def are_taken(self) -> bool:
+        """Whether somebody stands in the line of the running loop."""
+        self._forget_closed_loops()
+        return bool(self._lines) and asyncio.get_running_loop() in self._lines
+
     def join(self) -> Turn:
         """A place at the end of the running loop's line. It must be left."""
-        for loop in list(self._lines):
-            if loop.is_closed():  # whatever stands in its line will not come any more
-                self._lines.pop(loop, None)
+        self._forget_closed_loops()
         return Turn(self._lines)
+
+    def _forget_closed_loops(self) -> None:
+        if self._lines:
+            for loop in list(self._lines):
+                if loop.is_closed():  # whatever stands in its line will not come any more
+                    self._lines.pop(loop, None)
 
 
 class Turn:

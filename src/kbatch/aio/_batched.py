@@ -135,6 +135,8 @@ class BatchedSender(BaseBatchedSender):
 
     async def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> None:  # type: ignore[override]
         """As `kbatch.BatchedSender.send`. If the task is cancelled, its envelope may have been taken."""
+        if timeout is not None:
+            check_timeout(timeout)
         answer = self._send_on_loop(envelope)
         if answer == _TAKEN:
             return
@@ -171,7 +173,6 @@ class BatchedSender(BaseBatchedSender):
         return Turns()
 
     async def _wait_for_place(self, envelope: Envelope[Any], timeout: float | None) -> None:
-        check_timeout(timeout)
         self._check_wait()
         waker = LoopWaker()
         timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)

@@ -8,16 +8,18 @@ import inspect
 import logging
 import time
 from collections.abc import Sized
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Envelope
-from kbatch._loop import LoopWaker, Turn, Turns, call_on_loop, in_thread
+from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from typing_extensions import Self
@@ -30,6 +32,7 @@ _logger = logging.getLogger("kbatch")
 
 _SLICE_S = 0.002  # how long the loop may be kept at a time
 _LONG = 10_000
+_NO_TURN = nullcontext()
 
 
 class Producer(BaseProducer):
@@ -60,15 +63,21 @@ class Producer(BaseProducer):
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)
         del envelopes  # what the caller does not keep is freed with the batch, in slices
+        waker = LoopWaker()
         with await mapping:
             left = None if end is None else end - time.monotonic()
-            self._send_detached(batch, left)
+            self._send_detached(batch, left, waker=waker)
+        timer = None if left is None else waker.loop.call_later(left, waker.resolve)
         try:
-            done = await batch._wait_on_loop(left)
+            await waker.future
         except BaseException:
             self._core.abandon(batch)
             raise
-        if not done:
+        finally:
+            if timer is not None:
+                timer.cancel()
+            batch._remove_waker(waker)
+        if not batch.done():
             raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
         return batch.report
 
@@ -108,12 +117,19 @@ class Producer(BaseProducer):
             raise
         return batch
 
-    async def _map_batch(self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> Turn:
-        """Phase 1, in this call's turn. The batch is to be sent before the turn is left."""
-        core = self._core
-        turn = self._turns.join()
+    async def _map_batch(
+        self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]
+    ) -> AbstractContextManager[object]:
+        """Phase 1, in this call's turn. The batch is to be sent before the turn is left: the end of a `with` block."""
+        core, mapping = self._core, None
+        if isinstance(envelopes, (list, tuple)) and core.started() and not self._turns.are_taken():
+            mapping = core.begin_mapping(batch, topic, envelopes)
+            if len(batch) <= _LONG and core.map_slice(mapping, _SLICE_S):
+                return _NO_TURN
+        turn = self._turns.join()  # nothing was awaited yet, so that nobody has come meanwhile
         try:
-            mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
+            if mapping is None:
+                mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
             del envelopes
             await turn.come()  # one of a loop at a time: together their slices would hold it up
             if not core.started():

@@ -1,17 +1,6 @@
 # Envelopes one at a time become batches. The GIL guards all of it but Signal: nothing between a look at the state and
 # its change may run Python code, and so none may allocate what the garbage collector tracks.
 
-cdef int32_t _forks = 0  # of this process since kbatch was imported
-
-
-cdef void _count_fork() noexcept nogil:
-    global _forks
-    _forks += 1
-
-
-kb_on_fork_child(_count_fork)
-
-
 cdef class Signal:
     """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may."""
 
@@ -120,7 +109,7 @@ cdef class Accumulator:
     cdef object waiters               # a deque of RoomWaiter, in the order of their calls
     cdef int stage
     cdef public int _starting         # calls on event loops that wait for the start
-    cdef int32_t forks                # at the start
+    cdef int pid                      # at the start
     cdef readonly int64_t batch_size
     cdef readonly int64_t batch_bytes
     cdef readonly int64_t max_buffered
@@ -179,7 +168,7 @@ cdef class Accumulator:
             raise TypeError(f"expected a kbatch.Envelope, not {type(item).__name__}")
         envelope = own_data(<Envelope> item)
         size = self._measure(envelope)  # first: it may run Python code, which may send
-        if self.stage != ACCEPTING or self.forks != _forks:
+        if self.stage != ACCEPTING or self.pid != _this_pid:
             self._look()
         if self.held >= self.max_buffered or self.waiters:
             return False
@@ -256,7 +245,7 @@ cdef class Accumulator:
         waiter = self._line_up(envelope, signal)
         try:
             while not waiter.taken:
-                if self.stage != ACCEPTING or self.forks != _forks:
+                if self.stage != ACCEPTING or self.pid != _this_pid:
                     self._look()
                 if not signal.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
                     if not waiter.taken:
@@ -317,14 +306,14 @@ cdef class Accumulator:
     # -- for the thread that sends
 
     def _accept(self) -> None:
-        self.forks = _forks
+        self.pid = _this_pid
         if self.stage == UNUSED:
             self.stage = ACCEPTING
 
     def _stop_accepting(self) -> None:
         """Refuses every envelope from here on, also those that wait for room."""
         if self.stage == UNUSED:
-            self.forks = _forks
+            self.pid = _this_pid
         self.stage = REFUSING
         while self.waiters:
             self._wake(self.waiters.popleft())
@@ -382,7 +371,7 @@ cdef class Accumulator:
 
     @property
     def _is_forked(self) -> bool:
-        return self.stage != UNUSED and self.forks != _forks
+        return self.stage != UNUSED and self.pid != _this_pid
 
     def _check_fork(self) -> None:
         if self._is_forked:

@@ -104,16 +104,17 @@ cdef struct BatchState:
     BatchState *next_in_line
 
 
+cdef int _this_pid = kb_pid()  # of this process, at hand without a system call
 cdef int32_t _pinned = 0
 
 
-cdef void _forget_pinned() noexcept nogil:
-    # In a forked child: those batches are the parent's, and never given back here.
-    global _pinned
-    _pinned = 0
+cdef void _in_forked_child() noexcept nogil:
+    global _this_pid, _pinned
+    _this_pid = kb_pid()
+    _pinned = 0  # those batches are the parent's, and never given back here
 
 
-kb_on_fork_child(_forget_pinned)
+kb_on_fork_child(_in_forked_child)
 
 
 def pinned_buffers() -> int:

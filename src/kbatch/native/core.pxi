@@ -64,7 +64,7 @@ cdef class Batch:
 
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
-        if self.state.client.pid and self.state.client.pid != kb_pid():
+        if self.state.client.pid and self.state.client.pid != _this_pid:
             return  # in a forked child: a thread of the parent may have held the lock
         drop_records(&self.state)
         arena_give(self.state.client, &self.state.bodies)
@@ -271,7 +271,7 @@ cdef class Core:
         cdef Client *c = self.c
         if c == NULL:
             return
-        if c.pid and c.pid != kb_pid():
+        if c.pid and c.pid != _this_pid:
             return  # a forked child owns none of it
         # Nothing is in flight: a batch in flight keeps its Core. The drainer ends librdkafka by itself.
         kb_mutex_lock(&c.mu)
@@ -296,7 +296,7 @@ cdef class Core:
         with self.start_lock:
             if KB_LOAD32(&c.life) != NEW:
                 return 0
-            c.pid = kb_pid()  # from here on a forked child must not use it, not even to start it
+            c.pid = _this_pid  # from here on a forked child must not use it, not even to start it
             try:
                 if self.on_start is not None:
                     self.on_start()
@@ -342,7 +342,7 @@ cdef class Core:
         return 0
 
     cdef int _check_fork(self) except -1:
-        if self.c.pid and self.c.pid != kb_pid():
+        if self.c.pid and self.c.pid != _this_pid:
             raise ForkError(
                 "this producer was used before the fork and its threads are not in this process; make a new one here, "
                 "for example in os.register_at_fork(after_in_child=…), gunicorn's post_fork or Celery's "
@@ -686,7 +686,7 @@ cdef class Core:
         self._check_fork()
         with self.start_lock:
             if c.life == NEW and c.pid == 0:
-                c.pid = kb_pid()
+                c.pid = _this_pid
                 try:
                     self.dispatcher._attach(self)
                 except BaseException:
@@ -783,7 +783,7 @@ cdef class Core:
         if not KB_LOAD32(&batch.state.done):
             self._check_fork()
             return self._drive(batch, deadline, FOR_BATCH)
-        if self.c.pid == kb_pid():
+        if self.c.pid == _this_pid:
             release_idle(self.c)
         return True
 
@@ -886,7 +886,7 @@ cdef class Core:
         cdef int64_t deadline = deadline_after(timeout)
         cdef int64_t now, lost
         cdef bint mine
-        if c.pid and c.pid != kb_pid():
+        if c.pid and c.pid != _this_pid:
             return 0
         if KB_LOAD32(&c.life) == NEW:
             with self.start_lock:  # a thread may be in the middle of starting it
@@ -954,7 +954,7 @@ cdef class Core:
     def name(self) -> str | None:
         """librdkafka's name of the instance; None before the first use and after close."""
         cdef str name = None
-        if KB_LOAD32(&self.c.life) == RUNNING and self.c.pid == kb_pid():
+        if KB_LOAD32(&self.c.life) == RUNNING and self.c.pid == _this_pid:
             name = api.name(self.c.rk).decode()
         return name
 

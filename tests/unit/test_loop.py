@@ -1,0 +1,122 @@
+"""From other threads to an event loop."""
+
+import asyncio
+import gc
+import threading
+import weakref
+
+import pytest
+
+from kbatch._loop import LoopWaker, Turns
+
+
+class CountingLoop(asyncio.SelectorEventLoop):
+    woken = 0
+
+    def call_soon_threadsafe(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.woken += 1
+        return super().call_soon_threadsafe(*args, **kwargs)
+
+
+def on_a_thread(*functions: LoopWaker) -> None:
+    def run() -> None:
+        for function in functions:
+            function()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def test_a_loop_is_woken_once_for_all_that_come_before_it_looks() -> None:
+    async def main() -> None:
+        for _ in range(3):
+            wakers = [LoopWaker() for _ in range(100)]
+            before = loop.woken
+            on_a_thread(*wakers)
+            assert loop.woken == before + 1
+            await asyncio.wait_for(asyncio.gather(*(waker.future for waker in wakers)), 30)
+
+    loop = CountingLoop()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+
+
+def test_two_loops_are_woken_each_for_its_own() -> None:
+    async def wakers() -> list[LoopWaker]:
+        return [LoopWaker() for _ in range(3)]
+
+    async def answers(of: list[LoopWaker]) -> None:
+        await asyncio.wait_for(asyncio.gather(*(waker.future for waker in of)), 30)
+
+    loops = [CountingLoop(), CountingLoop()]
+    try:
+        both = [loop.run_until_complete(wakers()) for loop in loops]
+        on_a_thread(*(waker for pair in zip(*both, strict=True) for waker in pair))
+        assert [loop.woken for loop in loops] == [1, 1]
+        for loop, own in zip(loops, both, strict=True):
+            loop.run_until_complete(answers(own))
+    finally:
+        for loop in loops:
+            loop.close()
+
+
+def test_who_comes_after_one_that_was_interrupted_is_resolved() -> None:
+    async def main() -> None:
+        wakers = [LoopWaker() for _ in range(3)]
+        interrupted.append(wakers[0].future)
+        wakers[0].future.add_done_callback(lambda _: None)
+        waiting.extend(waker.future for waker in wakers[1:])
+        on_a_thread(*wakers)
+        await asyncio.gather(*waiting)
+
+    class Interrupted(asyncio.Future):  # type: ignore[type-arg]
+        def set_result(self, result: object) -> None:
+            super().set_result(result)
+            if self in interrupted:
+                raise KeyboardInterrupt
+
+    interrupted: list[asyncio.Future[None]] = []
+    waiting: list[asyncio.Future[None]] = []
+    loop = asyncio.new_event_loop()
+    loop.create_future = lambda: Interrupted(loop=loop)  # type: ignore[method-assign]
+    task = loop.create_task(main())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(task)
+        assert not any(future.done() for future in waiting)
+        loop.run_until_complete(asyncio.wait_for(task, 30))
+    finally:
+        loop.close()
+
+
+def test_a_closed_loop_is_forgotten_with_what_came_for_it() -> None:
+    async def main() -> list[LoopWaker]:
+        return [LoopWaker() for _ in range(3)]
+
+    loop = asyncio.new_event_loop()
+    wakers = loop.run_until_complete(main())
+    on_a_thread(wakers[0])
+    loop.close()  # before it has looked
+    on_a_thread(*wakers[1:])
+    assert not any(waker.future.done() for waker in wakers)
+    gone = weakref.ref(loop)
+    del loop, wakers
+    asyncio.run(main())  # another one begins
+    gc.collect()
+    assert gone() is None
+
+
+def test_turns_are_taken_from_joining_to_leaving() -> None:
+    async def main() -> None:
+        turns = Turns()
+        assert not turns.are_taken()
+        first, second = turns.join(), turns.join()
+        first.leave()
+        assert turns.are_taken()
+        second.leave()
+        assert not turns.are_taken()
+
+    asyncio.run(main())
