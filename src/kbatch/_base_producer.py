@@ -181,7 +181,7 @@ class BaseProducer:
 
 def check_timeout(timeout: float | None) -> None:
     """Raises for a negative time: confluent-kafka's -1 waits for ever, and must not end a wait at once here."""
-    if timeout is not None and not timeout >= 0:  # nor NaN
+    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):  # nor NaN
         raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
 
 

@@ -311,6 +311,7 @@ _ENVELOPES_OWN = frozenset(
         -162,  # _KEY_SERIALIZATION
         -161,  # _VALUE_SERIALIZATION
         10,  # MSG_SIZE_TOO_LARGE
+        32,  # INVALID_TIMESTAMP
         87,  # INVALID_RECORD
     )
 )

@@ -51,8 +51,11 @@ def _seconds_until(end: float) -> float:
 def _close_all() -> None:
     end = time.monotonic() + _TIMEOUT_S
     senders = list(SENDERS)
-    _each(senders, lambda sender: sender._drain(0))  # all of them send at once
-    _each(senders, lambda sender: sender._drain(_seconds_until(end)))
+    try:
+        _each(senders, lambda sender: sender._drain(0))  # all of them send at once
+        _each(senders, lambda sender: sender._drain(_seconds_until(end)))
+    except KeyboardInterrupt:  # whoever does not want to wait is told all the same what was not sent
+        end = 0.0
     _each(senders, lambda sender: sender._begin_end())
     told = time.monotonic() + _LAST_WORDS_S
     _each(senders, lambda sender: sender._await_end(told))

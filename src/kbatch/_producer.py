@@ -72,6 +72,7 @@ class Producer(BaseProducer):
                 to librdkafka is settled as failed.
             ProducerClosedError, ProducerFatalError, ForkError: The producer cannot send. Nothing was sent.
         """
+        check_timeout(timeout)
         batch = PendingBatch(self._core)
         end = None if timeout is None else time.monotonic() + timeout
         self._core.map(batch, topic, envelopes)

@@ -382,13 +382,13 @@ def test_dead_letters(cluster: MockCluster, opened: Open) -> None:
     assert driver.drain() == 0
     assert driver.reasons == ["SerializationError"]
     stats = driver.stats()
-    assert (stats["dead_letters"], stats["acked"], stats["failed"]) == (2, 2, 1)
+    assert (stats["dead_letters"], stats["acked"], stats["failed"]) == (2, 0, 1)
     assert values(cluster) == []
     refused, tried = read_back(cluster.bootstrap_servers, "dead")
     headers = {name: value.decode() for name, value in refused.headers if value is not None}
     assert (refused.key, refused.value, headers["id"], headers["x"]) == (b"k", b"refused", str(first.id), "1")
     assert headers["dead-letter-topic"] == TOPIC
-    assert headers["dead-letter-error"] == "POLICY_VIOLATION"
+    assert (headers["dead-letter-error"], headers["dead-letter-attempts"]) == ("POLICY_VIOLATION", "1")
     assert "POLICY_VIOLATION" in headers["dead-letter-reason"]
     assert "deliver-by" not in headers
     told = datetime.fromisoformat(headers["dead-letter-time"].replace("Z", "+00:00"))
@@ -538,10 +538,11 @@ def test_a_fenced_producer_is_never_replaced(cluster: MockCluster, opened: Open)
 
 @ONLY_THREADS
 def test_while_it_is_open_nothing_is_written_and_nothing_is_made(cluster: MockCluster, opened: Open) -> None:
-    cluster.push_request_errors(ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS] * 3)
+    cluster.push_request_errors(ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS])
     driver = opened(
         config=NO_RETRIES,
         retry=RetryPolicy(None, initial_backoff_s=0.01),
+        failures_to_open=1,
         probe_interval_s=1.0,
         max_probe_interval_s=1.0,
     )
@@ -565,8 +566,9 @@ def test_while_it_is_open_nothing_is_written_and_nothing_is_made(cluster: MockCl
 
 
 def test_a_trial_that_fails_opens_it_again(cluster: MockCluster, opened: Open) -> None:
-    cluster.push_request_errors(ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS] * 5)
-    driver = opened(config=NO_RETRIES, retry=RetryPolicy(None, initial_backoff_s=0.01, max_backoff_s=0.02))
+    cluster.push_request_errors(ApiKey.PRODUCE, [NOT_ENOUGH_REPLICAS] * 3)
+    retry = RetryPolicy(None, initial_backoff_s=0.01, max_backoff_s=0.02)
+    driver = opened(config=NO_RETRIES, retry=retry, failures_to_open=1)
     driver.send(Envelope(data=b"1", partition=0))
     assert driver.flush() == 0
     until(lambda: driver.states == ["closed", *["open", "half-open"] * 3, "closed"], "what the callback is told")

@@ -5,7 +5,7 @@ from typing import NamedTuple
 MAP, BATCH, CLIENT, CORE, ACCUMULATOR = (
     f"native/{name}.pxi" for name in ("map", "batch", "client", "core", "accumulator")
 )
-AGENT = "_sending/_agent.py"
+AGENT, QUEUE = "_sending/_agent.py", "_sending/_queue.py"
 TEXT, ENVELOPE = "native/text.pxi", "native/envelope.pxi"
 
 
@@ -206,23 +206,65 @@ MUTANTS = (
     Mutant(
         "who waited for room and left is taken all the same",
         ACCUMULATOR,
-        "                self.waiters.remove(waiter)\n",
-        "                pass\n",
-        "tests/mock/test_sender_leaks.py tests/mock/test_sending.py",
+        "            if waiter.gone:\n",
+        "            if waiter.gone and waiter.bytes < 0:\n",
+        "tests/unit/test_batch_formation.py",
     ),
     Mutant(
         "the buffer has no bound",
         ACCUMULATOR,
-        "        if self.held >= self.max_buffered or self.waiters:\n",
-        "        if self.waiters:\n",
+        "        if self.held >= self.max_buffered or len(self.waiters) > self.gone:\n",
+        "        if len(self.waiters) > self.gone:\n",
         "tests/mock/test_sender_leaks.py",
     ),
     Mutant(
         "the age of a batch begins with its last envelope",
         ACCUMULATOR,
         "                batch.envelopes.append(envelope)\n",
-        "                batch.envelopes.append(envelope)\n                batch.oldest_ns = kb_now_ns()\n",
+        "                batch.envelopes.append(envelope)\n                batch.due_ns = kb_now_ns() + self.timeout_ns\n",
         "tests/unit/test_sending_agent.py",
+    ),
+    Mutant(
+        "a sender that is forgotten loses what it has just taken",
+        ACCUMULATOR,
+        "            self.signal.keeper = self  #",
+        "            pass  #",
+        "tests/unit/test_starvation.py",
+    ),
+    Mutant(
+        "one envelope that is refused again and again opens the circuit",
+        AGENT,
+        "entry.failures == 1 or",
+        "entry.failures >= 1 or",
+        "tests/unit/test_starvation.py",
+    ),
+    Mutant(
+        "the trial of the circuit is always what failed before",
+        AGENT,
+        'verdict != "succeeded" and flight.entries is not None',
+        "False",
+        "tests/unit/test_starvation.py",
+    ),
+    Mutant(
+        "what may be stored is told as not stored if its last attempt failed for sure",
+        QUEUE,
+        "if entry.possibly_persisted and not",
+        "if not entry.seq < 0 and entry.attempts < 0 and not",
+        "tests/unit/test_starvation.py",
+    ),
+    Mutant(
+        "an envelope has the age of those that came with it",
+        ACCUMULATOR,
+        "        return self.newest_ns / 1e9\n",
+        "        return self.begun_ns / 1e9\n",
+        "tests/unit/test_batch_formation.py",
+    ),
+    Mutant(
+        "a loop that is woken resolves one of those that came",
+        "_loop.py",
+        "for _ in range(len(self.wakers)):",
+        "for _ in range(min(1, len(self.wakers))):",
+        "tests/unit/test_loop.py",
     ),
     Mutant(
         "what waits is forgotten when closing begins while the thread is at work",
@@ -306,7 +348,7 @@ MUTANTS = (
     Mutant(
         "a child of a fork may use the producer",
         CORE,
-        "        if self.c.pid and self.c.pid != kb_pid():\n            raise ForkError(",
+        "        if self.c.pid and self.c.pid != _this_pid:\n            raise ForkError(",
         "        if self.c.pid < 0:\n            raise ForkError(",
         "tests/mock/test_lifecycle.py",
     ),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import random
 import signal
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +88,7 @@ class Accumulators(RuleBasedStateMachine):
         self.filling: list[tuple[Envelope[Any], int]] = []
         self.waiters: list[tuple[Envelope[Any], int, RoomWaiter]] = []
         self.held = self.outside = 0  # outside: taken out, not given back
-        self.refusing = False
+        self.refusing = self.hastened = False
         self.woken: list[Envelope[Any]] = []
         self.expected_woken: list[Envelope[Any]] = []
         self.taken: list[Envelope[Any]] = []
@@ -116,6 +120,7 @@ class Accumulators(RuleBasedStateMachine):
         if self.filling:
             self.closed.append(self.filling)
             self.filling = []
+        self.hastened = False
 
     def make_room(self) -> None:
         while self.waiters and self.held < self.max_buffered and not self.refusing:
@@ -148,12 +153,17 @@ class Accumulators(RuleBasedStateMachine):
 
     @rule()
     def the_batch_is_closed(self) -> None:
-        assert self.sender._close_filling() == len(self.accepted)
+        self.sender._close_filling()
         self.close()
 
     @rule()
+    def the_batch_is_hastened(self) -> None:
+        assert self.sender._hasten_filling() == len(self.accepted)
+        self.hastened = bool(self.filling)
+
+    @rule()
     def a_batch_is_taken(self) -> None:
-        if not self.closed and self.at_once:
+        if not self.closed and (self.at_once or self.hastened):
             self.close()
         batch = self.sender._next_batch()
         if not self.closed:
@@ -201,13 +211,12 @@ class Accumulators(RuleBasedStateMachine):
         assert len(self.sender) == self.held <= self.max_buffered
         assert self.sender.accepted == len(self.accepted)
         assert all(one is other for one, other in zip(self.woken, self.expected_woken, strict=True))
-        oldest = self.sender._oldest()
+        oldest = self.sender._first_seq()
         if self.closed or self.filling:
-            assert oldest is not None
-            assert oldest.first_seq == len(self.taken)
+            assert oldest == len(self.taken)
             due_s = self.sender._due_in()
             assert due_s is not None
-            assert (due_s == 0) == bool(self.closed or self.at_once)
+            assert (due_s == 0) == bool(self.closed or self.at_once or self.hastened)
         else:
             assert (oldest, self.sender._due_in()) == (None, None)
 
@@ -245,16 +254,13 @@ def test_a_batch_is_closed_by_count_or_before_it_has_too_many_bytes() -> None:
         [20],
         [10],
     ]
-    assert sender._close_filling() == 9
+    sender._close_filling()
     assert [batch.first_seq for batch in take_all(sender)] == [7]
 
 
 def test_the_age_is_that_of_the_first_and_a_trickle_does_not_put_it_off() -> None:
     sender = make()
     sender.send(sized(1))
-    first = sender._oldest()
-    assert first is not None
-    accepted_at = first.accepted_at
     due_s = sender._due_in()
     assert due_s is not None
     for _ in range(50):
@@ -263,16 +269,74 @@ def test_the_age_is_that_of_the_first_and_a_trickle_does_not_put_it_off() -> Non
         assert later_s is not None
         assert later_s < due_s
         due_s = later_s
-    assert (first.accepted_at, len(first.envelopes)) == (accepted_at, 51)
     assert sender._next_batch() is None
+    sender._close_filling()
+    assert [len(batch.envelopes) for batch in take_all(sender)] == [51]
+
+
+def test_no_envelope_of_a_batch_is_older_than_it_says() -> None:
+    sender = make()
+    sender.send(sized(1))
+    time.sleep(0.01)
+    before = time.monotonic()
+    sender.send(sized(1))
+    sender._close_filling()
+    batch = sender._next_batch()
+    assert batch is not None
+    assert before <= batch.accepted_at <= time.monotonic()
+
+
+def test_what_is_too_old_is_taken_out_when_all_of_its_batch_is() -> None:
+    sender = make()
+    sender.send(sized(1))
+    sender._close_older(3600)
+    assert sender._pop_older(0) is None  # not closed yet
+    sender._close_older(0)
+    sender.send(sized(1))
+    assert sender._pop_older(3600) is None
+    batch = sender._pop_older(0)
+    assert batch is not None
+    assert (batch.first_seq, len(batch.envelopes)) == (0, 1)
+    assert sender._pop_older(0) is None
+    assert sender._first_seq() == 1
+
+
+def test_many_that_wait_for_room_may_leave_in_any_order() -> None:
+    sender = make(max_buffered=1)
+    sender.send(sized(1))
+    woken: list[int] = []
+    waiters = [sender._line_up(sized(1), functools.partial(woken.append, n)) for n in range(1000)]
+    leaving = random.Random(5).sample(range(1000), 990)
+    for n in leaving:
+        sender._leave_line(waiters[n])
+        sender._leave_line(waiters[n])  # once more does nothing
+    rest = sorted(set(range(1000)) - set(leaving))
+    for _ in rest:
+        assert not sender.try_send(sized(1))
+        sender._give_back(1)
+    assert woken == rest
+    assert [waiters[n].taken for n in rest] == [True] * 10
+    sender._give_back(1)
+    assert sender.try_send(sized(1))
+
+
+def test_who_holds_something_is_kept_by_the_signal_that_its_thread_waits_for() -> None:
+    sender = make()
+    kept, thread_waits_for = weakref.ref(sender), sender.signal
+    sender.send(sized(1))
+    del sender
+    gc.collect()
+    assert kept() is not None
+    thread_waits_for.keep(None)
+    gc.collect()
+    assert kept() is None
 
 
 def test_it_is_due_at_its_age_and_not_before() -> None:
     sender = make(batch_timeout_s=0.01)
     sender.send(sized(1))
-    first = sender._oldest()
     until(lambda: sender._due_in() == 0, "the age of the batch")
-    assert sender._next_batch() is first
+    assert sender._next_batch() is not None
     assert sender._next_batch() is None
 
 
@@ -308,7 +372,7 @@ def test_full_is_said_with_its_time_and_the_envelope_is_not_taken() -> None:
     sender = make(max_buffered=1)
     sender.send(sized(1))
     assert not sender.try_send(sized(1))
-    with pytest.raises(kbatch.SenderFullError, match=r"within 0 s: 1 are waiting"):
+    with pytest.raises(kbatch.SenderFullError, match=r"within 0 s: 1 have no outcome yet"):
         sender.send(sized(1), timeout=0)
     with pytest.raises(ValueError, match="timeout must be seconds, 0 or more"):
         sender.send(sized(1), timeout=-1)

@@ -126,7 +126,7 @@ class Queues(RuleBasedStateMachine):
         self.queue = make_queue(
             self.policy, strict_order=strict, hold_scheduled=hold, batch_size=batch_size, batch_bytes=batch_bytes
         )
-        self.now, self.wall = NOW, WALL
+        self.now, self.wall, self.longest_s = NOW, WALL, 8
         self.buffer: list[Batch] = []
         self.accepted = 0
         self.sent: dict[int, Sent] = {}  # by the id of the envelope; of each that the queue has, or has had
@@ -171,15 +171,21 @@ class Queues(RuleBasedStateMachine):
         if flight is not None:
             size = sum(len(bytes(envelope.data or b"")) for envelope in flight.envelopes)
             assert flight.isolated or len(flight.envelopes) == 1 or size <= self.batch_bytes
-        elif self.buffer and self.queue.wants_batch():
-            batch = self.buffer.pop(0)
-            for envelope in batch.envelopes:
-                sent = self.sent[id(envelope)]
-                sent.state = "waiting"
-                if self.hold and envelope.scheduled_time is not None:
-                    due = envelope.scheduled_time.timestamp()
-                    sent.due = due if due > self.wall else None
-            flight = self.queue.admit(batch, self.now, self.wall)
+            self.depart(flight)
+            return flight
+        return self.admit_next()
+
+    def admit_next(self) -> Flight | None:
+        if not self.buffer or not self.queue.wants_batch():
+            return None
+        batch = self.buffer.pop(0)
+        for envelope in batch.envelopes:
+            sent = self.sent[id(envelope)]
+            sent.state = "waiting"
+            if self.hold and envelope.scheduled_time is not None:
+                due = envelope.scheduled_time.timestamp()
+                sent.due = due if due > self.wall else None
+        flight = self.queue.admit(batch, self.now, self.wall)
         if flight is not None:
             self.depart(flight)
         return flight
@@ -228,6 +234,24 @@ class Queues(RuleBasedStateMachine):
             sent.departures -= 1
             sent.not_before = 0.0
 
+    @rule()
+    def what_is_new_goes_first(self) -> None:
+        """As the agent has it for the circuit breaker's trial, after one of what had failed before."""
+        if self.flights:
+            return
+        self.queue.step_aside(self.now)
+        self.admit_next()
+
+    @rule(for_good=st.booleans())
+    def nothing_is_put_off(self, for_good: bool) -> None:
+        if for_good:
+            self.longest_s = 1
+            self.queue.hurry(self.now, 1)
+        else:
+            self.queue.hasten(self.now)
+        for sent in self.sent.values():
+            sent.not_before = min(sent.not_before, self.now)
+
     outcomes = st.sampled_from([None, None, RETRIABLE, PERMANENT, OUTAGE, FATAL])
 
     @precondition(lambda self: self.flights)
@@ -269,7 +293,7 @@ class Queues(RuleBasedStateMachine):
         if code == PERMANENT:
             return True
         sent.failures += 1
-        sent.not_before = self.now + min(2 ** (sent.failures - 1), 8)
+        sent.not_before = self.now + min(2 ** (sent.failures - 1), self.longest_s)
         sent.attempts += code == RETRIABLE
         if code == RETRIABLE and self.policy.max_attempts is not None and sent.attempts >= self.policy.max_attempts:
             return True

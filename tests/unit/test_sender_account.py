@@ -252,7 +252,8 @@ class Senders(RuleBasedStateMachine):
             was_ended, self.ended = self.ended, True
             not_sent = self.driver.close(HANG_S if self.end_s is None else self.end_s)
             self.join()
-            assert was_ended or not_sent == 0 or self.end_s is not None  # nothing hinders it any more
+            if not was_ended and self.end_s is None:  # nothing hinders it any more
+                assert self.handed_back() == 0
             self.check_account(not_sent)
             self.mend()  # what was in flight may still arrive
             assert self.driver.close(HANG_S) == not_sent
@@ -308,15 +309,19 @@ class Senders(RuleBasedStateMachine):
         stored = {number for _, number in self.stored(TOPIC)}
         letters = {number for _, number in self.stored(DEAD)}
         assert {*told, *stored, *letters} <= self.taken.keys()
-        handed_back = sum(isinstance(error, kbatch.SenderClosedError) for _, error in self.told)
-        assert handed_back <= not_sent <= len(told)
+        assert self.handed_back() <= not_sent <= len(told)
         assert {number_of(envelope) for envelope, _ in self.driver.agent.failed} == self.raises & set(told)
         stats = self.driver.stats()
         assert len(self.driver) == stats["buffered"] == stats["in_flight_batches"] == 0
         assert stats["failed"] == len(told)
-        assert stats["accepted"] == len(self.taken) == stats["acked"] + stats["failed"] + stats["expired"]
-        assert stats["acked"] == len((stored | letters) - set(told))
+        ends = ("acked", "dead_letters", "failed", "expired")
+        assert stats["accepted"] == len(self.taken) == sum(stats[end] for end in ends)
+        assert stats["acked"] == len(stored - set(told))
+        assert stats["dead_letters"] == len(letters - set(told))
         self.check_order()
+
+    def handed_back(self) -> int:
+        return sum(isinstance(error, kbatch.SenderClosedError) for _, error in self.told)
 
     def check_order(self) -> None:
         seen: dict[str, list[int]] = {}

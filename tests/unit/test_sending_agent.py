@@ -98,10 +98,11 @@ class EndsTooLate(concurrent.futures.Future[None]):
         super().result(timeout)
 
 
-@pytest.mark.parametrize("error", [None, TimeoutError("its own"), ZeroDivisionError()])
+@pytest.mark.parametrize("kind_of_error", [None, TimeoutError, ZeroDivisionError])
 def test_a_callback_ends_while_its_loop_is_looked_at(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception | None
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind_of_error: type[Exception] | None
 ) -> None:
+    error = None if kind_of_error is None else kind_of_error("its own")
     told: list[Envelope[Any]] = []
 
     async def on_failed(envelope: Envelope[Any], _: kbatch.KbatchError) -> None:
@@ -163,20 +164,14 @@ def encode(message: Any, _: object) -> bytes:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("poison", "is_stored", "retried"),
-    [
-        (Poison(MemoryError("too large")), True, 1),
-        (Poison(*[MemoryError("too large")] * 9), False, 2),
-        (Poison(SystemExit(3)), False, 0),
-        (Poison(KeyboardInterrupt()), False, 0),
-    ],
+    ("kind_of_error", "times", "is_stored", "retried"),
+    [(MemoryError, 1, True, 1), (MemoryError, 9, False, 2), (SystemExit, 1, False, 0), (KeyboardInterrupt, 1, False, 0)],
     ids=["no memory for a moment", "never any memory", "sys.exit", "Ctrl-C"],
 )
 def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing(
-    kind: str, poison: Poison, is_stored: bool, retried: int
+    kind: str, kind_of_error: type[BaseException], times: int, is_stored: bool, retried: int
 ) -> None:
-    poison = Poison(*poison.errors)
-    first = poison.errors[0]
+    poison = Poison(*(kind_of_error() for _ in range(times)))
     retry = kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.001)
     with (
         MemoryProducer(encoder=encode) as producer,
@@ -187,5 +182,5 @@ def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing
         values = [record.value() for record in producer.records]
         assert sorted(values) == sorted([b"%d" % n for n in range(20)] + [b"cured"] * is_stored)
         assert driver.stats()["retried"] == retried
-        assert [type(error.__cause__) for _, error in driver.failed] == ([] if is_stored else [type(first)])
+        assert [type(error.__cause__) for _, error in driver.failed] == ([] if is_stored else [kind_of_error])
         assert driver.states == ["closed"]

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import random
 import re
+import sys
 import threading
 import time
 import warnings
 import weakref
+from bisect import bisect_left, insort
 from collections import deque
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
@@ -33,6 +35,7 @@ from kbatch._errors import (
     SenderError,
     SerializationError,
     blames_envelope,
+    is_outage,
 )
 from kbatch._fastmap import Signal
 from kbatch._pending import PendingBatch
@@ -70,7 +73,9 @@ _KEPT_FAILURES = 1000
 _LONG = 2000  # envelopes; the GIL is given up while more are mapped
 _SLICE_S = 0.002
 _PROBE_TIMEOUT_S = 2.0
-_EXPIRE_EVERY_S = 1.0
+_HURRY_S = 1.0  # while closing, the most between two attempts and two probes
+_REMIND_EVERY_S = 60.0
+_WITH_THE_LAST = sys.maxsize  # a number that no envelope reaches
 _LOOK_AT_CLOCK_S = 30.0  # time since 1970 may jump
 _UNKNOWN = -185  # _TIMED_OUT: what is told of an envelope that was still in flight at the end
 _LAST_WORDS_S = 1.0  # for callbacks, after the deadline of closing
@@ -109,6 +114,7 @@ class BaseSendingAgent:
             on_failed,
             dead_letter_topic,
             on_state_change,
+            takes_coroutines=self._takes_coroutines,
         )
         if topic is not None:
             check_topic("topic", topic)
@@ -117,10 +123,6 @@ class BaseSendingAgent:
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
-        if not self._takes_coroutines:
-            for name, callback in (("on_failed", on_failed), ("on_state_change", on_state_change)):
-                if is_coroutine_function(callback):
-                    raise ConfigError(f"{name} must not be a coroutine function; kbatch.aio.SendingAgent takes them")
         self.topic = topic
         if isinstance(producer, ProducerHandle):
             self._handle = producer  # acquired for this agent
@@ -150,16 +152,25 @@ class BaseSendingAgent:
         self._thread: threading.Thread | None = None
         self._pid: int | None = None  # where it was started
         self._news: deque[Callable[[], None]] = deque()  # for the thread
-        self._watchers: list[_Watcher] = []
-        self._untold: deque[list[Ended]] = deque()  # on_failed has these, or will have
+        self._watchers: list[tuple[int, int, _Watcher]] = []  # by number; under `_mu`
+        self._watched = 0  # ever
+        # Of what on_failed has, or will have: the lowest number, and all.
+        self._untold: deque[tuple[int, list[Ended]]] = deque()
         self._broken: BaseProducer | None = None  # in its fatal state, to be replaced
         self._death: KbatchError | None = None  # nothing can be sent any more
         self._giving_up = False
         self._is_over = False  # the thread has ended, or is about to
         self._abandoned: set[Flight] = set()
         self._released = False
-        self._ended_in_giving_up = 0
+        self._not_sent = 0  # since closing began
+        age = self._policy.max_age_s
+        self._expire_every_s = None if age is None else min(1.0, age / 10)
         self._next_expiry = 0.0
+        self._last_success = -math.inf
+        self._last_error: KbatchError | None = None
+        self._tries_buffered_next = False  # what the next trial of the circuit is; see `_next`
+        self._hastens = False  # the first trial since a probe succeeded
+        self._opened_at = self._reminded_at = 0.0
         self._failed_topic = topic  # None: one of several
         self._counts = dict.fromkeys(("acked", "expired", "failed", "retried", "dead_letters"), 0)
 
@@ -174,8 +185,13 @@ class BaseSendingAgent:
         them."""
         return tuple(self._kept)
 
+    @property
+    def last_error(self) -> KbatchError | None:
+        """Why an envelope failed the last time that one did, whether or not it was sent again; ``None`` before."""
+        return self._last_error
+
     def __repr__(self) -> str:
-        return f"<{self._shown} to {self.topic!r}, circuit {self.state.value}>"
+        return f"<{self._shown} to {self.topic!r}, circuit breaker {self.state.value}>"
 
     # -- for a batch that is not sent again
 
@@ -265,13 +281,12 @@ class BaseSendingAgent:
                     self._thread = None
                 raise
 
-    def _refusal(self) -> KbatchError:
-        """Why nothing is taken any more."""
+    def _refusal(self, last: KbatchError | None = None) -> KbatchError:
+        """Why nothing is taken any more, or why an envelope is not sent again whose last attempt failed with `last`."""
         death = self._death
-        if death is None:
-            return SenderClosedError("the sender is closed")
-        error = SenderClosedError(f"the sender has ended: {death}")
-        error.__cause__ = death
+        text = "the sender is closed" if death is None else f"the sender has ended: {death}"
+        error = SenderClosedError(text if last is None else f"{text}; the last attempt failed: {last}")
+        error.__cause__ = last or death
         return error
 
     def _check_caller(self) -> None:
@@ -292,16 +307,20 @@ class BaseSendingAgent:
 
         With ``None``, once there is none at all.
         """
-        watcher = _Watcher(seq, wake)
-        self._watchers.append(watcher)
+        with self._mu:
+            self._watched += 1
+            watcher = _Watcher((_WITH_THE_LAST if seq is None else seq, self._watched), wake)
+            insort(self._watchers, (*watcher.place, watcher))
         self._signal.set()
         if self._is_over:
             wake()
         return watcher
 
     def _unwatch(self, watcher: _Watcher) -> None:
-        with contextlib.suppress(ValueError):  # another thread was first
-            self._watchers.remove(watcher)
+        with self._mu:
+            at = bisect_left(self._watchers, watcher.place)  # type: ignore[type-var]
+            if at < len(self._watchers) and self._watchers[at][2] is watcher:
+                del self._watchers[at]
 
     def _left(self, seq: int) -> int:
         """How many of the envelopes before `seq` may have no outcome, without those scheduled for later."""
@@ -310,6 +329,18 @@ class BaseSendingAgent:
         if queue is None:
             return 0
         return max(0, min(len(buffer) - queue.scheduled, seq))
+
+    def _hurry(self) -> None:
+        """What is left is to be sent soon: closing has begun."""
+        self._news.append(self._hurry_now)
+        self._signal.set()
+
+    def _hurry_now(self) -> None:
+        queue, now = self._queue, time.monotonic()
+        assert queue is not None
+        queue.hurry(now, _HURRY_S)
+        with self._mu:
+            self._circuit.hurry(now, _HURRY_S)
 
     def _end(self, timeout: float) -> int:
         """Gives up what was not sent, for good. How many envelopes that were."""
@@ -340,8 +371,8 @@ class BaseSendingAgent:
         self._callbacks.join(_seconds_until(end))
         lost = 0
         if self._is_over and self._buffer is not None:  # after a crash there may be some that nobody could be told of
-            lost = max(0, len(self._buffer) - sum(len(told) for told in list(self._untold)))
-        return self._ended_in_giving_up + lost
+            lost = max(0, len(self._buffer) - sum(len(told) for _, told in list(self._untold)))
+        return self._not_sent + lost
 
     def _stats(self) -> dict[str, int]:
         queue = self._queue
@@ -362,7 +393,9 @@ class BaseSendingAgent:
         finally:
             if pause == _OVER:
                 self._is_over = True
-                for watcher in self._watchers[:]:
+                with self._mu:
+                    waiting = [watcher for _, _, watcher in self._watchers]
+                for watcher in waiting:
                     watcher.wake()
         return pause
 
@@ -400,10 +433,10 @@ class BaseSendingAgent:
         else:
             self._probe_if_due(now)
             self._replace_if_settled()
+            if self._expire_every_s is not None and now >= self._next_expiry:
+                self._next_expiry = now + self._expire_every_s
+                self._expire(now, wall)
             self._send_all(now, wall)
-            if self._circuit.state is not CircuitState.CLOSED and now >= self._next_expiry:
-                self._next_expiry = now + _EXPIRE_EVERY_S
-                self._expire(now)
         sent_away = self._see_off(now)
         self._tell_watchers()
         if giving_up and not queue.in_flight:
@@ -431,7 +464,7 @@ class BaseSendingAgent:
             probe_at = self._circuit.probe_at()
             if probe_at is not None:
                 due.append(probe_at - now)
-            if self._policy.max_age_s is not None and self._circuit.state is not CircuitState.CLOSED:
+            if self._expire_every_s is not None and self._buffer is not None and len(self._buffer) > queue.scheduled:
                 due.append(self._next_expiry - now)
         return max(0.0, min(due)) if due else None
 
@@ -447,20 +480,43 @@ class BaseSendingAgent:
         )
 
     def _send_all(self, now: float, wall: float) -> None:
+        while self._can_send():
+            flight = self._next(now, wall)
+            if flight is None:
+                return
+            self._send(flight)
+
+    def _next(self, now: float, wall: float) -> Flight | None:
+        """What is sent next: what waits for another attempt, or else what is buffered.
+
+        The trial of the circuit is what failed first, whatever its back-off. But that may be what cannot be stored for
+        a reason that others do not share, such as a partition without a leader. So after a trial that did not succeed
+        the next one is what was never sent, if there is such.
+        """
         queue = self._queue
         assert queue is not None
-        while self._can_send():
-            flight = queue.next_flight(now, wall)
-            if flight is None:
-                if self._buffer is None or not queue.wants_batch():
-                    return
-                batch = self._buffer._next_batch()
-                if batch is None:
-                    return
-                flight = queue.admit(batch, now, wall)
-                if flight is None:
-                    continue
-            self._send(flight)
+        if self._circuit.state is CircuitState.HALF_OPEN:
+            if self._tries_buffered_next:
+                queue.step_aside(now)
+                flight = self._next_buffered(now, wall)
+                if flight is not None:
+                    return flight
+            if self._hastens:
+                self._hastens = False
+                queue.hasten(now)
+        flight = queue.next_flight(now, wall)
+        return self._next_buffered(now, wall) if flight is None else flight
+
+    def _next_buffered(self, now: float, wall: float) -> Flight | None:
+        queue = self._queue
+        assert queue is not None
+        flight = None
+        while flight is None and self._buffer is not None and queue.wants_batch():
+            batch = self._buffer._next_batch()
+            if batch is None:
+                break
+            flight = queue.admit(batch, now, wall)
+        return flight
 
     def _send(self, flight: Flight) -> None:
         queue = self._queue
@@ -486,7 +542,7 @@ class BaseSendingAgent:
                 self._die(error)
         except ProducerError as error:  # in its fatal state, or after a transaction whose end is not known
             queue.put_back(flight)
-            self._log(logging.WARNING, "a producer can send no more and will be replaced: %s", error)
+            self._log(logging.WARNING, "a producer can send no more: %s", error)
             self._broken = producer
             self._note("failed", flight.trial, time.monotonic())
         except BaseException as error:  # a header_hook that fails, no memory, no threads, a sys.exit() in an encoder
@@ -538,19 +594,35 @@ class BaseSendingAgent:
             reasons = dict(rejected)
             failures = [(index, reasons.get(index, error)) for index, error in report.errors.items()]
         again = self._death is None and not self._giving_up
+        if not again:
+            failures = [(index, self._as_refusal(error)) for index, error in failures]
         ended = len(queue.ended)
         queue.settled(flight, failures, now, again=again)
-        verdict = _verdict(report.acked, failures) if again else "nothing"
+        if report.acked:
+            self._last_success = now
+        if failures:
+            self._last_error = failures[-1][1]
+        verdict = _verdict(flight, report.acked, failures, self._last_success) if again else "nothing"
         if verdict == "failed":
             self._failed_topic = self._topic_to_ask(flight.envelopes)
+        if flight.trial:
+            self._tries_buffered_next = verdict != "succeeded" and flight.entries is not None
         self._note(verdict, flight.trial, now)
         done = len(report) - report.failed
-        self._counts["acked"] += report.acked
+        letters = _stored_letters(flight, failures)
+        self._counts["acked"] += report.acked - letters
+        self._counts["dead_letters"] += letters
         self._counts["expired"] += done - report.acked
         if failures and again:
             self._counts["retried"] += len(failures) - (len(queue.ended) - ended)
         if self._buffer is not None and done:
             self._buffer._give_back(done)
+
+    def _as_refusal(self, error: KbatchError) -> KbatchError:
+        """What is told of an envelope that failed when all was given up, and that no broker can have stored."""
+        if isinstance(error, DeliveryError) and error.retriable and not error.possibly_persisted:
+            return self._refusal(error)
+        return error
 
     # -- the circuit
 
@@ -570,17 +642,28 @@ class BaseSendingAgent:
         if state is before:
             return
         if state is CircuitState.OPEN:
+            if before is CircuitState.CLOSED:
+                self._opened_at = self._reminded_at = time.monotonic()
             self._log(
                 logging.WARNING,
-                "the circuit breaker of %r is open: %d batches in a row failed; nothing is sent until a probe succeeds",
-                self.topic,
-                self._circuit.failures,
+                "the circuit breaker of %r is open: %d batches in a row failed, the last with %s; nothing is sent until "
+                "a probe succeeds",
+                *(self.topic, self._circuit.failures, self._last_error),
             )
         else:
-            self._log(logging.INFO, "the circuit breaker of %r is %s", self.topic, state.value)
+            self._hastens = state is CircuitState.HALF_OPEN
+            level = logging.WARNING if state is CircuitState.CLOSED else logging.INFO  # whoever saw it open sees it end
+            self._log(level, "the circuit breaker of %r is %s", self.topic, state.value)
         if self._on_state_change is not None:
-            self._callbacks.put(self._call_back, self._on_state_change, before, state)
+            self._callbacks.put(self._tell_state_change, before, state)
         self._signal.set()
+
+    def _tell_state_change(self, before: CircuitState, state: CircuitState) -> None:
+        assert self._on_state_change is not None
+        try:
+            self._call_back(self._on_state_change, before, state)
+        except BaseException as error:  # also a sys.exit(): whatever comes next is to be told
+            self._log(logging.ERROR, "on_state_change failed", exc_info=error)
 
     def _topic_to_ask(self, envelopes: Sequence[Envelope[Any]]) -> str | None:
         return self.topic if all(envelope.topic in (None, self.topic) for envelope in envelopes) else None
@@ -611,12 +694,21 @@ class BaseSendingAgent:
             reason = f"{type(error).__name__}: {error}"
         finally:
             if reason is not None:
-                self._log(logging.DEBUG, "a probe of %r failed: %s", self.topic, reason)
+                self._log_probe(reason)
             with self._mu:
                 before = self._circuit.state
                 self._circuit.probed(reason is None, time.monotonic())
                 self._tell_state(before)
             self._signal.set()
+
+    def _log_probe(self, reason: str) -> None:
+        now = time.monotonic()
+        level = logging.DEBUG
+        if now - self._reminded_at >= _REMIND_EVERY_S:
+            self._reminded_at, level = now, logging.WARNING
+        held = 0 if self._buffer is None else len(self._buffer)
+        text = "the circuit breaker of %r has been open for %.0f s, %d envelopes are held; a probe failed: %s"
+        self._log(level, text, self.topic, now - self._opened_at, held, reason)
 
     def _may_replace(self) -> bool:
         queue = self._queue
@@ -657,7 +749,7 @@ class BaseSendingAgent:
                     for seq, envelope in enumerate(batch.envelopes, batch.first_seq)
                 ]
         for entry in entries:
-            queue.ended.append(Ended(entry, entry.error or self._refusal()))
+            queue.ended.append(Ended.of(entry, self._refusal(entry.error)))
 
     def _abandon_flights(self) -> None:
         """After the end of closing: what is still in flight has no known outcome."""
@@ -670,20 +762,20 @@ class BaseSendingAgent:
             ]
             queue.settled(flight, failures, time.monotonic(), again=False)
 
-    def _expire(self, now: float) -> None:
-        queue, buffer = self._queue, self._buffer
+    def _expire(self, now: float, wall: float) -> None:
+        queue, buffer, age = self._queue, self._buffer, self._policy.max_age_s
         assert queue is not None
+        assert age is not None
+        assert self._expire_every_s is not None
         queue.expire(now)
-        age = self._policy.max_age_s
-        if age is None or buffer is None:
+        if buffer is None:
             return
-        while (batch := buffer._oldest()) is not None and now - batch.accepted_at >= age:
-            buffer._close_filling()
-            batch = buffer._next_batch()
-            assert batch is not None
-            for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
-                error = CircuitOpenError(f"not sent within max_age_s={age}: the circuit breaker is open")
-                queue.ended.append(Ended(Entry(envelope, seq, batch.accepted_at, None), error))
+        buffer._close_older(self._expire_every_s)  # else what came much later would be in one batch with it
+        error: KbatchError = SenderError(f"not sent within max_age_s={age}")
+        if self._circuit.state is not CircuitState.CLOSED:
+            error = CircuitOpenError(f"not sent within max_age_s={age}: the circuit breaker is open")
+        while (batch := buffer._pop_older(age)) is not None:
+            queue.expire_batch(batch, wall, error)
 
     def _see_off(self, now: float) -> bool:
         """What has ended goes to the dead letters, or to `on_failed`. Whether there is a dead letter to send."""
@@ -705,30 +797,31 @@ class BaseSendingAgent:
             if letter is None:
                 told.append(end)
             else:
-                self._counts["dead_letters"] += 1
                 queue.add_dead_letter(letter, end, now)
-        if self._giving_up or self._death is not None:
-            self._ended_in_giving_up += len(told)
+        if self._giving_up or self._buffer is None or self._buffer._is_refusing:
+            self._not_sent += len(told)
         self._counts["failed"] += len(told)
         if told:
-            self._untold.append(told)
+            self._untold.append((min(end.entry.seq for end in told), told))
             self._callbacks.put(self._tell_failed, told)
         return len(told) < len(ended)
 
     def _tell_failed(self, told: list[Ended]) -> None:
         if self._on_failed == self._keep_failure:
+            first = told[0].entry.envelope
             self._log(
                 logging.ERROR,
-                "%d envelopes to %r were given up; the first is %s: %s",
-                *(len(told), self.topic, told[0].entry.envelope.id, told[0].error),
+                "%d envelope%s to %r given up; the first, %s with the key %r: %s",
+                *(len(told), " was" if len(told) == 1 else "s were", self.topic, first.id, first.key),
+                _reason(told[0].error),
             )
         for end in told:
             try:
                 self._call_back(self._on_failed, end.entry.envelope, end.error)
             except BaseException as error:  # also a sys.exit(): the others are to be told
                 self._keep_failure(end.entry.envelope, end.error)
-                text = "on_failed failed; agent.failed keeps envelope %s"
-                self._log(logging.ERROR, text, end.entry.envelope.id, exc_info=error)
+                text = "on_failed failed; agent.failed keeps envelope %s, which was given up: %s"
+                self._log(logging.ERROR, text, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
                 if self._buffer is not None:
                     self._buffer._give_back(1)  # not before: what a slow callback has not taken yet is held, too
@@ -756,21 +849,30 @@ class BaseSendingAgent:
     def _tell_watchers(self) -> None:
         if not self._watchers:
             return
+        if self._buffer is None or len(self._buffer) == 0:
+            before = _WITH_THE_LAST + 1
+        elif self._watchers[0][0] == _WITH_THE_LAST:
+            return
+        else:
+            before = self._oldest() + 1
+        with self._mu:
+            count = bisect_left(self._watchers, (before,))  # type: ignore[type-var]
+            done, self._watchers[:count] = self._watchers[:count], []
+        for _, _, watcher in done:
+            watcher.done = True
+            watcher.wake()
+
+    def _oldest(self) -> int:
+        """The lowest number of an envelope without an outcome, unless it is scheduled for later; one less than
+        `_WITH_THE_LAST` if there is none."""
         buffer, queue = self._buffer, self._queue
         assert buffer is not None
         assert queue is not None
-        oldest = min(
-            chain((end.entry.seq for told in list(self._untold) for end in told), _unless_none(queue.oldest())),
-            default=None,
-        )
-        if oldest is None:
-            batch = buffer._oldest()
-            oldest = None if batch is None else batch.first_seq
-        for watcher in self._watchers[:]:
-            if len(buffer) == 0 or (watcher.seq is not None and (oldest is None or oldest >= watcher.seq)):
-                self._unwatch(watcher)
-                watcher.done = True
-                watcher.wake()
+        numbers = [seq for seq, _ in list(self._untold)]
+        for seq in (queue.oldest(), buffer._first_seq()):
+            if seq is not None:
+                numbers.append(seq)
+        return min(numbers, default=_WITH_THE_LAST - 1)
 
 
 def _run(
@@ -785,7 +887,9 @@ def _run(
             return  # its start was interrupted, and another took its place
         pause = agent._turn()
         if pause == _OVER:
+            signal.keep(None)
             return
+        signal.keep(None)  # before the look: whoever sends after it keeps the agent by the signal
         if agent._is_idle():
             del agent
         if pause != 0.0:
@@ -862,8 +966,8 @@ class SendingAgent(BaseSendingAgent):
 class _Watcher:
     """Somebody who waits until all before `seq` is done."""
 
-    def __init__(self, seq: int | None, wake: Callable[[], None]) -> None:
-        self.seq = seq
+    def __init__(self, place: tuple[int, int], wake: Callable[[], None]) -> None:
+        self.place = place  # the number, and which of those with the same one
         self.wake = wake
         self.done = False
 
@@ -904,13 +1008,33 @@ class Outcome(SenderCallback):
             self.verdict = "failed"
 
 
-def _verdict(acked: int, failures: list[tuple[int, KbatchError]]) -> Verdict:
-    """What the outcome of a batch says about the brokers."""
+def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:
+    """What the outcome of a flight says about the brokers.
+
+    An envelope that fails again and again counts as often only if that is for want of a broker, and nothing else has
+    been stored since it failed first. Else one that no broker takes would stop all others. A dead letter never counts.
+    """
     if acked:
         return "succeeded"
-    if all(blames_envelope(error) for _, error in failures):
-        return "nothing"
-    return "failed"
+    for index, error in failures:
+        if blames_envelope(error):
+            continue
+        entry = None if flight.entries is None else flight.entries[index]
+        if entry is None:
+            return "failed"
+        if entry.origin is not None:
+            continue
+        assert entry.failed_at is not None
+        if flight.trial or entry.failures == 1 or (is_outage(error) and entry.failed_at > last_success):
+            return "failed"
+    return "nothing"
+
+
+def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> int:
+    if flight.entries is None:
+        return 0
+    letters = sum(1 for entry in flight.entries if entry.origin is not None)
+    return letters - sum(1 for index, _ in failures if flight.entries[index].origin is not None)
 
 
 def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: OutgoingBatch, error: KbatchError) -> None:
@@ -918,6 +1042,11 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
         method(batch, error)
     except Exception:
         _logger.exception("a sender callback failed; the batch keeps its outcome: %r", error)
+
+
+def _reason(error: KbatchError) -> str:
+    # Without the place in a batch, of which whoever sends single envelopes knows nothing.
+    return error.reason if isinstance(error, SerializationError) else str(error)
 
 
 def _seconds_until(end: float) -> float:
@@ -942,6 +1071,8 @@ def check_agent_options(
     on_failed: Any,
     dead_letter_topic: Any,
     on_state_change: Any,
+    *,
+    takes_coroutines: bool,
 ) -> None:
     """Raises ConfigError for what an agent cannot take."""
     if retry is not None and not isinstance(retry, RetryPolicy):
@@ -960,6 +1091,8 @@ def check_agent_options(
     for name, value in (("on_failed", on_failed), ("on_state_change", on_state_change)):
         if value is not None and not callable(value):
             raise ConfigError(f"{name} must be callable, not {type(value).__name__}")
+        if not takes_coroutines and is_coroutine_function(value):
+            raise ConfigError(f"{name} must not be a coroutine function; kbatch.aio's topics and agents take them")
     if dead_letter_topic is not None:
         check_topic("dead_letter_topic", dead_letter_topic)
 

@@ -89,7 +89,8 @@ class BaseBatchedSender(Accumulator):
     def __repr__(self) -> str:
         if not hasattr(self, "_agent"):
             return f"<{self._shown} refused>"
-        return f"<{self._shown} to {self._agent.topic!r}, {len(self)} buffered, circuit {self._agent.state.value}>"
+        state = "closed" if self.closed else f"circuit breaker {self._agent.state.value}"
+        return f"<{self._shown} to {self._agent.topic!r}, {len(self)} buffered, {state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a sender cannot be pickled: it owns threads and connections")
@@ -104,7 +105,7 @@ class BaseBatchedSender(Accumulator):
         self._check_fork()
         if len(self) == 0:  # its thread may never have begun
             return 0
-        seq = self._close_filling()
+        seq = self._hasten_filling()
         return 0 if self._wait_for(seq, timeout) else self._agent._left(seq)
 
     def _drain(self, timeout: float | None) -> int:
@@ -114,6 +115,7 @@ class BaseBatchedSender(Accumulator):
         self._stop_accepting()
         if len(self) == 0:
             return 0
+        self._agent._hurry()
         self._wait_for(None, timeout)
         return len(self)
 
@@ -127,6 +129,9 @@ class BaseBatchedSender(Accumulator):
         end = time.monotonic() + timeout
         try:
             self._drain(timeout)
+        except BaseException:  # Ctrl-C: whoever wants to leave does not wait for the deadline
+            end = 0.0
+            raise
         finally:
             not_sent = self._agent._end(max(0.0, end - time.monotonic()))
             SENDERS.discard(self)

@@ -108,6 +108,13 @@ class CircuitBreaker:
         self._interval_s = min(2 * self._interval_s, self._max_interval_s)
         self._plan_probe(now)
 
+    def hurry(self, now: float, at_most_s: float) -> None:
+        """Probes now if it is open, and from now on at least that often."""
+        self._first_interval_s = min(self._first_interval_s, at_most_s)
+        self._interval_s = min(self._interval_s, at_most_s)
+        self._max_interval_s = min(self._max_interval_s, at_most_s)
+        self._probe_at = min(self._probe_at, now)
+
     def _open(self, now: float) -> None:
         self.state = CircuitState.OPEN
         self._on_trial = False

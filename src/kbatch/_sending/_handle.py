@@ -113,7 +113,7 @@ class ProducerHandle:
             self.producer = twin
             _handles[id(twin)] = self
         with contextlib.suppress(Exception):  # whatever a handler of logs does
-            _logger.warning("%r cannot send any more; a new producer with its settings takes its place", dead)
+            _logger.warning("a new producer takes the place of one that can send no more: %r", dead)
         if dead is not self._given:
             _close(dead, 0.0)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import check_timeout
+from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import (
+    ConfigError,
     ProducerClosedError,
     ProducerFatalError,
     ProducerFencedError,
     SenderClosedError,
     UndeliveredError,
 )
+from kbatch._producer import Producer
+from kbatch._sending._agent import check_topic
 from kbatch._sending._handle import ProducerHandle
 
 if TYPE_CHECKING:
@@ -19,9 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._base_producer import BaseProducer
     from kbatch._fastmap import Envelope
-    from kbatch._producer import Producer
     from kbatch._report import DeliveryReport
 
 __all__ = ["BaseInlineSender", "InlineSender"]
@@ -31,11 +32,17 @@ class BaseInlineSender:
     """What does not wait of an inline sender, be it blocking or for asyncio."""
 
     _shown = "kbatch.InlineSender"
+    _producer_class: type[BaseProducer] = Producer
 
     def __init__(
         self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout: float = 30.0
     ) -> None:
         check_timeout(close_timeout)
+        if not isinstance(producer, (self._producer_class, ProducerHandle)):
+            shown = getattr(producer, "_shown", type(producer).__name__)
+            raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
+        if topic is not None:
+            check_topic("topic", topic)
         self.topic = topic
         self._close_timeout = close_timeout
         if isinstance(producer, ProducerHandle):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Ended", "Entry", "Flight", "SendQueue"]
 
 _MSG_SIZE_TOO_LARGE = 10
+_TIMED_OUT = -185
 
 
 class Formed(Protocol):
@@ -44,7 +45,10 @@ class Formed(Protocol):
 class Entry:
     """An envelope that has failed before, or that waits for something."""
 
-    __slots__ = ("accepted_at", "attempts", "envelope", "error", "failures", "group", "origin", "seq")
+    __slots__ = (
+        *("accepted_at", "attempts", "envelope", "error", "failed_at", "failures", "group", "origin"),
+        *("possibly_persisted", "seq"),
+    )
 
     def __init__(self, envelope: Envelope[Any], seq: int, accepted_at: float, group: Hashable | None) -> None:
         self.envelope = envelope
@@ -53,7 +57,9 @@ class Entry:
         self.group = group  # what its order is kept in
         self.attempts = 0  # that count
         self.failures = 0  # all
+        self.failed_at: float | None = None  # for the first time
         self.error: KbatchError | None = None  # the last
+        self.possibly_persisted = False  # by one of its attempts
         self.origin: Ended | None = None  # of a dead letter
 
 
@@ -62,6 +68,16 @@ class Ended(NamedTuple):
 
     entry: Entry
     error: KbatchError
+
+    @classmethod
+    def of(cls, entry: Entry, error: KbatchError) -> Ended:
+        """Told with `error`, unless an earlier attempt may have been stored and `error` does not say so."""
+        if entry.possibly_persisted and not (isinstance(error, DeliveryError) and error.possibly_persisted):
+            last = error if isinstance(error, DeliveryError) else entry.error
+            code = last.code if isinstance(last, DeliveryError) else _TIMED_OUT
+            cause, error = error, DeliveryError(code, possibly_persisted=True)
+            error.__cause__ = cause
+        return cls(entry, error)
 
 
 class Flight:
@@ -149,6 +165,11 @@ class SendQueue:
         # due
         self._timers: list[tuple[float, int, Hashable | None, Entry | None]] = []
         self._scheduled: list[tuple[float, int, Entry]] = []  # by time since 1970
+        # Of the entries without an outcome and of flights without entries: the (first) numbers, but not those that are
+        # held for their time; and a heap that has all of them, and others that are dropped when they are met.
+        self._open: set[int] = set()
+        self._by_age: list[int] = []
+        self._longest_delay_s = policy.max_backoff_s
 
     # -- sending
 
@@ -192,6 +213,16 @@ class SendQueue:
             chosen.append(entry)
         return self._depart(_flight_of(chosen)) if chosen else None
 
+    def expire_batch(self, batch: Formed, wall: float, error: KbatchError) -> None:
+        """A batch that comes from the buffer too late: ends what of it is not held for its time."""
+        for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
+            entry = Entry(envelope, seq, batch.accepted_at, None)
+            if batch.scheduled and self._is_early(envelope, wall):
+                entry.group = self._group(envelope)
+                self._hold_until_due(entry)
+            else:
+                self._end(entry, error)
+
     def put_back(self, flight: Flight) -> None:
         """A flight that was not sent after all."""
         self._land(flight)
@@ -212,12 +243,16 @@ class SendQueue:
         failed: set[int] = set()
         for index, error in failures:
             entry = self._entry(flight, index)
-            if again and self._hold_scheduled and _is_early(error):
+            if again and self._hold_scheduled and _was_early(error):
                 self._hold_until_due(entry)  # the clock was set back
                 continue
             entry.error = error
+            entry.failures += 1
+            if entry.failed_at is None:
+                entry.failed_at = now
+            entry.possibly_persisted |= isinstance(error, DeliveryError) and error.possibly_persisted
             if not again or not self._may_go_again(entry, error, flight, now):
-                self.ended.append(Ended(entry, error))
+                self._end(entry, error)
                 continue
             failed.add(index)
             lane = None if entry.group is None else self._lanes.get(entry.group)
@@ -227,10 +262,15 @@ class SendQueue:
                 continue
             due = again_at.get(entry.failures)
             if due is None:  # one for all, so that what failed together goes again together
-                due = again_at[entry.failures] = now + self._policy.delay_s(max(1, entry.failures), self._random)
+                delay_s = min(self._policy.delay_s(entry.failures, self._random), self._longest_delay_s)
+                due = again_at[entry.failures] = now + delay_s
             self._wait_until(due, entry)
         if suspects:
             self._suspect(suspects, flight.isolated)
+        if flight.entries is not None:
+            for index, entry in enumerate(flight.entries):
+                if index not in failed:
+                    self._open.discard(entry.seq)
         if self._strict:
             for index in range(len(flight.envelopes)):
                 if index not in failed:
@@ -240,9 +280,33 @@ class SendQueue:
 
     def add_dead_letter(self, envelope: Envelope[Any], origin: Ended, now: float) -> None:
         """An envelope that is to be sent instead of one that ended."""
-        entry = Entry(envelope, origin.entry.seq, now, None)
+        entry = self._opened(Entry(envelope, origin.entry.seq, now, None))
         entry.origin = origin
         self._ready.append(entry)
+
+    # -- when the circuit breaker is to be closed, or the sender
+
+    def hasten(self, now: float) -> None:
+        """What waits for its next attempt may have it now, the oldest first."""
+        hastened: list[tuple[float, int, Hashable | None, Entry | None]] = []
+        for group, lane in self._lanes.items():
+            if lane.entries and not lane.busy:
+                lane.due = now
+                hastened.append((now, lane.entries[0].seq, group, None))
+        hastened += [(now, entry.seq, None, entry) for _, _, _, entry in self._timers if entry is not None]
+        self._timers = hastened
+        heapq.heapify(self._timers)
+
+    def hurry(self, now: float, at_most_s: float) -> None:
+        """As `hasten`; and from now on no attempt is put off for longer than so many seconds."""
+        self._longest_delay_s = min(self._longest_delay_s, at_most_s)
+        self.hasten(now)
+
+    def step_aside(self, now: float) -> None:
+        """What is ready lets a batch of `admit` go first, as far as the order of its group allows."""
+        ready, self._ready = self._ready, deque()
+        for entry in ready:
+            self._wait_until(now, entry)
 
     # -- time
 
@@ -293,10 +357,9 @@ class SendQueue:
 
     def oldest(self) -> int | None:
         """The lowest number of those that have no outcome, the scheduled ones not counted."""
-        seqs = (min(flight.seqs) if flight.entries else flight.seqs[0] for flight in self._flights)
-        scheduled = {id(entry) for _, _, entry in self._scheduled}
-        waiting = (entry.seq for entry in self._all_waiting() if id(entry) not in scheduled)
-        return min(chain(seqs, waiting), default=None)
+        while self._by_age and self._by_age[0] not in self._open:
+            heapq.heappop(self._by_age)
+        return self._by_age[0] if self._by_age else None
 
     def flights(self) -> list[Flight]:
         """What is in flight."""
@@ -310,6 +373,7 @@ class SendQueue:
         self._lanes.clear()
         self._timers.clear()
         self._scheduled.clear()
+        self._open.difference_update(entry.seq for entry in entries)
         return entries
 
     # -- inside
@@ -328,19 +392,37 @@ class SendQueue:
     def _depart(self, flight: Flight) -> Flight:
         self._flights.add(flight)
         self.in_flight += 1
+        if flight.entries is None:
+            self._note_open(flight.seqs[0])
         return flight
+
+    def _note_open(self, seq: int) -> None:
+        self._open.add(seq)
+        heapq.heappush(self._by_age, seq)
+        if len(self._by_age) > 2 * len(self._open) + 1000:
+            self._by_age = sorted(self._open)
+
+    def _opened(self, entry: Entry) -> Entry:
+        self._note_open(entry.seq)
+        return entry
+
+    def _end(self, entry: Entry, error: KbatchError) -> None:
+        self._open.discard(entry.seq)
+        self.ended.append(Ended.of(entry, error))
 
     def _land(self, flight: Flight) -> None:
         self._flights.remove(flight)
         self.in_flight -= 1
         if flight.isolated:
             self._isolating = False
+        if flight.entries is None:
+            self._open.discard(flight.seqs[0])
 
     def _entry(self, flight: Flight, index: int) -> Entry:
         if flight.entries is not None:
             return flight.entries[index]
         envelope = flight.envelopes[index]
-        return Entry(envelope, flight.seqs[index], flight.accepted_at, self._group(envelope))
+        return self._opened(Entry(envelope, flight.seqs[index], flight.accepted_at, self._group(envelope)))
 
     def _size_of(self, entry: Entry) -> int:
         try:
@@ -371,14 +453,13 @@ class SendQueue:
         seqs: list[int] = []
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
             group = self._group(envelope)
-            due = envelope.scheduled_time if batch.scheduled and self._hold_scheduled else None
-            if due is not None and due.timestamp() > wall:
+            if batch.scheduled and self._is_early(envelope, wall):
                 self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group))
                 continue
             if group is not None:
                 lane = self._lanes.get(group)
                 if lane is not None:
-                    lane.insert(Entry(envelope, seq, batch.accepted_at, group))
+                    lane.insert(self._opened(Entry(envelope, seq, batch.accepted_at, group)))
                     continue
                 if self._strict:
                     self._lanes[group] = lane = _Lane()
@@ -386,6 +467,10 @@ class SendQueue:
             envelopes.append(envelope)
             seqs.append(seq)
         return envelopes, seqs
+
+    def _is_early(self, envelope: Envelope[Any], wall: float) -> bool:
+        due = envelope.scheduled_time
+        return self._hold_scheduled and due is not None and due.timestamp() > wall
 
     def _may_go_again(self, entry: Entry, error: KbatchError, flight: Flight, now: float) -> bool:
         if isinstance(error, SerializationError) and error.index is not None:
@@ -396,7 +481,6 @@ class SendQueue:
                 return not (flight.isolated and len(flight.envelopes) == 1)
             if not error.retriable and not error.fatal:
                 return False
-        entry.failures += 1
         if not is_outage(error):
             entry.attempts += 1
             if self._policy.max_attempts is not None and entry.attempts >= self._policy.max_attempts:
@@ -451,6 +535,7 @@ class SendQueue:
     def _hold_until_due(self, entry: Entry) -> None:
         due = entry.envelope.scheduled_time
         assert due is not None
+        self._open.discard(entry.seq)
         heapq.heappush(self._scheduled, (due.timestamp(), entry.seq, entry))
 
     def _set_due(self, group: Hashable, lane: _Lane, due: float) -> None:
@@ -478,7 +563,7 @@ class SendQueue:
         while self._scheduled and self._scheduled[0][0] <= wall:
             due, _, entry = heapq.heappop(self._scheduled)
             entry.accepted_at = now - (wall - due)  # its age counts from when it could be sent
-            self._call_scheduled(entry)
+            self._call_scheduled(self._opened(entry))
 
     def _hold_ready(self) -> None:
         """What is ready goes to the lane of its group, if there is one, so that it leaves in the order of the group."""
@@ -518,7 +603,7 @@ class SendQueue:
         if not self._is_past_max_age(entry, now):
             return False
         error = entry.error or SenderError(f"not sent within max_age_s={self._policy.max_age_s}")
-        self.ended.append(Ended(entry, error))
+        self._end(entry, error)
         if self._strict and owns_lane and entry.group is not None:
             self._free(entry.group)
         return True
@@ -534,7 +619,7 @@ def _flight_of(entries: list[Entry], *, isolated: bool = False) -> Flight:
     )
 
 
-def _is_early(error: KbatchError) -> bool:
+def _was_early(error: KbatchError) -> bool:
     return isinstance(error, SerializationError) and error.index is not None and error.field == "scheduled_time"
 
 

@@ -186,7 +186,9 @@ class BaseTopic:
         batching = {**_defaults(self._batched_class, _BATCHING), **given}
         agent = {**_defaults(self._agent_class, _AGENT), **given}
         check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout=self.close_timeout)
-        check_agent_options(**{name: agent[name] for name in _AGENT})
+        check_agent_options(
+            **{name: agent[name] for name in _AGENT}, takes_coroutines=self._agent_class._takes_coroutines
+        )
         if agent["dead_letter_topic"] is not None:
             check_topic("dead_letter_topic", agent["dead_letter_topic"])
         if self.mode is Mode.INLINE:
@@ -237,6 +239,9 @@ class BaseTopic:
         except BaseException:
             handle.release(0)
             raise
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError(f"a {self._shown} cannot be pickled: its settings may hold secrets; make it where it is used")
 
     def __repr__(self) -> str:
         if "_is_given" not in vars(self):

@@ -105,7 +105,12 @@ class SendingAgent(BaseSendingAgent):
                 ended.set_result(None)
 
         def start() -> None:
-            self._callback_task = loop.create_task(run())  # a loop itself keeps weak references
+            task = self._callback_task = loop.create_task(run())  # a loop itself keeps weak references
+            task.add_done_callback(has_ended)
+
+        def has_ended(_: asyncio.Task[None]) -> None:
+            if not ended.done():  # cancelled before its first step
+                ended.set_exception(RuntimeError("the callback's task was cancelled"))
 
         if not call_on_loop(loop, start):
             raise RuntimeError("the event loop for the callback is closed")
@@ -188,7 +193,7 @@ class BatchedSender(BaseBatchedSender):
         if self._is_refusing:
             self._refuse()
         raise SenderFullError(
-            f"no room for the envelope within {timeout} s: {len(self)} are waiting for their acknowledgement"
+            f"no room for the envelope within {timeout} s: {len(self)} have no outcome yet"
         )
 
     async def flush(self, timeout: float | None = None) -> int:
@@ -200,7 +205,7 @@ class BatchedSender(BaseBatchedSender):
         self._check_fork()
         if len(self) == 0:  # its thread may never have begun
             return 0
-        seq = self._close_filling()
+        seq = self._hasten_filling()
         return 0 if await self._come_to(seq, timeout) else self._agent._left(seq)
 
     async def drain(self, timeout: float | None = None) -> int:
@@ -210,6 +215,7 @@ class BatchedSender(BaseBatchedSender):
         self._agent._check_caller()
         self._stop_accepting()
         if len(self):
+            self._agent._hurry()
             await self._come_to(None, timeout)
         return len(self)
 

@@ -8,6 +8,7 @@ from kbatch._base_producer import check_timeout
 from kbatch._errors import ProducerClosedError, ProducerFatalError
 from kbatch._loop import in_thread
 from kbatch._sending._inline import BaseInlineSender
+from kbatch.aio._producer import Producer
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope
     from kbatch._report import DeliveryReport
-    from kbatch.aio._producer import Producer
 
 __all__ = ["InlineSender"]
 
@@ -28,6 +28,7 @@ class InlineSender(BaseInlineSender):
     """
 
     _shown = "kbatch.aio.InlineSender"
+    _producer_class = Producer
 
     if TYPE_CHECKING:
 

@@ -59,6 +59,7 @@ class Producer(BaseProducer):
         a batch that is still being mapped; later, what was not yet handed to librdkafka is settled as failed, and the
         rest goes on.
         """
+        check_timeout(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         batch = PendingBatch(self._core)
         mapping = self._map_batch(batch, topic, envelopes)

@@ -6,7 +6,8 @@ cdef class Signal:
 
     cdef kb_mutex mu
     cdef kb_cond cond
-    cdef bint raised  # under `mu`
+    cdef bint raised    # under `mu`
+    cdef object keeper  # what must not be forgotten before it is taken back
 
     def __cinit__(self):
         kb_mutex_init(&self.mu)
@@ -15,6 +16,10 @@ cdef class Signal:
     def __dealloc__(self):
         kb_cond_destroy(&self.cond)
         kb_mutex_destroy(&self.mu)
+
+    def keep(self, what) -> None:
+        """Keeps something alive until another takes its place."""
+        self.keeper = what
 
     def set(self) -> None:
         kb_mutex_lock(&self.mu)
@@ -51,13 +56,15 @@ cdef class FormedBatch:
     cdef readonly list envelopes
     cdef readonly int64_t first_seq   # of the first; the others follow one by one
     cdef readonly int64_t bytes       # of keys and bodies, as `Accumulator` counts them
-    cdef int64_t oldest_ns
+    cdef int64_t begun_ns             # when the first came
+    cdef int64_t due_ns               # when it may go out, full or not
+    cdef int64_t newest_ns            # when it was closed; 0 before
     cdef readonly bint scheduled      # one of them has a scheduled_time
 
     @property
     def accepted_at(self) -> float:
-        """When the first came, as `time.monotonic`."""
-        return self.oldest_ns / 1e9
+        """When the last came, or somewhat later, as `time.monotonic`."""
+        return self.newest_ns / 1e9
 
 
 @cython.final
@@ -68,6 +75,8 @@ cdef class RoomWaiter:
     cdef int64_t bytes
     cdef object wake          # a Signal, or a callable that must not block
     cdef readonly bint taken  # the envelope has its place
+    cdef bint in_line
+    cdef bint gone            # it stands in line, but waits no longer
 
 
 cdef Envelope own_data(Envelope envelope):
@@ -107,6 +116,8 @@ cdef class Accumulator:
     cdef FormedBatch filling
     cdef object formed                # a deque of those that are closed
     cdef object waiters               # a deque of RoomWaiter, in the order of their calls
+    cdef Py_ssize_t gone              # of these, those that wait no longer
+    cdef int64_t line_changes         # of `waiters`, ever
     cdef int stage
     cdef public int _starting         # calls on event loops that wait for the start
     cdef int pid                      # at the start
@@ -143,7 +154,7 @@ cdef class Accumulator:
             SenderClosedError: The sender is closed.
             ForkError: It was used before a fork, and this is the child.
         """
-        if timeout is not None and not timeout >= 0:
+        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
             raise ValueError(
                 f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
         if not self._offer(envelope):
@@ -170,7 +181,7 @@ cdef class Accumulator:
         size = self._measure(envelope)  # first: it may run Python code, which may send
         if self.stage != ACCEPTING or self.pid != _this_pid:
             self._look()
-        if self.held >= self.max_buffered or self.waiters:
+        if self.held >= self.max_buffered or len(self.waiters) > self.gone:
             return False
         self._append(envelope, size)
         return True
@@ -214,12 +225,15 @@ cdef class Accumulator:
                 self._refuse()
             if self.filling is None:  # else a finalizer has sent something meanwhile
                 batch.first_seq = self.accepted
-                batch.oldest_ns = kb_now_ns()
+                batch.begun_ns = kb_now_ns()
+                batch.due_ns = batch.begun_ns + self.timeout_ns
                 self.filling = batch
                 self.signal.set()
                 break
         batch.bytes += size
         batch.scheduled |= envelope._scheduled_time != NO_TIME
+        if self.held == 0:
+            self.signal.keeper = self  # the thread may keep it weakly, and has not seen this yet
         self.held += 1
         self.accepted += 1
         if len(batch.envelopes) >= self.batch_size or batch.bytes >= self.batch_bytes:
@@ -230,6 +244,7 @@ cdef class Accumulator:
         return 0
 
     cdef int _close_batch(self) except -1:
+        self.filling.newest_ns = kb_now_ns()
         self.formed.append(self.filling)
         self.filling = None
         self.signal.set()
@@ -250,8 +265,7 @@ cdef class Accumulator:
                 if not signal.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
                     if not waiter.taken:
                         raise SenderFullError(
-                            f"no room for the envelope within {timeout} s: {self.held} are waiting for their "
-                            "acknowledgement")
+                            f"no room for the envelope within {timeout} s: {self.held} have no outcome yet")
         finally:
             self._leave_line(waiter)
         return 0
@@ -266,25 +280,60 @@ cdef class Accumulator:
         waiter.bytes = self._measure(waiter.envelope)
         waiter.wake = wake
         self.waiters.append(waiter)
+        waiter.in_line = True
+        self.line_changes += 1
         self._make_room()
         return waiter
 
     def _leave_line(self, RoomWaiter waiter not None) -> None:
-        if not waiter.taken:
-            try:
-                self.waiters.remove(waiter)
-            except ValueError:
-                pass
+        if waiter.in_line and not waiter.gone:
+            waiter.gone = True
+            waiter.envelope = None
+            self.gone += 1
+            if 2 * self.gone > len(self.waiters):
+                try:
+                    self._close_ranks()
+                except MemoryError:
+                    pass  # the next one tries again
             self._make_room()
+
+    cdef int _close_ranks(self) except -1:
+        # Takes out those that are gone: not each by itself, since there may be many, in any order.
+        cdef RoomWaiter waiter
+        cdef int64_t changes = self.line_changes
+        rest = collections.deque()
+        for waiter in list(self.waiters):
+            if not waiter.gone:
+                rest.append(waiter)
+        if self.line_changes == changes:  # else a finalizer has sent something, or given room back
+            self.gone -= len(self.waiters) - len(rest)
+            self.waiters = rest
+        return 0
+
+    cdef RoomWaiter _first_in_line(self):
+        # Takes out the first that waits; None if there is none.
+        cdef RoomWaiter waiter = None
+        while waiter is None and self.waiters:
+            waiter = self.waiters.popleft()
+            waiter.in_line = False
+            self.line_changes += 1
+            if waiter.gone:
+                self.gone -= 1
+                waiter = None
+        return waiter
 
     cdef int _make_room(self) except -1:
         cdef RoomWaiter waiter
-        while self.waiters and self.held < self.max_buffered and self.stage == ACCEPTING:
-            waiter = self.waiters.popleft()
+        while self.held < self.max_buffered and self.stage == ACCEPTING:
+            waiter = self._first_in_line()
+            if waiter is None:
+                return 0
             try:
                 self._append(waiter.envelope, waiter.bytes)
             except MemoryError:
                 self.waiters.appendleft(waiter)  # whoever gives room back next tries again
+                waiter.in_line = True
+                self.line_changes += 1
                 return 0
             except SenderClosedError:  # a finalizer has closed it, and has not seen this one in the line
                 self._wake(waiter)
@@ -312,23 +361,47 @@ cdef class Accumulator:
 
     def _stop_accepting(self) -> None:
         """Refuses every envelope from here on, also those that wait for room."""
+        cdef RoomWaiter waiter
         if self.stage == UNUSED:
             self.pid = _this_pid
         self.stage = REFUSING
-        while self.waiters:
-            self._wake(self.waiters.popleft())
+        while True:
+            waiter = self._first_in_line()
+            if waiter is None:
+                break
+            self._wake(waiter)
         self._close_filling()
 
-    def _close_filling(self) -> int:
-        """Closes the batch that is being filled. Returns the number of the next envelope."""
+    def _close_filling(self) -> None:
+        """Closes the batch that is being filled."""
         if self.filling is not None:
             self._close_batch()
+
+    def _hasten_filling(self) -> int:
+        """Has the batch that is being filled go out with the next slot. Returns the number of the next envelope."""
+        if self.filling is not None:
+            self.filling.due_ns = 0
         return self.accepted
+
+    def _close_older(self, double seconds) -> None:
+        """Closes the batch that is being filled if its first envelope is older."""
+        if self.filling is not None and self.filling.begun_ns + <int64_t> (seconds * 1e9) <= kb_now_ns():
+            self._close_batch()
+
+    def _pop_older(self, double seconds) -> FormedBatch | None:
+        """The oldest batch that is closed, if all in it are older."""
+        cdef FormedBatch batch
+        if not self.formed:
+            return None
+        batch = self.formed[0]
+        if batch.newest_ns + <int64_t> (seconds * 1e9) > kb_now_ns():
+            return None
+        return self.formed.popleft()
 
     def _next_batch(self) -> FormedBatch | None:
         """The oldest batch that is closed, or whose first envelope is old enough."""
         if not self.formed:
-            if self.filling is None or kb_now_ns() < self.filling.oldest_ns + self.timeout_ns:
+            if self.filling is None or kb_now_ns() < self.filling.due_ns:
                 return None
             self._close_batch()
         return self.formed.popleft()
@@ -339,11 +412,12 @@ cdef class Accumulator:
             return 0.0
         if self.filling is None:
             return None
-        return max(0.0, (self.filling.oldest_ns + self.timeout_ns - kb_now_ns()) / 1e9)
+        return max(0.0, (self.filling.due_ns - kb_now_ns()) / 1e9)
 
-    def _oldest(self) -> FormedBatch | None:
-        """The batch with the oldest envelope, closed or not."""
-        return self.formed[0] if self.formed else self.filling
+    def _first_seq(self) -> int | None:
+        """The number of the oldest envelope here."""
+        cdef FormedBatch batch = self.formed[0] if self.formed else self.filling
+        return None if batch is None else batch.first_seq
 
     def _give_back(self, int64_t count) -> None:
         """So many envelopes have their outcome."""
