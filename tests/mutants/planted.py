@@ -221,7 +221,8 @@ MUTANTS = (
         "the age of a batch begins with its last envelope",
         ACCUMULATOR,
         "                batch.envelopes.append(envelope)\n",
-        "                batch.envelopes.append(envelope)\n                batch.due_ns = kb_now_ns() + self.timeout_ns\n",
+        "                batch.envelopes.append(envelope)\n"
+        "                batch.due_ns = kb_now_ns() + self.timeout_ns\n",
         "tests/unit/test_sending_agent.py",
     ),
     Mutant(

@@ -165,7 +165,12 @@ def encode(message: Any, _: object) -> bytes:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("kind_of_error", "times", "is_stored", "retried"),
-    [(MemoryError, 1, True, 1), (MemoryError, 9, False, 2), (SystemExit, 1, False, 0), (KeyboardInterrupt, 1, False, 0)],
+    [
+        (MemoryError, 1, True, 1),
+        (MemoryError, 9, False, 2),
+        (SystemExit, 1, False, 0),
+        (KeyboardInterrupt, 1, False, 0),
+    ],
     ids=["no memory for a moment", "never any memory", "sys.exit", "Ctrl-C"],
 )
 def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing(

@@ -318,7 +318,7 @@ class BaseSendingAgent:
 
     def _unwatch(self, watcher: _Watcher) -> None:
         with self._mu:
-            at = bisect_left(self._watchers, watcher.place)  # type: ignore[type-var]
+            at = bisect_left(self._watchers, watcher.place)
             if at < len(self._watchers) and self._watchers[at][2] is watcher:
                 del self._watchers[at]
 
@@ -646,8 +646,8 @@ class BaseSendingAgent:
                 self._opened_at = self._reminded_at = time.monotonic()
             self._log(
                 logging.WARNING,
-                "the circuit breaker of %r is open: %d batches in a row failed, the last with %s; nothing is sent until "
-                "a probe succeeds",
+                "the circuit breaker of %r is open: %d batches in a row failed, the last with %s; nothing is sent "
+                "until a probe succeeds",
                 *(self.topic, self._circuit.failures, self._last_error),
             )
         else:
@@ -856,7 +856,7 @@ class BaseSendingAgent:
         else:
             before = self._oldest() + 1
         with self._mu:
-            count = bisect_left(self._watchers, (before,))  # type: ignore[type-var]
+            count = bisect_left(self._watchers, (before,))
             done, self._watchers[:count] = self._watchers[:count], []
         for _, _, watcher in done:
             watcher.done = True

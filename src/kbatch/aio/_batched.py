@@ -192,9 +192,7 @@ class BatchedSender(BaseBatchedSender):
             return
         if self._is_refusing:
             self._refuse()
-        raise SenderFullError(
-            f"no room for the envelope within {timeout} s: {len(self)} have no outcome yet"
-        )
+        raise SenderFullError(f"no room for the envelope within {timeout} s: {len(self)} have no outcome yet")
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.flush`."""

@@ -711,7 +711,7 @@ cdef class _Mapping:
             return self._map_one(item, record)
         except SerializationError as error:
             self.rejected.append((self.index, error))
-        except BaseException as error:  # the others must not pay for one without memory, or for a sys.exit() in an encoder
+        except BaseException as error:  # the others must not pay for a lack of memory, or a sys.exit() in an encoder
             if isinstance(error, Exception) and not isinstance(error, MemoryError):
                 raise
             reason = self._error("message", f"the envelope cannot be mapped: {type(error).__name__}: {error}")
