@@ -1,6 +1,6 @@
 """Takes events without waiting for Kafka; a worker that ends sends first what it has buffered.
 
-    KAFKA=localhost:9092 gunicorn --chdir examples -c shutdown_gunicorn_conf.py shutdown_gunicorn:app
+    KAFKA=localhost:9092 gunicorn --chdir examples -c examples/shutdown_gunicorn_conf.py shutdown_gunicorn:app
     curl --data-binary @events.jsonl http://localhost:8000
 
 Works with and without ``--preload``: a sender starts at its first use, so one that is made before the fork is each

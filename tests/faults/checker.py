@@ -301,7 +301,7 @@ def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> 
     told = Counter(token for token, _ in stream.told)
     if stream.death and "ProducerClosedError" not in history.rules.refusals:
         yield Violation("unexplained", f"the sender of step {stream.number} ended: {stream.death}")
-    if stream.left or (stream.not_sent and not stream.death and not stream.hopeless):
+    if stream.left or stream.not_sent > len(stream.told):
         yield Violation("settled", f"sender of step {stream.number}: {stream.left} left, {stream.not_sent} not sent")
     if stream.most > stream.bound:
         yield Violation("bounded", f"the sender of step {stream.number} held {stream.most}, not {stream.bound}")

@@ -84,7 +84,7 @@ class Stream:
     #: The longest that the sender was, and how long it may be.
     most: int = 0
     bound: int = 0
-    #: What `close` returned, and how many had no outcome then.
+    #: What `close` returned (of those that were told, how many since closing began), and how many had no outcome then.
     not_sent: int | None = None
     left: int = 0
     stats: dict[str, int] = field(default_factory=dict)

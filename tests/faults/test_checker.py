@@ -396,7 +396,7 @@ def stream(**fields: object) -> Callable[[History], None]:
         (stream(unmappable={"s3"}), "unexplained"),
         (stream(death="ProducerClosedError()"), "unexplained"),
         (stream(not_sent=None), "settled"),
-        (stream(not_sent=1), "settled"),
+        (stream(not_sent=2), "settled"),
         (stream(left=1), "settled"),
         (stream(most=4), "bounded"),
     ],

@@ -34,7 +34,7 @@ def server(log: Path, *arguments: str, status: int = 0, **variables: str) -> Ite
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", *arguments],
-            cwd=EXAMPLES,
+            cwd=EXAMPLES.parent,  # as the pages have it
             env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **variables},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -74,7 +74,7 @@ def process_of(answer: str) -> int:
 
 
 def gunicorn(*arguments: str) -> tuple[str, ...]:
-    options = ("--preload", "--workers", "2", "--bind", "127.0.0.1:0", "--graceful-timeout", "30")
+    options = ("--chdir", "examples", "--preload", "--workers", "2", "--bind", "127.0.0.1:0", "--graceful-timeout", "30")
     return ("gunicorn", *options, *arguments)
 
 
@@ -141,7 +141,7 @@ def test_gunicorn_with_a_producer_of_its_own_for_each_worker(kafka_cluster: Mock
     kafka_cluster.create_topic("starts", partitions=1)
     log = tmp_path / "log"
     processes: Counter[int] = Counter()
-    command = gunicorn("-c", "gunicorn_post_fork_conf.py", "gunicorn_post_fork:app")
+    command = gunicorn("-c", "examples/gunicorn_post_fork_conf.py", "gunicorn_post_fork:app")
     with server(log, *command, KAFKA=kafka_cluster.bootstrap_servers) as process:
         url = url_of(log, process, workers=2)
 
@@ -178,7 +178,7 @@ def test_celery_with_a_producer_made_before_the_fork(kafka_cluster: MockCluster,
         program = f"from celery_tasks import note, send_orders; {code}"
         subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, env={**os.environ, **variables}, check=True)
 
-    command = ["celery", "-A", "celery_tasks", "worker", "--concurrency", "2", "--loglevel", "DEBUG"]
+    command = ["celery", "--workdir", "examples", "-A", "celery_tasks", "worker", "--concurrency", "2", "--loglevel", "DEBUG"]
     with server(log, *command, "--without-mingle", "--without-gossip", **variables) as process:
         call(send)
         until(lambda: process.poll() is not None or log.read_text().count(" succeeded in ") == tasks, "the tasks")

@@ -126,7 +126,7 @@ def end_under_load(
 
 # -- FastAPI
 
-UVICORN = ("uvicorn", "--port", "0", "--timeout-graceful-shutdown", "20", "shutdown_fastapi:app")
+UVICORN = ("uvicorn", "--app-dir", "examples", "--port", "0", "--timeout-graceful-shutdown", "20", "shutdown_fastapi:app")
 UVICORN_IS_AT = r"running on (http://\S+)"
 
 
@@ -153,7 +153,7 @@ def test_fastapi_ends_under_load(cluster: MockCluster, tmp_path: Path) -> None:
 
 # -- gunicorn
 
-GUNICORN = ("gunicorn", "-c", "shutdown_gunicorn_conf.py", "--bind", "127.0.0.1:0")
+GUNICORN = ("gunicorn", "--chdir", "examples", "-c", "examples/shutdown_gunicorn_conf.py", "--bind", "127.0.0.1:0")
 GUNICORN_IS_AT = r"Listening at: (http://\S+)"
 
 
@@ -216,7 +216,7 @@ def celery(cluster: MockCluster, tmp_path: Path) -> dict[str, str]:
     }
 
 
-CELERY = ("celery", "-A", "shutdown_celery", "worker", "--concurrency", "2", "--loglevel", "INFO")
+CELERY = ("celery", "--workdir", "examples", "-A", "shutdown_celery", "worker", "--concurrency", "2", "--loglevel", "INFO")
 ALONE = ("--without-mingle", "--without-gossip")
 TASKS, TASK_SIZE = 40, 200
 OF_THE_TASKS = [f'"{number}-{i}"' for number in range(TASKS) for i in range(TASK_SIZE)]
@@ -322,7 +322,7 @@ def test_the_deadlines_of_the_pod_fit_into_each_other() -> None:
 
 def test_the_container_of_the_pod_ends_as_kubernetes_ends_it(cluster: MockCluster, tmp_path: Path) -> None:
     (container,) = manifest()["containers"]
-    here = {"examples": str(EXAMPLES), "0.0.0.0:8000": "127.0.0.1:0"}
+    here = {"0.0.0.0:8000": "127.0.0.1:0"}
     command = [here.get(argument, argument) for argument in container["command"]]
     variables = {each["name"]: each["value"] for each in container["env"]}
     variables["KAFKA"] = cluster.bootstrap_servers
