@@ -1,6 +1,7 @@
 """A producer that is used before the fork, here to tell of the start: each worker needs one of its own.
 
-    KAFKA=localhost:9092 gunicorn --chdir examples --preload -c examples/gunicorn_post_fork_conf.py gunicorn_post_fork:app
+    export KAFKA=localhost:9092
+    gunicorn --chdir examples --preload -c examples/gunicorn_post_fork_conf.py gunicorn_post_fork:app
     curl --data-binary @orders.jsonl http://localhost:8000
 
 Without ``-c`` the workers have the master's producer, whose threads are not in their process: `kbatch.ForkError`.

@@ -74,8 +74,8 @@ def process_of(answer: str) -> int:
 
 
 def gunicorn(*arguments: str) -> tuple[str, ...]:
-    options = ("--chdir", "examples", "--preload", "--workers", "2", "--bind", "127.0.0.1:0", "--graceful-timeout", "30")
-    return ("gunicorn", *options, *arguments)
+    options = ("--preload", "--workers", "2", "--bind", "127.0.0.1:0", "--graceful-timeout", "30")
+    return ("gunicorn", "--chdir", "examples", *options, *arguments)
 
 
 def test_gunicorn_with_a_producer_made_before_the_fork(kafka_cluster: MockCluster, tmp_path: Path) -> None:
@@ -178,7 +178,8 @@ def test_celery_with_a_producer_made_before_the_fork(kafka_cluster: MockCluster,
         program = f"from celery_tasks import note, send_orders; {code}"
         subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, env={**os.environ, **variables}, check=True)
 
-    command = ["celery", "--workdir", "examples", "-A", "celery_tasks", "worker", "--concurrency", "2", "--loglevel", "DEBUG"]
+    command = ["celery", "--workdir", "examples", "-A", "celery_tasks"]
+    command += ["worker", "--concurrency", "2", "--loglevel", "DEBUG"]
     with server(log, *command, "--without-mingle", "--without-gossip", **variables) as process:
         call(send)
         until(lambda: process.poll() is not None or log.read_text().count(" succeeded in ") == tasks, "the tasks")

@@ -126,7 +126,8 @@ def end_under_load(
 
 # -- FastAPI
 
-UVICORN = ("uvicorn", "--app-dir", "examples", "--port", "0", "--timeout-graceful-shutdown", "20", "shutdown_fastapi:app")
+UVICORN = ("uvicorn", "--app-dir", "examples", "--timeout-graceful-shutdown", "20", "--port", "0")
+UVICORN += ("shutdown_fastapi:app",)
 UVICORN_IS_AT = r"running on (http://\S+)"
 
 
@@ -216,7 +217,8 @@ def celery(cluster: MockCluster, tmp_path: Path) -> dict[str, str]:
     }
 
 
-CELERY = ("celery", "--workdir", "examples", "-A", "shutdown_celery", "worker", "--concurrency", "2", "--loglevel", "INFO")
+CELERY = ("celery", "--workdir", "examples", "-A", "shutdown_celery", "worker")
+CELERY += ("--concurrency", "2", "--loglevel", "INFO")
 ALONE = ("--without-mingle", "--without-gossip")
 TASKS, TASK_SIZE = 40, 200
 OF_THE_TASKS = [f'"{number}-{i}"' for number in range(TASKS) for i in range(TASK_SIZE)]

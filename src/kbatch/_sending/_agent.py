@@ -907,9 +907,14 @@ class SendingAgent(BaseSendingAgent):
     or is refused for good, is not sent again. When an envelope is given up, `on_failed` is told, once.
 
     After `failures_to_open` failed batches in a row the circuit breaker opens: nothing is sent, and a probe that writes
-    nothing asks whether the brokers know the topic and lead a partition of it. When they do, the oldest batch is the
-    trial; if it succeeds all goes on. A producer in its fatal state is replaced by one with the same settings, once
-    what it sent has settled; one that was fenced is not.
+    nothing asks whether the brokers know the topic and lead a partition of it. When they do, what failed first is the
+    trial; if it succeeds all goes on. After a trial that failed the next one is what was never sent, so that one
+    partition or topic that takes nothing does not stop the others. For the same reason an envelope that fails again
+    counts again only if no broker answered and nothing else was stored since it failed first. A producer in its fatal
+    state is replaced by one with the same settings, once what it sent has settled; one that was fenced is not.
+
+    Of one topic and key (or partition, without a key) the order of sending is the order in the log, until a delivery
+    fails: then those that were not sent yet wait behind it, and those under way may overtake it.
 
     Args:
         producer: A `kbatch.Producer`, which stays the caller's.
@@ -920,11 +925,9 @@ class SendingAgent(BaseSendingAgent):
             that fails doubles the time.
         max_in_flight_batches: How many batches are in flight at a time.
         strict_order: At most one envelope of a key is in flight, so that none is ever overtaken by a later one of its
-            key.
-            Slower where there are few keys: then a batch has few envelopes.
+            key. Slower where there are few keys: then a batch has few envelopes.
         on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
-            wait for its sender. By default an
-            error is logged, and `failed` holds the last 1,000.
+            wait for its sender. By default an error is logged, and `failed` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
             sender is closed.

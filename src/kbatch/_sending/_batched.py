@@ -166,7 +166,7 @@ class BatchedSender(BaseBatchedSender):
 
     The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
     `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it holds; then
-    it ends with a ResourceWarning.
+    it ends, with a ResourceWarning, when Python's garbage collector finds it.
 
     Args:
         agent: Sends the batches. Each sender has one of its own.
@@ -189,6 +189,9 @@ class BatchedSender(BaseBatchedSender):
 
         Returns:
             How many envelopes have no outcome yet, at most: if the time has passed, some may have been sent later.
+
+        Raises:
+            SenderError: It is called by a callback of the sender, for which it would wait.
         """
         return self._flush(timeout)
 
@@ -205,16 +208,22 @@ class BatchedSender(BaseBatchedSender):
         return self._drain(timeout)
 
     def close(self, timeout: float | None = None) -> int:
-        """As `drain`; then gives up what is left, and tells ``on_failed`` of each with `SenderClosedError`.
+        """As `drain`, with retries and probes at most a second apart; then gives up what is left, and tells
+        ``on_failed`` of each with `SenderClosedError`.
 
-        What is still in flight then, by a producer that others go on using, may have been stored: that is a
-        `DeliveryError` with ``possibly_persisted``. May be called again, from any thread.
+        What may have been stored, by an earlier attempt or because it is still in flight by a producer that others go
+        on using, is a `DeliveryError` with ``possibly_persisted``. Ctrl-C ends the wait, and gives up at once. May be
+        called again, from any thread.
 
         Args:
             timeout: Seconds; ``None`` is the sender's ``close_timeout``.
 
         Returns:
-            How many envelopes were not sent, or not known to be.
+            How many envelopes were given up since closing began, because they were refused or the time was over: they
+            were not sent, or are not known to be.
+
+        Raises:
+            SenderError: It is called by a callback of the sender, for which it would wait.
         """
         return self._close(timeout)
 
