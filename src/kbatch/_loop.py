@@ -39,8 +39,10 @@ _arrivals: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Arrivals] = wea
 
 
 def _begin_arrivals(loop: asyncio.AbstractEventLoop) -> _Arrivals:
-    for other, left in list(_arrivals.items()):
-        if other.is_closed():
+    for reference in _arrivals.keyrefs():
+        other = reference()
+        left = None if other is None or not other.is_closed() else _arrivals.get(other)
+        if left is not None:
             left.wakers.clear()  # they would keep their loop from being forgotten
     arrivals = _arrivals[loop] = _Arrivals()
     return arrivals
@@ -54,15 +56,21 @@ class LoopWaker:
     def __init__(self) -> None:
         self.loop = loop = asyncio.get_running_loop()
         self.future: asyncio.Future[None] = loop.create_future()
-        self._arrivals = _arrivals.get(loop) or _begin_arrivals(loop)
+        self._arrivals = arrivals = _arrivals.get(loop) or _begin_arrivals(loop)
+        if arrivals.is_woken:
+            arrivals.resolve()  # what was to do it may have been lost by Ctrl-C
 
     def __call__(self) -> None:
         arrivals = self._arrivals
         arrivals.wakers.append(self)
         if not arrivals.is_woken:
             arrivals.is_woken = True
-            if not call_on_loop(self.loop, arrivals.resolve):
-                arrivals.wakers.clear()
+            try:
+                if not call_on_loop(self.loop, arrivals.resolve):
+                    arrivals.wakers.clear()
+            except BaseException:  # no memory, Ctrl-C
+                arrivals.is_woken = False
+                raise
 
     def resolve(self) -> None:
         if not self.future.done():

@@ -189,9 +189,19 @@ def test_a_broker_that_is_away(kind: Any, cluster: MockCluster) -> None:
     assert caught.value.name == "_MSG_TIMED_OUT"
     assert caught.value.retriable
     cluster.set_broker_up(1)
-    kind.do(sender.send(Envelope(2)))
+
+    def gets_through() -> bool:
+        try:
+            kind.do(sender.send(Envelope(2)))
+        except kbatch.DeliveryError as error:  # it may take longer to connect again
+            if error.name != "_MSG_TIMED_OUT":
+                raise
+            return False
+        return True
+
+    until(gets_through, "the broker's return")
     kind.do(producer.close())
-    assert values(cluster) == [b"0", b"2"]
+    assert [*dict.fromkeys(values(cluster))] == [b"0", b"2"]
 
 
 def test_a_timeout_ends_the_wait_and_not_the_envelope(kind: Any, cluster: MockCluster, producer: Any) -> None:

@@ -297,7 +297,7 @@ def contents(cluster: MockCluster) -> list[tuple[bytes | None, bytes | None, lis
 def test_fastapi_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Path) -> None:
     kafka_cluster.create_topic("orders", partitions=4)
     log = tmp_path / "log"
-    command = ("uvicorn", "--app-dir", "migration/fastapi", "--port", "0", f"{side}:app")
+    command = ("uvicorn", "--app-dir", "examples/migration/fastapi", "--port", "0", f"{side}:app")
     orders = [{"id": f"order-{i}", "customer": f"Müller {i}"} for i in range(10)]
     answers: list[tuple[int, int]] = []
     with server(log, *command, KAFKA=kafka_cluster.bootstrap_servers) as process:
@@ -324,7 +324,7 @@ def test_django_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Pa
     kafka_cluster.create_topic("orders", partitions=4)
     kafka_cluster.set_rtt(1, 200)  # so that orders are in flight when the server ends
     log = tmp_path / "log"
-    command = ("gunicorn", "--chdir", "migration/django", "--bind", "127.0.0.1:0", f"{side}:application")
+    command = ("gunicorn", "--chdir", "examples/migration/django", "--bind", "127.0.0.1:0", f"{side}:application")
     with server(log, *command, KAFKA=kafka_cluster.bootstrap_servers) as process:
         url = address(log, process, r"Listening at: (http://\S+)") + "/orders"
         ids = [request(url, f"Müller {i}")["id"] for i in range(10)]
@@ -349,7 +349,7 @@ def test_celery_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Pa
     orders = [{"id": f"order-{i}", "customer": f"Müller {i}"} for i in range(20)]
     client = Celery("orders", broker="filesystem://", broker_transport_options=options)
     kafka_cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE"])  # one task is tried again
-    command = ("celery", "--workdir", "migration/celery", "-A", side, "worker", "--concurrency", "2")
+    command = ("celery", "--workdir", "examples/migration/celery", "-A", side, "worker", "--concurrency", "2")
     no_peers = ("--without-mingle", "--without-gossip", "--loglevel", "INFO")
     with server(log, *command, *no_peers, KAFKA=kafka_cluster.bootstrap_servers, **variables) as process:
         for order in orders:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import os
 import random
 import signal
@@ -287,13 +288,18 @@ def test_no_envelope_of_a_batch_is_older_than_it_says() -> None:
 
 
 def test_what_is_too_old_is_taken_out_when_all_of_its_batch_is() -> None:
-    sender = make()
+    patient = make()
+    patient.send(sized(1))
+    patient._close_older(0)  # not yet due
+    assert patient._pop_older(0) is None
+    sender = make(batch_timeout_s=0)
     sender.send(sized(1))
     sender._close_older(3600)
     assert sender._pop_older(0) is None  # not closed yet
     sender._close_older(0)
     sender.send(sized(1))
-    assert sender._pop_older(3600) is None
+    for endless in (3600, 1e300, math.inf):
+        assert sender._pop_older(endless) is None
     batch = sender._pop_older(0)
     assert batch is not None
     assert (batch.first_seq, len(batch.envelopes)) == (0, 1)
@@ -318,6 +324,15 @@ def test_many_that_wait_for_room_may_leave_in_any_order() -> None:
     assert [waiters[n].taken for n in rest] == [True] * 10
     sender._give_back(1)
     assert sender.try_send(sized(1))
+
+
+def test_who_lines_up_when_it_has_just_been_closed_is_woken() -> None:
+    sender = make(max_buffered=1)
+    sender.send(sized(1))
+    sender._stop_accepting()
+    woken: list[None] = []
+    assert not sender._line_up(sized(1), lambda: woken.append(None)).taken
+    assert woken == [None]
 
 
 def test_who_holds_something_is_kept_by_the_signal_that_its_thread_waits_for() -> None:

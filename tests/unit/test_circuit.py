@@ -322,6 +322,18 @@ class Circuits(RuleBasedStateMachine):
             self.interval_s = min(self.interval_s * 2, self.longest_s)
             self.expect_open()
 
+    @rule(at_most_s=st.sampled_from([0.25, 1.0]))
+    def closing_hurries(self, at_most_s: float) -> None:
+        self.circuit.hurry(self.now, at_most_s)
+        self.first_s = min(self.first_s, at_most_s)
+        self.longest_s = min(self.longest_s, at_most_s)
+        self.interval_s = min(self.interval_s, at_most_s)
+        if self.state is OPEN:
+            self.planned_at, self.hurried = self.now, True
+            if not self.probing:
+                assert (self.circuit.probe_at() or 0.0) <= self.now
+        self.expect(self.state)
+
     @invariant()
     def at_most_one_trial(self) -> None:
         assert sum(self.in_flight) <= 1

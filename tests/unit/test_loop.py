@@ -1,6 +1,7 @@
 """From other threads to an event loop."""
 
 import asyncio
+import contextlib
 import gc
 import threading
 import weakref
@@ -88,6 +89,36 @@ def test_who_comes_after_one_that_was_interrupted_is_resolved() -> None:
             loop.run_until_complete(task)
         assert not any(future.done() for future in waiting)
         loop.run_until_complete(asyncio.wait_for(task, 30))
+    finally:
+        loop.close()
+
+
+@pytest.mark.parametrize("lost", ["the call", "what was called"])
+def test_a_wake_up_that_is_lost_makes_no_loop_deaf(lost: str) -> None:
+    """Ctrl-C may come anywhere in the main thread, and then the loop runs again to clean up."""
+
+    class Interrupted(asyncio.SelectorEventLoop):
+        loses = True
+
+        def call_soon_threadsafe(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            if self.loses:
+                self.loses = False
+                if lost == "the call":
+                    raise MemoryError
+                return None
+            return super().call_soon_threadsafe(*args, **kwargs)
+
+    async def main() -> None:
+        first = LoopWaker()
+        with contextlib.suppress(MemoryError):
+            first()
+        second = LoopWaker()
+        on_a_thread(second)
+        await asyncio.wait_for(asyncio.gather(first.future, second.future), 30)
+
+    loop = Interrupted()
+    try:
+        loop.run_until_complete(main())
     finally:
         loop.close()
 

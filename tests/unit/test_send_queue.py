@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kbatch import DeliveryError, Envelope, KbatchError, RetryPolicy, SerializationError
+from kbatch import DeliveryError, Envelope, KbatchError, RetryPolicy, SenderError, SerializationError
 from kbatch._sending._queue import Flight, SendQueue
 
 NOW = 1_000.0
@@ -328,7 +328,7 @@ class Queues(RuleBasedStateMachine):
 
     @rule()
     def what_is_too_old_expires(self) -> None:
-        self.queue.expire(self.now)
+        self.queue.expire(self.now, self.wall)
         self.take_ended({"age"})
         for sent in self.sent.values():
             if sent.state == "waiting" and (sent.due is None or sent.departures):
@@ -529,9 +529,9 @@ def test_the_age_ends_it_where_it_waits_and_when_it_fails() -> None:
     flights = [admit(queue, Batch(keyed(key), first_seq=seq)) for seq, key in enumerate(["a", None, "b"])]
     fail(queue, flights[0], {0: OUTAGE})
     fail(queue, flights[1], {0: OUTAGE})
-    queue.expire(NOW + 4.9)
+    queue.expire(NOW + 4.9, WALL + 4.9)
     assert queue.ended == []
-    queue.expire(NOW + 5)
+    queue.expire(NOW + 5, WALL + 5)
     assert [end.entry.seq for end in queue.ended] == [0, 1]
     fail(queue, flights[2], {0: OUTAGE}, NOW + 5)
     assert [end.entry.seq for end in queue.ended] == [0, 1, 2]
@@ -568,7 +568,7 @@ def test_the_age_of_what_is_scheduled_counts_from_its_time() -> None:
     assert flight is not None
     fail(queue, flight, {0: RETRIABLE}, NOW + 64.9)
     assert queue.ended == []
-    queue.expire(NOW + 65)
+    queue.expire(NOW + 65, WALL + 65)
     assert len(queue.ended) == 1
 
 
@@ -708,3 +708,29 @@ def test_what_is_ready_waits_behind_one_of_its_key_that_fails_again() -> None:
     last = queue.next_flight(NOW + 3, WALL)
     assert last is not None
     assert list(last.seqs) == [2]
+
+
+def test_what_was_too_large_in_company_has_not_failed_by_itself() -> None:
+    queue = make_queue()
+    flight = admit(queue, Batch(keyed("a", "b")))
+    fail(queue, flight, {0: TOO_LARGE, 1: TOO_LARGE})
+    alone = queue.next_flight(NOW, WALL)
+    assert alone is not None
+    fail(queue, alone, {0: RETRIABLE})
+    due = queue.due_at(NOW, WALL)
+    assert due == NOW  # the other one, in its turn
+    other = queue.next_flight(NOW, WALL)
+    assert other is not None
+    queue.settled(other, [], NOW, again=True)
+    assert queue.due_at(NOW, WALL) == NOW + 1  # the first back-off
+
+
+def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
+    queue = make_queue(RetryPolicy(max_age_s=5))
+    batch = Batch([Envelope(data=b"", scheduled_time=at(WALL + 10))], scheduled=True)
+    assert queue.admit(batch, NOW, WALL) is None
+    queue.expire(NOW + 14.9, WALL + 14.9)
+    assert (queue.ended, queue.scheduled, queue.oldest()) == ([], 0, 0)
+    queue.expire(NOW + 15, WALL + 15)
+    assert [type(end.error) for end in queue.ended] == [SenderError]
+    assert queue.oldest() is None

@@ -377,6 +377,51 @@ def test_many_flushes_end_in_any_order() -> None:
     asyncio.run(main())
 
 
+def test_flushes_that_time_out_again_and_again_leave_little_behind(kind: str) -> None:
+    with MemoryProducer() as producer, open_driver(kind, producer) as driver:
+        producer.hold()
+        driver.send(Envelope(0))
+        for _ in range(1000):
+            assert driver.flush(0) == 1
+        until(lambda: not driver.agent._newcomers, "the thread's look at them")
+        assert len(driver.agent._watchers) <= 302
+        producer.release()
+        assert driver.flush() == 0
+
+
+def test_asking_again_and_again_for_the_end_leaves_the_back_off(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hurried: list[float] = []
+    with MemoryProducer() as producer, open_driver(kind, producer, retry=RetryPolicy(None)) as driver:
+        producer.down()
+        driver.send(Envelope(0))
+        until(lambda: driver.stats()["retried"], "a failure")
+        monkeypatch.setattr(driver.agent._queue, "hurry", lambda now, at_most_s: hurried.append(at_most_s))
+        for _ in range(20):
+            assert driver.drain(0.001) == 1
+        until(lambda: hurried, "the hurry")
+        assert driver.close(0) == 1
+    assert hurried == [1.0]
+
+
+@pytest.mark.parametrize("max_age_s", [1e10, float("inf")])
+def test_an_age_that_nothing_reaches(kind: str, max_age_s: float) -> None:
+    retry = RetryPolicy(max_age_s=max_age_s)
+    with (
+        MemoryProducer() as producer,
+        open_driver(kind, producer, retry=retry, max_in_flight_batches=1) as driver,
+    ):
+        producer.hold()
+        for n in range(30):
+            driver.send(Envelope(n))
+        until(lambda: producer.in_flight, "the first")
+        driver.agent._expire_every_s = 0.0  # as if time passed
+        driver.agent._next_expiry = 0.0
+        assert driver.flush(0.05) > 0
+        producer.release()
+        assert driver.flush() == 0
+        assert driver.failed == []
+
+
 def test_a_sender_that_is_forgotten_right_after_an_envelope_sends_it() -> None:
     producer = MemoryProducer()
     for n in range(50):

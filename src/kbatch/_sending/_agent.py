@@ -152,8 +152,11 @@ class BaseSendingAgent:
         self._thread: threading.Thread | None = None
         self._pid: int | None = None  # where it was started
         self._news: deque[Callable[[], None]] = deque()  # for the thread
-        self._watchers: list[tuple[int, int, _Watcher]] = []  # by number; under `_mu`
+        self._newcomers: deque[_Watcher] = deque()  # to be watchers
+        self._watchers: list[tuple[int, int, _Watcher]] = []  # by number; the thread's own
         self._watched = 0  # ever
+        self._many_watchers = 100  # when those that are gone are taken out
+        self._hurries = False
         # Of what on_failed has, or will have: the lowest number, and all.
         self._untold: deque[tuple[int, list[Ended]]] = deque()
         self._broken: BaseProducer | None = None  # in its fatal state, to be replaced
@@ -164,7 +167,7 @@ class BaseSendingAgent:
         self._released = False
         self._not_sent = 0  # since closing began
         age = self._policy.max_age_s
-        self._expire_every_s = None if age is None else min(1.0, age / 10)
+        self._expire_every_s = None if age is None else min(1.0, max(0.01, age / 10))
         self._next_expiry = 0.0
         self._last_success = -math.inf
         self._last_error: KbatchError | None = None
@@ -307,20 +310,13 @@ class BaseSendingAgent:
 
         With ``None``, once there is none at all.
         """
-        with self._mu:
-            self._watched += 1
-            watcher = _Watcher((_WITH_THE_LAST if seq is None else seq, self._watched), wake)
-            insort(self._watchers, (*watcher.place, watcher))
+        # No lock: a signal handler that closes may come in between, and waits for the thread.
+        watcher = _Watcher(_WITH_THE_LAST if seq is None else seq, wake)
+        self._newcomers.append(watcher)
         self._signal.set()
         if self._is_over:
             wake()
         return watcher
-
-    def _unwatch(self, watcher: _Watcher) -> None:
-        with self._mu:
-            at = bisect_left(self._watchers, watcher.place)
-            if at < len(self._watchers) and self._watchers[at][2] is watcher:
-                del self._watchers[at]
 
     def _left(self, seq: int) -> int:
         """How many of the envelopes before `seq` may have no outcome, without those scheduled for later."""
@@ -338,6 +334,9 @@ class BaseSendingAgent:
     def _hurry_now(self) -> None:
         queue, now = self._queue, time.monotonic()
         assert queue is not None
+        if self._hurries:  # else whoever asks again and again would leave no back-off at all
+            return
+        self._hurries = True
         queue.hurry(now, _HURRY_S)
         with self._mu:
             self._circuit.hurry(now, _HURRY_S)
@@ -370,7 +369,7 @@ class BaseSendingAgent:
         self._prober.stop()
         self._callbacks.join(_seconds_until(end))
         lost = 0
-        if self._is_over and self._buffer is not None:  # after a crash there may be some that nobody could be told of
+        if self._buffer is not None:  # after a crash, or if the thread hangs, some may be there that nobody was told of
             lost = max(0, len(self._buffer) - sum(len(told) for _, told in list(self._untold)))
         return self._not_sent + lost
 
@@ -393,9 +392,7 @@ class BaseSendingAgent:
         finally:
             if pause == _OVER:
                 self._is_over = True
-                with self._mu:
-                    waiting = [watcher for _, _, watcher in self._watchers]
-                for watcher in waiting:
+                for watcher in (*(watcher for _, _, watcher in self._watchers), *self._newcomers.copy()):
                     watcher.wake()
         return pause
 
@@ -464,7 +461,7 @@ class BaseSendingAgent:
             probe_at = self._circuit.probe_at()
             if probe_at is not None:
                 due.append(probe_at - now)
-            if self._expire_every_s is not None and self._buffer is not None and len(self._buffer) > queue.scheduled:
+            if self._expire_every_s is not None and self._buffer is not None and len(self._buffer):
                 due.append(self._next_expiry - now)
         return max(0.0, min(due)) if due else None
 
@@ -636,6 +633,8 @@ class BaseSendingAgent:
             else:
                 self._circuit.said_nothing(trial)
             self._tell_state(before)
+        if trial:
+            self._signal.set()  # the next trial may be the thread's, and this one was another's
 
     def _tell_state(self, before: CircuitState) -> None:
         state = self._circuit.state
@@ -767,7 +766,7 @@ class BaseSendingAgent:
         assert queue is not None
         assert age is not None
         assert self._expire_every_s is not None
-        queue.expire(now)
+        queue.expire(now, wall)
         if buffer is None:
             return
         buffer._close_older(self._expire_every_s)  # else what came much later would be in one batch with it
@@ -847,20 +846,27 @@ class BaseSendingAgent:
         callback(*arguments)
 
     def _tell_watchers(self) -> None:
-        if not self._watchers:
+        watchers = self._watchers
+        while self._newcomers:
+            self._watched += 1
+            watcher = self._newcomers.popleft()
+            insort(watchers, (watcher.seq, self._watched, watcher))
+        if not watchers:
             return
         if self._buffer is None or len(self._buffer) == 0:
             before = _WITH_THE_LAST + 1
-        elif self._watchers[0][0] == _WITH_THE_LAST:
-            return
+        elif watchers[0][0] == _WITH_THE_LAST:
+            before = 0
         else:
             before = self._oldest() + 1
-        with self._mu:
-            count = bisect_left(self._watchers, (before,))
-            done, self._watchers[:count] = self._watchers[:count], []
+        count = bisect_left(watchers, (before,))
+        done, watchers[:count] = watchers[:count], []
         for _, _, watcher in done:
             watcher.done = True
             watcher.wake()
+        if len(watchers) > self._many_watchers:
+            watchers[:] = [each for each in watchers if not each[2].gone]
+            self._many_watchers = 100 + 2 * len(watchers)
 
     def _oldest(self) -> int:
         """The lowest number of an envelope without an outcome, unless it is scheduled for later; one less than
@@ -969,10 +975,11 @@ class SendingAgent(BaseSendingAgent):
 class _Watcher:
     """Somebody who waits until all before `seq` is done."""
 
-    def __init__(self, place: tuple[int, int], wake: Callable[[], None]) -> None:
-        self.place = place  # the number, and which of those with the same one
+    def __init__(self, seq: int, wake: Callable[[], None]) -> None:
+        self.seq = seq
         self.wake = wake
         self.done = False
+        self.gone = False  # it waits no longer
 
 
 class Outcome(SenderCallback):
@@ -1028,7 +1035,7 @@ def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]]
         if entry.origin is not None:
             continue
         assert entry.failed_at is not None
-        if flight.trial or entry.failures == 1 or (is_outage(error) and entry.failed_at > last_success):
+        if flight.trial or entry.setbacks == 1 or (is_outage(error) and entry.failed_at > last_success):
             return "failed"
     return "nothing"
 

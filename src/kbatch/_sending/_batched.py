@@ -151,7 +151,7 @@ class BaseBatchedSender(Accumulator):
         try:
             done.wait(timeout)
         finally:
-            self._agent._unwatch(watcher)
+            watcher.gone = True
         return watcher.done
 
 

@@ -14,7 +14,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kbatch._errors import DeliveryError, SenderError, SerializationError, is_outage
+from kbatch._errors import DeliveryError, SenderError, SerializationError, blames_envelope, is_outage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -47,7 +47,7 @@ class Entry:
 
     __slots__ = (
         *("accepted_at", "attempts", "envelope", "error", "failed_at", "failures", "group", "origin"),
-        *("possibly_persisted", "seq"),
+        *("possibly_persisted", "seq", "setbacks"),
     )
 
     def __init__(self, envelope: Envelope[Any], seq: int, accepted_at: float, group: Hashable | None) -> None:
@@ -57,6 +57,7 @@ class Entry:
         self.group = group  # what its order is kept in
         self.attempts = 0  # that count
         self.failures = 0  # all
+        self.setbacks = 0  # those that were not its own fault
         self.failed_at: float | None = None  # for the first time
         self.error: KbatchError | None = None  # the last
         self.possibly_persisted = False  # by one of its attempts
@@ -248,6 +249,7 @@ class SendQueue:
                 continue
             entry.error = error
             entry.failures += 1
+            entry.setbacks += not blames_envelope(error)
             if entry.failed_at is None:
                 entry.failed_at = now
             entry.possibly_persisted |= isinstance(error, DeliveryError) and error.possibly_persisted
@@ -260,10 +262,10 @@ class SendQueue:
             if _code(error) == _MSG_SIZE_TOO_LARGE and not held:
                 suspects.append(entry)
                 continue
-            due = again_at.get(entry.failures)
+            due = again_at.get(entry.setbacks)
             if due is None:  # one for all, so that what failed together goes again together
-                delay_s = min(self._policy.delay_s(entry.failures, self._random), self._longest_delay_s)
-                due = again_at[entry.failures] = now + delay_s
+                delay_s = min(self._policy.delay_s(max(1, entry.setbacks), self._random), self._longest_delay_s)
+                due = again_at[entry.setbacks] = now + delay_s
             self._wait_until(due, entry)
         if suspects:
             self._suspect(suspects, flight.isolated)
@@ -322,10 +324,11 @@ class SendQueue:
             due = at if due is None else min(due, at)
         return due
 
-    def expire(self, now: float) -> None:
+    def expire(self, now: float, wall: float) -> None:
         """Ends what is too old to be sent again, while nothing is sent."""
         if self._policy.max_age_s is None:
             return
+        self._call_all_scheduled(now, wall)
         for group, lane in list(self._lanes.items()):
             first = lane.entries[0] if lane.entries else None
             lane.entries = [entry for entry in lane.entries if not self._end_if_too_old(entry, now, owns_lane=False)]
@@ -560,6 +563,9 @@ class SendQueue:
             else:
                 self._ready.extend(lane.entries)
                 del self._lanes[group]
+        self._call_all_scheduled(now, wall)
+
+    def _call_all_scheduled(self, now: float, wall: float) -> None:
         while self._scheduled and self._scheduled[0][0] <= wall:
             due, _, entry = heapq.heappop(self._scheduled)
             entry.accepted_at = now - (wall - due)  # its age counts from when it could be sent

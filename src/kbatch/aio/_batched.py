@@ -230,7 +230,7 @@ class BatchedSender(BaseBatchedSender):
         try:
             await waker.future
         finally:
-            self._agent._unwatch(watcher)
+            watcher.gone = True
             if timer is not None:
                 timer.cancel()
         return watcher.done

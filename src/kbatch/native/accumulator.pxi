@@ -283,6 +283,9 @@ cdef class Accumulator:
         waiter.in_line = True
         self.line_changes += 1
         self._make_room()
+        if self.stage != ACCEPTING and waiter.in_line:
+            self._leave_line(waiter)  # nobody comes to wake it any more
+            self._wake(waiter)
         return waiter
 
     def _leave_line(self, RoomWaiter waiter not None) -> None:
@@ -384,8 +387,11 @@ cdef class Accumulator:
         return self.accepted
 
     def _close_older(self, double seconds) -> None:
-        """Closes the batch that is being filled if its first envelope is older."""
-        if self.filling is not None and self.filling.begun_ns + <int64_t> (seconds * 1e9) <= kb_now_ns():
+        """Closes the batch that is being filled if it could have gone out, and its first envelope is older."""
+        cdef int64_t now = kb_now_ns()
+        if self.filling is None or now < self.filling.due_ns:
+            return
+        if (now - self.filling.begun_ns) / 1e9 >= seconds:
             self._close_batch()
 
     def _pop_older(self, double seconds) -> FormedBatch | None:
@@ -394,7 +400,7 @@ cdef class Accumulator:
         if not self.formed:
             return None
         batch = self.formed[0]
-        if batch.newest_ns + <int64_t> (seconds * 1e9) > kb_now_ns():
+        if (kb_now_ns() - batch.newest_ns) / 1e9 < seconds:
             return None
         return self.formed.popleft()
 
