@@ -235,8 +235,8 @@ MUTANTS = (
     Mutant(
         "one envelope that is refused again and again opens the circuit",
         AGENT,
-        "entry.failures == 1 or",
-        "entry.failures >= 1 or",
+        "entry.setbacks == 1 or",
+        "entry.setbacks >= 1 or",
         "tests/unit/test_starvation.py",
     ),
     Mutant(
