@@ -424,7 +424,7 @@ def test_an_age_that_nothing_reaches(kind: str, max_age_s: float) -> None:
 
 def test_a_sender_that_is_forgotten_right_after_an_envelope_sends_it() -> None:
     producer = MemoryProducer()
-    for n in range(50):
+    for n in range(10):
         sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=0)
         sender.send(Envelope(n))
         assert sender.flush(30) == 0  # now its thread waits, and keeps it weakly
