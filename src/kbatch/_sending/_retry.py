@@ -24,7 +24,8 @@ class RetryPolicy:
     Attributes:
         max_attempts: How often an envelope is sent, the first time included; ``None`` for no limit. What fails because
             no broker answers (a timeout, a lost connection) counts no attempt.
-        max_age_s: Seconds after which it is not sent again; ``None`` for no limit.
+        max_age_s: Seconds after which it is not sent any more, for the first time or again; ``None`` for no limit. It
+            ends up to a second later, never earlier. What is in flight then is waited for.
 
     Raises:
         ConfigError: A value out of its range.
