@@ -28,6 +28,7 @@ from kbatch._errors import (
     SenderFullError,
     SerializationError,
     TopicDoesNotExist,
+    TransactionUnknownError,
     UndeliveredError,
 )
 from kbatch._fastmap import Envelope, Tombstone, uuid7
@@ -85,6 +86,7 @@ __all__ = [
     "SerializationError",
     "Tombstone",
     "TopicDoesNotExist",
+    "TransactionUnknownError",
     "UndeliveredError",
     "WireFormat",
     "WireReader",

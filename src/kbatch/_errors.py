@@ -15,6 +15,7 @@
      │   ├─ ProducerClosedError   it was closed
      │   ├─ ProducerFatalError    librdkafka's idempotent producer cannot go on; make a new producer
      │   │   └─ ProducerFencedError  another producer with the same transactional.id has taken over
+     │   ├─ TransactionUnknownError  its last transaction has no known end; make a new producer
      │   └─ ForkError             it was used before a fork, and this is the child
      └─ SenderError               a sender cannot take an envelope, or did not send it
          ├─ SenderClosedError     it is closed, or was closed first
@@ -55,6 +56,7 @@ __all__ = [
     "SenderFullError",
     "SerializationError",
     "TopicDoesNotExist",
+    "TransactionUnknownError",
     "UndeliveredError",
 ]
 
@@ -303,6 +305,21 @@ class ProducerFencedError(ProducerFatalError):
     """
 
     _text = "another producer with the same transactional.id has taken over: {reason} ({name})"
+
+
+class TransactionUnknownError(ProducerError):
+    """The producer's last transaction was neither committed nor aborted, as far as it knows. Make a new producer.
+
+    The envelopes of that transaction are told as ``possibly_persisted``. A new producer with the same
+    ``transactional.id`` ends the transaction first.
+    """
+
+
+def can_be_replaced(error: BaseException | None) -> bool:
+    """Whether a producer that refused with this error may be replaced by a new one with the same settings."""
+    if isinstance(error, ProducerFencedError):
+        return False  # the new one would fence the other in turn
+    return isinstance(error, (ProducerFatalError, TransactionUnknownError))
 
 
 # What is wrong with a message, and would be so with any broker.

@@ -70,7 +70,8 @@ class Producer(BaseProducer):
             SerializationError: An envelope could not be mapped. Nothing was sent.
             BatchPending: `timeout` has passed. The error carries the batch, which goes on; what was not yet handed
                 to librdkafka is settled as failed.
-            ProducerClosedError, ProducerFatalError, ForkError: The producer cannot send. Nothing was sent.
+            ProducerClosedError, ProducerFatalError, TransactionUnknownError, ForkError: The producer cannot send.
+                Nothing was sent.
         """
         check_timeout(timeout)
         batch = PendingBatch(self._core)

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kbatch._errors import ABORTED_CODE, ProducerError
+from kbatch._errors import ABORTED_CODE, TransactionUnknownError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,10 +60,11 @@ class Transactions:
 
         `waker` is as in `Core.send_detached`; it is not called if this raises.
         """
+        refusal = None
+        if self._undecided is not None:
+            refusal = TransactionUnknownError(f"this producer can send no more: {self._undecided}; make a new one")
         try:
-            self._core.hold(batch, timeout, waker=waker)
-            if self._undecided is not None:
-                raise ProducerError(f"this producer can send no more: {self._undecided}; make a new one")
+            self._core.hold(batch, timeout, waker=waker, refusal=refusal)
             self._thread.put(self._run, batch)
         except BaseException:
             # Ctrl-C may come when it is on hold and its thread has it, or will have it.

@@ -1,5 +1,6 @@
 """Transactions against the mock cluster: refusals that a real one cannot be asked for, and what interrupts them."""
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,7 +8,11 @@ from typing import Any
 import pytest
 
 import kbatch
+from kbatch import _transactions, aio
 from kbatch.testing import ApiKey, MockCluster
+from tests.loops import beside
+from tests.mock.clients import read
+from tests.sending import KINDS, Driver
 from tests.waiting import until
 
 
@@ -181,3 +186,126 @@ def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch
     assert producer.close(20) == 0
     assert answers == ["failure"]
     assert producer._core.name() is None
+
+
+# -- a commit of unknown outcome, and who replaces the producer
+
+
+def stop_answering(producer: Any) -> None:
+    """The next commit is asked for, and its answer never comes."""
+    transactions = producer._transactions
+    transactions._timeout_s = 0.0
+    call = transactions._call
+
+    def unanswered(which: int) -> Any:
+        error = call(which)
+        return error if which != _transactions._COMMIT else _transactions._Error(-185, "timed out", False, True, False)
+
+    transactions._call = unanswered
+
+
+class Told(kbatch.SenderCallback):
+    def __init__(self) -> None:
+        self.told: list[tuple[str, Any]] = []
+
+    def mark_successful(self, batch: Any, report: Any) -> None:
+        self.told.append(("successful", report))
+
+    def mark_processing_failure(self, batch: Any, error: Any) -> None:
+        self.told.append(("failure", error))
+
+
+def test_a_producer_with_a_transaction_without_an_end_refuses_before_it_takes_a_batch(
+    producer: kbatch.Producer,
+) -> None:
+    stop_answering(producer)
+    report = producer.send_batch("t", envelopes(3))
+    assert all(error.possibly_persisted for error in report.errors.values())
+    told = Told()
+    kbatch.KafkaSender(producer, "t").send_batch(told, kbatch.OutgoingBatch(envelopes(3)))
+    [(name, error)] = told.told
+    assert name == "failure"
+    assert isinstance(error, kbatch.TransactionUnknownError)
+    assert not any(one.possibly_persisted for one in error.report.errors.values())
+    with pytest.raises(kbatch.TransactionUnknownError):
+        producer.send_batch("t", envelopes(1))
+    assert producer.stats()["pinned_buffers"] == 0
+
+
+def test_a_fenced_producer_is_not_one_whose_transaction_is_unknown(producer: kbatch.Producer) -> None:
+    stop_answering(producer)
+    assert not producer.send_batch("t", envelopes(3)).ok
+    producer._core.inject_fatal_error(-144, "made up")
+    with pytest.raises(kbatch.ProducerFencedError):
+        producer.send_batch("t", envelopes(1))
+
+
+def test_a_closed_producer_is_not_one_whose_transaction_is_unknown(producer: kbatch.Producer) -> None:
+    stop_answering(producer)
+    assert not producer.send_batch("t", envelopes(3)).ok
+    producer.close(20)
+    with pytest.raises(kbatch.ProducerClosedError):
+        producer.send_batch("t", envelopes(1))
+
+
+def values(cluster: MockCluster) -> list[int]:
+    # The mock cluster's control records have a wrong checksum, so not by `read_back`.
+    found = read(cluster.bootstrap_servers, "t", 1)
+    return sorted(int(record.value) for records in found.values() for record in records if record.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_agent_replaces_a_producer_whose_transaction_is_unknown(
+    cluster: MockCluster, producer: kbatch.Producer, kind: str
+) -> None:
+    stop_answering(producer)
+    told = Told()
+    with Driver(kind, producer, "t", options={}) as driver:
+        agent: Any = driver.agent
+        driver._do(agent.send_batch(told, kbatch.OutgoingBatch([kbatch.Envelope(10)])))
+        driver._do(agent.send_batch(told, kbatch.OutgoingBatch([kbatch.Envelope(11)])))
+        until(lambda: agent._handle.producer._core is not producer._core, "a new producer")
+        driver._do(agent.send_batch(told, kbatch.OutgoingBatch([kbatch.Envelope(12)])))
+    assert [name for name, _ in told.told] == ["failure", "failure", "successful"]
+    assert told.told[0][1].report.errors[0].possibly_persisted
+    assert isinstance(told.told[1][1], kbatch.TransactionUnknownError)
+    assert 11 not in values(cluster)
+    assert values(cluster).count(12) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batched_sender_replaces_a_producer_whose_transaction_is_unknown(
+    cluster: MockCluster, producer: kbatch.Producer, kind: str
+) -> None:
+    stop_answering(producer)
+    policy = kbatch.RetryPolicy(initial_backoff_s=0.001)
+    with Driver(kind, producer, "t", options={"batch_timeout_ms": 0}, retry=policy, probe_interval_s=0.01) as driver:
+        for n in range(10, 20):
+            driver.send(kbatch.Envelope(n))
+        assert driver.flush() == 0
+        assert driver.failed == []
+        assert driver.agent._handle.producer._core is not producer._core
+    assert set(range(10, 20)) <= set(values(cluster))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inline_sender_replaces_a_producer_whose_transaction_is_unknown(
+    cluster: MockCluster, producer: kbatch.Producer, kind: str
+) -> None:
+    stop_answering(producer)
+    loop = asyncio.new_event_loop()
+    sender: Any = kbatch.InlineSender(producer, "t") if kind == "threads" else aio.InlineSender(beside(producer), "t")
+
+    def send(n: int) -> kbatch.DeliveryReport:
+        sent = sender.send(kbatch.Envelope(n))
+        report: kbatch.DeliveryReport = sent if kind == "threads" else loop.run_until_complete(sent)
+        return report
+
+    with pytest.raises(kbatch.DeliveryError) as error:
+        send(10)
+    assert error.value.possibly_persisted
+    assert send(11).ok
+    assert send(12).ok
+    loop.run_until_complete(sender.close()) if kind == "asyncio" else sender.close()
+    loop.close()
+    assert [n for n in values(cluster) if n > 10] == [11, 12]

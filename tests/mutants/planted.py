@@ -417,4 +417,21 @@ MUTANTS = (
         "        stamp = _uuid_last\n    if _entropy_left",
         "tests/unit/test_envelope.py",
     ),
+    # -- outcomes that are not known, and what interrupts
+    Mutant(
+        "no sender replaces a producer whose last transaction has no known end",
+        "_errors.py",
+        "return isinstance(error, (ProducerFatalError, TransactionUnknownError))",
+        "return isinstance(error, ProducerFatalError)",
+        "tests/mock/test_transactions.py",
+    ),
+    Mutant(
+        "a producer whose last transaction has no known end takes a batch and refuses it",
+        CORE,
+        "            if refusal is not None:\n                look_for_fatal(c)\n                self._check_fatal()\n"
+        "                raise refusal\n            self._take(batch, deadline_after(timeout), waker, None)\n",
+        "            self._take(batch, deadline_after(timeout), waker, None)\n            if refusal is not None:\n"
+        "                look_for_fatal(c)\n                self._check_fatal()\n                raise refusal\n",
+        "tests/mock/test_transactions.py",
+    ),
 )

@@ -96,6 +96,7 @@ ERRORS = [
     kbatch.ProducerError("a"),
     kbatch.ProducerClosedError("a"),
     with_report(kbatch.ProducerFatalError("made up", code=45)),
+    kbatch.TransactionUnknownError("a"),
     kbatch.ForkError("a"),
     kbatch.SenderError("a"),
     kbatch.SenderClosedError("a"),

@@ -58,8 +58,8 @@ PUBLIC = """
     ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender KafkaSender
     KafkaTopic KbatchError Mode OutgoingBatch PendingBatch Producer ProducerClosedError ProducerError
     ProducerFatalError ProducerFencedError RetryPolicy SenderCallback SenderClosedError SenderError SenderFullError
-    SenderProtocol SendingAgent SerializationContext SerializationError Tombstone TopicDoesNotExist UndeliveredError
-    WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
+    SenderProtocol SendingAgent SerializationContext SerializationError Tombstone TopicDoesNotExist
+    TransactionUnknownError UndeliveredError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 

@@ -29,12 +29,12 @@ from kbatch._errors import (
     KbatchError,
     ProducerClosedError,
     ProducerError,
-    ProducerFatalError,
     ProducerFencedError,
     SenderClosedError,
     SenderError,
     SerializationError,
     blames_envelope,
+    can_be_replaced,
     is_outage,
 )
 from kbatch._fastmap import Signal
@@ -211,7 +211,7 @@ class BaseSendingAgent:
         if outcome.verdict == "failed":
             self._failed_topic = self._topic_to_ask(batch.envelopes)
         self._note(outcome.verdict, trial, time.monotonic())
-        if isinstance(outcome.error, ProducerFatalError) and not isinstance(outcome.error, ProducerFencedError):
+        if can_be_replaced(outcome.error):
             self._news.append(functools.partial(self._break, producer))
             self._signal.set()
 
@@ -917,7 +917,8 @@ class SendingAgent(BaseSendingAgent):
     trial; if it succeeds all goes on. After a trial that failed the next one is what was never sent, so that one
     partition or topic that takes nothing does not stop the others. For the same reason an envelope that fails again
     counts again only if no broker answered and nothing else was stored since it failed first. A producer in its fatal
-    state is replaced by one with the same settings, once what it sent has settled; one that was fenced is not.
+    state, or whose last transaction has no known end, is replaced by one with the same settings, once what it sent has
+    settled; one that was fenced is not.
 
     Of one topic and key (or partition, without a key) the order of sending is the order in the log, until a delivery
     fails: then those that were not sent yet wait behind it, and those under way may overtake it.

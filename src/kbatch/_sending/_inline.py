@@ -9,9 +9,10 @@ from kbatch._errors import (
     ConfigError,
     ProducerClosedError,
     ProducerFatalError,
-    ProducerFencedError,
     SenderClosedError,
+    TransactionUnknownError,
     UndeliveredError,
+    can_be_replaced,
 )
 from kbatch._producer import Producer
 from kbatch._sending._agent import check_topic
@@ -67,7 +68,7 @@ class BaseInlineSender:
             raise SenderClosedError("the sender is closed") from None
         # Closed with another in its place: one of the senders that share it has had it replaced.
         replaced = self._handle.producer is not producer
-        if isinstance(error, ProducerFencedError) or not (replaced or isinstance(error, ProducerFatalError)):
+        if not can_be_replaced(error) and not (replaced and isinstance(error, ProducerClosedError)):
             raise error
 
     def _answer(self, report: DeliveryReport) -> DeliveryReport:
@@ -104,8 +105,9 @@ class InlineSender(BaseInlineSender):
     Envelopes that are sent at the same time share requests to the broker.
 
     Args:
-        producer: Stays the caller's; closing it is not this object's business. When it is in its fatal state a new one
-            with its settings sends in its place, for all senders that share it, until the last of them is closed.
+        producer: Stays the caller's; closing it is not this object's business. When it is in its fatal state, or its
+            last transaction has no known end, a new one with its settings sends in its place, for all senders that share
+            it, until the last of them is closed.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
     """
@@ -135,7 +137,7 @@ class InlineSender(BaseInlineSender):
         producer: Any = self._handle.producer
         try:
             report: DeliveryReport = producer.send_batch(self.topic, (envelope,), timeout=timeout)
-        except (ProducerFatalError, ProducerClosedError) as error:
+        except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
             self._check_refusal(producer, error)
         else:
             return self._answer(report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
-from kbatch._errors import ProducerClosedError, ProducerFatalError
+from kbatch._errors import ProducerClosedError, ProducerFatalError, TransactionUnknownError
 from kbatch._loop import in_thread
 from kbatch._sending._inline import BaseInlineSender
 from kbatch.aio._producer import Producer
@@ -45,7 +45,7 @@ class InlineSender(BaseInlineSender):
         producer: Any = self._handle.producer
         try:
             report: DeliveryReport = await producer.send_batch(self.topic, (envelope,), timeout=timeout)
-        except (ProducerFatalError, ProducerClosedError) as error:
+        except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
             self._check_refusal(producer, error)
         else:
             return self._answer(report)

@@ -514,10 +514,11 @@ cdef class Core:
 
     # -- a batch that is one transaction: hold; enqueue_held, wait_for_outcome or give_up_held; conclude
 
-    def hold(self, Batch batch, timeout=None, *, waker=None) -> None:
+    def hold(self, Batch batch, timeout=None, *, waker=None, refusal=None) -> None:
         """Takes a batch whose answer `conclude` gives: from here on it must come. Refusals are as in `send`.
 
-        `waker` is as in `send_detached`.
+        `waker` is as in `send_detached`. A `refusal` is an error that it raises, unless `send` would raise another:
+        what is on hold has an answer, so a batch must be refused before.
 
         Until then librdkafka lives, also while the producer is being closed.
         """
@@ -525,6 +526,10 @@ cdef class Core:
         cdef BatchState *state = &batch.state
         self._enter()
         try:
+            if refusal is not None:
+                look_for_fatal(c)
+                self._check_fatal()
+                raise refusal
             self._take(batch, deadline_after(timeout), waker, None)
             state.remaining += 1
             state.detached = 1  # who waits for it must not enqueue it
