@@ -32,7 +32,12 @@ from kbatch._errors import (
 from kbatch._serialization import SerializationContext
 
 cimport cython
-from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_GET_SIZE, PyByteArray_Resize
+from cpython.bytearray cimport (
+    PyByteArray_AS_STRING,
+    PyByteArray_FromStringAndSize,
+    PyByteArray_GET_SIZE,
+    PyByteArray_Resize,
+)
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
@@ -52,6 +57,7 @@ cdef extern from *:
     """
     PyObject *PyTuple_GET_ITEM "kb_tuple_item"(PyObject *t, Py_ssize_t i) noexcept
     int raise_pending "kb_raise_pending"() except -1
+    Py_ssize_t PY_SSIZE_T_MAX
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
 

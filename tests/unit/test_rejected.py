@@ -72,7 +72,10 @@ def test_names_of_types_live_as_long_as_records_point_at_them() -> None:
 
 
 def among_large_ones(core: Any, good: list[Envelope[Any]]) -> tuple[PendingBatch, int]:
-    """Maps `good` with large envelopes among them that are rejected; how much larger the process is then."""
+    """Maps `good` with large envelopes among them that are rejected; how much larger the process is then.
+
+    Their bodies alone are not too large, and so are copied.
+    """
     large = Envelope(data=bytearray(10_000_000), headers=[("h", "v")] * 10_000)
     several: list[Any] = []
     for n, envelope in enumerate(good):
@@ -92,7 +95,7 @@ def some() -> list[Envelope[Any]]:
 
 def test_what_a_rejected_one_took_is_used_again() -> None:
     good = some()
-    with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": 1000}) as producer:
+    with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": 10_000_000}) as producer:
         batch, _ = among_large_ones(producer._core, good)
         records = producer._core.records(batch)
     assert [record[4] for record in records if record is not None] == [envelope.data for envelope in good]
@@ -101,7 +104,7 @@ def test_what_a_rejected_one_took_is_used_again() -> None:
 
 @pytest.mark.resident_size
 def test_what_a_rejected_one_took_is_given_back_at_once() -> None:
-    with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": 1000}) as producer:
+    with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": 10_000_000}) as producer:
         assert among_large_ones(producer._core, some())[1] < 100_000_000
 
 

@@ -74,6 +74,9 @@ cdef enum:
     POOLED_RECORDS = 65536     # the largest record array kept for reuse
 
 
+cdef Py_ssize_t LONGEST_TAKEN = PY_SSIZE_T_MAX - ARENA_BLOCK
+
+
 cdef struct BatchState:
     # Lives inside its Python Batch, which the client keeps alive (`owner`) while anything is in flight.
     Client *client        # kept by the Batch's Core
@@ -126,12 +129,15 @@ cdef inline size_t _block_room(ArenaBlock *block) noexcept nogil:
     return block.size - block.used if block != NULL else 0
 
 
-cdef char *arena_take(Client *client, ArenaBlock **arena, size_t size) noexcept nogil:
-    # `size` bytes, aligned to 8, that do not move until arena_give; NULL when memory is short.
+cdef char *arena_take(Client *client, ArenaBlock **arena, Py_ssize_t length) noexcept nogil:
+    # `length` bytes, aligned to 8, that do not move until arena_give; NULL when memory is short, or for a length that
+    # is negative or so large that it is none when it is rounded up.
     cdef ArenaBlock *block = arena[0]
     cdef char *p
-    cdef size_t want
-    size = (size + 7) & ~<size_t> 7
+    cdef size_t want, size
+    if not 0 <= length <= LONGEST_TAKEN:
+        return NULL
+    size = (<size_t> length + 7) & ~<size_t> 7
     if size > _block_room(block):
         block = NULL
         want = ARENA_BLOCK - sizeof(ArenaBlock)

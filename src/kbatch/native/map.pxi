@@ -14,6 +14,7 @@ cdef enum:
     OWN_HEADERS = 16       # the most that a wire format writes itself
     SIGNALS_EVERY = 4095   # Ctrl-C is looked at every 4,096 envelopes
     ENVELOPE_BYTES = 192   # some three cache lines; that it is about right is enough
+    SMALLEST_BASE = 32768  # of a Scratch
 
 
 cdef extern from *:
@@ -31,8 +32,11 @@ cdef extern from *:
     static inline int kb_varint_length(int64_t n) {
         return n < 64 ? 1 : n < 8192 ? 2 : n < 1048576 ? 3 : n < 134217728 ? 4 : 5;
     }
+    /* What a bytearray holds of memory, however little of it is in use. */
+    static inline Py_ssize_t kb_allocated(PyObject *bytes) { return ((PyByteArrayObject *)bytes)->ob_alloc; }
     """
     const char *kb_utf8(PyObject *s, Py_ssize_t *n) noexcept
+    Py_ssize_t kb_allocated(PyObject *bytes) noexcept
     int kb_varint_length(int64_t n) noexcept nogil
 
 
@@ -98,6 +102,64 @@ cdef str _shown(object value):
     return text if len(text) <= 100 else text[:99] + "…"
 
 
+@cython.final
+cdef class Scratch:
+    """Where a mapping has its messages encoded, one after the other. One mapping has it at a time."""
+
+    # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back
+    # when one shrinks below half of it. A message that starts at `base`, the middle of the memory, and is no longer
+    # than a third of that, therefore moves nothing. This matters to speed only.
+    cdef bytearray memory         # None when there was no memory for another
+    cdef Py_ssize_t base
+    cdef Py_ssize_t largest_base  # so that the memory is never larger than a message may be
+    cdef Py_ssize_t longest       # of the messages since it was taken
+
+    @staticmethod
+    cdef Scratch make(int64_t message_max_bytes):
+        cdef Scratch self = Scratch.__new__(Scratch)
+        self.largest_base = max(<Py_ssize_t> (message_max_bytes // 2), SMALLEST_BASE)
+        self._remake(SMALLEST_BASE)
+        return self
+
+    cdef int _remake(self, Py_ssize_t base) except -1:
+        # Not bytearray(n), which writes to all of it.
+        self.memory = None
+        self.memory = PyByteArray_FromStringAndSize(NULL, 2 * base)
+        self.base = base
+        return 0
+
+    cdef int _begin(self) except -1:
+        # Empties it for a message.
+        if self.memory is None:
+            self._remake(self.base)
+        try:
+            PyByteArray_Resize(self.memory, self.base)
+        except BufferError:  # an encoder of the user's holds on to it
+            self._remake(self.base)
+            PyByteArray_Resize(self.memory, self.base)
+        return 0
+
+    cdef int _end(self, Py_ssize_t length) except -1:
+        # After a message of `length` bytes. One that was moved left memory of another size.
+        if length > self.longest:
+            self.longest = length
+        if length > self.base // 3:
+            self._remake(self._base_for(length))
+        return 0
+
+    cdef Py_ssize_t _base_for(self, Py_ssize_t length) noexcept:
+        # The check comes first: four times a length may be no number.
+        if length >= self.largest_base // 4:
+            return self.largest_base
+        return max(4 * length, self.base)
+
+    cdef bint _is_worth_keeping(self) noexcept:
+        # Not what a message that could not be sent, or a rare giant, has left.
+        return (self.memory is not None
+                and kb_allocated(<PyObject *> self.memory) <= 2 * self.largest_base + 1
+                and (self.base == SMALLEST_BASE or self.base // 32 <= self.longest))
+
+
 cdef class Mapper:
     """How envelopes become records: wire format, encoder and defaults of one producer."""
 
@@ -112,11 +174,7 @@ cdef class Mapper:
     cdef int64_t message_max_bytes
     cdef int64_t queue_max_bytes
     cdef bint carry_scheduled_time    # a time in the future is the reader's business
-    # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back
-    # when one shrinks below half of it. A message that starts at `scratch_base`, the middle of the scratch's
-    # memory, and is no longer than a third of that, therefore moves nothing. This matters to speed only.
-    cdef bytearray scratch
-    cdef Py_ssize_t scratch_base
+    cdef Scratch spare                # for the next mapping; nothing else here changes after __init__
 
     def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes, *,
                  carry_scheduled_time=False):
@@ -130,7 +188,6 @@ cdef class Mapper:
             self.wire, self.reserved = WIRE_RAW, frozenset()
         else:
             self.wire, self.custom, self.reserved = WIRE_CUSTOM, wire, frozenset()
-        self.scratch_base = 32768
         self.encoded_content_type = "application/octet-stream"
         if isinstance(encoder, msgspec.json.Encoder):
             self.encode_into = encoder.encode_into
@@ -146,6 +203,22 @@ cdef class Mapper:
         self.queue_max_bytes = queue_max_bytes
         self.carry_scheduled_time = carry_scheduled_time
 
+    cdef Scratch _take_scratch(self):
+        cdef Scratch scratch = self.spare
+        self.spare = None
+        if scratch is None:
+            return Scratch.make(self.message_max_bytes)
+        scratch.longest = 0
+        return scratch
+
+    cdef int _give_scratch(self, Scratch scratch) except -1:
+        if scratch._is_worth_keeping():
+            self.spare = scratch
+        return 0
+
+    cdef int64_t _pooled(self) noexcept:
+        return 0 if self.spare is None else kb_allocated(<PyObject *> self.spare.memory)
+
 
 cdef class _Mapping:
     """One batch on its way through phase 1."""
@@ -156,7 +229,9 @@ cdef class _Mapping:
     cdef BatchState *state
     cdef Py_ssize_t index        # the envelope being mapped
     cdef Envelope envelope       # the same; None if it is no Envelope
-    cdef bytearray scratch       # into which messages are encoded, one after the other; the mapper's while it is used
+    # Its own while it runs, not shared: encoders and hooks are foreign code, which may give up the GIL or map another
+    # batch of the same producer. No number and no pointer of a mapping is the mapper's.
+    cdef Scratch scratch
     cdef list kept               # objects whose memory records point at, besides the envelopes
     cdef int64_t now_us
     cdef object default_topic
@@ -347,7 +422,10 @@ cdef class _Mapping:
     cdef int _store(self, Record *record, const char *data, Py_ssize_t length) except -1:
         # Copies a body to where it stays until its delivery report.
         cdef char *body = _NOTHING  # an empty value is not a null value
-        if length:
+        if length < 0:
+            raise self._error(
+                "data" if self.envelope._kind == BODY_DATA else "message", f"the body has a negative length, {length}")
+        if 0 < length <= self.mapper.message_max_bytes:  # else _check_size refuses it, and no copy is needed
             body = arena_take(self.client, &self.state.bodies, length)
             if body == NULL:
                 raise MemoryError(f"no memory for a body of {length} bytes")
@@ -359,7 +437,9 @@ cdef class _Mapping:
     cdef int _map_body(self, Record *record) except -1:
         cdef Envelope envelope = self.envelope
         cdef object body = envelope._body
-        cdef Py_ssize_t length
+        cdef Scratch scratch
+        cdef bytearray memory
+        cdef Py_ssize_t base, length
         cdef PyObject *args[4]
         if envelope._kind == BODY_DATA:
             if type(body) is bytes:
@@ -370,10 +450,12 @@ cdef class _Mapping:
             record.value_len = 0
             return 0
         if self.mapper.encode_into is not None:
-            PyByteArray_Resize(self.scratch, self.mapper.scratch_base)
+            scratch = self.scratch
+            scratch._begin()
+            memory, base = scratch.memory, scratch.base
             args[0] = NULL
             args[1] = <PyObject *> body
-            args[2] = <PyObject *> self.scratch
+            args[2] = <PyObject *> memory
             args[3] = <PyObject *> _MINUS_ONE
             try:
                 PyObject_Vectorcall(self.mapper.encode_into, args + 1, 3 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL)
@@ -381,11 +463,9 @@ cdef class _Mapping:
                 raise
             except Exception as error:
                 raise self._error("message", f"message cannot be encoded: {error}") from error
-            length = PyByteArray_GET_SIZE(self.scratch) - self.mapper.scratch_base
-            self._store(record, PyByteArray_AS_STRING(self.scratch) + self.mapper.scratch_base, length)
-            if 3 * length > self.mapper.scratch_base:
-                self.mapper.scratch_base = 4 * length
-                self.scratch = bytearray(2 * self.mapper.scratch_base)
+            length = PyByteArray_GET_SIZE(memory) - base
+            self._store(record, PyByteArray_AS_STRING(memory) + base, length)
+            scratch._end(length)
             return 0
         return self._call_encoder(record, body)
 
@@ -569,7 +649,7 @@ cdef class _Mapping:
     cdef Header *_room_for(self, Py_ssize_t count) except? NULL:
         # Never nothing: the arena's last block is looked at afterwards, so there must be one.
         cdef Header *headers = <Header *> arena_take(
-            self.client, &self.state.arena, <size_t> max(count, 1) * sizeof(Header))
+            self.client, &self.state.arena, max(count, 1) * <Py_ssize_t> sizeof(Header))
         if headers == NULL:
             raise MemoryError(f"no memory for {count} headers")
         return headers
@@ -728,13 +808,17 @@ cdef class _Mapping:
 
     cdef bint _run(self, int64_t end_ns) except -1:
         # True when all are mapped; False when `end_ns` has passed, to be called again.
+        self.scratch = self.mapper._take_scratch()
+        try:
+            return self._map_until(end_ns)
+        finally:
+            self.mapper._give_scratch(self.scratch)
+            self.scratch = None
+
+    cdef bint _map_until(self, int64_t end_ns) except -1:
         cdef Py_ssize_t i = self.index + 1
         cdef tuple envelopes = self.batch.envelopes
         cdef PyObject *ahead
-        # Taken, not shared: an encoder may run Python code that maps another batch.
-        self.scratch, self.mapper.scratch = self.mapper.scratch, None
-        if self.scratch is None:
-            self.scratch = bytearray(2 * self.mapper.scratch_base)
         while i < self.state.count:
             if i & SIGNALS_EVERY == SIGNALS_EVERY:
                 PyErr_CheckSignals()
@@ -753,7 +837,6 @@ cdef class _Mapping:
             i += 1
             if end_ns != INT64_MAX and kb_now_ns() >= end_ns:
                 break
-        self.mapper.scratch, self.scratch = self.scratch, None
         return i == self.state.count
 
 
