@@ -9,6 +9,8 @@ import threading
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from kbatch._errors import type_name
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -86,6 +88,12 @@ class CallbackThread:
                 # Its name, not its repr: that of a functools.partial shows the arguments. And a logging filter that
                 # raises must not end the thread.
                 with contextlib.suppress(BaseException):
-                    name = getattr(function, "__qualname__", type(function).__qualname__)
-                    _logger.exception("a callback failed: %s", name)
+                    _logger.exception("a callback failed: %s", _name(function))
             del function, arguments
+
+
+def _name(function: object) -> str:
+    try:
+        return str(function.__qualname__)  # type: ignore[attr-defined]
+    except BaseException:  # it has none, or its class is the user's
+        return type_name(function)

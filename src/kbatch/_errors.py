@@ -60,6 +60,51 @@ __all__ = [
     "UndeliveredError",
 ]
 
+_name_of = type.__dict__["__name__"].__get__
+
+
+def type_name(value: object) -> str:
+    """The name of a value's class, without a question to its metaclass, which may raise."""
+    name: str = _name_of(type(value))
+    return name
+
+
+def exception_text(error: BaseException) -> str:
+    """What a foreign exception says; the name of its type if it says nothing, or cannot.
+
+    Raises nothing of the exception's own but `KeyboardInterrupt` and `SystemExit`. The text can be written as UTF-8.
+    """
+    try:
+        text = str(error)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        return type_name(error)
+    return _plain(text) or type_name(error)
+
+
+def named_exception_text(error: BaseException) -> str:
+    """As `exception_text`, with the name of the type before it."""
+    name, text = type_name(error), exception_text(error)
+    return name if text == name else f"{name}: {text}"
+
+
+def shown(value: object) -> str:
+    """How an error shows a value of any size. Raises as `exception_text` does."""
+    try:
+        text = repr(value)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        return f"a {type_name(value)}"
+    text = _plain(text)
+    return text if len(text) <= 100 else text[:99] + "…"
+
+
+def _plain(text: str) -> str:
+    # A subclass of str may override whatever is called on it.
+    return str.encode(text, "utf-8", "backslashreplace").decode()
+
 
 class KbatchError(Exception):
     """The root of kbatch's errors.

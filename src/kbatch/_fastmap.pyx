@@ -27,7 +27,11 @@ from kbatch._errors import (
     SenderClosedError,
     SenderFullError,
     SerializationError,
+    exception_text,
     fatal_error,
+    named_exception_text,
+    shown,
+    type_name,
 )
 from kbatch._serialization import SerializationContext
 
@@ -58,6 +62,7 @@ cdef extern from *:
     PyObject *PyTuple_GET_ITEM "kb_tuple_item"(PyObject *t, Py_ssize_t i) noexcept
     int raise_pending "kb_raise_pending"() except -1
     Py_ssize_t PY_SSIZE_T_MAX
+    object PyUnicode_FromObject(object text)  # an exact str
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
 

@@ -14,6 +14,7 @@ from kbatch._errors import (
     ProducerFatalError,
     SerializationError,
     TopicDoesNotExist,
+    named_exception_text,
 )
 from kbatch._pending import PendingBatch
 
@@ -112,7 +113,9 @@ def answer_refusal(
         index, code = error.index, _VALUE_SERIALIZATION
     elif isinstance(error, ProducerFatalError):
         rest = error.code
-    with contextlib.suppress(MemoryError):  # an answer without a report is better than none
+    # No memory, or envelopes that nobody can count, which is then the error, too: an answer without a report is better
+    # than none.
+    with contextlib.suppress(Exception):
         unsent = PendingBatch(producer._core)
         producer._core.fail(unsent, batch.envelopes, index, code, rest)
         error.report = unsent.report
@@ -125,7 +128,7 @@ def _as_answer(error: BaseException, mapped: bool) -> KbatchError:
     """What a batch is told of an exception because of which nothing of it was sent."""
     if isinstance(error, KbatchError):
         return error
-    text = f"{type(error).__name__}: {error}"
+    text = named_exception_text(error)
     made: KbatchError
     if not isinstance(error, Exception):
         made = BatchInterrupted(f"interrupted before anything was sent: {text}")

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from kbatch import Envelope
 from kbatch.testing import MockCluster
 
 from ..conftest import SLOW_BUILD
+from ..sending import KINDS, Driver
 from .clients import end_offsets, read_back
 
 TOPIC = "orders"
@@ -174,7 +175,7 @@ BF_GETBUFFER = 1  # Py_bf_getbuffer
 
 
 @pytest.fixture
-def lying_buffer() -> Iterator[Callable[[int], object]]:
+def lying_buffer() -> Callable[[int], object]:
     """Makes an object of a C type whose buffer claims a length."""
     kept: list[object] = []
     memory = ctypes.create_string_buffer(64)
@@ -199,7 +200,7 @@ def lying_buffer() -> Iterator[Callable[[int], object]]:
         kept.extend((get, slots, spec, made))
         return made()
 
-    yield make_one
+    return make_one
 
 
 @pytest.mark.parametrize("length", [-1, -7, -8, -9, -4096, -sys.maxsize])
@@ -288,3 +289,32 @@ def test_no_buffer_is_larger_than_a_message_may_be(cluster: MockCluster, size: i
             assert producer.send_batch(TOPIC, [Envelope(body), Envelope(body[:9])]).ok
             assert producer.stats()["pooled_bytes"] <= bound(1_000_000)
     assert stored(cluster) == [text for body in bodies for text in (body, body[:9])]
+
+
+# -- exceptions that cannot be shown
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise self
+
+
+class Untyped(type):
+    @property
+    def __message_type__(cls) -> str:
+        raise Mute
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batched_sender_survives_an_exception_that_has_no_text(cluster: MockCluster, kind: str) -> None:
+    odd = Untyped("Odd", (), {})()
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+    with kbatch.Producer(config, encoder=lambda message, _: str(message).encode()) as producer:
+        with Driver(kind, producer, TOPIC, options={}) as driver:
+            for turn in range(2):
+                for n in range(100):
+                    driver.send(Envelope(odd if n == 50 else 100 * turn + n))
+                assert driver.flush() == 0
+        assert [type(error) for _, error in driver.failed] == [kbatch.SerializationError] * 2
+    expected = [b"%d" % n for n in range(200) if n % 100 != 50]
+    assert [record.value for record in read_back(cluster.bootstrap_servers, TOPIC)] == expected

@@ -157,6 +157,50 @@ MUTANTS = (
         "tests/unit/test_rejected.py",
     ),
     Mutant(
+        "two mappings share the encoder's buffer",
+        MAP,
+        "        self.spare = None\n        if scratch is None:\n            return",
+        "        if scratch is None:\n            self.spare = Scratch.make(self.message_max_bytes)\n"
+        "            return",
+        "tests/mock/test_foreign_code.py",
+    ),
+    Mutant(
+        "the encoder's buffer is kept after a giant",
+        MAP,
+        "        if scratch._is_worth_keeping():\n",
+        "        if True:\n",
+        "tests/mock/test_foreign_code.py",
+    ),
+    Mutant(
+        "the encoder's buffer grows with the largest message, sent or not",
+        MAP,
+        "        if length >= self.largest_base // 4:\n",
+        "        if False:\n",
+        "tests/mock/test_foreign_code.py",
+    ),
+    Mutant(
+        "a negative length is stored",
+        MAP,
+        "        if length < 0:\n            raise self._error(\n",
+        "        if False:\n            raise self._error(\n",
+        "tests/mock/test_foreign_code.py",
+    ),
+    Mutant(
+        "an exception that has no text is shown all the same",
+        "_errors.py",
+        "    except BaseException:\n        return type_name(error)\n",
+        "    except ArithmeticError:\n        return type_name(error)\n",
+        "tests/unit/test_foreign_errors.py",
+    ),
+    Mutant(
+        "an odd exception of one envelope ends the whole batch",
+        MAP,
+        "            self.rejected.append((self.index, self._as_rejection(error)))\n",
+        "            if not isinstance(error, (SerializationError, MemoryError)):\n                raise\n"
+        "            self.rejected.append((self.index, self._as_rejection(error)))\n",
+        "tests/unit/test_foreign_errors.py",
+    ),
+    Mutant(
         "what others took of the batch's memory is given back with a rejected envelope",
         BATCH,
         "        while oldest.next != block:\n            oldest = oldest.next\n        oldest.next = NULL\n",

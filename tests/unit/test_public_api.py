@@ -17,9 +17,9 @@ PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_callbacks", "_exit", "_librdkafka", "_loop"},
+    {"_version", "_serialization", "_exit", "_librdkafka", "_loop"},
     {"_errors"},
-    {"_fastmap"},
+    {"_fastmap", "_callbacks"},
     {"_report", "_wire", "_config"},
     {"_pending", "_events", "_read"},
     {"_transactions"},

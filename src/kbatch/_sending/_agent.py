@@ -35,7 +35,10 @@ from kbatch._errors import (
     SerializationError,
     blames_envelope,
     can_be_replaced,
+    exception_text,
     is_outage,
+    named_exception_text,
+    type_name,
 )
 from kbatch._fastmap import Signal
 from kbatch._pending import PendingBatch
@@ -408,7 +411,7 @@ class BaseSendingAgent:
 
     def _crash(self, error: BaseException) -> None:
         """After a defect, or without memory: nothing is taken any more, and as far as possible all is told."""
-        self._death = ProducerError(f"a sender's thread failed: {type(error).__name__}")
+        self._death = ProducerError(f"a sender's thread failed: {type_name(error)}")
         if self._buffer is not None:
             self._buffer._stop_accepting()
         with contextlib.suppress(BaseException):
@@ -547,7 +550,7 @@ class BaseSendingAgent:
             if isinstance(error, KbatchError):
                 reason = error
             else:
-                reason = SenderError(f"the producer could not take the batch: {type(error).__name__}: {error}")
+                reason = SenderError(f"the producer could not take the batch: {named_exception_text(error)}")
                 reason.__cause__ = error
             self._note("nothing", flight.trial, time.monotonic())
             failures = [(index, reason) for index in range(len(flight.envelopes))]
@@ -690,7 +693,7 @@ class BaseSendingAgent:
             if self._handle.producer is producer:
                 self._news.append(functools.partial(self._die, error))
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
+            reason = named_exception_text(error)
         finally:
             if reason is not None:
                 self._log_probe(reason)
@@ -723,7 +726,7 @@ class BaseSendingAgent:
                 self._handle.replace(broken)
             except Exception as error:
                 self._log(logging.ERROR, "a producer in its fatal state could not be replaced", exc_info=error)
-                self._die(ProducerError(f"a producer could not be replaced: {type(error).__name__}: {error}"))
+                self._die(ProducerError(f"a producer could not be replaced: {named_exception_text(error)}"))
 
     # -- ends
 
@@ -1057,7 +1060,7 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
 
 def _reason(error: KbatchError) -> str:
     # Without the place in a batch, of which whoever sends single envelopes knows nothing.
-    return error.reason if isinstance(error, SerializationError) else str(error)
+    return error.reason if isinstance(error, SerializationError) else exception_text(error)
 
 
 def _seconds_until(end: float) -> float:

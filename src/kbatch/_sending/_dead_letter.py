@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from kbatch._errors import DeliveryError, SerializationError
+from kbatch._errors import DeliveryError, SerializationError, exception_text, type_name
 
 if TYPE_CHECKING:
     from kbatch._fastmap import Envelope
@@ -32,8 +32,8 @@ def dead_letter(ended: Ended, topic: str, default_topic: str | None) -> Envelope
     headers = [(name, value) for name, value in envelope.headers if not name.startswith(_PREFIX)]
     reason = {
         "topic": envelope.topic or default_topic,
-        "reason": str(error),
-        "error": error.name if isinstance(error, DeliveryError) else type(error).__name__,
+        "reason": exception_text(error),
+        "error": error.name if isinstance(error, DeliveryError) else type_name(error),
         "attempts": str(ended.entry.failures),
         "time": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z"),
     }

@@ -10,7 +10,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
-from kbatch._errors import SenderFullError
+from kbatch._errors import SenderFullError, named_exception_text
 from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
 from kbatch._sender import answer_refusal
 from kbatch._sending._agent import BaseSendingAgent, Outcome
@@ -98,7 +98,9 @@ class SendingAgent(BaseSendingAgent):
                 if inspect.isawaitable(result):
                     await result
             except BaseException as error:
-                ended.set_exception(error if isinstance(error, Exception) else RuntimeError(repr(error)))
+                ended.set_exception(
+                    error if isinstance(error, Exception) else RuntimeError(named_exception_text(error))
+                )
                 if not isinstance(error, Exception):
                     raise
             else:

@@ -395,8 +395,8 @@ cdef class Core:
 
         With a list `rejected`, an envelope that cannot be mapped does not raise: it is appended as ``(index,
         SerializationError)`` and not sent, and its outcome is a failure with the code ``_VALUE_SERIALIZATION``. It
-        aborts no transaction. So is one for which there was no memory, or whose encoder ended with a BaseException,
-        which is then the error's cause. Errors of no single envelope are raised all the same, and then nothing is
+        aborts no transaction. So is one for which there was no memory, or that ended with any other exception of foreign
+        code, a BaseException too, which is then the error's cause. Errors of no single envelope are raised all the same, and then nothing is
         appended.
         """
         self._map_slice(self.begin_mapping(batch, topic, envelopes, rejected), INT64_MAX)
@@ -1005,7 +1005,7 @@ cdef class Core:
         cdef int code
         cdef int64_t lifetime_ms
         if not isinstance(answer, tuple) or not 2 <= len(answer) <= 4:
-            found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type(answer).__name__
+            found = f"a tuple of {len(answer)}" if isinstance(answer, tuple) else type_name(answer)
             raise TypeError(
                 f"oauth_cb must return (token, expiry in seconds since 1970[, principal[, extensions]]), not {found}")
         cdef bytes token = oauth_text("token", answer[0])
@@ -1013,7 +1013,7 @@ cdef class Core:
         cdef bytes principal = oauth_text("principal", answer[2]) if len(answer) > 2 else b""
         extensions = answer[3] if len(answer) > 3 else {}
         if not isinstance(extensions, dict):
-            raise TypeError(f"oauth_cb's extensions must be a dict, not {type(extensions).__name__}")
+            raise TypeError(f"oauth_cb's extensions must be a dict, not {type_name(extensions)}")
         cdef list flat = []
         for name, value in extensions.items():
             flat.append(oauth_text("extension", name))
@@ -1046,7 +1046,7 @@ cdef class Core:
 cdef bytes oauth_text(str what, text):
     cdef bytes encoded
     if not isinstance(text, str):
-        raise TypeError(f"oauth_cb's {what} must be str, not {type(text).__name__}")
+        raise TypeError(f"oauth_cb's {what} must be str, not {type_name(text)}")
     try:
         encoded = text.encode()
     except UnicodeEncodeError:
@@ -1081,7 +1081,7 @@ cdef class TokenRefresh:
         except BaseException as error:
             # Also for SystemExit: librdkafka does not ask again before it has an answer.
             try:
-                core.set_oauth_failure(f"oauth_cb failed: {type(error).__name__}")
+                core.set_oauth_failure(f"oauth_cb failed: {type_name(error)}")
             except ProducerClosedError:
                 pass
             raise

@@ -93,15 +93,6 @@ cdef bint _is_attribute_name(const char *name, Py_ssize_t length) noexcept nogil
     return True
 
 
-cdef str _shown(object value):
-    # How an error shows something of any size, whose repr may even fail.
-    try:
-        text = repr(value)
-    except Exception:
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 100 else text[:99] + "…"
-
-
 @cython.final
 cdef class Scratch:
     """Where a mapping has its messages encoded, one after the other. One mapping has it at a time."""
@@ -229,6 +220,7 @@ cdef class _Mapping:
     cdef BatchState *state
     cdef Py_ssize_t index        # the envelope being mapped
     cdef Envelope envelope       # the same; None if it is no Envelope
+    cdef bint hears_signals      # and maps nothing meanwhile
     # Its own while it runs, not shared: encoders and hooks are foreign code, which may give up the GIL or map another
     # batch of the same producer. No number and no pointer of a mapping is the mapper's.
     cdef Scratch scratch
@@ -247,7 +239,7 @@ cdef class _Mapping:
     # -- errors
 
     cdef object _error(self, str field, str reason):
-        cdef object id = None if self.envelope is None else self.envelope.id
+        cdef object id = None if self.envelope is None else uuid_object(self.envelope._id)
         return SerializationError(reason, index=self.index, envelope_id=id, field=field)
 
     # -- text
@@ -255,7 +247,7 @@ cdef class _Mapping:
     cdef const char *_text(self, object value, str field, Py_ssize_t *length) except NULL:
         cdef const char *p
         if type(value) is not str and not isinstance(value, str):
-            raise self._error(field, f"{field} must be str, not {type(value).__name__}")
+            raise self._error(field, f"{field} must be str, not {type_name(value)}")
         p = kb_utf8(<PyObject *> value, length)
         if p == NULL:
             self._not_utf8(field)
@@ -296,7 +288,7 @@ cdef class _Mapping:
         if not _is_attribute_name(name_p, name_len):
             raise self._error(
                 field,
-                f"header {_shown(name)} is not an attribute of CloudEvents: it must be ce_ and then a-z and 0-9 only")
+                f"header {shown(name)} is not an attribute of CloudEvents: it must be ce_ and then a-z and 0-9 only")
         if value is None:
             raise self._error(field, f"header {name!r} is an attribute of CloudEvents: it must be text, not None")
         if isinstance(value, bytes):
@@ -319,15 +311,18 @@ cdef class _Mapping:
             value = <object> PyTuple_GET_ITEM(<PyObject *> pair, 1)
             if type(name) is not str and not isinstance(name, str):
                 raise self._error(
-                    where, f"{where}: a header's name must be str, not {type(name).__name__} ({_shown(name)})")
+                    where, f"{where}: a header's name must be str, not {type_name(name)} ({shown(name)})")
             name_p = kb_utf8(<PyObject *> name, &name_len)
+            # Pointers are into what the envelope holds; what a subclass of str overrides is not asked.
+            if type(name) is not str:
+                name = PyUnicode_FromObject(name)
             if name_p == NULL:
                 self._not_utf8(f"{where}[{name!r}]")
             if name_len == 0:
                 raise self._error(where, f"{where}: a header's name must not be empty")
             if memchr(name_p, 0, name_len) != NULL:
                 raise self._error(
-                    f"{where}[{name!r}]", f"header {_shown(name)}: a name must not contain a NUL character")
+                    f"{where}[{name!r}]", f"header {shown(name)}: a name must not contain a NUL character")
             if self.mapper.reserved and name in self.mapper.reserved:
                 raise self._error(
                     f"{where}[{name!r}]", f"header {name!r} is reserved: the wire format writes it itself")
@@ -346,9 +341,9 @@ cdef class _Mapping:
             else:
                 raise self._error(
                     f"{where}[{name!r}]",
-                    f"header {_shown(name)} must be str, bytes or None, not {type(value).__name__}")
+                    f"header {shown(name)} must be str, bytes or None, not {type_name(value)}")
             if value_len > INT32_MAX or name_len > INT32_MAX:
-                raise self._error(f"{where}[{name!r}]", f"header {_shown(name)} is larger than 2 GiB")
+                raise self._error(f"{where}[{name!r}]", f"header {shown(name)} is larger than 2 GiB")
             _put(at, name_p, <int32_t> name_len, value_p, <int32_t> value_len, value_len)
         return 0
 
@@ -376,7 +371,7 @@ cdef class _Mapping:
             if not _LEGAL_TOPIC(topic):
                 raise self._error(
                     "topic",
-                    f"topic {_shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
+                    f"topic {shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
             entry = client_topic(self.client, p, length, True)
             if entry == NULL:
                 raise MemoryError("no memory for a topic")
@@ -395,7 +390,7 @@ cdef class _Mapping:
         elif isinstance(key, str):
             record.key = self._text(key, "key", &length)
         else:
-            raise self._error("key", f"key must be str, bytes or None, not {type(key).__name__}")
+            raise self._error("key", f"key must be str, bytes or None, not {type_name(key)}")
         if length > INT32_MAX:
             raise self._error("key", "key is larger than 2 GiB")
         record.key_len = <int32_t> length
@@ -411,8 +406,10 @@ cdef class _Mapping:
         cdef Py_buffer view
         try:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-        except (BufferError, TypeError, ValueError) as error:  # ValueError: a released memoryview, a closed mmap
-            raise self._error("data", f"data is not one contiguous buffer: {error}") from error
+        except MemoryError:
+            raise
+        except Exception as error:  # ValueError: a released memoryview, a closed mmap; anything from a __buffer__
+            raise self._error("data", f"data is not one contiguous buffer: {exception_text(error)}") from error
         try:
             self._store(record, <const char *> view.buf, view.len)
         finally:
@@ -462,7 +459,7 @@ cdef class _Mapping:
             except MemoryError:
                 raise
             except Exception as error:
-                raise self._error("message", f"message cannot be encoded: {error}") from error
+                raise self._error("message", f"message cannot be encoded: {exception_text(error)}") from error
             length = PyByteArray_GET_SIZE(memory) - base
             self._store(record, PyByteArray_AS_STRING(memory) + base, length)
             scratch._end(length)
@@ -478,12 +475,14 @@ cdef class _Mapping:
         except MemoryError:
             raise
         except Exception as error:
-            raise self._error("message", f"message cannot be encoded: {error}") from error
+            raise self._error("message", f"message cannot be encoded: {exception_text(error)}") from error
         if context.headers:
             try:
                 self.extra_headers = _header_pairs(context.headers)
-            except TypeError as error:
-                raise self._error("message", f"the encoder's {error}") from error
+            except MemoryError:
+                raise
+            except Exception as error:
+                raise self._error("message", f"the encoder's {exception_text(error)}") from error
             self.kept.append(self.extra_headers)
         if type(encoded) is bytes:
             self.kept.append(encoded)
@@ -498,7 +497,7 @@ cdef class _Mapping:
             raise self._error(
                 "message", "the encoder is asynchronous, and mapping awaits nothing: use one that returns bytes")
         if not PyObject_CheckBuffer(encoded):
-            raise self._error("message", f"the encoder must return bytes, not {type(encoded).__name__}")
+            raise self._error("message", f"the encoder must return bytes, not {type_name(encoded)}")
         return self._append(record, encoded)
 
     cdef object _type_name(self):
@@ -623,10 +622,11 @@ cdef class _Mapping:
     cdef object _guid(self, object text):
         # The canonical text of a GUID in another form; None for the empty GUID.
         cdef object value
+        text = PyUnicode_FromObject(text)  # not what a subclass overrides
         # uuid.UUID() also takes what int() takes: spaces, 0x, digits of every script.
         if not _GUID(text):
             raise self._error(
-                "conversation_id", f"conversation_id must be a UUID in the wolverine format, not {_shown(text)}")
+                "conversation_id", f"conversation_id must be a UUID in the wolverine format, not {shown(text)}")
         value = uuid.UUID(text)
         if value.int == 0:
             return None
@@ -717,7 +717,7 @@ cdef class _Mapping:
         except MemoryError:
             raise
         except Exception as error:
-            raise self._error("wire", f"the wire format could not write the envelope: {error}") from error
+            raise self._error("wire", f"the wire format could not write the envelope: {exception_text(error)}") from error
         self.kept.append((key, pairs))
         if key is None:
             record.key, record.key_len = NULL, 0
@@ -728,7 +728,7 @@ cdef class _Mapping:
             record.key = self._text(key, "key", &length)
             record.key_len = <int32_t> length
         else:
-            raise self._error("key", f"the wire format's key must be str, bytes or None, not {type(key).__name__}")
+            raise self._error("key", f"the wire format's key must be str, bytes or None, not {type_name(key)}")
         if value is None:
             record.value, record.value_len = NULL, 0
         elif type(value) is bytes:
@@ -737,7 +737,7 @@ cdef class _Mapping:
         elif PyObject_CheckBuffer(value):
             self._append(record, value)
         else:
-            raise self._error("wire", f"the wire format's value must be bytes or None, not {type(value).__name__}")
+            raise self._error("wire", f"the wire format's value must be bytes or None, not {type_name(value)}")
         most = len(pairs) + len(self.hook_headers)
         record.headers = at.next = self._room_for(most)
         at.wire_size = 0
@@ -758,10 +758,10 @@ cdef class _Mapping:
         cdef Envelope e
         if not isinstance(item, Envelope):
             self.envelope = None
-            raise self._error("envelope", f"expected a kbatch.Envelope, not {type(item).__name__}")
+            raise self._error("envelope", f"expected a kbatch.Envelope, not {type_name(item)}")
         self.envelope = e = <Envelope> item
         if e._kind == BODY_NONE or e._kind == BODY_BUILDING:
-            raise self._error("envelope", f"{type(item).__name__} was made without Envelope.__init__")
+            raise self._error("envelope", f"{type_name(item)} was made without Envelope.__init__")
         record.flags = 0
         record.partition = e._partition
         record.timestamp = e._timestamp if e._timestamp else self.now_us // 1000
@@ -780,6 +780,14 @@ cdef class _Mapping:
         self._map_body(record)
         return self._map_headers(record)
 
+    cdef object _as_rejection(self, object error):
+        # What an envelope is told of an exception that mapping it ended with. One of a subclass is foreign.
+        if type(error) is SerializationError and error.index == self.index:
+            return error
+        reason = self._error("message", f"the envelope cannot be mapped: {named_exception_text(error)}")
+        reason.__cause__ = error
+        return reason
+
     cdef int _map_or_reject(self, object item, Record *record) except -1:
         cdef BatchState *state = self.state
         cdef ArenaBlock *arena = state.arena
@@ -789,14 +797,9 @@ cdef class _Mapping:
         cdef Py_ssize_t kept = len(self.kept)
         try:
             return self._map_one(item, record)
-        except SerializationError as error:
-            self.rejected.append((self.index, error))
-        except BaseException as error:  # the others must not pay for a lack of memory, or a sys.exit() in an encoder
-            if isinstance(error, Exception) and not isinstance(error, MemoryError):
-                raise
-            reason = self._error("message", f"the envelope cannot be mapped: {type(error).__name__}: {error}")
-            reason.__cause__ = error
-            self.rejected.append((self.index, reason))
+        except BaseException as error:
+            # Whatever it is: the others must not pay for a lack of memory, or a sys.exit() in an encoder.
+            self.rejected.append((self.index, self._as_rejection(error)))
         record.flags = RECORD_REJECTED
         record.partition = -1 if self.envelope is None else self.envelope._partition
         # Nothing points at what it took: a large one must not lie here until the batch is done.
@@ -811,6 +814,12 @@ cdef class _Mapping:
         self.scratch = self.mapper._take_scratch()
         try:
             return self._map_until(end_ns)
+        except MemoryError:
+            raise
+        except Exception as error:
+            if self.hears_signals:
+                raise  # a signal handler's
+            raise self._as_rejection(error)
         finally:
             self.mapper._give_scratch(self.scratch)
             self.scratch = None
@@ -821,7 +830,9 @@ cdef class _Mapping:
         cdef PyObject *ahead
         while i < self.state.count:
             if i & SIGNALS_EVERY == SIGNALS_EVERY:
+                self.hears_signals = True
                 PyErr_CheckSignals()
+                self.hears_signals = False
             if i + 8 < self.state.count:
                 # Between two batches librdkafka has driven the envelopes out of the processor's caches.
                 kb_prefetch(PyTuple_GET_ITEM(<PyObject *> envelopes, i + 8), ENVELOPE_BYTES)
@@ -863,7 +874,7 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     # Each check on its own: in a tuple of classes Cython does not see that a check has raised.
     if type(envelopes) is not list and (
             isinstance(envelopes, (Envelope, str, bytes)) or isinstance(envelopes, Mapping)):
-        raise TypeError(f"envelopes must be an iterable of kbatch.Envelope, not {type(envelopes).__name__}")
+        raise TypeError(f"envelopes must be an iterable of kbatch.Envelope, not {type_name(envelopes)}")
     # A tuple of our own: a list may be changed by another thread, or by an encoder, while it is mapped.
     batch.envelopes = tuple(envelopes)
     state.count = len(batch.envelopes)
@@ -890,6 +901,6 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
             raise
         except Exception as error:
             raise SerializationError(
-                f"header_hook failed: {error}", index=None, envelope_id=None, field="header_hook") from error
+                f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook") from error
         batch.kept.append(mapping.hook_headers)
     return mapping
