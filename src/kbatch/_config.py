@@ -101,6 +101,12 @@ class ProducerConfig:
         # librdkafka loads plugins when the key is set, and they must be there before the rest.
         for key in sorted(given, key=lambda key: (key != "debug", key != "plugin.library.paths")):
             _set(native, key, given[key])
+        if native.get("acks") == "0":
+            key = names.get("acks", "acks")
+            raise ConfigError(
+                f"{key}={given.get(key)}: no broker would answer, so a message that was refused or lost would be "
+                "told as stored; use acks=all"
+            )
         for key, value in _defaults(native, names).items():
             _set(native, key, value)
         if native.get("delivery.report.only.error") == "true":
@@ -233,17 +239,25 @@ def _defaults(native: Config, names: dict[str, str]) -> dict[str, str]:
     contradiction = _contradiction(native, names)
     if contradiction is None:
         return defaults
+    told = []
     if native.get("transactional.id"):
         raise ConfigError(f"{contradiction} contradicts transactional.id, which needs the idempotent producer")
     if "enable.idempotence" not in names:
         defaults["enable.idempotence"] = "false"
-        warnings.warn(
+        told.append(
             f"{contradiction} does not allow the idempotent producer, which kbatch uses by default: retries may now "
-            "reorder or duplicate messages. Set enable.idempotence=false to confirm.",
-            stacklevel=_callers_level(),
+            "reorder or duplicate messages. Set enable.idempotence=false to confirm."
         )
     elif native.get("enable.idempotence") == "true":
         raise ConfigError(f"{contradiction} contradicts enable.idempotence=true")
+    if "acks" in names and native.get("acks") != "-1":
+        # Nothing confirms this one: whoever deletes a row when kbatch says "stored" must see it.
+        told.append(
+            f"{names['acks']}={native.get('acks')}: a message that was told as stored is lost if the partition's "
+            "leader fails before a follower has copied it. Use acks=all."
+        )
+    if told:
+        warnings.warn(" ".join(told), stacklevel=_callers_level())
     return defaults
 
 

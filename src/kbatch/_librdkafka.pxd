@@ -160,6 +160,7 @@ cdef enum:
     RD_KAFKA_RESP_ERR__PURGE_INFLIGHT = -151
     RD_KAFKA_RESP_ERR__FATAL = -150
     RD_KAFKA_RESP_ERR_NO_ERROR = 0
+    RD_KAFKA_RESP_ERR_UNKNOWN = -1
 
 ctypedef void (*throttle_cb_t)(rd_kafka_t *rk, const char *broker_name, int32_t broker_id,
                                int throttle_time_ms, void *opaque) noexcept nogil

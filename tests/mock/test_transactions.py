@@ -309,3 +309,18 @@ def test_an_inline_sender_replaces_a_producer_whose_transaction_is_unknown(
     loop.run_until_complete(sender.close()) if kind == "asyncio" else sender.close()
     loop.close()
     assert [n for n in values(cluster) if n > 10] == [11, 12]
+
+
+def test_what_was_not_sent_of_an_interrupted_transaction_is_not_told_as_possibly_stored(cluster: MockCluster) -> None:
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "transactional.id": "two", "log_level": 0}
+    with kbatch.Producer(config, max_in_flight=1) as producer:
+        producer.send_batch("t", envelopes(1)).raise_for_errors()
+        transactions = producer._transactions
+        assert transactions is not None
+        cluster.set_rtt(1, 500)
+        transactions._core = Failing(producer._core, "wait_for_outcome", 1, after=False)  # type: ignore[assignment]
+        report = producer.send_batch("t", envelopes(50), timeout=30)
+        assert report.failed == 50
+        possibly = [index for index, error in report.errors.items() if error.possibly_persisted]
+        assert len(possibly) <= 2
+        assert 49 not in possibly

@@ -22,8 +22,8 @@ MUTANTS = (
     Mutant(
         "a failed delivery report counts as an acknowledgement",
         CLIENT,
-        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:",
-        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR or message.err > 0:",
+        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR and outcome.persistence == RD_KAFKA_MSG_STATUS_PERSISTED:",
+        "if message.err >= RD_KAFKA_RESP_ERR_NO_ERROR:",
         "tests/mock/test_contract.py",
     ),
     Mutant(
@@ -43,8 +43,32 @@ MUTANTS = (
         "nothing was possibly persisted",
         CLIENT,
         "outcome.persistence = <uint8_t> api.message_status(message)",
-        "outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED",
+        "outcome.persistence = <uint8_t> (\n"
+        "                RD_KAFKA_MSG_STATUS_NOT_PERSISTED if message.err else api.message_status(message))",
         "tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "what nobody has acknowledged counts as stored",
+        CLIENT,
+        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR and outcome.persistence == RD_KAFKA_MSG_STATUS_PERSISTED:",
+        "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:",
+    ),
+    Mutant(
+        "no acknowledgements may be configured",
+        "_config.py",
+        'if native.get("acks") == "0":',
+        'if native.get("acks") == "00":',
+        "tests/unit/test_config.py",
+    ),
+    Mutant(
+        "what librdkafka calls not persisted is raised by a transaction of unknown end",
+        CORE,
+        "                if not unknown and outcome.state == FAILED:\n"
+        "                    outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED",
+        "                if outcome.state == FAILED:\n                    outcome.persistence = (\n"
+        "                        RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED\n"
+        "                        if unknown else RD_KAFKA_MSG_STATUS_NOT_PERSISTED)",
+        "tests/mock/test_transactions.py",
     ),
     Mutant(
         "a batch is done one envelope early",

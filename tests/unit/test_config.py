@@ -133,7 +133,7 @@ def test_any_mapping_will_do() -> None:
 
 
 def test_the_config_stays_the_callers() -> None:
-    config = {**SERVERS, "acks": 1, "enable.idempotence": False}
+    config = {**SERVERS, "retries": 0, "enable.idempotence": False}
     before = dict(config)
     kbatch.Producer(config).close()
     assert config == before
@@ -313,7 +313,6 @@ def test_what_only_a_start_can_check_is_refused_at_the_first_use(config: dict[st
 # As kbatch is told, and as its message names it.
 CONTRADICTIONS = [
     ({"acks": 1}, "acks=1"),
-    ({"acks": "0"}, "acks=0"),
     ({"request.required.acks": 1}, "request.required.acks=1"),
     ({"default.topic.config": {"acks": 1}}, "acks=1"),
     ({"max.in.flight": 6}, "max.in.flight=6"),
@@ -343,9 +342,36 @@ def test_a_contradiction_to_explicit_idempotence(config: dict[str, Any], named: 
     assert str(error) == f"{named} contradicts enable.idempotence=true"
 
 
-@pytest.mark.parametrize(("config", "named"), CONTRADICTIONS, ids=str)
-def test_explicitly_without_idempotence_there_is_no_warning(config: dict[str, Any], named: str) -> None:
+@pytest.mark.parametrize("config", [config for config, named in CONTRADICTIONS if "acks" not in named], ids=str)
+def test_explicitly_without_idempotence_there_is_no_warning(config: dict[str, Any]) -> None:
     start({**config, "enable.idempotence": False})
+
+
+@pytest.mark.parametrize("more", [{}, {"enable.idempotence": False}], ids=str)
+@pytest.mark.parametrize(
+    ("config", "named"), [(config, named) for config, named in CONTRADICTIONS if "acks" in named], ids=str
+)
+def test_one_acknowledgement_warns_of_loss_whatever_is_confirmed(
+    config: dict[str, Any], named: str, more: dict[str, Any]
+) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kbatch.Producer({**SERVERS, **config, **more}).close()
+    assert len(caught) == 1
+    assert f"{named}: a message that was told as stored is lost if" in str(caught[0].message)
+    assert ("does not allow the idempotent producer" in str(caught[0].message)) is not more
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("key", ["acks", "request.required.acks"])
+@pytest.mark.parametrize("none", [0, "0", "00"])
+@pytest.mark.parametrize("idempotent", [None, True, False])
+def test_no_acknowledgements_are_refused(key: str, none: object, idempotent: bool | None) -> None:
+    more = {} if idempotent is None else {"enable.idempotence": idempotent}
+    for config in ({key: none, **more}, {"default.topic.config": {key: none}, **more}):
+        error = error_of({**SERVERS, **config})
+        assert str(error).startswith(f"{key}=")
+        assert "would be told as stored" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,12 @@ def refused_by_kbatch(config: dict[str, Any]) -> kbatch.ConfigError | None:
 NEVER_ANSWERED = "delivery reports would not come, or not before for ever"
 
 
-def deliberate(key: str, value: Any, theirs: str | None) -> str | None:
+def deliberate(key: str, value: Any, theirs: str | None, mine: kbatch.ConfigError | None) -> str | None:
     """Why kbatch differs from confluent-kafka here; None if it must not."""
     if key in ("bootstrap.servers", "metadata.broker.list") and not str(value or "").strip():
         return "without brokers, confluent-kafka starts and waits for ever"
+    if key in ("acks", "request.required.acks") and mine is not None and "told as stored" in str(mine):
+        return "nobody would confirm a message"
     if key in ("message.timeout.ms", "delivery.timeout.ms") and str(value) == "0":
         return NEVER_ANSWERED
     if key == "delivery.report.only.error":
@@ -134,7 +136,7 @@ def test_every_key_is_accepted_or_refused_as_by_confluent_kafka(
             tried += 1
             accepted += mine is None
             if (mine is None) != (theirs is None):
-                reason = deliberate(key.name, value, theirs)
+                reason = deliberate(key.name, value, theirs, mine)
                 reasons.add(reason)
                 if reason is None:
                     differences.append((config, theirs, mine))

@@ -129,7 +129,7 @@ def test_a_secret_that_is_no_value(secret: str, spoil: Callable[[str], Any]) -> 
         ({"acks": "most"}, {}),
         ({"linger.ms": None}, {}),
         ({"acks": 1}, {}),  # a warning, which is an error here
-        ({"acks": 0, "enable.idempotence": True}, {}),
+        ({"acks": 0}, {}),
         ({"message.timeout.ms": 0}, {}),
         ({"delivery.report.only.error": True}, {}),
         ({"on_delivery": SECRET}, {}),

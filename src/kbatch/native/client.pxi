@@ -348,13 +348,15 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
             outcome = <Outcome *> message._private
             outcome.partition = message.partition
             outcome.error = <int16_t> message.err
-            if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:
+            outcome.persistence = <uint8_t> api.message_status(message)
+            if message.err == RD_KAFKA_RESP_ERR_NO_ERROR and outcome.persistence == RD_KAFKA_MSG_STATUS_PERSISTED:
                 outcome.state = ACKED
-                outcome.persistence = RD_KAFKA_MSG_STATUS_PERSISTED
                 outcome.offset = message.offset if message.offset >= 0 else -1
             else:
+                # "No error" without "persisted" is no acknowledgement: nobody has answered (acks=0).
                 outcome.state = FAILED
-                outcome.persistence = <uint8_t> api.message_status(message)
+                if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:
+                    outcome.error = RD_KAFKA_RESP_ERR_UNKNOWN
                 outcome.offset = -1
                 failed += 1
                 KB_STORE32(&outcome.batch.failing, 1)

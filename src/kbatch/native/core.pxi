@@ -617,7 +617,7 @@ cdef class Core:
         """The answer of a batch on hold, all of whose envelopes have an outcome.
 
         With a `code` of librdkafka nothing of it counts as acknowledged; it is the code of those that were, or that
-        were purged when the transaction was aborted. If `unknown`, the batch may be stored all the same.
+        were purged when the transaction was aborted. If `unknown`, what was acknowledged may be stored.
         """
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
@@ -631,12 +631,14 @@ cdef class Core:
                     continue  # never sent, so never stored
                 if outcome.state == ACKED:
                     outcome.state, outcome.error, outcome.offset = FAILED, <int16_t> code, -1
+                    outcome.persistence = RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED
                     overturned += 1
-                if outcome.state == FAILED:
-                    if outcome.error in (RD_KAFKA_RESP_ERR__PURGE_QUEUE, RD_KAFKA_RESP_ERR__PURGE_INFLIGHT):
-                        outcome.error = <int16_t> code
-                    outcome.persistence = (
-                        RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED if unknown else RD_KAFKA_MSG_STATUS_NOT_PERSISTED)
+                elif outcome.state == FAILED and (
+                        outcome.error == RD_KAFKA_RESP_ERR__PURGE_QUEUE
+                        or outcome.error == RD_KAFKA_RESP_ERR__PURGE_INFLIGHT):
+                    outcome.error = <int16_t> code
+                if not unknown and outcome.state == FAILED:
+                    outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED  # whatever was stored is aborted
         kb_mutex_lock(&c.mu)
         c.acked -= overturned
         count_failed(c, overturned)
