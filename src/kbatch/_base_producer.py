@@ -127,7 +127,7 @@ class BaseProducer:
         return self._core.closed()
 
     def __len__(self) -> int:
-        """How many messages are queued or in flight."""
+        """How many accepted messages have no outcome yet, those that wait for room in flight included."""
         return self._core.in_flight()
 
     def __bool__(self) -> bool:

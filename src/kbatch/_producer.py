@@ -121,19 +121,22 @@ class Producer(BaseProducer):
     # -- the producer as a whole
 
     def flush(self, timeout: float | None = None) -> int:
-        """Waits until nothing is in flight, without waiting for ``linger.ms``.
+        """Waits until each accepted message has its outcome, without waiting for ``linger.ms``.
+
+        A batch is accepted when its mapping is over and it stands in line; with `kbatch.aio`, when it was sent by a
+        call of `send_batch` or `submit`.
 
         Args:
             timeout: Seconds; ``None`` waits as long as it takes.
 
         Returns:
-            How many messages are still in flight, or in a transaction that is not decided.
+            How many messages still have no outcome, or are in a transaction that is not decided.
         """
         check_timeout(timeout)
         return self._core.flush(timeout)
 
     def close(self, timeout: float | None = None) -> int:
-        """Refuses new batches, sends what is in flight, gives up what is left at the deadline, ends librdkafka.
+        """Refuses new batches, sends what was accepted, gives up what is left at the deadline, ends librdkafka.
 
         Every batch has its answer, and its callbacks have run, when it returns; a callback that does not end within
         the deadline is left behind. May be called again, from any thread and from a callback.

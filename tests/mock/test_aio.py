@@ -285,7 +285,8 @@ def test_submissions_are_enqueued_in_their_order_and_wait_for_room(cluster: Mock
                 ]
                 for _ in range(20):
                     await asyncio.sleep(0.005)
-                    in_flight.append(len(producer))
+                    in_flight.append(producer.stats()["in_flight"])
+                    assert len(producer) == 250
                 assert not any(task.done() for task in others)
                 assert not first.done()
             for pending in await asyncio.gather(*others):
@@ -886,3 +887,53 @@ def test_a_closed_producer_refuses_to_flush(cluster: MockCluster) -> None:
             await producer.flush()
 
     asyncio.run(main())
+
+
+# -- who was accepted counts
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+@pytest.mark.parametrize("kind", ["list", "generator"])
+def test_what_is_being_mapped_is_counted_and_waited_for(cluster: MockCluster, kind: str, end: str) -> None:
+    def slow(message: Any, context: Any) -> bytes:
+        time.sleep(0.001)
+        return b"%d" % message
+
+    async def main() -> None:
+        producer = make_producer(cluster, encoder=slow)
+        (await producer.send_batch(TOPIC, envelopes(range(1)))).raise_for_errors()
+        batch: Any = envelopes(range(1, 101))
+        sending = [asyncio.create_task(producer.send_batch(TOPIC, batch if kind == "list" else iter(batch)))]
+        sending.append(asyncio.create_task(producer.send_batch(TOPIC, envelopes(range(101, 121)))))
+        await asyncio.sleep(0)
+        assert len(producer) == 120
+        assert producer.stats()["in_flight"] == 0
+        assert await producer.flush(0) == 120
+        assert await getattr(producer, end)(30) == 0
+        assert producer.stats()["acked"] == 121
+        assert len(producer) == 0
+        assert [(await task).acked for task in sending] == [100, 20]
+        if end == "close":
+            with pytest.raises(kbatch.ProducerClosedError):
+                await producer.send_batch(TOPIC, [])
+        await producer.close()
+
+    asyncio.run(main())
+    assert stored(cluster) == list(range(121))
+
+
+def test_who_gives_up_while_being_mapped_counts_no_more(cluster: MockCluster) -> None:
+    async def main() -> None:
+        async with make_producer(cluster) as producer:
+            await producer.send_batch(TOPIC, envelopes(range(1)))
+            task = asyncio.create_task(producer.send_batch(TOPIC, envelopes(range(200_000))))
+            await asyncio.sleep(0)
+            assert len(producer) == 200_000
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(producer) == 0
+            assert await producer.flush(30) == 0
+
+    asyncio.run(main())
+    assert stored(cluster) == [0]

@@ -244,6 +244,23 @@ def test_a_signal_handler_may_close_the_producer(kafka_cluster: MockCluster) -> 
     assert result.stdout.split("\n")[:2] == ["left 0", "acked 10"], result.stderr
 
 
+@pytest.mark.parametrize("end", ["close", "flush"])
+def test_a_signal_handler_may_wait_for_its_own_batch_in_line(kafka_cluster: MockCluster, end: str) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_rtt(1, 300)
+    result = run(
+        kafka_cluster,
+        f"""
+        producer = kbatch.Producer(CONFIG, max_in_flight=5)
+        signal.signal(signal.SIGINT, lambda *_: print("left", producer.{end}(60), flush=True))
+        print("waiting", flush=True)
+        print("acked", producer.send_batch("orders", envelopes(30)).acked)
+        """,
+        interrupt_at="waiting",
+    )
+    assert result.stdout.split("\n")[:2] == ["left 0", "acked 30"], result.stderr
+
+
 @pytest.mark.parametrize(("limit", "count", "in_flight"), [(100_000, 10, 10), (50, 200, 50)])
 def test_ctrl_c_while_waiting_or_enqueueing(dark_cluster: MockCluster, limit: int, count: int, in_flight: int) -> None:
     result = run(

@@ -455,3 +455,34 @@ def test_a_token_that_is_no_text_does_not_keep_librdkafka_alive(dark_cluster: Mo
             producer._core.set_oauth_token((broken, 0.0))
     producer.close(timeout=0.1)
     until(lambda: len(os.listdir("/proc/self/task")) <= before, "the end of librdkafka's threads")
+
+
+# -- who was accepted counts
+
+
+def submit_in_thread(producer: kbatch.Producer, count: int) -> tuple[threading.Thread, list[kbatch.PendingBatch]]:
+    pending: list[kbatch.PendingBatch] = []
+    thread = threading.Thread(target=lambda: pending.append(producer.submit("orders", envelopes(count))))
+    thread.start()
+    return thread, pending
+
+
+@pytest.mark.parametrize("end", ["flush", "close"])
+def test_what_stands_in_line_is_counted_and_waited_for(dark_cluster: MockCluster, end: str) -> None:
+    with make_producer(dark_cluster, max_in_flight=10) as producer:
+        thread, pending = submit_in_thread(producer, 30)
+        until(lambda: producer.stats()["in_flight"] == 10, "all room taken")
+        assert len(producer) == 30
+        assert producer.flush(0.05) == 30
+        left: list[int] = []
+        ending = threading.Thread(target=lambda: left.append(getattr(producer, end)(30)))
+        ending.start()
+        until(lambda: end == "flush" or producer.closed, "the beginning of the end")
+        dark_cluster.set_broker_up(1)
+        ending.join()
+        thread.join()
+        assert left == [0]
+        assert pending[0].done()
+        assert pending[0].report.acked == 30
+    (records,) = read(dark_cluster.bootstrap_servers, "orders", 30).values()
+    assert [record.value for record in records] == [b"m%d" % i for i in range(30)]

@@ -54,6 +54,20 @@ MUTANTS = (
         "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:",
     ),
     Mutant(
+        "what stands in line is not counted",
+        CORE,
+        "        KB_ADD64(&self.c.waiting, batch.state.count)\n",
+        "        self.c.waiting = 0\n",
+        "tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
+        "what is being mapped for an event loop is not waited for",
+        "aio/_producer.py",
+        "            self._arrivals.wait(arriving, end)\n            left",
+        "            left",
+        "tests/mock/test_aio.py",
+    ),
+    Mutant(
         "no acknowledgements may be configured",
         "_config.py",
         'if native.get("acks") == "0":',

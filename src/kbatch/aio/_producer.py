@@ -6,15 +6,16 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import threading
 import time
 from collections.abc import Sized
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
-from kbatch._errors import BatchPending
+from kbatch._errors import BatchPending, ProducerClosedError
 from kbatch._fastmap import Envelope
-from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
+from kbatch._loop import LoopWaker, Turn, Turns, call_on_loop, in_thread
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _logger = logging.getLogger("kbatch")
 
 _SLICE_S = 0.002  # how long the loop may be kept at a time
 _LONG = 10_000
+_LOOK_S = 0.1  # between two looks for loops that were closed
 _NO_TURN = nullcontext()
 
 
@@ -45,6 +47,8 @@ class Producer(BaseProducer):
 
     def _prepare(self) -> None:
         self._turns = Turns()
+        self._arrivals = _Arrivals()
+        self._is_closing = False
         self._tasks: set[asyncio.Task[Any]] = set()  # callbacks that run; a loop itself keeps weak references
         self._closers: set[asyncio.Task[Any] | None] = set()
 
@@ -123,14 +127,17 @@ class Producer(BaseProducer):
     ) -> AbstractContextManager[object]:
         """Phase 1, in this call's turn. The batch is to be sent before the turn is left: the end of a `with` block."""
         core, mapping = self._core, None
+        if self._is_closing:
+            raise ProducerClosedError("the producer is closed")
         if isinstance(envelopes, (list, tuple)) and core.started() and not self._turns.are_taken():
             mapping = core.begin_mapping(batch, topic, envelopes)
             if len(batch) <= _LONG and core.map_slice(mapping, _SLICE_S):
                 return _NO_TURN
-        turn = self._turns.join()  # nothing was awaited yet, so that nobody has come meanwhile
+        turn = _Arrival(self._arrivals, self._turns.join())  # nothing was awaited yet: nobody has come meanwhile
         try:
+            turn.count = len(envelopes) if isinstance(envelopes, Sized) else 0
             if mapping is None:
-                mapping = core.begin_mapping(batch, topic, await _gather(envelopes))
+                mapping = core.begin_mapping(batch, topic, await _gather(envelopes, turn))
             del envelopes
             await turn.come()  # one of a loop at a time: together their slices would hold it up
             if not core.started():
@@ -176,9 +183,17 @@ class Producer(BaseProducer):
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.flush`."""
         check_timeout(timeout)
-        if len(self) == 0 and self._transactions is None and not self.closed:
+        if len(self) == 0 and not self._arrivals and self._transactions is None and not self.closed:
             return 0
-        return await in_thread("kbatch-flush", lambda: self._core.flush(timeout))
+        arriving = set(self._arrivals)
+
+        def flush() -> int:
+            end = None if timeout is None else time.monotonic() + timeout
+            self._arrivals.wait(arriving, end)
+            left = self._core.flush(None if end is None else max(0.0, end - time.monotonic()))
+            return left + sum(arrival.count for arrival in self._arrivals.among(arriving))
+
+        return await in_thread("kbatch-flush", flush)
 
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.close`; callbacks on other loops than this are not waited for.
@@ -191,14 +206,29 @@ class Producer(BaseProducer):
         end = time.monotonic() + timeout
         loop, me = asyncio.get_running_loop(), asyncio.current_task()
         self._closers.add(me)  # callbacks that close do not wait for each other
+        self._is_closing = self._core.started()  # from here on nobody is accepted; who was, is waited for
+
+        def close() -> int:
+            arriving = set(self._arrivals)
+            self._arrivals.wait(arriving, end)
+            late = sum(arrival.count for arrival in self._arrivals.among(arriving))
+            return self._core.close(max(0.0, end - time.monotonic())) + late
+
         try:
-            left = await in_thread("kbatch-close", lambda: self._core.close(timeout))
+            left = await in_thread("kbatch-close", close)
             callbacks = {task for task in self._tasks.copy() - self._closers if task.get_loop() is loop}
             if callbacks:
                 await asyncio.wait(callbacks, timeout=max(0.0, end - time.monotonic()))
         finally:
             self._closers.discard(me)
         return left
+
+    @property
+    def closed(self) -> bool:
+        return self._is_closing or super().closed
+
+    def __len__(self) -> int:
+        return super().__len__() + sum(arrival.count for arrival in set(self._arrivals))
 
     async def __aenter__(self) -> Self:
         return self
@@ -209,7 +239,53 @@ class Producer(BaseProducer):
         self._check_delivered(await self.close(), error)
 
 
-async def _gather(envelopes: Iterable[Envelope[Any]]) -> Iterable[Envelope[Any]]:
+class _Arrivals(set["_Arrival"]):
+    """The calls of all loops that were accepted and have not handed their batch over yet."""
+
+    def __init__(self) -> None:
+        self._gone = threading.Condition(threading.RLock())  # a finalizer may take one away
+
+    def among(self, arriving: set[_Arrival]) -> list[_Arrival]:
+        """Those of `arriving` that will still hand something over: not those of a loop that is closed."""
+        return [arrival for arrival in arriving if arrival in self and not arrival.loop.is_closed()]
+
+    def wait(self, arriving: set[_Arrival], end: float | None) -> None:
+        """Waits until these have handed over, or given up."""
+        with self._gone:
+            while self.among(arriving) and (end is None or time.monotonic() < end):
+                self._gone.wait(_LOOK_S if end is None else min(_LOOK_S, max(0.0, end - time.monotonic())))
+
+    def end(self, arrival: _Arrival) -> None:
+        with self._gone:
+            self.discard(arrival)
+            self._gone.notify_all()
+
+
+class _Arrival:
+    """A call that was accepted, until it has handed its batch over: the end of a `with` block, which is its turn."""
+
+    def __init__(self, arrivals: _Arrivals, turn: Turn) -> None:
+        self.count = 0  # envelopes, as far as is known
+        self.loop = asyncio.get_running_loop()
+        self._arrivals = arrivals
+        self._turn = turn
+        arrivals.add(self)
+
+    async def come(self) -> None:
+        await self._turn.come()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
+        self._turn.leave()
+        self._arrivals.end(self)
+
+
+async def _gather(envelopes: Iterable[Envelope[Any]], arrival: _Arrival) -> Iterable[Envelope[Any]]:
     # What has a length is copied at once, natively; a generator may take long.
     if isinstance(envelopes, (Sized, Envelope)):
         return envelopes
@@ -218,6 +294,8 @@ async def _gather(envelopes: Iterable[Envelope[Any]]) -> Iterable[Envelope[Any]]
     for envelope in envelopes:
         gathered.append(envelope)
         if time.monotonic() >= end:
+            arrival.count = len(gathered)
             await asyncio.sleep(0)
             end = time.monotonic() + _SLICE_S
+    arrival.count = len(gathered)
     return gathered

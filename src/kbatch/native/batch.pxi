@@ -95,8 +95,9 @@ cdef struct BatchState:
     int32_t taken         # of a batch on hold: somebody sees to its answer; under the GIL
     int32_t failing       # atomic: an envelope has failed that could be mapped
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
-    int32_t detached      # const in line: the drainer enqueues it, not the thread that sends it
+    int32_t detached      # the drainer enqueues it, not the thread that sends it, which alone may set it in line
     int32_t in_line       # phase 2 is not over; its thread's own
+    unsigned long thread  # const in line: that enqueues it, unless it is detached
     int32_t listeners     # wants the dispatcher; under the client's lock, as all below
     int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
     int32_t has_news      # waits for the dispatcher

@@ -7,7 +7,7 @@ cdef enum:
     # Client.life
     NEW = 0        # librdkafka not started
     RUNNING = 1
-    CLOSING = 2    # no new batches; the drainer empties the queue
+    CLOSING = 2    # no new batches; those in line are enqueued; the drainer polls
     FINISHING = 3  # the drainer destroys librdkafka once nothing is in flight
     CLOSED = 4
 
@@ -28,7 +28,7 @@ cdef enum:
     DONE = 0
     AGAIN = 1       # the slice is over: look at signals and deadlines, then go on
     LATE = 2        # the batch's deadline for enqueueing has passed
-    SHUT = 3        # the client is closing, or nobody wants the rest of the batch
+    SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch
 
 cdef enum:
     DRAIN_EVERY = 128            # messages between two looks at the delivery reports
@@ -63,13 +63,14 @@ cdef struct Client:
     int pid                 # const once started; 0 before
     int32_t references      # atomic: the Core, the dispatcher, the drainer
     int64_t in_flight       # atomic: messages given to librdkafka (or about to be) without an outcome
+    int64_t waiting         # atomic: accepted envelopes that are not among them yet and have no outcome
     int64_t max_in_flight   # const
     kb_mutex mu
     kb_cond drainer_cond
     kb_cond dispatcher_cond
     kb_cond life_cond       # life or entered changed
     int32_t life            # written under `mu`; atomic, where it is read without
-    int32_t shut            # atomic: life >= CLOSING
+    int32_t shut            # atomic: life >= FINISHING
     int entered             # threads that may call librdkafka, apart from the drainer: it must live
     rd_kafka_t *rk          # owned; destroyed by the drainer. NULL before start
     rd_kafka_queue_t *queue  # the same
@@ -463,7 +464,7 @@ cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
     link(c, w)
     while True:
         now = kb_now_ns()
-        if now >= deadline or (c.life != RUNNING and w.kind > FOR_SETTLED):
+        if now >= deadline or (c.life >= FINISHING and w.kind > FOR_SETTLED):
             break
         if c.leader == NULL and w.kind != FOR_TURN and c.life == RUNNING:
             c.leader = w
@@ -516,9 +517,10 @@ cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
             nudge_drainer(c)
         elif c.waiters != NULL:
             wake_satisfied(c, NULL)
-    if c.life >= CLOSING and c.line_first == NULL:
+    if c.line_first == NULL:
         kb_cond_broadcast(&c.life_cond)
-        kb_cond_signal(&c.drainer_cond)
+        if c.life >= CLOSING:
+            kb_cond_signal(&c.drainer_cond)
 
 
 cdef void leave(Client *c) noexcept nogil:
@@ -527,6 +529,16 @@ cdef void leave(Client *c) noexcept nogil:
     if c.life >= CLOSING and c.entered == 0:
         kb_cond_broadcast(&c.life_cond)
         kb_cond_signal(&c.drainer_cond)
+
+
+cdef inline void count_offered(Client *c, int64_t count) noexcept nogil:
+    # `count` envelopes go from the line to librdkafka, or come back if it is negative. Their sum never misses one.
+    if count > 0:
+        KB_ADD64(&c.in_flight, count)
+        KB_ADD64(&c.waiting, -count)
+    else:
+        KB_ADD64(&c.waiting, -count)
+        KB_ADD64(&c.in_flight, count)
 
 
 cdef void poll_ready(Client *c) noexcept nogil:
@@ -650,7 +662,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 break
             chunk_end = min(stop, i + min(DRAIN_EVERY, c.max_in_flight))
             reserved = chunk_end - i
-            KB_ADD64(&c.in_flight, reserved)
+            count_offered(c, reserved)
         record = &batch.records[i]
         if record.flags:
             failed += settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)
@@ -680,7 +692,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 drop_headers(vus[6].u.headers)  # still ours: the message was not taken
                 code = produce_error(c, error)
         if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
-            KB_ADD64(&c.in_flight, -reserved)
+            count_offered(c, -reserved)
             reserved = 0
             chunk_end = i
             report.level = seen
@@ -702,7 +714,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         i += 1
     batch.next = i
     if reserved:
-        KB_ADD64(&c.in_flight, -reserved)
+        count_offered(c, -reserved)
     if settled:
         kb_mutex_lock(&c.mu)
         count_failed(c, failed)
@@ -730,6 +742,7 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     kb_mutex_lock(&c.mu)
     count_failed(c, failed)
     kb_mutex_unlock(&c.mu)
+    KB_ADD64(&c.waiting, -rest)
     if given_up:
         KB_STORE32(&batch.failing, 1)
     if rest:
@@ -964,11 +977,20 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
 
 
 cdef void begin_closing(Client *c) noexcept nogil:
-    # Under the lock: new batches are refused; those who enqueue or lead leave; the drainer takes over.
-    cdef Waiter *w
+    # Under the lock: new batches are refused; those who lead leave; the drainer takes over.
     c.life = CLOSING
+    wake_all(c)
+
+
+cdef void begin_finishing(Client *c) noexcept nogil:
+    # Under the lock: those who enqueue leave, and the drainer purges what is left.
+    c.life = FINISHING
     KB_STORE32(&c.shut, 1)
-    w = c.waiters
+    wake_all(c)
+
+
+cdef void wake_all(Client *c) noexcept nogil:
+    cdef Waiter *w = c.waiters
     while w != NULL:
         kb_cond_signal(&w.cond)
         w = w.next

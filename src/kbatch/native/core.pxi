@@ -208,8 +208,27 @@ cdef enum:
 
 
 cdef inline bint something_left(Client *c) noexcept nogil:
-    # The batches on hold, too: their answer is still to come.
-    return KB_LOAD64(&c.in_flight) > 0 or KB_LOAD32(&c.held) > 0
+    # What stands in line and the batches on hold, too: their answer is still to come.
+    return KB_LOAD64(&c.waiting) > 0 or KB_LOAD64(&c.in_flight) > 0 or KB_LOAD32(&c.held) > 0
+
+
+cdef inline int64_t count_left(Client *c) noexcept nogil:
+    # Under the lock. What is undecided may be in flight as well.
+    return max(c.undecided, KB_LOAD64(&c.waiting) + KB_LOAD64(&c.in_flight))
+
+
+cdef void hand_over_own(Client *c) noexcept:
+    # Who waits for the line in a signal handler may have interrupted its own batch there: the drainer enqueues that.
+    cdef unsigned long me = PyThread_get_thread_ident()
+    cdef BatchState *batch
+    kb_mutex_lock(&c.mu)
+    batch = c.line_first
+    while batch != NULL:
+        if batch.thread == me:
+            batch.detached = 1
+        batch = batch.next_in_line
+    nudge_drainer(c)
+    kb_mutex_unlock(&c.mu)
 
 
 cdef void flush_slice(Client *c, int64_t ns) noexcept nogil:
@@ -217,7 +236,9 @@ cdef void flush_slice(Client *c, int64_t ns) noexcept nogil:
         api.flush(c.rk, <int> ((ns + MS - 1) // MS))
         return
     kb_mutex_lock(&c.mu)
-    if KB_LOAD32(&c.held) > 0:
+    if KB_LOAD64(&c.waiting) > 0:
+        kb_cond_wait_until(&c.life_cond, &c.mu, kb_now_ns() + min(ns, WAIT_SLICE // 10))  # it is in flight soon
+    elif KB_LOAD32(&c.held) > 0:
         kb_cond_wait_until(&c.life_cond, &c.mu, kb_now_ns() + ns)
     kb_mutex_unlock(&c.mu)
 
@@ -276,8 +297,7 @@ cdef class Core:
         # Nothing is in flight: a batch in flight keeps its Core. The drainer ends librdkafka by itself.
         kb_mutex_lock(&c.mu)
         if c.life == RUNNING or c.life == CLOSING:
-            begin_closing(c)
-            c.life = FINISHING
+            begin_finishing(c)
         elif c.life == NEW:
             c.dispatcher_stop = 1  # that of `start_in_memory`, which no drainer ends
             kb_cond_signal(&c.dispatcher_cond)
@@ -480,6 +500,7 @@ cdef class Core:
         try:
             self._take(batch, deadline, waker, callback)
             kb_mutex_lock(&c.mu)
+            state.thread = 0 if detached else PyThread_get_thread_ident()
             join_line(c, state)  # from here on it keeps librdkafka alive, like `entered`
             if detached:
                 state.detached = 1
@@ -497,7 +518,9 @@ cdef class Core:
         # Entered. Raises, or the batch is the client's until its answer.
         look_for_fatal(self.c)
         self._check_fatal()
-        return self._adopt(batch, deadline, waker, callback)
+        self._adopt(batch, deadline, waker, callback)
+        KB_ADD64(&self.c.waiting, batch.state.count)
+        return 0
 
     cdef int _adopt(self, Batch batch, int64_t deadline, object waker, object callback) except -1:
         cdef BatchState *state = &batch.state
@@ -821,7 +844,8 @@ cdef class Core:
     # -- the producer as a whole
 
     def in_flight(self) -> int:
-        return KB_LOAD64(&self.c.in_flight)
+        """How many accepted envelopes have no outcome, those in line included."""
+        return KB_LOAD64(&self.c.waiting) + KB_LOAD64(&self.c.in_flight)
 
     def flush(self, timeout=None) -> int:
         cdef Client *c = self.c
@@ -830,6 +854,7 @@ cdef class Core:
         if KB_LOAD32(&c.life) == NEW:
             return 0
         self._enter()
+        hand_over_own(c)
         kb_mutex_lock(&c.mu)
         c.eager += 1
         nudge_drainer(c)
@@ -850,7 +875,7 @@ cdef class Core:
             self._leave()
         release_idle(c)
         kb_mutex_lock(&c.mu)
-        left = max(c.undecided, KB_LOAD64(&c.in_flight))
+        left = count_left(c)
         kb_mutex_unlock(&c.mu)
         return left
 
@@ -911,7 +936,7 @@ cdef class Core:
         interrupted = None
         try:
             if mine:
-                self._wait_for_life(CLOSING, deadline, True)
+                hand_over_own(c)
                 while something_left(c):
                     with nogil:
                         now = kb_now_ns()
@@ -924,32 +949,29 @@ cdef class Core:
             interrupted = error
         if mine:
             kb_mutex_lock(&c.mu)
-            c.life = FINISHING  # the drainer purges what is left
-            api.queue_yield(c.queue)
-            kb_cond_signal(&c.drainer_cond)
+            begin_finishing(c)
             kb_mutex_unlock(&c.mu)
             deadline = max(deadline, kb_now_ns() + 1000 * MS)  # what was purged reports within this
-        self._wait_for_life(CLOSED, deadline, False)
+        self._wait_until_closed(deadline)
         release_idle(c)
         self.dispatcher._join(max(0.0, (deadline - kb_now_ns()) / 1e9) if deadline != INT64_MAX else None)
         if interrupted is not None:
             raise interrupted
         kb_mutex_lock(&c.mu)
-        lost = c.lost + max(c.undecided, KB_LOAD64(&c.in_flight))  # at the deadline the drainer may still count
+        lost = c.lost + count_left(c)  # at the deadline the drainer may still count
         kb_mutex_unlock(&c.mu)
         return lost
 
-    cdef int _wait_for_life(self, int life, int64_t deadline, bint alone) except -1:
-        # Until `life` is reached and, if `alone`, no thread is enqueueing. Waiting threads leave by themselves.
+    cdef int _wait_until_closed(self, int64_t deadline) except -1:
         cdef Client *c = self.c
         cdef bint over = False
         while not over:
             with nogil:
                 kb_mutex_lock(&c.mu)
-                over = c.life >= life and not (alone and c.line_first != NULL)
+                over = c.life >= CLOSED
                 if not over:
                     kb_cond_wait_until(&c.life_cond, &c.mu, min(deadline, kb_now_ns() + WAIT_SLICE // 10))
-                    over = c.life >= life and not (alone and c.line_first != NULL)
+                    over = c.life >= CLOSED
                 kb_mutex_unlock(&c.mu)
                 over = over or kb_now_ns() >= deadline
             if not over:
