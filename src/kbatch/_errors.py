@@ -3,6 +3,7 @@
     KbatchError
      ├─ ConfigError               a producer's configuration (also a ValueError)
      ├─ SerializationError        phase 1: an envelope cannot be mapped; nothing was sent (also a ValueError)
+     ├─ NotYetDueError            phase 1: an envelope's scheduled_time is in the future; nothing was sent
      ├─ DeserializationError      a consumed record is no envelope (also a ValueError)
      ├─ DeliveryError             the outcome of one envelope that was not acknowledged
      ├─ BatchError                the outcome of a batch; carries the report
@@ -47,6 +48,7 @@ __all__ = [
     "DeserializationError",
     "ForkError",
     "KbatchError",
+    "NotYetDueError",
     "ProducerClosedError",
     "ProducerError",
     "ProducerFatalError",
@@ -157,6 +159,24 @@ class SerializationError(KbatchError, ValueError):
         self.index = index
         self.envelope_id = envelope_id
         self.field = field
+
+
+class NotYetDueError(KbatchError):
+    """The ``scheduled_time`` of an envelope is in the future, by this machine's clock. Nothing of its batch was sent.
+
+    The same envelope is accepted later. A BUFFERED sender waits until then by itself.
+
+    Attributes:
+        reason: What is wrong, without the place.
+        index: The envelope's index in its batch.
+        envelope_id: Its id, if it has one.
+    """
+
+    def __init__(self, reason: str, *, index: int, envelope_id: uuid.UUID | None) -> None:
+        super().__init__(f"envelope {index}{'' if envelope_id is None else f' (id {envelope_id})'}: {reason}")
+        self.reason = reason
+        self.index = index
+        self.envelope_id = envelope_id
 
 
 class DeserializationError(KbatchError, ValueError):

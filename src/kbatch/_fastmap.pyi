@@ -8,7 +8,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from typing_extensions import Buffer, Self, TypeVar, disjoint_base
 
-from kbatch._errors import SerializationError
+from kbatch._errors import NotYetDueError, SerializationError
 from kbatch._wire import HeadersLike, WireFormat
 
 # Without an argument, Envelope means Envelope[Any].
@@ -288,14 +288,14 @@ class Core:
         batch: Batch,
         topic: str | None,
         envelopes: Iterable[Envelope[Any]],
-        rejected: list[tuple[int, SerializationError]] | None = None,
+        rejected: list[tuple[int, SerializationError | NotYetDueError]] | None = None,
     ) -> None: ...
     def begin_mapping(
         self,
         batch: Batch,
         topic: str | None,
         envelopes: Iterable[Envelope[Any]],
-        rejected: list[tuple[int, SerializationError]] | None = None,
+        rejected: list[tuple[int, SerializationError | NotYetDueError]] | None = None,
     ) -> _Mapping: ...
     def map_slice(self, mapping: _Mapping, seconds: float) -> bool: ...
     def records(self, batch: Batch) -> list[_MappedRecord | None]: ...

@@ -23,6 +23,7 @@ from msgspec import UNSET
 from kbatch._errors import (
     ConfigError,
     ForkError,
+    NotYetDueError,
     ProducerClosedError,
     SenderClosedError,
     SenderFullError,

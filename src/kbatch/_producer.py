@@ -40,7 +40,7 @@ class Producer(BaseProducer):
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages may be in flight before ``submit`` waits.
         carry_scheduled_time: An envelope whose ``scheduled_time`` is in the future is sent at once and carries it, for
-            a reader that waits until then. Without it such an envelope is refused with `SerializationError`.
+            a reader that waits until then. Without it such an envelope is refused with `NotYetDueError`.
 
     Raises:
         ConfigError: An unknown key, a bad value, a contradiction, a missing ``bootstrap.servers``.
@@ -68,6 +68,7 @@ class Producer(BaseProducer):
 
         Raises:
             SerializationError: An envelope could not be mapped. Nothing was sent.
+            NotYetDueError: The ``scheduled_time`` of an envelope is in the future. Nothing was sent.
             BatchPending: `timeout` has passed. The error carries the batch, which goes on; what was not yet handed
                 to librdkafka is settled as failed.
             ProducerClosedError, ProducerFatalError, TransactionUnknownError, ForkError: The producer cannot send.

@@ -54,6 +54,13 @@ MUTANTS = (
         "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR:",
     ),
     Mutant(
+        "what is not yet due fails its batch for good",
+        "_sender.py",
+        "    if isinstance(error, SerializationError):\n        return",
+        "    if not isinstance(error, (ProducerError, BatchInterrupted)):\n        return",
+        "tests/unit/test_scheduled.py",
+    ),
+    Mutant(
         "what stands in line is not counted",
         CORE,
         "        KB_ADD64(&self.c.waiting, batch.state.count)\n",

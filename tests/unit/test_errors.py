@@ -81,6 +81,7 @@ ERRORS = [
     kbatch.KbatchError("a"),
     kbatch.ConfigError("linger.ms: bad"),
     kbatch.SerializationError("x", index=3, envelope_id=ID, field="key"),
+    kbatch.NotYetDueError("x", index=3, envelope_id=ID),
     kbatch.SerializationError("x", index=None, envelope_id=None, field="header_hook"),
     kbatch.DeserializationError("x", topic="orders", partition=3, offset=17, header="id"),
     with_report(kbatch.SerializationError("x", index=1, envelope_id=ID, field="headers['x']")),

@@ -56,7 +56,7 @@ def run(code: str) -> str:
 PUBLIC = """
     BatchError BatchInterrupted BatchPending BatchTimedOut BatchedSender CircuitOpenError CircuitState ConfigError
     ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender KafkaSender
-    KafkaTopic KbatchError Mode OutgoingBatch PendingBatch Producer ProducerClosedError ProducerError
+    KafkaTopic KbatchError Mode NotYetDueError OutgoingBatch PendingBatch Producer ProducerClosedError ProducerError
     ProducerFatalError ProducerFencedError RetryPolicy SenderCallback SenderClosedError SenderError SenderFullError
     SenderProtocol SendingAgent SerializationContext SerializationError Tombstone TopicDoesNotExist
     TransactionUnknownError UndeliveredError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7

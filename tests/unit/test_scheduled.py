@@ -35,10 +35,10 @@ def make(wire: Any, kind: type[Any] = kbatch.Producer, **options: Any) -> Any:
 def test_the_future_is_refused(wire: Any, kind: type[Any]) -> None:
     producer = make(wire, kind)
     envelopes = [Envelope(1, scheduled_time=PAST), Envelope(2), Envelope(3, scheduled_time=FUTURE)]
-    with pytest.raises(kbatch.SerializationError) as raised:
+    with pytest.raises(kbatch.NotYetDueError) as raised:
         producer._map("t", envelopes)
     error = raised.value
-    assert (error.index, error.envelope_id, error.field) == (2, envelopes[2].id, "scheduled_time")
+    assert (error.index, error.envelope_id) == (2, envelopes[2].id)
     assert error.reason.startswith(
         "scheduled_time 2099-01-02T03:04:05.678901+00:00 is in the future, and a producer sends at once: "
         "give the envelope to a BUFFERED sender, which waits until then"
@@ -77,7 +77,7 @@ def test_a_moment_from_now_and_a_moment_ago() -> None:
             if seconds < 0:
                 producer._map("t", [envelope])
             else:
-                with pytest.raises(kbatch.SerializationError):
+                with pytest.raises(kbatch.NotYetDueError):
                     producer._map("t", [envelope])
 
 
@@ -88,8 +88,26 @@ def test_one_that_has_expired_needs_no_time_to_be_sent() -> None:
 
 def test_others_of_the_batch_may_go_on() -> None:
     with make("kbatch") as producer:
-        rejected: list[tuple[int, kbatch.SerializationError]] = []
+        rejected: list[tuple[int, Any]] = []
         batch = PendingBatch(producer._core)
         producer._core.map(batch, "t", [Envelope(1, scheduled_time=FUTURE), Envelope(2)], rejected)
-        assert [(index, error.field) for index, error in rejected] == [(0, "scheduled_time")]
+        assert [(index, type(error)) for index, error in rejected] == [(0, kbatch.NotYetDueError)]
         assert [record is None for record in producer._core.records(batch)] == [True, False]
+
+
+def test_a_batch_with_one_that_is_not_yet_due_is_no_serialization_failure() -> None:
+    answers: list[tuple[str, Any]] = []
+
+    class Callback(kbatch.SenderCallback):
+        def mark_serialization_failure(self, batch: Any, error: Any) -> None:
+            answers.append(("serialization", error))
+
+        def mark_processing_failure(self, batch: Any, error: Any) -> None:
+            answers.append(("processing", error))
+
+    with make("kbatch") as producer:
+        batch = kbatch.OutgoingBatch([Envelope(1), Envelope(2, scheduled_time=FUTURE)])
+        kbatch.KafkaSender(producer, "t").send_batch(Callback(), batch)
+    ((method, error),) = answers
+    assert (method, type(error)) == ("processing", kbatch.NotYetDueError)
+    assert all(one.retriable and not one.possibly_persisted for one in error.report.errors.values())

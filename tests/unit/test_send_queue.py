@@ -10,7 +10,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from kbatch import DeliveryError, Envelope, KbatchError, RetryPolicy, SenderError, SerializationError
+from kbatch import DeliveryError, Envelope, KbatchError, NotYetDueError, RetryPolicy, SenderError, SerializationError
 from kbatch._sending._queue import Flight, SendQueue
 
 NOW = 1_000.0
@@ -576,7 +576,7 @@ def test_what_is_held_where_the_clock_was_set_back_is_held_again() -> None:
     queue = make_queue()
     envelopes: list[Envelope[Any]] = [Envelope(data=b"", scheduled_time=at(WALL + 60))]
     flight = admit(queue, Batch(envelopes, scheduled=True), wall=WALL + 61)
-    queue.settled(flight, [(0, unmapped(0, "scheduled_time"))], NOW, again=True)
+    queue.settled(flight, [(0, NotYetDueError("not yet", index=0, envelope_id=None))], NOW, again=True)
     assert (queue.ended, queue.scheduled) == ([], 1)
     assert after(queue, NOW, WALL + 60) == [0]
 

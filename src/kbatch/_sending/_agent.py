@@ -27,6 +27,7 @@ from kbatch._errors import (
     DeliveryError,
     ForkError,
     KbatchError,
+    NotYetDueError,
     ProducerClosedError,
     ProducerError,
     ProducerFencedError,
@@ -527,7 +528,7 @@ class BaseSendingAgent:
                 return
             flight.trial = self._circuit.sent()
         producer = self._handle.producer
-        rejected: list[tuple[int, SerializationError]] = []
+        rejected: list[tuple[int, SerializationError | NotYetDueError]] = []
         try:
             pending = PendingBatch(producer._core)
             self._map(producer, pending, flight, rejected)
@@ -561,7 +562,7 @@ class BaseSendingAgent:
         producer: BaseProducer,
         pending: PendingBatch,
         flight: Flight,
-        rejected: list[tuple[int, SerializationError]],
+        rejected: list[tuple[int, SerializationError | NotYetDueError]],
     ) -> None:
         core = producer._core
         if len(flight.envelopes) <= _LONG:
@@ -575,13 +576,15 @@ class BaseSendingAgent:
             self._buffer._learn_message_bytes(mean)
 
     def _on_settled(
-        self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError]]
+        self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
     ) -> None:
         # On the dispatcher's thread, which must not wait for us.
         self._news.append(functools.partial(self._settle, flight, pending, rejected))
         self._signal.set()
 
-    def _settle(self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError]]) -> None:
+    def _settle(
+        self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
+    ) -> None:
         queue = self._queue
         assert queue is not None
         if flight in self._abandoned:  # it has its outcome
@@ -1060,7 +1063,7 @@ def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: Outgo
 
 def _reason(error: KbatchError) -> str:
     # Without the place in a batch, of which whoever sends single envelopes knows nothing.
-    return error.reason if isinstance(error, SerializationError) else exception_text(error)
+    return error.reason if isinstance(error, (SerializationError, NotYetDueError)) else exception_text(error)
 
 
 def _seconds_until(end: float) -> float:

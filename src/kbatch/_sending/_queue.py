@@ -14,7 +14,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kbatch._errors import DeliveryError, SenderError, SerializationError, blames_envelope, is_outage
+from kbatch._errors import DeliveryError, NotYetDueError, SenderError, SerializationError, blames_envelope, is_outage
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -626,7 +626,7 @@ def _flight_of(entries: list[Entry], *, isolated: bool = False) -> Flight:
 
 
 def _was_early(error: KbatchError) -> bool:
-    return isinstance(error, SerializationError) and error.index is not None and error.field == "scheduled_time"
+    return isinstance(error, NotYetDueError)
 
 
 def _code(error: KbatchError) -> int | None:

@@ -256,7 +256,7 @@ class Sender:
         while batch.envelopes:
             try:
                 pending = self._producer.submit(self._job.topic, batch.envelopes)
-            except kbatch.SerializationError as error:
+            except (kbatch.SerializationError, kbatch.NotYetDueError) as error:
                 if error.index is None:
                     raise
                 number = batch.numbers.pop(error.index)

@@ -749,10 +749,10 @@ cdef class _Mapping:
         carry = ""
         if self.mapper.wire != WIRE_RAW:
             carry = ", or make the producer with carry_scheduled_time=True, so that its reader waits"
-        raise self._error(
-            "scheduled_time",
+        raise NotYetDueError(
             f"scheduled_time {time_object(self.envelope._scheduled_time).isoformat()} is in the future, and a producer "
-            f"sends at once: give the envelope to a BUFFERED sender, which waits until then{carry}")
+            f"sends at once: give the envelope to a BUFFERED sender, which waits until then{carry}",
+            index=self.index, envelope_id=self.envelope.id)
 
     cdef int _map_one(self, object item, Record *record) except -1:
         cdef Envelope e
@@ -782,7 +782,7 @@ cdef class _Mapping:
 
     cdef object _as_rejection(self, object error):
         # What an envelope is told of an exception that mapping it ended with. One of a subclass is foreign.
-        if type(error) is SerializationError and error.index == self.index:
+        if (type(error) is SerializationError or type(error) is NotYetDueError) and error.index == self.index:
             return error
         reason = self._error("message", f"the envelope cannot be mapped: {named_exception_text(error)}")
         reason.__cause__ = error
