@@ -304,6 +304,37 @@ def test_fatal_error_settles_what_is_in_flight_and_refuses_the_rest(dark_cluster
     assert producer.close(timeout=5) == 0
 
 
+def test_a_request_under_way_at_a_fatal_error_gets_its_answer(kafka_cluster: MockCluster) -> None:
+    # Purged, it would be sent again by a new producer while the broker may still append it after that.
+    kafka_cluster.create_topic("orders", partitions=1)
+    with make_producer(kafka_cluster, config={"max.in.flight": 1}) as producer:
+        producer.send_batch("orders", envelopes(1, "first")).raise_for_errors()
+        kafka_cluster.set_rtt(1, 5000)
+        kafka_cluster.start_request_tracking()
+        pending = producer.submit("orders", envelopes(1))
+        until(kafka_cluster.produce_requests, "the request")
+        queued = producer.submit("orders", envelopes(1, "queued"))
+        producer._core.inject_fatal_error(OUT_OF_ORDER_SEQUENCE, "made by the test")
+        assert not queued.wait().errors[0].possibly_persisted
+        assert pending.wait().acked == 1
+    kafka_cluster.set_rtt(1, 0)
+    assert [record.value for record in read(kafka_cluster.bootstrap_servers, "orders", 2)[0]] == [b"first0", b"m0"]
+
+
+def test_a_request_without_an_answer_ends_with_the_socket_timeout_after_a_fatal_error(
+    kafka_cluster: MockCluster,
+) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    with make_producer(kafka_cluster, config={"socket.timeout.ms": 2000}) as producer:
+        producer.send_batch("orders", envelopes(1)).raise_for_errors()
+        kafka_cluster.set_rtt(1, 60_000)
+        kafka_cluster.start_request_tracking()
+        pending = producer.submit("orders", envelopes(1))
+        until(kafka_cluster.produce_requests, "the request")
+        producer._core.inject_fatal_error(OUT_OF_ORDER_SEQUENCE, "made by the test")
+        assert pending.wait(30).errors[0].possibly_persisted
+
+
 def test_a_forgotten_producer_ends_its_threads(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
 

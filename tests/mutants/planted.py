@@ -92,6 +92,13 @@ MUTANTS = (
         "tests/mock/test_transactions.py",
     ),
     Mutant(
+        "what is under way at a fatal error is given up at once",
+        CLIENT,
+        "if c.life == FINISHING or now > c.fatal_since_ns + c.socket_timeout_ns + FATAL_GRACE:",
+        "if True:",
+        "tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
         "a batch is done one envelope early",
         CLIENT,
         "if outcome.batch == run:\n                run_count += 1",

@@ -39,7 +39,8 @@ cdef int64_t MS = 1000000
 cdef int64_t WAIT_SLICE = 100 * MS     # Ctrl-C is looked at this often
 cdef int64_t DRAINER_NAP = 5 * MS      # how long callers may leave the queue alone before the drainer takes over
 cdef int64_t FINISH_PURGE = 100 * MS   # between two purges while finishing
-cdef int64_t FATAL_GRACE = 2000 * MS   # after a fatal error, before what is queued is purged
+cdef int64_t FATAL_PURGE = 1000 * MS   # between two purges of what is queued, after a fatal error
+cdef int64_t FATAL_GRACE = 2000 * MS   # for librdkafka to see that the time of its requests is over
 cdef int64_t LAST_LOOK = 50 * MS       # for the events that are on the queue when nothing is in flight any more
 cdef int64_t LAST_WORDS = 1000 * MS    # for the dispatcher to pass them on; it may need the GIL, or have none any more
 
@@ -65,6 +66,7 @@ cdef struct Client:
     int64_t in_flight       # atomic: messages given to librdkafka (or about to be) without an outcome
     int64_t waiting         # atomic: accepted envelopes that are not among them yet and have no outcome
     int64_t max_in_flight   # const
+    int64_t socket_timeout_ns  # const: how long a request may be under way
     kb_mutex mu
     kb_cond drainer_cond
     kb_cond dispatcher_cond
@@ -832,7 +834,7 @@ cdef void drainer_main(void *arg) noexcept nogil:
     cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, look_behind_ns = 0
     cdef BatchState *over
     cdef bint urgent
-    cdef int slice_ms
+    cdef int flags, slice_ms
     cdef Notice *unread
     kb_mutex_lock(&c.mu)
     while True:
@@ -851,12 +853,15 @@ cdef void drainer_main(void *arg) noexcept nogil:
                 break
             drainer_sleep(c, FINISH_PURGE)  # until the dispatcher, which enters to pass them on, leaves
             continue
-        if in_flight and now >= purge_after_ns and (
-                c.life == FINISHING or c.fatal_since_ns and now > c.fatal_since_ns + FATAL_GRACE):
-            # Again and again: a slice of an enqueuer, or a request that failed, may bring messages back.
-            purge_after_ns = now + (FINISH_PURGE if c.life == FINISHING else FATAL_GRACE)
+        if in_flight and now >= purge_after_ns and (c.life == FINISHING or c.fatal_since_ns):
+            # Again and again: a slice of an enqueuer, or a request that failed, may bring messages back. A request
+            # under way may still be appended, after what another producer sends meanwhile: it gets all of its time.
+            purge_after_ns = now + (FINISH_PURGE if c.life == FINISHING else FATAL_PURGE)
+            flags = RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_NON_BLOCKING
+            if c.life == FINISHING or now > c.fatal_since_ns + c.socket_timeout_ns + FATAL_GRACE:
+                flags |= RD_KAFKA_PURGE_F_INFLIGHT
             kb_mutex_unlock(&c.mu)
-            api.purge(c.rk, RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_INFLIGHT | RD_KAFKA_PURGE_F_NON_BLOCKING)
+            api.purge(c.rk, flags)
             kb_mutex_lock(&c.mu)
             continue
         if is_detached(c.line_first):

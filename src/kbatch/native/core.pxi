@@ -286,6 +286,7 @@ cdef class Core:
         self.dispatcher = dispatcher
         self.start_lock = threading.RLock()
         self.on_start = on_start
+        self.c.socket_timeout_ns = int(config.get("socket.timeout.ms") or 60_000) * MS
         self.delivery_timeout_ns = <int64_t> (delivery_timeout_s * 1e9)
 
     def __dealloc__(self):
