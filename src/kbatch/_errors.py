@@ -29,10 +29,11 @@ of each envelope.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import uuid
+    from collections.abc import Collection
 
     from kbatch._pending import PendingBatch
     from kbatch._report import DeliveryReport
@@ -218,6 +219,7 @@ _RETRIABLE = frozenset(
         -153,  # _RETRY
         -152,  # _PURGE_QUEUE
         -151,  # _PURGE_INFLIGHT
+        -138,  # _INVALID_DIFFERENT_RECORD: refused for another record of its record batch
         2,  # INVALID_MSG: damaged on its way
         3,  # UNKNOWN_TOPIC_OR_PART
         5,  # LEADER_NOT_AVAILABLE
@@ -387,31 +389,100 @@ def can_be_replaced(error: BaseException | None) -> bool:
     return isinstance(error, (ProducerFatalError, TransactionUnknownError))
 
 
-# What is wrong with a message, and would be so with any broker.
-_ENVELOPES_OWN = frozenset(
+# A broker refuses a record batch as a whole for one of its records, so each record of it is told one of these.
+WHOLE_BATCH_CODES = frozenset(
     (
-        -162,  # _KEY_SERIALIZATION
-        -161,  # _VALUE_SERIALIZATION
-        10,  # MSG_SIZE_TOO_LARGE
+        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named
+        10,  # MSG_SIZE_TOO_LARGE: a record, or the record batch
+        18,  # RECORD_LIST_TOO_LARGE: the record batch is larger than a segment of the log
         32,  # INVALID_TIMESTAMP
-        87,  # INVALID_RECORD
+        87,  # INVALID_RECORD: no key for a compacted topic, or a schema that the broker checks
+    )
+)
+
+# Who is to blame for what will not be accepted later. What is in none of these is of unknown cause, and counts against
+# the brokers: while the circuit is open nothing is given up.
+
+# A message, which would be refused by any broker.
+_ENVELOPES_OWN = WHOLE_BATCH_CODES | {
+    -199,  # _BAD_MSG
+    -162,  # _KEY_SERIALIZATION
+    -161,  # _VALUE_SERIALIZATION
+}
+
+# The topic, or the permission for it: brokers answer, and whatever goes there is refused.
+_TOPICS_OWN = frozenset(
+    (
+        -165,  # _UNSUPPORTED_FEATURE: headers, with the message format of the topic
+        17,  # TOPIC_EXCEPTION: no legal name, or an internal topic
+        29,  # TOPIC_AUTHORIZATION_FAILED
+        43,  # UNSUPPORTED_FOR_MESSAGE_FORMAT
+        44,  # POLICY_VIOLATION
+        76,  # UNSUPPORTED_COMPRESSION_TYPE
+    )
+)
+
+# The cluster, or what this client is for it: whatever is sent is refused.
+_CLUSTERS_OWN = frozenset(
+    (
+        -181,  # _SSL
+        -169,  # _AUTHENTICATION
+        21,  # INVALID_REQUIRED_ACKS
+        31,  # CLUSTER_AUTHORIZATION_FAILED
+        33,  # UNSUPPORTED_SASL_MECHANISM
+        34,  # ILLEGAL_SASL_STATE
+        35,  # UNSUPPORTED_VERSION
+        54,  # SECURITY_DISABLED
+        57,  # LOG_DIR_NOT_FOUND
+        58,  # SASL_AUTHENTICATION_FAILED
     )
 )
 
 
-def blames_envelope(error: KbatchError) -> bool:
-    """Whether an envelope failed for a reason of its own, which says nothing about the brokers."""
-    return error.code in _ENVELOPES_OWN if isinstance(error, DeliveryError) else isinstance(error, SerializationError)
+def blamed(code: int) -> Literal["envelope", "topic", "cluster", "unknown"]:
+    """Who is to blame for an error of librdkafka's `code`, if the same message will not be accepted later."""
+    if code in _ENVELOPES_OWN:
+        return "envelope"
+    if code in _TOPICS_OWN:
+        return "topic"
+    return "cluster" if code in _CLUSTERS_OWN or code in _FATAL else "unknown"
+
+
+def spares_brokers(error: KbatchError) -> bool:
+    """Whether an envelope failed for a reason of its own or of its topic, which says nothing about the brokers."""
+    if isinstance(error, DeliveryError):
+        return blamed(error.code) in ("envelope", "topic")
+    return isinstance(error, SerializationError)
+
+
+def is_for_whole_batch(error: KbatchError) -> bool:
+    """Whether an envelope may have been refused for another one that was in its record batch."""
+    return isinstance(error, DeliveryError) and error.code in WHOLE_BATCH_CODES
+
+
+def is_abort(error: KbatchError) -> bool:
+    """Whether an envelope failed with its transaction, and not by itself."""
+    return isinstance(error, DeliveryError) and error.code == ABORTED_CODE
+
+
+def aborts(error: KbatchError) -> bool:
+    """Whether the failure of an envelope aborts its transaction."""
+    return isinstance(error, DeliveryError) and error.code not in (ABORTED_CODE, REJECTED_CODE)
+
+
+def has_culprit(errors: Collection[KbatchError]) -> bool:
+    """Whether a transaction was aborted for some of its envelopes, so that the others are innocent."""
+    return any(map(is_abort, errors)) and any(map(aborts, errors))
 
 
 # Retriable ones that arise in this process without being about a broker that does not answer.
-_NO_OUTAGE = frozenset((-197, -190, -188, -184, -183))
+_NO_OUTAGE = frozenset((-197, -190, -188, -184, -183, -138))
 
 
 def is_outage(error: KbatchError) -> bool:
-    """Whether an envelope failed because no broker answered, or because its producer was given up."""
+    """Whether an envelope failed because no broker answered, or because its producer or transaction was given up."""
     if isinstance(error, DeliveryError):
-        return error.fatal or (error.code < 0 and error.retriable and error.code not in _NO_OUTAGE)
+        return error.fatal or is_abort(error) or (error.code < 0 and error.retriable and error.code not in _NO_OUTAGE)
     return isinstance(error, ProducerError)
 
 

@@ -34,11 +34,13 @@ from kbatch._errors import (
     SenderClosedError,
     SenderError,
     SerializationError,
-    blames_envelope,
     can_be_replaced,
     exception_text,
+    has_culprit,
+    is_abort,
     is_outage,
     named_exception_text,
+    spares_brokers,
     type_name,
 )
 from kbatch._fastmap import Signal
@@ -1021,7 +1023,7 @@ class Outcome(SenderCallback):
         report = error.report
         if report is not None and report.acked:
             self.verdict = "succeeded"
-        elif report is None or not all(blames_envelope(each) for each in report.errors.values()):
+        elif report is None or not _spare_brokers(list(report.errors.values())):
             self.verdict = "failed"
 
 
@@ -1033,8 +1035,9 @@ def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]]
     """
     if acked:
         return "succeeded"
+    guilt = has_culprit([error for _, error in failures])
     for index, error in failures:
-        if blames_envelope(error):
+        if spares_brokers(error) or (guilt and is_abort(error)):
             continue
         entry = None if flight.entries is None else flight.entries[index]
         if entry is None:
@@ -1045,6 +1048,11 @@ def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]]
         if flight.trial or entry.setbacks == 1 or (is_outage(error) and entry.failed_at > last_success):
             return "failed"
     return "nothing"
+
+
+def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
+    guilt = has_culprit(errors)
+    return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
 
 
 def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> int:

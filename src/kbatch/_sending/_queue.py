@@ -14,10 +14,21 @@ from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from kbatch._errors import DeliveryError, NotYetDueError, SenderError, SerializationError, blames_envelope, is_outage
+from kbatch._errors import (
+    DeliveryError,
+    NotYetDueError,
+    SenderError,
+    SerializationError,
+    aborts,
+    has_culprit,
+    is_abort,
+    is_for_whole_batch,
+    is_outage,
+    spares_brokers,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
@@ -25,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Ended", "Entry", "Flight", "SendQueue"]
 
-_MSG_SIZE_TOO_LARGE = 10
 _TIMED_OUT = -185
 
 
@@ -46,7 +56,7 @@ class Entry:
     """An envelope that has failed before, or that waits for something."""
 
     __slots__ = (
-        *("accepted_at", "attempts", "envelope", "error", "failed_at", "failures", "group", "origin"),
+        *("accepted_at", "apart", "attempts", "envelope", "error", "failed_at", "failures", "group", "origin"),
         *("possibly_persisted", "seq", "setbacks"),
     )
 
@@ -61,6 +71,7 @@ class Entry:
         self.failed_at: float | None = None  # for the first time
         self.error: KbatchError | None = None  # the last
         self.possibly_persisted = False  # by one of its attempts
+        self.apart = False  # it had its transaction aborted, so that it must not go with others again
         self.origin: Ended | None = None  # of a dead letter
 
 
@@ -130,9 +141,12 @@ class SendQueue:
     group that were not sent yet are held behind it. With `strict_order` at most one envelope of a group is in flight,
     so that those which are already under way cannot overtake it either.
 
-    A broker refuses a record batch as a whole (see DESIGN.md), so an envelope that failed with ``MSG_SIZE_TOO_LARGE``
-    may be innocent. Such envelopes are sent again with nothing else in flight, in halves of halves, until those that
-    are refused alone are found.
+    A broker refuses a record batch as a whole (see DESIGN.md), so an envelope that failed with a code of
+    `WHOLE_BATCH_CODES` may be innocent. Such envelopes are sent again with nothing else in flight, in halves of halves,
+    until those that are refused alone are found.
+
+    A transaction is aborted for one of its envelopes. The others go again at once. Those that were the cause go *apart*,
+    with none but their like and what waits behind them.
     """
 
     def __init__(
@@ -208,7 +222,7 @@ class SendQueue:
             if self._end_if_too_old(entry, now):
                 continue
             size += self._size_of(entry)
-            if chosen and size > self._batch_bytes:
+            if chosen and (size > self._batch_bytes or not _may_join(entry, chosen)):
                 self._ready.appendleft(entry)
                 break
             chosen.append(entry)
@@ -233,7 +247,7 @@ class SendQueue:
         else:
             self._ready.extendleft(reversed(entries))
 
-    def settled(self, flight: Flight, failures: Iterable[tuple[int, KbatchError]], now: float, *, again: bool) -> None:
+    def settled(self, flight: Flight, failures: Sequence[tuple[int, KbatchError]], now: float, *, again: bool) -> None:
         """The outcome of a flight: these of its envelopes failed, the others are done with.
 
         Unless `again`, none is sent again.
@@ -242,6 +256,7 @@ class SendQueue:
         again_at: dict[int, float] = {}
         suspects: list[Entry] = []
         failed: set[int] = set()
+        guilt = has_culprit([error for _, error in failures])
         for index, error in failures:
             entry = self._entry(flight, index)
             if again and self._hold_scheduled and _was_early(error):
@@ -249,7 +264,9 @@ class SendQueue:
                 continue
             entry.error = error
             entry.failures += 1
-            entry.setbacks += not blames_envelope(error)
+            innocent = guilt and is_abort(error)
+            entry.apart = guilt and aborts(error)
+            entry.setbacks += not (innocent or spares_brokers(error))
             if entry.failed_at is None:
                 entry.failed_at = now
             entry.possibly_persisted |= isinstance(error, DeliveryError) and error.possibly_persisted
@@ -259,8 +276,11 @@ class SendQueue:
             failed.add(index)
             lane = None if entry.group is None else self._lanes.get(entry.group)
             held = lane is not None and lane.entries and lane.entries[0].seq < entry.seq
-            if _code(error) == _MSG_SIZE_TOO_LARGE and not held:
+            if is_for_whole_batch(error) and not held:
                 suspects.append(entry)
+                continue
+            if innocent:
+                self._wait_until(now, entry)
                 continue
             due = again_at.get(entry.setbacks)
             if due is None:  # one for all, so that what failed together goes again together
@@ -480,7 +500,7 @@ class SendQueue:
             if not isinstance(error.__cause__, MemoryError):  # there may be some later
                 return False
         elif isinstance(error, DeliveryError):
-            if error.code == _MSG_SIZE_TOO_LARGE:
+            if is_for_whole_batch(error):
                 return not (flight.isolated and len(flight.envelopes) == 1)
             if not error.retriable and not error.fatal:
                 return False
@@ -629,5 +649,8 @@ def _was_early(error: KbatchError) -> bool:
     return isinstance(error, NotYetDueError)
 
 
-def _code(error: KbatchError) -> int | None:
-    return error.code if isinstance(error, DeliveryError) else None
+def _may_join(entry: Entry, chosen: list[Entry]) -> bool:
+    """Whether an envelope may share a transaction with those that were chosen before it."""
+    if not chosen[0].apart:
+        return not entry.apart
+    return entry.apart or (entry.group is not None and any(each.group == entry.group for each in chosen))
