@@ -70,6 +70,7 @@ class BaseProducer:
             carry_scheduled_time=carry_scheduled_time,
         )
         self._carries_scheduled_time = carry_scheduled_time
+        self._has_custom_wire = not isinstance(wire, str)
         self._close_timeout = close_timeout
         self._max_in_flight = max_in_flight
         self._assemble()
@@ -97,11 +98,16 @@ class BaseProducer:
     def _prepare(self) -> None:
         """What a kind of producer needs besides."""
 
-    def _twin(self) -> Self:
-        """A new producer with the same configuration and options, not started. What this one is doing stays its own."""
+    def _twin(self, *, solo: bool = False) -> Self:
+        """A new producer with the same configuration and options, not started. What this one is doing stays its own.
+
+        With `solo` each of its record batches has one record.
+        """
         # The configuration is librdkafka's object, which each start copies: Python has no password to give again.
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
+        if solo:
+            twin._parsed = self._parsed.solo()
         twin._assemble()
         return twin
 

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
@@ -137,6 +137,13 @@ class ProducerConfig:
             transaction_timeout_s=transaction_timeout_s,
             fingerprint=_fingerprint(native, names, given),
         )
+
+    def solo(self) -> ProducerConfig:
+        """The same, but with one record in each record batch: a broker that refuses it means this record."""
+        native = self.native.copy()
+        for key, value in (("batch.num.messages", "1"), ("linger.ms", "0")):
+            _set(native, key, value)
+        return replace(self, native=native)
 
 
 def inherit(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -199,6 +200,73 @@ def test_a_fatal_transactional_producer_is_replaced(one_broker: KafkaCluster, ki
         assert driver.agent._handle.producer is not producer
         assert driver.close() == 0
         assert driver.stats()["acked"] == 60
+
+
+def test_one_envelope_to_a_missing_topic_takes_no_others_with_it(one_broker: KafkaCluster, kind: str) -> None:
+    topic = one_broker.create_topic(partitions=2)
+    config = {"transactional.id": f"missing-{kind}", "topic.metadata.propagation.max.ms": 500}
+    retry = RetryPolicy(max_attempts=3, initial_backoff_s=0.05, max_backoff_s=0.1)
+    with (
+        producer_of(one_broker, **config) as producer,
+        Driver(kind, producer, topic, options={"batch_timeout_ms": 5.0}, **{**SOON, "retry": retry}) as driver,
+    ):
+        sent = [Envelope(data=b"%d" % n, key=str(n % 7), topic="missing" if n == 50 else None) for n in range(100)]
+        driver.send_all(sent)
+        assert driver.flush() == 0
+        assert [envelope for envelope, _ in driver.failed] == [sent[50]]
+        assert driver.states == ["closed"]
+    assert committed(one_broker, topic) == {b"%d" % n: 1 for n in range(100) if n != 50}
+    by_key: dict[bytes | None, list[int]] = {}
+    for record in read_back(one_broker.bootstrap_servers, topic):
+        by_key.setdefault(record.key, []).append(int(record.value or b""))
+    assert all(order == sorted(order) for order in by_key.values())
+
+
+# -- records that a broker refuses, and their record batches with them
+
+ONE_RECORD: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
+    "no key for a compacted topic": ({"cleanup.policy": "compact"}, {"key": None}, "INVALID_RECORD"),
+    "a time of long ago": ({"message.timestamp.before.max.ms": "3600000"}, {"timestamp": 1}, "INVALID_TIMESTAMP"),
+}
+
+
+@pytest.mark.parametrize("bad", [(50,), (0, 250, 499)], ids=["one", "several"])
+@pytest.mark.parametrize("name", ONE_RECORD)
+def test_a_record_that_is_refused_takes_no_others_with_it(
+    one_broker: KafkaCluster, kind: str, name: str, bad: tuple[int, ...]
+) -> None:
+    settings, fields, error = ONE_RECORD[name]
+    topic = one_broker.create_topic(partitions=1, config=settings)
+    sent = [Envelope(data=b"%d" % n, **{"key": str(n), **(fields if n in bad else {})}) for n in range(500)]
+    with (
+        producer_of(one_broker, **{"linger.ms": 20}) as producer,
+        Driver(kind, producer, topic, options={"batch_timeout_ms": 20.0}, **SOON) as driver,
+    ):
+        driver.send_all(sent)
+        assert driver.flush() == 0
+        assert [(envelope, reason) for (envelope, _), reason in zip(driver.failed, driver.reasons, strict=True)] == [
+            (sent[n], error) for n in bad
+        ]
+        assert driver.states == ["closed"]
+    values = [int(record.value or b"") for record in read_back(one_broker.bootstrap_servers, topic)]
+    assert values == [n for n in range(500) if n not in bad]
+
+
+@pytest.mark.parametrize("name", ONE_RECORD)
+def test_threads_beside_one_whose_record_is_refused(one_broker: KafkaCluster, name: str) -> None:
+    settings, fields, error = ONE_RECORD[name]
+    topic = one_broker.create_topic(partitions=1, config=settings)
+    sent = [Envelope(data=b"%d" % n, **{"key": str(n), **(fields if n == 7 else {})}) for n in range(20)]
+    with (
+        producer_of(one_broker, **{"linger.ms": 100}) as producer,
+        kbatch.InlineSender(producer, topic) as sender,
+        ThreadPoolExecutor(20) as threads,
+    ):
+        futures = [threads.submit(sender.send, envelope) for envelope in sent]
+        errors = {n: reason for n, future in enumerate(futures) if (reason := future.exception()) is not None}
+    assert {n: getattr(reason, "name", reason) for n, reason in errors.items()} == {7: error}
+    values = [int(record.value or b"") for record in read_back(one_broker.bootstrap_servers, topic)]
+    assert sorted(values) == [n for n in range(20) if n != 7]
 
 
 def test_a_fenced_producer_ends_its_sender(one_broker: KafkaCluster, kind: str) -> None:

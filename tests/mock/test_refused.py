@@ -113,3 +113,23 @@ def test_one_envelope_takes_no_others_with_it(cluster: MockCluster, kind: str, s
     records = read(cluster.bootstrap_servers, "orders", 99)  # of aborted transactions, too: the mock keeps them
     seen = {int(record.value or b"") for each in records.values() for record in each}
     assert seen == set(range(100)) - {50}
+
+
+# -- what strict order cannot be kept with
+
+
+class Rekeying:
+    def write(self, envelope: Envelope[Any]) -> tuple[bytes, bytes, None]:
+        return b"one", b"body", None
+
+
+def test_strict_order_refuses_what_spreads_a_key(cluster: MockCluster) -> None:
+    own = {"bootstrap.servers": cluster.bootstrap_servers}
+    for producer, reason in (
+        (kbatch.Producer(own, wire=Rekeying()), "wire object"),
+        (kbatch.Producer({**own, "partitioner": "random"}), "partitioner=random"),
+    ):
+        with pytest.raises(kbatch.ConfigError, match=reason):
+            kbatch.SendingAgent(producer, "orders", strict_order=True)
+        kbatch.SendingAgent(producer, "orders").close()
+    kbatch.SendingAgent(kbatch.Producer(own), "orders", strict_order=True).close()

@@ -135,6 +135,8 @@ class BaseSendingAgent:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
+        if strict_order:
+            _check_strict(self._handle.producer)
         self._policy = RetryPolicy() if retry is None else retry
         self._max_in_flight = max_in_flight_batches
         self._strict_order = strict_order
@@ -1120,6 +1122,17 @@ def check_agent_options(
             raise ConfigError(f"{name} must not be a coroutine function; kbatch.aio's topics and agents take them")
     if dead_letter_topic is not None:
         check_topic("dead_letter_topic", dead_letter_topic)
+
+
+def _check_strict(producer: BaseProducer) -> None:
+    """Raises ConfigError where a record's key, or its partition, does not follow from the envelope's key."""
+    reason = None
+    if producer._has_custom_wire:
+        reason = "a wire object of your own, which may write another record key than the envelope's; use a built-in wire"
+    elif producer._parsed.native.get("partitioner") == "random":
+        reason = "partitioner=random, which spreads a key over partitions; choose another partitioner"
+    if reason is not None:
+        raise ConfigError(f"strict_order=True contradicts {reason}")
 
 
 def check_topic(what: str, name: Any) -> None:

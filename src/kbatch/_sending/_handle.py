@@ -38,13 +38,14 @@ class ProducerHandle:
         producer: The current one. It may change between two looks at it.
     """
 
-    __slots__ = ("__weakref__", "_given", "_key", "_users", "producer")
+    __slots__ = ("__weakref__", "_given", "_key", "_solo", "_users", "producer")
 
     def __init__(self, producer: BaseProducer, *, given: bool, key: Hashable = None) -> None:
         self.producer = producer
         self._given = producer if given else None  # the caller's, who closes it
         self._key = key
         self._users = 0
+        self._solo: BaseProducer | None = None  # ours
         _handles[id(producer)] = self
 
     @classmethod
@@ -92,13 +93,36 @@ class ProducerHandle:
         with _lock:
             self._users -= 1
             producer = self.producer
-            if self._users > 0 or producer is self._given:
+            if self._users > 0:
                 return 0
+            solo, self._solo = self._solo, None
             if self._given is not None:
                 self.producer = self._given  # who comes later begins with it, as the first one did
             elif _shared.get(self._key) is self:
                 del _shared[self._key]
-        return _close(producer, timeout)
+        left = 0 if solo is None else _close(solo, timeout)
+        return left if producer is self._given else left + _close(producer, timeout)
+
+    def solo(self) -> BaseProducer | None:
+        """A producer with the same settings whose record batches have one record each; ``None`` if there is none.
+
+        There is none with a ``transactional.id``, which two producers cannot share, and where no user is left. It is
+        made when it is needed first, and closed with the last user.
+        """
+        with _lock:
+            if not self._users or self.producer._transactions is not None:
+                return None
+            if self._solo is None:
+                self._solo = self.producer._twin(solo=True)
+            return self._solo
+
+    def drop_solo(self, dead: BaseProducer) -> None:
+        """Has the next call of `solo` make another one, if this one can send no more."""
+        with _lock:
+            if self._solo is not dead:
+                return
+            self._solo = None
+        _close(dead, 0.0)
 
     def replace(self, dead: BaseProducer) -> None:
         """Has a producer in its fatal state replaced by a new one with the same settings, unless it was already.

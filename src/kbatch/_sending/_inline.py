@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import (
     ConfigError,
     ProducerClosedError,
+    ProducerError,
     ProducerFatalError,
     SenderClosedError,
     TransactionUnknownError,
     UndeliveredError,
     can_be_replaced,
+    is_for_whole_batch,
 )
 from kbatch._producer import Producer
 from kbatch._sending._agent import check_topic
@@ -71,6 +74,10 @@ class BaseInlineSender:
         if not can_be_replaced(error) and not (replaced and isinstance(error, ProducerClosedError)):
             raise error
 
+    def _is_suspect(self, report: DeliveryReport) -> bool:
+        """Whether it may have been refused for another envelope: a broker refuses record batches as a whole."""
+        return report.failed > 0 and is_for_whole_batch(report.errors[0])
+
     def _answer(self, report: DeliveryReport) -> DeliveryReport:
         if report.failed:
             error = report.errors[0]
@@ -102,7 +109,9 @@ class BaseInlineSender:
 class InlineSender(BaseInlineSender):
     """Sends one envelope at a time and waits for its answer. Any number of threads may use one sender.
 
-    Envelopes that are sent at the same time share requests to the broker.
+    Envelopes that are sent at the same time share requests to the broker. A broker refuses a record batch as a whole for
+    one record of it; then each envelope of it is sent again in a record batch of its own, so that only the guilty one
+    raises. A second producer with the same settings does that, made when it is needed first.
 
     Args:
         producer: Stays the caller's; closing it is not this object's business. When it is in its fatal state, or its
@@ -135,15 +144,29 @@ class InlineSender(BaseInlineSender):
         if self._closed:
             self._refuse()
         producer: Any = self._handle.producer
+        end = None if timeout is None else time.monotonic() + timeout
         try:
             report: DeliveryReport = producer.send_batch(self.topic, (envelope,), timeout=timeout)
         except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
             self._check_refusal(producer, error)
         else:
-            return self._answer(report)
+            return self._answer(self._again_alone(envelope, report, end) if self._is_suspect(report) else report)
         self._handle.replace(producer)
         successor: Any = self._handle.producer
         return self._answer(successor.send_batch(self.topic, (envelope,), timeout=timeout))
+
+    def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
+        """The outcome in a record batch of its own; `report` if there can be none."""
+        solo: Any = self._handle.solo()
+        if solo is None:
+            return report
+        try:
+            timeout = None if end is None else max(0.0, end - time.monotonic())
+            alone: DeliveryReport = solo.send_batch(self.topic, (envelope,), timeout=timeout)
+        except ProducerError:  # closed, or in its fatal state: the next one has a new one
+            self._handle.drop_solo(solo)
+            return report
+        return alone
 
     def close(self, timeout: float | None = None) -> int:
         """Refuses envelopes from now on, and closes the producer if it is the last sender of one that kbatch made.

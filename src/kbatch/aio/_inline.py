@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
-from kbatch._errors import ProducerClosedError, ProducerFatalError, TransactionUnknownError
+from kbatch._errors import ProducerClosedError, ProducerError, ProducerFatalError, TransactionUnknownError
 from kbatch._loop import in_thread
 from kbatch._sending._inline import BaseInlineSender
 from kbatch.aio._producer import Producer
@@ -43,15 +44,29 @@ class InlineSender(BaseInlineSender):
         if self._closed:
             self._refuse()
         producer: Any = self._handle.producer
+        end = None if timeout is None else time.monotonic() + timeout
         try:
             report: DeliveryReport = await producer.send_batch(self.topic, (envelope,), timeout=timeout)
         except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
             self._check_refusal(producer, error)
         else:
-            return self._answer(report)
+            return self._answer(await self._again_alone(envelope, report, end) if self._is_suspect(report) else report)
         await in_thread("kbatch-replace", lambda: self._handle.replace(producer))
         successor: Any = self._handle.producer
         return self._answer(await successor.send_batch(self.topic, (envelope,), timeout=timeout))
+
+    async def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
+        """The outcome in a record batch of its own; `report` if there can be none."""
+        solo: Any = self._handle.solo()
+        if solo is None:
+            return report
+        try:
+            timeout = None if end is None else max(0.0, end - time.monotonic())
+            alone: DeliveryReport = await solo.send_batch(self.topic, (envelope,), timeout=timeout)
+        except ProducerError:  # closed, or in its fatal state: the next one has a new one
+            await in_thread("kbatch-close", lambda: self._handle.drop_solo(solo))
+            return report
+        return alone
 
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.InlineSender.close`. If the task is cancelled, closing goes on without it."""

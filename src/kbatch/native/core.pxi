@@ -12,6 +12,13 @@ cdef class Config:
         if self.conf != NULL:
             api.conf_destroy(self.conf)
 
+    def copy(self) -> Config:
+        """Another one with the same properties."""
+        cdef Config made = Config()
+        api.conf_destroy(made.conf)
+        made.conf = api.conf_dup(self.conf)
+        return made
+
     def set(self, str name, str value) -> None:
         """Raises ValueError with librdkafka's reason; LookupError if there is no such property.
 

@@ -255,9 +255,9 @@ class _InMemory(BaseProducer):
             core.transactional = True
             self._transactions = _CommittedAtOnce(core)
 
-    def _twin(self) -> Self:
+    def _twin(self, *, solo: bool = False) -> Self:
         """It goes on with what this one has kept, and with the same faults, as on the same cluster."""
-        twin = super()._twin()
+        twin = super()._twin(solo=solo)
         twin._join(self._line)
         return twin
 
