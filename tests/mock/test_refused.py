@@ -44,7 +44,9 @@ def stored(cluster: MockCluster, topic: str = "orders") -> list[int]:
 
 
 def told(driver: Driver) -> Counter[tuple[str, str]]:
-    return Counter((str(envelope.topic), getattr(error, "name", type(error).__name__)) for envelope, error in driver.failed)
+    return Counter(
+        (str(envelope.topic), getattr(error, "name", type(error).__name__)) for envelope, error in driver.failed
+    )
 
 
 # -- a topic that takes nothing

@@ -129,14 +129,14 @@ class BaseSendingAgent:
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
+        if strict_order:
+            _check_strict(producer.producer if isinstance(producer, ProducerHandle) else producer)
         self.topic = topic
         if isinstance(producer, ProducerHandle):
             self._handle = producer  # acquired for this agent
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        if strict_order:
-            _check_strict(self._handle.producer)
         self._policy = RetryPolicy() if retry is None else retry
         self._max_in_flight = max_in_flight_batches
         self._strict_order = strict_order
@@ -1128,7 +1128,9 @@ def _check_strict(producer: BaseProducer) -> None:
     """Raises ConfigError where a record's key, or its partition, does not follow from the envelope's key."""
     reason = None
     if producer._has_custom_wire:
-        reason = "a wire object of your own, which may write another record key than the envelope's; use a built-in wire"
+        reason = (
+            "a wire object of your own, which may write another record key than the envelope's; use a built-in wire"
+        )
     elif producer._parsed.native.get("partitioner") == "random":
         reason = "partitioner=random, which spreads a key over partitions; choose another partitioner"
     if reason is not None:
