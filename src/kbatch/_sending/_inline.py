@@ -109,8 +109,8 @@ class BaseInlineSender:
 class InlineSender(BaseInlineSender):
     """Sends one envelope at a time and waits for its answer. Any number of threads may use one sender.
 
-    Envelopes that are sent at the same time share requests to the broker. A broker refuses a record batch as a whole for
-    one record of it; then each envelope of it is sent again in a record batch of its own, so that only the guilty one
+    Envelopes that are sent at the same time share requests to the broker. A broker refuses a record batch as a whole
+    for one record of it; then each envelope is sent again in a record batch of its own, so that only the guilty one
     raises. A second producer with the same settings does that, made when it is needed first.
 
     Args:

@@ -145,7 +145,7 @@ class SendQueue:
     `WHOLE_BATCH_CODES` may be innocent. Such envelopes are sent again with nothing else in flight, in halves of halves,
     until those that are refused alone are found.
 
-    A transaction is aborted for one of its envelopes. The others go again at once. Those that were the cause go *apart*,
+    A transaction is aborted for one of its envelopes. The others go again at once. Its causes go *apart*,
     with none but their like and what waits behind them.
     """
 
