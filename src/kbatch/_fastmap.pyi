@@ -1,5 +1,5 @@
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from datetime import datetime
 from types import GenericAlias
 from typing import Any, Generic, Protocol, TypeAlias, final, overload
@@ -8,8 +8,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from typing_extensions import Buffer, Self, TypeVar, disjoint_base
 
+from kbatch._contract import OutgoingBatch, SenderCallback
 from kbatch._errors import NotYetDueError, SerializationError
 from kbatch._wire import HeadersLike, WireFormat
+from kbatch.aio._contract import SenderCallback as AioSenderCallback
 
 # Without an argument, Envelope means Envelope[Any].
 _T_co = TypeVar("_T_co", covariant=True, default=Any)
@@ -397,7 +399,7 @@ class Dispatcher:
 @disjoint_base
 class Signal:
     def keep(self, what: object) -> None: ...
-    def set(self) -> None: ...
+    def set(self, _: object = None) -> None: ...
     def wait(self, timeout: float | None = None, *, interruptible: bool = True) -> bool: ...
 
 @final
@@ -461,3 +463,50 @@ class Accumulator:
     def _is_refusing(self) -> bool: ...
     @property
     def _is_forked(self) -> bool: ...
+
+@final
+class Trial: ...
+
+@final
+class Trials:
+    def __init__(self, signal: Signal | None = None) -> None: ...
+    signal: Signal | None
+    def begin(self) -> Trial: ...
+    def is_taken(self) -> bool: ...
+    def end(self, trial: Trial | None) -> bool: ...
+
+@final
+class Answer:
+    @property
+    def callback(self) -> Any: ...
+    @property
+    def batch(self) -> OutgoingBatch: ...
+    pending: Any
+    mapping: bool
+    later: Callable[[], object] | None
+    trial: Trial | None
+    then: Callable[[Answer], object] | None
+    @property
+    def given(self) -> bool: ...
+    @property
+    def method(self) -> str | None: ...
+    @property
+    def outcome(self) -> Any: ...
+    def give_later(self) -> AnsweringCoroutine: ...
+
+@disjoint_base
+class AnsweringSender:
+    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None: ...
+
+@disjoint_base
+class AioAnsweringSender:
+    def send_batch(
+        self, callback: AioSenderCallback | SenderCallback, batch: OutgoingBatch
+    ) -> Coroutine[Any, Any, None]: ...
+
+@final
+class AnsweringCoroutine(Coroutine[Any, Any, None]):
+    def __await__(self) -> Generator[Any, Any]: ...
+    def send(self, value: Any) -> Any: ...
+    def throw(self, kind: Any, value: Any = None, traceback: Any = None) -> Any: ...
+    def close(self) -> None: ...

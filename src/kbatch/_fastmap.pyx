@@ -14,6 +14,7 @@ import os
 import re
 import threading
 import uuid
+import weakref
 from collections.abc import Mapping, Sequence
 from types import GenericAlias
 
@@ -21,6 +22,8 @@ import msgspec
 from msgspec import UNSET
 
 from kbatch._errors import (
+    BatchError,
+    BatchInterrupted,
     ConfigError,
     ForkError,
     NotYetDueError,
@@ -79,3 +82,4 @@ include "native/client.pxi"
 include "native/resolver.pxi"
 include "native/core.pxi"
 include "native/accumulator.pxi"
+include "native/answer.pxi"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from kbatch._errors import (
     BatchInterrupted,
     BatchTimedOut,
+    CircuitOpenError,
     KbatchError,
     ProducerError,
     ProducerFatalError,
@@ -16,24 +16,27 @@ from kbatch._errors import (
     TopicDoesNotExist,
     named_exception_text,
 )
+from kbatch._fastmap import AnsweringSender
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
     from kbatch._base_producer import BaseProducer
-    from kbatch._contract import OutgoingBatch, SenderCallback
+    from kbatch._contract import OutgoingBatch
+    from kbatch._fastmap import Answer
     from kbatch._producer import Producer
     from kbatch._report import DeliveryReport
 
-__all__ = ["KafkaSender"]
+    # a method of a `SenderCallback`, and what it is told
+    Told: TypeAlias = tuple[str, KbatchError | DeliveryReport]
 
-_logger = logging.getLogger("kbatch")
+__all__ = ["KafkaSender"]
 
 # librdkafka's codes for envelopes of a batch that never reached it
 _VALUE_SERIALIZATION = -161
 _PURGE_QUEUE = -152
 
 
-class KafkaSender:
+class KafkaSender(AnsweringSender):
     """Sends batches to one topic. Implements `SenderProtocol`.
 
     Args:
@@ -45,53 +48,31 @@ class KafkaSender:
         self.producer = producer
         self.topic = topic
 
-    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
-        """Blocks until each envelope has its outcome, then calls exactly one method of `callback`, in this thread.
+    def _send_answered(self, answer: Answer) -> Told:
+        return send_answered(self.producer, self.topic, answer)
 
-        An exception from `callback` is logged. On Ctrl-C it raises at once; if something of the batch is in flight,
-        the one callback then comes on the producer's callback thread when it is settled.
-        """
-        core = self.producer._core
-        answer = _Answer(callback, batch)
-        pending = None
-        mapped = False
-        try:
-            pending = PendingBatch(core)
-            core.map(pending, self.topic, batch.envelopes)
-            mapped = True
-            self.producer._send(pending)
-            answer.give(*answer_report(pending.report))
-        except BaseException as error:
-            if answer.given:
-                raise
-            if pending is not None and pending.begun:
-                pending.add_done_callback(lambda done: answer.give(*answer_report(done.report)))
-                raise
-            answer.give(*answer_refusal(self.producer, batch, error, mapped))
-            if not isinstance(error, Exception):
-                raise
+    def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
+        return answer_refusal(self.producer, answer.batch, error, answer.mapping)
+
+    def _tell(self, report: DeliveryReport) -> Told:
+        return answer_report(report)
 
     def __repr__(self) -> str:
         return f"<KafkaSender to {self.topic!r} by {self.producer!r}>"
 
 
-class _Answer:
-    """The one call of a batch's callback."""
-
-    def __init__(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
-        self.callback = callback
-        self.batch = batch
-        self.given = False
-
-    def give(self, method: str, outcome: KbatchError | DeliveryReport) -> None:
-        self.given = True
-        try:
-            getattr(self.callback, method)(self.batch, outcome)
-        except Exception:
-            _logger.exception("a sender callback failed; the batch keeps its outcome: %r", outcome)
+def send_answered(producer: Producer, topic: str | None, answer: Answer) -> Told:
+    """Sends the batch of `answer`, and returns what it is to be told."""
+    pending = PendingBatch(producer._core)
+    answer.mapping = True
+    producer._core.map(pending, topic, answer.batch.envelopes)
+    answer.mapping = False
+    answer.pending = pending
+    producer._send(pending)
+    return answer_report(pending.report)
 
 
-def answer_report(report: DeliveryReport) -> tuple[str, KbatchError | DeliveryReport]:
+def answer_report(report: DeliveryReport) -> Told:
     """The method of a `SenderCallback` that answers a batch that has settled, and what it is told."""
     error = report.error()
     if error is None:
@@ -103,11 +84,9 @@ def answer_report(report: DeliveryReport) -> tuple[str, KbatchError | DeliveryRe
     return "mark_processing_failure", error
 
 
-def answer_refusal(
-    producer: BaseProducer, batch: OutgoingBatch, reason: BaseException, mapped: bool
-) -> tuple[str, KbatchError]:
+def answer_refusal(producer: BaseProducer, batch: OutgoingBatch, reason: BaseException, mapping: bool) -> Told:
     """The same for a batch of which nothing was sent: every envelope failed, one perhaps for a reason of its own."""
-    error = _as_answer(reason, mapped)
+    error = _as_answer(reason, mapping)
     index, code, rest = -1, 0, _PURGE_QUEUE
     if isinstance(error, SerializationError) and error.index is not None:
         index, code = error.index, _VALUE_SERIALIZATION
@@ -121,10 +100,12 @@ def answer_refusal(
         error.report = unsent.report
     if isinstance(error, SerializationError):
         return "mark_serialization_failure", error
+    if isinstance(error, CircuitOpenError):
+        return "mark_sender_is_latched", error
     return "mark_processing_failure", error
 
 
-def _as_answer(error: BaseException, mapped: bool) -> KbatchError:
+def _as_answer(error: BaseException, mapping: bool) -> KbatchError:
     """What a batch is told of an exception because of which nothing of it was sent."""
     if isinstance(error, KbatchError):
         return error
@@ -132,7 +113,7 @@ def _as_answer(error: BaseException, mapped: bool) -> KbatchError:
     made: KbatchError
     if not isinstance(error, Exception):
         made = BatchInterrupted(f"interrupted before anything was sent: {text}")
-    elif mapped or isinstance(error, MemoryError):
+    elif not mapping or isinstance(error, MemoryError):
         made = ProducerError(f"the producer could not take the batch: {text}")
     else:
         made = SerializationError(text, index=None, envelope_id=None, field="batch")

@@ -588,9 +588,8 @@ def test_a_sender_is_cancelled_at_every_await(cluster: MockCluster, started: boo
         assert producer.stats()["pinned_buffers"] == 0
 
     asyncio.run(main())
-    assert answers[0] == []  # cancelled before its first step, a coroutine does not run at all
     sent = []
-    for step, calls in enumerate(answers[1:], 1):
+    for step, calls in enumerate(answers):  # the first was cancelled before its first step
         ((method, answer),) = calls
         if method == "mark_successful":
             assert answer.acked == 5

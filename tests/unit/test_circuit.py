@@ -4,6 +4,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from kbatch._fastmap import Trial
 from kbatch._sending._circuit import CircuitBreaker, CircuitState
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
@@ -61,19 +62,19 @@ def test_so_many_failures_in_a_row_open_it(failures_to_open: int) -> None:
 def test_a_success_starts_the_count_again() -> None:
     circuit = make(3)
     for _ in range(5):
-        circuit.failed(False, NOW)
-        circuit.failed(False, NOW)
-        circuit.succeeded(False, NOW)
+        circuit.failed(None, NOW)
+        circuit.failed(None, NOW)
+        circuit.succeeded(None, NOW)
         assert circuit.failures == 0
     assert circuit.state is CLOSED
 
 
 def test_a_batch_that_says_nothing_neither_counts_nor_starts_the_count_again() -> None:
     circuit = make(2)
-    circuit.failed(False, NOW)
+    circuit.failed(None, NOW)
     circuit.said_nothing(False)
     assert (circuit.state, circuit.failures) == (CLOSED, 1)
-    circuit.failed(False, NOW)
+    circuit.failed(None, NOW)
     assert circuit.state is OPEN
 
 
@@ -115,28 +116,31 @@ def test_a_probe_that_succeeds_lets_one_batch_through() -> None:
     circuit = half_open()
     assert circuit.may_send()
     assert circuit.probe_at() is None
-    assert circuit.sent()
+    trial = circuit.sent()
+    assert trial
     assert not circuit.may_send()
+    del trial  # its sender is gone
+    assert circuit.may_send()
 
 
 def test_what_was_sent_before_and_fails_late_changes_nothing() -> None:
     circuit = opened(first_s=1.0)
-    circuit.failed(False, NOW + 0.5)
+    circuit.failed(None, NOW + 0.5)
     assert (circuit.state, circuit.failures, circuit.probe_at()) == (OPEN, 1, NOW + 1)
 
 
 def test_what_was_sent_before_and_succeeds_late_closes_nothing_but_is_worth_a_probe_at_once() -> None:
     circuit = opened(first_s=10.0)
-    circuit.succeeded(False, NOW + 3)
+    circuit.succeeded(None, NOW + 3)
     assert (circuit.state, circuit.probe_at()) == (OPEN, NOW + 3)
-    circuit.succeeded(False, NOW + 4)
+    circuit.succeeded(None, NOW + 4)
     assert circuit.probe_at() == NOW + 3  # not put off
 
 
 def test_a_late_success_does_not_shorten_the_interval_after_a_probe_that_failed() -> None:
     circuit = opened(first_s=10.0)
     circuit.probe_started()
-    circuit.succeeded(False, NOW + 3)
+    circuit.succeeded(None, NOW + 3)
     assert circuit.probe_at() is None
     circuit.probed(False, NOW + 4)
     assert circuit.probe_at() == NOW + 24
@@ -147,13 +151,14 @@ def test_a_late_success_does_not_shorten_the_interval_after_a_probe_that_failed(
 
 def test_only_the_success_of_the_trial_closes_it() -> None:
     circuit = half_open()
-    circuit.succeeded(False, NOW)
+    circuit.succeeded(None, NOW)
     assert circuit.state is HALF_OPEN
-    assert circuit.sent()
-    circuit.succeeded(False, NOW)
+    trial = circuit.sent()
+    assert trial
+    circuit.succeeded(None, NOW)
     assert circuit.state is HALF_OPEN
     assert not circuit.may_send()
-    circuit.succeeded(True, NOW)
+    circuit.succeeded(trial, NOW)
     assert (circuit.state, circuit.failures) == (CLOSED, 0)
     assert circuit.may_send()
     assert not circuit.sent()
@@ -161,15 +166,14 @@ def test_only_the_success_of_the_trial_closes_it() -> None:
 
 def test_only_the_failure_of_the_trial_opens_it_again() -> None:
     circuit = half_open(first_s=1.0)
-    assert circuit.sent()
-    circuit.failed(False, NOW + 5)
+    trial = circuit.sent()
+    circuit.failed(None, NOW + 5)
     assert circuit.state is HALF_OPEN
-    circuit.failed(True, NOW + 5)
+    circuit.failed(trial, NOW + 5)
     assert (circuit.state, circuit.probe_at()) == (OPEN, NOW + 7)
     circuit.probe_started()
     circuit.probed(True, NOW + 7)
-    assert circuit.sent()
-    circuit.failed(True, NOW + 8)
+    circuit.failed(circuit.sent(), NOW + 8)
     assert circuit.probe_at() == NOW + 12
 
 
@@ -181,10 +185,10 @@ def test_trials_double_the_interval_no_further_than_the_longest() -> None:
 
 def test_after_a_trial_that_says_nothing_the_next_batch_is_the_trial() -> None:
     circuit = half_open()
-    assert circuit.sent()
-    circuit.said_nothing(False)
+    trial = circuit.sent()
+    circuit.said_nothing(None)
     assert not circuit.may_send()
-    circuit.said_nothing(True)
+    circuit.said_nothing(trial)
     assert circuit.state is HALF_OPEN
     assert circuit.may_send()
     assert circuit.sent()
@@ -219,7 +223,7 @@ class Circuits(RuleBasedStateMachine):
         super().__init__()
         self.now = NOW
         self.random = 0.0
-        self.in_flight: list[bool] = []  # is it the trial?
+        self.in_flight: list[Trial | None] = []
         self.probing = False
         self.in_a_row = 0
         self.interval_s = 0.0  # the one that runs, or that the next opening has
@@ -261,7 +265,7 @@ class Circuits(RuleBasedStateMachine):
     def a_batch_is_sent(self) -> None:
         assert self.state is not OPEN
         trial = self.circuit.sent()
-        assert trial == (self.state is HALF_OPEN)
+        assert (trial is not None) == (self.state is HALF_OPEN)
         self.in_flight.append(trial)
         self.expect(self.state)
 
@@ -336,7 +340,7 @@ class Circuits(RuleBasedStateMachine):
 
     @invariant()
     def at_most_one_trial(self) -> None:
-        assert sum(self.in_flight) <= 1
+        assert sum(map(bool, self.in_flight)) <= 1
         if any(self.in_flight):
             assert self.state is HALF_OPEN
 

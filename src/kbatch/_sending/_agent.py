@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import CallbackThread, is_coroutine_function
-from kbatch._contract import SenderCallback
 from kbatch._errors import (
+    BatchInterrupted,
     CircuitOpenError,
     ConfigError,
     DeliveryError,
@@ -43,10 +43,10 @@ from kbatch._errors import (
     spares_brokers,
     type_name,
 )
-from kbatch._fastmap import Signal
+from kbatch._fastmap import AnsweringSender, Signal
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
-from kbatch._sender import KafkaSender, answer_refusal
+from kbatch._sender import answer_refusal, answer_report, send_answered
 from kbatch._sending._circuit import CircuitBreaker, CircuitState
 from kbatch._sending._dead_letter import dead_letter
 from kbatch._sending._handle import ProducerHandle
@@ -56,13 +56,12 @@ from kbatch._sending._retry import RetryPolicy
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from kbatch._contract import OutgoingBatch
-    from kbatch._fastmap import Accumulator, Envelope
+    from kbatch._fastmap import Accumulator, Answer, Envelope, Trial
     from kbatch._report import DeliveryReport
+    from kbatch._sender import Told
 
 __all__ = [
     "BaseSendingAgent",
-    "Outcome",
     "SendingAgent",
     "Verdict",
     "check_agent_options",
@@ -155,7 +154,7 @@ class BaseSendingAgent:
         self._callbacks = CallbackThread("kbatch-sender-callbacks")
         self._prober = CallbackThread("kbatch-probe")
         self._buffer: Accumulator | None = None
-        self._signal = Signal()
+        self._signal = self._circuit.trials.signal = Signal()
         self._queue: SendQueue | None = None
         self._thread: threading.Thread | None = None
         self._pid: int | None = None  # where it was started
@@ -206,29 +205,28 @@ class BaseSendingAgent:
 
     # -- for a batch that is not sent again
 
-    def _admit(self) -> bool | None:
-        """Whether a batch is the circuit's trial; ``None`` if it must not be sent."""
+    def _admit(self) -> Trial | None:
+        """The circuit's trial, if a batch is that. Raises if it must not be sent."""
         with self._mu:
             if self._giving_up or self._death is not None:
                 raise self._refusal()
             if not self._circuit.may_send():
-                return None
+                raise CircuitOpenError("the circuit breaker is open: nothing was sent")
             return self._circuit.sent()
 
-    def _note_batch(self, producer: BaseProducer, batch: OutgoingBatch, outcome: Outcome, trial: bool) -> None:
-        if outcome.verdict == "failed":
-            self._failed_topic = self._topic_to_ask(batch.envelopes)
-        self._note(outcome.verdict, trial, time.monotonic())
-        if can_be_replaced(outcome.error):
+    def _note_answer(self, producer: BaseProducer, answer: Answer) -> None:
+        """Learns from what a batch's callback was told."""
+        verdict = _verdict_of_answer(answer.outcome)
+        if verdict == "failed":
+            self._failed_topic = self._topic_to_ask(answer.batch.envelopes)
+        self._note(verdict, answer.trial, time.monotonic())
+        if can_be_replaced(answer.outcome):
             self._news.append(functools.partial(self._break, producer))
             self._signal.set()
 
     def _break(self, producer: BaseProducer) -> None:
         if self._handle.producer is producer:
             self._broken = producer
-
-    def _latched(self) -> CircuitOpenError:
-        return CircuitOpenError("the circuit breaker is open: nothing was sent")
 
     # -- for BatchedSender
 
@@ -238,7 +236,7 @@ class BaseSendingAgent:
             if self._buffer is not None or self._thread is not None:
                 raise ConfigError("the agent has a sender already, or has sent a batch; make an agent for each sender")
             self._buffer = buffer
-            self._signal = buffer.signal
+            self._signal = self._circuit.trials.signal = buffer.signal
 
     def _is_forked(self) -> bool:
         return self._pid is not None and self._pid != os.getpid()
@@ -257,11 +255,11 @@ class BaseSendingAgent:
                 self._buffer._accept()
 
     def _start_once(self) -> None:
-        if self._thread is None:
+        if not self._has_thread():
             producer = self._handle.producer
             producer._core.start()
             buffer = self._buffer
-            if self._thread is not None:
+            if self._has_thread():
                 return  # a signal handler has sent meanwhile
             self._queue = SendQueue(
                 self.topic,
@@ -279,18 +277,17 @@ class BaseSendingAgent:
                 if os.getpid() == pid:  # in a forked child a thread of the parent may have held its lock
                     signal.set()
 
-            self._thread = thread = threading.Thread(
+            self._thread = threading.Thread(
                 target=_run,
                 args=(weakref.ref(self, wake), signal, self._handle, (self._callbacks, self._prober)),
                 name="kbatch-sender",
                 daemon=True,
             )
-            try:
-                thread.start()
-            except BaseException:
-                if thread.ident is None:  # else Ctrl-C came when it had begun
-                    self._thread = None
-                raise
+            self._thread.start()
+
+    def _has_thread(self) -> bool:
+        # Ctrl-C may have come before it began; if it begins all the same, it sees that it is not the agent's.
+        return self._thread is not None and self._thread.ident is not None
 
     def _refusal(self, last: KbatchError | None = None) -> KbatchError:
         """Why nothing is taken any more, or why an envelope is not sent again whose last attempt failed with `last`."""
@@ -633,7 +630,7 @@ class BaseSendingAgent:
 
     # -- the circuit
 
-    def _note(self, verdict: Verdict, trial: bool, now: float) -> None:
+    def _note(self, verdict: Verdict, trial: Trial | None, now: float) -> None:
         with self._mu:
             before = self._circuit.state
             if verdict == "succeeded":
@@ -915,7 +912,7 @@ def _run(
         thread.stop()
 
 
-class SendingAgent(BaseSendingAgent):
+class SendingAgent(AnsweringSender, BaseSendingAgent):
     """Sends the batches of a `BatchedSender`, sends again what failed, and stops sending while Kafka is away.
 
     Only envelopes that failed are sent again, never one that was acknowledged. One whose outcome is not known
@@ -932,6 +929,9 @@ class SendingAgent(BaseSendingAgent):
 
     Of one topic and key (or partition, without a key) the order of sending is the order in the log, until a delivery
     fails: then those that were not sent yet wait behind it, and those under way may overtake it.
+
+    `send_batch` sends a batch under the circuit breaker, but does not send it again: for whoever keeps it, such as an
+    outbox. While the circuit is open, ``mark_sender_is_latched`` is called at once, and nothing is sent.
 
     Args:
         producer: A `kbatch.Producer`, which stays the caller's.
@@ -954,29 +954,18 @@ class SendingAgent(BaseSendingAgent):
         ConfigError: A value of the wrong type or out of its range.
     """
 
-    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
-        """Sends a batch under the circuit breaker, but does not send it again: for whoever keeps it, such as an outbox.
+    def _send_answered(self, answer: Answer) -> Told:
+        producer: Any = self._handle.producer
+        self._start()
+        answer.trial = self._admit()
+        answer.then = functools.partial(self._note_answer, producer)
+        return send_answered(producer, self.topic, answer)
 
-        As `KafkaSender.send_batch`. While the circuit is open, ``mark_sender_is_latched`` is called at once, and
-        nothing is sent.
-        """
-        producer = self._handle.producer
-        try:
-            self._start()
-            trial = self._admit()
-        except Exception as error:
-            method, refusal = answer_refusal(producer, batch, error, True)
-            _answer(getattr(callback, method), batch, refusal)
-            return
-        if trial is None:
-            _, refusal = answer_refusal(producer, batch, self._latched(), True)
-            _answer(callback.mark_sender_is_latched, batch, refusal)
-            return
-        outcome = Outcome(callback)
-        try:
-            KafkaSender(producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
-        finally:
-            self._note_batch(producer, batch, outcome, trial)
+    def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
+        return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)
+
+    def _tell(self, report: DeliveryReport) -> Told:
+        return answer_report(report)
 
     def close(self) -> None:
         """Ends an agent that has no `BatchedSender`, whose own ``close`` does this."""
@@ -993,40 +982,14 @@ class _Watcher:
         self.gone = False  # it waits no longer
 
 
-class Outcome(SenderCallback):
-    """Passes the one answer on, and remembers what it says about the brokers."""
-
-    def __init__(self, callback: Any) -> None:
-        self._callback = callback  # one of event loops answers with coroutines, and so does this
-        self.verdict: Verdict = "nothing"
-        self.error: KbatchError | None = None
-
-    def mark_successful(self, batch: OutgoingBatch, report: DeliveryReport) -> Any:
-        self.verdict = "succeeded" if report.acked else "nothing"
-        return self._callback.mark_successful(batch, report)
-
-    def mark_serialization_failure(self, batch: OutgoingBatch, error: KbatchError) -> Any:
-        return self._callback.mark_serialization_failure(batch, error)
-
-    def mark_processing_failure(self, batch: OutgoingBatch, error: KbatchError) -> Any:
-        self._judge(error)
-        return self._callback.mark_processing_failure(batch, error)
-
-    def mark_timed_out(self, batch: OutgoingBatch, error: KbatchError) -> Any:
-        self._judge(error)
-        return self._callback.mark_timed_out(batch, error)
-
-    def mark_topic_does_not_exist(self, batch: OutgoingBatch, error: KbatchError) -> Any:
-        self._judge(error)
-        return self._callback.mark_topic_does_not_exist(batch, error)
-
-    def _judge(self, error: KbatchError) -> None:
-        self.error = error
-        report = error.report
-        if report is not None and report.acked:
-            self.verdict = "succeeded"
-        elif report is None or not _spare_brokers(list(report.errors.values())):
-            self.verdict = "failed"
+def _verdict_of_answer(outcome: KbatchError | DeliveryReport) -> Verdict:
+    """What the answer of a batch that is not sent again says about the brokers."""
+    if isinstance(outcome, (SerializationError, NotYetDueError, BatchInterrupted)):
+        return "nothing"
+    report = outcome.report if isinstance(outcome, KbatchError) else outcome
+    if report is not None and (report.acked or not report.failed):
+        return "succeeded" if report.acked else "nothing"
+    return "failed" if report is None or not _spare_brokers(list(report.errors.values())) else "nothing"
 
 
 def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:
@@ -1062,13 +1025,6 @@ def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> 
         return 0
     letters = sum(1 for entry in flight.entries if entry.origin is not None)
     return letters - sum(1 for index, _ in failures if flight.entries[index].origin is not None)
-
-
-def _answer(method: Callable[[OutgoingBatch, KbatchError], object], batch: OutgoingBatch, error: KbatchError) -> None:
-    try:
-        method(batch, error)
-    except Exception:
-        _logger.exception("a sender callback failed; the batch keeps its outcome: %r", error)
 
 
 def _reason(error: KbatchError) -> str:

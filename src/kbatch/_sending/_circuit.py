@@ -8,8 +8,12 @@ from __future__ import annotations
 import enum
 from typing import TYPE_CHECKING
 
+from kbatch._fastmap import Trials
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from kbatch._fastmap import Trial
 
 __all__ = ["CircuitBreaker", "CircuitState"]
 
@@ -27,6 +31,9 @@ class CircuitState(enum.Enum):
 
 class CircuitBreaker:
     """Counts failed batches, and says whether the next may be sent and when to probe.
+
+    The trial is an object that its sender holds. When nobody holds it any more, whatever the reason, another batch may
+    be the trial.
 
     A probe that fails, or a trial, doubles the time to the next probe. A random half is taken off each, so that many
     processes do not ask at once.
@@ -49,45 +56,43 @@ class CircuitBreaker:
         self._interval_s = probe_interval_s
         self._probe_at = 0.0
         self._probing = False
-        self._on_trial = False
+        self.trials = Trials()
 
     def may_send(self) -> bool:
         """Whether a batch may be sent now."""
-        return self.state is CircuitState.CLOSED or (self.state is CircuitState.HALF_OPEN and not self._on_trial)
+        return self.state is CircuitState.CLOSED or (
+            self.state is CircuitState.HALF_OPEN and not self.trials.is_taken()
+        )
 
-    def sent(self) -> bool:
-        """To be called for each batch that is sent; whether it is the trial, which each answer is told with."""
-        trial = self.state is CircuitState.HALF_OPEN
-        self._on_trial = trial
-        return trial
+    def sent(self) -> Trial | None:
+        """To be called for each batch that is sent. The trial, if it is that: to be kept, and given with the answer."""
+        return self.trials.begin() if self.state is CircuitState.HALF_OPEN else None
 
-    def succeeded(self, trial: bool, now: float) -> None:
+    def succeeded(self, trial: Trial | None, now: float) -> None:
         """The brokers took a batch, or some of it."""
         if self.state is CircuitState.CLOSED:
             self.failures = 0
-        elif trial and self.state is CircuitState.HALF_OPEN:
+        elif self.trials.end(trial) and self.state is CircuitState.HALF_OPEN:
             self.state = CircuitState.CLOSED
             self.failures = 0
-            self._on_trial = False
             self._interval_s = self._first_interval_s
         elif self.state is CircuitState.OPEN:
             self._probe_at = min(self._probe_at, now)  # one that was sent before: a good sign, but no more
 
-    def failed(self, trial: bool, now: float) -> None:
+    def failed(self, trial: Trial | None, now: float) -> None:
         """A batch failed, and not for a reason of its own."""
         if self.state is CircuitState.CLOSED:
             self.failures += 1
             if self.failures >= self._failures_to_open:
                 self._open(now)
-        elif trial and self.state is CircuitState.HALF_OPEN:
+        elif self.trials.end(trial) and self.state is CircuitState.HALF_OPEN:
             self.failures += 1
             self._interval_s = min(2 * self._interval_s, self._max_interval_s)
             self._open(now)
 
-    def said_nothing(self, trial: bool) -> None:
+    def said_nothing(self, trial: Trial | None) -> None:
         """A batch ended without a word about the brokers; if it was the trial, the next one is."""
-        if trial and self.state is CircuitState.HALF_OPEN:
-            self._on_trial = False
+        self.trials.end(trial)
 
     def probe_at(self) -> float | None:
         """When to probe; ``None`` if it is not open, or a probe is under way."""
@@ -117,7 +122,6 @@ class CircuitBreaker:
 
     def _open(self, now: float) -> None:
         self.state = CircuitState.OPEN
-        self._on_trial = False
         self._plan_probe(now)
 
     def _plan_probe(self, now: float) -> None:

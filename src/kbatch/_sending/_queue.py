@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
 
     from kbatch._errors import KbatchError
-    from kbatch._fastmap import Envelope
+    from kbatch._fastmap import Envelope, Trial
     from kbatch._sending._retry import RetryPolicy
 
 __all__ = ["Ended", "Entry", "Flight", "SendQueue"]
@@ -111,7 +111,7 @@ class Flight:
         self.accepted_at = accepted_at
         self.entries = entries  # of envelopes that have one
         self.isolated = isolated  # nothing else is in flight meanwhile
-        self.trial = False  # of the circuit breaker; the agent's own
+        self.trial: Trial | None = None  # of the circuit breaker; the agent's own
 
 
 class _Lane:

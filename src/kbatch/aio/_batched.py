@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
 from kbatch._errors import SenderFullError, named_exception_text
+from kbatch._fastmap import AioAnsweringSender
 from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
-from kbatch._sender import answer_refusal
-from kbatch._sending._agent import BaseSendingAgent, Outcome
+from kbatch._sender import answer_refusal, answer_report
+from kbatch._sending._agent import BaseSendingAgent
 from kbatch._sending._batched import BaseBatchedSender
 from kbatch.aio._producer import Producer
-from kbatch.aio._sender import KafkaSender, give
+from kbatch.aio._sender import send_answered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch import _contract
-    from kbatch._contract import OutgoingBatch
-    from kbatch._fastmap import Envelope
-    from kbatch.aio._contract import SenderCallback
+    from kbatch._fastmap import Answer, Envelope
+    from kbatch._report import DeliveryReport
+    from kbatch._sender import Told
 
 __all__ = ["BatchedSender", "SendingAgent"]
 
@@ -35,7 +35,7 @@ _TAKEN, _TAKEN_PAUSE, _NOT_STARTED = 1, 2, 3  # what Accumulator._send_on_loop a
 _LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
 
 
-class SendingAgent(BaseSendingAgent):
+class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     """As `kbatch.SendingAgent`; ``on_failed`` and ``on_state_change`` may be coroutine functions.
 
     They are called on the event loop from which the first envelope was sent. If that loop is closed, envelopes that are
@@ -48,25 +48,19 @@ class SendingAgent(BaseSendingAgent):
     _loop: asyncio.AbstractEventLoop | None = None
     _callback_task: asyncio.Task[None] | None = None  # the last
 
-    async def send_batch(self, callback: SenderCallback | _contract.SenderCallback, batch: OutgoingBatch) -> None:
-        """As `kbatch.SendingAgent.send_batch`."""
-        producer = self._handle.producer
-        try:
-            if self._thread is None:
-                await self._start_from_loop()
-            trial = self._admit()
-        except Exception as error:
-            await give(callback, batch, *answer_refusal(producer, batch, error, True))
-            return
-        if trial is None:
-            _, refusal = answer_refusal(producer, batch, self._latched(), True)
-            await give(callback, batch, "mark_sender_is_latched", refusal)
-            return
-        outcome = Outcome(callback)
-        try:
-            await KafkaSender(producer, self.topic).send_batch(outcome, batch)  # type: ignore[arg-type]
-        finally:
-            self._note_batch(producer, batch, outcome, trial)
+    async def _send_answered(self, answer: Answer) -> Told:
+        producer: Any = self._handle.producer
+        if not self._has_thread():
+            await self._start_from_loop()
+        answer.trial = self._admit()
+        answer.then = functools.partial(self._note_answer, producer)
+        return await send_answered(producer, self.topic, answer)
+
+    def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
+        return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)
+
+    def _tell(self, report: DeliveryReport) -> Told:
+        return answer_report(report)
 
     async def close(self) -> None:
         """As `kbatch.SendingAgent.close`."""

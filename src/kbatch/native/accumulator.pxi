@@ -21,7 +21,7 @@ cdef class Signal:
         """Keeps something alive until another takes its place."""
         self.keeper = what
 
-    def set(self) -> None:
+    def set(self, _=None) -> None:  # may be a weak reference's callback
         kb_mutex_lock(&self.mu)
         self.raised = True
         kb_cond_signal(&self.cond)
