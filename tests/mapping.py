@@ -57,7 +57,7 @@ def kbatch_maps(producer: Any, topic: str | None, envelopes: Iterable[Any]) -> l
     """The records, None for an envelope that has expired."""
     try:
         return [None if record is None else Mapped(*record) for record in producer._map(topic, envelopes)]
-    except kbatch.SerializationError as error:
+    except (kbatch.SerializationError, kbatch.NotYetDueError) as error:
         return Failed(error.index, error.field, error.envelope_id)
 
 
@@ -66,7 +66,7 @@ def kbatch_maps_all_but(
 ) -> tuple[list[Mapped | None], list[Failed]]:
     """The records of a batch that goes on without what cannot be mapped, None for what is not sent; and these."""
     batch = PendingBatch(producer._core)
-    rejected: list[tuple[int, kbatch.SerializationError]] = []
+    rejected: list[tuple[int, kbatch.SerializationError | kbatch.NotYetDueError]] = []
     producer._core.map(batch, topic, envelopes, rejected)
     records = [None if record is None else Mapped(*record) for record in producer._core.records(batch)]
     assert [index for index, _ in rejected] == [error.index for _, error in rejected]

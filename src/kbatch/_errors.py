@@ -171,7 +171,10 @@ class NotYetDueError(KbatchError):
         reason: What is wrong, without the place.
         index: The envelope's index in its batch.
         envelope_id: Its id, if it has one.
+        field: ``"scheduled_time"``, as a `SerializationError` has one.
     """
+
+    field = "scheduled_time"
 
     def __init__(self, reason: str, *, index: int, envelope_id: uuid.UUID | None) -> None:
         super().__init__(f"envelope {index}{'' if envelope_id is None else f' (id {envelope_id})'}: {reason}")

@@ -234,7 +234,7 @@ def test_one_callback_whatever_fails(sender: Any, make_error: Callable[[], BaseE
         made = sender(producer, "orders")
         made.send_batch(Callback(), Batch())
         assert [method for method, _ in calls] == ["mark_serialization_failure"]
-        method, answer = answer_refusal(producer, Batch(), error, True)  # type: ignore[arg-type]
+        method, answer = answer_refusal(producer, Batch(), error, False)  # type: ignore[arg-type]
         assert (method, type(answer.args[0])) == ("mark_processing_failure", str)
         if sender is kbatch.SendingAgent:
             made.close()

@@ -115,8 +115,8 @@ class InlineSender(BaseInlineSender):
 
     Args:
         producer: Stays the caller's; closing it is not this object's business. When it is in its fatal state, or its
-            last transaction has no known end, a new one with its settings sends in its place, for all senders that share
-            it, until the last of them is closed.
+            last transaction has no known end, a new one with its settings sends in its place, for all senders that
+            share it, until the last of them is closed.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
     """
