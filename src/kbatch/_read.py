@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbatch._errors import ConfigError, DeserializationError
-from kbatch._fastmap import Envelope, Tombstone
+from kbatch._fastmap import NULL_VALUE, Envelope, Tombstone
 
 if TYPE_CHECKING:
     from kbatch._wire import ConsumedRecord, WireReader
@@ -108,7 +108,7 @@ def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") 
     its topic, partition and offset, the same each time that it is read.
 
     A null value is a `Tombstone`; if the record names a message type, or has no key to delete, it is an envelope whose
-    message is ``None``.
+    message is ``None``, and which is sent on with a null value.
 
     CloudEvents are read in binary and in structured JSON mode. Their ids may be any text: one that is no UUID stays in
     ``headers`` as ``ce_id``, and the envelope's id is made of it and of the source.
@@ -132,7 +132,7 @@ def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") 
     error = record.error() if hasattr(record, "error") else None
     if error is not None:
         raise _error(record, f"it is an error of the consumer: {error}", None)
-    headers = record.headers() or ()
+    headers = _headers(record)
     pairs: _Pairs = headers.items() if isinstance(headers, Mapping) else headers
     value: Any = record.value()
     tombstone = value is None
@@ -150,9 +150,19 @@ def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") 
         place["partition"] = partition
     if tombstone and key is not None and "message_type" not in arguments:
         return Tombstone(key, headers=users, id=arguments["id"], **place)
-    arguments["message" if value is None else "data"] = value
+    if value is None:
+        arguments["message"] = NULL_VALUE
+    else:
+        arguments["data"] = value
     timestamp = milliseconds if kind and milliseconds > 0 else None
     return Envelope(key=key, headers=users, timestamp=timestamp, **place, **arguments)
+
+
+def _headers(record: ConsumedRecord) -> Any:
+    try:
+        return record.headers() or ()
+    except (SystemError, UnicodeDecodeError) as error:  # confluent-kafka raises the first, from the second
+        raise _error(record, "the name of one of its headers is not UTF-8", None) from error
 
 
 def _parsed(

@@ -646,3 +646,43 @@ def test_ids_rise_strictly_while_the_clock_stands_still_or_steps_back(tmp_path: 
 def test_random_bytes_are_not_used_twice() -> None:
     tails = {kbatch.uuid7().int & (2**62 - 1) for _ in range(20_000)}
     assert len(tails) == 20_000
+
+
+# -- subclasses
+
+
+@pytest.mark.parametrize("name", ["key", "headers", "message_type", "topic", "id", "__getattribute__"])
+def test_a_subclass_that_overrides_a_field_is_refused(name: str) -> None:
+    def overridden(self: Any, *_: Any) -> str:
+        return "other"
+
+    value = overridden if name.startswith("__") else property(overridden)
+    mixin = type("Mixin", (), {name: value})
+    for derived in (type("Derived", (kbatch.Envelope,), {name: value}), type("Mixed", (mixin, kbatch.Envelope), {})):
+        with pytest.raises(TypeError, match=f"overrides Envelope.{name}, "):
+            derived(1)
+    with pytest.raises(TypeError, match=f"overrides Envelope.{name}, "):
+        type("Derived", (kbatch.Tombstone,), {name: value})("key")
+
+
+def test_classes_that_are_equal_have_names_of_their_own() -> None:
+    class Equal(type):
+        def __eq__(cls, other: object) -> bool:
+            return True
+
+        def __hash__(cls) -> int:
+            return 1
+
+    one, other = Equal("One", (), {}), Equal("Other", (), {})
+    assert kbatch.Envelope(one()).message_type == "One"
+    assert kbatch.Envelope(other()).message_type == "Other"
+
+
+def test_a_class_that_is_unhashable_has_a_name() -> None:
+    class Unhashable(type):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __eq__(cls, other: object) -> bool:
+            return cls is other
+
+    assert kbatch.Envelope(Unhashable("One", (), {})()).message_type == "One"

@@ -6,9 +6,9 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import DeliveryError, SerializationError, exception_text, type_name
+from kbatch._fastmap import Envelope
 
 if TYPE_CHECKING:
-    from kbatch._fastmap import Envelope
     from kbatch._sending._queue import Ended
 
 __all__ = ["dead_letter"]
@@ -45,4 +45,4 @@ def dead_letter(ended: Ended, topic: str, default_topic: str | None) -> Envelope
         changes["deliver_by"] = None
     if envelope.scheduled_time is not None:
         changes["scheduled_time"] = None
-    return envelope.replace(**changes)
+    return Envelope.replace(envelope, **changes)  # a subclass may have another, which answers with anything

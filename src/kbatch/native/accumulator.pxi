@@ -83,7 +83,8 @@ cdef Envelope own_data(Envelope envelope):
     # A body that may change under us while it waits is copied.
     if envelope._kind != BODY_DATA or type(envelope._body) is bytes:
         return envelope
-    return envelope.replace(data=bytes(envelope._body))
+    # Envelope's own: a subclass may have another, which answers with anything.
+    return Envelope.replace(envelope, data=copied(envelope._body))
 
 
 cdef enum:
@@ -270,7 +271,7 @@ cdef class Accumulator:
             self._leave_line(waiter)
         return 0
 
-    def _line_up(self, envelope, wake) -> RoomWaiter:
+    def _line_up(self, Envelope envelope not None, wake) -> RoomWaiter:
         """For an envelope that found no room. It is taken in its turn; `wake` is then set or called.
 
         If the sender refuses by then, it is woken as well, and `taken` is false.

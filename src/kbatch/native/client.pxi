@@ -114,12 +114,11 @@ cdef struct Client:
     int64_t enqueue_ns
 
 
-cdef Client *client_make(int64_t max_in_flight) noexcept nogil:
+cdef Client *client_make() noexcept nogil:
     cdef Client *c = <Client *> kb_calloc(1, sizeof(Client))
     if c == NULL:
         return NULL
     c.references = 1
-    c.max_in_flight = max_in_flight
     kb_mutex_init(&c.mu)
     kb_cond_init(&c.drainer_cond)
     kb_cond_init(&c.dispatcher_cond)

@@ -71,6 +71,8 @@ cdef class Batch:
 
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
+        if self.state.client == NULL:
+            return  # __cinit__ has refused its arguments
         if self.state.client.pid and self.state.client.pid != _this_pid:
             return  # in a forked child: a thread of the parent may have held the lock
         drop_records(&self.state)
@@ -275,7 +277,7 @@ cdef class Core:
     cdef object __weakref__
     cdef Config config
     cdef Mapper mapper
-    cdef readonly object dispatcher   # Dispatcher
+    cdef readonly Dispatcher dispatcher
     cdef object start_lock
     cdef object on_start
     cdef int64_t delivery_timeout_ns
@@ -283,11 +285,18 @@ cdef class Core:
     cdef int64_t mapped
     cdef int64_t map_ns
 
-    def __init__(self, Config config, Mapper mapper, dispatcher, *, int64_t max_in_flight, double delivery_timeout_s,
-                 on_start=None):
-        self.c = client_make(max_in_flight)
+    def __cinit__(self):
+        self.c = client_make()
         if self.c == NULL:
             raise MemoryError("no memory for a client")
+        self.c.life = CLOSED  # without __init__ it takes nothing
+
+    def __init__(self, Config config not None, Mapper mapper not None, Dispatcher dispatcher not None, *,
+                 int64_t max_in_flight, double delivery_timeout_s, on_start=None):
+        if self.config is not None:
+            raise TypeError("a Core is made once")
+        self.c.max_in_flight = max_in_flight
+        self.c.life = NEW
         self.config = config
         self.mapper = mapper
         self.dispatcher = dispatcher
@@ -418,7 +427,7 @@ cdef class Core:
 
     # -- a batch
 
-    def map(self, Batch batch, topic, envelopes, list rejected=None) -> None:
+    def map(self, Batch batch not None, topic, envelopes, list rejected=None) -> None:
         """Phase 1. Raises and leaves nothing behind, or `batch` is ready for `send`.
 
         With a list `rejected`, an envelope that cannot be mapped does not raise: it is appended as ``(index,
@@ -429,7 +438,7 @@ cdef class Core:
         """
         self._map_slice(self.begin_mapping(batch, topic, envelopes, rejected), INT64_MAX)
 
-    def begin_mapping(self, Batch batch, topic, envelopes, list rejected=None) -> _Mapping:
+    def begin_mapping(self, Batch batch not None, topic, envelopes, list rejected=None) -> _Mapping:
         """Phase 1 for event loops: call `map_slice` with the answer until it is true. `rejected` is as for `map`."""
         cdef int64_t start = kb_now_ns()
         cdef _Mapping mapping
@@ -446,6 +455,8 @@ cdef class Core:
 
     cdef bint _map_slice(self, _Mapping mapping, int64_t end_ns) except -1:
         cdef int64_t start = kb_now_ns()
+        if mapping.batch is None:
+            raise TypeError("this mapping was not begun")
         cdef bint finished = mapping._run(end_ns)
         if finished:
             if mapping.rejected:
@@ -454,14 +465,14 @@ cdef class Core:
         self.map_ns += kb_now_ns() - start
         return finished
 
-    def records(self, Batch batch) -> list:
+    def records(self, Batch batch not None) -> list:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it is not sent."""
         cdef list records = []
         for i in range(batch.state.count):
             records.append(read_record(&batch.state.records[i]))
         return records
 
-    def fail(self, Batch batch, envelopes, int index, int code, int rest_code) -> None:
+    def fail(self, Batch batch not None, envelopes, int index, int code, int rest_code) -> None:
         """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
         cdef Py_ssize_t i
         drop_records(&batch.state)
@@ -474,7 +485,7 @@ cdef class Core:
         batch.state.started_ns = batch.state.done_ns = kb_now_ns()
         KB_STORE32(&batch.state.done, 1)
 
-    def send(self, Batch batch, timeout=None, *, bint wait, callback=None) -> bool:
+    def send(self, Batch batch not None, timeout=None, *, bint wait, callback=None) -> bool:
         """Phase 2, and with `wait` the wait for the outcomes. False if `timeout` seconds have passed first.
 
         What is not enqueued by then, or by ``delivery.timeout.ms``, is settled as not sent; so is it when a signal
@@ -485,7 +496,7 @@ cdef class Core:
         self._begin(batch, deadline, None, callback, False)
         return self._drive(batch, deadline, FOR_BATCH if wait else NO_WAIT)
 
-    def send_detached(self, Batch batch, timeout=None, *, enqueued=None, waker=None) -> None:
+    def send_detached(self, Batch batch not None, timeout=None, *, enqueued=None, waker=None) -> None:
         """Phase 2, all of it on the drainer's thread: returns at once, for event loops.
 
         `enqueued` is called once nothing more of the batch will be handed to librdkafka, `waker` when it is done, both
@@ -496,7 +507,7 @@ cdef class Core:
             batch.state.tell_enqueued = 1
         self._begin(batch, deadline_after(timeout), waker, None, True)
 
-    def abandon(self, Batch batch) -> None:
+    def abandon(self, Batch batch not None) -> None:
         """What of a detached batch is not enqueued yet is settled as not sent."""
         KB_STORE32(&batch.state.abandoned, 1)
 
@@ -545,7 +556,7 @@ cdef class Core:
 
     # -- a batch that is one transaction: hold; enqueue_held, wait_for_outcome or give_up_held; conclude
 
-    def hold(self, Batch batch, timeout=None, *, waker=None, refusal=None) -> None:
+    def hold(self, Batch batch not None, timeout=None, *, waker=None, refusal=None) -> None:
         """Takes a batch whose answer `conclude` gives: from here on it must come. Refusals are as in `send`.
 
         `waker` is as in `send_detached`. A `refusal` is an error that it raises, unless `send` would raise another:
@@ -572,20 +583,20 @@ cdef class Core:
         finally:
             self._leave()
 
-    def take_held(self, Batch batch) -> bool:
+    def take_held(self, Batch batch not None) -> bool:
         """Whether the answer of a batch on hold is now the caller's business: true once."""
         if not batch.state.hold or batch.state.taken:
             return False
         batch.state.taken = 1
         return True
 
-    def refuse_held(self, Batch batch, int code) -> None:
+    def refuse_held(self, Batch batch not None, int code) -> None:
         """`give_up_held` and `conclude`, in one so that no signal comes between, unless another has taken the batch."""
         if self.take_held(batch):
             self.give_up_held(batch, code)
             self.conclude(batch, code)
 
-    def end_held(self, Batch batch) -> None:
+    def end_held(self, Batch batch not None) -> None:
         """The answer of a batch on hold whose transaction was left in the middle, unless it has one.
 
         Waits for what is in flight of it, and Ctrl-C does not end that.
@@ -606,7 +617,7 @@ cdef class Core:
                 pass
         self.conclude(batch, RD_KAFKA_RESP_ERR__PURGE_INFLIGHT, unknown=not fresh)
 
-    def refusal(self, Batch batch) -> int:
+    def refusal(self, Batch batch not None) -> int:
         """0, or librdkafka's code of why a batch on hold is not to be enqueued any more."""
         if KB_LOAD32(&batch.state.abandoned) or KB_LOAD32(&self.c.shut):
             return RD_KAFKA_RESP_ERR__PURGE_QUEUE
@@ -616,7 +627,7 @@ cdef class Core:
         """Whether the producer's time to close is over."""
         return KB_LOAD32(&self.c.life) >= FINISHING
 
-    def enqueue_held(self, Batch batch) -> None:
+    def enqueue_held(self, Batch batch not None) -> None:
         """Phase 2 of a batch on hold, on the drainer's thread."""
         cdef Client *c = self.c
         kb_mutex_lock(&c.mu)
@@ -625,7 +636,7 @@ cdef class Core:
             nudge_drainer(c)
         kb_mutex_unlock(&c.mu)
 
-    def wait_for_outcome(self, Batch batch) -> bool:
+    def wait_for_outcome(self, Batch batch not None) -> bool:
         """Waits until nothing more of a batch on hold is enqueued, and all have an outcome or one has failed.
 
         False if one has failed.
@@ -633,18 +644,18 @@ cdef class Core:
         self._drive(batch, INT64_MAX, FOR_OUTCOME)
         return not KB_LOAD32(&batch.state.failing)
 
-    def wait_until_settled(self, Batch batch) -> None:
+    def wait_until_settled(self, Batch batch not None) -> None:
         """Waits until every envelope of a batch on hold has an outcome."""
         self._drive(batch, INT64_MAX, FOR_SETTLED)
 
-    def give_up_held(self, Batch batch, int code) -> None:
+    def give_up_held(self, Batch batch not None, int code) -> None:
         """Instead of `enqueue_held`: nothing of the batch was sent, for a reason that is librdkafka's `code`."""
         cdef BatchState *state = &batch.state
         give_up_rest(self.c, state, code)
         drop_records(state)
         settle(self.c, state, 1)
 
-    def conclude(self, Batch batch, int code=0, *, bint unknown=False) -> None:
+    def conclude(self, Batch batch not None, int code=0, *, bint unknown=False) -> None:
         """The answer of a batch on hold, all of whose envelopes have an outcome.
 
         With a `code` of librdkafka nothing of it counts as acknowledged; it is the code of those that were, or that
@@ -689,6 +700,8 @@ cdef class Core:
         """
         cdef Client *c = self.c
         cdef rd_kafka_error_t *error
+        if c.rk == NULL:
+            raise ProducerClosedError("the producer is not started, or closed")
         kb_mutex_lock(&c.mu)
         c.eager += 1  # an abort waits for reports, and somebody must take them
         nudge_drainer(c)
@@ -1197,7 +1210,7 @@ cdef class Dispatcher:
         if self.c != NULL:
             client_drop(self.c)
 
-    def _attach(self, Core core) -> None:
+    def _attach(self, Core core not None) -> None:
         self.thread = threading.Thread(target=self._run, name="kbatch-dispatcher", daemon=True)
         self.c = core.c
         self.c.dispatcher_stop = 0

@@ -7,6 +7,7 @@ cdef enum BodyKind:
     BODY_DATA = 2       # `_body` is the encoded body
     BODY_TOMBSTONE = 3  # a null value
     BODY_BUILDING = 4   # a constructor runs, or has failed
+    BODY_NULL = 5       # a null value that is no tombstone: `_body` is None
 
 
 cdef int64_t _whole_number(object value, str field, int64_t lowest, int64_t highest) except? -2:
@@ -44,6 +45,60 @@ cdef tuple _header_pairs(object headers):
     return tuple(pairs)
 
 
+class _NullValue:
+    """What an `Envelope` takes as its message to be sent with a null value: what `read_envelope` makes of one."""
+
+    def __reduce__(self) -> str:
+        return "NULL_VALUE"
+
+    def __repr__(self) -> str:
+        return "NULL_VALUE"
+
+
+NULL_VALUE = _NullValue()
+cdef object _NULL_VALUE = NULL_VALUE
+
+
+cdef bytes copied(object data):
+    # The bytes of any buffer. Not bytes(data), which prefers __bytes__ and __index__ to the buffer: phase 1 does not.
+    cdef Py_buffer view
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        return PyBytes_FromStringAndSize(<const char *> view.buf, view.len)
+    finally:
+        PyBuffer_Release(&view)
+
+
+# What phase 1 reads from an envelope's C fields: a subclass's property of one of these names would not be seen.
+cdef frozenset _FIELDS = frozenset((
+    "message", "data", "key", "topic", "partition", "timestamp", "headers", "id", "message_type", "content_type",
+    "source", "correlation_id", "conversation_id", "parent_id", "tenant_id", "user_name", "sent_at", "scheduled_time",
+    "deliver_by", "attempts", "__getattribute__"))
+
+
+cdef dict _checked_classes = {}  # by id, which an entry keeps
+
+
+cdef int _check_class(object cls) except -1:
+    # Once per class.
+    cdef object key = <Py_ssize_t> <PyObject *> cls
+    cdef object base, name
+    if key in _checked_classes:
+        return 0
+    for base in type.__dict__["__mro__"].__get__(cls):
+        if base is Envelope or base is Tombstone:
+            break
+        for name in _FIELDS:
+            if name in type.__dict__["__dict__"].__get__(base):
+                raise TypeError(
+                    f"{type.__dict__['__qualname__'].__get__(cls)} overrides Envelope.{name}, but what is sent is what "
+                    "the constructor was given; give it there")
+    if len(_checked_classes) >= 4096:
+        _checked_classes.clear()
+    _checked_classes[key] = cls
+    return 0
+
+
 cdef tuple _EMPTY = ()
 cdef object _ZERO = 0
 
@@ -71,6 +126,8 @@ cdef class Envelope:
         sent_at, scheduled_time, deliver_by: Timezone-aware. ``sent_at`` is by default the time of the batch. An
             envelope whose ``deliver_by`` has passed when its batch is mapped is not sent; its outcome is *expired*.
         attempts: How often it was tried before.
+
+    A subclass may add attributes, and must not override one of these: what is sent is what the constructor was given.
 
     Raises:
         TypeError, ValueError: A wrong type, a naive time, a number out of range, both or neither of ``message`` and
@@ -113,7 +170,10 @@ cdef class Envelope:
         if data is None:
             if message is UNSET:
                 raise TypeError("an Envelope needs either message or data")
-            self._body = message
+            if message is _NULL_VALUE:
+                kind = BODY_NULL
+            else:
+                self._body = message
         else:
             if message is not UNSET:
                 raise TypeError("an Envelope takes message or data, not both")
@@ -145,6 +205,8 @@ cdef class Envelope:
         # A batch in flight points into an envelope: it must never change.
         if self._kind != BODY_NONE:
             raise TypeError(f"{type(self).__name__} is immutable, and its __init__ has run before; use replace()")
+        if type(self) is not Envelope and type(self) is not Tombstone:
+            _check_class(type(self))
         self._kind = BODY_BUILDING
         return 0
 
@@ -173,7 +235,7 @@ cdef class Envelope:
     @property
     def message(self):
         """The body as an object; ``msgspec.UNSET`` when the envelope has ``data`` or is a tombstone."""
-        return self._body if self._kind == BODY_MESSAGE else UNSET
+        return self._body if self._kind == BODY_MESSAGE or self._kind == BODY_NULL else UNSET
 
     @property
     def data(self):
@@ -262,6 +324,8 @@ cdef class Envelope:
         cdef dict arguments = {}
         if self._kind == BODY_MESSAGE:
             arguments["message"] = self._body
+        elif self._kind == BODY_NULL:
+            arguments["message"] = _NULL_VALUE
         elif self._kind == BODY_DATA:
             arguments["data"] = self._body
         for name, value, default in (
@@ -320,7 +384,7 @@ cdef class Envelope:
     def __reduce__(self):
         cdef dict arguments = self._arguments()
         if isinstance(arguments.get("data"), memoryview):
-            arguments["data"] = bytes(arguments["data"])
+            arguments["data"] = copied(arguments["data"])
         return _rebuild_envelope, (type(self), arguments, getattr(self, "__dict__", None))
 
 
@@ -355,12 +419,15 @@ cdef dict _message_types = {}
 
 cdef object message_type_of(object cls):
     # Cached per class; a class is asked for __message_type__ once.
-    cdef object name = _message_types.get(cls)
-    if name is None:
+    # By identity: a metaclass may make classes equal, or unhashable. The entry keeps the class, and so its id.
+    cdef object key = <Py_ssize_t> <PyObject *> cls
+    cdef object entry = _message_types.get(key)
+    cdef object name = None if entry is None else (<tuple> entry)[1]
+    if entry is None:
         name = getattr(cls, "__message_type__", None)
         if not isinstance(name, str):
             name = cls.__qualname__
         if len(_message_types) >= 4096:  # classes made at run time must not pile up here
             _message_types.clear()
-        _message_types[cls] = name
+        _message_types[key] = (cls, name)
     return name

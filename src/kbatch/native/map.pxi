@@ -12,6 +12,7 @@ cdef enum Wire:
 cdef enum:
     MESSAGE_OVERHEAD = 36  # RD_KAFKAP_MESSAGE_V2_MAX_OVERHEAD of librdkafka
     OWN_HEADERS = 16       # the most that a wire format writes itself
+    MOST_HEADERS = 100000  # librdkafka's consumers refuse a record with more
     SIGNALS_EVERY = 4095   # Ctrl-C is looked at every 4,096 envelopes
     ENVELOPE_BYTES = 192   # some three cache lines; that it is about right is enough
     SMALLEST_BASE = 32768  # of a Scratch
@@ -442,7 +443,7 @@ cdef class _Mapping:
             if type(body) is bytes:
                 return self._borrow(record, <bytes> body)
             return self._append(record, body)
-        if envelope._kind == BODY_TOMBSTONE:
+        if envelope._kind == BODY_TOMBSTONE or envelope._kind == BODY_NULL:
             record.value = NULL
             record.value_len = 0
             return 0
@@ -678,8 +679,9 @@ cdef class _Mapping:
 
     cdef int _end_headers(self, Record *record, Cursor *at, Py_ssize_t most) except -1:
         cdef Py_ssize_t count = at.next - record.headers
-        if count > INT32_MAX:
-            raise self._error("headers", f"{count} headers are more than Kafka can carry")
+        if count > MOST_HEADERS:
+            raise self._error(
+                "headers", f"the record would have {count} headers; readers refuse more than {<int> MOST_HEADERS}")
         record.header_count = <int32_t> count
         # Room that was not used goes back: the headers were the last that was taken.
         self.state.arena.used -= <size_t> (most - count) * sizeof(Header)
@@ -871,6 +873,8 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
     cdef object hook
+    if mapper is None:
+        raise TypeError("this Core was made without __init__")
     # Each check on its own: in a tuple of classes Cython does not see that a check has raised.
     if type(envelopes) is not list and (
             isinstance(envelopes, (Envelope, str, bytes)) or isinstance(envelopes, Mapping)):
