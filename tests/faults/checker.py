@@ -14,7 +14,8 @@ recovered   when the faults are over, a batch is acknowledged
 Of batched senders (`Stream`): each envelope that was taken is acknowledged (I1), or had expired, or is told to
 ``on_failed``, once (I2), and counted. What was acknowledged is not sent again, so that it is in the log once, and
 besides as often as it was possibly persisted (I6). Given up is what is refused for good or failed too often, never for
-an outage (unexplained). In strict order no message comes after a later one of its key; else that holds if nothing was
+an outage (unexplained), and never what stands beside a record that a broker refuses (innocent). The circuit opens for
+an outage only (outage). In strict order no message comes after a later one of its key; else that holds if nothing was
 sent again (I4). ``max_buffered`` is kept (bounded).
 """
 
@@ -39,7 +40,7 @@ from tests.faults.history import (
 
 TIMEOUTS = frozenset((-192, -185, -166, 7))
 UNKNOWN_TOPICS = frozenset((-190, -188, 3, 100))
-PERMANENT = frozenset((10, 17, 29, 44, 87))
+PERMANENT = frozenset((10, 17, 29, 32, 44, 87))
 
 
 class Violation(NamedTuple):
@@ -291,6 +292,8 @@ OUTAGES = frozenset((-195, -192, -187, -185, -166, -152, -151, -150, 45))
 # Of what is in flight when a sender is closed nothing is known.
 GIVEN_UP = -185
 TOO_OFTEN = frozenset((-197, -190, -188, 3, 100))
+# What a broker that refuses a record tells of its whole record batch.
+WHOLE = frozenset((10, 32, 87, -138))
 
 
 def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> Iterator[Violation]:
@@ -303,6 +306,8 @@ def _stream(history: History, stream: Stream, streamed: dict[str, _Attempt]) -> 
         yield Violation("unexplained", f"the sender of step {stream.number} ended: {stream.death}")
     if stream.left or stream.not_sent > len(stream.told):
         yield Violation("settled", f"sender of step {stream.number}: {stream.left} left, {stream.not_sent} not sent")
+    if stream.opened and not history.rules.outage:
+        yield Violation("outage", f"the circuit of step {stream.number} opened {stream.opened} times")
     if stream.most > stream.bound:
         yield Violation("bounded", f"the sender of step {stream.number} held {stream.most}, not {stream.bound}")
     expired = 0
@@ -345,6 +350,9 @@ def _given_up(history: History, stream: Stream, streamed: dict[str, _Attempt]) -
     for token, reason in stream.told:
         if token not in streamed:
             yield Violation("stranger", f"on_failed of step {stream.number} was told of {token}")
+        elif history.rules.single and reason in WHOLE:
+            if token not in stream.guilty:
+                yield Violation("innocent", f"{streamed[token].name} was given up with {reason}")
         elif token in stream.unmappable:
             if reason != "SerializationError" and not given_up:
                 yield Violation("unexplained", f"{streamed[token].name} cannot be mapped, but is told {reason}")

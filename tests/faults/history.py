@@ -74,6 +74,10 @@ class Stream:
     #: Tokens of those that had expired, and of those that cannot be mapped.
     expired: set[str] = field(default_factory=set)
     unmappable: set[str] = field(default_factory=set)
+    #: Tokens of those that a broker refuses for a reason of their own.
+    guilty: set[str] = field(default_factory=set)
+    #: How often the circuit opened.
+    opened: int = 0
     attempts: dict[str, list[Outcome]] = field(default_factory=dict)
     #: What `on_failed` was told: token, and the error's type or, of a DeliveryError, its code.
     told: list[tuple[str, str | int]] = field(default_factory=list)
@@ -114,6 +118,10 @@ class Rules:
     copies: bool = False
     #: Whether the order of the calls holds.
     ordered: bool = True
+    #: Whether the brokers may seem to be away: else no circuit may open.
+    outage: bool = True
+    #: Whether the brokers refuse single records, whose neighbours are innocent.
+    single: bool = False
 
 
 @dataclass

@@ -93,6 +93,8 @@ def _delete_doomed(run: Run, fault: Fault) -> None:
 
 
 DOOMED = "topic deleted"  # made before the plan begins, while the cluster can
+# INVALID_TIMESTAMP, and _INVALID_DIFFERENT_RECORD for its neighbours.
+INVALID = frozenset((32, -138))
 _ROW_LOST = "written, acknowledgement lost"
 _ROW_LEADER = "leader moves; no leader"
 _ROW_DOWN = "all brokers down past the timeout"
@@ -129,6 +131,12 @@ KAFKA_KINDS = tuple(
             config=_ASKING,
             codes=UNKNOWN | DROPPED,
             hold_ms=(0, 500),
+        ),
+        Kind(
+            "one record refused",
+            "refused for a reason of its own",
+            send={"spoil": "bad timestamp", "way": "batched"},
+            codes=INVALID,
         ),
         *(kinds.BY_NAME[name] for name in ("unknown partition", "unserialisable", "too large", "no memory")),
     )

@@ -72,6 +72,8 @@ class Kind:
     copies: bool = False
     #: A real cluster does, for an idempotent producer.
     deduplicated: bool = False
+    #: Brokers may seem to be away, or to be there without taking anything.
+    outage: bool = True
 
 
 def _push(*errors: str) -> Callable[[Run, Fault], None]:
@@ -197,6 +199,14 @@ def _close(run: Run, fault: Fault) -> None:
     _quick(run, fault)
 
 
+def _lose_leader_beside(run: Run, fault: Fault) -> None:
+    run.begin_beside(fault)
+
+
+def _end_beside(run: Run, fault: Fault) -> None:
+    run.end_beside(fault)
+
+
 _CHILD_REFUSED, _CHILD_SENT, _CHILD_FAILED = 0, 1, 2
 
 
@@ -244,6 +254,8 @@ _ROW_CANCELLED = "task cancelled, loop closed, MemoryError"
 _SHORT = {"message.timeout.ms": 1_000}
 _ASKING = {"topic.metadata.refresh.interval.ms": 500, "topic.metadata.propagation.max.ms": 200}
 
+BESIDE = "another topic without a leader"
+
 KINDS = (
     Kind("request lost", _ROW_LOST, _push("_TRANSPORT"), _clear, hold_ms=(0, 100), one_in_flight=True),
     Kind(
@@ -279,7 +291,7 @@ KINDS = (
         hold_ms=(0, 100),
         one_in_flight=True,
     ),
-    Kind("slow broker", "slow broker", _slow(10), _quick, hold_ms=(0, 100)),
+    Kind("slow broker", "slow broker", _slow(10), _quick, hold_ms=(0, 100), outage=False),
     Kind(
         "answers past the timeout",
         "slow broker",
@@ -299,10 +311,10 @@ KINDS = (
         config={"queue.buffering.max.messages": 40},
         until_settled=True,
     ),
-    Kind("too large", _ROW_SIZE, send={"spoil": "too large"}, config={"message.max.bytes": 4_000}),
-    Kind("too large for the broker", _ROW_SIZE, _push("MSG_SIZE_TOO_LARGE"), _clear, one_in_flight=True,
+    Kind("too large", _ROW_SIZE, send={"spoil": "too large"}, config={"message.max.bytes": 4_000}, outage=False),
+    Kind("too large for the broker", _ROW_SIZE, _push("MSG_SIZE_TOO_LARGE"), _clear, one_in_flight=True, outage=False,
          codes=frozenset((10,)), hold_ms=(0, 50)),
-    Kind("unserialisable", "too large for the client; for the broker", send={"spoil": "unserialisable"}),
+    Kind("unserialisable", "too large for the client; for the broker", send={"spoil": "unserialisable"}, outage=False),
     Kind("unknown topic", _ROW_TOPIC, _unknown, send={"topic": "unknown"}, config=_ASKING, codes=UNKNOWN,
          until_settled=True),
     Kind("unknown partition", _ROW_TOPIC, send={"spoil": "unknown partition"}, codes=frozenset((UNKNOWN_PARTITION,))),
@@ -311,7 +323,7 @@ KINDS = (
     Kind("topic deleted in flight", _ROW_TOPIC, _create_doomed, _delete_doomed, send={"topic": "doomed"},
          config=_ASKING, codes=UNKNOWN, hold_ms=(0, 60), one_in_flight=True),
     Kind("not authorised", "authorisation, expired credentials", _push("TOPIC_AUTHORIZATION_FAILED"), _clear,
-         codes=frozenset((29,)) | DROPPED, hold_ms=(0, 50), one_in_flight=True),
+         codes=frozenset((29,)) | DROPPED, hold_ms=(0, 50), one_in_flight=True, outage=False),
     Kind("fatal error of the broker", _ROW_FATAL, _push("OUT_OF_ORDER_SEQUENCE_NUMBER"), _renew,
          codes=frozenset((OUT_OF_ORDER_SEQUENCE, FATAL)) | PURGED,
          refusals=frozenset(("ProducerFatalError", "ProducerClosedError")),
@@ -328,15 +340,18 @@ KINDS = (
     Kind("sender's task cancelled", _ROW_CANCELLED, _slow(30), _quick, send={"way": "aio cancelled"},
          codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterrupted",)), until_settled=True),
     Kind("loop closed", _ROW_CANCELLED, _slow(30), _quick, send={"way": "loop closed"}, until_settled=True),
-    Kind("no memory", _ROW_CANCELLED, send={"spoil": "no memory"}),
+    Kind("no memory", _ROW_CANCELLED, send={"spoil": "no memory"}, outage=False),
     Kind("wait times out", _ROW_END, _slow(30), _quick, send={"way": "timed"}, codes=frozenset((TIMED_OUT_QUEUE,)),
          until_settled=True),
     Kind("payload changed", "payload changed while in flight", _slow(20), _quick,
-         send={"way": "wait", "body": "bytearray"}, hold_ms=(0, 30)),
+         send={"way": "wait", "body": "bytearray"}, hold_ms=(0, 30), outage=False),
     Kind("retriable errors", _ROW_REPLICAS, _push(*RETRIABLE), _clear, hold_ms=(0, 100), one_in_flight=True),
     Kind("retriable errors of a partition", _ROW_REPLICAS, _push_on_partition, hold_ms=(0, 100), one_in_flight=True),
     Kind("permanent errors", _ROW_SIZE, _push(*PERMANENT), _clear, codes=frozenset(PERMANENT.values()),
-         hold_ms=(0, 50), one_in_flight=True),
+         hold_ms=(0, 50), one_in_flight=True, outage=False),
+    Kind(BESIDE, _ROW_LEADER, _lose_leader_beside, _end_beside, codes=TIMED_OUT, until_settled=True),
+    Kind("interrupted", "task cancelled, loop closed, MemoryError", send={"way": "interrupted"},
+         codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterrupted",)), outage=False),
     Kind("no producer id", _ROW_REPLICAS, _push_producer_id, _clear_producer_id, idempotent=True, cold=True,
          hold_ms=(0, 100)),
 )  # fmt: skip

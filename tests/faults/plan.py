@@ -11,7 +11,7 @@ from tests.faults.kinds import BY_NAME, KINDS, Kind
 WAYS = ("send_batch", "wait", "callback", "await", "sender", "aio", "aio callback", "aio sender")
 #: One envelope at a time, to a sender of its own that is closed at the end of the step.
 ONE_AT_A_TIME = ("batched", "aio batched")
-BODIES = ("json", "bytes", "bytearray", "memoryview", "tombstone")
+BODIES = ("json", "bytes", "bytearray", "memoryview", "tombstone", "hooked")
 
 
 class Send(NamedTuple):
@@ -81,6 +81,8 @@ class Plan:
             codes=frozenset().union(*(kind.codes for kind in kinds)),
             refusals=frozenset().union(*(kind.refusals for kind in kinds)),
             copies=any(kind.copies and not (kind.deduplicated and self.idempotent) for kind in kinds),
+            outage=any(kind.outage for kind in kinds),
+            single=any(kind.send.get("spoil") == "bad timestamp" for kind in kinds),
             # librdkafka keeps the order of what it sends again if it is idempotent; max.in.flight=1 alone does not.
             ordered=self.idempotent or not any(kind.copies or kind.one_in_flight for kind in kinds),
         )

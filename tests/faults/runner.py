@@ -43,6 +43,7 @@ from tests.faults.history import (
     Stream,
     seen,
 )
+from tests.faults.kinds import BESIDE
 from tests.faults.plan import ONE_AT_A_TIME, Fault, Plan, Send
 from tests.loops import beside
 from tests.mock.clients import read_back
@@ -50,7 +51,9 @@ from tests.mock.clients import read_back
 BROKERS = 3
 _MESSAGE_MAX_BYTES = 4_000
 # Batches that are no steps of the plan: the one before them, and those after them.
-_FIRST, _PROBES = 900, 1_000
+_FIRST, _PROBES, _BESIDE = 900, 1_000, 2_000
+# A broker takes an hour (log.message.timestamp.after.max.ms).
+_TOO_LATE_MS = 864_000_000
 _LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
 
 _QUICK = {
@@ -69,7 +72,22 @@ class NoMemory:
     """A message that cannot be encoded for lack of memory."""
 
 
+class Hooked:
+    """A message whose hook gives up the GIL, so that other threads map in the middle of it."""
+
+    def __init__(self, fields: dict[str, str], pause_s: float) -> None:
+        self.fields = fields
+        self.pause_s = pause_s
+
+
+class Interrupted(BaseException):
+    """What comes between two lines of kbatch, as a signal handler's exception does."""
+
+
 def _encode_rest(value: object) -> object:
+    if isinstance(value, Hooked):
+        time.sleep(value.pause_s)
+        return value.fields
     if isinstance(value, NoMemory):
         raise MemoryError("of a test")
     raise NotImplementedError(f"a {type(value).__name__} has no JSON")
@@ -121,13 +139,15 @@ class Run:
         self.cluster = cluster
         self.plan = plan
         self.topic = f"seed-{plan.seed}-{next(_topic_numbers)}"
-        self.topics = {"main": self.topic, "unknown": f"{self.topic}-unknown", "doomed": f"{self.topic}-doomed"}
+        names = ("unknown", "doomed", "beside")
+        self.topics = {"main": self.topic, **{name: f"{self.topic}-{name}" for name in names}}
         self.history = History(plan.rules())
         self.at_end: list[Callable[[], None]] = []
         self.instance = 0
         self._events = itertools.count()
         self._probes = itertools.count(_PROBES)
         self._jobs: dict[int, _Job] = {}
+        self._beside: dict[Fault, tuple[threading.Thread, set[int]]] = {}
         self._batches: list[weakref.ref[kbatch.PendingBatch]] = []
         self._buffers = pinned_buffers()
         self._threads = set(threading.enumerate())
@@ -138,6 +158,43 @@ class Run:
     def start_producer(self) -> None:
         with contextlib.suppress(kbatch.ProducerError):
             self.producer.send_batch(self.topic, [])
+
+    def begin_beside(self, fault: Fault) -> None:
+        """More than all of the room is asked for by a topic that has no leader."""
+        number = len(self._beside)
+        topic = self.topics["beside"]
+        if not number:
+            self.cluster.create_topic(topic, 1)
+        self.cluster.set_partition_leader(topic, 0, -1)
+        messages, envelopes = [], []
+        for i in range(self.plan.max_in_flight + 50):
+            token = f"{self.plan.seed}.beside{number}.{i}"
+            envelope = kbatch.Envelope(data=token.encode(), headers=(("token", token),))
+            envelopes.append(envelope)
+            messages.append(Message(token, str(envelope.id), self._key(envelope), token.encode()))
+        sent = Sent(_BESIDE + number, topic, tuple(messages), frozenset((RETURN,)), self.instance, next(self._events))
+        self.history.sends.append(sent)
+        producer = self.producer
+
+        def send() -> None:
+            try:
+                self._answer(sent, RETURN, producer.send_batch(topic, envelopes))
+            except kbatch.ProducerError as error:
+                sent.answers.append(Answer(RETURN, None, refusal=type(error).__name__))
+            sent.handed_in = next(self._events)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        self._beside[fault] = thread, set(self._jobs)
+
+    def end_beside(self, fault: Fault) -> None:
+        """What goes to the main topic must not wait for that."""
+        thread, before = self._beside[fault]
+        jobs = [job for index, job in self._jobs.items() if index not in before]
+        if len(self.plan.kinds) == 1 and not self._until(lambda: all(job.settled() for job in jobs), self.patience_s):
+            self.history.findings.append("a topic without a leader holds up another one")
+        self.cluster.set_partition_leader(self.topics["beside"], 0, 1)
+        thread.join(self.hang_s)
 
     def renew_producer(self, close_timeout_s: float) -> None:
         began = time.monotonic()
@@ -202,7 +259,7 @@ class Run:
 
     def _prepare(self) -> None:
         self.cluster.create_topic(self.topic, self.plan.partitions)
-        if "no leader" in self.plan.kinds:
+        if {"no leader", BESIDE} & set(self.plan.kinds):
             # With version 10 the mock cluster looks up the address of the leader that is not there, and crashes.
             self.cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
 
@@ -384,6 +441,8 @@ class Run:
                 stream.expired.add(message.token)
         if step.spoil in ("too large", "unserialisable") and messages:
             stream.unmappable.add(messages[len(messages) // 2].token)
+        if step.spoil == "bad timestamp":
+            stream.guilty.add(messages[len(messages) // 2].token)
         self.history.streams.append(stream)
         job.entered = True
         (_batched if step.way == "batched" else _aio_batched)(self, job, stream, producer, messages, envelopes)
@@ -398,6 +457,9 @@ class Run:
             reason = error.code if isinstance(error, kbatch.DeliveryError) else type(error).__name__
             stream.told.append((_token(envelope), reason))
 
+        def on_state_change(before: kbatch.CircuitState, after: kbatch.CircuitState) -> None:
+            stream.opened += after is kbatch.CircuitState.OPEN
+
         agent = {
             "retry": kbatch.RetryPolicy(_ATTEMPTS, initial_backoff_s=0.01, max_backoff_s=0.1),
             "probe_interval_s": 0.02,
@@ -405,6 +467,7 @@ class Run:
             "max_in_flight_batches": (1, 2, 5)[number % 3],
             "strict_order": stream.strict,
             "on_failed": on_failed,
+            "on_state_change": on_state_change,
         }
         size = (1, 7, 50)[number // 3 % 3]
         stream.bound = size * (1, 3)[number // 9 % 2]
@@ -461,6 +524,8 @@ class Run:
             options["partition"] = i  # the connection to each leader
         if step.spoil == "unknown partition" and middle:
             options["partition"] = 77
+        if step.spoil == "bad timestamp" and middle:
+            options["timestamp"] = time.time_ns() // 1_000_000 + _TOO_LATE_MS
         buffer: bytearray | None = None
         value: bytes | None
         envelope: kbatch.Envelope[Any]
@@ -470,6 +535,10 @@ class Run:
         elif step.body == "json":
             value = json.dumps({"token": token, "pad": pad}, separators=(",", ":")).encode()
             envelope = kbatch.Envelope({"token": token, "pad": pad}, **options)
+        elif step.body == "hooked":
+            fields = {"token": token, "pad": pad if "message.max.bytes" in dict(self.plan.config) else pad * _sizes(i)}
+            value = json.dumps(fields, separators=(",", ":")).encode()
+            envelope = kbatch.Envelope(Hooked(fields, 0.0002 * (i % 3 == 0)), **options)
         elif step.body == "tombstone" and i % 3 == 0 and "deliver_by" not in options:
             value, key = None, key or "key"
             envelope = kbatch.Tombstone(key, headers=headers, partition=options.get("partition"))
@@ -518,6 +587,11 @@ _SPOILERS: dict[str, Callable[[dict[str, Any]], kbatch.Envelope[Any]]] = {
     "unserialisable": lambda options: kbatch.Envelope(object(), **options),
     "no memory": lambda options: kbatch.Envelope(NoMemory(), **options),
 }
+
+
+def _sizes(i: int) -> int:
+    # Now and then a body that the mapper's buffer has to grow for.
+    return i * 40 if i % 16 == 5 else 1
 
 
 def _refusal_due(step: Send) -> str:
@@ -658,6 +732,30 @@ def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, en
     run._answer(sent, RETURN, asyncio.run(main()))
 
 
+def _interrupted(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    left = 1 + (run.plan.seed * 31 + job.index * 7) % 90
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal left
+        if not frame.f_globals.get("__name__", "").startswith("kbatch"):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        _sender(run, job, sent, producer, envelopes)
+    except Interrupted:
+        pass
+    finally:
+        sys.settrace(before)
+    run._until(lambda: bool(sent.answers), run.hang_s)
+
+
 def _aio_sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
     sender = aio.KafkaSender(beside(producer), sent.topic)
     asyncio.run(sender.send_batch(_Recorder(run, sent), kbatch.OutgoingBatch(envelopes)))
@@ -768,6 +866,7 @@ _CHANNELS = {
     "sender": {CONTRACT},
     "aio sender": {CONTRACT},
     "aio cancelled": {CONTRACT},
+    "interrupted": {CONTRACT},
 }
 WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] = {
     "send_batch": _send_batch,
@@ -782,4 +881,5 @@ WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] =
     "aio callback": _aio_callback,
     "aio sender": _aio_sender,
     "aio cancelled": _aio_cancelled,
+    "interrupted": _interrupted,
 }
