@@ -123,6 +123,10 @@ class Rejected:
     fields: frozenset[str]
 
 
+# librdkafka's consumers refuse a record with more.
+MOST_HEADERS = 100_000
+
+
 class _BadError(Exception):
     """One bad field of one envelope."""
 
@@ -179,6 +183,8 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
     else:
         headers = own + users
 
+    if len(headers) > MOST_HEADERS:
+        bad.add("headers")
     size = wire_size(key, value, headers)
     if size > setting.message_max_bytes or len(value or b"") > setting.body_max_bytes:
         bad.add("key" if spec.tombstone else body_field)

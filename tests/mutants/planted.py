@@ -436,10 +436,9 @@ MUTANTS = (
     ),
     Mutant(
         "an interrupted sender gives no callback",
-        "_sender.py",
-        "            if pending is not None and pending.begun:\n",
-        "            if pending is not None and pending.begun:\n                raise\n"
-        "            if pending is not None and pending.begun:\n",
+        "native/answer.pxi",
+        "            if left == LEFT:\n                raise\n            method",
+        "            if left != SETTLED:\n                raise\n            method",
         "tests/mock/test_lifecycle.py",
     ),
     Mutant(

@@ -84,7 +84,11 @@ cdef Envelope own_data(Envelope envelope):
     if envelope._kind != BODY_DATA or type(envelope._body) is bytes:
         return envelope
     # Envelope's own: a subclass may have another, which answers with anything.
-    return Envelope.replace(envelope, data=copied(envelope._body))
+    try:
+        data = copied(envelope._body)
+    except (BufferError, TypeError, ValueError):
+        return envelope  # phase 1 refuses it, and says why
+    return Envelope.replace(envelope, data=data)
 
 
 cdef enum:

@@ -215,6 +215,8 @@ cdef class AnsweringCoroutine:
     def send(self, value):
         if self.over:
             raise RuntimeError("cannot reuse already awaited coroutine")
+        if self.answer is None:
+            raise TypeError("made by send_batch only")
         self.begun = True
         if self.inner is None:
             return self._tell(self.answer._told())
@@ -226,6 +228,8 @@ cdef class AnsweringCoroutine:
     def throw(self, kind, value=None, traceback=None):
         if self.over:
             raise RuntimeError("cannot reuse already awaited coroutine")
+        if self.answer is None:
+            raise TypeError("made by send_batch only")
         error = kind if isinstance(kind, BaseException) else value if isinstance(value, BaseException) else kind()
         if not self.begun and self.inner is not None:
             self.begun = True

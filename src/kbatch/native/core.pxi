@@ -1019,7 +1019,8 @@ cdef class Core:
         if c.spare_records != NULL:
             pooled += c.spare_records_capacity * <int64_t> sizeof(Record)
         kb_mutex_unlock(&c.mu)
-        pooled += self.mapper._pooled()
+        if self.mapper is not None:
+            pooled += self.mapper._pooled()
         return {
             "batches": self.batches,
             "envelopes": self.mapped,
