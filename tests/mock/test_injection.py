@@ -135,7 +135,6 @@ def test_an_agent(cluster: MockCluster, make: Any, fresh: bool) -> None:
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda kind: kind.__name__)
 def test_a_batched_sender(cluster: MockCluster, make: Any) -> None:
-    taken: dict[str, int] = {}
     with producer_of(cluster) as producer:
 
         def run(injector: Injector) -> None:

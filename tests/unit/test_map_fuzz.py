@@ -141,7 +141,8 @@ def test_the_first_a_middle_and_the_last_envelope(index):
 def test_an_error_always_names_index_and_id(data, setting):
     spec = data.draw(strategies.spoilt(setting))
     envelope = mapping.envelope_of(spec)
-    with mapping.producer_of(setting) as producer, pytest.raises((kbatch.SerializationError, kbatch.NotYetDueError)) as raised:
+    refusals = (kbatch.SerializationError, kbatch.NotYetDueError)
+    with mapping.producer_of(setting) as producer, pytest.raises(refusals) as raised:
         producer._map("orders", [envelope])
     assert str(raised.value).startswith(f"envelope 0 (id {envelope.id}): ")
     str(raised.value).encode()  # whatever was wrong, its message can be logged

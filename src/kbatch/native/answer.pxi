@@ -1,9 +1,9 @@
-# One answer for each batch, whatever comes. Python code may be left between any two of its lines: by Ctrl-C, for want of
-# memory. C code may not. So what must be done together is done here.
+# One answer for each batch, whatever comes. Python code may be left between any two of its lines: by Ctrl-C, or when
+# memory is short. C code may not. So what must be done together is done here.
 
 @cython.final
 cdef class Trial:
-    """The one batch by which a half-open circuit breaker is tried. Its end, however it comes, makes room for another."""
+    """The one batch by which a half-open circuit breaker is tried. When it ends, however that is, another may begin."""
 
     cdef object __weakref__
 

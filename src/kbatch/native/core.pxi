@@ -432,9 +432,9 @@ cdef class Core:
 
         With a list `rejected`, an envelope that cannot be mapped does not raise: it is appended as ``(index,
         SerializationError)`` and not sent, and its outcome is a failure with the code ``_VALUE_SERIALIZATION``. It
-        aborts no transaction. So is one for which there was no memory, or that ended with any other exception of foreign
-        code, a BaseException too, which is then the error's cause. Errors of no single envelope are raised all the same, and then nothing is
-        appended.
+        aborts no transaction. So is one for which there was no memory, or that ended with any other exception of
+        foreign code, a BaseException too, which is then the error's cause. Errors of no single envelope are raised all
+        the same, and then nothing is appended.
         """
         self._map_slice(self.begin_mapping(batch, topic, envelopes, rejected), INT64_MAX)
 

@@ -719,7 +719,8 @@ cdef class _Mapping:
         except MemoryError:
             raise
         except Exception as error:
-            raise self._error("wire", f"the wire format could not write the envelope: {exception_text(error)}") from error
+            raise self._error(
+                "wire", f"the wire format could not write the envelope: {exception_text(error)}") from error
         self.kept.append((key, pairs))
         if key is None:
             record.key, record.key_len = NULL, 0
@@ -905,6 +906,7 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
             raise
         except Exception as error:
             raise SerializationError(
-                f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook") from error
+                f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook"
+            ) from error
         batch.kept.append(mapping.hook_headers)
     return mapping
