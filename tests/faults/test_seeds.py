@@ -58,7 +58,7 @@ def test_the_seeds_cover_every_kind_of_fault_and_every_way_to_send() -> None:
     assert {name for plan in plans for name in plan.kinds} == {kind.name for kind in KINDS}
     sends = [step for plan in plans for step in plan.steps if isinstance(step, Send)]
     assert {send.way for send in sends} == {*WAYS, *ONE_AT_A_TIME}
-    assert {send.body for send in sends} == {"json", "bytes", "bytearray", "memoryview", "tombstone"}
+    assert {send.body for send in sends} == {"json", "bytes", "bytearray", "memoryview", "tombstone", "hooked"}
     assert any(send.again is not None for send in sends)
     assert {plan.in_flight for plan in plans} == {1, 5}
     assert {plan.senders for plan in plans} == {1, 2, 3}

@@ -291,7 +291,7 @@ def test_deliver_by_passes_while_it_waits(cluster: MockCluster, opened: Open) ->
     assert sorted(values(cluster)) == [b"long 0", b"long 1", b"long 2"]
 
 
-@pytest.mark.parametrize("error", ["INVALID_RECORD", "POLICY_VIOLATION"])
+@pytest.mark.parametrize("error", ["UNSUPPORTED_FOR_MESSAGE_FORMAT", "POLICY_VIOLATION"])
 def test_what_is_refused_for_good_is_not_sent_again(cluster: MockCluster, opened: Open, error: str) -> None:
     cluster.push_partition_errors(TOPIC, 0, ApiKey.PRODUCE, [error])
     driver = opened(config=NO_RETRIES | ONE_REQUEST, sender=ONE_BATCH)
