@@ -529,4 +529,33 @@ MUTANTS = (
         "                look_for_fatal(c)\n                self._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions.py",
     ),
+    # -- what is taken, and what it is sent as
+    Mutant(
+        "a half-made batch is freed as a whole one",
+        CORE,
+        "        if self.state.client == NULL:\n            return  # __cinit__ has refused its arguments\n",
+        "",
+        "tests/unit/test_half_made.py",
+    ),
+    Mutant(
+        "a batched sender takes what bytes() makes of a body",
+        ACCUMULATOR,
+        "data = copied(envelope._body)",
+        "data = bytes(envelope._body)",
+        "tests/unit/test_taken_bodies.py",
+    ),
+    Mutant(
+        "more headers than readers take are sent",
+        MAP,
+        "if count > MOST_HEADERS:",
+        "if count > INT32_MAX:",
+        "tests/unit/test_taken_bodies.py",
+    ),
+    Mutant(
+        "a null value is sent on as JSON",
+        MAP,
+        "if envelope._kind == BODY_TOMBSTONE or envelope._kind == BODY_NULL:",
+        "if envelope._kind == BODY_TOMBSTONE:",
+        "tests/unit/test_taken_bodies.py",
+    ),
 )

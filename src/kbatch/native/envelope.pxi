@@ -271,7 +271,7 @@ cdef class Envelope:
     @property
     def message_type(self):
         """The type that is sent: the one given, else the message class's; ``None`` for a tombstone."""
-        if self._message_type is not None or self._kind == BODY_TOMBSTONE:
+        if self._message_type is not None or self._kind == BODY_TOMBSTONE or self._kind == BODY_NULL:
             return self._message_type
         return "bytes" if self._kind == BODY_DATA else message_type_of(type(self._body))
 

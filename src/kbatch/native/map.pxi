@@ -503,7 +503,7 @@ cdef class _Mapping:
 
     cdef object _type_name(self):
         cdef object cls
-        if self.envelope._message_type is not None:
+        if self.envelope._message_type is not None or self.envelope._kind == BODY_NULL:
             return self.envelope._message_type
         if self.envelope._kind == BODY_DATA:
             return "bytes"
@@ -515,7 +515,7 @@ cdef class _Mapping:
         return self.last_type_name
 
     cdef object _content_type(self):
-        if self.envelope._content_type is not None:
+        if self.envelope._content_type is not None or self.envelope._kind == BODY_NULL:
             return self.envelope._content_type
         return "application/octet-stream" if self.envelope._kind == BODY_DATA else self.mapper.encoded_content_type
 
