@@ -277,13 +277,18 @@ class BaseSendingAgent:
                 if os.getpid() == pid:  # in a forked child a thread of the parent may have held its lock
                     signal.set()
 
-            self._thread = threading.Thread(
+            self._thread = thread = threading.Thread(
                 target=_run,
                 args=(weakref.ref(self, wake), signal, self._handle, (self._callbacks, self._prober)),
                 name="kbatch-sender",
                 daemon=True,
             )
-            self._thread.start()
+            try:
+                thread.start()
+            except BaseException:
+                if thread.ident is None:  # else Ctrl-C came when it had begun
+                    self._thread = None
+                raise
 
     def _has_thread(self) -> bool:
         # Ctrl-C may have come before it began; if it begins all the same, it sees that it is not the agent's.
@@ -369,7 +374,7 @@ class BaseSendingAgent:
         if self._is_forked():
             return 0
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
             thread.join(_seconds_until(end))
         self._prober.stop()
         self._callbacks.join(_seconds_until(end))
