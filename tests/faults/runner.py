@@ -92,6 +92,10 @@ def _encode_rest(value: object) -> object:
     raise NotImplementedError(f"a {type(value).__name__} has no JSON")
 
 
+#: Of what the bodies of a plan are.
+ENCODER = msgspec.json.Encoder(enc_hook=_encode_rest)
+
+
 def run_plan(cluster: MockCluster, plan: Plan) -> tuple[list[Violation], Counter[str]]:
     """What the plan's run has violated, and what it met. The cluster is left as it was."""
     history = Run(cluster, plan).carry_out()
@@ -184,7 +188,7 @@ class Run:
         return kbatch.Producer(
             config,
             wire=self.plan.wire,
-            encoder=msgspec.json.Encoder(enc_hook=_encode_rest),
+            encoder=ENCODER,
             max_in_flight=self.plan.max_in_flight,
         )
 

@@ -12,6 +12,7 @@ from confluent_kafka.admin._acl import AclOperation
 import kbatch
 from kbatch import Envelope, KafkaSender
 from tests.faults.history import ACKED, FAILED, Sent
+from tests.faults.runner import ENCODER
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.scenario import Scenario
 from tests.kafka.test_contract import Recorder
@@ -94,7 +95,8 @@ class Restricted(Scenario):
 
     def _make_producer(self) -> kbatch.Producer:
         config = {**self.cluster.tls("client"), "log_level": 0, **dict(self.plan.config)}
-        return kbatch.Producer({**config, "enable.idempotence": self.plan.idempotent}, max_in_flight=20_000)
+        config = {**config, "enable.idempotence": self.plan.idempotent}
+        return kbatch.Producer(config, encoder=ENCODER, max_in_flight=20_000)
 
     def __enter__(self) -> "Restricted":
         self._prepare()

@@ -156,19 +156,19 @@ def test_a_permission_that_comes_later(one_broker: KafkaCluster, elsewhere: str,
             **SOON,
         ) as driver,
     ):
-        sent = [Envelope(n, key="k") for n in range(50)]
+        sent = [Envelope(n, key="k") for n in range(10)]
         driver.send_all(sent)
-        until(lambda: len(driver.failed) == 3, "what was refused, told")
-        until(lambda: len(driver) == 47, "their places, given back")
-        assert driver.reasons == ["TOPIC_AUTHORIZATION_FAILED"] * 3
-        assert driver.agent.state is CircuitState.OPEN
-        time.sleep(1.5)  # some probes
-        assert driver.agent.state is CircuitState.OPEN
-        assert len(driver) == 47  # what was not sent is not refused
+        until(lambda: len(driver.failed) == 10, "what was refused, told")
+        until(lambda: len(driver) == 0, "their places, given back")
+        assert driver.reasons == ["TOPIC_AUTHORIZATION_FAILED"] * 10
+        assert driver.agent.state is CircuitState.CLOSED  # a refusal is no outage
         assert end_offsets(one_broker.bootstrap_servers, topic) == dict.fromkeys(range(4), 0)
         one_broker.allow(PRINCIPAL, topic, AclOperation.WRITE)
         try:
-            assert driver.flush() == 0
+            while len(driver.failed) == len(sent):  # until librdkafka has asked for the topic again
+                sent.append(Envelope(len(sent), key="k"))
+                driver.send(sent[-1])
+                assert driver.flush() == 0
             assert driver.agent.state is CircuitState.CLOSED
             told = {envelope.id for envelope, _ in driver.failed}
             stored = [record.value for record in read_back(one_broker.bootstrap_servers, topic)]
