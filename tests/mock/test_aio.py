@@ -609,7 +609,7 @@ def test_what_is_not_enqueued_when_cancelled_is_not_sent(cluster: MockCluster) -
         async with make_producer(cluster, max_in_flight=10) as producer:
             async with away(cluster):
                 task = asyncio.create_task(producer.submit(TOPIC, envelopes(range(50)), callback=reports.append))
-                while len(producer) < 10:
+                while producer.stats()["in_flight"] < 10:
                     await asyncio.sleep(0.001)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -791,7 +791,7 @@ def test_a_batch_behind_one_that_waits_is_given_up_before_its_turn(cluster: Mock
             await producer.send_batch(TOPIC, [])
             async with away(cluster):
                 head = asyncio.create_task(producer.send_batch(TOPIC, envelopes(range(50))))
-                while len(producer) < 10:
+                while producer.stats()["in_flight"] < 10:
                     await asyncio.sleep(0.001)
                 sender = aio.KafkaSender(producer, TOPIC)
                 task = asyncio.create_task(sender.send_batch(recorder, OutgoingBatch(envelopes(range(50, 55)))))
@@ -829,7 +829,7 @@ def test_a_fatal_error_while_a_batch_waits_for_room(cluster: MockCluster, awaite
             pending = kbatch.PendingBatch(producer._core)
             producer._core.map(pending, TOPIC, envelopes(range(50)))
             send = asyncio.create_task(asyncio.to_thread(producer._core.send, pending, wait=True))
-        while len(producer) < 10:
+        while producer.stats()["in_flight"] < 10:
             await asyncio.sleep(0.001)
         producer._core.inject_fatal_error(47, "for a test")
         report = await asyncio.wait_for(send, 60)
