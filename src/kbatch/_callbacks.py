@@ -10,6 +10,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import type_name
+from kbatch._fastmap import Signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,28 +32,32 @@ class CallbackThread:
     def __init__(self, name: str) -> None:
         self._name = name
         self._jobs: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
-        self._thread: threading.Thread | None = None  # None: the next put starts one
+        self._thread: threading.Thread | None = None  # one that has not begun counts for none
         self._stopping = False
-        # Re-entrant: a signal handler or a finalizer may come here from within.
-        self._changed = threading.Condition(threading.RLock())
+        # Both are C: a `threading.Condition` stays locked if Ctrl-C comes within its own Python code. The lock is
+        # re-entrant, since a signal handler or a finalizer may come here from within.
+        self._lock = threading.RLock()
+        self._changed = Signal()
 
     def put(self, function: Callable[..., object], *arguments: object) -> None:
         """Runs ``function(*arguments)`` soon; an exception from it is logged."""
-        with self._changed:
-            self._jobs.append((function, arguments))
-            self._changed.notify()
-            if self._thread is not None:
-                return
-            self._thread = thread = threading.Thread(target=self._run, args=(False,), name=self._name, daemon=True)
-            try:
-                thread.start()
-                return
-            except RuntimeError:  # no thread to be had, or (3.12 on) the interpreter is ending
-                pass
-            except BaseException:
-                self._thread = None  # if it begins all the same, it ends at once
-                raise
-        self._run(True)
+        self._jobs.append((function, arguments))
+        self._changed.set()
+        with self._lock:
+            has_thread = self._has_thread() or self._start()
+        if not has_thread:
+            self._run(True)
+
+    def _has_thread(self) -> bool:
+        return self._thread is not None and self._thread.ident is not None
+
+    def _start(self) -> bool:
+        self._thread = threading.Thread(target=self._run, args=(False,), name=self._name, daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # no thread to be had, or (3.12 on) the interpreter is ending
+            return False
+        return True
 
     def is_current(self) -> bool:
         """Whether it is this thread that asks."""
@@ -60,9 +65,8 @@ class CallbackThread:
 
     def stop(self) -> None:
         """Ends the thread once all that was put has run; a later `put` starts another, which ends in the same way."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
+        self._stopping = True
+        self._changed.set()
 
     def join(self, timeout: float | None) -> None:
         """As `stop`, and waits for the end, unless called on the thread itself."""
@@ -73,15 +77,17 @@ class CallbackThread:
 
     def _run(self, inline: bool) -> None:
         while True:
-            with self._changed:
-                if not inline and self._thread is not threading.current_thread():
+            with self._lock:
+                is_wanted = inline or self._thread is threading.current_thread()  # else its start was interrupted
+                job = self._jobs.popleft() if self._jobs and is_wanted else None
+                if job is None and is_wanted and not inline and self._stopping:
+                    self._thread, is_wanted = None, False
+            if job is None:
+                if inline or not is_wanted:
                     return
-                while not self._jobs and not self._stopping and not inline:
-                    self._changed.wait()
-                if not self._jobs:
-                    self._thread = None
-                    return
-                function, arguments = self._jobs.popleft()
+                self._changed.wait(interruptible=False)
+                continue
+            function, arguments = job
             try:
                 function(*arguments)
             except BaseException:
@@ -89,7 +95,7 @@ class CallbackThread:
                 # raises must not end the thread.
                 with contextlib.suppress(BaseException):
                     _logger.exception("a callback failed: %s", _name(function))
-            del function, arguments
+            del job, function, arguments
 
 
 def _name(function: object) -> str:

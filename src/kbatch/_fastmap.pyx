@@ -7,6 +7,7 @@ what), ``client`` (enqueue, count, wait, drain, without the GIL) and ``core`` (w
 ``accumulator`` stands before it all: single envelopes become batches.
 """
 
+import asyncio
 import collections
 import datetime
 import logging

@@ -8,6 +8,8 @@ import weakref
 from collections import deque
 from typing import TYPE_CHECKING, TypeVar
 
+from kbatch._fastmap import Arrivals
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -16,35 +18,16 @@ __all__ = ["LoopWaker", "Turn", "Turns", "call_on_loop", "in_thread"]
 _T = TypeVar("_T")
 
 
-class _Arrivals:
-    """The wakers of one loop that were called. The loop is woken once for all that come before it has looked."""
-
-    __slots__ = ("is_woken", "wakers")
-
-    def __init__(self) -> None:
-        self.wakers: deque[LoopWaker] = deque()
-        self.is_woken = False
-
-    def resolve(self) -> None:
-        self.is_woken = False
-        try:
-            for _ in range(len(self.wakers)):  # who comes meanwhile wakes the loop again
-                self.wakers.popleft().resolve()
-        except BaseException:  # Ctrl-C
-            asyncio.get_running_loop().call_soon(self.resolve)
-            raise
+_arrivals: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Arrivals] = weakref.WeakKeyDictionary()
 
 
-_arrivals: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Arrivals] = weakref.WeakKeyDictionary()
-
-
-def _begin_arrivals(loop: asyncio.AbstractEventLoop) -> _Arrivals:
+def _begin_arrivals(loop: asyncio.AbstractEventLoop) -> Arrivals:
     for reference in _arrivals.keyrefs():
         other = reference()
         left = None if other is None or not other.is_closed() else _arrivals.get(other)
         if left is not None:
             left.wakers.clear()  # they would keep their loop from being forgotten
-    arrivals = _arrivals[loop] = _Arrivals()
+    arrivals = _arrivals[loop] = Arrivals()
     return arrivals
 
 

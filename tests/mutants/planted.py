@@ -358,9 +358,9 @@ MUTANTS = (
     ),
     Mutant(
         "a loop that is woken resolves one of those that came",
-        "_loop.py",
-        "for _ in range(len(self.wakers)):",
-        "for _ in range(min(1, len(self.wakers))):",
+        "native/answer.pxi",
+        "cdef Py_ssize_t left = len(self.wakers)",
+        "cdef Py_ssize_t left = min(1, len(self.wakers))",
         "tests/unit/test_loop.py",
     ),
     Mutant(
@@ -557,5 +557,20 @@ MUTANTS = (
         "if envelope._kind == BODY_TOMBSTONE or envelope._kind == BODY_NULL:",
         "if envelope._kind == BODY_TOMBSTONE:",
         "tests/unit/test_taken_bodies.py",
+    ),
+    # -- exceptions between two lines
+    Mutant(
+        "a batch that Ctrl-C has left in flight has no answer",
+        "native/answer.pxi",
+        "                    pending._listen(None, self._give_settled)\n",
+        "                    pass\n",
+        "tests/mock/test_injection.py",
+    ),
+    Mutant(
+        "a trial that was interrupted is never over",
+        "native/answer.pxi",
+        "        return self.current is not None and self.current() is not None\n",
+        "        return self.current is not None\n",
+        "tests/unit/test_circuit.py",
     ),
 )
