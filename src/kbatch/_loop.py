@@ -102,15 +102,16 @@ class Turns:
 
     def are_taken(self) -> bool:
         """Whether somebody stands in the line of the running loop."""
-        self._forget_closed_loops()
+        self.forget_closed_loops()
         return bool(self._lines) and asyncio.get_running_loop() in self._lines
 
     def join(self) -> Turn:
         """A place at the end of the running loop's line. It must be left."""
-        self._forget_closed_loops()
+        self.forget_closed_loops()
         return Turn(self._lines)
 
-    def _forget_closed_loops(self) -> None:
+    def forget_closed_loops(self) -> None:
+        """Lets go of loops that were closed while somebody stood in their line."""
         if self._lines:
             for loop in list(self._lines):
                 if loop.is_closed():  # whatever stands in its line will not come any more

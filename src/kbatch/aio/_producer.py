@@ -207,6 +207,7 @@ class Producer(BaseProducer):
         loop, me = asyncio.get_running_loop(), asyncio.current_task()
         self._closers.add(me)  # callbacks that close do not wait for each other
         self._is_closing = self._core.started()  # from here on nobody is accepted; who was, is waited for
+        self._turns.forget_closed_loops()
 
         def close() -> int:
             arriving = set(self._arrivals)
