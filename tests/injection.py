@@ -49,8 +49,8 @@ class Injector:
 
     def _enter(self, frame: FrameType, event: str, _: object) -> Any:
         path = frame.f_code.co_filename
-        if not path.startswith(PACKAGE) or path.startswith(TESTING) or frame.f_code.co_name in ("__del__", "resolve"):
-            return None  # what is raised in a callback of a loop, as `resolve` is, asyncio keeps to itself
+        if not path.startswith(PACKAGE) or path.startswith(TESTING) or frame.f_code.co_name == "__del__":
+            return None
         return self._line
 
     def _line(self, frame: FrameType, event: str, _: object) -> Any:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from kbatch._callbacks import CallbackThread
 from kbatch._config import ProducerConfig
 from kbatch._errors import ConfigError, ProducerError, UndeliveredError
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
-from kbatch._fastmap import Core, Mapper
+from kbatch._fastmap import CallbackThread, Core, Mapper
 from kbatch._pending import PendingBatch
 from kbatch._transactions import Transactions
 

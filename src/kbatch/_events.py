@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kbatch._callbacks import CallbackThread
-from kbatch._fastmap import Dispatcher, TokenRefresh
+from kbatch._fastmap import CallbackThread, Dispatcher, TokenRefresh
 
 if TYPE_CHECKING:
     from collections.abc import Callable

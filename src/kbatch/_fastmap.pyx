@@ -9,7 +9,9 @@ what), ``client`` (enqueue, count, wait, drain, without the GIL) and ``core`` (w
 
 import asyncio
 import collections
+import contextvars
 import datetime
+import functools
 import logging
 import os
 import re
@@ -81,6 +83,7 @@ include "native/batch.pxi"
 include "native/map.pxi"
 include "native/client.pxi"
 include "native/resolver.pxi"
+include "native/calls.pxi"
 include "native/core.pxi"
 include "native/accumulator.pxi"
 include "native/answer.pxi"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbatch._errors import BatchPending
-from kbatch._fastmap import Batch
-from kbatch._loop import LoopWaker
+from kbatch._fastmap import Batch, LoopWaker
 from kbatch._report import DeliveryReport
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from kbatch._errors import ABORTED_CODE, TransactionUnknownError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kbatch._callbacks import CallbackThread
-    from kbatch._fastmap import Core
+    from kbatch._fastmap import CallbackThread, Core
     from kbatch._pending import PendingBatch
 
 __all__ = ["Transactions"]

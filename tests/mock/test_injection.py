@@ -18,6 +18,10 @@ from tests.waiting import until
 KINDS = [Injected, KeyboardInterrupt, SystemExit, MemoryError, asyncio.CancelledError]
 
 
+# Between two lines of which one makes a coroutine and the next awaits it.
+NEVER_AWAITED = pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited:RuntimeWarning")
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[MockCluster]:
     with MockCluster() as cluster:
@@ -167,18 +171,9 @@ def test_an_inline_sender(cluster: MockCluster, make: Any) -> None:
         until(lambda: producer.stats()["pinned_buffers"] == 0, "all given back")
 
 
-# Of an agent on an event loop the trial, and a lack of memory at its start, are not held up to this yet: a line of
-# CallbackThread.put that is interrupted makes closing wait for ever.
-ON_A_LOOP = [
-    (Injected, "sender"),
-    (MemoryError, "sender"),
-    (asyncio.CancelledError, "sender"),
-    (Injected, "first"),
-    (asyncio.CancelledError, "first"),
-]
-
-
-@pytest.mark.parametrize(("make", "way"), ON_A_LOOP)
+@NEVER_AWAITED
+@pytest.mark.parametrize("make", [Injected, MemoryError, asyncio.CancelledError], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("way", ["sender", "trial", "first"])
 def test_on_an_event_loop(cluster: MockCluster, make: Any, way: str) -> None:
     with producer_of(cluster) as producer:
         # A `BaseException` leaves `run_until_complete` at once, so each run has its loop.
@@ -187,6 +182,9 @@ def test_on_an_event_loop(cluster: MockCluster, make: Any, way: str) -> None:
             on_loop = beside(producer)
             agent = None if way == "sender" else aio.SendingAgent(on_loop, "t")
             sender: Any = aio.KafkaSender(on_loop, "t") if agent is None else agent
+            if agent is not None and way == "trial":
+                loop.run_until_complete(agent.send_batch(AioTold(), batch()))
+                half_open(agent)
             told, after, outgoing = AioTold(), AioTold(), batch()
             injector.run(lambda: loop.run_until_complete(sender.send_batch(told, outgoing)))
             end = time.monotonic() + 10
@@ -204,6 +202,53 @@ def test_on_an_event_loop(cluster: MockCluster, make: Any, way: str) -> None:
 
         assert inject_everywhere(run, make) > 20
         until(lambda: producer.stats()["pinned_buffers"] == 0, "all given back")
+
+
+@NEVER_AWAITED
+@pytest.mark.parametrize("make", [Injected, MemoryError, asyncio.CancelledError], ids=lambda kind: kind.__name__)
+def test_an_inline_sender_on_an_event_loop(cluster: MockCluster, make: Any) -> None:
+    with producer_of(cluster) as producer:
+
+        def run(injector: Injector) -> None:
+            loop = asyncio.new_event_loop()
+            sender = aio.InlineSender(beside(producer), "t")
+            reports: list[Any] = []
+
+            async def send() -> None:
+                reports.append(await sender.send(Envelope(1)))
+
+            error = injector.run(lambda: loop.run_until_complete(send()))
+            assert (error is None) == bool(reports), injector.place
+            report = loop.run_until_complete(asyncio.wait_for(sender.send(Envelope(2)), 10))
+            assert report.ok, injector.place
+            loop.run_until_complete(sender.close())
+            loop.close()
+
+        assert inject_everywhere(run, make) > 10
+        until(lambda: producer.stats()["pinned_buffers"] == 0, "all given back")
+
+
+@NEVER_AWAITED
+@pytest.mark.parametrize("make", [Injected, MemoryError, asyncio.CancelledError], ids=lambda kind: kind.__name__)
+def test_a_batched_sender_on_an_event_loop(cluster: MockCluster, make: Any) -> None:
+    with producer_of(cluster) as producer:
+
+        def run(injector: Injector) -> None:
+            loop = asyncio.new_event_loop()
+            failed: list[Any] = []
+            agent = aio.SendingAgent(beside(producer), "t", on_failed=lambda *what: failed.append(what))
+            sender = aio.BatchedSender(agent, batch_timeout_ms=0)
+            error = injector.run(lambda: loop.run_until_complete(sender.send(Envelope(data=b"x"))))
+            loop.run_until_complete(asyncio.wait_for(sender.send(Envelope(data=b"y")), 10))
+            assert loop.run_until_complete(asyncio.wait_for(sender.flush(20), 30)) == 0, injector.place
+            accepted = sender.stats()["accepted"]
+            assert sender.stats()["acked"] == accepted, injector.place
+            assert accepted == 2 or error is not None
+            assert failed == []
+            assert loop.run_until_complete(asyncio.wait_for(sender.close(20), 30)) == 0, injector.place
+            loop.close()
+
+        assert inject_everywhere(run, make) > 20
 
 
 def test_a_task_that_is_cancelled_before_it_began_has_its_answer(cluster: MockCluster) -> None:

@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant(
         "what is being mapped for an event loop is not waited for",
         "aio/_producer.py",
-        "            self._arrivals.wait(arriving, end)\n            left",
+        "            self._turns.wait(last, timeout)\n            left",
         "            left",
         "tests/mock/test_aio.py",
     ),
@@ -358,9 +358,9 @@ MUTANTS = (
     ),
     Mutant(
         "a loop that is woken resolves one of those that came",
-        "native/answer.pxi",
-        "cdef Py_ssize_t left = len(self.wakers)",
-        "cdef Py_ssize_t left = min(1, len(self.wakers))",
+        "native/calls.pxi",
+        "            over = waker is last\n",
+        "            over = True\n",
         "tests/unit/test_loop.py",
     ),
     Mutant(
@@ -409,8 +409,9 @@ MUTANTS = (
     Mutant(
         "a callback comes twice",
         CORE,
-        "                    self.callback_thread.put(callback, batch)\n",
-        "                    self.callback_thread.put(callback, batch)\n" * 2,
+        "                self.callback_thread._append_surely(job)\n            batch",
+        "                self.callback_thread._append_surely(Job.make((<Job> job).function, (<Job> job).arguments))\n"
+        "                self.callback_thread._append_surely(job)\n            batch",
         "tests/mock/test_lifecycle.py",
     ),
     Mutant(
@@ -572,5 +573,26 @@ MUTANTS = (
         "        return self.current is not None and self.current() is not None\n",
         "        return self.current is not None\n",
         "tests/unit/test_circuit.py",
+    ),
+    Mutant(
+        "a callback needs memory when its batch is done",
+        CORE,
+        "            dispatcher.callback_thread._start()  # now: the answer itself needs no memory\n",
+        "            pass\n",
+        "tests/mock/test_no_memory.py",
+    ),
+    Mutant(
+        "a loop that could not be woken for want of memory is not woken",
+        "native/calls.pxi",
+        "            return False\n        except MemoryError:\n            nap()\n",
+        "            return False\n        except MemoryError:\n            return True\n",
+        "tests/unit/test_loop.py",
+    ),
+    Mutant(
+        "a turn that is forgotten is not left",
+        "native/calls.pxi",
+        "    def __del__(self):\n        self._leave()\n",
+        "",
+        "tests/unit/test_loop.py",
     ),
 )

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 
-from kbatch._loop import LoopWaker, Turns
+from kbatch._fastmap import LoopWaker, TaskStarter, Turns
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
@@ -104,13 +104,13 @@ def test_a_wake_up_that_is_lost_makes_no_loop_deaf(lost: str) -> None:
             if self.loses:
                 self.loses = False
                 if lost == "the call":
-                    raise MemoryError
+                    raise KeyboardInterrupt
                 return None
             return super().call_soon_threadsafe(*args, **kwargs)
 
     async def main() -> None:
         first = LoopWaker()
-        with contextlib.suppress(MemoryError):
+        with contextlib.suppress(KeyboardInterrupt):
             first()
         second = LoopWaker()
         on_a_thread(second)
@@ -144,10 +144,130 @@ def test_turns_are_taken_from_joining_to_leaving() -> None:
     async def main() -> None:
         turns = Turns()
         assert not turns.are_taken()
-        first, second = turns.join(), turns.join()
-        first.leave()
+        with turns.turn() as first:
+            first.join()
+            second = turns.turn()
+            second.join()
         assert turns.are_taken()
-        second.leave()
+        assert second.come() is None
+        third = turns.turn()
+        third.join()
+        before = third.come()
+        assert before is not None
+        del second  # one that is forgotten leaves
+        await asyncio.wait_for(before, 10)
+        assert turns.standing == 1
+        third.__exit__()
         assert not turns.are_taken()
 
     asyncio.run(main())
+
+
+def test_who_waits_in_a_thread_for_others_to_leave() -> None:
+    async def main() -> None:
+        turns = Turns()
+        first, second, late = turns.turn(), turns.turn(), turns.turn()
+        first.join()
+        first.count = 3
+        second.join()
+        second.count = 4
+        last = turns.last
+        late.join()
+        late.count = 5
+        waiting = threading.Thread(target=turns.wait, args=(last, None))
+        waiting.start()
+        assert (turns.count(), turns.count(last)) == (12, 7)
+        second.__exit__()
+        assert turns.count(last) == 3
+        assert waiting.is_alive()
+        first.__exit__()
+        await asyncio.to_thread(waiting.join, 30)
+        assert not waiting.is_alive()
+        assert turns.count() == 5
+
+    asyncio.run(main())
+
+
+class Forgetful(asyncio.SelectorEventLoop):
+    """Lacks memory at first, and does what it was to do at the second try all the same."""
+
+    left = 3
+
+    def call_soon_threadsafe(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.left -= 1
+        if self.left > 1:
+            raise MemoryError
+        handle = super().call_soon_threadsafe(*args, **kwargs)
+        if self.left > 0:
+            raise MemoryError
+        return handle
+
+
+def test_a_lack_of_memory_delays_a_waker() -> None:
+    async def main() -> None:
+        waker = LoopWaker()
+        on_a_thread(waker)
+        await asyncio.wait_for(waker.future, 30)
+
+    loop = Forgetful()
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    assert loop.left == 0
+
+
+def test_a_lack_of_memory_starts_no_task_twice() -> None:
+    ran: list[int] = []
+
+    async def run() -> None:
+        ran.append(1)
+
+    async def main() -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        starter = TaskStarter(run, tasks)
+        on_a_thread(starter)
+        while not ran or tasks:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+
+    loop = Forgetful()
+    try:
+        loop.run_until_complete(asyncio.wait_for(main(), 30))
+    finally:
+        loop.close()
+    assert (ran, loop.left) == ([1], 0)
+
+
+def test_a_task_whose_start_is_interrupted_starts_all_the_same() -> None:
+    class Interrupted(asyncio.SelectorEventLoop):
+        loses = False
+
+        def create_task(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+            if self.loses:
+                self.loses = False
+                raise KeyboardInterrupt
+            return super().create_task(*args, **kwargs)
+
+    ran: list[int] = []
+
+    async def run() -> None:
+        ran.append(1)
+
+    async def main() -> None:
+        starters.append(TaskStarter(run, set()))
+        loop.loses = True
+        starters[0]()
+        while not ran:
+            await asyncio.sleep(0.001)
+
+    starters: list[TaskStarter] = []
+    loop = Interrupted()
+    task = loop.create_task(main())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run_until_complete(task)
+        loop.run_until_complete(asyncio.wait_for(task, 30))
+    finally:
+        loop.close()
+    assert ran == [1]

@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
-from kbatch._callbacks import CallbackThread, is_coroutine_function
+from kbatch._callbacks import is_coroutine_function
 from kbatch._errors import (
     BatchInterrupted,
     CircuitOpenError,
@@ -43,7 +43,7 @@ from kbatch._errors import (
     spares_brokers,
     type_name,
 )
-from kbatch._fastmap import AnsweringSender, Signal
+from kbatch._fastmap import AnsweringSender, CallbackThread, Signal
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._sender import answer_refusal, answer_report, send_answered

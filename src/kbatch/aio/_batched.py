@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
 from kbatch._errors import SenderFullError, named_exception_text
-from kbatch._fastmap import AioAnsweringSender
-from kbatch._loop import LoopWaker, Turns, call_on_loop, in_thread
+from kbatch._fastmap import AioAnsweringSender, LoopWaker, call_on_loop
+from kbatch._loop import in_thread
 from kbatch._sender import answer_refusal, answer_report
 from kbatch._sending._agent import BaseSendingAgent
 from kbatch._sending._batched import BaseBatchedSender
@@ -156,22 +156,14 @@ class BatchedSender(BaseBatchedSender):
 
     async def _await_start(self) -> None:
         # In the order of the calls.
-        self._starting += 1
-        try:
-            turn = self._turns.join()
-            try:
-                await turn.come()
-                if not self._is_used:
-                    self._agent._loop = asyncio.get_running_loop()
-                    await in_thread("kbatch-start", self._start)
-            finally:
-                turn.leave()
-        finally:
-            self._starting -= 1
-
-    @functools.cached_property
-    def _turns(self) -> Turns:
-        return Turns()
+        with self._starting.turn() as turn:
+            turn.join()
+            before = turn.come()
+            if before is not None:
+                await before
+            if not self._is_used:
+                self._agent._loop = asyncio.get_running_loop()
+                await in_thread("kbatch-start", self._start)
 
     async def _wait_for_place(self, envelope: Envelope[Any], timeout: float | None) -> None:
         self._check_wait()

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import logging
-import threading
 import time
 from collections.abc import Sized
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending, ProducerClosedError
-from kbatch._fastmap import Envelope
-from kbatch._loop import LoopWaker, Turn, Turns, call_on_loop, in_thread
+from kbatch._fastmap import Envelope, LoopWaker, TaskStarter, Turns
+from kbatch._loop import in_thread
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-    from contextlib import AbstractContextManager
+    from collections.abc import Callable, Coroutine, Iterable
     from types import TracebackType
 
     from typing_extensions import Self
 
+    from kbatch._fastmap import Turn
     from kbatch._report import DeliveryReport
 
 __all__ = ["Producer"]
@@ -33,8 +30,6 @@ _logger = logging.getLogger("kbatch")
 
 _SLICE_S = 0.002  # how long the loop may be kept at a time
 _LONG = 10_000
-_LOOK_S = 0.1  # between two looks for loops that were closed
-_NO_TURN = nullcontext()
 
 
 class Producer(BaseProducer):
@@ -46,8 +41,7 @@ class Producer(BaseProducer):
     _shown = "kbatch.aio.Producer"
 
     def _prepare(self) -> None:
-        self._turns = Turns()
-        self._arrivals = _Arrivals()
+        self._turns = Turns()  # of the calls that were accepted and have not handed their batch over
         self._is_closing = False
         self._tasks: set[asyncio.Task[Any]] = set()  # callbacks that run; a loop itself keeps weak references
         self._closers: set[asyncio.Task[Any] | None] = set()
@@ -66,10 +60,11 @@ class Producer(BaseProducer):
         check_timeout(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         batch = PendingBatch(self._core)
-        mapping = self._map_batch(batch, topic, envelopes)
-        del envelopes  # what the caller does not keep is freed with the batch, in slices
         waker = LoopWaker()
-        with await mapping:
+        with self._turns.turn() as turn:
+            mapping = self._map_batch(turn, batch, topic, envelopes)
+            del envelopes  # what the caller does not keep is freed with the batch, in slices
+            await mapping
             left = None if end is None else end - time.monotonic()
             self._send_detached(batch, left, waker=waker)
         timer = None if left is None else waker.loop.call_later(left, waker.resolve)
@@ -109,11 +104,12 @@ class Producer(BaseProducer):
         """
         self._refuse_submit()
         batch = PendingBatch(self._core)
-        mapping = self._map_batch(batch, topic, envelopes)
-        del envelopes
-        with await mapping:
+        with self._turns.turn() as turn:
+            mapping = self._map_batch(turn, batch, topic, envelopes)
+            del envelopes
+            await mapping
             enqueued = LoopWaker()
-            done = None if callback is None else self._task_starter(callback, lambda: callback(batch.report))
+            done = None if callback is None else self._task_starter(lambda: _call_back(callback, batch))
             self._core.send_detached(batch, enqueued=enqueued, waker=done)
         try:
             await enqueued.future
@@ -123,75 +119,49 @@ class Producer(BaseProducer):
         return batch
 
     async def _map_batch(
-        self, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]
-    ) -> AbstractContextManager[object]:
-        """Phase 1, in this call's turn. The batch is to be sent before the turn is left: the end of a `with` block."""
+        self, turn: Turn, batch: PendingBatch, topic: str | None, envelopes: Iterable[Envelope[Any]]
+    ) -> None:
+        """Phase 1, in this call's turn, which lasts until the batch is handed over."""
         core, mapping = self._core, None
         if self._is_closing:
             raise ProducerClosedError("the producer is closed")
         if isinstance(envelopes, (list, tuple)) and core.started() and not self._turns.are_taken():
             mapping = core.begin_mapping(batch, topic, envelopes)
             if len(batch) <= _LONG and core.map_slice(mapping, _SLICE_S):
-                return _NO_TURN
-        turn = _Arrival(self._arrivals, self._turns.join())  # nothing was awaited yet: nobody has come meanwhile
-        try:
-            turn.count = len(envelopes) if isinstance(envelopes, Sized) else 0
-            if mapping is None:
-                mapping = core.begin_mapping(batch, topic, await _gather(envelopes, turn))
-            del envelopes
-            await turn.come()  # one of a loop at a time: together their slices would hold it up
-            if not core.started():
-                await in_thread("kbatch-start", core.start)
-            if len(batch) > _LONG:  # to copy and to free so many references is a slice of its own
-                await asyncio.sleep(0)
-            while not core.map_slice(mapping, _SLICE_S):
-                await asyncio.sleep(0)
-        except BaseException:
-            turn.leave()
-            raise
-        return turn
+                return
+        turn.join()  # nothing was awaited yet: nobody has come meanwhile
+        turn.count = len(envelopes) if isinstance(envelopes, Sized) else 0
+        if mapping is None:
+            mapping = core.begin_mapping(batch, topic, await _gather(envelopes, turn))
+        del envelopes
+        before = turn.come()  # one of a loop at a time: together their slices would hold it up
+        if before is not None:
+            await before
+        if not core.started():
+            await in_thread("kbatch-start", core.start)
+        if len(batch) > _LONG:  # to copy and to free so many references is a slice of its own
+            await asyncio.sleep(0)
+        while not core.map_slice(mapping, _SLICE_S):
+            await asyncio.sleep(0)
 
-    def _task_starter(self, callback: object, call: Callable[[], object]) -> Callable[[], None]:
-        # What starts `call`, from any thread, as a task of the running loop with this context; close waits for it.
-        # `callback` is the user's, for a log.
-        loop = asyncio.get_running_loop()
-        context = contextvars.copy_context()
-
-        async def run() -> None:
-            try:
-                result = call()
-                if inspect.isawaitable(result):
-                    await result
-            except Exception:
-                _logger.exception(
-                    "a callback failed: %s", getattr(callback, "__qualname__", type(callback).__qualname__)
-                )
-
-        def start() -> None:
-            task = context.run(loop.create_task, run())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-        def starter() -> None:
-            if not call_on_loop(loop, start):
-                _logger.error("a callback was not called: the event loop on which its batch was sent is closed")
-
-        return starter
+    def _task_starter(self, make: Callable[[], Coroutine[Any, Any, object]]) -> TaskStarter:
+        # Close waits for what it starts.
+        return TaskStarter(make, self._tasks)
 
     # -- the producer as a whole
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.flush`."""
         check_timeout(timeout)
-        if len(self) == 0 and not self._arrivals and self._transactions is None and not self.closed:
+        if len(self) == 0 and not self._turns.standing and self._transactions is None and not self.closed:
             return 0
-        arriving = set(self._arrivals)
+        last = self._turns.last
 
         def flush() -> int:
             end = None if timeout is None else time.monotonic() + timeout
-            self._arrivals.wait(arriving, end)
+            self._turns.wait(last, timeout)
             left = self._core.flush(None if end is None else max(0.0, end - time.monotonic()))
-            return left + sum(arrival.count for arrival in self._arrivals.among(arriving))
+            return left + self._turns.count(last)
 
         return await in_thread("kbatch-flush", flush)
 
@@ -210,9 +180,9 @@ class Producer(BaseProducer):
         self._turns.forget_closed_loops()
 
         def close() -> int:
-            arriving = set(self._arrivals)
-            self._arrivals.wait(arriving, end)
-            late = sum(arrival.count for arrival in self._arrivals.among(arriving))
+            last = self._turns.last
+            self._turns.wait(last, max(0.0, end - time.monotonic()))
+            late = self._turns.count(last)
             return self._core.close(max(0.0, end - time.monotonic())) + late
 
         try:
@@ -229,7 +199,7 @@ class Producer(BaseProducer):
         return self._is_closing or super().closed
 
     def __len__(self) -> int:
-        return super().__len__() + sum(arrival.count for arrival in set(self._arrivals))
+        return super().__len__() + self._turns.count()
 
     async def __aenter__(self) -> Self:
         return self
@@ -240,53 +210,16 @@ class Producer(BaseProducer):
         self._check_delivered(await self.close(), error)
 
 
-class _Arrivals(set["_Arrival"]):
-    """The calls of all loops that were accepted and have not handed their batch over yet."""
-
-    def __init__(self) -> None:
-        self._gone = threading.Condition(threading.RLock())  # a finalizer may take one away
-
-    def among(self, arriving: set[_Arrival]) -> list[_Arrival]:
-        """Those of `arriving` that will still hand something over: not those of a loop that is closed."""
-        return [arrival for arrival in arriving if arrival in self and not arrival.loop.is_closed()]
-
-    def wait(self, arriving: set[_Arrival], end: float | None) -> None:
-        """Waits until these have handed over, or given up."""
-        with self._gone:
-            while self.among(arriving) and (end is None or time.monotonic() < end):
-                self._gone.wait(_LOOK_S if end is None else min(_LOOK_S, max(0.0, end - time.monotonic())))
-
-    def end(self, arrival: _Arrival) -> None:
-        with self._gone:
-            self.discard(arrival)
-            self._gone.notify_all()
+async def _call_back(callback: Callable[[DeliveryReport], object], batch: PendingBatch) -> None:
+    try:
+        result = callback(batch.report)
+        if inspect.isawaitable(result):
+            await result
+    except Exception:
+        _logger.exception("a callback failed: %s", getattr(callback, "__qualname__", type(callback).__qualname__))
 
 
-class _Arrival:
-    """A call that was accepted, until it has handed its batch over: the end of a `with` block, which is its turn."""
-
-    def __init__(self, arrivals: _Arrivals, turn: Turn) -> None:
-        self.count = 0  # envelopes, as far as is known
-        self.loop = asyncio.get_running_loop()
-        self._arrivals = arrivals
-        self._turn = turn
-        arrivals.add(self)
-
-    async def come(self) -> None:
-        await self._turn.come()
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
-        self._turn.leave()
-        self._arrivals.end(self)
-
-
-async def _gather(envelopes: Iterable[Envelope[Any]], arrival: _Arrival) -> Iterable[Envelope[Any]]:
+async def _gather(envelopes: Iterable[Envelope[Any]], turn: Turn) -> Iterable[Envelope[Any]]:
     # What has a length is copied at once, natively; a generator may take long.
     if isinstance(envelopes, (Sized, Envelope)):
         return envelopes
@@ -295,8 +228,8 @@ async def _gather(envelopes: Iterable[Envelope[Any]], arrival: _Arrival) -> Iter
     for envelope in envelopes:
         gathered.append(envelope)
         if time.monotonic() >= end:
-            arrival.count = len(gathered)
+            turn.count = len(gathered)
             await asyncio.sleep(0)
             end = time.monotonic() + _SLICE_S
-    arrival.count = len(gathered)
+    turn.count = len(gathered)
     return gathered

@@ -46,9 +46,10 @@ async def send_answered(producer: Producer, topic: str | None, answer: Answer) -
     """Sends the batch of `answer`, and returns what it is to be told."""
     pending = PendingBatch(producer._core)
     # Made before it is needed: there may be no loop any more, or no memory.
-    answer.later = producer._task_starter(answer.callback, answer.give_later)
+    answer.later = producer._task_starter(answer.give_later)
     answer.mapping = True
-    with await producer._map_batch(pending, topic, answer.batch.envelopes):
+    with producer._turns.turn() as turn:
+        await producer._map_batch(turn, pending, topic, answer.batch.envelopes)
         answer.mapping = False
         answer.pending = pending
         producer._send_detached(pending)

@@ -1,54 +1,6 @@
 # Envelopes one at a time become batches. The GIL guards all of it but Signal: nothing between a look at the state and
 # its change may run Python code, and so none may allocate what the garbage collector tracks.
 
-cdef class Signal:
-    """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may."""
-
-    cdef kb_mutex mu
-    cdef kb_cond cond
-    cdef bint raised    # under `mu`
-    cdef object keeper  # what must not be forgotten before it is taken back
-
-    def __cinit__(self):
-        kb_mutex_init(&self.mu)
-        kb_cond_init(&self.cond)
-
-    def __dealloc__(self):
-        kb_cond_destroy(&self.cond)
-        kb_mutex_destroy(&self.mu)
-
-    def keep(self, what) -> None:
-        """Keeps something alive until another takes its place."""
-        self.keeper = what
-
-    def set(self, _=None) -> None:  # may be a weak reference's callback
-        kb_mutex_lock(&self.mu)
-        self.raised = True
-        kb_cond_signal(&self.cond)
-        kb_mutex_unlock(&self.mu)
-
-    def wait(self, timeout=None, *, bint interruptible=True) -> bool:
-        """Blocks without the GIL until it is set, and takes it back; False after `timeout` seconds.
-
-        If `interruptible`, Ctrl-C works.
-        """
-        cdef int64_t deadline = deadline_after(timeout)
-        cdef int64_t slice_ns = WAIT_SLICE if interruptible else INT64_MAX // 2
-        cdef bint raised = False, over = False
-        while not over:
-            with nogil:
-                kb_mutex_lock(&self.mu)
-                if not self.raised:
-                    kb_cond_wait_until(&self.cond, &self.mu, min(deadline, kb_now_ns() + slice_ns))
-                raised = self.raised
-                self.raised = False
-                kb_mutex_unlock(&self.mu)
-                over = raised or kb_now_ns() >= deadline
-            if not over:
-                PyErr_CheckSignals()
-        return raised
-
-
 @cython.final
 cdef class FormedBatch:
     """Envelopes that go out together, in the order in which they came."""
@@ -124,7 +76,7 @@ cdef class Accumulator:
     cdef Py_ssize_t gone              # of these, those that wait no longer
     cdef int64_t line_changes         # of `waiters`, ever
     cdef int stage
-    cdef public int _starting         # calls on event loops that wait for the start
+    cdef readonly Turns _starting     # calls on event loops that wait for the start
     cdef int pid                      # at the start
     cdef readonly int64_t batch_size
     cdef readonly int64_t batch_bytes
@@ -138,6 +90,7 @@ cdef class Accumulator:
         self.signal = Signal()
         self.formed = collections.deque()
         self.waiters = collections.deque()
+        self._starting = Turns()
         self.batch_size, self.batch_bytes, self.max_buffered = batch_size, batch_bytes, max_buffered
         self.timeout_ns = <int64_t> (batch_timeout_s * 1e9)
         self.message_bytes = 256
@@ -171,7 +124,7 @@ cdef class Accumulator:
 
     def _send_on_loop(self, envelope) -> int:
         """`try_send` for event loops, whose caller may have to wait: for room, its turn at the start, or others."""
-        if self.stage == UNUSED or self._starting:
+        if self.stage == UNUSED or self._starting.standing:
             return NOT_STARTED
         if not self._offer(envelope):
             return FULL

@@ -306,30 +306,3 @@ cdef class AnsweringCoroutine:
         if self.error is not None:
             raise self.error
         raise StopIteration
-
-
-@cython.final
-cdef class Arrivals:
-    """The wakers of one loop that were called. The loop is woken once for all that come before it has looked."""
-
-    cdef readonly object wakers  # a deque: other threads append, the loop takes out
-    cdef public bint is_woken
-
-    def __cinit__(self):
-        self.wakers = collections.deque()
-
-    def resolve(self) -> None:
-        """Resolves the futures of those that have come. A waker is taken out when its future is done, not before."""
-        cdef Py_ssize_t left = len(self.wakers)  # who comes later wakes the loop again
-        self.is_woken = False
-        try:
-            while left and self.wakers:
-                left -= 1
-                waker = self.wakers[0]
-                if not waker.future.done():
-                    waker.future.set_result(None)
-                if self.wakers and self.wakers[0] is waker:
-                    self.wakers.popleft()
-        except BaseException:  # Ctrl-C within asyncio's own code
-            asyncio.get_running_loop().call_soon(self.resolve)
-            raise

@@ -62,7 +62,7 @@ cdef class Batch:
     cdef list kept
     cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
     cdef object enqueued_waker  # the same, at the end of phase 2
-    cdef list callbacks   # called with this batch on the callback thread, in this order
+    cdef list callbacks   # Jobs: called with this batch on the callback thread, in this order
     cdef char[TIME_TEXT_WOLVERINE] sent_at
 
     def __cinit__(self, Core core not None):
@@ -136,9 +136,13 @@ cdef class Batch:
         # Registers before completion, or answers at once after it. Nothing may let go of the GIL between the look at
         # `done` and the registration; a new list could, through a garbage collection.
         cdef Client *c = self.state.client
-        cdef list fresh = [callback if waker is None else waker]
+        cdef Dispatcher dispatcher = self.core.dispatcher
+        cdef Job job = Job.make(callback, (self,))
+        cdef list fresh = [job if waker is None else waker]
         cdef bint done
         self.core._check_fork()
+        if waker is None:
+            dispatcher.callback_thread._start()  # now: the answer itself needs no memory
         kb_mutex_lock(&c.mu)
         done = self.state.done
         if not done and not self.state.listeners:
@@ -155,11 +159,11 @@ cdef class Batch:
                 self.wakers.append(waker)
         else:
             if done and self.callbacks is None:
-                self.core.dispatcher.call(callback, self)
+                dispatcher.callback_thread._append_surely(job)
             elif self.callbacks is None:
                 self.callbacks = fresh
             else:
-                self.callbacks.append(callback)
+                self.callbacks.append(job)
         return 0
 
     def add_done_callback(self, callback) -> None:
@@ -1187,7 +1191,7 @@ cdef class Dispatcher:
     cdef Client *c                   # a reference, while the thread runs
     cdef readonly int events         # event types to ask librdkafka for, besides delivery reports
     cdef readonly object throttle_cb
-    cdef object callback_thread      # a CallbackThread
+    cdef CallbackThread callback_thread
     cdef tuple other_threads         # more of them, that end with the producer
     cdef object on_error
     cdef object on_stats
@@ -1195,8 +1199,8 @@ cdef class Dispatcher:
     cdef object on_oauth
     cdef object thread
 
-    def __init__(self, callback_thread, other_threads=(), *, on_error=None, on_stats=None, on_log=None, on_oauth=None,
-                 throttle_cb=None):
+    def __init__(self, CallbackThread callback_thread not None, other_threads=(), *, on_error=None, on_stats=None,
+                 on_log=None, on_oauth=None, throttle_cb=None):
         self.callback_thread = callback_thread
         self.other_threads = other_threads
         self.on_error, self.on_stats, self.on_log, self.on_oauth = on_error, on_stats, on_log, on_oauth
@@ -1243,9 +1247,6 @@ cdef class Dispatcher:
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join(timeout)
         self.callback_thread.join(None if timeout is None else max(0.0, (deadline - kb_now_ns()) / 1e9))
-
-    def call(self, callback, argument) -> None:
-        self.callback_thread.put(callback, argument)
 
     def _run(self) -> None:
         cdef Client *c = self.c
@@ -1313,18 +1314,20 @@ cdef class Dispatcher:
             for waker in wakers:
                 self._wake(waker)
         if callbacks is not None:
-            for callback in callbacks:  # it may grow meanwhile: who comes later must not overtake
-                try:
-                    self.callback_thread.put(callback, batch)
-                except Exception:
-                    _logger.exception("could not call a callback")
+            for job in callbacks:  # they may grow meanwhile: who comes later must not overtake
+                self.callback_thread._append_surely(job)
             batch.callbacks = None
 
     cdef void _wake(self, object waker) noexcept:
-        try:
-            waker()
-        except Exception:
-            _logger.exception("could not wake an event loop")
+        while True:
+            try:
+                waker()
+                return
+            except MemoryError:  # who waits would wait for ever
+                nap()
+            except Exception:
+                _logger.exception("could not wake an event loop")
+                return
 
     cdef void _pass_on(self, Notice *notice) noexcept:
         cdef Notice *following
