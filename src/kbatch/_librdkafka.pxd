@@ -168,6 +168,13 @@ ctypedef void (*throttle_cb_t)(rd_kafka_t *rk, const char *broker_name, int32_t 
 ctypedef int (*resolve_cb_t)(const char *node, const char *service, const addrinfo *hints, addrinfo **found,
                              void *opaque) noexcept nogil
 
+ctypedef int (*request_sent_t)(rd_kafka_t *rk, int sockfd, const char *broker_name, int32_t broker_id,
+                               int16_t api_key, int16_t api_version, int32_t correlation_id, size_t size,
+                               void *opaque) noexcept nogil
+
+ctypedef int (*on_new_t)(rd_kafka_t *rk, const rd_kafka_conf_t *conf, void *opaque,
+                         char *errstr, size_t errstr_size) noexcept nogil
+
 cdef struct Api:
     # library
     int (*version)() noexcept nogil
@@ -193,6 +200,8 @@ cdef struct Api:
     void (*conf_set_opaque)(rd_kafka_conf_t *conf, void *opaque) noexcept nogil
     void (*conf_set_throttle_cb)(rd_kafka_conf_t *conf, throttle_cb_t cb) noexcept nogil
     void (*conf_set_resolve_cb)(rd_kafka_conf_t *conf, resolve_cb_t cb) noexcept nogil
+    int (*conf_on_new)(rd_kafka_conf_t *conf, const char *name, on_new_t on_new, void *opaque) noexcept nogil
+    int (*on_request_sent)(rd_kafka_t *rk, const char *name, request_sent_t sent, void *opaque) noexcept nogil
     # the instance
     rd_kafka_t *(*new)(int type, rd_kafka_conf_t *conf, char *errstr, size_t errstr_size) noexcept nogil
     void (*destroy)(rd_kafka_t *rk) noexcept nogil

@@ -110,6 +110,10 @@ cdef void _fill() except *:
         "rd_kafka_conf_set_throttle_cb")
     api.conf_set_resolve_cb = <void (*)(rd_kafka_conf_t *, resolve_cb_t) noexcept nogil> symbol(
         "rd_kafka_conf_set_resolve_cb")
+    api.conf_on_new = <int (*)(rd_kafka_conf_t *, const char *, on_new_t, void *) noexcept nogil> symbol(
+        "rd_kafka_conf_interceptor_add_on_new")
+    api.on_request_sent = <int (*)(rd_kafka_t *, const char *, request_sent_t, void *) noexcept nogil> symbol(
+        "rd_kafka_interceptor_add_on_request_sent")
     api.new = <rd_kafka_t *(*)(int, rd_kafka_conf_t *, char *, size_t) noexcept nogil> symbol("rd_kafka_new")
     api.destroy = <void (*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_destroy")
     api.name = <const char *(*)(const rd_kafka_t *) noexcept nogil> symbol("rd_kafka_name")

@@ -335,6 +335,19 @@ def test_a_request_without_an_answer_ends_with_the_socket_timeout_after_a_fatal_
         assert pending.wait(30).errors[0].possibly_persisted
 
 
+def test_what_a_former_leader_answered_is_possibly_persisted(kafka_cluster: MockCluster) -> None:
+    # A leader that has appended and is then deposed answers so as well; librdkafka says: not persisted.
+    kafka_cluster.create_topic("orders", partitions=1)
+    with make_producer(kafka_cluster, config={"delivery.timeout.ms": 1500}) as producer:
+        producer.send_batch("orders", envelopes(1)).raise_for_errors()
+        kafka_cluster.push_request_errors(0, ["NOT_LEADER_FOR_PARTITION"] * 1000)
+        error = producer.send_batch("orders", envelopes(1)).errors[0]
+        assert (error.name, error.possibly_persisted) == ("_MSG_TIMED_OUT", True)
+        kafka_cluster.clear_request_errors(0)
+        kafka_cluster.set_broker_down(1)
+        assert not producer.send_batch("orders", envelopes(1)).errors[0].possibly_persisted
+
+
 def test_a_forgotten_producer_ends_its_threads(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
 

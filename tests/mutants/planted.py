@@ -42,7 +42,7 @@ MUTANTS = (
     Mutant(
         "nothing was possibly persisted",
         CLIENT,
-        "outcome.persistence = <uint8_t> api.message_status(message)",
+        "outcome.persistence = persistence(c, message, outcome.batch.started_ns)",
         "outcome.persistence = <uint8_t> (\n"
         "                RD_KAFKA_MSG_STATUS_NOT_PERSISTED if message.err else api.message_status(message))",
         "tests/mock/test_contract.py",
@@ -90,6 +90,13 @@ MUTANTS = (
         "                        RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED\n"
         "                        if unknown else RD_KAFKA_MSG_STATUS_NOT_PERSISTED)",
         "tests/mock/test_transactions.py",
+    ),
+    Mutant(
+        "librdkafka's status is believed after a former leader's answer",
+        CLIENT,
+        "KB_LOAD64(&c.doubt_ns) >= started_ns",
+        "False",
+        "tests/mock/test_lifecycle.py",
     ),
     Mutant(
         "what is under way at a fatal error is given up at once",

@@ -31,6 +31,11 @@ cdef enum:
     SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch
 
 cdef enum:
+    # keys of requests in Kafka's protocol
+    PRODUCE = 0
+    METADATA = 3
+
+cdef enum:
     DRAIN_EVERY = 128            # messages between two looks at the delivery reports
     ENQUEUE_SLICE = 65536        # messages between two looks at signals
     MESSAGES_AT_ONCE = 128       # messages copied out of an event at a time
@@ -91,6 +96,8 @@ cdef struct Client:
     int drainer_polls       # sits in librdkafka's poll
     int32_t drainer_is_due  # atomic: the drainer should leave its poll, there is something to enqueue
     Waiter drainer_self     # marks its polls; never linked
+    int64_t request_ns      # atomic: when the last produce request was sent
+    int64_t doubt_ns        # atomic: when the last one was that a leader may have denied
     int64_t reports         # atomic: delivery report events handled
     int64_t fatal_since_ns  # 0: no fatal error
     int32_t fatal           # atomic: librdkafka's code of the fatal error
@@ -219,6 +226,32 @@ cdef void on_throttle(rd_kafka_t *rk, const char *broker_name, int32_t broker_id
     notice.broker_id = broker_id
     notice.throttle_ms = throttle_ms
     post_notice(c, notice)
+
+
+cdef int watch_requests(rd_kafka_t *rk, const rd_kafka_conf_t *conf, void *opaque,
+                        char *errstr, size_t errstr_size) noexcept nogil:
+    return api.on_request_sent(rk, b"kbatch", note_request, opaque)
+
+
+cdef int note_request(rd_kafka_t *rk, int sockfd, const char *broker_name, int32_t broker_id, int16_t api_key,
+                      int16_t api_version, int32_t correlation_id, size_t size, void *opaque) noexcept nogil:
+    # On a thread of librdkafka's, after each request.
+    cdef Client *c = <Client *> opaque
+    if api_key == PRODUCE:
+        KB_STORE64(&c.request_ns, kb_now_ns())
+    elif api_key == METADATA:  # librdkafka asks so who the leader is, when one has answered that it is none
+        KB_STORE64(&c.doubt_ns, KB_LOAD64(&c.request_ns))
+    return RD_KAFKA_RESP_ERR_NO_ERROR
+
+
+cdef inline uint8_t persistence(Client *c, const rd_kafka_message_t *message, int64_t started_ns) noexcept nogil:
+    # librdkafka's status, unless it may be wrong: it takes NOT_LEADER_OR_FOLLOWER, with which a leader that is deposed
+    # after it has appended answers, for "not persisted", and then ends the message by itself.
+    cdef uint8_t status = <uint8_t> api.message_status(message)
+    if (status == RD_KAFKA_MSG_STATUS_NOT_PERSISTED and message.err < 0
+            and KB_LOAD64(&c.doubt_ns) >= started_ns):
+        status = RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED
+    return status
 
 
 cdef void drop_event(Client *c, rd_kafka_event_t *event) noexcept nogil:
@@ -350,7 +383,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
             outcome = <Outcome *> message._private
             outcome.partition = message.partition
             outcome.error = <int16_t> message.err
-            outcome.persistence = <uint8_t> api.message_status(message)
+            outcome.persistence = persistence(c, message, outcome.batch.started_ns)
             if message.err == RD_KAFKA_RESP_ERR_NO_ERROR and outcome.persistence == RD_KAFKA_MSG_STATUS_PERSISTED:
                 outcome.state = ACKED
                 outcome.offset = message.offset if message.offset >= 0 else -1

@@ -345,6 +345,7 @@ cdef class Core:
                 conf = api.conf_dup(self.config.conf)
                 api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
                 api.conf_set_opaque(conf, c)
+                api.conf_on_new(conf, b"kbatch", watch_requests, c)
                 if KB_FORKS:
                     api.conf_set_resolve_cb(conf, resolve)
                 if self.dispatcher.throttle_cb is not None:

@@ -153,6 +153,7 @@ static inline void kb_resolved_free(struct addrinfo *found) { (void)found; }
 #define KB_ADD64(p, v) ((int64_t)InterlockedExchangeAdd64((volatile LONG64 *)(p), (v)) + (v))
 #define KB_LOAD32(p) ((int32_t)InterlockedOr((volatile LONG *)(p), 0))
 #define KB_LOAD64(p) ((int64_t)InterlockedOr64((volatile LONG64 *)(p), 0))
+#define KB_STORE64(p, v) ((void)InterlockedExchange64((volatile LONG64 *)(p), (v)))
 #define KB_STORE32(p, v) ((void)InterlockedExchange((volatile LONG *)(p), (v)))
 
 #else /* POSIX */
@@ -289,6 +290,7 @@ static inline void kb_resolved_free(struct addrinfo *found) { freeaddrinfo(found
 #define KB_LOAD32(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define KB_LOAD64(p) __atomic_load_n((p), __ATOMIC_ACQUIRE)
 #define KB_STORE32(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
+#define KB_STORE64(p, v) __atomic_store_n((p), (v), __ATOMIC_RELEASE)
 
 #endif
 #endif

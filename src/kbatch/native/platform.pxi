@@ -36,3 +36,4 @@ cdef extern from "platform.h" nogil:
     int32_t KB_LOAD32(int32_t *p) noexcept
     int64_t KB_LOAD64(int64_t *p) noexcept
     void KB_STORE32(int32_t *p, int32_t v) noexcept
+    void KB_STORE64(int64_t *p, int64_t v) noexcept
