@@ -158,6 +158,7 @@ def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch
     assert transactions is not None
     core, thread = transactions._core, transactions._thread
     answers: list[str] = []
+    given_up = threading.Event()
 
     class Callback(kbatch.SenderCallback):
         def mark_successful(self, batch: Any, report: Any) -> None:
@@ -171,7 +172,8 @@ def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch
         def put(self, function: Callable[..., object], *arguments: object) -> None:
             if where == "put after":
                 # The thread comes to it only when its sender has given it up.
-                thread._jobs.append((function, arguments))
+                thread.put(given_up.wait)
+                thread.put(function, *arguments)
             raise Interrupted
 
     if where == "hold":
@@ -180,6 +182,7 @@ def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch
         transactions._thread = Thread()  # type: ignore[assignment]
     with pytest.raises(Interrupted):
         kbatch.KafkaSender(producer, "t").send_batch(Callback(), kbatch.OutgoingBatch(envelopes(3)))
+    given_up.set()
     transactions._core, transactions._thread = core, thread
     assert producer.send_batch("t", envelopes(3)).ok
     until(lambda: answers, "the answer")

@@ -602,4 +602,18 @@ MUTANTS = (
         "",
         "tests/unit/test_loop.py",
     ),
+    Mutant(
+        "what expires after it may have been stored is told to nobody",
+        "_sending/_agent.py",
+        "        queue.settled(flight, failures + late, now, again=again)\n",
+        "        late = []\n        queue.settled(flight, failures, now, again=again)\n",
+        "tests/unit/test_starvation.py",
+    ),
+    Mutant(
+        "brokers that do not answer are never told of",
+        "_sending/_agent.py",
+        "            due.append(stall_at - now)\n",
+        "            pass\n",
+        "tests/unit/test_starvation.py",
+    ),
 )

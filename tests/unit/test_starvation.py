@@ -289,6 +289,47 @@ def test_why_the_circuit_is_open_is_told(kind: str, caplog: pytest.LogCaptureFix
     assert warnings[1].endswith("is closed")
 
 
+def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    def warnings() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    with MemoryProducer() as producer, open_driver(kind, producer, stalled_after_s=0.05) as driver:
+        assert driver.agent.waiting_for_s == 0.0
+        producer.hold()
+        driver.send(Envelope(0))
+        until(warnings, "the warning")
+        assert driver.agent.waiting_for_s >= 0.05
+        driver.send(Envelope(1))
+        assert "1 batches are in flight" in warnings()[0]
+        producer.release()
+        assert driver.flush() == 0
+        until(lambda: len(warnings()) == 2, "the end of it")
+        assert driver.agent.waiting_for_s == 0.0
+        assert driver.failed == []
+    assert warnings()[0].startswith("brokers have not answered for 'orders' for 0 s")
+    assert warnings()[1] == "brokers answer for 'orders' again"
+
+
+def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(milliseconds=300)
+    retry = RetryPolicy(initial_backoff_s=1.0, max_backoff_s=1.0, jitter=0.0)
+    with MemoryProducer() as producer, open_driver(kind, producer, retry=retry) as driver:
+        producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True, when=lambda envelope: envelope.message == "perhaps")
+        producer.fail("NOT_ENOUGH_REPLICAS", when=lambda envelope: envelope.message == "not")
+        driver.send_all([Envelope("perhaps", deliver_by=soon), Envelope("not", deliver_by=soon)])
+        assert driver.flush() == 0
+        until(lambda: driver.failed, "what is told")
+        assert len(driver.failed) == 1
+        envelope, error = driver.failed[0]
+        assert envelope.message == "perhaps"
+        assert isinstance(error, kbatch.DeliveryError)
+        assert (error.name, error.possibly_persisted) == ("REQUEST_TIMED_OUT", True)
+        assert "deliver_by" in str(error.__cause__)
+        stats = driver.sender.stats()
+        assert (stats["expired"], stats["failed"], stats["retried"], stats["buffered"]) == (1, 1, 2, 0)
+    assert producer.records == ()
+
+
 def test_a_state_change_callback_that_raises_is_logged_by_its_name(kind: str, caplog: pytest.LogCaptureFixture) -> None:
     def on_state_change(*_: object) -> None:
         raise ZeroDivisionError

@@ -50,7 +50,7 @@ from kbatch._sender import answer_refusal, answer_report, send_answered
 from kbatch._sending._circuit import CircuitBreaker, CircuitState
 from kbatch._sending._dead_letter import dead_letter
 from kbatch._sending._handle import ProducerHandle
-from kbatch._sending._queue import Ended, Entry, Flight, SendQueue
+from kbatch._sending._queue import Ended, Entry, ExpiredError, Flight, SendQueue
 from kbatch._sending._retry import RetryPolicy
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ class BaseSendingAgent:
         max_probe_interval_s: float = 30.0,
         max_in_flight_batches: int = 5,
         strict_order: bool = False,
+        stalled_after_s: float = 30.0,
         on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
         dead_letter_topic: str | None = None,
         on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
@@ -116,6 +117,7 @@ class BaseSendingAgent:
             max_probe_interval_s,
             max_in_flight_batches,
             strict_order,
+            stalled_after_s,
             on_failed,
             dead_letter_topic,
             on_state_change,
@@ -181,6 +183,8 @@ class BaseSendingAgent:
         self._tries_buffered_next = False  # what the next trial of the circuit is; see `_next`
         self._hastens = False  # the first trial since a probe succeeded
         self._opened_at = self._reminded_at = 0.0
+        self._stalled_after_s = stalled_after_s
+        self._stall_logged_at: float | None = None  # the last time; None: nothing is stalled
         self._failed_topic = topic  # None: one of several
         self._counts = dict.fromkeys(("acked", "expired", "failed", "retried", "dead_letters"), 0)
 
@@ -199,6 +203,13 @@ class BaseSendingAgent:
     def last_error(self) -> KbatchError | None:
         """Why an envelope failed the last time that one did, whether or not it was sent again; ``None`` before."""
         return self._last_error
+
+    @property
+    def waiting_for_s(self) -> float:
+        """For how long the oldest batch in flight has been without an answer; 0.0 if none is."""
+        queue = self._queue
+        departed = None if queue is None else queue.oldest_departure()
+        return 0.0 if departed is None else time.monotonic() - departed
 
     def __repr__(self) -> str:
         return f"<{self._shown} to {self.topic!r}, circuit breaker {self.state.value}>"
@@ -444,6 +455,7 @@ class BaseSendingAgent:
                 self._next_expiry = now + self._expire_every_s
                 self._expire(now, wall)
             self._send_all(now, wall)
+        self._look_for_stall(now)
         sent_away = self._see_off(now)
         self._tell_watchers()
         if giving_up and not queue.in_flight:
@@ -473,6 +485,9 @@ class BaseSendingAgent:
                 due.append(probe_at - now)
             if self._expire_every_s is not None and self._buffer is not None and len(self._buffer):
                 due.append(self._next_expiry - now)
+        stall_at = self._stall_at()
+        if stall_at is not None:
+            due.append(stall_at - now)
         return max(0.0, min(due)) if due else None
 
     def _can_send(self) -> bool:
@@ -606,7 +621,8 @@ class BaseSendingAgent:
         if not again:
             failures = [(index, self._as_refusal(error)) for index, error in failures]
         ended = len(queue.ended)
-        queue.settled(flight, failures, now, again=again)
+        late = _expired_but_perhaps_stored(flight, report)
+        queue.settled(flight, failures + late, now, again=again)
         if report.acked:
             self._last_success = now
         if failures:
@@ -617,13 +633,13 @@ class BaseSendingAgent:
         if flight.trial:
             self._tries_buffered_next = verdict != "succeeded" and flight.entries is not None
         self._note(verdict, flight.trial, now)
-        done = len(report) - report.failed
+        done = len(report) - report.failed - len(late)
         letters = _stored_letters(flight, failures)
         self._counts["acked"] += report.acked - letters
         self._counts["dead_letters"] += letters
         self._counts["expired"] += done - report.acked
-        if failures and again:
-            self._counts["retried"] += len(failures) - (len(queue.ended) - ended)
+        if again:
+            self._counts["retried"] += len(failures) + len(late) - (len(queue.ended) - ended)
         if self._buffer is not None and done:
             self._buffer._give_back(done)
 
@@ -720,6 +736,28 @@ class BaseSendingAgent:
         held = 0 if self._buffer is None else len(self._buffer)
         text = "the circuit breaker of %r has been open for %.0f s, %d envelopes are held; a probe failed: %s"
         self._log(level, text, self.topic, now - self._opened_at, held, reason)
+
+    def _stall_at(self) -> float | None:
+        # When it is to be logged that brokers do not answer, unless they do by then.
+        assert self._queue is not None
+        departed = self._queue.oldest_departure()
+        if departed is None:
+            return None
+        if self._stall_logged_at is None:
+            return departed + self._stalled_after_s
+        return max(departed + self._stalled_after_s, self._stall_logged_at + _REMIND_EVERY_S)
+
+    def _look_for_stall(self, now: float) -> None:
+        at = self._stall_at()
+        if at is not None and now >= at:
+            self._stall_logged_at = now
+            text = "brokers have not answered for %r for %.0f s: %d batches are in flight, %d envelopes are held"
+            held = 0 if self._buffer is None else len(self._buffer)
+            assert self._queue is not None
+            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, self._queue.in_flight, held)
+        elif self._stall_logged_at is not None and self.waiting_for_s < self._stalled_after_s:
+            self._stall_logged_at = None
+            self._log(logging.WARNING, "brokers answer for %r again", self.topic)
 
     def _may_replace(self) -> bool:
         queue = self._queue
@@ -948,6 +986,9 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
         max_in_flight_batches: How many batches are in flight at a time.
         strict_order: At most one envelope of a key is in flight, so that none is ever overtaken by a later one of its
             key. Slower where there are few keys: then a batch has few envelopes.
+        stalled_after_s: A warning is logged when a batch has been in flight for so many seconds without an answer, once
+            a minute until there is one. `waiting_for_s` tells the same to a metric. It takes no short
+            ``delivery.timeout.ms`` to learn of an outage: that may store copies, as README says under "Duplicates".
         on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
             wait for its sender. By default an error is logged, and `failed` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
@@ -1020,6 +1061,14 @@ def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]]
     return "nothing"
 
 
+def _expired_but_perhaps_stored(flight: Flight, report: DeliveryReport) -> list[tuple[int, KbatchError]]:
+    entries = flight.entries
+    if entries is None or report.acked + report.failed == len(report):
+        return []
+    reason = "deliver_by has passed; an earlier attempt may have been stored"
+    return [(index, ExpiredError(reason)) for index in report.expired if entries[index].possibly_persisted]
+
+
 def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
     guilt = has_culprit(errors)
     return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
@@ -1056,6 +1105,7 @@ def check_agent_options(
     max_probe_interval_s: Any,
     max_in_flight_batches: Any,
     strict_order: Any,
+    stalled_after_s: Any,
     on_failed: Any,
     dead_letter_topic: Any,
     on_state_change: Any,
@@ -1067,7 +1117,11 @@ def check_agent_options(
         raise ConfigError(f"retry must be a kbatch.RetryPolicy, not {type(retry).__name__}")
     check_whole("failures_to_open", failures_to_open)
     check_whole("max_in_flight_batches", max_in_flight_batches)
-    for name, value in (("probe_interval_s", probe_interval_s), ("max_probe_interval_s", max_probe_interval_s)):
+    for name, value in (
+        ("probe_interval_s", probe_interval_s),
+        ("max_probe_interval_s", max_probe_interval_s),
+        ("stalled_after_s", stalled_after_s),
+    ):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
             raise ConfigError(f"{name} must be seconds above 0, not {value!r}")
     if probe_interval_s > max_probe_interval_s:

@@ -8,6 +8,7 @@ envelope.
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import insort
 from collections import deque
 from itertools import chain
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Trial
     from kbatch._sending._retry import RetryPolicy
 
-__all__ = ["Ended", "Entry", "Flight", "SendQueue"]
+__all__ = ["Ended", "Entry", "ExpiredError", "Flight", "SendQueue"]
 
 _TIMED_OUT = -185
 
@@ -75,6 +76,10 @@ class Entry:
         self.origin: Ended | None = None  # of a dead letter
 
 
+class ExpiredError(SenderError):
+    """Of an envelope whose ``deliver_by`` has passed, and that may have been stored by an earlier attempt."""
+
+
 class Ended(NamedTuple):
     """An envelope that is not sent again."""
 
@@ -95,7 +100,7 @@ class Ended(NamedTuple):
 class Flight:
     """Envelopes that are sent together."""
 
-    __slots__ = ("accepted_at", "entries", "envelopes", "isolated", "seqs", "trial")
+    __slots__ = ("accepted_at", "departed_at", "entries", "envelopes", "isolated", "seqs", "trial")
 
     def __init__(
         self,
@@ -112,6 +117,7 @@ class Flight:
         self.entries = entries  # of envelopes that have one
         self.isolated = isolated  # nothing else is in flight meanwhile
         self.trial: Trial | None = None  # of the circuit breaker; the agent's own
+        self.departed_at = 0.0
 
 
 class _Lane:
@@ -171,7 +177,7 @@ class SendQueue:
         self._hold_scheduled = hold_scheduled
         self._measure = measure
         self._random = random
-        self._flights: set[Flight] = set()
+        self._flights: dict[Flight, None] = {}  # in their order
         self._isolating = False
         self._suspects: list[list[Entry]] = []  # the last is the next
         self._ready: deque[Entry] = deque()
@@ -262,7 +268,8 @@ class SendQueue:
             if again and self._hold_scheduled and _was_early(error):
                 self._hold_until_due(entry)  # the clock was set back
                 continue
-            entry.error = error
+            if not isinstance(error, ExpiredError):
+                entry.error = error
             entry.failures += 1
             innocent = guilt and is_abort(error)
             entry.apart = guilt and aborts(error)
@@ -385,8 +392,13 @@ class SendQueue:
         return self._by_age[0] if self._by_age else None
 
     def flights(self) -> list[Flight]:
-        """What is in flight."""
+        """What is in flight, in the order of departure."""
         return list(self._flights)
+
+    def oldest_departure(self) -> float | None:
+        """When the first that is in flight departed; from any thread."""
+        flights = self.flights()
+        return flights[0].departed_at if flights else None
 
     def give_up(self) -> list[Entry]:
         """Takes out all that waits here."""
@@ -413,7 +425,8 @@ class SendQueue:
             yield entry
 
     def _depart(self, flight: Flight) -> Flight:
-        self._flights.add(flight)
+        flight.departed_at = time.monotonic()
+        self._flights[flight] = None
         self.in_flight += 1
         if flight.entries is None:
             self._note_open(flight.seqs[0])
@@ -434,7 +447,7 @@ class SendQueue:
         self.ended.append(Ended.of(entry, error))
 
     def _land(self, flight: Flight) -> None:
-        self._flights.remove(flight)
+        del self._flights[flight]
         self.in_flight -= 1
         if flight.isolated:
             self._isolating = False
@@ -496,6 +509,8 @@ class SendQueue:
         return self._hold_scheduled and due is not None and due.timestamp() > wall
 
     def _may_go_again(self, entry: Entry, error: KbatchError, flight: Flight, now: float) -> bool:
+        if isinstance(error, ExpiredError):
+            return False
         if isinstance(error, SerializationError) and error.index is not None:
             if not isinstance(error.__cause__, MemoryError):  # there may be some later
                 return False

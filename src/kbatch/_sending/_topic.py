@@ -36,7 +36,7 @@ __all__ = ["BaseTopic", "KafkaTopic", "Mode"]
 _BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered")
 _AGENT = (
     *("retry", "failures_to_open", "probe_interval_s", "max_probe_interval_s", "max_in_flight_batches", "strict_order"),
-    *("on_failed", "dead_letter_topic", "on_state_change"),
+    *("stalled_after_s", "on_failed", "dead_letter_topic", "on_state_change"),
 )
 _CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger")
 
@@ -65,6 +65,7 @@ if TYPE_CHECKING:
         max_probe_interval_s: float | None
         max_in_flight_batches: int | None
         strict_order: bool | None
+        stalled_after_s: float | None
         on_failed: Callable[[Envelope[Any], KbatchError], object] | None
         dead_letter_topic: str | None
         on_state_change: Callable[[CircuitState, CircuitState], object] | None
@@ -99,6 +100,7 @@ class BaseTopic:
     max_probe_interval_s: float | None
     max_in_flight_batches: int | None
     strict_order: bool | None
+    stalled_after_s: float | None
     on_failed: Callable[[Envelope[Any], KbatchError], object] | None
     dead_letter_topic: str | None
     on_state_change: Callable[[CircuitState, CircuitState], object] | None
@@ -135,6 +137,7 @@ class BaseTopic:
         max_probe_interval_s: float | None = None,
         max_in_flight_batches: int | None = None,
         strict_order: bool | None = None,
+        stalled_after_s: float | None = None,
         on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
         dead_letter_topic: str | None = None,
         on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
@@ -151,6 +154,7 @@ class BaseTopic:
             "max_probe_interval_s": max_probe_interval_s,
             "max_in_flight_batches": max_in_flight_batches,
             "strict_order": strict_order,
+            "stalled_after_s": stalled_after_s,
             "on_failed": on_failed,
             "dead_letter_topic": dead_letter_topic,
             "on_state_change": on_state_change,
@@ -263,8 +267,9 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         config: What is different for this topic; all else is inherited key by key, security and callbacks included.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; not with one.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered: As for `BatchedSender`; only with ``Mode.BUFFERED``.
-        retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order, on_failed,
-            dead_letter_topic, on_state_change: As for `SendingAgent`; only with ``Mode.BUFFERED``.
+        retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order,
+            stalled_after_s, on_failed, dead_letter_topic, on_state_change: As for `SendingAgent`; only with
+            ``Mode.BUFFERED``.
         close_timeout: Seconds that leaving the ``with`` block of a sender waits for what it has not sent.
 
     Raises:
