@@ -31,8 +31,10 @@ def open_sender(**_):
 @worker_process_shutdown.connect
 def close_sender(**_):
     log.info("Closing the sender, %d envelopes to go", len(sender))
-    if not_sent := sender.close(timeout=float(os.environ.get("CLOSE_TIMEOUT_S", "20"))):
-        log.error("%d envelopes were not sent", not_sent)
+    try:
+        sender.close(timeout=float(os.environ.get("CLOSE_TIMEOUT_S", "20")))
+    except kbatch.UndeliveredError as error:
+        log.error("%d envelopes were not sent", error.count)
 
 
 @app.task
@@ -43,7 +45,10 @@ def record(events):
 
 @app.task(acks_late=True, autoretry_for=(kbatch.KbatchError,), retry_backoff=True)
 def record_safely(events):
-    """Done when Kafka has the events; tried again when it has not, so that some may be there twice."""
+    """Done when Kafka has the events; tried again when it has not, so that some may be there twice.
+
+    `flush` raises UndeliveredError for what was given up, also for what another task of this process has sent.
+    """
     record(events)
     if sender.flush(timeout=30):
         raise kbatch.SenderError("not everything was acknowledged within 30 s")

@@ -24,8 +24,10 @@ async def lifespan(app):
     app.state.sender = topic.create_sender()
     yield
     log.info("Closing the sender, %d envelopes to go", len(app.state.sender))
-    if not_sent := await app.state.sender.close(timeout=float(os.environ.get("CLOSE_TIMEOUT_S", "20"))):
-        log.error("%d envelopes were not sent", not_sent)
+    try:
+        await app.state.sender.close(timeout=float(os.environ.get("CLOSE_TIMEOUT_S", "20")))
+    except kbatch.UndeliveredError as error:
+        log.error("%d envelopes were not sent", error.count)
 
 
 app = FastAPI(lifespan=lifespan)

@@ -13,8 +13,11 @@ CLOSE_TIMEOUT_S = float(os.environ.get("CLOSE_TIMEOUT_S", "20"))
 
 
 def worker_exit(server, worker):
+    from kbatch import UndeliveredError
     from shutdown_gunicorn import sender
 
     server.log.info("Closing the sender, %d envelopes to go", len(sender))
-    if not_sent := sender.close(timeout=CLOSE_TIMEOUT_S):
-        server.log.error("%d envelopes were not sent", not_sent)
+    try:
+        sender.close(timeout=CLOSE_TIMEOUT_S)
+    except UndeliveredError as error:
+        server.log.error("%d envelopes were not sent", error.count)

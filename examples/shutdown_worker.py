@@ -31,8 +31,10 @@ def main():
             sender.send(kbatch.Envelope(data=line.rstrip()))
     finally:
         log.info("Closing the sender, %d envelopes to go", len(sender))
-        if not_sent := sender.close(timeout=float(os.environ.get("CLOSE_TIMEOUT_S", "20"))):
-            log.error("%d envelopes were not sent", not_sent)
+        try:
+            sender.close(timeout=float(os.environ.get("CLOSE_TIMEOUT_S", "20")))
+        except kbatch.UndeliveredError as error:
+            log.error("%d envelopes were not sent", error.count)
             sys.exit(1)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._fastmap import Envelope
+    from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseProducer", "check_timeout"]
@@ -74,7 +74,7 @@ class BaseProducer:
         self._max_in_flight = max_in_flight
         self._assemble()
 
-    def _assemble(self) -> None:
+    def _assemble(self, undelivered: Undelivered | None = None) -> None:
         """Makes what a twin does not share."""
         parsed = self._parsed
         self._callback_thread = CallbackThread("kbatch-callbacks")
@@ -86,6 +86,7 @@ class BaseProducer:
             max_in_flight=self._max_in_flight,
             delivery_timeout_s=parsed.delivery_timeout_s,
             on_start=watch_multiprocessing_child,
+            undelivered=undelivered,
         )
         core = weakref.ref(self._core)
         self._transactions: Transactions | None = None
@@ -107,7 +108,7 @@ class BaseProducer:
         vars(twin).update(vars(self))
         if solo:
             twin._parsed = self._parsed.solo()
-        twin._assemble()
+        twin._assemble(self._core.undelivered)  # what is given up by a twin is told where it would have been
         return twin
 
     def purge(self) -> None:
@@ -177,11 +178,13 @@ class BaseProducer:
         else:
             self._transactions.send(batch, timeout, waker)
 
-    def _check_delivered(self, left: int, error: BaseException | None) -> None:
+    def _check_delivered(self, error: BaseException | None) -> None:
         # At the end of a `with` block, whose own error comes first. Also if it was closed within the block: what was
         # lost is never lost silently.
-        if left and error is None:
-            raise UndeliveredError(f"{left} messages were not acknowledged when the producer was closed", count=left)
+        self._core.undelivered.raise_beside(error, held=True)
+        left = self._core.in_flight()
+        if left and error is None:  # librdkafka did not give them back within the time
+            raise UndeliveredError(f"{left} messages were still in flight when the producer was closed", count=left)
 
 
 def check_timeout(timeout: float | None) -> None:

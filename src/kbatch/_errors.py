@@ -10,7 +10,7 @@
      │   ├─ BatchTimedOut         every failure is a timeout
      │   ├─ TopicDoesNotExist     every failure is an unknown topic or partition
      │   ├─ BatchInterrupted      given up by Ctrl-C or another exception before anything was sent
-     │   └─ UndeliveredError      a producer was closed with messages that were not acknowledged
+     │   └─ UndeliveredError      envelopes were given up, and nothing else has told of them
      ├─ BatchPending              the wait is over, the batch goes on (also a TimeoutError)
      ├─ ProducerError             the producer cannot send
      │   ├─ ProducerClosedError   it was closed
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import uuid
     from collections.abc import Collection
 
+    from kbatch._fastmap import Envelope
     from kbatch._pending import PendingBatch
     from kbatch._report import DeliveryReport
 
@@ -260,6 +261,9 @@ ABORTED_CODE = 120
 # What an envelope is told that could not be mapped, if its batch was sent without it: _VALUE_SERIALIZATION.
 REJECTED_CODE = -161
 
+# What librdkafka says of a message that may be stored all the same.
+POSSIBLY_PERSISTED = 1
+
 TIMEOUT_CODES = frozenset((-192, -185, -166, 7))
 UNKNOWN_TOPIC_CODES = frozenset((-190, -188, 3, 100))
 
@@ -316,15 +320,46 @@ class BatchInterrupted(BatchError):
 
 
 class UndeliveredError(BatchError):
-    """A producer was closed and some messages were not acknowledged.
+    """Envelopes were given up, and nothing else has told of them: no ``on_failed``, no callback, no look at the batch.
+
+    ``flush``, ``drain``, ``close`` and the end of a ``with`` block raise it, once for each envelope.
 
     Attributes:
         count: How many.
+        failures: The first 1,000 of them, each with the reason: pairs of `Envelope` and `KbatchError`. Fewer if more
+            is not known.
     """
 
-    def __init__(self, message: str, *, count: int) -> None:
+    def __init__(
+        self, message: str, *, count: int, failures: tuple[tuple[Envelope[Any], KbatchError], ...] = ()
+    ) -> None:
         super().__init__(message)
         self.count = count
+        self.failures = failures
+
+
+def undelivered_error(
+    what: str, raw: list[tuple[Envelope[Any], KbatchError | int, int]], count: int
+) -> UndeliveredError:
+    """The error for failures as the native core keeps them: the reason, or librdkafka's code and persistence."""
+    made: dict[tuple[int, int], DeliveryError] = {}
+    failures: list[tuple[Envelope[Any], KbatchError]] = []
+    for envelope, reason, persistence in raw:
+        error = reason
+        if isinstance(error, int):
+            known = made.get((error, persistence))
+            if known is None:
+                known = made[error, persistence] = DeliveryError(
+                    error, possibly_persisted=persistence == POSSIBLY_PERSISTED
+                )
+            error = known
+        failures.append((envelope, error))
+    text = f"{count} {what if count > 1 else what.replace('s were ', ' was ')}"
+    if failures:
+        first = failures[0][1]
+        # Without the place in a batch, of which whoever sends single envelopes knows nothing.
+        text += f"; the first: {first.reason if isinstance(first, SerializationError) else first}"
+    return UndeliveredError(text, count=count, failures=tuple(failures))
 
 
 class BatchPending(KbatchError, TimeoutError):

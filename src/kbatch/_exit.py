@@ -60,6 +60,7 @@ def _close_all() -> None:
     told = time.monotonic() + _LAST_WORDS_S
     _each(senders, lambda sender: sender._await_end(told))
     _each(list(CORES), lambda core: core.close(_seconds_until(end)))
+    _each(list(CORES), lambda core: core.undelivered.log_all(held=True))
 
 
 def _end_multiprocessing_child() -> None:
@@ -73,6 +74,7 @@ def _end_multiprocessing_child() -> None:
     _each(senders, lambda sender: sender._flush(0))
     _each(senders, lambda sender: sender._flush(_seconds_until(end)))
     _each(list(CORES), lambda core: core.flush(_seconds_until(end)))
+    _each(list(CORES), lambda core: core.undelivered.log_all())
 
 
 _finalized_pid = 0

@@ -39,6 +39,7 @@ from kbatch._errors import (
     named_exception_text,
     shown,
     type_name,
+    undelivered_error,
 )
 from kbatch._serialization import SerializationContext
 
@@ -84,6 +85,8 @@ include "native/map.pxi"
 include "native/client.pxi"
 include "native/resolver.pxi"
 include "native/calls.pxi"
+include "native/undelivered.pxi"
 include "native/core.pxi"
+include "native/content.pxi"
 include "native/accumulator.pxi"
 include "native/answer.pxi"

@@ -19,6 +19,10 @@ class PendingBatch(Batch):
 
     ``len()`` is the number of envelopes. It answers once, whatever happens; a wait that times out or is cancelled
     ends the wait only.
+
+    Whoever waits for it, awaits it, reads `report` or adds a callback is told of what fails. If nobody does and it is
+    forgotten, the producer's next ``flush`` raises `UndeliveredError` for what failed. ``close`` and the end of the
+    producer's ``with`` block do so even if the batch is still there.
     """
 
     _report: DeliveryReport | None = None
@@ -48,6 +52,7 @@ class PendingBatch(Batch):
             if not self.done():
                 raise BatchPending(f"a batch of {len(self)} envelopes has no answer yet", self)
             self._report = DeliveryReport(self.outcomes, self.latency_s)
+            self._look()  # the last line that an interruption could keep from the caller
         return self._report
 
     def add_done_callback(self, callback: Callable[[PendingBatch], object]) -> None:
@@ -74,6 +79,9 @@ class PendingBatch(Batch):
         try:
             self._add_waker(waker)
             await waker.future
+        except BaseException:
+            self._wait_no_longer()
+            raise
         finally:
             self._remove_waker(waker)
             if timer is not None:

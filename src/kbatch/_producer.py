@@ -132,9 +132,14 @@ class Producer(BaseProducer):
 
         Returns:
             How many messages still have no outcome, or are in a transaction that is not decided.
+
+        Raises:
+            UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch`.
         """
         check_timeout(timeout)
-        return self._core.flush(timeout)
+        left = self._core.flush(timeout)
+        self._core.undelivered.raise_all()
+        return left
 
     def close(self, timeout: float | None = None) -> int:
         """Refuses new batches, sends what was accepted, gives up what is left at the deadline, ends librdkafka.
@@ -147,7 +152,15 @@ class Producer(BaseProducer):
 
         Returns:
             How many messages ended without an acknowledgement since closing began.
+
+        Raises:
+            UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch`.
         """
+        left = self._close(timeout)
+        self._core.undelivered.raise_all(held=True)
+        return left
+
+    def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
         return self._core.close(self._close_timeout if timeout is None else timeout)
 
@@ -157,4 +170,5 @@ class Producer(BaseProducer):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_delivered(self.close(), error)
+        self._close(None)
+        self._check_delivered(error)

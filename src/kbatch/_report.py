@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kbatch._errors import (
     ABORTED_CODE,
+    POSSIBLY_PERSISTED,
     REJECTED_CODE,
     TIMEOUT_CODES,
     UNKNOWN_TOPIC_CODES,
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Outcomes
 
 __all__ = ["DeliveryReport"]
-
-_POSSIBLY_PERSISTED = 1
 
 
 class DeliveryReport:
@@ -81,7 +80,7 @@ class DeliveryReport:
         for index, code, persistence in self._outcomes.failures():
             error = made.get((code, persistence))
             if error is None:
-                error = DeliveryError(code, possibly_persisted=persistence == _POSSIBLY_PERSISTED)
+                error = DeliveryError(code, possibly_persisted=persistence == POSSIBLY_PERSISTED)
                 made[code, persistence] = error
             errors[index] = error
         return errors

@@ -64,6 +64,7 @@ class KafkaSender(AnsweringSender):
 def send_answered(producer: Producer, topic: str | None, answer: Answer) -> Told:
     """Sends the batch of `answer`, and returns what it is to be told."""
     pending = PendingBatch(producer._core)
+    pending._look()  # the callback is told
     answer.mapping = True
     producer._core.map(pending, topic, answer.batch.envelopes)
     answer.mapping = False

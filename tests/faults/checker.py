@@ -10,13 +10,15 @@ stranger    the log has nothing that was not sent, and nothing that was changed
 unexplained no failure and no refusal that the plan's faults do not explain; what is spoilt is refused
 settled     every batch is answered in the end
 recovered   when the faults are over, a batch is acknowledged
+silent      what a producer's flush or close raises has failed, was told to nobody before, and is raised once. A batch
+            that is forgotten has no other answer: what is not raised counts as acknowledged (I1)
 
 Of batched senders (`Stream`): each envelope that was taken is acknowledged (I1), or had expired, or is told to
-``on_failed``, once (I2), and counted. What was acknowledged is not sent again, so that it is in the log once, and
-besides as often as it was possibly persisted (I6). Given up is what is refused for good or failed too often, never for
-an outage (unexplained), and never what stands beside a record that a broker refuses (innocent). The circuit opens for
-an outage only (outage). In strict order no message comes after a later one of its key; else that holds if nothing was
-sent again (I4). ``max_buffered`` is kept (bounded).
+``on_failed``, or without one raised by flush or close, once (I2), and counted. What was acknowledged is not sent again,
+so that it is in the log once, and besides as often as it was possibly persisted (I6). Given up is what is refused for
+good or failed too often, never for an outage (unexplained), and never what stands beside a record that a broker
+refuses (innocent). The circuit opens for an outage only (outage). In strict order no message comes after a later one
+of its key; else that holds if nothing was sent again (I4). ``max_buffered`` is kept (bounded).
 """
 
 from collections import Counter, defaultdict
@@ -75,6 +77,7 @@ def check(history: History) -> list[Violation]:
         found += _strangers(topic, records, attempts | streamed)
     for stream in history.streams:
         found += _stream(history, stream, streamed)
+    found += _raised(history, attempts)
     found += _acknowledged(history, attempts)
     found += _not_sent(history, attempts)
     found += _copies(history, attempts)
@@ -180,6 +183,19 @@ def _explanations(history: History, sent: Sent, refusal: str) -> Iterator[Violat
             break
 
 
+def _raised(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violation]:
+    for token, count in history.raised.items():
+        attempt = attempts.get(token)
+        if attempt is None:
+            yield Violation("silent", f"token {token!r} was never sent, and is raised")
+        elif not isinstance(attempt.sent, Sent) or not attempt.sent.untold:
+            yield Violation("silent", f"{attempt.name} was told already, and is raised")
+        elif attempt.outcome is not None and attempt.outcome.state != FAILED:
+            yield Violation("silent", f"{attempt.name} has not failed, and is raised: {attempt.outcome}")
+        if count > 1:
+            yield Violation("silent", f"token {token!r} is raised {count} times")
+
+
 # -- the answers against the log
 
 
@@ -258,6 +274,12 @@ def _order(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violatio
         for attempt in attempts.values()
         if attempt.outcome is not None and attempt.outcome.state == FAILED
     }
+    # What is raised as undelivered does not say where it went.
+    anywhere = {
+        (attempt.sent.instance, attempt.sent.topic)
+        for attempt in attempts.values()
+        if isinstance(attempt.sent, Sent) and attempt.sent.untold and attempt.message.token in history.raised
+    }
     for topic, records in history.logs.items():
         if topic in history.deleted:
             continue
@@ -272,7 +294,7 @@ def _order(history: History, attempts: dict[str, _Attempt]) -> Iterator[Violatio
             seen.add(record.token)
             sent = attempt.sent
             place = (sent.instance, record.partition)
-            if (sent.instance, topic, record.partition) in failed:
+            if (sent.instance, topic, record.partition) in failed or (sent.instance, topic) in anywhere:
                 continue
             before = last.get((sent.number, record.partition))
             if before is not None and before.index > attempt.index:

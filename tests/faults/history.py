@@ -55,6 +55,8 @@ class Sent:
     spoilt: str = ""
     #: A batch sent to a healthy cluster when all faults were over, the last of its kind.
     probe: bool = False
+    #: Whether nobody was told yet when a close or a flush may have come: these may tell instead.
+    untold: bool = False
 
 
 @dataclass
@@ -79,7 +81,10 @@ class Stream:
     #: How often the circuit opened.
     opened: int = 0
     attempts: dict[str, list[Outcome]] = field(default_factory=dict)
-    #: What `on_failed` was told: token, and the error's type or, of a DeliveryError, its code.
+    #: Whether it has no `on_failed`: then flush and close raise.
+    silent: bool = False
+    #: What `on_failed` was told, or flush and close raised: token, and the error's type or, of a DeliveryError, its
+    #: code.
     told: list[tuple[str, str | int]] = field(default_factory=list)
     #: Why it ended by itself, and could send no more.
     death: str = ""
@@ -132,6 +137,8 @@ class History:
     logs: dict[str, list[Read]] = field(default_factory=dict)
     #: Topics that were deleted after records of theirs had been acknowledged.
     deleted: set[str] = field(default_factory=set)
+    #: How often a producer's flush and close have raised an envelope as undelivered, by its token.
+    raised: Counter[str] = field(default_factory=Counter)
     pinned_buffers: int = 0
     live_batches: int = 0
     live_threads: tuple[str, ...] = ()
@@ -152,6 +159,8 @@ def seen(history: History) -> Counter[str]:
         counts["one at a time"] += len(stream.taken)
         counts["sent again by a sender"] += stream.stats.get("retried", 0)
         counts.update(f"given up by a sender: {reason}" for _, reason in stream.told)
+    counts["raised as undelivered"] = len(history.raised)
+    counts["given up by a sender, and raised"] = sum(len(stream.told) for stream in history.streams if stream.silent)
     copies = Counter(record.token for records in history.logs.values() for record in records)
     counts["stored twice"] = sum(count > 1 for count in copies.values())
     return +counts

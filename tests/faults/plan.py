@@ -8,7 +8,7 @@ from tests.faults import kafka_kinds
 from tests.faults.history import Rules
 from tests.faults.kinds import BY_NAME, KINDS, Kind
 
-WAYS = ("send_batch", "wait", "callback", "await", "sender", "aio", "aio callback", "aio sender")
+WAYS = ("send_batch", "wait", "callback", "await", "forgotten", "sender", "aio", "aio callback", "aio sender")
 #: One envelope at a time, to a sender of its own that is closed at the end of the step.
 ONE_AT_A_TIME = ("batched", "aio batched")
 BODIES = ("json", "bytes", "bytearray", "memoryview", "tombstone", "hooked")

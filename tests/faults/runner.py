@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import faulthandler
+import functools
 import gc
 import itertools
 import json
@@ -51,6 +52,8 @@ BROKERS = 3
 _MESSAGE_MAX_BYTES = 4_000
 # Batches that are no steps of the plan: the one before them, and those after them.
 _FIRST, _PROBES = 900, 1_000
+# Undelivered envelopes that are named; of the others there is a count.
+_KEPT = 1_000
 # A broker takes an hour (log.message.timestamp.after.max.ms).
 _TOO_LATE_MS = 864_000_000
 _LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
@@ -150,6 +153,10 @@ class Run:
         self._probes = itertools.count(_PROBES)
         self._jobs: dict[int, _Job] = {}
         self._batches: list[weakref.ref[kbatch.PendingBatch]] = []
+        # Batches that nobody looks at, and what flush and close have raised, unless it was too much to be named.
+        self._forgotten: list[tuple[Sent, list[kbatch.Envelope[Any]]]] = []
+        self._reasons: dict[str, kbatch.DeliveryError] = {}
+        self._are_all_known = True
         self._buffers = pinned_buffers()
         self._threads = set(threading.enumerate())
         self.producer = self._make_producer()
@@ -162,7 +169,7 @@ class Run:
 
     def renew_producer(self, close_timeout_s: float) -> None:
         began = time.monotonic()
-        self.producer.close(close_timeout_s)
+        self._ask(self.producer, lambda: self.producer.close(close_timeout_s))
         if time.monotonic() - began < close_timeout_s + 0.9:  # it was not cut short: no answer may be missing
             for job in self._jobs.values():
                 if job.pending is not None and job.sent is not None and job.sent.instance == self.instance:
@@ -207,14 +214,16 @@ class Run:
 
     def _conclude(self) -> None:
         self._probe()
-        self.producer.close(self.hang_s)
+        self._ask(self.producer, lambda: self.producer.close(self.hang_s))
+        self._answer_forgotten()
         self._leave_nothing()
         self._heal()
         self._read()
 
     def _leave(self) -> None:
         self._heal()
-        self.producer.close(0)
+        with contextlib.suppress(kbatch.UndeliveredError):
+            self.producer.close(0)
         self._drop_topics()
 
     @property
@@ -375,6 +384,7 @@ class Run:
             channels=frozenset(channels),
             instance=instance,
             spoilt=_refusal_due(step) if messages else "",
+            untold=step.way in _UNTOLD,
         )
         self.history.sends.append(sent)
         sent.began = next(self._events)
@@ -395,7 +405,8 @@ class Run:
         messages, envelopes, buffers = self._fresh(job)
         with self._swap:
             producer = self.producer
-        stream = Stream(job.index, self.topics[step.topic], strict=(self.plan.seed + job.index) % 2 == 0)
+        number = self.plan.seed + job.index
+        stream = Stream(job.index, self.topics[step.topic], strict=number % 2 == 0, silent=number // 2 % 2 == 0)
         stream.hopeless = step.topic != "main"
         for message, envelope in zip(messages, envelopes, strict=True):
             group = envelope.key if envelope.key is not None else envelope.partition
@@ -417,10 +428,6 @@ class Run:
         """Of the agent, and of the sender."""
         number = self.plan.seed + job.index
 
-        def on_failed(envelope: kbatch.Envelope[Any], error: kbatch.KbatchError) -> None:
-            reason = error.code if isinstance(error, kbatch.DeliveryError) else type(error).__name__
-            stream.told.append((_token(envelope), reason))
-
         def on_state_change(before: kbatch.CircuitState, after: kbatch.CircuitState) -> None:
             stream.opened += after is kbatch.CircuitState.OPEN
 
@@ -430,7 +437,7 @@ class Run:
             "max_probe_interval_s": 0.2,
             "max_in_flight_batches": (1, 2, 5)[number % 3],
             "strict_order": stream.strict,
-            "on_failed": on_failed,
+            "on_failed": None if stream.silent else functools.partial(_tell, stream),
             "on_state_change": on_state_change,
         }
         size = (1, 7, 50)[number // 3 % 3]
@@ -438,11 +445,44 @@ class Run:
         sender = {"batch_size": size, "batch_timeout_ms": (0, 1, 5)[number % 3], "max_buffered": stream.bound}
         return agent, sender
 
+    def told_by(self, stream: Stream, error: kbatch.UndeliveredError) -> None:
+        """What flush or close of a sender without `on_failed` has raised."""
+        if not stream.silent or len(error.failures) != min(error.count, _KEPT):
+            self.history.findings.append(f"the sender of step {stream.number} raised {error!r}")
+        for envelope, reason in error.failures:
+            _tell(stream, envelope, reason)
+
     def end_stream(self, stream: Stream, sender: Any, not_sent: int) -> None:
         stream.not_sent = not_sent
         stream.left = len(sender)
         stream.death = stream.death or ("" if sender.agent._death is None else repr(sender.agent._death))
         stream.stats = {**sender.stats(), "max_attempts": _ATTEMPTS}
+
+    def _ask(self, producer: kbatch.Producer, call: Callable[[], object]) -> None:
+        """Flushes or closes; what it raises as undelivered is written down."""
+        try:
+            call()
+        except kbatch.UndeliveredError as error:
+            for envelope, reason in error.failures:
+                token = _token(envelope)
+                self.history.raised[token] += 1
+                assert isinstance(reason, kbatch.DeliveryError)
+                self._reasons[token] = reason
+            if error.count != len(error.failures):
+                self._are_all_known = False
+                if len(error.failures) < _KEPT:
+                    self.history.findings.append(f"{error.count} envelopes were lost, with {len(error.failures)} names")
+
+    def _answer_forgotten(self) -> None:
+        for sent, envelopes in self._forgotten:
+            outcomes = []
+            for envelope in envelopes:
+                reason = self._reasons.get(_token(envelope))
+                if reason is not None:
+                    outcomes.append(Outcome(FAILED, reason.code, reason.possibly_persisted, reason.retriable))
+                else:
+                    outcomes.append(Outcome(ACKED if envelope.deliver_by is None else EXPIRED))
+            sent.answers.append(Answer(RETURN, tuple(outcomes) if self._are_all_known else None))
 
     def _pending(self, job: _Job, sent: Sent, pending: kbatch.PendingBatch) -> None:
         sent.handed_in = next(self._events)
@@ -585,6 +625,14 @@ def _timed(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes
 
 def _wait(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
     run._pending(job, sent, producer.submit(sent.topic, envelopes))
+
+
+def _forgotten(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
+    run._batches.append(weakref.ref(producer.submit(sent.topic, envelopes)))
+    run._forgotten.append((sent, envelopes))
+    if (run.plan.seed + job.index) % 2:
+        with contextlib.suppress(kbatch.ProducerClosedError):
+            run._ask(producer, lambda: producer.flush(0.002))
 
 
 def _callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
@@ -753,6 +801,11 @@ def _send_timeout_s(stream: Stream) -> float | None:
     return 1.0 if stream.hopeless else None
 
 
+def _tell(stream: Stream, envelope: kbatch.Envelope[Any], error: kbatch.KbatchError) -> None:
+    reason = error.code if isinstance(error, kbatch.DeliveryError) else type(error).__name__
+    stream.told.append((_token(envelope), reason))
+
+
 def _token(envelope: kbatch.Envelope[Any]) -> str:
     return str(dict(envelope.headers).get("token", "none"))
 
@@ -791,13 +844,22 @@ def _batched(
             sender.send(envelope, timeout=_send_timeout_s(stream))
             stream.taken.append(message)
             stream.most = max(stream.most, len(sender))
+        if stream.silent:
+            sender.flush(0.002)
+    except kbatch.UndeliveredError as error:
+        run.told_by(stream, error)
     except kbatch.SenderFullError:
         if not stream.hopeless:
             raise
     except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
         stream.death = repr(error)
     finally:
-        run.end_stream(stream, sender, sender.close(_close_timeout_s(run, stream)))
+        try:
+            not_sent = sender.close(_close_timeout_s(run, stream))
+        except kbatch.UndeliveredError as error:
+            run.told_by(stream, error)
+            not_sent = sender.close(0)
+        run.end_stream(stream, sender, not_sent)
 
 
 def _aio_batched(
@@ -813,17 +875,28 @@ def _aio_batched(
                 await sender.send(envelope, timeout=_send_timeout_s(stream))
                 stream.taken.append(message)
                 stream.most = max(stream.most, len(sender))
+            if stream.silent:
+                await sender.flush(0.002)
+        except kbatch.UndeliveredError as error:
+            run.told_by(stream, error)
         except kbatch.SenderFullError:
             if not stream.hopeless:
                 raise
         except (kbatch.SenderClosedError, kbatch.ProducerError) as error:
             stream.death = repr(error)
         finally:
-            run.end_stream(stream, sender, await sender.close(_close_timeout_s(run, stream)))
+            try:
+                not_sent = await sender.close(_close_timeout_s(run, stream))
+            except kbatch.UndeliveredError as error:
+                run.told_by(stream, error)
+                not_sent = await sender.close(0)
+            run.end_stream(stream, sender, not_sent)
 
     asyncio.run(main())
 
 
+# While nobody has looked a producer may be closed, or flushed.
+_UNTOLD = ("timed", "wait", "forgotten", "await", "cancelled", "loop closed")
 _CHANNELS = {
     "callback": {RETURN, CALLBACK},
     "aio callback": {RETURN, CALLBACK},
@@ -836,6 +909,7 @@ WAYS: dict[str, Callable[[Run, _Job, Sent, kbatch.Producer, list[Any]], None]] =
     "send_batch": _send_batch,
     "timed": _timed,
     "wait": _wait,
+    "forgotten": _forgotten,
     "callback": _callback,
     "await": _await,
     "cancelled": _cancelled,

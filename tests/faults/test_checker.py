@@ -1,5 +1,6 @@
 """The checker against histories made by hand: a sound one, and for each invariant ones that break it."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -307,6 +308,24 @@ def test_what_was_acknowledged_in_a_deleted_topic_is_gone() -> None:
     assert {violation.invariant for violation in check(history)} == {"I1"}
     history.deleted.add(TOPIC)
     assert check(history) == []
+
+
+def test_what_is_raised_has_failed_and_was_told_to_nobody() -> None:
+    history = sound()
+    history.sends[2].answers[0] = history.sends[2].answers[0]._replace(channel=RETURN)
+    outcomes = zip(history.sends[2].messages, history.sends[2].answers[0].outcomes or (), strict=False)
+    failed = [message.token for message, outcome in outcomes if outcome.state == FAILED]
+    assert failed
+    history.sends[2].channels = frozenset((RETURN,))
+    history.raised.update(failed)
+    assert {violation.invariant for violation in check(history)} == {"silent"}
+    history.sends[2].untold = True
+    assert check(history) == []
+    for wrong in ("a0", "c0", "another", *failed):
+        history.raised[wrong] += 1
+        assert {violation.invariant for violation in check(history)} == {"silent"}
+        history.raised[wrong] -= 1
+        history.raised += Counter()
 
 
 # -- batched senders

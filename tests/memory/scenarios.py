@@ -617,14 +617,14 @@ def accumulating(world: World) -> Step:
                 accepted[n] = True
             assert not buffer.try_send(numbers[3])
             waiters[0] = buffer._line_up(numbers[4], lambda: None)
-            buffer._give_back(1)
+            buffer._give_back(1, 0)
 
         checked(attempt(use))
         if waiters[0] is not None:
             buffer._leave_line(waiters[0])
             accepted[4] = waiters[0].taken
         assert taken(buffer) == [envelope for envelope, was_taken in zip(numbers, accepted, strict=True) if was_taken]
-        buffer._give_back(len(buffer))
+        buffer._give_back(len(buffer), buffer._held_bytes)
         buffer.send(numbers[0])
         assert len(buffer) == 1
 

@@ -1,5 +1,6 @@
 """Exit and signals: what was submitted is sent and answered, nothing hangs, nothing stays pinned."""
 
+import re
 import signal
 import time
 
@@ -34,7 +35,11 @@ def test_exit_in_a_daemon_thread_world(dark_cluster: MockCluster, end: str) -> N
         {end}
         """,
     )
-    assert (result.returncode, result.stderr) == (7, "")
+    is_silent = end.startswith("os")
+    # The thread may have its report by then.
+    told = r"nobody was told: 1[01]0 messages were not acknowledged; the first: Local: Purged in queue .*\n"
+    assert result.returncode == 7
+    assert re.fullmatch("" if is_silent else told, result.stderr)
 
 
 def test_a_forgotten_producer_answers_before_the_interpreter_ends(kafka_cluster: MockCluster) -> None:
@@ -271,11 +276,15 @@ def test_ctrl_c_while_waiting_or_enqueueing(dark_cluster: MockCluster, limit: in
         try:
             producer.send_batch("orders", envelopes({count}))
         except KeyboardInterrupt:
-            print("interrupted", len(producer), producer.close(0.1), pinned_buffers())
+            print("interrupted", len(producer), end=" ")
+        try:
+            producer.close(0.1)
+        except kbatch.UndeliveredError as error:  # no report has told
+            print("undelivered", error.count, producer.close(), pinned_buffers())
         """,
         interrupt_at="waiting",
     )
-    assert result.stdout.strip() == f"interrupted {in_flight} {in_flight} 0", result.stderr
+    assert result.stdout.strip() == f"interrupted {in_flight} undelivered {count} {in_flight} 0", result.stderr
 
 
 def test_ctrl_c_in_phase_1_sends_nothing(kafka_cluster: MockCluster) -> None:
@@ -386,7 +395,10 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
         except KeyboardInterrupt:
             print("interrupted", len(producer), flush=True)
         sys.stdin.readline()
-        assert producer.flush() == 0
+        try:
+            assert producer.flush() == 0
+        except kbatch.UndeliveredError as error:
+            print("undelivered", error.count)
         print(producer.send_batch("orders", envelopes(5)).acked)
         producer.close()
         print(pinned_buffers(), answers)
@@ -410,7 +422,9 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
         ]
     elif call == "submit with a callback" and phase != "phase 1":
         answers = [("report", on_their_way, 150 if phase == "phase 2" else 0)]
-    assert (process.returncode, out) == (0, f"5\n0 {answers}\n"), errors
+    is_told = call in ("sender", "submit with a callback")
+    lost = "undelivered 150\n" if phase == "phase 2" and not is_told else ""
+    assert (process.returncode, out) == (0, f"{lost}5\n0 {answers}\n"), errors
     values = [record.value for record in read_back(dark_cluster.bootstrap_servers, "orders")]
     assert values == [b"m%d" % i for i in (*range(on_their_way), *range(5))]
 

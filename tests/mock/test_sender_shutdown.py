@@ -52,6 +52,7 @@ class Account:
         self.refused: list[str] = []
         self.unknown: list[str] = []  # of calls that were cancelled
         self.failed: list[tuple[str, KbatchError]] = []
+        self.raised: list[tuple[str, KbatchError]] = []
 
     def on_failed(self, envelope: Envelope, error: KbatchError) -> None:
         self.failed.append((bytes(envelope.data or b"").decode(), error))
@@ -77,6 +78,16 @@ class Account:
         assert stats["accepted"] == stats["acked"] + stats["failed"]
         assert stats["failed"] == len(self.failed)
         assert stats["acked"] == len(in_log) - len(in_log.keys() & failed.keys())
+
+
+@contextlib.contextmanager
+def told(account: Account) -> Iterator[None]:
+    """What on_failed could not be told, since its loop has ended, is raised."""
+    try:
+        yield
+    except kbatch.UndeliveredError as error:
+        for envelope, reason in error.failures:
+            account.raised.append((bytes(envelope.data or b"").decode(), reason))
 
 
 def is_unsure(error: KbatchError) -> bool:
@@ -236,17 +247,24 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
             work = asyncio.create_task(senders("0", random.Random(chance.random()), sender, account))
             await asyncio.sleep(chance.random() * 0.05)
             if way == "with":
-                async with sender:
-                    pass
+                with told(account):
+                    async with sender:
+                        pass
             elif way == "drain":
-                assert await sender.drain() == 0
+                with told(account):
+                    assert await sender.drain() == 0
             elif way == "many close":
-                assert len(set(await asyncio.gather(*(sender.close(timeout) for _ in range(4))))) == 1
+                with told(account):
+                    assert len(set(await asyncio.gather(*(sender.close(timeout) for _ in range(4))))) == 1
             elif way == "flush":
-                await sender.flush(timeout)
-            not_sent = await sender.close(timeout)
+                with told(account):
+                    await sender.flush(timeout)
+            with told(account):
+                await sender.close(timeout)
             await work
-            assert await sender.close() == not_sent
+            with told(account):
+                await sender.close()
+            not_sent = await sender.close()
             await shared.flush()
             return not_sent
 
@@ -261,6 +279,9 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
         until(lambda sender=sender: len(sender) == 0, "the callbacks")  # a loop that has ended is found out in a second
         for envelope, error in agent.failed:  # what the loop of the first envelope, if it has ended, could not be told
             account.on_failed(envelope, error)
+        raised = [name for name, _ in account.raised]
+        assert len(set(raised)) == len(raised)
+        assert set(raised) <= {bytes(envelope.data or b"").decode() for envelope, _ in agent.failed}
         log = stored(kafka_cluster, topic)
         account.check(log, sender, not_sent)
         check_order(log)
@@ -704,9 +725,12 @@ def test_callbacks_that_raise_lose_nothing(
                         assert sender.try_send(envelope)
                     else:
                         await sender.send(envelope)
-                assert await sender.flush(30) == 0
+                with pytest.raises(kbatch.UndeliveredError) as caught:
+                    await sender.flush(30)
+                lost.append(caught.value)
 
     called: list[int] = []
+    lost: list[kbatch.UndeliveredError] = []
     agents: list[Any] = []
     if kind == "function":
         with kbatch.Producer(config_of(cluster)) as producer:
@@ -714,11 +738,14 @@ def test_callbacks_that_raise_lose_nothing(
             with kbatch.BatchedSender(agent) as sender:
                 for envelope in each(sender):
                     sender.send(envelope)
-                assert sender.flush(30) == 0
+                with pytest.raises(kbatch.UndeliveredError) as caught:
+                    sender.flush(30)
+                lost.append(caught.value)
     elif error is SystemExit:
         return  # it ends the loop, as everywhere in asyncio
     else:
         asyncio.run(asyncio.wait_for(main(), 60))
     assert called == [envelope.attempts for envelope, _ in agents[0].failed] == list(range(0, 100, 10))
+    assert called == [envelope.attempts for envelope, _ in lost[0].failures]
     assert {type(reason) for _, reason in agents[0].failed} == {kbatch.SerializationError}
     assert stored(cluster) == [str(number) for number in range(100) if number % 10]

@@ -351,8 +351,10 @@ def test_on_failed_that_raises(cluster: MockCluster, opened: Open, caplog: pytes
     driver = opened(on_failed=fail)
     sent = [Envelope(object()) for _ in range(3)]
     driver.send_all([*sent, Envelope(data=b"good")])
-    assert driver.drain() == 0
+    with pytest.raises(kbatch.UndeliveredError) as caught:
+        driver.drain()
     assert told == sent
+    assert [envelope for envelope, _ in caught.value.failures] == sent
     assert [envelope for envelope, _ in driver.agent.failed] == sent
     assert caplog.text.count("on_failed failed") == 3
     assert values(cluster) == [b"good"]

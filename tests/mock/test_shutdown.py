@@ -25,7 +25,7 @@ import yaml
 from celery import Celery
 
 import kbatch
-from kbatch.testing import MockCluster
+from kbatch.testing import ApiKey, MockCluster
 
 from ..waiting import until
 from .clients import end_offsets
@@ -257,6 +257,26 @@ def test_a_celery_task_that_flushes_is_done_when_kafka_has_its_events(
     cluster.set_broker_up(1)
     assert to_go(log) == [0, 0]
     assert sorted(values(cluster, TOPIC)) == sorted(OF_THE_TASKS)
+
+
+@pytest.mark.parametrize("what", ["cannot be mapped", "not permitted"])
+def test_a_celery_task_that_flushes_fails_when_an_event_is_given_up(
+    cluster: MockCluster, tmp_path: Path, celery: dict[str, str], what: str
+) -> None:
+    log = tmp_path / "log"
+    event = "\ud800" if what == "cannot be mapped" else "x"
+    if what == "not permitted":
+        cluster.push_request_errors(ApiKey.PRODUCE, ["TOPIC_AUTHORIZATION_FAILED"] * 100)
+    program = f"from shutdown_celery import record_safely\nrecord_safely.delay([{event!r}])"
+    with server(log, *CELERY, *ALONE, **celery) as process:
+        subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, env={**os.environ, **celery}, check=True)
+        until(lambda: process.poll() is not None or " raised unexpected: " in log.read_text(), "the failure")
+        process.send_signal(signal.SIGTERM)
+        until(lambda: process.poll() is not None, "the worker's end")
+    text = log.read_text()
+    assert " succeeded in " not in text
+    assert re.search(r"UndeliveredError\(.1 envelope was given up; the first: ", text)
+    assert values(cluster, TOPIC) == []
 
 
 # -- Kubernetes

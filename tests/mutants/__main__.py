@@ -64,7 +64,7 @@ def find(mutant: Mutant) -> str | None:
     for tests in (mutant.tests.split(), ["tests"]):
         result = run([*TEST, *tests])
         if result.returncode == 1:
-            failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+            failed = [line for line in result.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))]
             first = failed[0].split(" - ")[0]
             if "::" not in first:  # a file that cannot be imported finds nothing
                 raise SystemExit(f"the tests did not run:\n{result.stdout}")

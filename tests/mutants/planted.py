@@ -316,7 +316,7 @@ MUTANTS = (
     Mutant(
         "the buffer has no bound",
         ACCUMULATOR,
-        "        if self.held >= self.max_buffered or len(self.waiters) > self.gone:\n",
+        "        if len(self.waiters) > self.gone or not self._has_room(size):\n",
         "        if len(self.waiters) > self.gone:\n",
         "tests/mock/test_sender_leaks.py",
     ),
@@ -387,8 +387,8 @@ MUTANTS = (
     Mutant(
         "an acknowledged envelope keeps its room",
         AGENT,
-        "            self._buffer._give_back(done)\n",
-        "            self._buffer._give_back(done - (done > 2))\n",
+        "            self._buffer._give_back(done, flight.bytes - failed)\n",
+        "            self._buffer._give_back(done - (done > 2), flight.bytes - failed)\n",
         "tests/mock/test_sender_leaks.py",
     ),
     Mutant(
@@ -615,5 +615,56 @@ MUTANTS = (
         "            due.append(stall_at - now)\n",
         "            pass\n",
         "tests/unit/test_starvation.py",
+    ),
+    # -- never silent
+    Mutant(
+        "what a sender gave up is told to nobody",
+        "native/undelivered.pxi",
+        "        lot.count = 1\n        self._put(lot)\n",
+        "        lot.count = 1\n",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "a submitted batch that nobody looks at fails in silence",
+        CORE,
+        "        if KB_LOAD32(&self.state.failing) and not self.looked:\n",
+        "        if KB_LOAD32(&self.state.failing) and not self.looked and self.waited:\n",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "what was raised as undelivered is raised again",
+        "native/undelivered.pxi",
+        "        if self.lots.pop(lot, None) is None:\n",
+        "        if self.lots.get(lot) is None:\n",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "what was looked at is raised all the same",
+        CORE,
+        "                self.core.undelivered._take(lot)\n",
+        "                pass\n",
+        "tests/unit/test_never_silent.py",
+    ),
+    # -- the bytes of the buffer
+    Mutant(
+        "the buffer's bytes have no bound",
+        ACCUMULATOR,
+        "        if self.held and size > self.max_buffered_bytes - self.held_bytes:\n",
+        "        if self.held < 0:\n",
+        "tests/unit/test_buffered_bytes.py",
+    ),
+    Mutant(
+        "a message counts little before the first was encoded",
+        ACCUMULATOR,
+        "        if self.is_guess:\n            self.message_bytes = max(seen, 1)\n",
+        "        if self.is_guess:\n            seen = self.message_bytes = 256\n",
+        "tests/unit/test_buffered_bytes.py",
+    ),
+    Mutant(
+        "what is given up keeps its bytes",
+        AGENT,
+        "self._buffer._give_back(1, end.entry.size)",
+        "self._buffer._give_back(1, 0)",
+        "tests/unit/test_buffered_bytes.py",
     ),
 )

@@ -90,6 +90,7 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         batch_size=8,
         batch_bytes=9_000,
         max_buffered=10,
+        max_buffered_bytes=10_000,
         dead_letter_topic="dead",
     )
     with made.create_sender() as sender:
@@ -97,6 +98,7 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         assert (agent._policy, agent._max_in_flight, agent._on_failed) == (policy, 2, print)
         assert agent._dead_letter_topic == "dead"
         assert (sender.batch_size, sender.batch_bytes, sender._close_timeout) == (8, 9_000, 7.0)
+        assert sender.max_buffered_bytes == 10_000
     with topic(close_timeout=8.0).create_sender() as sender:
         assert sender._close_timeout == 8.0
 
@@ -123,6 +125,7 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         ({"mode": Mode.BUFFERED, "batch_bytes": 1.5}, "batch_bytes must be an int from 1"),
         ({"mode": Mode.BUFFERED, "batch_timeout_ms": -1}, "batch_timeout_ms must be milliseconds, 0 or more"),
         ({"mode": Mode.BUFFERED, "batch_timeout_ms": float("nan")}, "batch_timeout_ms must be milliseconds"),
+        ({"mode": Mode.BUFFERED, "max_buffered_bytes": 10}, "max_buffered_bytes=10 is less than batch_bytes=1000000"),
         ({"mode": Mode.BUFFERED, "max_buffered": 10}, "max_buffered=10 is less than batch_size=1000"),
         ({"mode": Mode.BUFFERED, "retry": 3}, "retry must be a kbatch.RetryPolicy, not int"),
         ({"mode": Mode.BUFFERED, "max_in_flight_batches": True}, "max_in_flight_batches must be an int from 1"),

@@ -85,7 +85,7 @@ def test_every_method_of_the_core_that_needs_librdkafka_is_overridden(memory: Ca
     }
     harmless = {"map", "begin_mapping", "map_slice", "records", "fail", "abandon", "in_flight", "closed", "counters"}
     harmless |= {"dispatcher", "start_in_memory", "take_in_memory", "settle_in_memory", "shut_in_memory"}
-    harmless |= {"end_in_memory"}
+    harmless |= {"end_in_memory", "undelivered", "has_unreleased", "await_release"}
     inherited = {name for name in dir(Core) if not name.startswith("_")} - own
     assert inherited == unused | harmless
 
@@ -803,8 +803,7 @@ def test_asyncio_transactions_and_losses() -> None:
                 await asyncio.sleep(0.001)
 
     async def main() -> None:
-        with pytest.raises(kbatch.UndeliveredError):
-            await lose()
+        await lose()  # its own task is told
         assert names(await tasks[0]) == {0: "_PURGE_INFLIGHT"}
 
     asyncio.run(asyncio.wait_for(main(), 60))

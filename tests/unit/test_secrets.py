@@ -176,7 +176,9 @@ def test_secrets_cannot_be_reached_from_a_producer_and_its_batches() -> None:
     pending = producer.submit("orders", [kbatch.Envelope(1)])
     sender = kbatch.KafkaSender(producer, "orders")
     assert_no_secret(strings_within([producer, pending, sender]))
-    producer.close(0)
+    with pytest.raises(kbatch.UndeliveredError) as caught:
+        producer.close(0)
+    assert_no_secret(strings_within([caught.value]))
     things = [producer, pending, sender, pending.report, *pending.report.errors.values()]
     assert_no_secret(strings_within(things))
     assert_no_secret(text for thing in things for text in (repr(thing), str(thing)))

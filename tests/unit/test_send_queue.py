@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Any
@@ -29,6 +28,14 @@ class Batch:
     accepted_at: float = NOW
     scheduled: bool = False
 
+    @property
+    def sizes(self) -> list[int]:
+        return [size_of(envelope) for envelope in self.envelopes]
+
+
+def size_of(envelope: Envelope[Any]) -> int:
+    return len(bytes(envelope.data or b""))
+
 
 def refusal(code: int) -> DeliveryError:
     return DeliveryError(code, possibly_persisted=False)
@@ -50,7 +57,6 @@ def make_queue(
     strict_order: bool = False,
     hold_scheduled: bool = True,
     topic: str | None = "orders",
-    measure: Callable[[Envelope[Any]], int] = lambda envelope: len(bytes(envelope.data or b"")),
 ) -> SendQueue:
     return SendQueue(
         topic,
@@ -59,7 +65,6 @@ def make_queue(
         batch_bytes=batch_bytes,
         strict_order=strict_order,
         hold_scheduled=hold_scheduled,
-        measure=measure,
         random=lambda: 0.0,
     )
 
@@ -169,8 +174,8 @@ class Queues(RuleBasedStateMachine):
         flight = self.queue.next_flight(self.now, self.wall)
         self.take_ended({"age"})
         if flight is not None:
-            size = sum(len(bytes(envelope.data or b"")) for envelope in flight.envelopes)
-            assert flight.isolated or len(flight.envelopes) == 1 or size <= self.batch_bytes
+            # A dead letter counts what its origin did.
+            assert flight.isolated or len(flight.envelopes) == 1 or flight.bytes <= self.batch_bytes
             self.depart(flight)
             return flight
         return self.admit_next()
@@ -682,13 +687,28 @@ def test_a_dead_letter_is_an_envelope_of_its_own() -> None:
     assert queue.ended.pop().entry.origin is end
 
 
-def test_what_cannot_be_measured_any_more_is_sent_all_the_same() -> None:
-    def measure(_: Envelope[Any]) -> int:
-        raise ValueError("operation forbidden on released memoryview object")
-
-    queue = make_queue(measure=measure)
-    fail(queue, admit(queue, Batch(keyed("a", "b"))), {0: RETRIABLE, 1: RETRIABLE})
-    assert after(queue, NOW + 1) == [0, 1]  # and refused when it is mapped
+def test_what_was_counted_goes_with_an_envelope_to_its_end() -> None:
+    """Through retries, lanes, dead letters, what was scheduled and what was given up."""
+    queue = make_queue(RetryPolicy(2, initial_backoff_s=1, jitter=0))
+    sizes = [len(key) + 10 for key in ("", "a", "a", "b", "c")]
+    envelopes = [Envelope(data=bytes(size), key=f"{number % 2}") for number, size in enumerate(sizes)]
+    flight = admit(queue, Batch(envelopes))
+    assert flight.bytes == sum(sizes)
+    fail(queue, flight, {1: RETRIABLE, 3: PERMANENT})
+    assert [(end.entry.seq, end.entry.size) for end in queue.ended] == [(3, sizes[3])]
+    end = queue.ended[0]
+    queue.ended.clear()
+    queue.add_dead_letter(Envelope(data=b"much longer than it was, with headers"), end, NOW)
+    letter = queue.next_flight(NOW, WALL)
+    assert letter is not None
+    assert letter.bytes == sizes[3]
+    again = queue.next_flight(NOW + 2, WALL)
+    assert again is not None
+    assert again.bytes == sizes[1]
+    assert (
+        queue.admit(Batch([Envelope(data=b"xyz", scheduled_time=at(WALL + 60))], 5, scheduled=True), NOW, WALL) is None
+    )
+    assert [entry.size for entry in queue.give_up()] == [3]
 
 
 def test_what_is_ready_waits_behind_one_of_its_key_that_fails_again() -> None:

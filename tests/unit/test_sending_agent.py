@@ -70,7 +70,8 @@ def test_a_probe_that_outlives_its_sender_leaves_no_thread(monkeypatch: pytest.M
         sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
         sender.send(Envelope(1))
         assert asked.wait(30)
-        assert sender.close(0) == 1
+        with pytest.raises(kbatch.UndeliveredError, match="1 envelope was given up"):
+            sender.close(0)
         assert of_the_sender() == [PROBE]
         go_on.set()
         until(lambda: not of_the_sender(), "the end of the threads")
@@ -115,7 +116,12 @@ def test_a_callback_ends_while_its_loop_is_looked_at(
             agent = aio.SendingAgent(producer, "orders", on_failed=on_failed)
             async with aio.BatchedSender(agent, batch_timeout_ms=0) as sender:
                 await sender.send(envelope)
-                assert await sender.flush(30) == 0
+                if error is None:
+                    assert await sender.flush(30) == 0
+                else:
+                    with pytest.raises(kbatch.UndeliveredError) as caught:
+                        await sender.flush(30)
+                    assert [given_up for given_up, _ in caught.value.failures] == [envelope]
         return agent
 
     monkeypatch.setattr(concurrent.futures, "Future", EndsTooLate)

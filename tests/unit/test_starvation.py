@@ -152,6 +152,7 @@ def test_the_age_of_one_is_not_that_of_another(kind: str) -> None:
     ):
         producer.down()
         driver.send(Envelope(-1, scheduled_time=LATER))
+        begun[-1] = begun[-3] = time.monotonic()
         begun[-2] = time.monotonic()
         driver.send(Envelope(-2))
         until(lambda: driver.agent.state is kbatch.CircuitState.OPEN, "an open circuit")
@@ -370,7 +371,9 @@ def test_a_callback_whose_task_is_cancelled_at_once_holds_nothing_up(caplog: pyt
             sender = aio.BatchedSender(agent, batch_timeout_ms=0, batch_size=1)
             for key in ("first", "second"):
                 await sender.send(Envelope(object(), key=key))
-            assert await sender.flush(30) == 0
+            with pytest.raises(kbatch.UndeliveredError) as caught:
+                await sender.flush(30)
+            assert [envelope.key for envelope, _ in caught.value.failures] == ["first"]
             assert cancelled
             assert [envelope.key for envelope, _ in agent.failed] == ["first"]
             assert told == ["second"]

@@ -43,7 +43,7 @@ from kbatch._errors import (
     spares_brokers,
     type_name,
 )
-from kbatch._fastmap import AnsweringSender, CallbackThread, Signal
+from kbatch._fastmap import AnsweringSender, CallbackThread, Signal, Undelivered
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._sender import answer_refusal, answer_report, send_answered
@@ -145,6 +145,7 @@ class BaseSendingAgent:
         self._dead_letter_topic = dead_letter_topic
         self._on_state_change = on_state_change
         self._kept: deque[tuple[Envelope[Any], KbatchError]] = deque(maxlen=_KEPT_FAILURES)
+        self._undelivered = Undelivered("envelopes were given up")  # what on_failed has not taken
         self._circuit = CircuitBreaker(
             failures_to_open=failures_to_open,
             probe_interval_s=probe_interval_s,
@@ -279,7 +280,6 @@ class BaseSendingAgent:
                 batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
                 strict_order=self._strict_order,
                 hold_scheduled=not producer._carries_scheduled_time,
-                measure=_no_size if buffer is None else buffer._size_of,
                 random=random.random,
             )
             signal, pid = self._signal, os.getpid()
@@ -389,10 +389,14 @@ class BaseSendingAgent:
             thread.join(_seconds_until(end))
         self._prober.stop()
         self._callbacks.join(_seconds_until(end))
-        lost = 0
-        if self._buffer is not None:  # after a crash, or if the thread hangs, some may be there that nobody was told of
-            lost = max(0, len(self._buffer) - sum(len(told) for _, told in list(self._untold)))
-        return self._not_sent + lost
+        return self._not_sent + self._lost()
+
+    def _lost(self) -> int:
+        """After the end: how many envelopes on_failed is not told of, after a crash or if a thread hangs."""
+        if self._buffer is None:
+            return 0
+        to_be_told = 0 if self._on_failed == self._keep_failure else sum(len(told) for _, told in list(self._untold))
+        return max(0, len(self._buffer) - to_be_told)
 
     def _stats(self) -> dict[str, int]:
         queue = self._queue
@@ -552,6 +556,7 @@ class BaseSendingAgent:
         rejected: list[tuple[int, SerializationError | NotYetDueError]] = []
         try:
             pending = PendingBatch(producer._core)
+            pending._look()  # whoever the agent tells is told
             self._map(producer, pending, flight, rejected)
             producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
         except ProducerFencedError as error:
@@ -641,7 +646,8 @@ class BaseSendingAgent:
         if again:
             self._counts["retried"] += len(failures) + len(late) - (len(queue.ended) - ended)
         if self._buffer is not None and done:
-            self._buffer._give_back(done)
+            failed = sum(flight.sizes[index] for index, _ in failures + late)
+            self._buffer._give_back(done, flight.bytes - failed)
 
     def _as_refusal(self, error: KbatchError) -> KbatchError:
         """What is told of an envelope that failed when all was given up, and that no broker can have stored."""
@@ -794,8 +800,8 @@ class BaseSendingAgent:
             buffer._stop_accepting()
             while (batch := buffer._next_batch()) is not None:
                 entries += [
-                    Entry(envelope, seq, batch.accepted_at, None)
-                    for seq, envelope in enumerate(batch.envelopes, batch.first_seq)
+                    Entry(envelope, batch.first_seq + index, batch.accepted_at, None, batch.sizes[index])
+                    for index, envelope in enumerate(batch.envelopes)
                 ]
         for entry in entries:
             queue.ended.append(Ended.of(entry, self._refusal(entry.error)))
@@ -873,7 +879,8 @@ class BaseSendingAgent:
                 self._log(logging.ERROR, text, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
                 if self._buffer is not None:
-                    self._buffer._give_back(1)  # not before: what a slow callback has not taken yet is held, too
+                    # Not before: what a slow callback has not taken yet is held, too.
+                    self._buffer._give_back(1, end.entry.size)
         self._untold.popleft()
         self._signal.set()
 
@@ -890,6 +897,7 @@ class BaseSendingAgent:
 
     def _keep_failure(self, envelope: Envelope[Any], error: KbatchError) -> None:
         self._kept.append((envelope, error))
+        self._undelivered.add(envelope, error)
 
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
         """Calls a user's callback, on the thread of callbacks, and returns when it has ended."""
@@ -1094,10 +1102,6 @@ def _unless_none(value: int | None) -> tuple[int, ...]:
     return () if value is None else (value,)
 
 
-def _no_size(_: object) -> int:
-    return 0
-
-
 def check_agent_options(
     retry: Any,
     failures_to_open: Any,
@@ -1162,7 +1166,7 @@ def check_topic(what: str, name: Any) -> None:
         )
 
 
-def check_whole(name: str, value: Any) -> None:
+def check_whole(name: str, value: Any, bits: int = 31) -> None:
     """Raises ConfigError for what is no int of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
-        raise ConfigError(f"{name} must be an int from 1 to 2**31 - 1, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**bits:
+        raise ConfigError(f"{name} must be an int from 1 to 2**{bits} - 1, not {value!r}")

@@ -33,16 +33,20 @@ class BaseBatchedSender(Accumulator):
         batch_bytes: int = 1_000_000,
         batch_timeout_ms: float = 5.0,
         max_buffered: int = 100_000,
+        max_buffered_bytes: int = 64 * 1024 * 1024,
         close_timeout: float = 30.0,
     ) -> None:
         if not isinstance(agent, self._agent_class):
             raise ConfigError(f"agent must be a {self._agent_class._shown}, not {type(agent).__name__}")
-        check_batching_options(batch_size, batch_bytes, batch_timeout_ms, max_buffered, close_timeout)
+        check_batching_options(
+            batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes, close_timeout
+        )
         super().__init__(
             batch_size=batch_size,
             batch_bytes=batch_bytes,
             batch_timeout_s=batch_timeout_ms / 1000,
             max_buffered=max_buffered,
+            max_buffered_bytes=max_buffered_bytes,
         )
         self._close_timeout = close_timeout
         self._agent = agent
@@ -61,12 +65,17 @@ class BaseBatchedSender(Accumulator):
     def stats(self) -> dict[str, int]:
         """Counters since the start, of envelopes unless said otherwise.
 
-        ``accepted``; ``acked``; ``expired`` (not sent because ``deliver_by`` had passed); ``failed`` (told to
-        ``on_failed``); ``dead_letters`` (sent to the dead-letter topic instead); ``retried`` (failures after which they
-        were sent again); ``buffered``, those without an outcome; ``scheduled``, those of them that are held for their
-        ``scheduled_time``; ``in_flight_batches``.
+        ``accepted``; ``acked``; ``expired`` (not sent because ``deliver_by`` had passed); ``failed`` (given up);
+        ``dead_letters`` (sent to the dead-letter topic instead); ``retried`` (failures after which they were sent
+        again); ``buffered``, those without an outcome, and ``buffered_bytes``, what they hold; ``scheduled``, those of
+        them that are held for their ``scheduled_time``; ``in_flight_batches``.
         """
-        return {"accepted": self.accepted, "buffered": len(self), **self._agent._stats()}
+        return {
+            "accepted": self.accepted,
+            "buffered": len(self),
+            "buffered_bytes": self._held_bytes,
+            **self._agent._stats(),
+        }
 
     def _start(self) -> None:
         # By the first envelope.
@@ -81,10 +90,12 @@ class BaseBatchedSender(Accumulator):
         if self._agent._is_own():
             raise SenderFullError("no room for the envelope, and a callback of the sender must not wait for it")
 
-    def _check_sent(self, left: int, error: BaseException | None) -> None:
+    def _check_sent(self, error: BaseException | None) -> None:
         # At the end of a `with` block, whose own error comes first.
-        if left and error is None:
-            raise UndeliveredError(f"{left} envelopes were not sent when the sender was closed", count=left)
+        undelivered, lost = self._agent._undelivered, 0 if self._is_forked else self._agent._lost()
+        undelivered.raise_beside(error)
+        if lost and error is None:
+            raise UndeliveredError(f"{lost} envelopes were not sent when the sender was closed", count=lost)
 
     def __repr__(self) -> str:
         if not hasattr(self, "_agent"):
@@ -143,7 +154,9 @@ class BaseBatchedSender(Accumulator):
         SENDERS.discard(self)
 
     def _await_end(self, end: float) -> int:
-        return self._agent._await_end(end)
+        not_sent = self._agent._await_end(end)
+        self._agent._undelivered.log_all()
+        return not_sent
 
     def _wait_for(self, seq: int | None, timeout: float | None) -> bool:
         done = Signal()
@@ -158,8 +171,8 @@ class BaseBatchedSender(Accumulator):
 class BatchedSender(BaseBatchedSender):
     """Takes envelopes one at a time, from any thread, and sends them in batches; the agent sees to what fails.
 
-    A batch is closed when it has `batch_size` envelopes, when the next one would make its keys and bodies more than
-    `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
+    A batch is closed when it has `batch_size` envelopes, when the next one would make its keys, headers and bodies more
+    than `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
     ``max_in_flight_batches`` are in flight. The order of the calls is the order within a partition, as far as
     `SendingAgent` says. A future ``scheduled_time`` holds an envelope until then. What is buffered lives in memory: a
     crash loses it, and so it loses what is scheduled.
@@ -171,8 +184,10 @@ class BatchedSender(BaseBatchedSender):
     Args:
         agent: Sends the batches. Each sender has one of its own.
         batch_size, batch_bytes, batch_timeout_ms: See above. A body that is not encoded yet counts as the average of
-            those that were.
+            those that were; if none was, or if it looks larger, as what its texts, bytes and numbers take, about.
         max_buffered: How many envelopes may be taken and have no outcome, before `send` waits.
+        max_buffered_bytes: How many bytes their keys, headers and bodies may hold, before `send` waits. One envelope
+            that is larger is taken when the buffer is empty.
         close_timeout: Seconds that leaving a ``with`` block waits for what is buffered.
 
     Raises:
@@ -191,9 +206,12 @@ class BatchedSender(BaseBatchedSender):
             How many envelopes have no outcome yet, at most: if the time has passed, some may have been sent later.
 
         Raises:
+            UndeliveredError: Envelopes were given up since the last time, and no ``on_failed`` was told.
             SenderError: It is called by a callback of the sender, for which it would wait.
         """
-        return self._flush(timeout)
+        left = self._flush(timeout)
+        self._agent._undelivered.raise_all()
+        return left
 
     def drain(self, timeout: float | None = None) -> int:
         """Takes no more envelopes, and waits until those that were taken are acknowledged or given up, the scheduled
@@ -204,12 +222,17 @@ class BatchedSender(BaseBatchedSender):
 
         Returns:
             How many envelopes have no outcome yet.
+
+        Raises:
+            UndeliveredError: As `flush`.
         """
-        return self._drain(timeout)
+        left = self._drain(timeout)
+        self._agent._undelivered.raise_all()
+        return left
 
     def close(self, timeout: float | None = None) -> int:
         """As `drain`, with retries and probes at most a second apart; then gives up what is left, and tells
-        ``on_failed`` of each with `SenderClosedError`.
+        ``on_failed`` of each with `SenderClosedError`, or raises.
 
         What may have been stored, by an earlier attempt or because it is still in flight by a producer that others go
         on using, is a `DeliveryError` with ``possibly_persisted``. Ctrl-C ends the wait, and gives up at once. May be
@@ -223,9 +246,12 @@ class BatchedSender(BaseBatchedSender):
             were not sent, or are not known to be.
 
         Raises:
+            UndeliveredError: As `flush`.
             SenderError: It is called by a callback of the sender, for which it would wait.
         """
-        return self._close(timeout)
+        not_sent = self._close(timeout)
+        self._agent._undelivered.raise_all()
+        return not_sent
 
     def __enter__(self) -> Self:
         return self
@@ -233,18 +259,29 @@ class BatchedSender(BaseBatchedSender):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_sent(self.close(), error)
+        self._close(None)
+        self._check_sent(error)
 
 
 def check_batching_options(
-    batch_size: Any, batch_bytes: Any, batch_timeout_ms: Any, max_buffered: Any, close_timeout: Any
+    batch_size: Any,
+    batch_bytes: Any,
+    batch_timeout_ms: Any,
+    max_buffered: Any,
+    max_buffered_bytes: Any,
+    close_timeout: Any,
 ) -> None:
     """Raises ConfigError for what a batched sender cannot take."""
     check_whole("batch_size", batch_size)
     check_whole("batch_bytes", batch_bytes)
     check_whole("max_buffered", max_buffered)
+    check_whole("max_buffered_bytes", max_buffered_bytes, 62)
     if max_buffered < batch_size:
         raise ConfigError(f"max_buffered={max_buffered} is less than batch_size={batch_size}: no batch would be full")
+    if max_buffered_bytes < batch_bytes:
+        raise ConfigError(
+            f"max_buffered_bytes={max_buffered_bytes} is less than batch_bytes={batch_bytes}: no batch would be full"
+        )
     for name, value in (("batch_timeout_ms", batch_timeout_ms), ("close_timeout", close_timeout)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
             unit = "milliseconds" if name.endswith("ms") else "seconds"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
     from kbatch._base_producer import BaseProducer
+    from kbatch._fastmap import Undelivered
 
 __all__ = ["ProducerHandle"]
 
@@ -102,6 +103,11 @@ class ProducerHandle:
                 del _shared[self._key]
         left = 0 if solo is None else _close(solo, timeout)
         return left if producer is self._given else left + _close(producer, timeout)
+
+    def undelivered(self) -> Undelivered | None:
+        """What producers that their last user has closed gave up; ``None`` of those that others use, or the caller."""
+        with _lock:
+            return None if self._users or self._given is not None else self.producer._core.undelivered
 
     def solo(self) -> BaseProducer | None:
         """A producer with the same settings whose record batches have one record each; ``None`` if there is none.

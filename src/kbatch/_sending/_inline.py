@@ -13,7 +13,6 @@ from kbatch._errors import (
     ProducerFatalError,
     SenderClosedError,
     TransactionUnknownError,
-    UndeliveredError,
     can_be_replaced,
     is_for_whole_batch,
 )
@@ -93,10 +92,11 @@ class BaseInlineSender:
         except IndexError:
             return None
 
-    def _check_delivered(self, left: int, error: BaseException | None) -> None:
-        # At the end of a `with` block, whose own error comes first.
-        if left and error is None:
-            raise UndeliveredError(f"{left} envelopes were not acknowledged when the sender was closed", count=left)
+    def _check_delivered(self, error: BaseException | None) -> None:
+        # Of sends that were given up before they had an answer. `error` ends a `with` block, and comes first.
+        undelivered = self._handle.undelivered()
+        if undelivered is not None:
+            undelivered.raise_beside(error, held=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"by {self._handle.producer!r}"
@@ -178,7 +178,16 @@ class InlineSender(BaseInlineSender):
 
         Returns:
             How many envelopes ended without an acknowledgement since closing began; 0 if this closed no producer.
+
+        Raises:
+            UndeliveredError: The producer was closed, and an envelope failed after its `send` had ended with
+                `BatchPending`, Ctrl-C or a cancelled task, which could not tell.
         """
+        left = self._close(timeout)
+        self._check_delivered(None)
+        return left
+
+    def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
         held = self._begin_closing()
         return 0 if held is None else held.release(self._close_timeout if timeout is None else timeout)
@@ -189,4 +198,5 @@ class InlineSender(BaseInlineSender):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_delivered(self.close(), error)
+        self._close(None)
+        self._check_delivered(error)

@@ -51,6 +51,16 @@ class Formed(Protocol):
     def accepted_at(self) -> float: ...
     @property
     def scheduled(self) -> bool: ...
+    @property
+    def sizes(self) -> Sizes: ...
+
+
+class Sizes(Protocol):
+    """What each envelope of a batch was counted as when it was taken, and is given back as."""
+
+    @property
+    def total(self) -> int: ...
+    def __getitem__(self, index: int, /) -> int: ...
 
 
 class Entry:
@@ -58,11 +68,14 @@ class Entry:
 
     __slots__ = (
         *("accepted_at", "apart", "attempts", "envelope", "error", "failed_at", "failures", "group", "origin"),
-        *("possibly_persisted", "seq", "setbacks"),
+        *("possibly_persisted", "seq", "setbacks", "size"),
     )
 
-    def __init__(self, envelope: Envelope[Any], seq: int, accepted_at: float, group: Hashable | None) -> None:
+    def __init__(
+        self, envelope: Envelope[Any], seq: int, accepted_at: float, group: Hashable | None, size: int
+    ) -> None:
         self.envelope = envelope
+        self.size = size  # bytes, as it was counted when it was taken
         self.seq = seq  # the order of sending
         self.accepted_at = accepted_at
         self.group = group  # what its order is kept in
@@ -100,17 +113,19 @@ class Ended(NamedTuple):
 class Flight:
     """Envelopes that are sent together."""
 
-    __slots__ = ("accepted_at", "departed_at", "entries", "envelopes", "isolated", "seqs", "trial")
+    __slots__ = ("accepted_at", "departed_at", "entries", "envelopes", "isolated", "seqs", "sizes", "trial")
 
     def __init__(
         self,
         envelopes: Sequence[Envelope[Any]],
         seqs: Sequence[int],
         accepted_at: float,
+        sizes: Sizes | list[int],
         entries: list[Entry] | None = None,
         *,
         isolated: bool = False,
     ) -> None:
+        self.sizes = sizes
         self.envelopes = envelopes
         self.seqs = seqs
         self.accepted_at = accepted_at
@@ -118,6 +133,11 @@ class Flight:
         self.isolated = isolated  # nothing else is in flight meanwhile
         self.trial: Trial | None = None  # of the circuit breaker; the agent's own
         self.departed_at = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """What its envelopes were counted as."""
+        return sum(self.sizes) if isinstance(self.sizes, list) else self.sizes.total
 
 
 class _Lane:
@@ -164,7 +184,6 @@ class SendQueue:
         batch_bytes: int,
         strict_order: bool,
         hold_scheduled: bool,
-        measure: Callable[[Envelope[Any]], int],
         random: Callable[[], float],
     ) -> None:
         self.ended: list[Ended] = []  # whoever calls takes them out
@@ -175,7 +194,6 @@ class SendQueue:
         self._batch_bytes = batch_bytes
         self._strict = strict_order
         self._hold_scheduled = hold_scheduled
-        self._measure = measure
         self._random = random
         self._flights: dict[Flight, None] = {}  # in their order
         self._isolating = False
@@ -202,11 +220,12 @@ class SendQueue:
         """A batch that comes from the buffer; what of it may be sent now, if anything."""
         envelopes = batch.envelopes
         seqs: Sequence[int] = range(batch.first_seq, batch.first_seq + len(envelopes))
+        sizes: Sizes | list[int] = batch.sizes
         if self._lanes or self._strict or (batch.scheduled and self._hold_scheduled):
-            envelopes, seqs = self._divert(batch, wall)
+            envelopes, seqs, sizes = self._divert(batch, wall)
             if not envelopes:
                 return None
-        return self._depart(Flight(envelopes, seqs, batch.accepted_at))
+        return self._depart(Flight(envelopes, seqs, batch.accepted_at, sizes))
 
     def next_flight(self, now: float, wall: float) -> Flight | None:
         """What waits here and may be sent now."""
@@ -227,7 +246,7 @@ class SendQueue:
                 continue
             if self._end_if_too_old(entry, now):
                 continue
-            size += self._size_of(entry)
+            size += entry.size
             if chosen and (size > self._batch_bytes or not _may_join(entry, chosen)):
                 self._ready.appendleft(entry)
                 break
@@ -237,7 +256,7 @@ class SendQueue:
     def expire_batch(self, batch: Formed, wall: float, error: KbatchError) -> None:
         """A batch that comes from the buffer too late: ends what of it is not held for its time."""
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
-            entry = Entry(envelope, seq, batch.accepted_at, None)
+            entry = Entry(envelope, seq, batch.accepted_at, None, batch.sizes[seq - batch.first_seq])
             if batch.scheduled and self._is_early(envelope, wall):
                 entry.group = self._group(envelope)
                 self._hold_until_due(entry)
@@ -309,7 +328,7 @@ class SendQueue:
 
     def add_dead_letter(self, envelope: Envelope[Any], origin: Ended, now: float) -> None:
         """An envelope that is to be sent instead of one that ended."""
-        entry = self._opened(Entry(envelope, origin.entry.seq, now, None))
+        entry = self._opened(Entry(envelope, origin.entry.seq, now, None, origin.entry.size))
         entry.origin = origin
         self._ready.append(entry)
 
@@ -458,13 +477,8 @@ class SendQueue:
         if flight.entries is not None:
             return flight.entries[index]
         envelope = flight.envelopes[index]
-        return self._opened(Entry(envelope, flight.seqs[index], flight.accepted_at, self._group(envelope)))
-
-    def _size_of(self, entry: Entry) -> int:
-        try:
-            return self._measure(entry.envelope)
-        except Exception:  # a memoryview that was released: refused when it is mapped
-            return 0
+        group, size = self._group(envelope), flight.sizes[index]
+        return self._opened(Entry(envelope, flight.seqs[index], flight.accepted_at, group, size))
 
     def _group(self, envelope: Envelope[Any]) -> Hashable | None:
         key, topic = envelope.key, envelope.topic
@@ -483,26 +497,28 @@ class SendQueue:
             return None  # refused when it is mapped
         return topic or self._topic, within
 
-    def _divert(self, batch: Formed, wall: float) -> tuple[list[Envelope[Any]], list[int]]:
-        """What of a batch may be sent now, and its numbers; the rest waits here."""
+    def _divert(self, batch: Formed, wall: float) -> tuple[list[Envelope[Any]], list[int], list[int]]:
+        """What of a batch may be sent now, its numbers and its sizes; the rest waits here."""
         envelopes: list[Envelope[Any]] = []
         seqs: list[int] = []
+        sizes: list[int] = []
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
-            group = self._group(envelope)
+            group, size = self._group(envelope), batch.sizes[seq - batch.first_seq]
             if batch.scheduled and self._is_early(envelope, wall):
-                self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group))
+                self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group, size))
                 continue
             if group is not None:
                 lane = self._lanes.get(group)
                 if lane is not None:
-                    lane.insert(self._opened(Entry(envelope, seq, batch.accepted_at, group)))
+                    lane.insert(self._opened(Entry(envelope, seq, batch.accepted_at, group, size)))
                     continue
                 if self._strict:
                     self._lanes[group] = lane = _Lane()
                     lane.busy = True
             envelopes.append(envelope)
             seqs.append(seq)
-        return envelopes, seqs
+            sizes.append(size)
+        return envelopes, seqs, sizes
 
     def _is_early(self, envelope: Envelope[Any], wall: float) -> bool:
         due = envelope.scheduled_time
@@ -655,6 +671,7 @@ def _flight_of(entries: list[Entry], *, isolated: bool = False) -> Flight:
         [entry.envelope for entry in entries],
         [entry.seq for entry in entries],
         entries[0].accepted_at,
+        [entry.size for entry in entries],
         entries,
         isolated=isolated,
     )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseTopic", "KafkaTopic", "Mode"]
 
-_BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered")
+_BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered", "max_buffered_bytes")
 _AGENT = (
     *("retry", "failures_to_open", "probe_interval_s", "max_probe_interval_s", "max_in_flight_batches", "strict_order"),
     *("stalled_after_s", "on_failed", "dead_letter_topic", "on_state_change"),
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         batch_bytes: int | None
         batch_timeout_ms: float | None
         max_buffered: int | None
+        max_buffered_bytes: int | None
         retry: RetryPolicy | None
         failures_to_open: int | None
         probe_interval_s: float | None
@@ -94,6 +95,7 @@ class BaseTopic:
     batch_bytes: int | None
     batch_timeout_ms: float | None
     max_buffered: int | None
+    max_buffered_bytes: int | None
     retry: RetryPolicy | None
     failures_to_open: int | None
     probe_interval_s: float | None
@@ -131,6 +133,7 @@ class BaseTopic:
         batch_bytes: int | None = None,
         batch_timeout_ms: float | None = None,
         max_buffered: int | None = None,
+        max_buffered_bytes: int | None = None,
         retry: RetryPolicy | None = None,
         failures_to_open: int | None = None,
         probe_interval_s: float | None = None,
@@ -148,6 +151,7 @@ class BaseTopic:
             "batch_bytes": batch_bytes,
             "batch_timeout_ms": batch_timeout_ms,
             "max_buffered": max_buffered,
+            "max_buffered_bytes": max_buffered_bytes,
             "retry": retry,
             "failures_to_open": failures_to_open,
             "probe_interval_s": probe_interval_s,
@@ -266,7 +270,8 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         producer: A `Producer`, which stays the caller's; or the configuration that topics share, as it takes one.
         config: What is different for this topic; all else is inherited key by key, security and callbacks included.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; not with one.
-        batch_size, batch_bytes, batch_timeout_ms, max_buffered: As for `BatchedSender`; only with ``Mode.BUFFERED``.
+        batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with
+            ``Mode.BUFFERED``.
         retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order,
             stalled_after_s, on_failed, dead_letter_topic, on_state_change: As for `SendingAgent`; only with
             ``Mode.BUFFERED``.

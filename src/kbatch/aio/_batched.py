@@ -184,6 +184,11 @@ class BatchedSender(BaseBatchedSender):
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.flush`."""
+        left = await self._flush_on_loop(timeout)
+        self._agent._undelivered.raise_all()
+        return left
+
+    async def _flush_on_loop(self, timeout: float | None) -> int:
         check_timeout(timeout)
         self._agent._check_caller()
         if not self._is_used:
@@ -203,10 +208,17 @@ class BatchedSender(BaseBatchedSender):
         if len(self):
             self._agent._hurry()
             await self._come_to(None, timeout)
-        return len(self)
+        left = len(self)
+        self._agent._undelivered.raise_all()
+        return left
 
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.BatchedSender.close`. If the task is cancelled, closing goes on without it."""
+        not_sent = await self._close_on_loop(timeout)
+        self._agent._undelivered.raise_all()
+        return not_sent
+
+    async def _close_on_loop(self, timeout: float | None) -> int:
         check_timeout(timeout)
         self._agent._check_caller()
         return await in_thread("kbatch-close", lambda: self._close(timeout))
@@ -229,4 +241,5 @@ class BatchedSender(BaseBatchedSender):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_sent(await self.close(), error)
+        await self._close_on_loop(None)
+        self._check_sent(error)

@@ -70,6 +70,11 @@ class InlineSender(BaseInlineSender):
 
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.InlineSender.close`. If the task is cancelled, closing goes on without it."""
+        left = await self._close(timeout)
+        self._check_delivered(None)
+        return left
+
+    async def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
         held = self._begin_closing()
         if held is None:
@@ -83,4 +88,5 @@ class InlineSender(BaseInlineSender):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_delivered(await self.close(), error)
+        await self._close(None)
+        self._check_delivered(error)

@@ -71,6 +71,7 @@ class Producer(BaseProducer):
         try:
             await waker.future
         except BaseException:
+            batch._wait_no_longer()
             self._core.abandon(batch)
             raise
         finally:
@@ -110,6 +111,8 @@ class Producer(BaseProducer):
             await mapping
             enqueued = LoopWaker()
             done = None if callback is None else self._task_starter(lambda: _call_back(callback, batch))
+            if callback is not None:
+                batch._look()
             self._core.send_detached(batch, enqueued=enqueued, waker=done)
         try:
             await enqueued.future
@@ -152,15 +155,22 @@ class Producer(BaseProducer):
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.flush`."""
+        left = await self._flush(timeout)
+        self._core.undelivered.raise_all()
+        return left
+
+    async def _flush(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        if len(self) == 0 and not self._turns.standing and self._transactions is None and not self.closed:
+        core = self._core
+        idle = len(self) == 0 and not self._turns.standing and self._transactions is None
+        if idle and not self.closed and not core.has_unreleased():
             return 0
         last = self._turns.last
 
         def flush() -> int:
             end = None if timeout is None else time.monotonic() + timeout
             self._turns.wait(last, timeout)
-            left = self._core.flush(None if end is None else max(0.0, end - time.monotonic()))
+            left = core.flush(None if end is None else max(0.0, end - time.monotonic()))
             return left + self._turns.count(last)
 
         return await in_thread("kbatch-flush", flush)
@@ -170,6 +180,11 @@ class Producer(BaseProducer):
 
         If the task is cancelled, closing goes on without it.
         """
+        left = await self._close(timeout)
+        self._core.undelivered.raise_all(held=True)
+        return left
+
+    async def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
         if timeout is None:
             timeout = self._close_timeout
@@ -207,7 +222,8 @@ class Producer(BaseProducer):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._check_delivered(await self.close(), error)
+        await self._close(None)
+        self._check_delivered(error)
 
 
 async def _call_back(callback: Callable[[DeliveryReport], object], batch: PendingBatch) -> None:

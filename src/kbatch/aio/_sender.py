@@ -45,6 +45,7 @@ class KafkaSender(AioAnsweringSender):
 async def send_answered(producer: Producer, topic: str | None, answer: Answer) -> Told:
     """Sends the batch of `answer`, and returns what it is to be told."""
     pending = PendingBatch(producer._core)
+    pending._look()  # the callback is told
     # Made before it is needed: there may be no loop any more, or no memory.
     answer.later = producer._task_starter(answer.give_later)
     answer.mapping = True

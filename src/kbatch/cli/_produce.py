@@ -351,12 +351,12 @@ def produce(job: Job, screen: Screen) -> int:
         last_error = LastError()
         config = _config(job, stack)
         producer = _producer(job, config, last_error, screen)
-        stack.callback(producer.close, 0)
+        stack.callback(_close, producer)
         check_broker(config, job.topic, job.connect_timeout_s)
         if job.embedded and not screen.quiet:
             screen.tell(f"an embedded broker at {config['bootstrap.servers']}; it ends with this command")
         source.start()
-        interrupt = stack.enter_context(Interrupt(lambda: producer.close(0), job.grace_s))
+        interrupt = stack.enter_context(Interrupt(lambda: _close(producer), job.grace_s))
         began = time.monotonic()
         with screen.bar(job.topic, source.size, of_bytes=True) as bar:
             sender = Sender(job, producer, rejects, screen, bar, interrupt)
@@ -368,6 +368,12 @@ def produce(job: Job, screen: Screen) -> int:
         if interrupt.requested:
             return interrupt.status
         return 0 if sender.stopped is None and not sender.tally.bad and not sender.tally.lost else 1
+
+
+def _close(producer: kbatch.Producer) -> None:
+    # Each line that was lost is told by its batch.
+    with contextlib.suppress(kbatch.UndeliveredError):
+        producer.close(0)
 
 
 def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:

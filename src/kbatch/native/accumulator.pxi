@@ -2,12 +2,53 @@
 # its change may run Python code, and so none may allocate what the garbage collector tracks.
 
 @cython.final
+cdef class Sizes:
+    """What each envelope of a batch was counted as."""
+
+    cdef int64_t *_items   # owned
+    cdef Py_ssize_t count
+    cdef Py_ssize_t capacity
+    cdef readonly int64_t total
+
+    def __dealloc__(self):
+        kb_free(self._items)
+
+    cdef inline int reserve(self) except -1:
+        # Room for one more.
+        cdef int64_t *items
+        cdef Py_ssize_t capacity
+        if self.count == self.capacity:
+            capacity = max(16, 2 * self.capacity)
+            items = <int64_t *> kb_malloc(<size_t> capacity * sizeof(int64_t))
+            if items == NULL:
+                raise MemoryError("no memory for the size of an envelope")
+            if self.count:
+                memcpy(items, self._items, <size_t> self.count * sizeof(int64_t))
+            kb_free(self._items)
+            self._items, self.capacity = items, capacity
+        return 0
+
+    cdef inline void append(self, int64_t size) noexcept:
+        self._items[self.count] = size
+        self.count += 1
+        self.total += size
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, Py_ssize_t index) -> int:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self._items[index]
+
+
+@cython.final
 cdef class FormedBatch:
     """Envelopes that go out together, in the order in which they came."""
 
     cdef readonly list envelopes
     cdef readonly int64_t first_seq   # of the first; the others follow one by one
-    cdef readonly int64_t bytes       # of keys and bodies, as `Accumulator` counts them
+    cdef readonly Sizes sizes         # of keys, headers and bodies, as `Accumulator` counts them
     cdef int64_t begun_ns             # when the first came
     cdef int64_t due_ns               # when it may go out, full or not
     cdef int64_t newest_ns            # when it was closed; 0 before
@@ -54,6 +95,13 @@ cdef enum:
     PAUSE_EVERY = 1000  # envelopes, after which a task that does nothing but send lets others run
 
 cdef enum:
+    LOOKS = 256           # objects of a message that are looked at
+    DEEPEST = 8           # containers within each other
+    SHALLOW_LOOKS = 64    # the same where the mean is known, of the outermost container
+    LOOK_DEEP_EVERY = 8   # messages
+    SUSPICIOUS = 64       # messages, after one that is larger than it should be
+
+cdef enum:
     # what _send_on_loop answers
     FULL = 0
     TAKEN = 1
@@ -64,9 +112,10 @@ cdef enum:
 cdef class Accumulator:
     """Takes envelopes one at a time, from any thread, and forms batches of them.
 
-    A batch is closed when it has `batch_size` envelopes, when the next one would make its keys and bodies more than
-    `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what those
-    before it took on average. At most `max_buffered` envelopes are held from `send` to `give_back`.
+    A batch is closed when it has `batch_size` envelopes, when the next one would make its keys, headers and bodies more
+    than `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what
+    those before it took on average, or what its texts, bytes and numbers take if it is the first or looks larger. At
+    most `max_buffered` envelopes and `max_buffered_bytes` are held from `send` to `give_back`, but always one.
     """
 
     cdef readonly Signal signal       # set when there is something to do or to plan
@@ -81,19 +130,26 @@ cdef class Accumulator:
     cdef readonly int64_t batch_size
     cdef readonly int64_t batch_bytes
     cdef readonly int64_t max_buffered
+    cdef readonly int64_t max_buffered_bytes
     cdef int64_t timeout_ns
+    cdef int64_t held_bytes           # what these were counted as
     cdef int64_t held                 # accepted, not given back
     cdef readonly int64_t accepted    # ever: the number that the next one gets
     cdef int64_t message_bytes        # what a message is thought to take when it is encoded
+    cdef bint is_guess                # by what one takes that is not encoded; 0 before
+    cdef int shallow_looks            # so many messages are not looked at closely
+    cdef int deep_looks               # so many are, because one before them was large
 
-    def __init__(self, *, int64_t batch_size, int64_t batch_bytes, double batch_timeout_s, int64_t max_buffered):
+    def __init__(self, *, int64_t batch_size, int64_t batch_bytes, double batch_timeout_s, int64_t max_buffered,
+                 int64_t max_buffered_bytes=INT64_MAX):
         self.signal = Signal()
         self.formed = collections.deque()
         self.waiters = collections.deque()
         self._starting = Turns()
         self.batch_size, self.batch_bytes, self.max_buffered = batch_size, batch_bytes, max_buffered
         self.timeout_ns = <int64_t> (batch_timeout_s * 1e9)
-        self.message_bytes = 256
+        self.max_buffered_bytes = max_buffered_bytes
+        self.is_guess = True
 
     # -- envelopes come
 
@@ -139,7 +195,7 @@ cdef class Accumulator:
         size = self._measure(envelope)  # first: it may run Python code, which may send
         if self.stage != ACCEPTING or self.pid != _this_pid:
             self._look()
-        if self.held >= self.max_buffered or len(self.waiters) > self.gone:
+        if len(self.waiters) > self.gone or not self._has_room(size):
             return False
         self._append(envelope, size)
         return True
@@ -154,15 +210,42 @@ cdef class Accumulator:
             self._refuse()
         return 0
 
-    cdef int64_t _measure(self, Envelope envelope) except -1:
-        cdef int64_t size = 0
+    cdef inline bint _has_room(self, int64_t size) noexcept:
+        if self.held >= self.max_buffered:
+            return False
+        if self.held and size > self.max_buffered_bytes - self.held_bytes:
+            if self.filling is not None and self.filling.due_ns:
+                self.filling.due_ns = 0  # it may never be full, and only its end makes room
+                self.signal.set()
+            return False
+        return True
+
+    cdef int64_t _measure(self, Envelope envelope) noexcept:
+        # Runs no Python code.
+        cdef int64_t size = 0, seen
         if envelope._key is not None:
-            size = len(envelope._key) if isinstance(envelope._key, (str, bytes)) else 0
-        if envelope._kind == BODY_MESSAGE:
-            size += self.message_bytes
-        elif envelope._kind == BODY_DATA and type(envelope._body) is bytes:
-            size += PyBytes_GET_SIZE(envelope._body)
-        return size
+            size = max(0, kb_leaf_bytes(<PyObject *> envelope._key))
+        if envelope._headers is not _EMPTY:
+            size += kb_pairs_bytes(<PyObject *> envelope._headers)
+        if envelope._kind != BODY_MESSAGE:
+            return size if envelope._body is None else size + max(0, kb_leaf_bytes(<PyObject *> envelope._body))
+        if self.shallow_looks:
+            seen = kb_outer_bytes(<PyObject *> envelope._body, SHALLOW_LOOKS)
+            if seen <= 2 * self.message_bytes:
+                self.shallow_looks -= 1
+                return size + (max(seen, self.message_bytes) if self.is_guess else self.message_bytes)
+        seen = kb_content_bytes(<PyObject *> envelope._body, LOOKS, DEEPEST)
+        if self.message_bytes and seen > 2 * self.message_bytes:
+            self.deep_looks, self.shallow_looks = SUSPICIOUS, 0
+        elif self.deep_looks:
+            self.deep_looks -= 1
+        else:
+            self.shallow_looks = LOOK_DEEP_EVERY - 1
+        if self.is_guess:
+            self.message_bytes = max(seen, 1)
+        elif seen <= 2 * self.message_bytes:
+            seen = self.message_bytes
+        return size + seen
 
     def _check_wait(self) -> None:
         """Raises if the caller must not wait for room."""
@@ -171,14 +254,17 @@ cdef class Accumulator:
         cdef FormedBatch batch
         while True:
             batch = self.filling
-            if batch is not None and batch.bytes + size > self.batch_bytes:
+            if batch is not None and size > self.batch_bytes - batch.sizes.total:
                 self._close_batch()
                 batch = None
             if batch is not None:
+                batch.sizes.reserve()
                 batch.envelopes.append(envelope)
                 break
             batch = FormedBatch.__new__(FormedBatch)
             batch.envelopes = [envelope]
+            batch.sizes = Sizes.__new__(Sizes)
+            batch.sizes.reserve()
             if self.stage != ACCEPTING:  # a finalizer has closed it
                 self._refuse()
             if self.filling is None:  # else a finalizer has sent something meanwhile
@@ -188,13 +274,14 @@ cdef class Accumulator:
                 self.filling = batch
                 self.signal.set()
                 break
-        batch.bytes += size
+        batch.sizes.append(size)
         batch.scheduled |= envelope._scheduled_time != NO_TIME
         if self.held == 0:
             self.signal.keeper = self  # the thread may keep it weakly, and has not seen this yet
         self.held += 1
+        self.held_bytes += size
         self.accepted += 1
-        if len(batch.envelopes) >= self.batch_size or batch.bytes >= self.batch_bytes:
+        if len(batch.envelopes) >= self.batch_size or batch.sizes.total >= self.batch_bytes:
             try:
                 self._close_batch()
             except MemoryError:
@@ -223,7 +310,8 @@ cdef class Accumulator:
                 if not signal.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
                     if not waiter.taken:
                         raise SenderFullError(
-                            f"no room for the envelope within {timeout} s: {self.held} have no outcome yet")
+                            f"no room for the envelope within {timeout} s: {self.held} have no outcome yet, "
+                            f"{self.held_bytes} bytes")
         finally:
             self._leave_line(waiter)
         return 0
@@ -271,6 +359,18 @@ cdef class Accumulator:
             self.waiters = rest
         return 0
 
+    cdef RoomWaiter _look_at_first(self):
+        cdef RoomWaiter waiter
+        while self.waiters:
+            waiter = self.waiters[0]
+            if not waiter.gone:
+                return waiter
+            self.waiters.popleft()
+            waiter.in_line = False
+            self.line_changes += 1
+            self.gone -= 1
+        return None
+
     cdef RoomWaiter _first_in_line(self):
         # Takes out the first that waits; None if there is none.
         cdef RoomWaiter waiter = None
@@ -285,7 +385,10 @@ cdef class Accumulator:
 
     cdef int _make_room(self) except -1:
         cdef RoomWaiter waiter
-        while self.held < self.max_buffered and self.stage == ACCEPTING:
+        while self.stage == ACCEPTING:
+            waiter = self._look_at_first()
+            if waiter is None or not self._has_room(waiter.bytes):
+                return 0
             waiter = self._first_in_line()
             if waiter is None:
                 return 0
@@ -383,17 +486,18 @@ cdef class Accumulator:
         cdef FormedBatch batch = self.formed[0] if self.formed else self.filling
         return None if batch is None else batch.first_seq
 
-    def _give_back(self, int64_t count) -> None:
-        """So many envelopes have their outcome."""
+    def _give_back(self, int64_t count, int64_t size) -> None:
+        """So many envelopes have their outcome, which were counted as `size` bytes."""
         self.held -= count
+        self.held_bytes -= size
         self._make_room()
 
-    def _size_of(self, Envelope envelope not None) -> int:
-        """What an envelope counts in a batch's bytes."""
-        return self._measure(envelope)
+    @property
+    def _held_bytes(self) -> int:
+        return self.held_bytes
 
     def _learn_message_bytes(self, int64_t mean) -> None:
-        self.message_bytes = mean
+        self.message_bytes, self.is_guess = mean, mean == 0
 
     @property
     def _batch_timeout_s(self) -> float:

@@ -63,6 +63,9 @@ cdef class Batch:
     cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
     cdef object enqueued_waker  # the same, at the end of phase 2
     cdef list callbacks   # Jobs: called with this batch on the callback thread, in this order
+    cdef bint looked      # somebody is told of its failures, or was
+    cdef int waited       # so many wait for it, or have waited and not looked yet
+    cdef _Lot lot         # its failures, once it is released, if nobody is told of them yet
     cdef char[TIME_TEXT_WOLVERINE] sent_at
 
     def __cinit__(self, Core core not None):
@@ -77,6 +80,8 @@ cdef class Batch:
             return  # in a forked child: a thread of the parent may have held the lock
         drop_records(&self.state)
         arena_give(self.state.client, &self.state.bodies)
+        if self.lot is not None:
+            self.lot.held, self.lot.waited = False, 0  # nobody will look: the producer tells
 
     def __len__(self) -> int:
         return self.state.count
@@ -109,8 +114,61 @@ cdef class Batch:
             return NAN
         return (self.state.done_ns - self.state.started_ns) / 1e9
 
+    def _look(self) -> None:
+        """Somebody is told of what fails, so the producer does not."""
+        self._leave()
+
+    cdef void _leave(self) noexcept:
+        cdef _Lot lot = self.lot
+        self.looked = True
+        self.lot = None
+        if lot is not None:
+            try:
+                self.core.undelivered._take(lot)
+            except BaseException:
+                _logger.exception("could not note that a failure was seen")
+
+    cdef void _wait_on(self) noexcept:
+        # Until it looks, or waits no longer: only then others may be told instead.
+        self.waited += 1
+        if self.lot is not None:
+            self.lot.waited += 1
+
+    def _wait_no_longer(self) -> None:
+        """Who was woken, or has waited, will not look."""
+        if self.waited:
+            self.waited -= 1
+            if self.lot is not None:
+                self.lot.waited -= 1
+
+    cdef void _keep_failures(self) noexcept:
+        # The producer tells of them, unless somebody looks at this batch before.
+        cdef Undelivered undelivered = self.core.undelivered
+        cdef _Lot lot
+        cdef Py_ssize_t i
+        cdef int64_t count = self.outcomes._state_count(FAILED)
+        try:
+            undelivered._own()
+            lot = _Lot.__new__(_Lot)
+            lot.held, lot.waited, lot.count = True, self.waited, count
+            lot.failures = []
+            for i in range(self.state.count):
+                if undelivered.kept + len(lot.failures) >= KEPT_FAILURES:
+                    break
+                if self.outcomes._items[i].state == FAILED:
+                    lot.failures.append(
+                        (self.envelopes[i], self.outcomes._items[i].error, self.outcomes._items[i].persistence))
+            if not self.looked:  # a finalizer may have come in between
+                undelivered._put(lot)
+                self.lot = lot
+        except BaseException:  # no memory
+            undelivered.rest += count
+
     cdef void _release(self) noexcept:
         # With the GIL, once done: what librdkafka could read is given back.
+        if KB_LOAD32(&self.state.failing) and not self.looked:
+            self._keep_failures()
+        self.core.unreleased -= 1
         with nogil:
             arena_give(self.state.client, &self.state.bodies)
         if self.state.detached and len(self.envelopes) > RELEASE_SLICE:
@@ -143,6 +201,8 @@ cdef class Batch:
         self.core._check_fork()
         if waker is None:
             dispatcher.callback_thread._start()  # now: the answer itself needs no memory
+        if callback is not None:
+            self._leave()
         kb_mutex_lock(&c.mu)
         done = self.state.done
         if not done and not self.state.listeners:
@@ -288,17 +348,22 @@ cdef class Core:
     cdef int64_t batches
     cdef int64_t mapped
     cdef int64_t map_ns
+    cdef int64_t unreleased           # batches that were taken and not given back yet
+    cdef readonly Undelivered undelivered  # failures that nobody was told of
 
     def __cinit__(self):
+        self.undelivered = Undelivered("messages were not acknowledged")
         self.c = client_make()
         if self.c == NULL:
             raise MemoryError("no memory for a client")
         self.c.life = CLOSED  # without __init__ it takes nothing
 
     def __init__(self, Config config not None, Mapper mapper not None, Dispatcher dispatcher not None, *,
-                 int64_t max_in_flight, double delivery_timeout_s, on_start=None):
+                 int64_t max_in_flight, double delivery_timeout_s, on_start=None, Undelivered undelivered=None):
         if self.config is not None:
             raise TypeError("a Core is made once")
+        if undelivered is not None:
+            self.undelivered = undelivered
         self.c.max_in_flight = max_in_flight
         self.c.life = NEW
         self.config = config
@@ -556,6 +621,7 @@ cdef class Core:
         state.owner = <PyObject *> batch
         Py_INCREF(batch)
         KB_ADD32(&_pinned, 1)
+        self.unreleased += 1
         self.batches += 1
         return 0
 
@@ -686,6 +752,8 @@ cdef class Core:
                     outcome.error = <int16_t> code
                 if not unknown and outcome.state == FAILED:
                     outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED  # whatever was stored is aborted
+                if outcome.state == FAILED:
+                    KB_STORE32(&state.failing, 1)
         kb_mutex_lock(&c.mu)
         c.acked -= overturned
         count_failed(c, overturned)
@@ -812,6 +880,8 @@ cdef class Core:
             sent += 1
             acked += not code
             failed += code != 0
+        if failed:
+            KB_STORE32(&state.failing, 1)
         drop_records(state)
         KB_ADD64(&c.in_flight, -sent)
         kb_mutex_lock(&c.mu)
@@ -840,6 +910,7 @@ cdef class Core:
         if not KB_LOAD32(&batch.state.done):
             self._check_fork()
             return self._drive(batch, deadline, FOR_BATCH)
+        batch._wait_on()
         if self.c.pid == _this_pid:
             release_idle(self.c)
         return True
@@ -850,6 +921,8 @@ cdef class Core:
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
         cdef int answer
+        if wait_for == FOR_BATCH:
+            batch._wait_on()
         try:
             while True:
                 with nogil:
@@ -858,12 +931,16 @@ cdef class Core:
                     break
                 PyErr_CheckSignals()
         except BaseException:
+            if wait_for == FOR_BATCH:
+                batch._wait_no_longer()
             if state.in_line and not state.detached:
                 end_enqueueing(c, state, SHUT)
             kb_mutex_lock(&c.mu)
             nudge_drainer(c)
             kb_mutex_unlock(&c.mu)
             raise
+        if wait_for == FOR_BATCH and answer != DONE:
+            batch._wait_no_longer()
         release_idle(c)
         return answer == DONE
 
@@ -886,7 +963,7 @@ cdef class Core:
         nudge_drainer(c)
         kb_mutex_unlock(&c.mu)
         try:
-            while something_left(c):
+            while something_left(c) or self.unreleased:
                 with nogil:
                     now = kb_now_ns()
                     if now < deadline:
@@ -894,6 +971,8 @@ cdef class Core:
                 PyErr_CheckSignals()
                 if now >= deadline or KB_LOAD32(&c.life) != RUNNING:
                     break
+                if not something_left(c):
+                    self._await_release(min(deadline, now + WAIT_SLICE))
         finally:
             kb_mutex_lock(&c.mu)
             c.eager -= 1
@@ -904,6 +983,26 @@ cdef class Core:
         left = count_left(c)
         kb_mutex_unlock(&c.mu)
         return left
+
+    cdef int _await_release(self, int64_t deadline) except -1:
+        # Until all that is done was given back, and so its failures are known.
+        release_idle(self.c)
+        while self.unreleased and kb_now_ns() < deadline:
+            with nogil:
+                kb_mutex_lock(&self.c.mu)
+                kb_cond_wait_until(&self.c.life_cond, &self.c.mu, kb_now_ns() + MS // 5)
+                kb_mutex_unlock(&self.c.mu)
+            PyErr_CheckSignals()
+            release_idle(self.c)
+        return 0
+
+    def has_unreleased(self) -> bool:
+        """Whether a batch was taken that has no outcome yet, or was not given back."""
+        return self.unreleased != 0
+
+    def await_release(self, double seconds) -> None:
+        """Waits until every batch that is done was given back, and so its failures are known."""
+        self._await_release(kb_now_ns() + <int64_t> (seconds * 1e9))
 
     def probe(self, str topic, double timeout_s) -> str | None:
         """Asks the brokers for metadata, which writes nothing. None if they answer, and the topic can be written to as
@@ -1312,6 +1411,7 @@ cdef class Dispatcher:
         cdef list callbacks = batch.callbacks
         batch.wakers = None
         if wakers is not None:
+            batch.waited += len(wakers) != 0
             for waker in wakers:
                 self._wake(waker)
         if callbacks is not None:

@@ -165,7 +165,9 @@ class MemoryCore(Core):
             return 0
         self.start()
         with self.line.changed:
-            self.line.changed.wait_for(lambda: self.closed() or not self.line.holds_some_of(self), timeout)
+            done = self.line.changed.wait_for(lambda: self.closed() or not self.line.holds_some_of(self), timeout)
+        if done:
+            self.await_release(_LAST_S)
         return self.in_flight()
 
     def purge(self) -> None:

@@ -1,0 +1,152 @@
+# Envelopes that were given up, until somebody is told. The GIL guards it all; only a failure costs something.
+
+cdef enum:
+    KEPT_FAILURES = 1000  # with their envelopes; of the others there is a count
+
+
+@cython.final
+cdef class _Lot:
+    """The failures of one batch, or one of a sender's."""
+
+    cdef list failures   # (envelope, KbatchError or error code, persistence): the first
+    cdef int64_t count   # of all
+    cdef bint held       # its batch lives, and may be looked at
+    cdef int waited      # so many are about to look at its batch
+
+
+@cython.final
+cdef class Undelivered:
+    """What was given up by a sender or a producer and told to nobody yet: the first 1,000, and how many there are.
+
+    Whoever takes it tells it, so that each failure is told once. What is left at the end is logged.
+    """
+
+    cdef dict lots      # each by itself, in the order of failing
+    cdef int64_t kept   # failures with their envelopes
+    cdef int64_t rest   # failures without
+    cdef int pid
+    cdef str what       # they are called
+
+    def __init__(self, str what not None):
+        self.lots = {}
+        self.pid = _this_pid
+        self.what = what
+
+    cdef void _own(self) noexcept:
+        # What a fork has copied is the parent's to tell.
+        if self.pid != _this_pid:
+            self.pid = _this_pid
+            self.lots = {}
+            self.kept = self.rest = 0
+
+    def add(self, envelope, error) -> None:
+        """One envelope, and the `KbatchError` that says why it was given up."""
+        cdef _Lot lot
+        self._own()
+        if self.kept >= KEPT_FAILURES:
+            self.rest += 1
+            return
+        lot = _Lot.__new__(_Lot)
+        lot.failures = [(envelope, error, 0)]
+        lot.count = 1
+        self._put(lot)
+
+    cdef int _put(self, _Lot lot) except -1:
+        self.lots[lot] = lot
+        self.kept += len(lot.failures)
+        return 0
+
+    cdef bint _take(self, _Lot lot) except -1:
+        # False if another was faster.
+        if self.lots.pop(lot, None) is None:
+            return False
+        self.kept -= len(lot.failures)
+        return True
+
+    cdef list _take_all(self, bint held, bint waited, int64_t *count):
+        cdef list taken = []
+        cdef _Lot lot
+        self._own()
+        for each in list(self.lots):
+            lot = each
+            if (not lot.held or held and (waited or not lot.waited)) and self._take(lot):
+                taken.append(lot)
+                count[0] += lot.count
+        count[0] += self.rest
+        self.rest = 0
+        return taken
+
+    def raise_all(self, *, bint held=False) -> None:
+        """Raises `UndeliveredError` for what nobody was told of; with `held` also of batches that somebody may still
+        look at."""
+        # Raised from here: no signal handler can come between the taking and the raising, and lose it.
+        cdef int64_t count = 0
+        cdef list taken = self._take_all(held, False, &count)
+        if not count:
+            return
+        try:
+            error = self._error(taken, count)
+        except BaseException:
+            self._put_back(taken, count)
+            raise
+        raise error
+
+    def raise_beside(self, error, *, bint held=False) -> None:
+        """As `raise_all` at the end of a block. If `error` ends it, that comes first: what nobody was told of is
+        logged, and noted with `error` where exceptions have notes."""
+        if error is None:
+            self.raise_all(held=held)
+            return
+        text = self._log(held, False)
+        if text is not None and hasattr(error, "add_note"):
+            error.add_note(text)
+
+    def log_all(self, *, bint held=False) -> None:
+        """As `raise_all`, but logs: there is nobody to whom it could be raised. With `held` it is the end: also of
+        batches that somebody waits for."""
+        self._log(held, True)
+
+    cdef str _log(self, bint held, bint waited):
+        cdef int64_t count = 0
+        cdef list taken = self._take_all(held, waited, &count)
+        if not count:
+            return None
+        try:
+            text = f"nobody was told: {self._error(taken, count)}"
+        except BaseException:
+            self._put_back(taken, count)
+            raise
+        _logger.error("%s", text)
+        return text
+
+    cdef object _error(self, list taken, int64_t count):
+        cdef list failures = []
+        cdef _Lot lot
+        for each in taken:
+            lot = each
+            failures.extend(lot.failures)
+        return undelivered_error(self.what, failures, count)
+
+    cdef int _put_back(self, list taken, int64_t count) except -1:
+        cdef _Lot lot
+        for each in taken:
+            lot = each
+            self._put(lot)
+            count -= lot.count
+        self.rest += count
+        return 0
+
+    def __len__(self) -> int:
+        """How many there are, those of batches that somebody may still look at included."""
+        cdef int64_t count = self.rest
+        cdef _Lot lot
+        if self.pid != _this_pid:
+            return 0
+        for each in list(self.lots):
+            lot = each
+            count += lot.count
+        return count
+
+    def __del__(self):
+        if self.pid == _this_pid and self.lots is not None and (self.lots or self.rest):
+            self.log_all(held=True)

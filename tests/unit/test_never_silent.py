@@ -1,0 +1,367 @@
+"""Every envelope that is given up is told once: by whoever takes it, or else by the next flush, close or `with`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, Mode, aio
+from kbatch.testing import AioMemoryProducer, MemoryProducer
+
+from ..waiting import until
+
+PERMANENT = "TOPIC_AUTHORIZATION_FAILED"
+
+
+def envelopes(*keys: str) -> list[Envelope[Any]]:
+    return [Envelope(data=key.encode(), key=key) for key in keys]
+
+
+def keys(error: kbatch.UndeliveredError) -> list[Any]:
+    return [envelope.key for envelope, _ in error.failures]
+
+
+_made: list[kbatch.BatchedSender] = []
+
+
+@pytest.fixture(autouse=True)
+def _closes_senders() -> Iterator[None]:
+    """Also of a test that fails."""
+    yield
+    while _made:
+        with contextlib.suppress(kbatch.UndeliveredError):
+            _made.pop().close(0)
+
+
+def sender_of(producer: MemoryProducer, **options: Any) -> kbatch.BatchedSender:
+    agent = kbatch.SendingAgent(producer, "orders", **options)
+    _made.append(kbatch.BatchedSender(agent, batch_size=10, batch_timeout_ms=1))
+    return _made[-1]
+
+
+def end(thing: Any, how: str) -> None:
+    if how == "with":
+        with thing:
+            pass
+    else:
+        getattr(thing, how)(30)
+
+
+async def end_on_loop(thing: Any, how: str) -> None:
+    if how == "with":
+        async with thing:
+            pass
+    else:
+        await getattr(thing, how)(30)
+
+
+# -- senders
+
+
+@pytest.mark.parametrize("how", ["flush", "drain", "close", "with"])
+def test_what_a_sender_gave_up_is_raised_once(how: str) -> None:
+    with MemoryProducer() as producer:
+        sender = sender_of(producer)
+        producer.fail(PERMANENT, times=2, when=lambda envelope: envelope.key in ("b", "d"))
+        for envelope in envelopes("a", "b", "c", "d"):
+            sender.send(envelope)
+        with pytest.raises(kbatch.UndeliveredError, match=r"^2 envelopes were given up; the first: .*FAILED") as caught:
+            end(sender, how)
+        assert keys(caught.value) == ["b", "d"]
+        assert caught.value.count == 2
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert (str(again), again.count, keys(again)) == (str(caught.value), 2, ["b", "d"])
+        assert [error for _, error in again.failures] == [error for _, error in caught.value.failures]
+        assert [envelope.key for envelope, _ in sender.agent.failed] == ["b", "d"]
+        assert sender.close() == (0 if how == "flush" else 2)  # told already
+    assert [envelope.key for envelope in producer.envelopes] == ["a", "c"]
+
+
+def test_a_failure_before_a_flush_is_told_by_the_end_of_the_block() -> None:
+    with MemoryProducer() as producer:
+        sender = sender_of(producer)
+        for _ in range(3):
+            sender.send(Envelope("an order", key=1))  # type: ignore[arg-type]
+        until(lambda: len(sender) == 0, "the end")
+        with pytest.raises(kbatch.UndeliveredError, match="3 envelopes were given up; the first: ") as caught:
+            end(sender, "with")
+        assert [type(error) for _, error in caught.value.failures] == [kbatch.SerializationError] * 3
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_on_failed_takes_it_unless_it_raises(takes: bool) -> None:
+    told: list[Any] = []
+
+    def on_failed(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        told.append(envelope.key)
+        if not takes and envelope.key == "b":
+            raise OSError("no disk")
+
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        sender = sender_of(producer, on_failed=on_failed)
+        for envelope in envelopes("a", "b"):
+            sender.send(envelope)
+        if takes:
+            assert sender.flush() == 0
+        else:
+            with pytest.raises(kbatch.UndeliveredError) as caught:
+                sender.flush()
+            assert keys(caught.value) == ["b"]
+        with sender:
+            pass
+    assert told == ["a", "b"]
+
+
+def test_a_dead_letter_takes_it() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=1)
+        with sender_of(producer, dead_letter_topic="dead") as sender:
+            sender.send(envelopes("a")[0])
+            assert sender.flush() == 0
+    assert [record.topic() for record in producer.records] == ["dead"]
+
+
+def test_what_is_given_up_at_the_deadline_of_closing_is_raised() -> None:
+    with MemoryProducer() as producer:
+        producer.down()
+        sender = sender_of(producer)
+        for envelope in envelopes("a", "b"):
+            sender.send(envelope)
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            sender.close(0)
+        assert keys(caught.value) == ["a", "b"]
+        assert sender.close() == 2
+
+
+def test_an_error_of_the_block_comes_first_and_the_rest_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT)
+        sender = sender_of(producer)
+        sender.send(envelopes("a")[0])
+        with pytest.raises(LookupError) as caught, sender:
+            raise LookupError
+        check_beside(caught.value, "nobody was told: 1 envelope was given up", caplog)
+        assert sender.close() == 1
+
+
+def test_an_error_of_a_producers_block_comes_first(caplog: pytest.LogCaptureFixture) -> None:
+    producer = MemoryProducer()
+    producer.fail(PERMANENT)
+    pending = producer.submit("orders", envelopes("a"))
+    with pytest.raises(LookupError) as caught, producer:
+        raise LookupError
+    check_beside(caught.value, "nobody was told: 1 message was not acknowledged", caplog)
+    assert producer.close() == 0
+    assert pending.report.failed == 1
+
+
+def check_beside(error: BaseException, text: str, caplog: pytest.LogCaptureFixture) -> None:
+    notes = getattr(error, "__notes__", [])
+    assert len(notes) == (sys.version_info >= (3, 11))
+    for said in (*notes, *caplog.messages[-1:]):
+        assert said.startswith(text)
+
+
+def test_the_first_1000_are_kept_and_all_are_counted() -> None:
+    with MemoryProducer() as producer:
+        sender = sender_of(producer)
+        for number in range(1_500):
+            sender.send(Envelope(object(), key=str(number)))  # cannot be mapped
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            sender.close()
+        assert caught.value.count == 1_500
+        assert keys(caught.value) == [str(number) for number in range(1_000)]
+
+
+@pytest.mark.parametrize("how", ["flush", "drain", "close", "with"])
+def test_the_sender_of_event_loops_raises_as_well(how: str) -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            agent = aio.SendingAgent(producer, "orders")
+            sender = aio.BatchedSender(agent, batch_size=10, batch_timeout_ms=1)
+            producer.fail(PERMANENT, times=1)
+            await sender.send(envelopes("a")[0])
+            with pytest.raises(kbatch.UndeliveredError) as caught:
+                await end_on_loop(sender, how)
+            assert keys(caught.value) == ["a"]
+            await sender.close()
+
+    asyncio.run(main())
+
+
+# -- producers
+
+
+@pytest.mark.parametrize("how", ["flush", "close", "close, kept", "with", "with, kept"])
+def test_a_submitted_batch_that_nobody_looked_at_is_told_by_its_producer(how: str) -> None:
+    producer = MemoryProducer()
+    producer.fail(PERMANENT, times=2, when=lambda envelope: envelope.key in ("b", "d"))
+    how, _, kept = how.partition(", ")
+    pending = producer.submit("orders", envelopes("a", "b", "c", "d"))
+    if not kept:
+        del pending
+    with pytest.raises(kbatch.UndeliveredError, match=r"^2 messages were not acknowledged; the first: ") as caught:
+        end(producer, how)
+    assert keys(caught.value) == ["b", "d"]
+    assert {error.name for _, error in caught.value.failures if isinstance(error, kbatch.DeliveryError)} == {PERMANENT}
+    if kept:
+        assert pending.report.failed == 2
+    with producer:
+        pass
+    assert producer.close() == 0
+
+
+async def answer_of(pending: kbatch.PendingBatch) -> kbatch.DeliveryReport:
+    return await pending
+
+
+@pytest.mark.parametrize("look", ["wait", "report", "callback", "done callback", "await"])
+def test_a_batch_that_was_looked_at_is_told_there_alone(look: str) -> None:
+    reports = []
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        callback = reports.append if look == "callback" else None
+        pending = producer.submit("orders", envelopes("a"), callback=callback)
+        if look == "done callback":
+            pending.add_done_callback(lambda done: reports.append(done.report))
+        assert producer.flush() == 0
+        if look == "wait":
+            reports.append(pending.wait())
+        elif look == "report":
+            reports.append(pending.report)
+        elif look == "await":
+            reports.append(asyncio.run(answer_of(pending)))
+        del pending
+        assert producer.flush() == 0
+    assert [report.failed for report in reports] == [1]
+
+
+def test_a_batch_that_is_still_there_may_be_looked_at_after_flush() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        first, second = (producer.submit("orders", envelopes(key)) for key in "ab")
+        assert producer.flush() == 0
+        assert first.report.failed == 1
+        del first, second
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            producer.flush()
+        assert keys(caught.value) == ["b"]
+
+
+def test_a_wait_that_timed_out_was_no_look() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        producer.hold()
+        with pytest.raises(kbatch.BatchPending):
+            producer.send_batch("orders", envelopes("a"), timeout=0.01)
+        producer.release()
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            producer.flush()
+        assert keys(caught.value) == ["a"]
+
+
+def test_what_send_batch_has_returned_is_told() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        assert producer.send_batch("orders", envelopes("a")).failed == 1
+        assert producer.flush() == 0
+
+
+def test_a_producer_keeps_1000_of_many_batches_and_counts_all() -> None:
+    producer = MemoryProducer()
+    producer.fail(PERMANENT, times=None)
+    for _ in range(3):
+        producer.submit("orders", envelopes(*map(str, range(600))))
+    with pytest.raises(kbatch.UndeliveredError) as caught:
+        producer.close()
+    assert caught.value.count == 1_800
+    assert keys(caught.value) == [*map(str, range(600)), *map(str, range(400))]
+
+
+def test_nothing_is_pinned_by_what_nobody_looked_at() -> None:
+    class Message:
+        pass
+
+    producer = MemoryProducer(encoder=lambda message, context: b"x")
+    producer.fail(PERMANENT, times=None)
+    message = Message()
+    forgotten = weakref.ref(message)
+    pending = producer.submit("orders", [Envelope(message)])
+    gone = weakref.ref(pending)
+    del message, pending
+    with pytest.raises(kbatch.UndeliveredError):
+        producer.flush()
+    gc.disable()
+    try:
+        assert gone() is None
+        assert forgotten() is None
+    finally:
+        gc.enable()
+    producer.close()
+
+
+@pytest.mark.parametrize("how", ["flush", "close", "with"])
+def test_the_producer_of_event_loops_raises_as_well(how: str) -> None:
+    async def main() -> None:
+        producer = AioMemoryProducer()
+        producer.fail(PERMANENT, times=1)
+        await producer.submit("orders", envelopes("a"))
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            await end_on_loop(producer, how)
+        assert keys(caught.value) == ["a"]
+        assert await producer.close() == 0
+
+    asyncio.run(main())
+
+
+def test_the_callback_of_event_loops_takes_it() -> None:
+    async def main() -> None:
+        reports: list[kbatch.DeliveryReport] = []
+        async with AioMemoryProducer() as producer:
+            producer.fail(PERMANENT, times=1)
+            await producer.submit("orders", envelopes("a"), callback=reports.append)
+            assert await producer.flush() == 0
+        assert [report.failed for report in reports] == [1]
+
+    asyncio.run(main())
+
+
+PROGRAM = """
+import kbatch
+from kbatch.testing import MemoryProducer
+producer = MemoryProducer()
+producer.fail("TOPIC_AUTHORIZATION_FAILED", times=None)
+if {sender}:
+    sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"))
+    sender.send(kbatch.Envelope(data=b"a"))
+else:
+    pending = producer.submit("orders", [kbatch.Envelope(data=b"a")])
+"""
+
+
+@pytest.mark.parametrize("sender", [True, False])
+def test_the_end_of_the_interpreter_logs_what_nobody_was_told_of(sender: bool) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(sender=sender)], capture_output=True, text=True, check=True, timeout=60
+    )
+    what = "envelope was given up" if sender else "message was not acknowledged"
+    assert done.stderr.count(f"nobody was told: 1 {what}; the first: ") == 1, done.stderr
+
+
+def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT)
+        topic = kbatch.KafkaTopic("orders", mode=Mode.BUFFERED, producer=producer)
+        with pytest.raises(kbatch.UndeliveredError), topic.create_sender() as sender:
+            sender.send(envelopes("a")[0])
