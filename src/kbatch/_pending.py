@@ -52,8 +52,7 @@ class PendingBatch(Batch):
             if not self.done():
                 raise BatchPending(f"a batch of {len(self)} envelopes has no answer yet", self)
             self._report = DeliveryReport(self.outcomes, self.latency_s)
-            self._look()  # the last line that an interruption could keep from the caller
-        return self._report
+        return self._look(self._report)  # in one line: whoever is interrupted before it has not looked
 
     def add_done_callback(self, callback: Callable[[PendingBatch], object]) -> None:
         """Calls ``callback(self)`` once, on the producer's callback thread, when every envelope has its outcome.

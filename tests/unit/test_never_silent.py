@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -335,6 +335,68 @@ def test_the_callback_of_event_loops_takes_it() -> None:
         assert [report.failed for report in reports] == [1]
 
     asyncio.run(main())
+
+
+class Interrupted(BaseException):
+    """As Ctrl-C."""
+
+
+def interrupted_at(line: int, call: Callable[[], Any]) -> tuple[Any, bool]:
+    """What `call` answers, and whether an exception came before one of kbatch's lines."""
+    left = line
+
+    def trace(frame: Any, event: str, argument: object) -> Any:
+        nonlocal left
+        if not frame.f_globals.get("__name__", "").startswith("kbatch"):
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        return call(), left <= 0
+    except Interrupted:
+        return None, True
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("how", ["send_batch", "wait", "flush"])
+def test_an_exception_between_two_lines_loses_nothing(how: str) -> None:
+    line, was_interrupted = 0, True
+    while was_interrupted:
+        line += 1
+        producer = MemoryProducer()
+        producer.fail(PERMANENT)
+        told = []
+
+        def send(producer: MemoryProducer = producer, told: list[int] = told) -> Any:
+            if how == "send_batch":
+                return producer.send_batch("orders", envelopes("a"))
+            if how == "wait":
+                return producer.submit("orders", envelopes("a")).wait()
+            producer.submit("orders", envelopes("a"))
+            try:
+                producer.flush()
+            except kbatch.UndeliveredError as error:
+                told.append(error.count)
+            return None
+
+        report, was_interrupted = interrupted_at(line, send)
+        if report is not None:
+            told.append(report.failed)
+        was_taken = producer.stats()["batches"] > 0
+        for _ in range(2):
+            try:
+                producer.close()
+            except kbatch.UndeliveredError as error:
+                told.append(error.count)
+        assert told == [1] * was_taken, f"line {line}"
+    assert line > 5
 
 
 PROGRAM = """

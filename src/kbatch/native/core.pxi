@@ -114,9 +114,10 @@ cdef class Batch:
             return NAN
         return (self.state.done_ns - self.state.started_ns) / 1e9
 
-    def _look(self) -> None:
-        """Somebody is told of what fails, so the producer does not."""
+    def _look(self, report=None):
+        """Somebody is told of what fails, so the producer does not. Returns the argument: nothing comes in between."""
         self._leave()
+        return report
 
     cdef void _leave(self) noexcept:
         cdef _Lot lot = self.lot
