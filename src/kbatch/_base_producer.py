@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseProducer", "check_timeout"]
 
+_TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
+
 _WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 
 
@@ -84,6 +86,8 @@ class BaseProducer:
             self._mapper,
             make_dispatcher(parsed, self._callback_thread, lambda: core(), (transactions,)),
             max_in_flight=self._max_in_flight,
+            queue_max_messages=parsed.queue_max_messages,
+            queue_max_bytes=parsed.queue_max_bytes,
             delivery_timeout_s=parsed.delivery_timeout_s,
             on_start=watch_multiprocessing_child,
             undelivered=undelivered,
@@ -126,6 +130,18 @@ class BaseProducer:
         of this process whose memory librdkafka may still read or that was not given back yet.
         """
         return self._core.counters()
+
+    def max_delivery_s(self) -> float:
+        """The longest time in seconds that a batch can take, from the call that sends it to its last outcome.
+
+        Its envelopes may wait for their turn as long as ``delivery.timeout.ms``; librdkafka, which begins to count when
+        it takes one, then waits as long again, and looks at its time-outs once a second. A transaction's end comes on
+        top. A `timeout` of the call bounds only the wait for the turn. A relay's lease of what it sends must be longer.
+        The time to map the batch is not in it, nor that in which the process is stopped.
+        """
+        parsed = self._parsed
+        end_s = 4 * parsed.transaction_timeout_s if parsed.transaction_timeout_s is not None else 0.0
+        return 2 * parsed.delivery_timeout_s + _TIMEOUT_SCAN_S + end_s
 
     @property
     def closed(self) -> bool:

@@ -80,6 +80,7 @@ class ProducerConfig:
     logger: Any = field(repr=False)
     message_max_bytes: int
     queue_max_bytes: int
+    queue_max_messages: int
     delivery_timeout_s: float
     transaction_timeout_s: float | None  # without a transactional.id, None
     fingerprint: bytes = field(repr=False)  # the same where librdkafka's settings are, within this process
@@ -133,6 +134,7 @@ class ProducerConfig:
             **callbacks,
             message_max_bytes=int(native.get("message.max.bytes") or 1_000_000),
             queue_max_bytes=int(native.get("queue.buffering.max.kbytes") or 1_048_576) * 1024,
+            queue_max_messages=int(native.get("queue.buffering.max.messages") or 0) or 2**31 - 1,
             delivery_timeout_s=delivery_timeout_s,
             transaction_timeout_s=transaction_timeout_s,
             fingerprint=_fingerprint(native, names, given),

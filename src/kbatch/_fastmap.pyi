@@ -300,6 +300,8 @@ class Core:
         dispatcher: Dispatcher,
         *,
         max_in_flight: int,
+        queue_max_messages: int,
+        queue_max_bytes: int,
         delivery_timeout_s: float,
         on_start: Callable[[], object] | None = None,
         undelivered: Undelivered | None = None,

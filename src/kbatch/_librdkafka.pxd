@@ -108,6 +108,7 @@ cdef extern from * nogil:
         int err
         rd_kafka_topic_t *rkt
         int32_t partition
+        size_t len  # of the value
         int64_t offset
         void *_private  # the opaque of the produce call
     ctypedef struct _vu_mem "struct { const void *ptr; size_t size; }":

@@ -31,7 +31,7 @@ class PendingBatch(Batch):
         """Blocks until every envelope has its outcome. The GIL is released and Ctrl-C works.
 
         Args:
-            timeout: Seconds; ``None`` waits as long as it takes, which ``delivery.timeout.ms`` bounds.
+            timeout: Seconds; ``None`` waits as long as it takes, at most `max_delivery_s`.
 
         Raises:
             BatchPending: `timeout` seconds have passed.

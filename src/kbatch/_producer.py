@@ -38,7 +38,8 @@ class Producer(BaseProducer):
         source: The ``source`` of envelopes that have none. CloudEvents needs one.
         header_hook: Called once per batch; returns headers that are added to each of its envelopes.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
-        max_in_flight: How many messages may be in flight before ``submit`` waits.
+        max_in_flight: How many messages of one topic may be in flight before ``submit`` waits. All topics together may
+            have a quarter more, and each topic always a few (128), so that one that is stuck does not stop the others.
         carry_scheduled_time: An envelope whose ``scheduled_time`` is in the future is sent at once and carries it, for
             a reader that waits until then. Without it such an envelope is refused with `NotYetDueError`.
 
@@ -60,8 +61,7 @@ class Producer(BaseProducer):
         Args:
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
             envelopes: Any iterable; it is read once, before anything is sent.
-            timeout: Seconds to wait; ``None`` waits until all is settled, which ``delivery.timeout.ms`` bounds; for a
-                transaction its end comes on top, twice ``transaction.timeout.ms`` at most for a commit and an abort.
+            timeout: Seconds to wait; ``None`` waits until all is settled, at most `max_delivery_s`.
 
         Returns:
             The outcome of each envelope. It is true if none failed; `DeliveryReport.raise_for_errors` raises.
@@ -91,7 +91,8 @@ class Producer(BaseProducer):
     ) -> PendingBatch:
         """Hands a batch to librdkafka and returns without waiting for the broker.
 
-        It waits while ``max_in_flight`` messages are in flight or librdkafka's queue is full.
+        It waits while ``max_in_flight`` messages of the topic are in flight or librdkafka's queue is full. Batches of
+        one thread keep their order. A long batch may be interleaved with one of another thread.
 
         Args:
             topic, envelopes: As in `send_batch`.

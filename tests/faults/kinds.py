@@ -199,6 +199,14 @@ def _close(run: Run, fault: Fault) -> None:
     _quick(run, fault)
 
 
+def _lose_leader_beside(run: Run, fault: Fault) -> None:
+    run.begin_beside(fault)
+
+
+def _end_beside(run: Run, fault: Fault) -> None:
+    run.end_beside(fault)
+
+
 _CHILD_REFUSED, _CHILD_SENT, _CHILD_FAILED = 0, 1, 2
 
 
@@ -245,6 +253,8 @@ _ROW_END = "purge, close, interpreter exit in flight"
 _ROW_CANCELLED = "task cancelled, loop closed, MemoryError"
 _SHORT = {"message.timeout.ms": 1_000}
 _ASKING = {"topic.metadata.refresh.interval.ms": 500, "topic.metadata.propagation.max.ms": 200}
+
+BESIDE = "another topic without a leader"
 
 KINDS = (
     Kind("request lost", _ROW_LOST, _push("_TRANSPORT"), _clear, hold_ms=(0, 100), one_in_flight=True),
@@ -339,6 +349,7 @@ KINDS = (
     Kind("retriable errors of a partition", _ROW_REPLICAS, _push_on_partition, hold_ms=(0, 100), one_in_flight=True),
     Kind("permanent errors", _ROW_SIZE, _push(*PERMANENT), _clear, codes=frozenset(PERMANENT.values()),
          hold_ms=(0, 50), one_in_flight=True, outage=False),
+    Kind(BESIDE, _ROW_LEADER, _lose_leader_beside, _end_beside, codes=TIMED_OUT, until_settled=True),
     Kind("interrupted", "task cancelled, loop closed, MemoryError", send={"way": "interrupted"},
          codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterrupted",)), outage=False),
     Kind("no producer id", _ROW_REPLICAS, _push_producer_id, _clear_producer_id, idempotent=True, cold=True,

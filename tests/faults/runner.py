@@ -44,6 +44,7 @@ from tests.faults.history import (
     Stream,
     seen,
 )
+from tests.faults.kinds import BESIDE
 from tests.faults.plan import ONE_AT_A_TIME, Fault, Plan, Send
 from tests.loops import beside
 from tests.mock.clients import read_back
@@ -51,7 +52,7 @@ from tests.mock.clients import read_back
 BROKERS = 3
 _MESSAGE_MAX_BYTES = 4_000
 # Batches that are no steps of the plan: the one before them, and those after them.
-_FIRST, _PROBES = 900, 1_000
+_FIRST, _PROBES, _BESIDE = 900, 1_000, 2_000
 # Undelivered envelopes that are named; of the others there is a count.
 _KEPT = 1_000
 # A broker takes an hour (log.message.timestamp.after.max.ms).
@@ -145,13 +146,15 @@ class Run:
         self.cluster = cluster
         self.plan = plan
         self.topic = f"seed-{plan.seed}-{next(_topic_numbers)}"
-        self.topics = {"main": self.topic, "unknown": f"{self.topic}-unknown", "doomed": f"{self.topic}-doomed"}
+        names = ("unknown", "doomed", "beside")
+        self.topics = {"main": self.topic, **{name: f"{self.topic}-{name}" for name in names}}
         self.history = History(plan.rules())
         self.at_end: list[Callable[[], None]] = []
         self.instance = 0
         self._events = itertools.count()
         self._probes = itertools.count(_PROBES)
         self._jobs: dict[int, _Job] = {}
+        self._beside: dict[Fault, tuple[threading.Thread, set[int]]] = {}
         self._batches: list[weakref.ref[kbatch.PendingBatch]] = []
         # Batches that nobody looks at, and what flush and close have raised, unless it was too much to be named.
         self._forgotten: list[tuple[Sent, list[kbatch.Envelope[Any]]]] = []
@@ -166,6 +169,43 @@ class Run:
     def start_producer(self) -> None:
         with contextlib.suppress(kbatch.ProducerError):
             self.producer.send_batch(self.topic, [])
+
+    def begin_beside(self, fault: Fault) -> None:
+        """More than all of the room is asked for by a topic that has no leader."""
+        number = len(self._beside)
+        topic = self.topics["beside"]
+        if not number:
+            self.cluster.create_topic(topic, 1)
+        self.cluster.set_partition_leader(topic, 0, -1)
+        messages, envelopes = [], []
+        for i in range(self.plan.max_in_flight + 50):
+            token = f"{self.plan.seed}.beside{number}.{i}"
+            envelope = kbatch.Envelope(data=token.encode(), headers=(("token", token),))
+            envelopes.append(envelope)
+            messages.append(Message(token, str(envelope.id), self._key(envelope), token.encode()))
+        sent = Sent(_BESIDE + number, topic, tuple(messages), frozenset((RETURN,)), self.instance, next(self._events))
+        self.history.sends.append(sent)
+        producer = self.producer
+
+        def send() -> None:
+            try:
+                self._answer(sent, RETURN, producer.send_batch(topic, envelopes))
+            except kbatch.ProducerError as error:
+                sent.answers.append(Answer(RETURN, None, refusal=type(error).__name__))
+            sent.handed_in = next(self._events)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        self._beside[fault] = thread, set(self._jobs)
+
+    def end_beside(self, fault: Fault) -> None:
+        """What goes to the main topic must not wait for that."""
+        thread, before = self._beside[fault]
+        jobs = [job for index, job in self._jobs.items() if index not in before]
+        if len(self.plan.kinds) == 1 and not self._until(lambda: all(job.settled() for job in jobs), self.patience_s):
+            self.history.findings.append("a topic without a leader holds up another one")
+        self.cluster.set_partition_leader(self.topics["beside"], 0, 1)
+        thread.join(self.hang_s)
 
     def renew_producer(self, close_timeout_s: float) -> None:
         began = time.monotonic()
@@ -232,7 +272,7 @@ class Run:
 
     def _prepare(self) -> None:
         self.cluster.create_topic(self.topic, self.plan.partitions)
-        if "no leader" in self.plan.kinds:
+        if {"no leader", BESIDE} & set(self.plan.kinds):
             # With version 10 the mock cluster looks up the address of the leader that is not there, and crashes.
             self.cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
 

@@ -14,6 +14,7 @@ import kbatch
 from kbatch import CircuitState, Envelope, RetryPolicy
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.conftest import NIGHTLY
+from tests.kafka.proxy import Direction
 from tests.mock.clients import end_offsets, read, read_back
 from tests.sending import KINDS, Driver, Load, check_nothing_lost, check_overtaken, check_strict_order, numbers
 from tests.waiting import until
@@ -200,6 +201,34 @@ def test_a_fatal_transactional_producer_is_replaced(one_broker: KafkaCluster, ki
         assert driver.agent._handle.producer is not producer
         assert driver.close() == 0
         assert driver.stats()["acked"] == 60
+
+
+def test_a_request_that_is_read_late_is_overtaken_by_nothing_after_a_fatal_error(
+    one_broker: KafkaCluster, kind: str
+) -> None:
+    """A new producer with a connection of its own must not be faster than what the old one has under way."""
+    topic = one_broker.create_topic(partitions=1)
+    proxy = one_broker.brokers[0].proxy
+    with (
+        producer_of(one_broker, **{"bootstrap.servers": one_broker.proxied_servers}) as producer,
+        Driver(kind, producer, topic, options={"batch_timeout_ms": 0}, strict_order=True, **SOON) as driver,
+    ):
+        driver.send(Envelope(data=b"first", key="k"))
+        assert driver.flush() == 0
+        before = proxy.forwarded[Direction.TO_BROKER]
+        proxy.delay(4.0)
+        driver.send(Envelope(data=b"A1", key="k"))
+        until(lambda: driver.stats()["in_flight_batches"] == 1, "A1 under way")
+        time.sleep(0.5)  # the proxy has it, and delivers it after seconds
+        assert proxy.forwarded[Direction.TO_BROKER] == before
+        proxy.delay(0.0)
+        driver.send(Envelope(data=b"A2", key="k"))
+        driver.agent._handle.producer._core.inject_fatal_error(45, "made up")
+        assert driver.flush() == 0
+        assert driver.failed == []
+        assert driver.agent._handle.producer is not producer
+    values = [record.value for record in read_back(one_broker.bootstrap_servers, topic)]
+    assert [value for value in values if value != b"first"] == [b"A1", b"A2"]
 
 
 def test_one_envelope_to_a_missing_topic_takes_no_others_with_it(one_broker: KafkaCluster, kind: str) -> None:

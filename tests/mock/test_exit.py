@@ -266,7 +266,7 @@ def test_a_signal_handler_may_wait_for_its_own_batch_in_line(kafka_cluster: Mock
     assert result.stdout.split("\n")[:2] == ["left 0", "acked 30"], result.stderr
 
 
-@pytest.mark.parametrize(("limit", "count", "in_flight"), [(100_000, 10, 10), (50, 200, 50)])
+@pytest.mark.parametrize(("limit", "count", "in_flight"), [(100_000, 10, 10), (50, 200, 32)])
 def test_ctrl_c_while_waiting_or_enqueueing(dark_cluster: MockCluster, limit: int, count: int, in_flight: int) -> None:
     result = run(
         dark_cluster,
@@ -356,7 +356,7 @@ def test_ctrl_c_in_phase_1_of_a_huge_batch_sends_nothing(kafka_cluster: MockClus
 # broker is there.
 PHASES = {
     "phase 1": ("[kbatch.Envelope(i) for i in range(1_000)]", 0),
-    "phase 2": ("envelopes(200)", 50),
+    "phase 2": ("envelopes(200)", 32),
     "waiting": ("envelopes(20)", 20),
 }
 CALLS = {
@@ -416,14 +416,14 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
         answers = [
             {
                 "phase 1": ("BatchInterrupted", 0, 1_000),
-                "phase 2": ("BatchError", 50, 150),
+                "phase 2": ("BatchError", 32, 168),
                 "waiting": ("successful", 20, 0),
             }[phase]
         ]
     elif call == "submit with a callback" and phase != "phase 1":
-        answers = [("report", on_their_way, 150 if phase == "phase 2" else 0)]
+        answers = [("report", on_their_way, 168 if phase == "phase 2" else 0)]
     is_told = call in ("sender", "submit with a callback")
-    lost = "undelivered 150\n" if phase == "phase 2" and not is_told else ""
+    lost = "undelivered 168\n" if phase == "phase 2" and not is_told else ""
     assert (process.returncode, out) == (0, f"{lost}5\n0 {answers}\n"), errors
     values = [record.value for record in read_back(dark_cluster.bootstrap_servers, "orders")]
     assert values == [b"m%d" % i for i in (*range(on_their_way), *range(5))]

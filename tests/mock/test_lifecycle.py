@@ -75,15 +75,15 @@ def test_a_timeout_in_the_middle_of_enqueueing_settles_the_rest_as_not_sent(dark
             producer.send_batch("orders", envelopes(80), timeout=0.3)
         pending = caught.value.pending
         assert pending is not None
-        assert len(producer) == 50
+        assert len(producer) == 32
         dark_cluster.set_broker_up(1)
         report = pending.wait()
-    assert (report.acked, report.failed) == (50, 30)
-    assert sorted(report.errors) == list(range(50, 80))
+    assert (report.acked, report.failed) == (32, 48)
+    assert sorted(report.errors) == list(range(32, 80))
     assert {error.name for error in report.errors.values()} == {"_TIMED_OUT_QUEUE"}
     assert not any(error.possibly_persisted for error in report.errors.values())
-    (records,) = read(dark_cluster.bootstrap_servers, "orders", 50).values()
-    assert len(records) == 50
+    (records,) = read(dark_cluster.bootstrap_servers, "orders", 32).values()
+    assert len(records) == 32
 
 
 def test_enqueueing_ends_after_the_delivery_timeout(dark_cluster: MockCluster) -> None:
@@ -251,7 +251,7 @@ def test_close_ends_a_batch_that_is_being_enqueued(dark_cluster: MockCluster) ->
     producer = make_producer(dark_cluster, config={"queue.buffering.max.messages": 50})
     sender = threading.Thread(target=lambda: reports.append(producer.send_batch("orders", envelopes(200))))
     sender.start()
-    until(lambda: len(producer) >= 50, "a full queue")
+    until(lambda: producer.stats()["in_flight"] >= 32, "a full queue")
     left = producer.close(timeout=0.2)
     sender.join()
     assert left == 200

@@ -108,8 +108,8 @@ MUTANTS = (
     Mutant(
         "a batch is done one envelope early",
         CLIENT,
-        "if outcome.batch == run:\n                run_count += 1",
-        "if outcome.batch == run:\n                run_count += 2 if run_count == 1 else 1",
+        "if outcome.batch == run and own == topic:\n                run_count += 1",
+        "if outcome.batch == run and own == topic:\n                run_count += 2 if run_count == 1 else 1",
     ),
     # -- headers
     Mutant(
@@ -130,23 +130,58 @@ MUTANTS = (
     Mutant(
         "a record is dropped when librdkafka's queue is full",
         CLIENT,
-        "            continue  # the same record again\n",
-        "            i += 1\n            continue\n",
+        "            batch.queue_full, batch.full_at = 1, seen\n",
+        "            batch.queue_full, batch.full_at = 1, seen\n            i += 1\n",
+        "tests/mock/test_line.py",
     ),
     Mutant(
-        "the first come is served last",
+        "detached batches of a topic do not keep their order",
         CLIENT,
-        "        c.line_last.next_in_line = batch\n    c.line_last = batch",
-        "        batch.next_in_line = c.line_first.next_in_line\n        c.line_first.next_in_line = batch\n"
-        "    if batch.next_in_line == NULL:\n        c.line_last = batch",
-        "tests/mock/test_lifecycle.py",
+        "            batch.behind += 1\n",
+        "            pass\n",
+        "tests/mock/test_line.py tests/mock/test_detached.py",
     ),
     Mutant(
         "back-pressure is not applied",
         CLIENT,
-        "if KB_LOAD64(&c.in_flight) >= c.max_in_flight:",
-        "if KB_LOAD64(&c.in_flight) >= 1000 * c.max_in_flight:",
-        "tests/mock/test_lifecycle.py tests/mock/test_aio.py",
+        "SHARE * (whole - used) - own) // (SHARE + 1), always - own)",
+        "SHARE * (1000 * whole - used) - own) // (SHARE + 1), always - own)",
+        "tests/mock/test_line.py tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
+        "a batch without room keeps the others from their turn",
+        CLIENT,
+        "    while batch != NULL and not (batch.ready and has_room(c, batch)):\n        batch = batch.next_in_line\n",
+        "    if not (batch.ready and has_room(c, batch)):\n        batch = NULL\n",
+        "tests/mock/test_line.py",
+    ),
+    Mutant(
+        "a long batch keeps its turn",
+        CLIENT,
+        "if i != batch.next and others_stand_in_line(c) and (",
+        "if i < 0 and (",
+        "tests/mock/test_line.py",
+    ),
+    Mutant(
+        "a long batch is mapped in one go",
+        CORE,
+        "            offer_gil(&offered_ns)\n\n    def begin_mapping",
+        "            pass\n\n    def begin_mapping",
+        "tests/mock/test_line.py",
+    ),
+    Mutant(
+        "one topic takes all of the room",
+        CLIENT,
+        "SHARE * (whole - used) - own) // (SHARE + 1), always - own)",
+        "whole - used), always - own)",
+        "tests/mock/test_line.py",
+    ),
+    Mutant(
+        "the time in line does not count in the longest time",
+        "_base_producer.py",
+        "2 * parsed.delivery_timeout_s",
+        "parsed.delivery_timeout_s",
+        "tests/unit/test_config.py tests/mock/test_line.py",
     ),
     Mutant(
         "a record's last header is dropped",
@@ -267,9 +302,9 @@ MUTANTS = (
         "tests/unit/test_rejected.py",
     ),
     Mutant(
-        "an expired envelope stays counted as in flight",
+        "an expired envelope stays counted as waiting",
         CLIENT,
-        "RD_KAFKA_RESP_ERR_NO_ERROR)\n            KB_ADD64(&c.in_flight, -1)\n",
+        "RD_KAFKA_RESP_ERR_NO_ERROR)\n            KB_ADD64(&c.waiting, -1)\n",
         "RD_KAFKA_RESP_ERR_NO_ERROR)\n",
     ),
     Mutant(
@@ -666,5 +701,12 @@ MUTANTS = (
         "self._buffer._give_back(1, end.entry.size)",
         "self._buffer._give_back(1, 0)",
         "tests/unit/test_buffered_bytes.py",
+    ),
+    Mutant(
+        "what expires while its batch waits for room is sent",
+        CLIENT,
+        "                wall_us = kb_wall_ns() // 1000\n",
+        "                pass\n",
+        "tests/mock/test_line.py",
     ),
 )

@@ -130,7 +130,8 @@ class InlineSender(BaseInlineSender):
 
         Args:
             envelope: With a ``deliver_by`` that has passed it is not sent, and the report says so: ``expired``.
-            timeout: Seconds to wait; ``None`` waits until it is settled, which ``delivery.timeout.ms`` bounds.
+            timeout: Seconds to wait; ``None`` waits until it is settled, at most the producer's `max_delivery_s`, twice
+                that if it is sent again alone.
 
         Returns:
             The report of this envelope: its partition, its offset.
@@ -138,6 +139,7 @@ class InlineSender(BaseInlineSender):
         Raises:
             DeliveryError: It was not acknowledged. ``possibly_persisted`` says whether it may be stored all the same.
             SerializationError: It could not be mapped. Nothing was sent.
+            NotYetDueError: Its ``scheduled_time`` is in the future. Nothing was sent.
             BatchPending: `timeout` has passed. The error carries what is pending, which goes on.
             SenderClosedError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent.
         """

@@ -91,8 +91,9 @@ class Producer(BaseProducer):
     ) -> PendingBatch:
         """Hands a batch to librdkafka and returns without waiting for the broker; await the answer for that.
 
-        It waits while ``max_in_flight`` messages are in flight or librdkafka's queue is full. If the task is cancelled
-        meanwhile, what was not yet handed over is settled as failed, and the rest goes on.
+        It waits while ``max_in_flight`` messages of the topic are in flight or librdkafka's queue is full. Batches for
+        one topic keep their order. If the task is cancelled meanwhile, what was not yet handed over is settled as
+        failed, and the rest goes on.
 
         Args:
             topic, envelopes: As in `send_batch`.

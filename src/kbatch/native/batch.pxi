@@ -25,7 +25,7 @@ cdef struct Outcome:
     # One per envelope, the opaque of its produce call. Written by whoever polls its delivery report, or by phase 2
     # when it is not sent; read after the batch is done.
     BatchState *batch
-    int64_t offset
+    int64_t offset       # the address of its Topic, until it is known
     int32_t partition
     int16_t error
     uint8_t state
@@ -44,7 +44,20 @@ cdef struct Topic:
     char *name                # owned
     Py_ssize_t length         # of name
     rd_kafka_topic_t *handle  # owned; made when a batch first enqueues to it
+    int64_t in_flight         # atomic: its part of Client.in_flight
+    int64_t bytes             # atomic: its part of Client.bytes
+    Place *first              # detached batches that write to it, in the order in which they came; only the first one
+    Place *last               # may. Under the client's lock
     Topic *next
+
+
+cdef struct Place:
+    # One topic of a batch, and the batch's place among those that wait to write to it.
+    Topic *topic
+    BatchState *batch
+    Place *other      # owned: the batch's next topic
+    Place *ahead
+    Place *behind
 
 
 cdef struct Record:
@@ -77,6 +90,12 @@ cdef enum:
 cdef Py_ssize_t LONGEST_TAKEN = PY_SSIZE_T_MAX - ARENA_BLOCK
 
 
+cdef struct Line:
+    # Batches that wait, in order. A batch stands in one at most.
+    BatchState *first
+    BatchState *last
+
+
 cdef struct BatchState:
     # Lives inside its Python Batch, which the client keeps alive (`owner`) while anything is in flight.
     Client *client        # kept by the Batch's Core
@@ -86,8 +105,10 @@ cdef struct BatchState:
     ArenaBlock *arena     # the same
     ArenaBlock *bodies    # owned until the batch is released: librdkafka reads them until their reports
     Py_ssize_t capacity   # of `records`
+    int64_t *deliver_by   # owned until phase 2 ends: of each record, µs since 1970, 0 without; NULL: of none
     Py_ssize_t count
     Py_ssize_t next       # the first record not yet offered
+    Place place           # its topics, from phase 1 on
     int64_t remaining     # envelopes without an outcome, 1 while phase 2 runs, and `hold`; atomic
     int64_t hold          # 1: a transaction decides when the batch is done; then 0. Under the client's lock
     int32_t done          # atomic; written under the client's lock
@@ -105,16 +126,26 @@ cdef struct BatchState:
     int64_t done_ns
     int64_t deadline_ns   # no enqueueing after this
     BatchState *next_news     # of those for the dispatcher, or of those that are done and nobody listens to
+    Line *line            # where it stands; under the client's lock, as the next five
     BatchState *next_in_line
+    BatchState *previous_in_line
+    int behind            # in how many of its topics it is not the first
+    int ready             # it may get the turn: its thread waits for it, or it is detached and its time is not over
+    Waiter *waiter        # of its thread, while that waits for its turn
+    int32_t starved       # it had no room, and waits for enough of it; of whoever has the turn, or under the lock
+    int32_t queue_full    # librdkafka's queue had no room when so many reports had come; the same
+    int64_t full_at
 
 
 cdef int _this_pid = kb_pid()  # of this process, at hand without a system call
 cdef int32_t _pinned = 0
+cdef int32_t _wanting = 0  # atomic: threads of producers that want the GIL back, and may have to wait for it
 
 
 cdef void _in_forked_child() noexcept nogil:
-    global _this_pid, _pinned
+    global _this_pid, _pinned, _wanting
     _this_pid = kb_pid()
+    _wanting = 0
     _pinned = 0  # those batches are the parent's, and never given back here
 
 
@@ -232,9 +263,63 @@ cdef void records_give(Client *client, Record **records, Py_ssize_t capacity) no
     kb_free(drop)
 
 
+cdef bint note_topic(BatchState *batch, Topic *topic) noexcept nogil:
+    # A record of `batch` goes to `topic`. False when memory is short.
+    cdef Place *place = &batch.place
+    while place.topic != NULL and place.topic != topic:
+        if place.other == NULL:
+            place.other = <Place *> kb_calloc(1, sizeof(Place))
+            if place.other == NULL:
+                return False
+        place = place.other
+    place.topic = topic
+    return True
+
+
+cdef void forget_topics(BatchState *batch) noexcept nogil:
+    # Of a batch that stands in no line.
+    cdef Place *place = batch.place.other
+    cdef Place *following
+    batch.place.other = NULL
+    while place != NULL:
+        following = place.other
+        kb_free(place)
+        place = following
+
+
 cdef void drop_records(BatchState *batch) noexcept nogil:
+    kb_free(batch.deliver_by)
+    batch.deliver_by = NULL
     records_give(batch.client, &batch.records, batch.capacity)
     arena_give(batch.client, &batch.arena)
+
+
+cdef void give_way() noexcept nogil:
+    # A moment in which another thread may take what this one has given up.
+    cdef kb_mutex mu
+    cdef kb_cond cond
+    kb_mutex_init(&mu)
+    kb_cond_init(&cond)
+    kb_mutex_lock(&mu)
+    kb_cond_wait_until(&cond, &mu, kb_now_ns() + MOMENT)
+    kb_mutex_unlock(&mu)
+    kb_cond_destroy(&cond)
+    kb_mutex_destroy(&mu)
+
+
+cdef void offer_gil(int64_t *offered_ns) noexcept:
+    # For long work, every other millisecond. Who gives the GIL up and takes it back at once is first, and CPython's
+    # threads only insist on it when nobody has given it up for 5 ms: so not more often, unless it is known to be wanted.
+    cdef int64_t now = kb_now_ns()
+    if KB_LOAD32(&_wanting):
+        with nogil:
+            give_way()
+    elif now < offered_ns[0] + GIL_OFFER:
+        return
+    else:
+        with nogil:
+            pass
+    offered_ns[0] = kb_now_ns()
 
 
 # No list comprehensions in Cython code: when such a list cannot grow, Cython 3.3.1 gives the new item back twice.

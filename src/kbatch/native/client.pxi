@@ -16,9 +16,7 @@ cdef enum:
     FOR_BATCH = 0   # all envelopes of a batch have an outcome
     FOR_OUTCOME = 1  # the same of a batch on hold, or one of them has failed and no more is enqueued
     FOR_SETTLED = 2  # all envelopes of a batch on hold have an outcome
-    FOR_ROOM = 3    # fewer messages are in flight than `level`
-    FOR_REPORT = 4  # a delivery report has come since `level`
-    FOR_TURN = 5    # it is this batch's turn to enqueue
+    FOR_TURN = 3    # it is this batch's turn to enqueue
 
 cdef enum:
     NO_WAIT = -1  # instead of a Waiter.kind
@@ -26,7 +24,7 @@ cdef enum:
 cdef enum:
     # what enqueue_slice and wait_slice answer
     DONE = 0
-    AGAIN = 1       # the slice is over: look at signals and deadlines, then go on
+    AGAIN = 1       # the slice is over, or the turn, or the room: look at signals and deadlines, then go on
     LATE = 2        # the batch's deadline for enqueueing has passed
     SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch
 
@@ -39,9 +37,16 @@ cdef enum:
     DRAIN_EVERY = 128            # messages between two looks at the delivery reports
     ENQUEUE_SLICE = 65536        # messages between two looks at signals
     MESSAGES_AT_ONCE = 128       # messages copied out of an event at a time
+    TURN_MESSAGES = 2000         # messages of one turn while other batches stand in line
+    SHARE = 4                    # a topic holds at most so many times the room that is free, but always
+    ALWAYS = 64                  # one part in so many, up to DRAIN_EVERY messages
 
 cdef int64_t MS = 1000000
 cdef int64_t WAIT_SLICE = 100 * MS     # Ctrl-C is looked at this often
+cdef int64_t TURN = 2 * MS             # of one turn while other batches stand in line
+cdef int64_t MAP_SLICE = 2 * MS        # of phase 1 between two looks at who wants the GIL
+cdef int64_t GIL_OFFER = 6 * MS        # of long work with the GIL, if nobody is known to want it
+cdef int64_t MOMENT = MS // 20
 cdef int64_t DRAINER_NAP = 5 * MS      # how long callers may leave the queue alone before the drainer takes over
 cdef int64_t FINISH_PURGE = 100 * MS   # between two purges while finishing
 cdef int64_t FATAL_PURGE = 1000 * MS   # between two purges of what is queued, after a fatal error
@@ -54,7 +59,6 @@ cdef struct Waiter:
     kb_cond cond
     int kind
     BatchState *batch
-    int64_t level
     Waiter *next
 
 cdef struct Notice:
@@ -69,8 +73,10 @@ cdef struct Client:
     int pid                 # const once started; 0 before
     int32_t references      # atomic: the Core, the dispatcher, the drainer
     int64_t in_flight       # atomic: messages given to librdkafka (or about to be) without an outcome
+    int64_t bytes           # atomic: their values
     int64_t waiting         # atomic: accepted envelopes that are not among them yet and have no outcome
-    int64_t max_in_flight   # const
+    int64_t room            # const: how many messages may be in flight
+    int64_t byte_room       # const: how many bytes
     int64_t socket_timeout_ns  # const: how long a request may be under way
     kb_mutex mu
     kb_cond drainer_cond
@@ -85,8 +91,12 @@ cdef struct Client:
     Waiter *waiters
     Waiter *leader          # the one waiter that polls
     int32_t leader_is_due   # atomic: the leader should leave its poll, its wait is over
-    BatchState *line_first  # the batch that enqueues now, then those that wait for their turn
-    BatchState *line_last
+    Line line               # batches that may enqueue when they have room
+    Line behind             # detached batches behind others of the same topics
+    BatchState *turn        # the batch that enqueues now, one of `line`; NULL: none has room, or none is there
+    int32_t standing        # batches in `line`; written under `mu`; atomic
+    int detached            # detached batches in both
+    int64_t look_ns         # when the drainer looks for detached batches whose time is over
     int callers             # threads that enqueue
     int64_t polls           # polls by callers, so that the drainer sees that they care
     int eager               # unfinished batches with listeners, flushes: reasons to poll at once
@@ -166,9 +176,8 @@ cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length, bint ma
     while topic != NULL and (topic.length != length or memcmp(topic.name, name, length) != 0):
         topic = topic.next
     if topic == NULL and make:
-        topic = <Topic *> kb_malloc(sizeof(Topic))
+        topic = <Topic *> kb_calloc(1, sizeof(Topic))
         if topic != NULL:
-            topic.handle = NULL
             topic.name = <char *> kb_malloc(length + 1)
             if topic.name == NULL:
                 kb_free(topic)
@@ -270,23 +279,24 @@ cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
         return w.batch.settled or (KB_LOAD32(&w.batch.failing) and not w.batch.in_line)
     if w.kind == FOR_SETTLED:
         return w.batch.settled
-    if w.kind == FOR_ROOM:
-        return KB_LOAD64(&c.in_flight) <= w.level
-    if w.kind == FOR_REPORT:
-        return KB_LOAD64(&c.reports) != w.level
-    return c.line_first == w.batch
+    return c.turn == w.batch
+
+
+cdef void wake(Client *c, Waiter *w) noexcept nogil:
+    # Under the lock. The leader sits in librdkafka's poll, where only a yield reaches it.
+    if w == c.leader:
+        KB_STORE32(&c.leader_is_due, 1)
+        api.queue_yield(c.queue)
+    else:
+        kb_cond_signal(&w.cond)
 
 
 cdef void wake_satisfied(Client *c, Waiter *me) noexcept nogil:
-    # Under the lock. The leader sits in librdkafka's poll, where only a yield reaches it.
+    # Under the lock.
     cdef Waiter *w = c.waiters
     while w != NULL:
         if w != me and satisfied(c, w):
-            if w == c.leader:
-                KB_STORE32(&c.leader_is_due, 1)
-                api.queue_yield(c.queue)
-            else:
-                kb_cond_signal(&w.cond)
+            wake(c, w)
         w = w.next
 
 
@@ -370,7 +380,9 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     cdef const rd_kafka_message_t *message
     cdef BatchState *run = NULL   # consecutive reports mostly belong to one batch
     cdef BatchState *waking[16]   # batches that ran down to zero in this event
-    cdef int64_t run_count = 0, total = 0, failed = 0
+    cdef Topic *topic = NULL      # of the run
+    cdef Topic *own
+    cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0
     cdef int i, n, ran_down = 0
     cdef Outcome *outcome
     while True:
@@ -381,6 +393,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
         for i in range(n):
             message = messages[i]
             outcome = <Outcome *> message._private
+            own = <Topic *> <size_t> outcome.offset
             outcome.partition = message.partition
             outcome.error = <int16_t> message.err
             outcome.persistence = persistence(c, message, outcome.batch.started_ns)
@@ -395,9 +408,12 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                 outcome.offset = -1
                 failed += 1
                 KB_STORE32(&outcome.batch.failing, 1)
-            if outcome.batch == run:
+            if outcome.batch == run and own == topic:
                 run_count += 1
+                run_bytes += message.len
                 continue
+            bytes += run_bytes
+            give_room(topic, run_count, run_bytes)
             if run != NULL and counts_down(run, run_count):
                 waking[ran_down] = run
                 ran_down += 1
@@ -407,12 +423,17 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                     kb_mutex_unlock(&c.mu)
                     ran_down = 0
             run = outcome.batch
+            topic = own
             run_count = 1
+            run_bytes = message.len
+    bytes += run_bytes
+    give_room(topic, run_count, run_bytes)
     if run != NULL and counts_down(run, run_count):
         waking[ran_down] = run
         ran_down += 1
     api.event_destroy(event)
     KB_ADD64(&c.in_flight, -total)
+    KB_ADD64(&c.bytes, -bytes)
     if failed:
         look_for_fatal(c)
     kb_mutex_lock(&c.mu)
@@ -420,6 +441,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     c.acked += total - failed
     count_failed(c, failed)
     finish(c, waking, ran_down, me)
+    pass_turn(c, me)
     kb_mutex_unlock(&c.mu)
 
 
@@ -459,11 +481,16 @@ cdef void unlink(Client *c, Waiter *w) noexcept nogil:
     at[0] = w.next
 
 
+cdef inline bint may_lead(Client *c, Waiter *w) noexcept nogil:
+    # Not who waits for the turn of another: that one polls itself.
+    return c.leader == NULL and c.life == RUNNING and (w.kind != FOR_TURN or c.turn == NULL)
+
+
 cdef void nudge_successor(Client *c) noexcept nogil:
     # Under the lock, with no leader: another waiter should lead; without one the drainer may have to poll.
     cdef Waiter *w = c.waiters
     while w != NULL:
-        if w.kind != FOR_TURN:
+        if may_lead(c, w):
             kb_cond_signal(&w.cond)
             return
         w = w.next
@@ -477,12 +504,12 @@ cdef inline bint is_detached(BatchState *batch) noexcept nogil:
 cdef void nudge_drainer(Client *c) noexcept nogil:
     # Under the lock. A napping drainer looks by itself soon; only eagerness makes it look now.
     if c.drainer_parked:
-        if KB_LOAD64(&c.in_flight) > 0 or c.eager or c.events_expected or is_detached(c.line_first):
+        if KB_LOAD64(&c.in_flight) > 0 or c.eager or c.events_expected or is_detached(c.turn):
             kb_cond_signal(&c.drainer_cond)
     elif c.drainer_asleep:
-        if c.eager or is_detached(c.line_first):
+        if c.eager or is_detached(c.turn):
             kb_cond_signal(&c.drainer_cond)
-    elif c.drainer_polls and is_detached(c.line_first):
+    elif c.drainer_polls and is_detached(c.turn):
         KB_STORE32(&c.drainer_is_due, 1)
         api.queue_yield(c.queue)
 
@@ -500,7 +527,7 @@ cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
         now = kb_now_ns()
         if now >= deadline or (c.life >= FINISHING and w.kind > FOR_SETTLED):
             break
-        if c.leader == NULL and w.kind != FOR_TURN and c.life == RUNNING:
+        if may_lead(c, w):
             c.leader = w
             c.polls += 1
             kb_mutex_unlock(&c.mu)
@@ -520,49 +547,146 @@ cdef bint wait_slice(Client *c, Waiter *w, int64_t deadline) noexcept nogil:
     return done
 
 
-# -- phase 2: first come, first served; the head of the line enqueues
+# -- phase 2: batches take turns
+
+cdef void push(Line *line, BatchState *batch) noexcept nogil:
+    batch.line = line
+    batch.next_in_line = NULL
+    batch.previous_in_line = line.last
+    if line.last == NULL:
+        line.first = batch
+    else:
+        line.last.next_in_line = batch
+    line.last = batch
+
+
+cdef void take_out(BatchState *batch) noexcept nogil:
+    if batch.previous_in_line == NULL:
+        batch.line.first = batch.next_in_line
+    else:
+        batch.previous_in_line.next_in_line = batch.next_in_line
+    if batch.next_in_line == NULL:
+        batch.line.last = batch.previous_in_line
+    else:
+        batch.next_in_line.previous_in_line = batch.previous_in_line
+    batch.line = NULL
+
+
+cdef void stand_in_line(Client *c, BatchState *batch) noexcept nogil:
+    KB_STORE32(&c.standing, c.standing + 1)
+    push(&c.line, batch)
+
 
 cdef void join_line(Client *c, BatchState *batch) noexcept nogil:
+    # Under the lock. A thread has one batch in line, so batches of threads have no order. Detached batches have one
+    # for each of their topics.
+    cdef Place *place = &batch.place
     batch.in_line = 1
-    batch.next_in_line = NULL
-    if c.line_last == NULL:
-        c.line_first = batch
+    if not batch.detached:
+        stand_in_line(c, batch)
+        return
+    batch.ready = 1
+    batch.behind = 0
+    c.detached += 1
+    c.look_ns = min(c.look_ns, batch.deadline_ns)
+    while place != NULL and place.topic != NULL:
+        place.batch = batch
+        place.behind = NULL
+        place.ahead = place.topic.last
+        if place.ahead == NULL:
+            place.topic.first = place
+        else:
+            place.ahead.behind = place
+            batch.behind += 1
+        place.topic.last = place
+        place = place.other
+    if batch.behind:
+        push(&c.behind, batch)
     else:
-        c.line_last.next_in_line = batch
-    c.line_last = batch
+        stand_in_line(c, batch)
+        pass_turn(c, NULL)
+
+
+cdef void leave_places(Client *c, BatchState *batch) noexcept nogil:
+    # Who comes to be the first of all its topics stands in line. What a thread has handed over has no places.
+    cdef Place *place = &batch.place
+    cdef Place *follower
+    while place != NULL and place.batch != NULL:
+        follower = place.behind
+        if follower == NULL:
+            place.topic.last = place.ahead
+        else:
+            follower.ahead = place.ahead
+        if place.ahead != NULL:
+            place.ahead.behind = follower
+        else:
+            place.topic.first = follower
+            if follower != NULL:
+                follower.batch.behind -= 1
+                if follower.batch.behind == 0:
+                    take_out(follower.batch)
+                    stand_in_line(c, follower.batch)
+        place = place.other
 
 
 cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
     # Under the lock, from any place in the line.
-    cdef BatchState *before = NULL
-    cdef BatchState *at = c.line_first
+    if batch.line == &c.line:
+        KB_STORE32(&c.standing, c.standing - 1)
+    take_out(batch)
     batch.in_line = 0
-    while at != batch:
-        before = at
-        at = at.next_in_line
-    if before == NULL:
-        c.line_first = batch.next_in_line
-    else:
-        before.next_in_line = batch.next_in_line
-    if c.line_last == batch:
-        c.line_last = before
-    if before == NULL:
-        if is_detached(c.line_first):
-            nudge_drainer(c)
-        elif c.waiters != NULL:
-            wake_satisfied(c, NULL)
-    if c.line_first == NULL:
+    if batch.detached:
+        c.detached -= 1
+        leave_places(c, batch)
+    if c.turn == batch:
+        c.turn = NULL
+    pass_turn(c, NULL)
+    if nobody_in_line(c):
         kb_cond_broadcast(&c.life_cond)
         if c.life >= CLOSING:
             kb_cond_signal(&c.drainer_cond)
 
 
-cdef void leave(Client *c) noexcept nogil:
-    # Under the lock: a thread that had entered lets librdkafka go.
-    c.entered -= 1
-    if c.life >= CLOSING and c.entered == 0:
-        kb_cond_broadcast(&c.life_cond)
-        kb_cond_signal(&c.drainer_cond)
+cdef inline bint nobody_in_line(Client *c) noexcept nogil:
+    return c.standing == 0 and c.detached == 0
+
+
+# How a topic gets its share of the room, as a port gets its share of a switch's buffer: it may hold SHARE times what
+# is free, so that one alone gets four fifths. What is stuck does not shrink, and each that gets stuck takes four fifths
+# of the rest; so a topic may always hold a little, even if the bound is exceeded by it.
+
+cdef inline int64_t share_left(int64_t whole, int64_t used, int64_t own, int64_t always) noexcept nogil:
+    # How much more one that holds `own` may take.
+    return max(max(0, SHARE * (whole - used) - own) // (SHARE + 1), always - own)
+
+
+cdef inline int64_t room_left(Client *c, Topic *topic) noexcept nogil:
+    # How many messages `topic` may take.
+    return share_left(c.room, KB_LOAD64(&c.in_flight), KB_LOAD64(&topic.in_flight),
+                      max(1, min(c.room // ALWAYS, DRAIN_EVERY)))
+
+
+cdef inline int64_t bytes_left(Client *c, Topic *topic) noexcept nogil:
+    return share_left(c.byte_room, KB_LOAD64(&c.bytes), KB_LOAD64(&topic.bytes), max(1, c.byte_room // ALWAYS))
+
+
+cdef inline bint is_enough(int64_t left, int64_t own) noexcept nogil:
+    # For who has waited: a quarter of what it may hold, so that it is not woken for each report.
+    return left > 0 and left >= (own + left) // 4
+
+
+cdef bint has_room(Client *c, BatchState *batch) noexcept nogil:
+    # Under the lock: whether a batch that nobody enqueues now could offer its next record.
+    cdef Topic *topic
+    cdef int64_t own, bytes
+    if batch.queue_full and KB_LOAD64(&c.reports) == batch.full_at:
+        return False
+    if not batch.starved:
+        return True
+    topic = batch.records[batch.next].topic
+    own, bytes = KB_LOAD64(&topic.in_flight), KB_LOAD64(&topic.bytes)
+    return (is_enough(room_left(c, topic), own)
+            and is_enough(bytes_left(c, topic), bytes))
 
 
 cdef inline void count_offered(Client *c, int64_t count) noexcept nogil:
@@ -575,9 +699,84 @@ cdef inline void count_offered(Client *c, int64_t count) noexcept nogil:
         KB_ADD64(&c.in_flight, count)
 
 
-cdef void poll_ready(Client *c) noexcept nogil:
-    # What is on the queue now, without waiting.
-    while poll_once(c, 0, NULL):
+cdef int64_t take_room(Client *c, BatchState *batch, Py_ssize_t i, Py_ssize_t stop, int64_t *bytes) noexcept nogil:
+    # Counts records from `i` on as in flight, all of one topic, before they are offered. Returns how many; `bytes` of
+    # values have room.
+    cdef Topic *topic = batch.records[i].topic
+    cdef int64_t count = min(stop - i, DRAIN_EVERY)
+    cdef int64_t n = 1
+    count = min(count, room_left(c, topic))
+    bytes[0] = bytes_left(c, topic)
+    if count <= 0 or bytes[0] <= 0:
+        return 0
+    if batch.place.other != NULL:
+        while n < count and not batch.records[i + n].flags and batch.records[i + n].topic == topic:
+            n += 1
+        count = n
+    count_offered(c, count)
+    KB_ADD64(&topic.in_flight, count)
+    return count
+
+
+cdef inline void unreserve(Client *c, Topic *topic, int64_t count, int64_t bytes) noexcept nogil:
+    # Ends a reservation: `count` were not offered, `bytes` were.
+    if topic != NULL:
+        count_offered(c, -count)
+        KB_ADD64(&c.bytes, bytes)
+        give_room(topic, count, 0)
+        KB_ADD64(&topic.bytes, bytes)
+
+
+cdef inline void give_room(Topic *topic, int64_t count, int64_t bytes) noexcept nogil:
+    if count:
+        KB_ADD64(&topic.in_flight, -count)
+        KB_ADD64(&topic.bytes, -bytes)
+
+
+cdef void pass_turn(Client *c, Waiter *me) noexcept nogil:
+    # Under the lock: if nobody enqueues, the first in line that has room does. A thread that does something else, such
+    # as running a signal handler, gets no turn. `me` needs no waking.
+    cdef BatchState *batch = c.line.first
+    if c.turn != NULL or batch == NULL or c.shut:
+        return
+    while batch != NULL and not (batch.ready and has_room(c, batch)):
+        batch = batch.next_in_line
+    if batch == NULL:
+        if c.leader == NULL:
+            nudge_successor(c)
+        return
+    c.turn = batch
+    if batch.detached:
+        nudge_drainer(c)
+    elif batch.waiter != me:
+        wake(c, batch.waiter)
+
+
+cdef void end_turn(Client *c, BatchState *batch, Waiter *me) noexcept nogil:
+    # Under the lock: it has more to enqueue, and the others come first.
+    c.turn = NULL
+    if batch.next_in_line != NULL:
+        take_out(batch)
+        push(&c.line, batch)
+    pass_turn(c, me)
+
+
+cdef void leave(Client *c) noexcept nogil:
+    # Under the lock: a thread that had entered lets librdkafka go.
+    c.entered -= 1
+    if c.life >= CLOSING and c.entered == 0:
+        kb_cond_broadcast(&c.life_cond)
+        kb_cond_signal(&c.drainer_cond)
+
+
+cdef inline bint others_stand_in_line(Client *c) noexcept nogil:
+    # For whoever has the turn.
+    return KB_LOAD32(&c.standing) > 1
+
+
+cdef void poll_ready(Client *c, int64_t turn_end) noexcept nogil:
+    # What is on the queue now, without waiting; an event may be of 10,000 reports.
+    while poll_once(c, 0, NULL) and not (others_stand_in_line(c) and kb_now_ns() >= turn_end):
         pass
 
 
@@ -652,11 +851,16 @@ cdef rd_kafka_topic_t *topic_handle(Client *c, Topic *topic) noexcept nogil:
 cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept nogil:
     """Offers the records of `batch` to librdkafka from where the last slice ended; it is the batch's turn."""
     cdef rd_kafka_vu_t vus[7]
-    cdef Waiter room, report
     cdef Py_ssize_t i = batch.next
     cdef Py_ssize_t stop = min(batch.count, i + ENQUEUE_SLICE)
-    cdef Py_ssize_t chunk_end = i
-    cdef int64_t reserved = 0   # counted as in flight, not yet offered
+    cdef Py_ssize_t look_at = i   # when to look at reports, deadlines and the line
+    cdef Topic *room = NULL       # where there is room for
+    cdef int64_t reserved = 0     # messages, counted as in flight, not yet offered, and
+    cdef int64_t room_bytes = 0   # bytes, of which
+    cdef int64_t bytes = 0        # were taken
+    cdef int64_t turn_end = 0
+    cdef int64_t wall_us = 0      # what is to be delivered by then has expired
+    cdef int64_t now
     cdef int64_t settled = 0    # got their outcome here
     cdef int64_t failed = 0
     cdef int64_t refused = 0    # of these, other than in phase 1: a transaction fails with them
@@ -666,9 +870,6 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef Record *record
     cdef rd_kafka_topic_t *topic
     cdef rd_kafka_error_t *error
-    room.kind = FOR_ROOM
-    room.level = c.max_in_flight - max(1, c.max_in_flight // 4)
-    report.kind = FOR_REPORT
     vus[0].vtype = RD_KAFKA_VTYPE_RKT
     vus[1].vtype = RD_KAFKA_VTYPE_PARTITION
     vus[2].vtype = RD_KAFKA_VTYPE_VALUE
@@ -677,34 +878,47 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     vus[5].vtype = RD_KAFKA_VTYPE_TIMESTAMP
     vus[6].vtype = RD_KAFKA_VTYPE_HEADERS
     while i < stop:
-        if i == chunk_end:
-            poll_ready(c)
+        if i == look_at:
+            look_at = i + DRAIN_EVERY
+            if turn_end == 0:
+                turn_end = kb_now_ns() + TURN
+            if i != batch.next or not others_stand_in_line(c):  # a short one leaves that to them
+                poll_ready(c, turn_end)
+            now = kb_now_ns()
+            if batch.deliver_by != NULL:
+                wall_us = kb_wall_ns() // 1000
             if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):
                 answer = SHUT
                 break
-            if kb_now_ns() >= batch.deadline_ns:
+            if now >= batch.deadline_ns:
                 answer = LATE
                 break
-            if KB_LOAD64(&c.in_flight) >= c.max_in_flight:
-                kb_mutex_lock(&c.mu)
-                code = wait_slice(c, &room, min(slice_end, batch.deadline_ns))
-                kb_mutex_unlock(&c.mu)
-                if code:
-                    continue  # much may have changed meanwhile
-                look_for_fatal(c)  # nobody else may be there to see it
+            if i != batch.next and others_stand_in_line(c) and (
+                    now >= turn_end or i - batch.next >= TURN_MESSAGES):
                 answer = AGAIN
                 break
-            chunk_end = min(stop, i + min(DRAIN_EVERY, c.max_in_flight))
-            reserved = chunk_end - i
-            count_offered(c, reserved)
+            if now >= slice_end:
+                answer = AGAIN
+                break
         record = &batch.records[i]
+        if wall_us and 0 < batch.deliver_by[i] <= wall_us and not record.flags:
+            record.flags = RECORD_EXPIRED
         if record.flags:
             failed += settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)
-            KB_ADD64(&c.in_flight, -1)
-            reserved -= 1
+            KB_ADD64(&c.waiting, -1)
             settled += 1
             i += 1
             continue
+        if reserved == 0 or record.topic != room or bytes >= room_bytes:
+            unreserve(c, room, reserved, bytes)
+            bytes = 0
+            room = record.topic
+            reserved = take_room(c, batch, i, stop, &room_bytes)
+            if reserved == 0:
+                batch.starved = 1
+                answer = AGAIN
+                break
+            batch.starved = 0
         topic = topic_handle(c, record.topic)
         code = RD_KAFKA_RESP_ERR_NO_ERROR
         if topic == NULL:
@@ -717,6 +931,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             vus[3].u.mem.ptr = record.key
             vus[3].u.mem.size = record.key_len
             batch.outcomes[i].batch = batch
+            batch.outcomes[i].offset = <int64_t> <size_t> record.topic
             vus[4].u.ptr = &batch.outcomes[i]
             vus[5].u.i64 = record.timestamp
             vus[6].u.headers = build_headers(record) if record.header_count else NULL
@@ -726,29 +941,23 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 drop_headers(vus[6].u.headers)  # still ours: the message was not taken
                 code = produce_error(c, error)
         if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
-            count_offered(c, -reserved)
-            reserved = 0
-            chunk_end = i
-            report.level = seen
-            kb_mutex_lock(&c.mu)
-            code = wait_slice(c, &report, min(slice_end, batch.deadline_ns))
-            kb_mutex_unlock(&c.mu)
-            if not code:
-                look_for_fatal(c)
-                answer = AGAIN
-                break
-            continue  # the same record again
+            batch.queue_full, batch.full_at = 1, seen
+            answer = AGAIN
+            break
+        batch.queue_full = 0
         reserved -= 1
         if code:
             settle_unsent(&batch.outcomes[i], record, code)
             KB_ADD64(&c.in_flight, -1)
+            give_room(room, 1, 0)
             settled += 1
             failed += 1
             refused += 1
+        else:
+            bytes += record.value_len
         i += 1
     batch.next = i
-    if reserved:
-        count_offered(c, -reserved)
+    unreserve(c, room, reserved, bytes)
     if settled:
         kb_mutex_lock(&c.mu)
         count_failed(c, failed)
@@ -784,25 +993,38 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
 
 
 cdef int take_turn(Client *c, BatchState *batch) noexcept nogil:
-    # One slice of a batch that stands in line: wait for its turn, then enqueue.
+    # One slice of a batch that stands in line: wait for its turn, enqueue, and again.
     cdef Waiter w
-    cdef int answer
+    cdef int answer = AGAIN
     cdef int64_t slice_end = kb_now_ns() + WAIT_SLICE
     w.kind = FOR_TURN
     w.batch = batch
     kb_mutex_lock(&c.mu)
-    if not wait_slice(c, &w, min(slice_end, batch.deadline_ns)):
+    batch.waiter = &w
+    batch.ready = 1
+    while answer == AGAIN and kb_now_ns() < slice_end:
+        pass_turn(c, &w)
+        if not wait_slice(c, &w, min(slice_end, batch.deadline_ns)):
+            if KB_LOAD32(&c.shut):
+                answer = SHUT
+            elif kb_now_ns() >= batch.deadline_ns:
+                answer = LATE
+            break
+        c.callers += 1
+        c.polls += 1
         kb_mutex_unlock(&c.mu)
-        if KB_LOAD32(&c.shut):
-            return SHUT
-        return LATE if kb_now_ns() >= batch.deadline_ns else AGAIN
-    c.callers += 1
-    c.polls += 1
+        answer = enqueue_slice(c, batch, slice_end)
+        kb_mutex_lock(&c.mu)
+        c.callers -= 1
+        if answer == AGAIN:
+            end_turn(c, batch, &w)
+    # No turn while the thread does something else, which may be a signal handler that sends.
+    batch.ready = 0
+    if answer == AGAIN and c.turn == batch:
+        end_turn(c, batch, NULL)
     kb_mutex_unlock(&c.mu)
-    answer = enqueue_slice(c, batch, slice_end)
-    kb_mutex_lock(&c.mu)
-    c.callers -= 1
-    kb_mutex_unlock(&c.mu)
+    if answer == AGAIN:
+        look_for_fatal(c)  # nobody else may be there to see it
     return answer
 
 
@@ -863,16 +1085,16 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
 
 cdef void drainer_main(void *arg) noexcept nogil:
     cdef Client *c = <Client *> arg
-    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, look_behind_ns = 0
+    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, idle_ns
     cdef BatchState *over
     cdef bint urgent
-    cdef int flags, slice_ms
+    cdef int flags, slice_ms, answer
     cdef Notice *unread
     kb_mutex_lock(&c.mu)
     while True:
         in_flight = KB_LOAD64(&c.in_flight)
         now = kb_now_ns()
-        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and c.line_first == NULL and c.held == 0:
+        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and nobody_in_line(c) and c.held == 0:
             # What happened before the end is still told.
             if finished_ns == 0 and c.events_expected:
                 finished_ns = now
@@ -896,26 +1118,29 @@ cdef void drainer_main(void *arg) noexcept nogil:
             api.purge(c.rk, flags)
             kb_mutex_lock(&c.mu)
             continue
-        if is_detached(c.line_first):
-            if now >= look_behind_ns:
-                over = over_behind_head(c, now)
+        if c.detached:
+            if now >= c.look_ns or c.shut:
+                over = next_over(c, now)
                 if over != NULL:
+                    over.ready = 0
+                    answer = SHUT if c.shut or KB_LOAD32(&over.abandoned) else LATE
                     kb_mutex_unlock(&c.mu)
-                    end_enqueueing(c, over, SHUT if KB_LOAD32(&over.abandoned) else LATE)
+                    end_enqueueing(c, over, answer)
                     kb_mutex_lock(&c.mu)
                     continue
-                look_behind_ns = now + WAIT_SLICE
-            nudge_dispatcher(c)
-            enqueue_detached(c)
-            continue
+            if is_detached(c.turn):
+                nudge_dispatcher(c)
+                enqueue_detached(c)
+                continue
+        idle_ns = WAIT_SLICE if c.detached else 0  # 0: nothing to look for
         urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
         if (c.leader != NULL or c.callers) and c.life == RUNNING:
             seen_polls = -1
-            drainer_sleep(c, DRAINER_NAP if in_flight or c.idle_done != NULL else 0)
+            drainer_sleep(c, DRAINER_NAP if in_flight or c.idle_done != NULL else idle_ns)
             continue
         if not urgent:
             if in_flight == 0 and c.idle_done == NULL:
-                drainer_sleep(c, 0)
+                drainer_sleep(c, idle_ns)
                 continue
             if seen_polls != c.polls:
                 # A caller was here a moment ago and may come back: taking its reports away would only cost.
@@ -927,11 +1152,13 @@ cdef void drainer_main(void *arg) noexcept nogil:
                 drainer_sleep(c, DRAINER_NAP)
                 continue
         elif in_flight == 0 and not c.events_expected and c.life == RUNNING:
-            drainer_sleep(c, DRAINER_NAP if c.idle_done != NULL else 0)
+            drainer_sleep(c, DRAINER_NAP if c.idle_done != NULL else idle_ns)
             nudge_dispatcher(c)
             continue
         nudge_dispatcher(c)
         slice_ms = 10 if c.life == FINISHING else 100
+        if c.detached:
+            slice_ms = <int> min(slice_ms, (c.look_ns - now + MS - 1) // MS)
         c.drainer_polls = 1
         kb_mutex_unlock(&c.mu)
         if not poll_once(c, slice_ms, &c.drainer_self):
@@ -948,23 +1175,40 @@ cdef void drainer_main(void *arg) noexcept nogil:
     client_drop(c)
 
 
-cdef BatchState *over_behind_head(Client *c, int64_t now) noexcept nogil:
-    # Under the lock: a detached batch whose time is over, or that nobody wants, before it is its turn.
-    cdef BatchState *batch = c.line_first.next_in_line
-    while batch != NULL and not (batch.detached and (KB_LOAD32(&batch.abandoned) or now >= batch.deadline_ns)):
+cdef BatchState *first_over(Client *c, BatchState *batch, int64_t now) noexcept nogil:
+    # From `batch` on: a detached one whose time is over, or that nobody wants.
+    while batch != NULL:
+        if batch.detached:
+            if c.shut or KB_LOAD32(&batch.abandoned) or now >= batch.deadline_ns:
+                return batch
+            c.look_ns = min(c.look_ns, batch.deadline_ns)
         batch = batch.next_in_line
-    return batch
+    return NULL
+
+
+cdef BatchState *next_over(Client *c, int64_t now) noexcept nogil:
+    # Under the lock: a detached batch to end before it is its turn. Without one, the next look is later.
+    cdef BatchState *over
+    c.look_ns = now + WAIT_SLICE
+    over = first_over(c, c.line.first, now)
+    if over == NULL:
+        over = first_over(c, c.behind.first, now)
+    if over != NULL:
+        c.look_ns = now
+    return over
 
 
 cdef void enqueue_detached(Client *c) noexcept nogil:
-    # Under the lock on entry and exit: one slice of the head of the line, which no thread of its own enqueues.
-    cdef BatchState *batch = c.line_first
+    # Under the lock on entry and exit: one turn of a batch which no thread of its own enqueues.
+    cdef BatchState *batch = c.turn
     cdef int answer
     kb_mutex_unlock(&c.mu)
     answer = enqueue_slice(c, batch, kb_now_ns() + WAIT_SLICE)
     if answer != AGAIN:
         end_enqueueing(c, batch, answer)
     kb_mutex_lock(&c.mu)
+    if answer == AGAIN:
+        end_turn(c, batch, NULL)
 
 
 cdef void nudge_dispatcher(Client *c) noexcept nogil:

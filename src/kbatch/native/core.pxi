@@ -79,6 +79,7 @@ cdef class Batch:
         if self.state.client.pid and self.state.client.pid != _this_pid:
             return  # in a forked child: a thread of the parent may have held the lock
         drop_records(&self.state)
+        forget_topics(&self.state)
         arena_give(self.state.client, &self.state.bodies)
         if self.lot is not None:
             self.lot.held, self.lot.waited = False, 0  # nobody will look: the producer tells
@@ -172,15 +173,16 @@ cdef class Batch:
         self.core.unreleased -= 1
         with nogil:
             arena_give(self.state.client, &self.state.bodies)
-        if self.state.detached and len(self.envelopes) > RELEASE_SLICE:
+        if len(self.envelopes) > RELEASE_SLICE:
             self._forget_in_slices()
         self.envelopes = None
         self.kept = None
         KB_ADD32(&_pinned, -1)
 
     cdef void _forget_in_slices(self) noexcept:
-        # To free many objects takes long, and an event loop must come in between.
+        # To free many objects takes long, and event loops and other threads must come in between.
         cdef list rest = self.kept
+        cdef int64_t offered_ns = kb_now_ns()
         try:
             rest.extend(self.envelopes)
         except MemoryError:
@@ -188,8 +190,7 @@ cdef class Batch:
         self.envelopes = self.kept = None
         while rest:
             del rest[-RELEASE_SLICE:]
-            with nogil:
-                pass
+            offer_gil(&offered_ns)
 
     cdef int _listen(self, object waker, object callback) except -1:
         # Registers before completion, or answers at once after it. Nothing may let go of the GIL between the look at
@@ -296,11 +297,14 @@ cdef void hand_over_own(Client *c) noexcept:
     cdef unsigned long me = PyThread_get_thread_ident()
     cdef BatchState *batch
     kb_mutex_lock(&c.mu)
-    batch = c.line_first
+    batch = c.line.first
     while batch != NULL:
-        if batch.thread == me:
-            batch.detached = 1
+        if batch.thread == me and not batch.detached:
+            batch.detached = batch.ready = 1
+            c.detached += 1
+            c.look_ns = 0
         batch = batch.next_in_line
+    pass_turn(c, NULL)
     nudge_drainer(c)
     kb_mutex_unlock(&c.mu)
 
@@ -360,12 +364,15 @@ cdef class Core:
         self.c.life = CLOSED  # without __init__ it takes nothing
 
     def __init__(self, Config config not None, Mapper mapper not None, Dispatcher dispatcher not None, *,
-                 int64_t max_in_flight, double delivery_timeout_s, on_start=None, Undelivered undelivered=None):
+                 int64_t max_in_flight, int64_t queue_max_messages, int64_t queue_max_bytes, double delivery_timeout_s,
+                 on_start=None, Undelivered undelivered=None):
         if self.config is not None:
             raise TypeError("a Core is made once")
         if undelivered is not None:
             self.undelivered = undelivered
-        self.c.max_in_flight = max_in_flight
+        # One topic alone gets four fifths, which is `max_in_flight`. Stuck topics exceed the room, within the queue's.
+        self.c.room = max(1, min(max_in_flight + (max_in_flight + SHARE - 1) // SHARE, queue_max_messages * 4 // 5))
+        self.c.byte_room = max(1, queue_max_bytes * 4 // 5)
         self.c.life = NEW
         self.config = config
         self.mapper = mapper
@@ -507,7 +514,10 @@ cdef class Core:
         foreign code, a BaseException too, which is then the error's cause. Errors of no single envelope are raised all
         the same, and then nothing is appended.
         """
-        self._map_slice(self.begin_mapping(batch, topic, envelopes, rejected), INT64_MAX)
+        cdef _Mapping mapping = self.begin_mapping(batch, topic, envelopes, rejected)
+        cdef int64_t offered_ns = kb_now_ns()
+        while not self._map_slice(mapping, kb_now_ns() + MAP_SLICE):
+            offer_gil(&offered_ns)
 
     def begin_mapping(self, Batch batch not None, topic, envelopes, list rejected=None) -> _Mapping:
         """Phase 1 for event loops: call `map_slice` with the answer until it is true. `rejected` is as for `map`."""
@@ -589,16 +599,15 @@ cdef class Core:
         self._enter()
         try:
             self._take(batch, deadline, waker, callback)
+            state.detached = detached
             kb_mutex_lock(&c.mu)
             state.thread = 0 if detached else PyThread_get_thread_ident()
             join_line(c, state)  # from here on it keeps librdkafka alive, like `entered`
             if detached:
-                state.detached = 1
                 if state.tell_enqueued and not state.listeners:
                     state.listeners = 1
                     c.eager += 1
-                if c.line_first == state:
-                    nudge_drainer(c)
+                nudge_drainer(c)
             kb_mutex_unlock(&c.mu)
         finally:
             self._leave()
@@ -704,8 +713,6 @@ cdef class Core:
         cdef Client *c = self.c
         kb_mutex_lock(&c.mu)
         join_line(c, &batch.state)
-        if c.line_first == &batch.state:
-            nudge_drainer(c)
         kb_mutex_unlock(&c.mu)
 
     def wait_for_outcome(self, Batch batch not None) -> bool:
@@ -913,7 +920,7 @@ cdef class Core:
             return self._drive(batch, deadline, FOR_BATCH)
         batch._wait_on()
         if self.c.pid == _this_pid:
-            release_idle(self.c)
+            release_idle(self.c, batch.state.count > RELEASE_SLICE)
         return True
 
     cdef bint _drive(self, Batch batch, int64_t deadline, int wait_for) except -1:
@@ -928,6 +935,8 @@ cdef class Core:
             while True:
                 with nogil:
                     answer = advance(c, state, deadline, wait_for)
+                    KB_ADD32(&_wanting, 1)
+                KB_ADD32(&_wanting, -1)
                 if answer != AGAIN:
                     break
                 PyErr_CheckSignals()
@@ -942,7 +951,7 @@ cdef class Core:
             raise
         if wait_for == FOR_BATCH and answer != DONE:
             batch._wait_no_longer()
-        release_idle(c)
+        release_idle(c, state.count > RELEASE_SLICE)
         return answer == DONE
 
     # -- the producer as a whole
@@ -1238,14 +1247,28 @@ cdef class TokenRefresh:
             raise
 
 
-cdef void release_idle(Client *c) noexcept:
-    # With the GIL: gives back batches that are done and that nobody listens to.
-    cdef BatchState *batch
+cdef void release_idle(Client *c, bint long_ones=True) noexcept:
+    # With the GIL: gives back batches that are done and that nobody listens to. Without `long_ones` it does not take
+    # long, and the dispatcher sees to those.
+    cdef BatchState *batch = NULL
     cdef BatchState *following
+    cdef BatchState **at
     kb_mutex_lock(&c.mu)
-    batch = c.idle_done
-    c.idle_done = NULL
-    c.dispatcher_nudge = 0
+    if long_ones:
+        batch = c.idle_done
+        c.idle_done = NULL
+        c.dispatcher_nudge = 0
+    elif c.idle_done != NULL:
+        at = &c.idle_done
+        while at[0] != NULL:
+            following = at[0].next_news
+            if at[0].count <= RELEASE_SLICE:
+                at[0].next_news = batch
+                batch = at[0]
+                at[0] = following
+            else:
+                at = &at[0].next_news
+        nudge_dispatcher(c)
     kb_mutex_unlock(&c.mu)
     while batch != NULL:
         following = batch.next_news
@@ -1370,6 +1393,8 @@ cdef class Dispatcher:
                 if notice != NULL:
                     c.entered += 1  # librdkafka must outlive its events
                 kb_mutex_unlock(&c.mu)
+                KB_ADD32(&_wanting, 1)
+            KB_ADD32(&_wanting, -1)
             while batch != NULL:
                 batch = self._answer(batch, &answered)
             while answered != NULL:

@@ -124,7 +124,8 @@ cdef class Envelope:
         correlation_id, conversation_id, parent_id, tenant_id, user_name: Text that travels as headers;
             ``conversation_id`` may be a ``uuid.UUID``.
         sent_at, scheduled_time, deliver_by: Timezone-aware. ``sent_at`` is by default the time of the batch. An
-            envelope whose ``deliver_by`` has passed when its batch is mapped is not sent; its outcome is *expired*.
+            envelope whose ``deliver_by`` has passed when it would be handed to librdkafka is not sent; its outcome is
+            *expired*. Later it may be stored, up to ``delivery.timeout.ms`` late: its receiver looks again.
         attempts: How often it was tried before.
 
     A subclass may add attributes, and must not override one of these: what is sent is what the constructor was given.

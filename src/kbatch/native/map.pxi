@@ -357,6 +357,9 @@ cdef class _Mapping:
         if topic is not self.last_topic or self.last_topic_entry == NULL:
             self.last_topic_entry = self._find_topic(topic)
             self.last_topic = topic
+            if not note_topic(self.state, self.last_topic_entry):
+                self.last_topic_entry = NULL
+                raise MemoryError("no memory for a topic")
         record.topic = self.last_topic_entry
         return 0
 
@@ -757,6 +760,16 @@ cdef class _Mapping:
             f"sends at once: give the envelope to a BUFFERED sender, which waits until then{carry}",
             index=self.index, envelope_id=self.envelope.id)
 
+    cdef int _note_deliver_by(self, int64_t at) except -1:
+        # Phase 2 looks again: a batch may wait for room.
+        cdef BatchState *state = self.state
+        if state.deliver_by == NULL:
+            state.deliver_by = <int64_t *> kb_calloc(<size_t> state.count, sizeof(int64_t))
+            if state.deliver_by == NULL:
+                raise MemoryError("no memory for the times of a batch")
+        state.deliver_by[self.index] = max(at, 1)
+        return 0
+
     cdef int _map_one(self, object item, Record *record) except -1:
         cdef Envelope e
         if not isinstance(item, Envelope):
@@ -772,6 +785,8 @@ cdef class _Mapping:
         if e._deliver_by != NO_TIME and e._deliver_by <= self.now_us:
             record.flags = RECORD_EXPIRED
             return 0
+        if e._deliver_by != NO_TIME:
+            self._note_deliver_by(e._deliver_by)
         if e._scheduled_time > self.now_us and not self.mapper.carry_scheduled_time:
             self._refuse_scheduled()
         if self.mapper.wire == WIRE_CUSTOM:
