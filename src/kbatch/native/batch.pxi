@@ -294,26 +294,25 @@ cdef void drop_records(BatchState *batch) noexcept nogil:
     arena_give(batch.client, &batch.arena)
 
 
-cdef void give_way() noexcept nogil:
-    # A moment in which another thread may take what this one has given up.
+cdef void pause(int64_t ns) noexcept nogil:
     cdef kb_mutex mu
     cdef kb_cond cond
     kb_mutex_init(&mu)
     kb_cond_init(&cond)
     kb_mutex_lock(&mu)
-    kb_cond_wait_until(&cond, &mu, kb_now_ns() + MOMENT)
+    kb_cond_wait_until(&cond, &mu, kb_now_ns() + ns)
     kb_mutex_unlock(&mu)
     kb_cond_destroy(&cond)
     kb_mutex_destroy(&mu)
 
 
 cdef void offer_gil(int64_t *offered_ns) noexcept:
-    # For long work, every other millisecond. Who gives the GIL up and takes it back at once is first, and CPython's
-    # threads only insist on it when nobody has given it up for 5 ms: so not more often, unless it is known to be wanted.
+    # For long work, often. Who gives the GIL up and takes it back at once is first, and CPython's
+    # threads only insist on it when nobody has given it up for 5 ms: so not more often, unless it is known as wanted.
     cdef int64_t now = kb_now_ns()
     if KB_LOAD32(&_wanting):
         with nogil:
-            give_way()
+            pause(MOMENT)
     elif now < offered_ns[0] + GIL_OFFER:
         return
     else:

@@ -212,16 +212,8 @@ cdef class CallbackThread:
 
 cdef void nap() noexcept:
     # Until others may have given memory back.
-    cdef kb_mutex mu
-    cdef kb_cond cond
     with nogil:
-        kb_mutex_init(&mu)
-        kb_cond_init(&cond)
-        kb_mutex_lock(&mu)
-        kb_cond_wait_until(&cond, &mu, kb_now_ns() + 10 * MS)
-        kb_mutex_unlock(&mu)
-        kb_cond_destroy(&cond)
-        kb_mutex_destroy(&mu)
+        pause(10 * MS)
 
 
 # -- event loops
