@@ -727,14 +727,14 @@ class _Recorder(kbatch.SenderCallback):
     def _record(self, method: str, outcome: kbatch.KbatchError | kbatch.DeliveryReport) -> None:
         report = outcome if isinstance(outcome, kbatch.DeliveryReport) else outcome.report
         refused = not isinstance(outcome, (kbatch.DeliveryReport, kbatch.BatchError))
-        self.sent.answers.append(
-            Answer(
-                CONTRACT,
-                None if report is None else self.run._outcomes(self.sent, report),
-                method,
-                type(outcome).__name__ if refused else "",
-            )
-        )
+        refused |= isinstance(outcome, kbatch.BatchInterrupted) and not self.sent.messages  # no envelope tells
+        before = sys.gettrace()
+        sys.settrace(None)  # what interrupts kbatch must not interrupt this
+        try:
+            outcomes = None if report is None else self.run._outcomes(self.sent, report)
+        finally:
+            sys.settrace(before)
+        self.sent.answers.append(Answer(CONTRACT, outcomes, method, type(outcome).__name__ if refused else ""))
 
     def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
         self._record("mark_successful", report)
