@@ -195,3 +195,30 @@ def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing
         assert driver.stats()["retried"] == retried
         assert [type(error.__cause__) for _, error in driver.failed] == ([] if is_stored else [kind_of_error])
         assert driver.states == ["closed"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Any] = []
+    with MemoryProducer() as producer:
+        producer.fail("MSG_SIZE_TOO_LARGE", times=None)
+        agent = SendingAgent(
+            producer, "orders", on_failed=lambda envelope, _: told.append(envelope.message), dead_letter_topic="dead"
+        )
+        sender = kbatch.BatchedSender(agent, batch_timeout_ms=50)
+        assert not agent._has_thread()
+        log, left = agent._log, [2]
+
+        def without_memory(*arguments: Any, **more: Any) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise MemoryError
+            log(*arguments, **more)
+
+        agent._log = without_memory  # type: ignore[method-assign]
+        for n in range(5):
+            sender.send(Envelope(n))
+        until(lambda: len(told) == 5, "what is told")
+        sender.close(30)
+    assert sorted(told) == list(range(5))
+    assert len(sender) == 0

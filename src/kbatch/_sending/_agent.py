@@ -838,28 +838,36 @@ class BaseSendingAgent:
         assert queue is not None
         if not queue.ended:
             return False
-        ended, queue.ended = queue.ended, []
         told: list[Ended] = []
-        for end in ended:
-            if end.entry.origin is not None:
-                self._log(logging.ERROR, "a dead letter could not be sent: %s", end.error)
-                told.append(end.entry.origin)
-                continue
-            letter = None
-            if self._dead_letter_topic is not None and self._death is None and not self._giving_up:
-                with contextlib.suppress(Exception):  # headers that could not be mapped either
-                    letter = dead_letter(end, self._dead_letter_topic, self.topic)
-            if letter is None:
-                told.append(end)
-            else:
-                queue.add_dead_letter(letter, end, now)
-        if self._giving_up or self._buffer is None or self._buffer._is_refusing:
-            self._not_sent += len(told)
-        self._counts["failed"] += len(told)
-        if told:
-            self._untold.append((min(end.entry.seq for end in told), told))
-            self._callbacks.put(self._tell_failed, told)
-        return len(told) < len(ended)
+        done = 0
+        try:
+            for end in queue.ended:
+                if end.entry.origin is not None:
+                    self._log(logging.ERROR, "a dead letter could not be sent: %s", end.error)
+                    told.append(end.entry.origin)
+                elif not self._send_to_dead_letters(end, now):
+                    told.append(end)
+                done += 1
+        finally:  # without memory the others are the next call's
+            del queue.ended[:done]
+            if told:
+                if self._giving_up or self._buffer is None or self._buffer._is_refusing:
+                    self._not_sent += len(told)
+                self._counts["failed"] += len(told)
+                self._untold.append((min(end.entry.seq for end in told), told))
+                self._callbacks.put_surely(self._tell_failed, told)
+        return len(told) < done
+
+    def _send_to_dead_letters(self, end: Ended, now: float) -> bool:
+        if self._dead_letter_topic is None or self._death is not None or self._giving_up:
+            return False
+        try:
+            letter = dead_letter(end, self._dead_letter_topic, self.topic)
+        except Exception:  # headers that could not be mapped either
+            return False
+        assert self._queue is not None
+        self._queue.add_dead_letter(letter, end, now)
+        return True
 
     def _tell_failed(self, told: list[Ended]) -> None:
         if self._on_failed == self._keep_failure:

@@ -123,6 +123,15 @@ cdef class CallbackThread:
         if not has_thread:
             self._work(None)
 
+    def put_surely(self, function, *arguments) -> None:
+        """As `put`, for what must be told: without memory it tries again until there is some."""
+        while True:
+            try:
+                self.put(function, *arguments)
+                return
+            except MemoryError:
+                nap()
+
     cdef void _append(self, Job job) noexcept:
         if self.last is None:
             self.first = job
