@@ -1,6 +1,7 @@
 """The line of a producer: batches that have room pass those that have none, and a long one does not hold up a short."""
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -269,3 +270,80 @@ def test_what_expires_while_it_waits_for_room_is_not_sent(cluster: MockCluster, 
     assert late.report.expired == (1, 3, 5, 7, 9)
     assert late.report.acked == 5
     assert sorted(stored(cluster, "dead", 3 * ROOM + 5)) == [*range(3 * ROOM), *range(1000, 1010, 2)]
+
+
+def test_many_dead_topics_do_not_fill_librdkafkas_queue(cluster: MockCluster, config: dict[str, Any]) -> None:
+    names = [f"dead-{n}" for n in range(30)]
+    for name in names:
+        cluster.create_topic(name)
+        cluster.set_partition_leader(name, 0, -1)
+    producer = kbatch.Producer(config | {"queue.buffering.max.messages": 2_000})
+    waiting = [Sending(producer, name, envelopes(200)) for name in names]
+    until(lambda: in_flight(producer) > 1_500, "what the dead topics take")
+    for n in range(5):
+        assert producer.send_batch("healthy", envelopes(50, n), timeout=30).ok
+    assert all(thread.is_alive() for thread in waiting)
+    producer._core.close(0)
+    for thread in waiting:
+        thread.join(30)
+
+
+def test_small_messages_leave_room_for_a_large_one(cluster: MockCluster, config: dict[str, Any]) -> None:
+    size = 7_800_000
+    cluster.create_topic("large")
+    limits = {"queue.buffering.max.kbytes": 16_384, "message.max.bytes": 8_000_000}
+    producer = kbatch.Producer(config | limits, wire="raw")
+    assert producer.send_batch("large", [Envelope(data=b"first")]).ok
+    cluster.set_rtt(1, 50)
+    over = threading.Event()
+
+    def flow() -> None:
+        small = [Envelope(data=b"x" * 20_000) for _ in range(200)]
+        while not over.is_set():
+            producer.submit("healthy", small)
+
+    flowing = [threading.Thread(target=flow, daemon=True) for _ in range(2)]
+    for thread in flowing:
+        thread.start()
+    until(lambda: in_flight(producer) > 200, "the small ones")
+    report = producer.send_batch("large", [Envelope(data=b"y" * size)], timeout=30)
+    over.set()
+    producer._core.close(0)
+    for thread in flowing:
+        thread.join(30)
+    assert report.ok
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="platform: there are no such signals")
+def test_what_a_signal_handler_hands_over_keeps_its_place(cluster: MockCluster, config: dict[str, Any]) -> None:
+    cluster.set_rtt(1, 200)
+    producer = kbatch.Producer(config | {"max.in.flight": 5}, max_in_flight=ROOM)
+    flushed: list[int] = []
+
+    def handler(*_: object) -> None:
+        flushed.append(producer.flush(0))
+        cluster.set_rtt(1, 0)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        first = producer.submit("healthy", envelopes(15 * ROOM))
+        second = producer.submit("healthy", envelopes(ROOM, 15 * ROOM))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert first.wait(60).ok
+    assert second.wait(60).ok
+    assert flushed
+    producer.close()
+    assert stored(cluster, "healthy", 16 * ROOM) == list(range(16 * ROOM))
+
+
+def test_what_expires_in_line_has_expired_also_if_its_batch_is_given_up(producer: kbatch.Producer) -> None:
+    waiting = Sending(producer, "dead", envelopes(3 * ROOM))
+    wait_until_full(producer)
+    soon = datetime.now(timezone.utc) + timedelta(milliseconds=100)
+    report = producer.send_batch("dead", [Envelope(0, deliver_by=soon), Envelope(1)], timeout=1)
+    assert report.expired == (0,)
+    assert report.failed == 1
+    assert waiting.is_alive()

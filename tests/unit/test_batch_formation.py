@@ -103,6 +103,7 @@ class Accumulators(RuleBasedStateMachine):
             max_buffered_bytes=max_buffered_bytes,
         )
         self.message_bytes = 0  # not known
+        self.encoded_bytes = self.encoded = 0.0
         self.accepted: list[Envelope[Any]] = []
         self.closed: list[list[tuple[Envelope[Any], int]]] = []
         self.filling: list[tuple[Envelope[Any], int]] = []
@@ -223,10 +224,13 @@ class Accumulators(RuleBasedStateMachine):
         self.sender._give_back(count, size)
         self.make_room()
 
-    @rule(mean=st.sampled_from([0, 1, *range(4, 21)]))  # with 2 and 3 it depends on how closely one looks
-    def it_learns_what_messages_take(self, mean: int) -> None:
-        self.sender._learn_message_bytes(mean)
-        self.message_bytes = mean
+    @rule(mean=st.integers(4, 15), count=st.integers(0, 3))  # others depend on how closely one looks
+    def it_learns_what_messages_take(self, mean: int, count: int) -> None:
+        self.sender._learn_message_bytes(mean * count, count)
+        if count:
+            self.encoded_bytes = self.encoded_bytes * 0.9 + mean * count
+            self.encoded = self.encoded * 0.9 + count
+            self.message_bytes = int(self.encoded_bytes / self.encoded)
 
     @precondition(lambda self: len(self.accepted) > 10 and not self.refusing)
     @rule()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import pickle
 import subprocess
 import sys
@@ -427,3 +428,76 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
         topic = kbatch.KafkaTopic("orders", mode=Mode.BUFFERED, producer=producer)
         with pytest.raises(kbatch.UndeliveredError), topic.create_sender() as sender:
             sender.send(envelopes("a")[0])
+
+
+def test_many_failures_of_batches_that_are_forgotten_take_no_memory() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        for _ in range(8_000):
+            producer.submit("orders", [Envelope(0)])
+        assert producer._core.flush(30) == 0
+        gc.collect()
+        producer.submit("orders", [Envelope(0)])
+        lots = [each for each in gc.get_objects() if type(each).__name__ == "_Lot"]
+        assert len(lots) < 5_000
+        del lots
+        with pytest.raises(kbatch.UndeliveredError) as error:
+            producer.flush()
+        assert error.value.count == 8_001
+
+
+def test_large_envelopes_are_kept_to_a_bound() -> None:
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=None)
+        agent = kbatch.SendingAgent(producer, "orders")
+        sender = kbatch.BatchedSender(agent)
+        for _ in range(100):
+            sender.send(Envelope(data=b"x" * 400_000))
+        with pytest.raises(kbatch.UndeliveredError) as error:
+            sender.close()
+        assert error.value.count == 100
+        assert len(error.value.failures) == len(agent.failed) == 16 * 1024 * 1024 // 400_000
+
+
+class Frozen(Exception):
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "__notes__":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("how", ["no notes", "a filter that raises"])
+def test_the_error_of_a_block_is_replaced_by_nothing(how: str) -> None:
+    def filter_that_raises(record: logging.LogRecord) -> bool:
+        raise ZeroDivisionError
+
+    logger = logging.getLogger("kbatch")
+    producer = MemoryProducer()
+    producer.fail(PERMANENT)
+    producer.submit("orders", [Envelope(0)])
+    assert producer._core.flush(30) == 0
+    if how == "a filter that raises":
+        logger.addFilter(filter_that_raises)
+    try:
+        with pytest.raises(Frozen), producer:
+            raise Frozen
+    finally:
+        logger.removeFilter(filter_that_raises)
+
+
+def test_a_callback_on_a_loop_that_is_closed_is_told_by_the_producer() -> None:
+    async def main(producer: AioMemoryProducer) -> None:
+        await producer.submit("orders", [Envelope(0)], callback=lambda report: None)
+
+    async def close(producer: AioMemoryProducer) -> None:
+        with pytest.raises(kbatch.UndeliveredError) as error:
+            await producer.close()
+        assert error.value.count == 1
+
+    producer = AioMemoryProducer()
+    producer.hold()
+    producer.fail(PERMANENT)
+    asyncio.run(main(producer))
+    producer.release()
+    until(lambda: len(producer) == 0, "the answer")
+    asyncio.run(close(producer))

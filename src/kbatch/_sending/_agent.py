@@ -43,7 +43,7 @@ from kbatch._errors import (
     spares_brokers,
     type_name,
 )
-from kbatch._fastmap import AnsweringSender, CallbackThread, Signal, Undelivered
+from kbatch._fastmap import KEPT_BYTES, AnsweringSender, CallbackThread, Signal, Undelivered, envelope_bytes
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._sender import answer_refusal, answer_report, send_answered
@@ -145,6 +145,7 @@ class BaseSendingAgent:
         self._dead_letter_topic = dead_letter_topic
         self._on_state_change = on_state_change
         self._kept: deque[tuple[Envelope[Any], KbatchError]] = deque(maxlen=_KEPT_FAILURES)
+        self._kept_sizes: deque[int] = deque(maxlen=_KEPT_FAILURES)
         self._undelivered = Undelivered("envelopes were given up")  # what on_failed has not taken
         self._circuit = CircuitBreaker(
             failures_to_open=failures_to_open,
@@ -197,7 +198,7 @@ class BaseSendingAgent:
     @property
     def failed(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
         """The last 1,000 envelopes that were given up and the reasons, the oldest first, unless ``on_failed`` took
-        them."""
+        them; fewer if they hold more than 16 MiB."""
         return tuple(self._kept)
 
     @property
@@ -597,9 +598,8 @@ class BaseSendingAgent:
             mapping = core.begin_mapping(pending, self.topic, flight.envelopes, rejected)
             while not core.map_slice(mapping, _SLICE_S):
                 time.sleep(0)  # others may have the GIL
-        mean = pending.mean_value_bytes
-        if self._buffer is not None and mean:
-            self._buffer._learn_message_bytes(mean)
+        if self._buffer is not None:
+            self._buffer._learn_message_bytes(*pending.encoded_messages)
 
     def _on_settled(
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
@@ -865,6 +865,8 @@ class BaseSendingAgent:
             letter = dead_letter(end, self._dead_letter_topic, self.topic)
         except Exception:  # headers that could not be mapped either
             return False
+        if letter is None:
+            return False
         assert self._queue is not None
         self._queue.add_dead_letter(letter, end, now)
         return True
@@ -905,6 +907,10 @@ class BaseSendingAgent:
 
     def _keep_failure(self, envelope: Envelope[Any], error: KbatchError) -> None:
         self._kept.append((envelope, error))
+        self._kept_sizes.append(envelope_bytes(envelope))
+        while len(self._kept) > 1 and sum(self._kept_sizes) > KEPT_BYTES:
+            self._kept.popleft()
+            self._kept_sizes.popleft()
         self._undelivered.add(envelope, error)
 
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseBatchedSender", "BatchedSender"]
 
+_BUFFERED_BYTES = 64 * 1024 * 1024
+
 
 class BaseBatchedSender(Accumulator):
     """A batched sender, but for what waits."""
@@ -33,7 +35,7 @@ class BaseBatchedSender(Accumulator):
         batch_bytes: int = 1_000_000,
         batch_timeout_ms: float = 5.0,
         max_buffered: int = 100_000,
-        max_buffered_bytes: int = 64 * 1024 * 1024,
+        max_buffered_bytes: int | None = None,
         close_timeout: float = 30.0,
     ) -> None:
         if not isinstance(agent, self._agent_class):
@@ -46,7 +48,7 @@ class BaseBatchedSender(Accumulator):
             batch_bytes=batch_bytes,
             batch_timeout_s=batch_timeout_ms / 1000,
             max_buffered=max_buffered,
-            max_buffered_bytes=max_buffered_bytes,
+            max_buffered_bytes=max(_BUFFERED_BYTES, batch_bytes) if max_buffered_bytes is None else max_buffered_bytes,
         )
         self._close_timeout = close_timeout
         self._agent = agent
@@ -275,10 +277,11 @@ def check_batching_options(
     check_whole("batch_size", batch_size)
     check_whole("batch_bytes", batch_bytes)
     check_whole("max_buffered", max_buffered)
-    check_whole("max_buffered_bytes", max_buffered_bytes, 62)
+    if max_buffered_bytes is not None:
+        check_whole("max_buffered_bytes", max_buffered_bytes, 62)
     if max_buffered < batch_size:
         raise ConfigError(f"max_buffered={max_buffered} is less than batch_size={batch_size}: no batch would be full")
-    if max_buffered_bytes < batch_bytes:
+    if max_buffered_bytes is not None and max_buffered_bytes < batch_bytes:
         raise ConfigError(
             f"max_buffered_bytes={max_buffered_bytes} is less than batch_bytes={batch_bytes}: no batch would be full"
         )

@@ -111,7 +111,7 @@ class Producer(BaseProducer):
             del envelopes
             await mapping
             enqueued = LoopWaker()
-            done = None if callback is None else self._task_starter(lambda: _call_back(callback, batch))
+            done = None if callback is None else self._task_starter(lambda: _call_back(callback, batch), batch._unlook)
             if callback is not None:
                 batch._look()
             self._core.send_detached(batch, enqueued=enqueued, waker=done)
@@ -148,9 +148,11 @@ class Producer(BaseProducer):
         while not core.map_slice(mapping, _SLICE_S):
             await asyncio.sleep(0)
 
-    def _task_starter(self, make: Callable[[], Coroutine[Any, Any, object]]) -> TaskStarter:
+    def _task_starter(
+        self, make: Callable[[], Coroutine[Any, Any, object]], lost: Callable[[], object] | None = None
+    ) -> TaskStarter:
         # Close waits for what it starts.
-        return TaskStarter(make, self._tasks)
+        return TaskStarter(make, self._tasks, lost)
 
     # -- the producer as a whole
 

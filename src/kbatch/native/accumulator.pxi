@@ -72,6 +72,16 @@ cdef class RoomWaiter:
     cdef bint gone            # it stands in line, but waits no longer
 
 
+cdef inline int64_t text_bytes(object text) noexcept:
+    return 0 if text is None else max(0, kb_leaf_bytes(<PyObject *> text))
+
+
+cdef inline int64_t texts_bytes(Envelope envelope) noexcept:
+    return (text_bytes(envelope._message_type) + text_bytes(envelope._content_type) + text_bytes(envelope._source)
+            + text_bytes(envelope._correlation_id) + text_bytes(envelope._conversation_id)
+            + text_bytes(envelope._parent_id) + text_bytes(envelope._tenant_id) + text_bytes(envelope._user_name))
+
+
 cdef Envelope own_data(Envelope envelope):
     # A body that may change under us while it waits is copied.
     if envelope._kind != BODY_DATA or type(envelope._body) is bytes:
@@ -135,7 +145,9 @@ cdef class Accumulator:
     cdef int64_t held_bytes           # what these were counted as
     cdef int64_t held                 # accepted, not given back
     cdef readonly int64_t accepted    # ever: the number that the next one gets
-    cdef int64_t message_bytes        # what a message is thought to take when it is encoded
+    cdef int64_t message_bytes        # what a message is thought to take when it is encoded: the mean of late ones,
+    cdef double encoded_bytes         # of these bytes
+    cdef double encoded               # and so many messages
     cdef bint is_guess                # by what one takes that is not encoded; 0 before
     cdef int shallow_looks            # so many messages are not looked at closely
     cdef int deep_looks               # so many are, because one before them was large
@@ -227,6 +239,7 @@ cdef class Accumulator:
             size = max(0, kb_leaf_bytes(<PyObject *> envelope._key))
         if envelope._headers is not _EMPTY:
             size += kb_pairs_bytes(<PyObject *> envelope._headers)
+        size += texts_bytes(envelope)
         if envelope._kind != BODY_MESSAGE:
             return size if envelope._body is None else size + max(0, kb_leaf_bytes(<PyObject *> envelope._body))
         if self.shallow_looks:
@@ -234,7 +247,8 @@ cdef class Accumulator:
             if seen <= 2 * self.message_bytes:
                 self.shallow_looks -= 1
                 return size + (max(seen, self.message_bytes) if self.is_guess else self.message_bytes)
-        seen = kb_content_bytes(<PyObject *> envelope._body, LOOKS, DEEPEST)
+        seen = max(kb_content_bytes(<PyObject *> envelope._body, LOOKS, DEEPEST),
+                   kb_outer_bytes(<PyObject *> envelope._body, SHALLOW_LOOKS))
         if self.message_bytes and seen > 2 * self.message_bytes:
             self.deep_looks, self.shallow_looks = SUSPICIOUS, 0
         elif self.deep_looks:
@@ -244,7 +258,7 @@ cdef class Accumulator:
         if self.is_guess:
             self.message_bytes = max(seen, 1)
         elif seen <= 2 * self.message_bytes:
-            seen = self.message_bytes
+            seen = self.message_bytes if 4 * seen > self.message_bytes else max(seen, self.message_bytes // 4)
         return size + seen
 
     def _check_wait(self) -> None:
@@ -496,8 +510,12 @@ cdef class Accumulator:
     def _held_bytes(self) -> int:
         return self.held_bytes
 
-    def _learn_message_bytes(self, int64_t mean) -> None:
-        self.message_bytes, self.is_guess = mean, mean == 0
+    def _learn_message_bytes(self, int64_t total, int64_t count) -> None:
+        """So many messages were encoded, into so many bytes."""
+        if count:
+            self.encoded_bytes = self.encoded_bytes * 0.9 + total
+            self.encoded = self.encoded * 0.9 + count
+            self.message_bytes, self.is_guess = max(1, <int64_t> (self.encoded_bytes / self.encoded)), False
 
     @property
     def _batch_timeout_s(self) -> float:

@@ -135,6 +135,7 @@ cdef struct BatchState:
     int32_t starved       # it had no room, and waits for enough of it; of whoever has the turn, or under the lock
     int32_t queue_full    # librdkafka's queue had no room when so many reports had come; the same
     int64_t full_at
+    int64_t wants         # its part of Client.wanted
 
 
 cdef int _this_pid = kb_pid()  # of this process, at hand without a system call

@@ -249,17 +249,20 @@ cdef class TaskStarter:
     cdef object context
     cdef object make   # makes the coroutine
     cdef object tasks  # a set that has the task as long as it runs: a loop itself keeps weak references
+    cdef object lost   # called if the loop is closed
     cdef object coroutine
     cdef object task
 
-    def __cinit__(self, make, tasks):
+    def __cinit__(self, make, tasks, lost=None):
         self.loop = asyncio.get_running_loop()
         self.context = contextvars.copy_context()
-        self.make, self.tasks = make, tasks
+        self.make, self.tasks, self.lost = make, tasks, lost
 
     def __call__(self) -> None:
         if not call_on_loop(self.loop, self._start):
             _logger.error("a callback was not called: the event loop on which its batch was sent is closed")
+            if self.lost is not None:
+                self.lost()
 
     def _start(self) -> None:  # may come twice, if who asked for it was interrupted
         while True:

@@ -17,6 +17,7 @@ cdef enum:
     FOR_OUTCOME = 1  # the same of a batch on hold, or one of them has failed and no more is enqueued
     FOR_SETTLED = 2  # all envelopes of a batch on hold have an outcome
     FOR_TURN = 3    # it is this batch's turn to enqueue
+    FOR_LEAVING = 4  # it stands in line no more
 
 cdef enum:
     NO_WAIT = -1  # instead of a Waiter.kind
@@ -77,6 +78,10 @@ cdef struct Client:
     int64_t waiting         # atomic: accepted envelopes that are not among them yet and have no outcome
     int64_t room            # const: how many messages may be in flight
     int64_t byte_room       # const: how many bytes
+    int64_t queue_messages  # const: what librdkafka's queue takes
+    int64_t queue_bytes     # const
+    int64_t wanted          # atomic: bytes of a message for which librdkafka's queue had no room, and others keep free
+    int64_t unpolled        # messages offered since the last look at the reports; of whoever has the turn
     int64_t socket_timeout_ns  # const: how long a request may be under way
     kb_mutex mu
     kb_cond drainer_cond
@@ -279,6 +284,8 @@ cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
         return w.batch.settled or (KB_LOAD32(&w.batch.failing) and not w.batch.in_line)
     if w.kind == FOR_SETTLED:
         return w.batch.settled
+    if w.kind == FOR_LEAVING:
+        return not w.batch.in_line
     return c.turn == w.batch
 
 
@@ -634,6 +641,7 @@ cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
     if batch.line == &c.line:
         KB_STORE32(&c.standing, c.standing - 1)
     take_out(batch)
+    want(c, batch, 0)
     batch.in_line = 0
     if batch.detached:
         c.detached -= 1
@@ -660,14 +668,32 @@ cdef inline int64_t share_left(int64_t whole, int64_t used, int64_t own, int64_t
     return max(max(0, SHARE * (whole - used) - own) // (SHARE + 1), always - own)
 
 
+cdef inline int64_t always_left(int64_t whole, int64_t queue, int64_t used, int64_t most) noexcept nogil:
+    # It is less, the less librdkafka's queue has left: many stuck topics must not fill it.
+    return max(1, min(min(whole, queue - used) // ALWAYS, most))
+
+
 cdef inline int64_t room_left(Client *c, Topic *topic) noexcept nogil:
     # How many messages `topic` may take.
-    return share_left(c.room, KB_LOAD64(&c.in_flight), KB_LOAD64(&topic.in_flight),
-                      max(1, min(c.room // ALWAYS, DRAIN_EVERY)))
+    cdef int64_t used = KB_LOAD64(&c.in_flight)
+    return share_left(c.room, used, KB_LOAD64(&topic.in_flight),
+                      always_left(c.room, c.queue_messages, used, DRAIN_EVERY))
 
 
-cdef inline int64_t bytes_left(Client *c, Topic *topic) noexcept nogil:
-    return share_left(c.byte_room, KB_LOAD64(&c.bytes), KB_LOAD64(&topic.bytes), max(1, c.byte_room // ALWAYS))
+cdef inline int64_t bytes_left(Client *c, BatchState *batch, Topic *topic) noexcept nogil:
+    cdef int64_t used = KB_LOAD64(&c.bytes) + KB_LOAD64(&c.wanted) - batch.wants
+    return share_left(c.byte_room, used, KB_LOAD64(&topic.bytes),
+                      always_left(c.byte_room, c.queue_bytes, used, INT64_MAX))
+
+
+cdef inline void want(Client *c, BatchState *batch, int64_t bytes) noexcept nogil:
+    # A large message would wait for ever while small ones take what comes free. One waits so at a time.
+    if batch.wants:
+        KB_STORE64(&c.wanted, 0)
+        batch.wants = 0
+    if bytes and KB_LOAD64(&c.wanted) == 0:
+        KB_STORE64(&c.wanted, bytes)
+        batch.wants = bytes
 
 
 cdef inline bint is_enough(int64_t left, int64_t own) noexcept nogil:
@@ -686,7 +712,7 @@ cdef bint has_room(Client *c, BatchState *batch) noexcept nogil:
     topic = batch.records[batch.next].topic
     own, bytes = KB_LOAD64(&topic.in_flight), KB_LOAD64(&topic.bytes)
     return (is_enough(room_left(c, topic), own)
-            and is_enough(bytes_left(c, topic), bytes))
+            and is_enough(bytes_left(c, batch, topic), bytes))
 
 
 cdef inline void count_offered(Client *c, int64_t count) noexcept nogil:
@@ -706,7 +732,7 @@ cdef int64_t take_room(Client *c, BatchState *batch, Py_ssize_t i, Py_ssize_t st
     cdef int64_t count = min(stop - i, DRAIN_EVERY)
     cdef int64_t n = 1
     count = min(count, room_left(c, topic))
-    bytes[0] = bytes_left(c, topic)
+    bytes[0] = bytes_left(c, batch, topic)
     if count <= 0 or bytes[0] <= 0:
         return 0
     if batch.place.other != NULL:
@@ -882,8 +908,9 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             look_at = i + DRAIN_EVERY
             if turn_end == 0:
                 turn_end = kb_now_ns() + TURN
-            if i != batch.next or not others_stand_in_line(c):  # a short one leaves that to them
-                poll_ready(c, turn_end)
+            if i != batch.next or c.unpolled >= DRAIN_EVERY or not others_stand_in_line(c):
+                poll_ready(c, turn_end)  # a short one leaves that to the others
+                c.unpolled = 0
             now = kb_now_ns()
             if batch.deliver_by != NULL:
                 wall_us = kb_wall_ns() // 1000
@@ -942,9 +969,12 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 code = produce_error(c, error)
         if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
             batch.queue_full, batch.full_at = 1, seen
+            want(c, batch, record.value_len)
             answer = AGAIN
             break
         batch.queue_full = 0
+        if batch.wants:
+            want(c, batch, 0)
         reserved -= 1
         if code:
             settle_unsent(&batch.outcomes[i], record, code)
@@ -956,6 +986,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         else:
             bytes += record.value_len
         i += 1
+    c.unpolled += i - batch.next
     batch.next = i
     unreserve(c, room, reserved, bytes)
     if settled:
@@ -978,7 +1009,10 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     cdef int64_t rest = batch.count - batch.next
     cdef int64_t failed = 0
     cdef bint given_up = False
+    cdef int64_t wall_us = 0 if batch.deliver_by == NULL else kb_wall_ns() // 1000
     for i in range(batch.next, batch.count):
+        if wall_us and 0 < batch.deliver_by[i] <= wall_us and not batch.records[i].flags:
+            batch.records[i].flags = RECORD_EXPIRED
         failed += settle_unsent(&batch.outcomes[i], &batch.records[i], error)
         given_up |= batch.records[i].flags == 0
     batch.next = batch.count
@@ -1041,8 +1075,8 @@ cdef void end_enqueueing(Client *c, BatchState *batch, int answer) noexcept nogi
     # Not after the lock: nothing else keeps librdkafka and the dispatcher until the last answer is on its way.
     if counts_down(batch, 1):
         finish(c, &batch, 1, NULL)
-    elif batch.hold:
-        wake_satisfied(c, NULL)  # a transaction that fails need not wait for the rest
+    elif batch.hold or (batch.detached and batch.thread):
+        wake_satisfied(c, NULL)  # a transaction that fails need not wait for the rest; nor who has handed it over
     kb_mutex_unlock(&c.mu)
 
 
@@ -1071,6 +1105,11 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
             kb_mutex_unlock(&c.mu)
             look_for_fatal(c)
             kb_mutex_lock(&c.mu)
+        leave(c)
+    elif batch.in_line:  # handed over: what its thread sends next must not pass it
+        c.entered += 1
+        w.kind = FOR_LEAVING
+        done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE)) or c.life >= FINISHING
         leave(c)
     else:
         done = True

@@ -97,16 +97,17 @@ cdef class Batch:
         return self.state.started_ns != 0
 
     @property
-    def mean_value_bytes(self) -> int:
-        """Of a batch that is mapped and not yet sent: how large its records' values are on average."""
-        cdef int64_t total = 0
+    def encoded_messages(self) -> tuple:
+        """Of a batch that is mapped and not yet sent: ``(bytes, count)`` of the messages that were encoded."""
+        cdef int64_t total = 0, count = 0
         cdef Py_ssize_t i
-        if self.state.records == NULL or not self.state.count:
-            return 0
-        for i in range(self.state.count):
-            if not self.state.records[i].flags:
-                total += self.state.records[i].value_len
-        return total // self.state.count
+        if self.state.records != NULL:
+            for i in range(self.state.count):
+                if (not self.state.records[i].flags
+                        and (<Envelope> PyTuple_GET_ITEM(<PyObject *> self.envelopes, i))._kind == BODY_MESSAGE):
+                    total += self.state.records[i].value_len
+                    count += 1
+        return total, count
 
     @property
     def latency_s(self) -> float:
@@ -119,6 +120,10 @@ cdef class Batch:
         """Somebody is told of what fails, so the producer does not. Returns the argument: nothing comes in between."""
         self._leave()
         return report
+
+    def _unlook(self) -> None:
+        """Who was to be told of what fails cannot be told, so the producer does. Before the batch is given back."""
+        self.looked = False
 
     cdef void _leave(self) noexcept:
         cdef _Lot lot = self.lot
@@ -149,15 +154,19 @@ cdef class Batch:
         cdef _Lot lot
         cdef Py_ssize_t i
         cdef int64_t count = self.outcomes._state_count(FAILED)
+        cdef int64_t size
         try:
             undelivered._own()
             lot = _Lot.__new__(_Lot)
             lot.held, lot.waited, lot.count = True, self.waited, count
             lot.failures = []
             for i in range(self.state.count):
-                if undelivered.kept + len(lot.failures) >= KEPT_FAILURES:
-                    break
                 if self.outcomes._items[i].state == FAILED:
+                    size = envelope_bytes(self.envelopes[i])
+                    if not undelivered._has_room(
+                            undelivered.kept + len(lot.failures), undelivered.bytes + lot.bytes + size):
+                        break
+                    lot.bytes += size
                     lot.failures.append(
                         (self.envelopes[i], self.outcomes._items[i].error, self.outcomes._items[i].persistence))
             if not self.looked:  # a finalizer may have come in between
@@ -284,12 +293,16 @@ cdef enum:
 
 cdef inline bint something_left(Client *c) noexcept nogil:
     # What stands in line and the batches on hold, too: their answer is still to come.
-    return KB_LOAD64(&c.waiting) > 0 or KB_LOAD64(&c.in_flight) > 0 or KB_LOAD32(&c.held) > 0
+    # An envelope may come back from in flight to waiting between two looks.
+    return (KB_LOAD64(&c.waiting) > 0 or KB_LOAD64(&c.in_flight) > 0 or KB_LOAD64(&c.waiting) > 0
+            or KB_LOAD32(&c.held) > 0)
 
 
 cdef inline int64_t count_left(Client *c) noexcept nogil:
     # Under the lock. What is undecided may be in flight as well.
-    return max(c.undecided, KB_LOAD64(&c.waiting) + KB_LOAD64(&c.in_flight))
+    cdef int64_t waiting = KB_LOAD64(&c.waiting)
+    cdef int64_t in_flight = KB_LOAD64(&c.in_flight)
+    return max(c.undecided, max(waiting, KB_LOAD64(&c.waiting)) + in_flight)
 
 
 cdef void hand_over_own(Client *c) noexcept:
@@ -373,6 +386,7 @@ cdef class Core:
         # One topic alone gets four fifths, which is `max_in_flight`. Stuck topics exceed the room, within the queue's.
         self.c.room = max(1, min(max_in_flight + (max_in_flight + SHARE - 1) // SHARE, queue_max_messages * 4 // 5))
         self.c.byte_room = max(1, queue_max_bytes * 4 // 5)
+        self.c.queue_messages, self.c.queue_bytes = queue_max_messages, queue_max_bytes
         self.c.life = NEW
         self.config = config
         self.mapper = mapper
@@ -1361,7 +1375,10 @@ cdef class Dispatcher:
         self.c.dispatcher_stop = 1
         kb_cond_signal(&self.c.dispatcher_cond)
         kb_mutex_unlock(&self.c.mu)
-        self.thread.join()
+        try:
+            self.thread.join()
+        except RuntimeError:
+            pass  # interrupted while it was started: `_run` sees the end
         client_drop(self.c)
         self.c = NULL
 

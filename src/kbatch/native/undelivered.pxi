@@ -2,6 +2,18 @@
 
 cdef enum:
     KEPT_FAILURES = 1000  # with their envelopes; of the others there is a count
+    MOST_KEPT_BYTES = 16777216  # of these envelopes
+
+KEPT_BYTES = MOST_KEPT_BYTES
+
+
+def envelope_bytes(Envelope envelope not None) -> int:
+    """What an envelope holds in memory, about."""
+    cdef int64_t size = kb_pairs_bytes(<PyObject *> envelope._headers) + text_bytes(envelope._key)
+    if envelope._body is None:
+        return size
+    return size + max(kb_content_bytes(<PyObject *> envelope._body, LOOKS, DEEPEST),
+                      kb_outer_bytes(<PyObject *> envelope._body, SHALLOW_LOOKS))
 
 
 @cython.final
@@ -10,6 +22,7 @@ cdef class _Lot:
 
     cdef list failures   # (envelope, KbatchError or error code, persistence): the first
     cdef int64_t count   # of all
+    cdef int64_t bytes   # of these envelopes
     cdef bint held       # its batch lives, and may be looked at
     cdef int waited      # so many are about to look at its batch
 
@@ -23,6 +36,8 @@ cdef class Undelivered:
 
     cdef dict lots      # each by itself, in the order of failing
     cdef int64_t kept   # failures with their envelopes
+    cdef int64_t bytes  # of these envelopes
+    cdef Py_ssize_t many  # so many lots, and those without envelopes are looked through
     cdef int64_t rest   # failures without
     cdef int pid
     cdef str what       # they are called
@@ -37,23 +52,41 @@ cdef class Undelivered:
         if self.pid != _this_pid:
             self.pid = _this_pid
             self.lots = {}
-            self.kept = self.rest = 0
+            self.kept = self.rest = self.bytes = 0
 
     def add(self, envelope, error) -> None:
         """One envelope, and the `KbatchError` that says why it was given up."""
         cdef _Lot lot
         self._own()
-        if self.kept >= KEPT_FAILURES:
+        cdef int64_t size = envelope_bytes(envelope)
+        if not self._has_room(self.kept, self.bytes + size):
             self.rest += 1
             return
         lot = _Lot.__new__(_Lot)
+        lot.bytes = size
         lot.failures = [(envelope, error, 0)]
         lot.count = 1
         self._put(lot)
 
     cdef int _put(self, _Lot lot) except -1:
+        if len(self.lots) >= self.many:
+            self._sweep()
         self.lots[lot] = lot
         self.kept += len(lot.failures)
+        self.bytes += lot.bytes
+        return 0
+
+    cdef bint _has_room(self, int64_t kept, int64_t size) noexcept:
+        return kept < KEPT_FAILURES and (kept == 0 or size <= MOST_KEPT_BYTES)
+
+    cdef int _sweep(self) except -1:
+        # Of batches that nobody will look at any more, and that have no envelopes here, the count is enough.
+        cdef _Lot lot
+        for each in list(self.lots):
+            lot = each
+            if not lot.held and not lot.failures and self._take(lot):
+                self.rest += lot.count
+        self.many = 2 * len(self.lots) + 2 * KEPT_FAILURES
         return 0
 
     cdef bint _take(self, _Lot lot) except -1:
@@ -61,6 +94,7 @@ cdef class Undelivered:
         if self.lots.pop(lot, None) is None:
             return False
         self.kept -= len(lot.failures)
+        self.bytes -= lot.bytes
         return True
 
     cdef list _take_all(self, bint held, bint waited, int64_t *count):
@@ -97,27 +131,36 @@ cdef class Undelivered:
         if error is None:
             self.raise_all(held=held)
             return
-        text = self._log(held, False)
-        if text is not None and hasattr(error, "add_note"):
-            error.add_note(text)
+        try:
+            self._log(held, False, error)
+        except Exception:
+            pass  # a logging filter's: the block's own error comes first, and what was not noted is told later
 
     def log_all(self, *, bint held=False) -> None:
         """As `raise_all`, but logs: there is nobody to whom it could be raised. With `held` it is the end: also of
         batches that somebody waits for."""
-        self._log(held, True)
+        self._log(held, True, None)
 
-    cdef str _log(self, bint held, bint waited):
+    cdef int _log(self, bint held, bint waited, object error) except -1:
+        # Noted with `error` or logged, or it is here as before.
         cdef int64_t count = 0
         cdef list taken = self._take_all(held, waited, &count)
+        cdef bint noted = False
         if not count:
-            return None
+            return 0
         try:
             text = f"nobody was told: {self._error(taken, count)}"
+            try:
+                error.add_note(text)
+                noted = True
+            except Exception:
+                pass  # it has no notes, or is frozen
+            _logger.error("%s", text)
         except BaseException:
-            self._put_back(taken, count)
+            if not noted:
+                self._put_back(taken, count)
             raise
-        _logger.error("%s", text)
-        return text
+        return 0
 
     cdef object _error(self, list taken, int64_t count):
         cdef list failures = []
