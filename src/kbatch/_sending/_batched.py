@@ -188,8 +188,9 @@ class BatchedSender(BaseBatchedSender):
         batch_size, batch_bytes, batch_timeout_ms: See above. A body that is not encoded yet counts as the average of
             those that were; if none was, or if it looks larger, as what its texts, bytes and numbers take, about.
         max_buffered: How many envelopes may be taken and have no outcome, before `send` waits.
-        max_buffered_bytes: How many bytes their keys, headers and bodies may hold, before `send` waits. One envelope
-            that is larger is taken when the buffer is empty.
+        max_buffered_bytes: How many bytes their keys, headers and bodies may hold, before `send` waits; by
+            default 64 MiB, or `batch_bytes` if that is more. One envelope that is larger is taken when the buffer is
+            empty.
         close_timeout: Seconds that leaving a ``with`` block waits for what is buffered.
 
     Raises:
