@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import itertools
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -260,6 +262,39 @@ def test_a_batched_sender_on_an_event_loop(cluster: MockCluster, make: Any) -> N
             loop.close()
 
         assert inject_everywhere(run, make) > 20
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="platform: there are no such signals")
+def test_ctrl_c_again_while_the_answer_is_put_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, left, told = threading.Thread.start, [2], Told()
+
+    def interrupted(thread: threading.Thread) -> None:
+        if thread.name == "kbatch-callbacks" and left[0]:
+            left[0] -= 1
+            raise KeyboardInterrupt
+        start(thread)
+
+    def handler(*_: object) -> None:
+        raise Injected
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with MockCluster() as cluster:
+        cluster.create_topic("t")
+        with silenced(producer_of(cluster)) as producer:
+            sender = kbatch.KafkaSender(producer, "t")
+            sender.send_batch(Told(), batch())
+            cluster.set_rtt(1, 500)
+            before = signal.signal(signal.SIGALRM, handler)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.1)
+                with pytest.raises(Injected):
+                    sender.send_batch(told, batch())
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            until(lambda: told.told, "the answer", 10)
+            assert left == [0]
+    assert told.told == ["successful"]
 
 
 def test_a_task_that_is_cancelled_before_it_began_has_its_answer(cluster: MockCluster) -> None:

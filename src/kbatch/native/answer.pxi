@@ -35,6 +35,7 @@ cdef class Trials:
 
 
 cdef enum:
+    MOST_TRIES = 20  # to have the answer told later
     TRIES = 2  # to say what is to be told: an interruption of the last one leads to less detail
     # what becomes of the answer of a batch whose sending ended with an error
     UNSENT = 0
@@ -123,6 +124,7 @@ cdef class Answer:
     cdef int _leave(self) except -1:
         # What becomes of the answer.
         cdef Batch pending = self.pending
+        cdef int tries = 0
         if pending is None or not pending.begun:
             return UNSENT
         while not pending.done():
@@ -133,8 +135,11 @@ cdef class Answer:
                     pending.core.abandon(pending)
                     pending._listen(self.later, None)
                 return LEFT
-            except BaseException:
-                if not pending.done():
+            except MemoryError:
+                nap()
+            except BaseException:  # Ctrl-C once more, while a callback thread is started
+                tries += 1
+                if tries == MOST_TRIES and not pending.done():
                     raise
         return SETTLED
 
