@@ -238,3 +238,27 @@ def test_one_callback_whatever_fails(sender: Any, make_error: Callable[[], BaseE
         assert (method, type(answer.args[0])) == ("mark_processing_failure", str)
         if sender is kbatch.SendingAgent:
             made.close()
+
+
+@pytest.mark.parametrize("sender", [kbatch.KafkaSender, kbatch.SendingAgent])
+def test_one_callback_also_if_it_is_no_exception(sender: Any) -> None:
+    class Batch:
+        destination = "orders"
+
+        @property
+        def envelopes(self) -> Any:
+            raise Whim
+
+    calls: list[tuple[str, Any]] = []
+
+    class Callback(kbatch.SenderCallback):
+        def __getattribute__(self, name: str) -> Any:
+            return lambda _, outcome: calls.append((name, type(outcome)))
+
+    with kbatch.Producer(mapping.NOWHERE) as producer:
+        made = sender(producer, "orders")
+        with pytest.raises(Whim):
+            made.send_batch(Callback(), Batch())
+        assert calls == [("mark_processing_failure", kbatch.BatchInterrupted)]
+        if sender is kbatch.SendingAgent:
+            made.close()
