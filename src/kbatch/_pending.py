@@ -75,11 +75,14 @@ class PendingBatch(Batch):
             return True
         waker = LoopWaker()
         timer = None if timeout is None else waker.loop.call_later(timeout, waker.resolve)
+        is_added = False
         try:
             self._add_waker(waker)
+            is_added = True
             await waker.future
         except BaseException:
-            self._wait_no_longer()
+            if is_added and not self._remove_waker(waker):
+                self._wait_no_longer()
             raise
         finally:
             self._remove_waker(waker)

@@ -9,6 +9,7 @@ import logging
 import pickle
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -501,3 +502,47 @@ def test_a_callback_on_a_loop_that_is_closed_is_told_by_the_producer() -> None:
     producer.release()
     until(lambda: len(producer) == 0, "the answer")
     asyncio.run(close(producer))
+
+
+def test_an_awaiter_that_is_cancelled_takes_nothing_from_a_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_look = threading.Event()
+    look = kbatch.PendingBatch._look
+
+    def late(self: Any, *arguments: Any) -> Any:
+        if threading.current_thread() is waiting:
+            assert may_look.wait(30)
+        return look(self, *arguments)
+
+    monkeypatch.setattr(kbatch.PendingBatch, "_look", late)
+    reports: list[kbatch.DeliveryReport] = []
+
+    async def main() -> None:
+        nonlocal waiting
+        producer = AioMemoryProducer()
+        producer.fail(PERMANENT)
+        producer.hold()
+        batch = await producer.submit("orders", [Envelope(0)])
+        waiting = threading.Thread(target=lambda: reports.append(batch.wait(30)))
+        waiting.start()
+        await asyncio.sleep(0.05)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asyncio.shield(batch._answer()), 0.01)
+        task = asyncio.ensure_future(batch._answer())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        producer.release()
+        while not batch.done():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        await producer.close()
+
+    waiting: threading.Thread | None = None
+    try:
+        asyncio.run(main())
+    finally:
+        may_look.set()
+    assert waiting is not None
+    waiting.join(30)
+    assert reports[0].failed == 1

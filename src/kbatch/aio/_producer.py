@@ -71,7 +71,8 @@ class Producer(BaseProducer):
         try:
             await waker.future
         except BaseException:
-            batch._wait_no_longer()
+            if not batch._remove_waker(waker):
+                batch._wait_no_longer()
             self._core.abandon(batch)
             raise
         finally:

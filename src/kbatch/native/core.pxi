@@ -223,6 +223,7 @@ cdef class Batch:
         kb_mutex_unlock(&c.mu)
         if waker is not None:
             if done:
+                self._wait_on()
                 waker()
             elif self.wakers is None:
                 self.wakers = fresh
@@ -248,13 +249,15 @@ cdef class Batch:
         # `waker` must not block: it runs on the thread that wakes every event loop.
         self._listen(waker, None)
 
-    def _remove_waker(self, waker) -> None:
-        """Takes back what `_add_waker` was given, if it was not called yet."""
+    def _remove_waker(self, waker) -> bool:
+        """Takes back what `_add_waker` was given; false if it was called."""
         if self.wakers is not None:
             try:
                 self.wakers.remove(waker)
+                return True
             except ValueError:
                 pass
+        return False
 
     def _wait(self, timeout=None) -> bool:
         """Blocks until done; False after `timeout` seconds. Ctrl-C raises; the batch goes on."""
@@ -1454,7 +1457,7 @@ cdef class Dispatcher:
         cdef list callbacks = batch.callbacks
         batch.wakers = None
         if wakers is not None:
-            batch.waited += len(wakers) != 0
+            batch.waited += <int> len(wakers)
             for waker in wakers:
                 self._wake(waker)
         if callbacks is not None:
