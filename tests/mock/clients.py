@@ -6,7 +6,15 @@ import time
 from collections import defaultdict
 from typing import NamedTuple
 
-from confluent_kafka import TIMESTAMP_CREATE_TIME, Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import (
+    TIMESTAMP_CREATE_TIME,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    TopicPartition,
+)
 
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
@@ -17,6 +25,9 @@ class Record(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: list[tuple[str, bytes | None]]
+
+
+_NO_LEADER_YET = (KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE)
 
 
 def produce(bootstrap_servers: str, topic: str, messages: list[dict], **config) -> list[KafkaError | None]:
@@ -84,7 +95,18 @@ def end_offsets(bootstrap_servers: str, topic: str) -> dict[int, int]:
 
 def _end_offsets(consumer: Consumer, topic: str) -> dict[int, int]:
     partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-    return {p: consumer.get_watermark_offsets(TopicPartition(topic, p), timeout=10)[1] for p in partitions}
+    return {partition: _end_offset(consumer, TopicPartition(topic, partition)) for partition in partitions}
+
+
+def _end_offset(consumer: Consumer, partition: TopicPartition) -> int:
+    end = time.monotonic() + 30
+    while True:
+        try:
+            return int(consumer.get_watermark_offsets(partition, timeout=10)[1])
+        except KafkaException as error:  # of a topic that is new, the broker may not know yet that it leads it
+            if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
 
 
 def read_back(bootstrap_servers: str, topic: str) -> list[Stored]:
