@@ -518,7 +518,6 @@ class RoomWaiter:
 class Accumulator:
     def __init__(
         self,
-        *,
         batch_size: int,
         batch_bytes: int,
         batch_timeout_s: float,

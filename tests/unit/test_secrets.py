@@ -178,7 +178,7 @@ def test_secrets_cannot_be_reached_from_a_producer_and_its_batches() -> None:
     assert_no_secret(strings_within([producer, pending, sender]))
     with pytest.raises(kbatch.UndeliveredError) as caught:
         producer.close(0)
-    assert_no_secret(strings_within([caught.value]))
+    assert_no_secret(strings_within([caught.value.with_traceback(None)]))  # the frames are this test's, too
     things = [producer, pending, sender, pending.report, *pending.report.errors.values()]
     assert_no_secret(strings_within(things))
     assert_no_secret(text for thing in things for text in (repr(thing), str(thing)))

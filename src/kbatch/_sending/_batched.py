@@ -43,13 +43,9 @@ class BaseBatchedSender(Accumulator):
         check_batching_options(
             batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes, close_timeout
         )
-        super().__init__(
-            batch_size=batch_size,
-            batch_bytes=batch_bytes,
-            batch_timeout_s=batch_timeout_ms / 1000,
-            max_buffered=max_buffered,
-            max_buffered_bytes=max(_BUFFERED_BYTES, batch_bytes) if max_buffered_bytes is None else max_buffered_bytes,
-        )
+        most = max(_BUFFERED_BYTES, batch_bytes) if max_buffered_bytes is None else max_buffered_bytes
+        # Without keywords: for them Cython 3.3.1 has a crash when memory is short.
+        super().__init__(batch_size, batch_bytes, batch_timeout_ms / 1000, max_buffered, most)
         self._close_timeout = close_timeout
         self._agent = agent
         agent._bind(self)

@@ -152,7 +152,7 @@ cdef class Accumulator:
     cdef int shallow_looks            # so many messages are not looked at closely
     cdef int deep_looks               # so many are, because one before them was large
 
-    def __init__(self, *, int64_t batch_size, int64_t batch_bytes, double batch_timeout_s, int64_t max_buffered,
+    def __init__(self, int64_t batch_size, int64_t batch_bytes, double batch_timeout_s, int64_t max_buffered,
                  int64_t max_buffered_bytes=INT64_MAX):
         self.signal = Signal()
         self.formed = collections.deque()

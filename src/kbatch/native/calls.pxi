@@ -156,6 +156,7 @@ cdef class CallbackThread:
 
     cdef bint _start(self) except -1:
         # Whether there is a thread for the jobs.
+        cdef int64_t deadline
         if self.token is not None and self.has_begun:
             return True
         with self.lock:
@@ -170,8 +171,9 @@ cdef class CallbackThread:
                 thread.start()
             except RuntimeError:  # no thread to be had, or (3.12 on) the interpreter is ending
                 return False
+            deadline = kb_now_ns() + MOST_TO_BEGIN
             while self.token is token and not self.has_begun:  # threading's own code before it may lack memory
-                if not thread.is_alive() and not self.has_begun:
+                if not self.has_begun and (not thread.is_alive() or kb_now_ns() > deadline):
                     raise MemoryError("the thread for callbacks could not begin")
                 self.begun._wait(kb_now_ns() + 10 * MS, WAIT_SLICE)
         return True
@@ -217,6 +219,9 @@ cdef class CallbackThread:
             else:
                 self.changed._wait(INT64_MAX, INT64_MAX // 2)
         return 0
+
+
+cdef int64_t MOST_TO_BEGIN = 30000 * MS
 
 
 cdef void nap() noexcept:
