@@ -49,20 +49,24 @@ def test_more_headers_than_readers_take_are_refused() -> None:
     producer.close()
 
 
+class Consumed:
+    """Where a record was read."""
+
+    def error(self) -> None: ...
+    def topic(self) -> str:
+        return "t"
+
+    def partition(self) -> int:
+        return 0
+
+    def offset(self) -> int:
+        return 5
+
+
 def test_a_null_value_is_sent_on_as_one() -> None:
     producer = MemoryProducer()
 
-    class Record:
-        def error(self) -> None: ...
-        def topic(self) -> str:
-            return "t"
-
-        def partition(self) -> int:
-            return 0
-
-        def offset(self) -> int:
-            return 5
-
+    class Record(Consumed):
         def key(self) -> bytes:
             return b"k"
 
@@ -84,17 +88,7 @@ def test_a_null_value_is_sent_on_as_one() -> None:
 
 
 def test_a_header_name_that_is_no_utf_8_is_told() -> None:
-    class Record:
-        def error(self) -> None: ...
-        def topic(self) -> str:
-            return "t"
-
-        def partition(self) -> int:
-            return 0
-
-        def offset(self) -> int:
-            return 5
-
+    class Record(Consumed):
         def headers(self) -> Any:
             raise SystemError("returned a result with an exception set")
 
