@@ -418,17 +418,30 @@ def test_a_dead_letter_that_is_refused(cluster: MockCluster, opened: Open) -> No
 
 def test_what_is_scheduled_is_held_until_then(cluster: MockCluster, opened: Open) -> None:
     driver = opened()
+    driver.send_all(datas(3, "never ", scheduled_time=later(600), partition=0))
     due = later(1.0)
-    driver.send_all(datas(3, "late ", scheduled_time=due, partition=0))
+    driver.send_all(datas(3, "late ", scheduled_time=due, partition=1))
     driver.send_all(datas(3, "now ", partition=0))
     assert driver.flush() == 0  # does not wait for what is scheduled
-    assert values(cluster) == [b"now 0", b"now 1", b"now 2"]
-    stats = driver.stats()
-    assert (stats["scheduled"], stats["buffered"], len(driver)) == (3, 3, 3)
-    assert driver.drain() == 0
-    records = read_back(cluster.bootstrap_servers, TOPIC)[3:]
+    assert [record.value for record in read_back(cluster.bootstrap_servers, TOPIC) if record.partition == 0] == [
+        b"now 0",
+        b"now 1",
+        b"now 2",
+    ]
+    assert driver.stats()["scheduled"] >= 3
+    until(lambda: driver.stats()["scheduled"] == 3 and driver.stats()["acked"] == 6, "what is due")
+    assert (driver.stats()["buffered"], len(driver)) == (3, 3)
+    records = [record for record in read_back(cluster.bootstrap_servers, TOPIC) if record.partition == 1]
     assert [record.value for record in records] == [b"late 0", b"late 1", b"late 2"]
     assert all(record.timestamp >= due.timestamp() * 1_000 - 1 for record in records)
+    assert driver.close(0.1) == 3
+
+
+def test_a_drain_waits_for_what_is_scheduled(cluster: MockCluster, opened: Open) -> None:
+    driver = opened()
+    driver.send_all(datas(3, scheduled_time=later(0.3), partition=0))
+    assert driver.drain() == 0
+    assert values(cluster) == [b"0", b"1", b"2"]
 
 
 @ONLY_THREADS
