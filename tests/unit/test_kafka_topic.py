@@ -203,7 +203,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"mode": Mode.BUFFERED, "batch_size": 5}),
     ({}, {"close_timeout": 1}),
     ({}, {"carry_scheduled_time": False}),
-    ({}, {"config": {"acks": "all", "linger.ms": "0"}, "wire": "kbatch", "max_in_flight": 20_000}),
+    ({}, {"config": {"acks": "all", "linger.ms": "0"}, "wire": "kbatch", "max_in_flight": 10_000}),
     ({"config": {"delivery.timeout.ms": 9}}, {"producer": {**SERVERS, "message.timeout.ms": 9}}),
     ({"producer": {**SERVERS, "linger.ms": 5}, "config": {"queue.buffering.max.ms": 6}}, {"config": {"linger.ms": 6}}),
     ({"producer": {**SERVERS, "error_cb": print}}, {"config": {"error_cb": print}}),
