@@ -46,6 +46,7 @@ from tests.faults.history import (
 )
 from tests.faults.kinds import BESIDE
 from tests.faults.plan import ONE_AT_A_TIME, Fault, Plan, Send
+from tests.injection import Injected, Injector
 from tests.loops import beside
 from tests.mock.clients import read_back
 
@@ -81,10 +82,6 @@ class Hooked:
     def __init__(self, fields: dict[str, str], pause_s: float) -> None:
         self.fields = fields
         self.pause_s = pause_s
-
-
-class Interrupted(BaseException):
-    """What comes between two lines of kbatch, as a signal handler's exception does."""
 
 
 def _encode_rest(value: object) -> object:
@@ -785,26 +782,10 @@ def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, en
 
 
 def _interrupted(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
-    left = 1 + (run.plan.seed * 31 + job.index * 7) % 90
-
-    def trace(frame: Any, event: str, argument: object) -> Any:
-        nonlocal left
-        if not frame.f_globals.get("__name__", "").startswith("kbatch"):
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                raise Interrupted
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        _sender(run, job, sent, producer, envelopes)
-    except Interrupted:
-        pass
-    finally:
-        sys.settrace(before)
+    injector = Injector(1 + (run.plan.seed * 31 + job.index * 7) % 90)
+    raised = injector.run(lambda: _sender(run, job, sent, producer, envelopes))
+    if raised is not None and not isinstance(raised, Injected):
+        raise raised
     run._until(lambda: bool(sent.answers), run.hang_s)
 
 

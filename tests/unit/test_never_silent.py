@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ import kbatch
 from kbatch import Envelope, Mode, aio
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 
+from ..injection import Injected, Injector
 from ..waiting import until
 
 PERMANENT = "TOPIC_AUTHORIZATION_FAILED"
@@ -339,34 +341,6 @@ def test_the_callback_of_event_loops_takes_it() -> None:
     asyncio.run(main())
 
 
-class Interrupted(BaseException):
-    """As Ctrl-C."""
-
-
-def interrupted_at(line: int, call: Callable[[], Any]) -> tuple[Any, bool]:
-    """What `call` answers, and whether an exception came before one of kbatch's lines."""
-    left = line
-
-    def trace(frame: Any, event: str, argument: object) -> Any:
-        nonlocal left
-        if not frame.f_globals.get("__name__", "").startswith("kbatch"):
-            return None
-        if event == "line":
-            left -= 1
-            if left == 0:
-                raise Interrupted
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        return call(), left <= 0
-    except Interrupted:
-        return None, True
-    finally:
-        sys.settrace(before)
-
-
 @pytest.mark.parametrize("how", ["send_batch", "wait", "flush"])
 def test_an_exception_between_two_lines_loses_nothing(how: str) -> None:
     line, was_interrupted = 0, True
@@ -388,9 +362,11 @@ def test_an_exception_between_two_lines_loses_nothing(how: str) -> None:
                 told.append(error.count)
             return None
 
-        report, was_interrupted = interrupted_at(line, send)
-        if report is not None:
-            told.append(report.failed)
+        reports: list[Any] = []
+        injector = Injector(line)
+        assert isinstance(injector.run(lambda send=send, reports=reports: reports.append(send())), (Injected, NoneType))
+        was_interrupted = injector.place is not None
+        told += [report.failed for report in reports if report is not None]
         was_taken = producer.stats()["batches"] > 0
         for _ in range(2):
             try:
