@@ -312,8 +312,8 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
 
 
 def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
-    soon = datetime.now(timezone.utc) + timedelta(milliseconds=300)
-    retry = RetryPolicy(initial_backoff_s=1.0, max_backoff_s=1.0, jitter=0.0)
+    soon = datetime.now(timezone.utc) + timedelta(seconds=1.5)
+    retry = RetryPolicy(initial_backoff_s=2.0, max_backoff_s=2.0, jitter=0.0)
     with MemoryProducer() as producer, open_driver(kind, producer, retry=retry) as driver:
         producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True, when=lambda envelope: envelope.message == "perhaps")
         producer.fail("NOT_ENOUGH_REPLICAS", when=lambda envelope: envelope.message == "not")
