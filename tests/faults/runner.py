@@ -783,7 +783,12 @@ def _aio_callback(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, en
 
 def _interrupted(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
     injector = Injector(1 + (run.plan.seed * 31 + job.index * 7) % 90)
-    raised = injector.run(lambda: _sender(run, job, sent, producer, envelopes))
+    sender, recorder, batch = (
+        kbatch.KafkaSender(producer, sent.topic),
+        _Recorder(run, sent),
+        kbatch.OutgoingBatch(envelopes),
+    )
+    raised = injector.run(lambda: sender.send_batch(recorder, batch))
     if raised is not None and not isinstance(raised, Injected):
         raise raised
     run._until(lambda: bool(sent.answers), run.hang_s)
