@@ -47,6 +47,12 @@ def batch_of(dice: random.Random) -> list[Envelope[object]]:
     ]
 
 
+def ended(wait: Callable[..., object], *timeout: float) -> None:
+    """Waits, and takes what was given up; whoever is first is told of it."""
+    with contextlib.suppress(kbatch.UndeliveredError):
+        wait(*timeout)
+
+
 def work(producer: Producer, dice: random.Random, counted: Counted, over: threading.Event) -> None:
     def send() -> None:
         assert len(producer.send_batch("orders", batch_of(dice)).offsets) > 0
@@ -97,7 +103,7 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
         asyncio.run(several())
 
     def flush() -> None:
-        producer.flush(dice.choice((0, 0.01, 1)))
+        ended(producer.flush, dice.choice((0, 0.01, 1)))
 
     deeds: list[Callable[[], None]] = [
         send,
@@ -131,7 +137,7 @@ def send_singly(sender: kbatch.BatchedSender, dice: random.Random, over: threadi
         *[lambda: sender.try_send(Envelope(data=b"x" * dice.choice((1, 2_000))))] * 10,
         lambda: sender.send(Envelope(object())),
         impatient,
-        lambda: sender.flush(dice.choice((0, 0.01, 0.1))),
+        lambda: ended(sender.flush, dice.choice((0, 0.01, 0.1))),
         sender.stats,
         lambda: repr(sender),
     ]
@@ -196,16 +202,18 @@ def round_of(bootstrap_servers: str, dice: random.Random, seconds: float) -> Non
         over.set()
         for thread in threads:
             thread.join()
-    closers = [threading.Thread(target=producer.close, args=(dice.choice((0, 0.05, 10)),))] * (ending == "close twice")
+    closers = [threading.Thread(target=ended, args=(producer.close, dice.choice((0, 0.05, 10))))] * (
+        ending == "close twice"
+    )
     for closer in closers:
         closer.start()
     if dice.random() < 0.5:
-        sender.close(dice.choice((0, 0.05)))
+        ended(sender.close, dice.choice((0, 0.05)))
     if ending != "forget":
-        producer.close(dice.choice((0, 0.05, 10)))
+        ended(producer.close, dice.choice((0, 0.05, 10)))
     else:
-        producer.flush()
-    sender.close(10)
+        ended(producer.flush)
+    ended(sender.close, 10)
     for thread in [*threads, *closers]:
         thread.join()
     told = sender.stats()
