@@ -127,7 +127,9 @@ def topic(config: dict[str, Any]) -> kbatch.KafkaTopic[Any]:
     return kbatch.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=config)
 
 
-@pytest.mark.parametrize("take", [kbatch.Producer, aio.Producer, MemoryProducer, topic], ids=lambda take: take.__qualname__)
+@pytest.mark.parametrize(
+    "take", [kbatch.Producer, aio.Producer, MemoryProducer, topic], ids=lambda take: take.__qualname__
+)
 @pytest.mark.parametrize("value", ["=", "", None, b"=", ["="], "\0", "\udcff"], ids=shown)
 @pytest.mark.parametrize(
     ("key", "told"),
@@ -325,6 +327,9 @@ def ask(secret: str, answer: object, config: str) -> object:
         (SECRET + "\0", time.time() + 9),
         (SECRET, time.time() + 9, "principal", {"auth": "reserved"}),
         (SECRET, time.time() + 9, "principal", {"scope": 7}),
+        (SECRET, time.time() + 9, "principal", {"scope": f"{SECRET}\1"}),
+        (SECRET, time.time() + 9, "principal", {SECRET: "orders"}),
+        (SECRET, time.time() + 9, "principal", {"scope": f"{SECRET}\1" * 99}),
         [SECRET, time.time() + 9],
         SECRET,
     ],

@@ -1231,7 +1231,9 @@ cdef class Core:
         finally:
             kb_free(pointers)
         if code:
-            raise ValueError(errstr.decode("utf-8", "replace"))
+            reason = errstr.decode("utf-8", "replace")
+            # librdkafka quotes an extension at the end.
+            raise ValueError(reason.partition(": ")[0] if flat else reason)
 
     def set_oauth_failure(self, str reason) -> None:
         cdef bytes text = reason.encode()
