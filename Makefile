@@ -42,7 +42,7 @@ define new_venv # (folder)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 		{ echo "kbatch needs Python 3.10 or newer; choose one with: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(1)/bin/python -m pip install --quiet --require-hashes -r requirements/pip.txt
 	mkdir -p $(1)/.kbatch
 	touch $(1)/.kbatch/venv
 endef
@@ -50,9 +50,9 @@ endef
 $(STAMPS)/venv:
 	$(call new_venv,$(VENV))
 
-# The dependency groups of pyproject.toml.
-$(STAMPS)/%-group: $(STAMPS)/venv pyproject.toml
-	$(BIN)/python -m pip install --quiet --group $*
+# The dependency groups of pyproject.toml as `make lock` has resolved them; `run` is what kbatch itself needs.
+$(STAMPS)/%-group: requirements/%.txt $(STAMPS)/venv
+	$(BIN)/python -m pip install --quiet --require-hashes -r $<
 	@touch $@
 
 $(STAMPS)/compiled: $(STAMPS)/compile-group $(CYTHON_SOURCES) $(FORCING)
@@ -60,8 +60,9 @@ $(STAMPS)/compiled: $(STAMPS)/compile-group $(CYTHON_SOURCES) $(FORCING)
 	@touch $@
 
 # Editable: Python sources are used where they are. Without build isolation, so that what is compiled stays so.
-$(STAMPS)/installed: $(STAMPS)/compiled pyproject.toml setup.py src/kbatch/_version.py
-	$(if $(filter-out $(STAMPS)/compiled,$?),$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[cli]')
+# Without an index, so that it fails if the lock lacks something.
+$(STAMPS)/installed: $(STAMPS)/compiled $(STAMPS)/run-group pyproject.toml setup.py src/kbatch/_version.py
+	$(if $(filter-out $(STAMPS)/compiled,$?),$(BIN)/python -m pip install --quiet --no-index --no-build-isolation --editable '.[cli]')
 	@touch $@
 
 .PHONY: build
@@ -154,12 +155,12 @@ $(ASAN_VENV)/.kbatch/venv:
 
 $(ASAN_VENV)/.kbatch/installed: $(ASAN_VENV)/.kbatch/venv $(CYTHON_SOURCES) $(FORCING) pyproject.toml \
 		$(shell find src -name '*.py' -o -name '*.pyi')
-	$(ASAN_VENV)/bin/python -m pip install --quiet --group compile --group test
+	$(ASAN_VENV)/bin/python -m pip install --quiet --require-hashes $(foreach group,compile run test,-r requirements/$(group).txt)
 	rm -rf $(ASAN_TREE) && mkdir -p $(ASAN_TREE)
 	cp -R pyproject.toml setup.py README.md LICENSE src $(ASAN_TREE)/
 	find $(ASAN_TREE) \( -name '*.so' -o -name '*.egg-info' -o -name __pycache__ \) -prune -exec rm -rf {} +
 	rm -f $(ASAN_TREE)/src/kbatch/*.c $(ASAN_TREE)/src/kbatch/testing/*.c
-	SANITIZE=1 $(ASAN_VENV)/bin/python -m pip install --quiet --no-build-isolation './$(ASAN_TREE)[cli]'
+	SANITIZE=1 $(ASAN_VENV)/bin/python -m pip install --quiet --no-index --no-build-isolation './$(ASAN_TREE)[cli]'
 	@touch $@
 
 # Leaks are left to the suite's own counters: CPython's and librdkafka's globals would drown them.
@@ -204,6 +205,20 @@ tsan: build/tsan/compiled ## Let threads do everything at once to a producer, un
 .PHONY: fuzz
 fuzz: build $(STAMPS)/test-group ## Compare nasty envelopes with the reference: ARGS="--envelopes 10000000 --seed 7"
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+LOCKED_GROUPS := compile test test-free-threaded bench lint build pip lock
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate \
+	--custom-compile-command 'make lock'
+
+# One resolution, which the one of each file begins with, so that the files agree.
+.PHONY: lock
+lock: $(STAMPS)/lock-group ## Renew requirements/: versions and hashes of what is installed to build and test, for all CPythons
+	rm -rf build/lock && mkdir -p build/lock
+	$(LOCK) pyproject.toml --extra cli --group dev --output-file build/lock/all
+	for name in run $(LOCKED_GROUPS); do cp build/lock/all build/lock/$$name.txt; done
+	$(LOCK) pyproject.toml --extra cli --output-file build/lock/run.txt
+	for group in $(LOCKED_GROUPS); do $(LOCK) --group $$group --output-file build/lock/$$group.txt; done
+	cp build/lock/*.txt requirements/
 
 .PHONY: wheel
 wheel: $(STAMPS)/build-group ## sdist, and for each CPython here a wheel, checked, installed, tested (10 minutes each; ARGS="--tests unit": 3 in all)

@@ -242,11 +242,17 @@ def python_of(folder: Path) -> Path:
 
 
 def new_environment(interpreter: Interpreter, folder: Path) -> Path:
-    """Makes an environment; its python. The pip that comes with an old CPython knows no dependency groups."""
+    """Makes an environment; its python. The pip that comes with an old CPython knows no constraints of builds."""
     call([interpreter.path, "-m", "venv", folder], folder.parent, TIMEOUT_S["build"])
     python = python_of(folder)
-    call([python, "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1"], folder.parent, TIMEOUT_S["build"])
+    install_locked(python, "pip", folder=folder.parent)
     return python
+
+
+def install_locked(python: Path, *groups: str, folder: Path) -> None:
+    """Installs what `make lock` has resolved."""
+    files = [part for group in groups for part in ("-r", ROOT / "requirements" / f"{group}.txt")]
+    call([python, "-m", "pip", "install", "--quiet", "--require-hashes", *files], folder, TIMEOUT_S["build"])
 
 
 def only(files: Iterable[Path]) -> Path:
@@ -257,7 +263,8 @@ def only(files: Iterable[Path]) -> Path:
 
 
 def build_sdist(version: str) -> Path:
-    call([sys.executable, "-m", "build", "--sdist", "--outdir", DIST, ROOT], ROOT, TIMEOUT_S["build"])
+    command: list[str | Path] = [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", DIST, ROOT]
+    call(command, ROOT, TIMEOUT_S["build"])
     sdist = only(DIST.glob("*.tar.gz"))
     with tarfile.open(sdist) as archive:
         members = [member.name for member in archive if not member.isdir()]
@@ -280,9 +287,10 @@ def build_wheel(interpreter: Interpreter, sdist: Path, folder: Path, version: st
     python = new_environment(interpreter, folder / "environment")
     built = folder / "built"
     # pip builds in an environment of its own, from pyproject.toml's build-system alone.
-    call(
-        [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", built, sdist], folder, TIMEOUT_S["build"]
-    )
+    locked = ROOT / "requirements" / "compile.txt"
+    command: list[str | Path] = [python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--build-constraint", locked]
+    command += ["--wheel-dir", built, sdist]
+    call(command, folder, TIMEOUT_S["build"])
     wheel = only(built.glob("*.whl"))
     if sys.platform == "linux":
         auditwheel = [sys.executable, "-m", "auditwheel"]
@@ -313,11 +321,11 @@ def build_wheel(interpreter: Interpreter, sdist: Path, folder: Path, version: st
 def install(interpreter: Interpreter, wheel: Path, folder: Path, tests: str) -> None:
     """Installs the wheel into the environment that `build_wheel` made, which has nothing but pip so far."""
     python = python_of(folder / "environment")
-    requirements: list[str | Path] = [f"{wheel}[cli]"]
+    groups = ["run"]
     if tests != "none":
-        group = "test-free-threaded" if interpreter.free_threaded else "test"
-        requirements += ["--group", f"{ROOT / 'pyproject.toml'}:{group}"]
-    call([python, "-m", "pip", "install", "--quiet", *requirements], folder, TIMEOUT_S["build"])
+        groups.append("test-free-threaded" if interpreter.free_threaded else "test")
+    install_locked(python, *groups, folder=folder)
+    call([python, "-m", "pip", "install", "--quiet", "--no-index", f"{wheel}[cli]"], folder, TIMEOUT_S["build"])
     code = (
         "import sysconfig, kbatch, kbatch.aio, kbatch.cli, kbatch.testing; "
         "print(kbatch.__file__.startswith(sysconfig.get_path('platlib')), kbatch.__version__)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from kbatch._errors import ConfigError
 from kbatch._fastmap import Config
 from kbatch._version import __version__
 
-__all__ = ["ProducerConfig", "inherit"]
+__all__ = ["ProducerConfig", "canonical", "inherit", "shown_key"]
 
 # librdkafka's aliases, so that a key has one name below.
 _CANONICAL = {
@@ -30,6 +31,7 @@ _CANONICAL = {
     "sasl.mechanism": "sasl.mechanisms",
     "sasl.oauthbearer.client.credentials.client.id": "sasl.oauthbearer.client.id",
     "sasl.oauthbearer.client.credentials.client.secret": "sasl.oauthbearer.client.secret",
+    "max.partition.fetch.bytes": "fetch.message.max.bytes",  # a consumer's, as are the dicts that are shared with one
 }
 
 _DEFAULTS = {
@@ -52,20 +54,55 @@ _REFUSED = {
     "background_event_cb": "kbatch takes librdkafka's events itself: use error_cb, stats_cb, throttle_cb or oauth_cb",
 }
 
-# A value of a key with one of these words must not be shown. What librdkafka calls sensitive is among them.
-_SECRET_WORDS = (
-    *("password", "passphrase", "secret", "private.key", "ssl.key", "ssl_key", "ssl.ca.pem"),
-    *("sasl.username", "sasl.oauthbearer.config", "jaas", "token"),
+# The keys whose values errors may show, by the name that they have below; librdkafka's reasons quote them. What stands
+# elsewhere may be a password, also where none belongs: a line too high in a file is enough.
+_HARMLESS = frozenset(
+    (
+        *("acks", "allow.auto.create.topics", "api.version.fallback.ms", "api.version.request"),
+        *("api.version.request.timeout.ms", "batch.num.messages", "batch.size", "broker.address.family"),
+        *("broker.address.ttl", "broker.version.fallback", "compression.codec", "compression.level"),
+        *("client.dns.lookup", "connections.max.idle.ms", "debug", "delivery.report.only.error"),
+        *("enable.gapless.guarantee", "enable.idempotence", "enable.metrics.push", "internal.termination.signal"),
+        *("linger.ms", "log.connection.close", "log.queue", "log.thread.name", "log_level", "max.in.flight"),
+        *("message.copy.max.bytes", "message.max.bytes", "message.timeout.ms", "metadata.max.age.ms"),
+        *("metadata.recovery.rebootstrap.trigger.ms", "metadata.recovery.strategy", "msg_order_cmp", "partitioner"),
+        *("plugin.library.paths", "produce.offset.report", "queue.buffering.backpressure.threshold"),
+        *("queue.buffering.max.kbytes", "queue.buffering.max.messages", "queuing.strategy"),
+        *("receive.message.max.bytes", "reconnect.backoff.jitter.ms", "reconnect.backoff.max.ms"),
+        *("reconnect.backoff.ms", "request.timeout.ms", "retries", "retry.backoff.max.ms", "retry.backoff.ms"),
+        *("socket.blocking.max.ms", "socket.connection.setup.timeout.ms", "socket.keepalive.enable"),
+        *("socket.max.fails", "socket.nagle.disable", "socket.receive.buffer.bytes", "socket.send.buffer.bytes"),
+        *("socket.timeout.ms", "statistics.interval.ms", "sticky.partitioning.linger.ms"),
+        *("topic.metadata.propagation.max.ms", "topic.metadata.refresh.fast.cnt"),
+        *("topic.metadata.refresh.fast.interval.ms", "topic.metadata.refresh.interval.ms"),
+        *("topic.metadata.refresh.sparse", "transaction.timeout.ms"),
+        *("opaque", "interceptors", "open_cb", "socket_cb", "connect_cb", "closesocket_cb", "resolve_cb"),  # no text
+    )
 )
+
+# The characters that keys have. To a parser that splits at "=", the line `sasl.password: c2VjcmV0==` has a long key.
+_KEY_TEXT = re.compile("[a-z._]*")
 
 
 # A fingerprint must not help anybody who sees it to guess a password.
 _FINGERPRINT_KEY = os.urandom(32)
 
 
-def is_secret(key: str) -> bool:
-    """Whether the value of a configuration key must not be shown."""
-    return any(word in key for word in _SECRET_WORDS)
+def canonical(key: str) -> str:
+    """The one name of a configuration key that may have several."""
+    return _CANONICAL.get(key, key)
+
+
+def is_harmless(key: str) -> bool:
+    """Whether an error may show the value of a configuration key."""
+    return canonical(key) in _HARMLESS
+
+
+def shown_key(key: str) -> str:
+    """A key as an error may show it: up to the first character that no key has, since a password may follow it."""
+    begin = _KEY_TEXT.match(key)
+    assert begin is not None
+    return key if begin[0] == key else begin[0] + "…"
 
 
 @dataclass(frozen=True)
@@ -95,17 +132,25 @@ class ProducerConfig:
         if not isinstance(config, Mapping):
             raise ConfigError(f"config must be a mapping of librdkafka's keys, not {type(config).__name__}")
         callbacks, given = _split(config)
-        names = {_CANONICAL.get(key, key): key for key in given}
-        if not (given.get(names.get("bootstrap.servers", "")) or "").strip() and "test.mock.num.brokers" not in names:
+        names = _names(given)
+        servers = given.get(names.get("bootstrap.servers", "")) or ""
+        if not servers.strip() and "test.mock.num.brokers" not in names:
             raise ConfigError("bootstrap.servers is missing: the brokers to ask first, as 'host:port,host:port'")
+        if "@" in servers:
+            raise ConfigError(
+                f"{names['bootstrap.servers']}: '@' is in no broker's name, they are 'host:port,host:port'; "
+                "a user and a password belong into sasl.username and sasl.password"
+            )
         native = Config()
         # librdkafka loads plugins when the key is set, and they must be there before the rest.
         for key in sorted(given, key=lambda key: (key != "debug", key != "plugin.library.paths")):
             _set(native, key, given[key])
+            if not is_harmless(key):
+                native.hide(key)
         if native.get("acks") == "0":
             key = names.get("acks", "acks")
             raise ConfigError(
-                f"{key}={given.get(key)}: no broker would answer, so a message that was refused or lost would be "
+                f"{key}=0: no broker would answer, so a message that was refused or lost would be "
                 "told as stored; use acks=all"
             )
         for key, value in _defaults(native, names).items():
@@ -125,10 +170,14 @@ class ProducerConfig:
             named = names.get("message.timeout.ms")
             if named is not None and delivery_timeout_s > transaction_timeout_s:
                 limit = native.get("transaction.timeout.ms")
-                raise ConfigError(f"{named}={given[named]} is longer than transaction.timeout.ms={limit}")
+                own = native.get("message.timeout.ms")
+                raise ConfigError(f"{named}={own} is longer than transaction.timeout.ms={limit}")
             delivery_timeout_s = min(delivery_timeout_s, transaction_timeout_s)
         # How lines reach a logger. Without one nobody would take them from the queue.
         _set(native, "log.queue", "false" if callbacks["logger"] is None else "true")
+        if callbacks["stats_cb"] is None:  # nor statistics
+            _set(native, "statistics.interval.ms", "0")
+        _choose_tokens(native, callbacks["oauth_cb"])
         return cls(
             native=native,
             **callbacks,
@@ -151,8 +200,12 @@ class ProducerConfig:
 def inherit(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """What is `shared`, key by key, unless `own` has the key, by this name or by another of librdkafka's for it."""
     shared, own = _flat(shared), _flat(own)
-    overridden = {_CANONICAL.get(key, key) for key in own}
-    return {**{key: shared[key] for key in shared if _CANONICAL.get(key, key) not in overridden}, **own}
+    return _overridden(shared, own)
+
+
+def _overridden(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    overridden = set(map(canonical, own))
+    return {**{key: shared[key] for key in shared if canonical(key) not in overridden}, **own}
 
 
 def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -160,7 +213,17 @@ def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(topic_config, Mapping):
         return config
     # It wins, as in confluent-kafka.
-    return {**{key: config[key] for key in config if key != "default.topic.config"}, **topic_config}
+    return _overridden({key: config[key] for key in config if key != "default.topic.config"}, topic_config)
+
+
+def _names(given: dict[str, str | None]) -> dict[str, str]:
+    """By the one name that a key has below, the name by which it was given."""
+    names: dict[str, str] = {}
+    for key, value in given.items():
+        other = names.setdefault(canonical(key), key)
+        if given[other] != value:
+            raise ConfigError(f"{other} and {key} are two names of one setting and have different values; give one")
+    return names
 
 
 def _fingerprint(native: Config, names: dict[str, str], given: dict[str, str | None]) -> bytes:
@@ -206,24 +269,46 @@ def _text(key: str, value: object) -> str | None:
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)
     # confluent-kafka takes the str() of anything.
-    raise ConfigError(f"{key} must be str, int, float, bool or a path, not {type(value).__name__}")
+    raise ConfigError(f"{shown_key(key)} must be str, int, float, bool or a path, not {type(value).__name__}")
 
 
 def _set(native: Config, key: str, value: str | None) -> None:
     if "\0" in key or (value is not None and "\0" in value):
         # librdkafka would read up to there
-        raise ConfigError(f"{key!r}: a key and its value must not contain a NUL character")
+        raise ConfigError(f"{shown_key(key)}: a key and its value must not contain a NUL character")
     reason = None
     try:
         native.set(key, value)
     except LookupError:
-        reason = f"{key} is not a configuration key of librdkafka"
+        reason = f"{shown_key(key)} is not a configuration key of librdkafka"
     except ValueError as error:
         # librdkafka quotes values, also in part, and UnicodeEncodeError one character.
-        reason = f"{key}: {'not a valid value' if value and is_secret(key) else str(error).strip()}"
+        reason = f"{shown_key(key)}: {str(error).strip() if is_harmless(key) else 'not a valid value'}"
     if reason is not None:
         # Not in the handler: the error there may hold the value.
         raise ConfigError(reason)
+
+
+def _choose_tokens(native: Config, oauth_cb: object) -> None:
+    """Who gives the tokens of OAUTHBEARER: ``oauth_cb``, as in confluent-kafka also with OIDC, or librdkafka itself."""
+    unsecured = native.get("enable.sasl.oauthbearer.unsecure.jwt") == "true"
+    is_oidc = native.get("sasl.oauthbearer.method") == "oidc"
+    # The events of a queue are the application's. Its own tokens librdkafka renews on a queue and a thread of its own.
+    _set(native, "enable_sasl_queue", "false")
+    is_sasl = native.get("security.protocol") in ("sasl_plaintext", "sasl_ssl")
+    if not is_sasl or native.get("sasl.mechanisms") != "OAUTHBEARER":
+        return
+    if oauth_cb is not None:
+        if unsecured:
+            raise ConfigError("enable.sasl.oauthbearer.unsecure.jwt=true contradicts oauth_cb; leave one of them out")
+        _set(native, "sasl.oauthbearer.method", "default")
+    elif unsecured:
+        _set(native, "enable_sasl_queue", "true")
+    elif not is_oidc:
+        raise ConfigError(
+            "oauth_cb is missing: with sasl.mechanisms=OAUTHBEARER it gives the tokens, unless librdkafka gets them "
+            "itself by sasl.oauthbearer.method=oidc"
+        )
 
 
 def _contradiction(native: Config, names: dict[str, str]) -> str | None:

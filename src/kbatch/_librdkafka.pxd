@@ -215,6 +215,7 @@ cdef struct Api:
     int (*metadata)(rd_kafka_t *rk, int all_topics, rd_kafka_topic_t *topic, const rd_kafka_metadata_t **metadata,
                     int timeout_ms) noexcept nogil
     void (*metadata_destroy)(const rd_kafka_metadata_t *metadata) noexcept nogil
+    rd_kafka_error_t *(*sasl_background_callbacks_enable)(rd_kafka_t *rk) noexcept nogil
     int (*oauthbearer_set_token)(rd_kafka_t *rk, const char *token, int64_t lifetime_ms, const char *principal,
                                  const char **extensions, size_t extension_size,
                                  char *errstr, size_t errstr_size) noexcept nogil

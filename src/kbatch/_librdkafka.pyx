@@ -125,6 +125,8 @@ cdef void _fill() except *:
                             int) noexcept nogil> symbol("rd_kafka_metadata")
     api.metadata_destroy = <void (*)(const rd_kafka_metadata_t *) noexcept nogil> symbol("rd_kafka_metadata_destroy")
     api.set_log_queue = <int (*)(rd_kafka_t *, rd_kafka_queue_t *) noexcept nogil> symbol("rd_kafka_set_log_queue")
+    api.sasl_background_callbacks_enable = <rd_kafka_error_t *(*)(rd_kafka_t *) noexcept nogil> symbol(
+        "rd_kafka_sasl_background_callbacks_enable")
     api.oauthbearer_set_token = <int (*)(rd_kafka_t *, const char *, int64_t, const char *, const char **, size_t,
                                          char *, size_t) noexcept nogil> symbol("rd_kafka_oauthbearer_set_token")
     api.oauthbearer_set_token_failure = <int (*)(rd_kafka_t *, const char *) noexcept nogil> symbol(

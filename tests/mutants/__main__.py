@@ -19,7 +19,7 @@ COPIED = (
     "pyproject.toml",
     "setup.py",
     *("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in", "Makefile"),
-    *(".github", "benchmarks", "docs", "examples", "src", "tests", "tools"),
+    *(".ci", ".github", "benchmarks", "docs", "examples", "requirements", "src", "tests", "tools"),
 )
 BUILD = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
 # A test that hangs has found the defect, too.

@@ -81,6 +81,42 @@ MUTANTS = (
         'if native.get("acks") == "00":',
         "tests/unit/test_config.py",
     ),
+    # -- settings
+    Mutant(
+        "an unknown key is shown whole",
+        "_config.py",
+        '    return key if begin[0] == key else begin[0] + "…"\n',
+        "    return key\n",
+        "tests/unit/test_secrets.py",
+    ),
+    Mutant(
+        "a value that librdkafka quotes is shown",
+        "_config.py",
+        "str(error).strip() if is_harmless(key) else 'not a valid value'",
+        "str(error).strip()",
+        "tests/unit/test_secrets.py",
+    ),
+    Mutant(
+        "an alias of a weaker source counts beside its other name",
+        "cli/_settings.py",
+        "found.update((canonical(setting.key), setting) for setting in source)",
+        "found.update((setting.key, setting) for setting in source)",
+        "tests/unit/test_cli_settings.py",
+    ),
+    Mutant(
+        "unsecured tokens are not renewed",
+        "_config.py",
+        '        _set(native, "enable_sasl_queue", "true")\n',
+        "        pass\n",
+        "tests/unit/test_event_callbacks.py",
+    ),
+    Mutant(
+        "events that nobody asked for are passed on",
+        CLIENT,
+        "    if not kind & c.events:  #",
+        "    if kind < 0:  #",
+        "tests/unit/test_event_callbacks.py",
+    ),
     Mutant(
         "what librdkafka calls not persisted is raised by a transaction of unknown end",
         CORE,

@@ -113,6 +113,10 @@ def test_defaults(key: str, value: str) -> None:
         ({"default.topic.config": {"acks": "all", "linger.ms": 3}, "linger.ms": 4}, "linger.ms", "3"),
         ({"log.queue": True}, "log.queue", "false"),  # nobody would take the lines
         ({"logger": logging.getLogger()}, "log.queue", "true"),
+        ({"statistics.interval.ms": 100}, "statistics.interval.ms", "0"),  # nor statistics
+        ({"statistics.interval.ms": 100, "stats_cb": print}, "statistics.interval.ms", "100"),
+        ({"linger.ms": 5, "queue.buffering.max.ms": "5"}, "linger.ms", "5"),
+        ({"default.topic.config": {"request.required.acks": "all"}, "acks": 0}, "acks", "-1"),
     ],
 )
 def test_values_reach_librdkafka(config: dict[str, Any], key: str, value: str) -> None:
@@ -177,9 +181,19 @@ def test_brokers_are_needed(config: dict[str, Any]) -> None:
         ({"message.max.bytes": 10}, "message.max.bytes: .* value 10 is outside allowed range 1000..1000000000$"),
         ({"linger.ms": [5]}, "linger.ms must be str, int, float, bool or a path, not list"),
         ({"client.id": b"x"}, "client.id must be str, int, float, bool or a path, not bytes"),
-        ({"client.id": "a\0b"}, "'client.id': a key and its value must not contain a NUL character"),
-        ({"linger.ms\0": 5}, r"'linger.ms\\x00': a key and its value must not contain a NUL"),
-        ({"client.id": "\udcff"}, "client.id: 'utf-8' codec can't encode"),
+        ({"client.id": "a\0b"}, "client.id: a key and its value must not contain a NUL character"),
+        ({"linger.ms\0": 5}, "linger.ms…: a key and its value must not contain a NUL"),
+        ({"client.id": "\udcff"}, "client.id: not a valid value"),
+        ({"linger.ms": "\udcff"}, "linger.ms: 'utf-8' codec can't encode"),
+        ({"security.protocol": "tls"}, "security.protocol: not a valid value$"),
+        (
+            {"linger.ms": 5, "queue.buffering.max.ms": 6},
+            "linger.ms and queue.buffering.max.ms are two names of one setting and have different values; give one",
+        ),
+        (
+            {"default.topic.config": {"acks": 1, "request.required.acks": -1}},
+            "acks and request.required.acks are two names of one setting",
+        ),
         ({"opaque": "x"}, "opaque: Property .* must be set through"),
         ({"error_cb": 7}, "error_cb must be callable, not int"),
         ({"stats_cb": "print"}, "stats_cb must be callable, not str"),

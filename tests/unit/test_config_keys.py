@@ -16,7 +16,8 @@ import pytest
 from confluent_kafka import cimpl
 
 import kbatch
-from kbatch._config import _CANONICAL
+from kbatch._config import _CANONICAL, ProducerConfig, canonical
+from kbatch._fastmap import Config
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 
@@ -77,6 +78,10 @@ def values_of(key: Key) -> Iterator[Any]:
         yield key.range
 
 
+def _servers_beside(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in SERVERS.items() if canonical(key) not in map(canonical, config)}
+
+
 def refused_by_confluent_kafka(config: dict[str, Any]) -> str | None:
     try:
         confluent_kafka.Producer({**SERVERS, **config})
@@ -87,7 +92,7 @@ def refused_by_confluent_kafka(config: dict[str, Any]) -> str | None:
 
 def refused_by_kbatch(config: dict[str, Any]) -> kbatch.ConfigError | None:
     try:
-        producer = kbatch.Producer({**SERVERS, **config})
+        producer = kbatch.Producer({**_servers_beside(config), **config})
         try:
             producer._core.start()
         finally:
@@ -150,14 +155,58 @@ def test_every_key_is_accepted_or_refused_as_by_confluent_kafka(
 
 
 def test_every_alias_counts_as_one_key_with_its_other_name(keys: list[Key]) -> None:
-    pairs = {frozenset((key.name, key.alias_of)) for key in keys if key.alias_of and key.use != "C"}
-    names = {key.name for key in keys}
-    assert len(pairs) >= 8
+    # By librdkafka itself: one name is set, and every other one is read.
+    names = {key.name for key in keys} - {"default_topic_conf"}  # a pointer
+    before = settings_of(names, None, None)
+    pairs = set()
+    for key in keys:
+        for value in values_of(key):
+            after = settings_of(names, key.name, value)
+            if after and after[key.name] != before[key.name]:
+                changed = {name for name in names if after[name] != before[name]}
+                pairs |= {frozenset((key.name, name)) for name in changed - {key.name}}
+                break
+    assert len(pairs) >= 10
     known = {frozenset(pair) for pair in _CANONICAL.items()}
     assert {pair for pair in known if pair <= names} == pairs  # the older ones of librdkafka have fewer
+    documented = {frozenset((key.name, key.alias_of)) for key in keys if key.alias_of}
+    assert documented - pairs <= {
+        frozenset(("enable.auto.commit", "auto.commit.enable"))
+    }  # a consumer's topic key only
 
 
-@pytest.mark.parametrize("key", ["linger", "group_id", "", "dr.cb", "bootstrap_servers", "linger.ms "])
+def settings_of(names: set[str], key: str | None, value: Any) -> dict[str, str | None]:
+    """What librdkafka reads of each key after one was set; empty if it refuses the value."""
+    config = Config()
+    config.set("request.timeout.ms", "30000")  # before, topics have no settings to be read
+    if key is not None:
+        try:
+            config.set(key, None if value is None else str(value))
+        except ValueError:
+            return {}
+    return {name: config.get(name) for name in names}
+
+
+def test_a_setting_may_be_given_by_each_of_its_names_alone() -> None:
+    for alias, name in _CANONICAL.items():
+        for value in ("5", "text", "none", "127.0.0.1:1"):
+            configs = [{**SERVERS, key: value} for key in (alias, name)]
+            if canonical(name) == "bootstrap.servers":
+                configs = [{key: value} for key in (alias, name)]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                outcomes = [_settings_or_refusal(config, name) for config in configs]
+            assert outcomes[0] == outcomes[1], (alias, name, value)
+
+
+def _settings_or_refusal(config: dict[str, Any], name: str) -> tuple[str | None, bool]:
+    try:
+        return ProducerConfig.parse(config).native.get(name), True
+    except kbatch.ConfigError:
+        return None, False
+
+
+@pytest.mark.parametrize("key", ["linger", "group_id", "", "dr.cb", "bootstrap_servers"])
 @pytest.mark.parametrize("value", ["5", None])
 def test_an_unknown_key_is_refused_by_both(key: str, value: str | None) -> None:
     assert refused_by_confluent_kafka({key: value}) is not None

@@ -1,9 +1,12 @@
 """The callbacks of a producer's configuration: confluent-kafka's signatures, on a thread of their own. No broker."""
 
+import contextlib
 import json
 import logging
 import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 from confluent_kafka import KafkaError
 
 import kbatch
+from kbatch import aio
 
 from ..naming import shown
 from ..waiting import until
@@ -100,6 +104,107 @@ def test_a_callback_that_raises_is_logged_and_the_next_one_comes(caplog: pytest.
 
 
 OAUTH = {**NOBODY, "security.protocol": "SASL_PLAINTEXT", "sasl.mechanisms": "OAUTHBEARER"}
+UNSECURED = {
+    **OAUTH,
+    "enable.sasl.oauthbearer.unsecure.jwt": True,
+    "sasl.oauthbearer.config": "principal=me lifeSeconds=2",
+}
+OIDC = {
+    **OAUTH,
+    "sasl.oauthbearer.method": "oidc",
+    "sasl.oauthbearer.client.id": "me",
+    "sasl.oauthbearer.client.secret": "x",
+    "sasl.oauthbearer.token.endpoint.url": "http://127.0.0.1:1/token",
+}
+PRODUCERS = [kbatch.Producer, aio.Producer]
+
+
+@contextlib.contextmanager
+def started(producer_class: Any, config: dict[str, Any]) -> Iterator[Any]:
+    producer = producer_class(config)
+    producer._core.start()
+    try:
+        yield producer
+    finally:
+        producer._core.close(0)
+
+
+@pytest.mark.parametrize("producer_class", PRODUCERS)
+@pytest.mark.parametrize("forgotten", ["error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger"])
+def test_events_that_nobody_asked_for_are_silent(
+    producer_class: Any, forgotten: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(name: str) -> Any:
+        return lambda *arguments: calls.update([name]) or ("token", time.time() + 3_600)
+
+    config = {name: count(name) for name in ("error_cb", "stats_cb", "throttle_cb", "oauth_cb") if name != forgotten}
+    kind = UNSECURED if forgotten == "oauth_cb" else OAUTH
+    with started(producer_class, {**kind, **config, "statistics.interval.ms": 20}):
+        seen = {"error_cb", "stats_cb"} - {forgotten}
+        until(lambda: all(calls[name] >= 3 for name in seen), "the others' events")
+    assert not caplog.records
+
+
+def test_statistics_that_come_all_the_same_are_dropped(caplog: pytest.LogCaptureFixture) -> None:
+    errors: list[KafkaError] = []
+    producer = kbatch.Producer({**NOBODY, "error_cb": errors.append})
+    producer._parsed.native.set("statistics.interval.ms", "20")
+    with producer:
+        producer.submit("orders", [])
+        until(lambda: len(errors) >= 3, "errors, among the statistics")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("producer_class", PRODUCERS)
+@pytest.mark.parametrize("protocol", ["sasl_plaintext", "SASL_SSL"])
+@pytest.mark.parametrize("key", ["sasl.mechanism", "sasl.mechanisms"])
+def test_an_oauth_cb_that_was_forgotten_is_named(producer_class: Any, protocol: str, key: str) -> None:
+    config = {**NOBODY, "security.protocol": protocol, key: "OAUTHBEARER"}
+    for more in ({}, {"oauth_cb": None}, {"enable.sasl.oauthbearer.unsecure.jwt": False, "error_cb": print}):
+        with pytest.raises(kbatch.ConfigError, match=r"^oauth_cb is missing"):
+            producer_class({**config, **more})
+
+
+@pytest.mark.parametrize("producer_class", PRODUCERS)
+@pytest.mark.parametrize("config", [OIDC, UNSECURED, {**OAUTH, "security.protocol": "ssl"}], ids=["oidc", "jwt", "ssl"])
+def test_who_needs_no_oauth_cb_starts_without_one(producer_class: Any, config: dict[str, Any]) -> None:
+    with started(producer_class, config):
+        pass
+
+
+@pytest.mark.parametrize("producer_class", PRODUCERS)
+def test_unsecured_tokens_are_renewed(producer_class: Any, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[str] = []
+    errors: list[KafkaError] = []
+
+    class Logger:
+        def log(self, level: int, text: str, *arguments: object) -> None:
+            lines.append(text % arguments)
+
+    config = {**UNSECURED, "log_level": 7, "debug": "security", "logger": Logger(), "error_cb": errors.append}
+    with started(producer_class, config):
+        until(lambda: sum("Creating unsecured token" in line for line in lines) >= 3, "the third token")
+    assert "_AUTHENTICATION" not in {error.name() for error in errors}
+    assert not caplog.records
+
+
+def test_oauth_cb_comes_before_librdkafkas_own_way_to_tokens() -> None:
+    configs: list[str | None] = []
+
+    def oauth_cb(config: str | None) -> tuple[str, float]:
+        configs.append(config)
+        return "token", time.time() + 3_600
+
+    with started(kbatch.Producer, {**OIDC, "oauth_cb": oauth_cb}):
+        until(lambda: configs, "the question")
+    confluent = confluent_kafka.Producer({**OIDC, "oauth_cb": oauth_cb})
+    until(lambda: (confluent.poll(0.05), len(configs) == 2)[1], "their question")
+    with pytest.raises(kbatch.ConfigError, match=r"unsecure\.jwt=true contradicts oauth_cb"):
+        kbatch.Producer({**UNSECURED, "oauth_cb": oauth_cb})
+    with pytest.raises(confluent_kafka.KafkaException, match="mutually exclusive"):
+        confluent_kafka.Producer({**UNSECURED, "oauth_cb": oauth_cb})
 
 
 def test_oauth_cb() -> None:

@@ -1,5 +1,6 @@
 """What must agree between files that no compiler compares."""
 
+import itertools
 import re
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +67,9 @@ def test_each_action_is_pinned_to_a_commit():
     assert [path.name for path in workflows] == ["bench.yml", "ci.yml", "wheels.yml"]
     uses = [line for path in workflows for line in path.read_text("utf-8").splitlines() if "uses:" in line]
     assert len(uses) > 5
-    assert [line for line in uses if not re.search(r"uses: [\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$", line)] == []
+    ours = "uses: $/.github/workflows/ci.yml"
+    pinned = re.compile(r"uses: [\w.-]+/[\w.-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+$")
+    assert [line for line in uses if not pinned.search(line) and line.strip() != ours] == []
 
 
 def test_one_action_has_one_version():
@@ -80,9 +83,59 @@ def test_one_action_has_one_version():
 def test_what_is_published_was_built_here_and_needs_no_password():
     text = (ROOT / ".github" / "workflows" / "wheels.yml").read_text(encoding="utf-8")
     jobs = dict(re.findall(r"^  (\w+):\n((?:(?: {3,}.*)?\n)+)", text.partition("\njobs:\n")[2], re.MULTILINE))
-    assert list(jobs) == ["sdist", "wheels", "publish"]
+    assert list(jobs) == ["ci", "sdist", "wheels", "publish"]
     assert [name for name, job in jobs.items() if "id-token: write" in job] == ["publish"]
     assert "startsWith(github.ref, 'refs/tags/v')" in jobs["publish"]
-    assert "needs: [sdist, wheels]" in jobs["publish"]
+    assert "needs: [ci, sdist, wheels]" in jobs["publish"]
+    assert "always()" not in text  # what has failed, or was left out, stops it
+    assert "uses: $/.github/workflows/ci.yml" in jobs["ci"]
+    assert "startsWith(github.ref, 'refs/tags/')" in jobs["ci"]
+    ci = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
+    assert "  workflow_call:" in ci
+    assert "group: ci-${{ github.ref }}" in ci  # by the caller's name it would wait for, or end, its caller
     assert "name: pypi\n" in jobs["publish"]
     assert "secrets." not in text
+
+
+def locked(name: str) -> dict[str, set[str]]:
+    """The packages of a file of `make lock`, each with its versions: a CPython or a system may need its own."""
+    text = (ROOT / "requirements" / f"{name}.txt").read_text(encoding="utf-8")
+    assert "://" not in text
+    found: dict[str, set[str]] = {}
+    for entry in re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]:
+        first, *hashes = entry.replace(" \\\n", "\n").splitlines()
+        match = re.fullmatch(r"([a-z0-9-]+)(?:\[[a-z0-9,-]+\])?==([\w.+!]+)(?: ; .+)?", first)
+        assert match is not None, first
+        assert hashes, first
+        assert [line for line in hashes if not re.fullmatch(r"    --hash=sha256:[0-9a-f]{64}", line)] == [], first
+        found.setdefault(match[1], set()).add(match[2])
+    return found
+
+
+LOCKS = sorted(path.stem for path in (ROOT / "requirements").glob("*.txt"))
+
+
+def groups() -> dict[str, set[str]]:
+    """The dependency groups of pyproject.toml, each with the packages that it names itself."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("\n[dependency-groups]\n")[2].partition("\n[tool")[0]
+    lists = re.findall(r"^([a-z-]+) = \[((?:.|\n)*?)\](?:  #.*)?$", section, re.MULTILINE)
+    return {name: set(re.findall(r'(?<![=] )"([A-Za-z][\w-]*)', content)) for name, content in lists}
+
+
+def test_what_is_installed_to_build_and_test_is_locked():
+    assert sorted([*groups(), "run"]) == sorted([*LOCKS, "dev"])
+    for name, packages in groups().items():
+        if name != "dev":
+            assert {package.lower() for package in packages} <= locked(name).keys(), name
+    files = [*(ROOT / ".github" / "workflows").glob("*.yml"), *(ROOT / name for name in (".ci/run", "Makefile"))]
+    for path in [*files, ROOT / "pyproject.toml"]:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if "pip install" in line]
+        assert [line for line in lines if "--require-hashes" not in line and "--no-index" not in line] == []
+
+
+def test_the_locks_agree():
+    for one, other in itertools.combinations(LOCKS, 2):
+        mine, theirs = locked(one), locked(other)
+        for package in mine.keys() & theirs.keys():
+            assert mine[package] <= theirs[package] or theirs[package] <= mine[package], (one, other, package)

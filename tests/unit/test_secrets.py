@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch._config import ProducerConfig, is_secret
+from kbatch import aio
+from kbatch._config import ProducerConfig, is_harmless
+from kbatch.testing import MemoryProducer
 
 from ..naming import shown
 from ..waiting import until
@@ -100,7 +102,7 @@ def test_what_librdkafka_redacts_is_a_secret(keys: list[Key]) -> None:  # noqa: 
                 until(lambda values=lines.values: "request.required.acks" in values, "the last line of them")
             redacted |= {name for name, value in lines.values.items() if value == "[redacted]"}
     assert {"sasl.password", "sasl.username", "ssl.key.password", "sasl.oauthbearer.client.secret"} <= redacted
-    assert all(map(is_secret, redacted))
+    assert not any(map(is_harmless, redacted))
 
 
 @pytest.mark.parametrize("secret", SECRETS)
@@ -119,6 +121,90 @@ def test_a_secret_that_is_no_value(secret: str, spoil: Callable[[str], Any]) -> 
     with pytest.raises(kbatch.ConfigError, match=secret) as caught:
         kbatch.Producer({**SERVERS, **SECRETS, secret: spoil(SECRETS[secret])})
     assert_no_secret(texts_of(caught.value))
+
+
+def topic(config: dict[str, Any]) -> kbatch.KafkaTopic[Any]:
+    return kbatch.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=config)
+
+
+@pytest.mark.parametrize(
+    "take", [kbatch.Producer, aio.Producer, MemoryProducer, topic], ids=lambda take: take.__qualname__
+)
+@pytest.mark.parametrize("value", ["=", "", None, b"=", ["="], "\0", "\udcff"], ids=shown)
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        (f"sasl.password: {SECRET}", "sasl.password…"),  # YAML's habit, which a file's parser splits at the value's "="
+        (f"sasl.password:{SECRET}", "sasl.password…"),
+        (f"sasl.password {SECRET}", "sasl.password…"),
+        (f"ssl.key.pem\n-----BEGIN {SECRET}", "ssl.key.pem…"),
+        (f"sasl.password\0{SECRET}", "sasl.password…"),
+        (f"\udcff{SECRET}", "…"),
+        (SECRET, "hunter…"),
+    ],
+    ids=["yaml", "colon", "blank", "lines", "nul", "surrogate", "alone"],
+)
+def test_a_secret_in_a_key(take: Callable[[Any], Any], value: object, key: str, told: str) -> None:
+    for config in ({**SERVERS, key: value}, {**SERVERS, "default.topic.config": {key: value}}):
+        with pytest.raises(kbatch.ConfigError) as caught:
+            take(config)
+        assert str(caught.value).startswith(told)
+        assert_no_secret(texts_of(caught.value))
+        assert SECRET.encode() not in pickle.dumps(caught.value)
+
+
+# What decides whether librdkafka looks at a value when it starts.
+STARTS: tuple[dict[str, Any], ...] = (
+    {},
+    {"security.protocol": "ssl"},
+    {"security.protocol": "sasl_ssl", "sasl.mechanisms": "PLAIN", "sasl.username": "me", "sasl.password": "x"},
+    {"security.protocol": "sasl_plaintext", "sasl.mechanisms": "OAUTHBEARER", "sasl.oauthbearer.method": "oidc"},
+)
+
+
+@pytest.mark.parametrize("value", [SECRET, f"1{SECRET}", f"all,{SECRET}", f"{SECRET}/" * 60], ids=shown)
+def test_a_secret_where_none_belongs(value: str, keys: list[Key], capfd: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    refused = 0
+    for key in keys:
+        if is_harmless(key.name):
+            continue
+        for start in STARTS:
+            error = refusal({**SERVERS, **start, key.name: value})
+            if error is not None:
+                refused += 1
+                assert_no_secret(texts_of(error))
+                assert SECRET.encode() not in pickle.dumps(error)
+    assert refused > 100
+    capfd.readouterr()
+
+
+def refusal(config: dict[str, Any]) -> kbatch.ConfigError | None:
+    try:
+        producer = kbatch.Producer(config)
+        try:
+            producer._core.start()
+        finally:
+            producer.close(0)
+    except kbatch.ConfigError as error:
+        return error
+    return None
+
+
+def test_a_password_before_the_name_of_a_broker() -> None:
+    for key in ("bootstrap.servers", "metadata.broker.list"):
+        with pytest.raises(kbatch.ConfigError, match=rf"^{key}: '@' is in no broker's name") as caught:
+            kbatch.Producer({key: f"127.0.0.1:1,me:{SECRET}@kafka:9092"})
+        assert_no_secret(texts_of(caught.value))
+
+
+def test_a_harmless_value_is_shown() -> None:
+    with pytest.raises(kbatch.ConfigError, match=r'compression\.type: Invalid value "gzpi"'):
+        kbatch.Producer({**SERVERS, "compression.type": "gzpi"})
+
+
+def test_values_are_harmless_for_keys_that_librdkafka_has(keys: list[Key]) -> None:  # noqa: F811
+    texts = {key.name for key in keys if key.kind == "string" and is_harmless(key.name)}
+    assert texts == {"plugin.library.paths", "partitioner", "broker.version.fallback"}
 
 
 @pytest.mark.parametrize(
@@ -241,6 +327,9 @@ def ask(secret: str, answer: object, config: str) -> object:
         (SECRET + "\0", time.time() + 9),
         (SECRET, time.time() + 9, "principal", {"auth": "reserved"}),
         (SECRET, time.time() + 9, "principal", {"scope": 7}),
+        (SECRET, time.time() + 9, "principal", {"scope": f"{SECRET}\1"}),
+        (SECRET, time.time() + 9, "principal", {SECRET: "orders"}),
+        (SECRET, time.time() + 9, "principal", {"scope": f"{SECRET}\1" * 99}),
         [SECRET, time.time() + 9],
         SECRET,
     ],

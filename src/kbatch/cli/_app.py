@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import kbatch
-from kbatch.cli._failure import Failure
+from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._screen import Screen
 
 app = typer.Typer(
@@ -57,8 +57,9 @@ def demo(
     _exit_with(lambda: run(Plan(count, batch_size, in_flight, min(one_at_a_time, count)), screen), screen)
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def produce(
+    context: typer.Context,
     file: Annotated[str, typer.Argument(metavar="FILE", help="A file of JSON lines; - reads standard input.")],
     topic: Annotated[str, typer.Option("--topic", "-t", help="Where the lines go.")],
     key: Annotated[
@@ -91,8 +92,9 @@ def produce(
     """Send every line of a file as a message, its bytes as they are.
 
     Settings come from -X, else from the environment (KBATCH_BOOTSTRAP_SERVERS is bootstrap.servers,
-    KBATCH_SASL_PASSWORD is sasl.password; two underscores stand for one), else from --config. Keep secrets out of -X:
-    others can see command lines.
+    KBATCH_SASL_PASSWORD is sasl.password; two underscores stand for one), else from --config. librdkafka's aliases are
+    one setting. What Kubernetes sets for a Service called kbatch (KBATCH_SERVICE_HOST, KBATCH_PORT_9092_TCP, …) is
+    none. Keep secrets out of -X: others can see command lines.
 
     A line that is not JSON, or has no key, is named with its number, goes to --rejects, and the rest is sent. So does
     a line that the broker refuses. Blank lines are skipped.
@@ -107,6 +109,9 @@ def produce(
     screen = Screen(quiet=quiet)
 
     def work() -> int:
+        if context.args:
+            # Not the arguments themselves, as the parser would: one may be a password.
+            raise Failure("one FILE is sent at a time, and -X takes KEY=VALUE as one argument, without blanks", USAGE)
         return run(
             Job(
                 input=file,

@@ -1,11 +1,13 @@
 """Is a broker there, and does it know the topic? Asked before the first line is sent, to fail in one line."""
 
 import time
+import warnings
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
+from kbatch._config import ProducerConfig
 from kbatch.cli._failure import USAGE, Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
@@ -38,7 +40,9 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
     except (KafkaException, ValueError) as error:
         # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
         reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
-        raise Failure(reason, USAGE) from None
+        with warnings.catch_warnings():  # the producer has told
+            warnings.simplefilter("ignore")
+            raise Failure(ProducerConfig.parse(config).native.without_hidden(reason), USAGE) from None
     end = time.monotonic() + timeout_s
     known_by = time.monotonic() + min(timeout_s, _CREATION_S)
     patience_s = 0.5  # the call does not notice Ctrl-C, so it is short at first

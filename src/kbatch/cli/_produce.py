@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import kbatch
+from kbatch._config import canonical
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._json_line import BadLine, key_reader
@@ -381,12 +382,13 @@ def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
     config: dict[str, Any] = {"log_level": "0", **job.settings.values}
     if not job.embedded:
         return config
-    if job.settings.origins.get("bootstrap.servers") == "-X":
+    if job.settings.origin("bootstrap.servers") == "-X":
         raise Failure("--embedded brings its own broker: leave out -X bootstrap.servers", USAGE)
     from kbatch.testing import MockCluster
 
     # What tells how to reach and log in to another broker does not hold for this one.
-    config = {k: v for k, v in config.items() if not k.startswith(("bootstrap.", "security.", "sasl.", "ssl."))}
+    foreign = ("bootstrap.", "security.", "sasl.", "ssl.")
+    config = {key: value for key, value in config.items() if not canonical(key).startswith(foreign)}
     cluster = stack.enter_context(MockCluster(process=True))
     cluster.create_topic(job.topic, _EMBEDDED_PARTITIONS)
     config["bootstrap.servers"] = cluster.bootstrap_servers
@@ -394,7 +396,7 @@ def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
 
 
 def _producer(job: Job, config: dict[str, Any], last_error: LastError, screen: Screen) -> kbatch.Producer:
-    if "bootstrap.servers" not in config and "metadata.broker.list" not in config:
+    if not job.embedded and job.settings.get("bootstrap.servers") is None:
         raise Failure(
             "no broker is named: give -X bootstrap.servers=HOST:PORT, KBATCH_BOOTSTRAP_SERVERS, --config FILE "
             "or --embedded",

@@ -105,6 +105,7 @@ cdef struct Client:
     int callers             # threads that enqueue
     int64_t polls           # polls by callers, so that the drainer sees that they care
     int eager               # unfinished batches with listeners, flushes: reasons to poll at once
+    int events              # const: the types of librdkafka's events, besides delivery reports, that somebody wants
     int events_expected     # const: callbacks are configured
     int drainer_parked      # waits without a time limit
     int drainer_asleep      # waits with one
@@ -266,6 +267,15 @@ cdef inline uint8_t persistence(Client *c, const rd_kafka_message_t *message, in
             and KB_LOAD64(&c.doubt_ns) >= started_ns):
         status = RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED
     return status
+
+
+cdef bint renew_tokens(rd_kafka_t *rk) noexcept nogil:
+    # The tokens that librdkafka makes itself, on a thread of its own. False if there is none.
+    cdef rd_kafka_error_t *error = api.sasl_background_callbacks_enable(rk)
+    if error == NULL:
+        return True
+    api.error_destroy(error)
+    return False
 
 
 cdef void drop_event(Client *c, rd_kafka_event_t *event) noexcept nogil:
@@ -456,14 +466,19 @@ cdef bint poll_once(Client *c, int timeout_ms, Waiter *me) noexcept nogil:
     # Handles one event; False when there was none. `me` is the polling waiter, which needs no waking.
     cdef rd_kafka_event_t *event = api.queue_poll(c.queue, timeout_ms)
     cdef Notice *notice
+    cdef int kind
     if event == NULL:
         # A yield meant for the leader or the drainer may have ended this poll instead: pass it on.
         if ((me == NULL or me == &c.drainer_self) and KB_LOAD32(&c.leader_is_due)
                 or me != &c.drainer_self and KB_LOAD32(&c.drainer_is_due)):
             api.queue_yield(c.queue)
         return False
-    if api.event_type(event) == RD_KAFKA_EVENT_DR:
+    kind = api.event_type(event)
+    if kind == RD_KAFKA_EVENT_DR:
         handle_reports(c, event, me)
+        return True
+    if not kind & c.events:  # librdkafka makes some of them without being asked to
+        api.event_destroy(event)
         return True
     notice = <Notice *> kb_calloc(1, sizeof(Notice))
     if notice == NULL:

@@ -4,9 +4,11 @@ cdef class Config:
     """librdkafka's configuration being built: sets and gets single properties, checked by librdkafka itself."""
 
     cdef rd_kafka_conf_t *conf  # owned until a Core hands it to rd_kafka_new
+    cdef set hidden             # properties whose values no error shows
 
     def __cinit__(self):
         self.conf = api.conf_new()
+        self.hidden = set()
 
     def __dealloc__(self):
         if self.conf != NULL:
@@ -17,7 +19,22 @@ cdef class Config:
         cdef Config made = Config()
         api.conf_destroy(made.conf)
         made.conf = api.conf_dup(self.conf)
+        made.hidden |= self.hidden
         return made
+
+    def hide(self, str name) -> None:
+        """From now on no error of a start shows the value of this property."""
+        self.hidden.add(name)
+
+    def without_hidden(self, str text) -> str:
+        """What librdkafka says when it refuses to start, without the values that must not be shown."""
+        for name in self.hidden:
+            value = self.get(name)
+            if value:
+                # A long one may be cut off where librdkafka's buffer ends.
+                quoted = re.escape(value[:64])
+                text = re.sub(rf"(?<![\w.]){quoted}{r'(?![\w.])' if len(value) <= 64 else '(?s:.*)'}", "…", text)
+        return text
 
     def set(self, str name, str value) -> None:
         """Raises ValueError with librdkafka's reason; LookupError if there is no such property.
@@ -440,12 +457,14 @@ cdef class Core:
                     api.conf_set_resolve_cb(conf, resolve)
                 if self.dispatcher.throttle_cb is not None:
                     api.conf_set_throttle_cb(conf, on_throttle)
-                c.events_expected = self.dispatcher.events != 0 or self.dispatcher.throttle_cb is not None
+                c.events = self.dispatcher.events
+                c.events_expected = c.events != 0 or self.dispatcher.throttle_cb is not None
                 with _starting, nogil:
                     rk = api.new(RD_KAFKA_PRODUCER, conf, errstr, sizeof(errstr))
                 if rk == NULL:
                     api.conf_destroy(conf)
-                    raise ConfigError(f"librdkafka refused to start: {errstr.decode('utf-8', 'replace')}")
+                    reason = self.config.without_hidden(errstr.decode("utf-8", "replace"))
+                    raise ConfigError(f"librdkafka refused to start: {reason}")
                 c.rk = rk
                 c.queue = api.queue_get_main(rk)
                 if self.dispatcher.events & RD_KAFKA_EVENT_LOG:
@@ -454,7 +473,8 @@ cdef class Core:
                 if not failed:
                     c.life = RUNNING
                     KB_ADD32(&c.references, 1)
-                    failed = kb_thread_start(drainer_main, c) < 0
+                    failed = (self.config.get("enable_sasl_queue") == "true" and not renew_tokens(rk)
+                              or kb_thread_start(drainer_main, c) < 0)
                     if failed:
                         KB_ADD32(&c.references, -1)
                         c.life = NEW
@@ -1211,7 +1231,9 @@ cdef class Core:
         finally:
             kb_free(pointers)
         if code:
-            raise ValueError(errstr.decode("utf-8", "replace"))
+            reason = errstr.decode("utf-8", "replace")
+            # librdkafka quotes an extension at the end.
+            raise ValueError(reason.partition(": ")[0] if flat else reason)
 
     def set_oauth_failure(self, str reason) -> None:
         cdef bytes text = reason.encode()
@@ -1501,12 +1523,11 @@ cdef class Dispatcher:
             return 0
         kind = api.event_type(event)
         if kind == RD_KAFKA_EVENT_ERROR:
-            if self.on_error is not None:
-                code, text = api.event_error(event), api.event_error_string(event)
-                if code == RD_KAFKA_RESP_ERR__FATAL:  # its cause, as confluent-kafka tells it
-                    errstr[0] = 0
-                    code, text = api.fatal_error(self.c.rk, errstr, sizeof(errstr)), errstr
-                self.on_error(code, text.decode("utf-8", "replace"), bool(api.event_error_is_fatal(event)))
+            code, text = api.event_error(event), api.event_error_string(event)
+            if code == RD_KAFKA_RESP_ERR__FATAL:  # its cause, as confluent-kafka tells it
+                errstr[0] = 0
+                code, text = api.fatal_error(self.c.rk, errstr, sizeof(errstr)), errstr
+            self.on_error(code, text.decode("utf-8", "replace"), bool(api.event_error_is_fatal(event)))
         elif kind == RD_KAFKA_EVENT_STATS:
             self.on_stats(api.event_stats(event).decode())
         elif kind == RD_KAFKA_EVENT_LOG:

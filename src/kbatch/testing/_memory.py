@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch import aio
 from kbatch._base_producer import BaseProducer
+from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope
 from kbatch._producer import Producer
@@ -361,7 +362,7 @@ class _InMemory(BaseProducer):
 
 def _with_brokers(config: Any) -> Any:
     if config is None or isinstance(config, Mapping):
-        return {"bootstrap.servers": "in-memory", **(config or {})}
+        return inherit({"bootstrap.servers": "in-memory"}, config or {})
     return config  # to be refused as every producer does it
 
 
