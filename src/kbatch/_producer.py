@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending
+from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
@@ -76,9 +76,9 @@ class Producer(BaseProducer):
         """
         check_timeout(timeout)
         batch = PendingBatch(self._core)
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else monotonic() + timeout
         self._core.map(batch, topic, envelopes)
-        if not self._send(batch, None if end is None else end - time.monotonic()):
+        if not self._send(batch, None if end is None else end - monotonic()):
             raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
         return batch.report
 

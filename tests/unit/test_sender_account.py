@@ -191,7 +191,7 @@ class Senders(RuleBasedStateMachine):
     @rule()
     def brokers_go_down(self) -> None:
         self.faulty = True
-        self.producer.down()
+        self.producer.down(timeout=0)
 
     @rule()
     def brokers_come_up(self) -> None:

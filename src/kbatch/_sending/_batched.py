@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
-from kbatch._fastmap import Accumulator, Signal
+from kbatch._fastmap import Accumulator, Signal, monotonic
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
 
 if TYPE_CHECKING:
@@ -135,14 +134,14 @@ class BaseBatchedSender(Accumulator):
             timeout = self._close_timeout
         if self._is_forked:
             return 0  # those are the parent's
-        end = time.monotonic() + timeout
+        end = monotonic() + timeout
         try:
             self._drain(timeout)
         except BaseException:  # Ctrl-C: whoever wants to leave does not wait for the deadline
             end = 0.0
             raise
         finally:
-            not_sent = self._agent._end(max(0.0, end - time.monotonic()))
+            not_sent = self._agent._end(max(0.0, end - monotonic()))
             SENDERS.discard(self)
         return not_sent
 

@@ -6,6 +6,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
+from kbatch._fastmap import monotonic
 from kbatch.cli._failure import USAGE, Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
@@ -39,14 +40,14 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
         # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
         reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
         raise Failure(reason, USAGE) from None
-    end = time.monotonic() + timeout_s
-    known_by = time.monotonic() + min(timeout_s, _CREATION_S)
+    end = monotonic() + timeout_s
+    known_by = monotonic() + min(timeout_s, _CREATION_S)
     patience_s = 0.5  # the call does not notice Ctrl-C, so it is short at first
     while True:
         try:
-            found = admin.list_topics(topic, timeout=max(0.1, min(patience_s, end - time.monotonic())))
+            found = admin.list_topics(topic, timeout=max(0.1, min(patience_s, end - monotonic())))
         except KafkaException as error:
-            if time.monotonic() < end:
+            if monotonic() < end:
                 patience_s *= 2
                 continue
             admin.poll(0)
@@ -57,6 +58,6 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
             return
         if problem.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
             raise Failure(f"topic {topic!r}: {problem.str()}")
-        if time.monotonic() > known_by:
+        if monotonic() > known_by:
             raise Failure(f"topic {topic!r} does not exist, and the broker does not create it")
         time.sleep(0.2)
