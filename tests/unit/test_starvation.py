@@ -315,7 +315,12 @@ def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
     soon = datetime.now(timezone.utc) + timedelta(milliseconds=300)
     retry = RetryPolicy(initial_backoff_s=1.0, max_backoff_s=1.0, jitter=0.0)
     with MemoryProducer() as producer, open_driver(kind, producer, retry=retry) as driver:
-        producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True, when=lambda envelope: envelope.message == "perhaps")
+        producer.fail(
+            "REQUEST_TIMED_OUT",
+            possibly_persisted=True,
+            stored=False,
+            when=lambda envelope: envelope.message == "perhaps",
+        )
         producer.fail("NOT_ENOUGH_REPLICAS", when=lambda envelope: envelope.message == "not")
         driver.send_all([Envelope("perhaps", deliver_by=soon), Envelope("not", deliver_by=soon)])
         assert driver.flush() == 0

@@ -91,31 +91,32 @@ class MemoryLine(MemoryBroker):
     # -- what comes
 
     def take(self, sent: Sent) -> None:
-        """From here on it has an answer sooner or later, whatever this raises."""
+        """If this raises, `abandon` is to follow."""
         self._sents[sent] = None
         self._move_up()
         self._mind_time_of(sent)
 
-    def has(self, batch: Batch) -> bool:
-        return any(sent.batch is batch for sent in self._sents)
-
     def has_some_of(self, core: MemoryCore) -> bool:
-        return any(sent.core is core for sent in self._sents)
+        return any(sent.core is core for sent in self._unanswered())
 
     def waits_for_room(self, sent: Sent) -> bool:
-        return sent in self._sents and not sent.is_in_flight
+        return sent in self._sents and not sent.is_in_flight and not sent.batch.done()
 
     def in_flight(self) -> list[Sent]:
-        return [sent for sent in self._sents if sent.is_in_flight]
+        return [sent for sent in self._unanswered() if sent.is_in_flight]
 
     def messages_without_room(self, core: MemoryCore) -> int:
-        return sum(sent.messages.total() for sent in self._sents if sent.core is core and not sent.is_in_flight)
+        return sum(sent.messages.total() for sent in self._unanswered() if sent.core is core and not sent.is_in_flight)
+
+    def _unanswered(self) -> list[Sent]:
+        # Ctrl-C may have come between an answer and the end of `_end`.
+        return [sent for sent in self._sents if not sent.batch.done()]
 
     def _move_up(self) -> None:
         """What waits for room and has it departs, unless another batch of one of its topics waits longer."""
         stuck: set[tuple[MemoryCore, str]] = set()
-        for sent in list(self._sents):
-            if sent.is_in_flight or sent not in self._sents:
+        for sent in self._unanswered():
+            if sent.is_in_flight or sent.batch.done():
                 continue
             topics = {(sent.core, topic) for topic in sent.messages}
             if stuck.isdisjoint(topics) and self._has_room(sent):
@@ -187,7 +188,7 @@ class MemoryLine(MemoryBroker):
         if self.is_down:
             return
         for sent in self.in_flight()[:batches]:
-            if sent in self._sents:
+            if not sent.batch.done():
                 self._answer(sent)
         self._move_up()
 
@@ -208,12 +209,14 @@ class MemoryLine(MemoryBroker):
         if not self.holds:
             self.release(None)
 
-    def abandon(self, batch: Batch) -> None:
-        """Of a batch that waits for room nothing is sent."""
-        for sent in list(self._sents):
-            if sent.batch is batch and not sent.is_in_flight:
+    def abandon(self, batch: Batch) -> bool:
+        """Sends nothing of a batch that waits for room. False if it is not there at all."""
+        found = [sent for sent in self._sents if sent.batch is batch]
+        for sent in found:
+            if not (sent.is_in_flight or sent.batch.done()):
                 self._end(sent, sent.give_up)
         self._move_up()
+        return bool(found)
 
     def purge(self, core: MemoryCore) -> None:
         for sent in self.in_flight():
@@ -223,7 +226,7 @@ class MemoryLine(MemoryBroker):
 
     def end_all(self, core: MemoryCore, code: int | None = None) -> None:
         """With an error, or else as given up."""
-        for sent in list(self._sents):
+        for sent in self._unanswered():
             if sent.core is core:
                 self._end(sent, sent.give_up if code is None else functools.partial(sent.fail, code))
 
@@ -273,20 +276,22 @@ class MemoryLine(MemoryBroker):
         self._timer_wakes_at = sent.over_at
 
     def _run_timer(self) -> None:
-        while True:
-            with self.lock:
-                self.expire()
-                if not self._sents:
-                    self._timer, self._timer_wakes_at = None, math.inf
-                    return
-                self._timer_wakes_at = min(sent.over_at for sent in self._sents)
-                left = self._timer_wakes_at - monotonic()
-            self._tick.wait(max(0.0, left), interruptible=False)
+        while (left := self._time_left()) is not None:  # this frame holds no batch while it waits
+            self._tick.wait(left, interruptible=False)
+
+    def _time_left(self) -> float | None:
+        with self.lock:
+            self.expire()
+            self._timer_wakes_at = min((sent.over_at for sent in self._unanswered()), default=math.inf)
+            if self._timer_wakes_at == math.inf:
+                self._timer = None
+                return None
+            return max(0.0, self._timer_wakes_at - monotonic())
 
     def expire(self) -> None:
         """What is over its time has its answer."""
         now = monotonic()
-        for sent in list(self._sents):
-            if sent.over_at <= now and sent in self._sents:
+        for sent in self._unanswered():
+            if sent.over_at <= now and not sent.batch.done():
                 self._end(sent, sent.time_out)
         self._move_up()
