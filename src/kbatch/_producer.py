@@ -36,7 +36,9 @@ class Producer(BaseProducer):
         encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``, such
             as confluent-kafka's Avro, Protobuf and JSON Schema serializers.
         source: The ``source`` of envelopes that have none. CloudEvents needs one.
-        header_hook: Called once per batch; returns headers that are added to each of its envelopes.
+        header_hook: Called once per batch, when it is mapped; returns headers that are added to each of its envelopes.
+            ``send_batch`` and ``submit`` call it in the caller's thread and context, a buffered sender on its own
+            thread, where context variables are not set.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages of one topic may be in flight before ``submit`` waits. All topics together may
             have a quarter more, and each topic always a few (128), so that one that is stuck does not stop the others.

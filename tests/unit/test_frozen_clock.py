@@ -54,7 +54,9 @@ def test_waits_end_while_the_clock_stands_still() -> None:
 def test_times_are_the_machines() -> None:
     # Both clocks: what is compared with `deliver_by` and what `sent-at` tells.
     with MemoryProducer() as producer:
-        report = producer.send_batch("orders", [Envelope(1, deliver_by=datetime.now(timezone.utc) + timedelta(hours=1))])
+        report = producer.send_batch(
+            "orders", [Envelope(1, deliver_by=datetime.now(timezone.utc) + timedelta(hours=1))]
+        )
         assert report.expired == (0,)
         producer.send_batch("orders", [Envelope(2), Envelope(3, sent_at=datetime.now(timezone.utc))])
         first, second = (kbatch.read_envelope(record).sent_at for record in producer.records)

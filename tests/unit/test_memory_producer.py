@@ -570,7 +570,9 @@ def test_the_timer_ends_when_nothing_is_in_flight(producer: MemoryProducer) -> N
 
 def test_error_cb_is_told_of_an_outage_and_of_a_fatal_error() -> None:
     told: list[tuple[str, bool, str]] = []
-    with MemoryProducer({"error_cb": lambda error: told.append((error.name(), error.fatal(), error.str()))}) as producer:
+    with MemoryProducer(
+        {"error_cb": lambda error: told.append((error.name(), error.fatal(), error.str()))}
+    ) as producer:
         producer.down()
         producer.up()
         producer.fatal(reason="made up")

@@ -172,7 +172,8 @@ class BatchedSender(BaseBatchedSender):
     than `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
     ``max_in_flight_batches`` are in flight. The order of the calls is the order within a partition, as far as
     `SendingAgent` says. A future ``scheduled_time`` holds an envelope until then. What is buffered lives in memory: a
-    crash loses it, and so it loses what is scheduled.
+    crash loses it, and so it loses what is scheduled. It is mapped later, on a thread of the sender: a message must not
+    change after `send`, and in the producer's ``header_hook`` the caller's context variables are not set.
 
     The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
     `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it holds; then
