@@ -1,8 +1,10 @@
 """Producers in memory: what an application's own tests see, and that they behave as the ones they stand for."""
 
 import asyncio
+import contextlib
 import gc
 import inspect
+import linecache
 import os
 import pickle
 import threading
@@ -20,6 +22,7 @@ from kbatch._fastmap import Core
 from kbatch._sending._handle import ProducerHandle
 from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
 
+from ..injection import TESTING, Injector
 from ..mapping import NOWHERE
 from ..waiting import until
 
@@ -667,6 +670,61 @@ def test_ctrl_c_while_a_batch_waits_for_room_sends_nothing_of_it(monkeypatch: py
         assert messages(producer.envelopes) == [0]
         with pytest.raises(kbatch.UndeliveredError, match="2 messages "):
             producer.flush()
+
+
+class LockInjector(Injector):
+    """Raises in `kbatch.testing`, and where a lock that is written in Python was taken."""
+
+    def _enter(self, frame: Any, event: str, _: object) -> Any:
+        if frame.f_globals.get("__name__") == "threading" and frame.f_code.co_name == "__enter__":
+            return self._taken
+        return self._line if frame.f_code.co_filename.startswith(TESTING) else None
+
+    def _line(self, frame: Any, event: str, _: object) -> Any:
+        # Of `try` CPython makes an instruction that does nothing, at which no signal is looked at.
+        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "try:":
+            return self._line
+        return super()._line(frame, event, _)
+
+    def _taken(self, frame: Any, event: str, _: object) -> Any:
+        if event == "return" and self.place is None:
+            self._left -= 1
+            if self._left == 0:
+                self.place = "threading"
+                raise self._make()
+        return self._taken
+
+
+def test_ctrl_c_leaves_no_lock_behind() -> None:
+    def use(producer: MemoryProducer) -> None:
+        producer.hold()
+        producer.submit(TOPIC, [Envelope(0)])
+        producer.flush(0)
+        producer.release()
+        producer.send_batch(TOPIC, [Envelope(1)])
+
+    nth, place = 0, ""
+    while nth == 0 or place:
+        nth += 1
+        producer = MemoryProducer()
+        injector = LockInjector(nth, KeyboardInterrupt)
+        with contextlib.suppress(kbatch.UndeliveredError):
+            injector.run(lambda producer=producer: use(producer))
+        place = injector.place or ""
+
+        def go_on(producer: MemoryProducer = producer) -> None:
+            producer.release()
+            with contextlib.suppress(kbatch.UndeliveredError):
+                producer.flush(30)
+
+        other = threading.Thread(target=go_on, daemon=True)
+        other.start()
+        other.join(30)
+        assert not other.is_alive(), f"another thread waits for ever after an exception in {place}"
+        assert len(producer) == 0, place
+        with contextlib.suppress(kbatch.UndeliveredError):
+            producer.close(30)
+    assert nth > 50
 
 
 def test_closing_gives_up_what_waits_for_room() -> None:
