@@ -83,6 +83,7 @@ class MemoryLine(MemoryBroker):
         self.is_down = False
         self._outage_s: float | None = None  # after which what is sent times out, if before delivery.timeout.ms
         self._sents: dict[Sent, None] = {}
+        self._waiting: dict[Sent, None] = {}  # those of them that wait for room, and perhaps some that did
         self._watchers: list[Signal] = []
         self._timer: threading.Thread | None = None
         self._timer_wakes_at = math.inf
@@ -92,7 +93,7 @@ class MemoryLine(MemoryBroker):
 
     def take(self, sent: Sent) -> None:
         """If this raises, `abandon` is to follow."""
-        self._sents[sent] = None
+        self._sents[sent] = self._waiting[sent] = None
         self._move_up()
         self._mind_time_of(sent)
 
@@ -106,7 +107,7 @@ class MemoryLine(MemoryBroker):
         return [sent for sent in self._unanswered() if sent.is_in_flight]
 
     def messages_without_room(self, core: MemoryCore) -> int:
-        return sum(sent.messages.total() for sent in self._unanswered() if sent.core is core and not sent.is_in_flight)
+        return sum(sent.messages.total() for sent in self._waiting if sent.core is core and self.waits_for_room(sent))
 
     def _unanswered(self) -> list[Sent]:
         # Ctrl-C may have come between an answer and the end of `_end`.
@@ -115,12 +116,14 @@ class MemoryLine(MemoryBroker):
     def _move_up(self) -> None:
         """What waits for room and has it departs, unless another batch of one of its topics waits longer."""
         stuck: set[tuple[MemoryCore, str]] = set()
-        for sent in self._unanswered():
-            if sent.is_in_flight or sent.batch.done():
+        for sent in list(self._waiting):
+            if not self.waits_for_room(sent):
+                self._waiting.pop(sent, None)
                 continue
             topics = {(sent.core, topic) for topic in sent.messages}
             if stuck.isdisjoint(topics) and self._has_room(sent):
                 self._depart(sent)
+                self._waiting.pop(sent, None)
             else:
                 stuck |= topics
 
@@ -180,6 +183,7 @@ class MemoryLine(MemoryBroker):
         finally:
             if sent.batch.done():
                 self._sents.pop(sent, None)
+                self._waiting.pop(sent, None)
             self._tell()
 
     def release(self, batches: int | None) -> None:
