@@ -267,6 +267,12 @@ def test_the_configuration_is_checked_as_in_production() -> None:
         MemoryProducer("kafka:9092")  # type: ignore[arg-type]
     with pytest.raises(kbatch.ConfigError, match="wire must be one of"):
         MemoryProducer(wire="nothing")
+    with pytest.raises(kbatch.ConfigError, match="acks=0"):
+        MemoryProducer({"acks": 0})
+    with pytest.warns(UserWarning, match="acks=1"):
+        MemoryProducer({"acks": 1})
+    with pytest.raises(kbatch.ConfigError, match="max_in_flight must be"):
+        MemoryProducer(max_in_flight=0)
 
 
 @pytest.mark.parametrize("partitions", [0, -1, 1.0, True, "3", 2**31])
@@ -752,6 +758,10 @@ def test_a_time_out_longer_than_a_lock_can_wait(timeout: float) -> None:
     timer.join()
     assert pending.wait(timeout).ok
     assert producer.send_batch(TOPIC, envelopes(1), timeout=timeout).ok
+    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer, close_timeout=timeout)
+    with topic.create_sender() as sender:
+        sender.send(Envelope(1), timeout=timeout)
+        assert (sender.flush(timeout), sender.drain(timeout)) == (0, 0)
     assert producer.close(timeout) == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import check_timeout
+from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Signal, monotonic
@@ -282,7 +282,7 @@ def check_batching_options(
         raise ConfigError(
             f"max_buffered_bytes={max_buffered_bytes} is less than batch_bytes={batch_bytes}: no batch would be full"
         )
-    for name, value in (("batch_timeout_ms", batch_timeout_ms), ("close_timeout", close_timeout)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-            unit = "milliseconds" if name.endswith("ms") else "seconds"
-            raise ConfigError(f"{name} must be {unit}, 0 or more, not {value!r}")
+    is_number = isinstance(batch_timeout_ms, (int, float)) and not isinstance(batch_timeout_ms, bool)
+    if not (is_number and 0 <= batch_timeout_ms < 1e9):
+        raise ConfigError(f"batch_timeout_ms must be milliseconds, 0 or more and below 1e9, not {batch_timeout_ms!r}")
+    check_close_timeout(close_timeout)
