@@ -384,7 +384,7 @@ class MemoryProducer(_InMemory, Producer):
 
     What differs from `kbatch.Producer`:
 
-    - Every topic exists, with as many `partitions`.
+    - Every topic exists and has `partitions` partitions.
     - ``partitioner`` sends each key where librdkafka sends it. Where librdkafka takes any partition, each has its turn.
     - A batch is in flight as a whole: one with room for its first message departs with all of them. It also is
       stored as a whole, so no other batch comes in between.
