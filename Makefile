@@ -138,7 +138,7 @@ format: build $(STAMPS)/lint-group ## Let ruff mend what it can
 
 .PHONY: types
 types: build $(STAMPS)/lint-group $(STAMPS)/test-group $(STAMPS)/bench-group ## mypy --strict: package, benchmarks, tests/typing
-	$(BIN)/mypy --strict src/kbatch benchmarks tools $(wildcard tests/typing/*.py)
+	$(BIN)/mypy --strict src/kbatch src/pytest_kbatch.py benchmarks tools $(wildcard tests/typing/*.py)
 
 .PHONY: stubtest
 stubtest: build $(STAMPS)/lint-group $(STAMPS)/test-group ## The .pyi files against the compiled modules

@@ -62,6 +62,7 @@ IN_CHECKOUT = (HERE.parent / "src").exists()
 NEED_THE_CHECKOUT = [
     "mock/test_migration.py",
     "mock/test_shutdown.py",
+    "mock/test_testing_page.py",
     "unit/test_benchmarks.py",
     "unit/test_binding.py",
     "unit/test_compare.py",

@@ -163,7 +163,7 @@ def check_sdist(members: Iterable[str], sources: Iterable[str], version: str) ->
 def check_wheel(members: Iterable[str], package: Iterable[str], suffix: str, version: str) -> None:
     """Each Python source, stub and py.typed of the package, one compiled module for each .pyx, nothing else.
 
-    `package`: the files of src/kbatch, beginning with "kbatch/".
+    `package`: the files of src/, such as "kbatch/__init__.py".
     """
     expected = set()
     for name in package:
@@ -279,7 +279,8 @@ def build_sdist(version: str) -> Path:
 def package_files(sdist: Path, version: str) -> list[str]:
     prefix = f"kbatch_kafka-{version}/src/"
     with tarfile.open(sdist) as archive:
-        return [member.name.removeprefix(prefix) for member in archive if member.name.startswith(f"{prefix}kbatch/")]
+        names = [member.name.removeprefix(prefix) for member in archive if member.name.startswith(prefix)]
+    return [name for name in names if not name.startswith("kbatch_kafka.egg-info/")]
 
 
 def build_wheel(interpreter: Interpreter, sdist: Path, folder: Path, version: str) -> Path:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer", "check_timeout"]
+__all__ = ["BaseProducer", "check_close_timeout", "check_timeout"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
 
@@ -209,6 +209,12 @@ def check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
 
 
+def check_close_timeout(close_timeout: Any) -> None:
+    """Raises ConfigError for what is no time to wait at the end of a ``with`` block."""
+    if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)) or not close_timeout >= 0:
+        raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
+
+
 def _check_arguments(
     wire: Any,
     encoder: Any,
@@ -237,8 +243,7 @@ def _check_arguments(
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None and not callable(header_hook):
         raise ConfigError(f"header_hook must be callable, not {type(header_hook).__name__}")
-    if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)) or not close_timeout >= 0:
-        raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
+    check_close_timeout(close_timeout)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
     if not isinstance(carry_scheduled_time, bool):

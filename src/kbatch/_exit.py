@@ -7,9 +7,10 @@ import contextlib
 import os
 import sys
 import threading
-import time
 import weakref
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,12 +45,12 @@ def _each(items: list[_T], call: Callable[[_T], object]) -> None:
 
 
 def _seconds_until(end: float) -> float:
-    return max(0.0, end - time.monotonic())
+    return max(0.0, end - monotonic())
 
 
 @atexit.register
 def _close_all() -> None:
-    end = time.monotonic() + _TIMEOUT_S
+    end = monotonic() + _TIMEOUT_S
     senders = list(SENDERS)
     try:
         _each(senders, lambda sender: sender._drain(0))  # all of them send at once
@@ -57,7 +58,7 @@ def _close_all() -> None:
     except KeyboardInterrupt:  # whoever does not want to wait is told all the same what was not sent
         end = 0.0
     _each(senders, lambda sender: sender._begin_end())
-    told = time.monotonic() + _LAST_WORDS_S
+    told = monotonic() + _LAST_WORDS_S
     _each(senders, lambda sender: sender._await_end(told))
     _each(list(CORES), lambda core: core.close(_seconds_until(end)))
     _each(list(CORES), lambda core: core.undelivered.log_all(held=True))
@@ -69,7 +70,7 @@ def _end_multiprocessing_child() -> None:
     if all(thread.daemon for thread in others):
         _close_all()
         return
-    end = time.monotonic() + _TIMEOUT_S
+    end = monotonic() + _TIMEOUT_S
     senders = list(SENDERS)
     _each(senders, lambda sender: sender._flush(0))
     _each(senders, lambda sender: sender._flush(_seconds_until(end)))

@@ -216,6 +216,8 @@ class _NullValue:
 
 NULL_VALUE: _NullValue
 
+def monotonic() -> float: ...
+def wall_time() -> float: ...
 def uuid7() -> uuid.UUID: ...
 def pinned_buffers() -> int: ...
 
@@ -377,7 +379,6 @@ class Core:
         self,
         batch: Batch,
         *,
-        enqueued: Callable[[], object] | None = None,
         waker: Callable[[], object] | None = None,
         callback: Callable[[Any], object] | None = None,
     ) -> tuple[tuple[Envelope[Any], ...], list[_MappedRecord | None]]: ...

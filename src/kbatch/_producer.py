@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending
+from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ class Producer(BaseProducer):
         encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``, such
             as confluent-kafka's Avro, Protobuf and JSON Schema serializers.
         source: The ``source`` of envelopes that have none. CloudEvents needs one.
-        header_hook: Called once per batch; returns headers that are added to each of its envelopes.
+        header_hook: Called once per batch, when it is mapped; returns headers that are added to each of its envelopes.
+            ``send_batch`` and ``submit`` call it in the caller's thread and context, a buffered sender on its own
+            thread, where context variables are not set.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages of one topic may be in flight before ``submit`` waits. All topics together may
             have a quarter more, and each topic always a few (128), so that one that is stuck does not stop the others.
@@ -76,9 +78,9 @@ class Producer(BaseProducer):
         """
         check_timeout(timeout)
         batch = PendingBatch(self._core)
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else monotonic() + timeout
         self._core.map(batch, topic, envelopes)
-        if not self._send(batch, None if end is None else end - time.monotonic()):
+        if not self._send(batch, None if end is None else end - monotonic()):
             raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
         return batch.report
 

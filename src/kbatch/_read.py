@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -32,11 +33,15 @@ def _id(text: str) -> uuid.UUID:
     return uuid.UUID(text)
 
 
+# Its class as it is now: msgspec knows no `datetime` that a test has put in its place (freezegun).
+_to_datetime = functools.partial(msgspec.convert, type=datetime)
+
+
 def _time(text: str) -> datetime:
     # Both formats' times; msgspec reads RFC 3339, and rounds to microseconds.
     match = _wolverine_time(text)
     try:
-        time = msgspec.convert("{}T{}.{}Z".format(*match.groups()) if match else text, datetime)
+        time: datetime = _to_datetime("{}T{}.{}Z".format(*match.groups()) if match else text)
         if time.tzinfo is not None:
             return time.astimezone(timezone.utc)
     except (ValueError, OverflowError):

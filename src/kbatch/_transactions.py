@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._errors import ABORTED_CODE, TransactionUnknownError
+from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,7 +111,7 @@ class Transactions:
         return 0 if error is None else error.code
 
     def _commit(self, batch: PendingBatch) -> None:
-        end = time.monotonic() + 2 * self._timeout_s
+        end = monotonic() + 2 * self._timeout_s
         asked = False
         while not self._core.is_finishing():
             asked = True
@@ -122,7 +123,7 @@ class Transactions:
                 _logger.warning("a transaction of %d envelopes is aborted: %s", len(batch), error.text)
                 self._abort(batch, error.code, asked=True)
                 return
-            if not self._again(error) or time.monotonic() > end:
+            if not self._again(error) or monotonic() > end:
                 # It may have been committed, and only the answer is missing.
                 self._undecided = f"its last transaction was neither committed nor aborted ({error.text})"
                 self._core.conclude(batch, error.code, unknown=True)
@@ -134,7 +135,7 @@ class Transactions:
 
         Unless a commit was asked for: it may have been made, and only its answer was lost.
         """
-        end = time.monotonic() + 2 * self._timeout_s
+        end = monotonic() + 2 * self._timeout_s
         aborted = False
         while not self._core.is_finishing():
             error = self._call(_ABORT)
@@ -142,7 +143,7 @@ class Transactions:
                 aborted = True
                 code = ABORTED_CODE  # it may be sent again, whatever the cause
                 break
-            if not self._again(error, error.requires_abort) or time.monotonic() > end:
+            if not self._again(error, error.requires_abort) or monotonic() > end:
                 self._undecided = f"its last transaction could not be aborted ({error.text})"
                 if error.fatal:
                     code = error.code

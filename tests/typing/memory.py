@@ -26,8 +26,9 @@ def test_orders() -> None:
         assert_type(kbatch.read_envelope(producer.records[0]), kbatch.Envelope[Any])
         assert_type(producer.records[0].timestamp(), tuple[int, int])
         producer.fail("NOT_ENOUGH_REPLICAS", times=None, when=lambda envelope: envelope.key == "bad")
-        producer.fail(-192, possibly_persisted=True)
+        producer.fail(-192, possibly_persisted=True, stored=False)
         producer.down()
+        producer.down(timeout=0)
         producer.up()
         producer.hold()
         producer.release(1)
@@ -44,5 +45,5 @@ async def test_orders_with_asyncio() -> None:
 
 # What the checker must refuse.
 place_order(AioMemoryProducer())  # type: ignore[arg-type]
-MemoryProducer(max_in_flight=3)  # type: ignore[call-arg]
+MemoryProducer(max_in_flight="3")  # type: ignore[arg-type]
 MemoryProducer().fail(when=lambda: True)  # type: ignore[arg-type, misc]

@@ -39,7 +39,7 @@ class Stuck:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
     clock = Clock()
     calls: list[tuple[str, float]] = []
-    monkeypatch.setattr(_exit, "time", clock)
+    monkeypatch.setattr(_exit, "monotonic", clock.monotonic)
     monkeypatch.setattr(_exit, "SENDERS", [Stuck(clock, calls) for _ in range(3)])
     monkeypatch.setattr(_exit, "CORES", [Stuck(clock, calls) for _ in range(2)])
     return calls

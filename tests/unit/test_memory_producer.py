@@ -1,8 +1,10 @@
 """Producers in memory: what an application's own tests see, and that they behave as the ones they stand for."""
 
 import asyncio
+import contextlib
 import gc
 import inspect
+import linecache
 import os
 import pickle
 import threading
@@ -20,6 +22,7 @@ from kbatch._fastmap import Core
 from kbatch._sending._handle import ProducerHandle
 from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
 
+from ..injection import TESTING, Injector
 from ..mapping import NOWHERE
 from ..waiting import until
 
@@ -68,7 +71,7 @@ def test_its_surface_is_that_of_the_real_one(memory: type, real: type) -> None:
     of_real = dict(inspect.signature(real).parameters)
     assert of_memory.pop("config").default is None
     assert of_real.pop("config").default is inspect.Parameter.empty
-    del of_memory["partitions"], of_real["max_in_flight"]
+    del of_memory["partitions"]
     assert of_memory == of_real
 
 
@@ -78,12 +81,13 @@ def test_every_method_of_the_core_that_needs_librdkafka_is_overridden(memory: Ca
     core = memory()._core
     own = {name for name in vars(type(core)) if not name.startswith("_")}
     assert own >= {"start", "send", "send_detached", "flush", "purge", "close", "name", "probe", "inject_fatal_error"}
+    assert own >= {"abandon", "counters"}
     unused = {  # by Transactions, or by a token's refresh
         *("hold", "take_held", "refuse_held", "end_held", "refusal", "is_finishing", "enqueue_held", "give_up_held"),
         *("wait_for_outcome", "wait_until_settled", "conclude", "transaction_call"),
         *("set_oauth_token", "set_oauth_failure"),
     }
-    harmless = {"map", "begin_mapping", "map_slice", "records", "fail", "abandon", "in_flight", "closed", "counters"}
+    harmless = {"map", "begin_mapping", "map_slice", "records", "fail", "in_flight", "closed"}
     harmless |= {"dispatcher", "start_in_memory", "take_in_memory", "settle_in_memory", "shut_in_memory"}
     harmless |= {"end_in_memory", "undelivered", "has_unreleased", "await_release"}
     inherited = {name for name in dir(Core) if not name.startswith("_")} - own
@@ -178,6 +182,18 @@ def test_partitions() -> None:
     assert len(set(places)) == len(places) == 29
 
 
+@pytest.mark.parametrize(
+    ("partitioner", "partitions"),
+    [("random", (0, 1, 2, 3, 0)), ("consistent_random", (0, 1, 0, 0, 2)), ("consistent", (0, 0, 0, 0, 0))],
+)
+def test_where_librdkafka_takes_any_partition_each_has_its_turn(partitioner: str, partitions: tuple[int, ...]) -> None:
+    # What each partitioner makes of a key is compared with librdkafka's in tests/mock.
+    assert zlib.crc32(b"key 4") % 4 == 0
+    with MemoryProducer({"partitioner": partitioner}, partitions=4) as producer:
+        batch = [Envelope(1, key=key) for key in (None, "", "key 4", "key 4", None)]
+        assert producer.send_batch(TOPIC, batch).partitions == partitions
+
+
 def test_clear_forgets_and_offsets_go_on(producer: MemoryProducer) -> None:
     producer.send_batch(TOPIC, envelopes(3))
     producer.clear()
@@ -251,6 +267,12 @@ def test_the_configuration_is_checked_as_in_production() -> None:
         MemoryProducer("kafka:9092")  # type: ignore[arg-type]
     with pytest.raises(kbatch.ConfigError, match="wire must be one of"):
         MemoryProducer(wire="nothing")
+    with pytest.raises(kbatch.ConfigError, match="acks=0"):
+        MemoryProducer({"acks": 0})
+    with pytest.warns(UserWarning, match="acks=1"):
+        MemoryProducer({"acks": 1})
+    with pytest.raises(kbatch.ConfigError, match="max_in_flight must be"):
+        MemoryProducer(max_in_flight=0)
 
 
 @pytest.mark.parametrize("partitions", [0, -1, 1.0, True, "3", 2**31])
@@ -388,7 +410,7 @@ def test_fail_as_told(producer: MemoryProducer) -> None:
         assert report.errors[0].possibly_persisted
     assert names(producer.send_batch(TOPIC, [Envelope(5)])) == {0: "MSG_SIZE_TOO_LARGE"}
     assert producer.send_batch(TOPIC, [Envelope(5)]).ok
-    assert messages(producer.envelopes) == [2, 2, 2, 5]
+    assert messages(producer.envelopes) == [1, 2, 1, 2, 1, 2, 5]
     producer.up()
     assert producer.send_batch(TOPIC, [Envelope(1, key="bad")]).ok
 
@@ -410,6 +432,7 @@ def test_the_default_is_a_timeout(producer: MemoryProducer) -> None:
         ({"times": 0}, ValueError),
         ({"times": 1.5}, ValueError),
         ({"when": 3}, TypeError),
+        ({"stored": True}, ValueError),
     ],
 )
 def test_orders_that_make_no_sense(producer: MemoryProducer, arguments: dict[str, Any], error: type[Exception]) -> None:
@@ -417,6 +440,8 @@ def test_orders_that_make_no_sense(producer: MemoryProducer, arguments: dict[str
         producer.fail(**arguments)
     with pytest.raises(ValueError, match="batches must be"):
         producer.release(-1)
+    with pytest.raises(ValueError, match="timeout must be"):
+        producer.down(-1)
     assert producer.send_batch(TOPIC, envelopes(1)).ok
 
 
@@ -434,24 +459,310 @@ def test_a_condition_that_raises_costs_no_answer(producer: MemoryProducer) -> No
     assert names(pending.wait()) == {0: "_PURGE_INFLIGHT"}
 
 
+def test_what_is_possibly_persisted_is_stored_and_a_retry_stores_it_again(producer: MemoryProducer) -> None:
+    producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True)
+    envelope = Envelope(1, key="k")
+    report = producer.send_batch(TOPIC, [envelope])
+    assert (report.ok, report.errors[0].possibly_persisted, report.partitions, report.offsets) == (
+        False,
+        True,
+        (0,),
+        (-1,),
+    )
+    assert producer.send_batch(TOPIC, [envelope]).offsets == (1,)
+    assert producer.envelopes == (envelope, envelope)
+    first, second = producer.records
+    assert (first.offset(), second.offset()) == (0, 1)
+    assert kbatch.read_envelope(first).id == kbatch.read_envelope(second).id == envelope.id
+
+
+def test_what_is_possibly_persisted_may_be_lost(producer: MemoryProducer) -> None:
+    producer.fail(possibly_persisted=True, stored=False)
+    report = producer.send_batch(TOPIC, envelopes(2))
+    assert report.errors[0].possibly_persisted
+    assert (report.offsets, messages(producer.envelopes)) == ((-1, 0), [1])
+
+
+def test_a_sender_sends_again_what_was_stored(producer: MemoryProducer) -> None:
+    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer)
+    producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True)
+    with topic.create_sender() as sender:
+        sender.send(Envelope(1))
+        assert sender.flush() == 0
+    first, second = (kbatch.read_envelope(record).id for record in producer.records)
+    assert first == second
+
+
 def test_down_and_up(producer: MemoryProducer) -> None:
     producer.hold()
-    pending = producer.submit(TOPIC, envelopes(2))
+    pending = [producer.submit(TOPIC, [Envelope(0)])]
     assert producer._core.probe(TOPIC, 1.0) is None
     producer.down()
     assert "no broker answers" in str(producer._core.probe(TOPIC, 1.0))
-    report = pending.wait()
+    pending.append(producer.submit(TOPIC, [Envelope(1)]))
+    producer.release()  # no broker answers all the same
+    pending.append(producer.submit(TOPIC, [Envelope(2)]))
+    with pytest.raises(kbatch.BatchPending) as caught:
+        producer.send_batch(TOPIC, [Envelope(3)], timeout=0.01)
+    assert caught.value.pending is not None
+    pending.append(caught.value.pending)
+    assert producer.flush(0.01) == 4
+    assert (messages(producer.in_flight), producer.envelopes) == ([0, 1, 2, 3], ())
+    producer.up()  # each of them once, as the idempotent producer does it
+    assert [batch.wait().ok for batch in pending] == [True] * 4
+    assert messages(producer.envelopes) == [0, 1, 2, 3]
+    assert producer._core.probe(TOPIC, 1.0) is None
+
+
+def test_up_stores_nothing_that_is_held(producer: MemoryProducer) -> None:
+    producer.hold()
+    producer.down()
+    pending = producer.submit(TOPIC, envelopes(1))
+    producer.up()
+    assert (len(producer.in_flight), producer.envelopes) == (1, ())
+    producer.down(timeout=0)
+    assert pending.report.errors[0].possibly_persisted  # it was on its way in between
+
+
+def test_an_outage_that_no_test_waits_for(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(2))
+    producer.down(timeout=0)
+    report = pending.report
     assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
     assert all(error.possibly_persisted for error in report.errors.values())  # it was on its way
     report = producer.send_batch(TOPIC, envelopes(2))  # at once, although it holds
     assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
     assert not any(error.possibly_persisted for error in report.errors.values())
     assert isinstance(report.error(), kbatch.BatchTimedOut)
+    producer.down()  # from here on as long as in production
+    pending = producer.submit(TOPIC, envelopes(2))
+    assert not pending.done()
+    producer.down(timeout=0)
+    assert not any(error.possibly_persisted for error in pending.report.errors.values())
     producer.up()
     producer.release()
-    assert producer._core.probe(TOPIC, 1.0) is None
     assert producer.send_batch(TOPIC, envelopes(2)).ok
     assert len(producer.records) == 2
+
+
+@pytest.mark.parametrize("order", ["down", "hold"])
+def test_what_no_broker_answers_times_out_as_configured(order: str) -> None:
+    with MemoryProducer({"delivery.timeout.ms": 50}) as producer:
+        getattr(producer, order)()
+        report = producer.send_batch(TOPIC, envelopes(2))
+        assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
+        assert {error.possibly_persisted for error in report.errors.values()} == {order == "hold"}
+        assert (producer.envelopes, len(producer), producer.flush()) == ((), 0, 0)
+
+
+def test_an_outage_of_a_time(producer: MemoryProducer) -> None:
+    producer.down()
+    pending = producer.submit(TOPIC, envelopes(1))
+    producer.down(timeout=0.05)
+    assert names(pending.wait()) == {0: "_MSG_TIMED_OUT"}
+    assert names(producer.send_batch(TOPIC, envelopes(1))) == {0: "_MSG_TIMED_OUT"}
+
+
+def test_the_timer_ends_when_nothing_is_in_flight(producer: MemoryProducer) -> None:
+    def timers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "kbatch-memory-timer"]
+
+    producer.hold()
+    for _ in range(3):
+        pending = producer.submit(TOPIC, envelopes(1))
+        assert len(timers()) == 1
+        producer.release(1)
+        assert pending.wait().ok
+        until(lambda: timers() == [], "the end of the timer")
+
+
+def test_error_cb_is_told_of_an_outage_and_of_a_fatal_error() -> None:
+    told: list[tuple[str, bool, str]] = []
+    with MemoryProducer(
+        {"error_cb": lambda error: told.append((error.name(), error.fatal(), error.str()))}
+    ) as producer:
+        producer.down()
+        producer.up()
+        producer.fatal(reason="made up")
+        producer.fatal("INVALID_PRODUCER_EPOCH")  # the first one stays
+    assert told == [
+        ("_ALL_BROKERS_DOWN", False, "1/1 brokers are down"),
+        ("OUT_OF_ORDER_SEQUENCE_NUMBER", True, "made up"),
+    ]
+
+
+# -- room
+
+
+def test_a_batch_waits_while_its_topic_has_max_in_flight_messages_in_flight() -> None:
+    with MemoryProducer(max_in_flight=4, close_timeout=0) as producer:
+        producer.hold()
+        producer.submit(TOPIC, envelopes(3))
+        producer.submit(TOPIC, envelopes(3))  # there was room for its first one
+        submitted = threading.Event()
+
+        def submit() -> None:
+            producer.submit(TOPIC, [Envelope("third")]).wait()
+            submitted.set()
+
+        thread = threading.Thread(target=submit)
+        thread.start()
+        until(lambda: len(producer) == 7, "the third one")
+        assert len(producer.in_flight) == producer.stats()["in_flight"] == 6
+        producer.release(1)
+        until(lambda: len(producer.in_flight) == 4, "the third one in flight")
+        assert not submitted.is_set()
+        producer.release()
+        thread.join(30)
+        assert messages(producer.envelopes) == [0, 1, 2, 0, 1, 2, "third"]
+
+
+def test_a_topic_that_is_stuck_leaves_room_for_another() -> None:
+    with MemoryProducer(max_in_flight=8, close_timeout=0) as producer:
+        producer.hold()
+        producer.submit("a", envelopes(8))
+        report = producer.send_batch("a", envelopes(1), timeout=0.01)
+        assert names(report) == {0: "_TIMED_OUT_QUEUE"}  # nothing of it was sent
+        assert not report.errors[0].possibly_persisted
+        producer.submit("b", envelopes(1))
+        assert len(producer.in_flight) == 9
+        producer.release()
+
+
+def test_what_waits_for_room_is_in_order_and_purge_makes_room() -> None:
+    async def main() -> None:
+        async with AioMemoryProducer(max_in_flight=1, close_timeout=0) as producer:
+            producer.hold()
+            first = await producer.submit(TOPIC, [Envelope(0)])
+            tasks = [asyncio.create_task(producer.submit(TOPIC, [Envelope(n)])) for n in (1, 2, 3)]
+            while len(producer) < 4:
+                await asyncio.sleep(0)
+            assert messages(producer.in_flight) == [0]
+            assert not any(task.done() for task in tasks)
+            tasks[1].cancel()  # what waits is not sent
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[1]
+            producer.purge()
+            assert names(await first) == {0: "_PURGE_INFLIGHT"}
+            second = await tasks[0]
+            assert messages(producer.in_flight) == [1]
+            producer.release()
+            assert (await second).ok
+            assert (await (await tasks[2])).ok
+            assert messages(producer.envelopes) == [1, 3]
+            with pytest.raises(kbatch.UndeliveredError, match="1 message "):
+                await producer.flush()
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_ctrl_c_while_a_batch_waits_for_room_sends_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with MemoryProducer(max_in_flight=1, close_timeout=0) as producer:
+        producer.hold()
+        producer.submit(TOPIC, [Envelope(0)])
+
+        def interrupt(*_: Any) -> bool:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(producer._line, "wait_until", interrupt)
+        monkeypatch.setattr(kbatch.PendingBatch, "_wait", interrupt)
+        for send in (producer.submit, producer.send_batch):
+            with pytest.raises(KeyboardInterrupt):
+                send(TOPIC, [Envelope(1)])
+        monkeypatch.undo()
+        assert len(producer) == 1
+        producer.release()
+        assert messages(producer.envelopes) == [0]
+        with pytest.raises(kbatch.UndeliveredError, match="2 messages "):
+            producer.flush()
+
+
+class LockInjector(Injector):
+    """Raises in `kbatch.testing`, and where a lock that is written in Python was taken."""
+
+    def _enter(self, frame: Any, event: str, _: object) -> Any:
+        if frame.f_globals.get("__name__") == "threading" and frame.f_code.co_name == "__enter__":
+            return self._taken
+        return self._line if frame.f_code.co_filename.startswith(TESTING) else None
+
+    def _line(self, frame: Any, event: str, _: object) -> Any:
+        # Of `try` CPython makes an instruction that does nothing, at which no signal is looked at.
+        if linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip() == "try:":
+            return self._line
+        return super()._line(frame, event, _)
+
+    def _taken(self, frame: Any, event: str, _: object) -> Any:
+        if event == "return" and self.place is None:
+            self._left -= 1
+            if self._left == 0:
+                self.place = "threading"
+                raise self._make()
+        return self._taken
+
+
+def test_ctrl_c_leaves_no_lock_behind() -> None:
+    def use(producer: MemoryProducer) -> None:
+        producer.hold()
+        producer.submit(TOPIC, [Envelope(0)])
+        producer.flush(0)
+        producer.release()
+        producer.send_batch(TOPIC, [Envelope(1)])
+
+    nth, place = 0, ""
+    while nth == 0 or place:
+        nth += 1
+        producer = MemoryProducer()
+        injector = LockInjector(nth, KeyboardInterrupt)
+        with contextlib.suppress(kbatch.UndeliveredError):
+            injector.run(lambda producer=producer: use(producer))
+        place = injector.place or ""
+
+        def go_on(producer: MemoryProducer = producer) -> None:
+            producer.release()
+            with contextlib.suppress(kbatch.UndeliveredError):
+                producer.flush(30)
+
+        other = threading.Thread(target=go_on, daemon=True)
+        other.start()
+        other.join(30)
+        assert not other.is_alive(), f"another thread waits for ever after an exception in {place}"
+        assert len(producer) == 0, place
+        with contextlib.suppress(kbatch.UndeliveredError):
+            producer.close(30)
+    assert nth > 50
+
+
+def test_closing_gives_up_what_waits_for_room() -> None:
+    producer = MemoryProducer(max_in_flight=1)
+    producer.hold()
+    in_flight = producer.submit(TOPIC, [Envelope(0)])
+    waiting = threading.Thread(target=lambda: producer.send_batch(TOPIC, [Envelope(1)]))
+    waiting.start()
+    until(lambda: len(producer) == 2, "the second one")
+    with pytest.raises(kbatch.UndeliveredError, match="1 message "):  # the thread is told of the other
+        producer.close(0)
+    waiting.join(30)
+    assert names(in_flight.report) == {0: "_PURGE_INFLIGHT"}
+    assert producer.envelopes == ()
+
+
+@pytest.mark.parametrize("timeout", [1e10, float("inf"), 2**70])
+def test_a_time_out_longer_than_a_lock_can_wait(timeout: float) -> None:
+    producer = MemoryProducer(close_timeout=timeout)
+    producer.down(timeout)
+    pending = producer.submit(TOPIC, envelopes(1))
+    timer = threading.Timer(0.05, producer.up)
+    timer.start()
+    assert producer.flush(timeout) == 0
+    timer.join()
+    assert pending.wait(timeout).ok
+    assert producer.send_batch(TOPIC, envelopes(1), timeout=timeout).ok
+    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer, close_timeout=timeout)
+    with topic.create_sender() as sender:
+        sender.send(Envelope(1), timeout=timeout)
+        assert (sender.flush(timeout), sender.drain(timeout)) == (0, 0)
+    assert producer.close(timeout) == 0
 
 
 def test_hold_and_release_some(producer: MemoryProducer) -> None:
@@ -700,7 +1011,7 @@ def no_order(producer: Any) -> None:
 CONTRACT = [
     (no_order, envelopes(2), "mark_successful"),
     (no_order, [Envelope(1), Envelope(object())], "mark_serialization_failure"),
-    (lambda producer: producer.down(), envelopes(2), "mark_timed_out"),
+    (lambda producer: producer.down(timeout=0), envelopes(2), "mark_timed_out"),
     (lambda producer: producer.fail("UNKNOWN_TOPIC_OR_PART"), envelopes(2), "mark_topic_does_not_exist"),
     (lambda producer: producer.fail("MSG_SIZE_TOO_LARGE"), envelopes(2), "mark_processing_failure"),
     (lambda producer: producer.fatal(), envelopes(2), "mark_processing_failure"),
@@ -881,7 +1192,7 @@ def test_outcomes_are_given_once_and_checked(producer: MemoryProducer) -> None:
         core.settle_in_memory(pending, good)
     with pytest.raises(ValueError, match="waits for no outcomes"):
         core.settle_in_memory(kbatch.PendingBatch(core), [])
-    producer._line.held.clear()
+    producer._line._sents.clear()
     assert len(producer) == 0
 
 
@@ -897,4 +1208,4 @@ def test_a_number_that_settles_the_batch_itself(producer: MemoryProducer) -> Non
     with pytest.raises(ValueError, match="waits for no outcomes"):
         producer._core.settle_in_memory(pending, [(Number(), 2, 0, 0)] * 2)
     assert pending.wait().acked == 2
-    producer._line.held.clear()
+    producer._line._sents.clear()

@@ -138,7 +138,7 @@ def test_a_dead_letter_takes_it() -> None:
 
 def test_what_is_given_up_at_the_deadline_of_closing_is_raised() -> None:
     with MemoryProducer() as producer:
-        producer.down()
+        producer.down(timeout=0)
         sender = sender_of(producer)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)

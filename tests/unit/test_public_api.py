@@ -17,10 +17,10 @@ PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_exit", "_librdkafka", "_callbacks"},
+    {"_version", "_serialization", "_librdkafka", "_callbacks"},
     {"_errors"},
     {"_fastmap"},
-    {"_report", "_wire", "_config", "_loop"},
+    {"_report", "_wire", "_config", "_loop", "_exit"},
     {"_pending", "_events", "_read"},
     {"_transactions"},
     {"_base_producer"},
@@ -221,3 +221,27 @@ def test_imports_point_down_only(path: Path) -> None:
         assert imported == unit or LAYER_OF[imported] < LAYER_OF[unit], f"{path.name} imports {name}"
         if name.startswith("kbatch._sending.") and unit == "_sending":
             assert LAYER_OF_SENDING[name.split(".")[2]] < LAYER_OF_SENDING[path.stem], f"{path.name} imports {name}"
+
+
+# -- interpreters
+
+SECOND_INTERPRETER = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters  # before 3.13
+import kbatch
+code = '''
+try:
+    import kbatch
+except ImportError as error:
+    print("refused:", error, flush=True)
+else:
+    print("imported", flush=True)
+'''
+interpreters.run_string(interpreters.create(), code)
+"""
+
+
+def test_a_second_interpreter_is_refused() -> None:
+    assert run(SECOND_INTERPRETER).startswith("refused: ")

@@ -165,7 +165,7 @@ class Senders(RuleBasedStateMachine):
     )
     def some_will_fail(self, error: int | str, times: int, unsure: bool) -> None:
         self.faulty = True
-        self.producer.fail(error, times=times, possibly_persisted=unsure)
+        self.producer.fail(error, times=times, possibly_persisted=unsure, stored=False)
 
     @precondition(lambda self: not self.ended)
     @rule(
@@ -191,7 +191,7 @@ class Senders(RuleBasedStateMachine):
     @rule()
     def brokers_go_down(self) -> None:
         self.faulty = True
-        self.producer.down()
+        self.producer.down(timeout=0)
 
     @rule()
     def brokers_come_up(self) -> None:

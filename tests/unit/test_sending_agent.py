@@ -65,7 +65,7 @@ def test_a_probe_that_outlives_its_sender_leaves_no_thread(monkeypatch: pytest.M
 
     monkeypatch.setattr(MemoryCore, "probe", probe)
     with MemoryProducer() as producer:
-        producer.down()
+        producer.down(timeout=0)
         agent = SendingAgent(producer, "orders", failures_to_open=1, probe_interval_s=0.001)
         sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
         sender.send(Envelope(1))

@@ -79,7 +79,7 @@ def test_an_outage_of_one_envelope_counts_again_unless_others_are_stored(kind: s
 def test_a_partition_that_takes_nothing_beside_one_that_does(kind: str) -> None:
     """The trial is what failed first; if it fails, the next one is what was never sent."""
     with MemoryProducer() as producer, open_driver(kind, producer, failures_to_open=1) as driver:
-        producer.down()
+        producer.down(timeout=0)
         driver.send(Envelope(0, key="bad"))
         until(lambda: "open" in driver.states, "an open circuit")
         producer.up()
@@ -98,7 +98,7 @@ def test_a_partition_that_takes_nothing_beside_one_that_does(kind: str) -> None:
 def test_the_trial_is_what_failed_first_whatever_its_back_off(kind: str) -> None:
     retry = RetryPolicy(None, initial_backoff_s=1000, max_backoff_s=1000)
     with MemoryProducer() as producer, open_driver(kind, producer, failures_to_open=3, retry=retry) as driver:
-        producer.down()
+        producer.down(timeout=0)
         for n in range(3):
             driver.send(Envelope(n, key=str(n)))
             until(lambda n=n: driver.stats()["retried"] == n + 1, "its failure")
@@ -150,7 +150,7 @@ def test_the_age_of_one_is_not_that_of_another(kind: str) -> None:
             on_failed=on_failed,
         ) as driver,
     ):
-        producer.down()
+        producer.down(timeout=0)
         driver.send(Envelope(-1, scheduled_time=LATER))
         begun[-1] = begun[-3] = time.monotonic()
         begun[-2] = time.monotonic()
@@ -196,7 +196,7 @@ def test_closing_does_not_wait_for_a_back_off_or_a_probe(kind: str) -> None:
             kind, producer, retry=retry, failures_to_open=2, probe_interval_s=1000, max_probe_interval_s=1000
         ) as driver,
     ):
-        producer.down()
+        producer.down(timeout=0)
         for n in range(30):
             driver.send(Envelope(n))
         until(lambda: driver.agent.state is kbatch.CircuitState.OPEN, "an open circuit")
@@ -220,7 +220,7 @@ def test_close_counts_what_is_refused_meanwhile() -> None:
 
 def test_what_closing_gives_up_says_so(kind: str) -> None:
     with MemoryProducer() as producer, open_driver(kind, producer, retry=RetryPolicy(None)) as driver:
-        producer.down()
+        producer.down(timeout=0)
         for n in range(30):
             driver.send(Envelope(n))
         until(lambda: driver.stats()["retried"], "a failure")
@@ -315,7 +315,12 @@ def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
     soon = datetime.now(timezone.utc) + timedelta(seconds=1.5)
     retry = RetryPolicy(initial_backoff_s=2.0, max_backoff_s=2.0, jitter=0.0)
     with MemoryProducer() as producer, open_driver(kind, producer, retry=retry) as driver:
-        producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True, when=lambda envelope: envelope.message == "perhaps")
+        producer.fail(
+            "REQUEST_TIMED_OUT",
+            possibly_persisted=True,
+            stored=False,
+            when=lambda envelope: envelope.message == "perhaps",
+        )
         producer.fail("NOT_ENOUGH_REPLICAS", when=lambda envelope: envelope.message == "not")
         driver.send_all([Envelope("perhaps", deliver_by=soon), Envelope("not", deliver_by=soon)])
         assert driver.flush() == 0
@@ -437,7 +442,7 @@ def test_flushes_that_time_out_again_and_again_leave_little_behind(kind: str) ->
 def test_asking_again_and_again_for_the_end_leaves_the_back_off(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hurried: list[float] = []
     with MemoryProducer() as producer, open_driver(kind, producer, retry=RetryPolicy(None)) as driver:
-        producer.down()
+        producer.down(timeout=0)
         driver.send(Envelope(0))
         until(lambda: driver.stats()["retried"], "a failure")
         monkeypatch.setattr(driver.agent._queue, "hurry", lambda now, at_most_s: hurried.append(at_most_s))

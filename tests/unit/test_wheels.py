@@ -20,6 +20,7 @@ PACKAGE = [
     "kbatch/_librdkafka.pxd",
     "kbatch/py.typed",
     "kbatch/testing/_mock.pyx",
+    "pytest_kbatch.py",
 ]
 SUFFIX = ".cpython-312-x86_64-linux-gnu.so"
 INFO = "kbatch_kafka-1.2.dist-info"
@@ -29,6 +30,7 @@ WHEEL = [
     f"kbatch/_fastmap{SUFFIX}",
     "kbatch/py.typed",
     f"kbatch/testing/_mock{SUFFIX}",
+    "pytest_kbatch.py",
     *(f"{INFO}/{name}" for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt")),
     f"{INFO}/licenses/LICENSE",
 ]
@@ -163,9 +165,12 @@ def test_neither_switches_nor_paths_reach_a_build(monkeypatch: pytest.MonkeyPatc
 def test_the_package_is_read_from_the_sdist(tmp_path: Path) -> None:
     sdist = tmp_path / "s.tar.gz"
     with tarfile.open(sdist, "w:gz") as archive:
-        for name in ("src/kbatch/__init__.py", "src/kbatch/aio/__init__.py", "setup.py", "src/kbatch_kafka.egg-info/x"):
+        for name in (
+            *("src/kbatch/__init__.py", "src/kbatch/aio/__init__.py", "src/pytest_kbatch.py"),
+            *("setup.py", "src/kbatch_kafka.egg-info/x"),
+        ):
             archive.addfile(tarfile.TarInfo(f"kbatch_kafka-1.2/{name}"), io.BytesIO())
-    assert wheels.package_files(sdist, "1.2") == ["kbatch/__init__.py", "kbatch/aio/__init__.py"]
+    assert wheels.package_files(sdist, "1.2") == ["kbatch/__init__.py", "kbatch/aio/__init__.py", "pytest_kbatch.py"]
 
 
 def test_one_failure_does_not_stop_the_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,16 @@ from kbatch._errors import (
     spares_brokers,
     type_name,
 )
-from kbatch._fastmap import KEPT_BYTES, AnsweringSender, CallbackThread, Signal, Undelivered, envelope_bytes
+from kbatch._fastmap import (
+    KEPT_BYTES,
+    AnsweringSender,
+    CallbackThread,
+    Signal,
+    Undelivered,
+    envelope_bytes,
+    monotonic,
+    wall_time,
+)
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._sender import answer_refusal, answer_report, send_answered
@@ -211,7 +220,7 @@ class BaseSendingAgent:
         """For how long the oldest batch in flight has been without an answer; 0.0 if none is."""
         queue = self._queue
         departed = None if queue is None else queue.oldest_departure()
-        return 0.0 if departed is None else time.monotonic() - departed
+        return 0.0 if departed is None else monotonic() - departed
 
     def __repr__(self) -> str:
         return f"<{self._shown} to {self.topic!r}, circuit breaker {self.state.value}>"
@@ -232,7 +241,7 @@ class BaseSendingAgent:
         verdict = _verdict_of_answer(answer.outcome)
         if verdict == "failed":
             self._failed_topic = self._topic_to_ask(answer.batch.envelopes)
-        self._note(verdict, answer.trial, time.monotonic())
+        self._note(verdict, answer.trial, monotonic())
         if can_be_replaced(answer.outcome):
             self._news.append(functools.partial(self._break, producer))
             self._signal.set()
@@ -354,7 +363,7 @@ class BaseSendingAgent:
         self._signal.set()
 
     def _hurry_now(self) -> None:
-        queue, now = self._queue, time.monotonic()
+        queue, now = self._queue, monotonic()
         assert queue is not None
         if self._hurries:  # else whoever asks again and again would leave no back-off at all
             return
@@ -365,7 +374,7 @@ class BaseSendingAgent:
 
     def _end(self, timeout: float) -> int:
         """Gives up what was not sent, for good. How many envelopes that were."""
-        end = time.monotonic() + timeout
+        end = monotonic() + timeout
         self._begin_end(timeout)
         return self._await_end(end + _LAST_WORDS_S)
 
@@ -442,14 +451,14 @@ class BaseSendingAgent:
             self._die(self._death)
         with contextlib.suppress(BaseException):
             self._abandon_flights()
-            self._see_off(time.monotonic())
+            self._see_off(monotonic())
 
     def _step(self) -> float | None:
         queue = self._queue
         assert queue is not None
         while self._news:
             self._news.popleft()()
-        now, wall = time.monotonic(), time.time()
+        now, wall = monotonic(), wall_time()
         giving_up = self._giving_up  # it may change on the way
         if self._death is not None or giving_up:
             self._give_up_waiting()
@@ -467,7 +476,7 @@ class BaseSendingAgent:
             return _OVER
         if self._news or queue.ended or sent_away or self._may_replace():
             return 0.0
-        return self._idle_for(time.monotonic(), time.time())
+        return self._idle_for(monotonic(), wall_time())
 
     def _idle_for(self, now: float, wall: float) -> float | None:
         """Seconds until there is something to do, if nothing happens; None: for ever."""
@@ -565,14 +574,14 @@ class BaseSendingAgent:
             self._die(error)
         except ProducerClosedError as error:
             queue.put_back(flight)
-            self._note("nothing", flight.trial, time.monotonic())
+            self._note("nothing", flight.trial, monotonic())
             if self._handle.producer is producer and not self._giving_up:
                 self._die(error)
         except ProducerError as error:  # in its fatal state, or after a transaction whose end is not known
             queue.put_back(flight)
             self._log(logging.WARNING, "a producer can send no more: %s", error)
             self._broken = producer
-            self._note("failed", flight.trial, time.monotonic())
+            self._note("failed", flight.trial, monotonic())
         except BaseException as error:  # a header_hook that fails, no memory, no threads, a sys.exit() in an encoder
             reason: KbatchError
             if isinstance(error, KbatchError):
@@ -580,9 +589,9 @@ class BaseSendingAgent:
             else:
                 reason = SenderError(f"the producer could not take the batch: {named_exception_text(error)}")
                 reason.__cause__ = error
-            self._note("nothing", flight.trial, time.monotonic())
+            self._note("nothing", flight.trial, monotonic())
             failures = [(index, reason) for index in range(len(flight.envelopes))]
-            queue.settled(flight, failures, time.monotonic(), again=not self._giving_up)
+            queue.settled(flight, failures, monotonic(), again=not self._giving_up)
 
     def _map(
         self,
@@ -617,7 +626,7 @@ class BaseSendingAgent:
             self._abandoned.remove(flight)
             return
         report = pending.report
-        now = time.monotonic()
+        now = monotonic()
         failures: list[tuple[int, KbatchError]] = []
         if report.failed:
             reasons = dict(rejected)
@@ -676,7 +685,7 @@ class BaseSendingAgent:
             return
         if state is CircuitState.OPEN:
             if before is CircuitState.CLOSED:
-                self._opened_at = self._reminded_at = time.monotonic()
+                self._opened_at = self._reminded_at = monotonic()
             self._log(
                 logging.WARNING,
                 "the circuit breaker of %r is open: %d batches in a row failed, the last with %s; nothing is sent "
@@ -730,12 +739,12 @@ class BaseSendingAgent:
                 self._log_probe(reason)
             with self._mu:
                 before = self._circuit.state
-                self._circuit.probed(reason is None, time.monotonic())
+                self._circuit.probed(reason is None, monotonic())
                 self._tell_state(before)
             self._signal.set()
 
     def _log_probe(self, reason: str) -> None:
-        now = time.monotonic()
+        now = monotonic()
         level = logging.DEBUG
         if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
@@ -789,7 +798,7 @@ class BaseSendingAgent:
             self._death = error
             self._log(logging.ERROR, "a sender to %r has ended: %s", self.topic, error)
         self._give_up_waiting()
-        self._see_off(time.monotonic())
+        self._see_off(monotonic())
         self._tell_watchers()
 
     def _give_up_waiting(self) -> None:
@@ -815,7 +824,7 @@ class BaseSendingAgent:
             failures = [
                 (index, DeliveryError(_UNKNOWN, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]
-            queue.settled(flight, failures, time.monotonic(), again=False)
+            queue.settled(flight, failures, monotonic(), again=False)
 
     def _expire(self, now: float, wall: float) -> None:
         queue, buffer, age = self._queue, self._buffer, self._policy.max_age_s
@@ -1109,7 +1118,7 @@ def _reason(error: KbatchError) -> str:
 
 
 def _seconds_until(end: float) -> float:
-    return min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
+    return min(max(0.0, end - monotonic()), threading.TIMEOUT_MAX)
 
 
 def _unless_none(value: int | None) -> tuple[int, ...]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import check_timeout
+from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
-from kbatch._fastmap import Accumulator, Signal
+from kbatch._fastmap import Accumulator, Signal, monotonic
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
 
 if TYPE_CHECKING:
@@ -135,14 +134,14 @@ class BaseBatchedSender(Accumulator):
             timeout = self._close_timeout
         if self._is_forked:
             return 0  # those are the parent's
-        end = time.monotonic() + timeout
+        end = monotonic() + timeout
         try:
             self._drain(timeout)
         except BaseException:  # Ctrl-C: whoever wants to leave does not wait for the deadline
             end = 0.0
             raise
         finally:
-            not_sent = self._agent._end(max(0.0, end - time.monotonic()))
+            not_sent = self._agent._end(max(0.0, end - monotonic()))
             SENDERS.discard(self)
         return not_sent
 
@@ -173,7 +172,8 @@ class BatchedSender(BaseBatchedSender):
     than `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
     ``max_in_flight_batches`` are in flight. The order of the calls is the order within a partition, as far as
     `SendingAgent` says. A future ``scheduled_time`` holds an envelope until then. What is buffered lives in memory: a
-    crash loses it, and so it loses what is scheduled.
+    crash loses it, and so it loses what is scheduled. It is mapped later, on a thread of the sender: a message must not
+    change after `send`, and in the producer's ``header_hook`` the caller's context variables are not set.
 
     The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
     `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it holds; then
@@ -282,7 +282,7 @@ def check_batching_options(
         raise ConfigError(
             f"max_buffered_bytes={max_buffered_bytes} is less than batch_bytes={batch_bytes}: no batch would be full"
         )
-    for name, value in (("batch_timeout_ms", batch_timeout_ms), ("close_timeout", close_timeout)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
-            unit = "milliseconds" if name.endswith("ms") else "seconds"
-            raise ConfigError(f"{name} must be {unit}, 0 or more, not {value!r}")
+    is_number = isinstance(batch_timeout_ms, (int, float)) and not isinstance(batch_timeout_ms, bool)
+    if not (is_number and 0 <= batch_timeout_ms < 1e9):
+        raise ConfigError(f"batch_timeout_ms must be milliseconds, 0 or more and below 1e9, not {batch_timeout_ms!r}")
+    check_close_timeout(close_timeout)

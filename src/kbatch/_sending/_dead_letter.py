@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import DeliveryError, SerializationError, exception_text, type_name
-from kbatch._fastmap import Envelope
+from kbatch._fastmap import Envelope, wall_time
 
 if TYPE_CHECKING:
     from kbatch._sending._queue import Ended
@@ -35,7 +35,7 @@ def dead_letter(ended: Ended, topic: str, default_topic: str | None) -> Envelope
         "reason": exception_text(error),
         "error": error.name if isinstance(error, DeliveryError) else type_name(error),
         "attempts": str(ended.entry.failures),
-        "time": datetime.now(timezone.utc).isoformat().replace("+00:00", "Z"),
+        "time": datetime.fromtimestamp(wall_time(), timezone.utc).isoformat().replace("+00:00", "Z"),
     }
     headers += [(_PREFIX + name, value) for name, value in reason.items()]
     changes: dict[str, Any] = {"topic": topic, "headers": headers}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
@@ -16,6 +15,7 @@ from kbatch._errors import (
     can_be_replaced,
     is_for_whole_batch,
 )
+from kbatch._fastmap import monotonic
 from kbatch._producer import Producer
 from kbatch._sending._agent import check_topic
 from kbatch._sending._handle import ProducerHandle
@@ -146,7 +146,7 @@ class InlineSender(BaseInlineSender):
         if self._closed:
             self._refuse()
         producer: Any = self._handle.producer
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else monotonic() + timeout
         try:
             report: DeliveryReport = producer.send_batch(self.topic, (envelope,), timeout=timeout)
         except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
@@ -163,7 +163,7 @@ class InlineSender(BaseInlineSender):
         if solo is None:
             return report
         try:
-            timeout = None if end is None else max(0.0, end - time.monotonic())
+            timeout = None if end is None else max(0.0, end - monotonic())
             alone: DeliveryReport = solo.send_batch(self.topic, (envelope,), timeout=timeout)
         except ProducerError:  # closed, or in its fatal state: the next one has a new one
             self._handle.drop_solo(solo)

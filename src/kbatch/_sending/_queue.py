@@ -8,7 +8,6 @@ envelope.
 from __future__ import annotations
 
 import heapq
-import time
 from bisect import insort
 from collections import deque
 from itertools import chain
@@ -27,6 +26,7 @@ from kbatch._errors import (
     is_outage,
     spares_brokers,
 )
+from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -444,7 +444,7 @@ class SendQueue:
             yield entry
 
     def _depart(self, flight: Flight) -> Flight:
-        flight.departed_at = time.monotonic()
+        flight.departed_at = monotonic()
         self._flights[flight] = None
         self.in_flight += 1
         if flight.entries is None:

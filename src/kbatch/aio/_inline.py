@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
 from kbatch._errors import ProducerClosedError, ProducerError, ProducerFatalError, TransactionUnknownError
+from kbatch._fastmap import monotonic
 from kbatch._loop import in_thread
 from kbatch._sending._inline import BaseInlineSender
 from kbatch.aio._producer import Producer
@@ -44,7 +44,7 @@ class InlineSender(BaseInlineSender):
         if self._closed:
             self._refuse()
         producer: Any = self._handle.producer
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else monotonic() + timeout
         try:
             report: DeliveryReport = await producer.send_batch(self.topic, (envelope,), timeout=timeout)
         except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
@@ -61,7 +61,7 @@ class InlineSender(BaseInlineSender):
         if solo is None:
             return report
         try:
-            timeout = None if end is None else max(0.0, end - time.monotonic())
+            timeout = None if end is None else max(0.0, end - monotonic())
             alone: DeliveryReport = await solo.send_batch(self.topic, (envelope,), timeout=timeout)
         except ProducerError:  # closed, or in its fatal state: the next one has a new one
             await in_thread("kbatch-close", lambda: self._handle.drop_solo(solo))

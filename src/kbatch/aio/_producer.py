@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import time
 from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending, ProducerClosedError
-from kbatch._fastmap import Envelope, LoopWaker, TaskStarter, Turns
+from kbatch._fastmap import Envelope, LoopWaker, TaskStarter, Turns, monotonic
 from kbatch._loop import in_thread
 from kbatch._pending import PendingBatch
 
@@ -58,14 +57,14 @@ class Producer(BaseProducer):
         rest goes on.
         """
         check_timeout(timeout)
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else monotonic() + timeout
         batch = PendingBatch(self._core)
         waker = LoopWaker()
         with self._turns.turn() as turn:
             mapping = self._map_batch(turn, batch, topic, envelopes)
             del envelopes  # what the caller does not keep is freed with the batch, in slices
             await mapping
-            left = None if end is None else end - time.monotonic()
+            left = None if end is None else end - monotonic()
             self._send_detached(batch, left, waker=waker)
         timer = None if left is None else waker.loop.call_later(left, waker.resolve)
         try:
@@ -172,9 +171,9 @@ class Producer(BaseProducer):
         last = self._turns.last
 
         def flush() -> int:
-            end = None if timeout is None else time.monotonic() + timeout
+            end = None if timeout is None else monotonic() + timeout
             self._turns.wait(last, timeout)
-            left = core.flush(None if end is None else max(0.0, end - time.monotonic()))
+            left = core.flush(None if end is None else max(0.0, end - monotonic()))
             return left + self._turns.count(last)
 
         return await in_thread("kbatch-flush", flush)
@@ -192,7 +191,7 @@ class Producer(BaseProducer):
         check_timeout(timeout)
         if timeout is None:
             timeout = self._close_timeout
-        end = time.monotonic() + timeout
+        end = monotonic() + timeout
         loop, me = asyncio.get_running_loop(), asyncio.current_task()
         self._closers.add(me)  # callbacks that close do not wait for each other
         self._is_closing = self._core.started()  # from here on nobody is accepted; who was, is waited for
@@ -200,15 +199,15 @@ class Producer(BaseProducer):
 
         def close() -> int:
             last = self._turns.last
-            self._turns.wait(last, max(0.0, end - time.monotonic()))
+            self._turns.wait(last, max(0.0, end - monotonic()))
             late = self._turns.count(last)
-            return self._core.close(max(0.0, end - time.monotonic())) + late
+            return self._core.close(max(0.0, end - monotonic())) + late
 
         try:
             left = await in_thread("kbatch-close", close)
             callbacks = {task for task in self._tasks.copy() - self._closers if task.get_loop() is loop}
             if callbacks:
-                await asyncio.wait(callbacks, timeout=max(0.0, end - time.monotonic()))
+                await asyncio.wait(callbacks, timeout=max(0.0, end - monotonic()))
         finally:
             self._closers.discard(me)
         return left
@@ -244,12 +243,12 @@ async def _gather(envelopes: Iterable[Envelope[Any]], turn: Turn) -> Iterable[En
     if isinstance(envelopes, (Sized, Envelope)):
         return envelopes
     gathered = []
-    end = time.monotonic() + _SLICE_S
+    end = monotonic() + _SLICE_S
     for envelope in envelopes:
         gathered.append(envelope)
-        if time.monotonic() >= end:
+        if monotonic() >= end:
             turn.count = len(gathered)
             await asyncio.sleep(0)
-            end = time.monotonic() + _SLICE_S
+            end = monotonic() + _SLICE_S
     turn.count = len(gathered)
     return gathered

@@ -8,6 +8,7 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from kbatch._config import ProducerConfig
+from kbatch._fastmap import monotonic
 from kbatch.cli._failure import USAGE, Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
@@ -43,14 +44,14 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
         with warnings.catch_warnings():  # the producer has told
             warnings.simplefilter("ignore")
             raise Failure(ProducerConfig.parse(config).native.without_hidden(reason), USAGE) from None
-    end = time.monotonic() + timeout_s
-    known_by = time.monotonic() + min(timeout_s, _CREATION_S)
+    end = monotonic() + timeout_s
+    known_by = monotonic() + min(timeout_s, _CREATION_S)
     patience_s = 0.5  # the call does not notice Ctrl-C, so it is short at first
     while True:
         try:
-            found = admin.list_topics(topic, timeout=max(0.1, min(patience_s, end - time.monotonic())))
+            found = admin.list_topics(topic, timeout=max(0.1, min(patience_s, end - monotonic())))
         except KafkaException as error:
-            if time.monotonic() < end:
+            if monotonic() < end:
                 patience_s *= 2
                 continue
             admin.poll(0)
@@ -61,6 +62,6 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
             return
         if problem.code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
             raise Failure(f"topic {topic!r}: {problem.str()}")
-        if time.monotonic() > known_by:
+        if monotonic() > known_by:
             raise Failure(f"topic {topic!r} does not exist, and the broker does not create it")
         time.sleep(0.2)

@@ -56,7 +56,7 @@ cdef class FormedBatch:
 
     @property
     def accepted_at(self) -> float:
-        """When the last came, or somewhat later, as `time.monotonic`."""
+        """When the last came, or somewhat later, by `monotonic`."""
         return self.newest_ns / 1e9
 
 

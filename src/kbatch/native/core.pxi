@@ -866,10 +866,10 @@ cdef class Core:
         if KB_LOAD32(&c.life) != NEW:
             raise ProducerClosedError("the producer is closed")
 
-    def take_in_memory(self, Batch batch not None, *, enqueued=None, waker=None, callback=None) -> tuple:
+    def take_in_memory(self, Batch batch not None, *, waker=None, callback=None) -> tuple:
         """Takes a batch whose outcomes `settle_in_memory` gives. Returns its envelopes and what `records` does.
 
-        `enqueued`, `waker`, `callback` and refusals are as in `send` and `send_detached`, but for a fatal error.
+        `waker`, `callback` and refusals are as in `send` and `send_detached`, but for a fatal error.
         """
         cdef Client *c = self.c
         cdef BatchState *state = &batch.state
@@ -883,14 +883,6 @@ cdef class Core:
         for i in range(state.count):
             sent += state.records[i].flags == 0
         KB_ADD64(&c.in_flight, sent)
-        if enqueued is not None:
-            batch.enqueued_waker = enqueued
-            kb_mutex_lock(&c.mu)
-            if not state.listeners:
-                state.listeners = 1
-                c.eager += 1
-            post_news(c, state)
-            kb_mutex_unlock(&c.mu)
         return answer
 
     def settle_in_memory(self, Batch batch not None, list outcomes not None) -> None:

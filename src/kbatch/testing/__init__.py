@@ -1,6 +1,6 @@
 """Tests without Kafka: producers in memory, a mock cluster with faults to order, and a pytest fixture.
 
-The plugin `kbatch.testing.pytest_plugin`, which pytest finds by itself, gives the fixture ``kafka_cluster``.
+The plugin `pytest_kbatch`, which pytest finds by itself, gives the fixture ``kafka_cluster``.
 """
 
 from kbatch.testing._api_key import ApiKey

@@ -20,8 +20,10 @@ _MAX_PARTITIONS = 100_000
 class MockCluster:
     """librdkafka's mock cluster: Kafka brokers on the loopback address, in memory, with faults to order.
 
-    Any Kafka client on this machine can use it through `bootstrap_servers`. A context manager; leaving it, `close`, the
-    garbage collector and the interpreter's exit stop the brokers. Methods may be called from several threads.
+    A Kafka client on this machine can use it through `bootstrap_servers`, if it speaks the request versions that
+    librdkafka's mock cluster answers: kafka-python needs ``api_version=(2, 0)``. A context manager; leaving it,
+    `close`, the garbage collector and the interpreter's exit stop the brokers. Methods may be called from several
+    threads.
 
     Args:
         brokers: how many brokers; their ids are 1 up to and including this number.

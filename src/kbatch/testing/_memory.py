@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kbatch import aio
-from kbatch._base_producer import BaseProducer
+from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
-from kbatch._fastmap import Batch, Core, Envelope
+from kbatch._fastmap import Batch, Core, Envelope, monotonic
 from kbatch._producer import Producer
 from kbatch._transactions import Transactions
 from kbatch.testing._memory_broker import (
-    MSG_TIMED_OUT,
     NOT_PERSISTED,
     POSSIBLY_PERSISTED,
     Fault,
-    Mapped,
-    MemoryBroker,
     MemoryRecord,
     error_code,
 )
+from kbatch.testing._memory_line import SHARE, MemoryLine, Sent
 
 if TYPE_CHECKING:
     import msgspec
@@ -36,83 +32,30 @@ if TYPE_CHECKING:
 __all__ = ["AioMemoryProducer", "MemoryProducer"]
 
 # librdkafka's codes
-_TIMED_OUT_QUEUE = -166
+_ALL_BROKERS_DOWN = -187
 _PURGE_QUEUE = -152
-_PURGE_INFLIGHT = -151
 
 _LAST_S = 1.0  # for callbacks, when the time to close is over, as a producer has it
-
-
-@dataclass(eq=False)
-class _Sent:
-    """A batch in flight."""
-
-    core: MemoryCore
-    batch: Batch
-    envelopes: tuple[Envelope[Any], ...]
-    mapped: list[Mapped]
-
-    def fail(self, code: int, persistence: int) -> None:
-        self.core.settle_in_memory(
-            self.batch, [(code, persistence, -1 if record is None else record[1], -1) for record in self.mapped]
-        )
-
-
-class _Line(MemoryBroker):
-    """A broker and what is in flight to it."""
-
-    def __init__(self, partitions: int) -> None:
-        super().__init__(partitions)
-        self.holds = False
-        self.held: list[_Sent] = []
-
-    def take(self, sent: _Sent) -> None:
-        if self.holds and not self.is_down and any(sent.mapped):
-            self.held.append(sent)
-        else:
-            self.answer(sent)
-
-    def answer(self, sent: _Sent) -> None:
-        sent.core.settle_in_memory(
-            sent.batch, self.receive(sent.envelopes, sent.mapped, transaction=sent.core.transactional)
-        )
-
-    def answer_held(self, count: int) -> None:
-        while self.held and count:
-            count -= 1
-            sent = self.held.pop(0)
-            try:
-                self.answer(sent)
-            except BaseException:
-                if not sent.batch.done():
-                    sent.fail(_PURGE_INFLIGHT, POSSIBLY_PERSISTED)
-                raise
-            finally:
-                self.changed.notify_all()
-
-    def fail_held(self, code: int, core: MemoryCore | None = None) -> None:
-        """It was on its way: it may have arrived."""
-        for sent in self.held[:]:
-            if core is None or sent.core is core:
-                self.held.remove(sent)
-                sent.fail(code, POSSIBLY_PERSISTED)
-        self.changed.notify_all()
-
-    def holds_some_of(self, core: MemoryCore) -> bool:
-        return any(sent.core is core for sent in self.held)
 
 
 class MemoryCore(Core):
     """Phase 1 is the real one. Phase 2 hands a batch to a broker in memory; librdkafka is never started.
 
     Whatever in `Core` needs librdkafka is overridden. The line's lock is held from where a batch is taken until it is
-    answered or in flight, so that closing finds each batch in one of these states.
+    in the line or answered, so that closing finds each batch in one of these states.
     """
 
-    line: _Line
+    line: MemoryLine
+    room: int
+    queue_messages: int
+    delivery_timeout_s: float
     transactional = False
     _started_in: int | None = None  # a process
     _fatal: tuple[str, int] | None = None
+
+    def set_room(self, max_in_flight: int, queue_messages: int) -> None:
+        self.queue_messages = queue_messages
+        self.room = max(1, min(max_in_flight + -(-max_in_flight // SHARE), queue_messages * 4 // 5))
 
     def start(self) -> None:
         self.start_in_memory()
@@ -129,8 +72,19 @@ class MemoryCore(Core):
         wait: bool,
         callback: Callable[[Any], object] | None = None,
     ) -> bool:
-        self._hand_over(batch, timeout, callback=callback)
-        return batch._wait(timeout) if wait else True
+        sent = self._hand_over(batch, timeout, callback=callback)
+        try:
+            if not wait:
+                self.line.wait_until(lambda: not self.line.waits_for_room(sent), None)
+                return True
+            if batch._wait(timeout):
+                return True
+            with self.line.lock:
+                self.line.expire()  # if it still waits for room, nothing of it is sent
+            return batch.done() and batch._wait(0)
+        except BaseException:
+            self.abandon(batch)
+            raise
 
     def send_detached(
         self,
@@ -140,34 +94,46 @@ class MemoryCore(Core):
         enqueued: Callable[[], object] | None = None,
         waker: Callable[[], object] | None = None,
     ) -> None:
-        self._hand_over(batch, timeout, enqueued=enqueued, waker=waker)
+        self._hand_over(batch, timeout, enqueued, waker=waker)
 
-    def _hand_over(self, batch: Batch, timeout: float | None, **listeners: Any) -> None:
+    def _hand_over(
+        self, batch: Batch, timeout: float | None, enqueued: Callable[[], object] | None = None, **listeners: Any
+    ) -> Sent:
         self.start()  # before a lock that a thread of the parent may have held
-        with self.line.changed:
+        with self.line.lock:
             if self._fatal is not None:
                 raise fatal_error(*self._fatal)
+            patience_s = self.delivery_timeout_s if timeout is None else min(timeout, self.delivery_timeout_s)
             try:
-                sent = _Sent(self, batch, *self.take_in_memory(batch, **listeners))
-                if timeout is not None and timeout <= 0:
-                    sent.fail(_TIMED_OUT_QUEUE, NOT_PERSISTED)
+                envelopes, mapped = self.take_in_memory(batch, **listeners)
+                sent = Sent(self, batch, envelopes, mapped, enqueued, monotonic() + patience_s)
+                if patience_s <= 0:
+                    sent.time_out()
                 else:
                     self.line.take(sent)
-            except BaseException:
-                # Ctrl-C, or what a test's own `when` raises: an answer comes all the same.
-                if batch.begun and not batch.done() and all(sent.batch is not batch for sent in self.line.held):
+            except BaseException:  # Ctrl-C, or what a test's own `when` raises: an answer comes all the same
+                if not self.line.abandon(batch) and batch.begun and not batch.done():
                     self.settle_in_memory(batch, [(_PURGE_QUEUE, NOT_PERSISTED, -1, -1)] * len(batch))
                 raise
-            finally:
-                self.line.changed.notify_all()
+            return sent
+
+    def abandon(self, batch: Batch) -> None:
+        super().abandon(batch)
+        if self._started_in == os.getpid():
+            with self.line.lock:
+                self.line.abandon(batch)
+
+    def counters(self) -> dict[str, int]:
+        counters = super().counters()
+        with self.line.lock:
+            counters["in_flight"] -= self.line.messages_without_room(self)
+        return counters
 
     def flush(self, timeout: float | None = None) -> int:
         if not self.started():
             return 0
         self.start()
-        with self.line.changed:
-            done = self.line.changed.wait_for(lambda: self.closed() or not self.line.holds_some_of(self), timeout)
-        if done:
+        if self.line.wait_until(lambda: self.closed() or not self.line.has_some_of(self), timeout):
             self.await_release(_LAST_S)
         return self.in_flight()
 
@@ -175,21 +141,21 @@ class MemoryCore(Core):
         if not self.started():
             return
         self.start()
-        with self.line.changed:
-            self.line.fail_held(_PURGE_INFLIGHT, self)
+        with self.line.lock:
+            self.line.purge(self)
 
     def close(self, timeout: float | None = None) -> int:
-        end = None if timeout is None else time.monotonic() + timeout
+        end = None if timeout is None else monotonic() + timeout
         if self._started_in in (None, os.getpid()):
             self.shut_in_memory()
-            with self.line.changed:
-                self.line.changed.notify_all()
-                try:
-                    self.line.changed.wait_for(lambda: not self.line.holds_some_of(self), timeout)
-                finally:
-                    self.line.fail_held(_PURGE_INFLIGHT, self)
+            try:
+                self.line.tell()
+                self.line.wait_until(lambda: not self.line.has_some_of(self), timeout)
+            finally:
+                with self.line.lock:
+                    self.line.end_all(self)
                     self.end_in_memory()
-        return super().close(None if end is None else max(_LAST_S, end - time.monotonic()))
+        return super().close(None if end is None else max(_LAST_S, end - monotonic()))
 
     def name(self) -> str | None:
         return "in memory" if self.started() and not self.closed() else None
@@ -198,12 +164,15 @@ class MemoryCore(Core):
         self.start()
         return "no broker answers: this producer in memory is down()" if self.line.is_down else None
 
-    def inject_fatal_error(self, code: int, reason: str) -> None:
+    def inject_fatal_error(self, code: int, reason: str) -> bool:  # type: ignore[override]
+        """Whether it is the first one, which stays."""
         self.start()
-        with self.line.changed:
+        with self.line.lock:
+            is_first = self._fatal is None
             if self._fatal is None:
                 self._fatal = reason, code
-            self.line.fail_held(self._fatal[1], self)
+            self.line.end_all(self, self._fatal[1])
+        return is_first
 
 
 class _CommittedAtOnce(Transactions):
@@ -231,6 +200,7 @@ class _InMemory(BaseProducer):
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
         close_timeout: float = 30.0,
+        max_in_flight: int = 20_000,
         carry_scheduled_time: bool = False,
     ) -> None:
         try:
@@ -243,17 +213,20 @@ class _InMemory(BaseProducer):
                 source=source,
                 header_hook=header_hook,
                 close_timeout=close_timeout,
+                max_in_flight=max_in_flight,
                 carry_scheduled_time=carry_scheduled_time,
             )
         finally:
             del config  # it may hold passwords
-        self._join(_Line(partitions))
+        self._join(MemoryLine(partitions, self._parsed.native.get("partitioner") or "consistent_random"))
 
-    def _join(self, line: _Line) -> None:
+    def _join(self, line: MemoryLine) -> None:
         core = self._core
         assert isinstance(core, MemoryCore)
         self._memory_core, self._line = core, line
         core.line = line
+        core.set_room(self._max_in_flight, self._parsed.queue_max_messages)
+        core.delivery_timeout_s = self._parsed.delivery_timeout_s
         if self._transactions is not None:
             core.transactional = True
             self._transactions = _CommittedAtOnce(core)
@@ -268,30 +241,33 @@ class _InMemory(BaseProducer):
 
     @property
     def envelopes(self) -> tuple[Envelope[Any], ...]:
-        """The envelopes that were acknowledged, the very objects, in that order."""
-        with self._line.changed:
+        """The envelopes that were stored, the very objects, in that order: one for each of `records`."""
+        with self._line.lock:
             return tuple(self._line.envelopes)
 
     @property
     def records(self) -> tuple[MemoryRecord, ...]:
-        """The same as records, as a consumer would see them: the bytes of the wire format."""
-        with self._line.changed:
+        """What was stored, as a consumer would see it: the bytes of the wire format."""
+        with self._line.lock:
             return tuple(self._line.records)
 
     @property
     def in_flight(self) -> tuple[Envelope[Any], ...]:
-        """The envelopes that `hold` keeps from being answered, in the order in which they were sent."""
-        with self._line.changed:
+        """The envelopes that `hold` or `down` keeps from being answered, in the order in which they were sent.
+
+        What waits for room (``max_in_flight``) is not among them.
+        """
+        with self._line.lock:
             return tuple(
                 envelope
-                for sent in self._line.held
+                for sent in self._line.in_flight()
                 for envelope, record in zip(sent.envelopes, sent.mapped, strict=True)
                 if record is not None
             )
 
     def clear(self) -> None:
         """Forgets `envelopes` and `records`. Offsets go on; faults and what is in flight stay."""
-        with self._line.changed:
+        with self._line.lock:
             self._line.envelopes.clear()
             self._line.records.clear()
 
@@ -304,60 +280,91 @@ class _InMemory(BaseProducer):
         times: int | None = 1,
         when: Callable[[Envelope[Any]], object] | None = None,
         possibly_persisted: bool = False,
+        stored: bool | None = None,
     ) -> None:
         """Makes the next envelopes fail. Of several such orders the first that fits an envelope counts.
 
         Args:
-            error: librdkafka's code or its name, such as ``"NOT_ENOUGH_REPLICAS"``. What ends a producer is `fatal`.
+            error: librdkafka's code or its name, such as ``"NOT_ENOUGH_REPLICAS"``: the one that comes out after
+                librdkafka's own retries. What ends a producer is `fatal`.
             times: How many envelopes; one that is sent again counts again. ``None``: until `up`.
             when: Called with an envelope: whether it is to fail. By default each.
-            possibly_persisted: What its `DeliveryError` says of it. It is not kept either way.
+            possibly_persisted: What its `DeliveryError` says of it, as when the answer to a request is lost. The
+                envelope is stored all the same, so that sending it again makes a duplicate.
+            stored: ``False`` with `possibly_persisted`: it is not stored, as when the request itself is lost.
         """
         if times is not None and (isinstance(times, bool) or not isinstance(times, int) or times < 1):
             raise ValueError(f"times must be an int, 1 or more, or None, not {times!r}")
         if when is not None and not callable(when):
             raise TypeError(f"when must be callable, not {type(when).__name__}")
-        persistence = POSSIBLY_PERSISTED if possibly_persisted else NOT_PERSISTED
-        fault = Fault(error_code(error), persistence, times, when)
-        with self._line.changed:
+        if stored and not possibly_persisted:
+            raise ValueError("stored=True needs possibly_persisted=True: what is told as not persisted is never stored")
+        fault = Fault(
+            error_code(error),
+            POSSIBLY_PERSISTED if possibly_persisted else NOT_PERSISTED,
+            possibly_persisted if stored is None else bool(stored),
+            times,
+            when,
+        )
+        with self._line.lock:
             self._line.faults.append(fault)
 
-    def down(self) -> None:
-        """No broker answers, until `up`: what is sent fails at once, as timed out, and so does what is in flight."""
-        with self._line.changed:
-            self._line.is_down = True
-            self._line.fail_held(MSG_TIMED_OUT)
+    def down(self, timeout: float | None = None) -> None:
+        """No broker answers, until `up`. What is sent, and what is in flight, stays in flight until then.
+
+        It times out after ``delivery.timeout.ms`` (5 minutes by default), as in production, so ``send_batch`` may block
+        for that long.
+
+        Args:
+            timeout: Seconds after which it times out already; with 0 at once, also what is in flight, so that a
+                test need not wait. It may be called again with another one.
+        """
+        check_timeout(timeout)
+        with self._line.lock:
+            self._line.go_down(timeout)
+        self._tell_error_cb(_ALL_BROKERS_DOWN, "1/1 brokers are down")
 
     def up(self) -> None:
-        """Ends `down`, and what `fail` has ordered and nothing has met yet."""
-        with self._line.changed:
-            self._line.is_down = False
+        """Ends `down`: what is in flight is stored, unless `hold` keeps it. Ends what `fail` has ordered, too."""
+        with self._line.lock:
             self._line.faults.clear()
+            self._line.come_up()
 
     def fatal(self, error: int | str = "OUT_OF_ORDER_SEQUENCE_NUMBER", reason: str = "made up by a test") -> None:
         """Puts the producer into its fatal state: what is in flight fails, and each later batch is refused.
 
         ``"_FENCED"`` is another producer with the same ``transactional.id``.
         """
-        self._memory_core.inject_fatal_error(error_code(error), reason)
+        code = error_code(error)
+        if self._memory_core.inject_fatal_error(code, reason):
+            self._tell_error_cb(code, reason, fatal=True)
 
     def hold(self) -> None:
-        """Batches stay in flight from now on, until `release`. ``flush`` and ``close`` wait for them."""
-        with self._line.changed:
+        """Batches stay in flight from now on, until `release`. ``flush`` and ``close`` wait for them.
+
+        They time out after ``delivery.timeout.ms``.
+        """
+        with self._line.lock:
             self._line.holds = True
 
     def release(self, batches: int | None = None) -> None:
-        """Answers what is in flight, in the order in which it was sent, and holds no longer.
+        """Answers what is in flight, in the order in which it was sent, and holds no longer. Nothing while `down`.
 
         Args:
             batches: Only the oldest so many, and goes on holding.
         """
         if batches is not None and (isinstance(batches, bool) or not isinstance(batches, int) or batches < 0):
             raise ValueError(f"batches must be an int, 0 or more, or None, not {batches!r}")
-        with self._line.changed:
-            if batches is None:
-                self._line.holds = False
-            self._line.answer_held(len(self._line.held) if batches is None else batches)
+        with self._line.lock:
+            self._line.release(batches)
+
+    def _tell_error_cb(self, code: int, reason: str, *, fatal: bool = False) -> None:
+        error_cb = self._parsed.error_cb
+        if error_cb is not None:
+            from confluent_kafka import KafkaError
+
+            self._core.start()
+            self._callback_thread.put(error_cb, KafkaError(code, reason, fatal=fatal))
 
 
 def _with_brokers(config: Any) -> Any:
@@ -370,22 +377,35 @@ class MemoryProducer(_InMemory, Producer):
     """A `kbatch.Producer` that keeps in memory what it is given, for unit tests: no broker and no librdkafka.
 
     Envelopes are mapped as in production, with the same errors, expiry, sizes and bytes; all but the broker is the real
-    thing. Each batch is acknowledged at once, unless `fail`, `down`, `fatal` or `hold` say otherwise.
+    thing. Each batch is stored and acknowledged at once, unless `fail`, `down`, `fatal` or `hold` say otherwise.
 
         producer = MemoryProducer()
         place_order(producer)  # the application's own code
         assert [envelope.key for envelope in producer.envelopes] == ["order-1"]
 
-    Every topic exists. A record without a partition goes where librdkafka's default partitioner sends its key, and one
-    without a key to each partition in turn. With a ``transactional.id`` a batch is kept as a whole or not at all. Any
-    number of batches can be in flight; what is held does not time out.
+    What differs from `kbatch.Producer`:
+
+    - Every topic exists and has `partitions` partitions.
+    - ``partitioner`` sends each key where librdkafka sends it. Where librdkafka takes any partition, each has its turn.
+    - A batch is in flight as a whole: one with room for its first message departs with all of them. It also is
+      stored as a whole, so no other batch comes in between.
+    - Nothing waits for ``linger.ms``, and no record batch is refused for one of its records.
+    - What `fail` lets fail is not tried again as librdkafka would do it, whatever the code. What `down` keeps is stored
+      once.
+    - Of the configuration ``message.max.bytes``, ``queue.buffering.max.messages``, ``queue.buffering.max.kbytes`` (for
+      one message), ``delivery.timeout.ms``, ``partitioner`` and ``transactional.id`` change what it does. What only
+      librdkafka's start refuses is not refused.
+    - A transaction is committed with the acknowledgement of its batch. There is no commit without an answer, hence no
+      `TransactionUnknownError`. Of a transaction that fails nothing is stored.
+    - ``error_cb`` is told of `down` and of `fatal` only. ``stats_cb``, ``throttle_cb``, ``oauth_cb`` and ``logger`` are
+      not called.
+    - ``stats()["enqueue_ns"]`` is 0.
 
     Args:
-        config: As for `kbatch.Producer`, and checked in the same way; ``bootstrap.servers`` may be missing. Only
-            ``message.max.bytes``, ``queue.buffering.max.kbytes`` and ``transactional.id`` change what it does, and its
-            callbacks are not called.
+        config: As for `kbatch.Producer`, and checked in the same way; ``bootstrap.servers`` may be missing.
         partitions: How many each topic has.
-        wire, encoder, source, header_hook, close_timeout, carry_scheduled_time: As for `kbatch.Producer`.
+        wire, encoder, source, header_hook, close_timeout, max_in_flight, carry_scheduled_time: As for
+            `kbatch.Producer`.
 
     Raises:
         ConfigError: As `kbatch.Producer`.
@@ -397,7 +417,8 @@ class MemoryProducer(_InMemory, Producer):
 class AioMemoryProducer(_InMemory, aio.Producer):
     """A `kbatch.aio.Producer` that keeps in memory what it is given: the `MemoryProducer` of asyncio.
 
-    Takes the same, and has the same methods besides; these are no coroutines.
+    Takes the same, and has the same methods besides; these are no coroutines. It differs from `kbatch.aio.Producer` as
+    that one from `kbatch.Producer`.
     """
 
     _shown = "kbatch.testing.AioMemoryProducer"

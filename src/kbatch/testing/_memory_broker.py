@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +11,7 @@ from typing import Any, TypeAlias
 from kbatch._errors import ABORTED_CODE
 from kbatch._fastmap import Envelope
 from kbatch._librdkafka import error_text
+from kbatch.testing._partitioner import partition_of
 
 __all__ = ["Fault", "MemoryBroker", "MemoryRecord", "error_code"]
 
@@ -20,21 +19,21 @@ NOT_PERSISTED = 0
 POSSIBLY_PERSISTED = 1
 PERSISTED = 2
 
-# librdkafka's codes
-MSG_TIMED_OUT = -192
-UNKNOWN_PARTITION = -190
+_UNKNOWN_PARTITION = -190  # librdkafka's code
 
 # What phase 1 makes of an envelope: (topic, partition, timestamp, key, value, headers); None if it is not sent.
-Mapped: TypeAlias = "tuple[str, int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]]] | None"
+_Record: TypeAlias = "tuple[str, int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]]]"
+Mapped: TypeAlias = "_Record | None"
 # The outcome of one envelope: (code, persistence, partition, offset).
 Outcome: TypeAlias = "tuple[int, int, int, int]"
 
 
 @dataclass(frozen=True)
 class MemoryRecord:
-    """A record that a producer in memory has acknowledged, as a consumer would give it.
+    """A record that a producer in memory has stored, as a consumer would give it.
 
-    It has the methods of confluent-kafka's ``Message``, and `kbatch.read_envelope` reads it.
+    It has those methods of confluent-kafka's ``Message`` that tell what was sent and where it lies, and
+    `kbatch.read_envelope` reads it.
     """
 
     _topic: str
@@ -87,6 +86,7 @@ class Fault:
 
     code: int
     persistence: int
+    stored: bool
     times: int | None
     when: Callable[[Envelope[Any]], object] | None
 
@@ -99,56 +99,66 @@ class Fault:
 
 
 class MemoryBroker:
-    """Topics, partitions and faults. `changed` is to be held for every call."""
+    """Topics, partitions and faults. Whoever calls it sees to it that one thread does at a time."""
 
-    def __init__(self, partitions: int) -> None:
-        self.changed = threading.Condition()  # with an RLock: `when` may ask a producer
+    def __init__(self, partitions: int, partitioner: str) -> None:
         self.envelopes: list[Envelope[Any]] = []
         self.records: list[MemoryRecord] = []
         self.faults: list[Fault] = []
-        self.is_down = False
         self._partitions = partitions
+        self._partitioner = partitioner
         self._next_offset: defaultdict[tuple[str, int], int] = defaultdict(int)
         self._next_partition: defaultdict[str, int] = defaultdict(int)
 
-    def receive(
-        self, envelopes: Sequence[Envelope[Any]], mapped: Sequence[Mapped], *, transaction: bool
-    ) -> list[Outcome]:
-        """The outcome of each envelope of a batch; keeps those that are acknowledged.
+    def judge(self, envelopes: Sequence[Envelope[Any]], mapped: Sequence[Mapped]) -> list[Fault | None]:
+        """Of each envelope of a batch why it fails; ``None`` if it does not. Stores nothing."""
+        return [
+            None if record is None else self._fault(envelope, record)
+            for envelope, record in zip(envelopes, mapped, strict=True)
+        ]
 
-        With `transaction` all of it fails if one does.
+    def receive(
+        self,
+        envelopes: Sequence[Envelope[Any]],
+        mapped: Sequence[Mapped],
+        faults: Sequence[Fault | None],
+        *,
+        transaction: bool,
+    ) -> list[Outcome]:
+        """The outcome of each envelope of a batch after `judge`; stores what is to be stored.
+
+        With `transaction` all of it fails if one does, and nothing is stored.
         """
-        refusals = [self._refusal(envelope, record) for envelope, record in zip(envelopes, mapped, strict=True)]
-        if transaction and any(refusals):
+        if transaction and any(faults):
             return [
-                (refusal[0] if refusal else ABORTED_CODE, NOT_PERSISTED, -1 if record is None else record[1], -1)
-                for refusal, record in zip(refusals, mapped, strict=True)
+                (fault.code if fault else ABORTED_CODE, NOT_PERSISTED, -1 if record is None else record[1], -1)
+                for fault, record in zip(faults, mapped, strict=True)
             ]
         outcomes: list[Outcome] = []
-        for envelope, record, refusal in zip(envelopes, mapped, refusals, strict=True):
+        for envelope, record, fault in zip(envelopes, mapped, faults, strict=True):
             if record is None:
                 outcomes.append((0, NOT_PERSISTED, -1, -1))
-            elif refusal is not None:
-                outcomes.append((*refusal, record[1], -1))
-            else:
-                stored = self._store(record)
-                self.envelopes.append(envelope)
+                continue
+            if fault is not None and not fault.stored:
+                outcomes.append((fault.code, fault.persistence, record[1], -1))
+                continue
+            stored = self._store(record)
+            self.envelopes.append(envelope)
+            if fault is None:
                 outcomes.append((0, PERSISTED, stored.partition(), stored.offset()))
+            else:
+                outcomes.append((fault.code, fault.persistence, stored.partition(), -1))
         return outcomes
 
-    def _refusal(self, envelope: Envelope[Any], record: Mapped) -> tuple[int, int] | None:
-        if record is None:
-            return None
-        if self.is_down:
-            return MSG_TIMED_OUT, NOT_PERSISTED
+    def _fault(self, envelope: Envelope[Any], record: _Record) -> Fault | None:
         if record[1] >= self._partitions:
-            return UNKNOWN_PARTITION, NOT_PERSISTED
+            return _NO_SUCH_PARTITION
         for fault in self.faults:
             if fault.meets(envelope):
-                return fault.code, fault.persistence
+                return fault
         return None
 
-    def _store(self, record: tuple[str, int, int, bytes | None, bytes | None, Any]) -> MemoryRecord:
+    def _store(self, record: _Record) -> MemoryRecord:
         topic, partition, timestamp, key, value, headers = record
         if partition < 0:
             partition = self._choose(topic, key)
@@ -159,12 +169,16 @@ class MemoryBroker:
         return stored
 
     def _choose(self, topic: str, key: bytes | None) -> int:
-        # librdkafka's own, consistent_random, but for the random part.
-        if key:
-            return zlib.crc32(key) % self._partitions
+        partition = partition_of(self._partitioner, key, self._partitions)
+        if partition is not None:
+            return partition
+        # Each in turn where librdkafka takes any: the same in every run of a test.
         chosen = self._next_partition[topic]
         self._next_partition[topic] = (chosen + 1) % self._partitions
         return chosen
+
+
+_NO_SUCH_PARTITION = Fault(_UNKNOWN_PARTITION, NOT_PERSISTED, False, None, None)
 
 
 def error_code(error: int | str) -> int:

@@ -1,4 +1,8 @@
-"""Gives the fixture ``kafka_cluster``. pytest loads this at every start, so it imports the cluster only when asked."""
+"""kbatch's pytest plugin: the fixture ``kafka_cluster``.
+
+pytest imports this in every project of an environment with kbatch. So it stands outside the package and imports it only
+when a test asks for the fixture: `import kbatch` takes a while, and fails where confluent-kafka is broken.
+"""
 
 from __future__ import annotations
 
