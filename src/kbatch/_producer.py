@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._callbacks import check_callback
 from kbatch._errors import BatchPending
 from kbatch._pending import PendingBatch
 
@@ -102,8 +103,11 @@ class Producer(BaseProducer):
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
             ProducerError: The producer has a ``transactional.id``.
+            TypeError: `callback` does not take one argument. Nothing was sent.
         """
         self._refuse_submit()
+        if callback is not None:
+            check_callback(callback, "report")
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         self._core.send(batch, wait=False, callback=None if callback is None else (lambda done: callback(done.report)))

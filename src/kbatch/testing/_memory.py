@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch import aio
 from kbatch._base_producer import BaseProducer
+from kbatch._callbacks import call_fault
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope
 from kbatch._producer import Producer
@@ -314,8 +315,9 @@ class _InMemory(BaseProducer):
         """
         if times is not None and (isinstance(times, bool) or not isinstance(times, int) or times < 1):
             raise ValueError(f"times must be an int, 1 or more, or None, not {times!r}")
-        if when is not None and not callable(when):
-            raise TypeError(f"when must be callable, not {type(when).__name__}")
+        wrong = None if when is None else call_fault(when, "envelope")
+        if wrong is not None:
+            raise TypeError(f"when {wrong}")
         persistence = POSSIBLY_PERSISTED if possibly_persisted else NOT_PERSISTED
         fault = Fault(error_code(error), persistence, times, when)
         with self._line.changed:
