@@ -24,6 +24,8 @@ class PendingBatch(Batch):
     Whoever waits for it, awaits it, reads `report` or adds a callback is told of what fails. If nobody does and it is
     forgotten, the producer's next ``flush`` raises `UndeliveredError` for what failed. ``close`` and the end of the
     producer's ``with`` block do so even if the batch is still there.
+
+    Producers make it. ``core`` and ``outcomes`` are the native parts that it is made of, and not for users.
     """
 
     _report: DeliveryReport | None = None

@@ -217,6 +217,6 @@ def test_a_new_id_takes_the_old_one_out() -> None:
 
 def test_the_id_of_an_event_is_no_business_of_a_hook() -> None:
     setting = Setting(wire="cloudevents", source="/", hook_headers=[("ce_id", "7")])
-    with mapping.producer_of(setting) as producer:
-        with pytest.raises(kbatch.SerializationError, match=r"header 'ce_id' is reserved: it is the envelope's"):
-            producer._map("orders", [Envelope(1)])
+    refused = pytest.raises(kbatch.SerializationError, match=r"header 'ce_id' is reserved: it is the envelope's")
+    with mapping.producer_of(setting) as producer, refused:
+        producer._map("orders", [Envelope(1)])

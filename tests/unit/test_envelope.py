@@ -463,7 +463,7 @@ def test_replace_the_body() -> None:
 def test_replace_takes_back_what_the_envelope_shows(envelope: Envelope) -> None:
     shown = {name: getattr(envelope, name) for name in ("message", "data")}
     for changes in (shown, {"message": shown["message"]}, {"key": "k2", **shown}):
-        assert envelope.replace(**changes) == envelope.replace(**{"key": changes.get("key", envelope.key)})
+        assert envelope.replace(**changes) == envelope.replace(key=changes.get("key", envelope.key))
     with kbatch.Producer(NOWHERE) as producer:
         records = producer._map("orders", [envelope.replace(timestamp=1), envelope.replace(timestamp=1, **shown)])
     assert records[0] == records[1]
