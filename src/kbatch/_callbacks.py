@@ -70,17 +70,15 @@ def _plainly_takes(function: Any, count: int) -> bool:
     if type(function) is not FunctionType:
         return False
     code = function.__code__
-    return (
-        code.co_argcount - len(function.__defaults__ or ()) <= count <= code.co_argcount
-        and not code.co_kwonlyargcount
-        and not hasattr(function, "__wrapped__")
-    )
+    least = code.co_argcount - len(function.__defaults__ or ())
+    return least <= count <= code.co_argcount and not code.co_kwonlyargcount
 
 
 def _signature(function: Any) -> inspect.Signature | None:
     try:
-        return inspect.signature(function)
-    except (ValueError, TypeError):  # of many builtins
+        # A decorator may take something else than what it wraps.
+        return inspect.signature(function, follow_wrapped=False)
+    except Exception:  # of many builtins; or a property of the user's fails
         return None
 
 

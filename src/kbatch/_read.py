@@ -357,9 +357,9 @@ def _data(raw: msgspec.Raw, content_type: str | None) -> bytes | None:
 
 
 def _check_required(record: ConsumedRecord, pairs: _Pairs) -> None:
-    names = {name for name, value in pairs if value}
+    values = dict(pairs)  # the last counts
     for name in _REQUIRED:
-        if name not in names:
+        if not values.get(name):
             raise _error(record, f"it is no CloudEvent: header {name!r} is missing or empty", name)
 
 

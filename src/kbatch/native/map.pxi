@@ -666,9 +666,9 @@ cdef class _Mapping:
         return text
 
     cdef int _wolverine_key(self, Record *record) except -1:
-        # As the original: an empty key is none, except a tombstone's.
+        # As the original: an empty key is none, but the key of a null value is as it was given.
         cdef char *text
-        if record.key_len == 0 and self.envelope._kind != BODY_TOMBSTONE:
+        if record.key_len == 0 and self.envelope._kind != BODY_TOMBSTONE and self.envelope._kind != BODY_NULL:
             text = arena_take(self.client, &self.state.arena, UUID_TEXT)
             if text == NULL:
                 raise MemoryError("no memory for a record key")
