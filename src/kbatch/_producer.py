@@ -35,7 +35,8 @@ class Producer(BaseProducer):
         wire: How envelopes become Kafka messages: ``"kbatch"``, ``"wolverine"``, ``"cloudevents"``, ``"raw"``, or an
             object with ``write(envelope) -> (key, value, headers)``.
         encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``, such
-            as confluent-kafka's Avro, Protobuf and JSON Schema serializers.
+            as confluent-kafka's Avro, Protobuf and JSON Schema serializers. Those of aiokafka and kafka-python take
+            one argument: write ``lambda message, context: serialize(message)``.
         source: The ``source`` of envelopes that have none. CloudEvents needs one.
         header_hook: Called once per batch; returns headers that are added to each of its envelopes.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
@@ -45,7 +46,8 @@ class Producer(BaseProducer):
             a reader that waits until then. Without it such an envelope is refused with `NotYetDueError`.
 
     Raises:
-        ConfigError: An unknown key, a bad value, a contradiction, a missing ``bootstrap.servers``.
+        ConfigError: An unknown key, a bad value, a contradiction, a missing ``bootstrap.servers``; an encoder, a hook
+            or a callback that cannot be called with what it gets.
     """
 
     # -- sending

@@ -51,8 +51,8 @@ cdef frozenset KBATCH_HEADERS = frozenset((
     "id", "message-type", "content-type", "sent-at", "correlation-id", "conversation-id", "parent-id", "source",
     "tenant-id", "user-name", "time-to-send", "deliver-by", "attempts"))
 cdef frozenset WOLVERINE_HEADERS = KBATCH_HEADERS | {"wolverine-protocol-version"}
-# The last two have another place in Kafka: the value, and content-type. An envelope may have a ce_id of its own: that of
-# an event that was read and has no UUID.
+# The last two have another place in Kafka: the value, and content-type. Not ce_id: an envelope may have one of its own,
+# that of an event that was read and has no UUID.
 cdef frozenset CLOUDEVENTS_HEADERS = frozenset((
     "ce_specversion", "ce_source", "ce_type", "ce_time", "content-type", "ce_correlationid",
     "ce_conversationid", "ce_parentid", "ce_tenantid", "ce_username", "ce_scheduledtime", "ce_expirytime",
