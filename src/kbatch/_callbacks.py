@@ -78,6 +78,8 @@ def _signature(function: Any) -> inspect.Signature | None:
     try:
         # A decorator may take something else than what it wraps.
         return inspect.signature(function, follow_wrapped=False)
+    except MemoryError:
+        raise
     except Exception:  # of many builtins; or a property of the user's fails
         return None
 

@@ -1,6 +1,7 @@
 """What users give to be called is looked at when it is given, and not when it is called."""
 
 import asyncio
+import enum
 import functools
 import json
 import pickle
@@ -134,6 +135,33 @@ def test_a_hook_takes_what_it_is_called_with(name: str, count: int) -> None:
 def test_a_hook_can_be_called(name: str) -> None:
     with pytest.raises((ConfigError, TypeError), match=f"{name.strip()} must be .*callable, not int"):
         HOOKS[name][0](7)
+
+
+def test_a_header_hook_is_no_coroutine_function() -> None:
+    async def hook() -> None: ...
+
+    with pytest.raises(ConfigError, match="header_hook must not be a coroutine function"):
+        made(header_hook=hook)
+
+
+def test_a_signature_that_cannot_be_told_passes() -> None:
+    class Odd:
+        @property
+        def __signature__(self) -> Any:
+            raise LookupError
+
+        def __call__(self, *arguments: Any) -> None: ...
+
+    made(header_hook=Odd())
+    made(header_hook=dict)  # a class of C's, which tells none before Python 3.13 or so
+
+
+def test_an_enum_of_texts_in_a_configuration_is_its_text() -> None:
+    class Codec(str, enum.Enum):
+        LZ4 = "lz4"
+
+    producer = kbatch.Producer({**NOWHERE, "compression.type": Codec.LZ4})
+    assert producer._parsed.native.get("compression.type") == "lz4"
 
 
 # -- encoders
