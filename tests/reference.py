@@ -68,8 +68,9 @@ CLOUDEVENTS_NAMES = (
 RESERVED = {
     "kbatch": frozenset(KBATCH_NAMES),
     "wolverine": frozenset(WOLVERINE_NAMES),
-    # The specification gives these two another place: the record's value and content-type.
-    "cloudevents": frozenset((*CLOUDEVENTS_NAMES, "ce_data", "ce_datacontenttype")),
+    # The specification gives these two another place: the record's value and content-type. An envelope's own ce_id is
+    # that of the event.
+    "cloudevents": frozenset((*CLOUDEVENTS_NAMES, "ce_data", "ce_datacontenttype")) - {"ce_id"},
     "raw": frozenset[str](),
 }
 
@@ -170,10 +171,13 @@ def map_one(topic: str | None, spec: Spec, setting: Setting) -> Record | frozens
         if encoded is not None:
             own.append((name, encoded))
     users: list[Header] = []
-    for name, value_of_user in [*setting.hook_headers, *header_pairs(arguments.get("headers", ()))]:
+    pairs = header_pairs(arguments.get("headers", ()))
+    for name, value_of_user in [*setting.hook_headers, *pairs]:
         header = attempt(header_field(name), user_header, name, value_of_user, setting.wire)
         if header is not None:
             users.append(header)
+    if setting.wire == "cloudevents" and sum(name == "ce_id" for name, _ in pairs) > 1:
+        bad.add("headers['ce_id']")
 
     if setting.wire == "wolverine":
         headers = users + own
@@ -301,6 +305,8 @@ def milliseconds(time: datetime) -> int:
 
 
 def header_pairs(headers: Any) -> list[tuple[Any, Any]]:
+    if headers is None:
+        return []
     pairs = headers.items() if isinstance(headers, Mapping) else headers
     return [(name, value) for name, value in pairs]
 
@@ -325,7 +331,7 @@ def check_attribute(name: str, content: bytes | None) -> None:
     if name.lower() == "content-type":
         raise _BadError
     if name.lower().startswith("ce_"):
-        if not re.fullmatch("ce_[a-z0-9]+", name) or content is None:
+        if not re.fullmatch("ce_[a-z0-9]+", name) or content is None or (name == "ce_id" and not content):
             raise _BadError
         try:
             content.decode()
@@ -421,7 +427,9 @@ def cloudevents_headers(
         "ce_expirytime": ("deliver_by", optional("deliver_by", iso_time)),
         "ce_attempts": ("attempts", lambda: str(int(count)).encode() if count > 0 else None),
     }
-    return [(name, *values[name]) for name in CLOUDEVENTS_NAMES]
+    if any(name == "ce_id" for name, _ in header_pairs(arguments.get("headers", ()))):
+        del values["ce_id"]  # the envelope's own
+    return [(name, *values[name]) for name in CLOUDEVENTS_NAMES if name in values]
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
@@ -468,7 +476,7 @@ def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
         if time is None:
             continue
         try:
-            if not isinstance(time, datetime) or time.utcoffset() is None:
+            if not isinstance(time, datetime) or datetime.utcoffset(time) is None:
                 raise _BadError
             _utc(time)  # years 1 to 9999 there, too
         except _BadError:
@@ -483,11 +491,10 @@ def refused_arguments(arguments: Mapping[str, Any]) -> frozenset[str]:
         if name in arguments and not (whole and low <= number <= high):
             refused.add(name)
     try:
-        if any(isinstance(pair, str | bytes) for pair in arguments.get("headers", ())) and not isinstance(
-            arguments["headers"], Mapping
-        ):
+        headers = arguments.get("headers")
+        if not isinstance(headers, Mapping) and any(isinstance(pair, str | bytes) for pair in headers or ()):
             raise ValueError
-        header_pairs(arguments.get("headers", ()))
+        header_pairs(headers)
     except (TypeError, ValueError):
         refused.add("headers")
     return frozenset(refused)

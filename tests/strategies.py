@@ -28,7 +28,15 @@ class Octets(bytes):
 
 
 class Time(datetime):
-    """A time all the same."""
+    """A time all the same; its arithmetic is not datetime's, as pendulum's and pandas'."""
+
+    def __sub__(self, other: Any) -> Any:
+        raise AssertionError("a subclass's arithmetic")
+
+    __rsub__ = __sub__
+
+    def utcoffset(self) -> Any:
+        raise AssertionError("a subclass's offset")
 
 
 class Once(Mapping[str, Any]):
@@ -144,11 +152,15 @@ def headers_of(wire: str) -> st.SearchStrategy[Any]:
         few.map(dict),
         few.map(lambda some: MappingProxyType(dict(some))),
         few.map(Once),
+        st.none(),
         st.lists(pairs_of_wire, min_size=20, max_size=40),
     )
 
 
 headers = {wire: headers_of(wire) for wire in RESERVED}
+# An event's id of its own, once.
+event_ids = st.tuples(st.just("ce_id"), texts.filter(len) | texts.filter(len).map(lambda text: text.encode()))
+headers["cloudevents"] |= st.builds(lambda some, id: [*some, id], st.lists(cloudevents_pairs, max_size=3), event_ids)
 
 # --- bodies ---------------------------------------------------------------------------------------------------------
 
@@ -210,7 +222,8 @@ def conversation_ids(wire: str) -> st.SearchStrategy[Any]:
 def specs(draw: st.DrawFn, setting: Setting) -> Spec:
     """A good envelope or tombstone for the setting's wire."""
     if draw(st.integers(0, 7)) == 0:
-        optional = {name: _optional[name] for name in ("topic", "partition", "id")} | {"headers": headers[setting.wire]}
+        names = ("topic", "partition", "timestamp", "id", "sent_at")
+        optional = {name: _optional[name] for name in names} | {"headers": headers[setting.wire]}
         key = draw(st.one_of(texts, octets))
         return Spec({"key": key, **draw(st.fixed_dictionaries({}, optional=optional))}, tombstone=True)
     body = draw(st.one_of(st.fixed_dictionaries({"message": messages}), st.fixed_dictionaries({"data": buffers})))
@@ -283,6 +296,8 @@ not_attributes = [
     ("ce_subject", None),
     ("ce_subject", b"\xff"),
     ("ce_subject", b"\xed\xa0\x80"),
+    ("ce_id", ""),
+    ("ce_id", b"\xff"),
 ]
 
 not_guids = [

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kbatch._callbacks import call_fault, encoder_fault, is_coroutine_function
 from kbatch._config import ProducerConfig
 from kbatch._errors import ConfigError, ProducerError, UndeliveredError
 from kbatch._events import make_dispatcher
@@ -215,6 +215,12 @@ def check_close_timeout(close_timeout: Any) -> None:
         raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
 
 
+def _check_call(name: str, function: Any, *arguments: str) -> None:
+    fault = call_fault(function, *arguments)
+    if fault is not None:
+        raise ConfigError(f"{name} {fault}")
+
+
 def _check_arguments(
     wire: Any,
     encoder: Any,
@@ -229,20 +235,22 @@ def _check_arguments(
             raise ConfigError(f"wire must be one of {', '.join(_WIRES)} or an object with write(), not {wire!r}")
     elif not callable(getattr(wire, "write", None)):
         raise ConfigError(f"wire must be a name or an object with a write() method, not {type(wire).__name__}")
-    if (
-        encoder is not None
-        and not isinstance(encoder, (msgspec.json.Encoder, msgspec.msgpack.Encoder))
-        and not callable(encoder)
-    ):
-        raise ConfigError(f"encoder must be a msgspec encoder or callable, not {type(encoder).__name__}")
-    if callable(encoder) and (
-        inspect.iscoroutinefunction(encoder) or inspect.iscoroutinefunction(type(encoder).__call__)
-    ):
-        raise ConfigError("encoder must not be a coroutine function: mapping awaits nothing")
+    else:
+        _check_call("wire.write", wire.write, "envelope")
+    if encoder is not None and not isinstance(encoder, (msgspec.json.Encoder, msgspec.msgpack.Encoder)):
+        if not callable(encoder):
+            raise ConfigError(f"encoder must be a msgspec encoder or callable, not {type(encoder).__name__}")
+        if is_coroutine_function(encoder):
+            raise ConfigError("encoder must not be a coroutine function: mapping awaits nothing")
+        fault = encoder_fault(encoder)
+        if fault is not None:
+            raise ConfigError(f"encoder {fault}")
     if source is not None and not isinstance(source, str):
         raise ConfigError(f"source must be str, not {type(source).__name__}")
-    if header_hook is not None and not callable(header_hook):
-        raise ConfigError(f"header_hook must be callable, not {type(header_hook).__name__}")
+    if header_hook is not None:
+        _check_call("header_hook", header_hook)
+        if is_coroutine_function(header_hook):
+            raise ConfigError("header_hook must not be a coroutine function: mapping awaits nothing")
     check_close_timeout(close_timeout)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
-from kbatch._callbacks import is_coroutine_function
+from kbatch._callbacks import call_fault, is_coroutine_function
 from kbatch._errors import ConfigError
 from kbatch._fastmap import Config
 from kbatch._version import __version__
@@ -43,7 +43,8 @@ _DEFAULTS = {
     "client.software.version": __version__,
 }
 
-_CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb")
+# And what they are called with.
+_CALLBACKS = {"error_cb": "error", "stats_cb": "stats", "throttle_cb": "event", "oauth_cb": "config"}
 
 _REFUSED = {
     "on_delivery": "kbatch answers once per batch: use send_batch's report, submit(callback=…) or a SenderCallback",
@@ -245,8 +246,9 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | N
         if key in _REFUSED:
             raise ConfigError(f"{key} is refused: {_REFUSED[key]}")
         if key in _CALLBACKS:
-            if value is not None and not callable(value):
-                raise ConfigError(f"{key} must be callable, not {type(value).__name__}")
+            fault = None if value is None else call_fault(value, _CALLBACKS[key])
+            if fault is not None:
+                raise ConfigError(f"{key} {fault}")
             if is_coroutine_function(value):
                 raise ConfigError(f"{key} must not be a coroutine function: it is called on a thread of the producer")
             callbacks[key] = value
@@ -264,7 +266,9 @@ def _text(key: str, value: object) -> str | None:
         return None
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, (str, Number)):
+    if isinstance(value, str):
+        return str.__str__(value)  # what it holds, not what an enum of texts shows
+    if isinstance(value, Number):
         return str(value)
     if isinstance(value, os.PathLike):
         return os.fsdecode(value)

@@ -119,6 +119,9 @@ class KbatchError(Exception):
 
     report: DeliveryReport | None = None
 
+    def __init__(self, *args: object) -> None:  # Python shows no signature of the one that it inherits
+        super().__init__(*args)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The arguments of __init__ need not be Exception's args: rebuild without calling it.
         return _rebuild, (type(self), self.args, self._state())

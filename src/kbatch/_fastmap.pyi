@@ -34,7 +34,7 @@ class Envelope(Generic[_T_co]):
         topic: str | None = None,
         partition: int | None = None,
         timestamp: int | None = None,
-        headers: HeadersLike = (),
+        headers: HeadersLike | None = (),
         id: uuid.UUID | None = None,
         message_type: str | None = None,
         content_type: str | None = None,
@@ -59,7 +59,7 @@ class Envelope(Generic[_T_co]):
         topic: str | None = None,
         partition: int | None = None,
         timestamp: int | None = None,
-        headers: HeadersLike = (),
+        headers: HeadersLike | None = (),
         id: uuid.UUID | None = None,
         message_type: str | None = None,
         content_type: str | None = None,
@@ -124,7 +124,7 @@ class Envelope(Generic[_T_co]):
         topic: str | None = ...,
         partition: int | None = ...,
         timestamp: int | None = ...,
-        headers: HeadersLike = ...,
+        headers: HeadersLike | None = ...,
         id: uuid.UUID | None = ...,
         message_type: str | None = ...,
         content_type: str | None = ...,
@@ -148,7 +148,7 @@ class Envelope(Generic[_T_co]):
         topic: str | None = ...,
         partition: int | None = ...,
         timestamp: int | None = ...,
-        headers: HeadersLike = ...,
+        headers: HeadersLike | None = ...,
         id: uuid.UUID | None = ...,
         message_type: str | None = ...,
         content_type: str | None = ...,
@@ -172,7 +172,7 @@ class Envelope(Generic[_T_co]):
         topic: str | None = ...,
         partition: int | None = ...,
         timestamp: int | None = ...,
-        headers: HeadersLike = ...,
+        headers: HeadersLike | None = ...,
         id: uuid.UUID | None = ...,
         message_type: str | None = ...,
         content_type: str | None = ...,
@@ -197,8 +197,10 @@ class Tombstone(Envelope[UnsetType]):
         *,
         topic: str | None = None,
         partition: int | None = None,
-        headers: HeadersLike = (),
+        timestamp: int | None = None,
+        headers: HeadersLike | None = (),
         id: uuid.UUID | None = None,
+        sent_at: datetime | None = None,
     ) -> None: ...
     # Only what its constructor takes.
     def replace(  # type: ignore[override]
@@ -207,8 +209,10 @@ class Tombstone(Envelope[UnsetType]):
         key: str | bytes = ...,
         topic: str | None = ...,
         partition: int | None = ...,
-        headers: HeadersLike = ...,
+        timestamp: int | None = ...,
+        headers: HeadersLike | None = ...,
         id: uuid.UUID | None = ...,
+        sent_at: datetime | None = ...,
     ) -> Self: ...
 
 class _NullValue:

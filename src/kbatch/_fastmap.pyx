@@ -12,6 +12,7 @@ import collections
 import contextvars
 import datetime
 import functools
+import inspect
 import logging
 import os
 import re
@@ -52,7 +53,9 @@ from cpython.bytearray cimport (
 )
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_CheckBuffer, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.datetime cimport PyDateTime_Check, PyDateTimeAPI, import_datetime
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport NAN
@@ -72,6 +75,7 @@ cdef extern from *:
     int raise_pending "kb_raise_pending"() except -1
     Py_ssize_t PY_SSIZE_T_MAX
     object PyUnicode_FromObject(object text)  # an exact str
+    int PyUnicode_CompareWithASCIIString(object text, const char *ascii) noexcept
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kbatch._callbacks import check_callback
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Batch, LoopWaker
 from kbatch._report import DeliveryReport
@@ -23,6 +24,8 @@ class PendingBatch(Batch):
     Whoever waits for it, awaits it, reads `report` or adds a callback is told of what fails. If nobody does and it is
     forgotten, the producer's next ``flush`` raises `UndeliveredError` for what failed. ``close`` and the end of the
     producer's ``with`` block do so even if the batch is still there.
+
+    Producers make it. ``core`` and ``outcomes`` are the native parts that it is made of, and not for users.
     """
 
     _report: DeliveryReport | None = None
@@ -58,7 +61,11 @@ class PendingBatch(Batch):
         """Calls ``callback(self)`` once, on the producer's callback thread, when every envelope has its outcome.
 
         An exception from it is logged. If the batch is done, it is called soon.
+
+        Raises:
+            TypeError: `callback` does not take one argument.
         """
+        check_callback(callback, "batch")
         super().add_done_callback(callback)
 
     def __await__(self) -> Generator[object, None, DeliveryReport]:

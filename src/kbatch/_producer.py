@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._callbacks import check_callback
 from kbatch._errors import BatchPending
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
@@ -34,7 +35,8 @@ class Producer(BaseProducer):
         wire: How envelopes become Kafka messages: ``"kbatch"``, ``"wolverine"``, ``"cloudevents"``, ``"raw"``, or an
             object with ``write(envelope) -> (key, value, headers)``.
         encoder: A msgspec encoder (JSON by default), or a callable ``(message, SerializationContext) -> bytes``, such
-            as confluent-kafka's Avro, Protobuf and JSON Schema serializers.
+            as confluent-kafka's Avro, Protobuf and JSON Schema serializers. Those of aiokafka and kafka-python take
+            one argument: write ``lambda message, context: serialize(message)``.
         source: The ``source`` of envelopes that have none. CloudEvents needs one.
         header_hook: Called once per batch, when it is mapped; returns headers that are added to each of its envelopes.
             ``send_batch`` and ``submit`` call it in the caller's thread and context, a buffered sender on its own
@@ -46,7 +48,8 @@ class Producer(BaseProducer):
             a reader that waits until then. Without it such an envelope is refused with `NotYetDueError`.
 
     Raises:
-        ConfigError: An unknown key, a bad value, a contradiction, a missing ``bootstrap.servers``.
+        ConfigError: An unknown key, a bad value, a contradiction, a missing ``bootstrap.servers``; an encoder, a hook
+            or a callback that cannot be called with what it gets.
     """
 
     # -- sending
@@ -104,8 +107,11 @@ class Producer(BaseProducer):
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
             ProducerError: The producer has a ``transactional.id``.
+            TypeError: `callback` does not take one argument. Nothing was sent.
         """
         self._refuse_submit()
+        if callback is not None:
+            check_callback(callback, "report")
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         self._core.send(batch, wait=False, callback=None if callback is None else (lambda done: callback(done.report)))

@@ -15,13 +15,14 @@ from kbatch._errors import ConfigError, DeserializationError
 from kbatch._fastmap import NULL_VALUE, Envelope, Tombstone
 
 if TYPE_CHECKING:
-    from kbatch._wire import ConsumedRecord, WireReader
+    from kbatch._wire import ConsumedRecord, RecordFields, WireReader
 
 __all__ = ["read_envelope"]
 
 _Pairs = Iterable[tuple[str, "str | bytes | None"]]
 
 _guid = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|[0-9a-fA-F]{32}").fullmatch
+_attribute_name = re.compile(r"[cC][eE]_[a-zA-Z0-9]+").fullmatch
 _digits = re.compile(r"[0-9]{1,10}").fullmatch
 _wolverine_time = re.compile(r"(\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d):(\d{6}) Z").fullmatch
 _IDS = uuid.UUID("7d6a7a3c-0b1e-5d43-9a55-6b62617463a8")  # the namespace of ids that are made from something else
@@ -55,6 +56,10 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _none_if_empty(text: str) -> str | None:
+    return text or None
+
+
 def _version(text: str) -> None:
     if text != "1.0":
         raise ValueError("must be 1.0, the only version of CloudEvents that is read")
@@ -85,8 +90,8 @@ _CLOUDEVENTS: _Table = {
     "ce_source": ("source", None),
     "ce_type": ("message_type", None),
     "ce_time": ("sent_at", _time),
-    "content-type": ("content_type", None),
-    "ce_correlationid": ("correlation_id", None),
+    "content-type": ("content_type", _none_if_empty),
+    "ce_correlationid": ("correlation_id", _none_if_empty),
     "ce_conversationid": ("conversation_id", None),
     "ce_parentid": ("parent_id", None),
     "ce_tenantid": ("tenant_id", None),
@@ -104,7 +109,7 @@ _TABLES: Mapping[str, _Table] = {
 _REQUIRED = ("ce_specversion", "ce_id", "ce_source", "ce_type")
 
 
-def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") -> Envelope[Any]:
+def read_envelope(record: ConsumedRecord | RecordFields, *, wire: str | WireReader = "kbatch") -> Envelope[Any]:
     """The envelope that a consumed record is: what a producer with this `wire` wrote, or whoever writes the same.
 
     The value is the envelope's ``data``, not decoded. Headers of the format are its fields (of several with one name
@@ -112,27 +117,37 @@ def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") 
     record's: to send it somewhere else, change them with `Envelope.replace`. A record without an id gets one made of
     its topic, partition and offset, the same each time that it is read.
 
-    A null value is a `Tombstone`; if the record names a message type, or has no key to delete, it is an envelope whose
-    message is ``None``, and which is sent on with a null value.
+    A null value is a `Tombstone`, with the id, ``sent-at`` and timestamp of the record; if the record names a message
+    type, or has no key to delete, it is an envelope whose message is ``None``, and which is sent on with a null value.
 
-    CloudEvents are read in binary and in structured JSON mode. Their ids may be any text: one that is no UUID stays in
-    ``headers`` as ``ce_id``, and the envelope's id is made of it and of the source.
+    CloudEvents are read in binary and in structured JSON mode. Their ids may be any text: one that is no UUID, or not
+    written as Python writes it, stays in ``headers`` as ``ce_id``. A producer with the same `wire` sends it on as the
+    event's id, so take it out to give the event a new one. The envelope's id is the UUID, or made of the text and of
+    the source. Names of attributes are read in any case. What CloudEvents does not allow as an attribute (``ce_a-b``)
+    stays in ``headers``, and must be taken out before the event is sent on as one.
 
     Args:
-        record: What a consumer gave, such as a ``confluent_kafka.Message``.
+        record: What a consumer gave: a ``confluent_kafka.Message``, or a ``ConsumerRecord`` of aiokafka or
+            kafka-python. Its value is bytes, so the consumer must not deserialize.
         wire: ``"kbatch"``, ``"wolverine"``, ``"cloudevents"``, ``"raw"``, or an object with
             ``read(record) -> Envelope``. The first two read each other's headers, and both formats' times.
 
     Raises:
+        TypeError: `record` is no record; ``None``, for instance, when the consumer had none.
         DeserializationError: A header of the format that is not what it should be, or an event of CloudEvents without
             one that is required.
         ConfigError: There is no such `wire`.
     """
+    consumed = _by_methods(record)
     if not isinstance(wire, str):
-        return _read_custom(record, wire)
+        return _read_custom(consumed, wire)
     table = _TABLES.get(wire)
     if table is None:
         raise ConfigError(f"wire must be one of {', '.join(_TABLES)} or an object with read(), not {wire!r}")
+    return _read(consumed, wire, table)
+
+
+def _read(record: ConsumedRecord, wire: str, table: _Table) -> Envelope[Any]:
     # A consumer tells its own errors by records, too.
     error = record.error() if hasattr(record, "error") else None
     if error is not None:
@@ -140,10 +155,15 @@ def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") 
     headers = _headers(record)
     pairs: _Pairs = headers.items() if isinstance(headers, Mapping) else headers
     value: Any = record.value()
+    _check_encoded(record, value)
     tombstone = value is None
-    if wire == "cloudevents" and not tombstone:
-        pairs, value = _of_structured_mode(record, list(pairs), value)
-        _check_required(record, pairs)
+    if wire == "cloudevents":
+        pairs = _attributes(pairs)
+        if not tombstone:
+            pairs, value = _of_structured_mode(record, pairs, value)
+            pairs = _attributes(pairs)
+        if not tombstone or any(name == "ce_type" for name, _ in pairs):
+            _check_required(record, pairs)
     arguments, users = _parsed(record, pairs, table)
     if wire == "cloudevents" and "id" in arguments:
         _read_cloudevents_id(arguments, users)
@@ -153,13 +173,14 @@ def read_envelope(record: ConsumedRecord, *, wire: str | WireReader = "kbatch") 
     place: dict[str, Any] = {"topic": record.topic()}
     if partition is not None and partition >= 0:
         place["partition"] = partition
+    timestamp = milliseconds if kind and milliseconds > 0 else None
     if tombstone and key is not None and "message_type" not in arguments:
-        return Tombstone(key, headers=users, id=arguments["id"], **place)
+        of_record = {name: arguments.get(name) for name in ("id", "sent_at")}
+        return Tombstone(key, headers=users, timestamp=timestamp, **of_record, **place)
     if value is None:
         arguments["message"] = NULL_VALUE
     else:
         arguments["data"] = value
-    timestamp = milliseconds if kind and milliseconds > 0 else None
     return Envelope(key=key, headers=users, timestamp=timestamp, **place, **arguments)
 
 
@@ -183,6 +204,8 @@ def _parsed(
         if value is None:
             continue
         argument, parse = entry
+        if not isinstance(value, (str, bytes)):
+            raise _error(record, f"header {name!r} must be text or bytes, not {type(value).__name__}", name)
         try:
             content: Any = value if isinstance(value, str) else value.decode()
             if parse is not None:
@@ -209,7 +232,87 @@ def _read_custom(record: ConsumedRecord, wire: WireReader) -> Envelope[Any]:
     return envelope
 
 
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+class _OfFields:
+    """A record with attributes, as those of aiokafka and kafka-python, by the methods that confluent-kafka's has."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: RecordFields) -> None:
+        self._fields = fields
+
+    def topic(self) -> str | None:
+        return self._fields.topic
+
+    def partition(self) -> int | None:
+        return self._fields.partition
+
+    def offset(self) -> int | None:
+        return self._fields.offset
+
+    def timestamp(self) -> tuple[int, int]:
+        milliseconds = self._fields.timestamp
+        if milliseconds is None:
+            return 0, 0
+        return (2 if getattr(self._fields, "timestamp_type", None) == 1 else 1), milliseconds
+
+    def key(self) -> Any:
+        return self._fields.key
+
+    def value(self) -> Any:
+        return self._fields.value
+
+    def headers(self) -> Any:
+        return self._fields.headers
+
+
+def _by_methods(record: Any) -> ConsumedRecord:
+    if callable(getattr(record, "topic", None)):
+        return record  # type: ignore[no-any-return]
+    names = ("topic", "partition", "offset", "timestamp", "key", "value", "headers")
+    if all(hasattr(record, name) for name in names):
+        return _OfFields(record)
+    given = "None: the consumer had no record" if record is None else type(record).__name__
+    raise TypeError(
+        "record must be a confluent_kafka.Message, or a ConsumerRecord of aiokafka or kafka-python, or have their "
+        f"methods or attributes, not {given}"
+    )
+
+
+def _check_encoded(record: ConsumedRecord, value: Any) -> None:
+    if type(value) is not bytes and value is not None:
+        try:
+            memoryview(value).release()
+        except TypeError:
+            raise _error(
+                record,
+                f"its value must be bytes, not {type(value).__name__}: use a consumer that does not deserialize",
+                None,
+            ) from None
+    key = record.key()
+    if not isinstance(key, (str, bytes, type(None))):
+        raise _error(
+            record,
+            f"its key must be bytes or text, not {type(key).__name__}: use a consumer that does not deserialize",
+            None,
+        )
+
+
 # --- CloudEvents ----------------------------------------------------------------------------------------------------
+
+
+def _attributes(pairs: _Pairs) -> list[tuple[str, str | bytes | None]]:
+    """Headers with the names of attributes as CloudEvents has them: readers take them in any case."""
+    found: list[tuple[str, str | bytes | None]] = []
+    for name, value in pairs:
+        if not _attribute_name(name) and name.lower() != "content-type":
+            found.append((name, value))
+        elif value is not None:
+            lower = name.lower()
+            found.append(("content-type" if lower == "ce_datacontenttype" else lower, value))
+    return found
 
 
 def _of_structured_mode(
@@ -259,19 +362,18 @@ def _data(raw: msgspec.Raw, content_type: str | None) -> bytes | None:
 
 
 def _check_required(record: ConsumedRecord, pairs: _Pairs) -> None:
-    names = {name for name, value in pairs if value}
+    values = dict(pairs)  # the last counts
     for name in _REQUIRED:
-        if name not in names:
+        if not values.get(name):
             raise _error(record, f"it is no CloudEvent: header {name!r} is missing or empty", name)
 
 
 def _read_cloudevents_id(arguments: dict[str, Any], users: list[tuple[str, str | bytes | None]]) -> None:
     text = arguments["id"]
-    if _guid(text):
-        arguments["id"] = uuid.UUID(text)
-    else:
-        # Source and id together are unique.
-        arguments["id"] = uuid.uuid5(_IDS, f"{arguments.get('source', '')}\n{text}")
+    # Source and id together are unique.
+    id = uuid.UUID(text) if _guid(text) else uuid.uuid5(_IDS, f"{arguments.get('source', '')}\n{text}")
+    arguments["id"] = id
+    if text and text != str(id):
         users.insert(0, ("ce_id", text.encode()))
 
 

@@ -19,7 +19,11 @@ class SerializationContext:
         headers: An empty list; pairs that the encoder appends are sent as headers, before the envelope's own.
     """
 
-    __slots__ = ("field", "headers", "topic")
+    __slots__ = {
+        "field": 'Always ``"value"``.',
+        "headers": "Pairs that are sent as headers, before the envelope's own.",
+        "topic": "The topic of the envelope, or of its batch.",
+    }
 
     def __init__(self, topic: str | None, headers: list[tuple[str, str | bytes | None]]) -> None:
         self.topic = topic

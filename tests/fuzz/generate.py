@@ -77,7 +77,7 @@ ALPHABETS = (
 )
 TORN = ("\ud800", "\udbff", "\udc00", "\udfff", "\ud83d\ud83d", "\udc80", "\ude00\ud83d")
 HEADER_NAMES = ("h", "trace", "traceparent", "saga-id", "ID", "Id", "id ", "größe", "x" * 64, "n" * 63)
-ATTRIBUTE_NAMES = ("ce_subject", "ce_traceparent", "ce_7")
+ATTRIBUTE_NAMES = ("ce_subject", "ce_traceparent", "ce_7", "ce_id")
 EDGE_TIMES = (
     datetime.min.replace(tzinfo=timezone.utc),
     datetime.max.replace(tzinfo=timezone.utc),
@@ -271,12 +271,14 @@ class Nasty:
     def attribute(self) -> tuple[str, Any]:
         if self.rarely(self.spoil):
             return self.pick(not_attributes)
-        text = self.plain_text()
+        text = self.plain_text() or "1"
         return self.pick(ATTRIBUTE_NAMES), self.pick((text, text.encode()))
 
     def headers(self) -> Any:
         if self.rarely(self.spoil):
-            return self.pick((None, "ab", b"ab", 5, ["ab"], [("a",)], [("a", "b", "c")], [5], ["a", "b"]))
+            return self.pick(("ab", b"ab", 5, ["ab"], [("a",)], [("a", "b", "c")], [5], ["a", "b"]))
+        if self.rarely(20):
+            return None
         count = self.pick((0, 1, 2, 3, 6)) if self.rarely(970) else self.pick((40, 1000))
         pairs: list[Any] = [(self.header_name(), self.header_value()) for _ in range(count)]
         if count and self.rarely(300):
@@ -322,11 +324,9 @@ class Nasty:
 
 # What is drawn of an envelope, and how often: of any, and of one with a body.
 COMMON = (("topic", Nasty.topic, 0.2), ("partition", Nasty.partition, 0.2), ("headers", Nasty.headers, 0.5))
-COMMON += (("id", Nasty.id, 0.5),)
+COMMON += (("id", Nasty.id, 0.5), ("timestamp", Nasty.timestamp, 0.2), ("sent_at", Nasty.time, 0.3))
 FURTHER = (
     ("key", Nasty.key, 0.6),
-    ("timestamp", Nasty.timestamp, 0.2),
-    ("sent_at", Nasty.time, 0.3),
     ("scheduled_time", Nasty.time, 0.2),
     ("deliver_by", Nasty.deadline, 0.15),
     ("attempts", Nasty.attempts, 0.3),

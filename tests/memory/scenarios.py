@@ -194,7 +194,8 @@ def refused_events(world: World) -> Step:
         Envelope(1, headers={"ce_größe": "x"}),
         Envelope(1, headers={"ce_x": None}),
         Envelope(1, headers={"ce_x": b"\xff"}),
-        Envelope(1, headers={"ce_id": "x"}),
+        Envelope(1, headers={"ce_id": ""}),
+        Envelope(1, headers=[("ce_id", "x"), ("ce_id", "y")]),
     ]
     return _refused(world, bad, wire="cloudevents", source="/shop")
 

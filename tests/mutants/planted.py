@@ -5,7 +5,7 @@ from typing import NamedTuple
 MAP, BATCH, CLIENT, CORE, ACCUMULATOR = (
     f"native/{name}.pxi" for name in ("map", "batch", "client", "core", "accumulator")
 )
-AGENT, QUEUE = "_sending/_agent.py", "_sending/_queue.py"
+AGENT, QUEUE, READ = "_sending/_agent.py", "_sending/_queue.py", "_read.py"
 TEXT, ENVELOPE = "native/text.pxi", "native/envelope.pxi"
 
 
@@ -858,5 +858,62 @@ MUTANTS = (
         "import pytest\n",
         "import pytest\n\nimport kbatch\n",
         "tests/unit/test_pytest_plugin.py",
+    ),
+    # -- what users give
+    Mutant(
+        "a time is what its own class makes of it",
+        TEXT,
+        "_difference(value, _EPOCH)",
+        "(value - _EPOCH)",
+        "tests/unit/test_envelope.py",
+    ),
+    Mutant(
+        "an event with an id of its own has two",
+        MAP,
+        'if not e._headers or not _count_of(e._headers, b"ce_id"):',
+        "if True:",
+        "tests/unit/test_vectors.py",
+    ),
+    Mutant(
+        "an event's id is written in another way when it is sent on",
+        READ,
+        "    if text and text != str(id):\n",
+        "    if text and not _guid(text):\n",
+        "tests/unit/test_cloudevents.py",
+    ),
+    Mutant(
+        "a null value that is sent on becomes a tombstone of its id",
+        MAP,
+        " and self.envelope._kind != BODY_NULL:",
+        ":",
+        "tests/unit/test_read.py",
+    ),
+    Mutant(
+        "a tombstone that was read has no time",
+        READ,
+        "Tombstone(key, headers=users, timestamp=timestamp, **of_record, **place)",
+        "Tombstone(key, headers=users, **of_record, **place)",
+        "tests/unit/test_read.py",
+    ),
+    Mutant(
+        "a null value that is given back becomes JSON's null",
+        ENVELOPE,
+        'changes["message"] = _NULL_VALUE',
+        "pass",
+        "tests/unit/test_envelope.py",
+    ),
+    Mutant(
+        "a callback that takes something else is called all the same",
+        "_callbacks.py",
+        "        signature.bind(*arguments)\n",
+        "        pass\n",
+        "tests/unit/test_hooks.py",
+    ),
+    Mutant(
+        "an encoder takes its context for an option",
+        "_callbacks.py",
+        "    knows = second.default is second.empty or",
+        "    knows = second.default is not None or",
+        "tests/unit/test_hooks.py",
     ),
 )

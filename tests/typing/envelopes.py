@@ -86,6 +86,7 @@ assert_type(full.deliver_by, datetime | None)
 assert_type(full.attempts, int)
 kbatch.Envelope(order, headers=[("a", "1"), ("a", b"2"), ("b", None)])
 kbatch.Envelope(order, headers=full.headers)
+kbatch.Envelope(order, headers=None)
 
 # Copies with changes: the type follows the body.
 assert_type(full.replace(key="8", attempts=3), kbatch.Envelope[Order])
@@ -95,7 +96,7 @@ assert_type(full.replace(data=b"{}"), kbatch.Envelope[UnsetType])
 
 # Tombstones.
 tombstone = kbatch.Tombstone("7", topic="orders", headers={"why": "gone"})
-assert_type(tombstone.replace(key="8"), kbatch.Tombstone)
+assert_type(tombstone.replace(key="8", timestamp=1, sent_at=None), kbatch.Tombstone)
 assert_type(tombstone.message, UnsetType)
 
 # Immutable, hence covariant; and without an argument, Any.

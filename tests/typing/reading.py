@@ -1,5 +1,7 @@
 """Reading what a consumer gives."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import Consumer
@@ -40,6 +42,24 @@ def poll(consumer: Consumer) -> kbatch.Envelope[Any] | None:
         assert_type(error.offset, int | None)
         assert_type(error.header, str | None)
         raise
+
+
+@dataclass
+class ConsumerRecord:
+    """As aiokafka's, whose types are not checked."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    timestamp_type: int
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]]
+
+
+def consumed(record: ConsumerRecord) -> kbatch.Envelope[Any]:
+    return kbatch.read_envelope(record)
 
 
 # What the checker must refuse.

@@ -195,8 +195,28 @@ def test_what_kbatch_reads_it_can_write_again() -> None:
     again = from_binary(message, JSONFormat(), CloudEvent)
     # The package sends no content type here, and reads data without one as JSON.
     assert again.get_attributes() == {**event.get_attributes(), "datacontenttype": "application/octet-stream"}
-    # An id that is no UUID cannot be an envelope's, and is not lost silently either.
+
+
+@pytest.mark.parametrize("write", [to_binary, to_structured])
+@pytest.mark.parametrize("id", ["7", "partition:0/offset:5", "größe", str(ID).upper(), ID.hex, str(ID)])
+def test_an_event_keeps_its_id(write: Any, id: str) -> None:
+    event = CloudEvent({"id": id, "source": "/shop", "type": "order"}, {"a": 1})
+    read = read_envelope(consumed(write(event, JSONFormat())), wire="cloudevents")
+    (message,) = mapped(read.replace(topic=None, partition=None))
+    assert from_binary(message, JSONFormat(), CloudEvent).get_id() == id
+    assert read_envelope(consumed(message), wire="cloudevents").id == read.id
+
+
+def test_a_new_id_takes_the_old_one_out() -> None:
     event = CloudEvent({"id": "7", "source": "/shop", "type": "order"}, {"a": 1})
     read = read_envelope(consumed(to_binary(event, JSONFormat())), wire="cloudevents")
-    with pytest.raises(kbatch.SerializationError, match="header 'ce_id' is reserved"):
-        mapped(read)
+    headers = [pair for pair in read.headers if pair[0] != "ce_id"]
+    (message,) = mapped(read.replace(id=ID, headers=headers))
+    assert from_binary(message, JSONFormat(), CloudEvent).get_id() == str(ID)
+
+
+def test_the_id_of_an_event_is_no_business_of_a_hook() -> None:
+    setting = Setting(wire="cloudevents", source="/", hook_headers=[("ce_id", "7")])
+    refused = pytest.raises(kbatch.SerializationError, match=r"header 'ce_id' is reserved: it is the envelope's")
+    with mapping.producer_of(setting) as producer, refused:
+        producer._map("orders", [Envelope(1)])

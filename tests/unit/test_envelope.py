@@ -22,7 +22,10 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, Tombstone
+from kbatch._fastmap import NULL_VALUE
+from tests.mapping import NOWHERE
 from tests.naming import shown
+from tests.strategies import Time
 
 UTC = timezone.utc
 MOMENT = datetime(2026, 11, 23, 9, 16, 45, 123456, tzinfo=UTC)
@@ -49,6 +52,10 @@ FIELDS: dict[str, Any] = {
     "attempts": 2,
 }
 UNSET_FIELDS = {name: None for name in FIELDS if name != "id"} | {"headers": (), "attempts": 0, "message_type": "dict"}
+
+
+def repr_without_id(envelope: Envelope) -> str:
+    return repr(envelope).rpartition("id=")[0]
 
 
 def fields_of(envelope: Envelope) -> dict[str, Any]:
@@ -141,7 +148,9 @@ def test_tombstone() -> None:
     tombstone = Tombstone("7", topic="orders", partition=2, headers={"why": "gone"}, id=ID)
     assert isinstance(tombstone, Envelope)
     assert (tombstone.message, tombstone.data) == (msgspec.UNSET, None)
+    tombstone = tombstone.replace(timestamp=1, sent_at=MOMENT)
     given = {"key": "7", "topic": "orders", "partition": 2, "headers": (("why", "gone"),), "id": ID}
+    given |= {"timestamp": 1, "sent_at": MOMENT}
     assert fields_of(tombstone) == UNSET_FIELDS | {"message_type": None} | given
 
 
@@ -177,6 +186,7 @@ def test_conversation_id_may_be_a_uuid() -> None:
 @pytest.mark.parametrize(
     ("headers", "expected"),
     [
+        (None, ()),
         ((), ()),
         ([], ()),
         ({}, ()),
@@ -204,7 +214,7 @@ def test_headers_changed_afterwards_change_nothing() -> None:
     assert [envelope.headers for envelope in envelopes] == [(("a", "1"),)] * 3
 
 
-@pytest.mark.parametrize("headers", ["ab", b"ab", 7, None])
+@pytest.mark.parametrize("headers", ["ab", b"ab", 7])
 def test_headers_must_be_a_mapping_or_pairs(headers: Any) -> None:
     with pytest.raises(
         TypeError, match=f"headers must be a mapping or a sequence of pairs, not {type(headers).__name__}"
@@ -232,7 +242,7 @@ def test_headers_of_an_iterator_that_fails() -> None:
 
 @pytest.mark.parametrize("arguments", [{}, {"data": None}, {"message": msgspec.UNSET}])
 def test_neither_message_nor_data(arguments: Any) -> None:
-    with pytest.raises(TypeError, match="needs either message or data"):
+    with pytest.raises(TypeError, match=r"needs either message or data; for a null value use Tombstone\(key\)"):
         Envelope(**arguments)
 
 
@@ -296,6 +306,59 @@ def test_times_are_aware(field: str) -> None:
 )
 def test_times_are_kept_to_the_microsecond(field: str, moment: datetime) -> None:
     assert getattr(Envelope(1, **{field: moment}), field) == moment
+
+
+class Number(int):
+    """A number all the same, whose operators say anything."""
+
+    def __ge__(self, other: object) -> bool:
+        return False
+
+    __le__ = __lt__ = __gt__ = __ge__
+
+    def __index__(self) -> int:
+        raise AssertionError("a subclass's number")
+
+
+class Guid(uuid.UUID):
+    """An id all the same."""
+
+
+class Names(dict[str, str]):
+    """A dict all the same."""
+
+
+def test_numbers_of_a_subclass() -> None:
+    envelope = Envelope(1, partition=Number(3), timestamp=Number(4), attempts=Number(5))
+    assert (envelope.partition, envelope.timestamp, envelope.attempts) == (3, 4, 5)
+    with pytest.raises(ValueError, match="partition must be from 0"):
+        Envelope(1, partition=Number(-1))
+
+
+@pytest.mark.parametrize("field", TIMES)
+def test_times_of_a_subclass(field: str) -> None:
+    time = Time(2026, 11, 23, 9, 16, 45, 123456, tzinfo=timezone(timedelta(hours=1)))
+    for envelope in (Envelope(1, **{field: time}), Envelope(1).replace(**{field: time})):
+        assert getattr(envelope, field) == MOMENT - timedelta(hours=1)
+        assert type(getattr(envelope, field)) is datetime
+    with pytest.raises(ValueError, match="naive"):
+        Envelope(1, **{field: Time(2026, 1, 1)})
+    with pytest.raises(ValueError, match="is in UTC not in the years"):
+        Envelope(1, **{field: Time(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-1)))})
+
+
+def test_times_of_pendulum() -> None:
+    pendulum = pytest.importorskip("pendulum", reason="platform: pendulum has no wheel here")
+    moment = pendulum.datetime(2026, 11, 23, 10, 16, 45, 123456, tz="Europe/Paris")
+    envelope = Envelope(1, deliver_by=moment.add(minutes=5), sent_at=moment, scheduled_time=moment)
+    assert (envelope.sent_at, envelope.scheduled_time) == (MOMENT, MOMENT)
+    assert envelope.deliver_by == MOMENT + timedelta(minutes=5)
+
+
+def test_ids_and_headers_of_a_subclass() -> None:
+    envelope = Envelope(1, id=Guid(str(ID)), conversation_id=Guid(str(ID)), headers=Names(a="1"))
+    assert (envelope.id, envelope.conversation_id, envelope.headers) == (ID, str(ID), (("a", "1"),))
+    assert type(envelope.id) is uuid.UUID
 
 
 @pytest.mark.parametrize("field", TIMES)
@@ -384,6 +447,34 @@ def test_replace_the_body() -> None:
         envelope.replace(message=1, data=b"")
     with pytest.raises(TypeError, match="needs either"):
         encoded.replace(data=None)
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        Envelope({"a": 1}, key="k"),
+        Envelope(None),
+        Envelope(data=b"{}"),
+        Envelope(NULL_VALUE, key="k", message_type="order"),
+        Tombstone("k"),
+    ],
+    ids=repr_without_id,
+)
+def test_replace_takes_back_what_the_envelope_shows(envelope: Envelope) -> None:
+    shown = {name: getattr(envelope, name) for name in ("message", "data")}
+    for changes in (shown, {"message": shown["message"]}, {"key": "k2", **shown}):
+        assert envelope.replace(**changes) == envelope.replace(key=changes.get("key", envelope.key))
+    with kbatch.Producer(NOWHERE) as producer:
+        records = producer._map("orders", [envelope.replace(timestamp=1), envelope.replace(timestamp=1, **shown)])
+    assert records[0] == records[1]
+
+
+def test_a_null_value_can_be_replaced() -> None:
+    null = Envelope(NULL_VALUE, id=ID)
+    assert null.replace(message=1) == Envelope(1, id=ID)
+    assert null.replace(data=b"x") == Envelope(data=b"x", id=ID)
+    with pytest.raises(TypeError, match="needs either"):
+        null.replace(message=msgspec.UNSET)
 
 
 def test_replace_keeps_the_id_unless_told() -> None:

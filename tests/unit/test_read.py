@@ -13,7 +13,16 @@ import kbatch
 from kbatch import DeserializationError, Envelope, Tombstone, read_envelope
 from tests import mapping, strategies, vectors
 from tests.records import Consumed, consumed
-from tests.reference import Record, Setting, Spec, header_pairs, key_or_value, message_type
+from tests.reference import (
+    CLOUDEVENTS_NAMES,
+    RESERVED,
+    Record,
+    Setting,
+    Spec,
+    header_pairs,
+    key_or_value,
+    message_type,
+)
 
 WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 ID = uuid.UUID("01934a2b-3c4d-7e5f-8a9b-0c1d2e3f4a5b")
@@ -30,10 +39,21 @@ def expected(spec: Spec, setting: Setting, mapped: mapping.Mapped, id: uuid.UUID
     given, wire = spec.arguments, setting.wire
     users = [*setting.hook_headers, *header_pairs(given.get("headers", ()))]
     place = {"topic": mapped.topic, "partition": max(mapped.partition, 0)}
-    place["headers"] = [(str(name), key_or_value(value)) for name, value in users]
+    users = [(str(name), key_or_value(value)) for name, value in users]
+    place |= {"headers": users, "timestamp": mapped.timestamp}
     if spec.tombstone:
-        return Tombstone(key_or_value(given["key"]), id=id if wire == "kbatch" else ID_OF_PLACE, **place)
-    place |= {"key": mapped.key, "timestamp": mapped.timestamp, "data": mapped.value}
+        id = id if wire == "kbatch" else ID_OF_PLACE
+    if wire == "cloudevents":
+        # An event's id of its own comes first; the envelope's is made of it.
+        for pair in [pair for pair in users if pair[0] == "ce_id"]:
+            users.remove(pair)
+            users.insert(0, pair)
+            source = "" if spec.tombstone else given["source"] if given.get("source") is not None else setting.source
+            id = uuid.uuid5(uuid.UUID("7d6a7a3c-0b1e-5d43-9a55-6b62617463a8"), f"{source}\n{pair[1].decode()}")
+    if spec.tombstone:
+        sent_at = mapping.parsed_time(dict(mapped.headers)["sent-at"]) if wire == "kbatch" else None
+        return Tombstone(key_or_value(given["key"]), id=id, sent_at=sent_at, **place)
+    place |= {"key": mapped.key, "data": mapped.value}
     if wire == "raw":
         return Envelope(id=ID_OF_PLACE, **place)
     fields = {name: given.get(name) for name in (*TEXTS, *TIMES, "conversation_id")}
@@ -79,9 +99,7 @@ def test_what_is_written_is_read(wire: str, data: Any) -> None:
     if not (wire == "wolverine" and id.int == 0) and read.deliver_by is None:
         with mapping.producer_of(Setting(wire=wire, carry_scheduled_time=wire != "raw")) as producer:
             (again,) = producer._map(None, [read])
-        if spec.tombstone:
-            again, mapped = mapping.Mapped(*again)[3:5], mapped[3:5]
-        elif wire != "wolverine" and setting.hook_headers:
+        if wire != "wolverine" and (setting.hook_headers or "ce_id" in dict(read.headers)):
             again, mapped = set(again[5]), set(mapped.headers)
         assert tuple(again) == tuple(mapped)
 
@@ -250,7 +268,8 @@ def test_text_is_as_good_as_bytes() -> None:
 def test_a_null_value_is_a_tombstone(wire: str) -> None:
     headers = [("why", b"gone")]
     read = read_envelope(Consumed(None, b"k", headers), wire=wire)
-    assert read == Tombstone(b"k", topic="orders", partition=3, headers=headers, id=ID_OF_PLACE)
+    place = {"topic": "orders", "partition": 3, "timestamp": 1_795_425_405_123}
+    assert read == Tombstone(b"k", headers=headers, id=ID_OF_PLACE, **place)
 
 
 def test_a_null_value_that_is_no_tombstone() -> None:
@@ -297,7 +316,166 @@ def test_what_is_read_can_be_sent_elsewhere() -> None:
     assert {("id", str(ID).encode()), ("tenant-id", b"t"), ("x", b"1")} <= set(headers)
 
 
+# -- records of other clients
+
+
+def of_aiokafka(value: Any, key: Any, headers: Any, timestamp: Any = 5, timestamp_type: int = 0) -> Any:
+    structs = pytest.importorskip("aiokafka.structs", reason="platform: aiokafka has no wheel here")
+    return structs.ConsumerRecord("orders", 3, 17, timestamp, timestamp_type, key, value, None, -1, -1, headers)
+
+
+def of_kafka_python(value: Any, key: Any, headers: Any, timestamp: Any = 5, timestamp_type: int = 0) -> Any:
+    module = pytest.importorskip("kafka.consumer.fetcher", reason="platform: kafka-python has no wheel here")
+    given = {"topic": "orders", "partition": 3, "offset": 17, "timestamp": timestamp, "timestamp_type": timestamp_type}
+    given |= {"key": key, "value": value, "headers": headers}
+    return module.ConsumerRecord(**dict.fromkeys(module.ConsumerRecord._fields) | given)
+
+
+CLIENTS = pytest.mark.parametrize("record", [of_aiokafka, of_kafka_python])
+
+
+@CLIENTS
+def test_the_records_of_other_clients(record: Any) -> None:
+    headers = [("id", str(ID).encode()), ("x", b"1"), ("x", b"2"), ("tenant-id", b"t")]
+    read = read_envelope(record(b"body", b"key", headers))
+    place = {"topic": "orders", "partition": 3, "timestamp": 5}
+    users = [("x", b"1"), ("x", b"2")]
+    assert read == Envelope(data=b"body", key=b"key", headers=users, id=ID, tenant_id="t", **place)
+    assert read_envelope(record(b"", None, ())) == Envelope(data=b"", id=ID_OF_PLACE, **place)
+    assert read_envelope(record(None, b"k", ())) == Tombstone(b"k", id=ID_OF_PLACE, **place)
+    assert read_envelope(record(b"x", None, EVENT), wire="cloudevents").id == ID
+
+
+@CLIENTS
+def test_the_times_of_other_clients(record: Any) -> None:
+    assert read_envelope(record(b"", None, (), 5, 1)).timestamp == 5
+    for none in (None, -1, 0):
+        assert read_envelope(record(b"", None, (), none)).timestamp is None
+
+
+@CLIENTS
+def test_a_format_of_ones_own_is_given_methods(record: Any) -> None:
+    class Own:
+        def read(self, record: kbatch.ConsumedRecord) -> Envelope:
+            seen.append((record.topic(), record.partition(), record.offset(), record.timestamp(), record.key()))
+            return Envelope(data=record.value(), headers=record.headers())
+
+    seen: list[Any] = []
+    assert read_envelope(record(b"x", b"k", [("a", b"1")], 5, 1), wire=Own()).headers == (("a", b"1"),)
+    read_envelope(record(b"x", b"k", [], None), wire=Own())
+    assert seen == [("orders", 3, 17, (2, 5), b"k"), ("orders", 3, 17, (0, 0), b"k")]
+
+
+@pytest.mark.parametrize(
+    ("value", "key", "what"), [({"a": 1}, None, "value"), ("text", None, "value"), (b"", 7, "key"), (b"", {}, "key")]
+)
+@pytest.mark.parametrize("record", [of_aiokafka, Consumed])
+def test_what_a_consumer_has_deserialized(record: Any, value: Any, key: Any, what: str) -> None:
+    with pytest.raises(DeserializationError, match=f"its {what} must be bytes.* use a consumer that does not deserial"):
+        read_envelope(record(value, key, ()))
+
+
+@pytest.mark.parametrize("record", [None, b"value", {}, [Consumed()]])
+def test_what_is_no_record(record: Any) -> None:
+    for wire in ("kbatch", Mine()):
+        with pytest.raises(TypeError, match=r"record must be a confluent_kafka\.Message, or .*, not (\w+|None: .*)$"):
+            read_envelope(record, wire=wire)
+
+
+def test_a_header_that_is_neither_text_nor_bytes() -> None:
+    with pytest.raises(DeserializationError, match="header 'id' must be text or bytes, not int"):
+        read_envelope(Consumed(a_headers=[("id", 7)]))
+
+
+# -- what is read is sent on
+
+SPELLINGS = {  # of the format's names, as others write them
+    "kbatch": sorted(RESERVED["kbatch"]),
+    "wolverine": sorted(RESERVED["wolverine"]),
+    "cloudevents": [*CLOUDEVENTS_NAMES, "CE_Id", "Content-Type", "ce_datacontenttype", "ce_subject", "CE_Subject"],
+    "raw": ["id"],
+}
+CONTENTS = [b"", b"1.0", b"7", b"text", str(ID).encode(), str(ID).upper().encode(), b"2026-11-23T09:16:45.1Z", None]
+NO_ATTRIBUTES = ("ce_", "ce_sub-ject", "ce_data", "ce_größe")
+
+
+@st.composite
+def foreign_records(draw: st.DrawFn, wire: str) -> Consumed:
+    """Records as others write them: any of the format's headers, in any spelling, with anything in it."""
+    names = st.sampled_from([*SPELLINGS[wire], "x", "ID"])
+    pairs = draw(st.lists(st.tuples(names, st.sampled_from(CONTENTS) | st.binary(max_size=3)), max_size=8))
+    if wire == "cloudevents" and draw(st.booleans()):
+        pairs = [*EVENT, *pairs, *draw(st.sampled_from([[], [("ce_id", b"7")], [("ce_id", ID.hex.encode())]]))]
+    return Consumed(draw(st.sampled_from([None, b"", b"{}"])), draw(st.sampled_from([None, b"", b"k"])), pairs)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@given(data=st.data())
+def test_what_can_be_read_can_be_sent_on(wire: str, data: Any) -> None:
+    record = data.draw(foreign_records(wire))
+    try:
+        read = read_envelope(record, wire=wire)
+    except DeserializationError:
+        return
+    with mapping.producer_of(Setting(wire=wire, carry_scheduled_time=wire != "raw")) as producer:
+        result = mapping.kbatch_maps(producer, None, [read])
+    if isinstance(result, mapping.Failed):
+        # Neither .NET nor CloudEvents has a place for them.
+        no_guid = wire == "wolverine" and result.field == "conversation_id"
+        no_text = wire == "cloudevents" and result.field == "headers['ce_subject']"
+        assert no_guid or no_text
+        return
+    (mapped,) = result
+    if mapped is None:
+        return  # expired
+    again = read_envelope(consumed(mapped), wire=wire)
+    assert type(again) is type(read)
+    assert (again.data, again.message) == (read.data, read.message)
+    assert sorted(again.headers, key=repr) == sorted(read.headers, key=repr)
+    assert again.timestamp == read.timestamp
+    assert again.key == read.key or (wire == "wolverine" and not read.key)
+    is_tombstone = type(read) is Tombstone
+    if wire == "raw" or (is_tombstone and wire != "kbatch"):
+        return  # it has the user's headers only
+    if wire == "cloudevents" and read.data is None and read.message_type is None:
+        return  # no event
+    assert again.id == read.id
+    for name in (*TEXTS, *TIMES, "attempts"):
+        if getattr(read, name) is not None:
+            assert getattr(again, name) == getattr(read, name)
+
+
+@pytest.mark.parametrize("name", NO_ATTRIBUTES)
+def test_what_is_no_attribute_is_kept_and_not_sent_on_as_one(name: str) -> None:
+    read = read_envelope(Consumed(b"x", a_headers=[*EVENT, (name, b"1")]), wire="cloudevents")
+    assert read.headers == ((name, b"1"),)
+    with mapping.producer_of(Setting(wire="cloudevents")) as producer:
+        with pytest.raises(kbatch.SerializationError) as caught:
+            producer._map(None, [read])
+        assert caught.value.field == f"headers[{name!r}]"
+        producer._map(None, [read.replace(headers=())])
+
+
 # -- CloudEvents
+
+
+def test_attributes_in_any_case() -> None:
+    headers = [("CE_SpecVersion", b"1.0"), ("Ce_Id", b"7"), ("ce_Source", b"/shop"), ("CE_TYPE", b"order")]
+    headers += [("Content-Type", b"text/plain"), ("CE_Subject", b"s"), ("ce_other", None), ("X", b"1")]
+    read = read_envelope(Consumed(b"x", a_headers=headers), wire="cloudevents")
+    assert (read.source, read.message_type, read.content_type) == ("/shop", "order", "text/plain")
+    assert read.headers == (("ce_id", b"7"), ("ce_subject", b"s"), ("X", b"1"))
+
+
+def test_an_empty_content_type_is_none() -> None:
+    headers = [*EVENT, ("content-type", b""), ("ce_correlationid", b"")]
+    read = read_envelope(Consumed(b"x", a_headers=headers), wire="cloudevents")
+    assert (read.content_type, read.correlation_id) == (None, None)
+
+
+def test_a_null_value_with_a_type_is_an_event_or_nothing() -> None:
+    with pytest.raises(DeserializationError, match="no CloudEvent: header 'ce_specversion' is missing"):
+        read_envelope(Consumed(None, b"k", [("ce_type", b"order")]), wire="cloudevents")
 
 
 @pytest.mark.parametrize("name", ["ce_specversion", "ce_id", "ce_source", "ce_type"])

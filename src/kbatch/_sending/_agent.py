@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
-from kbatch._callbacks import is_coroutine_function
+from kbatch._callbacks import call_fault, is_coroutine_function
 from kbatch._errors import (
     BatchInterrupted,
     CircuitOpenError,
@@ -1157,9 +1157,13 @@ def check_agent_options(
         )
     if not isinstance(strict_order, bool):
         raise ConfigError(f"strict_order must be bool, not {type(strict_order).__name__}")
-    for name, value in (("on_failed", on_failed), ("on_state_change", on_state_change)):
-        if value is not None and not callable(value):
-            raise ConfigError(f"{name} must be callable, not {type(value).__name__}")
+    for name, value, arguments in (
+        ("on_failed", on_failed, ("envelope", "error")),
+        ("on_state_change", on_state_change, ("before", "after")),
+    ):
+        fault = None if value is None else call_fault(value, *arguments)
+        if fault is not None:
+            raise ConfigError(f"{name} {fault}")
         if not takes_coroutines and is_coroutine_function(value):
             raise ConfigError(f"{name} must not be a coroutine function; kbatch.aio's topics and agents take them")
     if dead_letter_topic is not None:

@@ -189,6 +189,10 @@ class BatchedSender(BaseBatchedSender):
             empty.
         close_timeout: Seconds that leaving a ``with`` block waits for what is buffered.
 
+    Attributes:
+        accepted: How many envelopes were taken since the start.
+        signal: Wakes the agent; not for users.
+
     Raises:
         ConfigError: A value of the wrong type or out of its range, or an agent that has a sender.
     """

@@ -9,6 +9,7 @@ from collections.abc import Sized
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._callbacks import check_callback
 from kbatch._errors import BatchPending, ProducerClosedError
 from kbatch._fastmap import Envelope, LoopWaker, TaskStarter, Turns, monotonic
 from kbatch._loop import in_thread
@@ -103,8 +104,12 @@ class Producer(BaseProducer):
         Raises:
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
+            ProducerError: The producer has a ``transactional.id``.
+            TypeError: `callback` does not take one argument. Nothing was sent.
         """
         self._refuse_submit()
+        if callback is not None:
+            check_callback(callback, "report")
         batch = PendingBatch(self._core)
         with self._turns.turn() as turn:
             mapping = self._map_batch(turn, batch, topic, envelopes)

@@ -85,6 +85,8 @@ cdef class Batch:
     cdef _Lot lot         # its failures, once it is released, if nobody is told of them yet
     cdef char[TIME_TEXT_WOLVERINE] sent_at
 
+    __signature__ = _ConstructorSignature(("core", inspect.Parameter.empty))
+
     def __cinit__(self, Core core not None):
         self.core = core
         self.state.client = core.c

@@ -11,17 +11,22 @@ cdef enum BodyKind:
 
 
 cdef int64_t _whole_number(object value, str field, int64_t lowest, int64_t highest) except? -2:
+    cdef int overflow = 0
+    cdef int64_t number
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, int)):
         raise TypeError(f"{field} must be an int, not {type(value).__name__}")
-    if not lowest <= value <= highest:
-        raise ValueError(f"{field} must be from {lowest} to {highest}, not {value}")
-    return value
+    number = PyLong_AsLongLongAndOverflow(value, &overflow)  # not by operators, which a subclass may override
+    if overflow or number < lowest or number > highest:
+        raise ValueError(f"{field} must be from {lowest} to {highest}, not {shown(value)}")
+    return number
 
 
 cdef tuple _header_pairs(object headers):
     # A tuple of exact 2-tuples, so that phase 1 reads them without a call.
     cdef object pair
     cdef list pairs = None
+    if headers is None:
+        return _EMPTY
     if isinstance(headers, Mapping):
         if type(headers) is dict:
             return tuple((<dict> headers).items())
@@ -103,12 +108,33 @@ cdef tuple _EMPTY = ()
 cdef object _ZERO = 0
 
 
+class _ConstructorSignature:
+    """What `inspect.signature` and `help` show of a class whose constructor is C's."""
+
+    def __init__(self, *positional, **keyword_only):
+        parameter = inspect.Parameter
+        self.signature = inspect.Signature(
+            [parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in positional]
+            + [parameter(name, parameter.KEYWORD_ONLY, default=default) for name, default in keyword_only.items()])
+
+    def __get__(self, instance, cls):
+        # A subclass inherits it, but not if its constructor is its own.
+        for base in cls.__mro__ if instance is None else ():
+            names = base.__dict__
+            if names.get("__signature__") is self:
+                return self.signature
+            if "__init__" in names or "__new__" in names:
+                break
+        raise AttributeError("__signature__")
+
+
 @cython.freelist(1024)
 cdef class Envelope:
     """One message and what travels with it. Immutable.
 
     Args:
-        message: The body as an object, encoded by the producer's encoder; ``None`` is JSON's ``null``.
+        message: The body as an object, encoded by the producer's encoder; ``None`` is JSON's ``null``. For a null
+            value see `Tombstone`.
         data: The body as a buffer that is already encoded. Give exactly one of ``message`` and ``data``.
             ``bytes`` are sent without a copy; any other buffer is copied when the batch is mapped.
         key: The record key. Text is sent as UTF-8.
@@ -116,14 +142,16 @@ cdef class Envelope:
         partition: The partition, or ``None`` to let the partitioner choose.
         timestamp: The record's time in milliseconds since 1970 (above 0); by default the time of the batch.
         headers: A mapping or a sequence of pairs; names ``str``, values ``str``, ``bytes`` or ``None``. Order and
-            duplicates are kept.
+            duplicates are kept. ``None`` is no headers. The names that the wire format writes are refused, but for
+            ``ce_id`` with CloudEvents, which is then the event's id.
         id: By default a new UUID version 7.
         message_type: By default the message class's ``__message_type__``, else its qualified name.
         content_type: By default what the producer's encoder writes.
         source: By default the producer's.
         correlation_id, conversation_id, parent_id, tenant_id, user_name: Text that travels as headers;
             ``conversation_id`` may be a ``uuid.UUID``.
-        sent_at, scheduled_time, deliver_by: Timezone-aware. ``sent_at`` is by default the time of the batch. An
+        sent_at, scheduled_time, deliver_by: Timezone-aware, kept in UTC. ``sent_at`` is by default the time of the
+            batch. An
             envelope whose ``deliver_by`` has passed when it would be handed to librdkafka is not sent; its outcome is
             *expired*. Later it may be stored, up to ``delivery.timeout.ms`` late: its receiver looks again.
         attempts: How often it was tried before.
@@ -156,6 +184,11 @@ cdef class Envelope:
     cdef int _kind            # BodyKind; the last that a constructor sets, and never changed after that
     cdef unsigned char[16] _id
 
+    __signature__ = _ConstructorSignature(
+        ("message", UNSET), data=None, key=None, topic=None, partition=None, timestamp=None, headers=(), id=None,
+        message_type=None, content_type=None, source=None, correlation_id=None, conversation_id=None, parent_id=None,
+        tenant_id=None, user_name=None, sent_at=None, scheduled_time=None, deliver_by=None, attempts=0)
+
     def __cinit__(self):
         # What holds even if a subclass does not call __init__.
         self._headers = _EMPTY
@@ -170,7 +203,7 @@ cdef class Envelope:
         self._check_new()
         if data is None:
             if message is UNSET:
-                raise TypeError("an Envelope needs either message or data")
+                raise TypeError("an Envelope needs either message or data; for a null value use Tombstone(key)")
             if message is _NULL_VALUE:
                 kind = BODY_NULL
             else:
@@ -182,7 +215,7 @@ cdef class Envelope:
                 raise TypeError(f"data must be bytes or another buffer, not {type(data).__name__}")
             self._body = data
             kind = BODY_DATA
-        self._set_common(key, topic, partition, headers, id)
+        self._set_common(key, topic, partition, timestamp, headers, id, sent_at)
         self._message_type = message_type
         self._content_type = content_type
         self._source = source
@@ -193,9 +226,6 @@ cdef class Envelope:
         self._parent_id = parent_id
         self._tenant_id = tenant_id
         self._user_name = user_name
-        if timestamp is not None:
-            self._timestamp = _whole_number(timestamp, "timestamp", 1, INT64_MAX)
-        self._sent_at = time_us(sent_at, "sent_at")
         self._scheduled_time = time_us(scheduled_time, "scheduled_time")
         self._deliver_by = time_us(deliver_by, "deliver_by")
         if attempts is not _ZERO:
@@ -211,11 +241,15 @@ cdef class Envelope:
         self._kind = BODY_BUILDING
         return 0
 
-    cdef int _set_common(self, object key, object topic, object partition, object headers, object id) except -1:
+    cdef int _set_common(self, object key, object topic, object partition, object timestamp, object headers, object id,
+                         object sent_at) except -1:
         self._key = key
         self._topic = topic
         if partition is not None:
             self._partition = <int32_t> _whole_number(partition, "partition", 0, INT32_MAX)
+        if timestamp is not None:
+            self._timestamp = _whole_number(timestamp, "timestamp", 1, INT64_MAX)
+        self._sent_at = time_us(sent_at, "sent_at")
         if headers is not _EMPTY:
             self._headers = _header_pairs(headers)
         if id is None:
@@ -235,7 +269,10 @@ cdef class Envelope:
 
     @property
     def message(self):
-        """The body as an object; ``msgspec.UNSET`` when the envelope has ``data`` or is a tombstone."""
+        """The body as an object; ``msgspec.UNSET`` when the envelope has ``data`` or is a tombstone.
+
+        ``None`` of an envelope that was read from a record with a null value is that null value.
+        """
         return self._body if self._kind == BODY_MESSAGE or self._kind == BODY_NULL else UNSET
 
     @property
@@ -245,19 +282,22 @@ cdef class Envelope:
 
     @property
     def key(self):
+        """The record key as it was given, or ``None``."""
         return self._key
 
     @property
     def topic(self):
+        """The topic, or ``None`` for that of the batch."""
         return self._topic
 
     @property
     def partition(self):
+        """The partition, or ``None`` for the partitioner's choice."""
         return None if self._partition < 0 else self._partition
 
     @property
     def timestamp(self):
-        """Milliseconds since 1970, or ``None``."""
+        """The record's time in milliseconds since 1970, or ``None`` for the time of the batch."""
         return self._timestamp or None
 
     @property
@@ -267,6 +307,7 @@ cdef class Envelope:
 
     @property
     def id(self):
+        """The id, a ``uuid.UUID``."""
         return uuid_object(self._id)
 
     @property
@@ -278,46 +319,57 @@ cdef class Envelope:
 
     @property
     def content_type(self):
+        """The type of the body that was given, or ``None`` for that of the encoder."""
         return self._content_type
 
     @property
     def source(self):
+        """The source that was given, or ``None`` for the producer's."""
         return self._source
 
     @property
     def correlation_id(self):
+        """The correlation id as text, or ``None``."""
         return self._correlation_id
 
     @property
     def conversation_id(self):
+        """The conversation id as text, or ``None``."""
         return self._conversation_id
 
     @property
     def parent_id(self):
+        """The id of the parent as text, or ``None``."""
         return self._parent_id
 
     @property
     def tenant_id(self):
+        """The id of the tenant as text, or ``None``."""
         return self._tenant_id
 
     @property
     def user_name(self):
+        """The name of the user, or ``None``."""
         return self._user_name
 
     @property
     def sent_at(self):
+        """The time that is sent as its own, in UTC, or ``None`` for the time of the batch."""
         return time_object(self._sent_at)
 
     @property
     def scheduled_time(self):
+        """The time before which it is not to be sent, in UTC, or ``None``."""
         return time_object(self._scheduled_time)
 
     @property
     def deliver_by(self):
+        """The time after which it is not to be sent, in UTC, or ``None``."""
         return time_object(self._deliver_by)
 
     @property
     def attempts(self):
+        """How often it was tried before."""
         return self._attempts
 
     cdef dict _arguments(self):
@@ -356,11 +408,21 @@ cdef class Envelope:
     def replace(self, **changes):
         """A copy with these fields changed; giving ``message`` drops ``data``, and the other way round.
 
-        The id stays; pass ``id=None`` for a new one. A subclass's own attributes are copied, and its ``__init__`` is
-        not called.
+        The id stays; pass ``id=None`` for a new one. What `message` and `data` show may be given back and changes
+        nothing: ``message=None`` leaves a null value one. A subclass's own attributes are copied, and its ``__init__``
+        is not called.
+
+        Raises:
+            TypeError, ValueError: As the constructor.
         """
         cdef dict arguments = self._arguments()
+        if self._kind != BODY_DATA and "data" in changes and changes["data"] is None:
+            del changes["data"]
+        if self.message is UNSET and changes.get("message") is UNSET:
+            del changes["message"]
         if "message" in changes:
+            if self._kind == BODY_NULL and changes["message"] is None:
+                changes["message"] = _NULL_VALUE
             arguments.pop("data", None)
         elif changes.get("data") is not None:
             arguments.pop("message", None)
@@ -394,14 +456,21 @@ cdef class Tombstone(Envelope):
 
     Args:
         key: The record key to delete.
-        topic, partition, headers, id: As in `Envelope`.
+        topic, partition, timestamp, headers, id, sent_at: As in `Envelope`. Only the wire format ``"kbatch"`` writes
+            ``id`` and ``sent_at``.
+
+    Raises:
+        TypeError, ValueError: As in `Envelope`, or no key.
     """
 
-    def __init__(self, key, *, topic=None, partition=None, headers=(), id=None):
+    __signature__ = _ConstructorSignature(
+        ("key", inspect.Parameter.empty), topic=None, partition=None, timestamp=None, headers=(), id=None, sent_at=None)
+
+    def __init__(self, key, *, topic=None, partition=None, timestamp=None, headers=(), id=None, sent_at=None):
         if key is None:
             raise TypeError("a Tombstone needs a key: it deletes the records of that key")
         self._check_new()
-        self._set_common(key, topic, partition, headers, id)
+        self._set_common(key, topic, partition, timestamp, headers, id, sent_at)
         self._kind = BODY_TOMBSTONE
 
 

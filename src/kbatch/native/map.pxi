@@ -52,11 +52,23 @@ cdef frozenset KBATCH_HEADERS = frozenset((
     "id", "message-type", "content-type", "sent-at", "correlation-id", "conversation-id", "parent-id", "source",
     "tenant-id", "user-name", "time-to-send", "deliver-by", "attempts"))
 cdef frozenset WOLVERINE_HEADERS = KBATCH_HEADERS | {"wolverine-protocol-version"}
-# The last two have another place in Kafka: the value, and content-type.
+# The last two have another place in Kafka: the value, and content-type. Not ce_id: an envelope may have one of its own,
+# that of an event that was read and has no UUID.
 cdef frozenset CLOUDEVENTS_HEADERS = frozenset((
-    "ce_specversion", "ce_id", "ce_source", "ce_type", "ce_time", "content-type", "ce_correlationid",
+    "ce_specversion", "ce_source", "ce_type", "ce_time", "content-type", "ce_correlationid",
     "ce_conversationid", "ce_parentid", "ce_tenantid", "ce_username", "ce_scheduledtime", "ce_expirytime",
     "ce_attempts", "ce_data", "ce_datacontenttype"))
+
+
+cdef Py_ssize_t _count_of(tuple pairs, const char *name) noexcept:
+    # How many of the headers have this name.
+    cdef object pair, given
+    cdef Py_ssize_t n = 0
+    for pair in pairs:
+        given = <object> PyTuple_GET_ITEM(<PyObject *> pair, 0)
+        if isinstance(given, str) and PyUnicode_CompareWithASCIIString(given, name) == 0:
+            n += 1
+    return n
 
 
 cdef inline void _put(Cursor *at, const char *name, int32_t name_len, const char *value, int32_t code,
@@ -303,6 +315,18 @@ cdef class _Mapping:
                     field, f"header {name!r} is an attribute of CloudEvents: its bytes must be UTF-8") from error
         return 0
 
+    cdef int _check_event_id(self, str where, object value) except -1:
+        # An envelope's own header that is the id of its event: `_put_cloudevents` writes none then.
+        cdef str field = f"{where}['ce_id']"
+        if where != "headers":
+            raise self._error(field, "header 'ce_id' is reserved: it is the envelope's")
+        if (PyBytes_GET_SIZE(value) == 0 if isinstance(value, bytes)
+                else isinstance(value, str) and PyUnicode_CompareWithASCIIString(value, b"") == 0):
+            raise self._error(field, "header 'ce_id' is empty, which the cloudevents format does not allow")
+        if _count_of(self.envelope._headers, b"ce_id") > 1:
+            raise self._error(field, "header 'ce_id' stands there more than once: an event has one id")
+        return 0
+
     cdef int _put_headers(self, Cursor *at, tuple pairs, str where) except -1:
         cdef object name, value, pair
         cdef Py_ssize_t name_len, value_len
@@ -330,6 +354,8 @@ cdef class _Mapping:
                     f"{where}[{name!r}]", f"header {name!r} is reserved: the wire format writes it itself")
             if self.mapper.wire == WIRE_CLOUDEVENTS and _is_attribute(name_p, name_len):
                 self._check_attribute(where, name, name_p, name_len, value)
+                if name_len == 5 and memcmp(name_p, b"ce_id", 5) == 0:
+                    self._check_event_id(where, value)
             if type(value) is bytes or isinstance(value, bytes):
                 value_p = PyBytes_AS_STRING(value)
                 value_len = PyBytes_GET_SIZE(value)
@@ -464,7 +490,7 @@ cdef class _Mapping:
             except MemoryError:
                 raise
             except Exception as error:
-                raise self._error("message", f"message cannot be encoded: {exception_text(error)}") from error
+                raise self._error("message", _encoding_error(error)) from error
             length = PyByteArray_GET_SIZE(memory) - base
             self._store(record, PyByteArray_AS_STRING(memory) + base, length)
             scratch._end(length)
@@ -585,10 +611,10 @@ cdef class _Mapping:
         return 0
 
     cdef int _put_cloudevents(self, Cursor *at) except -1:
-        # CloudEvents 1.0, Kafka protocol binding, binary content mode. A tombstone is no event: it has no type.
+        # CloudEvents 1.0, Kafka protocol binding, binary content mode. A null value without a type is no event.
         cdef Envelope e = self.envelope
         cdef object source
-        if e._kind == BODY_TOMBSTONE:
+        if e._kind == BODY_TOMBSTONE or (e._kind == BODY_NULL and e._message_type is None):
             return 0
         source = self._source()
         if source is None:
@@ -596,7 +622,8 @@ cdef class _Mapping:
                 "source", "the cloudevents format needs a source: give one to the envelope or to the producer "
                 "(source=…)")
         _put(at, b"ce_specversion", 14, b"1.0", 3, 3)
-        _put(at, b"ce_id", 5, <const char *> e._id, VALUE_UUID, UUID_TEXT)
+        if not e._headers or not _count_of(e._headers, b"ce_id"):
+            _put(at, b"ce_id", 5, <const char *> e._id, VALUE_UUID, UUID_TEXT)
         self._put_attribute(at, b"ce_source", 9, source, "source")
         self._put_attribute(at, b"ce_type", 7, self._type_name(), "message_type")
         self._put_sent_at(at, b"ce_time", 7)
@@ -640,9 +667,9 @@ cdef class _Mapping:
         return text
 
     cdef int _wolverine_key(self, Record *record) except -1:
-        # As the original: an empty key is none, except a tombstone's.
+        # As the original: an empty key is none, but the key of a null value is as it was given.
         cdef char *text
-        if record.key_len == 0 and self.envelope._kind != BODY_TOMBSTONE:
+        if record.key_len == 0 and self.envelope._kind != BODY_TOMBSTONE and self.envelope._kind != BODY_NULL:
             text = arena_take(self.client, &self.state.arena, UUID_TEXT)
             if text == NULL:
                 raise MemoryError("no memory for a record key")
@@ -876,6 +903,15 @@ cdef class _Mapping:
                 untimed = min(2 * untimed, MOST_UNTIMED) if 4 * (now - looked_ns) < end_ns - now else 1
                 look_at, looked_ns = i + untimed, now
         return i == self.state.count
+
+
+cdef str _encoding_error(error):
+    # What msgspec's encoders do not know is their users' business.
+    cdef str text = f"message cannot be encoded: {exception_text(error)}"
+    if isinstance(error, TypeError) and text.endswith(" is unsupported"):
+        text += (": give the producer an encoder that knows how, such as msgspec.json.Encoder(enc_hook=…), "
+                 "or a callable (message, context) -> bytes")
+    return text
 
 
 cdef char *_NOTHING = b""

@@ -167,8 +167,14 @@ cdef object uuid_object(const unsigned char *raw):
     return uuid.UUID(bytes=PyBytes_FromStringAndSize(<const char *> raw, 16))
 
 
-cdef object _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-cdef object _MICROSECOND = datetime.timedelta(microseconds=1)
+# C's own classes and their methods: a test's clock may have replaced `datetime.datetime`, and the arithmetic of a
+# subclass (pendulum, pandas) may give anything.
+import_datetime()
+cdef object _DATETIME = <object> PyDateTimeAPI.DateTimeType
+cdef object _MICROSECOND = (<object> PyDateTimeAPI.DeltaType)(microseconds=1)
+cdef object _EPOCH = _DATETIME(1970, 1, 1, tzinfo=datetime.timezone.utc)
+cdef object _difference = _DATETIME.__sub__
+cdef object _utc_offset = _DATETIME.utcoffset
 cdef int64_t _FIRST_TIME = -62135596800000000  # 0001-01-01T00:00:00Z
 cdef int64_t _LAST_TIME = 253402300799999999   # 9999-12-31T23:59:59.999999Z
 
@@ -178,11 +184,11 @@ cdef int64_t time_us(object value, str field) except? -2:
     cdef int64_t us
     if value is None:
         return NO_TIME
-    if not isinstance(value, datetime.datetime):
+    if not PyDateTime_Check(value):
         raise TypeError(f"{field} must be a timezone-aware datetime or None, not {type(value).__name__}")
-    if value.utcoffset() is None:
+    if _utc_offset(value) is None:
         raise ValueError(f"{field} must be timezone-aware; {value!r} is naive")
-    us = (value - _EPOCH) // _MICROSECOND
+    us = _difference(value, _EPOCH) // _MICROSECOND
     if us < _FIRST_TIME or us > _LAST_TIME:
         raise ValueError(f"{field} is in UTC not in the years 1 to 9999: {value!r}")
     return us

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch import aio
 from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._callbacks import call_fault
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope, monotonic
@@ -295,8 +296,9 @@ class _InMemory(BaseProducer):
         """
         if times is not None and (isinstance(times, bool) or not isinstance(times, int) or times < 1):
             raise ValueError(f"times must be an int, 1 or more, or None, not {times!r}")
-        if when is not None and not callable(when):
-            raise TypeError(f"when must be callable, not {type(when).__name__}")
+        wrong = None if when is None else call_fault(when, "envelope")
+        if wrong is not None:
+            raise TypeError(f"when {wrong}")
         if stored and not possibly_persisted:
             raise ValueError("stored=True needs possibly_persisted=True: what is told as not persisted is never stored")
         fault = Fault(

@@ -2,10 +2,14 @@ from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """A request that a broker of the mock cluster has received while requests were tracked."""
+    """A request that a broker of the mock cluster has received while requests were tracked.
+
+    Attributes:
+        broker_id: The broker.
+        api_key: Kafka's request type: 0 is Produce; see `kbatch.testing.ApiKey`.
+        timestamp_us: When it came, in microseconds of the machine's monotonic clock; only differences mean something.
+    """
 
     broker_id: int
-    #: Kafka's request type: 0 is Produce; see `kbatch.testing.ApiKey`.
     api_key: int
-    #: When it came, in microseconds of the machine's monotonic clock; only differences mean something.
     timestamp_us: int
