@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import traceback
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from kbatch._callbacks import is_coroutine_function
 from kbatch._config import ProducerConfig
-from kbatch._errors import ConfigError, ProducerError, UndeliveredError
+from kbatch._errors import ConfigError, ProducerError, UndeliveredError, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import CallbackThread, Core, Mapper
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer", "check_timeout"]
+__all__ = ["BaseProducer", "check_kind", "check_timeout"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
 
@@ -203,6 +203,13 @@ class BaseProducer:
             raise UndeliveredError(f"{left} messages were still in flight when the producer was closed", count=left)
 
 
+def check_kind(producer: object, kind: type[BaseProducer]) -> None:
+    """Raises TypeError for what is no producer of this kind."""
+    if not isinstance(producer, kind):
+        shown = producer._shown if isinstance(producer, BaseProducer) else type_name(producer)
+        raise TypeError(f"producer must be a {kind._shown}, not {shown}")
+
+
 def check_timeout(timeout: float | None) -> None:
     """Raises for a negative time: confluent-kafka's -1 waits for ever, and must not end a wait at once here."""
     if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):  # nor NaN
@@ -229,10 +236,13 @@ def _check_arguments(
         and not callable(encoder)
     ):
         raise ConfigError(f"encoder must be a msgspec encoder or callable, not {type(encoder).__name__}")
-    if callable(encoder) and (
-        inspect.iscoroutinefunction(encoder) or inspect.iscoroutinefunction(type(encoder).__call__)
+    for name, function in (
+        ("encoder", encoder),
+        ("header_hook", header_hook),
+        ("wire.write", getattr(wire, "write", None)),
     ):
-        raise ConfigError("encoder must not be a coroutine function: mapping awaits nothing")
+        if is_coroutine_function(function):
+            raise ConfigError(f"{name} must not be a coroutine function: mapping awaits nothing")
     if source is not None and not isinstance(source, str):
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None and not callable(header_hook):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kbatch._callbacks import check_callback
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Batch, LoopWaker
 from kbatch._report import DeliveryReport
@@ -58,7 +59,11 @@ class PendingBatch(Batch):
         """Calls ``callback(self)`` once, on the producer's callback thread, when every envelope has its outcome.
 
         An exception from it is logged. If the batch is done, it is called soon.
+
+        Raises:
+            TypeError: It cannot be called, or is a coroutine function.
         """
+        check_callback("callback", callback)
         super().add_done_callback(callback)
 
     def __await__(self) -> Generator[object, None, DeliveryReport]:
