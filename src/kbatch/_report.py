@@ -106,7 +106,9 @@ class DeliveryReport:
 
     def error(self) -> BatchError | None:
         """The failure of the batch as one error, its class by the kind of failure; ``None`` if there is none."""
-        return None if self.ok else self._error()
+        if self.ok:
+            return None
+        return self._error()
 
     def _error(self) -> BatchError:
         codes = {error.code for error in self.errors.values()}

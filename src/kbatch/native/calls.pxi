@@ -55,7 +55,7 @@ cdef object _calls = contextvars.ContextVar("kbatch_calls", default=())
 
 @cython.final
 cdef class Call:
-    """A call of foreign code. Contexts are copied into the tasks that it makes, and by `asyncio.to_thread` into threads:
+    """A call of foreign code. A context is copied into the tasks that it makes, by `asyncio.to_thread` into threads,
     so what would wait for its end sees that it comes from it."""
 
     cdef object caller  # None: of interest is the call itself
