@@ -54,6 +54,8 @@ def test_a_thread_takes_no_coroutine_function(kind: str) -> None:
             pending.add_done_callback(callback)
         with pytest.raises(kbatch.ConfigError, match="on_failed must not be a coroutine function"):
             kbatch.SendingAgent(producer, "orders", on_failed=callback)
+        with pytest.raises(TypeError, match="when must not be a coroutine function"):
+            producer.fail(when=callback)
         for option in ("encoder", "header_hook"):
             with pytest.raises(kbatch.ConfigError, match=f"{option} must not be a coroutine function"):
                 MemoryProducer(**{option: callback})
@@ -288,6 +290,31 @@ def test_a_blocking_contract_that_ends_cancelled_cancels_nobody(caplog: pytest.L
     with MemoryProducer() as producer:
         kbatch.KafkaSender(producer, "orders").send_batch(Blocking(), OutgoingBatch([Envelope(1)]))
     assert ".mark_successful; " in failures(caplog)[0]
+
+
+@pytest.mark.parametrize("kind", ["encoder", "header_hook"])
+def test_what_maps_and_ends_cancelled_cancels_nobody(kind: str) -> None:
+    def cancelled(*_: object) -> Any:
+        raise asyncio.CancelledError("its own")
+
+    options: dict[str, Any] = {kind: cancelled}
+    told: list[str] = []
+
+    class Recorder(aio.SenderCallback):
+        async def mark_serialization_failure(self, batch: OutgoingBatch, error: kbatch.KbatchError) -> None:
+            told.append(str(error))
+
+    async def main() -> None:
+        async with AioMemoryProducer(**options) as producer:
+            for send in (producer.send_batch, producer.submit):
+                with pytest.raises(kbatch.SerializationError, match="its own"):
+                    await send("orders", [Envelope(1)])
+            await aio.KafkaSender(producer, "orders").send_batch(Recorder(), OutgoingBatch([Envelope(1)]))
+
+    asyncio.run(main())
+    assert len(told) == 1
+    with MemoryProducer(**options) as producer, pytest.raises(kbatch.SerializationError, match="its own"):
+        producer.send_batch("orders", [Envelope(1)])
 
 
 @pytest.mark.parametrize("ignores", [False, True])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch import aio
 from kbatch._base_producer import BaseProducer
+from kbatch._callbacks import is_coroutine_function
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope
 from kbatch._producer import Producer
@@ -316,6 +317,8 @@ class _InMemory(BaseProducer):
             raise ValueError(f"times must be an int, 1 or more, or None, not {times!r}")
         if when is not None and not callable(when):
             raise TypeError(f"when must be callable, not {type(when).__name__}")
+        if is_coroutine_function(when):
+            raise TypeError("when must not be a coroutine function: nothing awaits its answer")
         persistence = POSSIBLY_PERSISTED if possibly_persisted else NOT_PERSISTED
         fault = Fault(error_code(error), persistence, times, when)
         with self._line.changed:
