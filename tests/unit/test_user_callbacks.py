@@ -12,6 +12,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
+from kbatch._callbacks import callback_name
+from kbatch._fastmap import TokenRefresh
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 
 
@@ -140,6 +142,12 @@ NAMES: dict[str, tuple[Callable[..., Any], str]] = {
     "object": (Boom(), "Boom"),
     "method": (Boom().method, "Boom.method"),
 }
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_the_name_of_what_asks_for_a_token_is_the_users(kind: str) -> None:
+    callback, name = NAMES[kind]
+    assert callback_name(TokenRefresh(callback, None, lambda: None)) == name
 
 
 def failures(caplog: pytest.LogCaptureFixture) -> list[str]:
