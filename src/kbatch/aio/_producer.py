@@ -275,9 +275,11 @@ def _log_cancelled(callback: Callable[[DeliveryReport], object]) -> None:
 
 def _taken(envelopes: Iterable[Envelope[Any]]) -> Iterable[Envelope[Any]]:
     """What the caller may change when the call has returned is copied."""
-    if isinstance(envelopes, Sized) and not isinstance(envelopes, (tuple, Envelope, str, bytes, Mapping)):
+    if isinstance(envelopes, list):
         return tuple(envelopes)
-    return envelopes  # the last ones are refused
+    if isinstance(envelopes, (tuple, Envelope, str, bytes, Mapping)):
+        return envelopes  # all but the first are refused
+    return tuple(envelopes) if isinstance(envelopes, Sized) else envelopes
 
 
 async def _gather(envelopes: Iterable[Envelope[Any]], turn: Turn) -> Iterable[Envelope[Any]]:
