@@ -10,7 +10,7 @@ import msgspec
 
 from kbatch._callbacks import call_fault, encoder_fault, is_coroutine_function
 from kbatch._config import ProducerConfig
-from kbatch._errors import ConfigError, ProducerError, UndeliveredError
+from kbatch._errors import ConfigError, ProducerError, UndeliveredError, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import CallbackThread, Core, Mapper
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer", "check_close_timeout", "check_timeout"]
+__all__ = ["BaseProducer", "check_close_timeout", "check_kind", "check_timeout"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
 
@@ -203,6 +203,13 @@ class BaseProducer:
             raise UndeliveredError(f"{left} messages were still in flight when the producer was closed", count=left)
 
 
+def check_kind(producer: object, kind: type[BaseProducer]) -> None:
+    """Raises TypeError for what is no producer of this kind."""
+    if not isinstance(producer, kind):
+        shown = producer._shown if isinstance(producer, BaseProducer) else type_name(producer)
+        raise TypeError(f"producer must be a {kind._shown}, not {shown}")
+
+
 def check_timeout(timeout: float | None) -> None:
     """Raises for a negative time: confluent-kafka's -1 waits for ever, and must not end a wait at once here."""
     if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):  # nor NaN
@@ -217,6 +224,8 @@ def check_close_timeout(close_timeout: Any) -> None:
 
 def _check_call(name: str, function: Any, *arguments: str) -> None:
     fault = call_fault(function, *arguments)
+    if fault is None and is_coroutine_function(function):
+        fault = "must not be a coroutine function: mapping awaits nothing"
     if fault is not None:
         raise ConfigError(f"{name} {fault}")
 
@@ -249,8 +258,6 @@ def _check_arguments(
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None:
         _check_call("header_hook", header_hook)
-        if is_coroutine_function(header_hook):
-            raise ConfigError("header_hook must not be a coroutine function: mapping awaits nothing")
     check_close_timeout(close_timeout)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")

@@ -2,20 +2,74 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import inspect
-from collections.abc import Callable
-from types import FunctionType, MethodType
-from typing import Any
+import sys
+import types
+import weakref
+from typing import TYPE_CHECKING, Any, TypeVar
 
-__all__ = ["call_fault", "check_callback", "encoder_fault", "is_coroutine_function"]
+from kbatch._errors import type_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = [
+    "ReportCallback",
+    "call_fault",
+    "callback_name",
+    "check_callback",
+    "encoder_fault",
+    "has_coroutine_methods",
+    "is_coroutine_function",
+    "marked_as_coroutine_function",
+    "refuse_coroutine",
+]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+_F = TypeVar("_F", bound="Callable[..., Any]")
+
+_METHODS = (
+    *("mark_successful", "mark_processing_failure", "mark_serialization_failure", "mark_timed_out"),
+    *("mark_topic_does_not_exist", "mark_sender_is_latched"),
+)
+_plain: weakref.WeakSet[type] = weakref.WeakSet()  # callbacks of these have no coroutine method
+
+
+class ReportCallback:
+    """Calls a user's callback with the report of the batch that it is called with."""
+
+    __slots__ = ("user_callback",)
+
+    def __init__(self, user_callback: Callable[[Any], object]) -> None:
+        self.user_callback = user_callback
+
+    def __call__(self, batch: Any) -> object:
+        return self.user_callback(batch.report)
+
+
+def callback_name(function: object) -> str:
+    """How a log names a user's callback. Not its repr: that of a functools.partial shows the arguments."""
+    try:
+        while True:
+            if isinstance(function, functools.partial):
+                function = function.func
+            elif hasattr(type(function), "user_callback"):  # ours, around the user's
+                function = function.user_callback  # type: ignore[attr-defined]
+            else:
+                return str(function.__qualname__)  # type: ignore[attr-defined]
+    except BaseException:  # it has none, or its class is the user's
+        return type_name(function)
 
 
 def is_coroutine_function(function: object) -> bool:
     """Whether a call of it has to be awaited."""
+    while isinstance(function, functools.partial):
+        function = function.func
     call = getattr(function, "__call__", None)  # noqa: B004
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
+    return any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in (function, call))
 
 
 def call_fault(function: Any, *arguments: str) -> str | None:
@@ -24,7 +78,7 @@ def call_fault(function: Any, *arguments: str) -> str | None:
     The text goes on after the name of an option.
     """
     if not callable(function):
-        return f"must be callable, not {type(function).__name__}"
+        return f"must be callable, not {type_name(function)}"
     if _plainly_takes(function, len(arguments)):
         return None
     signature = _signature(function)
@@ -33,15 +87,17 @@ def call_fault(function: Any, *arguments: str) -> str | None:
     try:
         signature.bind(*arguments)
     except TypeError:
-        return f"must take {_shown_arguments(arguments)}, but {_name(function)} takes {signature}"
+        return f"must take {_shown_arguments(arguments)}, but {callback_name(function)} takes {signature}"
     return None
 
 
-def check_callback(callback: Any, argument: str) -> None:
-    """Raises TypeError for a callback that cannot be called with this argument."""
-    fault = call_fault(callback, argument)
+def check_callback(name: str, function: Any, *arguments: str, takes_coroutines: bool = False) -> None:
+    """Raises TypeError for what cannot be called with these arguments, and for what nobody would await."""
+    fault = call_fault(function, *arguments)
+    if fault is None and not takes_coroutines and is_coroutine_function(function):
+        fault = "must not be a coroutine function: it is called on a thread of the producer, where nothing awaits"
     if fault is not None:
-        raise TypeError(f"callback {fault}")
+        raise TypeError(f"{name} {fault}")
 
 
 def encoder_fault(encoder: Callable[..., Any]) -> str | None:
@@ -52,7 +108,7 @@ def encoder_fault(encoder: Callable[..., Any]) -> str | None:
         return f"{fault}; {wrapped}"
     signature = _signature(encoder)
     if signature is None:
-        return f"must take (message, context), and {_name(encoder)} does not tell what it takes; {wrapped}"
+        return f"must take (message, context), and {callback_name(encoder)} does not tell what it takes; {wrapped}"
     positional = [each for each in signature.parameters.values() if each.kind in _POSITIONAL]
     if len(positional) < 2:
         return None  # *arguments
@@ -60,14 +116,15 @@ def encoder_fault(encoder: Callable[..., Any]) -> str | None:
     knows = second.default is second.empty or second.name.startswith("_") or "context" in second.name
     if knows or "ctx" in second.name:
         return None
-    return f"gets a context as its second argument, which {_name(encoder)} would take for {second.name!r}; {wrapped}"
+    name = callback_name(encoder)
+    return f"gets a context as its second argument, which {name} would take for {second.name!r}; {wrapped}"
 
 
 def _plainly_takes(function: Any, count: int) -> bool:
     # The common cases, in a fraction of the time.
-    if type(function) is MethodType:
+    if type(function) is types.MethodType:
         function, count = function.__func__, count + 1
-    if type(function) is not FunctionType:
+    if type(function) is not types.FunctionType:
         return False
     code = function.__code__
     least = code.co_argcount - len(function.__defaults__ or ())
@@ -88,6 +145,30 @@ def _shown_arguments(names: tuple[str, ...]) -> str:
     return f"({', '.join(names)})" if names else "no arguments"
 
 
-def _name(function: Any) -> str:
-    name = getattr(function, "__qualname__", None)
-    return name if isinstance(name, str) else type(function).__qualname__
+def has_coroutine_methods(callback: object) -> bool:
+    """Whether a method of a `SenderCallback` has to be awaited, as far as its class tells."""
+    kind = type(callback)
+    if kind in _plain:
+        return False
+    if any(is_coroutine_function(getattr(kind, name, None)) for name in _METHODS):
+        return True
+    _plain.add(kind)
+    return False
+
+
+def refuse_coroutine(answer: object) -> None:
+    """Raises TypeError if a callback has answered with a coroutine, which nobody would await: it has done nothing."""
+    if isinstance(answer, types.CoroutineType):
+        answer.close()
+        raise TypeError("it made a coroutine, which nothing awaits here; kbatch.aio takes coroutine functions")
+
+
+def marked_as_coroutine_function(function: _F) -> _F:
+    """For inspect and for mocks: it takes its arguments when it is called, and returns a coroutine.
+
+    Up to Python 3.11 only asyncio and unittest.mock see it.
+    """
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+    return function

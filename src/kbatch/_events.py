@@ -60,7 +60,7 @@ def make_dispatcher(
         others = (*others, refresher)
 
         def on_oauth(oauth_config: str | None) -> None:
-            refresher.put(TokenRefresh(oauth_cb, oauth_config, find_core).run)
+            refresher.put(TokenRefresh(oauth_cb, oauth_config, find_core))
 
     return Dispatcher(
         callbacks,

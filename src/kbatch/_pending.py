@@ -63,9 +63,9 @@ class PendingBatch(Batch):
         An exception from it is logged. If the batch is done, it is called soon.
 
         Raises:
-            TypeError: `callback` does not take one argument.
+            TypeError: It cannot be called with one argument, or is a coroutine function.
         """
-        check_callback(callback, "batch")
+        check_callback("callback", callback, "batch")
         super().add_done_callback(callback)
 
     def __await__(self) -> Generator[object, None, DeliveryReport]:

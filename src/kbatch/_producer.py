@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
-from kbatch._callbacks import check_callback
+from kbatch._callbacks import ReportCallback, check_callback
 from kbatch._errors import BatchPending
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
@@ -102,19 +102,20 @@ class Producer(BaseProducer):
         Args:
             topic, envelopes: As in `send_batch`.
             callback: Called once with the report, on the producer's callback thread. An exception from it is logged.
+                No coroutine function: `kbatch.aio` takes those.
 
         Raises:
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
             ProducerError: The producer has a ``transactional.id``.
-            TypeError: `callback` does not take one argument. Nothing was sent.
+            TypeError: `callback` cannot be called with one argument, or is a coroutine function. Nothing was sent.
         """
         self._refuse_submit()
         if callback is not None:
-            check_callback(callback, "report")
+            check_callback("callback", callback, "report")
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
-        self._core.send(batch, wait=False, callback=None if callback is None else (lambda done: callback(done.report)))
+        self._core.send(batch, wait=False, callback=None if callback is None else ReportCallback(callback))
         return batch
 
     def _send(self, batch: PendingBatch, timeout: float | None = None) -> bool:
@@ -154,7 +155,8 @@ class Producer(BaseProducer):
         """Refuses new batches, sends what was accepted, gives up what is left at the deadline, ends librdkafka.
 
         Every batch has its answer, and its callbacks have run, when it returns; a callback that does not end within
-        the deadline is left behind. May be called again, from any thread and from a callback.
+        the deadline is left behind. May be called again, from any thread and from a callback: then it does not wait for
+        callbacks, nor does it in a task or thread to which the callback's context was copied.
 
         Args:
             timeout: Seconds; ``None`` is the producer's ``close_timeout``.

@@ -108,6 +108,9 @@ class DeliveryReport:
         """The failure of the batch as one error, its class by the kind of failure; ``None`` if there is none."""
         if self.ok:
             return None
+        return self._error()
+
+    def _error(self) -> BatchError:
         codes = {error.code for error in self.errors.values()}
         aborted = ABORTED_CODE in codes
         if aborted:  # the cause is another's, and no transaction is aborted for what cannot be mapped
@@ -132,9 +135,8 @@ class DeliveryReport:
 
     def raise_for_errors(self) -> DeliveryReport:
         """Raises `BatchError` (or a subclass) if an envelope failed; else returns the report itself."""
-        error = self.error() if self.failed else None
-        if error is not None:
-            raise error
+        if self.failed:
+            raise self._error()  # no variable may hold it: it would hold itself by its traceback
         return self
 
     def __reduce__(self) -> tuple[object, ...]:

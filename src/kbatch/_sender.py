@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, TypeAlias
 
+from kbatch._base_producer import check_kind
 from kbatch._errors import (
     BatchInterrupted,
     BatchTimedOut,
@@ -18,12 +19,12 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import AnsweringSender
 from kbatch._pending import PendingBatch
+from kbatch._producer import Producer
 
 if TYPE_CHECKING:
     from kbatch._base_producer import BaseProducer
     from kbatch._contract import OutgoingBatch
     from kbatch._fastmap import Answer
-    from kbatch._producer import Producer
     from kbatch._report import DeliveryReport
 
     # a method of a `SenderCallback`, and what it is told
@@ -42,9 +43,13 @@ class KafkaSender(AnsweringSender):
     Args:
         producer: Stays the caller's; closing it is not this object's business.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+
+    Raises:
+        TypeError: `producer` is none, or one for asyncio.
     """
 
     def __init__(self, producer: Producer, topic: str | None) -> None:
+        check_kind(producer, Producer)
         self.producer = producer
         self.topic = topic
 

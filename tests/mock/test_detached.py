@@ -68,6 +68,35 @@ def test_it_returns_at_once_and_the_waker_is_called_once(cluster: MockCluster, p
     assert values(cluster, 6) == list(range(6))
 
 
+class Name(str):
+    """Whatever it overrides is not asked."""
+
+    __slots__ = ()
+
+    def __hash__(self) -> int:
+        return 1
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+
+def test_a_batch_of_many_topics_stands_in_line_once_for_each(cluster: MockCluster, producer: Any) -> None:
+    """However its names are written: twice, and it would wait for itself."""
+    topics = [f"t{n}" for n in range(20)]
+    for topic in topics:
+        cluster.create_topic(topic, partitions=1)
+    for start in (0, 100):  # the second time, they are known
+        names = [Name(topic) if turn % 2 else topic.encode().decode() for turn in range(5) for topic in topics]
+        batch = PendingBatch(producer._core)
+        producer._core.map(batch, None, [Envelope(start + n, topic=name) for n, name in enumerate(names)])
+        assert [record[0] for record in producer._core.records(batch)] == topics * 5
+        producer._send_detached(batch)
+        assert batch.wait(30).acked == 100
+    for n, topic in enumerate(topics):
+        stored = [int(record.value or b"") for record in read(cluster.bootstrap_servers, topic, 10)[0]]
+        assert stored == [start + turn * 20 + n for start in (0, 100) for turn in range(5)]
+
+
 def test_from_many_threads(cluster: MockCluster, producer: Any) -> None:
     done = threading.Semaphore(0)
 

@@ -6,7 +6,7 @@ MAP, BATCH, CLIENT, CORE, ACCUMULATOR = (
     f"native/{name}.pxi" for name in ("map", "batch", "client", "core", "accumulator")
 )
 AGENT, QUEUE, READ = "_sending/_agent.py", "_sending/_queue.py", "_read.py"
-TEXT, ENVELOPE = "native/text.pxi", "native/envelope.pxi"
+TEXT, ENVELOPE, CALLS = "native/text.pxi", "native/envelope.pxi", "native/calls.pxi"
 
 
 class Mutant(NamedTuple):
@@ -915,5 +915,48 @@ MUTANTS = (
         "    knows = second.default is second.empty or",
         "    knows = second.default is not None or",
         "tests/unit/test_hooks.py",
+    ),
+    # -- who comes from a callback, and what callbacks are told
+    Mutant(
+        "a callback's tasks do not come from it",
+        CALLS,
+        "    for each in <tuple> _calls.get():\n        if not each.over and (each is what",
+        "    for each in ():\n        if not each.over and (each is what",
+        "tests/unit/test_sender_callbacks.py",
+    ),
+    Mutant(
+        "a call that is over counts",
+        CALLS,
+        "        self.over, self.caller = True, None\n",
+        "        pass\n",
+        "tests/unit/test_sender_callbacks.py",
+    ),
+    Mutant(
+        "a list is read when the task begins",
+        "aio/_producer.py",
+        "return self._send_batch(topic, _taken(envelopes), timeout)",
+        "return self._send_batch(topic, envelopes, timeout)",
+        "tests/unit/test_taken_lists.py",
+    ),
+    Mutant(
+        "a batch stands in line twice for one topic",
+        MAP,
+        "        self.topics[topic] = address\n",
+        "        pass\n",
+        "tests/mock/test_detached.py",
+    ),
+    Mutant(
+        "a contract's own cancellation ends its sender",
+        "native/answer.pxi",
+        "            if isinstance(error, Exception) or self._is_own_cancellation(error):\n",
+        "            if isinstance(error, Exception):\n",
+        "tests/unit/test_user_callbacks.py",
+    ),
+    Mutant(
+        "a sender that was never used keeps its producer",
+        AGENT,
+        "            self._handle.forget()\n",
+        "            pass\n",
+        "tests/unit/test_forgotten_senders.py",
     ),
 )

@@ -1,5 +1,6 @@
 """Senders that nobody closes: what they hold is sent, they are collected, and a warning tells of them."""
 
+import asyncio
 import gc
 import threading
 import weakref
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import Envelope
+from kbatch import Envelope, aio
 from kbatch.testing import MemoryProducer
 
 from ..sending import KINDS, Driver
@@ -82,3 +83,49 @@ def test_the_producer_of_its_topic_ends_with_it(kafka_cluster: kbatch.testing.Mo
     with pytest.warns(ResourceWarning, match="unclosed"):
         gc.collect()
     until(lambda: made.closed, "the end of its producer")
+
+
+@pytest.mark.parametrize("mode", [kbatch.Mode.INLINE, kbatch.Mode.BUFFERED])
+@pytest.mark.parametrize("module", [kbatch, aio])
+def test_one_that_was_never_used_keeps_no_producer_from_its_end(module: Any, mode: kbatch.Mode) -> None:
+    topic = module.KafkaTopic("orders", mode=mode, producer={"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    forgotten, other = topic.create_sender(), topic.create_sender()
+    made = other._handle.producer if mode is kbatch.Mode.INLINE else other._agent._handle.producer
+    made._core.start()
+    del forgotten
+    gc.collect()
+    assert not made.closed
+    closing = other.close()
+    if module is aio:
+        asyncio.run(closing)
+    assert made.closed
+
+
+@pytest.mark.parametrize("mode", [kbatch.Mode.INLINE, kbatch.Mode.BUFFERED])
+@pytest.mark.parametrize("module", [kbatch, aio])
+def test_the_producer_of_the_only_one_is_collected_with_it(module: Any, mode: kbatch.Mode) -> None:
+    topic = module.KafkaTopic("orders", mode=mode, producer={"bootstrap.servers": "127.0.0.1:1"})
+    sender = topic.create_sender()
+    made = weakref.ref((sender._handle if mode is kbatch.Mode.INLINE else sender._agent._handle).producer)
+    del sender
+    gc.collect()
+    assert made() is None
+    again = topic.create_sender()  # with a producer of its own
+    closing = again.close()
+    if module is aio:
+        asyncio.run(closing)
+
+
+@pytest.mark.parametrize("mode", [kbatch.Mode.INLINE, kbatch.Mode.BUFFERED])
+def test_one_that_was_closed_gives_its_producer_back_once(mode: kbatch.Mode) -> None:
+    topic = kbatch.KafkaTopic("orders", mode=mode, producer={"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    closed, other = topic.create_sender(), topic.create_sender()
+    handle: Any = (other if mode is kbatch.Mode.INLINE else other._agent)._handle  # type: ignore[union-attr]
+    handle.producer._core.start()
+    closed.close()
+    del closed
+    gc.collect()
+    assert handle._users == 1
+    assert not handle.producer.closed
+    other.close()
+    assert handle.producer.closed

@@ -22,8 +22,9 @@ PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_librdkafka", "_callbacks"},
+    {"_version", "_serialization", "_librdkafka"},
     {"_errors"},
+    {"_callbacks"},
     {"_fastmap"},
     {"_report", "_wire", "_config", "_loop", "_exit"},
     {"_pending", "_events", "_read"},

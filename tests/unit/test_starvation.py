@@ -349,7 +349,8 @@ def test_a_state_change_callback_that_raises_is_logged_by_its_name(kind: str, ca
         assert driver.flush() == 0
         until(lambda: driver.agent.state is kbatch.CircuitState.CLOSED, "a closed circuit")
     messages = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
-    assert messages == ["on_state_change failed"] * 3
+    name = "test_a_state_change_callback_that_raises_is_logged_by_its_name.<locals>.on_state_change"
+    assert messages == [f"on_state_change failed: {name}"] * 3
 
 
 def test_a_callback_whose_task_is_cancelled_at_once_holds_nothing_up(caplog: pytest.LogCaptureFixture) -> None:

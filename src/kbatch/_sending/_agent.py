@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
-from kbatch._callbacks import call_fault, is_coroutine_function
+from kbatch._callbacks import call_fault, callback_name, is_coroutine_function, refuse_coroutine
 from kbatch._errors import (
     BatchInterrupted,
     CircuitOpenError,
@@ -46,9 +46,11 @@ from kbatch._errors import (
 from kbatch._fastmap import (
     KEPT_BYTES,
     AnsweringSender,
+    Call,
     CallbackThread,
     Signal,
     Undelivered,
+    comes_from,
     envelope_bytes,
     monotonic,
     wall_time,
@@ -324,16 +326,16 @@ class BaseSendingAgent:
         return error
 
     def _check_caller(self) -> None:
-        """Raises in a callback: what it waited for would wait for its end."""
+        """Raises in a callback, and in what it has called or made: what they waited for would wait for its end."""
         if self._is_own():
             raise SenderError(
-                "flush, drain and close wait for the sender's callbacks, and so must not be called by them; use "
-                "another thread or task"
+                "flush, drain and close wait for the sender's callbacks, so they must not be called by one that has "
+                "not ended, nor in a task or thread to which its context was copied"
             )
 
     def _is_own(self) -> bool:
-        """Whether the caller runs on a thread of the sender."""
-        return self._callbacks.is_current() or threading.current_thread() is self._thread
+        """Whether the caller comes from a thread of the sender."""
+        return comes_from(self._callbacks) or (self._thread is not None and comes_from(self._thread))
 
     def _when_done(self, seq: int | None, wake: Callable[[], None]) -> _Watcher:
         """Calls `wake` once every envelope before `seq` has its outcome, those that are scheduled for later not
@@ -395,7 +397,7 @@ class BaseSendingAgent:
         if self._is_forked():
             return 0
         thread = self._thread
-        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+        if thread is not None and thread.ident is not None and not comes_from(thread):
             thread.join(_seconds_until(end))
         self._prober.stop()
         self._callbacks.join(_seconds_until(end))
@@ -437,8 +439,12 @@ class BaseSendingAgent:
         return not (self._news or (queue is not None and queue.in_flight) or (buffer is not None and len(buffer)))
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        # `getattr`: the constructor may have raised.
-        if getattr(self, "_thread", None) is not None and not (self._released or self._is_forked()):
+        if getattr(self, "_released", True):  # the constructor may have raised
+            return
+        if not self._has_thread():
+            self._released = True
+            self._handle.forget()
+        elif not self._is_forked():  # its thread releases the producer
             warn(f"unclosed {self if self._buffer is None else self._buffer!r}", ResourceWarning, source=self)
 
     def _crash(self, error: BaseException) -> None:
@@ -705,7 +711,8 @@ class BaseSendingAgent:
         try:
             self._call_back(self._on_state_change, before, state)
         except BaseException as error:  # also a sys.exit(): whatever comes next is to be told
-            self._log(logging.ERROR, "on_state_change failed", exc_info=error)
+            name = callback_name(self._on_state_change)
+            self._log(logging.ERROR, "on_state_change failed: %s", name, exc_info=error)
 
     def _topic_to_ask(self, envelopes: Sequence[Envelope[Any]]) -> str | None:
         return self.topic if all(envelope.topic in (None, self.topic) for envelope in envelopes) else None
@@ -894,8 +901,9 @@ class BaseSendingAgent:
                 self._call_back(self._on_failed, end.entry.envelope, end.error)
             except BaseException as error:  # also a sys.exit(): the others are to be told
                 self._keep_failure(end.entry.envelope, end.error)
-                text = "on_failed failed; agent.failed keeps envelope %s, which was given up: %s"
-                self._log(logging.ERROR, text, end.entry.envelope.id, _reason(end.error), exc_info=error)
+                text = "on_failed failed: %s; agent.failed keeps envelope %s, which was given up: %s"
+                name = callback_name(self._on_failed)
+                self._log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
                 if self._buffer is not None:
                     # Not before: what a slow callback has not taken yet is held, too.
@@ -905,7 +913,7 @@ class BaseSendingAgent:
 
     def _log(self, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
         # On the thread of callbacks: a handler may send by this very sender, and wait for room.
-        if not self._callbacks.is_current():
+        if not comes_from(self._callbacks):
             self._callbacks.put(self._log_now, level, text, arguments, exc_info)
             return
         with contextlib.suppress(BaseException):  # whatever a handler raises
@@ -924,7 +932,7 @@ class BaseSendingAgent:
 
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
         """Calls a user's callback, on the thread of callbacks, and returns when it has ended."""
-        callback(*arguments)
+        refuse_coroutine(callback(*arguments))
 
     def _tell_watchers(self) -> None:
         watchers = self._watchers
@@ -969,18 +977,19 @@ def _run(
     threads: tuple[CallbackThread, ...],
 ) -> None:
     """An agent's thread. While nothing depends on it, it keeps nobody who has forgotten the agent from losing it."""
-    while (agent := reference()) is not None:
-        if agent._thread is not threading.current_thread():
-            return  # its start was interrupted, and another took its place
-        pause = agent._turn()
-        if pause == _OVER:
-            signal.keep(None)
-            return
-        signal.keep(None)  # before the look: whoever sends after it keeps the agent by the signal
-        if agent._is_idle():
-            del agent
-        if pause != 0.0:
-            signal.wait(pause, interruptible=False)
+    with Call(threading.current_thread()):  # encoders and hooks
+        while (agent := reference()) is not None:
+            if agent._thread is not threading.current_thread():
+                return  # its start was interrupted, and another took its place
+            pause = agent._turn()
+            if pause == _OVER:
+                signal.keep(None)
+                return
+            signal.keep(None)  # before the look: whoever sends after it keeps the agent by the signal
+            if agent._is_idle():
+                del agent
+            if pause != 0.0:
+                signal.wait(pause, interruptible=False)
     handle.release(0.0)
     for thread in threads:
         thread.stop()
@@ -1021,7 +1030,9 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
             a minute until there is one. `waiting_for_s` tells the same to a metric. It takes no short
             ``delivery.timeout.ms`` to learn of an outage: that may store copies, as README says under "Duplicates".
         on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
-            wait for its sender. By default an error is logged, and `failed` holds the last 1,000.
+            wait for its sender: until it has ended, ``flush``, ``drain`` and ``close`` raise `SenderError` there, and
+            in tasks and threads to which its context was copied. By default an error is logged, and `failed` holds the
+            last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
             sender is closed.

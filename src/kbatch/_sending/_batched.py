@@ -210,7 +210,8 @@ class BatchedSender(BaseBatchedSender):
 
         Raises:
             UndeliveredError: Envelopes were given up since the last time, and no ``on_failed`` was told.
-            SenderError: It is called by a callback of the sender, for which it would wait.
+            SenderError: It is called by a callback of the sender, for which it would wait, or in a task or thread to
+                which the context of one was copied that has not ended.
         """
         left = self._flush(timeout)
         self._agent._undelivered.raise_all()
@@ -250,7 +251,8 @@ class BatchedSender(BaseBatchedSender):
 
         Raises:
             UndeliveredError: As `flush`.
-            SenderError: It is called by a callback of the sender, for which it would wait.
+            SenderError: It is called by a callback of the sender, for which it would wait, or in a task or thread to
+                which the context of one was copied that has not ended.
         """
         not_sent = self._close(timeout)
         self._agent._undelivered.raise_all()

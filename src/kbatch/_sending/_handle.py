@@ -104,6 +104,13 @@ class ProducerHandle:
         left = 0 if solo is None else _close(solo, timeout)
         return left if producer is self._given else left + _close(producer, timeout)
 
+    def forget(self) -> None:
+        """As `release`, by a finalizer, which must not wait: a producer of ours ends when nothing holds it any more."""
+        with _lock:
+            self._users -= 1
+            if not self._users and self._given is None and _shared.get(self._key) is self:
+                del _shared[self._key]
+
     def undelivered(self) -> Undelivered | None:
         """What producers that their last user has closed gave up; ``None`` of those that others use, or the caller."""
         with _lock:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import (
     ConfigError,
+    DeliveryError,
     ProducerClosedError,
     ProducerError,
     ProducerFatalError,
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
     from kbatch._report import DeliveryReport
 
 __all__ = ["BaseInlineSender", "InlineSender"]
+
+
+def _with_report(error: DeliveryError, report: DeliveryReport) -> DeliveryError:
+    # Another one: the report holds that error, and no variable may hold what is raised, or there is a cycle.
+    told = DeliveryError(error.code, possibly_persisted=error.possibly_persisted)
+    told.report = report
+    return told
 
 
 class BaseInlineSender:
@@ -64,14 +72,13 @@ class BaseInlineSender:
     def _refuse(self) -> None:
         raise SenderClosedError("the sender is closed")
 
-    def _check_refusal(self, producer: BaseProducer, error: Exception) -> None:
-        """Raises, unless what a producer refused may be sent by its successor. Nothing of it was sent."""
+    def _may_succeed(self, producer: BaseProducer, error: Exception) -> bool:
+        """Whether what a producer refused may be sent by its successor. Nothing of it was sent."""
         if self._closed:
             raise SenderClosedError("the sender is closed") from None
         # Closed with another in its place: one of the senders that share it has had it replaced.
         replaced = self._handle.producer is not producer
-        if not can_be_replaced(error) and not (replaced and isinstance(error, ProducerClosedError)):
-            raise error
+        return can_be_replaced(error) or (replaced and isinstance(error, ProducerClosedError))
 
     def _is_suspect(self, report: DeliveryReport) -> bool:
         """Whether it may have been refused for another envelope: a broker refuses record batches as a whole."""
@@ -79,9 +86,7 @@ class BaseInlineSender:
 
     def _answer(self, report: DeliveryReport) -> DeliveryReport:
         if report.failed:
-            error = report.errors[0]
-            error.report = report
-            raise error
+            raise _with_report(report.errors[0], report)
         return report
 
     def _begin_closing(self) -> ProducerHandle | None:
@@ -91,6 +96,10 @@ class BaseInlineSender:
             return self._held.pop()
         except IndexError:
             return None
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_held", ()):  # the constructor may have raised
+            handle.forget()
 
     def _check_delivered(self, error: BaseException | None) -> None:
         # Of sends that were given up before they had an answer. `error` ends a `with` block, and comes first.
@@ -150,7 +159,8 @@ class InlineSender(BaseInlineSender):
         try:
             report: DeliveryReport = producer.send_batch(self.topic, (envelope,), timeout=timeout)
         except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
-            self._check_refusal(producer, error)
+            if not self._may_succeed(producer, error):
+                raise
         else:
             return self._answer(self._again_alone(envelope, report, end) if self._is_suspect(report) else report)
         self._handle.replace(producer)

@@ -242,11 +242,12 @@ class BaseTopic:
             if self.mode is Mode.INLINE:
                 return self._inline_class(handle, self.name, close_timeout=self.close_timeout)
             agent = self._agent_class(handle, self.name, **{name: getattr(self, name) for name in _AGENT})
-            batching = {name: getattr(self, name) for name in _BATCHING}
-            return self._batched_class(agent, **batching, close_timeout=self.close_timeout)
         except BaseException:
             handle.release(0)
             raise
+        # From here on the agent releases it, or does so when it is forgotten.
+        batching = {name: getattr(self, name) for name in _BATCHING}
+        return self._batched_class(agent, **batching, close_timeout=self.close_timeout)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(f"a {self._shown} cannot be pickled: its settings may hold secrets; make it where it is used")

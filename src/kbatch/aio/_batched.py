@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import inspect
+import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
 from kbatch._errors import SenderFullError, named_exception_text
-from kbatch._fastmap import AioAnsweringSender, LoopWaker, call_on_loop
+from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, running_loop
 from kbatch._loop import in_thread
 from kbatch._sender import answer_refusal, answer_report
 from kbatch._sending._agent import BaseSendingAgent
@@ -38,20 +39,21 @@ _LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
 class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     """As `kbatch.SendingAgent`; ``on_failed`` and ``on_state_change`` may be coroutine functions.
 
-    They are called on the event loop from which the first envelope was sent. If that loop is closed, envelopes that are
-    given up are in ``failed``, and an error is logged.
+    They are called on the event loop on which the sender or `send_batch` was awaited first. If there was none yet, or
+    it is closed, envelopes that are given up are in ``failed``, and an error is logged.
     """
 
     _shown = "kbatch.aio.SendingAgent"
     _producer_class = Producer
     _takes_coroutines = True
     _loop: asyncio.AbstractEventLoop | None = None
-    _callback_task: asyncio.Task[None] | None = None  # the last
+    _callback_task: asyncio.Task[None] | None = None  # the last; a loop itself keeps weak references
 
     async def _send_answered(self, answer: Answer) -> Told:
         producer: Any = self._handle.producer
+        self._adopt_loop()
         if not self._has_thread():
-            await self._start_from_loop()
+            await in_thread("kbatch-start", self._start)
         answer.trial = self._admit()
         answer.then = functools.partial(self._note_answer, producer)
         return await send_answered(producer, self.topic, answer)
@@ -66,16 +68,10 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
         """As `kbatch.SendingAgent.close`."""
         await in_thread("kbatch-close", lambda: self._end(0))
 
-    async def _start_from_loop(self) -> None:
-        self._loop = self._loop or asyncio.get_running_loop()
-        await in_thread("kbatch-start", self._start)
-
-    def _is_own(self) -> bool:
-        try:
-            task = asyncio.current_task()
-        except RuntimeError:  # a thread without a loop
-            return super()._is_own()
-        return task is not None and task is self._callback_task
+    def _adopt_loop(self) -> None:
+        """The running loop is that of the callbacks, unless there is one: `try_send` may have been called without."""
+        if self._loop is None:
+            self._loop = running_loop()
 
     def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
         loop = self._loop
@@ -83,44 +79,42 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
             super()._call_back(callback, *arguments)
             return
         if loop is None:
-            raise RuntimeError("no event loop for the callback: the first envelope was sent from none")
-        ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+            raise RuntimeError("no event loop for the callback: nothing was awaited on one yet")
+        ended = threading.Event()
+        errors: list[Exception] = []
 
         async def run() -> None:
             try:
-                result = callback(*arguments)
-                if inspect.isawaitable(result):
-                    await result
+                with Call(self._callbacks):  # its own, which ends with it
+                    result = callback(*arguments)
+                    if inspect.isawaitable(result):
+                        await result
             except BaseException as error:
-                ended.set_exception(
-                    error if isinstance(error, Exception) else RuntimeError(named_exception_text(error))
-                )
-                if not isinstance(error, Exception):
+                if isinstance(error, Exception):
+                    errors.append(error)
+                else:
+                    errors.append(RuntimeError(named_exception_text(error)))
                     raise
-            else:
-                ended.set_result(None)
+            finally:
+                ended.set()
 
         def start() -> None:
-            task = self._callback_task = loop.create_task(run())  # a loop itself keeps weak references
-            task.add_done_callback(has_ended)
+            self._callback_task = loop.create_task(run())
+            self._callback_task.add_done_callback(has_ended)
 
         def has_ended(_: asyncio.Task[None]) -> None:
-            if not ended.done():  # cancelled before its first step
-                ended.set_exception(RuntimeError("the callback's task was cancelled"))
+            if not ended.is_set():  # cancelled before its first step
+                errors.append(RuntimeError("the callback's task was cancelled"))
+                ended.set()
 
-        if not call_on_loop(loop, start):
+        if not call_on_loop(loop, functools.partial(contextvars.Context().run, start)):
             raise RuntimeError("the event loop for the callback is closed")
-        while True:
-            try:
-                ended.result(_LOOK_AT_LOOP_S)
-                return
-            except concurrent.futures.TimeoutError:
-                closed = loop.is_closed()  # before the other look: what has ended did so on the open loop
-                if ended.done():
-                    ended.result()  # the callback's own error, if it has one
-                    return
-                if closed:
-                    raise RuntimeError("the event loop was closed before the callback had ended") from None
+        while not ended.wait(_LOOK_AT_LOOP_S):
+            closed = loop.is_closed()  # before the other look: what has ended did so on the open loop
+            if closed and not ended.is_set():
+                raise RuntimeError("the event loop was closed before the callback had ended")
+        if errors:
+            raise errors.pop()  # this frame is in its traceback
 
 
 class BatchedSender(BaseBatchedSender):
@@ -138,6 +132,8 @@ class BatchedSender(BaseBatchedSender):
         """As `kbatch.BatchedSender.send`. If the task is cancelled, its envelope may have been taken."""
         if timeout is not None:
             check_timeout(timeout)
+        if self._agent._loop is None:
+            self._agent._adopt_loop()
         answer = self._send_on_loop(envelope)
         if answer == _TAKEN:
             return
@@ -149,9 +145,8 @@ class BatchedSender(BaseBatchedSender):
             await self._wait_for_place(envelope, timeout)
 
     def _start(self) -> None:
-        if self._agent._loop is None:  # try_send was first
-            with contextlib.suppress(RuntimeError):
-                self._agent._loop = asyncio.get_running_loop()
+        with contextlib.suppress(RuntimeError):  # try_send was first, and perhaps in a thread
+            self._agent._adopt_loop()
         super()._start()
 
     async def _await_start(self) -> None:
@@ -162,7 +157,6 @@ class BatchedSender(BaseBatchedSender):
             if before is not None:
                 await before
             if not self._is_used:
-                self._agent._loop = asyncio.get_running_loop()
                 await in_thread("kbatch-start", self._start)
 
     async def _wait_for_place(self, envelope: Envelope[Any], timeout: float | None) -> None:
@@ -190,6 +184,7 @@ class BatchedSender(BaseBatchedSender):
 
     async def _flush_on_loop(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        self._agent._adopt_loop()
         self._agent._check_caller()
         if not self._is_used:
             return 0
@@ -203,6 +198,7 @@ class BatchedSender(BaseBatchedSender):
         """As `kbatch.BatchedSender.drain`."""
         check_timeout(timeout)
         self._check_fork()
+        self._agent._adopt_loop()
         self._agent._check_caller()
         self._stop_accepting()
         if len(self):
@@ -220,6 +216,7 @@ class BatchedSender(BaseBatchedSender):
 
     async def _close_on_loop(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        self._agent._adopt_loop()
         self._agent._check_caller()
         return await in_thread("kbatch-close", lambda: self._close(timeout))
 

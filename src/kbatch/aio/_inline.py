@@ -48,7 +48,8 @@ class InlineSender(BaseInlineSender):
         try:
             report: DeliveryReport = await producer.send_batch(self.topic, (envelope,), timeout=timeout)
         except (ProducerFatalError, ProducerClosedError, TransactionUnknownError) as error:
-            self._check_refusal(producer, error)
+            if not self._may_succeed(producer, error):
+                raise
         else:
             return self._answer(await self._again_alone(envelope, report, end) if self._is_suspect(report) else report)
         await in_thread("kbatch-replace", lambda: self._handle.replace(producer))

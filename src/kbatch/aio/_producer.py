@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
-from kbatch._callbacks import check_callback
+from kbatch._callbacks import callback_name, check_callback, marked_as_coroutine_function
 from kbatch._errors import BatchPending, ProducerClosedError
-from kbatch._fastmap import Envelope, LoopWaker, TaskStarter, Turns, monotonic
+from kbatch._fastmap import Call, Envelope, LoopWaker, TaskStarter, Turns, comes_from, monotonic, running_loop
 from kbatch._loop import in_thread
 from kbatch._pending import PendingBatch
 
@@ -43,20 +43,27 @@ class Producer(BaseProducer):
     def _prepare(self) -> None:
         self._turns = Turns()  # of the calls that were accepted and have not handed their batch over
         self._is_closing = False
-        self._tasks: set[asyncio.Task[Any]] = set()  # callbacks that run; a loop itself keeps weak references
-        self._closers: set[asyncio.Task[Any] | None] = set()
+        self._callbacks: set[TaskStarter] = set()  # those that run
+        self._closers: list[Call] = []  # those of them that wait for the end of `close`
 
     # -- sending
 
-    async def send_batch(
+    @marked_as_coroutine_function
+    def send_batch(
         self, topic: str | None, envelopes: Iterable[Envelope[Any]], *, timeout: float | None = None
-    ) -> DeliveryReport:
+    ) -> Coroutine[Any, Any, DeliveryReport]:
         """Sends a batch and waits until each of its envelopes has an outcome.
 
-        Takes, returns and raises what `kbatch.Producer.send_batch` does. If the task is cancelled, nothing is sent of
-        a batch that is still being mapped; later, what was not yet handed to librdkafka is settled as failed, and the
-        rest goes on.
+        Takes, returns and raises what `kbatch.Producer.send_batch` does. The call itself reads a list, which may be
+        used again at once; the task reads what has no length, such as a generator. If the task is cancelled, nothing is
+        sent of a batch that is still being mapped; later, what was not yet handed to librdkafka is settled as failed,
+        and the rest goes on.
         """
+        return self._send_batch(topic, _taken(envelopes), timeout)
+
+    async def _send_batch(
+        self, topic: str | None, envelopes: Iterable[Envelope[Any]], timeout: float | None
+    ) -> DeliveryReport:
         check_timeout(timeout)
         end = None if timeout is None else monotonic() + timeout
         batch = PendingBatch(self._core)
@@ -83,13 +90,14 @@ class Producer(BaseProducer):
             raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
         return batch.report
 
-    async def submit(
+    @marked_as_coroutine_function
+    def submit(
         self,
         topic: str | None,
         envelopes: Iterable[Envelope[Any]],
         *,
         callback: Callable[[DeliveryReport], object] | None = None,
-    ) -> PendingBatch:
+    ) -> Coroutine[Any, Any, PendingBatch]:
         """Hands a batch to librdkafka and returns without waiting for the broker; await the answer for that.
 
         It waits while ``max_in_flight`` messages of the topic are in flight or librdkafka's queue is full. Batches for
@@ -99,25 +107,36 @@ class Producer(BaseProducer):
         Args:
             topic, envelopes: As in `send_batch`.
             callback: Called once with the report, in a task of this loop; may be a coroutine function. An exception
-                from it is logged.
+                from it is logged, `CancelledError` too.
 
         Raises:
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
             ProducerError: The producer has a ``transactional.id``.
-            TypeError: `callback` does not take one argument. Nothing was sent.
+            TypeError: `callback` cannot be called with one argument. Nothing was sent.
         """
+        return self._submit(topic, _taken(envelopes), callback)
+
+    async def _submit(
+        self,
+        topic: str | None,
+        envelopes: Iterable[Envelope[Any]],
+        callback: Callable[[DeliveryReport], object] | None,
+    ) -> PendingBatch:
         self._refuse_submit()
         if callback is not None:
-            check_callback(callback, "report")
+            check_callback("callback", callback, "report", takes_coroutines=True)
         batch = PendingBatch(self._core)
         with self._turns.turn() as turn:
             mapping = self._map_batch(turn, batch, topic, envelopes)
             del envelopes
             await mapping
             enqueued = LoopWaker()
-            done = None if callback is None else self._task_starter(lambda: _call_back(callback, batch), batch._unlook)
+            done = None
             if callback is not None:
+                done = self._task_starter(
+                    lambda: _call_back(callback, batch), batch._unlook, lambda: _log_cancelled(callback)
+                )
                 batch._look()
             self._core.send_detached(batch, enqueued=enqueued, waker=done)
         try:
@@ -154,10 +173,13 @@ class Producer(BaseProducer):
             await asyncio.sleep(0)
 
     def _task_starter(
-        self, make: Callable[[], Coroutine[Any, Any, object]], lost: Callable[[], object] | None = None
+        self,
+        make: Callable[[], Coroutine[Any, Any, object]],
+        lost: Callable[[], object] | None = None,
+        dropped: Callable[[], object] | None = None,
     ) -> TaskStarter:
         # Close waits for what it starts.
-        return TaskStarter(make, self._tasks, lost)
+        return TaskStarter(make, self._callbacks, lost, dropped)
 
     # -- the producer as a whole
 
@@ -186,7 +208,8 @@ class Producer(BaseProducer):
     async def close(self, timeout: float | None = None) -> int:
         """As `kbatch.Producer.close`; callbacks on other loops than this are not waited for.
 
-        If the task is cancelled, closing goes on without it.
+        Nor is a callback that has called this, itself or in a task that it made, nor one that closes as well. If the
+        task is cancelled, closing goes on without it.
         """
         left = await self._close(timeout)
         self._core.undelivered.raise_all(held=True)
@@ -197,8 +220,9 @@ class Producer(BaseProducer):
         if timeout is None:
             timeout = self._close_timeout
         end = monotonic() + timeout
-        loop, me = asyncio.get_running_loop(), asyncio.current_task()
-        self._closers.add(me)  # callbacks that close do not wait for each other
+        loop = running_loop()
+        mine = [each.call for each in self._callbacks.copy() if comes_from(each.call)]
+        self._closers += mine  # callbacks that close do not wait for each other
         self._is_closing = self._core.started()  # from here on nobody is accepted; who was, is waited for
         self._turns.forget_closed_loops()
 
@@ -210,11 +234,14 @@ class Producer(BaseProducer):
 
         try:
             left = await in_thread("kbatch-close", close)
-            callbacks = {task for task in self._tasks.copy() - self._closers if task.get_loop() is loop}
+            callbacks = {
+                each.task for each in self._callbacks.copy() if each.loop is loop and each.call not in self._closers
+            }
             if callbacks:
                 await asyncio.wait(callbacks, timeout=max(0.0, end - monotonic()))
         finally:
-            self._closers.discard(me)
+            for call in mine:
+                self._closers.remove(call)
         return left
 
     @property
@@ -239,8 +266,21 @@ async def _call_back(callback: Callable[[DeliveryReport], object], batch: Pendin
         result = callback(batch.report)
         if inspect.isawaitable(result):
             await result
-    except Exception:
-        _logger.exception("a callback failed: %s", getattr(callback, "__qualname__", type(callback).__qualname__))
+    except (Exception, asyncio.CancelledError):  # nobody awaits this task who could be told
+        _logger.exception("a callback failed: %s", callback_name(callback))
+
+
+def _log_cancelled(callback: Callable[[DeliveryReport], object]) -> None:
+    _logger.error("a callback was cancelled before it began: %s", callback_name(callback))
+
+
+def _taken(envelopes: Iterable[Envelope[Any]]) -> Iterable[Envelope[Any]]:
+    """What the caller may change when the call has returned is copied."""
+    if isinstance(envelopes, list):
+        return tuple(envelopes)
+    if isinstance(envelopes, (tuple, Envelope, str, bytes, Mapping)):
+        return envelopes  # all but the first are refused
+    return tuple(envelopes) if isinstance(envelopes, Sized) else envelopes
 
 
 async def _gather(envelopes: Iterable[Envelope[Any]], turn: Turn) -> Iterable[Envelope[Any]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kbatch._base_producer import check_kind
 from kbatch._fastmap import AioAnsweringSender
 from kbatch._pending import PendingBatch
 from kbatch._sender import answer_refusal, answer_report
+from kbatch.aio._producer import Producer
 
 if TYPE_CHECKING:
     from kbatch._fastmap import Answer
     from kbatch._report import DeliveryReport
     from kbatch._sender import Told
-    from kbatch.aio._producer import Producer
 
 __all__ = ["KafkaSender", "send_answered"]
 
@@ -20,12 +21,22 @@ __all__ = ["KafkaSender", "send_answered"]
 class KafkaSender(AioAnsweringSender):
     """Sends batches to one topic. Implements `kbatch.aio.SenderProtocol`.
 
+    ``await sender.send_batch(callback, batch)`` calls exactly one method of the callback, whenever its task is
+    cancelled. If that comes before the first step, or while the batch is mapped, nothing is sent: the task awaits
+    ``mark_processing_failure``, then ends. While the batch is in flight the task ends at once, and a task of its own
+    awaits the method when the outcome is known. While the method runs, the method is cancelled and not called again.
+    If a method raises, `CancelledError` too, that is logged, and the caller is not told.
+
     Args:
         producer: Stays the caller's; closing it is not this object's business.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+
+    Raises:
+        TypeError: `producer` is none, or one that blocks.
     """
 
     def __init__(self, producer: Producer, topic: str | None) -> None:
+        check_kind(producer, Producer)
         self.producer = producer
         self.topic = topic
 

@@ -71,7 +71,9 @@ cdef class Answer:
         return getattr(self.callback, method)(self.batch, outcome)
 
     cdef void _log(self) noexcept:
-        _logger.exception("a sender callback failed; the batch keeps its outcome: %r", self.outcome)
+        _logger.exception(
+            "a sender callback failed: %s.%s; the batch keeps its outcome: %r", callback_name(type(self.callback)),
+            self.method, self.outcome)
 
     cdef int _end(self) except -1:
         then, self.then = self.then, None
@@ -80,14 +82,15 @@ cdef class Answer:
                 then(self)
         finally:
             self.trial = None
+            self.outcome = self.later = None  # both lead back here: an error by its traceback
         return 0
 
     cdef int _give(self, str method, outcome) except -1:
         if self.given:
             return 0
         try:
-            self._call(method, outcome)
-        except Exception:
+            refuse_coroutine(self._call(method, outcome))
+        except (Exception, asyncio.CancelledError):  # nobody cancels who waits here: it is the callback's own
             self._log()
         finally:
             self._end()
@@ -163,12 +166,23 @@ cdef class AnsweringSender:
 
         An exception from `callback` is logged. On Ctrl-C it raises at once; if something of the batch is in flight,
         the one callback then comes on the producer's callback thread when it is settled.
+
+        Raises:
+            TypeError: A method of `callback` is a coroutine function. Nothing was sent.
         """
         cdef Answer answer = Answer.make(self, callback, batch)
         cdef int left
+        cdef bint is_refused = False
         try:
+            is_refused = has_coroutine_methods(callback)
+            if is_refused:
+                raise TypeError(
+                    f"{type_name(callback)} has coroutine methods, which nothing awaits here; use kbatch.aio, or a "
+                    "kbatch.SenderCallback")
             method, outcome = self._send_answered(answer)
         except BaseException as error:
+            if is_refused:
+                raise
             left = answer._leave()
             if left == LEFT:
                 raise
@@ -187,13 +201,23 @@ cdef class AioAnsweringSender:
         """Waits until each envelope has its outcome, then awaits exactly one method of `callback`, in this task.
 
         An exception from `callback` is logged. If the task is cancelled while something of the batch is in flight, it
-        ends at once, and the one callback then comes in a task of its own when the batch is settled. If the loop is
-        closed by then nothing can be awaited on it, and an error is logged instead.
+        ends at once, and the one callback then comes in a task of its own when the batch is settled. If it is cancelled
+        when nothing is in flight, even before its first step, `callback` is awaited first. If it is cancelled while a
+        method of `callback` runs, the method is cancelled, and that was the one call. If the loop is closed by then
+        nothing can be awaited on it, and an error is logged instead.
         """
         cdef AnsweringCoroutine coroutine = AnsweringCoroutine.__new__(AnsweringCoroutine)
         coroutine.answer = Answer.make(self, callback, batch)
         coroutine.inner = self._send_answered(coroutine.answer)
         return coroutine
+
+
+cdef object cancels_of_task():
+    try:
+        task = asyncio.current_task()
+        return None if task is None else task.cancelling()
+    except Exception:  # Python 3.10, or a loop's own kind of task
+        return None
 
 
 @cython.final
@@ -204,6 +228,8 @@ cdef class AnsweringCoroutine:
     cdef Answer answer
     cdef object inner    # what runs: the sending, None if that is over at first; then the callback
     cdef object error    # raised at the end
+    cdef object thrown   # the last that was thrown in while the callback ran
+    cdef object cancels  # how often the task had been cancelled by then; None before Python 3.11
     cdef bint begun
     cdef bint telling
     cdef bint over
@@ -244,6 +270,8 @@ cdef class AnsweringCoroutine:
         if self.inner is None:
             self.error = error
             return self._tell(self.answer._told())
+        if self.telling:
+            self.thrown = error
         try:
             return self.inner.throw(error)
         except BaseException as raised:
@@ -288,6 +316,7 @@ cdef class AnsweringCoroutine:
         if self.answer.given:
             return self._finish(None)
         self.telling = True
+        self.cancels = cancels_of_task()
         try:
             answer = self.answer._call(told[0], told[1])
             if not hasattr(answer, "__await__"):
@@ -302,12 +331,21 @@ cdef class AnsweringCoroutine:
     cdef object _finish(self, error):
         self.over = True
         if error is not None and not isinstance(error, StopIteration):
-            if isinstance(error, Exception):
+            if isinstance(error, Exception) or self._is_own_cancellation(error):
                 self.answer._log()
             else:
                 self.error = error
         self.answer._end()
-        self.inner = None
+        self.inner = self.thrown = None
         if self.error is not None:
-            raise self.error
+            error, self.error = self.error, None  # else the error would have itself in its traceback
+            raise error
         raise StopIteration
+
+    cdef bint _is_own_cancellation(self, error) except -1:
+        # Whether the callback ended with it though nobody has cancelled the task.
+        if not isinstance(error, asyncio.CancelledError):
+            return False
+        if self.cancels is None or self.thrown is None:
+            return self.thrown is None
+        return cancels_of_task() == self.cancels

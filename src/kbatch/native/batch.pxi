@@ -40,9 +40,8 @@ cdef struct Header:
 
 
 cdef struct Topic:
-    # Made once per name and client, freed with the client.
+    # Made once per name and client (`Core.topics`), freed with the client.
     char *name                # owned
-    Py_ssize_t length         # of name
     rd_kafka_topic_t *handle  # owned; made when a batch first enqueues to it
     int64_t in_flight         # atomic: its part of Client.in_flight
     int64_t bytes             # atomic: its part of Client.bytes
@@ -117,7 +116,7 @@ cdef struct BatchState:
     int32_t failing       # atomic: an envelope has failed that could be mapped
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
     int32_t detached      # the drainer enqueues it, not the thread that sends it, which alone may set it in line
-    int32_t in_line       # phase 2 is not over; its thread's own
+    int32_t in_line       # phase 2 is not over; its thread's own, of a detached batch under the client's lock
     unsigned long thread  # const in line: that enqueues it, unless it is detached
     int32_t listeners     # wants the dispatcher; under the client's lock, as all below
     int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
@@ -265,14 +264,14 @@ cdef void records_give(Client *client, Record **records, Py_ssize_t capacity) no
 
 
 cdef bint note_topic(BatchState *batch, Topic *topic) noexcept nogil:
-    # A record of `batch` goes to `topic`. False when memory is short.
+    # A record of `batch` goes to `topic`, as none before it. False when memory is short.
     cdef Place *place = &batch.place
-    while place.topic != NULL and place.topic != topic:
-        if place.other == NULL:
-            place.other = <Place *> kb_calloc(1, sizeof(Place))
-            if place.other == NULL:
-                return False
-        place = place.other
+    if place.topic != NULL:
+        place = <Place *> kb_calloc(1, sizeof(Place))
+        if place == NULL:
+            return False
+        place.other = batch.place.other
+        batch.place.other = place
     place.topic = topic
     return True
 

@@ -50,38 +50,78 @@ cdef class Signal:
         return raised
 
 
+cdef object _calls = contextvars.ContextVar("kbatch_calls", default=())
+
+
+@cython.final
+cdef class Call:
+    """A call of foreign code. A context is copied into the tasks that it makes, by `asyncio.to_thread` into threads,
+    so what would wait for its end sees that it comes from it."""
+
+    cdef object caller  # None: of interest is the call itself
+    cdef bint over
+
+    def __init__(self, caller=None):
+        self.caller = caller
+
+    cdef tuple _chain(self):
+        # This call and those that it comes from. What is over is left out: calls that make calls have no end.
+        cdef Call each
+        cdef list chain = [self]
+        for each in <tuple> _calls.get():
+            if not each.over and each is not self:
+                chain.append(each)
+        return tuple(chain)
+
+    cdef void _end(self) noexcept:
+        self.over, self.caller = True, None
+
+    def __enter__(self) -> Call:
+        """The rest of this task or thread comes from this call."""
+        _calls.set(self._chain())
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._end()
+
+
+def comes_from(what not None) -> bool:
+    """Whether the caller comes from `what`, a `Call` that is not over, or from such a call by `what`."""
+    cdef Call each
+    for each in <tuple> _calls.get():
+        if not each.over and (each is what or each.caller is what):
+            return True
+    return False
+
+
 @cython.final
 @cython.trashcan(True)
 cdef class Job:
-    """A call to be made by a `CallbackThread`, once."""
+    """A call to be made by a `CallbackThread`, once, in a context of its own."""
 
-    cdef object function
-    cdef tuple arguments
+    cdef Call call
+    cdef object run       # of that context
+    cdef tuple arguments  # the function, and what it is called with
     cdef Job next
 
     @staticmethod
-    cdef Job make(object function, tuple arguments):
+    cdef Job make(CallbackThread thread, object function, tuple arguments):
         cdef Job job = Job.__new__(Job)
-        job.function, job.arguments = function, arguments
+        job.call = Call(thread)
+        job.run = contextvars.Context().run
+        job.run(_calls.set, (job.call,))
+        job.arguments = (function, *arguments)
         return job
 
     cdef void _run(self) noexcept:
         try:
-            self.function(*self.arguments)
+            refuse_coroutine(self.run(*self.arguments))
         except BaseException:
-            try:
-                # Its name, not its repr: that of a functools.partial shows the arguments. And a logging filter that
-                # raises must not end the thread.
-                _logger.exception("a callback failed: %s", callable_name(self.function))
+            try:  # a logging filter that raises must not end the thread
+                _logger.exception("a callback failed: %s", callback_name(self.arguments[0]))
             except BaseException:
                 pass
-
-
-cdef object callable_name(object function):
-    try:
-        return str(function.__qualname__)
-    except BaseException:  # it has none, or its class is the user's
-        return type_name(function)
+        self.call._end()
 
 
 @cython.final
@@ -98,7 +138,6 @@ cdef class CallbackThread:
     cdef object token          # of the thread that runs jobs: one whose start was interrupted ends by itself
     cdef bint has_begun        # that thread has
     cdef Signal begun
-    cdef unsigned long ident   # its own; 0 before
     cdef bint stopping
     cdef int promised          # jobs that come for certain, or calls that will say that they do not
 
@@ -109,7 +148,7 @@ cdef class CallbackThread:
 
     def put(self, function, *arguments) -> None:
         """Runs ``function(*arguments)`` soon; an exception from it is logged. If this raises, nothing will run."""
-        cdef Job job = Job.make(function, arguments)
+        cdef Job job = Job.make(self, function, arguments)
         cdef bint has_thread
         self.promised += 1
         try:
@@ -166,7 +205,7 @@ cdef class CallbackThread:
             thread = threading.Thread(target=self._run, args=(token,), name=self.name, daemon=True)
             if self.token is not None and self.has_begun:  # one that was being started here has begun meanwhile
                 return True
-            self.token, self.thread, self.has_begun, self.ident = token, thread, False, 0
+            self.token, self.thread, self.has_begun = token, thread, False
             try:
                 thread.start()
             except RuntimeError:  # no thread to be had, or (3.12 on) the interpreter is ending
@@ -178,25 +217,21 @@ cdef class CallbackThread:
                 self.begun._wait(kb_now_ns() + 10 * MS, WAIT_SLICE)
         return True
 
-    def is_current(self) -> bool:
-        """Whether it is this thread that asks."""
-        return self.token is not None and self.ident == PyThread_get_thread_ident()
-
     def stop(self) -> None:
         """Ends the thread once all that was put has run; a later `put` starts another, which ends in the same way."""
         self.stopping = True
         self.changed.set()
 
     def join(self, timeout) -> None:
-        """As `stop`, and waits for the end, unless called on the thread itself."""
+        """As `stop`, and waits for the end, unless the caller comes from what it runs."""
         self.stop()
         thread = self.thread
-        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
+        if thread is not None and thread.ident is not None and not comes_from(self):
             thread.join(timeout)
 
     def _run(self, token) -> None:
         if token is not None and self.token is token:
-            self.ident, self.has_begun = PyThread_get_thread_ident(), True
+            self.has_begun = True
             self.begun.set()
             self._work(token)
 
@@ -214,7 +249,7 @@ cdef class CallbackThread:
             elif token is None:
                 return 0
             elif self.stopping and not self.promised:
-                self.token, self.ident = None, 0
+                self.token = None
                 return 0
             else:
                 self.changed._wait(INT64_MAX, INT64_MAX // 2)
@@ -231,6 +266,16 @@ cdef void nap() noexcept:
 
 
 # -- event loops
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """The running event loop of asyncio. Raises RuntimeError where there is none."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "kbatch.aio needs a running event loop of asyncio, and there is none here; under trio, have a thread use "
+            "kbatch.Producer, as trio.to_thread.run_sync does") from None
+
 
 def call_on_loop(loop, function) -> bool:
     """Has `loop` call the function soon, whatever the lack of memory; false if it is closed and so never will."""
@@ -250,18 +295,21 @@ def call_on_loop(loop, function) -> bool:
 cdef class TaskStarter:
     """Starts a coroutine as a task of the running event loop, once, when it is called from whatever thread."""
 
-    cdef object loop
+    cdef readonly object loop
     cdef object context
-    cdef object make   # makes the coroutine
-    cdef object tasks  # a set that has the task as long as it runs: a loop itself keeps weak references
-    cdef object lost   # called if the loop is closed
+    cdef object make      # makes the coroutine
+    cdef object started   # a set that has this from here to the task's end: a loop itself keeps weak references
+    cdef object lost      # called if the loop is closed
+    cdef object dropped   # called if the task was cancelled
     cdef object coroutine
-    cdef object task
+    cdef readonly Call call  # what the task comes from
+    cdef readonly object task
 
-    def __cinit__(self, make, tasks, lost=None):
-        self.loop = asyncio.get_running_loop()
+    def __cinit__(self, make, started, lost=None, dropped=None):
+        self.loop = running_loop()
         self.context = contextvars.copy_context()
-        self.make, self.tasks, self.lost = make, tasks, lost
+        self.make, self.started, self.lost, self.dropped = make, started, lost, dropped
+        self.call = Call()
 
     def __call__(self) -> None:
         if not call_on_loop(self.loop, self._start):
@@ -275,16 +323,26 @@ cdef class TaskStarter:
                 if self.task is None:
                     if self.coroutine is None:
                         self.coroutine = self.make()  # one: it runs once, however often a task of it is made
-                    self.task = self.context.run(self.loop.create_task, self.coroutine)
+                    self.started.add(self)  # first: an eager task runs within the call that makes it
+                    self.task = self.context.run(self._create)
                     self.coroutine = None
-                    self.tasks.add(self.task)
-                    self.task.add_done_callback(self.tasks.discard)
+                    self.task.add_done_callback(self._end)
                 return
             except MemoryError:  # who waits for the callback would wait for ever
                 nap()
             except BaseException:  # Ctrl-C within asyncio's own code
                 self.loop.call_soon(self._start)
                 raise
+
+    def _create(self):
+        self.call.__enter__()
+        return self.loop.create_task(self.coroutine)
+
+    def _end(self, task) -> None:
+        self.call._end()
+        self.started.discard(self)
+        if self.dropped is not None and task.cancelled():
+            self.dropped()
 
 
 @cython.final
@@ -362,7 +420,7 @@ cdef class LoopWaker:
     cdef bint has_come
 
     def __cinit__(self):
-        self.loop = asyncio.get_running_loop()
+        self.loop = running_loop()
         self.future = self.loop.create_future()
         self.arrivals = _arrivals.get(self.loop) or begin_arrivals(self.loop)
         if self.arrivals.is_woken:
@@ -480,7 +538,7 @@ cdef class Turn:
         cdef TurnLine line
         if turns is None:
             raise TypeError("made by Turns only")
-        loop = asyncio.get_running_loop()
+        loop = running_loop()
         turns.forget_closed_loops()
         line = TurnLine.__new__(TurnLine)
         line.loop = loop

@@ -173,26 +173,19 @@ cdef void client_drop(Client *c) noexcept nogil:
     kb_free(c)
 
 
-cdef Topic *client_topic(Client *c, const char *name, Py_ssize_t length, bint make) noexcept nogil:
-    # The entry of this name; NULL if there is none, or with `make` when memory is short. Names are few and never
-    # removed. `name` may hold NULs if it is not `make`.
-    cdef Topic *topic
+cdef Topic *make_topic(Client *c, const char *name, Py_ssize_t length) noexcept nogil:
+    # NULL when memory is short. Who makes it sees to it that there is one of a name.
+    cdef Topic *topic = <Topic *> kb_calloc(1, sizeof(Topic))
+    if topic == NULL:
+        return NULL
+    topic.name = <char *> kb_malloc(length + 1)
+    if topic.name == NULL:
+        kb_free(topic)
+        return NULL
+    memcpy(topic.name, name, length + 1)
     kb_mutex_lock(&c.mu)
-    topic = c.topics
-    while topic != NULL and (topic.length != length or memcmp(topic.name, name, length) != 0):
-        topic = topic.next
-    if topic == NULL and make:
-        topic = <Topic *> kb_calloc(1, sizeof(Topic))
-        if topic != NULL:
-            topic.name = <char *> kb_malloc(length + 1)
-            if topic.name == NULL:
-                kb_free(topic)
-                topic = NULL
-            else:
-                memcpy(topic.name, name, length + 1)
-                topic.length = length
-                topic.next = c.topics
-                c.topics = topic
+    topic.next = c.topics
+    c.topics = topic
     kb_mutex_unlock(&c.mu)
     return topic
 
@@ -1104,7 +1097,7 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
     cdef int answer
     cdef int64_t now
     cdef bint done
-    if batch.in_line and not batch.detached:
+    if not batch.detached and batch.in_line:
         answer = take_turn(c, batch)
         if answer == AGAIN:
             return AGAIN
@@ -1293,7 +1286,9 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
         if event == NULL:
             break
         api.event_destroy(event)
-    topic = c.topics
+    kb_mutex_lock(&c.mu)
+    topic = c.topics  # what is mapped meanwhile has no handle
+    kb_mutex_unlock(&c.mu)
     while topic != NULL:
         if topic.handle != NULL:
             api.topic_destroy(topic.handle)

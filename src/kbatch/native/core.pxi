@@ -225,7 +225,7 @@ cdef class Batch:
         # `done` and the registration; a new list could, through a garbage collection.
         cdef Client *c = self.state.client
         cdef Dispatcher dispatcher = self.core.dispatcher
-        cdef Job job = Job.make(callback, (self,))
+        cdef Job job = Job.make(dispatcher.callback_thread, callback, (self,))
         cdef list fresh = [job if waker is None else waker]
         cdef bint done
         self.core._check_fork()
@@ -389,6 +389,7 @@ cdef class Core:
     cdef int64_t mapped
     cdef int64_t map_ns
     cdef int64_t unreleased           # batches that were taken and not given back yet
+    cdef dict topics                  # of each name, an exact str, the address of its Topic
     cdef readonly Undelivered undelivered  # failures that nobody was told of
 
     def __cinit__(self):
@@ -397,6 +398,7 @@ cdef class Core:
         if self.c == NULL:
             raise MemoryError("no memory for a client")
         self.c.life = CLOSED  # without __init__ it takes nothing
+        self.topics = {}
 
     def __init__(self, Config config not None, Mapper mapper not None, Dispatcher dispatcher not None, *,
                  int64_t max_in_flight, int64_t queue_max_messages, int64_t queue_max_bytes, double delivery_timeout_s,
@@ -974,7 +976,7 @@ cdef class Core:
         except BaseException:
             if wait_for == FOR_BATCH:
                 batch._wait_no_longer()
-            if state.in_line and not state.detached:
+            if not state.detached and state.in_line:
                 end_enqueueing(c, state, SHUT)
             kb_mutex_lock(&c.mu)
             nudge_drainer(c)
@@ -1256,19 +1258,19 @@ cdef class TokenRefresh:
     Here rather than in Python: a traceback with local variables must show neither the token nor the configuration.
     """
 
-    cdef object oauth_cb
+    cdef readonly object user_callback
     cdef object find_core
     cdef str config
 
     def __init__(self, oauth_cb, str config, find_core):
-        self.oauth_cb, self.config, self.find_core = oauth_cb, config, find_core
+        self.user_callback, self.config, self.find_core = oauth_cb, config, find_core
 
-    def run(self) -> None:
+    def __call__(self) -> None:
         cdef Core core = self.find_core()
         if core is None:
             return
         try:
-            core.set_oauth_token(self.oauth_cb(self.config))
+            core.set_oauth_token(self.user_callback(self.config))
         except ProducerClosedError:
             return  # nobody needs it any more
         except BaseException as error:
@@ -1402,7 +1404,7 @@ cdef class Dispatcher:
         self.c = NULL
 
     def _join(self, timeout) -> None:
-        """Waits for the thread and the callback thread to end, unless called on one of them."""
+        """Waits for the thread and the callback thread to end, unless the caller comes from one of them."""
         cdef int64_t deadline = deadline_after(timeout)
         if self.thread is not None and self.thread is not threading.current_thread():
             self.thread.join(timeout)

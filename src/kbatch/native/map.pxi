@@ -243,6 +243,7 @@ cdef class _Mapping:
     cdef object default_topic
     cdef object last_topic
     cdef Topic *last_topic_entry
+    cdef dict topics             # those of the batch, as `Core.topics` has them
     cdef object last_type
     cdef object last_type_name
     cdef tuple hook_headers
@@ -384,28 +385,40 @@ cdef class _Mapping:
         if topic is not self.last_topic or self.last_topic_entry == NULL:
             self.last_topic_entry = self._find_topic(topic)
             self.last_topic = topic
-            if not note_topic(self.state, self.last_topic_entry):
-                self.last_topic_entry = NULL
-                raise MemoryError("no memory for a topic")
         record.topic = self.last_topic_entry
         return 0
 
     cdef Topic *_find_topic(self, object topic) except NULL:
+        # The entry of this name, which is among the topics of the batch from here on.
+        cdef dict known = self.batch.core.topics
         cdef Topic *entry
         cdef Py_ssize_t length
         cdef const char *p
         if topic is None:
             raise self._error("topic", "the envelope has no topic and the batch has none either")
         p = self._text(topic, "topic", &length)
-        entry = client_topic(self.client, p, length, False)
-        if entry == NULL:
+        if type(topic) is not str:
+            topic = PyUnicode_FromObject(topic)  # which has the hash and the equality that are its own
+        address = self.topics.get(topic)
+        if address is not None:
+            return <Topic *> <size_t> address
+        address = known.get(topic)
+        if address is None:
             if not _LEGAL_TOPIC(topic):
                 raise self._error(
                     "topic",
                     f"topic {shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
-            entry = client_topic(self.client, p, length, True)
+            address = known.get(topic)  # a finalizer may have sent to it meanwhile
+        if address is None:
+            entry = make_topic(self.client, p, length)
             if entry == NULL:
                 raise MemoryError("no memory for a topic")
+            address = known[topic] = <size_t> entry
+        entry = <Topic *> <size_t> address
+        self.topics[topic] = address
+        if not note_topic(self.state, entry):
+            del self.topics[topic]
+            raise MemoryError("no memory for a topic")
         return entry
 
     cdef int _map_key(self, Record *record) except -1:
@@ -862,7 +875,7 @@ cdef class _Mapping:
             return self._map_until(end_ns)
         except MemoryError:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:  # nothing is awaited here: nobody has cancelled the caller
             if self.hears_signals:
                 raise  # a signal handler's
             raise self._as_rejection(error)
@@ -951,6 +964,7 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     mapping.mapper, mapping.batch = mapper, batch
     mapping.client, mapping.state = client, state
     mapping.kept = batch.kept = []
+    mapping.topics = {}
     mapping.index = -1
     if reject:
         mapping.rejected = []
@@ -964,7 +978,7 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
             mapping.hook_headers = _header_pairs(hook) if hook is not None else ()
         except MemoryError:
             raise
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             raise SerializationError(
                 f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook"
             ) from error

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch import aio
 from kbatch._base_producer import BaseProducer, check_timeout
-from kbatch._callbacks import call_fault
+from kbatch._callbacks import call_fault, is_coroutine_function
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope, monotonic
@@ -299,6 +299,8 @@ class _InMemory(BaseProducer):
         wrong = None if when is None else call_fault(when, "envelope")
         if wrong is not None:
             raise TypeError(f"when {wrong}")
+        if is_coroutine_function(when):
+            raise TypeError("when must not be a coroutine function: nothing awaits its answer")
         if stored and not possibly_persisted:
             raise ValueError("stored=True needs possibly_persisted=True: what is told as not persisted is never stored")
         fault = Fault(

@@ -1,0 +1,188 @@
+"""What fails is freed by its references, without a garbage collection: nothing holds itself by a traceback."""
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, OutgoingBatch, aio
+from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing._memory import _InMemory
+
+UNMAPPABLE = Envelope(object())
+
+
+class Ignoring(kbatch.SenderCallback):
+    def mark_processing_failure(self, batch: OutgoingBatch, error: kbatch.KbatchError) -> None:
+        pass
+
+    mark_serialization_failure = mark_processing_failure
+
+
+class AioIgnoring(aio.SenderCallback):
+    async def mark_processing_failure(self, batch: OutgoingBatch, error: kbatch.KbatchError) -> None:
+        pass
+
+    mark_serialization_failure = mark_processing_failure
+
+
+def fail(producer: _InMemory) -> None:
+    producer.fail("NOT_ENOUGH_REPLICAS")
+
+
+def refuse_all(producer: _InMemory) -> None:
+    producer.fail("MSG_SIZE_TOO_LARGE", times=2)
+
+
+def do_nothing(producer: _InMemory) -> None:
+    pass
+
+
+def made_of(garbage: list[Any]) -> set[str]:
+    return {type(each).__qualname__ for each in garbage} | {
+        each.f_code.co_qualname if hasattr(each.f_code, "co_qualname") else each.f_code.co_name
+        for each in garbage
+        if hasattr(each, "f_code")
+    }
+
+
+@pytest.fixture
+def uncollected() -> Iterator[Callable[[], set[str]]]:
+    """What the garbage collector would have to free since the last call."""
+
+    def look() -> set[str]:
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            gc.collect()
+            return made_of(gc.garbage)
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+            gc.collect()
+
+    gc.collect()
+    gc.disable()
+    try:
+        yield look
+    finally:
+        gc.enable()
+
+
+def inline(producer: Any) -> Callable[[Envelope[Any]], object]:
+    return kbatch.InlineSender(producer, "orders").send
+
+
+def batch(producer: Any) -> Callable[[Envelope[Any]], object]:
+    return lambda envelope: producer.send_batch("orders", [envelope]).raise_for_errors()
+
+
+def submit(producer: Any) -> Callable[[Envelope[Any]], object]:
+    return lambda envelope: producer.submit("orders", [envelope]).wait().raise_for_errors()
+
+
+def contract(producer: Any) -> Callable[[Envelope[Any]], object]:
+    sender = kbatch.KafkaSender(producer, "orders")
+    return lambda envelope: sender.send_batch(Ignoring(), OutgoingBatch([envelope]))
+
+
+FAULTS = [
+    pytest.param(do_nothing, Envelope(1), id="nothing fails"),
+    pytest.param(fail, Envelope(1), id="not acknowledged"),
+    pytest.param(refuse_all, Envelope(1), id="sent again alone"),
+    pytest.param(do_nothing, UNMAPPABLE, id="cannot be mapped"),
+    pytest.param(lambda producer: producer.close(), Envelope(1), id="closed"),
+]
+
+
+@pytest.mark.parametrize("way", [inline, batch, submit, contract])
+@pytest.mark.parametrize(("fault", "envelope"), FAULTS)
+def test_what_a_thread_sends(
+    way: Any, fault: Callable[[_InMemory], object], envelope: Envelope[Any], uncollected: Callable[[], set[str]]
+) -> None:
+    producer = MemoryProducer()
+    send = way(producer)
+
+    def once() -> None:
+        fault(producer)
+        with contextlib.suppress(kbatch.KbatchError):
+            send(envelope)
+
+    once()
+    uncollected()
+    once()
+    assert uncollected() == set()
+    producer.close()
+
+
+def aio_inline(producer: Any) -> Callable[[Envelope[Any]], Awaitable[object]]:
+    return aio.InlineSender(producer, "orders").send
+
+
+def aio_batch(producer: Any) -> Callable[[Envelope[Any]], Awaitable[object]]:
+    async def send(envelope: Envelope[Any]) -> None:
+        (await producer.send_batch("orders", [envelope])).raise_for_errors()
+
+    return send
+
+
+def aio_contract(producer: Any) -> Callable[[Envelope[Any]], Awaitable[object]]:
+    sender = aio.KafkaSender(producer, "orders")
+    return lambda envelope: sender.send_batch(AioIgnoring(), OutgoingBatch([envelope]))
+
+
+AIO_FAULTS = [*FAULTS[:-1], pytest.param(lambda producer: producer._core.close(), Envelope(1), id="closed")]
+
+
+@pytest.mark.parametrize("way", [aio_inline, aio_batch, aio_contract])
+@pytest.mark.parametrize(("fault", "envelope"), AIO_FAULTS)
+def test_what_a_task_sends(
+    way: Any, fault: Callable[[_InMemory], object], envelope: Envelope[Any], uncollected: Callable[[], set[str]]
+) -> None:
+    async def main() -> None:
+        producer = AioMemoryProducer()
+        send = way(producer)
+
+        async def once() -> None:
+            fault(producer)
+            with contextlib.suppress(kbatch.KbatchError):
+                await send(envelope)
+
+        await once()
+        uncollected()
+        await once()
+        assert uncollected() == set()
+        await producer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine function"])
+def test_what_a_callback_raises(kind: str, uncollected: Callable[[], set[str]]) -> None:
+    async def on_failed(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        raise ZeroDivisionError
+
+    def plain(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        raise ZeroDivisionError
+
+    async def main() -> None:
+        callback: Any = plain if kind == "function" else on_failed
+        sender = aio.BatchedSender(
+            aio.SendingAgent(AioMemoryProducer(), "orders", on_failed=callback), batch_timeout_ms=0
+        )
+
+        async def once() -> None:
+            await sender.send(UNMAPPABLE)
+            with pytest.raises(kbatch.UndeliveredError):
+                await sender.flush(30)
+
+        await once()
+        uncollected()
+        await once()
+        assert {name for name in uncollected() if "_call_back" in name or "on_failed" in name} == set()
+        await sender.close()
+
+    asyncio.run(main())
