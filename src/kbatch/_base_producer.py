@@ -15,6 +15,7 @@ from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import CallbackThread, Core, Mapper
 from kbatch._pending import PendingBatch
+from kbatch._text import counted
 from kbatch._transactions import Transactions
 
 if TYPE_CHECKING:
@@ -200,7 +201,10 @@ class BaseProducer:
         self._core.undelivered.raise_beside(error, held=True)
         left = self._core.in_flight()
         if left and error is None:  # librdkafka did not give them back within the time
-            raise UndeliveredError(f"{left} messages were still in flight when the producer was closed", count=left)
+            raise UndeliveredError(
+                f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed",
+                count=left,
+            )
 
 
 def check_timeout(timeout: float | None) -> None:

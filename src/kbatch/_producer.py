@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._errors import BatchPending
 from kbatch._pending import PendingBatch
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -79,7 +80,9 @@ class Producer(BaseProducer):
         end = None if timeout is None else time.monotonic() + timeout
         self._core.map(batch, topic, envelopes)
         if not self._send(batch, None if end is None else end - time.monotonic()):
-            raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
+            raise BatchPending(
+                f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
+            )
         return batch.report
 
     def submit(

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a wish to stop, for the time of a ``with`` block.
+    """Ctrl-C, SIGTERM and SIGHUP as a wish to stop, for the time of a ``with`` block.
 
     The first signal sets `signal_number`, which the work looks at between its steps. When `grace_s` have passed since,
     or at the second signal, `abort` is called, once, in a thread of its own: it must make every wait of the work end.
@@ -30,7 +30,10 @@ class Interrupt:
         return 128 + (self.signal_number or 0)
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 

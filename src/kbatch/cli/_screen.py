@@ -1,3 +1,4 @@
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from kbatch._text import printable
+
 
 class Bar:
     """A progress bar, or nothing at all where nobody sees it."""
@@ -30,45 +33,94 @@ class Bar:
         self._progress.update(self._task, completed=completed, note=note)
 
 
+class Stream:
+    """Standard output or standard error: it may be closed, full, a pipe that nobody reads or a terminal that is gone.
+
+    Writing never raises: what became of the messages does not depend on whether anybody is told. `error` is the first
+    failure.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        # Not every encoding has every character.
+        self._try(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("")
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except ValueError:  # it is closed
+            return False
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError("there is no such stream")
+        return self._stream.fileno()
+
+    def _try(self, text: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            self.error = self.error or error
+            # What is left in the buffer must not fail again at the exit, and change the exit status there.
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+        except ValueError:  # it is closed
+            pass
+
+
 class Screen:
     """What the user sees: results on standard output, everything else on standard error, a bar on a terminal only."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._err = Console(stderr=True)
+        #: Whether standard output is for something else, so that results go to standard error as well.
+        self.output_is_taken = False
 
     def say(self, text: str) -> None:
         """A result."""
-        _write(sys.stdout, text)
+        stream = self._results()
+        stream.write(printable(text) + "\n")
+        self._look_at(stream)
 
     def tell(self, text: str) -> None:
         """A problem, or a remark on the way."""
-        _write(sys.stderr, f"kbatch: {text}")
+        Stream(sys.stderr).write(f"kbatch: {printable(text)}\n")
 
     def show(self, table: Table) -> None:
         """A result as a table."""
-        Console().print(table)
+        stream = self._results()
+        Console(file=stream).print(table)  # type: ignore[arg-type]
+        self._look_at(stream)
 
     @contextmanager
     def bar(self, label: str, total: float | None, *, of_bytes: bool = False) -> Iterator[Bar]:
-        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         columns.append(DownloadColumn() if of_bytes else MofNCompleteColumn())
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
-        visible = not self.quiet and self._err.is_terminal
-        with Progress(*columns, console=self._err, disable=not visible, transient=True) as progress:
+        stream = Stream(sys.stderr)
+        # Not what rich takes for a terminal: FORCE_COLOR makes it take a pipe for one.
+        visible = not self.quiet and stream.isatty()
+        console = Console(file=stream)  # type: ignore[arg-type]
+        with Progress(*columns, console=console, disable=not visible, transient=True) as progress:
             yield Bar(progress, progress.add_task(label, total=total, note=""))
 
+    def _results(self) -> Stream:
+        return Stream(sys.stderr if self.output_is_taken else sys.stdout)
 
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _write(stream: TextIO, text: str) -> None:
-    # Names of files may hold bytes that are no text in the stream's encoding.
-    encoding = stream.encoding or "utf-8"
-    try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
-    except BrokenPipeError:
-        # Whoever read it has gone (``| head``); that must not change the exit status, nor fail again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    def _look_at(self, stream: Stream) -> None:
+        # That a reader went away (``| head``) is nothing to tell.
+        if stream.error is not None and not isinstance(stream.error, BrokenPipeError) and not self.output_is_taken:
+            self.tell(f"cannot write to standard output: {os.strerror(stream.error.errno or 0)}")
