@@ -15,7 +15,7 @@ from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import CallbackThread, Core, Mapper
 from kbatch._pending import PendingBatch
-from kbatch._text import counted
+from kbatch._text import counted, printable
 from kbatch._transactions import Transactions
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ class BaseProducer:
             return f"<{self._shown} refused>"  # in a traceback of the constructor
         name = self._core.name()
         state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
-        return f"<{self._shown} {name or ''}{' ' if name else ''}{state}>"
+        return f"<{self._shown} {printable(name or '')}{' ' if name else ''}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(

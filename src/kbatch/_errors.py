@@ -116,6 +116,9 @@ class KbatchError(Exception):
 
     report: DeliveryReport | None = None
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The arguments of __init__ need not be Exception's args: rebuild without calling it.
         return _rebuild, (type(self), self.args, self._state())

@@ -1042,9 +1042,9 @@ def test_closed_and_full_streams_change_nothing(streams, topic, servers, shared_
     done = shell("demo", "--count", 100, "--one-at-a-time", 0)
     assert done.returncode == 0, done
     assert b"Traceback" not in done.stdout + done.stderr
-    for arguments in (["--version"], ["--help"], ["produce", "-h"]):
+    for arguments, status in ((["--version"], 0), (["--help"], 0), (["produce", "-h"], 0), (["produce"], 2)):
         done = shell(*arguments)
-        assert done.returncode in (0, 1)
+        assert done.returncode == status
         assert b"Traceback" not in done.stdout + done.stderr
 
 
@@ -1073,6 +1073,10 @@ def test_what_comes_from_outside_cannot_write_on_the_terminal(topic, servers, li
     assert_one_line(run("produce", lines_file("1"), *arguments, "-X", "\x1b[2J\n=1"), 2, "\\x1b[2J")
     _, out, err = run("produce", lines_file("bad\n", "x"), *arguments, "--rejects", tmp_path / "a\x1b[2J")
     assert "they are in " in out
+    assert "\x1b" not in out + err
+    status, out, err = run("produce", "a", name, *arguments)  # as a shell's * gives them
+    assert status == 2
+    assert "(a\\x1b[2Jb\\" in err
     assert "\x1b" not in out + err
 
 

@@ -61,6 +61,21 @@ def test_errors_show_foreign_text_on_one_line() -> None:
     producer.close()
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"a\nkbatch: all is well": "1"},
+        {"compression.codec": "a\nkbatch: all is well"},
+        {"acks": "all", "linger.ms": "a\x1b[2J"},
+    ],
+)
+def test_the_text_of_every_error_is_one_line(config: dict[str, str]) -> None:
+    with pytest.raises(kbatch.ConfigError) as caught:
+        kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", **config})
+    assert str(caught.value).isprintable()
+    assert str(kbatch.BatchPending("a\nb", None)) == str(kbatch.SenderFullError("a\nb")) == "a\\nb"
+
+
 def test_lines_of_librdkafka_are_one_line_each() -> None:
     got: list[str] = []
 

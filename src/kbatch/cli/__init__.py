@@ -11,7 +11,7 @@ def main() -> None:
     _fill_standard_descriptors()
     try:
         from kbatch.cli._app import app
-        from kbatch.cli._screen import Stream
+        from kbatch.cli._screen import plain_streams
     except KeyboardInterrupt:
         print("kbatch: interrupted", file=sys.stderr)
         sys.exit(130)
@@ -23,13 +23,8 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    try:
+    with plain_streams():
         app(prog_name="kbatch")
-    except OSError as error:  # of the help, which the framework writes
-        for stream in (sys.stdout, sys.stderr):
-            Stream(stream).flush()
-        Stream(sys.stderr).write(f"kbatch: {error.strerror or error}\n")
-        sys.exit(1)
 
 
 def _fill_standard_descriptors() -> None:

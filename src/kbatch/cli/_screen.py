@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,42 @@ class Stream:
             pass
 
 
+class PlainStream:
+    """What stands for `sys.stdout` and `sys.stderr`, for whoever writes what was typed or found as it is.
+
+    The framework does, and the standard library's logging.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.encoding = stream.encoding
+        self.flush, self.isatty, self.fileno = stream.flush, stream.isatty, stream.fileno
+
+    def write(self, text: str) -> int:
+        pieces = re.split(r"([\n\t])", text)
+        self.stream.write("".join(piece if piece in ("\n", "\t") else printable(piece) for piece in pieces))
+        return len(text)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """For the time of a command: the standard streams are plain, and at its end what was not written is told."""
+    before = sys.stdout, sys.stderr
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    sys.stdout, sys.stderr = PlainStream(out), PlainStream(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        # That a reader went away (``| head``) is nothing to tell.
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            err.write(f"kbatch: cannot write to standard output: {os.strerror(out.error.errno or 0)}\n")
+
+
+def _stream(standard: TextIO | None) -> Stream:
+    return standard.stream if isinstance(standard, PlainStream) else Stream(standard)
+
+
 class Screen:
     """What the user sees: results on standard output, everything else on standard error, a bar on a terminal only."""
 
@@ -91,26 +128,22 @@ class Screen:
 
     def say(self, text: str) -> None:
         """A result."""
-        stream = self._results()
-        stream.write(printable(text) + "\n")
-        self._look_at(stream)
+        self._results().write(printable(text) + "\n")
 
     def tell(self, text: str) -> None:
         """A problem, or a remark on the way."""
-        Stream(sys.stderr).write(f"kbatch: {printable(text)}\n")
+        _stream(sys.stderr).write(f"kbatch: {printable(text)}\n")
 
     def show(self, table: Table) -> None:
         """A result as a table."""
-        stream = self._results()
-        Console(file=stream).print(table)  # type: ignore[arg-type]
-        self._look_at(stream)
+        Console(file=self._results()).print(table)  # type: ignore[arg-type]
 
     @contextmanager
     def bar(self, label: str, total: float | None, *, of_bytes: bool = False) -> Iterator[Bar]:
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         columns.append(DownloadColumn() if of_bytes else MofNCompleteColumn())
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
-        stream = Stream(sys.stderr)
+        stream = _stream(sys.stderr)
         # Not what rich takes for a terminal: FORCE_COLOR makes it take a pipe for one.
         visible = not self.quiet and stream.isatty()
         console = Console(file=stream)  # type: ignore[arg-type]
@@ -118,9 +151,4 @@ class Screen:
             yield Bar(progress, progress.add_task(label, total=total, note=""))
 
     def _results(self) -> Stream:
-        return Stream(sys.stderr if self.output_is_taken else sys.stdout)
-
-    def _look_at(self, stream: Stream) -> None:
-        # That a reader went away (``| head``) is nothing to tell.
-        if stream.error is not None and not isinstance(stream.error, BrokenPipeError) and not self.output_is_taken:
-            self.tell(f"cannot write to standard output: {os.strerror(stream.error.errno or 0)}")
+        return _stream(sys.stderr if self.output_is_taken else sys.stdout)
