@@ -13,6 +13,7 @@ from kbatch.cli._failure import USAGE, Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
 _CREATION_S = 5.0
+_LONGEST_S = 60.0  # librdkafka takes milliseconds as an int
 
 
 class _Question(threading.Thread):
@@ -46,11 +47,11 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float, connectio
     except (KafkaException, ValueError) as error:
         # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
         reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
-        raise Failure(reason, USAGE) from None
+        raise Failure(reason.removeprefix("Failed to create admin client: "), USAGE) from None
     end = time.monotonic() + timeout_s
     known_by = time.monotonic() + min(timeout_s, _CREATION_S)
     while True:
-        question = _Question(admin, topic, max(0.1, end - time.monotonic()))
+        question = _Question(admin, topic, max(0.1, min(_LONGEST_S, end - time.monotonic())))
         while question.is_alive():
             question.join(0.1)
             admin.poll(0)

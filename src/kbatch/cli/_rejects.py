@@ -75,7 +75,7 @@ class Rejects:
             self._file = os.fdopen(descriptor, "wb")
             os.chmod(self._beside, self._mode)
         except OSError as error:
-            raise self._failure(error) from None
+            raise self._failure(error, USAGE) from None
 
     def write(self, *pieces: bytes) -> None:
         """Raises `Failure`, once; from then on it writes nothing."""
@@ -108,7 +108,7 @@ class Rejects:
         except OSError as error:
             raise self._failure(error) from None
 
-    def _failure(self, error: OSError) -> Failure:
+    def _failure(self, error: OSError, status: int = 1) -> Failure:
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):
@@ -120,7 +120,7 @@ class Rejects:
                     text += f"; {self._beside} has what was written"
                 else:
                     os.unlink(self._beside)
-        return Failure(text)
+        return Failure(text, status)
 
 
 def _standard_descriptor(status: os.stat_result | None) -> int | None:
