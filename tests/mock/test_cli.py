@@ -732,6 +732,23 @@ def test_it_says_that_no_broker_answers_before_the_time_is_over():
     assert (text.decode() + err).count("no answer") == 1
 
 
+def test_it_says_that_a_broker_is_silent():
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        running = Running("-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}")
+        feed(running, [b"1"])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1)
+        os.kill(cluster.pid, signal.SIGSTOP)
+        feed(running, [b"2"])
+        assert running.process.stderr.readline() == b"kbatch: nothing was acknowledged for 10 s; it is waited for\n"
+        os.kill(cluster.pid, signal.SIGCONT)
+        assert running.process.stderr.readline() == b"kbatch: brokers answer again\n"
+        running.process.stdin.close()
+        status, out, _ = running.end()
+    assert status == 0
+    assert out.startswith("2 of 2 lines acknowledged")
+
+
 def test_it_says_that_the_broker_went_away_and_came_back():
     with MockCluster(process=True) as cluster:
         cluster.create_topic("t", 1)

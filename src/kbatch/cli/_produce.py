@@ -120,6 +120,7 @@ class Sender:
         self._connection = connection
         self._flights: deque[tuple[kbatch.PendingBatch, Batch]] = deque()
         self._in_flight = 0
+        self._waits_since = 0.0
         self._end_offset = 0
         self._named = 0
         self._oversized = 0
@@ -248,6 +249,8 @@ class Sender:
                 return batch
             else:
                 batch.envelopes.clear()  # the pending batch holds what it needs
+                if not self._flights:
+                    self._waits_since = time.monotonic()
                 self._flights.append((pending, batch))
                 self._in_flight += len(batch.lines)
                 break
@@ -274,6 +277,7 @@ class Sender:
             self._show()
             return
         self._flights.popleft()
+        self._waits_since = time.monotonic()
         self._in_flight -= len(batch.lines)
         tally = self.tally
         tally.acknowledged += report.acked
@@ -322,7 +326,7 @@ class Sender:
             self._screen.tell("more lines fail; they are counted, and named no longer")
 
     def _show(self) -> None:
-        self._connection.look()
+        self._connection.look(self._waits_since if self._flights else None)
         note = f"{self.tally.acknowledged:,} acknowledged"
         if self.tally.bad or self.tally.lost:
             note += f", {self.tally.bad + self.tally.lost:,} not"
