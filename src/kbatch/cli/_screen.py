@@ -1,8 +1,9 @@
 import contextlib
+import functools
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -14,7 +15,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -26,12 +26,12 @@ from kbatch._text import printable
 class Bar:
     """A progress bar, or nothing at all where nobody sees it."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+    def __init__(self, update: Callable[..., object] | None = None) -> None:
+        self._update = update
 
     def show(self, completed: float, note: str = "") -> None:
-        self._progress.update(self._task, completed=completed, note=note)
+        if self._update is not None:
+            self._update(completed=completed, note=note)
 
 
 class Stream:
@@ -140,15 +140,17 @@ class Screen:
 
     @contextmanager
     def bar(self, label: str, total: float | None, *, of_bytes: bool = False) -> Iterator[Bar]:
+        stream = _stream(sys.stderr)
+        # Not what rich takes for a terminal: FORCE_COLOR makes it take a pipe for one.
+        if self.quiet or not stream.isatty():
+            yield Bar()
+            return
         columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         columns.append(DownloadColumn() if of_bytes else MofNCompleteColumn())
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
-        stream = _stream(sys.stderr)
-        # Not what rich takes for a terminal: FORCE_COLOR makes it take a pipe for one.
-        visible = not self.quiet and stream.isatty()
         console = Console(file=stream)  # type: ignore[arg-type]
-        with Progress(*columns, console=console, disable=not visible, transient=True) as progress:
-            yield Bar(progress, progress.add_task(label, total=total, note=""))
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield Bar(functools.partial(progress.update, progress.add_task(label, total=total, note="")))
 
     def _results(self) -> Stream:
         return _stream(sys.stderr if self.output_is_taken else sys.stdout)
