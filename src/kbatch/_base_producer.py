@@ -177,7 +177,7 @@ class BaseProducer:
             )
 
     def _map(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> list[Any]:
-        """What phase 1 makes of the envelopes, for tests; starts nothing."""
+        """What phase 1 makes of the envelopes; starts nothing."""
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         return self._core.records(batch)

@@ -20,8 +20,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kbatch
+from kbatch._base_producer import _WIRES
 from kbatch.cli import _demo, _json_line
-from kbatch.cli._app import app
+from kbatch.cli._app import Wire, app
 from kbatch.cli._failure import Failure
 from kbatch.cli._json_line import BadLine, key_reader
 from kbatch.cli._lines import Block, LineSource, Piece
@@ -513,7 +514,12 @@ def test_wrong_settings(lines_file, servers):
     status, _, err = run_here(*produce, "--wire", "morse")
     assert status == 2
     assert "'morse' is not one of 'kbatch', 'wolverine', 'cloudevents', 'raw'" in err
+    assert [wire.value for wire in Wire] == list(_WIRES)
     assert_one_line(run_here(*produce, "--wire", "cloudevents"), 2, "--wire cloudevents needs --source")
+    cloud_events = ["--wire", "cloudevents", "--source", "till"]
+    assert_one_line(
+        run_here(*produce, *cloud_events, "--message-type", ""), 2, "message_type is empty, which the cloud"
+    )
     for name in ("", "a b", "..", "a" * 250, "orders\n"):
         assert_one_line(run_here(*produce, "-t", name), 2, "--topic must be 1 to 249 letters, digits, '.', '_' and '-'")
     config = lines_file("# a comment\n\nlinger.ms = 5\nacks\n", "settings")

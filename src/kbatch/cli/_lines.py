@@ -94,8 +94,12 @@ class LineSource:
         #: Its permissions; None for what is no file.
         self.mode = None if self.size is None else stat.S_IMODE(status.st_mode)
         if self.size is not None and hasattr(os, "pread"):
-            with contextlib.suppress(OSError):  # told when it is read
-                self._check_kind(os.pread(self._file.fileno(), _LONGEST_BEGINNING, self._file.tell()))
+            try:
+                with contextlib.suppress(OSError):  # told when it is read
+                    self._check_kind(os.pread(self._file.fileno(), _LONGEST_BEGINNING, self._file.tell()))
+            except Failure:
+                self._file.close()
+                raise
 
     def start(self) -> None:
         self._thread.start()

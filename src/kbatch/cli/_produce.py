@@ -51,6 +51,12 @@ class Job:
     connect_timeout_s: float
     grace_s: float
 
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What each envelope has."""
+        fields = {"content_type": "application/json", "message_type": self.message_type, "source": self.source}
+        return {name: value for name, value in fields.items() if value is not None}
+
 
 @dataclass
 class Batch:
@@ -124,15 +130,7 @@ class Sender:
         self._end_offset = 0
         self._named = 0
         self._oversized = 0
-        self._fields: dict[str, Any] = {
-            name: value
-            for name, value in (
-                ("content_type", "application/json"),
-                ("message_type", job.message_type),
-                ("source", job.source),
-            )
-            if value is not None
-        }
+        self._fields = job.fields
 
     def run(self, source: LineSource) -> None:
         """Sends until the input ends, the user stops it, or no more can be sent; then settles what is in flight."""
@@ -429,6 +427,11 @@ def _producer(job: Job, config: dict[str, Any], connection: Connection, screen: 
             )
         except kbatch.ConfigError as error:
             raise Failure(job.settings.explain(str(error)), USAGE) from None
+    try:
+        # What is wrong with this one is wrong with the options, not with the lines.
+        producer._map(job.topic, [kbatch.Envelope(data=b"0", **job.fields)])
+    except kbatch.SerializationError as error:
+        raise Failure(error.reason, USAGE) from None
     for warning in caught:
         screen.tell(f"warning: {warning.message}")
     return producer
