@@ -481,6 +481,22 @@ def test_wrong_files(topic, servers, lines_file, tmp_path):
         assert_one_line(run_here("produce", good, *arguments), 2, "Permission denied")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="platform: limits of a shell")
+def test_a_disk_that_becomes_full_leaves_the_last_rejects(topic, servers, lines_file, tmp_path):
+    rejects = tmp_path / "rejects"
+    rejects.write_text("of an earlier run\n")
+    command = [*COMMAND, "produce", str(lines_file("bad\n" * 5_000)), "-t", topic, "-X", servers]
+    shell = ["sh", "-c", 'ulimit -f 8; trap "" XFSZ; "$@"', "sh", *command, "--rejects", str(rejects)]
+    variables = environment(PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run(shell, capture_output=True, env=variables, timeout=60, text=True)
+    assert done.returncode == 1
+    (beside,) = rejects_beside(rejects)
+    told = f"kbatch: cannot write {rejects}: {os.strerror(errno.EFBIG)}; {tmp_path / beside} has what was written\n"
+    assert done.stderr.endswith(told)
+    assert (tmp_path / beside).read_text().startswith("bad\nbad\n")
+    assert rejects.read_text() == "of an earlier run\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="platform: /dev/full")
 def test_a_full_disk(topic, servers, lines_file):
     file = lines_file("bad line\n" * 100_000)
@@ -738,6 +754,7 @@ def test_it_says_that_no_broker_answers_before_the_time_is_over():
     assert (text.decode() + err).count("no answer") == 1
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 def test_it_says_that_a_broker_is_silent():
     with MockCluster(process=True) as cluster:
         cluster.create_topic("t", 1)
@@ -1047,6 +1064,8 @@ def test_no_bar_in_a_pipe_whatever_the_environment_says(variable, topic, servers
 @pytest.mark.skipif(os.name == "nt", reason="platform: a POSIX shell")
 @pytest.mark.parametrize("streams", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full"])
 def test_closed_and_full_streams_change_nothing(streams, topic, servers, shared_cluster, lines_file):
+    if "full" in streams and not os.path.exists("/dev/full"):
+        pytest.skip("platform: /dev/full")
     lines = [b"%d" % i for i in range(3_000)]
     lines[1_500] = b"bad"
     file = lines_file(b"\n".join(lines))
