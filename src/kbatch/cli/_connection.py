@@ -11,7 +11,6 @@ _TOLD_AFTER_S = 1.0
 _STALE_AFTER_S = 15.0  # librdkafka, which has tried again since then, would have said it again
 _NOT_AGAIN_S = 30.0
 _TOLD_AT_MOST = 10
-_STALLED_AFTER_S = 10.0
 # "… (after 3ms in state CONNECT, 4 identical error(s) suppressed)"
 _CIRCUMSTANCES = re.compile(r" \((?:after \d+ms|\d+ identical)[^()]*(?:\(s\)[^()]*)?\)")
 
@@ -40,14 +39,16 @@ class Connection:
         with self._mu:
             self._waiting.setdefault(_CIRCUMSTANCES.sub("", text), (time.monotonic(), text))
 
-    def look(self, waits_since: float | None = None) -> None:
-        """Tells what is due; to be called several times a second. `waits_since` is when something was sent last, or
-        answered, while anything waits for an answer: of a broker that is silent librdkafka says nothing for a minute.
+    def look(self, stall: str = "", since: float = 0.0, after_s: float = 0.0) -> None:
+        """Tells what is due; to be called several times a second.
+
+        While anything waits for an answer, `stall` says so when `after_s` have passed `since` the last one: of a broker
+        that is silent librdkafka says nothing for a minute.
         """
         now = time.monotonic()
-        if waits_since is not None and now - waits_since >= _STALLED_AFTER_S and not self._told:
-            self._told.add("")
-            self._screen.tell(f"nothing was acknowledged for {_STALLED_AFTER_S:.0f} s; it is waited for")
+        if stall and now - since >= after_s and not self._told:
+            self._told.add(stall)
+            self._screen.tell(f"{stall} for {after_s:g} s; it is waited for")
         if now - self._answered_at < _TOLD_AFTER_S:
             return
         with self._mu:

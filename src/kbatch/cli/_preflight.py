@@ -13,6 +13,7 @@ from kbatch.cli._failure import USAGE, Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
 _CREATION_S = 5.0
+_STALLED_AFTER_S = 2.0
 _LONGEST_S = 60.0  # librdkafka takes milliseconds as an int
 
 
@@ -51,12 +52,13 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float, connectio
     end = time.monotonic() + timeout_s
     known_by = time.monotonic() + min(timeout_s, _CREATION_S)
     while True:
+        began = time.monotonic()
         question = _Question(admin, topic, max(0.1, min(_LONGEST_S, end - time.monotonic())))
         while question.is_alive():
             question.join(0.1)
             admin.poll(0)
             if time.monotonic() < end:
-                connection.look()
+                connection.look("no broker has answered", began, _STALLED_AFTER_S)
         if question.found is None:
             if time.monotonic() < end:
                 time.sleep(0.1)

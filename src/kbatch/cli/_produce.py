@@ -27,6 +27,7 @@ _LINES_NAMED = 20
 _BATCH_BYTES = 1024 * 1024
 _BATCHES_IN_FLIGHT = 16
 _EMBEDDED_PARTITIONS = 64
+_STALLED_AFTER_S = 10.0
 # TOPIC_, GROUP_ and CLUSTER_AUTHORIZATION_FAILED
 _NOT_ALLOWED = (29, 30, 31)
 # What a producer takes as a Python object.
@@ -324,7 +325,7 @@ class Sender:
             self._screen.tell("more lines fail; they are counted, and named no longer")
 
     def _show(self) -> None:
-        self._connection.look(self._waits_since if self._flights else None)
+        self._connection.look("nothing was acknowledged" if self._flights else "", self._waits_since, _STALLED_AFTER_S)
         note = f"{self.tally.acknowledged:,} acknowledged"
         if self.tally.bad or self.tally.lost:
             note += f", {self.tally.bad + self.tally.lost:,} not"
