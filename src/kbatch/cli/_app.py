@@ -59,12 +59,14 @@ def demo(
     Needs no broker: it starts the mock cluster of librdkafka in a process of its own. Exit status 0 if everything
     arrived, once, unchanged and in order; else 1.
     """
-    from kbatch.cli._demo import Plan, run
-
     screen = Screen(quiet=quiet)
-    _exit_with(
-        lambda: run(Plan(count, min(batch_size, in_flight), in_flight, min(one_at_a_time, count)), screen), screen
-    )
+
+    def work() -> int:
+        from kbatch.cli._demo import Plan, run
+
+        return run(Plan(count, min(batch_size, in_flight), in_flight, min(one_at_a_time, count)), screen)
+
+    _exit_with(work, screen)
 
 
 @app.command()
@@ -118,13 +120,13 @@ def produce(
     Exit status: 0 if every line was acknowledged; 1 if not; 2 if a file, a setting or an option is wrong; 130 after
     Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
-    from kbatch.cli._produce import Job
-    from kbatch.cli._produce import produce as run
-    from kbatch.cli._settings import Settings
-
     screen = Screen(quiet=quiet)
 
     def work() -> int:
+        from kbatch.cli._produce import Job
+        from kbatch.cli._produce import produce as run
+        from kbatch.cli._settings import Settings
+
         return run(
             Job(
                 input=file,

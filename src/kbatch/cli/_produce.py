@@ -149,7 +149,10 @@ class Sender:
         while self._flights:
             self._wait_for_oldest(0.1)
         try:
-            self._rejects.finish()
+            if self.tally.next_number == 1 and not self._oversized and not self.at_end:
+                self._rejects.discard()  # nothing was taken, so the last run's are still what is to be mended
+            else:
+                self._rejects.finish()
         except Failure as failure:
             self.failure = self.failure or failure
         self._show()

@@ -108,6 +108,16 @@ class Rejects:
         except OSError as error:
             raise self._failure(error) from None
 
+    def discard(self) -> None:
+        """Leaves everything as it was before `begin`."""
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+            if self._beside:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._beside)
+
     def _failure(self, error: OSError, status: int = 1) -> Failure:
         file, self._file = self._file, None
         if file is not None:
