@@ -334,7 +334,7 @@ def install(interpreter: Interpreter, wheel: Path, folder: Path, tests: str) -> 
     answer = call([python, "-I", "-c", code], folder, TIMEOUT_S["none"], environment(interpreter)).split()
     if answer[-2:] != ["True", wheel.name.split("-")[1]]:
         raise CheckError(f"installed from {wheel.name}, kbatch says: {' '.join(answer)}")
-    call([python, "-m", "kbatch.cli", "--help"], folder, TIMEOUT_S["none"], environment(interpreter))
+    call([python, "-m", "kbatch", "--help"], folder, TIMEOUT_S["none"], environment(interpreter))
 
 
 def run_tests(interpreter: Interpreter, folder: Path, tests: str) -> str:

@@ -15,6 +15,7 @@ from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import CallbackThread, Core, Mapper
 from kbatch._pending import PendingBatch
+from kbatch._text import counted, printable
 from kbatch._transactions import Transactions
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ class BaseProducer:
             return f"<{self._shown} refused>"  # in a traceback of the constructor
         name = self._core.name()
         state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
-        return f"<{self._shown} {name or ''}{' ' if name else ''}{state}>"
+        return f"<{self._shown} {printable(name or '')}{' ' if name else ''}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(
@@ -176,7 +177,7 @@ class BaseProducer:
             )
 
     def _map(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> list[Any]:
-        """What phase 1 makes of the envelopes, for tests; starts nothing."""
+        """What phase 1 makes of the envelopes; starts nothing."""
         batch = PendingBatch(self._core)
         self._core.map(batch, topic, envelopes)
         return self._core.records(batch)
@@ -200,7 +201,10 @@ class BaseProducer:
         self._core.undelivered.raise_beside(error, held=True)
         left = self._core.in_flight()
         if left and error is None:  # librdkafka did not give them back within the time
-            raise UndeliveredError(f"{left} messages were still in flight when the producer was closed", count=left)
+            raise UndeliveredError(
+                f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed",
+                count=left,
+            )
 
 
 def check_kind(producer: object, kind: type[BaseProducer]) -> None:

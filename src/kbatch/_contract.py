@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from kbatch._text import counted
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -41,7 +43,7 @@ class OutgoingBatch:
         return iter(self._envelopes)
 
     def __repr__(self) -> str:
-        return f"<OutgoingBatch of {len(self)} envelopes>"
+        return f"<OutgoingBatch of {counted(len(self), 'envelope')}>"
 
 
 class SenderCallback:

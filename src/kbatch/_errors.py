@@ -31,6 +31,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from kbatch._text import printable
+
 if TYPE_CHECKING:
     import uuid
     from collections.abc import Collection
@@ -76,7 +78,7 @@ def type_name(value: object) -> str:
 def exception_text(error: BaseException) -> str:
     """What a foreign exception says; the name of its type if it says nothing, or cannot.
 
-    Raises nothing of the exception's own but `KeyboardInterrupt` and `SystemExit`. The text can be written as UTF-8.
+    Raises nothing of the exception's own but `KeyboardInterrupt` and `SystemExit`. The text is `printable`.
     """
     try:
         text = str(error)
@@ -84,7 +86,7 @@ def exception_text(error: BaseException) -> str:
         raise
     except BaseException:
         return type_name(error)
-    return _plain(text) or type_name(error)
+    return printable(text) or type_name(error)
 
 
 def named_exception_text(error: BaseException) -> str:
@@ -101,13 +103,8 @@ def shown(value: object) -> str:
         raise
     except BaseException:
         return f"a {type_name(value)}"
-    text = _plain(text)
+    text = printable(text)
     return text if len(text) <= 100 else text[:99] + "…"
-
-
-def _plain(text: str) -> str:
-    # A subclass of str may override whatever is called on it.
-    return str.encode(text, "utf-8", "backslashreplace").decode()
 
 
 class KbatchError(Exception):
@@ -121,6 +118,9 @@ class KbatchError(Exception):
 
     def __init__(self, *args: object) -> None:  # Python shows no signature of the one that it inherits
         super().__init__(*args)
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The arguments of __init__ need not be Exception's args: rebuild without calling it.
@@ -529,7 +529,7 @@ def is_outage(error: KbatchError) -> bool:
 
 def fatal_error(reason: str, code: int) -> ProducerFatalError:
     """The error for a producer in its fatal state, by librdkafka's code."""
-    return (ProducerFencedError if code in _FENCED else ProducerFatalError)(reason, code=code)
+    return (ProducerFencedError if code in _FENCED else ProducerFatalError)(printable(reason), code=code)
 
 
 class ForkError(ProducerError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbatch._fastmap import CallbackThread, Dispatcher, TokenRefresh
+from kbatch._text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ def make_dispatcher(
         logger = config.logger
 
         def on_log(level: int, facility: str, name: str, text: str) -> None:
-            callbacks.put(logger.log, _LEVELS[level], "%s [%s] %s", facility, name, text)
+            callbacks.put(logger.log, _LEVELS[level], "%s [%s] %s", facility, name, printable(text))
 
     if config.oauth_cb is not None:
         oauth_cb = config.oauth_cb

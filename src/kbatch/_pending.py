@@ -8,6 +8,7 @@ from kbatch._callbacks import check_callback
 from kbatch._errors import BatchPending
 from kbatch._fastmap import Batch, LoopWaker
 from kbatch._report import DeliveryReport
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -41,7 +42,9 @@ class PendingBatch(Batch):
             ForkError: The producer was used before a fork, and this is the child.
         """
         if not self._wait(timeout):
-            raise BatchPending(f"no answer for a batch of {len(self)} envelopes within {timeout} s; it goes on", self)
+            raise BatchPending(
+                f"no answer for a batch of {counted(len(self), 'envelope')} within {timeout} s; it goes on", self
+            )
         return self.report
 
     @property
@@ -53,7 +56,7 @@ class PendingBatch(Batch):
         """
         if self._report is None:
             if not self.done():
-                raise BatchPending(f"a batch of {len(self)} envelopes has no answer yet", self)
+                raise BatchPending(f"a batch of {counted(len(self), 'envelope')} has no answer yet", self)
             self._report = DeliveryReport(self.outcomes, self.latency_s)
         return self._look(self._report)  # in one line: whoever is interrupted before it has not looked
 
@@ -98,4 +101,4 @@ class PendingBatch(Batch):
         return self.done()
 
     def __repr__(self) -> str:
-        return f"<PendingBatch of {len(self)} envelopes, {'done' if self.done() else 'in flight'}>"
+        return f"<PendingBatch of {counted(len(self), 'envelope')}, {'done' if self.done() else 'in flight'}>"

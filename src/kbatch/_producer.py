@@ -9,6 +9,7 @@ from kbatch._callbacks import ReportCallback, check_callback
 from kbatch._errors import BatchPending
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -84,7 +85,9 @@ class Producer(BaseProducer):
         end = None if timeout is None else monotonic() + timeout
         self._core.map(batch, topic, envelopes)
         if not self._send(batch, None if end is None else end - monotonic()):
-            raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
+            raise BatchPending(
+                f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
+            )
         return batch.report
 
     def submit(

@@ -16,6 +16,7 @@ from kbatch._errors import (
     DeliveryError,
     TopicDoesNotExist,
 )
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -122,9 +123,9 @@ class DeliveryReport:
                 break
         assert found is not None
         index, first = found
-        message = f"{self.failed} of {len(self)} envelopes failed; the first is envelope {index}: {first}"
+        message = f"{self.failed:,} of {counted(len(self), 'envelope')} failed; the first is envelope {index}: {first}"
         if aborted:
-            message = f"the transaction of {len(self)} envelopes was aborted"
+            message = f"the transaction of {counted(len(self), 'envelope')} was aborted"
             if first.code != ABORTED_CODE:
                 message += f"; the cause is envelope {index}: {first}"
         if codes <= UNKNOWN_TOPIC_CODES:
@@ -145,6 +146,6 @@ class DeliveryReport:
     def __repr__(self) -> str:
         expired = f" expired={len(self.expired)}" if self.expired else ""
         return (
-            f"<DeliveryReport {len(self)} envelopes: acked={self.acked} failed={self.failed}{expired} "
+            f"<DeliveryReport {counted(len(self), 'envelope')}: acked={self.acked} failed={self.failed}{expired} "
             f"in {self._latency_s * 1000:.1f} ms>"
         )

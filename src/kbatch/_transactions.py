@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._errors import ABORTED_CODE, TransactionUnknownError
 from kbatch._fastmap import monotonic
+from kbatch._text import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,7 +121,7 @@ class Transactions:
                 self._core.conclude(batch)
                 return
             if error.requires_abort:
-                _logger.warning("a transaction of %d envelopes is aborted: %s", len(batch), error.text)
+                _logger.warning("a transaction of %s is aborted: %s", counted(len(batch), "envelope"), error.text)
                 self._abort(batch, error.code, asked=True)
                 return
             if not self._again(error) or monotonic() > end:
@@ -153,7 +154,7 @@ class Transactions:
 
     def _call(self, call: int) -> _Error | None:
         error = self._core.transaction_call(call, _SLICE_MS)
-        return None if error is None else _Error(*error)
+        return None if error is None else _Error(*error)._replace(text=printable(error[1]))
 
     def _again(self, error: _Error, also: bool = False) -> bool:
         again = error.retriable or also

@@ -1,12 +1,16 @@
 """The command line, by its console script's module in processes of its own, read back by confluent-kafka's consumer."""
 
+import bz2
 import contextlib
 import errno
+import gzip
 import json
+import lzma
 import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +21,9 @@ import pytest
 from typer.testing import CliRunner
 
 import kbatch
+from kbatch._base_producer import _WIRES
 from kbatch.cli import _demo, _json_line
-from kbatch.cli._app import app
+from kbatch.cli._app import Wire, app
 from kbatch.cli._failure import Failure
 from kbatch.cli._json_line import BadLine, key_reader
 from kbatch.cli._lines import Block, LineSource, Piece
@@ -28,7 +33,7 @@ from kbatch.testing import ApiKey, MockCluster
 
 from .clients import Record, read
 
-COMMAND = [sys.executable, "-m", "kbatch.cli"]
+COMMAND = [sys.executable, "-m", "kbatch"]
 
 
 def environment(**variables):
@@ -275,9 +280,79 @@ def test_embedded_needs_no_broker(lines_file):
     assert status == 0
     assert out.startswith("300 of 300 lines")
     assert "embedded broker at 127.0.0.1:" in err
-    status, _, err = run("produce", file, "-t", "orders", "--embedded", "-X", "bootstrap.servers=x:1")
-    assert status == 2
-    assert "leave out -X bootstrap.servers" in err
+    for name in ("bootstrap.servers", "metadata.broker.list"):
+        result = run("produce", file, "-t", "orders", "--embedded", "-X", f"{name}=x:1")
+        assert_one_line(result, 2, f"--embedded brings its own broker: leave out -X {name}")
+    result = run("produce", file, "-t", "orders", "--embedded", "-q", KBATCH_METADATA_BROKER_LIST="elsewhere:1")
+    assert result[0::2] == (0, "")
+
+
+NAMES = ['a"b', "a\\b", "a\nb", "", "é", "😀", "$ref", "key", "__class__", "a b"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_any_name_of_json_is_a_field(name, topic, servers, shared_cluster, lines_file):
+    lines = [json.dumps({name: 1.5}), json.dumps({"other": 1})]
+    status, _, err = run("produce", lines_file("\n".join(lines)), "-t", topic, "-k", name, "-X", servers)
+    assert (status, err) == (1, f"kbatch: line 2: no field {name!r}\n")
+    (record,) = (record for part in read(shared_cluster.bootstrap_servers, topic, 1).values() for record in part)
+    assert record.key == b"1.5"
+
+
+def test_files_with_byte_order_marks_may_be_joined(topic, servers, shared_cluster, lines_file):
+    mark = b"\xef\xbb\xbf"
+    file = lines_file(b'%s{"id": 1}\n%s{"id": 2}\r\n%s\n{"id": 3}%s\n{"id": 4}' % (mark, mark, mark, mark))
+    for arguments in ((), ("-k", "id")):
+        status, out, err = run("produce", file, "-t", topic, "-X", servers, *arguments)
+        assert status == 1
+        assert err.startswith("kbatch: line 4: not JSON: Extra data at column 10")
+        assert "3 of 4 lines acknowledged" in out
+        assert "1 blank line skipped" in out
+    got = values(read(shared_cluster.bootstrap_servers, topic, 6))
+    assert sorted(got) == sorted([b'{"id": 1}', b'{"id": 2}', b'{"id": 4}'] * 2)
+
+
+def test_a_line_in_another_encoding_is_refused(topic, servers, lines_file):
+    file = lines_file(b"1\n" + '{"id": 1}'.encode("utf-16-le") + b"\n2\n")
+    status, out, err = run("produce", file, "-t", topic, "-X", servers)
+    assert status == 1
+    assert err.startswith("kbatch: line 2: not JSON: ")
+    assert out.startswith("2 of ")
+
+
+OTHER_KINDS = [
+    (gzip.compress(b'{"id": 1}\n'), "compressed by gzip"),
+    (bz2.compress(b'{"id": 1}\n'), "compressed by bzip2"),
+    (lzma.compress(b'{"id": 1}\n'), "compressed by xz"),
+    ('{"id": 1}\n'.encode("utf-16"), "UTF-16 text"),
+    ('{"id": 1}\n'.encode("utf-16-le"), "UTF-16 text"),
+    ('{"id": 1}\n'.encode("utf-16-be"), "UTF-16 text"),
+    ('{"id": 1}\n'.encode("utf-32"), "UTF-32 text"),
+]
+
+
+@pytest.mark.parametrize(("data", "kind"), OTHER_KINDS, ids=[kind + str(i) for i, (_, kind) in enumerate(OTHER_KINDS)])
+def test_a_file_of_another_kind_is_named(data, kind, topic, servers, lines_file):
+    arguments = ["-t", topic, "-X", servers]
+    file = lines_file(data)
+    # before any broker is asked
+    result = run("produce", file, "-t", topic, "-X", "bootstrap.servers=127.0.0.1:1")
+    assert_one_line(result, 2, f"{file} seems to be {kind}; give JSON lines in UTF-8, such as: ")
+    result = run("produce", "-", *arguments, input=data)
+    assert_one_line(result, 2, f"standard input seems to be {kind}; ")
+    assert result[1] == ""
+
+
+@pytest.mark.parametrize("in_flight", [1, 3])
+def test_no_more_lines_are_in_flight_than_allowed(in_flight, lines_file):
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        cluster.start_request_tracking()
+        arguments = ["-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}", "--in-flight", in_flight]
+        assert run("produce", lines_file("1\n" * 12), *arguments)[:1] == (0,)
+        assert cluster.produce_requests() >= 12 // in_flight
+        assert len(values(read(cluster.bootstrap_servers, "t", 12))) == 12
+    assert run("demo", "--in-flight", in_flight, "--count", 30, "--one-at-a-time", 0, "-q")[0] == 0
 
 
 # -- produce: what does not arrive
@@ -391,7 +466,11 @@ def test_wrong_files(topic, servers, lines_file, tmp_path):
     missing = tmp_path / "missing"
     assert_one_line(run_here("produce", missing, *arguments), 2, f"cannot read {missing}: No such file")
     assert_one_line(run_here("produce", tmp_path, *arguments), 2, "Is a directory")
+    assert_one_line(run_here("produce", "", *arguments), 2, "FILE must not be empty")
     assert_one_line(run_here("produce", good, *arguments, "--rejects", tmp_path), 2, f"cannot write {tmp_path}")
+    assert_one_line(run_here("produce", good, *arguments, "--rejects", ""), 2, "--rejects must not be empty")
+    for path in (missing / "rejects", f"{missing}/"):
+        assert_one_line(run_here("produce", good, *arguments, "--rejects", path), 2, f"cannot write {path}")
     assert_one_line(run_here("produce", good, *arguments, "--rejects", good), 2, "is the input itself")
     assert good.read_text() == "1\n"
     assert_one_line(
@@ -401,6 +480,22 @@ def test_wrong_files(topic, servers, lines_file, tmp_path):
     if os.geteuid():
         good.chmod(0)
         assert_one_line(run_here("produce", good, *arguments), 2, "Permission denied")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: limits of a shell")
+def test_a_disk_that_becomes_full_leaves_the_last_rejects(topic, servers, lines_file, tmp_path):
+    rejects = tmp_path / "rejects"
+    rejects.write_text("of an earlier run\n")
+    command = [*COMMAND, "produce", str(lines_file("bad\n" * 5_000)), "-t", topic, "-X", servers]
+    shell = ["sh", "-c", 'ulimit -f 8; trap "" XFSZ; "$@"', "sh", *command, "--rejects", str(rejects)]
+    variables = environment(PYTHONDONTWRITEBYTECODE="1")
+    done = subprocess.run(shell, capture_output=True, env=variables, timeout=60, text=True)
+    assert done.returncode == 1
+    (beside,) = rejects_beside(rejects)
+    told = f"kbatch: cannot write {rejects}: {os.strerror(errno.EFBIG)}; {tmp_path / beside} has what was written\n"
+    assert done.stderr.endswith(told)
+    assert (tmp_path / beside).read_text().startswith("bad\nbad\n")
+    assert rejects.read_text() == "of an earlier run\n"
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="platform: /dev/full")
@@ -433,15 +528,32 @@ def test_wrong_settings(lines_file, servers):
         run_here(*produce, KBATCH_SASL_PASWORD="x"), 2, "sasl.pasword is not a configuration key of librdkafka"
     )
     assert_one_line(run_here(*produce, KBATCH_SASL_PASWORD="x"), 2, "(from KBATCH_SASL_PASWORD)")
-    assert_one_line(run_here(*produce, "--wire", "morse"), 2, "wire must be one of")
+    status, _, err = run_here(*produce, "--wire", "morse")
+    assert status == 2
+    assert "'morse' is not one of 'kbatch', 'wolverine', 'cloudevents', 'raw'" in err
+    assert [wire.value for wire in Wire] == list(_WIRES)
     assert_one_line(run_here(*produce, "--wire", "cloudevents"), 2, "--wire cloudevents needs --source")
-    assert_one_line(run_here(*produce, "-t", ""), 2, "--topic must not be empty")
+    cloud_events = ["--wire", "cloudevents", "--source", "till"]
+    assert_one_line(
+        run_here(*produce, *cloud_events, "--message-type", ""), 2, "message_type is empty, which the cloud"
+    )
+    for name in ("", "a b", "..", "a" * 250, "orders\n"):
+        assert_one_line(run_here(*produce, "-t", name), 2, "--topic must be 1 to 249 letters, digits, '.', '_' and '-'")
     config = lines_file("# a comment\n\nlinger.ms = 5\nacks\n", "settings")
     assert_one_line(run_here(*produce, "--config", config), 2, f"{config}, line 4: expected key=value")
     config = lines_file("no.such.key=1\n", "settings")
     assert_one_line(run_here(*produce, "--config", config), 2, f"(from {config}, line 1)")
     config = lines_file(b"a=\xff", "settings")
     assert_one_line(run_here(*produce, "--config", config), 2, "is not UTF-8 text")
+
+
+def test_settings_that_only_programs_have(lines_file):
+    produce = ["produce", lines_file("1\n"), "-t", "t", "-X", "bootstrap.servers=127.0.0.1:1"]
+    for key in ("error_cb", "stats_cb", "oauth_cb", "logger", "on_delivery", "dr_msg_cb", "value.serializer"):
+        result = run_here(*produce, "-X", f"{key}=x")
+        assert_one_line(result, 2, f"{key} is for programs; a command line has no place for it (from -X)")
+    result = run_here(*produce, "-X", "transactional.id=t")
+    assert_one_line(result, 2, "transactional.id is for programs: this command sends many batches at a time")
 
 
 def test_secrets_are_not_shown(lines_file, servers):
@@ -508,6 +620,195 @@ def test_where_settings_come_from(tmp_path):
     assert "a=b" not in repr(settings)
     with pytest.raises(Failure):
         Settings.collect(["acks"], None, {})
+
+
+def rejects_beside(path):
+    return [each.name for each in path.parent.iterdir() if each.name.startswith(path.name) and each != path]
+
+
+def test_the_rejects_of_the_last_run_are_kept_until_there_are_others(topic, servers, lines_file, tmp_path):
+    rejects = tmp_path / "rejects"
+    rejects.write_text("of an earlier run\n")
+    file = lines_file("bad\n1\n")
+    for arguments in (
+        ("-t", topic, "-X", servers, "-X", "linger.ms=soon"),
+        ("-t", topic, "-X", servers, "--config", tmp_path / "missing"),
+        ("-t", topic, "-X", "bootstrap.servers=127.0.0.1:1", "--connect-timeout", 0.5),
+        ("-t", "a b", "-X", servers),
+    ):
+        status, _, _ = run("produce", file, *arguments, "--rejects", rejects)
+        assert status in (1, 2)
+        assert rejects.read_text() == "of an earlier run\n"
+        assert rejects_beside(rejects) == []
+    status, _, _ = run("produce", "-", "-t", topic, "-X", servers, "--rejects", rejects, input=gzip.compress(b"1"))
+    assert status == 2
+    running = Running("-t", topic, "-X", servers, "--rejects", rejects)
+    wait_for(lambda: rejects_beside(rejects))
+    running.interrupt()
+    assert running.end()[0] == 130
+    assert rejects.read_text() == "of an earlier run\n"
+    assert rejects_beside(rejects) == []
+    assert run("produce", file, "-t", topic, "-X", servers, "--rejects", rejects)[0] == 1
+    assert rejects.read_text() == "bad\n"
+    assert run("produce", lines_file("1\n"), "-t", topic, "-X", servers, "--rejects", rejects)[0] == 0
+    assert rejects.read_text() == ""
+    assert rejects_beside(rejects) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: permissions")
+def test_rejects_are_as_private_as_the_input(topic, servers, lines_file, tmp_path):
+    file = lines_file("secret\n")
+    rejects = tmp_path / "rejects"
+    for mode, before, after in ((0o600, None, 0o600), (0o600, 0o644, 0o600), (0o444, 0o600, 0o600)):
+        rejects.unlink(missing_ok=True)
+        file.chmod(mode)
+        if before is not None:
+            rejects.touch()
+            rejects.chmod(before)
+        assert run("produce", file, "-t", topic, "-X", servers, "--rejects", rejects)[0] == 1
+        assert rejects.stat().st_mode & 0o777 == after
+    link = tmp_path / "link"
+    link.symlink_to(rejects)
+    rejects.write_text("")
+    assert run("produce", file, "-t", topic, "-X", servers, "--rejects", link)[0] == 1
+    assert link.is_symlink()
+    assert rejects.read_text() == "secret\n"
+
+
+def test_what_is_told_as_rejected_can_be_read(topic, servers, tmp_path):
+    rejects = tmp_path / "rejects"
+    running = Running("-t", topic, "-X", servers, "--rejects", rejects)
+    feed(running, [b"bad"])
+    assert running.process.stderr.readline().startswith(b"kbatch: line 1: not JSON")
+    (beside,) = rejects_beside(rejects)
+    assert (tmp_path / beside).read_bytes() == b"bad\n"
+    running.process.kill()
+    running.end()
+    assert (tmp_path / beside).read_bytes() == b"bad\n"
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM"])
+def test_a_signal_keeps_what_was_rejected(name, topic, servers, tmp_path):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip("platform: no SIGHUP")
+    rejects = tmp_path / "rejects"
+    rejects.write_text("of an earlier run\n")
+    running = Running("-t", topic, "-X", servers, "--rejects", rejects)
+    feed(running, [b"bad", b"2"])
+    running.process.stderr.readline()
+    running.interrupt(number)
+    status, out, _ = running.end()
+    assert status == 128 + number
+    assert "1 of 2 lines acknowledged" in out
+    assert rejects.read_text() == "bad\n"
+    assert rejects_beside(rejects) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: /dev/stdout")
+@pytest.mark.parametrize("name", ["-", "/dev/stdout", "itself"])
+def test_rejects_on_standard_output_are_alone_there(name, topic, servers, lines_file, tmp_path):
+    out = tmp_path / "out"
+    file = lines_file("bad\n1\n")
+    command = [*COMMAND, "produce", str(file), "-t", topic, "-X", servers, "--rejects"]
+    with out.open("wb") as stream:
+        stream.write(b"before\n")
+        stream.flush()
+        done = subprocess.run(
+            [*command, str(out) if name == "itself" else name],
+            stdout=stream,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert out.read_bytes() == b"before\nbad\n"
+    assert b"\n1 of 2 lines acknowledged" in done.stderr
+    status, piped, err = run(*command[len(COMMAND) :], "-")
+    assert (status, piped) == (1, "bad\n")
+    assert "they are in standard output\n" in err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="platform: no named pipes")
+def test_rejects_into_a_named_pipe(topic, servers, lines_file, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    assert run("produce", lines_file("bad\n"), "-t", topic, "-X", servers, "--rejects", pipe)[0] == 1
+    reader.join(10)
+    assert got == [b"bad\n"]
+
+
+# -- produce: what the brokers and librdkafka say
+
+
+def read_lines_until(stream, text):
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if text in line:
+            return b"".join(lines)
+    raise AssertionError(lines)
+
+
+def test_it_says_that_no_broker_answers_before_the_time_is_over():
+    running = Running("-t", "t", "-X", "bootstrap.servers=127.0.0.1:1", "--connect-timeout", 60)
+    text = read_lines_until(
+        running.process.stderr, b"no answer, and it is tried again: 127.0.0.1:1/bootstrap: Connect to"
+    )
+    running.interrupt()
+    _, _, err = running.end()
+    assert (text.decode() + err).count("no answer") == 1
+
+
+def test_it_says_that_whoever_takes_the_connection_says_nothing():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        running = Running("-t", "t", "-X", f"bootstrap.servers={address}", "--connect-timeout", 60)
+        assert running.process.stderr.readline() == b"kbatch: no broker has answered for 2 s; it is waited for\n"
+        running.interrupt()
+        status, _, err = running.end()
+    assert (status, err) == (130, "kbatch: interrupted\n")
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
+def test_it_says_that_a_broker_is_silent():
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        running = Running("-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}")
+        feed(running, [b"1"])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1)
+        os.kill(cluster.pid, signal.SIGSTOP)
+        feed(running, [b"2"])
+        assert running.process.stderr.readline() == b"kbatch: nothing was acknowledged for 10 s; it is waited for\n"
+        os.kill(cluster.pid, signal.SIGCONT)
+        assert running.process.stderr.readline() == b"kbatch: brokers answer again\n"
+        running.process.stdin.close()
+        status, out, _ = running.end()
+    assert status == 0
+    assert out.startswith("2 of 2 lines acknowledged")
+
+
+def test_it_says_that_the_broker_went_away_and_came_back():
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        running = Running("-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}")
+        feed(running, [b"1"])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1)
+        cluster.set_broker_down()
+        feed(running, [b"2"])
+        text = read_lines_until(running.process.stderr, b"no answer, and it is tried again: 127.0.0.1:")
+        time.sleep(3)  # librdkafka tries again and again
+        cluster.set_broker_up()
+        text += read_lines_until(running.process.stderr, b"kbatch: brokers answer again")
+        running.process.stdin.close()
+        status, out, err = running.end()
+    assert status == 0
+    assert out.startswith("2 of 2 lines acknowledged")
+    told = (text.decode() + err).splitlines()
+    assert len(told) == len(set(told)) <= 4
 
 
 # -- produce: stopping
@@ -627,10 +928,29 @@ def test_ctrl_c_gives_up_what_does_not_finish(how, tmp_path):
     assert rejects.read_bytes().splitlines() == lines[1_000 : stopped_at - 1]
 
 
-def test_ctrl_c_while_waiting_for_input(servers, topic):
+def test_ctrl_c_after_the_last_line():
+    lines = [line.encode() for line in lines_of(100)]
+    with MockCluster(process=True) as cluster:
+        cluster.create_topic("t", 1)
+        running = Running("-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}")
+        feed(running, [b"1"])
+        wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1)
+        cluster.start_request_tracking()
+        cluster.set_rtt(1, 1_500)
+        feed(running, lines)
+        running.process.stdin.close()
+        wait_for(lambda: cluster.produce_requests() > 0)
+        running.interrupt()
+        status, out, _ = running.end()
+    assert status == 130
+    assert out.startswith("101 of 101 lines acknowledged")
+    assert "\ninterrupted\nevery line of the input was taken\n" in out
+
+
+def test_ctrl_c_while_waiting_for_input(servers, topic, shared_cluster):
     running = Running("-t", topic, "-X", servers)
     feed(running, [b"1"])
-    time.sleep(1.5)
+    wait_for(lambda: len(values(read(shared_cluster.bootstrap_servers, topic, 1))) == 1)
     running.interrupt()
     status, out, _ = running.end()
     assert status == 130
@@ -638,9 +958,9 @@ def test_ctrl_c_while_waiting_for_input(servers, topic):
     assert "line 2 and those after it were not sent" in out
 
 
-def test_ctrl_c_before_a_broker_answers(lines_file):
+def test_ctrl_c_before_a_broker_answers():
     running = Running("-t", "t", "-X", "bootstrap.servers=127.0.0.1:1", "--connect-timeout", "30")
-    time.sleep(1.5)
+    read_lines_until(running.process.stderr, b"no answer")
     running.interrupt()
     status, _, err = running.end()
     assert (status, err) == (130, "kbatch: interrupted\n")
@@ -751,6 +1071,77 @@ def test_a_reader_that_goes_away_changes_nothing(topic, servers, lines_file):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("variable", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_no_bar_in_a_pipe_whatever_the_environment_says(variable, topic, servers, lines_file):
+    file = lines_file("\n".join(lines_of(2_000)))
+    status, out, err = run("produce", file, "-t", topic, "-X", servers, **{variable: "1"})
+    assert (status, err) == (0, "")
+    assert "\x1b" not in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: a POSIX shell")
+@pytest.mark.parametrize("streams", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full"])
+def test_closed_and_full_streams_change_nothing(streams, topic, servers, shared_cluster, lines_file):
+    if "full" in streams and not os.path.exists("/dev/full"):
+        pytest.skip("platform: /dev/full")
+    lines = [b"%d" % i for i in range(3_000)]
+    lines[1_500] = b"bad"
+    file = lines_file(b"\n".join(lines))
+
+    def shell(*arguments):
+        command = [*COMMAND, *map(str, arguments)]
+        return subprocess.run(
+            ["sh", "-c", f'"$@" {streams}', "sh", *command], capture_output=True, env=environment(), timeout=60
+        )
+
+    done = shell("produce", file, "-t", topic, "-X", servers)
+    assert done.returncode == 1, done
+    assert b"Traceback" not in done.stdout + done.stderr
+    assert len(values(read(shared_cluster.bootstrap_servers, topic, 2_999))) == 2_999
+    if streams == ">/dev/full":
+        full = os.strerror(errno.ENOSPC).encode()
+        assert done.stderr.splitlines()[-1] == b"kbatch: cannot write to standard output: " + full
+    assert shell("produce", lines_file("1\n"), "-t", topic, "-X", servers).returncode == 0
+    done = shell("demo", "--count", 100, "--one-at-a-time", 0)
+    assert done.returncode == 0, done
+    assert b"Traceback" not in done.stdout + done.stderr
+    for arguments, status in ((["--version"], 0), (["--help"], 0), (["produce", "-h"], 0), (["produce"], 2)):
+        done = shell(*arguments)
+        assert done.returncode == status
+        assert b"Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: locales")
+def test_text_outside_of_the_locale(topic, servers, shared_cluster, lines_file):
+    file = lines_file('{"ключ": "é"}')
+    poor = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = ["-t", topic, "-k", "ключ", "--source", "Büro", "-X", servers]
+    status, _, err = run("produce", file, *arguments, **poor)
+    assert (status, err) == (0, "")
+    (record,) = (record for part in read(shared_cluster.bootstrap_servers, topic, 1).values() for record in part)
+    assert record.key == "é".encode()
+    assert dict(record.headers)["source"] == "Büro".encode()
+    status, _, err = run("demo", "--count", 100, "--one-at-a-time", 0, **poor)
+    assert (status, err) == (0, "")
+    command = [*COMMAND, "produce", str(file), "-t", topic, "-X", servers, "-k", b"\xff"]
+    done = subprocess.run(command, capture_output=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (2, b"kbatch: --key must be UTF-8 text\n")
+
+
+def test_what_comes_from_outside_cannot_write_on_the_terminal(topic, servers, lines_file, tmp_path):
+    name = "a\x1b[2Jb\nkbatch: line 7: c"
+    arguments = ["-t", topic, "-X", servers]
+    assert_one_line(run("produce", tmp_path / name, *arguments), 2, "a\\x1b[2Jb\\nkbatch: line 7: c: No such file")
+    assert_one_line(run("produce", lines_file("1"), *arguments, "--config", tmp_path / name), 2, "a\\x1b[2Jb\\nkbatch")
+    assert_one_line(run("produce", lines_file("1"), *arguments, "-X", "\x1b[2J\n=1"), 2, "\\x1b[2J")
+    _, out, err = run("produce", lines_file("bad\n", "x"), *arguments, "--rejects", tmp_path / "a\x1b[2J")
+    assert "they are in " in out
+    assert "\x1b" not in out + err
+    status, out, err = run("produce", f"--{name}", *arguments)
+    assert (status, out) == (2, "")
+    assert "\x1b" not in err
+
+
 # -- the command as a whole
 
 
@@ -762,6 +1153,20 @@ def test_version_and_help():
     assert "produce" in out
     assert "KBATCH_BOOTSTRAP_SERVERS" in run("produce", "--help")[1]
     assert run("produce")[0] == 2
+    for command in ([], ["demo"], ["produce"]):
+        assert run(*command, "-h") == run(*command, "--help")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    status, out, _ = run("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert status == 0
+    assert "kbatch" in out
+    assert "_KBATCH_COMPLETE" in out
+    _, out, _ = run(_KBATCH_COMPLETE="complete_bash", COMP_WORDS="kbatch pro", COMP_CWORD="1")
+    assert out.split() == ["produce"]
+    _, out, _ = run(_KBATCH_COMPLETE="complete_bash", COMP_WORDS="kbatch produce --wire w", COMP_CWORD="3")
+    assert out.split() == ["wolverine"]
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

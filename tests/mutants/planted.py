@@ -959,4 +959,47 @@ MUTANTS = (
         "            pass\n",
         "tests/unit/test_forgotten_senders.py",
     ),
+    # -- the command line
+    Mutant(
+        "what is told as rejected is not in its file yet",
+        "cli/_rejects.py",
+        "                self._file.flush()\n            except",
+        "                pass\n            except",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "rejects can be read by whom the input is hidden from",
+        "cli/_rejects.py",
+        "self._mode &= source.mode | stat.S_IWUSR",
+        "self._mode &= 0o666",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "a hangup loses what was rejected",
+        "cli/_interrupt.py",
+        "numbers.append(signal.SIGHUP)",
+        "pass",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "a line's encoding is guessed",
+        "cli/_json_line.py",
+        "json.loads(line.decode(), ",
+        "json.loads(line, ",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "a full standard error ends the command",
+        "cli/_screen.py",
+        "        except OSError as error:\n            self.error = self.error or error\n",
+        "        except BrokenPipeError as error:\n            self.error = self.error or error\n",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "text from outside is written as it is",
+        "_text.py",
+        "    if text.isprintable():",
+        "    if text:",
+        "tests/unit/test_text.py",
+    ),
 )

@@ -45,9 +45,10 @@ def test_an_option_counts_before_a_variable_before_a_line_by_whichever_names(
         settings = collect(tmp_path, **{weaker: [(first, "weak")], stronger: [(second, "strong")]})
         assert settings.values == {second: "strong"}
         for key in NAMES[name]:
-            assert settings.get(key) == "strong"
+            found = settings.find(key)
+            assert found is not None
             origin = {"environment": variable(second), "options": "-X"}[stronger]
-            assert settings.origin(key) == origin
+            assert (found.key, found.value, found.origin) == (second, "strong", origin)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -285,7 +285,7 @@ def test_why_the_circuit_is_open_is_told(kind: str, caplog: pytest.LogCaptureFix
         assert error.name == "NOT_ENOUGH_REPLICAS"
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2
-    assert "1 batches in a row failed, the last with" in warnings[0]
+    assert "1 batch in a row failed, the last with" in warnings[0]
     assert "NOT_ENOUGH_REPLICAS" in warnings[0]
     assert warnings[1].endswith("is closed")
 
@@ -301,7 +301,7 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
         until(warnings, "the warning")
         assert driver.agent.waiting_for_s >= 0.05
         driver.send(Envelope(1))
-        assert "1 batches are in flight" in warnings()[0]
+        assert "1 batch is in flight" in warnings()[0]
         producer.release()
         assert driver.flush() == 0
         until(lambda: len(warnings()) == 2, "the end of it")

@@ -63,6 +63,7 @@ from kbatch._sending._dead_letter import dead_letter
 from kbatch._sending._handle import ProducerHandle
 from kbatch._sending._queue import Ended, Entry, ExpiredError, Flight, SendQueue
 from kbatch._sending._retry import RetryPolicy
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -694,9 +695,9 @@ class BaseSendingAgent:
                 self._opened_at = self._reminded_at = monotonic()
             self._log(
                 logging.WARNING,
-                "the circuit breaker of %r is open: %d batches in a row failed, the last with %s; nothing is sent "
+                "the circuit breaker of %r is open: %s in a row failed, the last with %s; nothing is sent "
                 "until a probe succeeds",
-                *(self.topic, self._circuit.failures, self._last_error),
+                *(self.topic, counted(self._circuit.failures, "batch", "batches"), self._last_error),
             )
         else:
             self._hastens = state is CircuitState.HALF_OPEN
@@ -756,8 +757,8 @@ class BaseSendingAgent:
         if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
         held = 0 if self._buffer is None else len(self._buffer)
-        text = "the circuit breaker of %r has been open for %.0f s, %d envelopes are held; a probe failed: %s"
-        self._log(level, text, self.topic, now - self._opened_at, held, reason)
+        text = "the circuit breaker of %r has been open for %.0f s, %s held; a probe failed: %s"
+        self._log(level, text, self.topic, now - self._opened_at, _held(held), reason)
 
     def _stall_at(self) -> float | None:
         # When it is to be logged that brokers do not answer, unless they do by then.
@@ -773,10 +774,11 @@ class BaseSendingAgent:
         at = self._stall_at()
         if at is not None and now >= at:
             self._stall_logged_at = now
-            text = "brokers have not answered for %r for %.0f s: %d batches are in flight, %d envelopes are held"
+            text = "brokers have not answered for %r for %.0f s: %s in flight, %s held"
             held = 0 if self._buffer is None else len(self._buffer)
             assert self._queue is not None
-            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, self._queue.in_flight, held)
+            flying = counted(self._queue.in_flight, "batch is", "batches are")
+            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, flying, _held(held))
         elif self._stall_logged_at is not None and self.waiting_for_s < self._stalled_after_s:
             self._stall_logged_at = None
             self._log(logging.WARNING, "brokers answer for %r again", self.topic)
@@ -892,8 +894,9 @@ class BaseSendingAgent:
             first = told[0].entry.envelope
             self._log(
                 logging.ERROR,
-                "%d envelope%s to %r given up; the first, %s with the key %r: %s",
-                *(len(told), " was" if len(told) == 1 else "s were", self.topic, first.id, first.key),
+                "%s to %r %s given up; the first, %s with the key %r: %s",
+                *(counted(len(told), "envelope"), self.topic, "was" if len(told) == 1 else "were"),
+                *(first.id, first.key),
                 _reason(told[0].error),
             )
         for end in told:
@@ -1121,6 +1124,10 @@ def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> 
         return 0
     letters = sum(1 for entry in flight.entries if entry.origin is not None)
     return letters - sum(1 for index, _ in failures if flight.entries[index].origin is not None)
+
+
+def _held(count: int) -> str:
+    return counted(count, "envelope is", "envelopes are")
 
 
 def _reason(error: KbatchError) -> str:

@@ -9,6 +9,7 @@ from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Signal, monotonic
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -92,7 +93,9 @@ class BaseBatchedSender(Accumulator):
         undelivered, lost = self._agent._undelivered, 0 if self._is_forked else self._agent._lost()
         undelivered.raise_beside(error)
         if lost and error is None:
-            raise UndeliveredError(f"{lost} envelopes were not sent when the sender was closed", count=lost)
+            raise UndeliveredError(
+                f"{counted(lost, 'envelope was', 'envelopes were')} not sent when the sender was closed", count=lost
+            )
 
     def __repr__(self) -> str:
         if not hasattr(self, "_agent"):

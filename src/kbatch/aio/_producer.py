@@ -14,6 +14,7 @@ from kbatch._errors import BatchPending, ProducerClosedError
 from kbatch._fastmap import Call, Envelope, LoopWaker, TaskStarter, Turns, comes_from, monotonic, running_loop
 from kbatch._loop import in_thread
 from kbatch._pending import PendingBatch
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -87,7 +88,9 @@ class Producer(BaseProducer):
                 timer.cancel()
             batch._remove_waker(waker)
         if not batch.done():
-            raise BatchPending(f"no answer for a batch of {len(batch)} envelopes within {timeout} s; it goes on", batch)
+            raise BatchPending(
+                f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
+            )
         return batch.report
 
     @marked_as_coroutine_function

@@ -1,5 +1,6 @@
 """The command line: ``kbatch demo``, ``kbatch produce``. Needs the extra ``kbatch-kafka[cli]``."""
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -7,8 +8,13 @@ __all__ = ["main"]
 
 def main() -> None:
     """The console script ``kbatch``: runs the command that `sys.argv` names and exits with its status."""
+    _fill_standard_descriptors()
     try:
         from kbatch.cli._app import app
+        from kbatch.cli._screen import plain_streams
+    except KeyboardInterrupt:
+        print("kbatch: interrupted", file=sys.stderr)
+        sys.exit(130)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
             raise
@@ -17,4 +23,12 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    app(prog_name="kbatch")
+    with plain_streams():
+        app(prog_name="kbatch")
+
+
+def _fill_standard_descriptors() -> None:
+    # Else the next file or connection would be standard error, to which librdkafka writes.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,16 +15,23 @@ from kbatch.cli._screen import Screen
 app = typer.Typer(
     help="Batches of messages into Kafka, with one answer per batch.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     # A traceback with local variables would show secrets.
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
 
+class Wire(str, Enum):
+    KBATCH = "kbatch"
+    WOLVERINE = "wolverine"
+    CLOUDEVENTS = "cloudevents"
+    RAW = "raw"
+
+
 def _show_version(value: bool) -> None:
     if value:
-        typer.echo(f"kbatch {kbatch.__version__} (librdkafka {kbatch.librdkafka_version})")
+        Screen().say(f"kbatch {kbatch.__version__} (librdkafka {kbatch.librdkafka_version})")
         raise typer.Exit
 
 
@@ -51,10 +59,14 @@ def demo(
     Needs no broker: it starts the mock cluster of librdkafka in a process of its own. Exit status 0 if everything
     arrived, once, unchanged and in order; else 1.
     """
-    from kbatch.cli._demo import Plan, run
-
     screen = Screen(quiet=quiet)
-    _exit_with(lambda: run(Plan(count, batch_size, in_flight, min(one_at_a_time, count)), screen), screen)
+
+    def work() -> int:
+        from kbatch.cli._demo import Plan, run
+
+        return run(Plan(count, min(batch_size, in_flight), in_flight, min(one_at_a_time, count)), screen)
+
+    _exit_with(work, screen)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -76,9 +88,14 @@ def produce(
         bool, typer.Option("--embedded", help="Send to an embedded broker that ends with the command.")
     ] = False,
     rejects: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where lines go that are bad or not acknowledged.")
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where lines go that are bad or not acknowledged; a file of an earlier run is replaced at the end. "
+            "- is standard output, and the summary then goes to standard error.",
+        ),
     ] = None,
-    wire: Annotated[str, typer.Option(help="The headers: kbatch, wolverine, cloudevents, or raw for none.")] = "kbatch",
+    wire: Annotated[Wire, typer.Option(help="The headers; raw is none.")] = Wire.KBATCH,
     message_type: Annotated[str | None, typer.Option(help="The message-type header of every line.")] = None,
     source: Annotated[str | None, typer.Option(help="The source header of every line.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=100_000, help="Lines in a batch.")] = 1_000,
@@ -99,30 +116,33 @@ def produce(
     A line that is not JSON, or has no key, is named with its number, goes to --rejects, and the rest is sent. So does
     a line that the broker refuses. Blank lines are skipped.
 
-    Exit status: 0 if every line was acknowledged; 1 if not; 2 if a file, a setting or an option is wrong; 130 after
-    Ctrl-C.
-    """
-    from kbatch.cli._produce import Job
-    from kbatch.cli._produce import produce as run
-    from kbatch.cli._settings import Settings
+    When no broker answers, librdkafka's reason is shown, and it is tried again until message.timeout.ms is over.
+    Ctrl-C, SIGTERM and SIGHUP wait for what is in flight, keep what was rejected and say where to go on.
 
+    Exit status: 0 if every line was acknowledged; 1 if not; 2 if a file, a setting or an option is wrong; 130 after
+    Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+    """
     screen = Screen(quiet=quiet)
 
     def work() -> int:
         if context.args:
             # Not the arguments themselves, as the parser would: one may be a password.
             raise Failure("one FILE is sent at a time, and -X takes KEY=VALUE as one argument, without blanks", USAGE)
+        from kbatch.cli._produce import Job
+        from kbatch.cli._produce import produce as run
+        from kbatch.cli._settings import Settings
+
         return run(
             Job(
                 input=file,
                 topic=topic,
-                key_field=key,
-                settings=Settings.collect(setting or [], config, os.environ),
+                key_field=None if key is None else _text("--key", key),
+                settings=Settings.collect([_text("-X", each) for each in setting or []], config, os.environ),
                 embedded=embedded,
                 rejects=rejects,
-                wire=wire,
-                message_type=message_type,
-                source=source,
+                wire=wire.value,
+                message_type=None if message_type is None else _text("--message-type", message_type),
+                source=None if source is None else _text("--source", source),
                 batch_size=batch_size,
                 in_flight=in_flight,
                 connect_timeout_s=connect_timeout,
@@ -132,6 +152,18 @@ def produce(
         )
 
     _exit_with(work, screen)
+
+
+def _text(option: str, value: str) -> str:
+    """What was typed: where the locale has no such characters Python has kept their bytes, which are UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(value).decode()
+        except ValueError:
+            raise Failure(f"{option} must be UTF-8 text", USAGE) from None
+    return value
 
 
 def _exit_with(work: Callable[[], int], screen: Screen) -> None:

@@ -10,9 +10,10 @@ from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from rich.table import Table
 
 import kbatch
+from kbatch._text import counted
 from kbatch.cli._failure import Failure
 from kbatch.cli._orders import Orders, index_of
-from kbatch.cli._screen import Bar, Screen, counted
+from kbatch.cli._screen import Bar, Screen
 from kbatch.testing import MockCluster
 
 # The mock cluster keeps 5 MiB a partition: 64 of them hold 400,000 orders with room to spare.
@@ -75,9 +76,9 @@ def run(plan: Plan, screen: Screen) -> int:
     if problems:
         for problem in problems:
             screen.tell(problem)
-        raise Failure(f"the {plan.count:,} envelopes that were sent are not what was read back")
+        raise Failure("the orders that were sent are not what was read back")
     screen.say(
-        f"{plan.count:,} envelopes were sent, acknowledged, read back and compared: "
+        f"{counted(plan.count, 'envelope was', 'envelopes were')} sent, acknowledged, read back and compared: "
         "none is missing, changed, doubled or out of order."
     )
     return 0
@@ -200,7 +201,7 @@ def _read(bootstrap_servers: str, count: int, check: Check) -> Iterator[list[Mes
             low, high = consumer.get_watermark_offsets(partition, timeout=_READ_PATIENCE_S)
             stored += high - low
         if stored != count:
-            check.problem(f"the topic holds {stored:,} records, not {count:,}")
+            check.problem(f"the topic holds {counted(stored, 'record')}, not {count:,}")
         consumer.assign(partitions)
         left = stored
         while left > 0:

@@ -1,3 +1,5 @@
+import contextlib
+import queue
 import signal
 import threading
 from collections.abc import Callable
@@ -6,7 +8,7 @@ from typing import Any
 
 
 class Interrupt:
-    """Ctrl-C and SIGTERM as a wish to stop, for the time of a ``with`` block.
+    """Ctrl-C, SIGTERM and SIGHUP as a wish to stop, for the time of a ``with`` block.
 
     The first signal sets `signal_number`, which the work looks at between its steps. When `grace_s` have passed since,
     or at the second signal, `abort` is called, once, in a thread of its own: it must make every wait of the work end.
@@ -17,8 +19,11 @@ class Interrupt:
         self.aborted = False
         self._abort = abort
         self._grace_s = grace_s
-        self._timer: threading.Timer | None = None
         self._previous: dict[int, Any] = {}
+        # The handler does nothing else: it may come in the middle of anything, also of itself. None ends the thread,
+        # which is there before a signal comes, when it may be too late for one.
+        self._signals: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._watch, name="kbatch-interrupt", daemon=True)
 
     @property
     def requested(self) -> bool:
@@ -30,7 +35,11 @@ class Interrupt:
         return 128 + (self.signal_number or 0)
 
     def __enter__(self) -> "Interrupt":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._thread.start()
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._on_signal)
         return self
 
@@ -39,22 +48,18 @@ class Interrupt:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._timer is not None:
-            self._timer.cancel()
+        self._signals.put(None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._timer is None:
+        if self.signal_number is None:
             self.signal_number = number
-            self._start_timer(self._grace_s)
-        elif not self.aborted:
-            self._timer.cancel()
-            self._start_timer(0.0)
+        self._signals.put(number)
 
-    def _start_timer(self, delay_s: float) -> None:
-        self._timer = threading.Timer(delay_s, self._run_abort)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _run_abort(self) -> None:
+    def _watch(self) -> None:
+        if self._signals.get() is None:
+            return
+        with contextlib.suppress(queue.Empty):
+            if self._signals.get(timeout=min(self._grace_s, threading.TIMEOUT_MAX)) is None:
+                return
         self.aborted = True
         self._abort()

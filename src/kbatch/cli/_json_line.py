@@ -31,15 +31,18 @@ def _reader_without_key() -> Callable[[bytes], None]:
         try:
             line.decode()
             skim(line)
-        except (ValueError, RecursionError) as error:
-            _second_opinion(line, error)
+        except (ValueError, RecursionError):
+            _second_opinion(line)
 
     return read
 
 
 def _reader_of_key(field: str) -> Callable[[bytes], str]:
     # A struct of one field: everything else on the line is checked but not built.
-    keyed = msgspec.defstruct("Keyed", [("key", msgspec.Raw, msgspec.field(name=field))])
+    try:
+        keyed = msgspec.defstruct("Keyed", [("key", msgspec.Raw, msgspec.field(name=field))])
+    except ValueError:  # msgspec has no names with quotation marks, backslashes or control characters
+        return lambda line: _key_of(_second_opinion(line), field)
     decode: Callable[[bytes], Any] = msgspec.json.Decoder(keyed).decode
     decode_text = msgspec.json.Decoder(str).decode
 
@@ -51,9 +54,9 @@ def _reader_of_key(field: str) -> Callable[[bytes], str]:
                 return decode_text(raw)
             if raw[0] in b"-0123456789":
                 return raw.decode()
-        except (ValueError, RecursionError) as error:
-            return _key_of(_second_opinion(line, error), field)
-        return _key_of(_second_opinion(line, ValueError()), field)
+        except (ValueError, RecursionError):
+            pass
+        return _key_of(_second_opinion(line), field)
 
     return read
 
@@ -73,15 +76,16 @@ def _key_of(value: Any, field: str) -> str:
     return str(key)
 
 
-def _second_opinion(line: bytes, error: Exception) -> Any:
+def _second_opinion(line: bytes) -> Any:
     """What Python's own parser makes of a line that msgspec refused; raises `BadLine` if it refuses it as well.
 
     They agree but for half surrogate pairs in text, which JSON's grammar allows; and it says better what is wrong.
     """
-    if isinstance(error, UnicodeDecodeError):
-        raise BadLine(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     try:
-        return json.loads(line, parse_int=_Number, parse_float=_Number, parse_constant=_no_constant)
+        # As text: of bytes it would guess the encoding.
+        return json.loads(line.decode(), parse_int=_Number, parse_float=_Number, parse_constant=_no_constant)
+    except UnicodeDecodeError as failed:
+        raise BadLine(f"not UTF-8: byte 0x{line[failed.start]:02x} at column {failed.start + 1}") from None
     except RecursionError:
         raise BadLine("nested too deeply") from None
     except json.JSONDecodeError as failed:

@@ -1,5 +1,6 @@
 """Lines of a file or of standard input, in constant memory."""
 
+import contextlib
 import os
 import queue
 import stat
@@ -15,6 +16,27 @@ _BLOCK_SIZE = 256 * 1024
 _BLOCKS_AHEAD = 4
 _BOM = b"\xef\xbb\xbf"
 
+# How what is no text of JSON lines begins, what it seems to be, and how it becomes text. UTF-32 is before UTF-16.
+_KINDS = (
+    (b"\x1f\x8b", "compressed by gzip", "gzip -dc"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc"),
+    (b"\xfd7zXZ\x00", "compressed by xz", "xz -dc"),
+    (b"BZh", "compressed by bzip2", "bzip2 -dc"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4", "lz4 -dc"),
+    (b"PK\x03\x04", "a ZIP archive", "unzip -p"),
+    (b"\xff\xfe\x00\x00", "UTF-32 text", "iconv -f UTF-32 -t UTF-8"),
+    (b"\x00\x00\xfe\xff", "UTF-32 text", "iconv -f UTF-32 -t UTF-8"),
+    (b"\xff\xfe", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+    (b"\xfe\xff", "UTF-16 text", "iconv -f UTF-16 -t UTF-8"),
+    (b"{\x00", "UTF-16 text", "iconv -f UTF-16LE -t UTF-8"),
+    (b"[\x00", "UTF-16 text", "iconv -f UTF-16LE -t UTF-8"),
+    (b"\x00{", "UTF-16 text", "iconv -f UTF-16BE -t UTF-8"),
+    (b"\x00[", "UTF-16 text", "iconv -f UTF-16BE -t UTF-8"),
+    (b"PAR1", "a Parquet file", None),
+    (b"Obj\x01", "an Avro file", None),
+)
+_LONGEST_BEGINNING = 16
+
 
 @dataclass(frozen=True)
 class Block:
@@ -24,6 +46,10 @@ class Block:
     lines: list[bytes]
     end_offset: int
     more: bool
+
+    @property
+    def next_number(self) -> int:
+        return self.first_number + len(self.lines)
 
 
 @dataclass(frozen=True)
@@ -35,15 +61,23 @@ class Piece:
     end_offset: int
     last: bool
 
+    @property
+    def next_number(self) -> int:
+        return self.number + 1 if self.last else self.number
+
 
 class LineSource:
     """Reads a file, or standard input for ``-``, ahead in a thread, so that waiting for input blocks nobody.
 
-    Lines end with LF or CRLF, the last one also with the input. A byte order mark at the start is left out.
+    Lines end with LF or CRLF, the last one also with the input. A byte order mark is left out, also at the start of a
+    later line: files with marks may have been joined.
 
     Args:
         name: The path, or ``-``.
         max_line: Lines longer than so many bytes come in pieces.
+
+    Raises:
+        Failure: The file cannot be read, or is of another kind.
     """
 
     def __init__(self, name: str, max_line: int) -> None:
@@ -57,9 +91,24 @@ class LineSource:
         #: Bytes to come, where that is known.
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         self.identity = (status.st_dev, status.st_ino)
+        #: Its permissions; None for what is no file.
+        self.mode = None if self.size is None else stat.S_IMODE(status.st_mode)
+        if self.size is not None and hasattr(os, "pread"):
+            try:
+                with contextlib.suppress(OSError):  # told when it is read
+                    self._check_kind(os.pread(self._file.fileno(), _LONGEST_BEGINNING, self._file.tell()))
+            except Failure:
+                self._file.close()
+                raise
 
     def start(self) -> None:
         self._thread.start()
+
+    def _check_kind(self, beginning: bytes) -> None:
+        for mark, kind, command in _KINDS:
+            if beginning.startswith(mark):
+                hint = "" if command is None else f", such as: {command} FILE | kbatch produce -"
+                raise Failure(f"{self.name} seems to be {kind}; give JSON lines in UTF-8{hint}", USAGE)
 
     def close(self) -> None:
         """Ends the reading. A thread that waits for input on a pipe or a terminal ends with the process."""
@@ -89,7 +138,7 @@ class LineSource:
         """What was read, in order; None every 0.1 s while there is nothing.
 
         Raises:
-            Failure: The input cannot be read any further.
+            Failure: The input cannot be read any further, or is of another kind.
         """
         number = 1  # of the next line
         offset = 0
@@ -103,10 +152,11 @@ class LineSource:
                 yield None
                 continue
             if isinstance(block, OSError):
-                raise Failure(f"cannot read {self.name} after line {number - 1}: {block.strerror or block}")
+                where = f" after line {number - 1}" if number > 1 else ""
+                raise Failure(f"cannot read {self.name}{where}: {block.strerror or block}")
             at_end = not block
-            if offset == 0 and block.startswith(_BOM):
-                offset, block = len(_BOM), block[len(_BOM) :]
+            if offset == 0:
+                self._check_kind(block)
             offset += len(block)
             *lines, tail = block.split(b"\n")
             if at_end and rest:
@@ -134,6 +184,8 @@ class LineSource:
         more = self.size is not None or not self._blocks.empty()
         start = 0
         for i, line in enumerate(lines):
+            if line.startswith(_BOM):
+                lines[i] = line = line[len(_BOM) :]
             if line.endswith(b"\r"):
                 lines[i] = line = line[:-1]
             if len(line) > self._max_line:
@@ -146,6 +198,8 @@ class LineSource:
 
 
 def _open(name: str) -> FileIO:
+    if not name:
+        raise Failure("FILE must not be empty", USAGE)
     if name == "-":
         if sys.stdin is None:
             raise Failure("there is no standard input to read", USAGE)

@@ -1,5 +1,7 @@
 """Is a broker there, and does it know the topic? Asked before the first line is sent, to fail in one line."""
 
+import functools
+import threading
 import time
 import warnings
 from typing import Any
@@ -9,33 +11,41 @@ from confluent_kafka.admin import AdminClient
 
 from kbatch._config import ProducerConfig
 from kbatch._fastmap import monotonic
+from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
 _CREATION_S = 5.0
+_STALLED_AFTER_S = 2.0
+_LONGEST_S = 60.0  # librdkafka takes milliseconds as an int
 
 
-class LastError:
-    """An ``error_cb`` that keeps the last error that tells why no broker answers."""
+class _Question(threading.Thread):
+    """Asks for the topic's metadata, in a thread: the call notices no Ctrl-C, and tells no error on the way."""
 
-    def __init__(self) -> None:
-        self.text = ""
+    def __init__(self, admin: AdminClient, topic: str, timeout_s: float) -> None:
+        super().__init__(name="kbatch-preflight", daemon=True)
+        self.found: Any = None
+        self.error: KafkaException | None = None
+        ask: Any = admin.list_topics
+        self._ask = functools.partial(ask, topic, timeout=timeout_s)
+        self.start()
 
-    def __call__(self, error: KafkaError) -> None:
-        # "All brokers are down" comes after the reason and says less.
-        if not self.text or error.code() != KafkaError._ALL_BROKERS_DOWN:
-            self.text = error.str()
+    def run(self) -> None:
+        try:
+            self.found = self._ask()
+        except KafkaException as error:
+            self.error = error
 
 
-def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
-    """Asks for the topic's metadata.
+def check_broker(config: dict[str, Any], topic: str, timeout_s: float, connection: Connection) -> None:
+    """Asks for the topic's metadata; tells why no broker answers while it waits.
 
     Raises:
         Failure: The settings do not go together, no broker answers within the time, or the topic does not exist or
             may not be seen.
     """
-    last_error = LastError()
-    settings: Any = {**config, "error_cb": last_error}
+    settings: Any = {**config, "error_cb": connection}
     try:
         admin = AdminClient(settings)
     except (KafkaException, ValueError) as error:
@@ -43,20 +53,30 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float) -> None:
         reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
         with warnings.catch_warnings():  # the producer has told
             warnings.simplefilter("ignore")
-            raise Failure(ProducerConfig.parse(config).native.without_hidden(reason), USAGE) from None
+            raise Failure(
+                ProducerConfig.parse(config).native.without_hidden(
+                    reason.removeprefix("Failed to create admin client: ")
+                ),
+                USAGE,
+            ) from None
     end = monotonic() + timeout_s
     known_by = monotonic() + min(timeout_s, _CREATION_S)
-    patience_s = 0.5  # the call does not notice Ctrl-C, so it is short at first
     while True:
-        try:
-            found = admin.list_topics(topic, timeout=max(0.1, min(patience_s, end - monotonic())))
-        except KafkaException as error:
-            if monotonic() < end:
-                patience_s *= 2
-                continue
+        began = monotonic()
+        question = _Question(admin, topic, max(0.1, min(_LONGEST_S, end - monotonic())))
+        while question.is_alive():
+            question.join(0.1)
             admin.poll(0)
-            reason = last_error.text or error.args[0].str()
-            raise Failure(f"no broker answered within {timeout_s:g} s: {reason}") from None
+            if monotonic() < end:
+                connection.look("no broker has answered", began, _STALLED_AFTER_S)
+        if question.found is None:
+            if monotonic() < end:
+                time.sleep(0.1)
+                continue
+            reason = connection.last_error or ("" if question.error is None else question.error.args[0].str())
+            raise Failure(f"no broker answered within {timeout_s:g} s: {reason}")
+        connection.answered(all_is_well=True)
+        found = question.found
         problem = found.topics[topic].error if topic in found.topics else None
         if problem is None or problem.code() == KafkaError.LEADER_NOT_AVAILABLE:
             return

@@ -1,23 +1,25 @@
 """``kbatch produce``: lines of JSON into a topic."""
 
 import contextlib
-import os
-import time
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import kbatch
-from kbatch._config import canonical
+from kbatch._config import canonical, inherit
+from kbatch._fastmap import monotonic
+from kbatch._sending._agent import check_topic
+from kbatch._text import counted
+from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._json_line import BadLine, key_reader
 from kbatch.cli._lines import LineSource, Piece
-from kbatch.cli._preflight import LastError, check_broker
-from kbatch.cli._screen import Bar, Screen, counted
+from kbatch.cli._preflight import check_broker
+from kbatch.cli._rejects import Rejects
+from kbatch.cli._screen import Bar, Screen
 from kbatch.cli._settings import Settings
 
 # Lines are named one by one up to here; the rest is counted. A gigabyte of bad lines must not flood the terminal.
@@ -25,8 +27,11 @@ _LINES_NAMED = 20
 _BATCH_BYTES = 1024 * 1024
 _BATCHES_IN_FLIGHT = 16
 _EMBEDDED_PARTITIONS = 64
+_STALLED_AFTER_S = 10.0
 # TOPIC_, GROUP_ and CLUSTER_AUTHORIZATION_FAILED
 _NOT_ALLOWED = (29, 30, 31)
+# What a producer takes as a Python object.
+_FOR_PROGRAMS = frozenset(("logger", "on_delivery", "key.serializer", "value.serializer", "default.topic.config"))
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class Job:
     key_field: str | None
     settings: Settings
     embedded: bool
-    rejects: Path | None
+    rejects: str | None
     wire: str
     message_type: str | None
     source: str | None
@@ -46,6 +51,12 @@ class Job:
     in_flight: int
     connect_timeout_s: float
     grace_s: float
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """What each envelope has."""
+        fields = {"content_type": "application/json", "message_type": self.message_type, "source": self.source}
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass
@@ -83,83 +94,44 @@ class Tally:
         return self.next_number - 1 - self.blank
 
 
-class Rejects:
-    """The file for the lines that did not arrive, as they came."""
-
-    def __init__(self, path: Path | None, source: LineSource) -> None:
-        self.path = path
-        self._file: BinaryIO | None = None
-        if path is None:
-            return
-        try:
-            # Not truncated before it is known not to be the input.
-            self._file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
-            status = os.fstat(self._file.fileno())
-            if (status.st_dev, status.st_ino) == source.identity and status.st_ino:
-                self._file.close()
-                raise Failure(f"--rejects {path} is the input itself", USAGE)
-            with contextlib.suppress(OSError):  # a device or a pipe
-                self._file.truncate(0)
-        except OSError as error:
-            raise Failure(f"cannot write {path}: {os.strerror(error.errno or 0)}", USAGE) from None
-
-    def write(self, *pieces: bytes) -> None:
-        """Raises `Failure`, once; from then on it writes nothing."""
-        if self._file is not None:
-            try:
-                self._file.writelines(pieces)
-            except OSError as error:
-                raise self._failure(error) from None
-
-    def close(self) -> None:
-        """Writes what is left; raises `Failure` as `write` does."""
-        file, self._file = self._file, None
-        if file is not None:
-            try:
-                file.close()
-            except OSError as error:
-                raise self._failure(error) from None
-
-    def _failure(self, error: OSError) -> Failure:
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):
-                file.close()
-        return Failure(f"cannot write {self.path}: {os.strerror(error.errno or 0)}")
-
-
 class Sender:
     """Turns lines into batches, keeps several in flight, and accounts for every line."""
 
     def __init__(
-        self, job: Job, producer: kbatch.Producer, rejects: Rejects, screen: Screen, bar: Bar, interrupt: Interrupt
+        self,
+        job: Job,
+        key_of: Callable[[bytes], str | None],
+        producer: kbatch.Producer,
+        rejects: Rejects,
+        connection: Connection,
+        screen: Screen,
+        bar: Bar,
+        interrupt: Interrupt,
     ) -> None:
         self.tally = Tally()
         #: Why the broker or the producer takes no more; None while all is well.
         self.stopped: str | None = None
         #: Why the input or the file of rejects ended the work; None while all is well.
         self.failure: Failure | None = None
+        #: Whether every line of the input was taken.
+        self.at_end = False
         self._job = job
+        # A batch is in flight as a whole.
+        self._batch_size = min(job.batch_size, job.in_flight)
         self._producer = producer
         self._rejects = rejects
         self._screen = screen
         self._bar = bar
         self._interrupt = interrupt
-        self._key_of = key_reader(job.key_field)
+        self._key_of = key_of
+        self._connection = connection
         self._flights: deque[tuple[kbatch.PendingBatch, Batch]] = deque()
         self._in_flight = 0
+        self._waits_since = 0.0
         self._end_offset = 0
         self._named = 0
         self._oversized = 0
-        self._fields: dict[str, Any] = {
-            name: value
-            for name, value in (
-                ("content_type", "application/json"),
-                ("message_type", job.message_type),
-                ("source", job.source),
-            )
-            if value is not None
-        }
+        self._fields = job.fields
 
     def run(self, source: LineSource) -> None:
         """Sends until the input ends, the user stops it, or no more can be sent; then settles what is in flight."""
@@ -177,14 +149,21 @@ class Sender:
         while self._flights:
             self._wait_for_oldest(0.1)
         try:
-            self._rejects.close()
+            if self.tally.next_number == 1 and not self._oversized and not self.at_end:
+                self._rejects.discard()  # nothing was taken, so the last run's are still what is to be mended
+            else:
+                self._rejects.finish()
         except Failure as failure:
             self.failure = self.failure or failure
         self._show()
 
     def _send_all(self, source: LineSource) -> None:
         batch = Batch(1)
-        for item in source.items():
+        items = source.items()
+        end = 1  # the number after the last line that was read
+        for item in items:
+            if item is not None:
+                end = item.next_number
             if item is None:
                 if not self._oversized:
                     self._settle_done()
@@ -200,15 +179,17 @@ class Sender:
                 for line in item.lines:
                     self._add(batch, line)
                     batch.end_offset = item.end_offset
-                    if len(batch.envelopes) + len(batch.bad) >= self._job.batch_size or batch.size >= _BATCH_BYTES:
+                    if len(batch.envelopes) + len(batch.bad) >= self._batch_size or batch.size >= _BATCH_BYTES:
                         batch = self._submit(batch)
                         if self._over:
                             break
                 if not item.more and not self._over:
                     batch = self._submit(batch)
             if self._over:
+                # It may have been the end.
+                self.at_end = self.tally.next_number == end and not self._oversized and next(items, source) is source
                 return
-        self._submit(batch)
+        self.at_end = not self._submit(batch)
 
     @property
     def _over(self) -> bool:
@@ -236,6 +217,7 @@ class Sender:
             self._keep(piece.data)
             return
         self._keep(piece.data, b"\n")
+        self._flush_rejects()
         self.tally.next_number = piece.number + 1
         self._count_bad(piece.number, f"{self._oversized:,} bytes are more than message.max.bytes allows")
         self._oversized = 0
@@ -265,15 +247,19 @@ class Sender:
                 del batch.envelopes[error.index]
             except kbatch.ProducerError as error:
                 if not self._interrupt.requested:
-                    self.stopped = str(error)
+                    self.stopped = _why_no_more(error)
                 return batch
             else:
                 batch.envelopes.clear()  # the pending batch holds what it needs
+                if not self._flights:
+                    self._waits_since = monotonic()
                 self._flights.append((pending, batch))
                 self._in_flight += len(batch.lines)
                 break
-        for number, reason, line in batch.bad:
+        for _, _, line in batch.bad:
             self._keep(line, b"\n")
+        self._flush_rejects()
+        for number, reason, _ in batch.bad:
             self._count_bad(number, reason)
         batch.bad.clear()
         self.tally.blank += batch.blank
@@ -293,21 +279,26 @@ class Sender:
             self._show()
             return
         self._flights.popleft()
+        self._waits_since = monotonic()
         self._in_flight -= len(batch.lines)
         tally = self.tally
         tally.acknowledged += report.acked
         tally.acknowledged_bytes += sum(map(len, batch.lines))
         self._end_offset = batch.end_offset
+        if report.acked:
+            self._connection.answered(all_is_well=not self._flights)
         if report.ok:
             return
         errors = report.errors
         if not tally.acknowledged and all(error.code in _NOT_ALLOWED for error in errors.values()):
             self.stopped = f"not allowed to write to topic {self._job.topic!r}: {next(iter(errors.values()))}"
-        for index, error in errors.items():
+        for index in errors:
             line = batch.lines[index]
-            tally.lost += 1
             tally.acknowledged_bytes -= len(line)
             self._keep(line, b"\n")
+        self._flush_rejects()
+        for index, error in errors.items():
+            tally.lost += 1
             if self.stopped is None:
                 self._name(batch.numbers[index], str(error))
             tally.reasons[str(error)] += 1
@@ -315,6 +306,13 @@ class Sender:
     def _keep(self, *pieces: bytes) -> None:
         try:
             self._rejects.write(*pieces)
+        except Failure as failure:
+            self.failure = self.failure or failure
+
+    def _flush_rejects(self) -> None:
+        # Before a line is told: whoever reads it may look there.
+        try:
+            self._rejects.flush()
         except Failure as failure:
             self.failure = self.failure or failure
 
@@ -330,6 +328,7 @@ class Sender:
             self._screen.tell("more lines fail; they are counted, and named no longer")
 
     def _show(self) -> None:
+        self._connection.look("nothing was acknowledged" if self._flights else "", self._waits_since, _STALLED_AFTER_S)
         note = f"{self.tally.acknowledged:,} acknowledged"
         if self.tally.bad or self.tally.lost:
             note += f", {self.tally.bad + self.tally.lost:,} not"
@@ -340,35 +339,54 @@ class Sender:
 
 def produce(job: Job, screen: Screen) -> int:
     """Runs the job and returns the exit status: 0 only if every line was acknowledged."""
-    if not job.topic:
-        raise Failure("--topic must not be empty", USAGE)
-    if job.wire == "cloudevents" and not job.source:
-        raise Failure("--wire cloudevents needs --source", USAGE)
+    _check_options(job)
+    key_of = key_reader(job.key_field)
     with contextlib.ExitStack() as stack:
         source = LineSource(job.input, _max_line(job.settings))
         stack.callback(source.close)
         rejects = Rejects(job.rejects, source)
-        stack.callback(rejects.close)
-        last_error = LastError()
+        stack.callback(rejects.finish)
+        screen.output_is_taken = rejects.is_output
+        connection = Connection(screen)
         config = _config(job, stack)
-        producer = _producer(job, config, last_error, screen)
+        producer = _producer(job, config, connection, screen)
         stack.callback(_close, producer)
-        check_broker(config, job.topic, job.connect_timeout_s)
+        check_broker(config, job.topic, job.connect_timeout_s, connection)
         if job.embedded and not screen.quiet:
             screen.tell(f"an embedded broker at {config['bootstrap.servers']}; it ends with this command")
-        source.start()
         interrupt = stack.enter_context(Interrupt(lambda: _close(producer), job.grace_s))
-        began = time.monotonic()
+        rejects.begin()
+        source.start()
+        began = monotonic()
         with screen.bar(job.topic, source.size, of_bytes=True) as bar:
-            sender = Sender(job, producer, rejects, screen, bar, interrupt)
+            sender = Sender(job, key_of, producer, rejects, connection, screen, bar, interrupt)
             sender.run(source)
-        for line in _summary(job, sender, interrupt, time.monotonic() - began, last_error):
+        if sender.failure is not None and sender.failure.status == USAGE:
+            raise sender.failure
+        for line in _summary(job, sender, rejects, interrupt, monotonic() - began, connection):
             screen.say(line)
         if sender.failure is not None:
             raise sender.failure
         if interrupt.requested:
             return interrupt.status
         return 0 if sender.stopped is None and not sender.tally.bad and not sender.tally.lost else 1
+
+
+def _check_options(job: Job) -> None:
+    try:
+        check_topic("--topic", job.topic)
+    except kbatch.ConfigError as error:
+        raise Failure(str(error), USAGE) from None
+    if job.wire == "cloudevents" and not job.source:
+        raise Failure("--wire cloudevents needs --source", USAGE)
+    for key in job.settings.values:
+        if key.endswith("_cb") or key in _FOR_PROGRAMS:
+            reason = "is for programs; a command line has no place for it"
+        elif key == "transactional.id":
+            reason = "is for programs: this command sends many batches at a time, and a transaction is one batch"
+        else:
+            continue
+        raise Failure(job.settings.explain(f"{key} {reason}"), USAGE)
 
 
 def _close(producer: kbatch.Producer) -> None:
@@ -382,8 +400,9 @@ def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
     config: dict[str, Any] = {"log_level": "0", **job.settings.values}
     if not job.embedded:
         return config
-    if job.settings.origin("bootstrap.servers") == "-X":
-        raise Failure("--embedded brings its own broker: leave out -X bootstrap.servers", USAGE)
+    brokers = job.settings.find("bootstrap.servers")
+    if brokers is not None and brokers.origin == "-X":
+        raise Failure(f"--embedded brings its own broker: leave out -X {brokers.key}", USAGE)
     from kbatch.testing import MockCluster
 
     # What tells how to reach and log in to another broker does not hold for this one.
@@ -391,12 +410,11 @@ def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
     config = {key: value for key, value in config.items() if not canonical(key).startswith(foreign)}
     cluster = stack.enter_context(MockCluster(process=True))
     cluster.create_topic(job.topic, _EMBEDDED_PARTITIONS)
-    config["bootstrap.servers"] = cluster.bootstrap_servers
-    return config
+    return inherit(config, {"bootstrap.servers": cluster.bootstrap_servers})
 
 
-def _producer(job: Job, config: dict[str, Any], last_error: LastError, screen: Screen) -> kbatch.Producer:
-    if not job.embedded and job.settings.get("bootstrap.servers") is None:
+def _producer(job: Job, config: dict[str, Any], connection: Connection, screen: Screen) -> kbatch.Producer:
+    if not job.embedded and job.settings.find("bootstrap.servers") is None:
         raise Failure(
             "no broker is named: give -X bootstrap.servers=HOST:PORT, KBATCH_BOOTSTRAP_SERVERS, --config FILE "
             "or --embedded",
@@ -406,21 +424,34 @@ def _producer(job: Job, config: dict[str, Any], last_error: LastError, screen: S
         warnings.simplefilter("always")
         try:
             producer = kbatch.Producer(
-                {**config, "error_cb": last_error}, wire=job.wire, max_in_flight=max(job.in_flight, 20_000)
+                {**config, "error_cb": connection}, wire=job.wire, max_in_flight=max(job.in_flight, 20_000)
             )
         except kbatch.ConfigError as error:
             raise Failure(job.settings.explain(str(error)), USAGE) from None
+    try:
+        # What is wrong with this one is wrong with the options, not with the lines.
+        producer._map(job.topic, [kbatch.Envelope(data=b"0", **job.fields)])
+    except kbatch.SerializationError as error:
+        raise Failure(error.reason, USAGE) from None
     for warning in caught:
         screen.tell(f"warning: {warning.message}")
     return producer
 
 
 def _max_line(settings: Settings) -> int:
-    text = settings.values.get("message.max.bytes", "")
-    return int(text) if text.isdecimal() and text.isascii() else 1_000_000
+    most = settings.find("message.max.bytes")
+    return int(most.value) if most is not None and most.value.isdecimal() and most.value.isascii() else 1_000_000
 
 
-def _summary(job: Job, sender: Sender, interrupt: Interrupt, elapsed_s: float, last_error: LastError) -> Iterator[str]:
+def _why_no_more(error: kbatch.ProducerError) -> str:
+    if isinstance(error, kbatch.ProducerFatalError):  # its own text has advice for programs
+        return f"nothing more can be sent in this run: {kbatch.DeliveryError(error.code, possibly_persisted=False)}"
+    return str(error)
+
+
+def _summary(
+    job: Job, sender: Sender, rejects: Rejects, interrupt: Interrupt, elapsed_s: float, connection: Connection
+) -> Iterator[str]:
     tally = sender.tally
     speed = f"{tally.acknowledged / elapsed_s:,.0f} lines/s, {tally.acknowledged_bytes / elapsed_s / 1e6:,.1f} MB/s"
     yield (
@@ -435,13 +466,16 @@ def _summary(job: Job, sender: Sender, interrupt: Interrupt, elapsed_s: float, l
         yield f"{counted(tally.lost, 'line')} not acknowledged:"
         for reason, count in tally.reasons.most_common(5):
             yield f"  {counted(count, 'line')}: {reason}"
-        if last_error.text:
-            yield f"  the last error of the connection: {last_error.text}"
-    if (tally.bad or tally.lost) and job.rejects is not None and sender.failure is None:
-        yield f"they are in {job.rejects}"
+        if connection.last_error:
+            yield f"  the last error of the connection: {connection.last_error}"
+    if (tally.bad or tally.lost) and rejects.shown and sender.failure is None:
+        yield f"they are in {rejects.shown}"
     if sender.stopped is not None:
         yield f"stopped: {sender.stopped}"
     if interrupt.requested:
         yield "interrupted" + (", and what was in flight given up" if interrupt.aborted else "")
     if sender.stopped is not None or sender.failure is not None or interrupt.requested:
-        yield f"line {tally.next_number} and those after it were not sent"
+        if sender.at_end:
+            yield "every line of the input was taken"
+        else:
+            yield f"line {tally.next_number} and those after it were not sent"

@@ -1,6 +1,9 @@
+import contextlib
+import functools
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -12,22 +15,107 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     SpinnerColumn,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
 from rich.table import Table
 
+from kbatch._text import printable
+
 
 class Bar:
     """A progress bar, or nothing at all where nobody sees it."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress = progress
-        self._task = task
+    def __init__(self, update: Callable[..., object] | None = None) -> None:
+        self._update = update
 
     def show(self, completed: float, note: str = "") -> None:
-        self._progress.update(self._task, completed=completed, note=note)
+        if self._update is not None:
+            self._update(completed=completed, note=note)
+
+
+class Stream:
+    """Standard output or standard error: it may be closed, full, a pipe that nobody reads or a terminal that is gone.
+
+    Writing never raises: what became of the messages does not depend on whether anybody is told. `error` is the first
+    failure.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        # Not every encoding has every character.
+        self._try(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try("")
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except ValueError:  # it is closed
+            return False
+
+    def fileno(self) -> int:
+        if self._stream is None:
+            raise OSError("there is no such stream")
+        return self._stream.fileno()
+
+    def _try(self, text: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            self.error = self.error or error
+            # What is left in the buffer must not fail again at the exit, and change the exit status there.
+            with contextlib.suppress(OSError, ValueError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, self._stream.fileno())
+                os.close(null)
+        except ValueError:  # it is closed
+            pass
+
+
+class PlainStream:
+    """What stands for `sys.stdout` and `sys.stderr`, for whoever writes what was typed or found as it is.
+
+    The framework does, and the standard library's logging.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.encoding = stream.encoding
+        self.flush, self.isatty, self.fileno = stream.flush, stream.isatty, stream.fileno
+
+    def write(self, text: str) -> int:
+        pieces = re.split(r"([\n\t])", text)
+        self.stream.write("".join(piece if piece in ("\n", "\t") else printable(piece) for piece in pieces))
+        return len(text)
+
+
+@contextmanager
+def plain_streams() -> Iterator[None]:
+    """For the time of a command: the standard streams are plain, and at its end what was not written is told."""
+    before = sys.stdout, sys.stderr
+    out, err = Stream(sys.stdout), Stream(sys.stderr)
+    sys.stdout, sys.stderr = PlainStream(out), PlainStream(err)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        # That a reader went away (``| head``) is nothing to tell.
+        if out.error is not None and not isinstance(out.error, BrokenPipeError):
+            err.write(f"kbatch: cannot write to standard output: {os.strerror(out.error.errno or 0)}\n")
+
+
+def _stream(standard: TextIO | None) -> Stream:
+    return standard.stream if isinstance(standard, PlainStream) else Stream(standard)
 
 
 class Screen:
@@ -35,40 +123,34 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self._err = Console(stderr=True)
+        #: Whether standard output is for something else, so that results go to standard error as well.
+        self.output_is_taken = False
 
     def say(self, text: str) -> None:
         """A result."""
-        _write(sys.stdout, text)
+        self._results().write(printable(text) + "\n")
 
     def tell(self, text: str) -> None:
         """A problem, or a remark on the way."""
-        _write(sys.stderr, f"kbatch: {text}")
+        _stream(sys.stderr).write(f"kbatch: {printable(text)}\n")
 
     def show(self, table: Table) -> None:
         """A result as a table."""
-        Console().print(table)
+        Console(file=self._results()).print(table)  # type: ignore[arg-type]
 
     @contextmanager
     def bar(self, label: str, total: float | None, *, of_bytes: bool = False) -> Iterator[Bar]:
-        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn()]
+        stream = _stream(sys.stderr)
+        # Not what rich takes for a terminal: FORCE_COLOR makes it take a pipe for one.
+        if self.quiet or not stream.isatty():
+            yield Bar()
+            return
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
         columns.append(DownloadColumn() if of_bytes else MofNCompleteColumn())
         columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
-        visible = not self.quiet and self._err.is_terminal
-        with Progress(*columns, console=self._err, disable=not visible, transient=True) as progress:
-            yield Bar(progress, progress.add_task(label, total=total, note=""))
+        console = Console(file=stream)  # type: ignore[arg-type]
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield Bar(functools.partial(progress.update, progress.add_task(label, total=total, note="")))
 
-
-def counted(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def _write(stream: TextIO, text: str) -> None:
-    # Names of files may hold bytes that are no text in the stream's encoding.
-    encoding = stream.encoding or "utf-8"
-    try:
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-        stream.flush()
-    except BrokenPipeError:
-        # Whoever read it has gone (``| head``); that must not change the exit status, nor fail again at the exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    def _results(self) -> Stream:
+        return _stream(sys.stderr if self.output_is_taken else sys.stdout)

@@ -56,15 +56,9 @@ class Settings:
         """Where each key, as it was written, was set: ``-X``, a variable, a line of the file."""
         return {setting.key: setting.origin for setting in self._found.values()}
 
-    def get(self, key: str) -> str | None:
-        """The value of a key, whichever of librdkafka's names for it was written."""
-        setting = self._found.get(canonical(key))
-        return None if setting is None else setting.value
-
-    def origin(self, key: str) -> str | None:
-        """Where a key was set, by whichever of its names."""
-        setting = self._found.get(canonical(key))
-        return None if setting is None else setting.origin
+    def find(self, key: str) -> Setting | None:
+        """The setting of a key, whichever of librdkafka's names for it was written."""
+        return self._found.get(canonical(key))
 
     def explain(self, message: str) -> str:
         """An error that begins with a setting's key, with where that setting came from."""
