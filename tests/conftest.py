@@ -67,6 +67,7 @@ NEED_THE_CHECKOUT = [
     "unit/test_compare.py",
     "unit/test_mutants.py",
     "unit/test_project.py",
+    "unit/test_promises.py",
     "unit/test_wheels.py",
 ]
 

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -175,7 +176,7 @@ def check_beside(error: BaseException, text: str, caplog: pytest.LogCaptureFixtu
         assert said.startswith(text)
 
 
-def test_the_first_1000_are_kept_and_all_are_counted() -> None:
+def test_the_first_1000_are_kept_and_all_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with MemoryProducer() as producer:
         sender = sender_of(producer)
         for number in range(1_500):
@@ -184,6 +185,11 @@ def test_the_first_1000_are_kept_and_all_are_counted() -> None:
             sender.close()
         assert caught.value.count == 1_500
         assert keys(caught.value) == [str(number) for number in range(1_000)]
+        assert [envelope.key for envelope, _ in sender.agent.failed] == [str(number) for number in range(500, 1_500)]
+    logged = [
+        record for record in caplog.records if re.search("given up; the first, .* with the key '0'", record.message)
+    ]
+    assert [record.levelno for record in logged] == [logging.ERROR]
 
 
 @pytest.mark.parametrize("how", ["flush", "drain", "close", "with"])
@@ -271,6 +277,27 @@ def test_a_wait_that_timed_out_was_no_look() -> None:
         with pytest.raises(kbatch.UndeliveredError) as caught:
             producer.flush()
         assert keys(caught.value) == ["a"]
+
+
+@pytest.mark.parametrize("how", ["flush", "close", "with"])
+def test_what_a_cancelled_task_cannot_tell_is_told_by_the_producer(how: str) -> None:
+    async def main() -> None:
+        producer = AioMemoryProducer()
+        producer.fail(PERMANENT, times=1)
+        producer.hold()
+        task = asyncio.create_task(producer.send_batch("orders", envelopes("a")))
+        while not producer.in_flight:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        producer.release()
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            await end_on_loop(producer, how)
+        assert keys(caught.value) == ["a"]
+        assert await producer.close() == 0
+
+    asyncio.run(main())
 
 
 def test_what_send_batch_has_returned_is_told() -> None:

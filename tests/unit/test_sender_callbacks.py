@@ -1,6 +1,7 @@
 """What on_failed may do with its own sender."""
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -27,6 +28,29 @@ def test_it_must_not_wait_for_itself(method: str) -> None:
         assert sender.flush(30) == 0
         assert "use another thread" in str(errors[0])
         sender.send(Envelope(1))
+
+
+def test_on_failed_is_called_on_the_loop_of_the_first_envelope() -> None:
+    told: list[tuple[str, threading.Thread, asyncio.AbstractEventLoop]] = []
+
+    def plain(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        told.append(("plain", threading.current_thread(), asyncio.get_running_loop()))
+
+    async def coroutine(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        await asyncio.sleep(0)
+        told.append(("coroutine", threading.current_thread(), asyncio.get_running_loop()))
+
+    async def main() -> asyncio.AbstractEventLoop:
+        for on_failed in (plain, coroutine):
+            async with aio.BatchedSender(
+                aio.SendingAgent(AioMemoryProducer(), "orders", on_failed=on_failed)
+            ) as sender:
+                await sender.send(Envelope(UNMAPPABLE))
+        return asyncio.get_running_loop()
+
+    loop = asyncio.run(main())
+    here = threading.current_thread()
+    assert told == [("plain", here, loop), ("coroutine", here, loop)]
 
 
 def test_it_may_send() -> None:

@@ -270,6 +270,21 @@ def test_ctrl_c_ends_closing() -> None:
     producer.close()
 
 
+def test_ctrl_c_ends_the_wait_for_room() -> None:
+    with MemoryProducer() as producer:
+        producer.hold()
+        with kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_size=1, max_buffered=1) as sender:
+            sender.send(Envelope(0))
+            main = threading.get_ident()
+            timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                sender.send(Envelope(1))
+            timer.join()
+            producer.release()
+        assert [envelope.message for envelope in producer.envelopes] == [0]
+
+
 # -- what is told
 
 
