@@ -86,6 +86,14 @@ def test_without_a_logger_librdkafka_writes_to_standard_error(capfd: pytest.Capt
         until(failed, "a line about the broker")
 
 
+def test_log_level_0_leaves_them_out(capfd: pytest.CaptureFixture[str]) -> None:
+    errors: list[KafkaError] = []
+    with kbatch.Producer({**NOBODY, "log_level": 0, "error_cb": errors.append}) as producer:
+        producer.submit("orders", [])
+        until(lambda: len(errors) >= 2, "errors about the broker")
+    assert capfd.readouterr().err == ""
+
+
 def test_a_callback_that_raises_is_logged_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:
     calls: list[str] = []
 
