@@ -61,6 +61,7 @@ IN_CHECKOUT = (HERE.parent / "src").exists()
 # What tests files that no wheel holds: the sources, the project's own files and programs.
 NEED_THE_CHECKOUT = [
     "mock/test_migration.py",
+    "mock/test_readme.py",
     "mock/test_shutdown.py",
     "unit/test_benchmarks.py",
     "unit/test_binding.py",

@@ -95,20 +95,21 @@ def test_other_threads_run_while_a_batch_is_handed_over() -> None:
     producer = kbatch.Producer(config, max_in_flight=1_000_000, wire="raw")
     producer.submit("orders", [])  # it starts
     batch = [kbatch.Envelope(data=b"x")] * count
-    seen: set[int] = set()
+    seen: list[int] = []
     sender = threading.Thread(target=lambda: producer.submit("orders", batch, callback=lambda report: None))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(60)  # nobody gets the GIL but by its release
     try:
         sender.start()
-        while count not in seen:
-            seen.add(producer.stats()["in_flight"])
+        while not seen or seen[-1] < count:
+            seen.append(producer.stats()["in_flight"])
             time.sleep(0)
     finally:
         sys.setswitchinterval(interval)
     sender.join()
     producer.close(0)
-    assert seen - {0, count}, "no other thread ran before all was handed over"
+    # Without giving it up, or but for looking at signals in between, a few at most.
+    assert sum(0 < in_flight < count for in_flight in seen) > 20
 
 
 def test_many_threads_wait_for_one_batch(kafka_cluster: MockCluster) -> None:

@@ -135,14 +135,15 @@ def test_a_dead_letter_takes_it() -> None:
     assert [record.topic() for record in producer.records] == ["dead"]
 
 
-def test_what_is_given_up_at_the_deadline_of_closing_is_raised() -> None:
+@pytest.mark.parametrize("how", ["close", "with"])
+def test_what_is_given_up_at_the_deadline_of_closing_is_raised(how: str) -> None:
     with MemoryProducer() as producer:
         producer.down()
-        sender = sender_of(producer)
+        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), close_timeout=0.0)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)
         with pytest.raises(kbatch.UndeliveredError) as caught:
-            sender.close(0)
+            sender.close() if how == "close" else end(sender, how)
         assert keys(caught.value) == ["a", "b"]
         assert sender.close() == 2
 

@@ -1,11 +1,13 @@
 """What must agree between files that no compiler compares."""
 
+import inspect
 import re
 from pathlib import Path
 from types import ModuleType
 
 import kbatch
 from kbatch import _version
+from kbatch.cli import _app
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +22,12 @@ def test_changelog_begins_with_this_version():
 
 def test_the_package_tells_its_version():
     assert kbatch.__version__ == _version.__version__
+
+
+def test_make_run_sends_as_many_orders_as_the_readme_says():
+    assert inspect.signature(_app.demo).parameters["count"].default == 200_000
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^run: .*\n\t\$\(BIN\)/kbatch demo \$\(ARGS\)$", makefile, re.MULTILINE)
 
 
 def test_all_is_exact():

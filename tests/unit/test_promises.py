@@ -101,7 +101,8 @@ def docstrings(name: str) -> Iterator[str]:
         for base in found.__mro__:
             if base.__module__.startswith("kbatch"):
                 for member, value in vars(base).items():
-                    if not member.startswith("_") or member in ("__await__", "__len__"):
+                    is_public = not member.startswith("_") or member in ("__await__", "__len__")
+                    if is_public and hasattr(value, "__get__"):  # no plain value
                         yield inspect.getdoc(value) or ""
 
 

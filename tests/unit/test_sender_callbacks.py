@@ -30,6 +30,16 @@ def test_it_must_not_wait_for_itself(method: str) -> None:
         sender.send(Envelope(1))
 
 
+def test_on_failed_is_called_on_a_thread_of_the_sender() -> None:
+    told: list[str] = []
+    agent = kbatch.SendingAgent(
+        MemoryProducer(), "orders", on_failed=lambda *_: told.append(threading.current_thread().name)
+    )
+    with kbatch.BatchedSender(agent) as sender:
+        sender.send(Envelope(UNMAPPABLE))
+    assert told == ["kbatch-sender-callbacks"]
+
+
 def test_on_failed_is_called_on_the_loop_of_the_first_envelope() -> None:
     told: list[tuple[str, threading.Thread, asyncio.AbstractEventLoop]] = []
 

@@ -18,6 +18,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, RetryPolicy, aio
+from kbatch._sending import _agent
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 
 from ..sending import KINDS, Driver
@@ -324,6 +325,18 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
         assert driver.failed == []
     assert warnings()[0].startswith("brokers have not answered for 'orders' for 0 s")
     assert warnings()[1] == "brokers answer for 'orders' again"
+
+
+def test_brokers_that_go_on_not_answering_are_told_of_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _agent._REMIND_EVERY_S == 60
+    monkeypatch.setattr(_agent, "_REMIND_EVERY_S", 0.02)
+    with MemoryProducer() as producer, open_driver("threads", producer, stalled_after_s=0.05) as driver:
+        producer.hold()
+        driver.send(Envelope(0))
+        until(lambda: sum("have not answered" in record.getMessage() for record in caplog.records) >= 3, "reminders")
+        producer.release()
 
 
 def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
