@@ -450,6 +450,25 @@ def test_many_flushes_end_in_any_order() -> None:
     asyncio.run(main())
 
 
+def test_tasks_that_wait_for_room_take_no_threads() -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            sender = aio.BatchedSender(aio.SendingAgent(producer, "orders"), batch_size=1, max_buffered=1)
+            producer.hold()
+            await sender.send(Envelope(0))
+            threads = threading.active_count()
+            tasks = [asyncio.create_task(sender.send(Envelope(n))) for n in range(1, 101)]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in tasks)
+            assert threading.active_count() <= threads
+            producer.release()
+            await asyncio.gather(*tasks)
+            assert await sender.close() == 0
+            assert [envelope.message for envelope in producer.envelopes] == list(range(101))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 def test_flushes_that_time_out_again_and_again_leave_little_behind(kind: str) -> None:
     with MemoryProducer() as producer, open_driver(kind, producer) as driver:
         producer.hold()
