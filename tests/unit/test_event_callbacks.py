@@ -12,6 +12,7 @@ import pytest
 from confluent_kafka import KafkaError
 
 import kbatch
+from kbatch import aio
 
 from ..naming import shown
 from ..waiting import until
@@ -19,7 +20,8 @@ from ..waiting import until
 NOBODY = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 
 
-def test_error_cb() -> None:
+@pytest.mark.parametrize("kind", [kbatch.Producer, aio.Producer])
+def test_error_cb(kind: Any) -> None:
     errors: list[KafkaError] = []
     threads: set[str] = set()
 
@@ -27,9 +29,10 @@ def test_error_cb() -> None:
         errors.append(error)
         threads.add(threading.current_thread().name)
 
-    with kbatch.Producer({**NOBODY, "error_cb": error_cb}) as producer:
-        producer.submit("orders", [])
-        until(lambda: len(errors) >= 2, "errors about the broker")
+    producer = kind({**NOBODY, "error_cb": error_cb})
+    producer._core.start()
+    until(lambda: len(errors) >= 2, "errors about the broker")
+    producer._core.close(30)
     assert all(type(error) is KafkaError for error in errors)
     assert {error.name() for error in errors} <= {"_TRANSPORT", "_ALL_BROKERS_DOWN"}
     assert any("127.0.0.1:1" in error.str() for error in errors)
