@@ -135,15 +135,14 @@ def test_a_dead_letter_takes_it() -> None:
     assert [record.topic() for record in producer.records] == ["dead"]
 
 
-@pytest.mark.parametrize("how", ["close", "with"])
-def test_what_is_given_up_at_the_deadline_of_closing_is_raised(how: str) -> None:
+def test_what_is_given_up_at_the_deadline_of_closing_is_raised() -> None:
     with MemoryProducer() as producer:
         producer.down()
-        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), close_timeout=0.0)
+        sender = sender_of(producer)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)
         with pytest.raises(kbatch.UndeliveredError) as caught:
-            sender.close() if how == "close" else end(sender, how)
+            sender.close(0)
         assert keys(caught.value) == ["a", "b"]
         assert sender.close() == 2
 
@@ -457,6 +456,18 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
         topic = kbatch.KafkaTopic("orders", mode=Mode.BUFFERED, producer=producer)
         with pytest.raises(kbatch.UndeliveredError), topic.create_sender() as sender:
             sender.send(envelopes("a")[0])
+
+
+def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout() -> None:
+    with MemoryProducer() as producer:
+        producer.hold()
+        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout=0.05)
+        for envelope in envelopes("a", "b"):
+            sender.send(envelope)
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            end(sender, "with")
+        assert keys(caught.value) == ["a", "b"]
+        producer.release()
 
 
 def test_many_failures_of_batches_that_are_forgotten_take_no_memory() -> None:
