@@ -61,6 +61,7 @@ IN_CHECKOUT = (HERE.parent / "src").exists()
 # What tests files that no wheel holds: the sources, the project's own files and programs.
 NEED_THE_CHECKOUT = [
     "mock/test_migration.py",
+    "mock/test_readme.py",
     "mock/test_shutdown.py",
     "mock/test_testing_page.py",
     "unit/test_benchmarks.py",
@@ -68,6 +69,7 @@ NEED_THE_CHECKOUT = [
     "unit/test_compare.py",
     "unit/test_mutants.py",
     "unit/test_project.py",
+    "unit/test_promises.py",
     "unit/test_wheels.py",
 ]
 

@@ -329,8 +329,8 @@ class UndeliveredError(BatchError):
 
     Attributes:
         count: How many.
-        failures: The first 1,000 of them, each with the reason: pairs of `Envelope` and `KbatchError`. Fewer if more
-            is not known.
+        failures: The first 1,000 of them, each with the reason: pairs of `Envelope` and `KbatchError`. Fewer if
+            they hold more than 16 MiB, or if more is not known.
     """
 
     def __init__(

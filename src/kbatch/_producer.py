@@ -44,7 +44,8 @@ class Producer(BaseProducer):
             thread, where context variables are not set.
         close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages of one topic may be in flight before ``submit`` waits. All topics together may
-            have a quarter more, and each topic always a few (128), so that one that is stuck does not stop the others.
+            have a quarter more, and each topic always a few (128 at most), so that one that is stuck does not stop the
+            others.
         carry_scheduled_time: An envelope whose ``scheduled_time`` is in the future is sent at once and carries it, for
             a reader that waits until then. Without it such an envelope is refused with `NotYetDueError`.
 

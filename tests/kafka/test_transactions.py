@@ -223,6 +223,7 @@ def test_a_fenced_producer_says_so(one_broker: KafkaCluster) -> None:
         assert new.send_batch(topic, envelopes(1, 5)).ok
         report = old.send_batch(topic, envelopes(2, 5))
         assert report.failed == 5
+        assert {error.name for error in report.errors.values()} == {"_FENCED"}
         assert all(error.fatal and not error.retriable for error in report.errors.values())
         with pytest.raises(kbatch.ProducerFencedError, match="another producer with the same") as error:
             old.send_batch(topic, envelopes(3, 5))

@@ -208,7 +208,8 @@ def test_demo_finds_what_is_wrong(tamper, problem, monkeypatch):
 def test_every_line_is_a_message(topic, servers, shared_cluster, lines_file):
     lines = lines_of(5_000)
     file = lines_file("\n".join(lines))
-    status, out, err = run("produce", file, "--topic", topic, "--key", "id", "-X", servers, "--source", "till")
+    headers = ("--source", "till", "--message-type", "sale")
+    status, out, err = run("produce", file, "--topic", topic, "--key", "id", "-X", servers, *headers)
     assert (status, err) == (0, "")
     assert out.startswith(f"5,000 of 5,000 lines acknowledged in topic '{topic}'")
     records = read(shared_cluster.bootstrap_servers, topic, 5_000)
@@ -222,7 +223,7 @@ def test_every_line_is_a_message(topic, servers, shared_cluster, lines_file):
             by_key[record.key] = body["n"]
             headers = dict(record.headers)
             assert headers["content-type"] == b"application/json"
-            assert headers["source"] == b"till"
+            assert (headers["source"], headers["message-type"]) == (b"till", b"sale")
             assert len(headers["id"]) == 36
 
 

@@ -429,6 +429,23 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
     assert values == [b"m%d" % i for i in (*range(on_their_way), *range(5))]
 
 
+def test_ctrl_c_in_a_block_sends_what_is_in_flight_first(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_rtt(1, 500)
+    code = """
+        try:
+            with kbatch.Producer(CONFIG) as producer:
+                producer.submit("orders", envelopes(5), callback=lambda report: print("acked", report.acked))
+                print("waiting", flush=True)
+                time.sleep(60)
+        except KeyboardInterrupt:
+            print("interrupted")
+        """
+    result = run(kafka_cluster, code, interrupt_at="waiting")
+    assert (result.returncode, result.stdout) == (0, "acked 5\ninterrupted\n"), result.stderr
+    assert len(read_back(kafka_cluster.bootstrap_servers, "orders")) == 5
+
+
 def test_ctrl_c_while_closing(dark_cluster: MockCluster) -> None:
     code = """
         answers = []

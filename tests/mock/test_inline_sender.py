@@ -277,6 +277,21 @@ def test_tasks_share_requests(cluster: MockCluster) -> None:
     assert requests < tasks * each / 3
 
 
+def test_loops_share_a_sender(cluster: MockCluster) -> None:
+    loops, each = 4, 25
+    producer = aio.Producer({"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0})
+    sender = aio.InlineSender(producer, TOPIC)
+
+    async def work(number: int) -> int:
+        return sum([(await sender.send(Envelope([number, i]))).acked for i in range(each)])
+
+    asyncio.run(producer.send_batch(TOPIC, [Envelope("first")]))
+    with ThreadPoolExecutor(loops) as threads:
+        assert list(threads.map(lambda number: asyncio.run(work(number)), range(loops))) == [each] * loops
+    asyncio.run(producer.close())
+    assert_each_once_and_in_order(cluster, loops, each)
+
+
 def assert_each_once_and_in_order(cluster: MockCluster, senders: int, each: int) -> None:
     found = values(cluster)[1:]
     expected = [f"[{number},{i}]".encode() for number in range(senders) for i in range(each)]

@@ -292,6 +292,32 @@ def test_flush_counts_what_is_left(dark_cluster: MockCluster) -> None:
         assert pending.report.acked == 30
 
 
+def test_flush_does_not_wait_for_linger(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    with make_producer(kafka_cluster, config={"linger.ms": 250_000}) as producer:
+        pending = producer.submit("orders", envelopes(10))
+        assert producer.flush(60) == 0
+        assert pending.report.acked == 10
+
+
+def test_close_leaves_a_callback_behind_that_does_not_end(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    running, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def endless(report: kbatch.DeliveryReport) -> None:
+        running.set()
+        go_on.wait(60)
+        ended.set()
+
+    producer = make_producer(kafka_cluster)
+    producer.submit("orders", envelopes(1), callback=endless)
+    assert running.wait(30)
+    assert producer.close(0.1) == 0
+    assert not ended.is_set()
+    go_on.set()
+    assert ended.wait(30)
+
+
 def test_fatal_error_settles_what_is_in_flight_and_refuses_the_rest(dark_cluster: MockCluster) -> None:
     producer = make_producer(dark_cluster)
     pending = producer.submit("orders", envelopes(20))

@@ -102,6 +102,22 @@ def test_many_dead_topics(cluster: MockCluster, producer: kbatch.Producer) -> No
     assert stored(cluster, "healthy", 50) == list(range(50))
 
 
+def test_what_one_topic_all_together_and_each_always_may_have(cluster: MockCluster, config: dict[str, Any]) -> None:
+    # Each has four fifths of what is left of 25,000, and the last two 128 all the same.
+    producer = kbatch.Producer(config)
+    waiting = []
+    for n, expected in enumerate((20_000, 24_000, 24_800, 24_960, 25_088, 25_216)):
+        cluster.create_topic(f"dead-{n}")
+        cluster.set_partition_leader(f"dead-{n}", 0, -1)
+        waiting.append(Sending(producer, f"dead-{n}", envelopes(21_000)))
+        until(lambda expected=expected: in_flight(producer) >= expected, "its share")  # type: ignore[misc]
+        time.sleep(0.05)
+        assert in_flight(producer) == expected
+    producer._core.close(0)
+    for thread in waiting:
+        thread.join(30)
+
+
 def test_more_topics_than_librdkafkas_queue_has_room_for(cluster: MockCluster, config: dict[str, Any]) -> None:
     names = [f"topic-{n}" for n in range(20)]
     for name in names:

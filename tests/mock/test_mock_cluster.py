@@ -187,6 +187,33 @@ def test_partition_errors_strike_one_partition(cluster):
     assert errors[1].code() == KafkaError.INVALID_REQUIRED_ACKS
 
 
+def test_a_broker_that_has_errors_of_its_own_meets_the_clusters_no_more(cluster):
+    cluster.create_topic("t")
+    cluster.push_request_errors(0, ["MSG_SIZE_TOO_LARGE"])
+    cluster.push_broker_errors(1, 0, [("TOPIC_AUTHORIZATION_FAILED", 0)])
+    met = [produce(cluster.bootstrap_servers, "t", messages(1))[0] for _ in range(3)]
+    assert [error and error.name() for error in met] == ["TOPIC_AUTHORIZATION_FAILED", None, None]
+    assert cluster.broker_error_stack_count(1, 0) == 0
+
+
+@since_2_15
+@pytest.mark.parametrize("whose", ["the cluster's", "the broker's"])
+def test_errors_of_partitions_come_last(cluster, whose):
+    cluster.create_topic("t")
+    cluster.push_partition_errors("t", 0, 0, ["INVALID_REQUIRED_ACKS"])
+    if whose == "the cluster's":
+        cluster.push_request_errors(0, ["MSG_SIZE_TOO_LARGE"])
+    else:
+        cluster.push_broker_errors(1, 0, [("MSG_SIZE_TOO_LARGE", 0)])
+    met = [produce(cluster.bootstrap_servers, "t", messages(1, partition=0))[0] for _ in range(3)]
+    assert [error and error.name() for error in met] == ["MSG_SIZE_TOO_LARGE", "INVALID_REQUIRED_ACKS", None]
+
+
+def test_a_replication_factor_is_lowered_to_the_number_of_brokers(cluster):
+    cluster.create_topic("t", 1, replication_factor=5)
+    assert metadata(cluster, "t").topics["t"].partitions[0].replicas == [1]
+
+
 def test_leaders(cluster):
     with MockCluster(3, process=cluster.pid != os.getpid()) as cluster:
         assert len(cluster.bootstrap_servers.split(",")) == 3

@@ -4,12 +4,15 @@ import array
 import gc
 import itertools
 import json
+import math
 import os
 import pickle
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta, timezone
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta, timezone
 from typing import Any
 
 import msgspec
@@ -432,6 +435,19 @@ def test_borrowed_bytes_outlive_their_names(
     assert [(r.key.decode(), r.value.decode(), r.headers[0][1].decode()) for r in stored(cluster)] == expected
 
 
+@pytest.mark.resident_size
+def test_bytes_are_sent_without_a_copy() -> None:
+    # Nobody is there: what is in flight has to be somewhere.
+    body, count = os.urandom(20_000_000), 20
+    config = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0, "message.max.bytes": 30_000_000}
+    producer = kbatch.Producer(config)
+    before = psutil.Process().memory_info().rss
+    producer.submit(TOPIC, [Envelope(data=body) for _ in range(count)], callback=lambda report: None)
+    assert len(producer) == count
+    assert psutil.Process().memory_info().rss - before < len(body)
+    producer.close(0)
+
+
 @pytest.mark.parametrize("size", [1, 127, 128, 65_535, 65_536, 1_000_000, 2_000_000])
 def test_large_bodies(cluster: MockCluster, size: int) -> None:
     body = os.urandom(size)
@@ -456,6 +472,21 @@ def test_msgpack(cluster: MockCluster) -> None:
     records = stored(cluster)
     assert [msgspec.msgpack.decode(record.value) for record in records] == messages
     assert {dict(record.headers)["content-type"] for record in records} == {b"application/msgpack"}
+
+
+def test_what_json_is_made_of(cluster: MockCluster) -> None:
+    @dataclass
+    class Shop:
+        name: str
+
+    class Order(msgspec.Struct):
+        id: uuid.UUID
+        day: date
+        shop: Shop
+
+    send(cluster, [Envelope(Order(ID, date(2026, 11, 29), Shop("Köln"))), Envelope(b"x"), Envelope("x")], wire="raw")
+    order = f'{{"id":"{ID}","day":"2026-11-29","shop":{{"name":"Köln"}}}}'
+    assert values(cluster) == [order.encode(), b'"eA=="', b'"x"']
 
 
 def test_json_encoder_with_a_hook(cluster: MockCluster) -> None:
@@ -1169,6 +1200,20 @@ def test_a_report_can_be_kept(cluster: MockCluster) -> None:
     assert repr(again) == repr(report)
 
 
+def test_nothing_per_message_is_a_python_object_before_it_is_asked_for(cluster: MockCluster) -> None:
+    envelopes = [Envelope(data=b"x")] * 20_000
+    with make_producer(cluster, wire="raw") as producer:
+        producer.send_batch(TOPIC, envelopes[:1]).raise_for_errors()
+        gc.collect()
+        before = sys.getallocatedblocks()
+        report = producer.send_batch(TOPIC, envelopes)
+        assert (report.ok, report.acked) == (True, 20_000)
+        gc.collect()
+        assert sys.getallocatedblocks() - before < 1_000
+        assert report.offsets[-1] == 20_000
+        assert sys.getallocatedblocks() - before > 10_000  # these are objects
+
+
 def test_an_expired_envelope_is_not_sent_and_no_failure(cluster: MockCluster) -> None:
     past = datetime(2020, 1, 1, tzinfo=timezone.utc)
     future = datetime(9000, 1, 1, tzinfo=timezone.utc)
@@ -1262,6 +1307,7 @@ def test_pending_batches(cluster: MockCluster) -> None:
     with make_producer(cluster) as producer:
         pending = producer.submit(TOPIC, [Envelope(i) for i in range(4)])
         assert (len(pending), pending.done(), repr(pending)) == (4, False, "<PendingBatch of 4 envelopes, in flight>")
+        assert math.isnan(pending.latency_s)
         with pytest.raises(kbatch.BatchPending, match="no answer yet"):
             pending.report  # noqa: B018
         with pytest.raises(TypeError):

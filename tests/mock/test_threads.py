@@ -89,6 +89,29 @@ def test_batches_of_two_threads_that_take_turns_keep_their_order(kafka_cluster: 
         assert [value for value in values if value.startswith(name.encode())] == sent
 
 
+def test_other_threads_run_while_a_batch_is_handed_over() -> None:
+    count = 300_000
+    config = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0, "queue.buffering.max.messages": 1_000_000}
+    producer = kbatch.Producer(config, max_in_flight=1_000_000, wire="raw")
+    producer.submit("orders", [])  # it starts
+    batch = [kbatch.Envelope(data=b"x")] * count
+    seen: list[int] = []
+    sender = threading.Thread(target=lambda: producer.submit("orders", batch, callback=lambda report: None))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # nobody gets the GIL but by its release
+    try:
+        sender.start()
+        while not seen or seen[-1] < count:
+            seen.append(producer.stats()["in_flight"])
+            time.sleep(0)
+    finally:
+        sys.setswitchinterval(interval)
+    sender.join()
+    producer.close(0)
+    # Without giving it up, or but for looking at signals in between, a few at most.
+    assert sum(0 < in_flight < count for in_flight in seen) > 20
+
+
 def test_many_threads_wait_for_one_batch(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     kafka_cluster.set_rtt(1, 50)

@@ -207,6 +207,31 @@ def stop_answering(producer: Any) -> None:
     transactions._call = unanswered
 
 
+def test_a_commit_is_tried_again_for_twice_the_transactions_time_out(
+    producer: kbatch.Producer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+    clock, transactions = Clock(), producer._transactions
+    assert transactions is not None
+    call = transactions._call
+
+    def unanswered(which: int) -> Any:
+        if which != _transactions._COMMIT:
+            return call(which)
+        clock.now += 1
+        return _transactions._Error(-185, "timed out", False, True, False)
+
+    monkeypatch.setattr(_transactions, "time", clock)
+    monkeypatch.setattr(transactions, "_call", unanswered)
+    assert all(error.possibly_persisted for error in producer.send_batch("t", envelopes(3)).errors.values())
+    assert 2 * 60 <= clock.now <= 2 * 60 + 1
+
+
 class Told(kbatch.SenderCallback):
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []

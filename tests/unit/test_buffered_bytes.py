@@ -155,6 +155,20 @@ def test_what_looks_larger_than_those_before_counts_as_it_is() -> None:
         sender.close()
 
 
+def test_what_is_not_encoded_counts_as_the_mean_of_what_was() -> None:
+    with MemoryProducer(encoder=lambda message, context: b"x" * 1_000) as producer:
+        sender = sender_of(producer, batch_timeout_ms=0)
+        for _ in range(100):
+            sender.send(Envelope({"n": 1}))
+        assert sender.flush() == 0
+        producer.hold()
+        for _ in range(100):
+            assert sender.try_send(Envelope({"n": 1}))
+        assert 90_000 <= sender.stats()["buffered_bytes"] <= 110_000
+        producer.release()
+        sender.close()
+
+
 def test_headers_and_keys_count_and_one_that_is_too_large_is_taken_alone() -> None:
     with MemoryProducer() as producer:
         producer.hold()

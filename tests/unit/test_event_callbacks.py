@@ -23,7 +23,8 @@ from ..waiting import until
 NOBODY = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 
 
-def test_error_cb() -> None:
+@pytest.mark.parametrize("kind", [kbatch.Producer, aio.Producer])
+def test_error_cb(kind: Any) -> None:
     errors: list[KafkaError] = []
     threads: set[str] = set()
 
@@ -31,9 +32,10 @@ def test_error_cb() -> None:
         errors.append(error)
         threads.add(threading.current_thread().name)
 
-    with kbatch.Producer({**NOBODY, "error_cb": error_cb}) as producer:
-        producer.submit("orders", [])
-        until(lambda: len(errors) >= 2, "errors about the broker")
+    producer = kind({**NOBODY, "error_cb": error_cb})
+    producer._core.start()
+    until(lambda: len(errors) >= 2, "errors about the broker")
+    producer._core.close(30)
     assert all(type(error) is KafkaError for error in errors)
     assert {error.name() for error in errors} <= {"_TRANSPORT", "_ALL_BROKERS_DOWN"}
     assert any("127.0.0.1:1" in error.str() for error in errors)
@@ -88,6 +90,14 @@ def test_without_a_logger_librdkafka_writes_to_standard_error(capfd: pytest.Capt
     with kbatch.Producer({"bootstrap.servers": "127.0.0.1:1"}) as producer:
         producer.submit("orders", [])
         until(failed, "a line about the broker")
+
+
+def test_log_level_0_leaves_them_out(capfd: pytest.CaptureFixture[str]) -> None:
+    errors: list[KafkaError] = []
+    with kbatch.Producer({**NOBODY, "log_level": 0, "error_cb": errors.append}) as producer:
+        producer.submit("orders", [])
+        until(lambda: len(errors) >= 2, "errors about the broker")
+    assert capfd.readouterr().err == ""
 
 
 def test_a_callback_that_raises_is_logged_and_the_next_one_comes(caplog: pytest.LogCaptureFixture) -> None:

@@ -49,7 +49,7 @@ def test_senders_that_never_end_share_the_time(calls: list[tuple[str, float]]) -
     _exit._close_all()
     assert calls == [
         *[("drain", 0)] * 3,  # each sends what it has, before any is waited for
-        *[("drain", _exit._TIMEOUT_S), ("drain", 0), ("drain", 0)],
+        *[("drain", 5.0), ("drain", 0), ("drain", 0)],
         *[("begin_end", 0)] * 3,
         *[("await_end", _exit._LAST_WORDS_S), ("await_end", 0), ("await_end", 0)],
         *[("close", 0)] * 2,

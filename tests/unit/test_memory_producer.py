@@ -1082,6 +1082,54 @@ def test_asyncio() -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_closing_does_not_wait_for_a_callback_on_another_loop() -> None:
+    producer = AioMemoryProducer()
+    running, closed = threading.Event(), threading.Event()
+
+    async def on_report(_: kbatch.DeliveryReport) -> None:
+        running.set()
+        while not closed.is_set():
+            await asyncio.sleep(0.001)
+
+    async def send() -> None:
+        await producer.submit(TOPIC, envelopes(1), callback=on_report)
+        while not closed.is_set():
+            await asyncio.sleep(0.001)
+
+    other = threading.Thread(target=lambda: asyncio.run(send()))
+    other.start()
+    assert running.wait(30)
+    assert asyncio.run(asyncio.wait_for(producer.close(), 30)) == 0
+    closed.set()
+    other.join(30)
+    assert not other.is_alive()
+
+
+def test_a_batch_whose_loop_is_closed_has_no_answer_but_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    producer = AioMemoryProducer()
+    producer.hold()
+    callback = Recorder()
+
+    async def leave() -> None:
+        sender = aio.KafkaSender(producer, TOPIC)
+        task = asyncio.create_task(sender.send_batch(callback, OutgoingBatch(envelopes(2))))
+        while not producer.in_flight:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(leave())
+    loop.close()
+    producer.release()
+    until(lambda: caplog.records, "the log line")
+    assert [record.getMessage() for record in caplog.records] == [
+        "a callback was not called: the event loop on which its batch was sent is closed"
+    ]
+    assert callback.calls == []
+
+
 def test_a_task_that_is_cancelled_ends_the_wait_only() -> None:
     async def main() -> None:
         async with AioMemoryProducer() as producer:

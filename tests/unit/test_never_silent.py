@@ -7,6 +7,7 @@ import contextlib
 import gc
 import logging
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -177,7 +178,7 @@ def check_beside(error: BaseException, text: str, caplog: pytest.LogCaptureFixtu
         assert said.startswith(text)
 
 
-def test_the_first_1000_are_kept_and_all_are_counted() -> None:
+def test_the_first_1000_are_kept_and_all_are_counted(caplog: pytest.LogCaptureFixture) -> None:
     with MemoryProducer() as producer:
         sender = sender_of(producer)
         for number in range(1_500):
@@ -186,6 +187,11 @@ def test_the_first_1000_are_kept_and_all_are_counted() -> None:
             sender.close()
         assert caught.value.count == 1_500
         assert keys(caught.value) == [str(number) for number in range(1_000)]
+        assert [envelope.key for envelope, _ in sender.agent.failed] == [str(number) for number in range(500, 1_500)]
+    logged = [
+        record for record in caplog.records if re.search("given up; the first, .* with the key '0'", record.message)
+    ]
+    assert [record.levelno for record in logged] == [logging.ERROR]
 
 
 @pytest.mark.parametrize("how", ["flush", "drain", "close", "with"])
@@ -273,6 +279,27 @@ def test_a_wait_that_timed_out_was_no_look() -> None:
         with pytest.raises(kbatch.UndeliveredError) as caught:
             producer.flush()
         assert keys(caught.value) == ["a"]
+
+
+@pytest.mark.parametrize("how", ["flush", "close", "with"])
+def test_what_a_cancelled_task_cannot_tell_is_told_by_the_producer(how: str) -> None:
+    async def main() -> None:
+        producer = AioMemoryProducer()
+        producer.fail(PERMANENT, times=1)
+        producer.hold()
+        task = asyncio.create_task(producer.send_batch("orders", envelopes("a")))
+        while not producer.in_flight:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        producer.release()
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            await end_on_loop(producer, how)
+        assert keys(caught.value) == ["a"]
+        assert await producer.close() == 0
+
+    asyncio.run(main())
 
 
 def test_what_send_batch_has_returned_is_told() -> None:
@@ -405,6 +432,18 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
         topic = kbatch.KafkaTopic("orders", mode=Mode.BUFFERED, producer=producer)
         with pytest.raises(kbatch.UndeliveredError), topic.create_sender() as sender:
             sender.send(envelopes("a")[0])
+
+
+def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout() -> None:
+    with MemoryProducer() as producer:
+        producer.hold()
+        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout=0.05)
+        for envelope in envelopes("a", "b"):
+            sender.send(envelope)
+        with pytest.raises(kbatch.UndeliveredError) as caught:
+            end(sender, "with")
+        assert keys(caught.value) == ["a", "b"]
+        producer.release()
 
 
 def test_many_failures_of_batches_that_are_forgotten_take_no_memory() -> None:

@@ -1,5 +1,6 @@
 """What must agree between files that no compiler compares."""
 
+import inspect
 import itertools
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from types import ModuleType
 
 import kbatch
 from kbatch import _version
+from kbatch.cli import _app
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,6 +23,33 @@ def test_changelog_begins_with_this_version():
 
 def test_the_package_tells_its_version():
     assert kbatch.__version__ == _version.__version__
+
+
+def test_the_wheels_that_are_built_are_those_of_the_readme():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (built,) = re.findall(r'^build = "(.*)"', text, re.MULTILINE)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\| .*(?:wheel|tested).*$", readme, re.MULTILINE)
+    ]
+    (heading, *platforms) = rows
+    assert heading[:3] == ["platform", "CPython", "wheel"]
+    versions: dict[str, set[str]] = {}
+    for platform, cpython, *_ in platforms:
+        for part in cpython.split(", "):
+            first, _, last = part.partition(" to ")
+            minors = range(int(first.removesuffix("t")[2:]), int((last or first).removesuffix("t")[2:]) + 1)
+            tag = "t-*" if first.endswith("t") else "-*"
+            versions.setdefault(platform, set()).update(f"cp3{minor}{tag}" for minor in minors)
+    assert {frozenset(found) for found in versions.values()} == {frozenset(built.split())}
+    assert 'skip = "*-musllinux_*"' in text
+
+
+def test_make_run_sends_as_many_orders_as_the_readme_says():
+    assert inspect.signature(_app.demo).parameters["count"].default == 200_000
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^run: .*\n\t\$\(BIN\)/kbatch demo \$\(ARGS\)$", makefile, re.MULTILINE)
 
 
 def test_all_is_exact():

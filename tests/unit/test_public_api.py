@@ -255,6 +255,47 @@ def test_private_modules_declare_what_they_export() -> None:
         assert sorted(names) == names, path.name
 
 
+def test_names_for_asyncio_are_those_of_threads() -> None:
+    assert set(aio.__all__) <= set(kbatch.__all__)
+    for name in aio.__all__:
+        own, of_threads = getattr(aio, name), getattr(kbatch, name)
+        surface = {member for member in dir(of_threads) if not member.startswith("_")}
+        assert {member for member in dir(own) if not member.startswith("_")} == surface, name
+        for member in surface:
+            theirs, mine = getattr(of_threads, member), getattr(own, member)
+            if inspect.isfunction(theirs):
+                assert list(inspect.signature(mine).parameters) == list(inspect.signature(theirs).parameters), member
+
+
+def test_defaults_are_those_that_are_written_down() -> None:
+    # README and the docstrings name these.
+    expected: dict[type, dict[str, Any]] = {
+        kbatch.Producer: {"max_in_flight": 20_000, "close_timeout": 30.0, "wire": "kbatch"},
+        kbatch.BatchedSender: {
+            "batch_size": 1_000,
+            "batch_bytes": 1_000_000,
+            "batch_timeout_ms": 5.0,
+            "max_buffered": 100_000,
+            "close_timeout": 30.0,
+        },
+        kbatch.InlineSender: {"close_timeout": 30.0},
+        kbatch.KafkaTopic: {"close_timeout": 30.0},
+        kbatch.SendingAgent: {"failures_to_open": 3, "stalled_after_s": 30.0, "strict_order": False},
+        kbatch.RetryPolicy: {
+            "max_attempts": 10,
+            "initial_backoff_s": 0.1,
+            "max_backoff_s": 10.0,
+            "multiplier": 2.0,
+        },
+    }
+    for owner, defaults in expected.items():
+        for kind in {owner, getattr(aio, owner.__name__, owner)}:
+            found = inspect.signature(kind).parameters
+            assert {name: found[name].default for name in defaults} == defaults, kind
+    with kbatch.BatchedSender(kbatch.SendingAgent(testing.MemoryProducer(), "orders")) as sender:
+        assert sender.max_buffered_bytes == 64 * 1024 * 1024
+
+
 # -- what an import does
 
 

@@ -1,5 +1,6 @@
 """A scheduled time still to come: refused by a producer, which sends at once, unless it is asked to carry it."""
 
+import asyncio
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
@@ -44,6 +45,19 @@ def test_the_future_is_refused(wire: Any, kind: type[Any]) -> None:
         "give the envelope to a BUFFERED sender, which waits until then"
     )
     assert ("carry_scheduled_time=True" in error.reason) == (wire != "raw")  # what is advised is possible
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_inline_sender_refuses_the_future_as_well(kind: type[Any]) -> None:
+    producer, envelope = make("kbatch", kind), Envelope(1, scheduled_time=FUTURE)
+
+    def send() -> object:
+        if kind is kbatch.Producer:
+            return kbatch.InlineSender(producer, "t").send(envelope)
+        return asyncio.run(kbatch.aio.InlineSender(producer, "t").send(envelope))
+
+    with pytest.raises(kbatch.NotYetDueError, match=r"2099-01-02T03:04:05\.678901\+00:00 is in the future"):
+        send()
 
 
 @every_wire

@@ -197,6 +197,33 @@ def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing
         assert driver.states == ["closed"]
 
 
+def test_an_agent_has_one_sender() -> None:
+    with MemoryProducer() as producer:
+        agent = SendingAgent(producer, "orders")
+        with kbatch.BatchedSender(agent), pytest.raises(kbatch.ConfigError, match="sender"):
+            kbatch.BatchedSender(agent)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_message_is_encoded_again_for_each_retry(kind: str) -> None:
+    encoded: list[int] = []
+
+    def count(message: int, _: object) -> bytes:
+        encoded.append(message)
+        return b"%d" % len(encoded)
+
+    retry = kbatch.RetryPolicy(initial_backoff_s=0.001)
+    with (
+        MemoryProducer(encoder=count) as producer,
+        Driver(kind, producer, "orders", options={"batch_timeout_ms": 0}, retry=retry) as driver,
+    ):
+        producer.fail("NOT_ENOUGH_REPLICAS", times=2)
+        driver.send(Envelope(7))
+        assert driver.flush() == 0
+        assert encoded == [7] * 3
+        assert [record.value() for record in producer.records] == [b"3"]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     told: list[Any] = []

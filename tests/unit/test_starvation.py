@@ -18,6 +18,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, RetryPolicy, aio
+from kbatch._sending import _agent
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 
 from ..sending import KINDS, Driver
@@ -270,6 +271,21 @@ def test_ctrl_c_ends_closing() -> None:
     producer.close()
 
 
+def test_ctrl_c_ends_the_wait_for_room() -> None:
+    with MemoryProducer() as producer:
+        producer.hold()
+        with kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_size=1, max_buffered=1) as sender:
+            sender.send(Envelope(0))
+            main = threading.get_ident()
+            timer = threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT))
+            timer.start()
+            with pytest.raises(KeyboardInterrupt):
+                sender.send(Envelope(1))
+            timer.join()
+            producer.release()
+        assert [envelope.message for envelope in producer.envelopes] == [0]
+
+
 # -- what is told
 
 
@@ -309,6 +325,18 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
         assert driver.failed == []
     assert warnings()[0].startswith("brokers have not answered for 'orders' for 0 s")
     assert warnings()[1] == "brokers answer for 'orders' again"
+
+
+def test_brokers_that_go_on_not_answering_are_told_of_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _agent._REMIND_EVERY_S == 60
+    monkeypatch.setattr(_agent, "_REMIND_EVERY_S", 0.02)
+    with MemoryProducer() as producer, open_driver("threads", producer, stalled_after_s=0.05) as driver:
+        producer.hold()
+        driver.send(Envelope(0))
+        until(lambda: sum("have not answered" in record.getMessage() for record in caplog.records) >= 3, "reminders")
+        producer.release()
 
 
 def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
@@ -426,6 +454,25 @@ def test_many_flushes_end_in_any_order() -> None:
             await sender.close()
 
     asyncio.run(main())
+
+
+def test_tasks_that_wait_for_room_take_no_threads() -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            sender = aio.BatchedSender(aio.SendingAgent(producer, "orders"), batch_size=1, max_buffered=1)
+            producer.hold()
+            await sender.send(Envelope(0))
+            threads = threading.active_count()
+            tasks = [asyncio.create_task(sender.send(Envelope(n))) for n in range(1, 101)]
+            await asyncio.sleep(0.05)
+            assert not any(task.done() for task in tasks)
+            assert threading.active_count() <= threads
+            producer.release()
+            await asyncio.gather(*tasks)
+            assert await sender.close() == 0
+            assert [envelope.message for envelope in producer.envelopes] == list(range(101))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_flushes_that_time_out_again_and_again_leave_little_behind(kind: str) -> None:

@@ -1025,7 +1025,7 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
         retry: When to send a failed envelope again, and when no more.
         failures_to_open: How many batches in a row must fail.
         probe_interval_s, max_probe_interval_s: Seconds from the opening to the probe, and at most between two; each one
-            that fails doubles the time.
+            that fails doubles the time. A random half is taken off.
         max_in_flight_batches: How many batches are in flight at a time.
         strict_order: At most one envelope of a key is in flight, so that none is ever overtaken by a later one of its
             key. Slower where there are few keys: then a batch has few envelopes.

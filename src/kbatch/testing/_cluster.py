@@ -159,7 +159,8 @@ class MockCluster:
     def push_broker_errors(self, broker_id: int, api_key: int, errors: Iterable[tuple[int | str, int]]) -> None:
         """As `push_request_errors`, on one broker, each error with a delay of its response in milliseconds.
 
-        Error 0 delays the answer and no more. These errors come before the cluster's. They cannot be cleared.
+        Error 0 delays the answer and no more. They cannot be cleared. A broker to which errors were pushed meets those
+        of `push_request_errors` for this type of request no more, also when it has met all of its own.
         """
         pairs = [(_error(error), _integer("rtt_ms", rtt_ms, 0, _INT32[1])) for error, rtt_ms in errors]
         self._call("push_broker_errors", self._broker(broker_id), _api_key(api_key), pairs)

@@ -1,0 +1,109 @@
+"""On which thread or event loop a sender's callbacks run, and what becomes of what they cannot be told."""
+
+import asyncio
+import threading
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, aio
+from kbatch.testing import AioMemoryProducer, MemoryProducer
+
+from ..waiting import until
+
+UNMAPPABLE = object()
+
+
+def test_on_failed_is_called_on_a_thread_of_the_sender() -> None:
+    told: list[str] = []
+    agent = kbatch.SendingAgent(
+        MemoryProducer(), "orders", on_failed=lambda *_: told.append(threading.current_thread().name)
+    )
+    with kbatch.BatchedSender(agent) as sender:
+        sender.send(Envelope(UNMAPPABLE))
+    assert told == ["kbatch-sender-callbacks"]
+
+
+def test_on_failed_is_called_on_the_loop_of_the_first_envelope() -> None:
+    told: list[tuple[str, threading.Thread, asyncio.AbstractEventLoop]] = []
+
+    def plain(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        told.append(("plain", threading.current_thread(), asyncio.get_running_loop()))
+
+    async def coroutine(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        await asyncio.sleep(0)
+        told.append(("coroutine", threading.current_thread(), asyncio.get_running_loop()))
+
+    async def main() -> asyncio.AbstractEventLoop:
+        for on_failed in (plain, coroutine):
+            async with aio.BatchedSender(
+                aio.SendingAgent(AioMemoryProducer(), "orders", on_failed=on_failed)
+            ) as sender:
+                await sender.send(Envelope(UNMAPPABLE))
+        return asyncio.get_running_loop()
+
+    loop = asyncio.run(main())
+    here = threading.current_thread()
+    assert told == [("plain", here, loop), ("coroutine", here, loop)]
+
+
+def test_what_the_loop_cannot_be_told_since_it_is_closed_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    producer = AioMemoryProducer()
+    producer.hold()
+    producer.fail("TOPIC_AUTHORIZATION_FAILED")
+    agent = aio.SendingAgent(producer, "orders", on_failed=lambda *_: None)
+    sender = aio.BatchedSender(agent, batch_timeout_ms=0)
+
+    async def begin() -> None:
+        await sender.send(Envelope(1, key="k"))
+        while not producer.in_flight:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(begin())
+    producer.release()
+    until(lambda: agent.failed, "what was given up")
+    assert [envelope.key for envelope, _ in agent.failed] == ["k"]
+    with pytest.raises(kbatch.UndeliveredError):
+        asyncio.run(sender.close())
+    assert "on_failed failed" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["function", "on a loop", "coroutine function"])
+def test_on_state_change_is_told_the_old_and_the_new_state(kind: str) -> None:
+    told: list[tuple[kbatch.CircuitState, kbatch.CircuitState]] = []
+    threads: set[str] = set()
+    options = {"failures_to_open": 1, "probe_interval_s": 0.01, "retry": kbatch.RetryPolicy(initial_backoff_s=0.01)}
+
+    def plain(old: kbatch.CircuitState, new: kbatch.CircuitState) -> None:
+        told.append((old, new))
+        threads.add(threading.current_thread().name)
+
+    async def coroutine(old: kbatch.CircuitState, new: kbatch.CircuitState) -> None:
+        await asyncio.sleep(0)
+        plain(old, new)
+
+    async def main() -> None:
+        producer = AioMemoryProducer()
+        producer.fail("NOT_ENOUGH_REPLICAS")
+        on_state_change = plain if kind == "on a loop" else coroutine
+        agent = aio.SendingAgent(producer, "orders", on_state_change=on_state_change, **options)
+        async with aio.BatchedSender(agent, batch_timeout_ms=0) as sender:
+            await sender.send(Envelope(1))
+            assert await sender.flush(30) == 0
+            while len(told) < 3:
+                await asyncio.sleep(0.001)
+
+    if kind == "function":
+        producer = MemoryProducer()
+        producer.fail("NOT_ENOUGH_REPLICAS")
+        agent = kbatch.SendingAgent(producer, "orders", on_state_change=plain, **options)
+        with kbatch.BatchedSender(agent, batch_timeout_ms=0) as sender:
+            sender.send(Envelope(1))
+            assert sender.flush(30) == 0
+            until(lambda: len(told) == 3, "what is told")
+    else:
+        asyncio.run(main())
+    closed, opened, half_open = (kbatch.CircuitState[name] for name in ("CLOSED", "OPEN", "HALF_OPEN"))
+    assert told == [(closed, opened), (opened, half_open), (half_open, closed)]
+    assert threads == {"kbatch-sender-callbacks" if kind == "function" else threading.current_thread().name}
