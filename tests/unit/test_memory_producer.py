@@ -476,6 +476,20 @@ def test_what_is_possibly_persisted_is_stored_and_a_retry_stores_it_again(produc
     assert kbatch.read_envelope(first).id == kbatch.read_envelope(second).id == envelope.id
 
 
+def test_a_condition_may_send(producer: MemoryProducer) -> None:
+    def when(envelope: Envelope) -> bool:
+        if envelope.message != "audit":
+            producer.send_batch("audit", [Envelope("audit")]).raise_for_errors()
+        return False
+
+    producer.fail(when=when)
+    producer.send_batch(TOPIC, [Envelope(1)]).raise_for_errors()
+    producer.hold()
+    producer.submit(TOPIC, [Envelope(2)])
+    producer.release()
+    assert messages(producer.envelopes) == ["audit", 1, "audit", 2]
+
+
 def test_what_is_possibly_persisted_may_be_lost(producer: MemoryProducer) -> None:
     producer.fail(possibly_persisted=True, stored=False)
     report = producer.send_batch(TOPIC, envelopes(2))

@@ -83,7 +83,7 @@ class MemoryLine(MemoryBroker):
         self.is_down = False
         self._outage_s: float | None = None  # after which what is sent times out, if before delivery.timeout.ms
         self._sents: dict[Sent, None] = {}
-        self._waiting: dict[Sent, None] = {}  # those of them that wait for room, and perhaps some that did
+        self._waiting: dict[Sent, None] = {}  # those of them that wait for room
         self._watchers: list[Signal] = []
         self._timer: threading.Thread | None = None
         self._timer_wakes_at = math.inf
@@ -122,8 +122,8 @@ class MemoryLine(MemoryBroker):
                 continue
             topics = {(sent.core, topic) for topic in sent.messages}
             if stuck.isdisjoint(topics) and self._has_room(sent):
+                self._waiting.pop(sent, None)  # before it departs: `when` may send, and come here
                 self._depart(sent)
-                self._waiting.pop(sent, None)
             else:
                 stuck |= topics
 
