@@ -68,7 +68,7 @@ def test_the_last_of_two_options_and_of_two_lines_counts(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", NAMES)
 def test_two_variables_of_one_setting_must_agree(name: str, tmp_path: Path) -> None:
     first, second = sorted(NAMES[name])[:2]
-    assert collect(tmp_path, environment=[(first, "A"), (second, "A")]).get(name) == "A"
+    assert collect(tmp_path, environment=[(first, "A"), (second, "A")]).values in ({first: "A"}, {second: "A"})
     with pytest.raises(Failure, match=f"{variable(first)} and {variable(second)} are two names of one") as caught:
         collect(tmp_path, environment=[(first, SECRET), (second, "B")])
     assert SECRET not in str(caught.value)

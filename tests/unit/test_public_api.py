@@ -270,7 +270,7 @@ def test_names_for_asyncio_are_those_of_threads() -> None:
 def test_defaults_are_those_that_are_written_down() -> None:
     # README and the docstrings name these.
     expected: dict[type, dict[str, Any]] = {
-        kbatch.Producer: {"max_in_flight": 20_000, "close_timeout": 30.0, "wire": "kbatch"},
+        kbatch.Producer: {"max_in_flight": 10_000, "close_timeout": 30.0, "wire": "kbatch"},
         kbatch.BatchedSender: {
             "batch_size": 1_000,
             "batch_bytes": 1_000_000,

@@ -462,6 +462,8 @@ def test_tasks_that_wait_for_room_take_no_threads() -> None:
             sender = aio.BatchedSender(aio.SendingAgent(producer, "orders"), batch_size=1, max_buffered=1)
             producer.hold()
             await sender.send(Envelope(0))
+            while not producer.in_flight:  # it has its timer then
+                await asyncio.sleep(0.001)
             threads = threading.active_count()
             tasks = [asyncio.create_task(sender.send(Envelope(n))) for n in range(1, 101)]
             await asyncio.sleep(0.05)

@@ -201,7 +201,7 @@ class _InMemory(BaseProducer):
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
         close_timeout: float = 30.0,
-        max_in_flight: int = 20_000,
+        max_in_flight: int = 10_000,
         carry_scheduled_time: bool = False,
     ) -> None:
         try:
