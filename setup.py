@@ -3,6 +3,7 @@
 DEBUG     -O0, assertions, Python-level line tracing off, allocations that a test can let fail
 SANITIZE  AddressSanitizer and UndefinedBehaviorSanitizer, or ThreadSanitizer if it is "thread" (with DEBUG's flags)
 COVERAGE  line tracing for Cython.Coverage
+QUICK     -O0, for a build that is thrown away after some tests
 """
 
 import os
@@ -16,7 +17,7 @@ def switched_on(name: str) -> bool:
     return os.environ.get(name, "") not in ("", "0")
 
 
-DEBUG, SANITIZE, COVERAGE = (switched_on(name) for name in ("DEBUG", "SANITIZE", "COVERAGE"))
+DEBUG, SANITIZE, COVERAGE, QUICK = (switched_on(name) for name in ("DEBUG", "SANITIZE", "COVERAGE", "QUICK"))
 
 compile_args: list[str] = []
 link_args: list[str] = []
@@ -25,7 +26,7 @@ if sys.platform != "win32":
     if DEBUG or SANITIZE:
         compile_args += ["-O0" if DEBUG else "-O1", "-g3", "-UNDEBUG", "-fno-omit-frame-pointer"]
     else:
-        compile_args += ["-O3", "-g1", "-fvisibility=hidden"]
+        compile_args += ["-O0" if QUICK else "-O3", "-g1", "-fvisibility=hidden"]
     if SANITIZE:
         sanitizers = "-fsanitize=" + ("thread" if os.environ["SANITIZE"] == "thread" else "address,undefined")
         compile_args += [sanitizers, "-fno-sanitize-recover=undefined"]

@@ -32,7 +32,7 @@ BASE_TREE = ROOT / "build" / "base"
 MOST = 1.15
 #: which yardstick belongs to a group of benchmarks
 YARDSTICKS = {"sending": "test_c_loop", "computing": "test_c_loop_cpu"}
-SWITCHES = {"DEBUG", "SANITIZE", "COVERAGE", "ANNOTATE"}
+SWITCHES = {"DEBUG", "SANITIZE", "COVERAGE", "ANNOTATE", "QUICK"}
 
 Run = Mapping[str, Any]  # one file of pytest-benchmark's
 
