@@ -772,7 +772,7 @@ MUTANTS = (
         "_errors.py",
         "        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named\n",
         "",
-        "tests/mock/test_refused.py",
+        "tests/unit/test_send_queue.py",
     ),
     Mutant(
         "strict_order goes by the envelope's key though a wire object may write another",

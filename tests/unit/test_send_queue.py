@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kbatch import DeliveryError, Envelope, KbatchError, NotYetDueError, RetryPolicy, SenderError, SerializationError
+from kbatch._errors import ABORTED_CODE
 from kbatch._sending._queue import Flight, SendQueue
 
 NOW = 1_000.0
 WALL = 1_800_000_000.0
 TOO_LARGE = 10
+INVALID_RECORD, INVALID_DIFFERENT_RECORD = 87, -138
 RETRIABLE = 19  # NOT_ENOUGH_REPLICAS
 PERMANENT = 29  # TOPIC_AUTHORIZATION_FAILED
 OUTAGE = -192  # _MSG_TIMED_OUT
@@ -754,3 +756,52 @@ def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
     queue.expire(NOW + 15, WALL + 15)
     assert [type(end.error) for end in queue.ended] == [SenderError]
     assert queue.oldest() is None
+
+
+# -- transactions
+
+
+def aborted_by(queue: SendQueue, culprit: int) -> None:
+    """A flight of three, aborted for one of them."""
+    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), NOW, WALL)
+    assert flight is not None
+    failures = [(n, refusal(RETRIABLE if n == culprit else ABORTED_CODE)) for n in range(3)]
+    queue.settled(flight, failures, NOW, again=True)
+
+
+def test_who_had_its_transaction_aborted_goes_apart_from_others() -> None:
+    queue = make_queue()
+    aborted_by(queue, culprit=1)
+    innocent = queue.next_flight(NOW, WALL)
+    assert innocent is not None
+    assert list(innocent.seqs) == [0, 2]  # at once
+    queue.settled(innocent, [(0, refusal(OUTAGE)), (1, refusal(OUTAGE))], NOW, again=True)
+    flights = [queue.next_flight(NOW + 1, WALL + 1) for _ in range(3)]  # now all of them are due
+    assert [list(flight.seqs) for flight in flights if flight is not None] == [[0], [1], [2]]
+
+
+def test_an_abort_costs_the_innocent_no_attempt() -> None:
+    queue = make_queue(RetryPolicy(max_attempts=1, initial_backoff_s=1, jitter=0))
+    aborted_by(queue, culprit=0)
+    assert [end.entry.seq for end in queue.ended] == [0]
+    flight = queue.next_flight(NOW, WALL)
+    assert flight is not None
+    assert list(flight.seqs) == [1, 2]
+
+
+def test_the_neighbours_of_an_invalid_record_are_looked_at_again() -> None:
+    queue = make_queue()
+    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), NOW, WALL)
+    assert flight is not None
+    failures = [(n, refusal(INVALID_RECORD if n == 1 else INVALID_DIFFERENT_RECORD)) for n in range(3)]
+    queue.settled(flight, failures, NOW, again=True)
+    assert queue.ended == []
+    sent: list[int] = []
+    while (flight := queue.next_flight(NOW, WALL)) is not None:
+        assert flight.isolated
+        guilty = 1 in flight.seqs
+        sent += flight.seqs
+        failures = [(n, refusal(INVALID_RECORD)) for n in range(len(flight.seqs))] if guilty else []
+        queue.settled(flight, failures, NOW, again=True)
+    assert [end.entry.seq for end in queue.ended] == [1]
+    assert {0, 2} <= set(sent)
