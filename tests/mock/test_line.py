@@ -103,13 +103,13 @@ def test_many_dead_topics(cluster: MockCluster, producer: kbatch.Producer) -> No
 
 
 def test_what_one_topic_all_together_and_each_always_may_have(cluster: MockCluster, config: dict[str, Any]) -> None:
-    # Each has four fifths of what is left of 25,000, and the last two 128 all the same.
+    # Each has four fifths of what is left of 12,500, and the last two 128 all the same.
     producer = kbatch.Producer(config)
     waiting = []
-    for n, expected in enumerate((20_000, 24_000, 24_800, 24_960, 25_088, 25_216)):
+    for n, expected in enumerate((10_000, 12_000, 12_400, 12_528, 12_656, 12_784)):
         cluster.create_topic(f"dead-{n}")
         cluster.set_partition_leader(f"dead-{n}", 0, -1)
-        waiting.append(Sending(producer, f"dead-{n}", envelopes(21_000)))
+        waiting.append(Sending(producer, f"dead-{n}", envelopes(11_000)))
         until(lambda expected=expected: in_flight(producer) >= expected, "its share")  # type: ignore[misc]
         time.sleep(0.05)
         assert in_flight(producer) == expected
