@@ -137,6 +137,7 @@ def produce(
                 input=file,
                 topic=topic,
                 key_field=None if key is None else _text("--key", key),
+                config=config,
                 settings=Settings.collect([_text("-X", each) for each in setting or []], config, os.environ),
                 embedded=embedded,
                 rejects=rejects,

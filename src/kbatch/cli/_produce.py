@@ -5,11 +5,12 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import kbatch
 from kbatch._config import canonical, inherit
-from kbatch._fastmap import monotonic
+from kbatch._fastmap import Config, monotonic
 from kbatch._sending._agent import check_topic
 from kbatch._text import counted
 from kbatch.cli._connection import Connection
@@ -41,6 +42,7 @@ class Job:
     input: str
     topic: str
     key_field: str | None
+    config: Path | None
     settings: Settings
     embedded: bool
     rejects: str | None
@@ -344,7 +346,7 @@ def produce(job: Job, screen: Screen) -> int:
     with contextlib.ExitStack() as stack:
         source = LineSource(job.input, _max_line(job.settings))
         stack.callback(source.close)
-        rejects = Rejects(job.rejects, source)
+        rejects = Rejects(job.rejects, source, job.config)
         stack.callback(rejects.finish)
         screen.output_is_taken = rejects.is_output
         connection = Connection(screen)
@@ -379,6 +381,10 @@ def _check_options(job: Job) -> None:
         raise Failure(str(error), USAGE) from None
     if job.wire == "cloudevents" and not job.source:
         raise Failure("--wire cloudevents needs --source", USAGE)
+    if job.wire == "raw":
+        for option, value in (("--message-type", job.message_type), ("--source", job.source)):
+            if value is not None:
+                raise Failure(f"--wire raw has no headers: leave out {option}", USAGE)
     for key in job.settings.values:
         if key.endswith("_cb") or key in _FOR_PROGRAMS:
             reason = "is for programs; a command line has no place for it"
@@ -431,8 +437,12 @@ def _producer(job: Job, config: dict[str, Any], connection: Connection, screen: 
     try:
         # What is wrong with this one is wrong with the options, not with the lines.
         producer._map(job.topic, [kbatch.Envelope(data=b"0", **job.fields)])
+        # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
+        producer._core.probe(job.topic, 0)
     except kbatch.SerializationError as error:
         raise Failure(error.reason, USAGE) from None
+    except kbatch.ConfigError as error:
+        raise Failure(str(error), USAGE) from None
     for warning in caught:
         screen.tell(f"warning: {warning.message}")
     return producer
@@ -440,7 +450,11 @@ def _producer(job: Job, config: dict[str, Any], connection: Connection, screen: 
 
 def _max_line(settings: Settings) -> int:
     most = settings.find("message.max.bytes")
-    return int(most.value) if most is not None and most.value.isdecimal() and most.value.isascii() else 1_000_000
+    native = Config()
+    if most is not None:
+        with contextlib.suppress(ValueError):  # the producer tells
+            native.set("message.max.bytes", most.value)
+    return int(native.get("message.max.bytes") or 1_000_000)
 
 
 def _why_no_more(error: kbatch.ProducerError) -> str:
