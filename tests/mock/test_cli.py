@@ -1289,6 +1289,14 @@ def test_completion(shell):
     assert out.split() == ["wolverine"]
 
 
+def test_a_completion_of_fish_is_one_line():
+    asks = {"_TYPER_COMPLETE_ARGS": "kbatch produce --", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    _, out, _ = run(_KBATCH_COMPLETE="complete_fish", **{**asks, "COLUMNS": "40"})
+    offered = [line.partition("\t") for line in out.splitlines()]
+    assert "--rejects" in [name for name, _, _ in offered]
+    assert all(name.startswith("--") and text for name, _, text in offered)
+
+
 @pytest.mark.parametrize("missing", ["typer", "rich"])
 def test_without_the_extra(missing, tmp_path):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('No module', name='{missing}')")
