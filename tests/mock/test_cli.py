@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import errno
 import gzip
+import http.server
 import json
 import lzma
 import os
@@ -500,29 +501,46 @@ def test_a_line_just_below_the_limit_is_sent(topic, servers, shared_cluster, lin
     assert values(read(shared_cluster.bootstrap_servers, topic, 1)) == [line]
 
 
-def test_refused_lines_are_named_and_kept(tmp_path):
+def refuse_ten_of_thirty(tmp_path, *refusals):
+    """Ten lines in one request of which the broker refuses the first attempts as told; what came of it."""
     lines = [line.encode() for line in lines_of(30)]
     rejects = tmp_path / "rejects"
     with MockCluster() as cluster:
         cluster.create_topic("t", 1)
         servers = f"bootstrap.servers={cluster.bootstrap_servers}"
-        # ten lines in one request
         running = Running("-t", "t", "-k", "id", "-X", servers, "-X", "linger.ms=300", "--rejects", rejects)
         feed(running, lines[:10])
         wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 10)
-        cluster.push_broker_errors(1, ApiKey.PRODUCE, [("MSG_SIZE_TOO_LARGE", 0)])
+        cluster.push_broker_errors(1, ApiKey.PRODUCE, [(refusal, 0) for refusal in refusals])
         feed(running, lines[10:20])
         wait_for(lambda: cluster.broker_error_stack_count(1, ApiKey.PRODUCE) == 0)
         feed(running, lines[20:])
         running.process.stdin.close()
         status, out, err = running.end()
-        got = values(read(cluster.bootstrap_servers, "t", 20))
+        got = values(read(cluster.bootstrap_servers, "t", 30 - len(rejects.read_bytes().splitlines())))
+    return lines, status, out, err, rejects.read_bytes().splitlines(), got
+
+
+def test_refused_lines_are_named_and_kept(tmp_path):
+    refused = "POLICY_VIOLATION"
+    lines, status, out, err, rejects, got = refuse_ten_of_thirty(tmp_path, refused)
     assert status == 1
     assert out.startswith("20 of 30 lines acknowledged")
-    assert "10 lines not acknowledged:\n  10 lines: Broker: Message size too large (MSG_SIZE_TOO_LARGE)" in out
-    assert re.findall(r"line (\d+): Broker: Message size too large", err) == [str(n) for n in range(11, 21)]
-    assert rejects.read_bytes().splitlines() == lines[10:20]
+    assert f"10 lines not acknowledged:\n  10 lines: Broker: Policy violation ({refused})" in out
+    assert re.findall(r"line (\d+): Broker: Policy violation", err) == [str(n) for n in range(11, 21)]
+    assert rejects == lines[10:20]
     assert got == lines[:10] + lines[20:]
+
+
+def test_a_line_that_is_refused_takes_no_others_of_its_record_batch_with_it(tmp_path):
+    refused = "MSG_SIZE_TOO_LARGE"
+    lines, status, out, err, rejects, got = refuse_ten_of_thirty(tmp_path, refused, refused)
+    assert status == 1
+    assert out.startswith("29 of 30 lines acknowledged")
+    assert f"1 line not acknowledged:\n  1 line: Broker: Message size too large ({refused})" in out
+    assert err == f"kbatch: line 11: Broker: Message size too large ({refused})\n"
+    assert rejects == [lines[10]]
+    assert sorted(got) == sorted(lines[:10] + lines[11:])
 
 
 # -- produce: nothing is tried, or all is given up, with one line
@@ -861,6 +879,23 @@ def test_it_says_that_whoever_takes_the_connection_says_nothing():
         running.interrupt()
         status, _, err = running.end()
     assert (status, err) == (130, "kbatch: interrupted\n")
+
+
+def test_it_says_that_an_http_server_is_no_broker(lines_file):
+    class Server(http.server.BaseHTTPRequestHandler):
+        def handle(self):
+            self.request.recv(1_000)
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever).start()
+        servers = f"bootstrap.servers=127.0.0.1:{server.server_address[1]}"
+        status, _, err = run("produce", lines_file("1\n"), "-t", "t", "-X", servers, "--connect-timeout", 2)
+        server.shutdown()
+    assert status == 1
+    assert "no broker answered within 2 s: 127.0.0.1" in err
+    assert "an HTTP server answers, not Kafka" in err
+    assert "receive.message.max.bytes" not in err
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")

@@ -996,6 +996,13 @@ MUTANTS = (
         "tests/mock/test_cli.py",
     ),
     Mutant(
+        "a line that a broker refuses takes its record batch with it",
+        "cli/_produce.py",
+        "if error.code in WHOLE_BATCH_CODES and",
+        "if not error.code and",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
         "a line's encoding is guessed",
         "cli/_json_line.py",
         "json.loads(line.decode(), ",

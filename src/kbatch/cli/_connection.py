@@ -12,6 +12,9 @@ _STALE_AFTER_S = 15.0  # librdkafka, which has tried again since then, would hav
 _NOT_AGAIN_S = 30.0
 _TOLD_AT_MOST = 10
 # "… (after 3ms in state CONNECT, 4 identical error(s) suppressed)"
+_HTTP = re.compile(
+    rf"Invalid response size {int.from_bytes(b'HTTP', 'big')} .*?: increase receive\.message\.max\.bytes"
+)
 _CIRCUMSTANCES = re.compile(r" \((?:after \d+ms|\d+ identical)[^()]*(?:\(s\)[^()]*)?\)")
 
 
@@ -35,7 +38,7 @@ class Connection:
         # "All brokers are down" comes after the reason and says less.
         if self.last_error and error.code() == KafkaError._ALL_BROKERS_DOWN:
             return
-        text = self.last_error = error.str()
+        text = self.last_error = _HTTP.sub("an HTTP server answers, not Kafka", error.str())
         with self._mu:
             self._waiting.setdefault(_CIRCUMSTANCES.sub("", text), (monotonic(), text))
 
