@@ -15,6 +15,7 @@ from kbatch.cli._failure import Failure
 # A topic that the broker creates when it is first asked for is unknown for a moment.
 _CREATION_S = 5.0
 _STALLED_AFTER_S = 2.0
+_LAST_S = 0.5  # before it is given up it is not told that it is tried again
 _LONGEST_S = 60.0  # librdkafka takes milliseconds as an int
 
 
@@ -52,7 +53,7 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float, connectio
         while question.is_alive():
             question.join(0.1)
             admin.poll(0)
-            if monotonic() < end:
+            if end - monotonic() > _LAST_S:
                 connection.look("no broker has answered", began, _STALLED_AFTER_S)
         if question.found is None:
             if monotonic() < end:
