@@ -11,9 +11,9 @@ _TOLD_AFTER_S = 1.0
 _STALE_AFTER_S = 15.0  # librdkafka, which has tried again since then, would have said it again
 _NOT_AGAIN_S = 30.0
 _TOLD_AT_MOST = 10
-# "… (after 3ms in state CONNECT, 4 identical error(s) suppressed)"
 # The size is the four letters.
 _HTTP = re.compile(r"Invalid response size 1213486160 .*?: increase receive\.message\.max\.bytes")
+# "… (after 3ms in state CONNECT, 4 identical error(s) suppressed)"
 _CIRCUMSTANCES = re.compile(r" \((?:after \d+ms|\d+ identical)[^()]*(?:\(s\)[^()]*)?\)")
 
 
