@@ -1258,8 +1258,9 @@ def test_closed_and_full_streams_change_nothing(streams, topic, servers, shared_
 
 
 @pytest.mark.skipif(os.name == "nt", reason="platform: a POSIX shell")
-def test_rejects_need_a_standard_output_that_is_there(topic, servers, lines_file):
-    command = [*COMMAND, "produce", str(lines_file("bad\n")), "-t", topic, "-X", servers, "--rejects", "-"]
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_rejects_need_a_standard_output_that_is_there(name, topic, servers, lines_file):
+    command = [*COMMAND, "produce", str(lines_file("bad\n")), "-t", topic, "-X", servers, "--rejects", name]
     done = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, env=environment(), timeout=60, text=True
     )

@@ -39,7 +39,7 @@ class Rejects:
             return
         if not name:
             raise Failure("--rejects must not be empty", USAGE)
-        if name == "-" and not has_output():
+        if name in ("-", "/dev/stdout") and not has_output():
             raise Failure("there is no standard output for --rejects", USAGE)
         try:
             self._prepare(name, source, config)
