@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import errno
 import gzip
+import http.server
 import json
 import lzma
 import os
@@ -273,6 +274,24 @@ def test_a_trickle_is_not_kept_waiting_for_a_batch(topic, servers, shared_cluste
     assert child.returncode == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="platform: pipes that do not block")
+def test_a_pipe_that_does_not_block_is_waited_for(topic, servers, shared_cluster):
+    # as a parent with an event loop may leave it
+    read_end, write_end = os.pipe()
+    os.set_blocking(read_end, False)
+    command = [*COMMAND, "produce", "-", "-t", topic, "-X", servers]
+    child = subprocess.Popen(command, stdin=read_end, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    os.close(read_end)
+    with child:
+        for i in range(2):
+            os.write(write_end, b"%d\n" % i)
+            assert len(values(read(shared_cluster.bootstrap_servers, topic, i + 1))) == i + 1
+        os.close(write_end)
+        out, err = child.communicate()
+    assert (child.returncode, err) == (0, b"")
+    assert out.startswith(b"2 of 2 lines")
+
+
 def test_embedded_needs_no_broker(lines_file):
     file = lines_file("\n".join(lines_of(300)))
     # what would lead to another broker is left out
@@ -356,6 +375,54 @@ def test_no_more_lines_are_in_flight_than_allowed(in_flight, lines_file):
     assert run("demo", "--in-flight", in_flight, "--count", 30, "--one-at-a-time", 0, "-q")[0] == 0
 
 
+@pytest.fixture
+def submitted(monkeypatch):
+    """Of each batch that a command submits in this process: how many envelopes it has, and how many are in flight."""
+    batches = []
+    flights = []
+    submit = kbatch.Producer.submit
+
+    def watched(producer, topic, envelopes, *arguments, **options):
+        size = len(envelopes)
+        flights[:] = [(pending, size) for pending, size in flights if not pending.done()]
+        pending = submit(producer, topic, envelopes, *arguments, **options)
+        flights.append((pending, size))
+        batches.append((size, sum(size for _, size in flights)))
+        return pending
+
+    monkeypatch.setattr(kbatch.Producer, "submit", watched)
+    return batches
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_a_batch_has_as_many_lines_as_asked_for(batch_size, lines_file, submitted):
+    arguments = ["-t", "t", "--embedded", "--batch-size", batch_size]
+    assert run_here("produce", lines_file("1\n" * 20), *arguments)[0] == 0
+    assert [size for size, _ in submitted] == [batch_size] * (20 // batch_size)
+    submitted.clear()
+    assert run_here("demo", "--count", 20, "--one-at-a-time", 0, "--batch-size", batch_size, "-q")[0] == 0
+    assert {size for size, _ in submitted} == {batch_size}
+
+
+def test_batches_together_have_no_more_lines_in_flight_than_allowed(lines_file, submitted):
+    options = ["--batch-size", 2, "--in-flight", 5]
+    with MockCluster() as cluster:
+        cluster.create_topic("t", 1)
+        cluster.set_rtt(1, 50)
+        arguments = ["-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}", *options]
+        assert run_here("produce", lines_file("1\n" * 20), *arguments)[0] == 0
+    assert max(in_flight for _, in_flight in submitted) == 4
+    submitted.clear()
+    assert run_here("demo", "--count", 100, "--one-at-a-time", 0, *options, "-q")[0] == 0
+    assert max(in_flight for _, in_flight in submitted) <= 5
+
+
+def test_a_wire_without_headers_takes_none(lines_file):
+    produce = ["produce", lines_file("1\n"), "-t", "t", "-X", "bootstrap.servers=127.0.0.1:1", "--wire", "raw"]
+    for option in ("--message-type", "--source"):
+        assert_one_line(run_here(*produce, option, "x"), 2, f"--wire raw has no headers: leave out {option}")
+
+
 # -- produce: what does not arrive
 
 
@@ -419,6 +486,14 @@ def test_lines_at_the_size_limit(excess, topic, servers, shared_cluster, lines_f
     assert sorted(values(read(shared_cluster.bootstrap_servers, topic, 2))) == [b"1", b"3"]
 
 
+@pytest.mark.parametrize("limit", ["0x200000", "+2000000"])
+def test_the_limit_is_read_as_librdkafka_reads_it(limit, topic, servers, lines_file):
+    file = lines_file(json.dumps("x" * 1_500_000))
+    status, out, err = run("produce", file, "-t", topic, "-X", servers, "-X", f"message.max.bytes={limit}")
+    assert (status, err) == (0, "")
+    assert out.startswith("1 of 1 line acknowledged")
+
+
 def test_a_line_just_below_the_limit_is_sent(topic, servers, shared_cluster, lines_file):
     line = b'"' + b"x" * 49_000 + b'"'
     arguments = ["-t", topic, "-X", servers, "-X", "message.max.bytes=50000", "--wire", "raw"]
@@ -426,29 +501,46 @@ def test_a_line_just_below_the_limit_is_sent(topic, servers, shared_cluster, lin
     assert values(read(shared_cluster.bootstrap_servers, topic, 1)) == [line]
 
 
-def test_refused_lines_are_named_and_kept(tmp_path):
+def refuse_ten_of_thirty(tmp_path, *refusals):
+    """Ten lines in one request of which the broker refuses the first attempts as told; what came of it."""
     lines = [line.encode() for line in lines_of(30)]
     rejects = tmp_path / "rejects"
     with MockCluster() as cluster:
         cluster.create_topic("t", 1)
         servers = f"bootstrap.servers={cluster.bootstrap_servers}"
-        # ten lines in one request
         running = Running("-t", "t", "-k", "id", "-X", servers, "-X", "linger.ms=300", "--rejects", rejects)
         feed(running, lines[:10])
         wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 10)
-        cluster.push_broker_errors(1, ApiKey.PRODUCE, [("MSG_SIZE_TOO_LARGE", 0)])
+        cluster.push_broker_errors(1, ApiKey.PRODUCE, [(refusal, 0) for refusal in refusals])
         feed(running, lines[10:20])
         wait_for(lambda: cluster.broker_error_stack_count(1, ApiKey.PRODUCE) == 0)
         feed(running, lines[20:])
         running.process.stdin.close()
         status, out, err = running.end()
-        got = values(read(cluster.bootstrap_servers, "t", 20))
+        got = values(read(cluster.bootstrap_servers, "t", 30 - len(rejects.read_bytes().splitlines())))
+    return lines, status, out, err, rejects.read_bytes().splitlines(), got
+
+
+def test_refused_lines_are_named_and_kept(tmp_path):
+    refused = "POLICY_VIOLATION"
+    lines, status, out, err, rejects, got = refuse_ten_of_thirty(tmp_path, refused)
     assert status == 1
     assert out.startswith("20 of 30 lines acknowledged")
-    assert "10 lines not acknowledged:\n  10 lines: Broker: Message size too large (MSG_SIZE_TOO_LARGE)" in out
-    assert re.findall(r"line (\d+): Broker: Message size too large", err) == [str(n) for n in range(11, 21)]
-    assert rejects.read_bytes().splitlines() == lines[10:20]
+    assert f"10 lines not acknowledged:\n  10 lines: Broker: Policy violation ({refused})" in out
+    assert re.findall(r"line (\d+): Broker: Policy violation", err) == [str(n) for n in range(11, 21)]
+    assert rejects == lines[10:20]
     assert got == lines[:10] + lines[20:]
+
+
+def test_a_line_that_is_refused_takes_no_others_of_its_record_batch_with_it(tmp_path):
+    refused = "MSG_SIZE_TOO_LARGE"
+    lines, status, out, err, rejects, got = refuse_ten_of_thirty(tmp_path, refused, refused)
+    assert status == 1
+    assert out.startswith("29 of 30 lines acknowledged")
+    assert f"1 line not acknowledged:\n  1 line: Broker: Message size too large ({refused})" in out
+    assert err == f"kbatch: line 11: Broker: Message size too large ({refused})\n"
+    assert rejects == [lines[10]]
+    assert sorted(got) == sorted(lines[:10] + lines[11:])
 
 
 # -- produce: nothing is tried, or all is given up, with one line
@@ -472,6 +564,10 @@ def test_wrong_files(topic, servers, lines_file, tmp_path):
     assert_one_line(run_here("produce", good, *arguments, "--rejects", ""), 2, "--rejects must not be empty")
     for path in (missing / "rejects", f"{missing}/"):
         assert_one_line(run_here("produce", good, *arguments, "--rejects", path), 2, f"cannot write {path}")
+    config = lines_file("linger.ms=1\n", "settings")
+    result = run_here("produce", good, *arguments, "--config", config, "--rejects", config)
+    assert_one_line(result, 2, f"--rejects {config} is the file of settings")
+    assert config.read_text() == "linger.ms=1\n"
     assert_one_line(run_here("produce", good, *arguments, "--rejects", good), 2, "is the input itself")
     assert good.read_text() == "1\n"
     assert_one_line(
@@ -525,6 +621,9 @@ def test_wrong_settings(lines_file, servers):
         run_here(*produce, "-X", "no.such.key=1"), 2, "no.such.key is not a configuration key of librdkafka"
     )
     assert_one_line(run_here(*produce, "-X", "linger.ms=soon"), 2, "linger.ms: ")
+    for settings in (["linger.ms=300001"], ["linger.ms=2", "message.timeout.ms=1"]):  # seen when librdkafka starts
+        options = [option for each in settings for option in ("-X", each)]
+        assert_one_line(run(*produce, *options), 2, "`message.timeout.ms` must be greater than `linger.ms`")
     assert_one_line(
         run_here(*produce, KBATCH_SASL_PASWORD="x"), 2, "sasl.pasword is not a configuration key of librdkafka"
     )
@@ -564,6 +663,7 @@ def test_secrets_are_not_shown(lines_file, servers):
     for extra, variables in (
         (["-X", f"sasl.password:{secret}"], {}),
         (["-X", f"={secret}"], {}),
+        (["-X", "acks=all", f"sasl.password={secret}"], {}),
         (["-X", f"ssl.key.password={secret}", "-X", "acks=many"], {}),
         (["--config", config], {}),
         (["-X", "no.such=1"], {"KBATCH_SASL_PASSWORD": secret}),
@@ -577,6 +677,13 @@ def test_secrets_are_not_shown(lines_file, servers):
         assert status in (1, 2)
         assert secret not in out + err
         assert err.startswith("kbatch: ")
+
+
+def test_a_setting_that_is_taken_for_the_file_is_not_shown():
+    result = run_here("produce", "-t", "t", "-X", "acks=all", "sasl.password=hush-hush-17")
+    assert_one_line(result, 2, "cannot read sasl.password=…: No such file")
+    assert result[2].endswith("; a setting needs an -X of its own\n")
+    assert "hush" not in result[2]
 
 
 def test_no_permission(lines_file):
@@ -772,6 +879,23 @@ def test_it_says_that_whoever_takes_the_connection_says_nothing():
         running.interrupt()
         status, _, err = running.end()
     assert (status, err) == (130, "kbatch: interrupted\n")
+
+
+def test_it_says_that_an_http_server_is_no_broker(lines_file):
+    class Server(http.server.BaseHTTPRequestHandler):
+        def handle(self):
+            self.request.recv(1_000)
+            self.request.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever).start()
+        servers = f"bootstrap.servers=127.0.0.1:{server.server_address[1]}"
+        status, _, err = run("produce", lines_file("1\n"), "-t", "t", "-X", servers, "--connect-timeout", 2)
+        server.shutdown()
+    assert status == 1
+    assert "no broker answered within 2 s: 127.0.0.1" in err
+    assert "an HTTP server answers, not Kafka" in err
+    assert "receive.message.max.bytes" not in err
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
@@ -1036,11 +1160,11 @@ def test_one_endless_line_takes_no_memory(topic, servers, tmp_path):
     assert large - small < 20_000_000
 
 
-def test_a_bar_on_a_terminal_and_nowhere_else(topic, servers, lines_file):
-    file = lines_file("\n".join(lines_of(2_000)))
+def on_a_terminal(*arguments):
+    """Runs ``kbatch`` with standard error on a terminal; returns its exit status, standard output, what was shown."""
     pty = pytest.importorskip("pty", reason="platform: no pseudo-terminals")
     master, slave = pty.openpty()
-    command = [*COMMAND, "produce", str(file), "-t", topic, "-X", servers]
+    command = [*COMMAND, *map(str, arguments)]
     variables = environment(TERM="xterm-256color", COLUMNS="100")
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, env=variables) as child:
         os.close(slave)
@@ -1056,11 +1180,32 @@ def test_a_bar_on_a_terminal_and_nowhere_else(topic, servers, lines_file):
                 shown += data
         out = child.stdout.read()
     os.close(master)
-    assert child.returncode == 0
+    return child.returncode, out, shown
+
+
+def test_a_bar_on_a_terminal_and_nowhere_else(topic, servers, lines_file):
+    file = lines_file("\n".join(lines_of(2_000)))
+    status, out, shown = on_a_terminal("produce", file, "-t", topic, "-X", servers)
+    assert status == 0
     assert topic[:10].encode() in shown
     assert b"acknowledged" in shown
     assert b"\x1b" not in out
     assert run("produce", file, "-t", topic, "-X", servers)[2] == ""
+
+
+def test_quiet_shows_no_bar_and_no_table(topic, servers, lines_file):
+    file = lines_file("\n".join(lines_of(2_000)))
+    status, out, shown = on_a_terminal("produce", file, "-t", topic, "-X", servers, "-q")
+    assert (status, shown) == (0, b"")
+    assert out.startswith(b"2,000 of 2,000 lines")
+    demo = ["demo", "--count", 100, "--one-at-a-time", 0]
+    status, out, shown = on_a_terminal(*demo, "-q")
+    assert (status, shown) == (0, b"")
+    assert out.startswith(b"100 envelopes were sent, acknowledged, read back and compared")
+    status, out, shown = on_a_terminal(*demo)
+    assert status == 0
+    assert b"\x1b" in shown
+    assert out.startswith(b"kbatch demo")
 
 
 def test_a_reader_that_goes_away_changes_nothing(topic, servers, lines_file):
@@ -1112,6 +1257,16 @@ def test_closed_and_full_streams_change_nothing(streams, topic, servers, shared_
         assert b"Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.skipif(os.name == "nt", reason="platform: a POSIX shell")
+@pytest.mark.parametrize("name", ["-", "/dev/stdout"])
+def test_rejects_need_a_standard_output_that_is_there(name, topic, servers, lines_file):
+    command = [*COMMAND, "produce", str(lines_file("bad\n")), "-t", topic, "-X", servers, "--rejects", name]
+    done = subprocess.run(
+        ["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, env=environment(), timeout=60, text=True
+    )
+    assert (done.returncode, done.stderr) == (2, "kbatch: there is no standard output for --rejects\n")
+
+
 @pytest.mark.skipif(os.name == "nt", reason="platform: locales")
 def test_text_outside_of_the_locale(topic, servers, shared_cluster, lines_file):
     file = lines_file('{"ключ": "é"}')
@@ -1134,7 +1289,7 @@ def test_what_comes_from_outside_cannot_write_on_the_terminal(topic, servers, li
     arguments = ["-t", topic, "-X", servers]
     assert_one_line(run("produce", tmp_path / name, *arguments), 2, "a\\x1b[2Jb\\nkbatch: line 7: c: No such file")
     assert_one_line(run("produce", lines_file("1"), *arguments, "--config", tmp_path / name), 2, "a\\x1b[2Jb\\nkbatch")
-    assert_one_line(run("produce", lines_file("1"), *arguments, "-X", "\x1b[2J\n=1"), 2, "\\x1b[2J")
+    assert_one_line(run("produce", lines_file("1"), *arguments, "-X", "\x1b[2J\n=1"), 2, "kbatch: … is not a")
     _, out, err = run("produce", lines_file("bad\n", "x"), *arguments, "--rejects", tmp_path / "a\x1b[2J")
     assert "they are in " in out
     assert "\x1b" not in out + err
@@ -1168,6 +1323,14 @@ def test_completion(shell):
     assert out.split() == ["produce"]
     _, out, _ = run(_KBATCH_COMPLETE="complete_bash", COMP_WORDS="kbatch produce --wire w", COMP_CWORD="3")
     assert out.split() == ["wolverine"]
+
+
+def test_a_completion_of_fish_is_one_line():
+    asks = {"_TYPER_COMPLETE_ARGS": "kbatch produce --", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    _, out, _ = run(_KBATCH_COMPLETE="complete_fish", **{**asks, "COLUMNS": "40"})
+    offered = [line.partition("\t") for line in out.splitlines()]
+    assert "--rejects" in [name for name, _, _ in offered]
+    assert all(name.startswith("--") and text for name, _, text in offered)
 
 
 @pytest.mark.parametrize("missing", ["typer", "rich"])

@@ -982,6 +982,27 @@ MUTANTS = (
         "tests/mock/test_cli.py",
     ),
     Mutant(
+        "a pipe that does not block is taken for one that ended",
+        "cli/_lines.py",
+        "                select.select([self._file], (), (), 0.2)\n                continue\n",
+        '                block = b""\n',
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "the rejects replace the file of settings",
+        "cli/_rejects.py",
+        "if config is not None and os.path",
+        "if config is None and os.path",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
+        "a line that a broker refuses takes its record batch with it",
+        "cli/_produce.py",
+        "if error.code in WHOLE_BATCH_CODES and",
+        "if not error.code and",
+        "tests/mock/test_cli.py",
+    ),
+    Mutant(
         "a line's encoding is guessed",
         "cli/_json_line.py",
         "json.loads(line.decode(), ",

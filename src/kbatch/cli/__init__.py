@@ -9,6 +9,8 @@ __all__ = ["main"]
 def main() -> None:
     """The console script ``kbatch``: runs the command that `sys.argv` names and exits with its status."""
     _fill_standard_descriptors()
+    if "_KBATCH_COMPLETE" in os.environ:
+        os.environ["TERMINAL_WIDTH"] = "10000"  # fish takes each line for a completion, so the framework may wrap none
     try:
         from kbatch.cli._app import app
         from kbatch.cli._screen import plain_streams

@@ -114,7 +114,8 @@ def produce(
     none. Keep secrets out of -X: others can see command lines.
 
     A line that is not JSON, or has no key, is named with its number, goes to --rejects, and the rest is sent. So does
-    a line that the broker refuses. Blank lines are skipped.
+    a line that the broker refuses. The broker refuses it with its whole record batch, so the lines of that are sent
+    again one by one, after those already on their way. Blank lines are skipped.
 
     When no broker answers, librdkafka's reason is shown, and it is tried again until message.timeout.ms is over.
     Ctrl-C, SIGTERM and SIGHUP wait for what is in flight, keep what was rejected and say where to go on.
@@ -137,6 +138,7 @@ def produce(
                 input=file,
                 topic=topic,
                 key_field=None if key is None else _text("--key", key),
+                config=config,
                 settings=Settings.collect([_text("-X", each) for each in setting or []], config, os.environ),
                 embedded=embedded,
                 rejects=rejects,

@@ -11,6 +11,8 @@ _TOLD_AFTER_S = 1.0
 _STALE_AFTER_S = 15.0  # librdkafka, which has tried again since then, would have said it again
 _NOT_AGAIN_S = 30.0
 _TOLD_AT_MOST = 10
+# The size is the four letters.
+_HTTP = re.compile(r"Invalid response size 1213486160 .*?: increase receive\.message\.max\.bytes")
 # "… (after 3ms in state CONNECT, 4 identical error(s) suppressed)"
 _CIRCUMSTANCES = re.compile(r" \((?:after \d+ms|\d+ identical)[^()]*(?:\(s\)[^()]*)?\)")
 
@@ -35,7 +37,7 @@ class Connection:
         # "All brokers are down" comes after the reason and says less.
         if self.last_error and error.code() == KafkaError._ALL_BROKERS_DOWN:
             return
-        text = self.last_error = error.str()
+        text = self.last_error = _HTTP.sub("an HTTP server answers, not Kafka", error.str())
         with self._mu:
             self._waiting.setdefault(_CIRCUMSTANCES.sub("", text), (monotonic(), text))
 

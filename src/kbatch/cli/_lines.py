@@ -3,6 +3,7 @@
 import contextlib
 import os
 import queue
+import select
 import stat
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 
+from kbatch._config import shown_key
 from kbatch.cli._failure import USAGE, Failure
 
 _BLOCK_SIZE = 256 * 1024
@@ -122,9 +124,12 @@ class LineSource:
         # The file is unbuffered: a thread that waits in a buffered one would hold a lock that the exit wants.
         while not self._closed.is_set():
             try:
-                block: bytes | OSError = self._file.read(_BLOCK_SIZE)
+                block: bytes | OSError | None = self._file.read(_BLOCK_SIZE)
             except OSError as error:
                 block = error
+            if block is None:  # a pipe that another process has set not to block
+                select.select([self._file], (), (), 0.2)
+                continue
             while not self._closed.is_set():
                 try:
                     self._blocks.put(block, timeout=0.2)
@@ -207,4 +212,8 @@ def _open(name: str) -> FileIO:
     try:
         return open(name, "rb", buffering=0)
     except OSError as error:
-        raise Failure(f"cannot read {name}: {os.strerror(error.errno or 0)}", USAGE) from None
+        reason = os.strerror(error.errno or 0)
+        key, equals, _ = name.partition("=")
+        if equals and key == shown_key(key):  # what follows may be a password
+            raise Failure(f"cannot read {key}=…: {reason}; a setting needs an -X of its own", USAGE) from None
+        raise Failure(f"cannot read {name}: {reason}", USAGE) from None

@@ -3,20 +3,19 @@
 import functools
 import threading
 import time
-import warnings
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
-from kbatch._config import ProducerConfig
 from kbatch._fastmap import monotonic
 from kbatch.cli._connection import Connection
-from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._failure import Failure
 
 # A topic that the broker creates when it is first asked for is unknown for a moment.
 _CREATION_S = 5.0
 _STALLED_AFTER_S = 2.0
+_LAST_S = 0.5  # before it is given up it is not told that it is tried again
 _LONGEST_S = 60.0  # librdkafka takes milliseconds as an int
 
 
@@ -42,23 +41,10 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float, connectio
     """Asks for the topic's metadata; tells why no broker answers while it waits.
 
     Raises:
-        Failure: The settings do not go together, no broker answers within the time, or the topic does not exist or
-            may not be seen.
+        Failure: No broker answers within the time, or the topic does not exist or may not be seen.
     """
     settings: Any = {**config, "error_cb": connection}
-    try:
-        admin = AdminClient(settings)
-    except (KafkaException, ValueError) as error:
-        # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
-        reason = error.args[0].str() if isinstance(error, KafkaException) else str(error)
-        with warnings.catch_warnings():  # the producer has told
-            warnings.simplefilter("ignore")
-            raise Failure(
-                ProducerConfig.parse(config).native.without_hidden(
-                    reason.removeprefix("Failed to create admin client: ")
-                ),
-                USAGE,
-            ) from None
+    admin = AdminClient(settings)
     end = monotonic() + timeout_s
     known_by = monotonic() + min(timeout_s, _CREATION_S)
     while True:
@@ -67,7 +53,7 @@ def check_broker(config: dict[str, Any], topic: str, timeout_s: float, connectio
         while question.is_alive():
             question.join(0.1)
             admin.poll(0)
-            if monotonic() < end:
+            if end - monotonic() > _LAST_S:
                 connection.look("no broker has answered", began, _STALLED_AFTER_S)
         if question.found is None:
             if monotonic() < end:

@@ -3,13 +3,15 @@
 import contextlib
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import kbatch
 from kbatch._config import canonical, inherit
-from kbatch._fastmap import monotonic
+from kbatch._errors import WHOLE_BATCH_CODES
+from kbatch._fastmap import Config, monotonic
 from kbatch._sending._agent import check_topic
 from kbatch._text import counted
 from kbatch.cli._connection import Connection
@@ -41,6 +43,7 @@ class Job:
     input: str
     topic: str
     key_field: str | None
+    config: Path | None
     settings: Settings
     embedded: bool
     rejects: str | None
@@ -72,6 +75,8 @@ class Batch:
     # Told only when the batch is submitted: until then, none of its lines counts as read.
     bad: list[tuple[int, str, bytes]] = field(default_factory=list)
     blank: int = 0
+    #: Whether each line is a record batch, so that the broker that refuses it means this line.
+    alone: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.envelopes or self.bad or self.blank)
@@ -102,6 +107,7 @@ class Sender:
         job: Job,
         key_of: Callable[[bytes], str | None],
         producer: kbatch.Producer,
+        solo: kbatch.Producer,
         rejects: Rejects,
         connection: Connection,
         screen: Screen,
@@ -119,6 +125,7 @@ class Sender:
         # A batch is in flight as a whole.
         self._batch_size = min(job.batch_size, job.in_flight)
         self._producer = producer
+        self._solo = solo
         self._rejects = rejects
         self._screen = screen
         self._bar = bar
@@ -200,7 +207,7 @@ class Sender:
         batch.next_number += 1
         batch.size += len(line)
         try:
-            key = self._key_of(line)
+            envelope = self._envelope(line)
         except BadLine as bad:
             if not line.strip():
                 batch.blank += 1
@@ -209,7 +216,7 @@ class Sender:
             return
         batch.numbers.append(number)
         batch.lines.append(line)
-        batch.envelopes.append(kbatch.Envelope(data=line, key=key, **self._fields))
+        batch.envelopes.append(envelope)
 
     def _reject_oversized(self, piece: Piece) -> None:
         self._oversized += len(piece.data)
@@ -284,7 +291,7 @@ class Sender:
         tally = self.tally
         tally.acknowledged += report.acked
         tally.acknowledged_bytes += sum(map(len, batch.lines))
-        self._end_offset = batch.end_offset
+        self._end_offset = max(self._end_offset, batch.end_offset)
         if report.acked:
             self._connection.answered(all_is_well=not self._flights)
         if report.ok:
@@ -292,16 +299,40 @@ class Sender:
         errors = report.errors
         if not tally.acknowledged and all(error.code in _NOT_ALLOWED for error in errors.values()):
             self.stopped = f"not allowed to write to topic {self._job.topic!r}: {next(iter(errors.values()))}"
+        tally.acknowledged_bytes -= sum(len(batch.lines[index]) for index in errors)
+        again = self._send_alone(batch, errors)
+        errors = {index: error for index, error in errors.items() if index not in again}
         for index in errors:
-            line = batch.lines[index]
-            tally.acknowledged_bytes -= len(line)
-            self._keep(line, b"\n")
+            self._keep(batch.lines[index], b"\n")
         self._flush_rejects()
         for index, error in errors.items():
             tally.lost += 1
             if self.stopped is None:
                 self._name(batch.numbers[index], str(error))
             tally.reasons[str(error)] += 1
+
+    def _send_alone(self, batch: Batch, errors: Mapping[int, kbatch.DeliveryError]) -> Set[int]:
+        """Sends again, each by itself, the lines that were refused with their record batch; returns their indexes."""
+        again = [
+            index
+            for index, error in errors.items()
+            if error.code in WHOLE_BATCH_CODES and not error.possibly_persisted and not batch.alone and not self._over
+        ]
+        if not again:
+            return set()
+        lines = [batch.lines[index] for index in again]
+        numbers = [batch.numbers[index] for index in again]
+        alone = Batch(batch.next_number, batch.end_offset, numbers=numbers, lines=lines, alone=True)
+        try:
+            pending = self._solo.submit(self._job.topic, [self._envelope(line) for line in lines])
+        except kbatch.ProducerError:
+            return set()
+        self._flights.append((pending, alone))
+        self._in_flight += len(lines)
+        return set(again)
+
+    def _envelope(self, line: bytes) -> kbatch.Envelope[Any]:
+        return kbatch.Envelope(data=line, key=self._key_of(line), **self._fields)
 
     def _keep(self, *pieces: bytes) -> None:
         try:
@@ -344,22 +375,23 @@ def produce(job: Job, screen: Screen) -> int:
     with contextlib.ExitStack() as stack:
         source = LineSource(job.input, _max_line(job.settings))
         stack.callback(source.close)
-        rejects = Rejects(job.rejects, source)
+        rejects = Rejects(job.rejects, source, job.config)
         stack.callback(rejects.finish)
         screen.output_is_taken = rejects.is_output
         connection = Connection(screen)
         config = _config(job, stack)
         producer = _producer(job, config, connection, screen)
-        stack.callback(_close, producer)
+        solo = producer._twin(solo=True)
+        stack.callback(_close, producer, solo)
         check_broker(config, job.topic, job.connect_timeout_s, connection)
         if job.embedded and not screen.quiet:
             screen.tell(f"an embedded broker at {config['bootstrap.servers']}; it ends with this command")
-        interrupt = stack.enter_context(Interrupt(lambda: _close(producer), job.grace_s))
+        interrupt = stack.enter_context(Interrupt(lambda: _close(producer, solo), job.grace_s))
         rejects.begin()
         source.start()
         began = monotonic()
         with screen.bar(job.topic, source.size, of_bytes=True) as bar:
-            sender = Sender(job, key_of, producer, rejects, connection, screen, bar, interrupt)
+            sender = Sender(job, key_of, producer, solo, rejects, connection, screen, bar, interrupt)
             sender.run(source)
         if sender.failure is not None and sender.failure.status == USAGE:
             raise sender.failure
@@ -379,6 +411,10 @@ def _check_options(job: Job) -> None:
         raise Failure(str(error), USAGE) from None
     if job.wire == "cloudevents" and not job.source:
         raise Failure("--wire cloudevents needs --source", USAGE)
+    if job.wire == "raw":
+        for option, value in (("--message-type", job.message_type), ("--source", job.source)):
+            if value is not None:
+                raise Failure(f"--wire raw has no headers: leave out {option}", USAGE)
     for key in job.settings.values:
         if key.endswith("_cb") or key in _FOR_PROGRAMS:
             reason = "is for programs; a command line has no place for it"
@@ -389,10 +425,11 @@ def _check_options(job: Job) -> None:
         raise Failure(job.settings.explain(f"{key} {reason}"), USAGE)
 
 
-def _close(producer: kbatch.Producer) -> None:
-    # Each line that was lost is told by its batch.
-    with contextlib.suppress(kbatch.UndeliveredError):
-        producer.close(0)
+def _close(*producers: kbatch.Producer) -> None:
+    for producer in producers:
+        # Each line that was lost is told by its batch.
+        with contextlib.suppress(kbatch.UndeliveredError):
+            producer.close(0)
 
 
 def _config(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -431,8 +468,12 @@ def _producer(job: Job, config: dict[str, Any], connection: Connection, screen: 
     try:
         # What is wrong with this one is wrong with the options, not with the lines.
         producer._map(job.topic, [kbatch.Envelope(data=b"0", **job.fields)])
+        # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
+        producer._core.probe(job.topic, 0)
     except kbatch.SerializationError as error:
         raise Failure(error.reason, USAGE) from None
+    except kbatch.ConfigError as error:
+        raise Failure(str(error), USAGE) from None
     for warning in caught:
         screen.tell(f"warning: {warning.message}")
     return producer
@@ -440,7 +481,11 @@ def _producer(job: Job, config: dict[str, Any], connection: Connection, screen: 
 
 def _max_line(settings: Settings) -> int:
     most = settings.find("message.max.bytes")
-    return int(most.value) if most is not None and most.value.isdecimal() and most.value.isascii() else 1_000_000
+    native = Config()
+    if most is not None:
+        with contextlib.suppress(ValueError):  # the producer tells
+            native.set("message.max.bytes", most.value)
+    return int(native.get("message.max.bytes") or 1_000_000)
 
 
 def _why_no_more(error: kbatch.ProducerError) -> str:

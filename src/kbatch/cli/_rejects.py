@@ -3,10 +3,12 @@ import errno
 import os
 import stat
 import tempfile
+from pathlib import Path
 from typing import BinaryIO
 
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._lines import LineSource
+from kbatch.cli._screen import has_output
 
 
 class Rejects:
@@ -17,12 +19,14 @@ class Rejects:
 
     Args:
         name: The path, ``-`` for standard output, None for nowhere.
+        source: The input, which it must not be.
+        config: The file of settings, which it must not be either.
 
     Raises:
         Failure: It cannot be written. Nothing was changed.
     """
 
-    def __init__(self, name: str | None, source: LineSource) -> None:
+    def __init__(self, name: str | None, source: LineSource, config: Path | None) -> None:
         #: How it is called in messages; empty for nowhere.
         self.shown = "standard output" if name == "-" else name or ""
         #: Whether it is standard output, which then has no place for anything else.
@@ -35,17 +39,22 @@ class Rejects:
             return
         if not name:
             raise Failure("--rejects must not be empty", USAGE)
+        if name in ("-", "/dev/stdout") and not has_output():
+            raise Failure("there is no standard output for --rejects", USAGE)
         try:
-            self._prepare(name, source)
+            self._prepare(name, source, config)
         except OSError as error:
             raise Failure(f"cannot write {self.shown}: {os.strerror(error.errno or 0)}", USAGE) from None
 
-    def _prepare(self, name: str, source: LineSource) -> None:
+    def _prepare(self, name: str, source: LineSource, config: Path | None) -> None:
         status = None
         with contextlib.suppress(FileNotFoundError):
             status = os.fstat(1) if name == "-" else os.stat(name)
-        if status is not None and stat.S_ISREG(status.st_mode) and (status.st_dev, status.st_ino) == source.identity:
-            raise Failure(f"--rejects {name} is the input itself", USAGE)
+        if status is not None and stat.S_ISREG(status.st_mode):
+            if (status.st_dev, status.st_ino) == source.identity:
+                raise Failure(f"--rejects {name} is the input itself", USAGE)
+            if config is not None and os.path.samestat(status, os.stat(config)):
+                raise Failure(f"--rejects {name} is the file of settings", USAGE)
         descriptor = 1 if name == "-" else _standard_descriptor(status)
         if descriptor is not None:
             # Not opened again: the lines go where the descriptor stands.

@@ -43,6 +43,7 @@ class Stream:
 
     def __init__(self, stream: TextIO | None) -> None:
         self._stream = stream
+        self.is_there = stream is not None
         self.encoding = getattr(stream, "encoding", None) or "utf-8"
         self.error: OSError | None = None
 
@@ -112,6 +113,11 @@ def plain_streams() -> Iterator[None]:
         # That a reader went away (``| head``) is nothing to tell.
         if out.error is not None and not isinstance(out.error, BrokenPipeError):
             err.write(f"kbatch: cannot write to standard output: {os.strerror(out.error.errno or 0)}\n")
+
+
+def has_output() -> bool:
+    """Whether the process was started with a standard output."""
+    return _stream(sys.stdout).is_there
 
 
 def _stream(standard: TextIO | None) -> Stream:
