@@ -975,6 +975,13 @@ MUTANTS = (
         "tests/mock/test_cli.py",
     ),
     Mutant(
+        "a thread wakes nobody with asyncio's own",
+        "_callbacks.py",
+        "    owned = None if fault or takes_coroutines else loops_own(function)",
+        "    owned = 'a coroutine function' if not takes_coroutines and is_coroutine_function(function) else None",
+        "tests/unit/test_user_callbacks.py",
+    ),
+    Mutant(
         "a hangup loses what was rejected",
         "cli/_interrupt.py",
         "numbers.append(signal.SIGHUP)",
