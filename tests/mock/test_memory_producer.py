@@ -138,3 +138,38 @@ def test_answers_are_the_same(
                 }
             )
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("of_cluster", "of_memory", "more"),
+    [
+        (
+            lambda cluster: cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"] * 9),
+            lambda memory: memory.fail("INVALID_RECORD", times=None),
+            {},
+        ),
+        (lambda cluster: cluster.set_broker_down(1), lambda memory: memory.down(), {}),
+        (
+            lambda cluster: cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"] * 9),
+            lambda memory: memory.fail("INVALID_RECORD", times=None),
+            {"transactional.id": "orders", "transaction.timeout.ms": 1000},
+        ),
+    ],
+    ids=["refused", "down", "aborted"],
+)
+def test_a_failure_tells_the_partition_as_an_acknowledgement_does(
+    kafka_cluster: MockCluster,
+    of_cluster: Callable[[MockCluster], object],
+    of_memory: Callable[[MemoryProducer], object],
+    more: dict[str, Any],
+) -> None:
+    kafka_cluster.create_topic("orders", partitions=7)
+    config = {"bootstrap.servers": kafka_cluster.bootstrap_servers, "message.timeout.ms": 500, "log_level": 0, **more}
+    batch = [Envelope(i, key=f"key {i}") for i in range(20)]
+    with kbatch.Producer(config, close_timeout=0) as real, MemoryProducer(config, partitions=7) as memory:
+        assert real.send_batch("orders", batch).partitions == memory.send_batch("orders", batch).partitions
+        of_cluster(kafka_cluster)
+        of_memory(memory)
+        of_real, in_memory = real.send_batch("orders", batch), memory.send_batch("orders", batch)
+        assert of_real.acked == in_memory.acked == 0
+        assert of_real.partitions == in_memory.partitions

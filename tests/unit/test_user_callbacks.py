@@ -77,12 +77,12 @@ def test_a_thread_takes_nothing_that_only_a_loop_may_call(kind: str) -> None:
     async def main() -> None:
         function = asyncios_own(kind)
         with MemoryProducer() as producer:
-            with pytest.raises(TypeError, match="loop.call_soon_threadsafe"):
+            with pytest.raises(TypeError, match=r"loop\.call_soon_threadsafe"):
                 producer.submit("orders", [Envelope(1)], callback=function)
             assert producer.envelopes == ()
-            with pytest.raises(TypeError, match="loop.call_soon_threadsafe"):
+            with pytest.raises(TypeError, match=r"loop\.call_soon_threadsafe"):
                 producer.submit("orders", [Envelope(1)]).add_done_callback(function)
-            with pytest.raises(kbatch.ConfigError, match="loop.call_soon_threadsafe"):
+            with pytest.raises(kbatch.ConfigError, match=r"loop\.call_soon_threadsafe"):
                 MemoryProducer({"error_cb": function})
 
     asyncio.run(main())

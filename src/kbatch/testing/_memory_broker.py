@@ -110,8 +110,15 @@ class MemoryBroker:
         self._next_offset: defaultdict[tuple[str, int], int] = defaultdict(int)
         self._next_partition: defaultdict[str, int] = defaultdict(int)
 
+    def place(self, mapped: Sequence[Mapped]) -> list[Mapped]:
+        """The records of a batch with the partition of each."""
+        return [
+            record if record is None or record[1] >= 0 else (record[0], self._choose(record[0], record[3]), *record[2:])
+            for record in mapped
+        ]
+
     def judge(self, envelopes: Sequence[Envelope[Any]], mapped: Sequence[Mapped]) -> list[Fault | None]:
-        """Of each envelope of a batch why it fails; ``None`` if it does not. Stores nothing."""
+        """Of each envelope of a batch why it fails; ``None`` if it does not. Stores nothing. Comes after `place`."""
         return [
             None if record is None else self._fault(envelope, record)
             for envelope, record in zip(envelopes, mapped, strict=True)
@@ -160,8 +167,6 @@ class MemoryBroker:
 
     def _store(self, record: _Record) -> MemoryRecord:
         topic, partition, timestamp, key, value, headers = record
-        if partition < 0:
-            partition = self._choose(topic, key)
         offset = self._next_offset[topic, partition]
         self._next_offset[topic, partition] = offset + 1
         stored = MemoryRecord(topic, partition, offset, timestamp, key, value, tuple(headers))
