@@ -68,13 +68,17 @@ class MemoryRecord:
         """The body; ``None`` is a null value."""
         return self._value
 
-    def headers(self) -> list[tuple[str, bytes | None]]:
-        """Pairs of name and value, in order."""
-        return list(self._headers)
+    def headers(self) -> list[tuple[str, bytes | None]] | None:
+        """Pairs of name and value, in order; ``None`` if there are none."""
+        return list(self._headers) or None
 
     def error(self) -> None:
         """Always ``None``: it is a record."""
         return
+
+    def __len__(self) -> int:
+        """The length of the body, so that a record without one is false, as confluent-kafka's ``Message`` is."""
+        return len(self._value or b"")
 
     def __repr__(self) -> str:
         return f"<MemoryRecord {self._topic} [{self._partition}] at offset {self._offset}>"
