@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope
     from kbatch._report import DeliveryReport
+    from kbatch._sending._handle import ProducerHandle
 
 __all__ = ["InlineSender"]
 
@@ -76,11 +77,13 @@ class InlineSender(BaseInlineSender):
 
     async def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        held = self._begin_closing()
-        if held is None:
-            return 0
         left = self._close_timeout if timeout is None else timeout
-        return await in_thread("kbatch-close", lambda: held.release(left))
+        held: list[ProducerHandle | None] = []
+
+        def release() -> int:
+            return sum(handle.release(left) for handle in held if handle is not None)
+
+        return await in_thread("kbatch-close", release, begin=lambda: held.append(self._begin_closing()))
 
     async def __aenter__(self) -> Self:
         return self
