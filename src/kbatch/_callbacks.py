@@ -23,6 +23,7 @@ __all__ = [
     "encoder_fault",
     "has_coroutine_methods",
     "is_coroutine_function",
+    "loops_own",
     "marked_as_coroutine_function",
     "refuse_coroutine",
 ]
@@ -72,6 +73,24 @@ def is_coroutine_function(function: object) -> bool:
     return any(inspect.iscoroutinefunction(each) or inspect.isasyncgenfunction(each) for each in (function, call))
 
 
+def loops_own(function: Any) -> str | None:
+    """What `function` is if nobody but an event loop may call it: it would do nothing on a thread, or wake nobody."""
+    if is_coroutine_function(function):
+        return "a coroutine function"
+    is_asyncios = str(getattr(function, "__module__", "")).startswith("asyncio.")
+    if isinstance(getattr(function, "__self__", None), asyncio.Future) or (
+        is_asyncios and not str(getattr(function, "__name__", "")).endswith("_threadsafe")
+    ):
+        name = callback_name(function)
+        remedy = (
+            "asyncio.wait takes asyncio.ensure_future(…) of a batch"
+            if "<locals>" in name
+            else "use loop.call_soon_threadsafe"
+        )
+        return f"asyncio's {name}, which only an event loop may call ({remedy})"
+    return None
+
+
 def call_fault(function: Any, *arguments: str) -> str | None:
     """Why it cannot be called with these arguments, by position; ``None`` if it can, or if nobody knows.
 
@@ -92,10 +111,11 @@ def call_fault(function: Any, *arguments: str) -> str | None:
 
 
 def check_callback(name: str, function: Any, *arguments: str, takes_coroutines: bool = False) -> None:
-    """Raises TypeError for what cannot be called with these arguments, and for what nobody would await."""
+    """Raises TypeError for what cannot be called with these arguments, and on a thread for what needs a loop."""
     fault = call_fault(function, *arguments)
-    if fault is None and not takes_coroutines and is_coroutine_function(function):
-        fault = "must not be a coroutine function: it is called on a thread of the producer, where nothing awaits"
+    owned = None if fault or takes_coroutines else loops_own(function)
+    if owned is not None:
+        fault = f"must not be {owned}: it is called on a thread of the producer, where nothing awaits"
     if fault is not None:
         raise TypeError(f"{name} {fault}")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Number
 from typing import Any
 
-from kbatch._callbacks import call_fault, is_coroutine_function
+from kbatch._callbacks import call_fault, loops_own
 from kbatch._errors import ConfigError
 from kbatch._fastmap import Config
 from kbatch._version import __version__
@@ -249,8 +249,9 @@ def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | N
             fault = None if value is None else call_fault(value, _CALLBACKS[key])
             if fault is not None:
                 raise ConfigError(f"{key} {fault}")
-            if is_coroutine_function(value):
-                raise ConfigError(f"{key} must not be a coroutine function: it is called on a thread of the producer")
+            owned = loops_own(value)
+            if owned is not None:
+                raise ConfigError(f"{key} must not be {owned}: it is called on a thread of the producer")
             callbacks[key] = value
         elif key == "logger":
             if value is not None and not callable(getattr(value, "log", None)):

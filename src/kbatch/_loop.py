@@ -6,7 +6,7 @@ import contextvars
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
-from kbatch._fastmap import LoopWaker
+from kbatch._fastmap import LoopWaker, Signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,25 +14,44 @@ if TYPE_CHECKING:
 __all__ = ["in_thread"]
 
 _T = TypeVar("_T")
+_LOOK_AT_LOOP_S = 0.1
 
 
-async def in_thread(name: str, function: Callable[[], _T]) -> _T:
+async def in_thread(name: str, function: Callable[[], _T], *, begin: Callable[[], object] | None = None) -> _T:
     """Runs something that blocks and awaits its end. If it is cancelled, the thread goes on.
 
     The thread is a daemon: unlike an executor's, it keeps neither the loop nor the interpreter from ending. It has the
     caller's context, so it comes from the same calls.
+
+    Before it, `begin` is called on the loop once the tasks that were made before this call have had their first step:
+    what ``create_task(producer.send_batch(…))`` has sent counts as sent. A loop that does not run any more calls
+    nothing, so the thread calls `begin` itself, which must bear two calls.
     """
     waker = LoopWaker()
     answers: list[_T] = []
     errors: list[BaseException] = []
+    begun = Signal()
+
+    def begin_on_loop() -> None:
+        assert begin is not None
+        try:
+            begin()
+        finally:
+            begun.set()
 
     def run() -> None:
         try:
+            while begin is not None and not begun.wait(_LOOK_AT_LOOP_S, interruptible=False):
+                if not waker.loop.is_running():
+                    begin()
+                    break
             answers.append(function())
         except BaseException as error:
             errors.append(error)
         waker()
 
+    if begin is not None:
+        waker.loop.call_soon(begin_on_loop)
     threading.Thread(target=contextvars.copy_context().run, args=(run,), name=name, daemon=True).start()
     await waker.future
     if errors:

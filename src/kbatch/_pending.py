@@ -66,7 +66,8 @@ class PendingBatch(Batch):
         An exception from it is logged. If the batch is done, it is called soon.
 
         Raises:
-            TypeError: It cannot be called with one argument, or is a coroutine function.
+            TypeError: It cannot be called with one argument, is a coroutine function, or is asyncio's own, such as
+                ``asyncio.Queue().put_nowait``, which wakes nobody when a thread calls it.
         """
         check_callback("callback", callback, "batch")
         super().add_done_callback(callback)

@@ -112,7 +112,8 @@ class Producer(BaseProducer):
             SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
                 is not called.
             ProducerError: The producer has a ``transactional.id``.
-            TypeError: `callback` cannot be called with one argument, or is a coroutine function. Nothing was sent.
+            TypeError: `callback` cannot be called with one argument, is a coroutine function, or asyncio's own, such as
+                ``asyncio.Queue().put_nowait``, which wakes nobody when a thread calls it. Nothing was sent.
         """
         self._refuse_submit()
         if callback is not None:

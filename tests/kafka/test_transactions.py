@@ -391,6 +391,28 @@ def test_a_broker_is_killed(kafka3: KafkaCluster) -> None:
     assert committed <= set(seen) <= committed | unknown
 
 
+def test_a_time_out_that_makes_copies_elsewhere_makes_none_in_a_transaction(kafka3: KafkaCluster) -> None:
+    topic = kafka3.create_topic(partitions=1)
+    short = {"delivery.timeout.ms": 2000, "request.timeout.ms": 1000}
+    with kbatch.Producer(config(kafka3, "no-copies", **short)) as producer:
+        producer.send_batch(topic, envelopes(0, 1)).raise_for_errors()
+        leader = kafka3.leader(topic)
+        for broker in kafka3.brokers:
+            if broker is not leader:
+                broker.pause()
+        healing = threading.Timer(6, kafka3.heal)
+        healing.start()
+        try:
+            report = producer.send_batch(topic, envelopes(1, 100))
+        finally:
+            healing.join()
+        assert len(report.errors) == 100
+        assert not any(error.possibly_persisted for error in report.errors.values())
+    with kbatch.Producer(config(kafka3, "no-copies")) as producer:  # the first one's abort may have been fatal
+        producer.send_batch(topic, envelopes(1, 100)).raise_for_errors()
+    assert batches(read(kafka3, topic)) == {0: 1, 1: 100}
+
+
 STEPS = ("hold", "init", "begin", "enqueue", "commit", "committed", "answer")
 
 

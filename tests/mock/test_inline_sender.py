@@ -14,7 +14,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, aio
-from kbatch.testing import MockCluster
+from kbatch.testing import AioMemoryProducer, ApiKey, MemoryProducer, MockCluster
 
 from ..naming import shown
 from ..waiting import until
@@ -177,6 +177,36 @@ def test_what_was_not_acknowledged_raises_why(kind: Any, cluster: MockCluster, p
     assert (copy, str(copy), copy.report.failed) == (caught.value, str(caught.value), 1)
     kind.do(sender.send(Envelope(2)))
     assert values(cluster) == [b"2"]
+
+
+def test_what_is_refused_is_sent_twice_at_most(kind: Any, cluster: MockCluster, producer: Any) -> None:
+    sender = kind.InlineSender(producer, TOPIC)
+    kind.do(sender.send(Envelope(1)))
+    cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"] * 9)
+    cluster.start_request_tracking()
+    with pytest.raises(kbatch.DeliveryError, match="INVALID_RECORD"):
+        kind.do(sender.send(Envelope(2)))
+    assert cluster.produce_requests() == 2  # the second one alone
+    cluster.clear_request_errors(ApiKey.PRODUCE)
+    kind.do(sender.close())
+
+
+def test_who_waits_for_a_successor_waits_no_longer_in_all(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    timeouts: list[float] = []
+    memory: Any = AioMemoryProducer if kind.Producer is aio.Producer else MemoryProducer
+    send_batch = memory.send_batch
+
+    def sending(self: Any, topic: Any, envelopes: Any, *, timeout: float) -> Any:
+        timeouts.append(timeout)
+        return send_batch(self, topic, envelopes, timeout=timeout)
+
+    monkeypatch.setattr(memory, "send_batch", sending)
+    producer = memory()
+    sender = kind.InlineSender(producer, TOPIC)
+    producer.fatal()
+    assert kind.do(sender.send(Envelope(1), timeout=PATIENCE_S)).ok
+    assert timeouts[0] == PATIENCE_S > timeouts[1] > 0
+    kind.do(sender.close())
 
 
 def test_a_broker_that_is_away(kind: Any, cluster: MockCluster) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
+import confluent_kafka
 import pytest
 
 import kbatch
@@ -26,12 +27,35 @@ def test_records_are_where_and_what_a_consumer_reads(kafka_cluster: MockCluster)
     records = sorted(memory.records, key=lambda record: (record.partition(), record.offset()))
     # The tombstone's time is that of its batch.
     assert [
-        (r.partition(), r.offset(), r.timestamp()[1] if r.value() else 0, r.key(), r.value(), r.headers())
+        (r.partition(), r.offset(), r.timestamp()[1] if r.value() else 0, r.key(), r.value(), r.headers() or [])
         for r in records
     ] == [
         (r.partition, r.offset, r.timestamp if r.value else 0, r.key, r.value, r.headers)
         for r in read_back(kafka_cluster.bootstrap_servers, "orders")
     ]
+
+
+def test_a_record_answers_as_a_consumers_message(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    batch = [
+        Envelope(data=b"body", key="k", headers={"h": "1"}, timestamp=1),
+        Envelope(data=b"", timestamp=2),
+        kbatch.Tombstone("k", timestamp=3),
+    ]
+    config = {"bootstrap.servers": kafka_cluster.bootstrap_servers}
+    with kbatch.Producer(config, wire="raw") as real, MemoryProducer(wire="raw") as memory:
+        real.send_batch("orders", batch).raise_for_errors()
+        memory.send_batch("orders", batch).raise_for_errors()
+    consumer = confluent_kafka.Consumer(config | {"group.id": "tests"})
+    consumer.assign([confluent_kafka.TopicPartition("orders", 0, 0)])
+    try:
+        messages = consumer.consume(len(batch), timeout=30)
+    finally:
+        consumer.close()
+    names = ("topic", "partition", "offset", "timestamp", "key", "value", "headers", "error")
+    for message, record in zip(messages, memory.records, strict=True):
+        assert [getattr(record, name)() for name in names] == [getattr(message, name)() for name in names]
+        assert (len(record), bool(record)) == (len(message), bool(message))
 
 
 @pytest.mark.parametrize(
@@ -138,3 +162,38 @@ def test_answers_are_the_same(
                 }
             )
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("of_cluster", "of_memory", "more"),
+    [
+        (
+            lambda cluster: cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"] * 100),
+            lambda memory: memory.fail("INVALID_RECORD", times=None),
+            {},
+        ),
+        (lambda cluster: cluster.set_broker_down(1), lambda memory: memory.down(), {"message.timeout.ms": 3000}),
+        (
+            lambda cluster: cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"] * 100),
+            lambda memory: memory.fail("INVALID_RECORD", times=None),
+            {"transactional.id": "orders"},
+        ),
+    ],
+    ids=["refused", "down", "aborted"],
+)
+def test_a_failure_tells_the_partition_as_an_acknowledgement_does(
+    kafka_cluster: MockCluster,
+    of_cluster: Callable[[MockCluster], object],
+    of_memory: Callable[[MemoryProducer], object],
+    more: dict[str, Any],
+) -> None:
+    kafka_cluster.create_topic("orders", partitions=7)
+    config = {"bootstrap.servers": kafka_cluster.bootstrap_servers, "log_level": 0, **more}
+    batch = [Envelope(i, key=f"key {i}") for i in range(20)]
+    with kbatch.Producer(config, close_timeout=0) as real, MemoryProducer(config, partitions=7) as memory:
+        assert real.send_batch("orders", batch).partitions == memory.send_batch("orders", batch).partitions
+        of_cluster(kafka_cluster)
+        of_memory(memory)
+        of_real, in_memory = real.send_batch("orders", batch), memory.send_batch("orders", batch)
+        assert of_real.acked == in_memory.acked == 0
+        assert of_real.partitions == in_memory.partitions

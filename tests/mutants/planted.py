@@ -975,6 +975,27 @@ MUTANTS = (
         "tests/mock/test_cli.py",
     ),
     Mutant(
+        "a thread wakes nobody with asyncio's own",
+        "_callbacks.py",
+        "    owned = None if fault or takes_coroutines else loops_own(function)",
+        "    owned = 'a coroutine function' if not takes_coroutines and is_coroutine_function(function) else None",
+        "tests/unit/test_user_callbacks.py",
+    ),
+    Mutant(
+        "closing refuses the tasks that were made before",
+        "_loop.py",
+        "        waker.loop.call_soon(begin_on_loop)",
+        "        begin_on_loop()",
+        "tests/unit/test_memory_producer.py",
+    ),
+    Mutant(
+        "a record in memory is always true",
+        "testing/_memory_broker.py",
+        '        return len(self._value or b"")',
+        '        return len(self._value or b"x")',
+        "tests/mock/test_memory_producer.py",
+    ),
+    Mutant(
         "a hangup loses what was rejected",
         "cli/_interrupt.py",
         "numbers.append(signal.SIGHUP)",

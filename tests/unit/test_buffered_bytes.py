@@ -201,3 +201,32 @@ def test_retries_and_dead_letters_keep_their_share() -> None:
         assert sender.stats()["buffered_bytes"] == 0
         assert sender.stats()["dead_letters"] == 50
         sender.close()
+
+
+def counted(*messages: Any) -> int:
+    """As what the last of these messages counts, after the others."""
+    with MemoryProducer() as producer:
+        producer.hold()
+        sender = sender_of(producer, batch_timeout_ms=1e6, batch_bytes=BOUND)
+        before = 0
+        for message in messages:
+            before = sender.stats()["buffered_bytes"]
+            assert sender.try_send(Envelope(message))
+        after = sender.stats()["buffered_bytes"]
+        producer.release()
+        sender.close()
+    return after - before
+
+
+def test_each_eighth_message_is_looked_into() -> None:
+    small, large = {"lines": [{"body": "x"}]}, {"lines": [{"body": LARGE}]}
+    seen = [counted(*[small] * before, large) >= len(LARGE) for before in range(25)]
+    assert [before for before, is_seen in enumerate(seen) if is_seen] == [0, 8, 16, 24]
+
+
+def test_of_a_long_list_a_sample_is_looked_at() -> None:
+    lines = ["x" * 20] * 10_000
+    whole = counted(lines)
+    assert 200_000 <= whole <= 250_000
+    lines[100] = LARGE  # not in the sample
+    assert counted(lines) == whole

@@ -1271,3 +1271,71 @@ def test_a_number_that_settles_the_batch_itself(producer: MemoryProducer) -> Non
         producer._core.settle_in_memory(pending, [(Number(), 2, 0, 0)] * 2)
     assert pending.wait().acked == 2
     producer._line._sents.clear()
+
+
+@pytest.mark.parametrize("is_started", [False, True])
+@pytest.mark.parametrize("end", ["flush", "close"])
+@pytest.mark.parametrize("by", ["producer", "sender"])
+def test_what_was_given_to_a_task_before_it_is_waited_for(by: str, end: str, is_started: bool) -> None:
+    async def main() -> list[Any]:
+        producer = AioMemoryProducer()
+        sender = aio.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer).create_sender()
+        target: Any = producer if by == "producer" else sender
+
+        def send(n: int) -> Any:
+            return producer.send_batch(TOPIC, [Envelope(n)]) if by == "producer" else sender.send(Envelope(n))
+
+        if is_started:
+            await send(0)
+            await target.flush()
+            producer.clear()
+        tasks = [asyncio.create_task(send(n)) for n in range(3)]
+        assert await getattr(target, end)() == 0
+        seen = messages(producer.envelopes)
+        await asyncio.gather(*tasks)
+        await sender.close()
+        await producer.close()
+        return seen
+
+    assert asyncio.run(main()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("by", ["producer", "sender"])
+def test_closing_goes_on_whenever_its_task_is_cancelled(by: str, steps: int) -> None:
+    producer = AioMemoryProducer()
+    sender = aio.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer).create_sender()
+
+    async def main() -> None:
+        await (producer.send_batch(TOPIC, [Envelope(0)]) if by == "producer" else sender.send(Envelope(0)))
+        task = asyncio.create_task((producer if by == "producer" else sender).close())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+    def refuses() -> bool:
+        if by == "producer":
+            return producer.closed
+        try:
+            sender.try_send(Envelope(1))
+        except kbatch.SenderClosedError:
+            return True
+        return False
+
+    asyncio.run(main())
+    until(refuses, "the end")
+    asyncio.run(sender.close())
+
+
+def test_closing_goes_on_when_its_loop_stops_before_it_has_begun() -> None:
+    producer = AioMemoryProducer()
+    producer._core.start()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(producer.close())
+    loop.call_soon(loop.stop)
+    loop.run_forever()
+    until(lambda: producer._core.closed(), "the end")
+    loop.run_until_complete(task)
+    loop.close()

@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -61,6 +62,57 @@ def test_a_thread_takes_no_coroutine_function(kind: str) -> None:
         for option in ("encoder", "header_hook"):
             with pytest.raises(kbatch.ConfigError, match=f"{option} must not be a coroutine function"):
                 MemoryProducer(**{option: callback})
+
+
+def asyncios_own(kind: str) -> Any:
+    """Functions that wake nobody when a thread calls them."""
+    return {
+        "queue": lambda: asyncio.Queue().put_nowait,
+        "future": lambda: asyncio.get_running_loop().create_future().set_result,
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["queue", "future"])
+def test_a_thread_takes_nothing_that_only_a_loop_may_call(kind: str) -> None:
+    async def main() -> None:
+        function = asyncios_own(kind)
+        with MemoryProducer() as producer:
+            with pytest.raises(TypeError, match=r"loop\.call_soon_threadsafe"):
+                producer.submit("orders", [Envelope(1)], callback=function)
+            assert producer.envelopes == ()
+            with pytest.raises(TypeError, match=r"loop\.call_soon_threadsafe"):
+                producer.submit("orders", [Envelope(1)]).add_done_callback(function)
+            with pytest.raises(kbatch.ConfigError, match=r"loop\.call_soon_threadsafe"):
+                MemoryProducer({"error_cb": function})
+
+    asyncio.run(main())
+
+
+def test_a_thread_may_call_what_reaches_the_loop() -> None:
+    async def main() -> object:
+        loop, reports = asyncio.get_running_loop(), asyncio.Queue[object]()
+        with MemoryProducer() as producer:
+            callback = functools.partial(loop.call_soon_threadsafe, reports.put_nowait)
+            producer.submit("orders", [Envelope(1)], callback=callback)
+            return await reports.get()
+
+    assert asyncio.run(main())
+
+
+def test_asyncio_wait_wakes_up_or_says_what_it_takes() -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            producer.hold()
+            pending: Any = await producer.submit("orders", [Envelope(1)])
+            if sys.version_info >= (3, 11):  # asyncio.wait made tasks of them before
+                with pytest.raises(TypeError, match=r"asyncio\.wait takes asyncio\.ensure_future"):
+                    await asyncio.wait([pending])
+            waits = asyncio.ensure_future(pending)
+            producer.release()
+            done, _ = await asyncio.wait([waits])
+            assert done == {waits}
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("wrong", [5, "on_report", object()])

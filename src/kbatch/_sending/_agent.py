@@ -19,7 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
-from kbatch._callbacks import call_fault, callback_name, is_coroutine_function, refuse_coroutine
+from kbatch._callbacks import call_fault, callback_name, loops_own, refuse_coroutine
 from kbatch._errors import (
     BatchInterrupted,
     CircuitOpenError,
@@ -1182,8 +1182,9 @@ def check_agent_options(
         fault = None if value is None else call_fault(value, *arguments)
         if fault is not None:
             raise ConfigError(f"{name} {fault}")
-        if not takes_coroutines and is_coroutine_function(value):
-            raise ConfigError(f"{name} must not be a coroutine function; kbatch.aio's topics and agents take them")
+        owned = None if takes_coroutines else loops_own(value)
+        if owned is not None:
+            raise ConfigError(f"{name} must not be {owned}; kbatch.aio's topics and agents take them")
     if dead_letter_topic is not None:
         check_topic("dead_letter_topic", dead_letter_topic)
 

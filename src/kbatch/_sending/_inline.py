@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope
     from kbatch._report import DeliveryReport
 
-__all__ = ["BaseInlineSender", "InlineSender"]
+__all__ = ["BaseInlineSender", "InlineSender", "time_left"]
 
 
 def _with_report(error: DeliveryError, report: DeliveryReport) -> DeliveryError:
@@ -165,7 +165,7 @@ class InlineSender(BaseInlineSender):
             return self._answer(self._again_alone(envelope, report, end) if self._is_suspect(report) else report)
         self._handle.replace(producer)
         successor: Any = self._handle.producer
-        return self._answer(successor.send_batch(self.topic, (envelope,), timeout=timeout))
+        return self._answer(successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
         """The outcome in a record batch of its own; `report` if there can be none."""
@@ -173,8 +173,7 @@ class InlineSender(BaseInlineSender):
         if solo is None:
             return report
         try:
-            timeout = None if end is None else max(0.0, end - monotonic())
-            alone: DeliveryReport = solo.send_batch(self.topic, (envelope,), timeout=timeout)
+            alone: DeliveryReport = solo.send_batch(self.topic, (envelope,), timeout=time_left(end))
         except ProducerError:  # closed, or in its fatal state: the next one has a new one
             self._handle.drop_solo(solo)
             return report
@@ -212,3 +211,8 @@ class InlineSender(BaseInlineSender):
     ) -> None:
         self._close(None)
         self._check_delivered(error)
+
+
+def time_left(end: float | None) -> float | None:
+    """Seconds to a time of `monotonic`; ``None`` if there is none."""
+    return None if end is None else max(0.0, end - monotonic())

@@ -11,9 +11,9 @@ Nothing here holds the event loop up: long batches are mapped in slices, a threa
 librdkafka, and no thread waits for a batch. A producer belongs to no loop; each call
 answers the one it was made on.
 
-A `PendingBatch` is the same as in `kbatch`: await it. Its ``wait()`` blocks the thread, and what its
-``add_done_callback()`` takes runs on a thread of the producer, not on the loop; `Producer.submit` takes a ``callback``
-that runs on the loop.
+A `PendingBatch` is the same as in `kbatch`: await it. ``asyncio.wait`` takes ``asyncio.ensure_future(pending)``. Its
+``wait()`` blocks the thread, and what its ``add_done_callback()`` takes runs on a thread of the producer, not on the
+loop; `Producer.submit` takes a ``callback`` that runs on the loop.
 """
 
 from kbatch._pending import PendingBatch

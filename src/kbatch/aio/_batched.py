@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
 from kbatch._errors import SenderFullError, named_exception_text
-from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, running_loop
+from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
 from kbatch._loop import in_thread
 from kbatch._sender import answer_refusal, answer_report
 from kbatch._sending._agent import BaseSendingAgent
@@ -186,6 +186,7 @@ class BatchedSender(BaseBatchedSender):
         check_timeout(timeout)
         self._agent._adopt_loop()
         self._agent._check_caller()
+        timeout = await self._await_starting(timeout)
         if not self._is_used:
             return 0
         self._check_fork()
@@ -200,6 +201,7 @@ class BatchedSender(BaseBatchedSender):
         self._check_fork()
         self._agent._adopt_loop()
         self._agent._check_caller()
+        timeout = await self._await_starting(timeout)
         self._stop_accepting()
         if len(self):
             self._agent._hurry()
@@ -218,7 +220,27 @@ class BatchedSender(BaseBatchedSender):
         check_timeout(timeout)
         self._agent._adopt_loop()
         self._agent._check_caller()
-        return await in_thread("kbatch-close", lambda: self._close(timeout))
+        if timeout is None:
+            timeout = self._close_timeout
+        end = monotonic() + timeout
+
+        def close() -> int:
+            if not self._is_forked:  # those of the parent's loops never come to an end here
+                self._starting.wait(self._starting.last, timeout)
+            return self._close(max(0.0, end - monotonic()))
+
+        return await in_thread("kbatch-close", close, begin=self._starting.forget_closed_loops)
+
+    async def _await_starting(self, timeout: float | None) -> float | None:
+        """Waits for the sends of tasks that were made before this call; returns the time that is left."""
+        await asyncio.sleep(0)
+        if not self._starting.standing or self._is_forked:
+            return timeout
+        self._starting.forget_closed_loops()
+        end = None if timeout is None else monotonic() + timeout
+        last = self._starting.last
+        await in_thread("kbatch-flush", lambda: self._starting.wait(last, timeout))
+        return None if end is None else max(0.0, end - monotonic())
 
     async def _come_to(self, seq: int | None, timeout: float | None) -> bool:
         waker = LoopWaker()

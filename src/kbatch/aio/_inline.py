@@ -8,7 +8,7 @@ from kbatch._base_producer import check_timeout
 from kbatch._errors import ProducerClosedError, ProducerError, ProducerFatalError, TransactionUnknownError
 from kbatch._fastmap import monotonic
 from kbatch._loop import in_thread
-from kbatch._sending._inline import BaseInlineSender
+from kbatch._sending._inline import BaseInlineSender, time_left
 from kbatch.aio._producer import Producer
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope
     from kbatch._report import DeliveryReport
+    from kbatch._sending._handle import ProducerHandle
 
 __all__ = ["InlineSender"]
 
@@ -54,7 +55,7 @@ class InlineSender(BaseInlineSender):
             return self._answer(await self._again_alone(envelope, report, end) if self._is_suspect(report) else report)
         await in_thread("kbatch-replace", lambda: self._handle.replace(producer))
         successor: Any = self._handle.producer
-        return self._answer(await successor.send_batch(self.topic, (envelope,), timeout=timeout))
+        return self._answer(await successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     async def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
         """The outcome in a record batch of its own; `report` if there can be none."""
@@ -62,8 +63,7 @@ class InlineSender(BaseInlineSender):
         if solo is None:
             return report
         try:
-            timeout = None if end is None else max(0.0, end - monotonic())
-            alone: DeliveryReport = await solo.send_batch(self.topic, (envelope,), timeout=timeout)
+            alone: DeliveryReport = await solo.send_batch(self.topic, (envelope,), timeout=time_left(end))
         except ProducerError:  # closed, or in its fatal state: the next one has a new one
             await in_thread("kbatch-close", lambda: self._handle.drop_solo(solo))
             return report
@@ -77,11 +77,13 @@ class InlineSender(BaseInlineSender):
 
     async def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        held = self._begin_closing()
-        if held is None:
-            return 0
         left = self._close_timeout if timeout is None else timeout
-        return await in_thread("kbatch-close", lambda: held.release(left))
+        held: list[ProducerHandle | None] = []
+
+        def release() -> int:
+            return sum(handle.release(left) for handle in held if handle is not None)
+
+        return await in_thread("kbatch-close", release, begin=lambda: held.append(self._begin_closing()))
 
     async def __aenter__(self) -> Self:
         return self

@@ -187,13 +187,14 @@ class Producer(BaseProducer):
     # -- the producer as a whole
 
     async def flush(self, timeout: float | None = None) -> int:
-        """As `kbatch.Producer.flush`."""
+        """As `kbatch.Producer.flush`. Tasks that were made before the call and send at their first step count."""
         left = await self._flush(timeout)
         self._core.undelivered.raise_all()
         return left
 
     async def _flush(self, timeout: float | None) -> int:
         check_timeout(timeout)
+        await asyncio.sleep(0)  # what tasks that were made before this call send counts
         core = self._core
         idle = len(self) == 0 and not self._turns.standing and self._transactions is None
         if idle and not self.closed and not core.has_unreleased():
@@ -226,8 +227,10 @@ class Producer(BaseProducer):
         loop = running_loop()
         mine = [each.call for each in self._callbacks.copy() if comes_from(each.call)]
         self._closers += mine  # callbacks that close do not wait for each other
-        self._is_closing = self._core.started()  # from here on nobody is accepted; who was, is waited for
-        self._turns.forget_closed_loops()
+
+        def begin() -> None:
+            self._is_closing = self._core.started()  # from here on nobody is accepted; who was, is waited for
+            self._turns.forget_closed_loops()
 
         def close() -> int:
             last = self._turns.last
@@ -236,7 +239,7 @@ class Producer(BaseProducer):
             return self._core.close(max(0.0, end - monotonic())) + late
 
         try:
-            left = await in_thread("kbatch-close", close)
+            left = await in_thread("kbatch-close", close, begin=begin)
             callbacks = {
                 each.task for each in self._callbacks.copy() if each.loop is loop and each.call not in self._closers
             }

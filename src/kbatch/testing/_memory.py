@@ -400,7 +400,7 @@ class MemoryProducer(_InMemory, Producer):
       one message), ``delivery.timeout.ms``, ``partitioner`` and ``transactional.id`` change what it does. What only
       librdkafka's start refuses is not refused.
     - A transaction is committed with the acknowledgement of its batch. There is no commit without an answer, hence no
-      `TransactionUnknownError`. Of a transaction that fails nothing is stored.
+      `TransactionUnknownError`. Of a transaction that fails nothing is stored, and the end of one takes no offset.
     - ``error_cb`` is told of `down` and of `fatal` only. ``stats_cb``, ``throttle_cb``, ``oauth_cb`` and ``logger`` are
       not called.
     - ``stats()["enqueue_ns"]`` is 0.

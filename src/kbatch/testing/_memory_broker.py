@@ -68,13 +68,17 @@ class MemoryRecord:
         """The body; ``None`` is a null value."""
         return self._value
 
-    def headers(self) -> list[tuple[str, bytes | None]]:
-        """Pairs of name and value, in order."""
-        return list(self._headers)
+    def headers(self) -> list[tuple[str, bytes | None]] | None:
+        """Pairs of name and value, in order; ``None`` if there are none."""
+        return list(self._headers) or None
 
     def error(self) -> None:
         """Always ``None``: it is a record."""
         return
+
+    def __len__(self) -> int:
+        """The length of the body, so that a record without one is false, as confluent-kafka's ``Message`` is."""
+        return len(self._value or b"")
 
     def __repr__(self) -> str:
         return f"<MemoryRecord {self._topic} [{self._partition}] at offset {self._offset}>"
@@ -110,8 +114,15 @@ class MemoryBroker:
         self._next_offset: defaultdict[tuple[str, int], int] = defaultdict(int)
         self._next_partition: defaultdict[str, int] = defaultdict(int)
 
+    def place(self, mapped: Sequence[Mapped]) -> list[Mapped]:
+        """The records of a batch with the partition of each."""
+        return [
+            record if record is None or record[1] >= 0 else (record[0], self._choose(record[0], record[3]), *record[2:])
+            for record in mapped
+        ]
+
     def judge(self, envelopes: Sequence[Envelope[Any]], mapped: Sequence[Mapped]) -> list[Fault | None]:
-        """Of each envelope of a batch why it fails; ``None`` if it does not. Stores nothing."""
+        """Of each envelope of a batch why it fails; ``None`` if it does not. Stores nothing. Comes after `place`."""
         return [
             None if record is None else self._fault(envelope, record)
             for envelope, record in zip(envelopes, mapped, strict=True)
@@ -160,8 +171,6 @@ class MemoryBroker:
 
     def _store(self, record: _Record) -> MemoryRecord:
         topic, partition, timestamp, key, value, headers = record
-        if partition < 0:
-            partition = self._choose(topic, key)
         offset = self._next_offset[topic, partition]
         self._next_offset[topic, partition] = offset + 1
         stored = MemoryRecord(topic, partition, offset, timestamp, key, value, tuple(headers))

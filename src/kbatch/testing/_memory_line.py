@@ -148,6 +148,7 @@ class MemoryLine(MemoryBroker):
         )
 
     def _depart(self, sent: Sent) -> None:
+        sent.mapped = self.place(sent.mapped)
         if not sent.messages or not (self.holds or self.is_down):
             self._answer(sent)
             return
