@@ -138,28 +138,33 @@ def test_each_pair_is_run() -> None:
     assert SAME_RECORDS.keys() | APPLICATIONS <= folders
 
 
-def keys_of_the_page() -> Iterator[tuple[str, str, str]]:
+def settings_of_the_page() -> Iterator[tuple[dict[str, str], str, str]]:
     table = PAGE.partition("## Settings that differ")[2].partition("\n## ")[0]
-    for cells in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
-        for setting in re.findall(r"`(.*?)`", cells[0]):
-            key, given, value = setting.partition("=")
-            yield key, value if given else "given", cells[1]
+    for given, answer in re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.MULTILINE):
+        given, _, missing = re.split(", or ", given)[0].partition(" without ")
+        pairs = [setting.partition("=") for setting in re.findall(r"`(.*?)`", given)]
+        settings = [{key: value if equals else "given"} for key, equals, value in pairs]
+        if " and " in given:
+            settings = [dict(pair for each in settings for pair in each.items())]
+        for each in settings:
+            yield each, missing.strip("`"), answer
 
 
 def test_the_table_of_settings_is_there() -> None:
-    assert {answer for _, _, answer in keys_of_the_page()} == {"accepted", "accepted with a warning", "refused"}
+    assert {answer for _, _, answer in settings_of_the_page()} == {"accepted", "accepted with a warning", "refused"}
 
 
-@pytest.mark.parametrize(("key", "value", "answer"), list(keys_of_the_page()))
-def test_a_setting_is_accepted_or_refused_as_the_page_says(key: str, value: str, answer: str) -> None:
-    config = {"bootstrap.servers": "127.0.0.1:1", key: value}
+@pytest.mark.parametrize(("settings", "missing", "answer"), list(settings_of_the_page()), ids=str)
+def test_a_setting_is_accepted_or_refused_as_the_page_says(settings: dict[str, str], missing: str, answer: str) -> None:
+    config = {"bootstrap.servers": "127.0.0.1:1", **settings}
+    named = re.escape(missing) or "|".join(map(re.escape, settings))
     if answer == "refused":
-        with pytest.raises(kbatch.ConfigError, match=re.escape(key)):
+        with pytest.raises(kbatch.ConfigError, match=named):
             kbatch.Producer(config)
     elif answer == "accepted":
         kbatch.Producer(config).close(0)
     else:
-        with pytest.warns(UserWarning, match=re.escape(key)):
+        with pytest.warns(UserWarning, match=named):
             producer = kbatch.Producer(config)
         producer.close(0)
 

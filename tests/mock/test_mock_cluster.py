@@ -533,9 +533,3 @@ def test_plugin_fixture(pytester):
     )
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=2)
-
-
-def test_plugin_binds_no_mock_cluster_before_it_is_asked_for():
-    code = "import sys, kbatch.testing.pytest_plugin; sys.exit('kbatch.testing._mock' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
