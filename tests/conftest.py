@@ -20,9 +20,12 @@ except ImportError as error:
 
 pytest_plugins = ["pytester"]
 
-# A shell that starts the tests in the background may have SIGINT ignored, and what they start would ignore it too.
+# A shell that starts the tests in the background may have SIGINT ignored, nohup has SIGHUP, and what they start would
+# ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest.register_assert_rewrite("tests.mapping")
 

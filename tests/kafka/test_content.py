@@ -120,7 +120,7 @@ def for_a_topic(specs: Sequence[Spec], partitions: int) -> list[Spec]:
         arguments = {**spec.arguments, "topic": None}
         if arguments.get("partition") is not None:
             arguments["partition"] %= partitions
-        headers = arguments.get("headers", ())
+        headers = arguments.get("headers") or ()
         pairs = list(headers.items()) if hasattr(headers, "items") else list(headers)
         arguments["headers"] = [*pairs[:1_000], (NUMBER, str(number))]
         ours.append(Spec(arguments, spec.tombstone))

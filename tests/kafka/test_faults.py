@@ -90,7 +90,7 @@ def test_too_few_replicas(kafka3: KafkaCluster) -> None:
     def too_few() -> bool:
         return refusal(kafka3, witness) == "NOT_ENOUGH_REPLICAS"
 
-    short = {"codes": frozenset((MSG_TIMED_OUT,)), "delivery.timeout.ms": 2_000}
+    short = {"codes": frozenset((MSG_TIMED_OUT,)), "message.timeout.ms": 2_000}
     with (
         Scenario(kafka3, partitions=1, topic_config=every_replica, **short) as impatient,
         Scenario(kafka3, partitions=1, topic_config=every_replica) as patient,
@@ -139,7 +139,7 @@ def refusal(kafka: KafkaCluster, topic: str) -> str | None:
 
 
 def test_brokers_stand_still_past_the_timeout(kafka3: KafkaCluster) -> None:
-    with Scenario(kafka3, codes=frozenset((MSG_TIMED_OUT,)), **{"delivery.timeout.ms": 2_000}) as run:
+    with Scenario(kafka3, codes=frozenset((MSG_TIMED_OUT,)), **{"message.timeout.ms": 2_000}) as run:
         for broker in kafka3.brokers:
             broker.pause()
         on_their_way = run.send(300, "sender")
@@ -190,7 +190,7 @@ def test_a_slow_broker_holds_up_no_event_loop(one_broker: KafkaCluster) -> None:
 
 
 def test_a_topic_is_deleted_in_flight(one_broker: KafkaCluster) -> None:
-    quick = {"topic.metadata.propagation.max.ms": 500, "delivery.timeout.ms": 20_000}
+    quick = {"topic.metadata.propagation.max.ms": 500, "message.timeout.ms": 20_000}
     with Scenario(one_broker, codes=UNKNOWN, ordered=False, **quick) as run:
         run.history.deleted.add(run.topic)
         with run.load() as more:

@@ -98,8 +98,10 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
             finally:
                 ended.set()
 
+        coroutine = run()
+
         def start() -> None:
-            self._callback_task = loop.create_task(run())
+            self._callback_task = loop.create_task(coroutine)
             self._callback_task.add_done_callback(has_ended)
 
         def has_ended(_: asyncio.Task[None]) -> None:
@@ -108,10 +110,13 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
                 ended.set()
 
         if not call_on_loop(loop, functools.partial(contextvars.Context().run, start)):
+            coroutine.close()
             raise RuntimeError("the event loop for the callback is closed")
         while not ended.wait(_LOOK_AT_LOOP_S):
             closed = loop.is_closed()  # before the other look: what has ended did so on the open loop
             if closed and not ended.is_set():
+                if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                    coroutine.close()  # else it would be missed that nobody awaits it
                 raise RuntimeError("the event loop was closed before the callback had ended")
         if errors:
             raise errors.pop()  # this frame is in its traceback
