@@ -159,7 +159,8 @@ class SerializationError(KbatchError, ValueError):
             if envelope_id is None
             else (f"envelope {index} (id {envelope_id}): ")
         )
-        super().__init__(where + reason)
+        # Not super(): in the middle of a lack of memory CPython 3.11 loses the MemoryError of one __init__ in another.
+        Exception.__init__(self, where + reason)
         self.reason = reason
         self.index = index
         self.envelope_id = envelope_id
@@ -181,7 +182,7 @@ class NotYetDueError(KbatchError):
     field = "scheduled_time"
 
     def __init__(self, reason: str, *, index: int, envelope_id: uuid.UUID | None) -> None:
-        super().__init__(f"envelope {index}{'' if envelope_id is None else f' (id {envelope_id})'}: {reason}")
+        Exception.__init__(self, f"envelope {index}{'' if envelope_id is None else f' (id {envelope_id})'}: {reason}")
         self.reason = reason
         self.index = index
         self.envelope_id = envelope_id

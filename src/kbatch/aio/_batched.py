@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["BatchedSender", "SendingAgent"]
 
 _TAKEN, _TAKEN_PAUSE, _NOT_STARTED = 1, 2, 3  # what Accumulator._send_on_loop answers
+_NO_CONTEXT = contextvars.Context()  # to be copied
 _LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
 
 
@@ -109,7 +110,7 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
                 errors.append(RuntimeError("the callback's task was cancelled"))
                 ended.set()
 
-        if not call_on_loop(loop, functools.partial(contextvars.Context().run, start)):
+        if not call_on_loop(loop, functools.partial(_NO_CONTEXT.copy().run, start)):
             coroutine.close()
             raise RuntimeError("the event loop for the callback is closed")
         while not ended.wait(_LOOK_AT_LOOP_S):

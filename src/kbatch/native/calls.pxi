@@ -51,6 +51,8 @@ cdef class Signal:
 
 
 cdef object _calls = contextvars.ContextVar("kbatch_calls", default=())
+# To be copied. CPython 3.11 crashes when it makes a new one and finds no memory for its contents.
+cdef object _no_context = contextvars.Context()
 
 
 @cython.final
@@ -108,7 +110,7 @@ cdef class Job:
     cdef Job make(CallbackThread thread, object function, tuple arguments):
         cdef Job job = Job.__new__(Job)
         job.call = Call(thread)
-        job.run = contextvars.Context().run
+        job.run = _no_context.copy().run
         job.run(_calls.set, (job.call,))
         job.arguments = (function, *arguments)
         return job

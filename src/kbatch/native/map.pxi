@@ -127,9 +127,12 @@ cdef class Scratch:
         return self
 
     cdef int _remake(self, Py_ssize_t base) except -1:
-        # Not bytearray(n), which writes to all of it.
+        # Not bytearray(n), which writes to all of it; nor made with its size: CPython frees one that has found no
+        # memory before it has set its count of exports.
+        cdef bytearray memory = PyByteArray_FromStringAndSize(NULL, 0)
         self.memory = None
-        self.memory = PyByteArray_FromStringAndSize(NULL, 2 * base)
+        PyByteArray_Resize(memory, 2 * base)
+        self.memory = memory
         self.base = base
         return 0
 
