@@ -82,11 +82,13 @@ class Producer(BaseProducer):
             if not batch._remove_waker(waker):
                 batch._wait_no_longer()
             self._core.abandon(batch)
+            batch = None  # type: ignore[assignment]  # a task keeps its error, which keeps this frame (Python 3.10)
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            batch._remove_waker(waker)
+            if batch is not None:
+                batch._remove_waker(waker)
         if not batch.done():
             raise BatchPending(
                 f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
@@ -146,6 +148,8 @@ class Producer(BaseProducer):
             await enqueued.future
         except BaseException:
             self._core.abandon(batch)
+            if callback is None:
+                batch = None  # type: ignore[assignment]  # as in _send_batch
             raise
         return batch
 
