@@ -19,6 +19,8 @@ import kbatch
 from kbatch._config import _CANONICAL, ProducerConfig, canonical
 from kbatch._fastmap import Config
 
+from ..refusals import refusal
+
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 
 if sys.platform == "win32":
@@ -91,15 +93,7 @@ def refused_by_confluent_kafka(config: dict[str, Any]) -> str | None:
 
 
 def refused_by_kbatch(config: dict[str, Any]) -> kbatch.ConfigError | None:
-    try:
-        producer = kbatch.Producer({**_servers_beside(config), **config})
-        try:
-            producer._core.start()
-        finally:
-            producer.close(0)
-    except kbatch.ConfigError as error:
-        return error
-    return None
+    return refusal({**_servers_beside(config), **config})
 
 
 NEVER_ANSWERED = "delivery reports would not come, or not before for ever"

@@ -22,6 +22,7 @@ from kbatch._config import ProducerConfig, is_harmless
 from kbatch.testing import MemoryProducer
 
 from ..naming import shown
+from ..refusals import refusal
 from ..waiting import until
 from .test_config_keys import Key, keys  # noqa: F401 (a fixture)
 
@@ -176,18 +177,6 @@ def test_a_secret_where_none_belongs(value: str, keys: list[Key], capfd: pytest.
                 assert SECRET.encode() not in pickle.dumps(error)
     assert refused > 100
     capfd.readouterr()
-
-
-def refusal(config: dict[str, Any]) -> kbatch.ConfigError | None:
-    try:
-        producer = kbatch.Producer(config)
-        try:
-            producer._core.start()
-        finally:
-            producer.close(0)
-    except kbatch.ConfigError as error:
-        return error
-    return None
 
 
 def test_a_password_before_the_name_of_a_broker() -> None:

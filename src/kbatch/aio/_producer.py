@@ -82,13 +82,12 @@ class Producer(BaseProducer):
             if not batch._remove_waker(waker):
                 batch._wait_no_longer()
             self._core.abandon(batch)
-            batch = None  # type: ignore[assignment]  # a task keeps its error, which keeps this frame (Python 3.10)
+            del batch  # up to Python 3.10 a task keeps its error, and with it this frame
             raise
         finally:
             if timer is not None:
                 timer.cancel()
-            if batch is not None:
-                batch._remove_waker(waker)
+        batch._remove_waker(waker)
         if not batch.done():
             raise BatchPending(
                 f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
@@ -149,7 +148,7 @@ class Producer(BaseProducer):
         except BaseException:
             self._core.abandon(batch)
             if callback is None:
-                batch = None  # type: ignore[assignment]  # as in _send_batch
+                del batch  # as in _send_batch
             raise
         return batch
 
