@@ -1,6 +1,7 @@
 """Records become envelopes again: what was written is read, and what is not as it should be is refused by name."""
 
 import uuid
+from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -100,8 +101,11 @@ def test_what_is_written_is_read(wire: str, data: Any) -> None:
         with mapping.producer_of(Setting(wire=wire, carry_scheduled_time=wire != "raw")) as producer:
             (again,) = producer._map(None, [read])
         if wire != "wolverine" and (setting.hook_headers or "ce_id" in dict(read.headers)):
-            again, mapped = set(again[5]), set(mapped.headers)
-        assert tuple(again) == tuple(mapped)
+            # the same headers, some of them in another place
+            assert tuple(again[:5]) == tuple(mapped[:5])
+            assert Counter(again[5]) == Counter(mapped.headers)
+        else:
+            assert tuple(again) == tuple(mapped)
 
 
 @given(data=st.data(), setting=strategies.settings)
