@@ -79,7 +79,7 @@ test: build $(STAMPS)/test-group ## Run the tests, WORKERS=3 processes side by s
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 .PHONY: mutants
-mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each (half an hour)
+mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each , two at a time (an hour)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 .PHONY: soak
