@@ -11,7 +11,9 @@ import os
 
 import kbatch
 
-topic = kbatch.KafkaTopic("events", mode=kbatch.Mode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]})
+topic = kbatch.KafkaTopic(
+    "events", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]}
+)
 sender = topic.create_sender()
 
 

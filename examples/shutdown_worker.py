@@ -13,7 +13,9 @@ import sys
 
 import kbatch
 
-topic = kbatch.KafkaTopic("events", mode=kbatch.Mode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]})
+topic = kbatch.KafkaTopic(
+    "events", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]}
+)
 logging.basicConfig(level=logging.INFO)
 log = logging.getLogger("worker")
 

@@ -10,9 +10,9 @@ with kbatch.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
 from kbatch._contract import OutgoingBatch, SenderCallback, SenderProtocol
 from kbatch._errors import (
     BatchError,
-    BatchInterrupted,
-    BatchPending,
-    BatchTimedOut,
+    BatchInterruptedError,
+    BatchPendingError,
+    BatchTimeoutError,
     CircuitOpenError,
     ConfigError,
     DeliveryError,
@@ -28,9 +28,9 @@ from kbatch._errors import (
     SenderError,
     SenderFullError,
     SerializationError,
-    TopicDoesNotExist,
     TransactionUnknownError,
     UndeliveredError,
+    UnknownTopicError,
 )
 from kbatch._fastmap import Envelope, Tombstone, uuid7
 from kbatch._librdkafka import version as librdkafka_version
@@ -44,16 +44,16 @@ from kbatch._sending._batched import BatchedSender
 from kbatch._sending._circuit import CircuitState
 from kbatch._sending._inline import InlineSender
 from kbatch._sending._retry import RetryPolicy
-from kbatch._sending._topic import KafkaTopic, Mode
+from kbatch._sending._topic import KafkaTopic, SenderMode
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__
 from kbatch._wire import ConsumedRecord, WireFormat, WireReader
 
 __all__ = [
     "BatchError",
-    "BatchInterrupted",
-    "BatchPending",
-    "BatchTimedOut",
+    "BatchInterruptedError",
+    "BatchPendingError",
+    "BatchTimeoutError",
     "BatchedSender",
     "CircuitOpenError",
     "CircuitState",
@@ -68,7 +68,6 @@ __all__ = [
     "KafkaSender",
     "KafkaTopic",
     "KbatchError",
-    "Mode",
     "NotYetDueError",
     "OutgoingBatch",
     "PendingBatch",
@@ -82,14 +81,15 @@ __all__ = [
     "SenderClosedError",
     "SenderError",
     "SenderFullError",
+    "SenderMode",
     "SenderProtocol",
     "SendingAgent",
     "SerializationContext",
     "SerializationError",
     "Tombstone",
-    "TopicDoesNotExist",
     "TransactionUnknownError",
     "UndeliveredError",
+    "UnknownTopicError",
     "WireFormat",
     "WireReader",
     "__version__",

@@ -47,12 +47,12 @@ class BaseProducer:
         encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
-        close_timeout: float = 30.0,
+        close_timeout_s: float = 30.0,
         max_in_flight: int = 10_000,
         carry_scheduled_time: bool = False,
     ) -> None:
         try:
-            _check_arguments(wire, encoder, source, header_hook, close_timeout, max_in_flight, carry_scheduled_time)
+            _check_arguments(wire, encoder, source, header_hook, close_timeout_s, max_in_flight, carry_scheduled_time)
             parsed = ProducerConfig.parse(config)
         except BaseException as error:
             # Whoever prints local variables with a traceback must not find passwords in those of kbatch.
@@ -73,7 +73,7 @@ class BaseProducer:
         )
         self._carries_scheduled_time = carry_scheduled_time
         self._has_custom_wire = not isinstance(wire, str)
-        self._close_timeout = close_timeout
+        self._close_timeout = close_timeout_s
         self._max_in_flight = max_in_flight
         self._assemble()
 
@@ -220,10 +220,10 @@ def check_timeout(timeout: float | None) -> None:
         raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
 
 
-def check_close_timeout(close_timeout: Any) -> None:
+def check_close_timeout(close_timeout_s: Any) -> None:
     """Raises ConfigError for what is no time to wait at the end of a ``with`` block."""
-    if isinstance(close_timeout, bool) or not isinstance(close_timeout, (int, float)) or not close_timeout >= 0:
-        raise ConfigError(f"close_timeout must be seconds, 0 or more, not {close_timeout!r}")
+    if isinstance(close_timeout_s, bool) or not isinstance(close_timeout_s, (int, float)) or not close_timeout_s >= 0:
+        raise ConfigError(f"close_timeout_s must be seconds, 0 or more, not {close_timeout_s!r}")
 
 
 def _check_call(name: str, function: Any, *arguments: str) -> None:
@@ -239,7 +239,7 @@ def _check_arguments(
     encoder: Any,
     source: Any,
     header_hook: Any,
-    close_timeout: Any,
+    close_timeout_s: Any,
     max_in_flight: Any,
     carry_scheduled_time: Any,
 ) -> None:
@@ -262,7 +262,7 @@ def _check_arguments(
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None:
         _check_call("header_hook", header_hook)
-    check_close_timeout(close_timeout)
+    check_close_timeout(close_timeout_s)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
     if not isinstance(carry_scheduled_time, bool):

@@ -34,7 +34,7 @@ _F = TypeVar("_F", bound="Callable[..., Any]")
 
 _METHODS = (
     *("mark_successful", "mark_processing_failure", "mark_serialization_failure", "mark_timed_out"),
-    *("mark_topic_does_not_exist", "mark_sender_is_latched"),
+    *("mark_topic_does_not_exist", "mark_circuit_open"),
 )
 _plain: weakref.WeakSet[type] = weakref.WeakSet()  # callbacks of these have no coroutine method
 

@@ -73,7 +73,7 @@ class SenderCallback:
         """Every envelope that failed went to an unknown topic or partition."""
         self.mark_processing_failure(batch, error)
 
-    def mark_sender_is_latched(self, batch: OutgoingBatch, error: KbatchError) -> None:
+    def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
         """The circuit is open; nothing was sent."""
         self.mark_processing_failure(batch, error)
 

@@ -7,11 +7,11 @@
      ├─ DeserializationError      a consumed record is no envelope (also a ValueError)
      ├─ DeliveryError             the outcome of one envelope that was not acknowledged
      ├─ BatchError                the outcome of a batch; carries the report
-     │   ├─ BatchTimedOut         every failure is a timeout
-     │   ├─ TopicDoesNotExist     every failure is an unknown topic or partition
-     │   ├─ BatchInterrupted      given up by Ctrl-C or another exception before anything was sent
+     │   ├─ BatchTimeoutError         every failure is a timeout
+     │   ├─ UnknownTopicError     every failure is an unknown topic or partition
+     │   ├─ BatchInterruptedError      given up by Ctrl-C or another exception before anything was sent
      │   └─ UndeliveredError      envelopes were given up, and nothing else has told of them
-     ├─ BatchPending              the wait is over, the batch goes on (also a TimeoutError)
+     ├─ BatchPendingError              the wait is over, the batch goes on (also a TimeoutError)
      ├─ ProducerError             the producer cannot send
      │   ├─ ProducerClosedError   it was closed
      │   ├─ ProducerFatalError    librdkafka's idempotent producer cannot go on; make a new producer
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BatchError",
-    "BatchInterrupted",
-    "BatchPending",
-    "BatchTimedOut",
+    "BatchInterruptedError",
+    "BatchPendingError",
+    "BatchTimeoutError",
     "CircuitOpenError",
     "ConfigError",
     "DeliveryError",
@@ -61,9 +61,9 @@ __all__ = [
     "SenderError",
     "SenderFullError",
     "SerializationError",
-    "TopicDoesNotExist",
     "TransactionUnknownError",
     "UndeliveredError",
+    "UnknownTopicError",
 ]
 
 _name_of = type.__dict__["__name__"].__get__
@@ -311,15 +311,15 @@ class BatchError(KbatchError):
         self.report = report
 
 
-class BatchTimedOut(BatchError):
+class BatchTimeoutError(BatchError):
     """Every envelope that failed timed out."""
 
 
-class TopicDoesNotExist(BatchError):
+class UnknownTopicError(BatchError):
     """Every envelope that failed went to a topic or partition that the cluster does not know."""
 
 
-class BatchInterrupted(BatchError):
+class BatchInterruptedError(BatchError):
     """The batch was given up before anything of it was sent; an exception such as Ctrl-C is on its way."""
 
 
@@ -366,7 +366,7 @@ def undelivered_error(
     return UndeliveredError(text, count=count, failures=tuple(failures))
 
 
-class BatchPending(KbatchError, TimeoutError):
+class BatchPendingError(KbatchError, TimeoutError):
     """The time to wait is over. The batch goes on and answers once.
 
     Attributes:

@@ -28,7 +28,7 @@ from msgspec import UNSET
 from kbatch._callbacks import callback_name, has_coroutine_methods, refuse_coroutine
 from kbatch._errors import (
     BatchError,
-    BatchInterrupted,
+    BatchInterruptedError,
     ConfigError,
     ForkError,
     NotYetDueError,

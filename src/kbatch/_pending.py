@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbatch._callbacks import check_callback
-from kbatch._errors import BatchPending
+from kbatch._errors import BatchPendingError
 from kbatch._fastmap import Batch, LoopWaker
 from kbatch._report import DeliveryReport
 from kbatch._text import counted
@@ -38,11 +38,11 @@ class PendingBatch(Batch):
             timeout: Seconds; ``None`` waits as long as it takes, at most `max_delivery_s`.
 
         Raises:
-            BatchPending: `timeout` seconds have passed.
+            BatchPendingError: `timeout` seconds have passed.
             ForkError: The producer was used before a fork, and this is the child.
         """
         if not self._wait(timeout):
-            raise BatchPending(
+            raise BatchPendingError(
                 f"no answer for a batch of {counted(len(self), 'envelope')} within {timeout} s; it goes on", self
             )
         return self.report
@@ -52,11 +52,11 @@ class PendingBatch(Batch):
         """The outcome of each envelope.
 
         Raises:
-            BatchPending: Some are not known yet.
+            BatchPendingError: Some are not known yet.
         """
         if self._report is None:
             if not self.done():
-                raise BatchPending(f"a batch of {counted(len(self), 'envelope')} has no answer yet", self)
+                raise BatchPendingError(f"a batch of {counted(len(self), 'envelope')} has no answer yet", self)
             self._report = DeliveryReport(self.outcomes, self.latency_s)
         return self._look(self._report)  # in one line: whoever is interrupted before it has not looked
 

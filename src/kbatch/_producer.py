@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._callbacks import ReportCallback, check_callback
-from kbatch._errors import BatchPending
+from kbatch._errors import BatchPendingError
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
 from kbatch._text import counted
@@ -42,7 +42,7 @@ class Producer(BaseProducer):
         header_hook: Called once per batch, when it is mapped; returns headers that are added to each of its envelopes.
             ``send_batch`` and ``submit`` call it in the caller's thread and context, a buffered sender on its own
             thread, where context variables are not set.
-        close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
+        close_timeout_s: Seconds that leaving a ``with`` block waits for what is in flight.
         max_in_flight: How many messages of one topic may be in flight before ``submit`` waits. All topics together may
             have a quarter more, and each topic always a few (128 at most), so that one that is stuck does not stop the
             others.
@@ -76,7 +76,7 @@ class Producer(BaseProducer):
         Raises:
             SerializationError: An envelope could not be mapped. Nothing was sent.
             NotYetDueError: The ``scheduled_time`` of an envelope is in the future. Nothing was sent.
-            BatchPending: `timeout` has passed. The error carries the batch, which goes on; what was not yet handed
+            BatchPendingError: `timeout` has passed. The error carries the batch, which goes on; what was not yet handed
                 to librdkafka is settled as failed.
             ProducerClosedError, ProducerFatalError, TransactionUnknownError, ForkError: The producer cannot send.
                 Nothing was sent.
@@ -86,7 +86,7 @@ class Producer(BaseProducer):
         end = None if timeout is None else monotonic() + timeout
         self._core.map(batch, topic, envelopes)
         if not self._send(batch, None if end is None else end - monotonic()):
-            raise BatchPending(
+            raise BatchPendingError(
                 f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
             )
         return batch.report
@@ -164,7 +164,7 @@ class Producer(BaseProducer):
         callbacks, nor does it in a task or thread to which the callback's context was copied.
 
         Args:
-            timeout: Seconds; ``None`` is the producer's ``close_timeout``.
+            timeout: Seconds; ``None`` is the producer's ``close_timeout_s``.
 
         Returns:
             How many messages ended without an acknowledgement since closing began.

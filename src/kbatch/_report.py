@@ -12,9 +12,9 @@ from kbatch._errors import (
     TIMEOUT_CODES,
     UNKNOWN_TOPIC_CODES,
     BatchError,
-    BatchTimedOut,
+    BatchTimeoutError,
     DeliveryError,
-    TopicDoesNotExist,
+    UnknownTopicError,
 )
 from kbatch._text import counted
 
@@ -129,9 +129,9 @@ class DeliveryReport:
             if first.code != ABORTED_CODE:
                 message += f"; the cause is envelope {index}: {first}"
         if codes <= UNKNOWN_TOPIC_CODES:
-            return TopicDoesNotExist(message, self)
+            return UnknownTopicError(message, self)
         if codes <= TIMEOUT_CODES:
-            return BatchTimedOut(message, self)
+            return BatchTimeoutError(message, self)
         return BatchError(message, self)
 
     def raise_for_errors(self) -> DeliveryReport:

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from kbatch._base_producer import check_kind
 from kbatch._errors import (
-    BatchInterrupted,
-    BatchTimedOut,
+    BatchInterruptedError,
+    BatchTimeoutError,
     CircuitOpenError,
     KbatchError,
     ProducerError,
     ProducerFatalError,
     SerializationError,
-    TopicDoesNotExist,
+    UnknownTopicError,
     named_exception_text,
 )
 from kbatch._fastmap import AnsweringSender
@@ -83,9 +83,9 @@ def answer_report(report: DeliveryReport) -> Told:
     error = report.error()
     if error is None:
         return "mark_successful", report
-    if isinstance(error, TopicDoesNotExist):
+    if isinstance(error, UnknownTopicError):
         return "mark_topic_does_not_exist", error
-    if isinstance(error, BatchTimedOut):
+    if isinstance(error, BatchTimeoutError):
         return "mark_timed_out", error
     return "mark_processing_failure", error
 
@@ -107,7 +107,7 @@ def answer_refusal(producer: BaseProducer, batch: OutgoingBatch, reason: BaseExc
     if isinstance(error, SerializationError):
         return "mark_serialization_failure", error
     if isinstance(error, CircuitOpenError):
-        return "mark_sender_is_latched", error
+        return "mark_circuit_open", error
     return "mark_processing_failure", error
 
 
@@ -118,7 +118,7 @@ def _as_answer(error: BaseException, mapping: bool) -> KbatchError:
     text = named_exception_text(error)
     made: KbatchError
     if not isinstance(error, Exception):
-        made = BatchInterrupted(f"interrupted before anything was sent: {text}")
+        made = BatchInterruptedError(f"interrupted before anything was sent: {text}")
     elif not mapping or isinstance(error, MemoryError):
         made = ProducerError(f"the producer could not take the batch: {text}")
     else:

@@ -338,7 +338,7 @@ KINDS = (
     Kind("fork", "fork in mid-send", _slow(20), _fork),
     Kind("task cancelled", _ROW_CANCELLED, _slow(30), _quick, send={"way": "cancelled"}, until_settled=True),
     Kind("sender's task cancelled", _ROW_CANCELLED, _slow(30), _quick, send={"way": "aio cancelled"},
-         codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterrupted",)), until_settled=True),
+         codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterruptedError",)), until_settled=True),
     Kind("loop closed", _ROW_CANCELLED, _slow(30), _quick, send={"way": "loop closed"}, until_settled=True),
     Kind("no memory", _ROW_CANCELLED, send={"spoil": "no memory"}, outage=False),
     Kind("wait times out", _ROW_END, _slow(30), _quick, send={"way": "timed"}, codes=frozenset((TIMED_OUT_QUEUE,)),
@@ -351,7 +351,7 @@ KINDS = (
          hold_ms=(0, 50), one_in_flight=True, outage=False),
     Kind(BESIDE, _ROW_LEADER, _lose_leader_beside, _end_beside, codes=TIMED_OUT, until_settled=True),
     Kind("interrupted", "task cancelled, loop closed, MemoryError", send={"way": "interrupted"},
-         codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterrupted",)), outage=False),
+         codes=frozenset((PURGE_QUEUE,)), refusals=frozenset(("BatchInterruptedError",)), outage=False),
     Kind("no producer id", _ROW_REPLICAS, _push_producer_id, _clear_producer_id, idempotent=True, cold=True,
          hold_ms=(0, 100)),
 )  # fmt: skip

@@ -341,7 +341,7 @@ class Run:
             return False
         for job in self._jobs.values():
             if job.pending is not None and job.sent is not None:
-                with contextlib.suppress(kbatch.BatchPending):  # no answer: the checker will say so
+                with contextlib.suppress(kbatch.BatchPendingError):  # no answer: the checker will say so
                     self._answer(job.sent, RETURN, job.pending.wait(max(0.0, deadline - time.monotonic())))
                 job.pending = None
         return True
@@ -654,7 +654,7 @@ def _send_batch(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, enve
 def _timed(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:
     try:
         report = producer.send_batch(sent.topic, envelopes, timeout=0.003)
-    except kbatch.BatchPending as error:
+    except kbatch.BatchPendingError as error:
         if error.pending is not None:
             run._pending(job, sent, error.pending)
     else:
@@ -725,7 +725,7 @@ class _Recorder(kbatch.SenderCallback):
     def _record(self, method: str, outcome: kbatch.KbatchError | kbatch.DeliveryReport) -> None:
         report = outcome if isinstance(outcome, kbatch.DeliveryReport) else outcome.report
         refused = not isinstance(outcome, (kbatch.DeliveryReport, kbatch.BatchError))
-        refused |= isinstance(outcome, kbatch.BatchInterrupted) and not self.sent.messages  # no envelope tells
+        refused |= isinstance(outcome, kbatch.BatchInterruptedError) and not self.sent.messages  # no envelope tells
         before = sys.gettrace()
         sys.settrace(None)  # what interrupts kbatch must not interrupt this
         try:
@@ -749,8 +749,8 @@ class _Recorder(kbatch.SenderCallback):
     def mark_topic_does_not_exist(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
         self._record("mark_topic_does_not_exist", error)
 
-    def mark_sender_is_latched(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
-        self._record("mark_sender_is_latched", error)
+    def mark_circuit_open(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+        self._record("mark_circuit_open", error)
 
 
 def _sender(run: Run, job: _Job, sent: Sent, producer: kbatch.Producer, envelopes: list[Any]) -> None:

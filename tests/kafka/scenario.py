@@ -226,6 +226,6 @@ class Scenario(KafkaRun):
     def _settle(self, job: _Job) -> None:
         if job.pending is None or job.sent is None:
             return
-        with contextlib.suppress(kbatch.BatchPending):  # no answer: the checker will say so
+        with contextlib.suppress(kbatch.BatchPendingError):  # no answer: the checker will say so
             self._answer(job.sent, RETURN, job.pending.wait(self.hang_s))
         job.pending = None

@@ -56,7 +56,7 @@ CASES = {
     "no topic": Case(
         lambda topic: good(0, 1, topic=f"no-{topic}"),
         "mark_topic_does_not_exist",
-        kbatch.TopicDoesNotExist,
+        kbatch.UnknownTopicError,
         dict.fromkeys(range(2), UNKNOWN_TOPIC),
         [],
         QUICK,
@@ -64,14 +64,14 @@ CASES = {
     "no partition": Case(
         lambda topic: good(0, 1, partition=9),
         "mark_topic_does_not_exist",
-        kbatch.TopicDoesNotExist,
+        kbatch.UnknownTopicError,
         dict.fromkeys(range(2), UNKNOWN_PARTITION),
         [],
     ),
     "some to no topic": Case(
         lambda topic: [*good(0), *good(1, topic=f"no-{topic}"), *good(2, partition=9), *good(3)],
         "mark_topic_does_not_exist",
-        kbatch.TopicDoesNotExist,
+        kbatch.UnknownTopicError,
         {1: UNKNOWN_TOPIC, 2: UNKNOWN_PARTITION},
         [b"0", b"3"],
         QUICK,
@@ -237,7 +237,7 @@ def test_every_failure_is_a_timeout_and_the_batch_may_be_sent_again(one_broker: 
     for answer in WAYS[way]({**config, "message.timeout.ms": 300}, topic, batch):
         check(answer.report, 3, {index: {"_MSG_TIMED_OUT"} for index in range(3)})
         assert all(error.retriable for error in answer.report.errors.values())
-        assert type(answer.report.error()) is kbatch.BatchTimedOut
+        assert type(answer.report.error()) is kbatch.BatchTimeoutError
         assert answer.method in ("", "mark_timed_out")
     assert end_offsets(one_broker.bootstrap_servers, topic) == {0: 0}
     one_broker.heal()

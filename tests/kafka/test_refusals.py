@@ -146,7 +146,7 @@ def test_who_may_write_nowhere_gets_no_producer_id(one_broker: KafkaCluster) -> 
     topic = one_broker.create_topic()
     told: list[KafkaError] = []
     config = {**one_broker.tls("client"), "log_level": 0, "error_cb": told.append}
-    with kbatch.Producer(config, close_timeout=0) as producer:
+    with kbatch.Producer(config, close_timeout_s=0) as producer:
         callback = Recorder()
 
         def fatal() -> bool:
@@ -199,13 +199,13 @@ def test_credentials_that_are_refused(
 
     config = {**make_config(one_broker), "delivery.timeout.ms": 2_000, "error_cb": on_error}
     callback = Recorder()
-    with kbatch.Producer(config, close_timeout=0) as producer:
+    with kbatch.Producer(config, close_timeout_s=0) as producer:
         shown = repr(producer)
         KafkaSender(producer, topic).send_batch(callback, kbatch.OutgoingBatch([Envelope(1), Envelope(2)]))
         assert everything_told.wait(30)
     (answer,) = callback.answers
     assert answer.method == "mark_timed_out"
-    assert isinstance(answer.outcome, kbatch.BatchTimedOut)
+    assert isinstance(answer.outcome, kbatch.BatchTimeoutError)
     assert {error.name for error in answer.report.errors.values()} == {"_MSG_TIMED_OUT"}
     assert not any(error.possibly_persisted for error in answer.report.errors.values())
     errors = [error for error in told if error.name() in codes]

@@ -36,7 +36,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def producer_of(kafka: KafkaCluster, **config: Any) -> kbatch.Producer:
-    return kbatch.Producer({"bootstrap.servers": kafka.bootstrap_servers, **QUIET, **config}, close_timeout=0)
+    return kbatch.Producer({"bootstrap.servers": kafka.bootstrap_servers, **QUIET, **config}, close_timeout_s=0)
 
 
 # -- no broker answers, under load
@@ -148,7 +148,7 @@ def test_a_permission_that_comes_later(one_broker: KafkaCluster, elsewhere: str,
     topic = one_broker.create_topic()
     config = {**one_broker.tls("client"), "topic.metadata.refresh.interval.ms": 500, **QUIET}
     with (
-        kbatch.Producer(config, close_timeout=0) as producer,
+        kbatch.Producer(config, close_timeout_s=0) as producer,
         Driver(
             *(kind, producer, topic),
             options={"batch_size": 1, "batch_timeout_ms": 0},

@@ -104,7 +104,7 @@ def test_nothing_is_committed_before_all_is_acknowledged(one_broker: KafkaCluste
         assert all(error.retriable for i, error in report.errors.items() if i != 5)
         assert not any(error.possibly_persisted for error in report.errors.values())
         assert set(report.offsets) == {-1}
-        assert isinstance(report.error(), kbatch.TopicDoesNotExist)  # the cause's own kind
+        assert isinstance(report.error(), kbatch.UnknownTopicError)  # the cause's own kind
         assert "the transaction of 6 envelopes was aborted; the cause is envelope 5: " in str(report.error())
         assert producer.send_batch(topic, envelopes(2, 5)).ok
         assert (producer.stats()["acked"], producer.stats()["failed"]) == (10, 6)
@@ -255,7 +255,7 @@ def test_who_stops_waiting_does_not_stop_the_transaction(one_broker: KafkaCluste
     with kbatch.Producer(config(one_broker, **through_proxy)) as producer:
         assert producer.send_batch(topic, envelopes(0, 5)).ok
         one_broker.proxies[0].delay(0.3)
-        with pytest.raises(kbatch.BatchPending) as error:
+        with pytest.raises(kbatch.BatchPendingError) as error:
             producer.send_batch(topic, envelopes(1, 5), timeout=0.1)
         pending = error.value.pending
         assert pending is not None
@@ -273,7 +273,7 @@ def test_closing_waits_for_the_transaction(one_broker: KafkaCluster) -> None:
     producer = kbatch.Producer(config(one_broker, **{"bootstrap.servers": one_broker.proxied_servers}))
     assert producer.send_batch(topic, envelopes(0, 5)).ok
     one_broker.proxies[0].delay(0.2)
-    with pytest.raises(kbatch.BatchPending) as error:
+    with pytest.raises(kbatch.BatchPendingError) as error:
         producer.send_batch(topic, envelopes(1, 5), timeout=0.1)
     assert producer.close(60) == 0
     assert error.value.pending is not None
@@ -287,7 +287,7 @@ def test_closing_in_a_hurry_says_what_is_lost(one_broker: KafkaCluster) -> None:
     producer = kbatch.Producer(config(one_broker, **settings))
     assert producer.send_batch(topic, envelopes(0, 5)).ok
     one_broker.proxies[0].refuse()
-    with pytest.raises(kbatch.BatchPending) as error:
+    with pytest.raises(kbatch.BatchPendingError) as error:
         producer.send_batch(topic, envelopes(1, 5), timeout=0.1)
     with pytest.raises(kbatch.UndeliveredError) as lost:
         producer.close(0.1)

@@ -33,10 +33,10 @@ def cluster(kafka_cluster: MockCluster) -> MockCluster:
     return kafka_cluster
 
 
-def make_producer(cluster: MockCluster, *, close_timeout: float = 30.0, **options: Any) -> aio.Producer:
+def make_producer(cluster: MockCluster, *, close_timeout_s: float = 30.0, **options: Any) -> aio.Producer:
     config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "enable.idempotence": False}
     config |= options.pop("config", {})
-    return aio.Producer(config, close_timeout=close_timeout, **options)
+    return aio.Producer(config, close_timeout_s=close_timeout_s, **options)
 
 
 def envelopes(numbers: range) -> list[Envelope]:
@@ -202,7 +202,7 @@ def test_a_timeout_bounds_the_wait_only(cluster: MockCluster) -> None:
     async def main() -> None:
         async with make_producer(cluster) as producer:
             async with away(cluster):
-                with pytest.raises(kbatch.BatchPending, match="a batch of 7 envelopes within") as caught:
+                with pytest.raises(kbatch.BatchPendingError, match="a batch of 7 envelopes within") as caught:
                     await producer.send_batch(TOPIC, envelopes(range(7)), timeout=0.05)
                 assert isinstance(caught.value, TimeoutError)
                 pending = caught.value.pending
@@ -220,7 +220,7 @@ def test_a_timeout_bounds_the_wait_only(cluster: MockCluster) -> None:
 
 def test_a_fatal_error_is_raised(cluster: MockCluster) -> None:
     async def main() -> None:
-        producer = make_producer(cluster, close_timeout=0, config={"enable.idempotence": True})
+        producer = make_producer(cluster, close_timeout_s=0, config={"enable.idempotence": True})
         assert (await producer.send_batch(TOPIC, envelopes(range(3)))).acked == 3
         producer._core.inject_fatal_error(45, "for a test")
         with pytest.raises(kbatch.ProducerFatalError):
@@ -674,7 +674,7 @@ def test_leaving_the_block_says_what_was_lost(cluster: MockCluster) -> None:
         pending = []
 
         async def leave(error: BaseException | None) -> None:
-            async with make_producer(cluster, close_timeout=0.1) as producer:
+            async with make_producer(cluster, close_timeout_s=0.1) as producer:
                 pending.append(await producer.submit(TOPIC, envelopes(range(5))))
                 if error is not None:
                     raise error
@@ -808,7 +808,7 @@ def test_a_batch_behind_one_that_waits_is_given_up_before_its_turn(cluster: Mock
                 task = asyncio.create_task(sender.send_batch(recorder, OutgoingBatch(envelopes(range(50, 55)))))
                 try:
                     report = await producer.send_batch(TOPIC, envelopes(range(55, 60)), timeout=0.05)
-                except kbatch.BatchPending as error:
+                except kbatch.BatchPendingError as error:
                     report = await asyncio.wait_for(error.pending, 30)  # type: ignore[arg-type]
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -831,7 +831,7 @@ def test_a_fatal_error_while_a_batch_waits_for_room(cluster: MockCluster, awaite
     config = {"enable.idempotence": True, "socket.timeout.ms": 1000}
 
     async def main() -> None:
-        producer = make_producer(cluster, max_in_flight=10, close_timeout=0.1, config=config)
+        producer = make_producer(cluster, max_in_flight=10, close_timeout_s=0.1, config=config)
         await producer.send_batch(TOPIC, envelopes(range(1)))
         cluster.set_rtt(1, 20_000)
         if awaited:
@@ -854,7 +854,7 @@ def test_callbacks_that_close_do_not_wait_for_each_other(cluster: MockCluster) -
     closed = 0
 
     async def main() -> None:
-        producer = make_producer(cluster, close_timeout=1000)
+        producer = make_producer(cluster, close_timeout_s=1000)
 
         async def close(report: kbatch.DeliveryReport) -> None:
             nonlocal closed

@@ -50,7 +50,7 @@ class Recorder(SenderCallback):
 def make_producer(cluster: MockCluster, *, idempotent: bool = False, **config: Any) -> kbatch.Producer:
     # An idempotent producer asks for its id first, which takes librdkafka up to half a second.
     own = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "enable.idempotence": idempotent}
-    return kbatch.Producer(own | config, close_timeout=0)
+    return kbatch.Producer(own | config, close_timeout_s=0)
 
 
 def envelopes(count: int, **fields: Any) -> list[Envelope]:
@@ -200,7 +200,7 @@ def test_topic_does_not_exist(cluster: MockCluster, producer: kbatch.Producer) -
     for _ in range(2):  # librdkafka waits for the topic first, and knows of it then
         call = send(producer, envelopes(5), "gone")
         assert call.method == "mark_topic_does_not_exist"
-        assert isinstance(call.answer, kbatch.TopicDoesNotExist)
+        assert isinstance(call.answer, kbatch.UnknownTopicError)
         assert call.answer.report.failed == 5
         assert set(names(call.answer.report).values()) <= {"_UNKNOWN_TOPIC", "UNKNOWN_TOPIC_OR_PART"}
 
@@ -228,7 +228,7 @@ def test_timed_out(cluster: MockCluster) -> None:
     with make_producer(cluster, **{"message.timeout.ms": 200}) as producer:
         call = send(producer, envelopes(5))
     assert call.method == "mark_timed_out"
-    assert isinstance(call.answer, kbatch.BatchTimedOut)
+    assert isinstance(call.answer, kbatch.BatchTimeoutError)
     assert names(call.answer.report) == dict.fromkeys(range(5), "_MSG_TIMED_OUT")
     assert all(error.retriable for error in call.answer.report.errors.values())
     assert not any(error.possibly_persisted for error in call.answer.report.errors.values())  # no broker was there
@@ -510,7 +510,11 @@ def test_an_interrupt_while_mapping_is_answered_and_raised(cluster: MockCluster)
     ):
         KafkaSender(producer, TOPIC).send_batch(callback, batch)
     (call,) = callback.calls
-    assert (call.method, type(call.answer), call.batch) == ("mark_processing_failure", kbatch.BatchInterrupted, batch)
+    assert (call.method, type(call.answer), call.batch) == (
+        "mark_processing_failure",
+        kbatch.BatchInterruptedError,
+        batch,
+    )
     assert call.answer.report.failed == 3
     assert end_offsets(cluster.bootstrap_servers, TOPIC) == {0: 0}
 
@@ -562,7 +566,7 @@ def test_the_methods_are_the_designs() -> None:
         "mark_serialization_failure",
         "mark_timed_out",
         "mark_topic_does_not_exist",
-        "mark_sender_is_latched",
+        "mark_circuit_open",
     ]
 
 
@@ -583,7 +587,7 @@ def test_each_failure_is_logged_by_default(caplog: pytest.LogCaptureFixture, met
     assert "the reason" in record.getMessage()
 
 
-@pytest.mark.parametrize("method", ["mark_timed_out", "mark_topic_does_not_exist", "mark_sender_is_latched"])
+@pytest.mark.parametrize("method", ["mark_timed_out", "mark_topic_does_not_exist", "mark_circuit_open"])
 def test_the_special_failures_fall_back(caplog: pytest.LogCaptureFixture, method: str) -> None:
     calls: list[tuple[OutgoingBatch, kbatch.KbatchError]] = []
 

@@ -192,7 +192,7 @@ def test_a_twin_has_the_same_options(cluster: MockCluster, kind: Any) -> None:
         encoder=encode,
         source="fleet-1",
         header_hook=lambda: {"h": "v"},
-        close_timeout=7.5,
+        close_timeout_s=7.5,
         max_in_flight=3,
     )
     producer.name = "own"

@@ -112,7 +112,7 @@ def test_daemon_threads_go_on_while_the_interpreter_ends(kafka_cluster: MockClus
             return await pending
         producer = kbatch.Producer(CONFIG, max_in_flight=1000)
         def new():
-            with kbatch.Producer(CONFIG, close_timeout=0) as own:
+            with kbatch.Producer(CONFIG, close_timeout_s=0) as own:
                 own.submit("orders", envelopes(10))
         turns = []
         def loop():
@@ -415,7 +415,7 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
     if call == "sender":
         answers = [
             {
-                "phase 1": ("BatchInterrupted", 0, 1_000),
+                "phase 1": ("BatchInterruptedError", 0, 1_000),
                 "phase 2": ("BatchError", 32, 168),
                 "waiting": ("successful", 20, 0),
             }[phase]

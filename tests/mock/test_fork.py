@@ -179,7 +179,7 @@ def test_a_child_that_is_forked_while_brokers_are_looked_up_can_look_up_names(ka
     code = """
         import socket
         for _ in range(30):
-            producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout=0)
+            producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0)
             told = lambda report: None
             producer.submit("orders", envelopes(1), callback=told)  # librdkafka starts to look up its broker
             pid = os.fork()

@@ -239,7 +239,7 @@ def test_a_timeout_ends_the_wait_and_not_the_envelope(kind: Any, cluster: MockCl
     sender = kind.InlineSender(producer, TOPIC)
     kind.do(sender.send(Envelope(0)))
     cluster.set_broker_down(1)
-    with pytest.raises(kbatch.BatchPending) as caught:
+    with pytest.raises(kbatch.BatchPendingError) as caught:
         kind.do(sender.send(Envelope(1), timeout=0.2))
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.pending is not None
@@ -474,7 +474,7 @@ def test_a_closed_producer(kind: Any, cluster: MockCluster) -> None:
 
 
 def test_what_a_successor_had_in_flight_is_told(kind: Any, cluster: MockCluster, producer: Any) -> None:
-    sender = kind.InlineSender(producer, TOPIC, close_timeout=0.0)
+    sender = kind.InlineSender(producer, TOPIC, close_timeout_s=0.0)
     make_fatal(producer)
     kind.do(sender.send(Envelope(0)))
     cluster.set_broker_down(1)
@@ -488,10 +488,10 @@ def test_what_a_successor_had_in_flight_is_told(kind: Any, cluster: MockCluster,
 def test_what_a_send_had_no_time_to_tell_is_told_by_the_end(kind: Any, cluster: MockCluster) -> None:
     topics: Any = kbatch.KafkaTopic if isinstance(kind, Blocking) else aio.KafkaTopic
     config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
-    topic = topics(TOPIC, mode=kbatch.Mode.INLINE, producer=config, close_timeout=0.0)
+    topic = topics(TOPIC, mode=kbatch.SenderMode.INLINE, producer=config, close_timeout_s=0.0)
     cluster.set_broker_down(1)
     sender = topic.create_sender()
-    with pytest.raises(kbatch.BatchPending):
+    with pytest.raises(kbatch.BatchPendingError):
         kind.do(sender.send(Envelope(0), timeout=0.05))
     with pytest.raises(kbatch.UndeliveredError) as caught:
         kind.leave(sender)
@@ -499,10 +499,10 @@ def test_what_a_send_had_no_time_to_tell_is_told_by_the_end(kind: Any, cluster: 
     assert kind.do(sender.close()) == 0
 
 
-@pytest.mark.parametrize("close_timeout", [-1, -0.5])
-def test_a_time_is_not_negative(kind: Any, producer: Any, close_timeout: float) -> None:
+@pytest.mark.parametrize("close_timeout_s", [-1, -0.5])
+def test_a_time_is_not_negative(kind: Any, producer: Any, close_timeout_s: float) -> None:
     with pytest.raises(ValueError, match="timeout"):
-        kind.InlineSender(producer, TOPIC, close_timeout=close_timeout)
+        kind.InlineSender(producer, TOPIC, close_timeout_s=close_timeout_s)
 
 
 def test_a_sender_is_neither_pickled_nor_unclear(kind: Any, producer: Any) -> None:

@@ -52,16 +52,16 @@ def dark_cluster(kafka_cluster: MockCluster) -> MockCluster:
 
 def test_a_wait_that_times_out_ends_the_wait_only(dark_cluster: MockCluster) -> None:
     with make_producer(dark_cluster) as producer:
-        with pytest.raises(kbatch.BatchPending) as caught:
+        with pytest.raises(kbatch.BatchPendingError) as caught:
             producer.send_batch("orders", envelopes(10), timeout=0.2)
         pending = caught.value.pending
         assert isinstance(caught.value, TimeoutError)
         assert pending is not None
         assert not pending.done()
         assert len(producer) == 10
-        with pytest.raises(kbatch.BatchPending):
+        with pytest.raises(kbatch.BatchPendingError):
             pending.wait(0.05)
-        with pytest.raises(kbatch.BatchPending):
+        with pytest.raises(kbatch.BatchPendingError):
             _ = pending.report
         dark_cluster.set_broker_up(1)
         assert pending.wait().acked == 10
@@ -71,7 +71,7 @@ def test_a_wait_that_times_out_ends_the_wait_only(dark_cluster: MockCluster) -> 
 
 def test_a_timeout_in_the_middle_of_enqueueing_settles_the_rest_as_not_sent(dark_cluster: MockCluster) -> None:
     with make_producer(dark_cluster, config={"queue.buffering.max.messages": 50}) as producer:
-        with pytest.raises(kbatch.BatchPending) as caught:
+        with pytest.raises(kbatch.BatchPendingError) as caught:
             producer.send_batch("orders", envelopes(80), timeout=0.3)
         pending = caught.value.pending
         assert pending is not None
@@ -231,14 +231,14 @@ def test_close_gives_up_what_is_left_and_answers_for_it(dark_cluster: MockCluste
 
 
 def test_leaving_a_with_block_says_what_was_lost(dark_cluster: MockCluster) -> None:
-    with pytest.raises(kbatch.UndeliveredError) as caught, make_producer(dark_cluster, close_timeout=0.2) as producer:
+    with pytest.raises(kbatch.UndeliveredError) as caught, make_producer(dark_cluster, close_timeout_s=0.2) as producer:
         producer.submit("orders", envelopes(7))
     assert caught.value.count == 7
 
 
 def test_an_exception_on_its_way_is_not_replaced(dark_cluster: MockCluster) -> None:
     def use() -> None:
-        with make_producer(dark_cluster, close_timeout=0.2) as producer:
+        with make_producer(dark_cluster, close_timeout_s=0.2) as producer:
             producer.submit("orders", envelopes(7))
             raise ZeroDivisionError
 

@@ -12,7 +12,7 @@ import pytest
 
 import kbatch
 import kbatch.aio
-from kbatch import Envelope, KafkaTopic, Mode
+from kbatch import Envelope, KafkaTopic, SenderMode
 from kbatch.testing import MockCluster
 from tests.waiting import until
 
@@ -134,7 +134,7 @@ def test_more_topics_than_librdkafkas_queue_has_room_for(cluster: MockCluster, c
 
 def test_event_loops(cluster: MockCluster, config: dict[str, Any]) -> None:
     async def main() -> None:
-        producer = kbatch.aio.Producer(config, max_in_flight=ROOM, close_timeout=0)
+        producer = kbatch.aio.Producer(config, max_in_flight=ROOM, close_timeout_s=0)
         waiting = [asyncio.ensure_future(producer.send_batch("dead", envelopes(ROOM))) for _ in range(3)]
         while in_flight(producer) < ROOM:
             await asyncio.sleep(0.01)
@@ -163,7 +163,7 @@ def test_batched_senders(cluster: MockCluster, config: dict[str, Any]) -> None:
     given_up: list[Any] = []
     dead, healthy = (
         KafkaTopic(
-            name, mode=Mode.BUFFERED, producer=producer, on_failed=lambda *told: given_up.append(told)
+            name, mode=SenderMode.BUFFERED, producer=producer, on_failed=lambda *told: given_up.append(told)
         ).create_sender()
         for name in ("dead", "healthy")
     )

@@ -139,7 +139,7 @@ def test_answers_are_the_same(
     config = {"bootstrap.servers": kafka_cluster.bootstrap_servers, "message.timeout.ms": 500, "log_level": 0}
     answers = []
     with (
-        kbatch.Producer(config | {"enable.idempotence": "false"}, close_timeout=0) as real,
+        kbatch.Producer(config | {"enable.idempotence": "false"}, close_timeout_s=0) as real,
         MemoryProducer({"message.timeout.ms": 500}) as memory,
     ):
         of_cluster(kafka_cluster)
@@ -190,7 +190,7 @@ def test_a_failure_tells_the_partition_as_an_acknowledgement_does(
     kafka_cluster.create_topic("orders", partitions=7)
     config = {"bootstrap.servers": kafka_cluster.bootstrap_servers, "log_level": 0, **more}
     batch = [Envelope(i, key=f"key {i}") for i in range(20)]
-    with kbatch.Producer(config, close_timeout=0) as real, MemoryProducer(config, partitions=7) as memory:
+    with kbatch.Producer(config, close_timeout_s=0) as real, MemoryProducer(config, partitions=7) as memory:
         assert real.send_batch("orders", batch).partitions == memory.send_batch("orders", batch).partitions
         of_cluster(kafka_cluster)
         of_memory(memory)

@@ -31,7 +31,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 def make(cluster: MockCluster, **config: Any) -> kbatch.Producer:
     own = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "retry.backoff.ms": 10}
-    return kbatch.Producer({**own, **config}, close_timeout=5)
+    return kbatch.Producer({**own, **config}, close_timeout_s=5)
 
 
 def drive(kind: str, producer: kbatch.Producer, **options: Any) -> Driver:

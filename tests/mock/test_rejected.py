@@ -165,7 +165,7 @@ def test_a_transaction_that_is_aborted_for_another_reason(cluster: MockCluster) 
         assert_rejected(report, (0,))
         assert [report.errors[n].name for n in (1, 2)] == ["TRANSACTION_ABORTABLE", "_UNKNOWN_PARTITION"]
         error = report.error()
-        assert type(error) is kbatch.TopicDoesNotExist
+        assert type(error) is kbatch.UnknownTopicError
         assert "the cause is envelope 2" in str(error)
 
 

@@ -1252,12 +1252,12 @@ def test_an_unknown_topic(kafka_cluster: MockCluster) -> None:
             assert list(report.errors) == [0, 1, 2]
             assert not any(error.possibly_persisted for error in report.errors.values())
             assert report.offsets == (-1, -1, -1)
-            with pytest.raises(kbatch.TopicDoesNotExist, match="3 of 3 envelopes failed; the first is envelope 0"):
+            with pytest.raises(kbatch.UnknownTopicError, match="3 of 3 envelopes failed; the first is envelope 0"):
                 report.raise_for_errors()
         # Only those of the unknown topic fail.
         report = producer.send_batch(TOPIC, [Envelope(1), Envelope(2, topic="gone"), Envelope(3)])
         assert (report.acked, list(report.errors)) == (2, [1])
-        with pytest.raises(kbatch.TopicDoesNotExist) as caught:
+        with pytest.raises(kbatch.UnknownTopicError) as caught:
             report.raise_for_errors()
         assert caught.value.report is report
     assert values(kafka_cluster) == [b"1", b"3"]
@@ -1269,7 +1269,7 @@ def test_an_unknown_partition(cluster: MockCluster) -> None:
         assert (report.acked, list(report.errors)) == (2, [1])
         assert report.errors[1].name == "_UNKNOWN_PARTITION"
         assert report.partitions == (0, 7, 0)
-        with pytest.raises(kbatch.TopicDoesNotExist):
+        with pytest.raises(kbatch.UnknownTopicError):
             report.raise_for_errors()
         # Known by now: the second time it is refused at once.
         again = producer.send_batch(TOPIC, [Envelope(2, partition=7)])
@@ -1308,7 +1308,7 @@ def test_pending_batches(cluster: MockCluster) -> None:
         pending = producer.submit(TOPIC, [Envelope(i) for i in range(4)])
         assert (len(pending), pending.done(), repr(pending)) == (4, False, "<PendingBatch of 4 envelopes, in flight>")
         assert math.isnan(pending.latency_s)
-        with pytest.raises(kbatch.BatchPending, match="no answer yet"):
+        with pytest.raises(kbatch.BatchPendingError, match="no answer yet"):
             pending.report  # noqa: B018
         with pytest.raises(TypeError):
             pickle.dumps(pending)

@@ -131,7 +131,7 @@ def test_an_inline_sender(kafka_cluster: MockCluster) -> None:
         def step() -> None:
             for envelope in envelopes:
                 assert sender.send(envelope).acked == 1
-                with contextlib.suppress(kbatch.BatchPending, kbatch.DeliveryError):
+                with contextlib.suppress(kbatch.BatchPendingError, kbatch.DeliveryError):
                     sender.send(envelope, timeout=0)
             with pytest.raises(kbatch.SerializationError):
                 sender.send(bad)
@@ -173,7 +173,7 @@ class Answer(kbatch.SenderCallback):
     def mark_processing_failure(self, batch: Any, error: Any) -> None:
         self.methods.append("processing")
 
-    def mark_sender_is_latched(self, batch: Any, error: Any = None) -> None:
+    def mark_circuit_open(self, batch: Any, error: Any = None) -> None:
         self.methods.append("latched")
 
 

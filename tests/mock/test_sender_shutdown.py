@@ -105,7 +105,7 @@ def options_of(chance: random.Random, account: Account) -> tuple[dict[str, Any],
         "batch_size": batch_size,
         "batch_timeout_ms": chance.choice((0, 1, 20)),
         "max_buffered": batch_size * chance.choice((1, 10, 100)),
-        "close_timeout": 30,
+        "close_timeout_s": 30,
     }
     sending = {"max_in_flight_batches": chance.choice((1, 2, 5)), "strict_order": chance.random() < 0.25}
     return batching, sending

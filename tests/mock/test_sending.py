@@ -61,7 +61,7 @@ def opened(cluster: MockCluster, kind: str) -> Iterator[Open]:
 
     def make(*, sender: dict[str, Any] | None = None, config: dict[str, Any] | None = None, **agent: Any) -> Driver:
         own = {"bootstrap.servers": cluster.bootstrap_servers, **QUICK, **(config or {})}
-        producer = kbatch.Producer(own, close_timeout=0)
+        producer = kbatch.Producer(own, close_timeout_s=0)
         agent = {"retry": SOON, "probe_interval_s": 0.1, "max_probe_interval_s": 0.5, **agent}
         driver = Driver(kind, producer, TOPIC, options={"batch_timeout_ms": 1.0, **(sender or {})}, **agent)
         open_ones.append((driver, producer))
@@ -602,7 +602,7 @@ class Recorder(kbatch.SenderCallback):
 
 def test_a_sender_of_whole_batches_is_latched_while_it_is_open(cluster: MockCluster, kind: str) -> None:
     config = {"bootstrap.servers": cluster.bootstrap_servers, **QUICK, "message.timeout.ms": 1_500}
-    with kbatch.Producer(config, close_timeout=0) as producer:
+    with kbatch.Producer(config, close_timeout_s=0) as producer:
         driver = Driver(kind, producer, TOPIC, options={}, failures_to_open=2, probe_interval_s=0.05, retry=SOON)
         with driver:
             agent = driver.agent
@@ -619,7 +619,7 @@ def test_a_sender_of_whole_batches_is_latched_while_it_is_open(cluster: MockClus
             assert agent.state is CircuitState.OPEN
             for _ in range(3):
                 method, error = send(Envelope(data=b"refused"), Envelope(data=b"refused"))
-                assert method == "mark_sender_is_latched"
+                assert method == "mark_circuit_open"
                 assert isinstance(error, kbatch.CircuitOpenError)
                 assert error.report is not None
                 assert error.report.failed == 2
@@ -633,7 +633,7 @@ def test_a_sender_of_whole_batches_is_latched_while_it_is_open(cluster: MockClus
 
 def test_the_trial_is_one_batch_of_many_senders(cluster: MockCluster, kind: str) -> None:
     config = {"bootstrap.servers": cluster.bootstrap_servers, **QUICK, "message.timeout.ms": 1_500}
-    with kbatch.Producer(config, close_timeout=0) as producer:
+    with kbatch.Producer(config, close_timeout_s=0) as producer:
         driver = Driver(kind, producer, TOPIC, options={}, failures_to_open=1, probe_interval_s=0.05, retry=SOON)
         with driver:
             agent = driver.agent
@@ -652,7 +652,7 @@ def test_the_trial_is_one_batch_of_many_senders(cluster: MockCluster, kind: str)
             trial = threading.Thread(target=lambda: answers.append(send()))
             trial.start()
             until(lambda: len(producer) > 0, "the trial in flight")
-            assert send() == "mark_sender_is_latched"
+            assert send() == "mark_circuit_open"
             trial.join()
             cluster.set_rtt(-1, 0)
     assert len(answers) == 1

@@ -375,9 +375,9 @@ def test_the_table_of_deadlines_has_the_true_defaults() -> None:
     rows = re.findall(r"^\| (\w+) \|.*?\| `(\S+)` \| (.*?) \|", PAGE.read_text(), re.MULTILINE)
     found = {(who, setting): default for who, setting, default in rows}
     celery = Celery().conf
-    close_timeout = inspect.signature(kbatch.BatchedSender).parameters["close_timeout"].default
+    close_timeout_s = inspect.signature(kbatch.BatchedSender).parameters["close_timeout_s"].default
     assert {place: found.get(place) for place in found if place[0] not in ("Kubernetes", "Docker", "systemd")} == {
-        ("kbatch", "close_timeout"): f"{close_timeout:.0f} s",
+        ("kbatch", "close_timeout_s"): f"{close_timeout_s:.0f} s",
         ("uvicorn", "--timeout-graceful-shutdown"): "none",
         ("gunicorn", "graceful_timeout"): f"{gunicorn.config.GracefulTimeout.default} s",
         ("gunicorn", "timeout"): f"{gunicorn.config.Timeout.default} s",

@@ -77,7 +77,7 @@ def test_flush_counts_a_transaction_that_is_not_decided(producer: kbatch.Produce
         commit(batch)
 
     transactions._commit = late  # type: ignore[method-assign]
-    with pytest.raises(kbatch.BatchPending) as error:
+    with pytest.raises(kbatch.BatchPendingError) as error:
         producer.send_batch("t", envelopes(3), timeout=1)
     until(lambda: len(producer) == 0, "the acknowledgements")
     assert producer.flush(0.01) == 3

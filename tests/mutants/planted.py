@@ -53,7 +53,7 @@ MUTANTS = (
         "what is not yet due fails its batch for good",
         "answer_refusal",
         "    if isinstance(error, SerializationError):\n        return",
-        "    if not isinstance(error, (ProducerError, BatchInterrupted)):\n        return",
+        "    if not isinstance(error, (ProducerError, BatchInterruptedError)):\n        return",
         "tests/unit/test_scheduled.py",
     ),
     Mutant(

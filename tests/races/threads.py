@@ -58,7 +58,7 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
         assert len(producer.send_batch("orders", batch_of(dice)).offsets) > 0
 
     def impatient() -> None:
-        with contextlib.suppress(kbatch.BatchPending):
+        with contextlib.suppress(kbatch.BatchPendingError):
             producer.send_batch("orders", batch_of(dice), timeout=dice.choice((0, 0.001, 0.01)))
 
     def submit() -> None:
@@ -94,7 +94,7 @@ def work(producer: Producer, dice: random.Random, counted: Counted, over: thread
             assert len((await (await other.submit("orders", batch_of(dice)))).offsets) > 0
 
         async def impatient() -> None:
-            with contextlib.suppress(kbatch.BatchPending):
+            with contextlib.suppress(kbatch.BatchPendingError):
                 await other.send_batch("orders", batch_of(dice), timeout=dice.choice((0, 0.001, 0.01)))
 
         async def several() -> None:

@@ -25,7 +25,7 @@ class Latched:
     """A sender of the user's own; `SenderProtocol` without inheriting from it."""
 
     def send_batch(self, callback: kbatch.SenderCallback, batch: kbatch.OutgoingBatch) -> None:
-        callback.mark_sender_is_latched(batch, kbatch.KbatchError("the circuit is open"))
+        callback.mark_circuit_open(batch, kbatch.KbatchError("the circuit is open"))
 
 
 class NoSender:

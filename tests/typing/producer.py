@@ -69,7 +69,7 @@ def several() -> Iterator[kbatch.Envelope[int]]:
 
 
 def main() -> None:
-    with kbatch.Producer(config, source="shop", header_hook=trace_headers, close_timeout=5.0) as producer:
+    with kbatch.Producer(config, source="shop", header_hook=trace_headers, close_timeout_s=5.0) as producer:
         assert_type(producer, kbatch.Producer)
         report = producer.send_batch("orders", several())
         assert_type(report, kbatch.DeliveryReport)
@@ -107,7 +107,7 @@ def main() -> None:
         assert_type(len(producer), int)
         try:
             pending.wait(0)
-        except kbatch.BatchPending as error:
+        except kbatch.BatchPendingError as error:
             assert_type(error.pending, kbatch.PendingBatch | None)
         except kbatch.SerializationError as error:
             assert_type(error.index, int | None)

@@ -12,7 +12,7 @@ def blocking(producer: kbatch.Producer, settings: dict[str, str | int]) -> None:
         assert_type(sender.send(kbatch.Envelope(1), timeout=5), kbatch.DeliveryReport)
         assert_type(sender.close(1.5), int)
     topic = kbatch.KafkaTopic(
-        "orders", mode=kbatch.Mode.BUFFERED, producer=settings, config={"linger.ms": 5}, wire="raw"
+        "orders", mode=kbatch.SenderMode.BUFFERED, producer=settings, config={"linger.ms": 5}, wire="raw"
     )
     assert_type(topic.create_sender(), kbatch.BatchedSender)
     assert_type(topic.batch_size, int | None)
@@ -27,7 +27,7 @@ async def on_a_loop(producer: aio.Producer, blocking: kbatch.Producer) -> None:
     async with aio.InlineSender(producer, None) as sender:
         assert_type(await sender.send(kbatch.Envelope(1)), kbatch.DeliveryReport)
         assert_type(await sender.close(), int)
-    topic = aio.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=producer)
+    topic = aio.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, producer=producer)
     assert_type(topic.create_sender(), aio.InlineSender)
     async with topic.create_sender() as made:
         await made.send(kbatch.Envelope(1))

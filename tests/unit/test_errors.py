@@ -56,7 +56,7 @@ def test_each_error_is_exported_and_no_other() -> None:
         (kbatch.ConfigError, ValueError),
         (kbatch.SerializationError, ValueError),
         (kbatch.DeserializationError, ValueError),
-        (kbatch.BatchPending, TimeoutError),
+        (kbatch.BatchPendingError, TimeoutError),
         (kbatch.SenderFullError, TimeoutError),
     ],
 )
@@ -88,11 +88,11 @@ ERRORS = [
     kbatch.DeliveryError(-192, possibly_persisted=True),
     kbatch.DeliveryError(45, possibly_persisted=False),
     kbatch.BatchError("a", report()),
-    kbatch.BatchTimedOut("a", report()),
-    kbatch.TopicDoesNotExist("a", report()),
-    kbatch.BatchInterrupted("a"),
+    kbatch.BatchTimeoutError("a", report()),
+    kbatch.UnknownTopicError("a", report()),
+    kbatch.BatchInterruptedError("a"),
     kbatch.UndeliveredError("a", count=4),
-    kbatch.BatchPending("a", None),
+    kbatch.BatchPendingError("a", None),
     kbatch.ProducerFencedError("a newer instance", code=-144),
     kbatch.ProducerError("a"),
     kbatch.ProducerClosedError("a"),
@@ -146,7 +146,7 @@ class Mine(kbatch.BatchError):
 def test_a_pending_batch_stays_out_of_the_pickle() -> None:
     producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1"})
     pending = kbatch.PendingBatch(producer._core)
-    error = kbatch.BatchPending("no answer yet", pending)
+    error = kbatch.BatchPendingError("no answer yet", pending)
     assert error.pending is pending
     assert pickle.loads(pickle.dumps(error)).pending is None
 
@@ -251,10 +251,10 @@ def failed_with(*codes: int) -> kbatch.DeliveryReport:
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
-        ([-192], kbatch.BatchTimedOut),
-        ([-192, -185, -166, 7], kbatch.BatchTimedOut),
-        ([3], kbatch.TopicDoesNotExist),
-        ([-190, -188, 3, 100], kbatch.TopicDoesNotExist),
+        ([-192], kbatch.BatchTimeoutError),
+        ([-192, -185, -166, 7], kbatch.BatchTimeoutError),
+        ([3], kbatch.UnknownTopicError),
+        ([-190, -188, 3, 100], kbatch.UnknownTopicError),
         ([-192, 3], kbatch.BatchError),
         ([10], kbatch.BatchError),
         ([-192, 10], kbatch.BatchError),

@@ -259,6 +259,6 @@ def test_one_callback_also_if_it_is_no_exception(sender: Any) -> None:
         made = sender(producer, "orders")
         with pytest.raises(Whim):
             made.send_batch(Callback(), Batch())
-        assert calls == [("mark_processing_failure", kbatch.BatchInterrupted)]
+        assert calls == [("mark_processing_failure", kbatch.BatchInterruptedError)]
         if sender is kbatch.SendingAgent:
             made.close()

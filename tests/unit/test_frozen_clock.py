@@ -31,7 +31,7 @@ def test_a_sender_tries_again_while_the_clock_stands_still() -> None:
         return {}
 
     producer = MemoryProducer(header_hook=header_hook)
-    topic = kbatch.KafkaTopic("orders", mode=kbatch.Mode.BUFFERED, producer=producer)
+    topic = kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, producer=producer)
     with topic.create_sender() as sender:
         sender.send(Envelope(1))
         assert sender.flush() == 0
@@ -39,10 +39,10 @@ def test_a_sender_tries_again_while_the_clock_stands_still() -> None:
 
 
 def test_waits_end_while_the_clock_stands_still() -> None:
-    with MemoryProducer({"delivery.timeout.ms": 50}, close_timeout=0) as producer:
+    with MemoryProducer({"delivery.timeout.ms": 50}, close_timeout_s=0) as producer:
         producer.hold()
         pending = producer.submit("orders", [Envelope(1)])
-        with pytest.raises(kbatch.BatchPending):
+        with pytest.raises(kbatch.BatchPendingError):
             pending.wait(0.01)
         assert producer.flush(0.01) == 1
         assert pending.wait().failed == 1

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 import kbatch
-from kbatch import ConfigError, KafkaTopic, Mode, aio
+from kbatch import ConfigError, KafkaTopic, SenderMode, aio
 from kbatch._sending import _handle, _topic
 
 from ..naming import shown
@@ -35,7 +35,7 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 def topic(kind: Any = KafkaTopic, **options: Any) -> Any:
-    return kind(**{"name": "orders", "mode": Mode.INLINE, "producer": SERVERS, **options})
+    return kind(**{"name": "orders", "mode": SenderMode.INLINE, "producer": SERVERS, **options})
 
 
 def producer_of(sender: Any) -> Any:
@@ -53,40 +53,40 @@ def close(sender: Any) -> int:
 # -- what it is
 
 
-@pytest.mark.parametrize("mode", [Mode.INLINE, Mode.BUFFERED])
-def test_the_mode_says_what_is_made(kind: Any, mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [SenderMode.INLINE, SenderMode.BUFFERED])
+def test_the_mode_says_what_is_made(kind: Any, mode: SenderMode) -> None:
     sender = topic(kind, mode=mode).create_sender()
     place = aio if kind is aio.KafkaTopic else kbatch
-    assert type(sender) is (place.InlineSender if mode is Mode.INLINE else place.BatchedSender)
+    assert type(sender) is (place.InlineSender if mode is SenderMode.INLINE else place.BatchedSender)
     assert type(producer_of(sender)) is place.Producer
-    assert (sender.topic if mode is Mode.INLINE else sender.agent.topic) == "orders"
+    assert (sender.topic if mode is SenderMode.INLINE else sender.agent.topic) == "orders"
     assert close(sender) == 0
     assert producer_of(sender).closed
 
 
 def test_a_value_that_does_not_change() -> None:
-    one = topic(mode=Mode.BUFFERED, batch_size=7)
+    one = topic(mode=SenderMode.BUFFERED, batch_size=7)
     assert (one.name, one.mode, one.batch_size, one.batch_bytes, one.strict_order) == (
-        *("orders", Mode.BUFFERED, 7, 1_000_000, False),
+        *("orders", SenderMode.BUFFERED, 7, 1_000_000, False),
     )
     assert topic().batch_size is None
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.batch_size = 8
-    assert one == topic(mode=Mode.BUFFERED, batch_size=7, max_buffered=100_000)
-    assert hash(one) == hash(topic(mode=Mode.BUFFERED, batch_size=7))
+    assert one == topic(mode=SenderMode.BUFFERED, batch_size=7, max_buffered=100_000)
+    assert hash(one) == hash(topic(mode=SenderMode.BUFFERED, batch_size=7))
     for other in ({"batch_size": 8}, {"name": "others"}, {"config": {"acks": "all", "linger.ms": 1}}, {"source": "x"}):
-        assert one != topic(**{"mode": Mode.BUFFERED, "batch_size": 7, **other}), other
+        assert one != topic(**{"mode": SenderMode.BUFFERED, "batch_size": 7, **other}), other
     assert topic() != topic(aio.KafkaTopic)
 
 
 def test_options_reach_the_sender_and_its_agent() -> None:
     policy = kbatch.RetryPolicy(max_attempts=3)
     made = topic(
-        mode=Mode.BUFFERED,
+        mode=SenderMode.BUFFERED,
         retry=policy,
         max_in_flight_batches=2,
         on_failed=print,
-        close_timeout=7.0,
+        close_timeout_s=7.0,
         batch_size=8,
         batch_bytes=9_000,
         max_buffered=10,
@@ -99,7 +99,7 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         assert agent._dead_letter_topic == "dead"
         assert (sender.batch_size, sender.batch_bytes, sender._close_timeout) == (8, 9_000, 7.0)
         assert sender.max_buffered_bytes == 10_000
-    with topic(close_timeout=8.0).create_sender() as sender:
+    with topic(close_timeout_s=8.0).create_sender() as sender:
         assert sender._close_timeout == 8.0
 
 
@@ -115,27 +115,36 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         ({"name": "orders\n"}, "name must be 1 to 249 letters"),
         ({"name": ".."}, "name must be 1 to 249 letters"),
         ({"name": "x" * 250}, "name must be 1 to 249 letters"),
-        ({"mode": "inline"}, "mode must be kbatch.Mode.INLINE or kbatch.Mode.BUFFERED, not 'inline'"),
-        ({"mode": Mode.DURABLE}, "Mode.DURABLE needs an outbox"),
-        ({"batch_size": 5}, "batch_size: not with Mode.INLINE"),
-        ({"retry": kbatch.RetryPolicy(), "batch_bytes": 1}, "batch_bytes, retry: not with Mode.INLINE"),
-        ({"strict_order": False}, "strict_order: not with Mode.INLINE"),
-        ({"close_timeout": -1}, "close_timeout must be seconds, 0 or more"),
-        ({"mode": Mode.BUFFERED, "batch_size": 0}, "batch_size must be an int from 1"),
-        ({"mode": Mode.BUFFERED, "batch_bytes": 1.5}, "batch_bytes must be an int from 1"),
-        ({"mode": Mode.BUFFERED, "batch_timeout_ms": -1}, "batch_timeout_ms must be milliseconds, 0 or more"),
-        ({"mode": Mode.BUFFERED, "batch_timeout_ms": float("nan")}, "batch_timeout_ms must be milliseconds"),
-        ({"mode": Mode.BUFFERED, "max_buffered_bytes": 10}, "max_buffered_bytes=10 is less than batch_bytes=1000000"),
-        ({"mode": Mode.BUFFERED, "max_buffered": 10}, "max_buffered=10 is less than batch_size=1000"),
-        ({"mode": Mode.BUFFERED, "retry": 3}, "retry must be a kbatch.RetryPolicy, not int"),
-        ({"mode": Mode.BUFFERED, "max_in_flight_batches": True}, "max_in_flight_batches must be an int from 1"),
-        ({"mode": Mode.BUFFERED, "failures_to_open": 0}, "failures_to_open must be an int from 1"),
-        ({"mode": Mode.BUFFERED, "probe_interval_s": 60}, "probe_interval_s=60 is longer than max_probe_interval_s"),
-        ({"mode": Mode.BUFFERED, "strict_order": 1}, "strict_order must be bool, not int"),
-        ({"mode": Mode.BUFFERED, "on_failed": 7}, "on_failed must be callable, not int"),
-        ({"mode": Mode.BUFFERED, "on_state_change": "x"}, "on_state_change must be callable, not str"),
-        ({"mode": Mode.BUFFERED, "dead_letter_topic": "a b"}, "dead_letter_topic must be 1 to 249 letters"),
-        ({"mode": Mode.BUFFERED, "dead_letter_topic": "orders"}, "dead_letter_topic must not be the topic itself"),
+        ({"mode": "inline"}, "mode must be kbatch.SenderMode.INLINE or kbatch.SenderMode.BUFFERED, not 'inline'"),
+        ({"mode": SenderMode.DURABLE}, "SenderMode.DURABLE needs an outbox"),
+        ({"batch_size": 5}, "batch_size: not with SenderMode.INLINE"),
+        ({"retry": kbatch.RetryPolicy(), "batch_bytes": 1}, "batch_bytes, retry: not with SenderMode.INLINE"),
+        ({"strict_order": False}, "strict_order: not with SenderMode.INLINE"),
+        ({"close_timeout_s": -1}, "close_timeout_s must be seconds, 0 or more"),
+        ({"mode": SenderMode.BUFFERED, "batch_size": 0}, "batch_size must be an int from 1"),
+        ({"mode": SenderMode.BUFFERED, "batch_bytes": 1.5}, "batch_bytes must be an int from 1"),
+        ({"mode": SenderMode.BUFFERED, "batch_timeout_ms": -1}, "batch_timeout_ms must be milliseconds, 0 or more"),
+        ({"mode": SenderMode.BUFFERED, "batch_timeout_ms": float("nan")}, "batch_timeout_ms must be milliseconds"),
+        (
+            {"mode": SenderMode.BUFFERED, "max_buffered_bytes": 10},
+            "max_buffered_bytes=10 is less than batch_bytes=1000000",
+        ),
+        ({"mode": SenderMode.BUFFERED, "max_buffered": 10}, "max_buffered=10 is less than batch_size=1000"),
+        ({"mode": SenderMode.BUFFERED, "retry": 3}, "retry must be a kbatch.RetryPolicy, not int"),
+        ({"mode": SenderMode.BUFFERED, "max_in_flight_batches": True}, "max_in_flight_batches must be an int from 1"),
+        ({"mode": SenderMode.BUFFERED, "failures_to_open": 0}, "failures_to_open must be an int from 1"),
+        (
+            {"mode": SenderMode.BUFFERED, "probe_interval_s": 60},
+            "probe_interval_s=60 is longer than max_probe_interval_s",
+        ),
+        ({"mode": SenderMode.BUFFERED, "strict_order": 1}, "strict_order must be bool, not int"),
+        ({"mode": SenderMode.BUFFERED, "on_failed": 7}, "on_failed must be callable, not int"),
+        ({"mode": SenderMode.BUFFERED, "on_state_change": "x"}, "on_state_change must be callable, not str"),
+        ({"mode": SenderMode.BUFFERED, "dead_letter_topic": "a b"}, "dead_letter_topic must be 1 to 249 letters"),
+        (
+            {"mode": SenderMode.BUFFERED, "dead_letter_topic": "orders"},
+            "dead_letter_topic must not be the topic itself",
+        ),
         ({"producer": None}, "producer must be a kbatch.Producer or a mapping of librdkafka's keys, not NoneType"),
         ({"producer": "127.0.0.1:1"}, "producer must be a kbatch.Producer or a mapping"),
         ({"producer": {}}, "bootstrap.servers is missing"),
@@ -200,8 +209,8 @@ ENCODER = msgspec.json.Encoder()
 SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
     ({}, {"name": "others"}),
-    ({}, {"mode": Mode.BUFFERED, "batch_size": 5}),
-    ({}, {"close_timeout": 1}),
+    ({}, {"mode": SenderMode.BUFFERED, "batch_size": 5}),
+    ({}, {"close_timeout_s": 1}),
     ({}, {"carry_scheduled_time": False}),
     ({}, {"config": {"acks": "all", "linger.ms": "0"}, "wire": "kbatch", "max_in_flight": 10_000}),
     ({"config": {"delivery.timeout.ms": 9}}, {"producer": {**SERVERS, "message.timeout.ms": 9}}),
@@ -248,7 +257,7 @@ def test_the_last_sender_closes_and_the_next_begins_anew() -> None:
     one = topic()
     first = one.create_sender()
     second = one.create_sender()
-    buffered = topic(mode=Mode.BUFFERED).create_sender()
+    buffered = topic(mode=SenderMode.BUFFERED).create_sender()
     producer = producer_of(first)
     assert producer_of(second) is producer_of(buffered) is producer
     buffered.close()
@@ -269,8 +278,8 @@ def test_blocking_and_asyncio_do_not_share() -> None:
     close(second)
 
 
-@pytest.mark.parametrize("mode", [Mode.INLINE, Mode.BUFFERED])
-def test_a_given_producer_stays_the_callers(mode: Mode) -> None:
+@pytest.mark.parametrize("mode", [SenderMode.INLINE, SenderMode.BUFFERED])
+def test_a_given_producer_stays_the_callers(mode: SenderMode) -> None:
     with kbatch.Producer(SERVERS) as producer:
         made = topic(mode=mode, producer=producer)
         for _ in range(2):
@@ -288,7 +297,7 @@ def test_the_callers_dicts_stay_theirs() -> None:
 
 
 def test_a_sender_that_cannot_be_made_holds_no_producer(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = topic(mode=Mode.BUFFERED)
+    made = topic(mode=SenderMode.BUFFERED)
     held = topic().create_sender()
     monkeypatch.setattr(KafkaTopic, "_agent_class", None)
     with pytest.raises(TypeError):
@@ -314,14 +323,14 @@ def test_no_secret_can_be_reached() -> None:
     "bad",
     [
         {"name": "a b"},
-        {"mode": Mode.DURABLE},
+        {"mode": SenderMode.DURABLE},
         {"batch_size": 5},
         {"config": 7},
         {"config": {"lingre.ms": SECRET}},
         {"config": {"sasl.password": [SECRET]}},
         {"config": {"acks": 1, **SECRETS}},  # a warning, which is an error here
         {"wire": "xml"},
-        {"close_timeout": -1},
+        {"close_timeout_s": -1},
     ],
     ids=str,
 )

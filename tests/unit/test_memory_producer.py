@@ -47,7 +47,7 @@ def names(report: kbatch.DeliveryReport) -> dict[int, str]:
 
 @pytest.fixture
 def producer() -> Iterator[MemoryProducer]:
-    with MemoryProducer(close_timeout=0) as producer:
+    with MemoryProducer(close_timeout_s=0) as producer:
         yield producer
         producer.release()
 
@@ -176,7 +176,7 @@ def test_partitions() -> None:
         )
         assert producer.send_batch("a", envelopes(2)).partitions == (1, 2)
         report = producer.send_batch("a", envelopes(1, partition=3))
-        assert isinstance(report.error(), kbatch.TopicDoesNotExist)
+        assert isinstance(report.error(), kbatch.UnknownTopicError)
         assert (names(report), report.partitions) == ({0: "_UNKNOWN_PARTITION"}, (3,))
     places = [(record.topic(), record.partition(), record.offset()) for record in producer.records]
     assert len(set(places)) == len(places) == 29
@@ -331,12 +331,12 @@ def test_a_done_callback_of_a_batch_that_is_done(producer: MemoryProducer) -> No
 
 def test_a_wait_that_ends_early(producer: MemoryProducer) -> None:
     producer.hold()
-    with pytest.raises(kbatch.BatchPending) as caught:
+    with pytest.raises(kbatch.BatchPendingError) as caught:
         producer.send_batch(TOPIC, envelopes(2), timeout=0.01)
     pending = caught.value.pending
     assert pending is not None
     assert not pending.done()
-    with pytest.raises(kbatch.BatchPending):
+    with pytest.raises(kbatch.BatchPendingError):
         pending.wait(0)
     assert producer.envelopes == ()
     producer.release()
@@ -348,7 +348,7 @@ def test_no_time_at_all_sends_nothing(producer: MemoryProducer) -> None:
     # As the real one: phase 2 never comes to it.
     report = producer.send_batch(TOPIC, envelopes(2), timeout=0)
     assert names(report) == {0: "_TIMED_OUT_QUEUE", 1: "_TIMED_OUT_QUEUE"}
-    assert isinstance(report.error(), kbatch.BatchTimedOut)
+    assert isinstance(report.error(), kbatch.BatchTimeoutError)
     assert producer.envelopes == ()
 
 
@@ -418,7 +418,7 @@ def test_fail_as_told(producer: MemoryProducer) -> None:
 def test_the_default_is_a_timeout(producer: MemoryProducer) -> None:
     producer.fail()
     report = producer.send_batch(TOPIC, envelopes(2))
-    assert (names(report), isinstance(report.error(), kbatch.BatchTimedOut)) == ({0: "_MSG_TIMED_OUT"}, True)
+    assert (names(report), isinstance(report.error(), kbatch.BatchTimeoutError)) == ({0: "_MSG_TIMED_OUT"}, True)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +498,7 @@ def test_what_is_possibly_persisted_may_be_lost(producer: MemoryProducer) -> Non
 
 
 def test_a_sender_sends_again_what_was_stored(producer: MemoryProducer) -> None:
-    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer)
+    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.SenderMode.BUFFERED, producer=producer)
     producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True)
     with topic.create_sender() as sender:
         sender.send(Envelope(1))
@@ -516,7 +516,7 @@ def test_down_and_up(producer: MemoryProducer) -> None:
     pending.append(producer.submit(TOPIC, [Envelope(1)]))
     producer.release()  # no broker answers all the same
     pending.append(producer.submit(TOPIC, [Envelope(2)]))
-    with pytest.raises(kbatch.BatchPending) as caught:
+    with pytest.raises(kbatch.BatchPendingError) as caught:
         producer.send_batch(TOPIC, [Envelope(3)], timeout=0.01)
     assert caught.value.pending is not None
     pending.append(caught.value.pending)
@@ -548,7 +548,7 @@ def test_an_outage_that_no_test_waits_for(producer: MemoryProducer) -> None:
     report = producer.send_batch(TOPIC, envelopes(2))  # at once, although it holds
     assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
     assert not any(error.possibly_persisted for error in report.errors.values())
-    assert isinstance(report.error(), kbatch.BatchTimedOut)
+    assert isinstance(report.error(), kbatch.BatchTimeoutError)
     producer.down()  # from here on as long as in production
     pending = producer.submit(TOPIC, envelopes(2))
     assert not pending.done()
@@ -610,7 +610,7 @@ def test_error_cb_is_told_of_an_outage_and_of_a_fatal_error() -> None:
 
 
 def test_a_batch_waits_while_its_topic_has_max_in_flight_messages_in_flight() -> None:
-    with MemoryProducer(max_in_flight=4, close_timeout=0) as producer:
+    with MemoryProducer(max_in_flight=4, close_timeout_s=0) as producer:
         producer.hold()
         producer.submit(TOPIC, envelopes(3))
         producer.submit(TOPIC, envelopes(3))  # there was room for its first one
@@ -633,7 +633,7 @@ def test_a_batch_waits_while_its_topic_has_max_in_flight_messages_in_flight() ->
 
 
 def test_a_topic_that_is_stuck_leaves_room_for_another() -> None:
-    with MemoryProducer(max_in_flight=8, close_timeout=0) as producer:
+    with MemoryProducer(max_in_flight=8, close_timeout_s=0) as producer:
         producer.hold()
         producer.submit("a", envelopes(8))
         report = producer.send_batch("a", envelopes(1), timeout=0.01)
@@ -646,7 +646,7 @@ def test_a_topic_that_is_stuck_leaves_room_for_another() -> None:
 
 def test_what_waits_for_room_is_in_order_and_purge_makes_room() -> None:
     async def main() -> None:
-        async with AioMemoryProducer(max_in_flight=1, close_timeout=0) as producer:
+        async with AioMemoryProducer(max_in_flight=1, close_timeout_s=0) as producer:
             producer.hold()
             first = await producer.submit(TOPIC, [Envelope(0)])
             tasks = [asyncio.create_task(producer.submit(TOPIC, [Envelope(n)])) for n in (1, 2, 3)]
@@ -672,7 +672,7 @@ def test_what_waits_for_room_is_in_order_and_purge_makes_room() -> None:
 
 
 def test_ctrl_c_while_a_batch_waits_for_room_sends_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with MemoryProducer(max_in_flight=1, close_timeout=0) as producer:
+    with MemoryProducer(max_in_flight=1, close_timeout_s=0) as producer:
         producer.hold()
         producer.submit(TOPIC, [Envelope(0)])
 
@@ -763,7 +763,7 @@ def test_closing_gives_up_what_waits_for_room() -> None:
 
 @pytest.mark.parametrize("timeout", [1e10, float("inf"), 2**70])
 def test_a_time_out_longer_than_a_lock_can_wait(timeout: float) -> None:
-    producer = MemoryProducer(close_timeout=timeout)
+    producer = MemoryProducer(close_timeout_s=timeout)
     producer.down(timeout)
     pending = producer.submit(TOPIC, envelopes(1))
     timer = threading.Timer(0.05, producer.up)
@@ -772,7 +772,7 @@ def test_a_time_out_longer_than_a_lock_can_wait(timeout: float) -> None:
     timer.join()
     assert pending.wait(timeout).ok
     assert producer.send_batch(TOPIC, envelopes(1), timeout=timeout).ok
-    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer, close_timeout=timeout)
+    topic = kbatch.KafkaTopic(TOPIC, mode=kbatch.SenderMode.BUFFERED, producer=producer, close_timeout_s=timeout)
     with topic.create_sender() as sender:
         sender.send(Envelope(1), timeout=timeout)
         assert (sender.flush(timeout), sender.drain(timeout)) == (0, 0)
@@ -893,7 +893,7 @@ def test_a_closed_producer_refuses(used: bool) -> None:
 
 def test_a_with_block_says_what_was_lost() -> None:
     def lose() -> None:
-        with MemoryProducer(close_timeout=0) as producer:
+        with MemoryProducer(close_timeout_s=0) as producer:
             producer.hold()
             producer.submit(TOPIC, envelopes(3))
 
@@ -967,7 +967,7 @@ def test_a_forked_child() -> None:
 
 @pytest.fixture
 def transactional() -> Iterator[MemoryProducer]:
-    with MemoryProducer({"transactional.id": "t"}, close_timeout=0) as producer:
+    with MemoryProducer({"transactional.id": "t"}, close_timeout_s=0) as producer:
         yield producer
         producer.release()
 
@@ -996,7 +996,7 @@ def test_a_transaction_waits_as_others_do(transactional: MemoryProducer) -> None
     with pytest.raises(kbatch.ProducerError, match="submit is not possible"):
         transactional.submit(TOPIC, envelopes(1))
     transactional.hold()
-    with pytest.raises(kbatch.BatchPending) as caught:
+    with pytest.raises(kbatch.BatchPendingError) as caught:
         transactional.send_batch(TOPIC, envelopes(1), timeout=0.01)
     transactional.release()
     assert caught.value.pending is not None
@@ -1079,7 +1079,7 @@ def test_asyncio() -> None:
             waiting = asyncio.create_task(producer.send_batch(TOPIC, [Envelope("x")]))
             while producer.stats()["in_flight"] < 3:
                 await asyncio.sleep(0.001)
-            with pytest.raises(kbatch.BatchPending):
+            with pytest.raises(kbatch.BatchPendingError):
                 await producer.send_batch(TOPIC, envelopes(1), timeout=0.01)
             assert await producer.flush(0.01) == 4
             assert not waiting.done()
@@ -1164,7 +1164,7 @@ def test_asyncio_transactions_and_losses() -> None:
     tasks = []
 
     async def lose() -> None:
-        async with AioMemoryProducer({"transactional.id": "t"}, close_timeout=0.05) as producer:
+        async with AioMemoryProducer({"transactional.id": "t"}, close_timeout_s=0.05) as producer:
             with pytest.raises(kbatch.ProducerError, match="submit is not possible"):
                 await producer.submit(TOPIC, envelopes(1))
             producer.fail(when=lambda envelope: envelope.message == 1)
@@ -1215,7 +1215,7 @@ def test_a_twin_goes_on_with_what_was_kept() -> None:
 
 @pytest.mark.parametrize("config", [{}, {"transactional.id": "t"}], ids=["plain", "transactional"])
 def test_a_batch_goes_on_without_what_cannot_be_mapped(config: dict[str, str]) -> None:
-    with MemoryProducer(config, close_timeout=0) as producer:
+    with MemoryProducer(config, close_timeout_s=0) as producer:
         rejected: list[tuple[int, kbatch.SerializationError]] = []
         batch = kbatch.PendingBatch(producer._core)
         producer._core.map(batch, TOPIC, [Envelope(0), Envelope(object()), Envelope(2)], rejected)
@@ -1279,7 +1279,7 @@ def test_a_number_that_settles_the_batch_itself(producer: MemoryProducer) -> Non
 def test_what_was_given_to_a_task_before_it_is_waited_for(by: str, end: str, is_started: bool) -> None:
     async def main() -> list[Any]:
         producer = AioMemoryProducer()
-        sender = aio.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer).create_sender()
+        sender = aio.KafkaTopic(TOPIC, mode=kbatch.SenderMode.BUFFERED, producer=producer).create_sender()
         target: Any = producer if by == "producer" else sender
 
         def send(n: int) -> Any:
@@ -1304,7 +1304,7 @@ def test_what_was_given_to_a_task_before_it_is_waited_for(by: str, end: str, is_
 @pytest.mark.parametrize("by", ["producer", "sender"])
 def test_closing_goes_on_whenever_its_task_is_cancelled(by: str, steps: int) -> None:
     producer = AioMemoryProducer()
-    sender = aio.KafkaTopic(TOPIC, mode=kbatch.Mode.BUFFERED, producer=producer).create_sender()
+    sender = aio.KafkaTopic(TOPIC, mode=kbatch.SenderMode.BUFFERED, producer=producer).create_sender()
 
     async def main() -> None:
         await (producer.send_batch(TOPIC, [Envelope(0)]) if by == "producer" else sender.send(Envelope(0)))

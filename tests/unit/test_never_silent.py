@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import Envelope, Mode, aio
+from kbatch import Envelope, SenderMode, aio
 from kbatch.testing import AioMemoryProducer, MemoryProducer
 
 from ..injection import Injected, Injector
@@ -273,7 +273,7 @@ def test_a_wait_that_timed_out_was_no_look() -> None:
     with MemoryProducer() as producer:
         producer.fail(PERMANENT, times=None)
         producer.hold()
-        with pytest.raises(kbatch.BatchPending):
+        with pytest.raises(kbatch.BatchPendingError):
             producer.send_batch("orders", envelopes("a"), timeout=0.01)
         producer.release()
         with pytest.raises(kbatch.UndeliveredError) as caught:
@@ -429,7 +429,7 @@ def test_the_end_of_the_interpreter_logs_what_nobody_was_told_of(sender: bool) -
 def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
     with MemoryProducer() as producer:
         producer.fail(PERMANENT)
-        topic = kbatch.KafkaTopic("orders", mode=Mode.BUFFERED, producer=producer)
+        topic = kbatch.KafkaTopic("orders", mode=SenderMode.BUFFERED, producer=producer)
         with pytest.raises(kbatch.UndeliveredError), topic.create_sender() as sender:
             sender.send(envelopes("a")[0])
 
@@ -437,7 +437,7 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
 def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout() -> None:
     with MemoryProducer() as producer:
         producer.hold()
-        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout=0.05)
+        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout_s=0.05)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)
         with pytest.raises(kbatch.UndeliveredError) as caught:

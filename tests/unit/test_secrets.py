@@ -125,7 +125,7 @@ def test_a_secret_that_is_no_value(secret: str, spoil: Callable[[str], Any]) -> 
 
 
 def topic(config: dict[str, Any]) -> kbatch.KafkaTopic[Any]:
-    return kbatch.KafkaTopic("orders", mode=kbatch.Mode.INLINE, producer=config)
+    return kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, producer=config)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_values_are_harmless_for_keys_that_librdkafka_has(keys: list[Key]) -> No
         ({7: SECRET}, {}),
         ({}, {"wire": "xml"}),
         ({}, {"source": 7}),
-        ({}, {"close_timeout": -1}),
+        ({}, {"close_timeout_s": -1}),
     ],
     ids=str,
 )

@@ -33,7 +33,7 @@ BODIES = [Number(7), Said(b"the buffer"), bytearray(b"array"), memoryview(b"view
 @pytest.mark.parametrize("kind", [kbatch.Envelope, Odd])
 def test_a_batched_sender_sends_the_buffer(body: Any, kind: type[kbatch.Envelope[Any]]) -> None:
     producer = MemoryProducer()
-    topic = kbatch.KafkaTopic("orders", mode=kbatch.Mode.BUFFERED, producer=producer)
+    topic = kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, producer=producer)
     with topic.create_sender() as sender:
         sender.send(kind(data=body))
     assert producer.send_batch("orders", [kind(data=body)]).ok

@@ -73,7 +73,7 @@ def test_the_text_of_every_error_is_one_line(config: dict[str, str]) -> None:
     with pytest.raises(kbatch.ConfigError) as caught:
         kbatch.Producer({"bootstrap.servers": "127.0.0.1:1", **config})
     assert str(caught.value).isprintable()
-    assert str(kbatch.BatchPending("a\nb", None)) == str(kbatch.SenderFullError("a\nb")) == "a\\nb"
+    assert str(kbatch.BatchPendingError("a\nb", None)) == str(kbatch.SenderFullError("a\nb")) == "a\\nb"
 
 
 def test_lines_of_librdkafka_are_one_line_each() -> None:

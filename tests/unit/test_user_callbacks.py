@@ -432,6 +432,6 @@ def test_who_is_cancelled_before_the_first_step_has_an_answer_and_nothing_sent()
 
     asyncio.run(main())
     (error,) = answers
-    assert type(error).__name__ == "BatchInterrupted"
+    assert type(error).__name__ == "BatchInterruptedError"
     assert error.report is not None
     assert error.report.failed == 1

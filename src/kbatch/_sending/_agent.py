@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import call_fault, callback_name, loops_own, refuse_coroutine
 from kbatch._errors import (
-    BatchInterrupted,
+    BatchInterruptedError,
     CircuitOpenError,
     ConfigError,
     DeliveryError,
@@ -1017,7 +1017,7 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
     fails: then those that were not sent yet wait behind it, and those under way may overtake it.
 
     `send_batch` sends a batch under the circuit breaker, but does not send it again: for whoever keeps it, such as an
-    outbox. While the circuit is open, ``mark_sender_is_latched`` is called at once, and nothing is sent.
+    outbox. While the circuit is open, ``mark_circuit_open`` is called at once, and nothing is sent.
 
     Args:
         producer: A `kbatch.Producer`, which stays the caller's.
@@ -1075,7 +1075,7 @@ class _Watcher:
 
 def _verdict_of_answer(outcome: KbatchError | DeliveryReport) -> Verdict:
     """What the answer of a batch that is not sent again says about the brokers."""
-    if isinstance(outcome, (SerializationError, NotYetDueError, BatchInterrupted)):
+    if isinstance(outcome, (SerializationError, NotYetDueError, BatchInterruptedError)):
         return "nothing"
     report = outcome.report if isinstance(outcome, KbatchError) else outcome
     if report is not None and (report.acked or not report.failed):

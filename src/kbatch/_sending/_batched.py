@@ -36,17 +36,17 @@ class BaseBatchedSender(Accumulator):
         batch_timeout_ms: float = 5.0,
         max_buffered: int = 100_000,
         max_buffered_bytes: int | None = None,
-        close_timeout: float = 30.0,
+        close_timeout_s: float = 30.0,
     ) -> None:
         if not isinstance(agent, self._agent_class):
             raise ConfigError(f"agent must be a {self._agent_class._shown}, not {type(agent).__name__}")
         check_batching_options(
-            batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes, close_timeout
+            batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes, close_timeout_s
         )
         most = max(_BUFFERED_BYTES, batch_bytes) if max_buffered_bytes is None else max_buffered_bytes
         # Without keywords: for them Cython 3.3.1 has a crash when memory is short.
         super().__init__(batch_size, batch_bytes, batch_timeout_ms / 1000, max_buffered, most)
-        self._close_timeout = close_timeout
+        self._close_timeout = close_timeout_s
         self._agent = agent
         agent._bind(self)
 
@@ -190,7 +190,7 @@ class BatchedSender(BaseBatchedSender):
         max_buffered_bytes: How many bytes their keys, headers and bodies may hold, before `send` waits; by
             default 64 MiB, or `batch_bytes` if that is more. One envelope that is larger is taken when the buffer is
             empty.
-        close_timeout: Seconds that leaving a ``with`` block waits for what is buffered.
+        close_timeout_s: Seconds that leaving a ``with`` block waits for what is buffered.
 
     Attributes:
         accepted: How many envelopes were taken since the start.
@@ -246,7 +246,7 @@ class BatchedSender(BaseBatchedSender):
         called again, from any thread.
 
         Args:
-            timeout: Seconds; ``None`` is the sender's ``close_timeout``.
+            timeout: Seconds; ``None`` is the sender's ``close_timeout_s``.
 
         Returns:
             How many envelopes were given up since closing began, because they were refused or the time was over: they
@@ -277,7 +277,7 @@ def check_batching_options(
     batch_timeout_ms: Any,
     max_buffered: Any,
     max_buffered_bytes: Any,
-    close_timeout: Any,
+    close_timeout_s: Any,
 ) -> None:
     """Raises ConfigError for what a batched sender cannot take."""
     check_whole("batch_size", batch_size)
@@ -294,4 +294,4 @@ def check_batching_options(
     is_number = isinstance(batch_timeout_ms, (int, float)) and not isinstance(batch_timeout_ms, bool)
     if not (is_number and 0 <= batch_timeout_ms < 1e9):
         raise ConfigError(f"batch_timeout_ms must be milliseconds, 0 or more and below 1e9, not {batch_timeout_ms!r}")
-    check_close_timeout(close_timeout)
+    check_close_timeout(close_timeout_s)

@@ -86,7 +86,7 @@ class ProducerHandle:
         """One user less. The last one closes the producer, unless it is the caller's.
 
         Args:
-            timeout: Seconds; ``None`` is the producer's ``close_timeout``.
+            timeout: Seconds; ``None`` is the producer's ``close_timeout_s``.
 
         Returns:
             How many messages ended without an acknowledgement since closing began; 0 if nothing is closed.

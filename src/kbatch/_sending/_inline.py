@@ -46,16 +46,16 @@ class BaseInlineSender:
     _producer_class: type[BaseProducer] = Producer
 
     def __init__(
-        self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout: float = 30.0
+        self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout_s: float = 30.0
     ) -> None:
-        check_timeout(close_timeout)
+        check_timeout(close_timeout_s)
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
         if topic is not None:
             check_topic("topic", topic)
         self.topic = topic
-        self._close_timeout = close_timeout
+        self._close_timeout = close_timeout_s
         if isinstance(producer, ProducerHandle):
             self._handle = producer  # acquired for this sender
         else:
@@ -127,12 +127,12 @@ class InlineSender(BaseInlineSender):
             last transaction has no known end, a new one with its settings sends in its place, for all senders that
             share it, until the last of them is closed.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
-        close_timeout: Seconds that leaving a ``with`` block waits for what is in flight.
+        close_timeout_s: Seconds that leaving a ``with`` block waits for what is in flight.
     """
 
     if TYPE_CHECKING:
 
-        def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None: ...
+        def __init__(self, producer: Producer, topic: str | None, *, close_timeout_s: float = 30.0) -> None: ...
 
     def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> DeliveryReport:
         """Blocks until the envelope has its outcome. The GIL is released while it waits, and Ctrl-C works.
@@ -149,7 +149,7 @@ class InlineSender(BaseInlineSender):
             DeliveryError: It was not acknowledged. ``possibly_persisted`` says whether it may be stored all the same.
             SerializationError: It could not be mapped. Nothing was sent.
             NotYetDueError: Its ``scheduled_time`` is in the future. Nothing was sent.
-            BatchPending: `timeout` has passed. The error carries what is pending, which goes on.
+            BatchPendingError: `timeout` has passed. The error carries what is pending, which goes on.
             SenderClosedError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent.
         """
         if self._closed:
@@ -185,14 +185,14 @@ class InlineSender(BaseInlineSender):
         What other threads are sending has its answer; if the producer is closed, by then. May be called again.
 
         Args:
-            timeout: Seconds for what is in flight; ``None`` is the ``close_timeout``.
+            timeout: Seconds for what is in flight; ``None`` is the ``close_timeout_s``.
 
         Returns:
             How many envelopes ended without an acknowledgement since closing began; 0 if this closed no producer.
 
         Raises:
             UndeliveredError: The producer was closed, and an envelope failed after its `send` had ended with
-                `BatchPending`, Ctrl-C or a cancelled task, which could not tell.
+                `BatchPendingError`, Ctrl-C or a cancelled task, which could not tell.
         """
         left = self._close(timeout)
         self._check_delivered(None)

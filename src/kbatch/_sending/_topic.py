@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from kbatch._sending._retry import RetryPolicy
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseTopic", "KafkaTopic", "Mode"]
+__all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
 
 _BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered", "max_buffered_bytes")
 _AGENT = (
@@ -70,10 +70,10 @@ if TYPE_CHECKING:
         on_failed: Callable[[Envelope[Any], KbatchError], object] | None
         dead_letter_topic: str | None
         on_state_change: Callable[[CircuitState, CircuitState], object] | None
-        close_timeout: float
+        close_timeout_s: float
 
 
-class Mode(enum.Enum):
+class SenderMode(enum.Enum):
     """How a topic's envelopes are sent."""
 
     INLINE = "inline"
@@ -89,8 +89,8 @@ class BaseTopic:
     """What the topics for threads and for asyncio have in common."""
 
     name: str
-    mode: Mode
-    close_timeout: float
+    mode: SenderMode
+    close_timeout_s: float
     batch_size: int | None
     batch_bytes: int | None
     batch_timeout_ms: float | None
@@ -120,7 +120,7 @@ class BaseTopic:
         self,
         name: str,
         *,
-        mode: Mode,
+        mode: SenderMode,
         producer: BaseProducer | Mapping[str, Any],
         config: Mapping[str, Any] | None = None,
         wire: str | WireFormat | None = None,
@@ -144,7 +144,7 @@ class BaseTopic:
         on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
         dead_letter_topic: str | None = None,
         on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
-        close_timeout: float = 30.0,
+        close_timeout_s: float = 30.0,
     ) -> None:
         given = {
             "batch_size": batch_size,
@@ -177,7 +177,7 @@ class BaseTopic:
         try:
             check_topic("name", name)
             _check_mode(mode, given)
-            values.update(name=name, mode=mode, close_timeout=close_timeout)
+            values.update(name=name, mode=mode, close_timeout_s=close_timeout_s)
             values.update(self._checked(given))
             if dead_letter_topic == name:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {name!r}")
@@ -193,13 +193,13 @@ class BaseTopic:
         """The options of the sender and its agent with their defaults; without a buffer, None."""
         batching = {**_defaults(self._batched_class, _BATCHING), **given}
         agent = {**_defaults(self._agent_class, _AGENT), **given}
-        check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout=self.close_timeout)
+        check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout_s=self.close_timeout_s)
         check_agent_options(
             **{name: agent[name] for name in _AGENT}, takes_coroutines=self._agent_class._takes_coroutines
         )
         if agent["dead_letter_topic"] is not None:
             check_topic("dead_letter_topic", agent["dead_letter_topic"])
-        if self.mode is Mode.INLINE:
+        if self.mode is SenderMode.INLINE:
             return dict.fromkeys((*_BATCHING, *_AGENT))
         return {name: (agent if name in _AGENT else batching)[name] for name in (*_BATCHING, *_AGENT)}
 
@@ -239,15 +239,15 @@ class BaseTopic:
         else:
             handle = ProducerHandle.shared(self._settings, self._producer)
         try:
-            if self.mode is Mode.INLINE:
-                return self._inline_class(handle, self.name, close_timeout=self.close_timeout)
+            if self.mode is SenderMode.INLINE:
+                return self._inline_class(handle, self.name, close_timeout_s=self.close_timeout_s)
             agent = self._agent_class(handle, self.name, **{name: getattr(self, name) for name in _AGENT})
         except BaseException:
             handle.release(0)
             raise
         # From here on the agent releases it, or does so when it is forgotten.
         batching = {name: getattr(self, name) for name in _BATCHING}
-        return self._batched_class(agent, **batching, close_timeout=self.close_timeout)
+        return self._batched_class(agent, **batching, close_timeout_s=self.close_timeout_s)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(f"a {self._shown} cannot be pickled: its settings may hold secrets; make it where it is used")
@@ -272,11 +272,11 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         config: What is different for this topic; all else is inherited key by key, security and callbacks included.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; not with one.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with
-            ``Mode.BUFFERED``.
+            ``SenderMode.BUFFERED``.
         retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order,
             stalled_after_s, on_failed, dead_letter_topic, on_state_change: As for `SendingAgent`; only with
-            ``Mode.BUFFERED``.
-        close_timeout: Seconds that leaving the ``with`` block of a sender waits for what it has not sent.
+            ``SenderMode.BUFFERED``.
+        close_timeout_s: Seconds that leaving the ``with`` block of a sender waits for what it has not sent.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range, an option that the mode does not have, or a setting
@@ -290,7 +290,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             self: KafkaTopic[InlineSender],
             name: str,
             *,
-            mode: Literal[Mode.INLINE],
+            mode: Literal[SenderMode.INLINE],
             producer: Producer | Mapping[str, Any],
             **options: Unpack[Options],
         ) -> None: ...
@@ -299,7 +299,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             self: KafkaTopic[BatchedSender],
             name: str,
             *,
-            mode: Literal[Mode.BUFFERED],
+            mode: Literal[SenderMode.BUFFERED],
             producer: Producer | Mapping[str, Any],
             **options: Unpack[Options],
         ) -> None: ...
@@ -308,7 +308,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
             *,
-            mode: Mode,
+            mode: SenderMode,
             producer: Producer | Mapping[str, Any],
             **options: Unpack[Options],
         ) -> None: ...
@@ -317,8 +317,8 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
     def create_sender(self) -> _S_co:
         """A new sender, to be closed: a context manager, whose ``close(timeout)`` says how many were not sent.
 
-        With ``Mode.INLINE`` an `InlineSender`, with ``Mode.BUFFERED`` a `BatchedSender`. It starts with its first
-        envelope.
+        With ``SenderMode.INLINE`` an `InlineSender`, with ``SenderMode.BUFFERED`` a `BatchedSender`. It starts with
+        its first envelope.
         """
         sender: _S_co = self._create()
         return sender
@@ -345,11 +345,14 @@ def _defaults(kind: type, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _check_mode(mode: Any, given: dict[str, Any]) -> None:
-    if not isinstance(mode, Mode):
-        raise ConfigError(f"mode must be kbatch.Mode.INLINE or kbatch.Mode.BUFFERED, not {mode!r}")
-    if mode is Mode.DURABLE:
-        raise ConfigError("Mode.DURABLE needs an outbox, which this version does not have; use Mode.BUFFERED")
-    if mode is Mode.INLINE and given:
+    if not isinstance(mode, SenderMode):
+        raise ConfigError(f"mode must be kbatch.SenderMode.INLINE or kbatch.SenderMode.BUFFERED, not {mode!r}")
+    if mode is SenderMode.DURABLE:
         raise ConfigError(
-            f"{', '.join(given)}: not with Mode.INLINE, which sends each envelope by itself, once; use Mode.BUFFERED"
+            "SenderMode.DURABLE needs an outbox, which this version does not have; use SenderMode.BUFFERED"
+        )
+    if mode is SenderMode.INLINE and given:
+        raise ConfigError(
+            f"{', '.join(given)}: not with SenderMode.INLINE, which sends each envelope by itself, once; "
+            "use SenderMode.BUFFERED"
         )

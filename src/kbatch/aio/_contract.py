@@ -38,7 +38,7 @@ class SenderCallback:
         """Every envelope that failed went to an unknown topic or partition."""
         await self.mark_processing_failure(batch, error)
 
-    async def mark_sender_is_latched(self, batch: OutgoingBatch, error: KbatchError) -> None:
+    async def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
         """The circuit is open; nothing was sent."""
         await self.mark_processing_failure(batch, error)
 

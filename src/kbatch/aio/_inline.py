@@ -34,7 +34,7 @@ class InlineSender(BaseInlineSender):
 
     if TYPE_CHECKING:
 
-        def __init__(self, producer: Producer, topic: str | None, *, close_timeout: float = 30.0) -> None: ...
+        def __init__(self, producer: Producer, topic: str | None, *, close_timeout_s: float = 30.0) -> None: ...
 
     async def send(self, envelope: Envelope[Any], *, timeout: float | None = None) -> DeliveryReport:
         """Waits until the envelope has its outcome.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._callbacks import callback_name, check_callback, marked_as_coroutine_function
-from kbatch._errors import BatchPending, ProducerClosedError
+from kbatch._errors import BatchPendingError, ProducerClosedError
 from kbatch._fastmap import Call, Envelope, LoopWaker, TaskStarter, Turns, comes_from, monotonic, running_loop
 from kbatch._loop import in_thread
 from kbatch._pending import PendingBatch
@@ -89,7 +89,7 @@ class Producer(BaseProducer):
                 timer.cancel()
         batch._remove_waker(waker)
         if not batch.done():
-            raise BatchPending(
+            raise BatchPendingError(
                 f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
             )
         return batch.report

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from kbatch._sending._topic import Mode, Options
+    from kbatch._sending._topic import Options, SenderMode
 
 __all__ = ["KafkaTopic"]
 
@@ -39,7 +39,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             self: KafkaTopic[InlineSender],
             name: str,
             *,
-            mode: Literal[Mode.INLINE],
+            mode: Literal[SenderMode.INLINE],
             producer: Producer | Mapping[str, Any],
             **options: Unpack[Options],
         ) -> None: ...
@@ -48,7 +48,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             self: KafkaTopic[BatchedSender],
             name: str,
             *,
-            mode: Literal[Mode.BUFFERED],
+            mode: Literal[SenderMode.BUFFERED],
             producer: Producer | Mapping[str, Any],
             **options: Unpack[Options],
         ) -> None: ...
@@ -57,7 +57,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
             *,
-            mode: Mode,
+            mode: SenderMode,
             producer: Producer | Mapping[str, Any],
             **options: Unpack[Options],
         ) -> None: ...

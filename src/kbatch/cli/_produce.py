@@ -282,7 +282,7 @@ class Sender:
         pending, batch = self._flights[0]
         try:
             report = pending.wait(timeout_s)
-        except kbatch.BatchPending:
+        except kbatch.BatchPendingError:
             self._show()
             return
         self._flights.popleft()

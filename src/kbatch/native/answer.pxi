@@ -117,8 +117,8 @@ cdef class Answer:
             except BaseException:
                 tries += 1
                 if tries == TRIES:
-                    return "mark_processing_failure", BatchInterrupted.__new__(
-                        BatchInterrupted, f"given up before anything was sent: {type(error).__name__}")
+                    return "mark_processing_failure", BatchInterruptedError.__new__(
+                        BatchInterruptedError, f"given up before anything was sent: {type(error).__name__}")
 
     def _give_settled(self, _) -> None:
         method, outcome = self._told()

@@ -200,7 +200,7 @@ class _InMemory(BaseProducer):
         encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
-        close_timeout: float = 30.0,
+        close_timeout_s: float = 30.0,
         max_in_flight: int = 10_000,
         carry_scheduled_time: bool = False,
     ) -> None:
@@ -213,7 +213,7 @@ class _InMemory(BaseProducer):
                 encoder=encoder,
                 source=source,
                 header_hook=header_hook,
-                close_timeout=close_timeout,
+                close_timeout_s=close_timeout_s,
                 max_in_flight=max_in_flight,
                 carry_scheduled_time=carry_scheduled_time,
             )
@@ -408,7 +408,7 @@ class MemoryProducer(_InMemory, Producer):
     Args:
         config: As for `kbatch.Producer`, and checked in the same way; ``bootstrap.servers`` may be missing.
         partitions: How many each topic has.
-        wire, encoder, source, header_hook, close_timeout, max_in_flight, carry_scheduled_time: As for
+        wire, encoder, source, header_hook, close_timeout_s, max_in_flight, carry_scheduled_time: As for
             `kbatch.Producer`.
 
     Raises:
