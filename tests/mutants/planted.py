@@ -790,6 +790,13 @@ MUTANTS = (
         "tests/mock/test_line.py",
     ),
     Mutant(
+        "a large message waits for ever while small ones take what comes free",
+        "want",
+        "        KB_STORE64(&c.wanted, bytes)\n        batch.wants = bytes\n",
+        "        pass\n",
+        "tests/mock/test_line.py",
+    ),
+    Mutant(
         "what a thread sends next passes what its signal handler has handed over",
         "satisfied",
         "        return not w.batch.in_line\n",
