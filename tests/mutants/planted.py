@@ -794,7 +794,7 @@ MUTANTS = (
         "want",
         "        KB_STORE64(&c.wanted, bytes)\n        batch.wants = bytes\n",
         "        pass\n",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "what a thread sends next passes what its signal handler has handed over",
