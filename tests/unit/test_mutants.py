@@ -23,7 +23,9 @@ def test_a_planted_defect_fits(mutant: Mutant) -> None:
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_its_tests_are_there(mutant: Mutant) -> None:
     root = Path(__file__).parents[2]
-    assert [name for name in mutant.tests.split() if not (root / name.partition("::")[0]).exists()] == []
+    assert [
+        name for name in mutant.tests.partition(" -k ")[0].split() if not (root / name.partition("::")[0]).exists()
+    ] == []
 
 
 def test_there_are_at_least_twenty_and_each_has_its_name() -> None:
