@@ -1139,10 +1139,6 @@ def _seconds_until(end: float) -> float:
     return min(max(0.0, end - monotonic()), threading.TIMEOUT_MAX)
 
 
-def _unless_none(value: int | None) -> tuple[int, ...]:
-    return () if value is None else (value,)
-
-
 def check_agent_options(
     retry: Any,
     failures_to_open: Any,
