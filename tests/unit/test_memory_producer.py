@@ -171,7 +171,7 @@ def test_partitions() -> None:
         )
         assert producer.send_batch("a", envelopes(2)).partitions == (1, 2)
         report = producer.send_batch("a", envelopes(1, partition=3))
-        assert isinstance(report.error(), kbatch.UnknownTopicError)
+        assert isinstance(report.exception(), kbatch.UnknownTopicError)
         assert (names(report), report.partitions) == ({0: "_UNKNOWN_PARTITION"}, (3,))
     places = [(record.topic(), record.partition(), record.offset()) for record in producer.records]
     assert len(set(places)) == len(places) == 29
@@ -343,7 +343,7 @@ def test_no_time_at_all_sends_nothing(producer: MemoryProducer) -> None:
     # As the real one: phase 2 never comes to it.
     report = producer.send_batch(TOPIC, envelopes(2), timeout=0)
     assert names(report) == {0: "_TIMED_OUT_QUEUE", 1: "_TIMED_OUT_QUEUE"}
-    assert isinstance(report.error(), kbatch.BatchTimeoutError)
+    assert isinstance(report.exception(), kbatch.BatchTimeoutError)
     assert producer.envelopes == ()
 
 
@@ -413,7 +413,7 @@ def test_fail_as_told(producer: MemoryProducer) -> None:
 def test_the_default_is_a_timeout(producer: MemoryProducer) -> None:
     producer.fail()
     report = producer.send_batch(TOPIC, envelopes(2))
-    assert (names(report), isinstance(report.error(), kbatch.BatchTimeoutError)) == ({0: "_MSG_TIMED_OUT"}, True)
+    assert (names(report), isinstance(report.exception(), kbatch.BatchTimeoutError)) == ({0: "_MSG_TIMED_OUT"}, True)
 
 
 @pytest.mark.parametrize(
@@ -543,7 +543,7 @@ def test_an_outage_that_no_test_waits_for(producer: MemoryProducer) -> None:
     report = producer.send_batch(TOPIC, envelopes(2))  # at once, although it holds
     assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
     assert not any(error.possibly_persisted for error in report.errors.values())
-    assert isinstance(report.error(), kbatch.BatchTimeoutError)
+    assert isinstance(report.exception(), kbatch.BatchTimeoutError)
     producer.down()  # from here on as long as in production
     pending = producer.submit(TOPIC, envelopes(2))
     assert not pending.done()
@@ -973,7 +973,7 @@ def test_a_transaction_is_kept_as_a_whole(transactional: MemoryProducer) -> None
     report = transactional.send_batch(TOPIC, envelopes(3))
     assert names(report) == {0: "TRANSACTION_ABORTABLE", 1: "MSG_SIZE_TOO_LARGE", 2: "TRANSACTION_ABORTABLE"}
     assert not any(error.possibly_persisted for error in report.errors.values())
-    assert "the cause is envelope 1" in str(report.error())
+    assert "the cause is envelope 1" in str(report.exception())
     assert messages(transactional.envelopes) == [0, 1, 2]
     assert transactional.send_batch(TOPIC, envelopes(1)).offsets == (3,)
 
