@@ -13,9 +13,9 @@ from kbatch._base_producer import BaseProducer
 from kbatch._config import inherit
 from kbatch._errors import ConfigError
 from kbatch._producer import Producer
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options, check_topic
 from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
-from kbatch._sending._handle import ProducerHandle
 from kbatch._sending._inline import BaseInlineSender, InlineSender
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
-    from kbatch._sending._circuit import CircuitState
-    from kbatch._sending._retry import RetryPolicy
+    from kbatch._recovery._circuit import CircuitState
+    from kbatch._recovery._retry import RetryPolicy
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
