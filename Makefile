@@ -187,8 +187,8 @@ build/tsan/compiled: SWITCHES := SANITIZE=thread
 memory: build/debug/compiled ## Let each allocation fail in turn, ours and Python's, on a debug build
 	PYTHONPATH=build/debug/src $(BIN)/python -m pytest tests/memory $(ARGS)
 
-LEAK_TESTS := tests/memory/test_native.py \
-	tests/mock/test_send.py::test_sending_leaks_nothing "tests/mock/test_send.py::test_the_error_path_leaks_nothing[kbatch-25]"
+LEAK_TESTS := tests/memory/test_native_allocations.py \
+	tests/mock/test_stored_records.py::test_sending_leaks_nothing "tests/mock/test_stored_records.py::test_the_error_path_leaks_nothing[kbatch-25]"
 
 # What is uninitialised is not looked for: CPython's own strings and its parser would drown it.
 .PHONY: valgrind

@@ -9,10 +9,10 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from typing_extensions import Buffer, Self, TypeVar, disjoint_base
 
-from kbatch._contract import OutgoingBatch, SenderCallback
+from kbatch._batch_sender import OutgoingBatch, SenderCallback
 from kbatch._errors import KbatchError, NotYetDueError, SerializationError
 from kbatch._wire import HeadersLike, WireFormat
-from kbatch.aio._contract import SenderCallback as AioSenderCallback
+from kbatch.aio._batch_sender import SenderCallback as AioSenderCallback
 
 # Without an argument, Envelope means Envelope[Any].
 _T_co = TypeVar("_T_co", covariant=True, default=Any)
@@ -584,8 +584,6 @@ class Accumulator:
     def _leave_line(self, waiter: RoomWaiter) -> None: ...
     def _check_fork(self) -> None: ...
     def _check_wait(self) -> None: ...
-    @property
-    def _batch_timeout_s(self) -> float: ...
     @property
     def _is_used(self) -> bool: ...
     @property

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,13 @@ def test_each_compiled_module_has_a_stub():
     sources = list(package.rglob("*.pyx"))
     assert sources
     assert [source.name for source in sources if not source.with_suffix(".pyi").exists()] == []
+
+
+def test_no_two_files_of_tests_have_the_same_name():
+    # `pytest -k`, a report and a person name a file without its folder.
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 80
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_build_requirements_are_the_same_with_and_without_isolation():

@@ -399,11 +399,6 @@ class SendQueue:
         """How many envelopes are held for their `scheduled_time`."""
         return len(self._scheduled)
 
-    @property
-    def waiting(self) -> int:
-        """How many envelopes are here and not in flight."""
-        return sum(1 for _ in self._all_waiting())
-
     def oldest(self) -> int | None:
         """The lowest number of those that have no outcome, the scheduled ones not counted."""
         while self._by_age and self._by_age[0] not in self._open:

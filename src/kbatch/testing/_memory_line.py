@@ -48,8 +48,8 @@ class Sent:
         self.messages = Counter(record[0] for record in self.mapped if record is not None)  # by topic
 
     def settle(self, outcomes: list[Outcome]) -> None:
-        self.tell_enqueued()
         self.core.settle_in_memory(self.batch, outcomes)
+        self.tell_enqueued()  # who hears of it may look for the outcomes
 
     def fail(self, code: int) -> None:
         persistence = POSSIBLY_PERSISTED if self.may_have_arrived else NOT_PERSISTED

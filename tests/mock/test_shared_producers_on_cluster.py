@@ -126,7 +126,7 @@ class TestForkedTopic:
     def test_a_topic_of_the_parent_makes_senders_in_the_child(self, cluster: MockCluster, used: bool) -> None:
         code = f"""
             used = {used}
-            topic = kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, producer=CONFIG)
+            topic = kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, config=CONFIG)
             parents = topic.create_sender()
             if used:
                 parents.send(kbatch.Envelope("parent"))
