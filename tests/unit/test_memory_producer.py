@@ -19,7 +19,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import Core
-from kbatch._sending._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle
 from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
 
 from ..injection import TESTING, Injector
