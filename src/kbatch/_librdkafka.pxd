@@ -228,6 +228,10 @@ cdef struct Api:
     void (*headers_destroy)(rd_kafka_headers_t *headers) noexcept nogil
     int (*header_add)(rd_kafka_headers_t *headers, const char *name, ssize_t name_size,
                       const void *value, ssize_t value_size) noexcept nogil
+    int (*header_get_all)(const rd_kafka_headers_t *headers, size_t index, const char **name,
+                          const void **value, size_t *size) noexcept nogil
+    # the list is the caller's then
+    int (*message_detach_headers)(rd_kafka_message_t *message, rd_kafka_headers_t **headers) noexcept nogil
     rd_kafka_error_t *(*produceva)(rd_kafka_t *rk, const rd_kafka_vu_t *vus, size_t count) noexcept nogil
     # transactions: one call at a time; they block
     rd_kafka_error_t *(*init_transactions)(rd_kafka_t *rk, int timeout_ms) noexcept nogil

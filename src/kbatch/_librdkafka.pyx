@@ -139,6 +139,11 @@ cdef void _fill() except *:
     api.header_add = <int (*)(rd_kafka_headers_t *, const char *, ssize_t, const void *,
                               ssize_t) noexcept nogil> symbol(
         "rd_kafka_header_add")
+    api.header_get_all = <int (*)(const rd_kafka_headers_t *, size_t, const char **, const void **,
+                                  size_t *) noexcept nogil> symbol(
+        "rd_kafka_header_get_all")
+    api.message_detach_headers = <int (*)(rd_kafka_message_t *, rd_kafka_headers_t **) noexcept nogil> symbol(
+        "rd_kafka_message_detach_headers")
     api.produceva = <rd_kafka_error_t *(*)(rd_kafka_t *, const rd_kafka_vu_t *, size_t) noexcept nogil> symbol(
         "rd_kafka_produceva")
     api.init_transactions = <rd_kafka_error_t *(*)(rd_kafka_t *, int) noexcept nogil> symbol(

@@ -86,6 +86,10 @@ cdef struct Client:
     Notice *notice_last
     int dispatcher_stop
     int dispatcher_nudge    # release idle_done
+    int recycles            # const: header lists are used again
+    ListPool *lists         # owned; of whoever has the turn, or under `mu` when nobody enqueues
+    HeaderList *returned    # owned; lists that reports have given back
+    int64_t lists_used_ns   # when the last one was taken; of whoever has the turn
     ArenaBlock *spare_blocks
     int spare_block_count
     Record *spare_records

@@ -149,6 +149,8 @@ cdef class Core:
                     reason = self.config.without_hidden(errstr.decode("utf-8", "replace"))
                     raise ConfigError(f"librdkafka refused to start: {reason}")
                 c.rk = rk
+                # A plugin may change the headers of a message.
+                c.recycles = _lists_are_recycled and not self.config.get("plugin.library.paths")
                 c.queue = api.queue_get_main(rk)
                 if self.dispatcher.events & RD_KAFKA_EVENT_LOG:
                     api.set_log_queue(rk, NULL)
@@ -668,6 +670,8 @@ cdef class Core:
         pooled = c.spare_block_count * <int64_t> ARENA_BLOCK
         if c.spare_records != NULL:
             pooled += c.spare_records_capacity * <int64_t> sizeof(Record)
+        if c.lists != NULL:
+            pooled += <int64_t> sizeof(ListPool) + KB_LOAD64(&c.lists.pooled_bytes)
         kb_mutex_unlock(&c.mu)
         if self.mapper is not None:
             pooled += self.mapper._pooled()

@@ -13,6 +13,8 @@ cdef void drainer_main(void *arg) noexcept nogil:
     cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, idle_ns
     cdef BatchState *over
     cdef bint urgent
+    cdef ListPool *pool
+    cdef HeaderList *returned
     cdef int flags, slice_ms, answer
     cdef Notice *unread
     kb_mutex_lock(&c.mu)
@@ -58,6 +60,15 @@ cdef void drainer_main(void *arg) noexcept nogil:
                 enqueue_detached(c)
                 continue
         idle_ns = WAIT_SLICE if c.detached else 0  # 0: nothing to look for
+        if c.lists != NULL and in_flight == 0 and c.callers == 0 and nobody_in_line(c):
+            idle_ns = c.lists_used_ns + LISTS_IDLE - now
+            if idle_ns <= 0:
+                pool, returned = c.lists, c.returned
+                c.lists, c.returned = NULL, NULL
+                kb_mutex_unlock(&c.mu)
+                free_pool(pool, returned)
+                kb_mutex_lock(&c.mu)
+                continue
         urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
         if (c.leader != NULL or c.callers) and c.life == RUNNING:
             seen_polls = -1
@@ -157,8 +168,12 @@ cdef void nudge_dispatcher(Client *c) noexcept nogil:
 
 
 cdef void drainer_sleep(Client *c, int64_t ns) noexcept nogil:
-    # Under the lock. `ns` of 0: until signalled.
-    if ns:
+    # Under the lock. `ns` of 0: until signalled. What comes meanwhile ends a sleep that is longer than a nap.
+    if ns > DRAINER_NAP:
+        c.drainer_parked = 1
+        kb_cond_wait_until(&c.drainer_cond, &c.mu, kb_now_ns() + ns)
+        c.drainer_parked = 0
+    elif ns:
         c.drainer_asleep = 1
         kb_cond_wait_until(&c.drainer_cond, &c.mu, kb_now_ns() + ns)
         c.drainer_asleep = 0
@@ -187,9 +202,12 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
         topic = topic.next
     api.queue_destroy(c.queue)
     api.destroy(c.rk)
+    free_pool(c.lists, c.returned)
     kb_mutex_lock(&c.mu)
     c.rk = NULL
     c.queue = NULL
+    c.lists = NULL
+    c.returned = NULL
     KB_STORE32(&c.life, CLOSED)
     c.dispatcher_stop = 1  # only now: until here batches may still become done
     kb_cond_signal(&c.dispatcher_cond)

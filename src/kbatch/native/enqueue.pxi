@@ -79,6 +79,9 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef Record *record
     cdef rd_kafka_topic_t *topic
     cdef rd_kafka_error_t *error
+    cdef HeaderList *held
+    if c.lists != NULL:
+        c.lists.slice += 1
     vus[0].vtype = RD_KAFKA_VTYPE_RKT
     vus[1].vtype = RD_KAFKA_VTYPE_PARTITION
     vus[2].vtype = RD_KAFKA_VTYPE_VALUE
@@ -95,6 +98,8 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
                 poll_ready(c, turn_end)  # a short one leaves that to the others
                 c.unpolled = 0
             now = kb_now_ns()
+            if c.lists != NULL:
+                collect_lists(c, now)
             if batch.deliver_by != NULL:
                 wall_us = kb_wall_ns() // 1000
             if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):
@@ -144,11 +149,23 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             batch.outcomes[i].offset = <int64_t> <size_t> record.topic
             vus[4].u.ptr = &batch.outcomes[i]
             vus[5].u.i64 = record.timestamp
-            vus[6].u.headers = build_headers(record) if record.header_count else NULL
+            vus[6].u.headers = held = NULL
+            if record.header_count:
+                held = take_list(c, record)
+                if held == NULL:
+                    vus[6].u.headers = build_headers(record)
+                else:
+                    held.topic = record.topic
+                    vus[6].u.headers = held.headers
+                    batch.outcomes[i].offset = <int64_t> <size_t> held | 1
             seen = KB_LOAD64(&c.reports)
             error = api.produceva(c.rk, vus, 7)
             if error != NULL:
-                drop_headers(vus[6].u.headers)  # still ours: the message was not taken
+                # The headers are still ours: the message was not taken.
+                if held != NULL:
+                    keep_list(c.lists, held)
+                else:
+                    drop_headers(vus[6].u.headers)
                 code = produce_error(c, error)
         if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
             batch.queue_full, batch.full_at = 1, seen

@@ -25,7 +25,7 @@ cdef struct Outcome:
     # One per envelope, the opaque of its produce call. Written by whoever polls its delivery report, or by phase 2
     # when it is not sent; read after the batch is done.
     BatchState *batch
-    int64_t offset       # the address of its Topic, until it is known
+    int64_t offset       # until it is known the address of its HeaderList, plus 1, or of its Topic
     int32_t partition
     int16_t error
     uint8_t state

@@ -118,6 +118,9 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0
     cdef int i, n, ran_down = 0
     cdef Outcome *outcome
+    cdef HeaderList *held
+    cdef HeaderList *first = NULL  # the lists of these messages
+    cdef HeaderList *last = NULL
     while True:
         n = <int> api.event_message_array(event, messages, MESSAGES_AT_ONCE)
         if n == 0:
@@ -126,7 +129,18 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
         for i in range(n):
             message = messages[i]
             outcome = <Outcome *> message._private
-            own = <Topic *> <size_t> outcome.offset
+            if outcome.offset & 1:
+                held = <HeaderList *> <size_t> (outcome.offset - 1)
+                own = held.topic
+                detach_list(message, held)
+                held.next = NULL
+                if last == NULL:
+                    first = held
+                else:
+                    last.next = held
+                last = held
+            else:
+                own = <Topic *> <size_t> outcome.offset
             outcome.partition = message.partition
             outcome.error = <int16_t> message.err
             outcome.persistence = persistence(c, message, outcome.batch.started_ns)
@@ -165,11 +179,14 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
         waking[ran_down] = run
         ran_down += 1
     api.event_destroy(event)
-    KB_ADD64(&c.in_flight, -total)
-    KB_ADD64(&c.bytes, -bytes)
     if failed:
         look_for_fatal(c)
     kb_mutex_lock(&c.mu)
+    if last != NULL:
+        last.next = c.returned
+        c.returned = first
+    KB_ADD64(&c.in_flight, -total)  # with the lists: without messages in flight there is no list that has no owner
+    KB_ADD64(&c.bytes, -bytes)
     KB_ADD64(&c.reports, 1)
     c.acked += total - failed
     count_failed(c, failed)

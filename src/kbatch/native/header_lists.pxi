@@ -1,0 +1,344 @@
+# Header lists of librdkafka, reused: to allocate and to free one costs more than all else that a message costs.
+#
+# The delivery report gives the list of its message back. Then nothing else refers to it: librdkafka has copied the
+# headers into the request. A value of the same length is written in place, so a list serves any record of the same
+# shape: the same names in the same order, the same lengths of values, the same nulls. The batch whose turn it is owns
+# the shapes and the lists without a message; reports give lists back through `Client.returned`.
+
+cdef enum:
+    SHAPE_BUCKETS = 512
+    MOST_SHAPES = 1024
+    SHAPES_SEEN = 4096      # hashes: a shape is kept from its second sighting on
+    MOST_LISTED = 64        # headers of a list that is kept
+    LARGEST_LISTED = 4096   # bytes of its names and values
+    HEADER_BYTES = 64       # about what librdkafka allocates for a header besides
+
+cdef int64_t MOST_POOLED_LISTS = 64 * 1024 * 1024  # bytes of lists without a message, for each client
+cdef int64_t LISTS_IDLE = 1000 * MS                # after this a client without messages gives its lists back
+
+cdef bint _lists_are_recycled = False  # whether librdkafka's lists are as this file takes them to be; const after import
+
+
+cdef struct ShapeHeader:
+    const char *name    # in the shape
+    const char *seen    # where the same name stood last, in the slice `Shape.slice`
+    int32_t name_len
+    int32_t value_len   # on the wire; -1: null
+
+cdef struct Shape:
+    Shape *next             # of its bucket
+    HeaderList *free        # its lists without a message
+    ShapeHeader *headers    # behind this struct, as the names are
+    int64_t slice
+    int64_t list_bytes      # about what one of its lists takes
+    uint32_t mark
+    int32_t count
+    int32_t lists           # all of its lists
+    int32_t is_used         # since the last look for one to drop
+    int32_t is_dropped      # in no bucket: it goes with its last list
+
+cdef struct HeaderList:
+    rd_kafka_headers_t *headers  # owned; while a message has it, librdkafka's
+    Shape *shape
+    Topic *topic                 # of the message
+    HeaderList *next
+    # behind this struct: where each value stands in `headers`
+
+cdef struct ListPool:
+    Shape *buckets[SHAPE_BUCKETS]
+    uint32_t seen[SHAPES_SEEN]
+    int64_t slice          # the number of the slice that is being enqueued
+    int64_t pooled_bytes   # atomic
+    int32_t shapes
+    int32_t hand           # the bucket in which the next shape to drop is looked for
+
+
+cdef inline char **values_of(HeaderList *held) noexcept nogil:
+    return <char **> (held + 1)
+
+
+cdef inline int32_t wire_length(Header *h) noexcept nogil:
+    # Of its value; -1: null.
+    if h.value == NULL:
+        return -1
+    if h.value_len >= 0:
+        return h.value_len
+    if h.value_len == VALUE_UUID:
+        return UUID_TEXT
+    if h.value_len == VALUE_TIME_KBATCH:
+        return TIME_TEXT_KBATCH
+    if h.value_len == VALUE_TIME_WOLVERINE:
+        return TIME_TEXT_WOLVERINE
+    return decimal_length((<int32_t *> h.value)[0])
+
+
+cdef inline bint is_same_name(ShapeHeader *own, Header *h, bint seen) noexcept nogil:
+    # An address is that of the same text within a slice only: its batch keeps what it points at.
+    if own.name_len != h.name_len:
+        return False
+    if seen and own.seen == h.name:
+        return True
+    if memcmp(own.name, h.name, h.name_len) != 0:
+        return False
+    own.seen = h.name
+    return True
+
+
+cdef inline void write_in_place(Header *h, char *value) noexcept nogil:
+    # A value of the length that stands there.
+    cdef char text[UUID_TEXT]
+    cdef int32_t length
+    if h.value == NULL:
+        return
+    if h.value_len >= 0:
+        memcpy(value, h.value, h.value_len)
+    else:
+        length = write_value(h, text)
+        memcpy(value, text, length)
+
+
+cdef bint fits(ListPool *pool, Shape *shape, Record *record) noexcept nogil:
+    # Whether the record has this shape.
+    cdef bint seen = shape.slice == pool.slice
+    cdef Header *h = record.headers
+    cdef ShapeHeader *own = shape.headers
+    cdef int32_t i
+    if shape.count != record.header_count:
+        return False
+    shape.slice = 0  # no address counts before all of them do
+    for i in range(shape.count):
+        if own[i].value_len != wire_length(&h[i]) or not is_same_name(&own[i], &h[i], seen):
+            return False
+    shape.slice = pool.slice
+    return True
+
+
+cdef Shape *make_shape(ListPool *pool, Record *record, uint32_t mark, int64_t size) noexcept nogil:
+    # NULL when memory is short. `size`: of names and values.
+    cdef int32_t count = record.header_count
+    cdef Header *h = record.headers
+    cdef size_t names = 0
+    cdef int32_t i
+    cdef Shape *shape
+    cdef char *name
+    for i in range(count):
+        names += h[i].name_len
+    shape = <Shape *> kb_calloc(1, sizeof(Shape) + count * sizeof(ShapeHeader) + names)
+    if shape == NULL:
+        return NULL
+    shape.headers = <ShapeHeader *> (shape + 1)
+    shape.mark = mark
+    shape.count = count
+    shape.list_bytes = size + count * HEADER_BYTES + <int64_t> (sizeof(HeaderList) + count * sizeof(char *))
+    name = <char *> (shape.headers + count)
+    for i in range(count):
+        memcpy(name, h[i].name, h[i].name_len)
+        shape.headers[i].name = name
+        shape.headers[i].name_len = h[i].name_len
+        shape.headers[i].value_len = wire_length(&h[i])
+        name += h[i].name_len
+    shape.next = pool.buckets[mark % SHAPE_BUCKETS]
+    pool.buckets[mark % SHAPE_BUCKETS] = shape
+    pool.shapes += 1
+    return shape
+
+
+cdef HeaderList *make_list(Shape *shape, Record *record) noexcept nogil:
+    # With the record's headers; NULL when memory is short, or the list is not what it should be.
+    cdef HeaderList *held = <HeaderList *> kb_malloc(sizeof(HeaderList) + shape.count * sizeof(char *))
+    cdef const char *name
+    cdef const void *value
+    cdef size_t size
+    cdef int32_t i
+    if held == NULL:
+        return NULL
+    held.headers = build_headers(record)
+    held.shape = shape
+    held.next = NULL
+    shape.lists += 1
+    for i in range(shape.count):
+        if api.header_get_all(held.headers, i, &name, &value, &size) or <int64_t> size != max(
+                0, shape.headers[i].value_len):
+            free_list(held)
+            return NULL
+        values_of(held)[i] = <char *> value
+    return held
+
+
+cdef void free_list(HeaderList *held) noexcept nogil:
+    # One that no message has.
+    cdef Shape *shape = held.shape
+    drop_headers(held.headers)
+    kb_free(held)
+    shape.lists -= 1
+    if shape.is_dropped and shape.lists == 0:
+        kb_free(shape)
+
+
+cdef void free_lists(ListPool *pool, Shape *shape) noexcept nogil:
+    # Its lists that no message has, but not the shape.
+    cdef HeaderList *held = shape.free
+    cdef HeaderList *following
+    shape.free = NULL
+    while held != NULL:
+        following = held.next
+        KB_ADD64(&pool.pooled_bytes, -shape.list_bytes)
+        free_list(held)
+        held = following
+
+
+cdef void drop_shape(ListPool *pool, Shape **place) noexcept nogil:
+    # Takes the shape at `place` out of its bucket.
+    cdef Shape *shape = place[0]
+    place[0] = shape.next
+    pool.shapes -= 1
+    free_lists(pool, shape)
+    if shape.lists == 0:
+        kb_free(shape)
+    else:
+        shape.is_dropped = 1
+
+
+cdef void drop_one_shape(ListPool *pool) noexcept nogil:
+    # One that was not used for a while: the hand goes round once, and each bucket that it passes starts anew.
+    cdef int turns
+    cdef Shape **place
+    for turns in range(2 * SHAPE_BUCKETS):
+        pool.hand = (pool.hand + 1) % SHAPE_BUCKETS
+        place = &pool.buckets[pool.hand]
+        while place[0] != NULL:
+            if not place[0].is_used:
+                drop_shape(pool, place)
+                return
+            place[0].is_used = 0
+            place = &place[0].next
+
+
+cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
+    # A list with the record's headers; NULL: build one that is not kept.
+    cdef ListPool *pool = c.lists
+    cdef Header *h = record.headers
+    cdef int32_t count = record.header_count
+    cdef uint32_t mark = <uint32_t> count
+    cdef int64_t size = 0
+    cdef int32_t i, length
+    cdef Shape *shape
+    cdef HeaderList *held
+    if not c.recycles or count > MOST_LISTED:
+        return NULL
+    if pool == NULL:
+        pool = c.lists = <ListPool *> kb_calloc(1, sizeof(ListPool))
+        if pool == NULL:
+            return NULL
+        pool.slice = 1
+    for i in range(count):
+        length = wire_length(&h[i])
+        size += h[i].name_len + max(0, length)
+        mark = (mark ^ <uint32_t> (length * 31 + h[i].name_len)) * <uint32_t> 16777619
+    if size > LARGEST_LISTED:
+        return NULL
+    mark ^= mark >> 15
+    shape = pool.buckets[mark % SHAPE_BUCKETS]
+    while shape != NULL and not (shape.mark == mark and fits(pool, shape, record)):
+        shape = shape.next
+    if shape == NULL:
+        if pool.seen[mark % SHAPES_SEEN] != mark:
+            pool.seen[mark % SHAPES_SEEN] = mark
+            return NULL
+        if pool.shapes >= MOST_SHAPES:
+            drop_one_shape(pool)
+        shape = make_shape(pool, record, mark, size)
+        if shape == NULL:
+            return NULL
+    shape.is_used = 1
+    held = shape.free
+    if held == NULL:
+        return make_list(shape, record)
+    shape.free = held.next
+    KB_ADD64(&pool.pooled_bytes, -shape.list_bytes)
+    for i in range(count):
+        write_in_place(&h[i], values_of(held)[i])
+    return held
+
+
+cdef void keep_list(ListPool *pool, HeaderList *held) noexcept nogil:
+    # For the next record of its shape, unless there are enough, or librdkafka has not given it back.
+    cdef Shape *shape = held.shape
+    if held.headers == NULL or shape.is_dropped or KB_LOAD64(&pool.pooled_bytes) >= MOST_POOLED_LISTS:
+        free_list(held)
+        return
+    KB_ADD64(&pool.pooled_bytes, shape.list_bytes)
+    held.next = shape.free
+    shape.free = held
+
+
+cdef void collect_lists(Client *c, int64_t now) noexcept nogil:
+    # What reports have given back, by whoever has the turn.
+    cdef HeaderList *held
+    cdef HeaderList *following
+    kb_mutex_lock(&c.mu)
+    held = c.returned
+    c.returned = NULL
+    kb_mutex_unlock(&c.mu)
+    c.lists_used_ns = now
+    while held != NULL:
+        following = held.next
+        keep_list(c.lists, held)
+        held = following
+
+
+cdef inline void detach_list(const rd_kafka_message_t *message, HeaderList *held) noexcept nogil:
+    # The message of a delivery report gives its list back.
+    cdef rd_kafka_headers_t *headers = NULL
+    if api.message_detach_headers(<rd_kafka_message_t *> message, &headers) or headers != held.headers:
+        drop_headers(headers)
+        held.headers = NULL
+
+
+cdef void free_pool(ListPool *pool, HeaderList *returned) noexcept nogil:
+    # No message has a list of it any more.
+    cdef int i
+    cdef HeaderList *following
+    while returned != NULL:
+        following = returned.next
+        free_list(returned)
+        returned = following
+    if pool != NULL:
+        for i in range(SHAPE_BUCKETS):
+            while pool.buckets[i] != NULL:
+                drop_shape(pool, &pool.buckets[i])
+        kb_free(pool)
+
+
+def lists_are_as_expected() -> bool:
+    """Whether a value can be overwritten in a header list of librdkafka's, which its API does not promise."""
+    cdef rd_kafka_headers_t *headers = api.headers_new(3)
+    cdef const char *name
+    cdef const void *value
+    cdef size_t size
+    cdef bint good = False
+    if headers == NULL:
+        return False
+    api.header_add(headers, b"first", 5, b"12345", 5)
+    api.header_add(headers, b"null", 4, NULL, 0)
+    api.header_add(headers, b"empty", 5, b"", 0)
+    if api.header_get_all(headers, 0, &name, &value, &size) == 0 and size == 5 and memcmp(value, b"12345", 5) == 0:
+        memcpy(<char *> value, b"abcde", 5)
+        good = (
+            api.header_get_all(headers, 0, &name, &value, &size) == 0 and size == 5
+            and memcmp(value, b"abcde", 5) == 0 and memcmp(name, b"first", 6) == 0
+            and api.header_get_all(headers, 1, &name, &value, &size) == 0 and value == NULL
+            and api.header_get_all(headers, 2, &name, &value, &size) == 0 and value != NULL and size == 0
+            and api.header_get_all(headers, 3, &name, &value, &size) != 0)
+    api.headers_destroy(headers)
+    return good
+
+
+def recycle_lists(bint recycled) -> bool:
+    """Switches it for producers that start from now on; what it was before."""
+    global _lists_are_recycled
+    before, _lists_are_recycled = _lists_are_recycled, recycled
+    return before
+
+
+_lists_are_recycled = lists_are_as_expected()
