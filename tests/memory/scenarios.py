@@ -467,7 +467,7 @@ def reporting(world: World) -> Step:
     def use() -> Any:
         report = producer.send_batch(TOPIC, [Envelope(1, partition=9), Envelope(2, partition=9)])
         error = report.exception()
-        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired
+        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired_indices
 
     def step(attempt: Attempt) -> None:
         got = checked(attempt(use))

@@ -355,7 +355,7 @@ def test_on_failed_that_raises(cluster: MockCluster, opened: Open, caplog: pytes
         driver.drain()
     assert told == sent
     assert [envelope for envelope, _ in caught.value.failures] == sent
-    assert [envelope for envelope, _ in driver.agent.failed] == sent
+    assert [envelope for envelope, _ in driver.agent.recent_failures] == sent
     assert caplog.text.count("on_failed failed") == 3
     assert values(cluster) == [b"good"]
 

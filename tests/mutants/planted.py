@@ -497,17 +497,31 @@ MUTANTS = (
     ),
     Mutant(
         "a batch whose first outcome is a success is successful",
-        "DeliveryReport.error",
+        "DeliveryReport.exception",
         "        if self.ok:\n            return None\n",
         "        if self.ok or 0 not in self.errors:\n            return None\n",
         "tests/mock/test_contract.py",
     ),
     Mutant(
         "one time-out among other failures is a time-out",
-        "DeliveryReport._error",
+        "DeliveryReport._make_exception",
         "if codes <= TIMEOUT_CODES:",
         "if codes & TIMEOUT_CODES:",
         "tests/unit/test_errors.py tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "a failed envelope counts as expired",
+        "DeliveryReport.expired",
+        "len(self) - self.acked - self.failed",
+        "len(self) - self.acked",
+        "tests/unit/test_errors.py tests/mock/test_contract.py",
+    ),
+    Mutant(
+        "a topic drops the configuration that is given beside a producer",
+        "BaseTopic._bind",
+        '[*(["config"] if config is not None else []), *options]',
+        "[*options]",
+        "tests/unit/test_kafka_topic.py",
     ),
     Mutant(
         "an interrupted sender gives no callback",

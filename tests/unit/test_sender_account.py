@@ -321,7 +321,7 @@ class Senders(RuleBasedStateMachine):
         letters = {number for _, number in self.stored(DEAD)}
         assert {*told, *stored, *letters} <= self.taken.keys()
         assert self.handed_back() <= not_sent <= len(told)
-        assert {number_of(envelope) for envelope, _ in self.driver.agent.failed} == self.raises & set(told)
+        assert {number_of(envelope) for envelope, _ in self.driver.agent.recent_failures} == self.raises & set(told)
         assert self.raised_counts
         assert sorted(self.raised) == sorted(self.raises & set(told))
         stats = self.driver.stats()
