@@ -14,7 +14,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, aio
-from kbatch.testing import AioMemoryProducer, ApiKey, MemoryProducer, MockCluster
+from kbatch.testing import ApiKey, MemoryProducer, MockCluster
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..naming import shown
 from ..waiting import until

@@ -820,7 +820,7 @@ MUTANTS = (
     # -- doubles for tests
     Mutant(
         "what is possibly persisted is never stored in memory",
-        "testing._InMemory.fail",
+        "testing.BaseMemoryProducer.fail",
         "            possibly_persisted if stored is None else bool(stored),\n",
         "            bool(stored),\n",
         "tests/unit/test_memory_producer.py",

@@ -20,7 +20,8 @@ import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import Core
 from kbatch._sending._handle import ProducerHandle
-from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
+from kbatch.testing import MemoryProducer, MemoryRecord
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import TESTING, Injector
 from ..mapping import NOWHERE
@@ -304,7 +305,7 @@ def test_reprs() -> None:
     pending.wait()
     producer.close()
     assert repr(producer) == "<kbatch.testing.MemoryProducer closed>"
-    assert repr(AioMemoryProducer()) == "<kbatch.testing.AioMemoryProducer not started>"
+    assert repr(AioMemoryProducer()) == "<kbatch.testing.aio.MemoryProducer not started>"
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(producer)
 

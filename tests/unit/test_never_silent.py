@@ -20,7 +20,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SenderMode, aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import Injected, Injector
 from ..waiting import until

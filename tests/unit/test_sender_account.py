@@ -27,7 +27,8 @@ from hypothesis.stateful import (
 
 import kbatch
 from kbatch import Envelope, KbatchError
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..sending import HANG_S, KINDS, Driver, check_overtaken, firsts
 

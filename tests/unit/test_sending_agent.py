@@ -13,8 +13,9 @@ import pytest
 import kbatch
 from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
 from kbatch.testing._memory import MemoryCore
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..sending import KINDS, Driver
 from ..waiting import until

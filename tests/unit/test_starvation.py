@@ -19,7 +19,8 @@ import pytest
 import kbatch
 from kbatch import Envelope, RetryPolicy, aio
 from kbatch._sending import _agent
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..sending import KINDS, Driver
 from ..waiting import until
