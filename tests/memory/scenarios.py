@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
-from kbatch._fastmap import Accumulator, pinned_buffers
+from kbatch._fastmap import Accumulator, pinned_buffers, set_oauth_token
 from kbatch._pending import PendingBatch
 from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
@@ -985,8 +985,8 @@ def setting_a_token(world: World) -> Step:
 
     def step(attempt: Attempt) -> None:
         answer = ("token", time.time() + 3600, "me", {"a": "b", "c": "d"})
-        checked(attempt(lambda: producer._core.set_oauth_token(answer)))
-        producer._core.set_oauth_token(answer)
+        checked(attempt(lambda: set_oauth_token(producer._core, answer)))
+        set_oauth_token(producer._core, answer)
 
     return step
 

@@ -14,7 +14,8 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, KafkaTopic, SenderMode, aio
-from kbatch._sending import _handle, _topic
+from kbatch._recovery import _handle
+from kbatch._sending import _topic
 
 from ..naming import shown
 from .test_secrets import SECRET, SECRETS, assert_no_secret, strings_within, texts_of

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from kbatch._base_producer import BaseProducer
 from kbatch._errors import ConfigError, type_name
 from kbatch._producer import Producer
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options, check_topic
 from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
-from kbatch._sending._handle import ProducerHandle
 from kbatch._sending._inline import BaseInlineSender, InlineSender
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
-    from kbatch._sending._circuit import CircuitState
-    from kbatch._sending._retry import RetryPolicy
+    from kbatch._recovery._circuit import CircuitState
+    from kbatch._recovery._retry import RetryPolicy
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
