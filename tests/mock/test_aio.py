@@ -19,7 +19,8 @@ import pytest
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import LoopWaker
-from kbatch.testing import AioMemoryProducer, ApiKey, MemoryProducer, MockCluster
+from kbatch.testing import ApiKey, MemoryProducer, MockCluster
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..waiting import until
 from .clients import end_offsets, read_back
