@@ -514,7 +514,7 @@ MUTANTS = (
         "DeliveryReport.expired",
         "len(self) - self.acked - self.failed",
         "len(self) - self.acked",
-        "tests/unit/test_errors.py tests/mock/test_contract.py",
+        "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
         "a topic drops the configuration that is given beside a producer",
