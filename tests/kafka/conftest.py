@@ -14,7 +14,7 @@ NIGHTLY = os.environ.get("KBATCH_NIGHTLY", "") not in ("", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "nightly: takes long, and what is shorter in `make test-kafka` tests the same row")
+    config.addinivalue_line("markers", "nightly: takes long; `make test-kafka` has something shorter for the same row")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
