@@ -757,8 +757,8 @@ MUTANTS = (
     Mutant(
         "an abort costs the innocent an attempt",
         "is_outage",
-        "return error.fatal or is_abort(error) or (",
-        "return error.fatal or (",
+        "return error.code in OUTAGE_CODES\n",
+        "return error.code in OUTAGE_CODES - {ABORTED_CODE}\n",
         "tests/unit/test_send_queue.py",
     ),
     Mutant(
@@ -771,7 +771,7 @@ MUTANTS = (
     Mutant(
         "the neighbours of an invalid record are given up",
         "",
-        "        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named\n",
+        "        INVALID_DIFFERENT_RECORD,  # by librdkafka, of those that the broker has not named\n",
         "",
         "tests/unit/test_send_queue.py",
     ),
