@@ -37,12 +37,12 @@ from kbatch._librdkafka import version as librdkafka_version
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._read import read_envelope
+from kbatch._recovery._circuit import CircuitState
+from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport
 from kbatch._sending._agent import SendingAgent
 from kbatch._sending._batched import BatchedSender
-from kbatch._sending._circuit import CircuitState
 from kbatch._sending._inline import InlineSender
-from kbatch._sending._retry import RetryPolicy
 from kbatch._sending._topic import KafkaTopic, SenderMode
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__

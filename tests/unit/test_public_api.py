@@ -31,7 +31,7 @@ LAYERS = [
     {"_pending", "_events", "_read"},
     {"_transactions"},
     {"_base_producer"},
-    {"_producer"},
+    {"_producer", "_recovery"},
     {"_batch_sender"},
     {"_sending"},
     {"aio"},
@@ -39,18 +39,27 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-# The same within the package _sending.
-SENDING_LAYERS = [
-    {"_circuit", "_dead_letter", "_retry"},
-    {"_queue"},
-    {"_handle"},
-    {"_agent"},
-    {"_batched", "_inline"},
-    {"_topic"},
-]
+# The same within packages.
+LAYERS_WITHIN = {
+    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry"}],
+    "_sending": [{"_queue"}, {"_agent"}, {"_batched", "_inline"}, {"_topic"}],
+}
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
-LAYER_OF_SENDING = {module: depth for depth, modules in enumerate(SENDING_LAYERS) for module in modules}
+LAYER_WITHIN = {
+    package: {module: depth for depth, modules in enumerate(layers) for module in modules}
+    for package, layers in LAYERS_WITHIN.items()
+}
 ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
+# What type checkers alone see may point up: an error has the report or the batch that it tells of, and native code is
+# given objects of Python.
+UP_FOR_TYPES = {
+    ("_errors", "_fastmap"),
+    ("_errors", "_pending"),
+    ("_errors", "_report"),
+    ("_fastmap", "_batch_sender"),
+    ("_fastmap", "_wire"),
+    ("_fastmap", "aio"),
+}
 
 
 def run(code: str) -> str:
@@ -244,7 +253,7 @@ def test_a_subclass_shows_its_own_constructor() -> None:
 
 
 def test_private_modules_declare_what_they_export() -> None:
-    for path in [*PACKAGE.glob("_*.py"), *PACKAGE.glob("_sending/_*.py")]:
+    for path in [*PACKAGE.glob("_*.py"), *(path for name in LAYERS_WITHIN for path in PACKAGE.glob(f"{name}/_*.py"))]:
         if path.name in ("__init__.py", "__main__.py", "_version.py"):
             continue
         names = next(
@@ -336,10 +345,14 @@ def test_librdkafka_is_confluent_kafkas() -> None:
 # -- layers
 
 
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def runtime_imports(tree: ast.AST) -> Iterator[str]:
     """The modules that a Python file imports, apart from those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if is_for_types(node):
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -379,7 +392,8 @@ def sources() -> list[Path]:
 def test_every_module_has_a_layer() -> None:
     stubs = PACKAGE.rglob("*.pyi")  # all that an installed package shows of its compiled modules
     assert {unit_of(path) for path in [*sources(), *stubs]} == set(LAYER_OF)
-    assert {path.stem for path in PACKAGE.glob("_sending/_*.py")} - {"__init__"} == set(LAYER_OF_SENDING)
+    for package, layers in LAYER_WITHIN.items():
+        assert {path.stem for path in PACKAGE.glob(f"{package}/*.py")} - {"__init__"} == set(layers)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -391,8 +405,31 @@ def test_imports_point_down_only(path: Path) -> None:
             continue
         imported = name.split(".")[1]
         assert imported == unit or LAYER_OF[imported] < LAYER_OF[unit], f"{path.name} imports {name}"
-        if name.startswith("kbatch._sending.") and unit == "_sending":
-            assert LAYER_OF_SENDING[name.split(".")[2]] < LAYER_OF_SENDING[path.stem], f"{path.name} imports {name}"
+        if imported == unit and unit in LAYER_WITHIN:
+            layers = LAYER_WITHIN[unit]
+            assert layers[name.split(".")[2]] < layers[path.stem], f"{path.name} imports {name}"
+
+
+def type_imports(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    trees = (
+        [tree]
+        if path.suffix == ".pyi"
+        else [ast.Module(node.body, []) for node in ast.walk(tree) if is_for_types(node)]
+    )
+    for each in trees:
+        yield from (name for name in runtime_imports(each) if name.startswith("kbatch."))
+
+
+def test_what_points_up_is_for_type_checkers_and_written_down() -> None:
+    up = set()
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]:
+        unit = unit_of(path)
+        for name in type_imports(path) if path != PACKAGE / "__init__.py" else ():
+            imported = name.split(".")[1]
+            if LAYER_OF[imported] >= LAYER_OF[unit] and imported != unit:
+                up.add((unit, imported))
+    assert up == UP_FOR_TYPES
 
 
 # -- interpreters

@@ -59,11 +59,11 @@ from kbatch._fastmap import (
 )
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
-from kbatch._sending._circuit import CircuitBreaker, CircuitState
-from kbatch._sending._dead_letter import dead_letter
-from kbatch._sending._handle import ProducerHandle
+from kbatch._recovery._circuit import CircuitBreaker, CircuitState
+from kbatch._recovery._dead_letter import dead_letter
+from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._retry import RetryPolicy
 from kbatch._sending._queue import Ended, Entry, ExpiredError, Flight, SendQueue
-from kbatch._sending._retry import RetryPolicy
 from kbatch._text import counted
 
 if TYPE_CHECKING:
@@ -880,7 +880,8 @@ class BaseSendingAgent:
         if self._dead_letter_topic is None or self._death is not None or self._giving_up:
             return False
         try:
-            letter = dead_letter(end, self._dead_letter_topic, self.topic)
+            entry = end.entry
+            letter = dead_letter(entry.envelope, end.error, entry.failures, self._dead_letter_topic, self.topic)
         except Exception:  # headers that could not be mapped either
             return False
         if letter is None:

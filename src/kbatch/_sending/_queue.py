@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope, Trial
-    from kbatch._sending._retry import RetryPolicy
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Ended", "Entry", "ExpiredError", "Flight", "SendQueue"]
 
