@@ -618,8 +618,8 @@ MUTANTS = (
         "a producer whose last transaction has no known end takes a batch and refuses it",
         "HeldBatches.hold",
         "            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n"
-        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n"
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
         "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
         "            if refusal is not None:\n"
         "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",
@@ -773,8 +773,8 @@ MUTANTS = (
     Mutant(
         "an abort costs the innocent an attempt",
         "is_outage",
-        "return error.fatal or is_abort(error) or (",
-        "return error.fatal or (",
+        "return error.code in OUTAGE_CODES\n",
+        "return error.code in OUTAGE_CODES - {ABORTED_CODE}\n",
         "tests/unit/test_send_queue.py",
     ),
     Mutant(
@@ -787,7 +787,7 @@ MUTANTS = (
     Mutant(
         "the neighbours of an invalid record are given up",
         "",
-        "        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named\n",
+        "        INVALID_DIFFERENT_RECORD,  # by librdkafka, of those that the broker has not named\n",
         "",
         "tests/unit/test_send_queue.py",
     ),
