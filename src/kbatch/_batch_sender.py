@@ -152,7 +152,7 @@ def send_answered(producer: Producer, topic: str | None, answer: Answer) -> Told
 
 def answer_report(report: DeliveryReport) -> Told:
     """The method of a `SenderCallback` that answers a batch that has settled, and what it is told."""
-    error = report.error()
+    error = report.exception()
     if error is None:
         return "mark_successful", report
     if isinstance(error, UnknownTopicError):

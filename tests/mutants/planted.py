@@ -115,7 +115,7 @@ MUTANTS = (
     ),
     Mutant(
         "what librdkafka calls not persisted is raised by a transaction of unknown end",
-        "Core.conclude",
+        "HeldBatches.conclude",
         "                if not unknown and outcome.state == FAILED:\n"
         "                    outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED",
         "                if outcome.state == FAILED:\n                    outcome.persistence = (\n"
@@ -263,7 +263,7 @@ MUTANTS = (
     ),
     Mutant(
         "a rejected envelope may have been stored",
-        "Core.conclude",
+        "HeldBatches.conclude",
         "                if outcome.error == RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION:\n",
         "                if False:\n",
         "tests/mock/test_rejected_report.py",
@@ -602,11 +602,11 @@ MUTANTS = (
     ),
     Mutant(
         "a producer whose last transaction has no known end takes a batch and refuses it",
-        "Core.hold",
-        "            if refusal is not None:\n                look_for_fatal(c)\n                self._check_fatal()\n"
-        "                raise refusal\n            self._take(batch, deadline_after(timeout), waker, None)\n",
-        "            self._take(batch, deadline_after(timeout), waker, None)\n            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self._check_fatal()\n                raise refusal\n",
+        "HeldBatches.hold",
+        "            if refusal is not None:\n                look_for_fatal(c)\n                self.core._check_fatal()\n"
+        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n            if refusal is not None:\n"
+        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions_interrupted.py",
     ),
     # -- what is taken, and what it is sent as

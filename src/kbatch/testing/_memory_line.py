@@ -25,7 +25,7 @@ _TIMED_OUT_QUEUE = -166
 _PURGE_QUEUE = -152
 _PURGE_INFLIGHT = -151
 
-# A topic's share of the room, as `client.pxi` gives it.
+# A topic's share of the room, as `line.pxi` gives it.
 SHARE = 4
 _ALWAYS = 64
 _MOST_ALWAYS = 128
