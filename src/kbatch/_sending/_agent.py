@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._callbacks import call_fault, callback_name, loops_own, refuse_coroutine
+from kbatch._codes import TIMED_OUT
 from kbatch._errors import (
     BatchInterruptedError,
     CircuitOpenError,
@@ -94,7 +95,6 @@ _HURRY_S = 1.0  # while closing, the most between two attempts and two probes
 _REMIND_EVERY_S = 60.0
 _WITH_THE_LAST = sys.maxsize  # a number that no envelope reaches
 _LOOK_AT_CLOCK_S = 30.0  # time since 1970 may jump
-_UNKNOWN = -185  # _TIMED_OUT: what is told of an envelope that was still in flight at the end
 _LAST_WORDS_S = 1.0  # for callbacks, after the deadline of closing
 _OVER = -1.0
 
@@ -208,7 +208,7 @@ class BaseSendingAgent:
         return self._circuit.state
 
     @property
-    def failed(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
+    def recent_failures(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
         """The last 1,000 envelopes that were given up and the reasons, the oldest first, unless ``on_failed`` took
         them; fewer if they hold more than 16 MiB."""
         return tuple(self._kept)
@@ -831,7 +831,7 @@ class BaseSendingAgent:
         for flight in queue.flights():
             self._abandoned.add(flight)
             failures = [
-                (index, DeliveryError(_UNKNOWN, possibly_persisted=True)) for index in range(len(flight.envelopes))
+                (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]
             queue.settled(flight, failures, monotonic(), again=False)
 
@@ -905,7 +905,7 @@ class BaseSendingAgent:
                 self._call_back(self._on_failed, end.entry.envelope, end.error)
             except BaseException as error:  # also a sys.exit(): the others are to be told
                 self._keep_failure(end.entry.envelope, end.error)
-                text = "on_failed failed: %s; agent.failed keeps envelope %s, which was given up: %s"
+                text = "on_failed failed: %s; agent.recent_failures keeps envelope %s, which was given up: %s"
                 name = callback_name(self._on_failed)
                 self._log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
@@ -1035,8 +1035,8 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
             ``delivery.timeout.ms`` to learn of an outage: that may store copies, as README says under "Duplicates".
         on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
             wait for its sender: until it has ended, ``flush``, ``drain`` and ``close`` raise `SenderError` there, and
-            in tasks and threads to which its context was copied. By default an error is logged, and `failed` holds the
-            last 1,000.
+            in tasks and threads to which its context was copied. By default an error is logged, and
+            `recent_failures` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
             sender is closed.
@@ -1112,7 +1112,7 @@ def _expired_but_perhaps_stored(flight: Flight, report: DeliveryReport) -> list[
     if entries is None or report.acked + report.failed == len(report):
         return []
     reason = "deliver_by has passed; an earlier attempt may have been stored"
-    return [(index, ExpiredError(reason)) for index in report.expired if entries[index].possibly_persisted]
+    return [(index, ExpiredError(reason)) for index in report.expired_indices if entries[index].possibly_persisted]
 
 
 def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
