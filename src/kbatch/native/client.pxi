@@ -88,6 +88,7 @@ cdef struct Client:
     int recycles            # const: header lists are used again
     ListPool *lists         # owned; of whoever has the turn, or under `mu` when nobody enqueues
     HeaderList *returned    # owned; lists that reports have given back
+    int64_t returned_bytes
     int64_t lists_used_ns   # when the last one was taken; of whoever has the turn
     Pool pool               # with a lock of its own; handles of its topics are destroyed with rk
     # counters for stats()

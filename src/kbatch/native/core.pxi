@@ -664,9 +664,9 @@ cdef class Core:
         self._check_fork()
         kb_mutex_lock(&c.mu)
         acked, failed, enqueue_ns = c.acked, c.failed, c.enqueue_ns
-        lists = 0
+        lists = c.returned_bytes
         if c.lists != NULL:
-            lists = <int64_t> sizeof(ListPool) + KB_LOAD64(&c.lists.pooled_bytes)
+            lists += <int64_t> sizeof(ListPool) + KB_LOAD64(&c.lists.pooled_bytes)
         kb_mutex_unlock(&c.mu)
         pooled = pool_bytes(&c.pool) + lists
         if self.mapper is not None:

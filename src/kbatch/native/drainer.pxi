@@ -64,7 +64,7 @@ cdef void drainer_main(void *arg) noexcept nogil:
             idle_ns = c.lists_used_ns + LISTS_IDLE - now
             if idle_ns <= 0:
                 pool, returned = c.lists, c.returned
-                c.lists, c.returned = NULL, NULL
+                c.lists, c.returned, c.returned_bytes = NULL, NULL, 0
                 kb_mutex_unlock(&c.mu)
                 free_pool(pool, returned)
                 kb_mutex_lock(&c.mu)

@@ -279,6 +279,7 @@ cdef void collect_lists(Client *c, int64_t now) noexcept nogil:
     kb_mutex_lock(&c.mu)
     held = c.returned
     c.returned = NULL
+    c.returned_bytes = 0
     kb_mutex_unlock(&c.mu)
     c.lists_used_ns = now
     while held != NULL:

@@ -115,7 +115,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     cdef BatchState *waking[16]   # batches that ran down to zero in this event
     cdef Topic *topic = NULL      # of the run
     cdef Topic *own
-    cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0
+    cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0, list_bytes = 0
     cdef int i, n, ran_down = 0
     cdef Outcome *outcome
     cdef HeaderList *held
@@ -133,6 +133,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                 held = <HeaderList *> <size_t> (outcome.offset - 1)
                 own = held.topic
                 detach_list(message, held)
+                list_bytes += held.shape.list_bytes
                 held.next = NULL
                 if last == NULL:
                     first = held
@@ -185,6 +186,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     if last != NULL:
         last.next = c.returned
         c.returned = first
+        c.returned_bytes += list_bytes
     KB_ADD64(&c.in_flight, -total)  # with the lists: without messages in flight there is no list that has no owner
     KB_ADD64(&c.bytes, -bytes)
     KB_ADD64(&c.reports, 1)
