@@ -11,7 +11,7 @@ from typing_extensions import Buffer, Self, TypeVar, disjoint_base
 
 from kbatch._contract import OutgoingBatch, SenderCallback
 from kbatch._errors import KbatchError, NotYetDueError, SerializationError
-from kbatch._wire import HeadersLike, WireFormat
+from kbatch._wire import ConsumedRecord, HeadersLike, RecordFields, WireFormat, WireReader
 from kbatch.aio._contract import SenderCallback as AioSenderCallback
 
 # Without an argument, Envelope means Envelope[Any].
@@ -281,6 +281,8 @@ class Batch:
     def _look(self, report: _R = ...) -> _R: ...
     def _wait_no_longer(self) -> None: ...
     def _unlook(self) -> None: ...
+
+def read_envelope(record: ConsumedRecord | RecordFields, *, wire: str | WireReader = "kbatch") -> Envelope[Any]: ...
 
 # (topic, partition, timestamp, key, value, headers)
 _MappedRecord: TypeAlias = tuple[str, int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]]]

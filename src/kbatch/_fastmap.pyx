@@ -12,11 +12,13 @@ import collections
 import contextvars
 import datetime
 import functools
+import hashlib
 import inspect
 import logging
 import os
 import re
 import threading
+import typing
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -30,6 +32,7 @@ from kbatch._errors import (
     BatchError,
     BatchInterruptedError,
     ConfigError,
+    DeserializationError,
     ForkError,
     NotYetDueError,
     ProducerClosedError,
@@ -76,6 +79,7 @@ cdef extern from *:
     int raise_pending "kb_raise_pending"() except -1
     Py_ssize_t PY_SSIZE_T_MAX
     object PyUnicode_FromObject(object text)  # an exact str
+    object PyUnicode_DecodeUTF8(const char *text, Py_ssize_t length, const char *errors)
     int PyUnicode_CompareWithASCIIString(object text, const char *ascii) noexcept
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
@@ -88,6 +92,7 @@ include "native/envelope.pxi"
 include "native/batch.pxi"
 include "native/wire.pxi"
 include "native/map.pxi"
+include "native/read.pxi"
 include "native/client.pxi"
 include "native/resolver.pxi"
 include "native/calls.pxi"

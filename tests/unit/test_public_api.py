@@ -27,7 +27,7 @@ LAYERS = [
     {"_callbacks"},
     {"_fastmap"},
     {"_report", "_wire", "_config", "_loop", "_exit"},
-    {"_pending", "_events", "_read"},
+    {"_pending", "_events"},
     {"_transactions"},
     {"_base_producer"},
     {"_producer", "_contract"},
