@@ -22,7 +22,8 @@ STAMPS := $(VENV)/.kbatch
 JOBS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 
 CYTHON_SOURCES := $(shell find src -name '*.pyx' -o -name '*.pxd' -o -name '*.pxi')
-PYTHON_SOURCES := setup.py src $(wildcard tests benchmarks examples tools)
+PYTHON_SOURCES := setup.py noxfile.py src $(wildcard tests benchmarks examples tools)
+COMPILED := $(subst /,.,$(patsubst src/%.pyx,%,$(filter %.pyx,$(CYTHON_SOURCES))))
 C_SOURCES := $(shell find src -name '*.h')
 # Cython's and setuptools' own time stamps do not see a change of these.
 FORCING := $(C_SOURCES) setup.py
@@ -30,7 +31,7 @@ FORCING := $(C_SOURCES) setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # setup.py's switches: whoever measures or tests must not do it on a leftover of these by accident.
-unexport DEBUG SANITIZE COVERAGE ANNOTATE
+unexport DEBUG SANITIZE COVERAGE ANNOTATE QUICK
 
 .PHONY: help
 help: ## List the targets
@@ -137,12 +138,12 @@ format: build $(STAMPS)/lint-group ## Let ruff mend what it can
 	$(BIN)/ruff format $(PYTHON_SOURCES)
 
 .PHONY: types
-types: build $(STAMPS)/lint-group $(STAMPS)/test-group $(STAMPS)/bench-group ## mypy --strict: package, benchmarks, tests/typing
-	$(BIN)/mypy --strict src/kbatch src/pytest_kbatch.py benchmarks tools $(wildcard tests/typing/*.py)
+types: build $(STAMPS)/lint-group $(STAMPS)/test-group $(STAMPS)/bench-group $(STAMPS)/build-group ## mypy --strict: package, benchmarks, tests/typing
+	$(BIN)/mypy --strict src/kbatch src/pytest_kbatch.py benchmarks tools noxfile.py $(wildcard tests/typing/*.py)
 
 .PHONY: stubtest
 stubtest: build $(STAMPS)/lint-group $(STAMPS)/test-group ## The .pyi files against the compiled modules
-	$(BIN)/python -m mypy.stubtest kbatch._fastmap kbatch._librdkafka kbatch.testing._mock --allowlist tests/typing/stubtest_allowlist.txt --ignore-unused-allowlist
+	$(BIN)/python -m mypy.stubtest $(COMPILED) --allowlist tests/typing/stubtest_allowlist.txt --ignore-unused-allowlist
 
 # --- builds of their own, each in its own environment, from a copy of the sources -----------------------------------
 
@@ -158,8 +159,7 @@ $(ASAN_VENV)/.kbatch/installed: $(ASAN_VENV)/.kbatch/venv $(CYTHON_SOURCES) $(FO
 	$(ASAN_VENV)/bin/python -m pip install --quiet --require-hashes $(foreach group,compile run test,-r requirements/$(group).txt)
 	rm -rf $(ASAN_TREE) && mkdir -p $(ASAN_TREE)
 	cp -R pyproject.toml setup.py README.md LICENSE src $(ASAN_TREE)/
-	find $(ASAN_TREE) \( -name '*.so' -o -name '*.egg-info' -o -name __pycache__ \) -prune -exec rm -rf {} +
-	rm -f $(ASAN_TREE)/src/kbatch/*.c $(ASAN_TREE)/src/kbatch/testing/*.c
+	find $(ASAN_TREE) \( -name '*.so' -o -name '*.egg-info' -o -name __pycache__ -o -name '*.c' \) -prune -exec rm -rf {} +
 	SANITIZE=1 $(ASAN_VENV)/bin/python -m pip install --quiet --no-index --no-build-isolation './$(ASAN_TREE)[cli]'
 	@touch $@
 
@@ -187,8 +187,8 @@ build/tsan/compiled: SWITCHES := SANITIZE=thread
 memory: build/debug/compiled ## Let each allocation fail in turn, ours and Python's, on a debug build
 	PYTHONPATH=build/debug/src $(BIN)/python -m pytest tests/memory $(ARGS)
 
-LEAK_TESTS := tests/memory/test_native.py \
-	tests/mock/test_send.py::test_sending_leaks_nothing "tests/mock/test_send.py::test_the_error_path_leaks_nothing[kbatch-25]"
+LEAK_TESTS := tests/memory/test_native_allocations.py \
+	tests/mock/test_stored_records.py::test_sending_leaks_nothing "tests/mock/test_stored_records.py::test_the_error_path_leaks_nothing[kbatch-25]"
 
 # What is uninitialised is not looked for: CPython's own strings and its parser would drown it.
 .PHONY: valgrind
@@ -221,13 +221,12 @@ lock: $(STAMPS)/lock-group ## Renew requirements/: versions and hashes of what i
 	cp build/lock/*.txt requirements/
 
 .PHONY: wheel
-wheel: $(STAMPS)/build-group ## sdist, and for each CPython here a wheel, checked, installed, tested (10 minutes each; ARGS="--tests unit": 3 in all)
-	$(BIN)/python -m tools.wheels $(ARGS)
+wheel: $(STAMPS)/build-group ## sdist, and for each CPython here a wheel, checked, installed, tested (10 minutes each; TESTS=tests/unit: 8 in all)
+	$(BIN)/nox --parallel $(if $(TESTS),$(JOBS),1) $(ARGS) -- $(TESTS)
 
 .PHONY: clean
 clean: ## Remove everything that was made
-	rm -rf .venv .venv-asan build dist wheelhouse src/*.egg-info
+	rm -rf .venv .venv-asan .nox build dist wheelhouse src/*.egg-info
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .benchmarks benchmarks/build
-	rm -f src/kbatch/*.so src/kbatch/*.c src/kbatch/*.html
-	rm -f src/kbatch/testing/*.so src/kbatch/testing/*.c src/kbatch/testing/*.html
+	find src \( -name '*.so' -o -name '*.c' -o -name '*.html' \) -delete
 	find $(wildcard src tests benchmarks tools) -name __pycache__ -prune -exec rm -rf {} +

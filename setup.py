@@ -37,20 +37,19 @@ if (DEBUG or SANITIZE) and sys.platform != "win32":
     macros += [("KBATCH_FAULTS", "1")]
 
 
-def extension(name: str) -> Extension:
-    return Extension(
-        name,
-        [f"src/{name.replace('.', '/')}.pyx"],
-        include_dirs=["src/kbatch/native"],
-        define_macros=macros,
-        extra_compile_args=compile_args,
-        extra_link_args=link_args,
-    )
-
+# Each .pyx is a module; Cython names it by its packages.
+extension = Extension(
+    "*",
+    ["src/**/*.pyx"],
+    include_dirs=["src/kbatch/native"],
+    define_macros=macros,
+    extra_compile_args=compile_args,
+    extra_link_args=link_args,
+)
 
 setup(
     ext_modules=cythonize(
-        [extension(name) for name in ("kbatch._librdkafka", "kbatch._fastmap", "kbatch.testing._mock")],
+        [extension],
         include_path=["src"],
         force=DEBUG or SANITIZE or COVERAGE,
         annotate=switched_on("ANNOTATE"),

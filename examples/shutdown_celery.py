@@ -17,9 +17,7 @@ import kbatch
 
 app = Celery("events", broker=os.environ["CELERY_BROKER"])
 app.conf.broker_transport_options = json.loads(os.environ.get("CELERY_BROKER_OPTIONS", "{}"))
-topic = kbatch.KafkaTopic(
-    "events", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]}
-)
+topic = kbatch.KafkaTopic("events", kbatch.SenderMode.BUFFERED, config={"bootstrap.servers": os.environ["KAFKA"]})
 log = get_task_logger(__name__)
 sender = None
 

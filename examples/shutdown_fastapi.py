@@ -15,7 +15,7 @@ from fastapi import FastAPI, HTTPException, Request
 import kbatch
 from kbatch import aio
 
-topic = aio.KafkaTopic("events", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]})
+topic = aio.KafkaTopic("events", kbatch.SenderMode.BUFFERED, config={"bootstrap.servers": os.environ["KAFKA"]})
 log = logging.getLogger("uvicorn.error")
 
 

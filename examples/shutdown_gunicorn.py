@@ -11,9 +11,7 @@ import os
 
 import kbatch
 
-topic = kbatch.KafkaTopic(
-    "events", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]}
-)
+topic = kbatch.KafkaTopic("events", kbatch.SenderMode.BUFFERED, config={"bootstrap.servers": os.environ["KAFKA"]})
 sender = topic.create_sender()
 
 

@@ -13,9 +13,7 @@ import sys
 
 import kbatch
 
-topic = kbatch.KafkaTopic(
-    "events", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": os.environ["KAFKA"]}
-)
+topic = kbatch.KafkaTopic("events", kbatch.SenderMode.BUFFERED, config={"bootstrap.servers": os.environ["KAFKA"]})
 logging.basicConfig(level=logging.INFO)
 log = logging.getLogger("worker")
 

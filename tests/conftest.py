@@ -65,15 +65,14 @@ IN_CHECKOUT = (HERE.parent / "src").exists()
 NEED_THE_CHECKOUT = [
     "mock/test_migration.py",
     "mock/test_readme.py",
-    "mock/test_shutdown.py",
+    "mock/test_shutdown_page.py",
     "mock/test_testing_page.py",
-    "unit/test_benchmarks.py",
+    "unit/test_benchmark_figures.py",
     "unit/test_binding.py",
-    "unit/test_compare.py",
+    "unit/test_benchmark_comparison.py",
     "unit/test_mutants.py",
     "unit/test_project.py",
     "unit/test_promises.py",
-    "unit/test_wheels.py",
 ]
 
 
@@ -94,8 +93,8 @@ def pytest_report_header() -> list[str]:
 
 # Only a debug build can let its allocations fail: `make memory`.
 collect_ignore = [] if hasattr(ctypes.PyDLL(_fastmap.__file__), "kb_fail_allocation") and not SLOW_BUILD else ["memory"]
-if not IN_CHECKOUT:
-    collect_ignore += NEED_THE_CHECKOUT
+# Tests of what an installed wheel holds are for wheels, those of the sources for a checkout.
+collect_ignore += ["unit/test_installed.py"] if IN_CHECKOUT else NEED_THE_CHECKOUT
 
 
 @pytest.fixture(autouse=True)

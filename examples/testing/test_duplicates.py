@@ -21,7 +21,7 @@ class Account:
 def test_a_payment_that_comes_twice_is_booked_once():
     producer = MemoryProducer()
     producer.fail("REQUEST_TIMED_OUT", possibly_persisted=True)  # it is stored, and the answer is lost
-    payments = kbatch.KafkaTopic("payments", mode=kbatch.SenderMode.BUFFERED, producer=producer)
+    payments = kbatch.KafkaTopic("payments", kbatch.SenderMode.BUFFERED, producer=producer)
     with payments.create_sender() as sender:
         sender.send(kbatch.Envelope({"amount": 40}))  # the sender sends it again
         assert sender.flush() == 0

@@ -16,6 +16,6 @@ def test_an_outage_longer_than_delivery_timeout_ms():
     producer = MemoryProducer()
     producer.down(timeout=0)  # the time-out comes at once
     report = producer.send_batch("orders", [kbatch.Envelope({"id": 1})])
-    assert isinstance(report.error(), kbatch.BatchTimeoutError)
+    assert isinstance(report.exception(), kbatch.BatchTimeoutError)
     producer.up()
     assert producer.send_batch("orders", [kbatch.Envelope({"id": 1})]).ok

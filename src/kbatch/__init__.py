@@ -7,7 +7,7 @@ with kbatch.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
     report.raise_for_errors()
 """
 
-from kbatch._contract import OutgoingBatch, SenderCallback, SenderProtocol
+from kbatch._batch_sender import KafkaSender, OutgoingBatch, SenderCallback, SenderProtocol
 from kbatch._errors import (
     BatchError,
     BatchInterruptedError,
@@ -36,13 +36,12 @@ from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._recovery._circuit import CircuitState
+from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport
-from kbatch._sender import KafkaSender
 from kbatch._sending._agent import SendingAgent
 from kbatch._sending._batched import BatchedSender
-from kbatch._sending._circuit import CircuitState
 from kbatch._sending._inline import InlineSender
-from kbatch._sending._retry import RetryPolicy
 from kbatch._sending._topic import KafkaTopic, SenderMode
 from kbatch._serialization import SerializationContext
 from kbatch._version import __version__

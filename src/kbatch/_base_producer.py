@@ -183,15 +183,21 @@ class BaseProducer:
         return self._core.records(batch)
 
     def _send_detached(
-        self, batch: PendingBatch, timeout: float | None = None, *, waker: Callable[[], object] | None = None
+        self,
+        batch: PendingBatch,
+        timeout: float | None = None,
+        *,
+        waker: Callable[[], object] | None = None,
+        enqueued: Callable[[], object] | None = None,
     ) -> None:
         """Sends what is mapped, from any thread: returns at once, and its answer will come.
 
         Raises as sending does; then there is no answer. `waker` is called at the end, unless this raises, on the thread
-        that wakes every event loop, so it must not block.
+        that wakes every event loop, so it must not block. So is `enqueued`, once nothing more of the batch is handed to
+        librdkafka; not in a transaction.
         """
         if self._transactions is None:
-            self._core.send_detached(batch, timeout, waker=waker)
+            self._core.send_detached(batch, timeout, waker=waker, enqueued=enqueued)
         else:
             self._transactions.send(batch, timeout, waker)
 

@@ -2,9 +2,10 @@
 """The hot path: envelopes become records (phase 1), records become messages of librdkafka (phase 2), delivery
 reports become outcomes, and whoever waits is woken once.
 
-The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``, ``map``, ``batch`` (who owns
-what), ``client`` (enqueue, count, wait, drain, without the GIL) and ``core`` (where Python meets the client).
-``accumulator`` stands before it all: single envelopes become batches.
+The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
+``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
+``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``accumulator`` stands before it all: single
+envelopes become batches.
 """
 
 import asyncio
@@ -89,15 +90,29 @@ cdef object _logger = logging.getLogger("kbatch")
 include "native/platform.pxi"
 include "native/text.pxi"
 include "native/envelope.pxi"
+include "native/gil.pxi"
+include "native/pool.pxi"
+include "native/record.pxi"
+include "native/outcomes.pxi"
 include "native/batch.pxi"
 include "native/wire.pxi"
 include "native/map.pxi"
 include "native/read.pxi"
 include "native/client.pxi"
+include "native/reports.pxi"
+include "native/waiting.pxi"
+include "native/line.pxi"
+include "native/enqueue.pxi"
+include "native/drainer.pxi"
 include "native/resolver.pxi"
 include "native/calls.pxi"
+include "native/wakeup.pxi"
 include "native/content.pxi"
 include "native/undelivered.pxi"
+include "native/config.pxi"
+include "native/oauth.pxi"
+include "native/held.pxi"
+include "native/dispatcher.pxi"
 include "native/core.pxi"
 include "native/accumulator.pxi"
 include "native/answer.pxi"

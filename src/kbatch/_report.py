@@ -105,13 +105,13 @@ class DeliveryReport:
         """Seconds from the start of enqueueing to the last outcome."""
         return self._latency_s
 
-    def error(self) -> BatchError | None:
-        """The failure of the batch as one error, its class by the kind of failure; ``None`` if there is none."""
+    def exception(self) -> BatchError | None:
+        """The failure of the batch as one error, its class by the kind of failure; ``None`` if no envelope failed."""
         if self.ok:
             return None
-        return self._error()
+        return self._make_exception()
 
-    def _error(self) -> BatchError:
+    def _make_exception(self) -> BatchError:
         codes = {error.code for error in self.errors.values()}
         aborted = ABORTED_CODE in codes
         if aborted:  # the cause is another's, and no transaction is aborted for what cannot be mapped
@@ -137,7 +137,7 @@ class DeliveryReport:
     def raise_for_errors(self) -> DeliveryReport:
         """Raises `BatchError` (or a subclass) if an envelope failed; else returns the report itself."""
         if self.failed:
-            raise self._error()  # no variable may hold it: it would hold itself by its traceback
+            raise self._make_exception()  # no variable may hold it: it would hold itself by its traceback
         return self
 
     def __reduce__(self) -> tuple[object, ...]:

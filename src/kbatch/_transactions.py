@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._errors import ABORTED_CODE, TransactionUnknownError
-from kbatch._fastmap import monotonic
+from kbatch._fastmap import HeldBatches, monotonic
 from kbatch._text import counted, printable
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["Transactions"]
 
 _logger = logging.getLogger("kbatch")
 
-_INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # Core.transaction_call
+_INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # HeldBatches.transaction_call
 
 # librdkafka goes on with a call that timed out, and the next one takes it up. With -1 a call may never end.
 _SLICE_MS = 500
@@ -50,7 +50,7 @@ class Transactions:
     """
 
     def __init__(self, core: Core, thread: CallbackThread, timeout_s: float) -> None:
-        self._core = core
+        self._held = HeldBatches(core)
         self._thread = thread
         self._timeout_s = timeout_s
         self._initialized = False
@@ -65,34 +65,34 @@ class Transactions:
         if self._undecided is not None:
             refusal = TransactionUnknownError(f"this producer can send no more: {self._undecided}; make a new one")
         try:
-            self._core.hold(batch, timeout, waker=waker, refusal=refusal)
+            self._held.hold(batch, timeout, waker=waker, refusal=refusal)
             self._thread.put(self._run, batch)
         except BaseException:
             # Ctrl-C may come when it is on hold and its thread has it, or will have it.
             if waker is not None:
                 batch._remove_waker(waker)
-            self._core.refuse_held(batch, _PURGE_QUEUE)
+            self._held.refuse_held(batch, _PURGE_QUEUE)
             raise
 
     def _run(self, batch: PendingBatch) -> None:
-        if not self._core.take_held(batch):
+        if not self._held.take_held(batch):
             return  # refused meanwhile
         try:
             self._transact(batch)
         except BaseException:
             # No memory; or Ctrl-C, if no thread was to be had and this is the main one.
             self._undecided = "its last transaction was interrupted"
-            self._core.end_held(batch)
+            self._held.end_held(batch)
             raise
 
     def _transact(self, batch: PendingBatch) -> None:
         code = self._begin(batch)
         if code:
-            self._core.give_up_held(batch, code)
-            self._core.conclude(batch, code)
+            self._held.give_up_held(batch, code)
+            self._held.conclude(batch, code)
             return
-        self._core.enqueue_held(batch)
-        if self._core.wait_for_outcome(batch):
+        self._held.enqueue_held(batch)
+        if self._held.wait_for_outcome(batch):
             self._commit(batch)
         else:
             self._abort(batch, ABORTED_CODE)
@@ -101,7 +101,7 @@ class Transactions:
         """0, or the code of why nothing of the batch can be sent."""
         if self._undecided is not None:
             return _PURGE_QUEUE
-        while not (refusal := self._core.refusal(batch)) and not self._initialized:
+        while not (refusal := self._held.refusal(batch)) and not self._initialized:
             error = self._call(_INIT)
             self._initialized = error is None
             if error is not None and not self._again(error):
@@ -114,11 +114,11 @@ class Transactions:
     def _commit(self, batch: PendingBatch) -> None:
         end = monotonic() + 2 * self._timeout_s
         asked = False
-        while not self._core.is_finishing():
+        while not self._held.is_finishing():
             asked = True
             error = self._call(_COMMIT)
             if error is None:
-                self._core.conclude(batch)
+                self._held.conclude(batch)
                 return
             if error.requires_abort:
                 _logger.warning("a transaction of %s is aborted: %s", counted(len(batch), "envelope"), error.text)
@@ -127,9 +127,9 @@ class Transactions:
             if not self._again(error) or monotonic() > end:
                 # It may have been committed, and only the answer is missing.
                 self._undecided = f"its last transaction was neither committed nor aborted ({error.text})"
-                self._core.conclude(batch, error.code, unknown=True)
+                self._held.conclude(batch, error.code, unknown=True)
                 return
-        self._core.conclude(batch, _PURGE_INFLIGHT, unknown=asked)
+        self._held.conclude(batch, _PURGE_INFLIGHT, unknown=asked)
 
     def _abort(self, batch: PendingBatch, code: int, *, asked: bool = False) -> None:
         """Ends the transaction without its batch. If that fails, the coordinator does it when it times out.
@@ -138,7 +138,7 @@ class Transactions:
         """
         end = monotonic() + 2 * self._timeout_s
         aborted = False
-        while not self._core.is_finishing():
+        while not self._held.is_finishing():
             error = self._call(_ABORT)
             if error is None:
                 aborted = True
@@ -149,11 +149,11 @@ class Transactions:
                 if error.fatal:
                     code = error.code
                 break
-        self._core.wait_until_settled(batch)
-        self._core.conclude(batch, code, unknown=asked and not aborted)
+        self._held.wait_until_settled(batch)
+        self._held.conclude(batch, code, unknown=asked and not aborted)
 
     def _call(self, call: int) -> _Error | None:
-        error = self._core.transaction_call(call, _SLICE_MS)
+        error = self._held.transaction_call(call, _SLICE_MS)
         return None if error is None else _Error(*error)._replace(text=printable(error[1]))
 
     def _again(self, error: _Error, also: bool = False) -> bool:

@@ -41,20 +41,22 @@ def main(settings: str, topic: str, step: str, first: int, count: int) -> None:
         if current == first + 1 and step == "answer":
             die()
 
-    class Core:
-        """The core, but for its enqueueing."""
+    held = transactions._held
+
+    class Held:
+        """The batches on hold, but for their enqueueing."""
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(producer._core, name)
+            return getattr(held, name)
 
         def wait_for_outcome(self, batch: Any) -> bool:
             if current == first + 1 and step == "enqueue":
                 die()
-            return producer._core.wait_for_outcome(batch)
+            return held.wait_for_outcome(batch)
 
     Transactions._call = dying_call  # type: ignore[method-assign]
     Transactions._run = dying_run  # type: ignore[method-assign]
-    transactions._core = Core()  # type: ignore[assignment]
+    transactions._held = Held()  # type: ignore[assignment]
     for current in range(first, first + count):
         size = 1 + current % 7 * 40
         report = producer.send_batch(

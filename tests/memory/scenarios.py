@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
-from kbatch._fastmap import Accumulator, pinned_buffers
+from kbatch._fastmap import Accumulator, pinned_buffers, set_oauth_token
 from kbatch._pending import PendingBatch
 from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
@@ -342,7 +342,7 @@ def waiting(world: World) -> Step:
 
     def step(attempt: Attempt) -> None:
         pending = producer.submit(TOPIC, world.batch())
-        got = checked(attempt(lambda: (pending.wait(30), pending.report.error(), repr(pending.report))))
+        got = checked(attempt(lambda: (pending.wait(30), pending.report.exception(), repr(pending.report))))
         report = pending.wait(30)
         assert got.error is not None or got.value[0] is report
         assert (report.acked, len(report.offsets), report.errors) == (3, 3, {})
@@ -466,7 +466,7 @@ def reporting(world: World) -> Step:
 
     def use() -> Any:
         report = producer.send_batch(TOPIC, [Envelope(1, partition=9), Envelope(2, partition=9)])
-        error = report.error()
+        error = report.exception()
         return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired
 
     def step(attempt: Attempt) -> None:
@@ -985,8 +985,8 @@ def setting_a_token(world: World) -> Step:
 
     def step(attempt: Attempt) -> None:
         answer = ("token", time.time() + 3600, "me", {"a": "b", "c": "d"})
-        checked(attempt(lambda: producer._core.set_oauth_token(answer)))
-        producer._core.set_oauth_token(answer)
+        checked(attempt(lambda: set_oauth_token(producer._core, answer)))
+        set_oauth_token(producer._core, answer)
 
     return step
 

@@ -19,7 +19,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import LoopWaker
-from kbatch.testing import ApiKey, MockCluster
+from kbatch.testing import AioMemoryProducer, ApiKey, MemoryProducer, MockCluster
 
 from ..waiting import until
 from .clients import end_offsets, read_back
@@ -216,6 +216,22 @@ def test_a_timeout_bounds_the_wait_only(cluster: MockCluster) -> None:
 
     asyncio.run(main())
     assert stored(cluster) == list(range(7))
+
+
+@pytest.mark.parametrize("memory", [False, True], ids=["librdkafka", "memory"])
+def test_no_time_at_all_is_told_as_by_threads(cluster: MockCluster, memory: bool) -> None:
+    blocking = MemoryProducer() if memory else kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers})
+    with blocking:
+        expected = blocking.send_batch(TOPIC, envelopes(range(3)), timeout=0)
+
+    async def main() -> kbatch.DeliveryReport:
+        async with AioMemoryProducer() if memory else make_producer(cluster) as producer:
+            return await producer.send_batch(TOPIC, envelopes(range(3)), timeout=0)
+
+    report = asyncio.run(main())
+    assert {error.name for error in report.errors.values()} == {"_TIMED_OUT_QUEUE"}
+    assert report.errors.keys() == expected.errors.keys() == {0, 1, 2}
+    assert {error.code for error in report.errors.values()} == {error.code for error in expected.errors.values()}
 
 
 def test_a_fatal_error_is_raised(cluster: MockCluster) -> None:
@@ -806,10 +822,7 @@ def test_a_batch_behind_one_that_waits_is_given_up_before_its_turn(cluster: Mock
                     await asyncio.sleep(0.001)
                 sender = aio.KafkaSender(producer, TOPIC)
                 task = asyncio.create_task(sender.send_batch(recorder, OutgoingBatch(envelopes(range(50, 55)))))
-                try:
-                    report = await producer.send_batch(TOPIC, envelopes(range(55, 60)), timeout=0.05)
-                except kbatch.BatchPendingError as error:
-                    report = await asyncio.wait_for(error.pending, 30)  # type: ignore[arg-type]
+                report = await producer.send_batch(TOPIC, envelopes(range(55, 60)), timeout=0.05)
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task

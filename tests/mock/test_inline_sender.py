@@ -488,7 +488,7 @@ def test_what_a_successor_had_in_flight_is_told(kind: Any, cluster: MockCluster,
 def test_what_a_send_had_no_time_to_tell_is_told_by_the_end(kind: Any, cluster: MockCluster) -> None:
     topics: Any = kbatch.KafkaTopic if isinstance(kind, Blocking) else aio.KafkaTopic
     config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
-    topic = topics(TOPIC, mode=kbatch.SenderMode.INLINE, producer=config, close_timeout_s=0.0)
+    topic = topics(TOPIC, mode=kbatch.SenderMode.INLINE, config=config, close_timeout_s=0.0)
     cluster.set_broker_down(1)
     sender = topic.create_sender()
     with pytest.raises(kbatch.BatchPendingError):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch._fastmap import pinned_buffers
+from kbatch._fastmap import pinned_buffers, set_oauth_token
 from kbatch.testing import MockCluster
 
 from .clients import read
@@ -522,7 +522,7 @@ def test_a_token_that_is_no_text_does_not_keep_librdkafka_alive(dark_cluster: Mo
     producer.submit("orders", envelopes(1), callback=lambda report: None)
     for broken in (None, "\ud800"):
         with pytest.raises((TypeError, ValueError)):
-            producer._core.set_oauth_token((broken, 0.0))
+            set_oauth_token(producer._core, (broken, 0.0))
     producer.close(timeout=0.1)
     until(lambda: len(os.listdir("/proc/self/task")) <= before, "the end of librdkafka's threads")
 

@@ -34,7 +34,7 @@ from .clients import Stored, read_back
 from .test_servers import server
 
 ROOT = Path(__file__).parents[2]
-ON_KAFKA = Path(__file__).parents[1] / "kafka" / "test_transactions.py"
+ON_KAFKA = Path(__file__).parents[1] / "kafka" / "test_transactions_on_kafka.py"
 PAIRS = ROOT / "examples" / "migration"
 PAGE = (ROOT / "docs" / "migrate-from-confluent-kafka.md").read_text(encoding="utf-8")
 

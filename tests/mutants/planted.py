@@ -8,7 +8,7 @@ class Mutant(NamedTuple):
     where: str  # the function, as `places.find` takes it; "" is the top of a file
     old: str  # once in the functions of this name
     new: str
-    tests: str = "tests/mock/test_send.py"  # the ones that run first; the whole suite follows
+    tests: str = "tests/mock/test_stored_records.py"  # the ones that run first; the whole suite follows
 
 
 MUTANTS = (
@@ -18,7 +18,7 @@ MUTANTS = (
         "handle_reports",
         "if message.err == RD_KAFKA_RESP_ERR_NO_ERROR and outcome.persistence == RD_KAFKA_MSG_STATUS_PERSISTED:",
         "if message.err >= RD_KAFKA_RESP_ERR_NO_ERROR:",
-        "tests/mock/test_contract.py",
+        "tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
         "the first acknowledgement of an event is skipped",
@@ -41,7 +41,7 @@ MUTANTS = (
         "outcome.persistence = persistence(c, message, outcome.batch.started_ns)",
         "outcome.persistence = <uint8_t> (\n"
         "                RD_KAFKA_MSG_STATUS_NOT_PERSISTED if message.err else api.message_status(message))",
-        "tests/mock/test_contract.py",
+        "tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
         "what nobody has acknowledged counts as stored",
@@ -104,24 +104,24 @@ MUTANTS = (
         "_choose_tokens",
         '        _set(native, "enable_sasl_queue", "true")\n',
         "        pass\n",
-        "tests/unit/test_event_callbacks.py",
+        "tests/unit/test_event_callback_thread.py",
     ),
     Mutant(
         "events that nobody asked for are passed on",
         "poll_once",
         "    if not kind & c.events:  #",
         "    if kind < 0:  #",
-        "tests/unit/test_event_callbacks.py",
+        "tests/unit/test_event_callback_thread.py",
     ),
     Mutant(
         "what librdkafka calls not persisted is raised by a transaction of unknown end",
-        "Core.conclude",
+        "HeldBatches.conclude",
         "                if not unknown and outcome.state == FAILED:\n"
         "                    outcome.persistence = RD_KAFKA_MSG_STATUS_NOT_PERSISTED",
         "                if outcome.state == FAILED:\n                    outcome.persistence = (\n"
         "                        RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED\n"
         "                        if unknown else RD_KAFKA_MSG_STATUS_NOT_PERSISTED)",
-        "tests/mock/test_transactions.py",
+        "tests/mock/test_transactions_interrupted.py",
     ),
     Mutant(
         "librdkafka's status is believed after a former leader's answer",
@@ -164,56 +164,56 @@ MUTANTS = (
         "enqueue_slice",
         "            batch.queue_full, batch.full_at = 1, seen\n",
         "            batch.queue_full, batch.full_at = 1, seen\n            i += 1\n",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "detached batches of a topic do not keep their order",
         "join_line",
         "            batch.behind += 1\n",
         "            pass\n",
-        "tests/mock/test_line.py tests/mock/test_detached.py",
+        "tests/mock/test_waiting_line.py tests/mock/test_detached.py",
     ),
     Mutant(
         "back-pressure is not applied",
         "share_left",
         "SHARE * (whole - used) - own) // (SHARE + 1), always - own)",
         "SHARE * (1000 * whole - used) - own) // (SHARE + 1), always - own)",
-        "tests/mock/test_line.py tests/mock/test_lifecycle.py",
+        "tests/mock/test_waiting_line.py tests/mock/test_lifecycle.py",
     ),
     Mutant(
         "a batch without room keeps the others from their turn",
         "pass_turn",
         "    while batch != NULL and not (batch.ready and has_room(c, batch)):\n        batch = batch.next_in_line\n",
         "    if not (batch.ready and has_room(c, batch)):\n        batch = NULL\n",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "a long batch keeps its turn",
         "enqueue_slice",
         "if i != batch.next and others_stand_in_line(c) and (",
         "if i < 0 and (",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "a long batch is mapped in one go",
         "Core.map",
         "            offer_gil(&offered_ns)\n\n    def begin_mapping",
         "            pass\n\n    def begin_mapping",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "one topic takes all of the room",
         "share_left",
         "SHARE * (whole - used) - own) // (SHARE + 1), always - own)",
         "whole - used), always - own)",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "the time in line does not count in the longest time",
         "BaseProducer.max_delivery_s",
         "2 * parsed.delivery_timeout_s",
         "parsed.delivery_timeout_s",
-        "tests/unit/test_config.py tests/mock/test_line.py",
+        "tests/unit/test_config.py tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "a record's last header is dropped",
@@ -232,7 +232,7 @@ MUTANTS = (
         "enqueue_slice",
         "                drop_headers(vus[6].u.headers)  # still ours",
         "                pass  # still ours",
-        "tests/mock/test_send.py -k leak",
+        "tests/mock/test_stored_records.py -k leak",
     ),
     Mutant(
         "an expired envelope is sent",
@@ -245,42 +245,42 @@ MUTANTS = (
         "enqueue_slice",
         "            failed += settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)",
         "            settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)",
-        "tests/mock/test_rejected.py",
+        "tests/mock/test_rejected_report.py",
     ),
     Mutant(
         "a rejected envelope aborts its transaction",
         "enqueue_slice",
         "        if refused:\n",
         "        if failed:\n",
-        "tests/mock/test_rejected.py",
+        "tests/mock/test_rejected_report.py",
     ),
     Mutant(
         "a rejected envelope is told what became of the others",
         "settle_unsent",
         "    elif record.flags & RECORD_REJECTED:\n",
         "    elif False:\n",
-        "tests/mock/test_rejected.py",
+        "tests/mock/test_rejected_report.py",
     ),
     Mutant(
         "a rejected envelope may have been stored",
-        "Core.conclude",
+        "HeldBatches.conclude",
         "                if outcome.error == RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION:\n",
         "                if False:\n",
-        "tests/mock/test_rejected.py",
+        "tests/mock/test_rejected_report.py",
     ),
     Mutant(
         "what a rejected envelope kept is given back while others point at it",
         "_Mapping._map_or_reject",
         "        self.last_type = None  # its name may be among the following\n",
         "",
-        "tests/unit/test_rejected.py",
+        "tests/unit/test_rejected_in_mapping.py",
     ),
     Mutant(
         "what a rejected envelope took of the batch's memory stays",
         "_Mapping._map_or_reject",
         "        arena_rewind(self.client, &state.bodies, bodies, bodies_used)\n",
         "",
-        "tests/unit/test_rejected.py",
+        "tests/unit/test_rejected_in_mapping.py",
     ),
     Mutant(
         "two mappings share the encoder's buffer",
@@ -331,7 +331,7 @@ MUTANTS = (
         "arena_rewind",
         "        while oldest.next != block:\n            oldest = oldest.next\n        oldest.next = NULL\n",
         "        while oldest.next != NULL:\n            oldest = oldest.next\n",
-        "tests/unit/test_rejected.py",
+        "tests/unit/test_rejected_in_mapping.py",
     ),
     Mutant(
         "an expired envelope stays counted as waiting",
@@ -435,7 +435,7 @@ MUTANTS = (
         "Arrivals.resolve",
         "            over = waker is last\n",
         "            over = True\n",
-        "tests/unit/test_loop.py",
+        "tests/unit/test_from_threads_to_a_loop.py",
     ),
     Mutant(
         "what waits is forgotten when closing begins while the thread is at work",
@@ -449,7 +449,7 @@ MUTANTS = (
         "BaseSendingAgent._settle",
         "(index, reasons.get(index, error))",
         "(index, error)",
-        "tests/mock/test_sending.py",
+        "tests/mock/test_batched_senders.py",
     ),
     Mutant(
         "an acknowledged envelope keeps its room",
@@ -463,7 +463,7 @@ MUTANTS = (
         "Core.settle_in_memory",
         "outcome.partition, outcome.offset = code, persistence, partition, offset\n",
         "outcome.partition, outcome.offset = code, persistence, partition + 1, offset\n",
-        "tests/mock/test_memory_producer.py",
+        "tests/mock/test_memory_producer_fidelity.py",
     ),
     Mutant(
         "a batch in memory stays counted as in flight",
@@ -477,7 +477,7 @@ MUTANTS = (
         "Core.probe",
         "            return what_hinders(metadata, name_p)\n",
         "            return None\n",
-        "tests/mock/test_sending.py",
+        "tests/mock/test_batched_senders.py",
     ),
     # -- answers
     Mutant(
@@ -500,14 +500,14 @@ MUTANTS = (
         "DeliveryReport.error",
         "        if self.ok:\n            return None\n",
         "        if self.ok or 0 not in self.errors:\n            return None\n",
-        "tests/mock/test_contract.py",
+        "tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
         "one time-out among other failures is a time-out",
         "DeliveryReport._error",
         "if codes <= TIMEOUT_CODES:",
         "if codes & TIMEOUT_CODES:",
-        "tests/unit/test_errors.py tests/mock/test_contract.py",
+        "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
         "an interrupted sender gives no callback",
@@ -598,16 +598,18 @@ MUTANTS = (
         "can_be_replaced",
         "return isinstance(error, (ProducerFatalError, TransactionUnknownError))",
         "return isinstance(error, ProducerFatalError)",
-        "tests/mock/test_transactions.py",
+        "tests/mock/test_transactions_interrupted.py",
     ),
     Mutant(
         "a producer whose last transaction has no known end takes a batch and refuses it",
-        "Core.hold",
-        "            if refusal is not None:\n                look_for_fatal(c)\n                self._check_fatal()\n"
-        "                raise refusal\n            self._take(batch, deadline_after(timeout), waker, None)\n",
-        "            self._take(batch, deadline_after(timeout), waker, None)\n            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self._check_fatal()\n                raise refusal\n",
-        "tests/mock/test_transactions.py",
+        "HeldBatches.hold",
+        "            if refusal is not None:\n"
+        "                look_for_fatal(c)\n                self.core._check_fatal()\n"
+        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
+        "            if refusal is not None:\n"
+        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",
+        "tests/mock/test_transactions_interrupted.py",
     ),
     # -- what is taken, and what it is sent as
     Mutant(
@@ -615,7 +617,7 @@ MUTANTS = (
         "Batch.__dealloc__",
         "        if self.state.client == NULL:\n            return  # __cinit__ has refused its arguments\n",
         "",
-        "tests/unit/test_half_made.py",
+        "tests/unit/test_half_made_objects.py",
     ),
     Mutant(
         "a batched sender takes what bytes() makes of a body",
@@ -644,7 +646,7 @@ MUTANTS = (
         "Answer._leave",
         "                    pending._listen(None, self._give_settled)\n",
         "                    pass\n",
-        "tests/mock/test_injection.py",
+        "tests/mock/test_injected_exceptions.py",
     ),
     Mutant(
         "a trial that was interrupted is never over",
@@ -665,14 +667,14 @@ MUTANTS = (
         "call_on_loop",
         "            return False\n        except MemoryError:\n            nap()\n",
         "            return False\n        except MemoryError:\n            return True\n",
-        "tests/unit/test_loop.py",
+        "tests/unit/test_from_threads_to_a_loop.py",
     ),
     Mutant(
         "a turn that is forgotten is not left",
         "Turn.__del__",
         "    def __del__(self):\n        self._leave()\n",
         "",
-        "tests/unit/test_loop.py",
+        "tests/unit/test_from_threads_to_a_loop.py",
     ),
     Mutant(
         "what expires after it may have been stored is told to nobody",
@@ -744,7 +746,7 @@ MUTANTS = (
         "enqueue_slice",
         "                wall_us = kb_wall_ns() // 1000\n",
         "                pass\n",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     # -- who is guilty
     Mutant(
@@ -766,7 +768,7 @@ MUTANTS = (
         "spares_brokers",
         'return blamed(error.code) in ("envelope", "topic")',
         'return blamed(error.code) == "envelope"',
-        "tests/unit/test_send_queue.py tests/mock/test_refused.py",
+        "tests/unit/test_send_queue.py tests/mock/test_permanent_refusals.py",
     ),
     Mutant(
         "the neighbours of an invalid record are given up",
@@ -780,21 +782,28 @@ MUTANTS = (
         "_check_strict",
         "    if producer._has_custom_wire:\n",
         "    if producer._has_custom_wire is None:\n",
-        "tests/mock/test_refused.py",
+        "tests/mock/test_permanent_refusals.py",
     ),
     Mutant(
         "many topics without a leader fill librdkafka's queue",
         "always_left",
         "return max(1, min(min(whole, queue - used) // ALWAYS, most))",
         "return max(1, min(whole // ALWAYS, most))",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
+    ),
+    Mutant(
+        "a large message waits for ever while small ones take what comes free",
+        "want",
+        "        KB_STORE64(&c.wanted, bytes)\n        batch.wants = bytes\n",
+        "        pass\n",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "what a thread sends next passes what its signal handler has handed over",
         "satisfied",
         "        return not w.batch.in_line\n",
         "        return True\n",
-        "tests/mock/test_line.py",
+        "tests/mock/test_waiting_line.py",
     ),
     Mutant(
         "failures of batches that are forgotten pile up",
@@ -837,7 +846,7 @@ MUTANTS = (
         "testing._murmur2",
         "    if rest := key[whole:]:\n",
         "    if rest := key[whole:-1]:\n",
-        "tests/mock/test_memory_producer.py",
+        "tests/mock/test_memory_producer_fidelity.py",
     ),
     Mutant(
         "a clock that a test has frozen stops a sender",
@@ -880,42 +889,42 @@ MUTANTS = (
         "_Mapping._wolverine_key",
         " and self.envelope._kind != BODY_NULL:",
         ":",
-        "tests/unit/test_read.py",
+        "tests/unit/test_read_envelope.py",
     ),
     Mutant(
         "a tombstone that was read has no time",
         "_Reading._read",
         "e._timestamp = self.record.timestamp",
         "e._timestamp = self.record.timestamp if e is self.envelope else 0",
-        "tests/unit/test_read.py",
+        "tests/unit/test_read_envelope.py",
     ),
     Mutant(
         "a time is read without its zone",
         "parse_time",
         "us[0] = time - offset",
         "us[0] = time",
-        "tests/unit/test_read.py",
+        "tests/unit/test_read_envelope.py",
     ),
     Mutant(
         "a time that is read is cut to microseconds",
         "parse_time",
         "rounded_up = digit >= 5",
         "rounded_up = False",
-        "tests/unit/test_read.py",
+        "tests/unit/test_read_envelope.py",
     ),
     Mutant(
         "of several headers with one name the first counts",
         "_Reading._read_headers",
         "            elif not is_null(&given):",
         "            elif not is_null(&given) and not self.seen & 1 << own.field:",
-        "tests/unit/test_read.py",
+        "tests/unit/test_read_envelope.py",
     ),
     Mutant(
         "a header that stands where another was expected is the user's",
         "_Reading._find",
         "for i in range(self.own_count):",
         "for i in range(self.own_count - self.next_own):",
-        "tests/unit/test_read.py",
+        "tests/unit/test_read_envelope.py",
     ),
     Mutant(
         "a null value that is given back becomes JSON's null",
@@ -929,14 +938,14 @@ MUTANTS = (
         "call_fault",
         "        signature.bind(*arguments)\n",
         "        pass\n",
-        "tests/unit/test_hooks.py",
+        "tests/unit/test_hooks_checked_when_given.py",
     ),
     Mutant(
         "an encoder takes its context for an option",
         "encoder_fault",
         "    knows = second.default is second.empty or",
         "    knows = second.default is not None or",
-        "tests/unit/test_hooks.py",
+        "tests/unit/test_hooks_checked_when_given.py",
     ),
     # -- who comes from a callback, and what callbacks are told
     Mutant(
@@ -1015,7 +1024,7 @@ MUTANTS = (
         "testing.MemoryRecord.__len__",
         '        return len(self._value or b"")',
         '        return len(self._value or b"x")',
-        "tests/mock/test_memory_producer.py",
+        "tests/mock/test_memory_producer_fidelity.py",
     ),
     Mutant(
         "a hangup loses what was rejected",

@@ -81,6 +81,7 @@ def main() -> None:
         assert_type(report.offsets, tuple[int, ...])
         assert_type(report.latency_s, float)
         assert_type(report.errors, Mapping[int, kbatch.DeliveryError])
+        assert_type(report.exception(), kbatch.BatchError | None)
         assert_type(report.raise_for_errors(), kbatch.DeliveryReport)
         for index, error in report.errors.items():
             assert_type(index, int)

@@ -11,15 +11,18 @@ def blocking(producer: kbatch.Producer, settings: dict[str, str | int]) -> None:
         assert_type(sender, kbatch.InlineSender)
         assert_type(sender.send(kbatch.Envelope(1), timeout=5), kbatch.DeliveryReport)
         assert_type(sender.close(1.5), int)
-    topic = kbatch.KafkaTopic(
-        "orders", mode=kbatch.SenderMode.BUFFERED, producer=settings, config={"linger.ms": 5}, wire="raw"
-    )
+    topic = kbatch.KafkaTopic("orders", kbatch.SenderMode.BUFFERED, config={**settings, "linger.ms": 5}, wire="raw")
     assert_type(topic.create_sender(), kbatch.BatchedSender)
     assert_type(topic.batch_size, int | None)
     with topic.create_sender() as made:
         made.send(kbatch.Envelope(1))
         assert_type(made.flush(5), int)
+    assert_type(kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, producer=producer).name, str)
     kbatch.KafkaTopic("orders", mode="inline", producer=producer)  # type: ignore[call-overload]
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.INLINE, producer=settings)  # type: ignore[call-overload]
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.INLINE, producer=producer, config=settings)  # type: ignore[call-overload]
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.INLINE, producer=producer, wire="raw")  # type: ignore[call-overload]
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.INLINE)  # type: ignore[call-overload]
     kbatch.InlineSender(7, "orders")  # type: ignore[arg-type]
 
 

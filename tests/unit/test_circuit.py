@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kbatch._fastmap import Trial
-from kbatch._sending._circuit import CircuitBreaker, CircuitState
+from kbatch._recovery._circuit import CircuitBreaker, CircuitState
 
 CLOSED, OPEN, HALF_OPEN = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
 NOW = 1000.0

@@ -263,7 +263,7 @@ def failed_with(*codes: int) -> kbatch.DeliveryReport:
 )
 def test_the_kind_of_a_batchs_failure(codes: list[int], expected: type[Exception]) -> None:
     made = failed_with(*codes)
-    error = made.error()
+    error = made.exception()
     assert type(error) is expected
     assert error.report is made
     first = kbatch.DeliveryError(codes[0], possibly_persisted=False)
@@ -273,9 +273,9 @@ def test_the_kind_of_a_batchs_failure(codes: list[int], expected: type[Exception
     assert caught.value.report is made
 
 
-def test_a_batch_without_a_failure_has_no_error() -> None:
+def test_a_batch_without_a_failure_has_no_exception() -> None:
     made = kbatch.DeliveryReport(outcomes((1, 0, 2, 0, 7), (3, 0, 0, -1, -1)), 0.25)
-    assert made.error() is None
+    assert made.exception() is None
     assert made.raise_for_errors() is made
     assert (made.ok, bool(made), made.acked, made.failed, made.expired) == (True, True, 1, 0, (1,))
     assert (made.partitions, made.offsets, dict(made.errors), made.latency_s) == ((0, -1), (7, -1), {}, 0.25)

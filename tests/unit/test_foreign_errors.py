@@ -7,9 +7,9 @@ import pytest
 
 import kbatch
 from kbatch import Envelope
+from kbatch._batch_sender import answer_refusal
 from kbatch._errors import exception_text, named_exception_text, type_name
 from kbatch._pending import PendingBatch
-from kbatch._sender import answer_refusal
 from tests import mapping
 
 

@@ -73,7 +73,7 @@ def test_one_that_was_never_used_or_was_closed_is_told_of_by_nobody(kind: str, p
 def test_the_producer_of_its_topic_ends_with_it(kafka_cluster: kbatch.testing.MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     topic = kbatch.KafkaTopic(
-        "orders", mode=kbatch.SenderMode.BUFFERED, producer={"bootstrap.servers": kafka_cluster.bootstrap_servers}
+        "orders", mode=kbatch.SenderMode.BUFFERED, config={"bootstrap.servers": kafka_cluster.bootstrap_servers}
     )
     sender = topic.create_sender()
     sender.send(Envelope(1))
@@ -88,7 +88,7 @@ def test_the_producer_of_its_topic_ends_with_it(kafka_cluster: kbatch.testing.Mo
 @pytest.mark.parametrize("mode", [kbatch.SenderMode.INLINE, kbatch.SenderMode.BUFFERED])
 @pytest.mark.parametrize("module", [kbatch, aio])
 def test_one_that_was_never_used_keeps_no_producer_from_its_end(module: Any, mode: kbatch.SenderMode) -> None:
-    topic = module.KafkaTopic("orders", mode=mode, producer={"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    topic = module.KafkaTopic("orders", mode=mode, config={"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
     forgotten, other = topic.create_sender(), topic.create_sender()
     made = other._handle.producer if mode is kbatch.SenderMode.INLINE else other._agent._handle.producer
     made._core.start()
@@ -104,7 +104,7 @@ def test_one_that_was_never_used_keeps_no_producer_from_its_end(module: Any, mod
 @pytest.mark.parametrize("mode", [kbatch.SenderMode.INLINE, kbatch.SenderMode.BUFFERED])
 @pytest.mark.parametrize("module", [kbatch, aio])
 def test_the_producer_of_the_only_one_is_collected_with_it(module: Any, mode: kbatch.SenderMode) -> None:
-    topic = module.KafkaTopic("orders", mode=mode, producer={"bootstrap.servers": "127.0.0.1:1"})
+    topic = module.KafkaTopic("orders", mode=mode, config={"bootstrap.servers": "127.0.0.1:1"})
     sender = topic.create_sender()
     made = weakref.ref((sender._handle if mode is kbatch.SenderMode.INLINE else sender._agent._handle).producer)
     del sender
@@ -118,7 +118,7 @@ def test_the_producer_of_the_only_one_is_collected_with_it(module: Any, mode: kb
 
 @pytest.mark.parametrize("mode", [kbatch.SenderMode.INLINE, kbatch.SenderMode.BUFFERED])
 def test_one_that_was_closed_gives_its_producer_back_once(mode: kbatch.SenderMode) -> None:
-    topic = kbatch.KafkaTopic("orders", mode=mode, producer={"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
+    topic = kbatch.KafkaTopic("orders", mode=mode, config={"bootstrap.servers": "127.0.0.1:1", "log_level": 0})
     closed, other = topic.create_sender(), topic.create_sender()
     handle: Any = (other if mode is kbatch.SenderMode.INLINE else other._agent)._handle  # type: ignore[union-attr]
     handle.producer._core.start()

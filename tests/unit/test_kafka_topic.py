@@ -14,7 +14,8 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, KafkaTopic, SenderMode, aio
-from kbatch._sending import _handle, _topic
+from kbatch._recovery import _handle
+from kbatch._sending import _topic
 
 from ..naming import shown
 from .test_secrets import SECRET, SECRETS, assert_no_secret, strings_within, texts_of
@@ -35,7 +36,10 @@ def kind(request: pytest.FixtureRequest) -> Any:
 
 
 def topic(kind: Any = KafkaTopic, **options: Any) -> Any:
-    return kind(**{"name": "orders", "mode": SenderMode.INLINE, "producer": SERVERS, **options})
+    """By default with a configuration of its own, which `config` adds to."""
+    if isinstance(config := options.get("config", {}), dict) and "producer" not in options:
+        options["config"] = {**SERVERS, **config}
+    return kind(**{"name": "orders", "mode": SenderMode.INLINE, **options})
 
 
 def producer_of(sender: Any) -> Any:
@@ -62,6 +66,10 @@ def test_the_mode_says_what_is_made(kind: Any, mode: SenderMode) -> None:
     assert (sender.topic if mode is SenderMode.INLINE else sender.agent.topic) == "orders"
     assert close(sender) == 0
     assert producer_of(sender).closed
+
+
+def test_the_mode_may_stand_second(kind: Any) -> None:
+    assert kind("orders", SenderMode.INLINE, config=SERVERS) == topic(kind)
 
 
 def test_a_value_that_does_not_change() -> None:
@@ -145,9 +153,11 @@ def test_options_reach_the_sender_and_its_agent() -> None:
             {"mode": SenderMode.BUFFERED, "dead_letter_topic": "orders"},
             "dead_letter_topic must not be the topic itself",
         ),
-        ({"producer": None}, "producer must be a kbatch.Producer or a mapping of librdkafka's keys, not NoneType"),
-        ({"producer": "127.0.0.1:1"}, "producer must be a kbatch.Producer or a mapping"),
-        ({"producer": {}}, "bootstrap.servers is missing"),
+        ({"producer": None}, "producer and config are missing: give a kbatch.Producer as producer=, or librdkafka's"),
+        ({"config": None}, "producer and config are missing"),
+        ({"producer": SERVERS}, "producer must be a kbatch.Producer, not dict; give librdkafka's keys as config="),
+        ({"producer": SERVERS, "config": SERVERS}, "producer must be a kbatch.Producer, not dict"),
+        ({"producer": "127.0.0.1:1"}, "producer must be a kbatch.Producer, not str"),
         ({"config": 7}, "config must be a mapping of librdkafka's keys, not int"),
         ({"config": {"lingre.ms": 1}}, "lingre.ms is not a configuration key"),
         ({"config": {"bootstrap.servers": None}}, "bootstrap.servers is missing"),
@@ -179,7 +189,7 @@ def test_what_is_wrong_is_named(options: dict[str, Any], message: str) -> None:
 )
 def test_what_a_producer_has_already_is_refused(kind: Any, options: dict[str, Any]) -> None:
     producer = kbatch.Producer(SERVERS) if kind is KafkaTopic else aio.Producer(SERVERS)
-    with pytest.raises(ConfigError, match=f"{next(iter(options))}: the producer that was given has its settings"):
+    with pytest.raises(ConfigError, match=f"{next(iter(options))}: not with producer=, which has its settings already"):
         topic(kind, producer=producer, **options)
 
 
@@ -213,11 +223,11 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {"close_timeout_s": 1}),
     ({}, {"carry_scheduled_time": False}),
     ({}, {"config": {"acks": "all", "linger.ms": "0"}, "wire": "kbatch", "max_in_flight": 10_000}),
-    ({"config": {"delivery.timeout.ms": 9}}, {"producer": {**SERVERS, "message.timeout.ms": 9}}),
-    ({"producer": {**SERVERS, "linger.ms": 5}, "config": {"queue.buffering.max.ms": 6}}, {"config": {"linger.ms": 6}}),
-    ({"producer": {**SERVERS, "error_cb": print}}, {"config": {"error_cb": print}}),
-    ({"producer": {**SERVERS, "error_cb": print}, "config": {"error_cb": None}}, {}),
-    ({"producer": {**SERVERS, **SECRETS}}, {"config": SECRETS}),
+    ({"config": {"delivery.timeout.ms": 9}}, {"config": {"message.timeout.ms": 9}}),
+    ({"config": {"error_cb": print}}, {"config": {"error_cb": print}}),
+    ({"config": {"error_cb": print}}, {"config": {"default.topic.config": {"error_cb": print}}}),
+    ({"config": {"error_cb": None}}, {}),
+    ({"config": SECRETS}, {"config": dict(SECRETS)}),
     ({"header_hook": HOOKS.hook}, {"header_hook": HOOKS.hook}),
     ({"encoder": ENCODER, "source": "x"}, {"encoder": ENCODER, "source": "x"}),
 ]
@@ -288,11 +298,11 @@ def test_a_given_producer_stays_the_callers(mode: SenderMode) -> None:
         assert not producer.closed
 
 
-def test_the_callers_dicts_stay_theirs() -> None:
-    shared, own = {**SERVERS, "linger.ms": 5}, {"linger.ms": 6}
-    made = topic(producer=shared, config=own)
-    assert (shared, own) == ({**SERVERS, "linger.ms": 5}, {"linger.ms": 6})
-    shared["linger.ms"] = own["linger.ms"] = 7
+def test_the_callers_dict_stays_theirs() -> None:
+    own = {**SERVERS, "linger.ms": 6}
+    made = KafkaTopic("orders", SenderMode.INLINE, config=own)
+    assert own == {**SERVERS, "linger.ms": 6}
+    own["linger.ms"] = 7
     assert made == topic(config={"linger.ms": 6})
 
 
@@ -311,7 +321,7 @@ def test_a_sender_that_cannot_be_made_holds_no_producer(monkeypatch: pytest.Monk
 
 
 def test_no_secret_can_be_reached() -> None:
-    made = topic(producer={**SERVERS, **SECRETS}, config={"sasl.password": SECRET})
+    made = topic(config={**SECRETS, "sasl.password": SECRET})
     sender = made.create_sender()
     assert any("orders" in text for text in strings_within(made))  # it does find strings
     assert_no_secret(strings_within([made, sender, dict(_handle._shared)]))
@@ -325,10 +335,11 @@ def test_no_secret_can_be_reached() -> None:
         {"name": "a b"},
         {"mode": SenderMode.DURABLE},
         {"batch_size": 5},
-        {"config": 7},
+        {"producer": SECRETS},
+        {"producer": {**SERVERS, **SECRETS}, "config": SECRETS},
         {"config": {"lingre.ms": SECRET}},
         {"config": {"sasl.password": [SECRET]}},
-        {"config": {"acks": 1, **SECRETS}},  # a warning, which is an error here
+        {"config": {"acks": 1}},  # a warning, which is an error here
         {"wire": "xml"},
         {"close_timeout_s": -1},
     ],
@@ -336,25 +347,31 @@ def test_no_secret_can_be_reached() -> None:
 )
 def test_no_secret_is_in_an_error_or_its_frames(kind: Any, bad: dict[str, Any]) -> None:
     with pytest.raises((ConfigError, UserWarning)) as caught:
-        topic(kind, **{"producer": {**SERVERS, **SECRETS}, **bad})
+        topic(kind, **{**bad, "config": {**SECRETS, **bad.get("config", {})}})
     assert_no_secret(texts_of(caught.value))
 
 
 @pytest.mark.parametrize("attempt", [pickle.dumps, copy.deepcopy])
 def test_neither_a_pickle_nor_a_deep_copy(attempt: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError) as caught:
-        attempt(topic(producer={**SERVERS, **SECRETS}))
+        attempt(topic(config=SECRETS))
     assert_no_secret(texts_of(caught.value))
 
 
 def test_what_type_checkers_are_told_is_what_it_takes() -> None:
     module = ast.parse(inspect.getsource(_topic))
-    (options,) = (node for node in ast.walk(module) if isinstance(node, ast.ClassDef) and node.name == "Options")
-    told = [
-        (node.target.id, ast.unparse(node.annotation))
-        for node in options.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
+    told = {
+        node.name: {
+            each.target.id: ast.unparse(each.annotation)
+            for each in node.body
+            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
+        }
+        for node in ast.walk(module)
+        if isinstance(node, ast.ClassDef) and node.name.startswith("Options")
+    }
+    assert set(told["OptionsWithConfig"]) < set(inspect.signature(kbatch.Producer).parameters)
     taken = inspect.signature(_topic.BaseTopic.__init__).parameters.values()
-    own = ("self", "name", "mode", "producer")
-    assert told == [(each.name, each.annotation) for each in taken if each.name not in own]
+    own = ("self", "name", "mode", "producer", "config")
+    assert {**told["Options"], **told["OptionsWithConfig"]} == {
+        each.name: each.annotation for each in taken if each.name not in own
+    }

@@ -19,7 +19,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import Core
-from kbatch._sending._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle
 from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
 
 from ..injection import TESTING, Injector
@@ -82,16 +82,11 @@ def test_every_method_of_the_core_that_needs_librdkafka_is_overridden(memory: Ca
     own = {name for name in vars(type(core)) if not name.startswith("_")}
     assert own >= {"start", "send", "send_detached", "flush", "purge", "close", "name", "probe", "inject_fatal_error"}
     assert own >= {"abandon", "counters"}
-    unused = {  # by Transactions, or by a token's refresh
-        *("hold", "take_held", "refuse_held", "end_held", "refusal", "is_finishing", "enqueue_held", "give_up_held"),
-        *("wait_for_outcome", "wait_until_settled", "conclude", "transaction_call"),
-        *("set_oauth_token", "set_oauth_failure"),
-    }
     harmless = {"map", "begin_mapping", "map_slice", "records", "fail", "in_flight", "closed"}
     harmless |= {"dispatcher", "start_in_memory", "take_in_memory", "settle_in_memory", "shut_in_memory"}
     harmless |= {"end_in_memory", "undelivered", "has_unreleased", "await_release"}
     inherited = {name for name in dir(Core) if not name.startswith("_")} - own
-    assert inherited == unused | harmless
+    assert inherited == harmless
 
 
 def test_no_librdkafka_is_started() -> None:
@@ -176,7 +171,7 @@ def test_partitions() -> None:
         )
         assert producer.send_batch("a", envelopes(2)).partitions == (1, 2)
         report = producer.send_batch("a", envelopes(1, partition=3))
-        assert isinstance(report.error(), kbatch.UnknownTopicError)
+        assert isinstance(report.exception(), kbatch.UnknownTopicError)
         assert (names(report), report.partitions) == ({0: "_UNKNOWN_PARTITION"}, (3,))
     places = [(record.topic(), record.partition(), record.offset()) for record in producer.records]
     assert len(set(places)) == len(places) == 29
@@ -348,7 +343,7 @@ def test_no_time_at_all_sends_nothing(producer: MemoryProducer) -> None:
     # As the real one: phase 2 never comes to it.
     report = producer.send_batch(TOPIC, envelopes(2), timeout=0)
     assert names(report) == {0: "_TIMED_OUT_QUEUE", 1: "_TIMED_OUT_QUEUE"}
-    assert isinstance(report.error(), kbatch.BatchTimeoutError)
+    assert isinstance(report.exception(), kbatch.BatchTimeoutError)
     assert producer.envelopes == ()
 
 
@@ -418,7 +413,7 @@ def test_fail_as_told(producer: MemoryProducer) -> None:
 def test_the_default_is_a_timeout(producer: MemoryProducer) -> None:
     producer.fail()
     report = producer.send_batch(TOPIC, envelopes(2))
-    assert (names(report), isinstance(report.error(), kbatch.BatchTimeoutError)) == ({0: "_MSG_TIMED_OUT"}, True)
+    assert (names(report), isinstance(report.exception(), kbatch.BatchTimeoutError)) == ({0: "_MSG_TIMED_OUT"}, True)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +543,7 @@ def test_an_outage_that_no_test_waits_for(producer: MemoryProducer) -> None:
     report = producer.send_batch(TOPIC, envelopes(2))  # at once, although it holds
     assert names(report) == {0: "_MSG_TIMED_OUT", 1: "_MSG_TIMED_OUT"}
     assert not any(error.possibly_persisted for error in report.errors.values())
-    assert isinstance(report.error(), kbatch.BatchTimeoutError)
+    assert isinstance(report.exception(), kbatch.BatchTimeoutError)
     producer.down()  # from here on as long as in production
     pending = producer.submit(TOPIC, envelopes(2))
     assert not pending.done()
@@ -978,7 +973,7 @@ def test_a_transaction_is_kept_as_a_whole(transactional: MemoryProducer) -> None
     report = transactional.send_batch(TOPIC, envelopes(3))
     assert names(report) == {0: "TRANSACTION_ABORTABLE", 1: "MSG_SIZE_TOO_LARGE", 2: "TRANSACTION_ABORTABLE"}
     assert not any(error.possibly_persisted for error in report.errors.values())
-    assert "the cause is envelope 1" in str(report.error())
+    assert "the cause is envelope 1" in str(report.exception())
     assert messages(transactional.envelopes) == [0, 1, 2]
     assert transactional.send_batch(TOPIC, envelopes(1)).offsets == (3,)
 

@@ -20,5 +20,13 @@ def test_a_planted_defect_fits(mutant: Mutant) -> None:
     assert mutant.new != mutant.old
 
 
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_its_tests_are_there(mutant: Mutant) -> None:
+    root = Path(__file__).parents[2]
+    assert [
+        name for name in mutant.tests.partition(" -k ")[0].split() if not (root / name.partition("::")[0]).exists()
+    ] == []
+
+
 def test_there_are_at_least_twenty_and_each_has_its_name() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 20

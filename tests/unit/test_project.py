@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import re
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -66,6 +67,24 @@ def test_each_compiled_module_has_a_stub():
     sources = list(package.rglob("*.pyx"))
     assert sources
     assert [source.name for source in sources if not source.with_suffix(".pyi").exists()] == []
+
+
+def test_no_two_files_of_tests_have_the_same_name():
+    # `pytest -k`, a report and a person name a file without its folder.
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(names) > 80
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_packages_and_compiled_modules_are_found_not_listed():
+    sources = [source.relative_to(ROOT / "src") for source in (ROOT / "src").rglob("*.pyx")]
+    packages = [source.parent.relative_to(ROOT / "src") for source in (ROOT / "src").rglob("__init__.py")]
+    assert sources
+    assert packages
+    names = [".".join(path.with_suffix("").parts) for path in (*sources, *packages) if len(path.parts) > 1]
+    for file in ("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile"):
+        words = set(re.findall(r"[\w.]+(?![\w.:])", (ROOT / file).read_text(encoding="utf-8")))
+        assert words & set(names) == set(), file
 
 
 def test_build_requirements_are_the_same_with_and_without_isolation():
@@ -161,6 +180,11 @@ def test_what_is_installed_to_build_and_test_is_locked():
     for path in [*files, ROOT / "pyproject.toml"]:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if "pip install" in line]
         assert [line for line in lines if "--require-hashes" not in line and "--no-index" not in line] == []
+    # `pip wheel` installs too: what it builds with, which is constrained to the lock.
+    calls = re.findall(r"session\.install\(.*|\*command.*", (ROOT / "noxfile.py").read_text(encoding="utf-8"))
+    assert len(calls) > 3
+    locked_options = ("--require-hashes", "--no-index", '"--build-constraint", "requirements/compile.txt"')
+    assert [call for call in calls if not any(option in call for option in locked_options)] == []
 
 
 def test_the_locks_agree():

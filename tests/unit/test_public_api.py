@@ -30,25 +30,24 @@ LAYERS = [
     {"_pending", "_events"},
     {"_transactions"},
     {"_base_producer"},
-    {"_producer", "_contract"},
-    {"_sender"},
+    {"_producer", "_recovery"},
+    {"_batch_sender"},
     {"_sending"},
     {"aio"},
     {"testing"},
     {"cli"},
     {"__main__"},
 ]
-# The same within the package _sending.
-SENDING_LAYERS = [
-    {"_circuit", "_dead_letter", "_retry"},
-    {"_queue"},
-    {"_handle"},
-    {"_agent"},
-    {"_batched", "_inline"},
-    {"_topic"},
-]
+# The same within packages.
+LAYERS_WITHIN = {
+    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry"}],
+    "_sending": [{"_queue"}, {"_agent"}, {"_batched", "_inline"}, {"_topic"}],
+}
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
-LAYER_OF_SENDING = {module: depth for depth, modules in enumerate(SENDING_LAYERS) for module in modules}
+LAYER_WITHIN = {
+    package: {module: depth for depth, modules in enumerate(layers) for module in modules}
+    for package, layers in LAYERS_WITHIN.items()
+}
 ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
 
 
@@ -243,7 +242,7 @@ def test_a_subclass_shows_its_own_constructor() -> None:
 
 
 def test_private_modules_declare_what_they_export() -> None:
-    for path in [*PACKAGE.glob("_*.py"), *PACKAGE.glob("_sending/_*.py")]:
+    for path in [*PACKAGE.glob("_*.py"), *(path for name in LAYERS_WITHIN for path in PACKAGE.glob(f"{name}/_*.py"))]:
         if path.name in ("__init__.py", "__main__.py", "_version.py"):
             continue
         names = next(
@@ -378,7 +377,8 @@ def sources() -> list[Path]:
 def test_every_module_has_a_layer() -> None:
     stubs = PACKAGE.rglob("*.pyi")  # all that an installed package shows of its compiled modules
     assert {unit_of(path) for path in [*sources(), *stubs]} == set(LAYER_OF)
-    assert {path.stem for path in PACKAGE.glob("_sending/_*.py")} - {"__init__"} == set(LAYER_OF_SENDING)
+    for package, layers in LAYER_WITHIN.items():
+        assert {path.stem for path in PACKAGE.glob(f"{package}/*.py")} - {"__init__"} == set(layers)
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -390,8 +390,9 @@ def test_imports_point_down_only(path: Path) -> None:
             continue
         imported = name.split(".")[1]
         assert imported == unit or LAYER_OF[imported] < LAYER_OF[unit], f"{path.name} imports {name}"
-        if name.startswith("kbatch._sending.") and unit == "_sending":
-            assert LAYER_OF_SENDING[name.split(".")[2]] < LAYER_OF_SENDING[path.stem], f"{path.name} imports {name}"
+        if imported == unit and unit in LAYER_WITHIN:
+            layers = LAYER_WITHIN[unit]
+            assert layers[name.split(".")[2]] < layers[path.stem], f"{path.name} imports {name}"
 
 
 # -- interpreters

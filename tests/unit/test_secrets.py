@@ -125,7 +125,7 @@ def test_a_secret_that_is_no_value(secret: str, spoil: Callable[[str], Any]) -> 
 
 
 def topic(config: dict[str, Any]) -> kbatch.KafkaTopic[Any]:
-    return kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, producer=config)
+    return kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, config=config)
 
 
 @pytest.mark.parametrize(

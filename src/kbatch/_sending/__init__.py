@@ -1,4 +1,4 @@
 """Senders: what stands between an application that has envelopes one at a time and the producer.
 
-``_retry``, ``_circuit``, ``_queue`` and ``_dead_letter`` decide, without threads, clocks or brokers; ``_agent`` does.
+``_queue`` decides, without threads, clocks or brokers; ``_agent`` does. ``_recovery`` is what they do about failures.
 """

@@ -19,6 +19,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
+from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._callbacks import call_fault, callback_name, loops_own, refuse_coroutine
 from kbatch._errors import (
     BatchInterruptedError,
@@ -57,20 +58,19 @@ from kbatch._fastmap import (
 )
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
-from kbatch._sender import answer_refusal, answer_report, send_answered
-from kbatch._sending._circuit import CircuitBreaker, CircuitState
-from kbatch._sending._dead_letter import dead_letter
-from kbatch._sending._handle import ProducerHandle
+from kbatch._recovery._circuit import CircuitBreaker, CircuitState
+from kbatch._recovery._dead_letter import dead_letter
+from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._retry import RetryPolicy
 from kbatch._sending._queue import Ended, Entry, ExpiredError, Flight, SendQueue
-from kbatch._sending._retry import RetryPolicy
 from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kbatch._batch_sender import Told
     from kbatch._fastmap import Accumulator, Answer, Envelope, Trial
     from kbatch._report import DeliveryReport
-    from kbatch._sender import Told
 
 __all__ = [
     "BaseSendingAgent",
@@ -880,7 +880,8 @@ class BaseSendingAgent:
         if self._dead_letter_topic is None or self._death is not None or self._giving_up:
             return False
         try:
-            letter = dead_letter(end, self._dead_letter_topic, self.topic)
+            entry = end.entry
+            letter = dead_letter(entry.envelope, end.error, entry.failures, self._dead_letter_topic, self.topic)
         except Exception:  # headers that could not be mapped either
             return False
         if letter is None:
@@ -1137,10 +1138,6 @@ def _reason(error: KbatchError) -> str:
 
 def _seconds_until(end: float) -> float:
     return min(max(0.0, end - monotonic()), threading.TIMEOUT_MAX)
-
-
-def _unless_none(value: int | None) -> tuple[int, ...]:
-    return () if value is None else (value,)
 
 
 def check_agent_options(

@@ -18,8 +18,8 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import monotonic
 from kbatch._producer import Producer
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import check_topic
-from kbatch._sending._handle import ProducerHandle
 
 if TYPE_CHECKING:
     from types import TracebackType

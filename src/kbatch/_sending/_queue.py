@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope, Trial
-    from kbatch._sending._retry import RetryPolicy
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Ended", "Entry", "ExpiredError", "Flight", "SendQueue"]
 
@@ -398,11 +398,6 @@ class SendQueue:
     def scheduled(self) -> int:
         """How many envelopes are held for their `scheduled_time`."""
         return len(self._scheduled)
-
-    @property
-    def waiting(self) -> int:
-        """How many envelopes are here and not in flight."""
-        return sum(1 for _ in self._all_waiting())
 
     def oldest(self) -> int | None:
         """The lowest number of those that have no outcome, the scheduled ones not counted."""

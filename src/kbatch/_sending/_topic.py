@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kbatch._base_producer import BaseProducer
-from kbatch._config import inherit
-from kbatch._errors import ConfigError
+from kbatch._errors import ConfigError, type_name
 from kbatch._producer import Producer
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options, check_topic
 from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
-from kbatch._sending._handle import ProducerHandle
 from kbatch._sending._inline import BaseInlineSender, InlineSender
 
 if TYPE_CHECKING:
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
-    from kbatch._sending._circuit import CircuitState
-    from kbatch._sending._retry import RetryPolicy
+    from kbatch._recovery._circuit import CircuitState
+    from kbatch._recovery._retry import RetryPolicy
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
@@ -46,15 +45,8 @@ _S_co = TypeVar("_S_co", covariant=True)  # the sender
 if TYPE_CHECKING:
 
     class Options(TypedDict, total=False):
-        """What a topic takes besides, once more, so that a type checker knows its sender by its mode."""
+        """A topic's options, once more, so that a type checker knows its sender by its mode."""
 
-        config: Mapping[str, Any] | None
-        wire: str | WireFormat | None
-        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None
-        source: str | None
-        header_hook: Callable[[], HeadersLike | None] | None
-        carry_scheduled_time: bool | None
-        max_in_flight: int | None
         batch_size: int | None
         batch_bytes: int | None
         batch_timeout_ms: float | None
@@ -71,6 +63,16 @@ if TYPE_CHECKING:
         dead_letter_topic: str | None
         on_state_change: Callable[[CircuitState, CircuitState], object] | None
         close_timeout_s: float
+
+    class OptionsWithConfig(Options, total=False):
+        """With `config`, what its producer takes as well."""
+
+        wire: str | WireFormat | None
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None
+        source: str | None
+        header_hook: Callable[[], HeadersLike | None] | None
+        carry_scheduled_time: bool | None
+        max_in_flight: int | None
 
 
 class SenderMode(enum.Enum):
@@ -119,9 +121,9 @@ class BaseTopic:
     def __init__(
         self,
         name: str,
-        *,
         mode: SenderMode,
-        producer: BaseProducer | Mapping[str, Any],
+        *,
+        producer: BaseProducer | None = None,
         config: Mapping[str, Any] | None = None,
         wire: str | WireFormat | None = None,
         encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
@@ -204,33 +206,42 @@ class BaseTopic:
         return {name: (agent if name in _AGENT else batching)[name] for name in (*_BATCHING, *_AGENT)}
 
     def _bind(self, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
-        if isinstance(producer, BaseProducer):
-            if not isinstance(producer, self._producer_class):
-                other = "kbatch.KafkaTopic" if isinstance(producer, Producer) else "kbatch.aio.KafkaTopic"
-                raise ConfigError(f"{self._shown} takes no {producer._shown}; use {other}")
+        if producer is None and config is None:
+            raise ConfigError(
+                f"producer and config are missing: give a {self._producer_class._shown} as producer=, "
+                "or librdkafka's keys as config="
+            )
+        if producer is not None:
+            self._check_producer(producer)
             refused = [*(["config"] if config is not None else []), *options]
             if refused:
                 raise ConfigError(
-                    f"{', '.join(refused)}: the producer that was given has its settings already; "
-                    "give its configuration as producer, and topics whose settings agree share one"
+                    f"{', '.join(refused)}: not with producer=, which has its settings already; give config= alone, "
+                    "and topics whose settings agree share one producer"
                 )
             return {"_settings": _Same(producer), "_producer": producer, "_is_given": True}
-        for name, value in (("producer", producer), ("config", config)):
-            if not isinstance(value, Mapping) and (name == "producer" or value is not None):
-                what = f"a {self._producer_class._shown} or a mapping" if name == "producer" else "a mapping"
-                raise ConfigError(f"{name} must be {what} of librdkafka's keys, not {type(value).__name__}")
-        merged = inherit(producer, config or {})
-        prototype = self._producer_class(merged, **options)
+        prototype = self._producer_class(config, **options)
         wire = options.get("wire", "kbatch")
         settings = (
             self._producer_class,
             prototype._fingerprint,
-            *(_Same(merged.get(name)) for name in _CALLBACKS),
+            *(_Same(getattr(prototype._parsed, name)) for name in _CALLBACKS),
             wire if isinstance(wire, str) else _Same(wire),
             *(_Same(options.get(name)) for name in ("encoder", "header_hook")),
             *(prototype._max_in_flight, options.get("source"), options.get("carry_scheduled_time", False)),
         )
         return {"_settings": settings, "_producer": prototype, "_is_given": False}
+
+    def _check_producer(self, producer: object) -> None:
+        if isinstance(producer, self._producer_class):
+            return
+        if isinstance(producer, BaseProducer):
+            other = "kbatch.KafkaTopic" if isinstance(producer, Producer) else "kbatch.aio.KafkaTopic"
+            raise ConfigError(f"{self._shown} takes no {producer._shown}; use {other}")
+        raise ConfigError(
+            f"producer must be a {self._producer_class._shown}, not {type_name(producer)}; "
+            "give librdkafka's keys as config="
+        )
 
     def _create(self) -> Any:
         if self._is_given:
@@ -261,16 +272,16 @@ class BaseTopic:
 class KafkaTopic(BaseTopic, Generic[_S_co]):
     """A topic and how envelopes are sent to it; makes senders. Immutable; checked as a whole when it is made.
 
-    Topics that are given settings share one producer where these agree: the same configuration, and the same objects
-    for callbacks, encoder, wire format and hook. It is made with the first sender and closed with the last one, so each
-    sender must be closed. After a fork, the child has producers of its own, unless nothing was sent yet.
+    Topics that are given a `config` share one producer where their settings agree: the same configuration, and the same
+    objects for callbacks, encoder, wire format and hook. It is made with the first sender and closed with the last one,
+    so each sender must be closed. After a fork, the child has producers of its own, unless nothing was sent yet.
 
     Args:
         name: The topic.
         mode: What kind of sender.
-        producer: A `Producer`, which stays the caller's; or the configuration that topics share, as it takes one.
-        config: What is different for this topic; all else is inherited key by key, security and callbacks included.
-        wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; not with one.
+        producer: A `Producer`, which stays the caller's. Either this or `config` is given.
+        config: librdkafka's keys, of which kbatch makes a `Producer` and closes it.
+        wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with
             ``SenderMode.BUFFERED``.
         retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order,
@@ -279,8 +290,8 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         close_timeout_s: Seconds that leaving the ``with`` block of a sender waits for what it has not sent.
 
     Raises:
-        ConfigError: A value of the wrong type or out of its range, an option that the mode does not have, or a setting
-            that `Producer` refuses.
+        ConfigError: A value of the wrong type or out of its range, an option that the mode does not have, a setting
+            that `Producer` refuses, both `producer` and `config`, or neither.
     """
 
     if TYPE_CHECKING:
@@ -289,30 +300,57 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         def __init__(
             self: KafkaTopic[InlineSender],
             name: str,
-            *,
             mode: Literal[SenderMode.INLINE],
-            producer: Producer | Mapping[str, Any],
+            *,
+            producer: Producer,
+            **options: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender],
+            name: str,
+            mode: Literal[SenderMode.INLINE],
+            *,
+            config: Mapping[str, Any],
+            **options: Unpack[OptionsWithConfig],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[BatchedSender],
+            name: str,
+            mode: Literal[SenderMode.BUFFERED],
+            *,
+            producer: Producer,
             **options: Unpack[Options],
         ) -> None: ...
         @overload
         def __init__(
             self: KafkaTopic[BatchedSender],
             name: str,
-            *,
             mode: Literal[SenderMode.BUFFERED],
-            producer: Producer | Mapping[str, Any],
+            *,
+            config: Mapping[str, Any],
+            **options: Unpack[OptionsWithConfig],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender | BatchedSender],
+            name: str,
+            mode: SenderMode,
+            *,
+            producer: Producer,
             **options: Unpack[Options],
         ) -> None: ...
         @overload
         def __init__(
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
-            *,
             mode: SenderMode,
-            producer: Producer | Mapping[str, Any],
-            **options: Unpack[Options],
+            *,
+            config: Mapping[str, Any],
+            **options: Unpack[OptionsWithConfig],
         ) -> None: ...
-        def __init__(self, name: str, **options: Any) -> None: ...
+        def __init__(self, name: str, mode: SenderMode, **options: Any) -> None: ...
 
     def create_sender(self) -> _S_co:
         """A new sender, to be closed: a context manager, whose ``close(timeout)`` says how many were not sent.

@@ -17,11 +17,10 @@ loop; `Producer.submit` takes a ``callback`` that runs on the loop.
 """
 
 from kbatch._pending import PendingBatch
+from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
-from kbatch.aio._contract import SenderCallback, SenderProtocol
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._producer import Producer
-from kbatch.aio._sender import KafkaSender
 from kbatch.aio._topic import KafkaTopic
 
 __all__ = [

@@ -11,14 +11,14 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import check_timeout
+from kbatch._batch_sender import answer_refusal, answer_report
 from kbatch._errors import SenderFullError, named_exception_text
 from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
 from kbatch._loop import in_thread
-from kbatch._sender import answer_refusal, answer_report
 from kbatch._sending._agent import BaseSendingAgent
 from kbatch._sending._batched import BaseBatchedSender
+from kbatch.aio._batch_sender import send_answered
 from kbatch.aio._producer import Producer
-from kbatch.aio._sender import send_answered
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from kbatch._batch_sender import Told
     from kbatch._fastmap import Answer, Envelope
     from kbatch._report import DeliveryReport
-    from kbatch._sender import Told
 
 __all__ = ["BatchedSender", "SendingAgent"]
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kbatch._fastmap import Envelope
+    from kbatch._recovery._handle import ProducerHandle
     from kbatch._report import DeliveryReport
-    from kbatch._sending._handle import ProducerHandle
 
 __all__ = ["InlineSender"]
 

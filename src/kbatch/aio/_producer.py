@@ -74,10 +74,13 @@ class Producer(BaseProducer):
             del envelopes  # what the caller does not keep is freed with the batch, in slices
             await mapping
             left = None if end is None else end - monotonic()
-            self._send_detached(batch, left, waker=waker)
+            enqueued = None if left is None else LoopWaker()
+            self._send_detached(batch, left, waker=waker, enqueued=enqueued)
         timer = None if left is None else waker.loop.call_later(left, waker.resolve)
         try:
             await waker.future
+            if enqueued is not None and self._transactions is None and not batch.done():
+                await enqueued.future  # what was not handed over is settled now, which may be all of it
         except BaseException:
             if not batch._remove_waker(waker):
                 batch._wait_no_longer()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
-    from kbatch._sending._topic import Options, SenderMode
+    from kbatch._sending._topic import Options, OptionsWithConfig, SenderMode
 
 __all__ = ["KafkaTopic"]
 
@@ -38,30 +38,57 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         def __init__(
             self: KafkaTopic[InlineSender],
             name: str,
-            *,
             mode: Literal[SenderMode.INLINE],
-            producer: Producer | Mapping[str, Any],
+            *,
+            producer: Producer,
+            **options: Unpack[Options],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender],
+            name: str,
+            mode: Literal[SenderMode.INLINE],
+            *,
+            config: Mapping[str, Any],
+            **options: Unpack[OptionsWithConfig],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[BatchedSender],
+            name: str,
+            mode: Literal[SenderMode.BUFFERED],
+            *,
+            producer: Producer,
             **options: Unpack[Options],
         ) -> None: ...
         @overload
         def __init__(
             self: KafkaTopic[BatchedSender],
             name: str,
-            *,
             mode: Literal[SenderMode.BUFFERED],
-            producer: Producer | Mapping[str, Any],
+            *,
+            config: Mapping[str, Any],
+            **options: Unpack[OptionsWithConfig],
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[InlineSender | BatchedSender],
+            name: str,
+            mode: SenderMode,
+            *,
+            producer: Producer,
             **options: Unpack[Options],
         ) -> None: ...
         @overload
         def __init__(
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
-            *,
             mode: SenderMode,
-            producer: Producer | Mapping[str, Any],
-            **options: Unpack[Options],
+            *,
+            config: Mapping[str, Any],
+            **options: Unpack[OptionsWithConfig],
         ) -> None: ...
-        def __init__(self, name: str, **options: Any) -> None: ...
+        def __init__(self, name: str, mode: SenderMode, **options: Any) -> None: ...
 
     def create_sender(self) -> _S_co:
         """As `kbatch.KafkaTopic.create_sender`: a `kbatch.aio.InlineSender` or a `kbatch.aio.BatchedSender`."""

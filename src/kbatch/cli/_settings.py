@@ -51,11 +51,6 @@ class Settings:
         """What a producer takes: each key as it was written."""
         return {setting.key: setting.value for setting in self._found.values()}
 
-    @property
-    def origins(self) -> dict[str, str]:
-        """Where each key, as it was written, was set: ``-X``, a variable, a line of the file."""
-        return {setting.key: setting.origin for setting in self._found.values()}
-
     def find(self, key: str) -> Setting | None:
         """The setting of a key, whichever of librdkafka's names for it was written."""
         return self._found.get(canonical(key))

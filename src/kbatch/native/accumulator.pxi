@@ -518,10 +518,6 @@ cdef class Accumulator:
             self.message_bytes, self.is_guess = max(1, <int64_t> (self.encoded_bytes / self.encoded)), False
 
     @property
-    def _batch_timeout_s(self) -> float:
-        return self.timeout_ns / 1e9
-
-    @property
     def _is_used(self) -> bool:
         return self.stage != UNUSED
 

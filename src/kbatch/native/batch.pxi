@@ -1,55 +1,5 @@
 # What a batch is made of in C, and who owns each part until when.
 
-cdef enum:
-    # Outcome.state
-    PENDING = 0
-    ACKED = 1
-    FAILED = 2
-    EXPIRED = 3   # deliver_by had passed; never sent, not a failure
-
-cdef enum:
-    # Header.value_len when the value is made while the header is added, from the field that `value` points at
-    VALUE_NULL = -1
-    VALUE_UUID = -2
-    VALUE_TIME_KBATCH = -3
-    VALUE_TIME_WOLVERINE = -4
-    VALUE_INT32 = -5
-
-cdef enum:
-    # Record.flags: what is not sent. Of such a record only `flags` and `partition` are set.
-    RECORD_EXPIRED = 1
-    RECORD_REJECTED = 2  # it could not be mapped, and the batch goes on without it
-
-
-cdef struct Outcome:
-    # One per envelope, the opaque of its produce call. Written by whoever polls its delivery report, or by phase 2
-    # when it is not sent; read after the batch is done.
-    BatchState *batch
-    int64_t offset       # the address of its Topic, until it is known
-    int32_t partition
-    int16_t error
-    uint8_t state
-    uint8_t persistence  # rd_kafka_message_status: not, possibly, persisted
-
-
-cdef struct Header:
-    const char *name    # static, or the UTF-8 of a str that the batch's envelopes keep alive
-    const char *value   # the same, or a field of the envelope (see VALUE_…)
-    int32_t name_len
-    int32_t value_len
-
-
-cdef struct Topic:
-    # Made once per name and client (`Core.topics`), freed with the client.
-    char *name                # owned
-    rd_kafka_topic_t *handle  # owned; made when a batch first enqueues to it
-    int64_t in_flight         # atomic: its part of Client.in_flight
-    int64_t bytes             # atomic: its part of Client.bytes
-    Place *first              # detached batches that write to it, in the order in which they came; only the first one
-    Place *last               # may. Under the client's lock
-    Topic *next
-
-
 cdef struct Place:
     # One topic of a batch, and the batch's place among those that wait to write to it.
     Topic *topic
@@ -57,36 +7,6 @@ cdef struct Place:
     Place *other      # owned: the batch's next topic
     Place *ahead
     Place *behind
-
-
-cdef struct Record:
-    # What phase 1 writes and phase 2 reads. Pointers are borrowed: from the envelopes and the objects that the Batch
-    # keeps until it is done, from `bodies` as long, from the arena until phase 2 ends.
-    const char *key      # NULL: no key
-    const char *value    # NULL: a tombstone
-    Header *headers      # in the arena
-    Topic *topic
-    int64_t timestamp    # ms
-    int64_t value_len
-    int32_t key_len
-    int32_t header_count
-    int32_t partition
-    int32_t flags
-
-
-cdef struct ArenaBlock:
-    ArenaBlock *next
-    size_t used
-    size_t size  # bytes after this struct
-
-
-cdef enum:
-    ARENA_BLOCK = 65536
-    POOLED_BLOCKS = 256        # 16 MiB of arena kept for reuse per client
-    POOLED_RECORDS = 65536     # the largest record array kept for reuse
-
-
-cdef Py_ssize_t LONGEST_TAKEN = PY_SSIZE_T_MAX - ARENA_BLOCK
 
 
 cdef struct Line:
@@ -139,7 +59,6 @@ cdef struct BatchState:
 
 cdef int _this_pid = kb_pid()  # of this process, at hand without a system call
 cdef int32_t _pinned = 0
-cdef int32_t _wanting = 0  # atomic: threads of producers that want the GIL back, and may have to wait for it
 
 
 cdef void _in_forked_child() noexcept nogil:
@@ -155,112 +74,6 @@ kb_on_fork_child(_in_forked_child)
 def pinned_buffers() -> int:
     """How many batches of this process hold memory that librdkafka may still read, or that is not yet given back."""
     return KB_LOAD32(&_pinned)
-
-
-cdef inline size_t _block_room(ArenaBlock *block) noexcept nogil:
-    return block.size - block.used if block != NULL else 0
-
-
-cdef char *arena_take(Client *client, ArenaBlock **arena, Py_ssize_t length) noexcept nogil:
-    # `length` bytes, aligned to 8, that do not move until arena_give; NULL when memory is short, or for a length that
-    # is negative or so large that it is none when it is rounded up.
-    cdef ArenaBlock *block = arena[0]
-    cdef char *p
-    cdef size_t want, size
-    if not 0 <= length <= LONGEST_TAKEN:
-        return NULL
-    size = (<size_t> length + 7) & ~<size_t> 7
-    if size > _block_room(block):
-        block = NULL
-        want = ARENA_BLOCK - sizeof(ArenaBlock)
-        if size <= want:
-            kb_mutex_lock(&client.mu)
-            block = client.spare_blocks
-            if block != NULL:
-                client.spare_blocks = block.next
-                client.spare_block_count -= 1
-            kb_mutex_unlock(&client.mu)
-        else:
-            want = size
-        if block == NULL:
-            block = <ArenaBlock *> kb_malloc(sizeof(ArenaBlock) + want)
-            if block == NULL:
-                return NULL
-            block.size = want
-        block.used = 0
-        block.next = arena[0]
-        arena[0] = block
-    p = <char *> (block + 1) + block.used
-    block.used += size
-    return p
-
-
-cdef void arena_give(Client *client, ArenaBlock **arena) noexcept nogil:
-    cdef ArenaBlock *block = arena[0]
-    cdef ArenaBlock *rest = NULL
-    cdef ArenaBlock *following
-    arena[0] = NULL
-    if block == NULL:
-        return
-    kb_mutex_lock(&client.mu)
-    while block != NULL:
-        following = block.next
-        if block.size == ARENA_BLOCK - sizeof(ArenaBlock) and client.spare_block_count < POOLED_BLOCKS:
-            block.next = client.spare_blocks
-            client.spare_blocks = block
-            client.spare_block_count += 1
-        else:
-            block.next = rest
-            rest = block
-        block = following
-    kb_mutex_unlock(&client.mu)
-    while rest != NULL:
-        following = rest.next
-        kb_free(rest)
-        rest = following
-
-
-cdef void arena_rewind(Client *client, ArenaBlock **arena, ArenaBlock *block, size_t used) noexcept nogil:
-    # Gives back what was taken since `block` was the last one and had `used` bytes in use.
-    cdef ArenaBlock *newer = arena[0]
-    cdef ArenaBlock *oldest = newer
-    if newer != block:
-        while oldest.next != block:
-            oldest = oldest.next
-        oldest.next = NULL
-        arena[0] = block
-        arena_give(client, &newer)
-    if block != NULL:
-        block.used = used
-
-
-cdef Record *records_take(Client *client, Py_ssize_t count, Py_ssize_t *capacity) noexcept nogil:
-    cdef Record *records = NULL
-    kb_mutex_lock(&client.mu)
-    if client.spare_records != NULL and client.spare_records_capacity >= count:
-        records = client.spare_records
-        capacity[0] = client.spare_records_capacity
-        client.spare_records = NULL
-    kb_mutex_unlock(&client.mu)
-    if records == NULL:
-        records = <Record *> kb_malloc(<size_t> count * sizeof(Record))
-        capacity[0] = count
-    return records
-
-
-cdef void records_give(Client *client, Record **records, Py_ssize_t capacity) noexcept nogil:
-    # The larger one of two stays, up to a bound.
-    cdef Record *drop = records[0]
-    records[0] = NULL
-    if drop == NULL:
-        return
-    if capacity <= POOLED_RECORDS:
-        kb_mutex_lock(&client.mu)
-        if client.spare_records == NULL or client.spare_records_capacity < capacity:
-            drop, client.spare_records = client.spare_records, drop
-            client.spare_records_capacity = capacity
-        kb_mutex_unlock(&client.mu)
-    kb_free(drop)
 
 
 cdef bint note_topic(BatchState *batch, Topic *topic) noexcept nogil:
@@ -294,113 +107,256 @@ cdef void drop_records(BatchState *batch) noexcept nogil:
     arena_give(batch.client, &batch.arena)
 
 
-cdef void pause(int64_t ns) noexcept nogil:
-    cdef kb_mutex mu
-    cdef kb_cond cond
-    kb_mutex_init(&mu)
-    kb_cond_init(&cond)
-    kb_mutex_lock(&mu)
-    kb_cond_wait_until(&cond, &mu, kb_now_ns() + ns)
-    kb_mutex_unlock(&mu)
-    kb_cond_destroy(&cond)
-    kb_mutex_destroy(&mu)
+cdef enum:
+    RELEASE_SLICE = 2000  # envelopes
 
 
-cdef void offer_gil(int64_t *offered_ns) noexcept:
-    # For long work, often. Who gives the GIL up and takes it back at once is first, and CPython's
-    # threads only insist on it when nobody has given it up for 5 ms: so not more often, unless it is known as wanted.
-    cdef int64_t now = kb_now_ns()
-    if KB_LOAD32(&_wanting):
-        with nogil:
-            pause(MOMENT)
-    elif now < offered_ns[0] + GIL_OFFER:
-        return
-    else:
-        with nogil:
-            pass
-    offered_ns[0] = kb_now_ns()
+cdef void release_idle(Client *c, bint long_ones=True) noexcept:
+    # With the GIL: gives back batches that are done and that nobody listens to. Without `long_ones` it does not take
+    # long, and the dispatcher sees to those.
+    cdef BatchState *batch = NULL
+    cdef BatchState *following
+    cdef BatchState **at
+    kb_mutex_lock(&c.mu)
+    if long_ones:
+        batch = c.idle_done
+        c.idle_done = NULL
+        c.dispatcher_nudge = 0
+    elif c.idle_done != NULL:
+        at = &c.idle_done
+        while at[0] != NULL:
+            following = at[0].next_news
+            if at[0].count <= RELEASE_SLICE:
+                at[0].next_news = batch
+                batch = at[0]
+                at[0] = following
+            else:
+                at = &at[0].next_news
+        nudge_dispatcher(c)
+    kb_mutex_unlock(&c.mu)
+    while batch != NULL:
+        following = batch.next_news
+        release_owner(batch)
+        batch = following
 
 
-# No list comprehensions in Cython code: when such a list cannot grow, Cython 3.3.1 gives the new item back twice.
+cdef void release_owner(BatchState *state) noexcept:
+    cdef Batch batch = <Batch> state.owner
+    state.owner = NULL
+    batch._release()
+    Py_DECREF(batch)
 
-cdef class Outcomes:
-    """What became of each envelope of a batch, kept as C records until it is asked for."""
 
-    cdef Outcome *_items   # owned
-    cdef readonly Py_ssize_t count
+@cython.no_gc_clear
+cdef class Batch:
+    """One batch from phase 1 to its last outcome. `PendingBatch` is its public face."""
+
+    cdef BatchState state
+    cdef readonly Core core
+    cdef tuple envelopes
+    cdef readonly Outcomes outcomes
+    cdef list kept
+    cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
+    cdef object enqueued_waker  # the same, at the end of phase 2
+    cdef list callbacks   # Jobs: called with this batch on the callback thread, in this order
+    cdef bint looked      # somebody is told of its failures, or was
+    cdef int waited       # so many wait for it, or have waited and not looked yet
+    cdef _Lot lot         # its failures, once it is released, if nobody is told of them yet
+    cdef char[TIME_TEXT_WOLVERINE] sent_at
+
+    __signature__ = _ConstructorSignature(("core", inspect.Parameter.empty))
+
+    def __cinit__(self, Core core not None):
+        self.core = core
+        self.state.client = core.c
 
     def __dealloc__(self):
-        kb_free(self._items)
-
-    @staticmethod
-    cdef Outcomes make(Py_ssize_t count):
-        cdef Outcomes self = Outcomes.__new__(Outcomes)
-        # One more than asked for: an empty batch has an address too.
-        self._items = <Outcome *> kb_calloc(<size_t> count + 1, sizeof(Outcome))
-        if self._items == NULL:
-            raise MemoryError(f"no memory for the outcomes of {count} envelopes")
-        self.count = count
-        return self
+        # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
+        if self.state.client == NULL:
+            return  # __cinit__ has refused its arguments
+        if self.state.client.pid and self.state.client.pid != _this_pid:
+            return  # in a forked child: a thread of the parent may have held the lock
+        drop_records(&self.state)
+        forget_topics(&self.state)
+        arena_give(self.state.client, &self.state.bodies)
+        if self.lot is not None:
+            self.lot.held, self.lot.waited = False, 0  # nobody will look: the producer tells
 
     def __len__(self) -> int:
-        return self.count
+        return self.state.count
 
-    cdef Py_ssize_t _state_count(self, int state) noexcept:
-        cdef Py_ssize_t i, n = 0
-        for i in range(self.count):
-            n += self._items[i].state == state
-        return n
+    def done(self) -> bool:
+        """Whether every envelope has its outcome."""
+        return KB_LOAD32(&self.state.done) != 0
 
-    def acked(self) -> int:
-        return self._state_count(ACKED)
+    @property
+    def begun(self) -> bool:
+        """Whether enqueueing has begun, so that an answer will come."""
+        return self.state.started_ns != 0
 
-    def failed(self) -> int:
-        return self._state_count(FAILED)
-
-    def expired(self) -> list:
-        """The indices of the envelopes whose deliver_by had passed."""
+    @property
+    def encoded_messages(self) -> tuple:
+        """Of a batch that is mapped and not yet sent: ``(bytes, count)`` of the messages that were encoded."""
+        cdef int64_t total = 0, count = 0
         cdef Py_ssize_t i
-        cdef list found = []
-        for i in range(self.count):
-            if self._items[i].state == EXPIRED:
-                found.append(i)
-        return found
+        if self.state.records != NULL:
+            for i in range(self.state.count):
+                if (not self.state.records[i].flags
+                        and (<Envelope> PyTuple_GET_ITEM(<PyObject *> self.envelopes, i))._kind == BODY_MESSAGE):
+                    total += self.state.records[i].value_len
+                    count += 1
+        return total, count
 
-    def failures(self) -> list:
-        """``(index, error code, persistence)`` of each failed envelope."""
+    @property
+    def latency_s(self) -> float:
+        """Seconds from the start of enqueueing to the last outcome; ``nan`` before."""
+        if not KB_LOAD32(&self.state.done):
+            return NAN
+        return (self.state.done_ns - self.state.started_ns) / 1e9
+
+    def _look(self, report=None):
+        """Somebody is told of what fails, so the producer does not. Returns the argument: nothing comes in between."""
+        self._leave()
+        return report
+
+    def _unlook(self) -> None:
+        """Who was to be told of what fails cannot be told, so the producer does. Before the batch is given back."""
+        self.looked = False
+
+    cdef void _leave(self) noexcept:
+        cdef _Lot lot = self.lot
+        self.looked = True
+        self.lot = None
+        if lot is not None:
+            try:
+                self.core.undelivered._take(lot)
+            except BaseException:
+                _logger.exception("could not note that a failure was seen")
+
+    cdef void _wait_on(self) noexcept:
+        # Until it looks, or waits no longer: only then others may be told instead.
+        self.waited += 1
+        if self.lot is not None:
+            self.lot.waited += 1
+
+    def _wait_no_longer(self) -> None:
+        """Who was woken, or has waited, will not look."""
+        if self.waited:
+            self.waited -= 1
+            if self.lot is not None:
+                self.lot.waited -= 1
+
+    cdef void _keep_failures(self) noexcept:
+        # The producer tells of them, unless somebody looks at this batch before.
+        cdef Undelivered undelivered = self.core.undelivered
+        cdef _Lot lot
         cdef Py_ssize_t i
-        cdef list found = []
-        for i in range(self.count):
-            if self._items[i].state == FAILED:
-                found.append((i, self._items[i].error, self._items[i].persistence))
-        return found
+        cdef int64_t count = self.outcomes._state_count(FAILED)
+        cdef int64_t size
+        try:
+            undelivered._own()
+            lot = _Lot.__new__(_Lot)
+            lot.held, lot.waited, lot.count = True, self.waited, count
+            lot.failures = []
+            for i in range(self.state.count):
+                if self.outcomes._items[i].state == FAILED:
+                    size = envelope_bytes(self.envelopes[i])
+                    if not undelivered._has_room(
+                            undelivered.kept + len(lot.failures), undelivered.bytes + lot.bytes + size):
+                        break
+                    lot.bytes += size
+                    lot.failures.append(
+                        (self.envelopes[i], self.outcomes._items[i].error, self.outcomes._items[i].persistence))
+            if not self.looked:  # a finalizer may have come in between
+                undelivered._put(lot)
+                self.lot = lot
+        except BaseException:  # no memory
+            undelivered.rest += count
 
-    def partitions(self) -> tuple:
-        cdef Py_ssize_t i
-        cdef list partitions = []
-        for i in range(self.count):
-            partitions.append(self._items[i].partition)
-        return tuple(partitions)
+    cdef void _release(self) noexcept:
+        # With the GIL, once done: what librdkafka could read is given back.
+        if KB_LOAD32(&self.state.failing) and not self.looked:
+            self._keep_failures()
+        self.core.unreleased -= 1
+        with nogil:
+            arena_give(self.state.client, &self.state.bodies)
+        if len(self.envelopes) > RELEASE_SLICE:
+            self._forget_in_slices()
+        self.envelopes = None
+        self.kept = None
+        KB_ADD32(&_pinned, -1)
 
-    def offsets(self) -> tuple:
-        cdef Py_ssize_t i
-        cdef list offsets = []
-        for i in range(self.count):
-            offsets.append(self._items[i].offset)
-        return tuple(offsets)
+    cdef void _forget_in_slices(self) noexcept:
+        # To free many objects takes long, and event loops and other threads must come in between.
+        cdef list rest = self.kept
+        cdef int64_t offered_ns = kb_now_ns()
+        try:
+            rest.extend(self.envelopes)
+        except MemoryError:
+            return
+        self.envelopes = self.kept = None
+        while rest:
+            del rest[-RELEASE_SLICE:]
+            offer_gil(&offered_ns)
 
-    def __reduce__(self):
-        cdef Py_ssize_t i
-        cdef list items = []
-        for i in range(self.count):
-            items.append((self._items[i].state, self._items[i].error, self._items[i].persistence,
-                          self._items[i].partition, self._items[i].offset))
-        return _rebuild_outcomes, (items,)
+    cdef int _listen(self, object waker, object callback) except -1:
+        # Registers before completion, or answers at once after it. Nothing may let go of the GIL between the look at
+        # `done` and the registration; a new list could, through a garbage collection.
+        cdef Client *c = self.state.client
+        cdef Dispatcher dispatcher = self.core.dispatcher
+        cdef Job job = Job.make(dispatcher.callback_thread, callback, (self,))
+        cdef list fresh = [job if waker is None else waker]
+        cdef bint done
+        self.core._check_fork()
+        if waker is None:
+            dispatcher.callback_thread._start()  # now: the answer itself needs no memory
+        if callback is not None:
+            self._leave()
+        kb_mutex_lock(&c.mu)
+        done = self.state.done
+        if not done and not self.state.listeners:
+            self.state.listeners = 1
+            c.eager += 1
+            nudge_drainer(c)
+        kb_mutex_unlock(&c.mu)
+        if waker is not None:
+            if done:
+                self._wait_on()
+                waker()
+            elif self.wakers is None:
+                self.wakers = fresh
+            else:
+                self.wakers.append(waker)
+        else:
+            if done and self.callbacks is None:
+                dispatcher.callback_thread._append_surely(job)
+            elif self.callbacks is None:
+                self.callbacks = fresh
+            else:
+                self.callbacks.append(job)
+        return 0
 
+    def add_done_callback(self, callback) -> None:
+        """Calls ``callback(self)`` on the producer's callback thread once every envelope has its outcome.
 
-def _rebuild_outcomes(list items):
-    cdef Outcomes self = Outcomes.make(len(items))
-    for i in range(len(items)):
-        (self._items[i].state, self._items[i].error, self._items[i].persistence,
-         self._items[i].partition, self._items[i].offset) = items[i]
-    return self
+        An exception from it is logged.
+        """
+        self._listen(None, callback)
+
+    def _add_waker(self, waker) -> None:
+        # `waker` must not block: it runs on the thread that wakes every event loop.
+        self._listen(waker, None)
+
+    def _remove_waker(self, waker) -> bool:
+        """Takes back what `_add_waker` was given; false if it was called."""
+        if self.wakers is not None:
+            try:
+                self.wakers.remove(waker)
+                return True
+            except ValueError:
+                pass
+        return False
+
+    def _wait(self, timeout=None) -> bool:
+        """Blocks until done; False after `timeout` seconds. Ctrl-C raises; the batch goes on."""
+        return self.core._wait_for(self, deadline_after(timeout))

@@ -25,7 +25,7 @@ _TIMED_OUT_QUEUE = -166
 _PURGE_QUEUE = -152
 _PURGE_INFLIGHT = -151
 
-# A topic's share of the room, as `client.pxi` gives it.
+# A topic's share of the room, as `line.pxi` gives it.
 SHARE = 4
 _ALWAYS = 64
 _MOST_ALWAYS = 128
@@ -48,8 +48,8 @@ class Sent:
         self.messages = Counter(record[0] for record in self.mapped if record is not None)  # by topic
 
     def settle(self, outcomes: list[Outcome]) -> None:
-        self.tell_enqueued()
         self.core.settle_in_memory(self.batch, outcomes)
+        self.tell_enqueued()  # who hears of it may look for the outcomes
 
     def fail(self, code: int) -> None:
         persistence = POSSIBLY_PERSISTED if self.may_have_arrived else NOT_PERSISTED

@@ -16,6 +16,7 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import aio
+from kbatch._fastmap import set_oauth_token
 
 from ..naming import shown
 from ..waiting import until
@@ -315,10 +316,10 @@ def test_what_oauth_cb_may_return(answer: Any, refusal: str | None) -> None:
     with kbatch.Producer(config) as producer:
         producer.submit("orders", [])
         if refusal is None:
-            producer._core.set_oauth_token(answer)
+            set_oauth_token(producer._core, answer)
         else:
             with pytest.raises((TypeError, ValueError), match=refusal):
-                producer._core.set_oauth_token(answer)
+                set_oauth_token(producer._core, answer)
 
 
 def test_a_token_does_not_wait_behind_another_callback() -> None:

@@ -1,9 +1,10 @@
-"""Sends an outgoing batch through a producer and answers through the batch callback contract."""
+"""A batch goes out through a producer, exactly one callback comes back: the contract, the sender, what it answers."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, TypeAlias
+import logging
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from kbatch._base_producer import check_kind
 from kbatch._errors import (
@@ -20,21 +21,92 @@ from kbatch._errors import (
 from kbatch._fastmap import AnsweringSender
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._text import counted
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from kbatch._base_producer import BaseProducer
-    from kbatch._contract import OutgoingBatch
-    from kbatch._fastmap import Answer
+    from kbatch._fastmap import Answer, Envelope
     from kbatch._report import DeliveryReport
 
     # a method of a `SenderCallback`, and what it is told
     Told: TypeAlias = tuple[str, KbatchError | DeliveryReport]
 
-__all__ = ["KafkaSender"]
+__all__ = ["KafkaSender", "OutgoingBatch", "SenderCallback", "SenderProtocol"]
+
+_logger = logging.getLogger("kbatch")
 
 # librdkafka's codes for envelopes of a batch that never reached it
 _VALUE_SERIALIZATION = -161
 _PURGE_QUEUE = -152
+
+
+class OutgoingBatch:
+    """Envelopes that go out together and are answered together. Immutable.
+
+    Args:
+        envelopes: Read once, here.
+    """
+
+    __slots__ = ("_envelopes",)
+
+    def __init__(self, envelopes: Iterable[Envelope[Any]]) -> None:
+        self._envelopes = tuple(envelopes)
+
+    @property
+    def envelopes(self) -> tuple[Envelope[Any], ...]:
+        """The envelopes, in order."""
+        return self._envelopes
+
+    def __len__(self) -> int:
+        return len(self._envelopes)
+
+    def __iter__(self) -> Iterator[Envelope[Any]]:
+        return iter(self._envelopes)
+
+    def __repr__(self) -> str:
+        return f"<OutgoingBatch of {counted(len(self), 'envelope')}>"
+
+
+class SenderCallback:
+    """What a sender tells about a batch: exactly one of these methods, once, when every envelope has its outcome.
+
+    Override what you need. The two failure methods log an error by default, and the three special failures fall back
+    to `mark_processing_failure`, so that no failure goes unseen. Each ``error.report`` holds the outcome of each
+    envelope.
+    """
+
+    def mark_successful(self, batch: OutgoingBatch, report: DeliveryReport) -> None:
+        """No envelope failed: each was acknowledged, or had expired before it was sent (``report.expired``)."""
+
+    def mark_processing_failure(self, batch: OutgoingBatch, error: KbatchError) -> None:
+        """Some envelopes failed, or the batch could not be sent at all."""
+        _logger.error("%r failed: %s", batch, error)
+
+    def mark_serialization_failure(self, batch: OutgoingBatch, error: KbatchError) -> None:
+        """An envelope could not be mapped; nothing was sent."""
+        _logger.error("%r could not be serialized: %s", batch, error)
+
+    def mark_timed_out(self, batch: OutgoingBatch, error: KbatchError) -> None:
+        """Every envelope that failed timed out."""
+        self.mark_processing_failure(batch, error)
+
+    def mark_topic_does_not_exist(self, batch: OutgoingBatch, error: KbatchError) -> None:
+        """Every envelope that failed went to an unknown topic or partition."""
+        self.mark_processing_failure(batch, error)
+
+    def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
+        """The circuit is open; nothing was sent."""
+        self.mark_processing_failure(batch, error)
+
+
+@runtime_checkable
+class SenderProtocol(Protocol):
+    """Anything that sends a batch and answers through a `SenderCallback`."""
+
+    def send_batch(self, callback: SenderCallback, batch: OutgoingBatch) -> None:
+        """Sends `batch` and calls exactly one method of `callback`, once no envelope of it is in flight any more."""
 
 
 class KafkaSender(AnsweringSender):
@@ -80,7 +152,7 @@ def send_answered(producer: Producer, topic: str | None, answer: Answer) -> Told
 
 def answer_report(report: DeliveryReport) -> Told:
     """The method of a `SenderCallback` that answers a batch that has settled, and what it is told."""
-    error = report.error()
+    error = report.exception()
     if error is None:
         return "mark_successful", report
     if isinstance(error, UnknownTopicError):

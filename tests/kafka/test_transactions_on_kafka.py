@@ -104,8 +104,8 @@ def test_nothing_is_committed_before_all_is_acknowledged(one_broker: KafkaCluste
         assert all(error.retriable for i, error in report.errors.items() if i != 5)
         assert not any(error.possibly_persisted for error in report.errors.values())
         assert set(report.offsets) == {-1}
-        assert isinstance(report.error(), kbatch.UnknownTopicError)  # the cause's own kind
-        assert "the transaction of 6 envelopes was aborted; the cause is envelope 5: " in str(report.error())
+        assert isinstance(report.exception(), kbatch.UnknownTopicError)  # the cause's own kind
+        assert "the transaction of 6 envelopes was aborted; the cause is envelope 5: " in str(report.exception())
         assert producer.send_batch(topic, envelopes(2, 5)).ok
         assert (producer.stats()["acked"], producer.stats()["failed"]) == (10, 6)
     assert batches(read(one_broker, topic)) == {0: 5, 2: 5}
@@ -123,7 +123,7 @@ def test_what_the_broker_refuses_aborts_the_batch(one_broker: KafkaCluster) -> N
             report = producer.send_batch(topic, envelopes(2, 50))
             if report.ok:
                 break
-            assert str(report.error()) == "the transaction of 50 envelopes was aborted"
+            assert str(report.exception()) == "the transaction of 50 envelopes was aborted"
             assert all(error.retriable and not error.possibly_persisted for error in report.errors.values())
         assert report.ok
     assert batches(read(one_broker, topic)) == {2: 50}

@@ -305,29 +305,34 @@ def test_many_dead_topics_do_not_fill_librdkafkas_queue(cluster: MockCluster, co
 
 
 def test_small_messages_leave_room_for_a_large_one(cluster: MockCluster, config: dict[str, Any]) -> None:
-    size = 7_800_000
-    cluster.create_topic("large")
+    # Small requests, one at a time: what comes free does so in pieces that are too small for the large message.
+    names = ["large", *(f"small-{n}" for n in range(4))]
+    for name in names:
+        cluster.create_topic(name)
     limits = {"queue.buffering.max.kbytes": 16_384, "message.max.bytes": 8_000_000}
+    limits |= {"batch.size": 200_000, "max.in.flight": 1}
     producer = kbatch.Producer(config | limits, wire="raw")
-    assert producer.send_batch("large", [Envelope(data=b"first")]).ok
-    cluster.set_rtt(1, 50)
+    for name in names:
+        assert producer.send_batch(name, [Envelope(data=b"first")]).ok
+    cluster.set_rtt(1, 5)
     over = threading.Event()
 
-    def flow() -> None:
-        small = [Envelope(data=b"x" * 20_000) for _ in range(200)]
+    def flow(topic: str) -> None:
+        small = [Envelope(data=b"x" * 20_000) for _ in range(400)]
         while not over.is_set():
-            producer.submit("healthy", small)
+            producer.submit(topic, small)
 
-    flowing = [threading.Thread(target=flow, daemon=True) for _ in range(2)]
+    flowing = [threading.Thread(target=flow, args=[name], daemon=True) for name in names[1:]]
     for thread in flowing:
         thread.start()
-    until(lambda: in_flight(producer) > 200, "the small ones")
-    report = producer.send_batch("large", [Envelope(data=b"y" * size)], timeout=30)
-    over.set()
-    producer._core.close(0)
-    for thread in flowing:
-        thread.join(30)
-    assert report.ok
+    until(lambda: in_flight(producer) > 550, "the small ones")
+    try:
+        assert producer.send_batch("large", [Envelope(data=b"y" * 7_800_000)], timeout=20).ok
+    finally:
+        over.set()
+        producer._core.close(0)
+        for thread in flowing:
+            thread.join(30)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGALRM"), reason="platform: there are no such signals")

@@ -3,7 +3,7 @@
 import pytest
 
 import kbatch
-from kbatch._sending._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle
 from kbatch.testing import MockCluster
 
 from .clients import read_back
@@ -45,7 +45,7 @@ class TestFork:
         self, cluster: MockCluster, used: bool
     ) -> None:
         code = f"""
-            from kbatch._sending._handle import ProducerHandle
+            from kbatch._recovery._handle import ProducerHandle
             used = {used}
             prototype = kbatch.Producer(CONFIG)
             parents = ProducerHandle.shared("settings", prototype)
@@ -92,7 +92,7 @@ class TestForkInTheMiddle:
         # A lock that a thread of the parent holds would be held for ever in the child.
         code = """
             import faulthandler
-            from kbatch._sending._handle import ProducerHandle
+            from kbatch._recovery._handle import ProducerHandle
             prototype = kbatch.Producer(CONFIG)
             stop = threading.Event()
             def take_and_give():
@@ -126,7 +126,7 @@ class TestForkedTopic:
     def test_a_topic_of_the_parent_makes_senders_in_the_child(self, cluster: MockCluster, used: bool) -> None:
         code = f"""
             used = {used}
-            topic = kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, producer=CONFIG)
+            topic = kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.INLINE, config=CONFIG)
             parents = topic.create_sender()
             if used:
                 parents.send(kbatch.Envelope("parent"))

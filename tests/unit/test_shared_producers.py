@@ -9,8 +9,8 @@ import pytest
 
 import kbatch
 from kbatch import aio
-from kbatch._sending import _handle
-from kbatch._sending._handle import ProducerHandle
+from kbatch._recovery import _handle
+from kbatch._recovery._handle import ProducerHandle
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
 

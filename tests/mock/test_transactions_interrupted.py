@@ -92,13 +92,13 @@ class Interrupted(BaseException):
 
 
 class Failing:
-    """The core, but one of its methods raises, before or after it has done its work."""
+    """The batches on hold, but one of the methods raises, before or after it has done its work."""
 
-    def __init__(self, core: Any, method: str, nth: int, *, after: bool) -> None:
-        self._core, self._method, self._left, self._after = core, method, nth, after
+    def __init__(self, held: Any, method: str, nth: int, *, after: bool) -> None:
+        self._held, self._method, self._left, self._after = held, method, nth, after
 
     def __getattr__(self, name: str) -> Any:
-        real: Callable[..., Any] = getattr(self._core, name)
+        real: Callable[..., Any] = getattr(self._held, name)
         if name != self._method:
             return real
 
@@ -135,7 +135,7 @@ def test_whatever_interrupts_a_transaction_its_batch_is_answered(
 ) -> None:
     transactions = producer._transactions
     assert transactions is not None
-    transactions._core = Failing(producer._core, method, nth, after=after)  # type: ignore[assignment]
+    transactions._held = Failing(transactions._held, method, nth, after=after)  # type: ignore[assignment]
     report = producer.send_batch("t", envelopes(count), timeout=30)
     if (method, after) == ("conclude", True):
         assert report.acked == count
@@ -156,7 +156,7 @@ def test_whatever_interrupts_a_transaction_its_batch_is_answered(
 def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch.Producer, where: str) -> None:
     transactions = producer._transactions
     assert transactions is not None
-    core, thread = transactions._core, transactions._thread
+    held, thread = transactions._held, transactions._thread
     answers: list[str] = []
     given_up = threading.Event()
 
@@ -177,13 +177,13 @@ def test_who_is_interrupted_while_sending_leaves_nothing_behind(producer: kbatch
             raise Interrupted
 
     if where == "hold":
-        transactions._core = Failing(core, "hold", 1, after=True)  # type: ignore[assignment]
+        transactions._held = Failing(held, "hold", 1, after=True)  # type: ignore[assignment]
     else:
         transactions._thread = Thread()  # type: ignore[assignment]
     with pytest.raises(Interrupted):
         kbatch.KafkaSender(producer, "t").send_batch(Callback(), kbatch.OutgoingBatch(envelopes(3)))
     given_up.set()
-    transactions._core, transactions._thread = core, thread
+    transactions._held, transactions._thread = held, thread
     assert producer.send_batch("t", envelopes(3)).ok
     until(lambda: answers, "the answer")
     assert producer.close(20) == 0
@@ -342,7 +342,7 @@ def test_what_was_not_sent_of_an_interrupted_transaction_is_not_told_as_possibly
         transactions = producer._transactions
         assert transactions is not None
         cluster.set_rtt(1, 500)
-        transactions._core = Failing(producer._core, "wait_for_outcome", 1, after=False)  # type: ignore[assignment]
+        transactions._held = Failing(transactions._held, "wait_for_outcome", 1, after=False)  # type: ignore[assignment]
         report = producer.send_batch("t", envelopes(50), timeout=30)
         assert report.failed == 50
         possibly = [index for index, error in report.errors.items() if error.possibly_persisted]

@@ -223,7 +223,7 @@ def test_each_row(kafka: ExternalCluster, name: str, way: str) -> None:
             elif case.error is None:
                 assert answer.report.raise_for_errors() is answer.report
             else:
-                assert type(answer.report.error()) is case.error
+                assert type(answer.report.exception()) is case.error
     stored = read_back(kafka.bootstrap_servers, topic)
     assert collections.Counter(record.value for record in stored) == collections.Counter(case.stored)
 
@@ -237,7 +237,7 @@ def test_every_failure_is_a_timeout_and_the_batch_may_be_sent_again(one_broker: 
     for answer in WAYS[way]({**config, "message.timeout.ms": 300}, topic, batch):
         check(answer.report, 3, {index: {"_MSG_TIMED_OUT"} for index in range(3)})
         assert all(error.retriable for error in answer.report.errors.values())
-        assert type(answer.report.error()) is kbatch.BatchTimeoutError
+        assert type(answer.report.exception()) is kbatch.BatchTimeoutError
         assert answer.method in ("", "mark_timed_out")
     assert end_offsets(one_broker.bootstrap_servers, topic) == {0: 0}
     one_broker.heal()

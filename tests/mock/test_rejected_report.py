@@ -63,7 +63,7 @@ def test_the_rest_is_sent(cluster: MockCluster, bad: tuple[int, ...], idempotent
     assert (counters["envelopes"], counters["acked"], counters["failed"]) == (300, 300 - len(bad), len(bad))
     assert counters["in_flight"] == 0
     assert stored(cluster) == [n for n in range(300) if n not in bad]
-    error = report.error()
+    error = report.exception()
     assert type(error) is kbatch.BatchError
     assert str(error).startswith(f"{len(bad)} of 300 envelopes failed; the first is envelope {bad[0]}: ")
 
@@ -164,7 +164,7 @@ def test_a_transaction_that_is_aborted_for_another_reason(cluster: MockCluster) 
         report = batch.wait(30)
         assert_rejected(report, (0,))
         assert [report.errors[n].name for n in (1, 2)] == ["TRANSACTION_ABORTABLE", "_UNKNOWN_PARTITION"]
-        error = report.error()
+        error = report.exception()
         assert type(error) is kbatch.UnknownTopicError
         assert "the cause is envelope 2" in str(error)
 
@@ -180,7 +180,7 @@ def test_a_commit_whose_end_is_unknown(cluster: MockCluster) -> None:
         report = batch.wait(30)
         assert [report.errors[n].possibly_persisted for n in range(3)] == [True, False, True]
         assert_rejected(report, (1,))
-        assert "the cause is envelope 1" not in str(report.error())
+        assert "the cause is envelope 1" not in str(report.exception())
 
 
 def test_a_transaction_that_is_given_up_at_once(cluster: MockCluster) -> None:

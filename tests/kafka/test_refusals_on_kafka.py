@@ -15,7 +15,7 @@ from tests.faults.history import ACKED, FAILED, Sent
 from tests.faults.runner import ENCODER
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.scenario import Scenario
-from tests.kafka.test_contract import Recorder
+from tests.kafka.test_contract_on_kafka import Recorder
 from tests.mock.clients import end_offsets, read_back
 from tests.waiting import until
 

@@ -9,14 +9,16 @@ from kbatch._errors import DeliveryError, SerializationError, exception_text, ty
 from kbatch._fastmap import Envelope, wall_time
 
 if TYPE_CHECKING:
-    from kbatch._sending._queue import Ended
+    from kbatch._errors import KbatchError
 
 __all__ = ["dead_letter"]
 
 _PREFIX = "dead-letter-"
 
 
-def dead_letter(ended: Ended, topic: str, default_topic: str | None) -> Envelope[Any] | None:
+def dead_letter(
+    envelope: Envelope[Any], error: KbatchError, failures: int, topic: str, default_topic: str | None
+) -> Envelope[Any] | None:
     """The envelope for the dead-letter topic; ``None`` if there can be none.
 
     It has the same id, key and body, no time limit, and these headers besides its own:
@@ -26,7 +28,6 @@ def dead_letter(ended: Ended, topic: str, default_topic: str | None) -> Envelope
     - ``dead-letter-attempts``: how often it failed.
     - ``dead-letter-time``: when it was given up, as in RFC 3339.
     """
-    error, envelope = ended.error, ended.entry.envelope
     if isinstance(error, SerializationError):
         return None  # it would be one there, too
     headers = [(name, value) for name, value in envelope.headers if not name.startswith(_PREFIX)]
@@ -34,7 +35,7 @@ def dead_letter(ended: Ended, topic: str, default_topic: str | None) -> Envelope
         "topic": envelope.topic or default_topic,
         "reason": exception_text(error),
         "error": error.name if isinstance(error, DeliveryError) else type_name(error),
-        "attempts": str(ended.entry.failures),
+        "attempts": str(failures),
         "time": datetime.fromtimestamp(wall_time(), timezone.utc).isoformat().replace("+00:00", "Z"),
     }
     headers += [(_PREFIX + name, value) for name, value in reason.items()]

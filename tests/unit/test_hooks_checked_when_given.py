@@ -59,11 +59,11 @@ def made(**options: Any) -> None:
 
 
 def topic(**options: Any) -> None:
-    kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, producer=NOWHERE, **options)
+    kbatch.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, config=NOWHERE, **options)
 
 
 def aio_topic(**options: Any) -> None:
-    aio.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, producer=NOWHERE, **options)
+    aio.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, config=NOWHERE, **options)
 
 
 # How each hook is given, with how many arguments it is called, and how it is called in an error.
