@@ -273,6 +273,18 @@ cdef class Core:
             records.append(read_record(&batch.state.records[i]))
         return records
 
+    def pack(self, Batch batch not None) -> list:
+        """What phase 1 made, packed; None where it is not sent."""
+        cdef list packed = []
+        for i in range(batch.state.count):
+            packed.append(packed_bytes(&batch.state.records[i]))
+        return packed
+
+    def map_packed(self, Batch batch not None, packed) -> None:
+        """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done."""
+        self._check_fork()
+        map_packed(self.c, batch, packed)
+
     def fail(self, Batch batch not None, envelopes, int index, int code, int rest_code) -> None:
         """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
         cdef Py_ssize_t i
