@@ -73,10 +73,12 @@ from kbatch._librdkafka import error_text
 cdef extern from *:
     """
     static inline PyObject *kb_tuple_item(PyObject *t, Py_ssize_t i) { return PyTuple_GET_ITEM(t, i); }
+    static inline Py_ssize_t kb_tuple_size(PyObject *t) { return PyTuple_GET_SIZE(t); }
     /* For an exception that a C function has set: raises it where Cython can catch it. */
     static inline int kb_raise_pending(void) { return -1; }
     """
     PyObject *PyTuple_GET_ITEM "kb_tuple_item"(PyObject *t, Py_ssize_t i) noexcept
+    Py_ssize_t PyTuple_GET_SIZE "kb_tuple_size"(PyObject *t) noexcept
     int raise_pending "kb_raise_pending"() except -1
     Py_ssize_t PY_SSIZE_T_MAX
     object PyUnicode_FromObject(object text)  # an exact str

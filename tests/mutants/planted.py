@@ -278,7 +278,7 @@ MUTANTS = (
     Mutant(
         "what a rejected envelope took of the batch's memory stays",
         "_Mapping._map_or_reject",
-        "        arena_rewind(self.client, &state.bodies, bodies, bodies_used)\n",
+        "        arena_rewind(self.pool, &state.bodies, bodies, bodies_used)\n",
         "",
         "tests/unit/test_rejected_in_mapping.py",
     ),
@@ -970,9 +970,23 @@ MUTANTS = (
         "tests/unit/test_taken_lists.py",
     ),
     Mutant(
+        "topics whose names have the same hash are one",
+        "_topic_in",
+        "topic.hash == hash and topic.name_len == length and memcmp(topic.name, name, length) == 0",
+        "topic.hash == hash",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
+        "a topic that is filed anew is lost",
+        "_grow_topics",
+        "        _file_topic(pool, topic)\n",
+        "        pass\n",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
         "a batch stands in line twice for one topic",
         "_Mapping._find_topic",
-        "        self.topics[topic] = address\n",
+        "        self.topics[topic] = <size_t> entry\n",
         "        pass\n",
         "tests/mock/test_detached.py",
     ),

@@ -125,12 +125,14 @@ cdef int64_t packed_size(Record *record) noexcept nogil:
     cdef Header *h = record.headers
     cdef Header *end = h + record.header_count
     cdef int64_t size = PACKED_FIXED + PACKED_CHECKSUM + _varint_length(record.header_count)
-    size += _counted_size(record.topic.name, strlen(record.topic.name))
+    size += _counted_size(record.topic.name, record.topic.name_len)
     size += _counted_size(record.key, record.key_len) + _counted_size(record.value, record.value_len)
     while h != end:
         size += _counted_size(h.name, h.name_len)
-        if h.value_len >= VALUE_NULL:
-            size += _counted_size(NULL if h.value_len == VALUE_NULL else h.value, h.value_len)
+        if h.value_len == VALUE_NULL:
+            size += 1
+        elif h.value_len >= 0:
+            size += _counted_size(h.value, h.value_len)
         else:
             size += _counted_size(text, write_value(h, text))
         h += 1
@@ -147,13 +149,15 @@ cdef void pack_record(Record *record, char *out) noexcept nogil:
     out[1] = 0
     kb_store_little(out + 2, <uint64_t> record.timestamp, 8)
     kb_store_little(out + 10, <uint64_t> <int64_t> record.partition, 4)
-    out = _put_counted(out + PACKED_FIXED, record.topic.name, strlen(record.topic.name))
+    out = _put_counted(out + PACKED_FIXED, record.topic.name, record.topic.name_len)
     out = _put_counted(out, record.key, record.key_len)
     out = _put_varint(out, record.header_count)
     while h != end:
         out = _put_counted(out, h.name, h.name_len)
-        if h.value_len >= VALUE_NULL:
-            out = _put_counted(out, NULL if h.value_len == VALUE_NULL else h.value, h.value_len)
+        if h.value_len == VALUE_NULL:
+            out = _put_varint(out, 0)
+        elif h.value_len >= 0:
+            out = _put_counted(out, h.value, h.value_len)
         else:
             out = _put_counted(out, text, write_value(h, text))
         h += 1
@@ -260,13 +264,20 @@ cdef object _unpacking_error(PackedFault fault, Py_ssize_t index):
         header=None)
 
 
-cdef object packed_bytes(Record *record):
-    # None of a record that is not sent.
-    cdef bytes packed
-    if record.flags:
-        return None
-    packed = PyBytes_FromStringAndSize(NULL, packed_size(record))
-    pack_record(record, PyBytes_AS_STRING(packed))
+cdef list packed_records(MappedBatch batch):
+    # None for what is not sent.
+    cdef list packed = []
+    cdef bytes one
+    cdef Record *record
+    cdef Py_ssize_t i
+    for i in range(batch.state.count):
+        record = &batch.state.records[i]
+        if record.flags:
+            packed.append(None)
+            continue
+        one = PyBytes_FromStringAndSize(NULL, packed_size(record))
+        pack_record(record, PyBytes_AS_STRING(one))
+        packed.append(one)
     return packed
 
 
@@ -298,15 +309,14 @@ def unpack_record(bytes packed not None) -> tuple:
 cdef Mapper _STORED = Mapper("raw", None, None, None, 0, 0)  # nothing of it is asked for: the records are mapped
 
 
-cdef int map_packed(Client *client, Batch batch, object packed) except -1:
+cdef int map_packed(MappedBatch batch, object packed) except -1:
     """In place of phase 1: the records of `batch` are those that were packed, and point into these bytes."""
-    cdef _Mapping mapping = begin_mapping(_STORED, client, batch, None, packed, False)
+    cdef _Mapping mapping = begin_mapping(_STORED, batch, None, packed, False)
     cdef tuple stored = batch.envelopes
     cdef PackedRecord found
     cdef PackedFault fault
     cdef Topic *topic = NULL
     cdef Py_ssize_t i
-    batch.looked = True  # who sends them looks at their outcomes: there are no envelopes to tell of
     for i in range(batch.state.count):
         mapping.index = i
         item = stored[i]
@@ -315,7 +325,7 @@ cdef int map_packed(Client *client, Batch batch, object packed) except -1:
         fault = unpack(PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item), &found)
         if fault != NO_FAULT:
             raise _unpacking_error(fault, i)
-        if topic == NULL or strlen(topic.name) != <size_t> found.topic_len or memcmp(
+        if topic == NULL or topic.name_len != found.topic_len or memcmp(
                 topic.name, found.topic, found.topic_len) != 0:
             topic = _topic_of(mapping, &found)
         unpack_headers(&found, mapping._room_for(found.record.header_count))

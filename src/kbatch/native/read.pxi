@@ -112,6 +112,7 @@ cdef bint is_read_as_attribute(const Given *given) noexcept nogil:
 
 
 @cython.final
+@cython.freelist(8)
 cdef class _Reading:
     """One record on its way to be an envelope."""
 
