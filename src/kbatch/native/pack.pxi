@@ -281,29 +281,69 @@ cdef list packed_records(MappedBatch batch):
     return packed
 
 
+cdef class _Unpacked:
+    """A packed record with room for its headers."""
+
+    cdef bytes packed     # what all of it points into
+    cdef str topic
+    cdef PackedRecord found
+    cdef Header *room     # owned
+
+    @staticmethod
+    cdef _Unpacked make(bytes packed):
+        cdef _Unpacked self = _Unpacked.__new__(_Unpacked)
+        cdef PackedFault fault = unpack(PyBytes_AS_STRING(packed), PyBytes_GET_SIZE(packed), &self.found)
+        if fault != NO_FAULT:
+            raise _unpacking_error(fault, 0)
+        self.packed = packed
+        self.topic = _topic_name(&self.found, 0)
+        self.room = <Header *> kb_malloc(max(self.found.record.header_count, 1) * sizeof(Header))
+        if self.room == NULL:
+            raise MemoryError(f"no memory for {self.found.record.header_count} headers")
+        unpack_headers(&self.found, self.room)
+        return self
+
+    def __dealloc__(self):
+        kb_free(self.room)
+
+
+cdef str _topic_name(PackedRecord *found, Py_ssize_t index):
+    try:
+        return PyUnicode_DecodeUTF8(found.topic, found.topic_len, NULL)
+    except UnicodeDecodeError as error:
+        if not isinstance(error, UnicodeDecodeError):
+            raise  # up to Python 3.11: there was no memory to make the one that was meant
+        raise _unpacking_error(NOT_UTF_8, index) from None
+
+
 def unpack_record(bytes packed not None) -> tuple:
     """``(topic, partition, timestamp, key, value, headers)`` of a packed record."""
-    cdef PackedRecord found
+    cdef _Unpacked unpacked = _Unpacked.make(packed)
     cdef Topic topic
-    cdef bytes name
-    cdef tuple record
-    cdef Header *room
-    cdef PackedFault fault = unpack(PyBytes_AS_STRING(packed), PyBytes_GET_SIZE(packed), &found)
-    if fault != NO_FAULT:
-        raise _unpacking_error(fault, 0)
-    name = found.topic[:found.topic_len]
-    topic.name = PyBytes_AS_STRING(name)
-    room = <Header *> kb_malloc(max(found.record.header_count, 1) * sizeof(Header))
-    if room == NULL:
-        raise MemoryError(f"no memory for {found.record.header_count} headers")
+    topic.name = _NOTHING
+    unpacked.found.record.topic = &topic
     try:
-        unpack_headers(&found, room)
-        found.record.topic = &topic
-        return read_record(&found.record)
-    except UnicodeDecodeError:
+        return unpacked.topic, *read_record(&unpacked.found.record)[1:]
+    except UnicodeDecodeError as error:
+        if not isinstance(error, UnicodeDecodeError):
+            raise  # as in _topic_name
         raise _unpacking_error(NOT_UTF_8, 0) from None
-    finally:
-        kb_free(room)
+
+
+def read_packed(bytes packed not None, *, str wire="kbatch") -> Envelope:
+    """The envelope that a packed record is, as `read_envelope` makes it of a record without an offset."""
+    cdef _Unpacked unpacked = _Unpacked.make(packed)
+    cdef Record *record = &unpacked.found.record
+    cdef Consumed consumed
+    cdef object partition = None if record.partition < 0 else record.partition
+    cdef object key = None if record.key == NULL else record.key[:record.key_len]
+    cdef object value = None if record.value == NULL else record.value[:record.value_len]
+    consumed.topic, consumed.partition = <PyObject *> unpacked.topic, <PyObject *> partition
+    consumed.offset = <PyObject *> None
+    consumed.key, consumed.value = <PyObject *> key, <PyObject *> value
+    consumed.timestamp = max(record.timestamp, 0)
+    consumed.pairs, consumed.headers, consumed.count = NULL, record.headers, record.header_count
+    return envelope_of(&consumed, WIRES[wire])
 
 
 cdef Mapper _STORED = Mapper("raw", None, None, None, 0, 0)  # nothing of it is asked for: the records are mapped
@@ -327,16 +367,8 @@ cdef int map_packed(MappedBatch batch, object packed) except -1:
             raise _unpacking_error(fault, i)
         if topic == NULL or topic.name_len != found.topic_len or memcmp(
                 topic.name, found.topic, found.topic_len) != 0:
-            topic = _topic_of(mapping, &found)
+            topic = mapping._find_topic(_topic_name(&found, i))
         unpack_headers(&found, mapping._room_for(found.record.header_count))
         found.record.topic = topic
         batch.state.records[i] = found.record
     return 0
-
-
-cdef Topic *_topic_of(_Mapping mapping, PackedRecord *found) except NULL:
-    try:
-        name = found.topic[:found.topic_len].decode()
-    except UnicodeDecodeError:
-        raise _unpacking_error(NOT_UTF_8, mapping.index) from None
-    return mapping._find_topic(name)

@@ -274,6 +274,6 @@ cdef class RecordPool:
         """As `Core.records`."""
         return batch._records()
 
-    def pack(self, Mapper mapper not None, topic, envelopes) -> list:
-        """Each envelope as a packed record, or None if its ``deliver_by`` has passed."""
-        return packed_records(self.map(mapper, topic, envelopes))
+    def pack(self, MappedBatch batch not None) -> list:
+        """Its records, packed; None for an envelope whose ``deliver_by`` has passed."""
+        return packed_records(batch)

@@ -51,8 +51,9 @@ cdef const char *utf8_or_null(PyObject *text, Py_ssize_t *length) except? NULL:
     if p == NULL:
         try:
             raise_pending()
-        except UnicodeEncodeError:
-            pass
+        except UnicodeEncodeError as error:
+            if not isinstance(error, UnicodeEncodeError):
+                raise  # as in `_text`
     return p
 
 
@@ -184,7 +185,12 @@ cdef class _Reading:
         elif given.pair != NULL:
             self.users.append(<object> given.pair)
         else:
-            self.users.append((name_object(given), value_object(given)))
+            try:
+                self.users.append((name_object(given), value_object(given)))
+            except UnicodeDecodeError as error:
+                if not isinstance(error, UnicodeDecodeError):
+                    raise  # as in `_text`
+                raise self._error("the name of one of its headers is not UTF-8", None) from error
         return 0
 
     cdef int _set(self, const OwnHeader *own, const Given *given) except -1:
