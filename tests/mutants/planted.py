@@ -398,7 +398,7 @@ MUTANTS = (
     Mutant(
         "a sender that is forgotten loses what it has just taken",
         "Accumulator._append",
-        "            self.signal.keeper = self  #",
+        "            self.flag.keeper = self  #",
         "            pass  #",
         "tests/unit/test_starvation.py",
     ),

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import kbatch
 from kbatch import Envelope
-from kbatch._fastmap import Accumulator, FormedBatch, RoomWaiter, Signal
+from kbatch._fastmap import Accumulator, Flag, FormedBatch, RoomWaiter
 from tests.waiting import until
 
 PATIENCE_S = 30.0  # only a hang reaches it
@@ -378,7 +378,7 @@ def test_who_lines_up_when_it_has_just_been_closed_is_woken() -> None:
 
 def test_who_holds_something_is_kept_by_the_signal_that_its_thread_waits_for() -> None:
     sender = make()
-    kept, thread_waits_for = weakref.ref(sender), sender.signal
+    kept, thread_waits_for = weakref.ref(sender), sender.flag
     sender.send(sized(1))
     del sender
     gc.collect()
@@ -400,8 +400,8 @@ def test_there_is_a_signal_for_the_first_of_a_batch_and_for_each_that_is_closed(
     sender = make(batch_size=3)
     for is_news in (True, False, True, True, False, True):
         sender.send(sized(1))
-        assert sender.signal.wait(0) is is_news
-    assert not sender.signal.wait(0)
+        assert sender.flag.wait(0) is is_news
+    assert not sender.flag.wait(0)
 
 
 def test_a_batch_knows_whether_one_of_it_is_scheduled() -> None:
@@ -454,12 +454,12 @@ def join(threads: list[threading.Thread]) -> None:
 def test_threads_that_wait_are_served_in_their_order() -> None:
     sender = make(max_buffered=1)
     sender.send(sized(0))
-    signals = [Signal() for _ in range(5)]
-    waiters = [sender._line_up(sized(n), signal) for n, signal in enumerate(signals, 1)]
+    flags = [Flag() for _ in range(5)]
+    waiters = [sender._line_up(sized(n), flag) for n, flag in enumerate(flags, 1)]
     served: list[int] = []
 
     def wait(n: int) -> None:
-        assert signals[n].wait(PATIENCE_S)
+        assert flags[n].wait(PATIENCE_S)
         served.append(n)
 
     threads = in_threads(*[lambda n=n: wait(n) for n in range(5)])
@@ -486,7 +486,7 @@ def test_many_threads_with_little_room_lose_nothing_and_keep_their_order() -> No
         assert len(sender) <= 10
         batch = sender._next_batch()
         if batch is None:
-            sender.signal.wait(0.01)
+            sender.flag.wait(0.01)
             continue
         assert batch.first_seq == len(seen)
         seen += [envelope.message for envelope in batch.envelopes]
@@ -663,7 +663,7 @@ def test_a_body_that_may_change_is_copied(wait: bool) -> None:
     body = bytearray(b"one")
     if wait:
         sender.send(Envelope(data=b"first"))
-        sender._line_up(Envelope(data=memoryview(body)), Signal())
+        sender._line_up(Envelope(data=memoryview(body)), Flag())
     else:
         sender.send(Envelope(data=body))
     body[:] = b"two"

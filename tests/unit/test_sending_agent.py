@@ -44,7 +44,7 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
                 until(lambda: agent._giving_up, "the beginning of the end")
 
         setattr(agent, moment, interrupted)
-        agent._signal.set()
+        agent._flag.set()
         until(lambda: answers, "the answer of close")
     assert answers == [1]
     assert len(told) == 1

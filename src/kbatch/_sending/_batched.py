@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
-from kbatch._fastmap import Accumulator, Signal, monotonic
+from kbatch._fastmap import Accumulator, Flag, monotonic
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
 from kbatch._text import counted
 
@@ -159,7 +159,7 @@ class BaseBatchedSender(Accumulator):
         return not_sent
 
     def _wait_for(self, seq: int | None, timeout: float | None) -> bool:
-        done = Signal()
+        done = Flag()
         watcher = self._agent._when_done(seq, done.set)
         try:
             done.wait(timeout)
@@ -194,7 +194,7 @@ class BatchedSender(BaseBatchedSender):
 
     Attributes:
         accepted: How many envelopes were taken since the start.
-        signal: Wakes the agent; not for users.
+        flag: Wakes the agent; not for users.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range, or an agent that has a sender.
