@@ -292,7 +292,7 @@ class BaseSendingAgent:
                 batch_size=1000 if buffer is None else buffer.batch_size,
                 batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
                 strict_order=self._strict_order,
-                hold_scheduled=not producer._carries_scheduled_time,
+                keep_scheduled=not producer._carries_scheduled_time,
                 random=random.random,
             )
             flag, pid = self._flag, os.getpid()
@@ -756,9 +756,9 @@ class BaseSendingAgent:
         level = logging.DEBUG
         if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
-        held = 0 if self._buffer is None else len(self._buffer)
-        text = "the circuit breaker of %r has been open for %.0f s, %s held; a probe failed: %s"
-        self._log(level, text, self.topic, now - self._opened_at, _held(held), reason)
+        buffered = 0 if self._buffer is None else len(self._buffer)
+        text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
+        self._log(level, text, self.topic, now - self._opened_at, _buffered(buffered), reason)
 
     def _stall_at(self) -> float | None:
         # When it is to be logged that brokers do not answer, unless they do by then.
@@ -774,11 +774,11 @@ class BaseSendingAgent:
         at = self._stall_at()
         if at is not None and now >= at:
             self._stall_logged_at = now
-            text = "brokers have not answered for %r for %.0f s: %s in flight, %s held"
-            held = 0 if self._buffer is None else len(self._buffer)
+            text = "brokers have not answered for %r for %.0f s: %s in flight, %s buffered"
+            buffered = 0 if self._buffer is None else len(self._buffer)
             assert self._queue is not None
             flying = counted(self._queue.in_flight, "batch is", "batches are")
-            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, flying, _held(held))
+            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, flying, _buffered(buffered))
         elif self._stall_logged_at is not None and self.waiting_for_s < self._stalled_after_s:
             self._stall_logged_at = None
             self._log(logging.WARNING, "brokers answer for %r again", self.topic)
@@ -910,7 +910,7 @@ class BaseSendingAgent:
                 self._log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
                 if self._buffer is not None:
-                    # Not before: what a slow callback has not taken yet is held, too.
+                    # Not before: what a slow callback has not taken yet is buffered, too.
                     self._buffer._give_back(1, end.entry.size)
         self._untold.popleft()
         self._flag.set()
@@ -1127,7 +1127,7 @@ def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> 
     return letters - sum(1 for index, _ in failures if flight.entries[index].origin is not None)
 
 
-def _held(count: int) -> str:
+def _buffered(count: int) -> str:
     return counted(count, "envelope is", "envelopes are")
 
 

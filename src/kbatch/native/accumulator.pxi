@@ -125,7 +125,7 @@ cdef class Accumulator:
     A batch is closed when it has `batch_size` envelopes, when the next one would make its keys, headers and bodies more
     than `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what
     those before it took on average, or what its texts, bytes and numbers take if it is the first or looks larger. At
-    most `max_buffered` envelopes and `max_buffered_bytes` are held from `send` to `give_back`, but always one.
+    most `max_buffered` envelopes and `max_buffered_bytes` are here from `send` to `_give_back`, but always one.
     """
 
     cdef readonly Flag flag           # set when there is something to do or to plan
@@ -142,8 +142,8 @@ cdef class Accumulator:
     cdef readonly int64_t max_buffered
     cdef readonly int64_t max_buffered_bytes
     cdef int64_t timeout_ns
-    cdef int64_t held_bytes           # what these were counted as
-    cdef int64_t held                 # accepted, not given back
+    cdef int64_t buffered_bytes       # what these were counted as
+    cdef int64_t buffered             # accepted, not given back
     cdef readonly int64_t accepted    # ever: the number that the next one gets
     cdef int64_t message_bytes        # what a message is thought to take when it is encoded: the mean of late ones,
     cdef double encoded_bytes         # of these bytes
@@ -223,9 +223,9 @@ cdef class Accumulator:
         return 0
 
     cdef inline bint _has_room(self, int64_t size) noexcept:
-        if self.held >= self.max_buffered:
+        if self.buffered >= self.max_buffered:
             return False
-        if self.held and size > self.max_buffered_bytes - self.held_bytes:
+        if self.buffered and size > self.max_buffered_bytes - self.buffered_bytes:
             if self.filling is not None and self.filling.due_ns:
                 self.filling.due_ns = 0  # it may never be full, and only its end makes room
                 self.flag.set()
@@ -290,10 +290,10 @@ cdef class Accumulator:
                 break
         batch.sizes.append(size)
         batch.scheduled |= envelope._scheduled_time != NO_TIME
-        if self.held == 0:
+        if self.buffered == 0:
             self.flag.keeper = self  # the thread may keep it weakly, and has not seen this yet
-        self.held += 1
-        self.held_bytes += size
+        self.buffered += 1
+        self.buffered_bytes += size
         self.accepted += 1
         if len(batch.envelopes) >= self.batch_size or batch.sizes.total >= self.batch_bytes:
             try:
@@ -324,8 +324,8 @@ cdef class Accumulator:
                 if not flag.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
                     if not waiter.taken:
                         raise SenderFullError(
-                            f"no room for the envelope within {timeout} s: {self.held} have no outcome yet, "
-                            f"{self.held_bytes} bytes")
+                            f"no room for the envelope within {timeout} s: {self.buffered} have no outcome yet, "
+                            f"{self.buffered_bytes} bytes")
         finally:
             self._leave_line(waiter)
         return 0
@@ -502,13 +502,13 @@ cdef class Accumulator:
 
     def _give_back(self, int64_t count, int64_t size) -> None:
         """So many envelopes have their outcome, which were counted as `size` bytes."""
-        self.held -= count
-        self.held_bytes -= size
+        self.buffered -= count
+        self.buffered_bytes -= size
         self._make_room()
 
     @property
-    def _held_bytes(self) -> int:
-        return self.held_bytes
+    def _buffered_bytes(self) -> int:
+        return self.buffered_bytes
 
     def _learn_message_bytes(self, int64_t total, int64_t count) -> None:
         """So many messages were encoded, into so many bytes."""
@@ -537,7 +537,7 @@ cdef class Accumulator:
 
     def __len__(self) -> int:
         """How many envelopes were taken and have no outcome yet."""
-        return self.held
+        return self.buffered
 
     def __bool__(self) -> bool:
         return True
