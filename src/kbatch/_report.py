@@ -5,17 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from kbatch._errors import (
-    ABORTED_CODE,
-    POSSIBLY_PERSISTED,
-    REJECTED_CODE,
-    TIMEOUT_CODES,
-    UNKNOWN_TOPIC_CODES,
-    BatchError,
-    BatchTimeoutError,
-    DeliveryError,
-    UnknownTopicError,
-)
+from kbatch._codes import ABORTED_CODE, POSSIBLY_PERSISTED, REJECTED_CODE, TIMEOUT_CODES, UNKNOWN_TOPIC_CODES
+from kbatch._errors import BatchError, BatchTimeoutError, DeliveryError, UnknownTopicError
 from kbatch._text import counted
 
 if TYPE_CHECKING:

@@ -33,7 +33,8 @@ def cluster(kafka_cluster: MockCluster) -> MockCluster:
 
 
 def config_of(cluster: MockCluster) -> dict[str, Any]:
-    return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+    soon = {"reconnect.backoff.ms": 10, "reconnect.backoff.max.ms": 100}  # after the broker
+    return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, **soon}
 
 
 def stored(cluster: MockCluster, topic: str = TOPIC) -> list[str]:

@@ -278,7 +278,7 @@ MUTANTS = (
     Mutant(
         "what a rejected envelope took of the batch's memory stays",
         "_Mapping._map_or_reject",
-        "        arena_rewind(self.client, &state.bodies, bodies, bodies_used)\n",
+        "        arena_rewind(self.pool, &state.bodies, bodies, bodies_used)\n",
         "",
         "tests/unit/test_rejected_in_mapping.py",
     ),
@@ -617,12 +617,12 @@ MUTANTS = (
     Mutant(
         "a producer whose last transaction has no known end takes a batch and refuses it",
         "HeldBatches.hold",
-        "            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n"
-        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "            if refusal is not None:\n                look_for_fatal(c)\n"
+        "                self.core._check_fatal()\n                raise refusal\n"
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
         "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
-        "            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",
+        "            if refusal is not None:\n                look_for_fatal(c)\n"
+        "                self.core._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions_interrupted.py",
     ),
     # -- what is taken, and what it is sent as
@@ -773,8 +773,8 @@ MUTANTS = (
     Mutant(
         "an abort costs the innocent an attempt",
         "is_outage",
-        "return error.fatal or is_abort(error) or (",
-        "return error.fatal or (",
+        "return error.code in OUTAGE_CODES\n",
+        "return error.code in OUTAGE_CODES - {ABORTED_CODE}\n",
         "tests/unit/test_send_queue.py",
     ),
     Mutant(
@@ -787,7 +787,7 @@ MUTANTS = (
     Mutant(
         "the neighbours of an invalid record are given up",
         "",
-        "        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named\n",
+        "        INVALID_DIFFERENT_RECORD,  # by librdkafka, of those that the broker has not named\n",
         "",
         "tests/unit/test_send_queue.py",
     ),
@@ -956,9 +956,23 @@ MUTANTS = (
         "tests/unit/test_taken_lists.py",
     ),
     Mutant(
+        "topics whose names have the same hash are one",
+        "_topic_in",
+        "topic.hash == hash and topic.name_len == length and memcmp(topic.name, name, length) == 0",
+        "topic.hash == hash",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
+        "a topic that is filed anew is lost",
+        "_grow_topics",
+        "        _file_topic(pool, topic)\n",
+        "        pass\n",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
         "a batch stands in line twice for one topic",
         "_Mapping._find_topic",
-        "        self.topics[topic] = address\n",
+        "        self.topics[topic] = <size_t> entry\n",
         "        pass\n",
         "tests/mock/test_detached.py",
     ),

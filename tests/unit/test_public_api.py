@@ -24,6 +24,7 @@ PACKAGE = Path(kbatch.__file__).parent
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
     {"_version", "_serialization", "_librdkafka", "_text"},
+    {"_codes"},
     {"_errors"},
     {"_callbacks"},
     {"_fastmap"},
@@ -50,6 +51,16 @@ LAYER_WITHIN = {
     for package, layers in LAYERS_WITHIN.items()
 }
 ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
+# What type checkers alone see may point up: an error has the report or the batch that it tells of, and native code is
+# given objects of Python.
+UP_FOR_TYPES = {
+    ("_errors", "_fastmap"),
+    ("_errors", "_pending"),
+    ("_errors", "_report"),
+    ("_fastmap", "_batch_sender"),
+    ("_fastmap", "_wire"),
+    ("_fastmap", "aio"),
+}
 
 
 def run(code: str) -> str:
@@ -341,10 +352,14 @@ def test_librdkafka_is_confluent_kafkas() -> None:
 # -- layers
 
 
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def runtime_imports(tree: ast.AST) -> Iterator[str]:
     """The modules that a Python file imports, apart from those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if is_for_types(node):
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -400,6 +415,28 @@ def test_imports_point_down_only(path: Path) -> None:
         if imported == unit and unit in LAYER_WITHIN:
             layers = LAYER_WITHIN[unit]
             assert layers[name.split(".")[2]] < layers[path.stem], f"{path.name} imports {name}"
+
+
+def type_imports(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    trees = (
+        [tree]
+        if path.suffix == ".pyi"
+        else [ast.Module(node.body, []) for node in ast.walk(tree) if is_for_types(node)]
+    )
+    for each in trees:
+        yield from (name for name in runtime_imports(each) if name.startswith("kbatch."))
+
+
+def test_what_points_up_is_for_type_checkers_and_written_down() -> None:
+    up = set()
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]:
+        unit = unit_of(path)
+        for name in type_imports(path) if path != PACKAGE / "__init__.py" else ():
+            imported = name.split(".")[1]
+            if LAYER_OF[imported] >= LAYER_OF[unit] and imported != unit:
+                up.add((unit, imported))
+    assert up == UP_FOR_TYPES
 
 
 # -- interpreters

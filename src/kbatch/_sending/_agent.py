@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._callbacks import call_fault, callback_name, loops_own, refuse_coroutine
+from kbatch._codes import TIMED_OUT
 from kbatch._errors import (
     BatchInterruptedError,
     CircuitOpenError,
@@ -94,7 +95,6 @@ _HURRY_S = 1.0  # while closing, the most between two attempts and two probes
 _REMIND_EVERY_S = 60.0
 _WITH_THE_LAST = sys.maxsize  # a number that no envelope reaches
 _LOOK_AT_CLOCK_S = 30.0  # time since 1970 may jump
-_UNKNOWN = -185  # _TIMED_OUT: what is told of an envelope that was still in flight at the end
 _LAST_WORDS_S = 1.0  # for callbacks, after the deadline of closing
 _OVER = -1.0
 
@@ -831,7 +831,7 @@ class BaseSendingAgent:
         for flight in queue.flights():
             self._abandoned.add(flight)
             failures = [
-                (index, DeliveryError(_UNKNOWN, possibly_persisted=True)) for index in range(len(flight.envelopes))
+                (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]
             queue.settled(flight, failures, monotonic(), again=False)
 

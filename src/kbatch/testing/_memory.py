@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._callbacks import call_fault, is_coroutine_function
+from kbatch._codes import ALL_BROKERS_DOWN, NOT_PERSISTED, POSSIBLY_PERSISTED, PURGE_QUEUE
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope, monotonic
 from kbatch._producer import Producer
 from kbatch._transactions import Transactions
-from kbatch.testing._memory_broker import (
-    NOT_PERSISTED,
-    POSSIBLY_PERSISTED,
-    Fault,
-    MemoryRecord,
-    error_code,
-)
+from kbatch.testing._memory_broker import Fault, MemoryRecord, error_code
 from kbatch.testing._memory_line import SHARE, MemoryLine, Sent
 
 if TYPE_CHECKING:
@@ -30,10 +25,6 @@ if TYPE_CHECKING:
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseMemoryProducer", "MemoryCore", "MemoryProducer"]
-
-# librdkafka's codes
-_ALL_BROKERS_DOWN = -187
-_PURGE_QUEUE = -152
 
 _LAST_S = 1.0  # for callbacks, when the time to close is over, as a producer has it
 
@@ -113,7 +104,7 @@ class MemoryCore(Core):
                     self.line.take(sent)
             except BaseException:  # Ctrl-C, or what a test's own `when` raises: an answer comes all the same
                 if not self.line.abandon(batch) and batch.begun and not batch.done():
-                    self.settle_in_memory(batch, [(_PURGE_QUEUE, NOT_PERSISTED, -1, -1)] * len(batch))
+                    self.settle_in_memory(batch, [(PURGE_QUEUE, NOT_PERSISTED, -1, -1)] * len(batch))
                 raise
             return sent
 
@@ -325,7 +316,7 @@ class BaseMemoryProducer(BaseProducer):
         check_timeout(timeout)
         with self._line.lock:
             self._line.go_down(timeout)
-        self._tell_error_cb(_ALL_BROKERS_DOWN, "1/1 brokers are down")
+        self._tell_error_cb(ALL_BROKERS_DOWN, "1/1 brokers are down")
 
     def up(self) -> None:
         """Ends `down`: what is in flight is stored, unless `hold` keeps it. Ends what `fail` has ordered, too."""
