@@ -369,8 +369,8 @@ MUTANTS = (
     Mutant(
         "the room of an envelope is not given back",
         "Accumulator._give_back",
-        "        self.held -= count\n",
-        "        self.held -= count - 1\n",
+        "        self.buffered -= count\n",
+        "        self.buffered -= count - 1\n",
         "tests/mock/test_sender_leaks.py",
     ),
     Mutant(
@@ -398,7 +398,7 @@ MUTANTS = (
     Mutant(
         "a sender that is forgotten loses what it has just taken",
         "Accumulator._append",
-        "            self.signal.keeper = self  #",
+        "            self.flag.keeper = self  #",
         "            pass  #",
         "tests/unit/test_starvation.py",
     ),
@@ -737,8 +737,8 @@ MUTANTS = (
     Mutant(
         "the buffer's bytes have no bound",
         "Accumulator._has_room",
-        "        if self.held and size > self.max_buffered_bytes - self.held_bytes:\n",
-        "        if self.held < 0:\n",
+        "        if self.buffered and size > self.max_buffered_bytes - self.buffered_bytes:\n",
+        "        if self.buffered < 0:\n",
         "tests/unit/test_buffered_bytes.py",
     ),
     Mutant(

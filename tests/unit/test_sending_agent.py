@@ -33,7 +33,7 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
         agent = SendingAgent(producer, "orders", on_failed=lambda *what: told.append(what))
         sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
         sender.send(envelope)
-        until(lambda: sender.stats()["scheduled"], "the envelope held until its time")
+        until(lambda: sender.stats()["scheduled"], "the envelope that waits for its time")
         closer = threading.Thread(target=lambda: answers.append(sender.close(0)))
         work: Callable[..., None] = getattr(agent, moment)
 
@@ -44,7 +44,7 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
                 until(lambda: agent._giving_up, "the beginning of the end")
 
         setattr(agent, moment, interrupted)
-        agent._signal.set()
+        agent._flag.set()
         until(lambda: answers, "the answer of close")
     assert answers == [1]
     assert len(told) == 1

@@ -50,7 +50,7 @@ from kbatch._fastmap import (
     AnsweringSender,
     Call,
     CallbackThread,
-    Signal,
+    Flag,
     Undelivered,
     comes_from,
     envelope_bytes,
@@ -170,7 +170,7 @@ class BaseSendingAgent:
         self._callbacks = CallbackThread("kbatch-sender-callbacks")
         self._prober = CallbackThread("kbatch-probe")
         self._buffer: Accumulator | None = None
-        self._signal = self._circuit.trials.signal = Signal()
+        self._flag = self._circuit.trials.flag = Flag()
         self._queue: SendQueue | None = None
         self._thread: threading.Thread | None = None
         self._pid: int | None = None  # where it was started
@@ -247,7 +247,7 @@ class BaseSendingAgent:
         self._note(verdict, answer.trial, monotonic())
         if can_be_replaced(answer.outcome):
             self._news.append(functools.partial(self._break, producer))
-            self._signal.set()
+            self._flag.set()
 
     def _break(self, producer: BaseProducer) -> None:
         if self._handle.producer is producer:
@@ -261,7 +261,7 @@ class BaseSendingAgent:
             if self._buffer is not None or self._thread is not None:
                 raise ConfigError("the agent has a sender already, or has sent a batch; make an agent for each sender")
             self._buffer = buffer
-            self._signal = self._circuit.trials.signal = buffer.signal
+            self._flag = self._circuit.trials.flag = buffer.flag
 
     def _is_forked(self) -> bool:
         return self._pid is not None and self._pid != os.getpid()
@@ -292,18 +292,18 @@ class BaseSendingAgent:
                 batch_size=1000 if buffer is None else buffer.batch_size,
                 batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
                 strict_order=self._strict_order,
-                hold_scheduled=not producer._carries_scheduled_time,
+                keep_scheduled=not producer._carries_scheduled_time,
                 random=random.random,
             )
-            signal, pid = self._signal, os.getpid()
+            flag, pid = self._flag, os.getpid()
 
             def wake(_: object) -> None:
                 if os.getpid() == pid:  # in a forked child a thread of the parent may have held its lock
-                    signal.set()
+                    flag.set()
 
             self._thread = thread = threading.Thread(
                 target=_run,
-                args=(weakref.ref(self, wake), signal, self._handle, (self._callbacks, self._prober)),
+                args=(weakref.ref(self, wake), flag, self._handle, (self._callbacks, self._prober)),
                 name="kbatch-sender",
                 daemon=True,
             )
@@ -347,7 +347,7 @@ class BaseSendingAgent:
         # No lock: a signal handler that closes may come in between, and waits for the thread.
         watcher = _Watcher(_WITH_THE_LAST if seq is None else seq, wake)
         self._newcomers.append(watcher)
-        self._signal.set()
+        self._flag.set()
         if self._is_over:
             wake()
         return watcher
@@ -363,7 +363,7 @@ class BaseSendingAgent:
     def _hurry(self) -> None:
         """What is left is to be sent soon: closing has begun."""
         self._news.append(self._hurry_now)
-        self._signal.set()
+        self._flag.set()
 
     def _hurry_now(self) -> None:
         queue, now = self._queue, monotonic()
@@ -387,12 +387,12 @@ class BaseSendingAgent:
         with self._mu:
             self._giving_up = True
             first, self._released = not self._released, True
-        self._signal.set()
+        self._flag.set()
         if first:
             # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
             self._handle.release(timeout)
             self._news.append(self._abandon_flights)
-            self._signal.set()
+            self._flag.set()
 
     def _await_end(self, end: float) -> int:
         if self._is_forked():
@@ -622,7 +622,7 @@ class BaseSendingAgent:
     ) -> None:
         # On the dispatcher's thread, which must not wait for us.
         self._news.append(functools.partial(self._settle, flight, pending, rejected))
-        self._signal.set()
+        self._flag.set()
 
     def _settle(
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
@@ -684,7 +684,7 @@ class BaseSendingAgent:
                 self._circuit.said_nothing(trial)
             self._tell_state(before)
         if trial:
-            self._signal.set()  # the next trial may be the thread's, and this one was another's
+            self._flag.set()  # the next trial may be the thread's, and this one was another's
 
     def _tell_state(self, before: CircuitState) -> None:
         state = self._circuit.state
@@ -705,7 +705,7 @@ class BaseSendingAgent:
             self._log(level, "the circuit breaker of %r is %s", self.topic, state.value)
         if self._on_state_change is not None:
             self._callbacks.put(self._tell_state_change, before, state)
-        self._signal.set()
+        self._flag.set()
 
     def _tell_state_change(self, before: CircuitState, state: CircuitState) -> None:
         assert self._on_state_change is not None
@@ -749,16 +749,16 @@ class BaseSendingAgent:
                 before = self._circuit.state
                 self._circuit.probed(reason is None, monotonic())
                 self._tell_state(before)
-            self._signal.set()
+            self._flag.set()
 
     def _log_probe(self, reason: str) -> None:
         now = monotonic()
         level = logging.DEBUG
         if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
-        held = 0 if self._buffer is None else len(self._buffer)
-        text = "the circuit breaker of %r has been open for %.0f s, %s held; a probe failed: %s"
-        self._log(level, text, self.topic, now - self._opened_at, _held(held), reason)
+        buffered = 0 if self._buffer is None else len(self._buffer)
+        text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
+        self._log(level, text, self.topic, now - self._opened_at, _buffered(buffered), reason)
 
     def _stall_at(self) -> float | None:
         # When it is to be logged that brokers do not answer, unless they do by then.
@@ -774,11 +774,11 @@ class BaseSendingAgent:
         at = self._stall_at()
         if at is not None and now >= at:
             self._stall_logged_at = now
-            text = "brokers have not answered for %r for %.0f s: %s in flight, %s held"
-            held = 0 if self._buffer is None else len(self._buffer)
+            text = "brokers have not answered for %r for %.0f s: %s in flight, %s buffered"
+            buffered = 0 if self._buffer is None else len(self._buffer)
             assert self._queue is not None
             flying = counted(self._queue.in_flight, "batch is", "batches are")
-            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, flying, _held(held))
+            self._log(logging.WARNING, text, self.topic, self.waiting_for_s, flying, _buffered(buffered))
         elif self._stall_logged_at is not None and self.waiting_for_s < self._stalled_after_s:
             self._stall_logged_at = None
             self._log(logging.WARNING, "brokers answer for %r again", self.topic)
@@ -910,10 +910,10 @@ class BaseSendingAgent:
                 self._log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
                 if self._buffer is not None:
-                    # Not before: what a slow callback has not taken yet is held, too.
+                    # Not before: what a slow callback has not taken yet is buffered, too.
                     self._buffer._give_back(1, end.entry.size)
         self._untold.popleft()
-        self._signal.set()
+        self._flag.set()
 
     def _log(self, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
         # On the thread of callbacks: a handler may send by this very sender, and wait for room.
@@ -976,7 +976,7 @@ class BaseSendingAgent:
 
 def _run(
     reference: weakref.ref[BaseSendingAgent],
-    signal: Signal,
+    flag: Flag,
     handle: ProducerHandle,
     threads: tuple[CallbackThread, ...],
 ) -> None:
@@ -987,13 +987,13 @@ def _run(
                 return  # its start was interrupted, and another took its place
             pause = agent._turn()
             if pause == _OVER:
-                signal.keep(None)
+                flag.keep(None)
                 return
-            signal.keep(None)  # before the look: whoever sends after it keeps the agent by the signal
+            flag.keep(None)  # before the look: whoever sends after it keeps the agent by the flag
             if agent._is_idle():
                 del agent
             if pause != 0.0:
-                signal.wait(pause, interruptible=False)
+                flag.wait(pause, interruptible=False)
     handle.release(0.0)
     for thread in threads:
         thread.stop()
@@ -1127,7 +1127,7 @@ def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> 
     return letters - sum(1 for index, _ in failures if flight.entries[index].origin is not None)
 
 
-def _held(count: int) -> str:
+def _buffered(count: int) -> str:
     return counted(count, "envelope is", "envelopes are")
 
 

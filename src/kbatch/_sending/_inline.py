@@ -61,7 +61,7 @@ class BaseInlineSender:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._held = [self._handle]  # empty once it is closed: whoever takes it out releases it
+        self._unreleased = [self._handle]  # empty once it is closed: whoever takes it out releases it
         self._closed = False
 
     @property
@@ -93,19 +93,19 @@ class BaseInlineSender:
         """What is to be released, the first time."""
         self._closed = True
         try:
-            return self._held.pop()
+            return self._unreleased.pop()
         except IndexError:
             return None
 
     def __del__(self) -> None:
-        for handle in getattr(self, "_held", ()):  # the constructor may have raised
+        for handle in getattr(self, "_unreleased", ()):  # the constructor may have raised
             handle.forget()
 
     def _check_delivered(self, error: BaseException | None) -> None:
         # Of sends that were given up before they had an answer. `error` ends a `with` block, and comes first.
         undelivered = self._handle.undelivered()
         if undelivered is not None:
-            undelivered.raise_beside(error, held=True)
+            undelivered.raise_beside(error, reachable=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"by {self._handle.producer!r}"
@@ -200,8 +200,8 @@ class InlineSender(BaseInlineSender):
 
     def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        held = self._begin_closing()
-        return 0 if held is None else held.release(self._close_timeout if timeout is None else timeout)
+        handle = self._begin_closing()
+        return 0 if handle is None else handle.release(self._close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Self:
         return self
