@@ -411,7 +411,7 @@ MUTANTS = (
     ),
     Mutant(
         "the trial of the circuit is always what failed before",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         'verdict != "succeeded" and flight.entries is not None',
         "False",
         "tests/unit/test_starvation.py",
@@ -439,21 +439,21 @@ MUTANTS = (
     ),
     Mutant(
         "what waits is forgotten when closing begins while the thread is at work",
-        "BaseSendingAgent._step",
-        "        if giving_up and not queue.in_flight:\n",
-        "        if self._giving_up and not queue.in_flight:\n",
+        "SendLoop._step",
+        "        if closed and not queue.in_flight:\n",
+        "        if gate.closed and not queue.in_flight:\n",
         "tests/unit/test_sending_agent.py",
     ),
     Mutant(
         "an envelope that cannot be mapped is told the batch's error",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         "(index, reasons.get(index, error))",
         "(index, error)",
         "tests/mock/test_batched_senders.py",
     ),
     Mutant(
         "an acknowledged envelope keeps its room",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         "            self._buffer._give_back(done, flight.bytes - failed)\n",
         "            self._buffer._give_back(done - (done > 2), flight.bytes - failed)\n",
         "tests/mock/test_sender_leaks.py",
@@ -676,14 +676,14 @@ MUTANTS = (
     ),
     Mutant(
         "what expires after it may have been stored is told to nobody",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         "        queue.settled(flight, failures + late, now, again=again)\n",
         "        late = []\n        queue.settled(flight, failures, now, again=again)\n",
         "tests/unit/test_starvation.py",
     ),
     Mutant(
         "brokers that do not answer are never told of",
-        "BaseSendingAgent._idle_for",
+        "SendLoop._idle_for",
         "            due.append(stall_at - now)\n",
         "            pass\n",
         "tests/unit/test_starvation.py",
@@ -734,9 +734,9 @@ MUTANTS = (
     ),
     Mutant(
         "what is given up keeps its bytes",
-        "BaseSendingAgent._tell_failed",
-        "self._buffer._give_back(1, end.entry.size)",
-        "self._buffer._give_back(1, 0)",
+        "GivenUp._tell",
+        "self.buffer._give_back(1, end.entry.size)",
+        "self.buffer._give_back(1, 0)",
         "tests/unit/test_buffered_bytes.py",
     ),
     Mutant(
@@ -777,7 +777,7 @@ MUTANTS = (
     ),
     Mutant(
         "strict_order goes by the envelope's key though a wire object may write another",
-        "_check_strict",
+        "check_strict",
         "    if producer._has_custom_wire:\n",
         "    if producer._has_custom_wire is None:\n",
         "tests/mock/test_permanent_refusals.py",
@@ -848,9 +848,9 @@ MUTANTS = (
     ),
     Mutant(
         "a clock that a test has frozen stops a sender",
-        "BaseSendingAgent._send",
-        "queue.settled(flight, failures, monotonic(), again=not self._giving_up)",
-        "queue.settled(flight, failures, __import__('time').monotonic(), again=not self._giving_up)",
+        "Flights.send",
+        "queue.settled(flight, failures, monotonic(), again=not gate.closed)",
+        "queue.settled(flight, failures, __import__('time').monotonic(), again=not gate.closed)",
         "tests/unit/test_frozen_clock.py",
     ),
     Mutant(
