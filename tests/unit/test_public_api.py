@@ -26,7 +26,7 @@ LAYERS = [
     {"_errors"},
     {"_callbacks"},
     {"_fastmap"},
-    {"_report", "_wire", "_config", "_loop", "_exit"},
+    {"_report", "_wire", "_config", "_loop", "_exit", "_threads"},
     {"_pending", "_events", "_read"},
     {"_transactions"},
     {"_base_producer"},

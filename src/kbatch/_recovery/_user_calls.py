@@ -7,7 +7,8 @@ import logging
 from typing import TYPE_CHECKING
 
 from kbatch._callbacks import refuse_coroutine
-from kbatch._fastmap import CallbackThread, comes_from
+from kbatch._fastmap import CallQueue, comes_from
+from kbatch._threads import CALLBACKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,18 +19,18 @@ _logger = logging.getLogger("kbatch")
 
 
 class UserCalls:
-    """Calls on a thread for callbacks, in order, one at a time."""
+    """The calls of one sender: in order, one at a time, on a thread that senders share."""
 
     def __init__(self) -> None:
-        self._thread = CallbackThread("kbatch-sender-callbacks")
+        self._queue = CallQueue(CALLBACKS)
 
     def put(self, function: Callable[..., object], *arguments: object) -> None:
         """Has a function of ours called, which may `call` one of the user's. If this raises, it is not."""
-        self._thread.put(function, *arguments)
+        self._queue.put(function, *arguments)
 
     def put_surely(self, function: Callable[..., object], *arguments: object) -> None:
         """As `put`, for what must be told: without memory it tries again until there is some."""
-        self._thread.put_surely(function, *arguments)
+        self._queue.put_surely(function, *arguments)
 
     def call(self, callback: Callable[..., object], *arguments: object) -> None:
         """Calls a user's callback, within what was put, and returns when it has ended."""
@@ -37,7 +38,7 @@ class UserCalls:
 
     def are_of_caller(self) -> bool:
         """Whether the caller comes from one of these calls."""
-        return comes_from(self._thread)
+        return comes_from(self._queue)
 
     def log(self, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
         """Logs within these calls: a handler may send by this very sender, and wait for room."""
@@ -49,11 +50,11 @@ class UserCalls:
 
     def stop(self) -> None:
         """Needs no thread any more once all that was put was called."""
-        self._thread.stop()
+        self._queue.stop()
 
     def join(self, timeout: float | None) -> None:
         """As `stop`, and waits for the end of the calls, unless the caller comes from one."""
-        self._thread.join(timeout)
+        self._queue.join(timeout)
 
 
 def _log(level: int, text: str, arguments: tuple[object, ...], exc_info: BaseException | None) -> None:

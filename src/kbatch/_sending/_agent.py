@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._errors import ConfigError, ForkError, KbatchError, SenderClosedError, SenderError
-from kbatch._fastmap import AnsweringSender, Call, CallbackThread, Signal, comes_from, monotonic
+from kbatch._fastmap import AnsweringSender, Call, CallQueue, Signal, comes_from, monotonic
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
@@ -24,6 +24,7 @@ from kbatch._sending._endings import GivenUp
 from kbatch._sending._options import check_agent_options, check_strict, check_topic
 from kbatch._sending._send_loop import OVER, SendLoop
 from kbatch._sending._watchers import NONE_LEFT, Watchers
+from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -96,7 +97,7 @@ class BaseSendingAgent:
         self._stalled_after_s = stalled_after_s
         self._dead_letter_topic = dead_letter_topic
         self._calls = self._calls_class()
-        self._prober = CallbackThread("kbatch-probe")
+        self._prober = CallQueue(PROBES)
         self._gate = Gate(
             self._handle,
             topic,
@@ -312,7 +313,7 @@ def _run(
     reference: weakref.ref[BaseSendingAgent],
     signal: Signal,
     handle: ProducerHandle,
-    threads: tuple[UserCalls | CallbackThread, ...],
+    calls: tuple[UserCalls | CallQueue, ...],
 ) -> None:
     """An agent's thread. It holds only a weak reference while nothing depends on it: a forgotten agent is collected."""
     with Call(threading.current_thread()):  # encoders and hooks
@@ -331,8 +332,8 @@ def _run(
             if pause != 0.0:
                 signal.wait(pause, interruptible=False)
     handle.release(0.0)
-    for thread in threads:
-        thread.stop()
+    for each in calls:
+        each.stop()
 
 
 class SendingAgent(AnsweringSender, BaseSendingAgent):
@@ -369,14 +370,15 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
         stalled_after_s: A warning is logged when a batch has been in flight for so many seconds without an answer, once
             a minute until there is one. `waiting_for_s` tells the same to a metric. It takes no short
             ``delivery.timeout.ms`` to learn of an outage: that may store copies, as README says under "Duplicates".
-        on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
-            wait for its sender: until it has ended, ``flush``, ``drain`` and ``close`` raise `SenderError` there, and
-            in tasks and threads to which its context was copied. By default an error is logged, and `failed` holds the
-            last 1,000.
+        on_failed: Called with an envelope that was given up and the reason, on a thread that senders share, where it
+            must not wait for its sender: until it has ended, ``flush``, ``drain`` and ``close`` raise `SenderError`
+            there, and in tasks and threads to which its context was copied. The calls of a sender come one at a time,
+            in order; one that takes long does not hold up those of other senders. By default an error is logged, and
+            `failed` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
             sender is closed.
-        on_state_change: Called with the old and the new `CircuitState`, on a thread of the agent.
+        on_state_change: Called with the old and the new `CircuitState`, on the same thread.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range.

@@ -53,7 +53,7 @@ class LoopCalls(UserCalls):
 
         async def run() -> None:
             try:
-                with Call(self._thread):  # its own, which ends with it
+                with Call(self._queue):  # its own, which ends with it
                     result = callback(*arguments)
                     if inspect.isawaitable(result):
                         await result
