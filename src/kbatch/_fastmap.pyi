@@ -260,7 +260,10 @@ class Mapper:
     ) -> None: ...
 
 @disjoint_base
-class Batch:
+class MappedBatch: ...
+
+@disjoint_base
+class Batch(MappedBatch):
     def __new__(cls, core: Core) -> Self: ...
     @property
     def core(self) -> Core: ...
@@ -284,6 +287,11 @@ class Batch:
 
 # (topic, partition, timestamp, key, value, headers)
 _MappedRecord: TypeAlias = tuple[str, int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]]]
+
+@final
+class RecordPool:
+    def map(self, mapper: Mapper, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> MappedBatch: ...
+    def records(self, batch: MappedBatch) -> list[_MappedRecord | None]: ...
 
 @final
 class _Mapping: ...

@@ -278,7 +278,7 @@ MUTANTS = (
     Mutant(
         "what a rejected envelope took of the batch's memory stays",
         "_Mapping._map_or_reject",
-        "        arena_rewind(self.client, &state.bodies, bodies, bodies_used)\n",
+        "        arena_rewind(self.pool, &state.bodies, bodies, bodies_used)\n",
         "",
         "tests/unit/test_rejected_in_mapping.py",
     ),
@@ -497,17 +497,31 @@ MUTANTS = (
     ),
     Mutant(
         "a batch whose first outcome is a success is successful",
-        "DeliveryReport.error",
+        "DeliveryReport.exception",
         "        if self.ok:\n            return None\n",
         "        if self.ok or 0 not in self.errors:\n            return None\n",
         "tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
         "one time-out among other failures is a time-out",
-        "DeliveryReport._error",
+        "DeliveryReport._make_exception",
         "if codes <= TIMEOUT_CODES:",
         "if codes & TIMEOUT_CODES:",
         "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
+    ),
+    Mutant(
+        "a failed envelope counts as expired",
+        "DeliveryReport.expired",
+        "len(self) - self.acked - self.failed",
+        "len(self) - self.acked",
+        "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
+    ),
+    Mutant(
+        "a topic drops the configuration that is given beside a producer",
+        "BaseTopic._bind",
+        '[*(["config"] if config is not None else []), *options]',
+        "[*options]",
+        "tests/unit/test_kafka_topic.py",
     ),
     Mutant(
         "an interrupted sender gives no callback",
@@ -603,10 +617,12 @@ MUTANTS = (
     Mutant(
         "a producer whose last transaction has no known end takes a batch and refuses it",
         "HeldBatches.hold",
-        "            if refusal is not None:\n                look_for_fatal(c)\n                self.core._check_fatal()\n"
-        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
-        "            self.core._take(batch, deadline_after(timeout), waker, None)\n            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",
+        "            if refusal is not None:\n                look_for_fatal(c)\n"
+        "                self.core._check_fatal()\n                raise refusal\n"
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
+        "            if refusal is not None:\n                look_for_fatal(c)\n"
+        "                self.core._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions_interrupted.py",
     ),
     # -- what is taken, and what it is sent as
@@ -757,8 +773,8 @@ MUTANTS = (
     Mutant(
         "an abort costs the innocent an attempt",
         "is_outage",
-        "return error.fatal or is_abort(error) or (",
-        "return error.fatal or (",
+        "return error.code in OUTAGE_CODES\n",
+        "return error.code in OUTAGE_CODES - {ABORTED_CODE}\n",
         "tests/unit/test_send_queue.py",
     ),
     Mutant(
@@ -771,7 +787,7 @@ MUTANTS = (
     Mutant(
         "the neighbours of an invalid record are given up",
         "",
-        "        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named\n",
+        "        INVALID_DIFFERENT_RECORD,  # by librdkafka, of those that the broker has not named\n",
         "",
         "tests/unit/test_send_queue.py",
     ),
@@ -813,7 +829,7 @@ MUTANTS = (
     # -- doubles for tests
     Mutant(
         "what is possibly persisted is never stored in memory",
-        "testing._InMemory.fail",
+        "testing.BaseMemoryProducer.fail",
         "            possibly_persisted if stored is None else bool(stored),\n",
         "            bool(stored),\n",
         "tests/unit/test_memory_producer.py",
@@ -940,9 +956,23 @@ MUTANTS = (
         "tests/unit/test_taken_lists.py",
     ),
     Mutant(
+        "topics whose names have the same hash are one",
+        "_topic_in",
+        "topic.hash == hash and topic.name_len == length and memcmp(topic.name, name, length) == 0",
+        "topic.hash == hash",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
+        "a topic that is filed anew is lost",
+        "_grow_topics",
+        "        _file_topic(pool, topic)\n",
+        "        pass\n",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
         "a batch stands in line twice for one topic",
         "_Mapping._find_topic",
-        "        self.topics[topic] = address\n",
+        "        self.topics[topic] = <size_t> entry\n",
         "        pass\n",
         "tests/mock/test_detached.py",
     ),

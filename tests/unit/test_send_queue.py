@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kbatch import DeliveryError, Envelope, KbatchError, NotYetDueError, RetryPolicy, SenderError, SerializationError
-from kbatch._errors import ABORTED_CODE
+from kbatch._codes import ABORTED_CODE
 from kbatch._sending._queue import Flight, SendQueue
 
 NOW = 1_000.0

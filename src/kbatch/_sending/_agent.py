@@ -124,7 +124,7 @@ class BaseSendingAgent:
         return self._gate.circuit.state
 
     @property
-    def failed(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
+    def recent_failures(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
         """The last 1,000 envelopes that were given up and the reasons, the oldest first, unless ``on_failed`` took
         them; fewer if they hold more than 16 MiB."""
         return self._given_up.recent()
@@ -374,7 +374,7 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
             must not wait for its sender: until it has ended, ``flush``, ``drain`` and ``close`` raise `SenderError`
             there, and in tasks and threads to which its context was copied. The calls of a sender come one at a time,
             in order; one that takes long does not hold up those of other senders. By default an error is logged, and
-            `failed` holds the last 1,000.
+            `recent_failures` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
             sender is closed.

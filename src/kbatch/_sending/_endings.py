@@ -99,7 +99,7 @@ class GivenUp:
                     self._calls.call(self._on_failed, end.entry.envelope, end.error)
             except BaseException as error:  # also a sys.exit(): the others are to be told
                 self._keep(end.entry.envelope, end.error)
-                text = "on_failed failed: %s; agent.failed keeps envelope %s, which was given up: %s"
+                text = "on_failed failed: %s; agent.recent_failures keeps envelope %s, which was given up: %s"
                 name = callback_name(self._on_failed)
                 self._calls.log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:

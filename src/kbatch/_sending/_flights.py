@@ -8,6 +8,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from kbatch._codes import TIMED_OUT
 from kbatch._errors import (
     DeliveryError,
     KbatchError,
@@ -42,7 +43,6 @@ __all__ = ["Flights", "StallWatch"]
 
 _LONG = 2000  # envelopes; the GIL is given up while more are mapped
 _SLICE_S = 0.002
-_UNKNOWN = -185  # _TIMED_OUT: what is told of an envelope that was still in flight at the end
 
 
 class Flights:
@@ -184,7 +184,7 @@ class Flights:
         for flight in self._queue.flights():
             self._abandoned.add(flight)
             failures = [
-                (index, DeliveryError(_UNKNOWN, possibly_persisted=True)) for index in range(len(flight.envelopes))
+                (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]
             self._queue.settled(flight, failures, monotonic(), again=False)
 
@@ -258,7 +258,7 @@ def _expired_but_perhaps_stored(flight: Flight, report: DeliveryReport) -> list[
     if entries is None or report.acked + report.failed == len(report):
         return []
     reason = "deliver_by has passed; an earlier attempt may have been stored"
-    return [(index, ExpiredError(reason)) for index in report.expired if entries[index].possibly_persisted]
+    return [(index, ExpiredError(reason)) for index in report.expired_indices if entries[index].possibly_persisted]
 
 
 def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> int:

@@ -14,6 +14,7 @@ from itertools import chain
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from kbatch._codes import TIMED_OUT
 from kbatch._errors import (
     DeliveryError,
     NotYetDueError,
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Ended", "Entry", "ExpiredError", "Flight", "SendQueue"]
-
-_TIMED_OUT = -185
 
 
 class Formed(Protocol):
@@ -104,7 +103,7 @@ class Ended(NamedTuple):
         """Told with `error`, unless an earlier attempt may have been stored and `error` does not say so."""
         if entry.possibly_persisted and not (isinstance(error, DeliveryError) and error.possibly_persisted):
             last = error if isinstance(error, DeliveryError) else entry.error
-            code = last.code if isinstance(last, DeliveryError) else _TIMED_OUT
+            code = last.code if isinstance(last, DeliveryError) else TIMED_OUT
             cause, error = error, DeliveryError(code, possibly_persisted=True)
             error.__cause__ = cause
         return cls(entry, error)

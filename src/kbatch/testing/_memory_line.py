@@ -10,20 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kbatch._codes import (
+    MSG_TIMED_OUT,
+    NOT_PERSISTED,
+    POSSIBLY_PERSISTED,
+    PURGE_INFLIGHT,
+    PURGE_QUEUE,
+    TIMED_OUT_QUEUE,
+)
 from kbatch._fastmap import Signal, monotonic
-from kbatch.testing._memory_broker import NOT_PERSISTED, POSSIBLY_PERSISTED, Mapped, MemoryBroker, Outcome
+from kbatch.testing._memory_broker import Mapped, MemoryBroker, Outcome
 
 if TYPE_CHECKING:
     from kbatch._fastmap import Batch, Envelope
     from kbatch.testing._memory import MemoryCore
 
 __all__ = ["SHARE", "MemoryLine", "Sent"]
-
-# librdkafka's codes
-_MSG_TIMED_OUT = -192
-_TIMED_OUT_QUEUE = -166
-_PURGE_QUEUE = -152
-_PURGE_INFLIGHT = -151
 
 # A topic's share of the room, as `line.pxi` gives it.
 SHARE = 4
@@ -53,15 +55,15 @@ class Sent:
 
     def fail(self, code: int) -> None:
         persistence = POSSIBLY_PERSISTED if self.may_have_arrived else NOT_PERSISTED
-        if self.core.transactional and code == _MSG_TIMED_OUT:
+        if self.core.transactional and code == MSG_TIMED_OUT:
             persistence = NOT_PERSISTED  # the transaction is aborted
         self.settle([(code, persistence, -1 if record is None else record[1], -1) for record in self.mapped])
 
     def give_up(self) -> None:
-        self.fail(_PURGE_INFLIGHT if self.may_have_arrived else _PURGE_QUEUE)
+        self.fail(PURGE_INFLIGHT if self.may_have_arrived else PURGE_QUEUE)
 
     def time_out(self) -> None:
-        self.fail(_MSG_TIMED_OUT if self.is_in_flight else _TIMED_OUT_QUEUE)
+        self.fail(MSG_TIMED_OUT if self.is_in_flight else TIMED_OUT_QUEUE)
 
     def tell_enqueued(self) -> None:
         if self.enqueued is not None:
