@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from kbatch._base_producer import check_kind
+from kbatch._codes import PURGE_QUEUE, REJECTED_CODE
 from kbatch._errors import (
     BatchInterruptedError,
     BatchTimeoutError,
@@ -36,10 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["KafkaSender", "OutgoingBatch", "SenderCallback", "SenderProtocol"]
 
 _logger = logging.getLogger("kbatch")
-
-# librdkafka's codes for envelopes of a batch that never reached it
-_VALUE_SERIALIZATION = -161
-_PURGE_QUEUE = -152
 
 
 class OutgoingBatch:
@@ -165,9 +162,9 @@ def answer_report(report: DeliveryReport) -> Told:
 def answer_refusal(producer: BaseProducer, batch: OutgoingBatch, reason: BaseException, mapping: bool) -> Told:
     """The same for a batch of which nothing was sent: every envelope failed, one perhaps for a reason of its own."""
     error = _as_answer(reason, mapping)
-    index, code, rest = -1, 0, _PURGE_QUEUE
+    index, code, rest = -1, 0, PURGE_QUEUE
     if isinstance(error, SerializationError) and error.index is not None:
-        index, code = error.index, _VALUE_SERIALIZATION
+        index, code = error.index, REJECTED_CODE
     elif isinstance(error, ProducerFatalError):
         rest = error.code
     # No memory, or envelopes that nobody can count, which is then the error, too: an answer without a report is better

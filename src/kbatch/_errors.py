@@ -29,8 +29,19 @@ of each envelope.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from kbatch._codes import (
+    ABORTED_CODE,
+    FATAL_CODES,
+    FENCED_CODES,
+    OUTAGE_CODES,
+    POSSIBLY_PERSISTED,
+    REJECTED_CODE,
+    RETRIABLE_CODES,
+    WHOLE_BATCH_CODES,
+    blamed,
+)
 from kbatch._text import printable
 
 if TYPE_CHECKING:
@@ -208,70 +219,6 @@ class DeserializationError(KbatchError, ValueError):
         self.header = header
 
 
-# Codes after which the same message may well be accepted later, as the Kafka protocol and librdkafka mark them.
-_RETRIABLE = frozenset(
-    (
-        -197,  # _DESTROY: librdkafka drops the partitions of a topic in error, and what was in flight for them
-        -195,  # _TRANSPORT
-        -193,  # _RESOLVE
-        -192,  # _MSG_TIMED_OUT
-        -190,  # _UNKNOWN_PARTITION
-        -188,  # _UNKNOWN_TOPIC
-        -187,  # _ALL_BROKERS_DOWN
-        -185,  # _TIMED_OUT
-        -184,  # _QUEUE_FULL
-        -183,  # _ISR_INSUFF
-        -180,  # _WAIT_COORD
-        -166,  # _TIMED_OUT_QUEUE
-        -163,  # _INTR
-        -153,  # _RETRY
-        -152,  # _PURGE_QUEUE
-        -151,  # _PURGE_INFLIGHT
-        -138,  # _INVALID_DIFFERENT_RECORD: refused for another record of its record batch
-        2,  # INVALID_MSG: damaged on its way
-        3,  # UNKNOWN_TOPIC_OR_PART
-        5,  # LEADER_NOT_AVAILABLE
-        6,  # NOT_LEADER_FOR_PARTITION
-        7,  # REQUEST_TIMED_OUT
-        8,  # BROKER_NOT_AVAILABLE
-        9,  # REPLICA_NOT_AVAILABLE
-        13,  # NETWORK_EXCEPTION
-        14,  # COORDINATOR_LOAD_IN_PROGRESS
-        15,  # COORDINATOR_NOT_AVAILABLE
-        16,  # NOT_COORDINATOR
-        19,  # NOT_ENOUGH_REPLICAS
-        20,  # NOT_ENOUGH_REPLICAS_AFTER_APPEND
-        41,  # NOT_CONTROLLER
-        51,  # CONCURRENT_TRANSACTIONS
-        56,  # KAFKA_STORAGE_ERROR
-        74,  # FENCED_LEADER_EPOCH
-        75,  # UNKNOWN_LEADER_EPOCH
-        89,  # THROTTLING_QUOTA_EXCEEDED
-        100,  # UNKNOWN_TOPIC_ID
-        103,  # INCONSISTENT_TOPIC_ID
-        120,  # TRANSACTION_ABORTABLE
-    )
-)
-
-# Codes that put an idempotent or transactional producer into its fatal state.
-_FATAL = frozenset((-150, -148, -144, 45, 47, 48, 49, 50, 53, 59, 90))
-
-# Fatal ones that say that another producer with the same transactional.id has started.
-_FENCED = frozenset((-144, 47, 90))
-
-# What envelopes are told that were acknowledged when their transaction was aborted because of others.
-ABORTED_CODE = 120
-
-# What an envelope is told that could not be mapped, if its batch was sent without it: _VALUE_SERIALIZATION.
-REJECTED_CODE = -161
-
-# What librdkafka says of a message that may be stored all the same.
-POSSIBLY_PERSISTED = 1
-
-TIMEOUT_CODES = frozenset((-192, -185, -166, 7))
-UNKNOWN_TOPIC_CODES = frozenset((-190, -188, 3, 100))
-
-
 class DeliveryError(KbatchError):
     """Why one envelope was not acknowledged.
 
@@ -289,8 +236,8 @@ class DeliveryError(KbatchError):
 
         self.code = code
         self.name, text = error_text(code)
-        self.retriable = code in _RETRIABLE
-        self.fatal = code in _FATAL
+        self.retriable = code in RETRIABLE_CODES
+        self.fatal = code in FATAL_CODES
         self.possibly_persisted = possibly_persisted
         super().__init__(f"{text} ({self.name})" + ("; it may be stored all the same" if possibly_persisted else ""))
 
@@ -431,65 +378,6 @@ def can_be_replaced(error: BaseException | None) -> bool:
     return isinstance(error, (ProducerFatalError, TransactionUnknownError))
 
 
-# A broker refuses a record batch as a whole for one of its records, so each record of it is told one of these.
-WHOLE_BATCH_CODES = frozenset(
-    (
-        -138,  # _INVALID_DIFFERENT_RECORD: by librdkafka, of those that the broker has not named
-        10,  # MSG_SIZE_TOO_LARGE: a record, or the record batch
-        18,  # RECORD_LIST_TOO_LARGE: the record batch is larger than a segment of the log
-        32,  # INVALID_TIMESTAMP
-        87,  # INVALID_RECORD: no key for a compacted topic, or a schema that the broker checks
-    )
-)
-
-# Who is to blame for what will not be accepted later. What is in none of these is of unknown cause, and counts against
-# the brokers: while the circuit is open nothing is given up.
-
-# A message, which would be refused by any broker.
-_ENVELOPES_OWN = WHOLE_BATCH_CODES | {
-    -199,  # _BAD_MSG
-    -162,  # _KEY_SERIALIZATION
-    -161,  # _VALUE_SERIALIZATION
-}
-
-# The topic, or the permission for it: brokers answer, and whatever goes there is refused.
-_TOPICS_OWN = frozenset(
-    (
-        -165,  # _UNSUPPORTED_FEATURE: headers, with the message format of the topic
-        17,  # TOPIC_EXCEPTION: no legal name, or an internal topic
-        29,  # TOPIC_AUTHORIZATION_FAILED
-        43,  # UNSUPPORTED_FOR_MESSAGE_FORMAT
-        44,  # POLICY_VIOLATION
-        76,  # UNSUPPORTED_COMPRESSION_TYPE
-    )
-)
-
-# The cluster, or what this client is for it: whatever is sent is refused.
-_CLUSTERS_OWN = frozenset(
-    (
-        -181,  # _SSL
-        -169,  # _AUTHENTICATION
-        21,  # INVALID_REQUIRED_ACKS
-        31,  # CLUSTER_AUTHORIZATION_FAILED
-        33,  # UNSUPPORTED_SASL_MECHANISM
-        34,  # ILLEGAL_SASL_STATE
-        35,  # UNSUPPORTED_VERSION
-        54,  # SECURITY_DISABLED
-        57,  # LOG_DIR_NOT_FOUND
-        58,  # SASL_AUTHENTICATION_FAILED
-    )
-)
-
-
-def blamed(code: int) -> Literal["envelope", "topic", "cluster", "unknown"]:
-    """Who is to blame for an error of librdkafka's `code`, if the same message will not be accepted later."""
-    if code in _ENVELOPES_OWN:
-        return "envelope"
-    if code in _TOPICS_OWN:
-        return "topic"
-    return "cluster" if code in _CLUSTERS_OWN or code in _FATAL else "unknown"
-
-
 def spares_brokers(error: KbatchError) -> bool:
     """Whether an envelope failed for a reason of its own or of its topic, which says nothing about the brokers."""
     if isinstance(error, DeliveryError):
@@ -517,20 +405,16 @@ def has_culprit(errors: Collection[KbatchError]) -> bool:
     return any(map(is_abort, errors)) and any(map(aborts, errors))
 
 
-# Retriable ones that arise in this process without being about a broker that does not answer.
-_NO_OUTAGE = frozenset((-197, -190, -188, -184, -183, -138))
-
-
 def is_outage(error: KbatchError) -> bool:
     """Whether an envelope failed because no broker answered, or because its producer or transaction was given up."""
     if isinstance(error, DeliveryError):
-        return error.fatal or is_abort(error) or (error.code < 0 and error.retriable and error.code not in _NO_OUTAGE)
+        return error.code in OUTAGE_CODES
     return isinstance(error, ProducerError)
 
 
 def fatal_error(reason: str, code: int) -> ProducerFatalError:
     """The error for a producer in its fatal state, by librdkafka's code."""
-    return (ProducerFencedError if code in _FENCED else ProducerFatalError)(printable(reason), code=code)
+    return (ProducerFencedError if code in FENCED_CODES else ProducerFatalError)(printable(reason), code=code)
 
 
 class ForkError(ProducerError):

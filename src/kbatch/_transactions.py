@@ -6,7 +6,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from kbatch._errors import ABORTED_CODE, TransactionUnknownError
+from kbatch._codes import ABORTED_CODE, PURGE_INFLIGHT, PURGE_QUEUE, TIMED_OUT
+from kbatch._errors import TransactionUnknownError
 from kbatch._fastmap import HeldBatches, monotonic
 from kbatch._text import counted, printable
 
@@ -25,9 +26,6 @@ _INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # HeldBatches.transaction_call
 # librdkafka goes on with a call that timed out, and the next one takes it up. With -1 a call may never end.
 _SLICE_MS = 500
 _PAUSE_S = 0.05  # before what is retriable is tried again
-_TIMED_OUT = -185
-
-_PURGE_QUEUE, _PURGE_INFLIGHT = -152, -151  # librdkafka's codes
 
 
 class _Error(NamedTuple):
@@ -71,7 +69,7 @@ class Transactions:
             # Ctrl-C may come when it is on hold and its thread has it, or will have it.
             if waker is not None:
                 batch._remove_waker(waker)
-            self._held.refuse_held(batch, _PURGE_QUEUE)
+            self._held.refuse_held(batch, PURGE_QUEUE)
             raise
 
     def _run(self, batch: PendingBatch) -> None:
@@ -100,7 +98,7 @@ class Transactions:
     def _begin(self, batch: PendingBatch) -> int:
         """0, or the code of why nothing of the batch can be sent."""
         if self._undecided is not None:
-            return _PURGE_QUEUE
+            return PURGE_QUEUE
         while not (refusal := self._held.refusal(batch)) and not self._initialized:
             error = self._call(_INIT)
             self._initialized = error is None
@@ -129,7 +127,7 @@ class Transactions:
                 self._undecided = f"its last transaction was neither committed nor aborted ({error.text})"
                 self._held.conclude(batch, error.code, unknown=True)
                 return
-        self._held.conclude(batch, _PURGE_INFLIGHT, unknown=asked)
+        self._held.conclude(batch, PURGE_INFLIGHT, unknown=asked)
 
     def _abort(self, batch: PendingBatch, code: int, *, asked: bool = False) -> None:
         """Ends the transaction without its batch. If that fails, the coordinator does it when it times out.
@@ -158,6 +156,6 @@ class Transactions:
 
     def _again(self, error: _Error, also: bool = False) -> bool:
         again = error.retriable or also
-        if again and error.code != _TIMED_OUT:  # which has waited
+        if again and error.code != TIMED_OUT:  # which has waited
             time.sleep(_PAUSE_S)
         return again

@@ -548,7 +548,7 @@ def reporting(world: World) -> Step:
     def use() -> Any:
         report = producer.send_batch(TOPIC, [Envelope(1, partition=9), Envelope(2, partition=9)])
         error = report.exception()
-        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired
+        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired_indices
 
     def step(attempt: Attempt) -> None:
         got = checked(attempt(use))
@@ -712,7 +712,7 @@ def accumulating(world: World) -> Step:
             buffer._leave_line(waiters[0])
             accepted[4] = waiters[0].taken
         assert taken(buffer) == [envelope for envelope, was_taken in zip(numbers, accepted, strict=True) if was_taken]
-        buffer._give_back(len(buffer), buffer._held_bytes)
+        buffer._give_back(len(buffer), buffer._buffered_bytes)
         buffer.send(numbers[0])
         assert len(buffer) == 1
 

@@ -17,16 +17,18 @@ import pytest
 
 import kbatch
 from kbatch import aio, testing
+from kbatch.testing import aio as testing_aio
 
 PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
     {"_version", "_serialization", "_librdkafka", "_text"},
+    {"_codes"},
     {"_errors"},
     {"_callbacks"},
     {"_fastmap"},
-    {"_report", "_wire", "_config", "_loop", "_exit"},
+    {"_report", "_wire", "_config", "_loop", "_exit", "_threads"},
     {"_pending", "_events"},
     {"_transactions"},
     {"_base_producer"},
@@ -40,8 +42,15 @@ LAYERS = [
 ]
 # The same within packages.
 LAYERS_WITHIN = {
-    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry"}],
-    "_sending": [{"_queue"}, {"_agent"}, {"_batched", "_inline"}, {"_topic"}],
+    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
+    "_sending": [
+        {"_options", "_queue", "_watchers"},
+        {"_endings", "_flights"},
+        {"_send_loop"},
+        {"_agent"},
+        {"_batched", "_inline"},
+        {"_topic"},
+    ],
 }
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 LAYER_WITHIN = {
@@ -49,6 +58,16 @@ LAYER_WITHIN = {
     for package, layers in LAYERS_WITHIN.items()
 }
 ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
+# What type checkers alone see may point up: an error has the report or the batch that it tells of, and native code is
+# given objects of Python.
+UP_FOR_TYPES = {
+    ("_errors", "_fastmap"),
+    ("_errors", "_pending"),
+    ("_errors", "_report"),
+    ("_fastmap", "_batch_sender"),
+    ("_fastmap", "_wire"),
+    ("_fastmap", "aio"),
+}
 
 
 def run(code: str) -> str:
@@ -97,7 +116,7 @@ def test_every_public_name_comes_from_a_private_module(name: str) -> None:
         assert value.__module__.startswith("kbatch._")
 
 
-EVERY_NAME = [(module, name) for module in (kbatch, aio, testing) for name in module.__all__]
+EVERY_NAME = [(module, name) for module in (kbatch, aio, testing, testing_aio) for name in module.__all__]
 OWN = pytest.mark.parametrize(
     ("module", "name"), EVERY_NAME, ids=[f"{module.__name__}.{name}" for module, name in EVERY_NAME]
 )
@@ -255,14 +274,15 @@ def test_private_modules_declare_what_they_export() -> None:
         assert sorted(names) == names, path.name
 
 
-def test_names_for_asyncio_are_those_of_threads() -> None:
-    assert set(aio.__all__) <= set(kbatch.__all__)
-    for name in aio.__all__:
-        own, of_threads = getattr(aio, name), getattr(kbatch, name)
-        surface = {member for member in dir(of_threads) if not member.startswith("_")}
+@pytest.mark.parametrize(("of_loops", "of_threads"), [(aio, kbatch), (testing_aio, testing)], ids=["kbatch", "testing"])
+def test_names_for_asyncio_are_those_of_threads(of_loops: Any, of_threads: Any) -> None:
+    assert set(of_loops.__all__) <= set(of_threads.__all__)
+    for name in of_loops.__all__:
+        own, twin = getattr(of_loops, name), getattr(of_threads, name)
+        surface = {member for member in dir(twin) if not member.startswith("_")}
         assert {member for member in dir(own) if not member.startswith("_")} == surface, name
         for member in surface:
-            theirs, mine = getattr(of_threads, member), getattr(own, member)
+            theirs, mine = getattr(twin, member), getattr(own, member)
             if inspect.isfunction(theirs):
                 assert list(inspect.signature(mine).parameters) == list(inspect.signature(theirs).parameters), member
 
@@ -306,6 +326,11 @@ def test_an_import_brings_no_more_than_it_needs() -> None:
     assert [name for name in loaded if name.startswith(unwanted)] == []
 
 
+def test_testing_brings_nothing_for_asyncio() -> None:
+    loaded = run("import sys, kbatch.testing; print(*sys.modules)").split()
+    assert [name for name in loaded if name.startswith(("kbatch.aio", "kbatch.testing.aio"))] == []
+
+
 def test_an_import_leaves_the_process_as_it_was() -> None:
     assert (
         run("""if True:
@@ -334,10 +359,14 @@ def test_librdkafka_is_confluent_kafkas() -> None:
 # -- layers
 
 
+def is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
 def runtime_imports(tree: ast.AST) -> Iterator[str]:
     """The modules that a Python file imports, apart from those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        if is_for_types(node):
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -393,6 +422,28 @@ def test_imports_point_down_only(path: Path) -> None:
         if imported == unit and unit in LAYER_WITHIN:
             layers = LAYER_WITHIN[unit]
             assert layers[name.split(".")[2]] < layers[path.stem], f"{path.name} imports {name}"
+
+
+def type_imports(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    trees = (
+        [tree]
+        if path.suffix == ".pyi"
+        else [ast.Module(node.body, []) for node in ast.walk(tree) if is_for_types(node)]
+    )
+    for each in trees:
+        yield from (name for name in runtime_imports(each) if name.startswith("kbatch."))
+
+
+def test_what_points_up_is_for_type_checkers_and_written_down() -> None:
+    up = set()
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi")]:
+        unit = unit_of(path)
+        for name in type_imports(path) if path != PACKAGE / "__init__.py" else ():
+            imported = name.split(".")[1]
+            if LAYER_OF[imported] >= LAYER_OF[unit] and imported != unit:
+                up.add((unit, imported))
+    assert up == UP_FOR_TYPES
 
 
 # -- interpreters

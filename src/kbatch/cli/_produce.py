@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import kbatch
+from kbatch._codes import NOT_ALLOWED_CODES, WHOLE_BATCH_CODES
 from kbatch._config import canonical, inherit
-from kbatch._errors import WHOLE_BATCH_CODES
 from kbatch._fastmap import Config, monotonic
-from kbatch._sending._agent import check_topic
+from kbatch._sending._options import check_topic
 from kbatch._text import counted
 from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
@@ -30,8 +30,6 @@ _BATCH_BYTES = 1024 * 1024
 _BATCHES_IN_FLIGHT = 16
 _EMBEDDED_PARTITIONS = 64
 _STALLED_AFTER_S = 10.0
-# TOPIC_, GROUP_ and CLUSTER_AUTHORIZATION_FAILED
-_NOT_ALLOWED = (29, 30, 31)
 # What a producer takes as a Python object.
 _FOR_PROGRAMS = frozenset(("logger", "on_delivery", "key.serializer", "value.serializer", "default.topic.config"))
 
@@ -297,7 +295,7 @@ class Sender:
         if report.ok:
             return
         errors = report.errors
-        if not tally.acknowledged and all(error.code in _NOT_ALLOWED for error in errors.values()):
+        if not tally.acknowledged and all(error.code in NOT_ALLOWED_CODES for error in errors.values()):
             self.stopped = f"not allowed to write to topic {self._job.topic!r}: {next(iter(errors.values()))}"
         tally.acknowledged_bytes -= sum(len(batch.lines[index]) for index in errors)
         again = self._send_alone(batch, errors)

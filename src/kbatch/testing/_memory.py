@@ -6,21 +6,15 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbatch import aio
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._callbacks import call_fault, is_coroutine_function
+from kbatch._codes import ALL_BROKERS_DOWN, NOT_PERSISTED, POSSIBLY_PERSISTED, PURGE_QUEUE
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
 from kbatch._fastmap import Batch, Core, Envelope, monotonic
 from kbatch._producer import Producer
 from kbatch._transactions import Transactions
-from kbatch.testing._memory_broker import (
-    NOT_PERSISTED,
-    POSSIBLY_PERSISTED,
-    Fault,
-    MemoryRecord,
-    error_code,
-)
+from kbatch.testing._memory_broker import Fault, MemoryRecord, error_code
 from kbatch.testing._memory_line import SHARE, MemoryLine, Sent
 
 if TYPE_CHECKING:
@@ -30,11 +24,7 @@ if TYPE_CHECKING:
     from kbatch._pending import PendingBatch
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["AioMemoryProducer", "MemoryProducer"]
-
-# librdkafka's codes
-_ALL_BROKERS_DOWN = -187
-_PURGE_QUEUE = -152
+__all__ = ["BaseMemoryProducer", "MemoryCore", "MemoryProducer"]
 
 _LAST_S = 1.0  # for callbacks, when the time to close is over, as a producer has it
 
@@ -114,7 +104,7 @@ class MemoryCore(Core):
                     self.line.take(sent)
             except BaseException:  # Ctrl-C, or what a test's own `when` raises: an answer comes all the same
                 if not self.line.abandon(batch) and batch.begun and not batch.done():
-                    self.settle_in_memory(batch, [(_PURGE_QUEUE, NOT_PERSISTED, -1, -1)] * len(batch))
+                    self.settle_in_memory(batch, [(PURGE_QUEUE, NOT_PERSISTED, -1, -1)] * len(batch))
                 raise
             return sent
 
@@ -186,7 +176,7 @@ class _CommittedAtOnce(Transactions):
         self._memory_core.send_detached(batch, timeout, waker=waker)
 
 
-class _InMemory(BaseProducer):
+class BaseMemoryProducer(BaseProducer):
     """What the producers in memory have in common."""
 
     _core_type = MemoryCore
@@ -326,7 +316,7 @@ class _InMemory(BaseProducer):
         check_timeout(timeout)
         with self._line.lock:
             self._line.go_down(timeout)
-        self._tell_error_cb(_ALL_BROKERS_DOWN, "1/1 brokers are down")
+        self._tell_error_cb(ALL_BROKERS_DOWN, "1/1 brokers are down")
 
     def up(self) -> None:
         """Ends `down`: what is in flight is stored, unless `hold` keeps it. Ends what `fail` has ordered, too."""
@@ -377,7 +367,7 @@ def _with_brokers(config: Any) -> Any:
     return config  # to be refused as every producer does it
 
 
-class MemoryProducer(_InMemory, Producer):
+class MemoryProducer(BaseMemoryProducer, Producer):
     """A `kbatch.Producer` that keeps in memory what it is given, for unit tests: no broker and no librdkafka.
 
     Envelopes are mapped as in production, with the same errors, expiry, sizes and bytes; all but the broker is the real
@@ -416,13 +406,3 @@ class MemoryProducer(_InMemory, Producer):
     """
 
     _shown = "kbatch.testing.MemoryProducer"
-
-
-class AioMemoryProducer(_InMemory, aio.Producer):
-    """A `kbatch.aio.Producer` that keeps in memory what it is given: the `MemoryProducer` of asyncio.
-
-    Takes the same, and has the same methods besides; these are no coroutines. It differs from `kbatch.aio.Producer` as
-    that one from `kbatch.Producer`.
-    """
-
-    _shown = "kbatch.testing.AioMemoryProducer"

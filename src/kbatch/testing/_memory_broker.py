@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from kbatch._errors import ABORTED_CODE
+from kbatch._codes import ABORTED_CODE, NOT_PERSISTED, PERSISTED, UNKNOWN_PARTITION, codes_by_name
 from kbatch._fastmap import Envelope
-from kbatch._librdkafka import error_text
 from kbatch.testing._partitioner import partition_of
 
 __all__ = ["Fault", "MemoryBroker", "MemoryRecord", "error_code"]
-
-NOT_PERSISTED = 0
-POSSIBLY_PERSISTED = 1
-PERSISTED = 2
-
-_UNKNOWN_PARTITION = -190  # librdkafka's code
 
 # What phase 1 makes of an envelope: (topic, partition, timestamp, key, value, headers); None if it is not sent.
 _Record: TypeAlias = "tuple[str, int, int, bytes | None, bytes | None, list[tuple[str, bytes | None]]]"
@@ -187,14 +179,14 @@ class MemoryBroker:
         return chosen
 
 
-_NO_SUCH_PARTITION = Fault(_UNKNOWN_PARTITION, NOT_PERSISTED, False, None, None)
+_NO_SUCH_PARTITION = Fault(UNKNOWN_PARTITION, NOT_PERSISTED, False, None, None)
 
 
 def error_code(error: int | str) -> int:
     """librdkafka's code of an error that is given by code or name."""
     if isinstance(error, str):
-        code = _codes().get(error.removeprefix("RD_KAFKA_RESP_ERR_"))
-        if code is None:
+        code = codes_by_name().get(error.removeprefix("RD_KAFKA_RESP_ERR_"))
+        if not code:
             raise ValueError(f"librdkafka knows no error named {error!r}")
         return code
     if isinstance(error, bool) or not isinstance(error, int):
@@ -202,14 +194,3 @@ def error_code(error: int | str) -> int:
     if error == 0 or not -(2**15) <= error < 2**15:
         raise ValueError(f"error must be a code of librdkafka, not {error}")
     return error
-
-
-@functools.cache
-def _codes() -> dict[str, int]:
-    def found() -> Iterator[tuple[str, int]]:
-        for code in range(-300, 300):
-            name = error_text(code)[0]
-            if code and not name.startswith("ERR_"):
-                yield name, code
-
-    return dict(found())

@@ -10,20 +10,22 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kbatch._fastmap import Signal, monotonic
-from kbatch.testing._memory_broker import NOT_PERSISTED, POSSIBLY_PERSISTED, Mapped, MemoryBroker, Outcome
+from kbatch._codes import (
+    MSG_TIMED_OUT,
+    NOT_PERSISTED,
+    POSSIBLY_PERSISTED,
+    PURGE_INFLIGHT,
+    PURGE_QUEUE,
+    TIMED_OUT_QUEUE,
+)
+from kbatch._fastmap import Flag, monotonic
+from kbatch.testing._memory_broker import Mapped, MemoryBroker, Outcome
 
 if TYPE_CHECKING:
     from kbatch._fastmap import Batch, Envelope
     from kbatch.testing._memory import MemoryCore
 
 __all__ = ["SHARE", "MemoryLine", "Sent"]
-
-# librdkafka's codes
-_MSG_TIMED_OUT = -192
-_TIMED_OUT_QUEUE = -166
-_PURGE_QUEUE = -152
-_PURGE_INFLIGHT = -151
 
 # A topic's share of the room, as `line.pxi` gives it.
 SHARE = 4
@@ -53,15 +55,15 @@ class Sent:
 
     def fail(self, code: int) -> None:
         persistence = POSSIBLY_PERSISTED if self.may_have_arrived else NOT_PERSISTED
-        if self.core.transactional and code == _MSG_TIMED_OUT:
+        if self.core.transactional and code == MSG_TIMED_OUT:
             persistence = NOT_PERSISTED  # the transaction is aborted
         self.settle([(code, persistence, -1 if record is None else record[1], -1) for record in self.mapped])
 
     def give_up(self) -> None:
-        self.fail(_PURGE_INFLIGHT if self.may_have_arrived else _PURGE_QUEUE)
+        self.fail(PURGE_INFLIGHT if self.may_have_arrived else PURGE_QUEUE)
 
     def time_out(self) -> None:
-        self.fail(_MSG_TIMED_OUT if self.is_in_flight else _TIMED_OUT_QUEUE)
+        self.fail(MSG_TIMED_OUT if self.is_in_flight else TIMED_OUT_QUEUE)
 
     def tell_enqueued(self) -> None:
         if self.enqueued is not None:
@@ -84,10 +86,10 @@ class MemoryLine(MemoryBroker):
         self._outage_s: float | None = None  # after which what is sent times out, if before delivery.timeout.ms
         self._sents: dict[Sent, None] = {}
         self._waiting: dict[Sent, None] = {}  # those of them that wait for room
-        self._watchers: list[Signal] = []
+        self._watchers: list[Flag] = []
         self._timer: threading.Thread | None = None
         self._timer_wakes_at = math.inf
-        self._tick = Signal()
+        self._tick = Flag()
 
     # -- what comes
 
@@ -240,9 +242,9 @@ class MemoryLine(MemoryBroker):
     def wait_until(self, is_so: Callable[[], bool], timeout: float | None) -> bool:
         """Waits without the lock until `is_so`, which is asked with it; false after `timeout` seconds. Ctrl-C works."""
         end = math.inf if timeout is None else monotonic() + timeout
-        signal = Signal()
+        flag = Flag()
         with self.lock:
-            self._watchers.append(signal)
+            self._watchers.append(flag)
         try:
             while True:
                 with self.lock:
@@ -251,10 +253,10 @@ class MemoryLine(MemoryBroker):
                 left = end - monotonic()
                 if left <= 0:
                     return False
-                signal.wait(left)
+                flag.wait(left)
         finally:
             with self.lock:
-                self._watchers.remove(signal)
+                self._watchers.remove(flag)
 
     def tell(self) -> None:
         """Something has changed for those that wait."""
@@ -262,8 +264,8 @@ class MemoryLine(MemoryBroker):
             self._tell()
 
     def _tell(self) -> None:
-        for signal in self._watchers:
-            signal.set()
+        for flag in self._watchers:
+            flag.set()
         if not self._sents:
             self._tick.set()  # the timer's thread ends
 

@@ -14,6 +14,7 @@ from libc.stdint cimport int16_t, int32_t, int64_t
 
 from kbatch._librdkafka cimport RD_KAFKA_PRODUCER, api, rd_kafka_conf_t, rd_kafka_t, symbol
 
+from kbatch._codes import codes_by_name
 from kbatch._librdkafka import version as _version
 
 from kbatch.testing._errors import MockClusterError
@@ -169,25 +170,10 @@ cdef void _fill() except *:
 _fill()
 
 
-def _error_codes() -> dict:
-    """librdkafka's names of error codes, such as ``"_TRANSPORT"``, and the codes they stand for."""
-    codes = {}
-    # The library tells no bounds: its own errors lie above -200, and Kafka has not reached 200.
-    for code in range(-200, 200):
-        name = api.err2name(code).decode()
-        if not name.startswith("ERR_"):
-            codes[name] = code
-    return codes
-
-
-_codes = _error_codes()
-
-
 cdef int _code(object error) except? -9999:
     """An error given by code or by name; an unknown number is passed on as it is, for newer brokers' codes."""
     if isinstance(error, str):
-        name = error.removeprefix("RD_KAFKA_RESP_ERR_")
-        code = _codes.get(name)
+        code = codes_by_name().get(error.removeprefix("RD_KAFKA_RESP_ERR_"))
         if code is None:
             raise ValueError(f"librdkafka {_version} knows no error named {error!r}")
         return code
