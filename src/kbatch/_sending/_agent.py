@@ -241,11 +241,11 @@ class BaseSendingAgent:
 
     def _note_answer(self, producer: BaseProducer, answer: Answer) -> None:
         """Learns from what a batch's callback was told."""
-        verdict = _verdict_of_answer(answer.outcome)
+        verdict = _verdict_of_answer(answer.argument)
         if verdict == "failed":
             self._failed_topic = self._topic_to_ask(answer.batch.envelopes)
         self._note(verdict, answer.trial, monotonic())
-        if can_be_replaced(answer.outcome):
+        if can_be_replaced(answer.argument):
             self._news.append(functools.partial(self._break, producer))
             self._flag.set()
 
@@ -1074,18 +1074,18 @@ class _Watcher:
         self.gone = False  # it waits no longer
 
 
-def _verdict_of_answer(outcome: KbatchError | DeliveryReport) -> Verdict:
+def _verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
     """What the answer of a batch that is not sent again says about the brokers."""
-    if isinstance(outcome, (SerializationError, NotYetDueError, BatchInterruptedError)):
+    if isinstance(told, (SerializationError, NotYetDueError, BatchInterruptedError)):
         return "nothing"
-    report = outcome.report if isinstance(outcome, KbatchError) else outcome
+    report = told.report if isinstance(told, KbatchError) else told
     if report is not None and (report.acked or not report.failed):
         return "succeeded" if report.acked else "nothing"
     return "failed" if report is None or not _spare_brokers(list(report.errors.values())) else "nothing"
 
 
 def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:
-    """What the outcome of a flight says about the brokers.
+    """What the end of a flight says about the brokers.
 
     An envelope that fails again and again counts as often only if that is for want of a broker, and nothing else has
     been stored since it failed first. Else one that no broker takes would stop all others. A dead letter never counts.
