@@ -8,7 +8,8 @@ from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Flag, monotonic
-from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
+from kbatch._sending._agent import BaseSendingAgent, SendingAgent
+from kbatch._sending._options import check_whole
 from kbatch._text import counted
 
 if TYPE_CHECKING:

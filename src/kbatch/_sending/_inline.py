@@ -13,13 +13,12 @@ from kbatch._errors import (
     ProducerFatalError,
     SenderClosedError,
     TransactionUnknownError,
-    can_be_replaced,
     is_for_whole_batch,
 )
 from kbatch._fastmap import monotonic
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
-from kbatch._sending._agent import check_topic
+from kbatch._sending._options import check_topic
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -76,9 +75,7 @@ class BaseInlineSender:
         """Whether what a producer refused may be sent by its successor. Nothing of it was sent."""
         if self._closed:
             raise SenderClosedError("the sender is closed") from None
-        # Closed with another in its place: one of the senders that share it has had it replaced.
-        replaced = self._handle.producer is not producer
-        return can_be_replaced(error) or (replaced and isinstance(error, ProducerClosedError))
+        return self._handle.fate(producer, error) != "end"
 
     def _is_suspect(self, report: DeliveryReport) -> bool:
         """Whether it may have been refused for another envelope: a broker refuses record batches as a whole."""

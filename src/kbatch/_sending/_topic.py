@@ -13,9 +13,10 @@ from kbatch._base_producer import BaseProducer
 from kbatch._errors import ConfigError, type_name
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
-from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_agent_options, check_topic
+from kbatch._sending._agent import BaseSendingAgent, SendingAgent
 from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
 from kbatch._sending._inline import BaseInlineSender, InlineSender
+from kbatch._sending._options import check_agent_options, check_topic
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
