@@ -176,7 +176,7 @@ def test_a_reminder_is_logged_once_a_minute() -> None:
         logging.DEBUG,
         logging.WARNING,
     ]
-    assert "has been open for 122 s, 7 envelopes are held; a probe failed" in scene.calls.logged[-1][1]
+    assert "has been open for 122 s, 7 envelopes are buffered; a probe failed" in scene.calls.logged[-1][1]
 
 
 def test_a_producer_in_its_fatal_state_is_replaced_once() -> None:

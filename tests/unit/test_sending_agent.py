@@ -37,7 +37,7 @@ def test_closing_begins_while_the_thread_is_at_work(part: str, moment: str) -> N
         agent = SendingAgent(producer, "orders", on_failed=lambda *what: told.append(what))
         sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
         sender.send(envelope)
-        until(lambda: sender.stats()["scheduled"], "the envelope held until its time")
+        until(lambda: sender.stats()["scheduled"], "the envelope that waits for its time")
         closer = threading.Thread(target=lambda: answers.append(sender.close(0)))
         does = operator.attrgetter(part)(agent)
         work: Callable[..., None] = getattr(does, moment)
@@ -49,7 +49,7 @@ def test_closing_begins_while_the_thread_is_at_work(part: str, moment: str) -> N
                 until(lambda: agent._gate.closed, "the beginning of the end")
 
         setattr(does, moment, interrupted)
-        agent._gate.signal.set()
+        agent._gate.flag.set()
         until(lambda: answers, "the answer of close")
     assert answers == [1]
     assert len(told) == 1

@@ -28,7 +28,7 @@ from kbatch._errors import (
     named_exception_text,
     spares_brokers,
 )
-from kbatch._fastmap import Signal, monotonic
+from kbatch._fastmap import Flag, monotonic
 from kbatch._recovery._circuit import CircuitBreaker, CircuitState
 from kbatch._text import counted
 
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         def put(self, function: Callable[[], None], /) -> None: ...
 
 
-__all__ = ["Gate", "Verdict", "held", "verdict_of_answer"]
+__all__ = ["Gate", "Verdict", "buffered", "verdict_of_answer"]
 
 Verdict = Literal["succeeded", "failed", "nothing"]
 
@@ -68,14 +68,14 @@ class Gate:
         prober: For probes, which block.
 
     Attributes:
-        signal: Set when there may be something to do: the next batch, a probe, a replacement.
+        flag: Set when there may be something to do: the next batch, a probe, a replacement.
         lock: Guards the circuit and the end. Re-entrant: a signal handler may come here from within.
         death: Why nothing can be sent any more.
         closed: Whether nothing is to be sent any more.
         broken: A producer that can send no more, and is to be replaced once what it has sent is settled.
         last_error: Why an envelope failed the last time that one did.
         tries_again: The next trial is the first since a probe succeeded.
-        waiting: What is held while the circuit is open, for the log.
+        waiting: What is buffered while the circuit is open, for the log.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Gate:
             max_probe_interval_s=max_probe_interval_s,
             random=random.random,
         )
-        self.signal = Signal()
+        self.flag = Flag()
         self.death: KbatchError | None = None
         self.closed = False
         self.broken: BaseProducer | None = None
@@ -114,12 +114,12 @@ class Gate:
         self._opened_at = self._reminded_at = 0.0
 
     @property
-    def signal(self) -> Signal:
-        return self._signal
+    def flag(self) -> Flag:
+        return self._flag
 
-    @signal.setter
-    def signal(self, signal: Signal) -> None:
-        self._signal = self.circuit.trials.signal = signal
+    @flag.setter
+    def flag(self, flag: Flag) -> None:
+        self._flag = self.circuit.trials.flag = flag
 
     # -- batches
 
@@ -162,12 +162,12 @@ class Gate:
                 self.circuit.said_nothing(trial)
             self._tell_state(before)
         if trial:
-            self.signal.set()  # the next trial may be another's, who waits
+            self.flag.set()  # the next trial may be another's, who waits
 
     def note_answer(self, producer: BaseProducer, answer: Answer) -> None:
         """Learns from what the callback of a batch was told, which is not sent again."""
-        self.note(verdict_of_answer(answer.outcome), answer.trial, self._clock(), answer.batch.envelopes)
-        if can_be_replaced(answer.outcome):
+        self.note(verdict_of_answer(answer.argument), answer.trial, self._clock(), answer.batch.envelopes)
+        if can_be_replaced(answer.argument):
             self._give_up(producer)
 
     def note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
@@ -202,7 +202,7 @@ class Gate:
     def _give_up(self, producer: BaseProducer) -> None:
         if self.handle.producer is producer:
             self.broken = producer
-            self.signal.set()
+            self.flag.set()
 
     # -- the end
 
@@ -210,14 +210,14 @@ class Gate:
         """Nothing is let through any more."""
         with self.lock:
             self.closed = True
-        self.signal.set()
+        self.flag.set()
 
     def end(self, error: KbatchError) -> None:
         """Nothing can be sent any more, for good."""
         if self.death is None:
             self.death = error
             self._calls.log(logging.ERROR, "a sender to %r has ended: %s", self._topic, error)
-        self.signal.set()
+        self.flag.set()
 
     def refusal(self, last: KbatchError | None = None) -> KbatchError:
         """Why nothing is taken any more, or why an envelope is not sent again whose last attempt failed with `last`."""
@@ -270,15 +270,15 @@ class Gate:
                 before = self.circuit.state
                 self.circuit.probed(reason is None, self._clock())
                 self._tell_state(before)
-            self.signal.set()
+            self.flag.set()
 
     def _log_probe(self, reason: str) -> None:
         now = self._clock()
         level = logging.DEBUG
         if now - self._reminded_at >= REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
-        text = "the circuit breaker of %r has been open for %.0f s, %s held; a probe failed: %s"
-        self._calls.log(level, text, self._topic, now - self._opened_at, held(len(self.waiting)), reason)
+        text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
+        self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.waiting)), reason)
 
     def _tell_state(self, before: CircuitState) -> None:
         state = self.circuit.state
@@ -299,7 +299,7 @@ class Gate:
             self._calls.log(level, "the circuit breaker of %r is %s", self._topic, state.value)
         if self._on_state_change is not None:
             self._calls.put(self._tell_state_change, before, state)
-        self.signal.set()
+        self.flag.set()
 
     def _tell_state_change(self, before: CircuitState, state: CircuitState) -> None:
         assert self._on_state_change is not None
@@ -310,11 +310,11 @@ class Gate:
             self._calls.log(logging.ERROR, "on_state_change failed: %s", name, exc_info=error)
 
 
-def verdict_of_answer(outcome: KbatchError | DeliveryReport) -> Verdict:
+def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
     """What the answer of a batch that is not sent again says about the brokers."""
-    if isinstance(outcome, (SerializationError, NotYetDueError, BatchInterruptedError)):
+    if isinstance(told, (SerializationError, NotYetDueError, BatchInterruptedError)):
         return "nothing"
-    report = outcome.report if isinstance(outcome, KbatchError) else outcome
+    report = told.report if isinstance(told, KbatchError) else told
     if report is not None and (report.acked or not report.failed):
         return "succeeded" if report.acked else "nothing"
     return "failed" if report is None or not _spare_brokers(list(report.errors.values())) else "nothing"
@@ -325,6 +325,6 @@ def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
     return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
 
 
-def held(count: int) -> str:
-    """For a log: so many envelopes are, before "held"."""
+def buffered(count: int) -> str:
+    """For a log: so many envelopes are, before "buffered"."""
     return counted(count, "envelope is", "envelopes are")

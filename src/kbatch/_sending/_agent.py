@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._errors import ConfigError, ForkError, KbatchError, SenderClosedError, SenderError
-from kbatch._fastmap import AnsweringSender, Call, CallQueue, Signal, comes_from, monotonic
+from kbatch._fastmap import AnsweringSender, Call, CallQueue, Flag, comes_from, monotonic
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
@@ -154,7 +154,7 @@ class BaseSendingAgent:
             if self._buffer is not None or self._thread is not None:
                 raise ConfigError("the agent has a sender already, or has sent a batch; make an agent for each sender")
             self._buffer = self._given_up.buffer = self._gate.waiting = buffer
-            self._gate.signal = buffer.signal
+            self._gate.flag = buffer.flag
 
     def _is_forked(self) -> bool:
         return self._pid is not None and self._pid != os.getpid()
@@ -192,15 +192,15 @@ class BaseSendingAgent:
                 news=self._news,
                 counts=self._counts,
             )
-            signal, pid = self._gate.signal, os.getpid()
+            flag, pid = self._gate.flag, os.getpid()
 
             def wake(_: object) -> None:
                 if os.getpid() == pid:  # in a forked child a thread of the parent may have held its lock
-                    signal.set()
+                    flag.set()
 
             self._thread = thread = threading.Thread(
                 target=_run,
-                args=(weakref.ref(self, wake), signal, self._handle, (self._calls, self._prober)),
+                args=(weakref.ref(self, wake), flag, self._handle, (self._calls, self._prober)),
                 name="kbatch-sender",
                 daemon=True,
             )
@@ -238,7 +238,7 @@ class BaseSendingAgent:
         With ``None``, once there is none at all.
         """
         watcher = self._watchers.add(NONE_LEFT if seq is None else seq, wake)
-        self._gate.signal.set()
+        self._gate.flag.set()
         return watcher
 
     def _left(self, seq: int) -> int:
@@ -250,7 +250,7 @@ class BaseSendingAgent:
     def _hurry(self) -> None:
         """What is left is to be sent soon: closing has begun."""
         self._news.append(self._hurry_now)
-        self._gate.signal.set()
+        self._gate.flag.set()
 
     def _hurry_now(self) -> None:
         assert self._send_loop is not None
@@ -272,7 +272,7 @@ class BaseSendingAgent:
             # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
             self._handle.release(timeout)
             self._news.append(self._abandon_flights)
-            self._gate.signal.set()
+            self._gate.flag.set()
 
     def _abandon_flights(self) -> None:
         assert self._send_loop is not None
@@ -311,7 +311,7 @@ class BaseSendingAgent:
 
 def _run(
     reference: weakref.ref[BaseSendingAgent],
-    signal: Signal,
+    flag: Flag,
     handle: ProducerHandle,
     calls: tuple[UserCalls | CallQueue, ...],
 ) -> None:
@@ -323,14 +323,14 @@ def _run(
                 return  # its start was interrupted, and another took its place
             pause = loop.turn()
             if pause == OVER:
-                signal.keep(None)
+                flag.keep(None)
                 return
-            signal.keep(None)  # before the look: whoever sends after it keeps the agent by the signal
+            flag.keep(None)  # before the look: whoever sends after it keeps the agent by the flag
             if loop.is_idle():
                 del agent
             del loop
             if pause != 0.0:
-                signal.wait(pause, interruptible=False)
+                flag.wait(pause, interruptible=False)
     handle.release(0.0)
     for each in calls:
         each.stop()

@@ -104,7 +104,7 @@ class GivenUp:
                 self._calls.log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
                 if self.buffer is not None:
-                    # Not before: what a slow callback has not taken yet is held, too.
+                    # Not before: what a slow callback has not taken yet is buffered, too.
                     self.buffer._give_back(1, end.entry.size)
         self._untold.popleft()
         then()
@@ -206,7 +206,7 @@ class Endings:
             del queue.ended[:done]
             if told:
                 closing = self._gate.closed or self._buffer is None or self._buffer._is_refusing
-                self._given_up.tell(told, closing=closing, then=self._gate.signal.set)
+                self._given_up.tell(told, closing=closing, then=self._gate.flag.set)
         return len(told) < done
 
     def _send_to_dead_letters(self, end: Ended, now: float) -> bool:

@@ -24,7 +24,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
-from kbatch._recovery._gate import REMIND_EVERY_S, held
+from kbatch._recovery._gate import REMIND_EVERY_S, buffered
 from kbatch._sending._queue import ExpiredError
 from kbatch._text import counted
 
@@ -133,7 +133,7 @@ class Flights:
     ) -> None:
         # On the dispatcher's thread, which must not wait for us.
         self._news.append(functools.partial(self._settle, flight, pending, rejected))
-        self._gate.signal.set()
+        self._gate.flag.set()
 
     def _settle(
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
@@ -180,7 +180,7 @@ class Flights:
         return error
 
     def abandon(self) -> None:
-        """After the end of closing: what is still in flight has no known outcome."""
+        """After the end of closing: what is still in flight has no outcome that is known."""
         for flight in self._queue.flights():
             self._abandoned.add(flight)
             failures = [
@@ -216,10 +216,10 @@ class StallWatch:
         at = self.due_at()
         if at is not None and now >= at:
             self._logged_at = now
-            text = "brokers have not answered for %r for %.0f s: %s in flight, %s held"
+            text = "brokers have not answered for %r for %.0f s: %s in flight, %s buffered"
             flying = counted(self._queue.in_flight, "batch is", "batches are")
             count = 0 if self._buffer is None else len(self._buffer)
-            self._calls.log(logging.WARNING, text, self._topic, self.waiting_for_s(), flying, held(count))
+            self._calls.log(logging.WARNING, text, self._topic, self.waiting_for_s(), flying, buffered(count))
         elif self._logged_at is not None and self.waiting_for_s() < self._after_s:
             self._logged_at = None
             self._calls.log(logging.WARNING, "brokers answer for %r again", self._topic)
@@ -231,7 +231,7 @@ class StallWatch:
 
 
 def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:
-    """What the outcome of a flight says about the brokers.
+    """What the end of a flight says about the brokers.
 
     An envelope that fails again and again counts as often only if that is for want of a broker, and nothing else has
     been stored since it failed first. Else one that no broker takes would stop all others. A dead letter never counts.

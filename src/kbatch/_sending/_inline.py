@@ -60,7 +60,7 @@ class BaseInlineSender:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._held = [self._handle]  # empty once it is closed: whoever takes it out releases it
+        self._unreleased = [self._handle]  # empty once it is closed: whoever takes it out releases it
         self._closed = False
 
     @property
@@ -90,19 +90,19 @@ class BaseInlineSender:
         """What is to be released, the first time."""
         self._closed = True
         try:
-            return self._held.pop()
+            return self._unreleased.pop()
         except IndexError:
             return None
 
     def __del__(self) -> None:
-        for handle in getattr(self, "_held", ()):  # the constructor may have raised
+        for handle in getattr(self, "_unreleased", ()):  # the constructor may have raised
             handle.forget()
 
     def _check_delivered(self, error: BaseException | None) -> None:
         # Of sends that were given up before they had an answer. `error` ends a `with` block, and comes first.
         undelivered = self._handle.undelivered()
         if undelivered is not None:
-            undelivered.raise_beside(error, held=True)
+            undelivered.raise_beside(error, reachable=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"by {self._handle.producer!r}"
@@ -165,7 +165,7 @@ class InlineSender(BaseInlineSender):
         return self._answer(successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
-        """The outcome in a record batch of its own; `report` if there can be none."""
+        """Its report from a record batch of its own; `report` if there can be none."""
         solo: Any = self._handle.solo()
         if solo is None:
             return report
@@ -197,8 +197,8 @@ class InlineSender(BaseInlineSender):
 
     def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        held = self._begin_closing()
-        return 0 if held is None else held.release(self._close_timeout if timeout is None else timeout)
+        handle = self._begin_closing()
+        return 0 if handle is None else handle.release(self._close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Self:
         return self

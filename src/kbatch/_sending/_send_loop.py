@@ -39,7 +39,7 @@ class SendLoop:
 
     Args:
         buffer: Where batches come from; ``None`` without a sender.
-        news: Calls for the thread, from others. Whoever puts one sets the gate's signal.
+        news: Calls for the thread, from others. Whoever puts one sets the gate's flag.
         counts: As for `Flights`.
     """
 
@@ -66,7 +66,7 @@ class SendLoop:
             batch_size=1000 if buffer is None else buffer.batch_size,
             batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
             strict_order=strict_order,
-            hold_scheduled=not gate.handle.producer._carries_scheduled_time,
+            keep_scheduled=not gate.handle.producer._carries_scheduled_time,
             random=random.random,
         )
         self.flights = Flights(queue, buffer, gate, topic=topic, max_in_flight=max_in_flight, news=news, counts=counts)

@@ -207,7 +207,7 @@ cdef class Batch(MappedBatch):
             return
         drop_mapped(&self.state)
         if self.lot is not None:
-            self.lot.held, self.lot.waited = False, 0  # nobody will look: the producer tells
+            self.lot.reachable, self.lot.waited = False, 0  # nobody will look: the producer tells
 
     def __len__(self) -> int:
         return self.state.count
@@ -228,8 +228,9 @@ cdef class Batch(MappedBatch):
         cdef Py_ssize_t i
         if self.state.records != NULL:
             for i in range(self.state.count):
-                if (not self.state.records[i].flags
-                        and (<Envelope> PyTuple_GET_ITEM(<PyObject *> self.envelopes, i))._kind == BODY_MESSAGE):
+                item = self.envelopes[i]
+                if (not self.state.records[i].flags and isinstance(item, Envelope)
+                        and (<Envelope> item)._kind == BODY_MESSAGE):
                     total += self.state.records[i].value_len
                     count += 1
         return total, count
@@ -283,7 +284,7 @@ cdef class Batch(MappedBatch):
         try:
             undelivered._own()
             lot = _Lot.__new__(_Lot)
-            lot.held, lot.waited, lot.count = True, self.waited, count
+            lot.reachable, lot.waited, lot.count = True, self.waited, count
             lot.failures = []
             for i in range(self.state.count):
                 if self.outcomes._items[i].state == FAILED:

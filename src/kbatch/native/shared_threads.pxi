@@ -12,10 +12,10 @@ cdef class CallQueue:
     cdef bint counted        # it keeps a thread
     cdef bint stopped
     cdef int64_t generation
-    cdef Signal idle         # set when it is not busy any more
+    cdef Flag idle           # set when it is not busy any more
 
     def __cinit__(self, SharedThreads threads not None):
-        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Signal()
+        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Flag()
         self.generation = threads.generation
 
     def __del__(self):
