@@ -604,8 +604,8 @@ MUTANTS = (
         "a producer whose last transaction has no known end takes a batch and refuses it",
         "HeldBatches.hold",
         "            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n"
-        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "                look_for_fatal(c)\n                self.core._check_fatal()\n"
+        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
         "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
         "            if refusal is not None:\n"
         "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",

@@ -32,7 +32,7 @@ LAYERS = [
     {"_transactions"},
     {"_base_producer"},
     {"_producer", "_recovery"},
-    {"_batch_sender"},
+    {"_batch_sender", "_options"},
     {"_sending"},
     {"aio"},
     {"testing"},

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import random
-import re
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
-from kbatch._callbacks import call_fault, callback_name, loops_own, refuse_coroutine
+from kbatch._callbacks import callback_name, refuse_coroutine
 from kbatch._codes import TIMED_OUT
 from kbatch._errors import (
     BatchInterruptedError,
@@ -57,6 +56,7 @@ from kbatch._fastmap import (
     monotonic,
     wall_time,
 )
+from kbatch._options import AgentOptions, check_topic, shows, taken
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitBreaker, CircuitState
@@ -69,24 +69,19 @@ from kbatch._text import counted
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from typing_extensions import Never, Unpack
+
     from kbatch._batch_sender import Told
     from kbatch._fastmap import Accumulator, Answer, Envelope, Trial
+    from kbatch._options import AgentKeywords
     from kbatch._report import DeliveryReport
 
-__all__ = [
-    "BaseSendingAgent",
-    "SendingAgent",
-    "Verdict",
-    "check_agent_options",
-    "check_topic",
-    "check_whole",
-]
+__all__ = ["BaseSendingAgent", "SendingAgent", "Verdict"]
 
 _logger = logging.getLogger("kbatch")
 
 Verdict = Literal["succeeded", "failed", "nothing"]
 
-_LEGAL_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 _KEPT_FAILURES = 1000
 _LONG = 2000  # envelopes; the GIL is given up while more are mapped
 _SLICE_S = 0.002
@@ -104,45 +99,25 @@ class BaseSendingAgent:
 
     _shown = "kbatch.SendingAgent"
     _producer_class: type[BaseProducer] = Producer
-    _takes_coroutines = False
+    _options_class: type[AgentOptions[Never]] = AgentOptions
 
+    @shows(AgentOptions)
     def __init__(
         self,
         producer: BaseProducer | ProducerHandle,
         topic: str | None,
-        *,
-        retry: RetryPolicy | None = None,
-        failures_to_open: int = 3,
-        probe_interval_s: float = 1.0,
-        max_probe_interval_s: float = 30.0,
-        max_in_flight_batches: int = 5,
-        strict_order: bool = False,
-        stalled_after_s: float = 30.0,
-        on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
-        dead_letter_topic: str | None = None,
-        on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
+        **keywords: Unpack[AgentKeywords[Never]],
     ) -> None:
-        check_agent_options(
-            retry,
-            failures_to_open,
-            probe_interval_s,
-            max_probe_interval_s,
-            max_in_flight_batches,
-            strict_order,
-            stalled_after_s,
-            on_failed,
-            dead_letter_topic,
-            on_state_change,
-            takes_coroutines=self._takes_coroutines,
-        )
+        (given,) = taken(self, keywords, AgentOptions)
+        options: AgentOptions[Never] = self._options_class(**given)
         if topic is not None:
             check_topic("topic", topic)
-            if dead_letter_topic == topic:
+            if options.dead_letter_topic == topic:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {topic!r}")
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
-        if strict_order:
+        if options.strict_order:
             _check_strict(producer.producer if isinstance(producer, ProducerHandle) else producer)
         self.topic = topic
         if isinstance(producer, ProducerHandle):
@@ -150,19 +125,19 @@ class BaseSendingAgent:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._policy = RetryPolicy() if retry is None else retry
-        self._max_in_flight = max_in_flight_batches
-        self._strict_order = strict_order
-        self._on_failed = self._keep_failure if on_failed is None else on_failed
-        self._dead_letter_topic = dead_letter_topic
-        self._on_state_change = on_state_change
+        self._policy = RetryPolicy() if options.retry is None else options.retry
+        self._max_in_flight = options.max_in_flight_batches
+        self._strict_order = options.strict_order
+        self._on_failed = self._keep_failure if options.on_failed is None else options.on_failed
+        self._dead_letter_topic = options.dead_letter_topic
+        self._on_state_change = options.on_state_change
         self._kept: deque[tuple[Envelope[Any], KbatchError]] = deque(maxlen=_KEPT_FAILURES)
         self._kept_sizes: deque[int] = deque(maxlen=_KEPT_FAILURES)
         self._undelivered = Undelivered("envelopes were given up")  # what on_failed has not taken
         self._circuit = CircuitBreaker(
-            failures_to_open=failures_to_open,
-            probe_interval_s=probe_interval_s,
-            max_probe_interval_s=max_probe_interval_s,
+            failures_to_open=options.failures_to_open,
+            probe_interval_s=options.probe_interval_s,
+            max_probe_interval_s=options.max_probe_interval_s,
             random=random.random,
         )
         # Guards the circuit and the life. Re-entrant: a signal handler may come here from within.
@@ -197,7 +172,7 @@ class BaseSendingAgent:
         self._tries_buffered_next = False  # what the next trial of the circuit is; see `_next`
         self._hastens = False  # the first trial since a probe succeeded
         self._opened_at = self._reminded_at = 0.0
-        self._stalled_after_s = stalled_after_s
+        self._stalled_after_s = options.stalled_after_s
         self._stall_logged_at: float | None = None  # the last time; None: nothing is stalled
         self._failed_topic = topic  # None: one of several
         self._counts = dict.fromkeys(("acked", "expired", "failed", "retried", "dead_letters"), 0)
@@ -1140,52 +1115,6 @@ def _seconds_until(end: float) -> float:
     return min(max(0.0, end - monotonic()), threading.TIMEOUT_MAX)
 
 
-def check_agent_options(
-    retry: Any,
-    failures_to_open: Any,
-    probe_interval_s: Any,
-    max_probe_interval_s: Any,
-    max_in_flight_batches: Any,
-    strict_order: Any,
-    stalled_after_s: Any,
-    on_failed: Any,
-    dead_letter_topic: Any,
-    on_state_change: Any,
-    *,
-    takes_coroutines: bool,
-) -> None:
-    """Raises ConfigError for what an agent cannot take."""
-    if retry is not None and not isinstance(retry, RetryPolicy):
-        raise ConfigError(f"retry must be a kbatch.RetryPolicy, not {type(retry).__name__}")
-    check_whole("failures_to_open", failures_to_open)
-    check_whole("max_in_flight_batches", max_in_flight_batches)
-    for name, value in (
-        ("probe_interval_s", probe_interval_s),
-        ("max_probe_interval_s", max_probe_interval_s),
-        ("stalled_after_s", stalled_after_s),
-    ):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e6:
-            raise ConfigError(f"{name} must be seconds above 0, not {value!r}")
-    if probe_interval_s > max_probe_interval_s:
-        raise ConfigError(
-            f"probe_interval_s={probe_interval_s!r} is longer than max_probe_interval_s={max_probe_interval_s!r}"
-        )
-    if not isinstance(strict_order, bool):
-        raise ConfigError(f"strict_order must be bool, not {type(strict_order).__name__}")
-    for name, value, arguments in (
-        ("on_failed", on_failed, ("envelope", "error")),
-        ("on_state_change", on_state_change, ("before", "after")),
-    ):
-        fault = None if value is None else call_fault(value, *arguments)
-        if fault is not None:
-            raise ConfigError(f"{name} {fault}")
-        owned = None if takes_coroutines else loops_own(value)
-        if owned is not None:
-            raise ConfigError(f"{name} must not be {owned}; kbatch.aio's topics and agents take them")
-    if dead_letter_topic is not None:
-        check_topic("dead_letter_topic", dead_letter_topic)
-
-
 def _check_strict(producer: BaseProducer) -> None:
     """Raises ConfigError where a record's key, or its partition, does not follow from the envelope's key."""
     reason = None
@@ -1197,19 +1126,3 @@ def _check_strict(producer: BaseProducer) -> None:
         reason = "partitioner=random, which spreads a key over partitions; choose another partitioner"
     if reason is not None:
         raise ConfigError(f"strict_order=True contradicts {reason}")
-
-
-def check_topic(what: str, name: Any) -> None:
-    """Raises ConfigError for what is no name of a topic."""
-    if not isinstance(name, str):
-        raise ConfigError(f"{what} must be str, not {type(name).__name__}")
-    if not _LEGAL_NAME.fullmatch(name) or name in (".", ".."):
-        raise ConfigError(
-            f"{what} must be 1 to 249 letters, digits, '.', '_' and '-', as Kafka's topics are, not {name!r}"
-        )
-
-
-def check_whole(name: str, value: Any, bits: int = 31) -> None:
-    """Raises ConfigError for what is no int of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**bits:
-        raise ConfigError(f"{name} must be an int from 1 to 2**{bits} - 1, not {value!r}")
