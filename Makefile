@@ -9,8 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes of pytest: most tests wait for something, so three are not too many for two cores.
-WORKERS ?= 3
+# Processes of pytest: most tests wait for something, so eight are not too many for two cores.
+WORKERS ?= 8
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -76,8 +76,15 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 	$(BIN)/kbatch demo $(ARGS)
 
 .PHONY: test
-test: build $(STAMPS)/test-group ## Run the tests, WORKERS=3 processes side by side
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=8 processes side by side (4 minutes)
+	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/kafka $(ARGS)
+
+.PHONY: test-kafka
+test-kafka: build $(STAMPS)/test-group ## Run the tests on Apache Kafka, which they start (Java, Maven)
+	$(BIN)/python -m pytest tests/kafka $(ARGS)
+
+.PHONY: test-all
+test-all: test test-kafka ## Run both
 
 .PHONY: mutants
 mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each , two at a time (an hour)

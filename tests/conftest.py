@@ -1,6 +1,7 @@
 """What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
 
 import ctypes
+import gc
 import importlib.machinery
 import os
 import signal
@@ -129,6 +130,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("resident_size"):
             item.add_marker(pytest.mark.skip(reason="platform: AddressSanitizer keeps freed memory"))
+
+
+def pytest_collection_finish() -> None:
+    # The tests and their modules stay until the end: a collection, of which many tests do several, need not look at
+    # them each time.
+    gc.collect()
+    gc.freeze()
 
 
 def _fail_the_skipped(report: Any) -> None:

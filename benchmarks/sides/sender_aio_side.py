@@ -32,7 +32,7 @@ class Client:
     """One that sends, with what it sends: messages, or batches of them."""
 
     def __init__(self, spec: Spec) -> None:
-        self.failed: list[Exception] = []
+        self.given_up: list[Exception] = []
         messages = kbatch_envelopes(spec.pool, spec.headers)
         self.items: Sequence[Any] = messages
         self.each = 1
@@ -49,7 +49,7 @@ class Client:
         form = spec.options.get("form", "batched")
         producer = await stack.enter_async_context(aio.Producer(config))
         if form == "batched":
-            agent = aio.SendingAgent(producer, spec.topic, on_failed=lambda _, error: self.failed.append(error))
+            agent = aio.SendingAgent(producer, spec.topic, on_failed=lambda _, error: self.given_up.append(error))
             self._sender = await stack.enter_async_context(aio.BatchedSender(agent, **spec.options.get("sender", {})))
             send: Send = self._sender.send
             return send
@@ -68,8 +68,8 @@ class Client:
         if self._sender is None:
             return count  # each call has awaited its own, and raised if it failed
         left = await self._sender.flush()
-        if left or self.failed:
-            raise RuntimeError(f"not everything was delivered: {left} left, {self.failed[:1]}")
+        if left or self.given_up:
+            raise RuntimeError(f"not everything was delivered: {left} left, {self.given_up[:1]}")
         acked: int = self._sender.stats()["acked"]
         more, self._acked = acked - self._acked, acked
         return more

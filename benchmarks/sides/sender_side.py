@@ -14,11 +14,11 @@ from benchmarks.sides.one_at_a_time import Send, serve
 class Batched:
     def __init__(self, spec: Spec) -> None:
         self.messages = kbatch_envelopes(spec.pool, spec.headers)
-        self._failed: list[Exception] = []
+        self._given_up: list[Exception] = []
         config = {"bootstrap.servers": spec.bootstrap, **spec.options.get("config", {})}
         self._producer = kbatch.Producer(config)
         self._agent = kbatch.SendingAgent(
-            self._producer, spec.topic, on_failed=lambda _envelope, error: self._failed.append(error)
+            self._producer, spec.topic, on_failed=lambda _envelope, error: self._given_up.append(error)
         )
         self._sender = kbatch.BatchedSender(self._agent, **spec.options.get("sender", {}))
         self._accepted = 0
@@ -31,8 +31,8 @@ class Batched:
 
     def flush(self) -> int:
         left = self._sender.flush()
-        if left or self._failed:
-            raise RuntimeError(f"not everything was delivered: {left} left, {self._failed[:1]}")
+        if left or self._given_up:
+            raise RuntimeError(f"not everything was delivered: {left} left, {self._given_up[:1]}")
         accepted = self._sender.stats()["acked"]
         acknowledged, self._accepted = accepted - self._accepted, accepted
         return acknowledged

@@ -61,7 +61,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport NAN
-from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t
+from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint32_t
 from libc.string cimport memchr, memcmp, memcpy, strcmp, strcpy, strlen
 
 from kbatch._librdkafka cimport *
@@ -100,6 +100,7 @@ include "native/enqueue.pxi"
 include "native/drainer.pxi"
 include "native/resolver.pxi"
 include "native/calls.pxi"
+include "native/shared_threads.pxi"
 include "native/wakeup.pxi"
 include "native/content.pxi"
 include "native/undelivered.pxi"

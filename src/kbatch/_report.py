@@ -59,8 +59,13 @@ class DeliveryReport:
             self._failed = self._outcomes.failed()
         return self._failed
 
+    @property
+    def expired(self) -> int:
+        """How many envelopes were not sent because their ``deliver_by`` had passed."""
+        return len(self) - self.acked - self.failed
+
     @cached_property
-    def expired(self) -> tuple[int, ...]:
+    def expired_indices(self) -> tuple[int, ...]:
         """The indices of the envelopes that were not sent because their ``deliver_by`` had passed."""
         return tuple(self._outcomes.expired())
 
@@ -135,7 +140,7 @@ class DeliveryReport:
         return DeliveryReport, (self._outcomes, self._latency_s)
 
     def __repr__(self) -> str:
-        expired = f" expired={len(self.expired)}" if self.expired else ""
+        expired = f" expired={self.expired}" if self.expired else ""
         return (
             f"<DeliveryReport {counted(len(self), 'envelope')}: acked={self.acked} failed={self.failed}{expired} "
             f"in {self._latency_s * 1000:.1f} ms>"

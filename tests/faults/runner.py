@@ -530,7 +530,7 @@ class Run:
         sent.answers.append(Answer(channel, self._outcomes(sent, report)))
 
     def _outcomes(self, sent: Sent | Stream, report: kbatch.DeliveryReport) -> tuple[Outcome, ...]:
-        expired, errors = set(report.expired), report.errors
+        expired, errors = set(report.expired_indices), report.errors
         outcomes = []
         for i in range(len(report)):
             place = {"partition": report.partitions[i], "offset": report.offsets[i]}
@@ -541,7 +541,7 @@ class Run:
             else:
                 outcomes.append(Outcome(EXPIRED if i in expired else ACKED, **place))
         counts = Counter(outcome.state for outcome in outcomes)
-        told = {ACKED: report.acked, FAILED: report.failed, EXPIRED: len(expired)}
+        told = {ACKED: report.acked, FAILED: report.failed, EXPIRED: report.expired}
         if +counts != +Counter(told):
             self.history.findings.append(f"batch {sent.number}: the report counts {told}, its envelopes are {counts}")
         return tuple(outcomes)

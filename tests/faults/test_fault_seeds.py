@@ -2,31 +2,33 @@
 
 import concurrent.futures
 import contextlib
+import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from tests.faults.kinds import KINDS
-from tests.faults.plan import ONE_AT_A_TIME, Plan, Send, make_plan
+from tests.faults.plan import ONE_AT_A_TIME, Send, make_plan
 from tests.faults.runner import WAYS
 from tests.faults.worker import Result, Worker
 
 SEEDS = range(50)
-_PROCESSES = 3
+# The plans mostly wait, so several run at a time: in the processes of pytest, or else in three of this one.
+_PROCESSES = 1 if "PYTEST_XDIST_WORKER" in os.environ else 3
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest) -> Iterator[dict[int, concurrent.futures.Future[Result]]]:
-    """The results of the selected seeds, to come: the plans mostly wait, so several run at a time."""
+def result_of(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Result]]:
+    """The result of a seed. Where this is the only process of pytest, the next selected seeds run meanwhile."""
     selected = [item for item in request.session.items if item.name.startswith("test_seed[")]
     seeds = [item.callspec.params["seed"] for item in selected if isinstance(item, pytest.Function)]
     workers: queue.SimpleQueue[Worker] = queue.SimpleQueue()
 
-    def run(plan: Plan) -> Result:
+    def run(seed: int) -> Result:
         worker = workers.get()
         try:
-            return worker.run(plan)
+            return worker.run(make_plan(seed))
         finally:
             workers.put(worker)
 
@@ -35,15 +37,19 @@ def results(request: pytest.FixtureRequest) -> Iterator[dict[int, concurrent.fut
             worker = Worker()
             stack.callback(worker.close)
             workers.put(worker)
+        if _PROCESSES == 1:
+            yield run
+            return
         pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(_PROCESSES))
         stack.callback(pool.shutdown, cancel_futures=True)
-        yield {seed: pool.submit(run, make_plan(seed)) for seed in seeds}
+        results = {seed: pool.submit(run, seed) for seed in seeds}
+        yield lambda seed: results[seed].result()
 
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_seed(seed: int, results: dict[int, concurrent.futures.Future[Result]]) -> None:
-    result = results[seed].result()
+def test_seed(seed: int, result_of: Callable[[int], Result]) -> None:
+    result = result_of(seed)
     assert not result.violations, f"\n{result}"
 
 

@@ -14,7 +14,7 @@ NIGHTLY = os.environ.get("KBATCH_NIGHTLY", "") not in ("", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "nightly: takes long, and something shorter in `make test` tests the same row")
+    config.addinivalue_line("markers", "nightly: takes long; `make test-kafka` has something shorter for the same row")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -25,7 +25,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.path.is_relative_to(install.HERE):
             item.add_marker(pytest.mark.timeout(300))  # the first one starts the brokers
-            item.add_marker(pytest.mark.xdist_group("kafka"))  # which are of one process
 
 
 @pytest.hookimpl(wrapper=True)

@@ -19,7 +19,7 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
-from kbatch._fastmap import Accumulator, pinned_buffers, set_oauth_token
+from kbatch._fastmap import Accumulator, RecordPool, pinned_buffers, set_oauth_token
 from kbatch._pending import PendingBatch
 from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
@@ -169,6 +169,19 @@ def mapping(**options: Any) -> Callable[[World], Step]:
         return step
 
     return scenario
+
+
+def mapping_without_a_producer(world: World) -> Step:
+    batch = [*envelopes(), *(Envelope(data=b"x", topic=f"topic-{n}") for n in range(40))]  # some hashes more
+    mapper = world.producer()._mapper
+
+    def step(attempt: Attempt) -> None:
+        pool = RecordPool()
+        checked(attempt(lambda: pool.map(mapper, TOPIC, batch)))
+        records = pool.records(pool.map(mapper, TOPIC, batch))
+        assert [record and record[0] for record in records] == [envelope.topic or TOPIC for envelope in batch]
+
+    return step
 
 
 def refused(world: World) -> Step:
@@ -467,7 +480,7 @@ def reporting(world: World) -> Step:
     def use() -> Any:
         report = producer.send_batch(TOPIC, [Envelope(1, partition=9), Envelope(2, partition=9)])
         error = report.exception()
-        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired
+        return repr(report), str(error), report.errors, report.partitions, report.offsets, report.expired_indices
 
     def step(attempt: Attempt) -> None:
         got = checked(attempt(use))
@@ -1012,6 +1025,7 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "mapping raw": mapping(wire="raw", encoder=msgspec.msgpack.Encoder()),
     "mapping by an encoder": mapping(encoder=encode),
     "mapping by a custom wire": mapping(wire=Wire()),
+    "mapping without a producer": mapping_without_a_producer,
     "refused": refused,
     "refused events": refused_events,
     "sending": sending,

@@ -19,6 +19,7 @@ ALLOCATIONS = {
     "mapping raw": 8,
     "mapping by an encoder": 8,
     "mapping by a custom wire": 8,
+    "mapping without a producer": 80,
     "refused": 4,
     "refused events": 4,
     "sending": 1,

@@ -47,27 +47,31 @@ def produce(bootstrap_servers: str, topic: str, messages: list[dict], **config) 
 
 
 def read(bootstrap_servers: str, topic: str, count: int, timeout_s: float = 30.0) -> dict[int, list[Record]]:
-    """Reads a topic's partitions from their beginning until `count` records came and then nothing more."""
+    """Reads a topic's partitions from their beginning, until `count` records came and each partition is at its end."""
     config = {"bootstrap.servers": bootstrap_servers, "group.id": "tests", "log_level": 0, "enable.auto.commit": False}
-    config |= {"fetch.wait.max.ms": 10}
-    consumer = Consumer(config)
+    consumer = Consumer(config | {"fetch.wait.max.ms": 10, "enable.partition.eof": True})
     try:
         partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
         consumer.assign([TopicPartition(topic, partition, 0) for partition in partitions])
         records: dict[int, list[Record]] = defaultdict(list)
+        to_read = set(partitions)
         got = 0
         deadline = time.monotonic() + timeout_s
-        quiet = 0
-        while time.monotonic() < deadline and not (got >= count and quiet >= 2):
-            messages = consumer.consume(1_000, timeout=0.2)
-            quiet = 0 if messages else quiet + 1
-            for message in messages:
-                assert message.error() is None, message.error()
-                record = Record(
-                    message.partition(), message.offset(), message.key(), message.value(), message.headers() or []
-                )
-                records[record.partition].append(record)
-                got += 1
+        while time.monotonic() < deadline and (got < count or to_read):
+            message = consumer.poll(0.2)
+            if message is None:
+                continue
+            error = message.error()
+            if error is not None and error.code() == KafkaError._PARTITION_EOF:
+                to_read.discard(message.partition())
+                continue
+            assert error is None, error
+            record = Record(
+                message.partition(), message.offset(), message.key(), message.value(), message.headers() or []
+            )
+            records[record.partition].append(record)
+            to_read.add(record.partition)
+            got += 1
         return dict(records)
     finally:
         consumer.close()

@@ -31,7 +31,7 @@ def program(cluster: MockCluster, code: str) -> str:
         import asyncio, os, signal, sys, threading, time
         import kbatch
         from kbatch._fastmap import pinned_buffers
-        CONFIG = {{"bootstrap.servers": {cluster.bootstrap_servers!r}, "log_level": 0}}
+        CONFIG = {{"bootstrap.servers": {cluster.bootstrap_servers!r}, "log_level": 0, "reconnect.backoff.max.ms": 200}}
         def envelopes(count):
             return [kbatch.Envelope(data=b"m%d" % i) for i in range(count)]
         """

@@ -19,7 +19,8 @@ import pytest
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import LoopWaker
-from kbatch.testing import AioMemoryProducer, ApiKey, MemoryProducer, MockCluster
+from kbatch.testing import ApiKey, MemoryProducer, MockCluster
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..waiting import until
 from .clients import end_offsets, read_back
@@ -35,6 +36,7 @@ def cluster(kafka_cluster: MockCluster) -> MockCluster:
 
 def make_producer(cluster: MockCluster, *, close_timeout_s: float = 30.0, **options: Any) -> aio.Producer:
     config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "enable.idempotence": False}
+    config |= {"reconnect.backoff.ms": 10, "reconnect.backoff.max.ms": 100}  # soon after the broker
     config |= options.pop("config", {})
     return aio.Producer(config, close_timeout_s=close_timeout_s, **options)
 

@@ -67,7 +67,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ["main returns", "sys.exit", "an exception"])
 def test_what_is_in_flight_is_sent_before_the_interpreter_ends(kafka_cluster: MockCluster, end: str) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
-    kafka_cluster.set_rtt(1, 200)
+    kafka_cluster.set_rtt(1, 50)
     status, code = ENDS[end]
     result = run(
         kafka_cluster,
@@ -235,7 +235,7 @@ def test_sigterm_that_ends_the_program_in_order_sends_what_is_in_flight(kafka_cl
 
 def test_a_signal_handler_may_close_the_producer(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
-    kafka_cluster.set_rtt(1, 1_500)
+    kafka_cluster.set_rtt(1, 500)
     result = run(
         kafka_cluster,
         """
@@ -252,7 +252,7 @@ def test_a_signal_handler_may_close_the_producer(kafka_cluster: MockCluster) -> 
 @pytest.mark.parametrize("end", ["close", "flush"])
 def test_a_signal_handler_may_wait_for_its_own_batch_in_line(kafka_cluster: MockCluster, end: str) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
-    kafka_cluster.set_rtt(1, 300)
+    kafka_cluster.set_rtt(1, 100)
     result = run(
         kafka_cluster,
         f"""
@@ -431,7 +431,7 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
 
 def test_ctrl_c_in_a_block_sends_what_is_in_flight_first(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
-    kafka_cluster.set_rtt(1, 500)
+    kafka_cluster.set_rtt(1, 200)
     code = """
         try:
             with kbatch.Producer(CONFIG) as producer:

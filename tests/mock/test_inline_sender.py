@@ -14,7 +14,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, aio
-from kbatch.testing import AioMemoryProducer, ApiKey, MemoryProducer, MockCluster
+from kbatch.testing import ApiKey, MemoryProducer, MockCluster
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..naming import shown
 from ..waiting import until
@@ -152,7 +153,7 @@ def test_an_envelopes_topic_wins(kind: Any, cluster: MockCluster, producer: Any)
 def test_what_has_expired_is_not_sent_and_no_failure(kind: Any, cluster: MockCluster, producer: Any) -> None:
     past = datetime(2020, 1, 1, tzinfo=timezone.utc)
     report = kind.do(kind.InlineSender(producer, TOPIC).send(Envelope(1, deliver_by=past)))
-    assert (report.ok, report.acked, report.expired) == (True, 0, (0,))
+    assert (report.ok, report.acked, report.expired_indices) == (True, 0, (0,))
     assert end_offsets(cluster.bootstrap_servers, TOPIC) == {0: 0}
 
 

@@ -156,7 +156,7 @@ def test_answers_are_the_same(
                     "method": method,
                     "answer": text.replace("test_fatal_error: ", ""),  # which librdkafka puts before the reason
                     "errors": report.errors,
-                    "expired": report.expired,
+                    "expired": report.expired_indices,
                     "acked": report.acked,
                     "offsets": report.offsets,
                 }

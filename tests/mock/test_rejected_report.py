@@ -94,7 +94,7 @@ def test_a_partition_and_an_expired_one_beside_it(cluster: MockCluster) -> None:
         assert producer._core.send(batch, wait=True)
         report = batch.report
     assert_rejected(report, (1, 3))
-    assert (report.acked, report.expired) == (1, (2,))
+    assert (report.acked, report.expired_indices) == (1, (2,))
     assert report.partitions == (0, 0, -1, -1)
     assert stored(cluster) == [1]
 

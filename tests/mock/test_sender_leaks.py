@@ -18,7 +18,7 @@ from kbatch.testing import MemoryProducer, MockCluster
 
 from ..loops import beside
 from ..waiting import until
-from .test_send import TOPIC, Unwritable, leaks_of, make_producer
+from .test_stored_records import TOPIC, Unwritable, leaks_of, make_producer
 
 REPEAT = 60
 

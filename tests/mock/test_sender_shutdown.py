@@ -33,7 +33,8 @@ def cluster(kafka_cluster: MockCluster) -> MockCluster:
 
 
 def config_of(cluster: MockCluster) -> dict[str, Any]:
-    return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+    soon = {"reconnect.backoff.ms": 10, "reconnect.backoff.max.ms": 100}  # after the broker
+    return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, **soon}
 
 
 def stored(cluster: MockCluster, topic: str = TOPIC) -> list[str]:
@@ -236,7 +237,7 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
         topic = f"round-{seed}"
         kafka_cluster.create_topic(topic, partitions=1)
         kafka_cluster.set_rtt(1, chance.choice((0, 1, 10)))
-        batching["max_buffered"] = min(batching["max_buffered"], 1_000)  # so many can `failed` hold
+        batching["max_buffered"] = min(batching["max_buffered"], 1_000)  # so many can `recent_failures` hold
         agent = aio.SendingAgent(shared, topic, on_failed=account.on_failed_async, **sending)
         sender = aio.BatchedSender(agent, **batching)
         way, timeout = chance.choice(WAYS), chance.choice(TIMEOUTS)
@@ -277,11 +278,14 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
             for each in beside:
                 each.result(60)
         until(lambda sender=sender: len(sender) == 0, "the callbacks")  # a loop that has ended is found out in a second
-        for envelope, error in agent.failed:  # what the loop of the first envelope, if it has ended, could not be told
+        for (
+            envelope,
+            error,
+        ) in agent.recent_failures:  # what the loop of the first envelope, if it has ended, could not be told
             account.on_failed(envelope, error)
         raised = [name for name, _ in account.raised]
         assert len(set(raised)) == len(raised)
-        assert set(raised) <= {bytes(envelope.data or b"").decode() for envelope, _ in agent.failed}
+        assert set(raised) <= {bytes(envelope.data or b"").decode() for envelope, _ in agent.recent_failures}
         log = stored(kafka_cluster, topic)
         account.check(log, sender, not_sent)
         check_order(log)
@@ -745,7 +749,7 @@ def test_callbacks_that_raise_lose_nothing(
         return  # it ends the loop, as everywhere in asyncio
     else:
         asyncio.run(asyncio.wait_for(main(), 60))
-    assert called == [envelope.attempts for envelope, _ in agents[0].failed] == list(range(0, 100, 10))
+    assert called == [envelope.attempts for envelope, _ in agents[0].recent_failures] == list(range(0, 100, 10))
     assert called == [envelope.attempts for envelope, _ in lost[0].failures]
-    assert {type(reason) for _, reason in agents[0].failed} == {kbatch.SerializationError}
+    assert {type(reason) for _, reason in agents[0].recent_failures} == {kbatch.SerializationError}
     assert stored(cluster) == [str(number) for number in range(100) if number % 10]

@@ -283,7 +283,7 @@ def test_what_expires_while_it_waits_for_room_is_not_sent(cluster: MockCluster, 
         assert thread.report is not None
         assert thread.report.ok
     assert late.report is not None
-    assert late.report.expired == (1, 3, 5, 7, 9)
+    assert late.report.expired_indices == (1, 3, 5, 7, 9)
     assert late.report.acked == 5
     assert sorted(stored(cluster, "dead", 3 * ROOM + 5)) == [*range(3 * ROOM), *range(1000, 1010, 2)]
 
@@ -365,6 +365,6 @@ def test_what_expires_in_line_has_expired_also_if_its_batch_is_given_up(producer
     wait_until_full(producer)
     soon = datetime.now(timezone.utc) + timedelta(milliseconds=100)
     report = producer.send_batch("dead", [Envelope(0, deliver_by=soon), Envelope(1)], timeout=1)
-    assert report.expired == (0,)
+    assert report.expired_indices == (0,)
     assert report.failed == 1
     assert waiting.is_alive()

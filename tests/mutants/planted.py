@@ -278,7 +278,7 @@ MUTANTS = (
     Mutant(
         "what a rejected envelope took of the batch's memory stays",
         "_Mapping._map_or_reject",
-        "        arena_rewind(self.client, &state.bodies, bodies, bodies_used)\n",
+        "        arena_rewind(self.pool, &state.bodies, bodies, bodies_used)\n",
         "",
         "tests/unit/test_rejected_in_mapping.py",
     ),
@@ -510,6 +510,20 @@ MUTANTS = (
         "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
+        "a failed envelope counts as expired",
+        "DeliveryReport.expired",
+        "len(self) - self.acked - self.failed",
+        "len(self) - self.acked",
+        "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
+    ),
+    Mutant(
+        "a topic drops the configuration that is given beside a producer",
+        "BaseTopic._bind",
+        '[*(["config"] if config is not None else []), *options]',
+        "[*options]",
+        "tests/unit/test_kafka_topic.py",
+    ),
+    Mutant(
         "an interrupted sender gives no callback",
         "AnsweringSender.send_batch",
         "            if left == LEFT:\n                raise\n            method",
@@ -603,12 +617,12 @@ MUTANTS = (
     Mutant(
         "a producer whose last transaction has no known end takes a batch and refuses it",
         "HeldBatches.hold",
-        "            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n"
-        "                raise refusal\n            self.core._take(batch, deadline_after(timeout), waker, None)\n",
+        "            if refusal is not None:\n                look_for_fatal(c)\n"
+        "                self.core._check_fatal()\n                raise refusal\n"
+        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
         "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
-        "            if refusal is not None:\n"
-        "                look_for_fatal(c)\n                self.core._check_fatal()\n                raise refusal\n",
+        "            if refusal is not None:\n                look_for_fatal(c)\n"
+        "                self.core._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions_interrupted.py",
     ),
     # -- what is taken, and what it is sent as
@@ -815,7 +829,7 @@ MUTANTS = (
     # -- doubles for tests
     Mutant(
         "what is possibly persisted is never stored in memory",
-        "testing._InMemory.fail",
+        "testing.BaseMemoryProducer.fail",
         "            possibly_persisted if stored is None else bool(stored),\n",
         "            bool(stored),\n",
         "tests/unit/test_memory_producer.py",
@@ -942,9 +956,23 @@ MUTANTS = (
         "tests/unit/test_taken_lists.py",
     ),
     Mutant(
+        "topics whose names have the same hash are one",
+        "_topic_in",
+        "topic.hash == hash and topic.name_len == length and memcmp(topic.name, name, length) == 0",
+        "topic.hash == hash",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
+        "a topic that is filed anew is lost",
+        "_grow_topics",
+        "        _file_topic(pool, topic)\n",
+        "        pass\n",
+        "tests/unit/test_record_pool.py",
+    ),
+    Mutant(
         "a batch stands in line twice for one topic",
         "_Mapping._find_topic",
-        "        self.topics[topic] = address\n",
+        "        self.topics[topic] = <size_t> entry\n",
         "        pass\n",
         "tests/mock/test_detached.py",
     ),

@@ -6,7 +6,8 @@ from typing_extensions import assert_type
 
 import kbatch
 from kbatch import aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
+from kbatch.testing import MemoryProducer, MemoryRecord
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 
 def place_order(producer: kbatch.Producer) -> None: ...

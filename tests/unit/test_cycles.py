@@ -10,8 +10,9 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
-from kbatch.testing._memory import _InMemory
+from kbatch.testing import MemoryProducer
+from kbatch.testing._memory import BaseMemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 UNMAPPABLE = Envelope(object())
 
@@ -30,15 +31,15 @@ class AioIgnoring(aio.SenderCallback):
     mark_serialization_failure = mark_processing_failure
 
 
-def fail(producer: _InMemory) -> None:
+def fail(producer: BaseMemoryProducer) -> None:
     producer.fail("NOT_ENOUGH_REPLICAS")
 
 
-def refuse_all(producer: _InMemory) -> None:
+def refuse_all(producer: BaseMemoryProducer) -> None:
     producer.fail("MSG_SIZE_TOO_LARGE", times=2)
 
 
-def do_nothing(producer: _InMemory) -> None:
+def do_nothing(producer: BaseMemoryProducer) -> None:
     pass
 
 
@@ -101,7 +102,10 @@ FAULTS = [
 @pytest.mark.parametrize("way", [inline, batch, submit, contract])
 @pytest.mark.parametrize(("fault", "envelope"), FAULTS)
 def test_what_a_thread_sends(
-    way: Any, fault: Callable[[_InMemory], object], envelope: Envelope[Any], uncollected: Callable[[], set[str]]
+    way: Any,
+    fault: Callable[[BaseMemoryProducer], object],
+    envelope: Envelope[Any],
+    uncollected: Callable[[], set[str]],
 ) -> None:
     producer = MemoryProducer()
     send = way(producer)
@@ -140,7 +144,10 @@ AIO_FAULTS = [*FAULTS[:-1], pytest.param(lambda producer: producer._core.close()
 @pytest.mark.parametrize("way", [aio_inline, aio_batch, aio_contract])
 @pytest.mark.parametrize(("fault", "envelope"), AIO_FAULTS)
 def test_what_a_task_sends(
-    way: Any, fault: Callable[[_InMemory], object], envelope: Envelope[Any], uncollected: Callable[[], set[str]]
+    way: Any,
+    fault: Callable[[BaseMemoryProducer], object],
+    envelope: Envelope[Any],
+    uncollected: Callable[[], set[str]],
 ) -> None:
     async def main() -> None:
         producer = AioMemoryProducer()

@@ -277,7 +277,8 @@ def test_a_batch_without_a_failure_has_no_exception() -> None:
     made = kbatch.DeliveryReport(outcomes((1, 0, 2, 0, 7), (3, 0, 0, -1, -1)), 0.25)
     assert made.exception() is None
     assert made.raise_for_errors() is made
-    assert (made.ok, bool(made), made.acked, made.failed, made.expired) == (True, True, 1, 0, (1,))
+    assert (made.ok, bool(made), made.acked, made.failed, made.expired) == (True, True, 1, 0, 1)
+    assert made.expired_indices == (1,)
     assert (made.partitions, made.offsets, dict(made.errors), made.latency_s) == ((0, -1), (7, -1), {}, 0.25)
     assert repr(made) == "<DeliveryReport 2 envelopes: acked=1 failed=0 expired=1 in 250.0 ms>"
 

@@ -57,7 +57,7 @@ def test_times_are_the_machines() -> None:
         report = producer.send_batch(
             "orders", [Envelope(1, deliver_by=datetime.now(timezone.utc) + timedelta(hours=1))]
         )
-        assert report.expired == (0,)
+        assert report.expired_indices == (0,)
         producer.send_batch("orders", [Envelope(2), Envelope(3, sent_at=datetime.now(timezone.utc))])
         first, second = (kbatch.read_envelope(record).sent_at for record in producer.records)
     assert first is not None

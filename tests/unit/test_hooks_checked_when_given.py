@@ -18,7 +18,8 @@ from confluent_kafka.serialization import IntegerSerializer, StringSerializer
 
 import kbatch
 from kbatch import ConfigError, Envelope, aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 from tests.mapping import NOWHERE
 
 

@@ -387,6 +387,8 @@ def test_an_option_that_nothing_has_is_refused_as_python_does(kind: Any) -> None
     with pytest.raises(TypeError, match=r"KafkaTopic\(\) got an unexpected keyword argument 'colour'") as caught:
         topic(kind, config=SECRETS, colour="red")
     assert_no_secret(texts_of(caught.value))
+    with pytest.raises(TypeError, match="'colour'"):
+        topic(kind, colour=None)
     with kbatch.Producer(SERVERS) as producer:
         with pytest.raises(TypeError, match=r"SendingAgent\(\) got an unexpected keyword argument 'batch_size'"):
             kbatch.SendingAgent(producer, "orders", batch_size=1)  # type: ignore[call-arg]

@@ -20,7 +20,8 @@ import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._fastmap import Core
 from kbatch._recovery._handle import ProducerHandle
-from kbatch.testing import AioMemoryProducer, MemoryProducer, MemoryRecord
+from kbatch.testing import MemoryProducer, MemoryRecord
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import TESTING, Injector
 from ..mapping import NOWHERE
@@ -229,10 +230,10 @@ def test_what_has_expired_is_not_sent(producer: MemoryProducer) -> None:
     past = datetime.now(timezone.utc) - timedelta(seconds=1)
     producer.down()
     report = producer.send_batch(TOPIC, envelopes(2, deliver_by=past))
-    assert (report.ok, report.expired) == (True, (0, 1))
+    assert (report.ok, report.expired_indices) == (True, (0, 1))
     producer.up()
     report = producer.send_batch(TOPIC, [Envelope(0, deliver_by=past), Envelope(1)])
-    assert (report.expired, report.acked, report.offsets) == ((0,), 1, (-1, 0))
+    assert (report.expired_indices, report.acked, report.offsets) == ((0,), 1, (-1, 0))
     producer.hold()
     # Nothing of it is in flight: it is answered at once, as by librdkafka.
     assert producer.submit(TOPIC, envelopes(2, deliver_by=past)).done()
@@ -299,7 +300,7 @@ def test_reprs() -> None:
     pending.wait()
     producer.close()
     assert repr(producer) == "<kbatch.testing.MemoryProducer closed>"
-    assert repr(AioMemoryProducer()) == "<kbatch.testing.AioMemoryProducer not started>"
+    assert repr(AioMemoryProducer()) == "<kbatch.testing.aio.MemoryProducer not started>"
     with pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(producer)
 
@@ -981,10 +982,10 @@ def test_a_transaction_is_kept_as_a_whole(transactional: MemoryProducer) -> None
 def test_what_has_expired_aborts_no_transaction(transactional: MemoryProducer) -> None:
     past = datetime(2020, 1, 1, tzinfo=timezone.utc)
     report = transactional.send_batch(TOPIC, [Envelope(0), Envelope(1, deliver_by=past)])
-    assert (report.ok, report.acked, report.expired) == (True, 1, (1,))
+    assert (report.ok, report.acked, report.expired_indices) == (True, 1, (1,))
     transactional.fail()
     report = transactional.send_batch(TOPIC, [Envelope(0), Envelope(1, deliver_by=past)])
-    assert (names(report), report.expired) == ({0: "_MSG_TIMED_OUT"}, (1,))
+    assert (names(report), report.expired_indices) == ({0: "_MSG_TIMED_OUT"}, (1,))
 
 
 def test_a_transaction_waits_as_others_do(transactional: MemoryProducer) -> None:

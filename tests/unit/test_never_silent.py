@@ -20,7 +20,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SenderMode, aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import Injected, Injector
 from ..waiting import until
@@ -87,7 +88,7 @@ def test_what_a_sender_gave_up_is_raised_once(how: str) -> None:
         again = pickle.loads(pickle.dumps(caught.value))
         assert (str(again), again.count, keys(again)) == (str(caught.value), 2, ["b", "d"])
         assert [error for _, error in again.failures] == [error for _, error in caught.value.failures]
-        assert [envelope.key for envelope, _ in sender.agent.failed] == ["b", "d"]
+        assert [envelope.key for envelope, _ in sender.agent.recent_failures] == ["b", "d"]
         assert sender.close() == (0 if how == "flush" else 2)  # told already
     assert [envelope.key for envelope in producer.envelopes] == ["a", "c"]
 
@@ -187,7 +188,9 @@ def test_the_first_1000_are_kept_and_all_are_counted(caplog: pytest.LogCaptureFi
             sender.close()
         assert caught.value.count == 1_500
         assert keys(caught.value) == [str(number) for number in range(1_000)]
-        assert [envelope.key for envelope, _ in sender.agent.failed] == [str(number) for number in range(500, 1_500)]
+        assert [envelope.key for envelope, _ in sender.agent.recent_failures] == [
+            str(number) for number in range(500, 1_500)
+        ]
     logged = [
         record for record in caplog.records if re.search("given up; the first, .* with the key '0'", record.message)
     ]
@@ -472,7 +475,7 @@ def test_large_envelopes_are_kept_to_a_bound() -> None:
         with pytest.raises(kbatch.UndeliveredError) as error:
             sender.close()
         assert error.value.count == 100
-        assert len(error.value.failures) == len(agent.failed) == 16 * 1024 * 1024 // 400_000
+        assert len(error.value.failures) == len(agent.recent_failures) == 16 * 1024 * 1024 // 400_000
 
 
 class Frozen(Exception):

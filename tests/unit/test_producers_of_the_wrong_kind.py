@@ -6,7 +6,8 @@ import pytest
 
 import kbatch
 from kbatch import aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 NONE = [None, "orders", {"bootstrap.servers": "127.0.0.1:1"}, kbatch.Producer, object()]
 SENDERS = ["KafkaSender", "SendingAgent", "InlineSender"]

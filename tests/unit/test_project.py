@@ -87,6 +87,19 @@ def test_packages_and_compiled_modules_are_found_not_listed():
         assert words & set(names) == set(), file
 
 
+def test_ci_runs_each_tier_of_tests_and_each_check():
+    text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (targets,) = re.findall(r"^for target in (.+); do$", text, re.MULTILINE)
+    assert targets.split() == ["test", "test-kafka", "memory", "lint", "types", "stubtest"]
+    assert "make --no-print-directory wheel" in text
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipes = dict(re.findall(r"^([a-z-]+): .*\n\t(.+)$", makefile, re.MULTILINE))
+    # Between them they run all of tests/.
+    assert recipes["test"] == "$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/kafka $(ARGS)"
+    assert recipes["test-kafka"] == "$(BIN)/python -m pytest tests/kafka $(ARGS)"
+    assert re.search("^test-all: test test-kafka ", makefile, re.MULTILINE)
+
+
 def test_build_requirements_are_the_same_with_and_without_isolation():
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     isolated = re.search(r"^requires = (\[.*?\])", text, re.MULTILINE)

@@ -16,6 +16,7 @@ import typer
 import kbatch
 import kbatch.aio
 import kbatch.testing
+import kbatch.testing.aio
 from kbatch.cli._app import app
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +202,9 @@ def test_each_page_for_users_has_promises() -> None:
     assert {source.place for source in SOURCES} >= pages - {"docs/promises.md"}
 
 
-@pytest.mark.parametrize("module", [kbatch, kbatch.aio, kbatch.testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [kbatch, kbatch.aio, kbatch.testing, kbatch.testing.aio], ids=lambda module: module.__name__
+)
 def test_each_public_name_has_promises(module: Any) -> None:
     promised = {named(name) for source in SOURCES if source.place == "Docstrings" for name in source.part.split(", ")}
     # These say what they are, and nothing besides.

@@ -17,6 +17,7 @@ import pytest
 
 import kbatch
 from kbatch import aio, testing
+from kbatch.testing import aio as testing_aio
 
 PACKAGE = Path(kbatch.__file__).parent
 
@@ -108,7 +109,7 @@ def test_every_public_name_comes_from_a_private_module(name: str) -> None:
         assert value.__module__.startswith("kbatch._")
 
 
-EVERY_NAME = [(module, name) for module in (kbatch, aio, testing) for name in module.__all__]
+EVERY_NAME = [(module, name) for module in (kbatch, aio, testing, testing_aio) for name in module.__all__]
 OWN = pytest.mark.parametrize(
     ("module", "name"), EVERY_NAME, ids=[f"{module.__name__}.{name}" for module, name in EVERY_NAME]
 )
@@ -266,14 +267,15 @@ def test_private_modules_declare_what_they_export() -> None:
         assert sorted(names) == names, path.name
 
 
-def test_names_for_asyncio_are_those_of_threads() -> None:
-    assert set(aio.__all__) <= set(kbatch.__all__)
-    for name in aio.__all__:
-        own, of_threads = getattr(aio, name), getattr(kbatch, name)
-        surface = {member for member in dir(of_threads) if not member.startswith("_")}
+@pytest.mark.parametrize(("of_loops", "of_threads"), [(aio, kbatch), (testing_aio, testing)], ids=["kbatch", "testing"])
+def test_names_for_asyncio_are_those_of_threads(of_loops: Any, of_threads: Any) -> None:
+    assert set(of_loops.__all__) <= set(of_threads.__all__)
+    for name in of_loops.__all__:
+        own, twin = getattr(of_loops, name), getattr(of_threads, name)
+        surface = {member for member in dir(twin) if not member.startswith("_")}
         assert {member for member in dir(own) if not member.startswith("_")} == surface, name
         for member in surface:
-            theirs, mine = getattr(of_threads, member), getattr(own, member)
+            theirs, mine = getattr(twin, member), getattr(own, member)
             if inspect.isfunction(theirs):
                 assert list(inspect.signature(mine).parameters) == list(inspect.signature(theirs).parameters), member
 
@@ -315,6 +317,11 @@ def test_an_import_brings_no_more_than_it_needs() -> None:
     # librdkafka is taken out of confluent-kafka's folder, without its Python side.
     unwanted = ("confluent_kafka", "kbatch.testing", "kbatch.cli", "pytest", "typer", "rich", "aiokafka", "psutil")
     assert [name for name in loaded if name.startswith(unwanted)] == []
+
+
+def test_testing_brings_nothing_for_asyncio() -> None:
+    loaded = run("import sys, kbatch.testing; print(*sys.modules)").split()
+    assert [name for name in loaded if name.startswith(("kbatch.aio", "kbatch.testing.aio"))] == []
 
 
 def test_an_import_leaves_the_process_as_it_was() -> None:

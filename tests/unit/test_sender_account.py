@@ -27,7 +27,8 @@ from hypothesis.stateful import (
 
 import kbatch
 from kbatch import Envelope, KbatchError
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..sending import HANG_S, KINDS, Driver, check_overtaken, firsts
 
@@ -321,7 +322,7 @@ class Senders(RuleBasedStateMachine):
         letters = {number for _, number in self.stored(DEAD)}
         assert {*told, *stored, *letters} <= self.taken.keys()
         assert self.handed_back() <= not_sent <= len(told)
-        assert {number_of(envelope) for envelope, _ in self.driver.agent.failed} == self.raises & set(told)
+        assert {number_of(envelope) for envelope, _ in self.driver.agent.recent_failures} == self.raises & set(told)
         assert self.raised_counts
         assert sorted(self.raised) == sorted(self.raises & set(told))
         stats = self.driver.stats()

@@ -12,7 +12,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 UNMAPPABLE = object()
 

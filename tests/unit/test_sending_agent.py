@@ -13,8 +13,9 @@ import pytest
 import kbatch
 from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
 from kbatch.testing._memory import MemoryCore
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..sending import KINDS, Driver
 from ..waiting import until
@@ -128,7 +129,7 @@ def test_a_callback_ends_while_its_loop_is_looked_at(
     envelope = Envelope(object())
     agent = asyncio.run(main())
     assert told == [envelope]
-    assert [kept for kept, _ in agent.failed] == ([] if error is None else [envelope])
+    assert [kept for kept, _ in agent.recent_failures] == ([] if error is None else [envelope])
     failures = [record.exc_info[1] for record in caplog.records if record.exc_info]
     assert failures == ([] if error is None else [error])
 

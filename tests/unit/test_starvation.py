@@ -19,7 +19,8 @@ import pytest
 import kbatch
 from kbatch import Envelope, RetryPolicy, aio
 from kbatch._sending import _agent
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..sending import KINDS, Driver
 from ..waiting import until
@@ -409,7 +410,7 @@ def test_a_callback_whose_task_is_cancelled_at_once_holds_nothing_up(caplog: pyt
                 await sender.flush(30)
             assert [envelope.key for envelope, _ in caught.value.failures] == ["first"]
             assert cancelled
-            assert [envelope.key for envelope, _ in agent.failed] == ["first"]
+            assert [envelope.key for envelope, _ in agent.recent_failures] == ["first"]
             assert told == ["second"]
             await sender.close()
 

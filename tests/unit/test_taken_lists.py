@@ -12,7 +12,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
-from kbatch.testing import AioMemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 KINDS: dict[str, Callable[[list[Envelope[Any]]], Any]] = {"list": list, "deque": deque, "dict": dict.fromkeys}
 

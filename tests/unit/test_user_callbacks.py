@@ -15,7 +15,8 @@ import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
 from kbatch._callbacks import callback_name
 from kbatch._fastmap import TokenRefresh
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 
 async def coroutine_function(*_: object) -> None:

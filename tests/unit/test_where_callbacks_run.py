@@ -8,7 +8,8 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, aio
-from kbatch.testing import AioMemoryProducer, MemoryProducer
+from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..waiting import until
 
@@ -62,8 +63,8 @@ def test_what_the_loop_cannot_be_told_since_it_is_closed_is_kept_and_logged(capl
 
     asyncio.run(begin())
     producer.release()
-    until(lambda: agent.failed, "what was given up")
-    assert [envelope.key for envelope, _ in agent.failed] == ["k"]
+    until(lambda: agent.recent_failures, "what was given up")
+    assert [envelope.key for envelope, _ in agent.recent_failures] == ["k"]
     with pytest.raises(kbatch.UndeliveredError):
         asyncio.run(sender.close())
     assert "on_failed failed" in caplog.text

@@ -183,7 +183,7 @@ class BaseSendingAgent:
         return self._circuit.state
 
     @property
-    def failed(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
+    def recent_failures(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
         """The last 1,000 envelopes that were given up and the reasons, the oldest first, unless ``on_failed`` took
         them; fewer if they hold more than 16 MiB."""
         return tuple(self._kept)
@@ -880,7 +880,7 @@ class BaseSendingAgent:
                 self._call_back(self._on_failed, end.entry.envelope, end.error)
             except BaseException as error:  # also a sys.exit(): the others are to be told
                 self._keep_failure(end.entry.envelope, end.error)
-                text = "on_failed failed: %s; agent.failed keeps envelope %s, which was given up: %s"
+                text = "on_failed failed: %s; agent.recent_failures keeps envelope %s, which was given up: %s"
                 name = callback_name(self._on_failed)
                 self._log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
             finally:
@@ -1010,8 +1010,8 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
             ``delivery.timeout.ms`` to learn of an outage: that may store copies, as README says under "Duplicates".
         on_failed: Called with an envelope that was given up and the reason, on a thread of the agent, where it must not
             wait for its sender: until it has ended, ``flush``, ``drain`` and ``close`` raise `SenderError` there, and
-            in tasks and threads to which its context was copied. By default an error is logged, and `failed` holds the
-            last 1,000.
+            in tasks and threads to which its context was copied. By default an error is logged, and
+            `recent_failures` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
             sender is closed.
@@ -1087,7 +1087,7 @@ def _expired_but_perhaps_stored(flight: Flight, report: DeliveryReport) -> list[
     if entries is None or report.acked + report.failed == len(report):
         return []
     reason = "deliver_by has passed; an earlier attempt may have been stored"
-    return [(index, ExpiredError(reason)) for index in report.expired if entries[index].possibly_persisted]
+    return [(index, ExpiredError(reason)) for index in report.expired_indices if entries[index].possibly_persisted]
 
 
 def _spare_brokers(errors: Sequence[KbatchError]) -> bool:

@@ -56,7 +56,7 @@ class BaseBatchedSender(Accumulator):
 
     @property
     def agent(self) -> BaseSendingAgent:
-        """What sends the batches: its ``state`` is the circuit breaker's, its ``failed`` what was given up."""
+        """What sends the batches: its ``state`` is the circuit breaker's, its ``recent_failures`` what was given up."""
         return self._agent
 
     @property

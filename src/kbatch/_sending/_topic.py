@@ -101,7 +101,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         close_timeout_s: float = 30.0,
         **keywords: Unpack[SenderKeywords],
     ) -> None:
-        settings = {
+        options = {
             "wire": wire,
             "encoder": encoder,
             "source": source,
@@ -109,18 +109,20 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             "carry_scheduled_time": carry_scheduled_time,
             "max_in_flight": max_in_flight,
         }
-        settings = {name: value for name, value in settings.items() if value is not None}
+        options = {name: value for name, value in options.items() if value is not None}
         values = vars(self)  # past the guard of a frozen dataclass
         try:
             check_topic("name", name)
-            given = {option: value for option, value in keywords.items() if value is not None}
-            batching, agent = taken(self, given, BatchingOptions, AgentOptions)
+            batching, agent = (
+                {option: value for option, value in own.items() if value is not None}
+                for own in taken(self, keywords, BatchingOptions, AgentOptions)
+            )
             _check_mode(mode, {**batching, **agent})
             values.update(name=name, mode=mode, close_timeout_s=close_timeout_s)
             values.update(self._checked(batching, agent))
             if self.dead_letter_topic == name:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {name!r}")
-            values.update(self._bind_to(producer, config, settings))
+            values.update(self._bind(producer, config, options))
         except BaseException as error:
             # As the producer's: passwords must not be found in the local variables of a traceback.
             traceback.clear_frames(error.__traceback__)
@@ -135,7 +137,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         options = {**options, **vars(self._agent_class._options_class(**agent))}
         return dict.fromkeys(options) if self.mode is SenderMode.INLINE else options
 
-    def _bind_to(self, producer: Any, config: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    def _bind(self, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
         if producer is None and config is None:
             raise ConfigError(
                 f"producer and config are missing: give a {self._producer_class._shown} as producer=, "
@@ -143,24 +145,24 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             )
         if producer is not None:
             self._check_producer(producer)
-            refused = [*(["config"] if config is not None else []), *settings]
+            refused = [*(["config"] if config is not None else []), *options]
             if refused:
                 raise ConfigError(
                     f"{', '.join(refused)}: not with producer=, which has its settings already; give config= alone, "
                     "and topics whose settings agree share one producer"
                 )
             return {"_settings": _Same(producer), "_producer": producer, "_is_given": True}
-        prototype = self._producer_class(config, **settings)
-        wire = settings.get("wire", "kbatch")
-        same = (
+        prototype = self._producer_class(config, **options)
+        wire = options.get("wire", "kbatch")
+        settings = (
             self._producer_class,
             prototype._fingerprint,
             *(_Same(getattr(prototype._parsed, name)) for name in _CALLBACKS),
             wire if isinstance(wire, str) else _Same(wire),
-            *(_Same(settings.get(name)) for name in ("encoder", "header_hook")),
-            *(prototype._max_in_flight, settings.get("source"), settings.get("carry_scheduled_time", False)),
+            *(_Same(options.get(name)) for name in ("encoder", "header_hook")),
+            *(prototype._max_in_flight, options.get("source"), options.get("carry_scheduled_time", False)),
         )
-        return {"_settings": same, "_producer": prototype, "_is_given": False}
+        return {"_settings": settings, "_producer": prototype, "_is_given": False}
 
     def _check_producer(self, producer: object) -> None:
         if isinstance(producer, self._producer_class):

@@ -42,7 +42,7 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     """As `kbatch.SendingAgent`; ``on_failed`` and ``on_state_change`` may be coroutine functions.
 
     They are called on the event loop on which the sender or `send_batch` was awaited first. If there was none yet, or
-    it is closed, envelopes that are given up are in ``failed``, and an error is logged.
+    it is closed, envelopes that are given up are in ``recent_failures``, and an error is logged.
     """
 
     _shown = "kbatch.aio.SendingAgent"

@@ -16,8 +16,9 @@ cdef struct Line:
 
 
 cdef struct BatchState:
-    # Lives inside its Python Batch, which the client keeps alive (`owner`) while anything is in flight.
-    Client *client        # kept by the Batch's Core
+    # Lives inside its Python object: a Batch is kept alive by the client (`owner`) while anything is in flight.
+    Pool *pool            # what it is mapped with, and gives back; kept by the MappedBatch. NULL: nothing to give back
+    Client *client        # kept by the Batch's Core; NULL if it is only mapped
     PyObject *owner       # a reference, taken when phase 2 starts, given back when the batch is released
     Outcome *outcomes     # owned by the Batch's Outcomes
     Record *records       # owned until phase 2 ends
@@ -100,11 +101,20 @@ cdef void forget_topics(BatchState *batch) noexcept nogil:
         place = following
 
 
+cdef void drop_mapped(BatchState *batch) noexcept nogil:
+    # All that phase 1 has taken, once.
+    if batch.pool != NULL:
+        drop_records(batch)
+        forget_topics(batch)
+        arena_give(batch.pool, &batch.bodies)
+        batch.pool = NULL
+
+
 cdef void drop_records(BatchState *batch) noexcept nogil:
     kb_free(batch.deliver_by)
     batch.deliver_by = NULL
-    records_give(batch.client, &batch.records, batch.capacity)
-    arena_give(batch.client, &batch.arena)
+    records_give(batch.pool, &batch.records, batch.capacity)
+    arena_give(batch.pool, &batch.arena)
 
 
 cdef enum:
@@ -148,37 +158,54 @@ cdef void release_owner(BatchState *state) noexcept:
 
 
 @cython.no_gc_clear
-cdef class Batch:
-    """One batch from phase 1 to its last outcome. `PendingBatch` is its public face."""
+cdef class MappedBatch:
+    """What phase 1 makes of envelopes: their records, and whatever these point at."""
 
     cdef BatchState state
-    cdef readonly Core core
+    cdef object keeper    # of the pool
     cdef tuple envelopes
+    cdef list kept        # objects whose memory records point at, besides the envelopes
+    cdef char[TIME_TEXT_WOLVERINE] sent_at
+
+    def __dealloc__(self):
+        drop_mapped(&self.state)
+
+    cdef list _records(self):
+        cdef Py_ssize_t i
+        cdef list records = []
+        for i in range(self.state.count):
+            records.append(read_record(&self.state.records[i]))
+        return records
+
+
+@cython.no_gc_clear
+cdef class Batch(MappedBatch):
+    """One batch from phase 1 to its last outcome. `PendingBatch` is its public face."""
+
+    cdef readonly Core core
     cdef readonly Outcomes outcomes
-    cdef list kept
     cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
     cdef object enqueued_waker  # the same, at the end of phase 2
     cdef list callbacks   # Jobs: called with this batch on the callback thread, in this order
     cdef bint looked      # somebody is told of its failures, or was
     cdef int waited       # so many wait for it, or have waited and not looked yet
     cdef _Lot lot         # its failures, once it is released, if nobody is told of them yet
-    cdef char[TIME_TEXT_WOLVERINE] sent_at
 
     __signature__ = _ConstructorSignature(("core", inspect.Parameter.empty))
 
     def __cinit__(self, Core core not None):
         self.core = core
         self.state.client = core.c
+        self.state.pool = &core.c.pool
 
     def __dealloc__(self):
         # Records and arena are still here if phase 1 failed. The client lives: `core` holds it.
         if self.state.client == NULL:
             return  # __cinit__ has refused its arguments
         if self.state.client.pid and self.state.client.pid != _this_pid:
-            return  # in a forked child: a thread of the parent may have held the lock
-        drop_records(&self.state)
-        forget_topics(&self.state)
-        arena_give(self.state.client, &self.state.bodies)
+            self.state.pool = NULL  # in a forked child: a thread of the parent may have held the lock
+            return
+        drop_mapped(&self.state)
         if self.lot is not None:
             self.lot.held, self.lot.waited = False, 0  # nobody will look: the producer tells
 
@@ -279,7 +306,7 @@ cdef class Batch:
             self._keep_failures()
         self.core.unreleased -= 1
         with nogil:
-            arena_give(self.state.client, &self.state.bodies)
+            arena_give(self.state.pool, &self.state.bodies)
         if len(self.envelopes) > RELEASE_SLICE:
             self._forget_in_slices()
         self.envelopes = None

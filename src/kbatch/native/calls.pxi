@@ -99,7 +99,7 @@ def comes_from(what not None) -> bool:
 @cython.final
 @cython.trashcan(True)
 cdef class Job:
-    """A call to be made by a `CallbackThread`, once, in a context of its own."""
+    """A call to be made on a thread for callbacks, once, in a context of its own."""
 
     cdef Call call
     cdef object run       # of that context
@@ -107,9 +107,9 @@ cdef class Job:
     cdef Job next
 
     @staticmethod
-    cdef Job make(CallbackThread thread, object function, tuple arguments):
+    cdef Job make(object caller, object function, tuple arguments):
         cdef Job job = Job.__new__(Job)
-        job.call = Call(thread)
+        job.call = Call(caller)
         job.run = _no_context.copy().run
         job.run(_calls.set, (job.call,))
         job.arguments = (function, *arguments)
@@ -127,13 +127,36 @@ cdef class Job:
 
 
 @cython.final
+cdef class Jobs:
+    """Those that wait for their turn, in order."""
+
+    cdef Job first
+    cdef Job last
+
+    cdef void append(self, Job job) noexcept:
+        if self.last is None:
+            self.first = job
+        else:
+            self.last.next = job
+        self.last = job
+
+    cdef Job pop(self):
+        # The first; None: there is none.
+        cdef Job job = self.first
+        if job is not None:
+            self.first, job.next = job.next, None
+            if self.first is None:
+                self.last = None
+        return job
+
+
+@cython.final
 cdef class CallbackThread:
     """Runs what it is given, in order, one at a time, on a thread that starts when there is something to run."""
 
     cdef object __weakref__
     cdef str name
-    cdef Job first
-    cdef Job last
+    cdef Jobs jobs
     cdef Signal changed
     cdef object lock           # of the start; re-entrant: a signal handler or a finalizer may come here from within
     cdef object thread
@@ -145,6 +168,7 @@ cdef class CallbackThread:
 
     def __cinit__(self, str name):
         self.name = name
+        self.jobs = Jobs.__new__(Jobs)
         self.changed, self.begun = Signal(), Signal()
         self.lock = threading.RLock()
 
@@ -174,11 +198,7 @@ cdef class CallbackThread:
                 nap()
 
     cdef void _append(self, Job job) noexcept:
-        if self.last is None:
-            self.first = job
-        else:
-            self.last.next = job
-        self.last = job
+        self.jobs.append(job)
         self.changed.set()
 
     cdef void _append_surely(self, Job job) noexcept:
@@ -241,11 +261,8 @@ cdef class CallbackThread:
         # Runs jobs as long as the thread of `token` is the one to do so; without one, those that are there.
         cdef Job job
         while self.token is token or token is None:
-            job = self.first
+            job = self.jobs.pop()
             if job is not None:
-                self.first, job.next = job.next, None
-                if self.first is None:
-                    self.last = None
                 job._run()
                 job = None
             elif token is None:

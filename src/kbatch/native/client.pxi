@@ -51,7 +51,6 @@ cdef struct Client:
     int entered             # threads that may call librdkafka, apart from the drainer: it must live
     rd_kafka_t *rk          # owned; destroyed by the drainer. NULL before start
     rd_kafka_queue_t *queue  # the same
-    Topic *topics           # owned; handles destroyed with rk, the rest with the client
     Waiter *waiters
     Waiter *leader          # the one waiter that polls
     int32_t leader_is_due   # atomic: the leader should leave its poll, its wait is over
@@ -86,10 +85,7 @@ cdef struct Client:
     Notice *notice_last
     int dispatcher_stop
     int dispatcher_nudge    # release idle_done
-    ArenaBlock *spare_blocks
-    int spare_block_count
-    Record *spare_records
-    Py_ssize_t spare_records_capacity
+    Pool pool               # with a lock of its own; handles of its topics are destroyed with rk
     # counters for stats()
     int64_t acked
     int64_t failed
@@ -102,6 +98,7 @@ cdef Client *client_make() noexcept nogil:
         return NULL
     c.references = 1
     kb_mutex_init(&c.mu)
+    pool_begin(&c.pool)
     kb_cond_init(&c.drainer_cond)
     kb_cond_init(&c.dispatcher_cond)
     kb_cond_init(&c.life_cond)
@@ -110,20 +107,9 @@ cdef Client *client_make() noexcept nogil:
 
 cdef void client_drop(Client *c) noexcept nogil:
     # Gives back one reference; the last one frees.
-    cdef Topic *topic
-    cdef ArenaBlock *block
     if KB_ADD32(&c.references, -1) != 0:
         return
-    while c.topics != NULL:
-        topic = c.topics
-        c.topics = topic.next
-        kb_free(topic.name)
-        kb_free(topic)
-    while c.spare_blocks != NULL:
-        block = c.spare_blocks
-        c.spare_blocks = block.next
-        kb_free(block)
-    kb_free(c.spare_records)
+    pool_end(&c.pool)
     drop_notices(c.notice_first)
     kb_cond_destroy(&c.drainer_cond)
     kb_cond_destroy(&c.dispatcher_cond)

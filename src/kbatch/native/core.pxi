@@ -68,7 +68,6 @@ cdef class Core:
     cdef int64_t mapped
     cdef int64_t map_ns
     cdef int64_t unreleased           # batches that were taken and not given back yet
-    cdef dict topics                  # of each name, an exact str, the address of its Topic
     cdef readonly Undelivered undelivered  # failures that nobody was told of
 
     def __cinit__(self):
@@ -77,7 +76,6 @@ cdef class Core:
         if self.c == NULL:
             raise MemoryError("no memory for a client")
         self.c.life = CLOSED  # without __init__ it takes nothing
-        self.topics = {}
 
     def __init__(self, Config config not None, Mapper mapper not None, Dispatcher dispatcher not None, *,
                  int64_t max_in_flight, int64_t queue_max_messages, int64_t queue_max_bytes, double delivery_timeout_s,
@@ -244,7 +242,9 @@ cdef class Core:
         cdef int64_t start = kb_now_ns()
         cdef _Mapping mapping
         self._check_fork()  # before a lock that a thread of the parent may have held
-        mapping = begin_mapping(self.mapper, self.c, batch, topic, envelopes, rejected is not None)
+        mapping = begin_mapping(self.mapper, batch, topic, envelopes, rejected is not None)
+        batch.outcomes = Outcomes.make(batch.state.count)
+        batch.state.outcomes = batch.outcomes._items
         mapping.rejected_out = rejected
         self.map_ns += kb_now_ns() - start
         return mapping
@@ -268,10 +268,7 @@ cdef class Core:
 
     def records(self, Batch batch not None) -> list:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it is not sent."""
-        cdef list records = []
-        for i in range(batch.state.count):
-            records.append(read_record(&batch.state.records[i]))
-        return records
+        return batch._records()
 
     def fail(self, Batch batch not None, envelopes, int index, int code, int rest_code) -> None:
         """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
@@ -665,10 +662,8 @@ cdef class Core:
         self._check_fork()
         kb_mutex_lock(&c.mu)
         acked, failed, enqueue_ns = c.acked, c.failed, c.enqueue_ns
-        pooled = c.spare_block_count * <int64_t> ARENA_BLOCK
-        if c.spare_records != NULL:
-            pooled += c.spare_records_capacity * <int64_t> sizeof(Record)
         kb_mutex_unlock(&c.mu)
+        pooled = pool_bytes(&c.pool)
         if self.mapper is not None:
             pooled += self.mapper._pooled()
         return {

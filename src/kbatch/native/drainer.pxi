@@ -177,9 +177,9 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
         if event == NULL:
             break
         api.event_destroy(event)
-    kb_mutex_lock(&c.mu)
-    topic = c.topics  # what is mapped meanwhile has no handle
-    kb_mutex_unlock(&c.mu)
+    kb_mutex_lock(&c.pool.mu)
+    topic = c.pool.topics  # what is mapped meanwhile has no handle
+    kb_mutex_unlock(&c.pool.mu)
     while topic != NULL:
         if topic.handle != NULL:
             api.topic_destroy(topic.handle)

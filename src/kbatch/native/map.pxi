@@ -232,8 +232,8 @@ cdef class _Mapping:
     """One batch on its way through phase 1."""
 
     cdef Mapper mapper
-    cdef Batch batch
-    cdef Client *client
+    cdef MappedBatch batch
+    cdef Pool *pool
     cdef BatchState *state
     cdef Py_ssize_t index        # the envelope being mapped
     cdef Envelope envelope       # the same; None if it is no Envelope
@@ -246,7 +246,7 @@ cdef class _Mapping:
     cdef object default_topic
     cdef object last_topic
     cdef Topic *last_topic_entry
-    cdef dict topics             # those of the batch, as `Core.topics` has them
+    cdef dict topics             # of each name, an exact str, the address of its Topic: those of the batch
     cdef object last_type
     cdef object last_type_name
     cdef tuple hook_headers
@@ -393,7 +393,6 @@ cdef class _Mapping:
 
     cdef Topic *_find_topic(self, object topic) except NULL:
         # The entry of this name, which is among the topics of the batch from here on.
-        cdef dict known = self.batch.core.topics
         cdef Topic *entry
         cdef Py_ssize_t length
         cdef const char *p
@@ -405,20 +404,16 @@ cdef class _Mapping:
         address = self.topics.get(topic)
         if address is not None:
             return <Topic *> <size_t> address
-        address = known.get(topic)
-        if address is None:
+        entry = find_topic(self.pool, p, length)
+        if entry == NULL:
             if not _LEGAL_TOPIC(topic):
                 raise self._error(
                     "topic",
                     f"topic {shown(topic)} is not a Kafka topic name: 1 to 249 of the characters a-z A-Z 0-9 . _ -")
-            address = known.get(topic)  # a finalizer may have sent to it meanwhile
-        if address is None:
-            entry = make_topic(self.client, p, length)
+            entry = make_topic(self.pool, p, length)
             if entry == NULL:
                 raise MemoryError("no memory for a topic")
-            address = known[topic] = <size_t> entry
-        entry = <Topic *> <size_t> address
-        self.topics[topic] = address
+        self.topics[topic] = <size_t> entry
         if not note_topic(self.state, entry):
             del self.topics[topic]
             raise MemoryError("no memory for a topic")
@@ -470,7 +465,7 @@ cdef class _Mapping:
             raise self._error(
                 "data" if self.envelope._kind == BODY_DATA else "message", f"the body has a negative length, {length}")
         if 0 < length <= self.mapper.message_max_bytes:  # else _check_size refuses it, and no copy is needed
-            body = arena_take(self.client, &self.state.bodies, length)
+            body = arena_take(self.pool, &self.state.bodies, length)
             if body == NULL:
                 raise MemoryError(f"no memory for a body of {length} bytes")
             memcpy(body, data, length)
@@ -686,7 +681,7 @@ cdef class _Mapping:
         # As the original: an empty key is none, but the key of a null value is as it was given.
         cdef char *text
         if record.key_len == 0 and self.envelope._kind != BODY_TOMBSTONE and self.envelope._kind != BODY_NULL:
-            text = arena_take(self.client, &self.state.arena, UUID_TEXT)
+            text = arena_take(self.pool, &self.state.arena, UUID_TEXT)
             if text == NULL:
                 raise MemoryError("no memory for a record key")
             write_uuid(self.envelope._id, text)
@@ -697,7 +692,7 @@ cdef class _Mapping:
     cdef Header *_room_for(self, Py_ssize_t count) except? NULL:
         # Never nothing: the arena's last block is looked at afterwards, so there must be one.
         cdef Header *headers = <Header *> arena_take(
-            self.client, &self.state.arena, max(count, 1) * <Py_ssize_t> sizeof(Header))
+            self.pool, &self.state.arena, max(count, 1) * <Py_ssize_t> sizeof(Header))
         if headers == NULL:
             raise MemoryError(f"no memory for {count} headers")
         return headers
@@ -865,8 +860,8 @@ cdef class _Mapping:
         record.flags = RECORD_REJECTED
         record.partition = -1 if self.envelope is None else self.envelope._partition
         # Nothing points at what it took: a large one must not lie here until the batch is done.
-        arena_rewind(self.client, &state.arena, arena, arena_used)
-        arena_rewind(self.client, &state.bodies, bodies, bodies_used)
+        arena_rewind(self.pool, &state.arena, arena, arena_used)
+        arena_rewind(self.pool, &state.bodies, bodies, bodies_used)
         self.last_type = None  # its name may be among the following
         del self.kept[kept:]
         return 0
@@ -944,8 +939,7 @@ cdef bint _all_zero(const unsigned char *id) noexcept nogil:
     return True
 
 
-cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object topic, object envelopes,
-                            bint reject):
+cdef _Mapping begin_mapping(Mapper mapper, MappedBatch batch, object topic, object envelopes, bint reject):
     """What `_Mapping._run` then maps into `batch`: all or nothing, or with `reject` all that can be mapped."""
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
@@ -959,13 +953,11 @@ cdef _Mapping begin_mapping(Mapper mapper, Client *client, Batch batch, object t
     # A tuple of our own: a list may be changed by another thread, or by an encoder, while it is mapped.
     batch.envelopes = tuple(envelopes)
     state.count = len(batch.envelopes)
-    batch.outcomes = Outcomes.make(state.count)
-    state.outcomes = batch.outcomes._items
-    state.records = records_take(client, state.count, &state.capacity)
+    state.records = records_take(state.pool, state.count, &state.capacity)
     if state.records == NULL and state.count:
         raise MemoryError(f"no memory for {state.count} records")
     mapping.mapper, mapping.batch = mapper, batch
-    mapping.client, mapping.state = client, state
+    mapping.pool, mapping.state = state.pool, state
     mapping.kept = batch.kept = []
     mapping.topics = {}
     mapping.index = -1

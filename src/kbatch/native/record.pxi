@@ -40,14 +40,17 @@ cdef struct Header:
 
 
 cdef struct Topic:
-    # Made once per name and client (`Core.topics`), freed with the client.
+    # One of each name in a pool, from where it is first mapped to until the pool's end.
     char *name                # owned
+    Py_ssize_t name_len
+    uint32_t hash             # of the name
     rd_kafka_topic_t *handle  # owned; made when a batch first enqueues to it
     int64_t in_flight         # atomic: its part of Client.in_flight
     int64_t bytes             # atomic: its part of Client.bytes
     Place *first              # detached batches that write to it, in the order in which they came; only the first one
     Place *last               # may. Under the client's lock
-    Topic *next
+    Topic *next               # of the pool's
+    Topic *next_in_bucket
 
 
 cdef struct Record:

@@ -1,17 +1,17 @@
 """Tests without Kafka: producers in memory, a mock cluster with faults to order, and a pytest fixture.
 
-The plugin `pytest_kbatch`, which pytest finds by itself, gives the fixture ``kafka_cluster``.
+The plugin `pytest_kbatch`, which pytest finds by itself, gives the fixture ``kafka_cluster``. The producer in memory
+for asyncio is in `kbatch.testing.aio`.
 """
 
 from kbatch.testing._api_key import ApiKey
 from kbatch.testing._cluster import MockCluster
 from kbatch.testing._errors import MockClusterError
-from kbatch.testing._memory import AioMemoryProducer, MemoryProducer
+from kbatch.testing._memory import MemoryProducer
 from kbatch.testing._memory_broker import MemoryRecord
 from kbatch.testing._request import Request
 
 __all__ = [
-    "AioMemoryProducer",
     "ApiKey",
     "MemoryProducer",
     "MemoryRecord",

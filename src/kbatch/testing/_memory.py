@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbatch import aio
 from kbatch._base_producer import BaseProducer, check_timeout
 from kbatch._callbacks import call_fault, is_coroutine_function
 from kbatch._codes import ALL_BROKERS_DOWN, NOT_PERSISTED, POSSIBLY_PERSISTED, PURGE_QUEUE
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from kbatch._pending import PendingBatch
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["AioMemoryProducer", "MemoryProducer"]
+__all__ = ["BaseMemoryProducer", "MemoryCore", "MemoryProducer"]
 
 _LAST_S = 1.0  # for callbacks, when the time to close is over, as a producer has it
 
@@ -177,7 +176,7 @@ class _CommittedAtOnce(Transactions):
         self._memory_core.send_detached(batch, timeout, waker=waker)
 
 
-class _InMemory(BaseProducer):
+class BaseMemoryProducer(BaseProducer):
     """What the producers in memory have in common."""
 
     _core_type = MemoryCore
@@ -368,7 +367,7 @@ def _with_brokers(config: Any) -> Any:
     return config  # to be refused as every producer does it
 
 
-class MemoryProducer(_InMemory, Producer):
+class MemoryProducer(BaseMemoryProducer, Producer):
     """A `kbatch.Producer` that keeps in memory what it is given, for unit tests: no broker and no librdkafka.
 
     Envelopes are mapped as in production, with the same errors, expiry, sizes and bytes; all but the broker is the real
@@ -407,13 +406,3 @@ class MemoryProducer(_InMemory, Producer):
     """
 
     _shown = "kbatch.testing.MemoryProducer"
-
-
-class AioMemoryProducer(_InMemory, aio.Producer):
-    """A `kbatch.aio.Producer` that keeps in memory what it is given: the `MemoryProducer` of asyncio.
-
-    Takes the same, and has the same methods besides; these are no coroutines. It differs from `kbatch.aio.Producer` as
-    that one from `kbatch.Producer`.
-    """
-
-    _shown = "kbatch.testing.AioMemoryProducer"

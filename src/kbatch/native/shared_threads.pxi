@@ -1,0 +1,275 @@
+# The calls of many senders, on few threads. The GIL guards all of it.
+
+@cython.final
+cdef class CallQueue:
+    """The calls of one sender: made by `SharedThreads`, in order, one at a time."""
+
+    cdef object __weakref__
+    cdef SharedThreads threads
+    cdef Jobs jobs
+    cdef CallQueue next      # of those that are ready
+    cdef bint busy           # it is ready, or a call of it is being made
+    cdef bint counted        # it keeps a thread
+    cdef bint stopped
+    cdef int64_t generation
+    cdef Signal idle         # set when it is not busy any more
+
+    def __cinit__(self, SharedThreads threads not None):
+        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Signal()
+        self.generation = threads.generation
+
+    def __dealloc__(self):
+        if self.threads is not None:
+            self._uncount()
+
+    def put(self, function, *arguments) -> None:
+        """Calls ``function(*arguments)`` soon; an exception from it is logged. If this raises, nothing is called."""
+        cdef Job job = Job.make(self, function, arguments)
+        cdef SharedThreads threads = self.threads
+        cdef bint has_thread
+        if self.generation != threads.generation:  # what it had is called in the parent
+            self.jobs = Jobs.__new__(Jobs)
+            self.generation, self.busy, self.counted = threads.generation, False, False
+        if not (self.counted or self.stopped):
+            self.counted = True
+            threads.counted += 1
+        threads.promised += 1
+        try:
+            has_thread = threads._has_thread_for(self)
+        except BaseException:
+            threads.promised -= 1
+            threads._wake()
+            raise
+        threads.promised -= 1
+        self.jobs.append(job)
+        if not self.busy:
+            self.busy = True
+            threads.busy += 1
+            threads._append(self)
+        if not has_thread:
+            threads._call_all()
+
+    def put_surely(self, function, *arguments) -> None:
+        """As `put`, for what must be told: without memory it tries again until there is some."""
+        while True:
+            try:
+                self.put(function, *arguments)
+                return
+            except MemoryError:
+                nap()
+
+    def stop(self) -> None:
+        """Keeps no thread any more once all that was put was called; nor does a later `put`."""
+        self.stopped = True
+        self._uncount()
+
+    def join(self, timeout) -> None:
+        """As `stop`, and waits for the end of the calls, unless the caller comes from one."""
+        cdef int64_t deadline = deadline_after(timeout)
+        self.stop()
+        if comes_from(self):
+            return
+        while self.busy and self.generation == self.threads.generation and kb_now_ns() < deadline:
+            self.idle._wait(deadline, WAIT_SLICE)
+        self.idle.set()  # for others that wait
+        self.threads._await_end(deadline)
+
+    cdef void _uncount(self) noexcept:
+        if self.counted and self.generation == self.threads.generation:
+            self.threads.counted -= 1
+            self.threads._wake()
+        self.counted = False
+
+
+@cython.final
+cdef class SharedThreads:
+    """Threads that make the calls of any number of queues: one, as long as no call takes longer than `slow_s`.
+
+    One thread leads, which means that it makes calls, of one queue after another. When others wait during a call, a
+    second thread stands by, and takes the lead when that call has taken `slow_s`. The thread whose lead was taken ends
+    after its call, or stands by. So a call that does not end delays those of other queues once, by `slow_s`. There are
+    two threads more than calls that are slow, at most. All end when no queue needs them.
+    """
+
+    cdef str name
+    cdef int64_t slow_ns
+    cdef object lock             # of a start of the leader; re-entrant, as that of `CallbackThread`
+    cdef CallbackThread leader
+    cdef CallbackThread standby
+    cdef list threads            # all that may be alive
+    cdef CallQueue first         # of the queues that are ready
+    cdef CallQueue last
+    cdef CallQueue current       # whose call the leader makes
+    cdef int64_t began_ns        # when it began; 0: it makes none
+    cdef int64_t counted         # queues that keep a thread
+    cdef int64_t busy            # queues
+    cdef int64_t promised        # calls that come for certain, or that will say that they do not
+    cdef int64_t generation      # how many forks lie behind
+
+    def __cinit__(self, str name not None, double slow_s):
+        self.name, self.slow_ns = name, <int64_t> (slow_s * 1e9)
+        self.lock = threading.RLock()
+        self.threads = []
+
+    def forget(self) -> None:
+        """To be called in a forked child, where none of the threads is."""
+        self.generation += 1
+        self.leader = self.standby = None
+        while self._pop() is not None:
+            pass
+        self.current = None
+        self.began_ns = self.counted = self.busy = self.promised = 0
+        self.lock, self.threads = threading.RLock(), []
+
+    # -- for queues
+
+    cdef bint _has_thread_for(self, CallQueue queue) except -1:
+        # Whether there is a thread for a call of the queue. If not, there is none to be had.
+        if self._has_leader():
+            if not self.began_ns or self.current is queue:
+                return True
+            return self._has_standby()
+        with self.lock:
+            return self._has_leader() or self._begin(True)
+
+    cdef bint _has_leader(self) noexcept:
+        return self.leader is not None and self.leader.has_begun
+
+    cdef bint _has_standby(self) noexcept:
+        if self.standby is not None:
+            return True
+        try:
+            return self._begin(False)
+        except BaseException:  # without memory the next call tries again
+            return True
+
+    cdef bint _begin(self, bint leads) except -1:
+        cdef CallbackThread thread = CallbackThread(self.name)
+        cdef Job job = Job.make(thread, self._run, (thread,))
+        cdef bint has_thread
+        threads = [each for each in self.threads if (<CallbackThread> each).thread.is_alive()]
+        thread.stopping = True  # once that has run
+        thread.jobs.append(job)
+        if self._has_leader() if leads else self.standby is not None:
+            return True  # whoever came in between has begun one
+        self.threads = threads
+        if leads:
+            self.leader, self.current, self.began_ns = thread, None, 0
+        else:
+            self.standby = thread
+        try:
+            has_thread = thread._start()
+        except BaseException:
+            self._leave(thread)
+            raise
+        if has_thread:
+            self.threads.append(thread)
+        else:
+            self._leave(thread)
+        return has_thread
+
+    cdef void _append(self, CallQueue queue) noexcept:
+        if self.last is None:
+            self.first = queue
+        else:
+            self.last.next = queue
+        self.last = queue
+        self._wake()
+
+    cdef CallQueue _pop(self):
+        cdef CallQueue queue = self.first
+        if queue is not None:
+            self.first, queue.next = queue.next, None
+            if self.first is None:
+                self.last = None
+        return queue
+
+    cdef void _wake(self) noexcept:
+        if self.leader is not None:
+            self.leader.changed.set()
+        if self.standby is not None:
+            self.standby.changed.set()
+
+    cdef int _await_end(self, int64_t deadline) except -1:
+        cdef CallbackThread thread
+        if self.counted or self.busy:
+            return 0  # they are needed
+        for thread in list(self.threads):
+            if thread.thread is not threading.current_thread():
+                thread.thread.join(max(0, deadline - kb_now_ns()) / 1e9 if deadline != INT64_MAX else None)
+        return 0
+
+    # -- the threads
+
+    def _run(self, CallbackThread thread not None) -> None:
+        cdef int64_t generation = self.generation
+        cdef bint goes_on = True
+        while goes_on and self.generation == generation:
+            goes_on = self._lead(thread) if self.leader is thread else self._stand_by(thread)
+        self._leave(thread)
+
+    cdef void _leave(self, CallbackThread thread) noexcept:
+        if self.leader is thread:
+            self.leader = None
+        if self.standby is thread:
+            self.standby = None
+        thread.changed.set()  # whose start was interrupted may have begun
+
+    cdef bint _lead(self, CallbackThread thread) noexcept:
+        # Makes one call, or waits for one. Whether there may be more.
+        cdef CallQueue queue = self._pop()
+        if queue is None:
+            if not (self.counted or self.promised):
+                return False
+            thread.changed._wait(INT64_MAX, INT64_MAX // 2)
+            return True
+        self.current, self.began_ns = queue, kb_now_ns()
+        if self.first is not None:
+            self._has_standby()
+        self._call(queue)
+        if self.leader is thread:
+            self.current, self.began_ns = None, 0
+        return True
+
+    cdef bint _stand_by(self, CallbackThread thread) noexcept:
+        # Waits until the leader is slow, and takes the lead then. Whether it is still needed.
+        cdef int64_t now = kb_now_ns()
+        cdef int64_t deadline = now + IDLE
+        if self.standby is not thread:
+            if self.standby is not None:
+                return False
+            self.standby = thread
+        if self.first is None:
+            return self.counted > 0 and thread.changed._wait(deadline, INT64_MAX // 2)
+        deadline = (self.began_ns or now) + self.slow_ns
+        if self.leader is None or (self.began_ns and now >= deadline):
+            self.standby, self.leader = None, thread
+            self.current, self.began_ns = None, 0
+        else:
+            thread.changed._wait(deadline, INT64_MAX // 2)
+        return True
+
+    cdef void _call(self, CallQueue queue) noexcept:
+        cdef int64_t generation = self.generation
+        cdef Job job = queue.jobs.pop()
+        if job is not None:
+            job._run()
+            job = None  # what it held may put something
+        if self.generation != generation:
+            return  # in a child that the call has forked
+        if queue.jobs.first is not None:
+            self._append(queue)
+        else:
+            queue.busy = False
+            self.busy -= 1
+            queue.idle.set()
+
+    cdef void _call_all(self) noexcept:
+        # In a thread of somebody else.
+        cdef CallQueue queue = self._pop()
+        while queue is not None:
+            self._call(queue)
+            queue = self._pop()
+
+
+cdef int64_t IDLE = 1000 * MS

@@ -1,0 +1,228 @@
+"""The threads that make the calls of many senders."""
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from kbatch._fastmap import CallQueue, SharedThreads, comes_from
+from tests.waiting import until
+
+HANG_S = 30.0
+
+
+@pytest.fixture
+def threads() -> Iterator[SharedThreads]:
+    made = SharedThreads("tests-shared", 0.01)
+    yield made
+    gc.collect()
+    until(lambda: running() == 0, "the end of the threads")
+
+
+def running() -> int:
+    return sum(thread.name == "tests-shared" for thread in threading.enumerate())
+
+
+def blocked(queue: CallQueue) -> Callable[[], None]:
+    """Has a call of the queue begin; what ends it."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def call() -> None:
+        begun.set()
+        assert go_on.wait(HANG_S)
+
+    queue.put(call)
+    assert begun.wait(HANG_S)
+    return go_on.set
+
+
+def test_calls_that_are_not_slow_share_one_thread() -> None:
+    threads = SharedThreads("tests-shared", HANG_S)
+    queues = [CallQueue(threads) for _ in range(20)]
+    told: list[tuple[int, int]] = []
+    by: set[threading.Thread] = set()
+
+    def call(queue: int, n: int) -> None:
+        by.add(threading.current_thread())
+        told.append((queue, n))
+
+    for n in range(50):
+        for number, queue in enumerate(queues):
+            queue.put(call, number, n)
+    until(lambda: len(told) == 1000, "the calls")
+    assert len(by) == 1
+    for number in range(20):
+        assert [n for queue, n in told if queue == number] == list(range(50))
+    for queue in queues:
+        queue.join(HANG_S)
+    assert running() == 0
+
+
+def test_a_call_that_does_not_end_holds_up_its_own_queue_only(threads: SharedThreads) -> None:
+    queues = [CallQueue(threads) for _ in range(5)]
+    ends, told = [], []
+    for number, queue in enumerate(queues):
+        ends.append(blocked(queue))  # each begins while those before it are at a stand
+        queue.put(told.append, number)
+    assert told == []
+    assert running() <= 7
+    for number in (3, 0, 4, 1, 2):
+        ends[number]()
+        until(lambda number=number: told[-1:] == [number], "the next call of that queue")  # type: ignore[misc]
+    until(lambda: running() == 1, "the end of the threads that are too many")
+    for queue in queues:
+        queue.join(HANG_S)
+    assert running() == 0
+
+
+def test_calls_of_one_queue_are_never_made_side_by_side(threads: SharedThreads) -> None:
+    queues = [CallQueue(threads) for _ in range(4)]
+    at_work = [0] * len(queues)
+    told: list[tuple[int, int]] = []
+    pause = threading.Event()
+
+    def call(queue: int, n: int) -> None:
+        at_work[queue] += 1
+        assert at_work[queue] == 1
+        pause.wait(0.02 if n % 3 == 0 else 0)  # so that each takes the lead from others
+        told.append((queue, n))
+        at_work[queue] -= 1
+
+    for n in range(15):
+        for number, queue in enumerate(queues):
+            queue.put(call, number, n)
+    for queue in queues:
+        queue.join(HANG_S)
+    for number in range(len(queues)):
+        assert [n for queue, n in told if queue == number] == list(range(15))
+
+
+def test_what_a_call_puts_comes_after_it(threads: SharedThreads) -> None:
+    queue, other = CallQueue(threads), CallQueue(threads)
+    told: list[str] = []
+
+    def call() -> None:
+        assert comes_from(queue)
+        assert not comes_from(other)
+        queue.put(told.append, "second")
+        queue.join(HANG_S)  # it does not wait for itself
+        told.append("first")
+
+    queue.put(call)
+    queue.join(HANG_S)
+    assert told == ["first", "second"]
+
+
+def test_an_exception_does_not_end_the_calls(threads: SharedThreads, caplog: pytest.LogCaptureFixture) -> None:
+    queue, told = CallQueue(threads), []
+
+    def fail(error: BaseException) -> None:
+        raise error
+
+    for error in (ValueError("own"), SystemExit(1), KeyboardInterrupt()):
+        queue.put(fail, error)
+    queue.put(told.append, 1)
+    queue.join(HANG_S)
+    assert told == [1]
+    assert caplog.text.count("a callback failed") == 3
+
+
+def test_a_join_waits_for_its_own_queue_only(threads: SharedThreads) -> None:
+    slow, queue, told = CallQueue(threads), CallQueue(threads), []
+    end = blocked(slow)
+    queue.put(told.append, 1)
+    queue.join(HANG_S)
+    assert told == [1]
+    slow.join(0)
+    assert running() > 0
+    end()
+    slow.join(HANG_S)
+
+
+def test_what_is_put_after_the_end_is_called_by_a_thread_that_ends(threads: SharedThreads) -> None:
+    queue = CallQueue(threads)
+    by: list[threading.Thread] = []
+    queue.join(HANG_S)
+    for count in (1, 2):
+        queue.put(lambda: by.append(threading.current_thread()))
+        until(lambda count=count: len(by) == count and not by[-1].is_alive(), "the end of the thread")  # type: ignore[misc]
+
+
+def test_a_queue_that_is_forgotten_keeps_no_thread(threads: SharedThreads) -> None:
+    queue, told = CallQueue(threads), []
+    queue.put(told.append, 1)
+    until(lambda: told, "the call")
+    assert running() == 1
+    del queue
+    until(lambda: running() == 0, "the end of the thread")
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_start_that_was_interrupted_is_made_good(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads, begins: bool
+) -> None:
+    queue = CallQueue(threads)
+    ran: list[int] = []
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        if begins:
+            start(self)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(MemoryError):
+            queue.put(ran.append, 1)
+    queue.put(ran.append, 2)
+    queue.put(ran.append, 3)
+    queue.join(HANG_S)
+    assert ran == [2, 3]  # what could not be put is not called
+
+
+@pytest.mark.parametrize("leads", [False, True])
+def test_without_a_thread_to_be_had_whoever_puts_makes_the_call(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads, leads: bool
+) -> None:
+    slow, queue, told = CallQueue(threads), CallQueue(threads), []
+    end = blocked(slow) if leads else None
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        queue.put(lambda: told.append(threading.current_thread()))
+    assert told == [threading.current_thread()]
+    if end is not None:
+        end()
+    queue.put(lambda: told.append(threading.current_thread()))
+    queue.join(HANG_S)
+    slow.join(HANG_S)
+    assert len(set(told)) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_forked_child_makes_calls_of_its_own_and_none_of_the_parents(threads: SharedThreads) -> None:
+    slow, queue = CallQueue(threads), CallQueue(threads)
+    end = blocked(slow)
+    told: list[str] = []
+    slow.put(told.append, "the parent's")
+    pid = os.fork()
+    if not pid:
+        try:
+            threads.forget()
+            slow.put(told.append, "the child's")
+            queue.put(told.append, "the child's")
+            slow.join(HANG_S)
+            queue.join(HANG_S)
+            os._exit(0 if told == ["the child's"] * 2 else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(pid, 0)[1] == 0
+    end()
+    slow.join(HANG_S)
+    assert told == ["the parent's"]
