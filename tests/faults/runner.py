@@ -492,7 +492,7 @@ class Run:
     def end_stream(self, stream: Stream, sender: Any, not_sent: int) -> None:
         stream.not_sent = not_sent
         stream.left = len(sender)
-        stream.death = stream.death or ("" if sender.agent._death is None else repr(sender.agent._death))
+        stream.death = stream.death or ("" if sender.agent._gate.death is None else repr(sender.agent._gate.death))
         stream.stats = {**sender.stats(), "max_attempts": _ATTEMPTS}
 
     def _ask(self, producer: kbatch.Producer, call: Callable[[], object]) -> None:

@@ -644,7 +644,7 @@ def accumulating(world: World) -> Step:
             buffer._leave_line(waiters[0])
             accepted[4] = waiters[0].taken
         assert taken(buffer) == [envelope for envelope, was_taken in zip(numbers, accepted, strict=True) if was_taken]
-        buffer._give_back(len(buffer), buffer._held_bytes)
+        buffer._give_back(len(buffer), buffer._buffered_bytes)
         buffer.send(numbers[0])
         assert len(buffer) == 1
 

@@ -369,8 +369,8 @@ MUTANTS = (
     Mutant(
         "the room of an envelope is not given back",
         "Accumulator._give_back",
-        "        self.held -= count\n",
-        "        self.held -= count - 1\n",
+        "        self.buffered -= count\n",
+        "        self.buffered -= count - 1\n",
         "tests/mock/test_sender_leaks.py",
     ),
     Mutant(
@@ -398,7 +398,7 @@ MUTANTS = (
     Mutant(
         "a sender that is forgotten loses what it has just taken",
         "Accumulator._append",
-        "            self.signal.keeper = self  #",
+        "            self.flag.keeper = self  #",
         "            pass  #",
         "tests/unit/test_starvation.py",
     ),
@@ -411,7 +411,7 @@ MUTANTS = (
     ),
     Mutant(
         "the trial of the circuit is always what failed before",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         'verdict != "succeeded" and flight.entries is not None',
         "False",
         "tests/unit/test_starvation.py",
@@ -439,21 +439,21 @@ MUTANTS = (
     ),
     Mutant(
         "what waits is forgotten when closing begins while the thread is at work",
-        "BaseSendingAgent._step",
-        "        if giving_up and not queue.in_flight:\n",
-        "        if self._giving_up and not queue.in_flight:\n",
+        "SendLoop._step",
+        "        if closed and not queue.in_flight:\n",
+        "        if gate.closed and not queue.in_flight:\n",
         "tests/unit/test_sending_agent.py",
     ),
     Mutant(
         "an envelope that cannot be mapped is told the batch's error",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         "(index, reasons.get(index, error))",
         "(index, error)",
         "tests/mock/test_batched_senders.py",
     ),
     Mutant(
         "an acknowledged envelope keeps its room",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         "            self._buffer._give_back(done, flight.bytes - failed)\n",
         "            self._buffer._give_back(done - (done > 2), flight.bytes - failed)\n",
         "tests/mock/test_sender_leaks.py",
@@ -699,14 +699,14 @@ MUTANTS = (
     ),
     Mutant(
         "what expires after it may have been stored is told to nobody",
-        "BaseSendingAgent._settle",
+        "Flights._settle",
         "        queue.settled(flight, failures + late, now, again=again)\n",
         "        late = []\n        queue.settled(flight, failures, now, again=again)\n",
         "tests/unit/test_starvation.py",
     ),
     Mutant(
         "brokers that do not answer are never told of",
-        "BaseSendingAgent._idle_for",
+        "SendLoop._idle_for",
         "            due.append(stall_at - now)\n",
         "            pass\n",
         "tests/unit/test_starvation.py",
@@ -744,8 +744,8 @@ MUTANTS = (
     Mutant(
         "the buffer's bytes have no bound",
         "Accumulator._has_room",
-        "        if self.held and size > self.max_buffered_bytes - self.held_bytes:\n",
-        "        if self.held < 0:\n",
+        "        if self.buffered and size > self.max_buffered_bytes - self.buffered_bytes:\n",
+        "        if self.buffered < 0:\n",
         "tests/unit/test_buffered_bytes.py",
     ),
     Mutant(
@@ -757,9 +757,9 @@ MUTANTS = (
     ),
     Mutant(
         "what is given up keeps its bytes",
-        "BaseSendingAgent._tell_failed",
-        "self._buffer._give_back(1, end.entry.size)",
-        "self._buffer._give_back(1, 0)",
+        "GivenUp._tell",
+        "self.buffer._give_back(1, end.entry.size)",
+        "self.buffer._give_back(1, 0)",
         "tests/unit/test_buffered_bytes.py",
     ),
     Mutant(
@@ -871,9 +871,9 @@ MUTANTS = (
     ),
     Mutant(
         "a clock that a test has frozen stops a sender",
-        "BaseSendingAgent._send",
-        "queue.settled(flight, failures, monotonic(), again=not self._giving_up)",
-        "queue.settled(flight, failures, __import__('time').monotonic(), again=not self._giving_up)",
+        "Flights.send",
+        "queue.settled(flight, failures, monotonic(), again=not gate.closed)",
+        "queue.settled(flight, failures, __import__('time').monotonic(), again=not gate.closed)",
         "tests/unit/test_frozen_clock.py",
     ),
     Mutant(
@@ -989,6 +989,41 @@ MUTANTS = (
         "            if isinstance(error, Exception) or self._is_own_cancellation(error):\n",
         "            if isinstance(error, Exception):\n",
         "tests/unit/test_user_callbacks.py",
+    ),
+    Mutant(
+        "calls of one sender run side by side",
+        "SharedThreads._call",
+        "            job._run()\n            job = None",
+        "            queue.busy = False\n            job._run()\n            job = None",
+        "tests/unit/test_shared_threads.py",
+    ),
+    Mutant(
+        "a slow callback holds up those of other senders",
+        "SharedThreads._stand_by",
+        "(self.began_ns and now >= deadline)",
+        "(self.began_ns and now < 0)",
+        "tests/unit/test_shared_threads.py",
+    ),
+    Mutant(
+        "threads for callbacks stay when no sender is left",
+        "SharedThreads._lead",
+        "            if not (self.counted or self.promised):\n",
+        "            if False:\n",
+        "tests/unit/test_shared_threads.py",
+    ),
+    Mutant(
+        "a forked child waits for the calls of its parent",
+        "CallQueue.put",
+        "        if self.generation != threads.generation:  #",
+        "        if False:  #",
+        "tests/unit/test_shared_threads.py",
+    ),
+    Mutant(
+        "a closed producer ends its senders though another took its place",
+        "ProducerHandle.fate",
+        "replaced = self.producer is not producer and",
+        "replaced = self.producer is None and",
+        "tests/unit/test_gate.py",
     ),
     Mutant(
         "a sender that was never used keeps its producer",

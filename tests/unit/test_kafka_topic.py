@@ -103,7 +103,7 @@ def test_options_reach_the_sender_and_its_agent() -> None:
     )
     with made.create_sender() as sender:
         agent = sender.agent
-        assert (agent._policy, agent._max_in_flight, agent._on_failed) == (policy, 2, print)
+        assert (agent._policy, agent._max_in_flight, agent._given_up._on_failed) == (policy, 2, print)
         assert agent._dead_letter_topic == "dead"
         assert (sender.batch_size, sender.batch_bytes, sender._close_timeout) == (8, 9_000, 7.0)
         assert sender.max_buffered_bytes == 10_000

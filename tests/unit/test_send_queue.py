@@ -57,7 +57,7 @@ def make_queue(
     batch_size: int = 1000,
     batch_bytes: int = 1_000_000,
     strict_order: bool = False,
-    hold_scheduled: bool = True,
+    keep_scheduled: bool = True,
     topic: str | None = "orders",
 ) -> SendQueue:
     return SendQueue(
@@ -66,7 +66,7 @@ def make_queue(
         batch_size=batch_size,
         batch_bytes=batch_bytes,
         strict_order=strict_order,
-        hold_scheduled=hold_scheduled,
+        keep_scheduled=keep_scheduled,
         random=lambda: 0.0,
     )
 
@@ -112,7 +112,7 @@ class Queues(RuleBasedStateMachine):
 
     @initialize(
         strict=st.booleans(),
-        hold=st.booleans(),
+        keep=st.booleans(),
         dead_letters=st.booleans(),
         max_attempts=st.sampled_from([None, 1, 3]),
         max_age_s=st.sampled_from([None, None, 20.0]),
@@ -122,20 +122,20 @@ class Queues(RuleBasedStateMachine):
     def start(
         self,
         strict: bool,
-        hold: bool,
+        keep: bool,
         dead_letters: bool,
         max_attempts: int | None,
         max_age_s: float | None,
         batch_size: int,
         batch_bytes: int,
     ) -> None:
-        self.strict, self.hold, self.dead_letters = strict, hold, dead_letters
+        self.strict, self.keep, self.dead_letters = strict, keep, dead_letters
         self.policy = RetryPolicy(
             max_attempts=max_attempts, max_age_s=max_age_s, initial_backoff_s=1, max_backoff_s=8, jitter=0
         )
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self.queue = make_queue(
-            self.policy, strict_order=strict, hold_scheduled=hold, batch_size=batch_size, batch_bytes=batch_bytes
+            self.policy, strict_order=strict, keep_scheduled=keep, batch_size=batch_size, batch_bytes=batch_bytes
         )
         self.now, self.wall, self.longest_s = NOW, WALL, 8
         self.buffer: list[Batch] = []
@@ -193,7 +193,7 @@ class Queues(RuleBasedStateMachine):
         for envelope in batch.envelopes:
             sent = self.sent[id(envelope)]
             sent.state = "waiting"
-            if self.hold and envelope.scheduled_time is not None:
+            if self.keep and envelope.scheduled_time is not None:
                 due = envelope.scheduled_time.timestamp()
                 sent.due = due if due > self.wall else None
         flight = self.queue.admit(batch, self.now, self.wall)
@@ -407,7 +407,7 @@ class Queues(RuleBasedStateMachine):
                 self.settle(self.flights[0], [])
                 continue
             if self.buffer and self.queue.wants_batch():
-                continue  # it was held as a whole
+                continue  # it waited as a whole
             due = self.queue.due_at(self.now, self.wall)
             if due is None:
                 break

@@ -18,7 +18,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, RetryPolicy, aio
-from kbatch._sending import _agent
+from kbatch._sending import _flights
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
@@ -331,8 +331,8 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
 def test_brokers_that_go_on_not_answering_are_told_of_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _agent._REMIND_EVERY_S == 60
-    monkeypatch.setattr(_agent, "_REMIND_EVERY_S", 0.02)
+    assert _flights.REMIND_EVERY_S == 60
+    monkeypatch.setattr(_flights, "REMIND_EVERY_S", 0.02)
     with MemoryProducer() as producer, open_driver("threads", producer, stalled_after_s=0.05) as driver:
         producer.hold()
         driver.send(Envelope(0))
@@ -395,7 +395,7 @@ def test_a_callback_whose_task_is_cancelled_at_once_holds_nothing_up(caplog: pyt
 
         def cancel_first(coroutine: Any, **options: Any) -> asyncio.Task[Any]:
             task = create_task(coroutine, **options)
-            if not cancelled and "_call_back" in coroutine.__qualname__:
+            if not cancelled and "LoopCalls" in coroutine.__qualname__:
                 cancelled.append(task)
                 task.cancel()
             return task
@@ -451,7 +451,7 @@ def test_many_flushes_end_in_any_order() -> None:
             answers = await asyncio.gather(*flushes, return_exceptions=True)
             assert answers[1::2] == [0] * 150
             assert all(isinstance(answer, asyncio.CancelledError) for answer in answers[::2])
-            assert sender._agent._watchers == []
+            assert sender._agent._watchers.waiting == []
             await sender.close()
 
     asyncio.run(main())
@@ -484,8 +484,8 @@ def test_flushes_that_time_out_again_and_again_leave_little_behind(kind: str) ->
         driver.send(Envelope(0))
         for _ in range(1000):
             assert driver.flush(0) == 1
-        until(lambda: not driver.agent._newcomers, "the thread's look at them")
-        assert len(driver.agent._watchers) <= 302
+        until(lambda: not driver.agent._watchers.newcomers, "the thread's look at them")
+        assert len(driver.agent._watchers.waiting) <= 302
         producer.release()
         assert driver.flush() == 0
 
@@ -496,7 +496,7 @@ def test_asking_again_and_again_for_the_end_leaves_the_back_off(kind: str, monke
         producer.down(timeout=0)
         driver.send(Envelope(0))
         until(lambda: driver.stats()["retried"], "a failure")
-        monkeypatch.setattr(driver.agent._queue, "hurry", lambda now, at_most_s: hurried.append(at_most_s))
+        monkeypatch.setattr(driver.agent._send_loop.queue, "hurry", lambda now, at_most_s: hurried.append(at_most_s))
         for _ in range(20):
             assert driver.drain(0.001) == 1
         until(lambda: hurried, "the hurry")
@@ -515,8 +515,8 @@ def test_an_age_that_nothing_reaches(kind: str, max_age_s: float) -> None:
         for n in range(30):
             driver.send(Envelope(n))
         until(lambda: producer.in_flight, "the first")
-        driver.agent._expire_every_s = 0.0  # as if time passed
-        driver.agent._next_expiry = 0.0
+        driver.agent._send_loop.endings.expire_every_s = 0.0  # as if time passed
+        driver.agent._send_loop.endings.next_expiry = 0.0
         assert driver.flush(0.05) > 0
         producer.release()
         assert driver.flush() == 0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
-from kbatch._fastmap import Accumulator, Signal, monotonic
+from kbatch._fastmap import Accumulator, Flag, monotonic
 from kbatch._options import BatchingOptions, shows, taken
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent
 from kbatch._text import counted
@@ -70,12 +70,12 @@ class BaseBatchedSender(Accumulator):
         ``accepted``; ``acked``; ``expired`` (not sent because ``deliver_by`` had passed); ``failed`` (given up);
         ``dead_letters`` (sent to the dead-letter topic instead); ``retried`` (failures after which they were sent
         again); ``buffered``, those without an outcome, and ``buffered_bytes``, what they hold; ``scheduled``, those of
-        them that are held for their ``scheduled_time``; ``in_flight_batches``.
+        them that wait for their ``scheduled_time``; ``in_flight_batches``.
         """
         return {
             "accepted": self.accepted,
             "buffered": len(self),
-            "buffered_bytes": self._held_bytes,
+            "buffered_bytes": self._buffered_bytes,
             **self._agent._stats(),
         }
 
@@ -163,7 +163,7 @@ class BaseBatchedSender(Accumulator):
         return not_sent
 
     def _wait_for(self, seq: int | None, timeout: float | None) -> bool:
-        done = Signal()
+        done = Flag()
         watcher = self._agent._when_done(seq, done.set)
         try:
             done.wait(timeout)
@@ -178,12 +178,13 @@ class BatchedSender(BaseBatchedSender):
     A batch is closed when it has `batch_size` envelopes, when the next one would make its keys, headers and bodies more
     than `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
     ``max_in_flight_batches`` are in flight. The order of the calls is the order within a partition, as far as
-    `SendingAgent` says. A future ``scheduled_time`` holds an envelope until then. What is buffered lives in memory: a
-    crash loses it, and so it loses what is scheduled. It is mapped later, on a thread of the sender: a message must not
-    change after `send`, and in the producer's ``header_hook`` the caller's context variables are not set.
+    `SendingAgent` says. An envelope with a future ``scheduled_time`` waits until then. What is buffered lives in
+    memory: a crash loses it, and so it loses what is scheduled. It is mapped later, on a thread of the sender: a
+    message must not change after `send`, and in the producer's ``header_hook`` the caller's context variables are not
+    set.
 
     The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
-    `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it holds; then
+    `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it has; then
     it ends, with a ResourceWarning, when Python's garbage collector finds it.
 
     Args:
@@ -198,7 +199,7 @@ class BatchedSender(BaseBatchedSender):
 
     Attributes:
         accepted: How many envelopes were taken since the start.
-        signal: Wakes the agent; not for users.
+        flag: Wakes the agent; not for users.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range, or an agent that has a sender.
@@ -207,7 +208,7 @@ class BatchedSender(BaseBatchedSender):
     def flush(self, timeout: float | None = None) -> int:
         """Sends what is buffered without waiting for more, and waits until it is acknowledged or given up.
 
-        Retries are waited for; what is held for its ``scheduled_time`` is not.
+        Retries are waited for; what waits for its ``scheduled_time`` is not.
 
         Args:
             timeout: Seconds; ``None`` waits as long as it takes.

@@ -13,14 +13,14 @@ cdef class Trials:
     """Which `Trial` is under way. It is held weakly: nobody has to give it back."""
 
     cdef object current             # a weak reference, or None
-    cdef public Signal signal       # set when one has ended
+    cdef public Flag flag           # set when one has ended
 
-    def __init__(self, Signal signal=None):
-        self.signal = signal
+    def __init__(self, Flag flag=None):
+        self.flag = flag
 
     def begin(self) -> Trial:
         cdef Trial trial = Trial.__new__(Trial)
-        self.current = weakref.ref(trial, None if self.signal is None else self.signal.set)
+        self.current = weakref.ref(trial, None if self.flag is None else self.flag.set)
         return trial
 
     def is_taken(self) -> bool:

@@ -207,7 +207,7 @@ cdef class Batch(MappedBatch):
             return
         drop_mapped(&self.state)
         if self.lot is not None:
-            self.lot.held, self.lot.waited = False, 0  # nobody will look: the producer tells
+            self.lot.reachable, self.lot.waited = False, 0  # nobody will look: the producer tells
 
     def __len__(self) -> int:
         return self.state.count
@@ -283,7 +283,7 @@ cdef class Batch(MappedBatch):
         try:
             undelivered._own()
             lot = _Lot.__new__(_Lot)
-            lot.held, lot.waited, lot.count = True, self.waited, count
+            lot.reachable, lot.waited, lot.count = True, self.waited, count
             lot.failures = []
             for i in range(self.state.count):
                 if self.outcomes._items[i].state == FAILED:

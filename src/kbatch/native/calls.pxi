@@ -1,7 +1,7 @@
 # From kbatch's threads to user code: callback threads. What tells an answer allocates nothing: a `Job`, or a
-# `LoopWaker` (`wakeup.pxi`), is made when the answer is asked for. The GIL guards all of it but Signal.
+# `LoopWaker` (`wakeup.pxi`), is made when the answer is asked for. The GIL guards all of it but Flag.
 
-cdef class Signal:
+cdef class Flag:
     """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may."""
 
     cdef kb_mutex mu
@@ -157,19 +157,19 @@ cdef class CallbackThread:
     cdef object __weakref__
     cdef str name
     cdef Jobs jobs
-    cdef Signal changed
+    cdef Flag changed
     cdef object lock           # of the start; re-entrant: a signal handler or a finalizer may come here from within
     cdef object thread
     cdef object token          # of the thread that runs jobs: one whose start was interrupted ends by itself
     cdef bint has_begun        # that thread has
-    cdef Signal begun
+    cdef Flag begun
     cdef bint stopping
     cdef int promised          # jobs that come for certain, or calls that will say that they do not
 
     def __cinit__(self, str name):
         self.name = name
         self.jobs = Jobs.__new__(Jobs)
-        self.changed, self.begun = Signal(), Signal()
+        self.changed, self.begun = Flag(), Flag()
         self.lock = threading.RLock()
 
     def put(self, function, *arguments) -> None:

@@ -12,10 +12,10 @@ cdef class CallQueue:
     cdef bint counted        # it keeps a thread
     cdef bint stopped
     cdef int64_t generation
-    cdef Signal idle         # set when it is not busy any more
+    cdef Flag idle           # set when it is not busy any more
 
     def __cinit__(self, SharedThreads threads not None):
-        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Signal()
+        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Flag()
         self.generation = threads.generation
 
     def __dealloc__(self):
@@ -125,12 +125,11 @@ cdef class SharedThreads:
 
     cdef bint _has_thread_for(self, CallQueue queue) except -1:
         # Whether there is a thread for a call of the queue. If not, there is none to be had.
-        if self._has_leader():
-            if not self.began_ns or self.current is queue:
-                return True
-            return self._has_standby()
-        with self.lock:
-            return self._has_leader() or self._begin(True)
+        if not self._has_leader():
+            with self.lock:
+                if not self._has_leader() and not self._begin(True):
+                    return False
+        return not self.began_ns or self.current is queue or self._has_standby()
 
     cdef bint _has_leader(self) noexcept:
         return self.leader is not None and self.leader.has_begun
@@ -240,7 +239,10 @@ cdef class SharedThreads:
                 return False
             self.standby = thread
         if self.first is None:
-            return self.counted > 0 and thread.changed._wait(deadline, INT64_MAX // 2)
+            if not self.counted:
+                return False
+            # A queue may have become ready between the end of the wait and the GIL, or be about to.
+            return thread.changed._wait(deadline, INT64_MAX // 2) or self.first is not None or self.promised > 0
         deadline = (self.began_ns or now) + self.slow_ns
         if self.leader is None or (self.began_ns and now >= deadline):
             self.standby, self.leader = None, thread
