@@ -29,7 +29,7 @@ LAYERS = [
     {"_callbacks"},
     {"_fastmap"},
     {"_report", "_wire", "_config", "_loop", "_exit", "_threads"},
-    {"_pending", "_events", "_read"},
+    {"_pending", "_events"},
     {"_transactions"},
     {"_base_producer"},
     {"_producer", "_recovery"},

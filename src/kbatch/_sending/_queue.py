@@ -272,7 +272,7 @@ class SendQueue:
             self._ready.extendleft(reversed(entries))
 
     def settled(self, flight: Flight, failures: Sequence[tuple[int, KbatchError]], now: float, *, again: bool) -> None:
-        """The outcome of a flight: these of its envelopes failed, the others are done with.
+        """A flight has settled: these of its envelopes failed, the others are done with.
 
         Unless `again`, none is sent again.
         """

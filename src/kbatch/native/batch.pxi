@@ -228,8 +228,9 @@ cdef class Batch(MappedBatch):
         cdef Py_ssize_t i
         if self.state.records != NULL:
             for i in range(self.state.count):
-                if (not self.state.records[i].flags
-                        and (<Envelope> PyTuple_GET_ITEM(<PyObject *> self.envelopes, i))._kind == BODY_MESSAGE):
+                item = self.envelopes[i]
+                if (not self.state.records[i].flags and isinstance(item, Envelope)
+                        and (<Envelope> item)._kind == BODY_MESSAGE):
                     total += self.state.records[i].value_len
                     count += 1
         return total, count

@@ -270,6 +270,14 @@ cdef class Core:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it is not sent."""
         return batch._records()
 
+    def map_packed(self, Batch batch not None, packed) -> None:
+        """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done."""
+        self._check_fork()
+        batch.looked = True  # who sends them looks at their outcomes: there are no envelopes to tell of
+        map_packed(batch, packed)
+        batch.outcomes = Outcomes.make(batch.state.count)
+        batch.state.outcomes = batch.outcomes._items
+
     def fail(self, Batch batch not None, envelopes, int index, int code, int rest_code) -> None:
         """Gives each envelope of a batch that is not enqueued a failed outcome: `code` at `index`, else `rest_code`."""
         cdef Py_ssize_t i

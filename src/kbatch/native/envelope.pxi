@@ -25,8 +25,16 @@ cdef tuple _header_pairs(object headers):
     # A tuple of exact 2-tuples, so that phase 1 reads them without a call.
     cdef object pair
     cdef list pairs = None
+    cdef tuple given
     if headers is None:
         return _EMPTY
+    if type(headers) is list or type(headers) is tuple:
+        given = tuple(headers)
+        for pair in given:
+            if type(pair) is not tuple or PyTuple_GET_SIZE(<PyObject *> pair) != 2:
+                break
+        else:
+            return given
     if isinstance(headers, Mapping):
         if type(headers) is dict:
             return tuple((<dict> headers).items())

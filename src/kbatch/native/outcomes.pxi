@@ -34,7 +34,7 @@ cdef class Outcomes:
     def failed(self) -> int:
         return self._state_count(FAILED)
 
-    def expired(self) -> list:
+    def expired_indices(self) -> list:
         """The indices of the envelopes whose deliver_by had passed."""
         cdef Py_ssize_t i
         cdef list found = []

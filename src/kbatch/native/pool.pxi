@@ -273,3 +273,7 @@ cdef class RecordPool:
     def records(self, MappedBatch batch not None) -> list:
         """As `Core.records`."""
         return batch._records()
+
+    def pack(self, MappedBatch batch not None) -> list:
+        """Its records, packed; None for an envelope whose ``deliver_by`` has passed."""
+        return packed_records(batch)
