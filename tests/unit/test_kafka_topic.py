@@ -14,6 +14,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, KafkaTopic, SenderMode, _options, aio
+from kbatch._options import AgentOptions
 from kbatch._recovery import _handle
 from kbatch._sending import _topic
 
@@ -103,8 +104,9 @@ def test_options_reach_the_sender_and_its_agent() -> None:
     )
     with made.create_sender() as sender:
         agent = sender.agent
-        assert (agent._policy, agent._max_in_flight, agent._given_up._on_failed) == (policy, 2, print)
-        assert agent._dead_letter_topic == "dead"
+        assert agent._options == AgentOptions(
+            retry=policy, max_in_flight_batches=2, on_failed=print, dead_letter_topic="dead"
+        )
         assert (sender.batch_size, sender.batch_bytes, sender._close_timeout) == (8, 9_000, 7.0)
         assert sender.max_buffered_bytes == 10_000
     with topic(close_timeout_s=8.0).create_sender() as sender:

@@ -19,7 +19,6 @@ from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
 from kbatch._recovery._handle import ProducerHandle
-from kbatch._recovery._retry import RetryPolicy
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._sending._endings import GivenUp
 from kbatch._sending._send_loop import OVER, SendLoop
@@ -74,11 +73,7 @@ class BaseSendingAgent:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._policy = RetryPolicy() if options.retry is None else options.retry
-        self._max_in_flight = options.max_in_flight_batches
-        self._strict_order = options.strict_order
-        self._stalled_after_s = options.stalled_after_s
-        self._dead_letter_topic = options.dead_letter_topic
+        self._options = options
         self._calls = self._calls_class()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
@@ -166,12 +161,8 @@ class BaseSendingAgent:
                 self._calls,
                 self._given_up,
                 self._watchers,
-                self._policy,
+                self._options,
                 topic=self.topic,
-                dead_letter_topic=self._dead_letter_topic,
-                max_in_flight=self._max_in_flight,
-                strict_order=self._strict_order,
-                stalled_after_s=self._stalled_after_s,
                 news=self._news,
                 counts=self._counts,
             )
