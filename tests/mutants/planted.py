@@ -517,6 +517,13 @@ MUTANTS = (
         "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
     ),
     Mutant(
+        "an option that nobody has is taken in silence",
+        "taken",
+        "        if not any(name in known for known in names):\n",
+        "        if not names:\n",
+        "tests/unit/test_kafka_topic.py",
+    ),
+    Mutant(
         "a topic drops the configuration that is given beside a producer",
         "BaseTopic._bind",
         '[*(["config"] if config is not None else []), *options]',
@@ -793,7 +800,7 @@ MUTANTS = (
     ),
     Mutant(
         "strict_order goes by the envelope's key though a wire object may write another",
-        "check_strict",
+        "_check_strict",
         "    if producer._has_custom_wire:\n",
         "    if producer._has_custom_wire is None:\n",
         "tests/mock/test_permanent_refusals.py",
