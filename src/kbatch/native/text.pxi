@@ -1,10 +1,5 @@
 # Ids and times as the wire formats write them, and UUID version 7. No Python object is made here.
 
-cdef enum:
-    UUID_TEXT = 36          # 8-4-4-4-12 hexadecimal digits, lower case
-    TIME_TEXT_KBATCH = 27   # 2026-11-23T09:16:45.123456Z
-    TIME_TEXT_WOLVERINE = 28  # 2026-11-23 09:16:45:123456 Z
-
 cdef int64_t NO_TIME = INT64_MIN
 
 cdef char[512] _HEX_PAIRS
