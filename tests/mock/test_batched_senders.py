@@ -600,7 +600,7 @@ class Recorder(kbatch.SenderCallback):
         return lambda _, answer: self.calls.append((name, answer))
 
 
-def test_a_sender_of_whole_batches_is_latched_while_it_is_open(cluster: MockCluster, kind: str) -> None:
+def test_a_sender_of_whole_batches_says_that_the_circuit_is_open(cluster: MockCluster, kind: str) -> None:
     config = {"bootstrap.servers": cluster.bootstrap_servers, **QUICK, "message.timeout.ms": 1_500}
     with kbatch.Producer(config, close_timeout_s=0) as producer:
         driver = Driver(kind, producer, TOPIC, options={}, failures_to_open=2, probe_interval_s=0.05, retry=SOON)

@@ -155,17 +155,7 @@ class BaseSendingAgent:
             self._handle.producer._core.start()
             if self._has_thread():
                 return  # a signal handler has sent meanwhile
-            self._send_loop = SendLoop(
-                self._buffer,
-                self._gate,
-                self._calls,
-                self._given_up,
-                self._watchers,
-                self._options,
-                topic=self.topic,
-                news=self._news,
-                counts=self._counts,
-            )
+            self._send_loop = self._make_send_loop()
             flag, pid = self._gate.flag, os.getpid()
 
             def wake(_: object) -> None:
@@ -184,6 +174,19 @@ class BaseSendingAgent:
                 if thread.ident is None:  # else Ctrl-C came when it had begun
                     self._thread = None
                 raise
+
+    def _make_send_loop(self) -> SendLoop:
+        return SendLoop(
+            self._buffer,
+            self._gate,
+            self._calls,
+            self._given_up,
+            self._watchers,
+            self._options,
+            topic=self.topic,
+            news=self._news,
+            counts=self._counts,
+        )
 
     def _has_thread(self) -> bool:
         # Ctrl-C may have come before it began; if it begins all the same, it sees that it is not the agent's.
