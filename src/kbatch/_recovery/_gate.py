@@ -166,7 +166,10 @@ class Gate:
 
     def note_answer(self, producer: BaseProducer, answer: Answer) -> None:
         """Learns from what the callback of a batch was told, which is not sent again."""
-        self.note(verdict_of_answer(answer.argument), answer.trial, self._clock(), answer.batch.envelopes)
+        verdict = verdict_of_answer(answer.argument)
+        # A batch that could not be mapped may not even give its envelopes.
+        envelopes = answer.batch.envelopes if verdict == "failed" else ()
+        self.note(verdict, answer.trial, self._clock(), envelopes)
         if can_be_replaced(answer.argument):
             self._give_up(producer)
 
