@@ -149,14 +149,14 @@ class Gate:
         self, verdict: Verdict, trial: Trial | None, now: float, envelopes: Sequence[Envelope[object]] = ()
     ) -> None:
         """Learns what the answer of a batch says about the brokers; of `envelopes`, where to ask if it failed."""
+        if verdict == "failed" and envelopes:  # before the lock: a user's class may have a topic of its own
+            own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
+            self._failed_topic = self._topic if own else None
         with self.lock:
             before = self.circuit.state
             if verdict == "succeeded":
                 self.circuit.succeeded(trial, now)
             elif verdict == "failed":
-                if envelopes:
-                    own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
-                    self._failed_topic = self._topic if own else None
                 self.circuit.failed(trial, now)
             else:
                 self.circuit.said_nothing(trial)
@@ -166,7 +166,10 @@ class Gate:
 
     def note_answer(self, producer: BaseProducer, answer: Answer) -> None:
         """Learns from what the callback of a batch was told, which is not sent again."""
-        self.note(verdict_of_answer(answer.argument), answer.trial, self._clock(), answer.batch.envelopes)
+        verdict = verdict_of_answer(answer.argument)
+        # Only then: the envelopes of a user's batch may be what failed.
+        envelopes = answer.batch.envelopes if verdict == "failed" else ()
+        self.note(verdict, answer.trial, self._clock(), envelopes)
         if can_be_replaced(answer.argument):
             self._give_up(producer)
 
