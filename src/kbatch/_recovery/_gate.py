@@ -149,14 +149,14 @@ class Gate:
         self, verdict: Verdict, trial: Trial | None, now: float, envelopes: Sequence[Envelope[object]] = ()
     ) -> None:
         """Learns what the answer of a batch says about the brokers; of `envelopes`, where to ask if it failed."""
+        if verdict == "failed" and envelopes:  # before the lock: a user's class may have a topic of its own
+            own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
+            self._failed_topic = self._topic if own else None
         with self.lock:
             before = self.circuit.state
             if verdict == "succeeded":
                 self.circuit.succeeded(trial, now)
             elif verdict == "failed":
-                if envelopes:
-                    own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
-                    self._failed_topic = self._topic if own else None
                 self.circuit.failed(trial, now)
             else:
                 self.circuit.said_nothing(trial)
