@@ -460,14 +460,14 @@ MUTANTS = (
     ),
     Mutant(
         "the outcomes of a batch in memory are off by one partition",
-        "Core.settle_in_memory",
+        "NativeMemoryCore.settle_in_memory",
         "outcome.partition, outcome.offset = code, persistence, partition, offset\n",
         "outcome.partition, outcome.offset = code, persistence, partition + 1, offset\n",
         "tests/mock/test_memory_producer_fidelity.py",
     ),
     Mutant(
         "a batch in memory stays counted as in flight",
-        "Core.settle_in_memory",
+        "NativeMemoryCore.settle_in_memory",
         "        KB_ADD64(&c.in_flight, -sent)\n",
         "        pass\n",
         "tests/unit/test_memory_producer.py",

@@ -386,6 +386,30 @@ def test_what_is_no_record(record: Any) -> None:
             read_envelope(record, wire=wire)
 
 
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_record_is_asked_once_and_may_change_meanwhile(wire: str) -> None:
+    asked: Counter[str] = Counter()
+
+    class Changing(Consumed):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("topic", "partition", "offset", "timestamp", "key", "value", "headers"):
+                return lambda: self.answer(name)
+            return super().__getattribute__(name)
+
+        def answer(self, name: str) -> Any:
+            asked[name] += 1
+            answer = getattr(self, f"a_{name}")
+            if name != "headers":
+                self.a_headers.clear()  # the list that was given before
+            return answer
+
+    headers = [*EVENT, ("id", str(ID).encode()), ("x", b"1" * 100)]
+    fixed = read_envelope(Consumed(b"v" * 100, b"k" * 100, headers.copy()), wire=wire)
+    assert read_envelope(Changing(b"v" * 100, b"k" * 100, headers.copy()), wire=wire) == fixed
+    assert set(asked.values()) == {1}
+    assert len(asked) == 7
+
+
 def test_a_header_that_is_neither_text_nor_bytes() -> None:
     with pytest.raises(DeserializationError, match="header 'id' must be text or bytes, not int"):
         read_envelope(Consumed(a_headers=[("id", 7)]))

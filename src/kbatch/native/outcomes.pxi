@@ -3,9 +3,6 @@
 cdef class Outcomes:
     """What became of each envelope of a batch, kept as C records until it is asked for."""
 
-    cdef Outcome *_items   # owned
-    cdef readonly Py_ssize_t count
-
     def __dealloc__(self):
         kb_free(self._items)
 
