@@ -307,7 +307,7 @@ def test_a_batched_sender_replaces_a_producer_whose_transaction_is_unknown(
         for n in range(10, 20):
             driver.send(kbatch.Envelope(n))
         assert driver.flush() == 0
-        assert driver.failed == []
+        assert driver.given_up == []
         assert driver.agent._handle.producer._core is not producer._core
     assert set(range(10, 20)) <= set(values(cluster))
 

@@ -76,7 +76,7 @@ def test_its_surface_is_that_of_the_real_one(memory: type, real: type) -> None:
     assert of_memory == of_real
 
 
-@pytest.mark.parametrize("memory", [MemoryProducer, AioMemoryProducer])
+@pytest.mark.parametrize("memory", [MemoryProducer, AioMemoryProducer], ids=["threads", "aio"])
 def test_every_method_of_the_core_that_needs_librdkafka_is_overridden(memory: Callable[[], Any]) -> None:
     # By what they do: each of these would start librdkafka, or use the one that is not there.
     core = memory()._core
