@@ -77,11 +77,11 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 
 .PHONY: test
 test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=8 processes side by side (4 minutes)
-	$(BIN)/python -m pytest -n $(WORKERS) --ignore=tests/kafka $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
 
 .PHONY: test-kafka
 test-kafka: build $(STAMPS)/test-group ## Run the tests on Apache Kafka, which they start (Java, Maven)
-	$(BIN)/python -m pytest tests/kafka $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kafka $(ARGS)
 
 .PHONY: test-all
 test-all: test test-kafka ## Run both

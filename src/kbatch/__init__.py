@@ -32,11 +32,10 @@ from kbatch._errors import (
     UndeliveredError,
     UnknownTopicError,
 )
-from kbatch._fastmap import Envelope, Tombstone, uuid7
+from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
-from kbatch._read import read_envelope
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport

@@ -204,7 +204,7 @@ class BaseProducer:
     def _check_delivered(self, error: BaseException | None) -> None:
         # At the end of a `with` block, whose own error comes first. Also if it was closed within the block: what was
         # lost is never lost silently.
-        self._core.undelivered.raise_beside(error, held=True)
+        self._core.undelivered.raise_beside(error, reachable=True)
         left = self._core.in_flight()
         if left and error is None:  # librdkafka did not give them back within the time
             raise UndeliveredError(

@@ -61,7 +61,7 @@ def _close_all() -> None:
     told = monotonic() + _LAST_WORDS_S
     _each(senders, lambda sender: sender._await_end(told))
     _each(list(CORES), lambda core: core.close(_seconds_until(end)))
-    _each(list(CORES), lambda core: core.undelivered.log_all(held=True))
+    _each(list(CORES), lambda core: core.undelivered.log_all(reachable=True))
 
 
 def _end_multiprocessing_child() -> None:

@@ -5,7 +5,7 @@ reports become outcomes, and whoever waits is woken once.
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
 ``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
 ``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``accumulator`` stands before it all: single
-envelopes become batches.
+envelopes become batches. Structures and classes are declared in ``_fastmap.pxd``.
 """
 
 import asyncio
@@ -13,11 +13,13 @@ import collections
 import contextvars
 import datetime
 import functools
+import hashlib
 import inspect
 import logging
 import os
 import re
 import threading
+import typing
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
@@ -31,6 +33,7 @@ from kbatch._errors import (
     BatchError,
     BatchInterruptedError,
     ConfigError,
+    DeserializationError,
     ForkError,
     NotYetDueError,
     ProducerClosedError,
@@ -61,7 +64,7 @@ from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport NAN
-from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint32_t
+from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memchr, memcmp, memcpy, strcmp, strcpy, strlen
 
 from kbatch._librdkafka cimport *
@@ -70,20 +73,23 @@ from kbatch._librdkafka import error_text
 cdef extern from *:
     """
     static inline PyObject *kb_tuple_item(PyObject *t, Py_ssize_t i) { return PyTuple_GET_ITEM(t, i); }
+    static inline Py_ssize_t kb_tuple_size(PyObject *t) { return PyTuple_GET_SIZE(t); }
     /* For an exception that a C function has set: raises it where Cython can catch it. */
     static inline int kb_raise_pending(void) { return -1; }
     """
     PyObject *PyTuple_GET_ITEM "kb_tuple_item"(PyObject *t, Py_ssize_t i) noexcept
+    Py_ssize_t PyTuple_GET_SIZE "kb_tuple_size"(PyObject *t) noexcept
     int raise_pending "kb_raise_pending"() except -1
     Py_ssize_t PY_SSIZE_T_MAX
     object PyUnicode_FromObject(object text)  # an exact str
+    object PyUnicode_DecodeUTF8(const char *text, Py_ssize_t length, const char *errors)
     int PyUnicode_CompareWithASCIIString(object text, const char *ascii) noexcept
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
 
 cdef object _logger = logging.getLogger("kbatch")
 
-include "native/platform.pxi"
+include "native/clock.pxi"
 include "native/text.pxi"
 include "native/envelope.pxi"
 include "native/gil.pxi"
@@ -91,7 +97,10 @@ include "native/pool.pxi"
 include "native/record.pxi"
 include "native/outcomes.pxi"
 include "native/batch.pxi"
+include "native/wire.pxi"
 include "native/map.pxi"
+include "native/read.pxi"
+include "native/pack.pxi"
 include "native/client.pxi"
 include "native/reports.pxi"
 include "native/waiting.pxi"

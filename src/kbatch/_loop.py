@@ -6,7 +6,7 @@ import contextvars
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
-from kbatch._fastmap import LoopWaker, Signal
+from kbatch._fastmap import Flag, LoopWaker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,7 +30,7 @@ async def in_thread(name: str, function: Callable[[], _T], *, begin: Callable[[]
     waker = LoopWaker()
     answers: list[_T] = []
     errors: list[BaseException] = []
-    begun = Signal()
+    begun = Flag()
 
     def begin_on_loop() -> None:
         assert begin is not None

@@ -173,7 +173,7 @@ class Producer(BaseProducer):
             UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch`.
         """
         left = self._close(timeout)
-        self._core.undelivered.raise_all(held=True)
+        self._core.undelivered.raise_all(reachable=True)
         return left
 
     def _close(self, timeout: float | None) -> int:

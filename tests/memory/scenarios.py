@@ -19,10 +19,11 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
-from kbatch._fastmap import Accumulator, RecordPool, pinned_buffers, set_oauth_token
+from kbatch._fastmap import Accumulator, RecordPool, pinned_buffers, read_packed, set_oauth_token, unpack_record
 from kbatch._pending import PendingBatch
 from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
+from tests.records import Consumed
 
 from ..loops import beside
 from ..waiting import until
@@ -180,6 +181,73 @@ def mapping_without_a_producer(world: World) -> Step:
         checked(attempt(lambda: pool.map(mapper, TOPIC, batch)))
         records = pool.records(pool.map(mapper, TOPIC, batch))
         assert [record and record[0] for record in records] == [envelope.topic or TOPIC for envelope in batch]
+
+    return step
+
+
+EVENT = [("ce_specversion", b"1.0"), ("ce_id", b"seven"), ("ce_source", b"/s"), ("ce_type", b"order")]
+STRUCTURED = (
+    b'{"specversion": "1.0", "id": "7", "source": "/s", "type": "order", "time": "2026-11-23T09:16:45Z", "data": 1}'
+)
+CONSUMED: list[tuple[str, Consumed]] = [
+    (
+        "kbatch",
+        Consumed(b"{}", b"k", [("sent-at", b"2026-11-23T09:16:45Z"), ("tenant-id", "größe".encode()), ("x", b"1")]),
+    ),
+    ("kbatch", Consumed(b"{}", "k", {"id": "7d6a7a3c-0b1e-5d43-9a55-6b62617463a8", "source": "größe"})),
+    ("kbatch", Consumed(None, b"k", [("x", None)])),
+    ("cloudevents", Consumed(b"{}", None, [*EVENT, ("CE_Subject", b"s"), ("ce_time", b"2026-11-23T09:16:45Z")])),
+    ("cloudevents", Consumed(STRUCTURED, None, [("content-type", b"application/cloudevents+json")])),
+]
+UNREADABLE: list[tuple[str, Consumed]] = [
+    ("kbatch", Consumed(a_headers=[("x", b"1"), ("id", b"seven")])),
+    ("kbatch", Consumed(a_headers=[("tenant-id", b"\xff")])),
+    ("kbatch", Consumed(a_headers=[("attempts", "\ud800")])),
+    ("cloudevents", Consumed(b"{", a_headers=[("content-type", b"application/cloudevents+json")])),
+]
+
+
+def reading(world: World) -> Step:
+    expected = [kbatch.read_envelope(record, wire=wire) for wire, record in CONSUMED]
+
+    def step(attempt: Attempt) -> None:
+        outcome = checked(attempt(lambda: [kbatch.read_envelope(record, wire=wire) for wire, record in CONSUMED]))
+        assert outcome.error is not None or outcome.value == expected
+        for wire, record in UNREADABLE:
+            error = checked(
+                attempt(functools.partial(kbatch.read_envelope, record, wire=wire)), kbatch.DeserializationError
+            ).error
+            assert error is not None
+
+    return step
+
+
+def packing(world: World) -> Step:
+    producer = world.started()
+    mapper = producer._mapper
+    pool = RecordPool()
+    batch = pool.map(mapper, TOPIC, envelopes())
+    records = pool.records(batch)
+
+    def sent() -> list[bytes]:
+        packed = pool.pack(pool.map(mapper, TOPIC, world.batch()))
+        pending = PendingBatch(producer._core)
+        producer._core.map_packed(pending, packed)
+        producer._core.send(pending, 30, wait=True)
+        return packed
+
+    def step(attempt: Attempt) -> None:
+        outcome = checked(attempt(lambda: pool.pack(batch)))
+        if outcome.error is None:
+            packed = outcome.value
+            unpacked = checked(attempt(lambda: [unpack_record(one) for one in packed]))
+            assert unpacked.error is not None or unpacked.value == records
+            checked(attempt(lambda: [read_packed(one) for one in packed]))
+            damaged = checked(attempt(lambda: unpack_record(packed[0][:-1])), kbatch.DeserializationError)
+            assert damaged.error is not None
+        checked(attempt(sent))
+        world.book(None)
+        settled()
 
     return step
 
@@ -644,7 +712,7 @@ def accumulating(world: World) -> Step:
             buffer._leave_line(waiters[0])
             accepted[4] = waiters[0].taken
         assert taken(buffer) == [envelope for envelope, was_taken in zip(numbers, accepted, strict=True) if was_taken]
-        buffer._give_back(len(buffer), buffer._held_bytes)
+        buffer._give_back(len(buffer), buffer._buffered_bytes)
         buffer.send(numbers[0])
         assert len(buffer) == 1
 
@@ -1026,6 +1094,8 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "mapping by an encoder": mapping(encoder=encode),
     "mapping by a custom wire": mapping(wire=Wire()),
     "mapping without a producer": mapping_without_a_producer,
+    "reading": reading,
+    "packing": packing,
     "refused": refused,
     "refused events": refused_events,
     "sending": sending,

@@ -20,6 +20,7 @@ ALLOCATIONS = {
     "mapping by an encoder": 8,
     "mapping by a custom wire": 8,
     "mapping without a producer": 80,
+    "packing": 4,
     "refused": 4,
     "refused events": 4,
     "sending": 1,

@@ -160,7 +160,7 @@ def test_what_fails_gives_its_lists_back(cluster: MockCluster, config: dict[str,
             assert producer.send_batch("recycled", small).ok
         pooled = producer.stats()["pooled_bytes"]
         for _ in range(3):  # refused
-            cluster.fail(ApiKey.PRODUCE, "INVALID_RECORD", times=1)
+            cluster.push_request_errors(ApiKey.PRODUCE, ["INVALID_RECORD"])
             assert producer.send_batch("recycled", small).failed
         cluster.set_rtt(1, 2_000)
         late = producer.submit("recycled", small)  # purged
@@ -180,10 +180,10 @@ def test_lists_in_a_timed_out_outage_are_used_again(cluster: MockCluster, config
     with kbatch.Producer(config | {"delivery.timeout.ms": 3_000}) as producer:
         for _ in range(2):
             assert producer.send_batch("recycled", envelopes).ok
-        cluster.broker_down(1)
+        cluster.set_broker_down(1)
         report = producer.send_batch("recycled", envelopes)
         assert report.failed == 500
-        cluster.broker_up(1)
+        cluster.set_broker_up(1)
         until(lambda: producer.send_batch("recycled", envelopes[:1]).ok, "the broker")
         assert producer.send_batch("built", envelopes).ok
     (records,) = read(cluster.bootstrap_servers, "built", 500).values()

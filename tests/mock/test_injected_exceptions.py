@@ -97,7 +97,7 @@ def inject_everywhere(run: Callable[[Injector], None], make: Any = Injected, ste
 
 def half_open(agent: Any) -> None:
     """Now the next batch is the trial."""
-    agent._circuit.state = CircuitState.HALF_OPEN
+    agent._gate.circuit.state = CircuitState.HALF_OPEN
 
 
 def batch() -> OutgoingBatch:
@@ -138,7 +138,7 @@ def test_an_agent(cluster: MockCluster, make: Any, fresh: bool) -> None:
             told, after, outgoing = Told(), Told(), batch()
             injector.run(lambda: agent.send_batch(told, outgoing))
             until(lambda: told.told, "the callback", 10)
-            until(agent._circuit.may_send, "the end of the trial", 5)
+            until(agent._gate.circuit.may_send, "the end of the trial", 5)
             agent.send_batch(after, batch())
             assert (len(told.told), after.told) == (1, ["successful"]), injector.place
             assert agent.state is CircuitState.CLOSED
@@ -205,7 +205,7 @@ def test_on_an_event_loop(cluster: MockCluster, make: Any, way: str) -> None:
                 loop.run_until_complete(asyncio.sleep(0.002))
             assert len(told.told) == 1, injector.place
             if agent is not None:
-                until(agent._circuit.may_send, f"the end of the trial: {injector.place}", 5)
+                until(agent._gate.circuit.may_send, f"the end of the trial: {injector.place}", 5)
             loop.run_until_complete(asyncio.wait_for(sender.send_batch(after, batch()), 10))
             assert (len(told.told), after.told) == (1, ["successful"]), injector.place
             if agent is not None:

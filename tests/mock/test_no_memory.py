@@ -10,11 +10,11 @@ import sys
 import _testcapi
 import kbatch
 from kbatch import Envelope
-from kbatch._fastmap import Signal
+from kbatch._fastmap import Flag
 from kbatch.testing import MockCluster
 
 def answer(producer, first, count):
-    told = Signal()  # its methods are C: they need no memory
+    told = Flag()  # its methods are C: they need no memory
     batch = producer.submit("t", [Envelope(1), Envelope(2)])
     batch.add_done_callback(told.set)
     came = None

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import kbatch
 from kbatch import Envelope
-from kbatch._fastmap import Accumulator, FormedBatch, RoomWaiter, Signal
+from kbatch._fastmap import Accumulator, Flag, FormedBatch, RoomWaiter
 from tests.waiting import until
 
 PATIENCE_S = 30.0  # only a hang reaches it
@@ -87,7 +87,7 @@ class Accumulators(RuleBasedStateMachine):
         self, batch_size: int, batch_bytes: int, max_buffered: int, max_buffered_bytes: int, at_once: bool
     ) -> None:
         self.max_buffered_bytes = max_buffered_bytes
-        self.held_bytes = 0
+        self.buffered_bytes = 0
         self.outside_sizes: list[int] = []
         self.batch_size, self.batch_bytes, self.max_buffered, self.at_once = (
             batch_size,
@@ -108,7 +108,7 @@ class Accumulators(RuleBasedStateMachine):
         self.closed: list[list[tuple[Envelope[Any], int]]] = []
         self.filling: list[tuple[Envelope[Any], int]] = []
         self.waiters: list[tuple[Envelope[Any], int, RoomWaiter]] = []
-        self.held = self.outside = 0  # outside: taken out, not given back
+        self.buffered = self.outside = 0  # outside: taken out, not given back
         self.refusing = self.hastened = False
         self.woken: list[Envelope[Any]] = []
         self.expected_woken: list[Envelope[Any]] = []
@@ -131,9 +131,9 @@ class Accumulators(RuleBasedStateMachine):
         return self.message_bytes if 2 * self.message_bytes >= LOOKS else LOOKS
 
     def has_room(self, size: int) -> bool:
-        if self.held >= self.max_buffered:
+        if self.buffered >= self.max_buffered:
             return False
-        if self.held and self.held_bytes + size > self.max_buffered_bytes:
+        if self.buffered and self.buffered_bytes + size > self.max_buffered_bytes:
             self.hastened = self.hastened or bool(self.filling)
             return False
         return True
@@ -143,8 +143,8 @@ class Accumulators(RuleBasedStateMachine):
             self.close()
         self.filling.append((envelope, size))
         self.accepted.append(envelope)
-        self.held += 1
-        self.held_bytes += size
+        self.buffered += 1
+        self.buffered_bytes += size
         if len(self.filling) == self.batch_size or sum(of for _, of in self.filling) >= self.batch_bytes:
             self.close()
 
@@ -168,7 +168,7 @@ class Accumulators(RuleBasedStateMachine):
         if has_room:
             self.append(drawn[0], self.size_of(drawn))
 
-    @precondition(lambda self: not self.refusing and (self.held >= self.max_buffered or self.waiters))
+    @precondition(lambda self: not self.refusing and (self.buffered >= self.max_buffered or self.waiters))
     @rule(drawn=envelopes)
     def one_lines_up(self, drawn: tuple[Envelope[Any], int | None]) -> None:
         envelope = drawn[0]
@@ -182,6 +182,7 @@ class Accumulators(RuleBasedStateMachine):
         _, _, waiter = self.waiters.pop(data.draw(st.integers(0, len(self.waiters) - 1)))
         self.sender._leave_line(waiter)
         assert not waiter.taken
+        self.make_room()  # there may be room for what waited behind it
 
     @rule()
     def the_batch_is_closed(self) -> None:
@@ -217,10 +218,10 @@ class Accumulators(RuleBasedStateMachine):
     def some_are_given_back(self, data: st.DataObject) -> None:
         count = data.draw(st.integers(1, self.outside))
         self.outside -= count
-        self.held -= count
+        self.buffered -= count
         size = sum(self.outside_sizes[:count])
         del self.outside_sizes[:count]
-        self.held_bytes -= size
+        self.buffered_bytes -= size
         self.sender._give_back(count, size)
         self.make_room()
 
@@ -248,9 +249,9 @@ class Accumulators(RuleBasedStateMachine):
     def counts(self) -> None:
         if not hasattr(self, "sender"):
             return
-        assert len(self.sender) == self.held <= self.max_buffered
-        assert self.sender._held_bytes == self.held_bytes
-        assert self.held <= 1 or self.held_bytes <= self.max_buffered_bytes
+        assert len(self.sender) == self.buffered <= self.max_buffered
+        assert self.sender._buffered_bytes == self.buffered_bytes
+        assert self.buffered <= 1 or self.buffered_bytes <= self.max_buffered_bytes
         assert self.sender.accepted == len(self.accepted)
         assert all(one is other for one, other in zip(self.woken, self.expected_woken, strict=True))
         oldest = self.sender._first_seq()
@@ -378,7 +379,7 @@ def test_who_lines_up_when_it_has_just_been_closed_is_woken() -> None:
 
 def test_who_holds_something_is_kept_by_the_signal_that_its_thread_waits_for() -> None:
     sender = make()
-    kept, thread_waits_for = weakref.ref(sender), sender.signal
+    kept, thread_waits_for = weakref.ref(sender), sender.flag
     sender.send(sized(1))
     del sender
     gc.collect()
@@ -400,8 +401,8 @@ def test_there_is_a_signal_for_the_first_of_a_batch_and_for_each_that_is_closed(
     sender = make(batch_size=3)
     for is_news in (True, False, True, True, False, True):
         sender.send(sized(1))
-        assert sender.signal.wait(0) is is_news
-    assert not sender.signal.wait(0)
+        assert sender.flag.wait(0) is is_news
+    assert not sender.flag.wait(0)
 
 
 def test_a_batch_knows_whether_one_of_it_is_scheduled() -> None:
@@ -433,7 +434,7 @@ def test_full_is_said_with_its_time_and_the_envelope_is_not_taken() -> None:
     with pytest.raises(ValueError, match="timeout must be seconds, 0 or more"):
         sender.send(sized(1), timeout=-1)
     sender._close_filling()
-    sender._give_back(len(take_all(sender)), sender._held_bytes)
+    sender._give_back(len(take_all(sender)), sender._buffered_bytes)
     assert (len(sender), sender.accepted) == (0, 1)  # nobody is in the line any more
     assert sender.try_send(sized(1))
 
@@ -454,12 +455,12 @@ def join(threads: list[threading.Thread]) -> None:
 def test_threads_that_wait_are_served_in_their_order() -> None:
     sender = make(max_buffered=1)
     sender.send(sized(0))
-    signals = [Signal() for _ in range(5)]
-    waiters = [sender._line_up(sized(n), signal) for n, signal in enumerate(signals, 1)]
+    flags = [Flag() for _ in range(5)]
+    waiters = [sender._line_up(sized(n), flag) for n, flag in enumerate(flags, 1)]
     served: list[int] = []
 
     def wait(n: int) -> None:
-        assert signals[n].wait(PATIENCE_S)
+        assert flags[n].wait(PATIENCE_S)
         served.append(n)
 
     threads = in_threads(*[lambda n=n: wait(n) for n in range(5)])
@@ -486,7 +487,7 @@ def test_many_threads_with_little_room_lose_nothing_and_keep_their_order() -> No
         assert len(sender) <= 10
         batch = sender._next_batch()
         if batch is None:
-            sender.signal.wait(0.01)
+            sender.flag.wait(0.01)
             continue
         assert batch.first_seq == len(seen)
         seen += [envelope.message for envelope in batch.envelopes]
@@ -621,7 +622,7 @@ def test_the_length_of_a_key_is_not_asked_of_its_class() -> None:
             return 1
 
     assert sender.try_send(Envelope(data=b"", key=Key("k")))
-    assert (len(sender), sender._held_bytes) == (1, 1)
+    assert (len(sender), sender._buffered_bytes) == (1, 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
@@ -663,7 +664,7 @@ def test_a_body_that_may_change_is_copied(wait: bool) -> None:
     body = bytearray(b"one")
     if wait:
         sender.send(Envelope(data=b"first"))
-        sender._line_up(Envelope(data=memoryview(body)), Signal())
+        sender._line_up(Envelope(data=memoryview(body)), Flag())
     else:
         sender.send(Envelope(data=body))
     body[:] = b"two"

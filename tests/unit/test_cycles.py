@@ -189,7 +189,7 @@ def test_what_a_callback_raises(kind: str, uncollected: Callable[[], set[str]]) 
         await once()
         uncollected()
         await once()
-        assert {name for name in uncollected() if "_call_back" in name or "on_failed" in name} == set()
+        assert {name for name in uncollected() if "LoopCalls" in name or "on_failed" in name} == set()
         await sender.close()
 
     asyncio.run(main())

@@ -48,6 +48,15 @@ def test_its_licence_is_the_projects():
     assert DISTRIBUTION.read_text("licenses/LICENSE") == licence.read_text(encoding="utf-8")
 
 
+def test_its_metadata_are_these_files():
+    folder = f"kbatch_kafka-{kbatch.__version__}.dist-info/"
+    found = {
+        file.as_posix().removeprefix(folder) for file in DISTRIBUTION.files or () if file.as_posix().startswith(folder)
+    }
+    ours = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE"}
+    assert found - {"INSTALLER", "REQUESTED", "direct_url.json"} == ours  # pip's
+
+
 def test_its_metadata_tell_the_version():
     assert DISTRIBUTION.version == kbatch.__version__
 

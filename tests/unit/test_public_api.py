@@ -28,12 +28,12 @@ LAYERS = [
     {"_errors"},
     {"_callbacks"},
     {"_fastmap"},
-    {"_report", "_wire", "_config", "_loop", "_exit"},
-    {"_pending", "_events", "_read"},
+    {"_report", "_wire", "_config", "_loop", "_exit", "_threads"},
+    {"_pending", "_events"},
     {"_transactions"},
     {"_base_producer"},
     {"_producer", "_recovery"},
-    {"_batch_sender"},
+    {"_batch_sender", "_options"},
     {"_sending"},
     {"aio"},
     {"testing"},
@@ -42,8 +42,15 @@ LAYERS = [
 ]
 # The same within packages.
 LAYERS_WITHIN = {
-    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry"}],
-    "_sending": [{"_queue"}, {"_agent"}, {"_batched", "_inline"}, {"_topic"}],
+    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
+    "_sending": [
+        {"_queue", "_watchers"},
+        {"_endings", "_flights"},
+        {"_send_loop"},
+        {"_agent"},
+        {"_batched", "_inline"},
+        {"_topic"},
+    ],
 }
 LAYER_OF = {module: depth for depth, modules in enumerate(LAYERS) for module in modules}
 LAYER_WITHIN = {

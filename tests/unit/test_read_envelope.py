@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import kbatch
 from kbatch import DeserializationError, Envelope, Tombstone, read_envelope
-from tests import mapping, strategies, vectors
+from tests import mapping, slow_read, strategies, vectors
 from tests.records import Consumed, consumed
 from tests.reference import (
     CLOUDEVENTS_NAMES,
@@ -386,6 +386,30 @@ def test_what_is_no_record(record: Any) -> None:
             read_envelope(record, wire=wire)
 
 
+@pytest.mark.parametrize("wire", WIRES)
+def test_a_record_is_asked_once_and_may_change_meanwhile(wire: str) -> None:
+    asked: Counter[str] = Counter()
+
+    class Changing(Consumed):
+        def __getattribute__(self, name: str) -> Any:
+            if name in ("topic", "partition", "offset", "timestamp", "key", "value", "headers"):
+                return lambda: self.answer(name)
+            return super().__getattribute__(name)
+
+        def answer(self, name: str) -> Any:
+            asked[name] += 1
+            answer = getattr(self, f"a_{name}")
+            if name != "headers":
+                self.a_headers.clear()  # the list that was given before
+            return answer
+
+    headers = [*EVENT, ("id", str(ID).encode()), ("x", b"1" * 100)]
+    fixed = read_envelope(Consumed(b"v" * 100, b"k" * 100, headers.copy()), wire=wire)
+    assert read_envelope(Changing(b"v" * 100, b"k" * 100, headers.copy()), wire=wire) == fixed
+    assert set(asked.values()) == {1}
+    assert len(asked) == 7
+
+
 def test_a_header_that_is_neither_text_nor_bytes() -> None:
     with pytest.raises(DeserializationError, match="header 'id' must be text or bytes, not int"):
         read_envelope(Consumed(a_headers=[("id", 7)]))
@@ -458,6 +482,91 @@ def test_what_is_no_attribute_is_kept_and_not_sent_on_as_one(name: str) -> None:
             producer._map(None, [read])
         assert caught.value.field == f"headers[{name!r}]"
         producer._map(None, [read.replace(headers=())])
+
+
+# -- the slow reading, which agrees
+
+# Each part as it should be and as it should not; much of it is a time, an id or a number.
+DATES = st.from_regex(r"(2026|0001|9999|0000|1900|2000)-(02|11|12|00|13)-(01|28|29|30|31|32|00)", fullmatch=True)
+CLOCKS = st.from_regex(r"(00|09|23|24):(00|59|60):(00|59|60)", fullmatch=True)
+PARTS = st.sampled_from(["", ".", ".1", ".123456", ".1234565", ".9999995", ".999999999999", ":123456", ":12345", ",5"])
+ZONES = st.sampled_from(
+    [
+        "Z",
+        "z",
+        " Z",
+        "",
+        "+02:00",
+        "-02:00",
+        "+0200",
+        "+23:59",
+        "-23:59",
+        "+24:00",
+        "+02",
+        "+2:00",
+        "+00:60",
+        "Z ",
+        "\0",
+    ]
+)
+SEPARATORS = st.sampled_from(["T", "t", " ", "_", ""])
+HALF_TIMES = st.builds("{}{}{}{}{}".format, DATES, SEPARATORS, CLOCKS, PARTS, ZONES)
+HALF_IDS = st.from_regex(
+    r"[0-9a-fA-FgG]{8}-?[0-9a-f]{4}-?[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-fA-F]{12}|[0-9a-fA-F]{31,33}", fullmatch=True
+)
+HALF_COUNTS = st.from_regex(r"[ +]?(0|1|00000000|214748364|999999999)[0-9]{0,3}", fullmatch=True)
+
+
+@st.composite
+def half_texts(draw: st.DrawFn) -> Any:
+    """What a reader makes something of, or refuses, as text or as bytes; now and then with a character changed."""
+    text = draw(
+        HALF_TIMES | HALF_IDS | HALF_COUNTS | st.sampled_from(["", "1.0", "order", "größe", "\ud800", "\u0661"])
+    )
+    if text and draw(st.integers(0, 9)) == 0:
+        at = draw(st.integers(0, len(text) - 1))
+        text = text[:at] + draw(st.characters()) + text[at + 1 :]
+    return text if draw(st.integers(0, 4)) == 0 else text.encode(errors="surrogatepass")
+
+
+@st.composite
+def half_records(draw: st.DrawFn, wire: str) -> Consumed:
+    record = draw(foreign_records(wire))
+    names = st.sampled_from([*SPELLINGS[wire], *NO_ATTRIBUTES, "x", "\ud800", ""])
+    values = half_texts() | st.none() | st.binary(max_size=2) | st.just(7)
+    record.a_headers += draw(st.lists(st.tuples(names, values), max_size=4))
+    if wire == "cloudevents" and draw(st.integers(0, 4)) == 0:
+        record.a_headers.append(("content-type", b"application/cloudevents+json"))
+        record.a_value = draw(st.sampled_from([STRUCTURED + b"}", STRUCTURED + b', "data": {"a": 1}}', b"{"]))
+    if draw(st.booleans()):
+        record.a_headers = tuple(record.a_headers)
+    record.a_offset = draw(st.sampled_from([17, 0, 2**40]))
+    record.a_timestamp = draw(st.sampled_from([(1, 1_795_425_405_123), (2, 5), (0, 5), (1, 0), (1, -1)]))
+    record.a_partition = draw(st.sampled_from([3, 0, 2**31 - 1]))
+    return record
+
+
+def came_of(read: Any, record: Consumed, wire: str) -> Any:
+    try:
+        return read(record, wire=wire)
+    except DeserializationError as error:
+        return str(error), error.header
+    except UnicodeError as error:  # of a surrogate that others may give for text
+        return type(error)
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@given(data=st.data())
+def test_the_slow_reading_reads_the_same(wire: str, data: Any) -> None:
+    record = data.draw(half_records(wire))
+    assert came_of(read_envelope, record, wire) == came_of(slow_read.read_envelope, record, wire)
+
+
+@given(text=half_texts())
+def test_the_slow_reading_reads_the_same_times_ids_and_numbers(text: Any) -> None:
+    for name in ("sent-at", "id", "attempts"):
+        record = Consumed(a_headers=[(name, text)])
+        assert came_of(read_envelope, record, "kbatch") == came_of(slow_read.read_envelope, record, "kbatch")
 
 
 # -- CloudEvents

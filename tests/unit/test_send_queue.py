@@ -57,7 +57,7 @@ def make_queue(
     batch_size: int = 1000,
     batch_bytes: int = 1_000_000,
     strict_order: bool = False,
-    hold_scheduled: bool = True,
+    keep_scheduled: bool = True,
     topic: str | None = "orders",
 ) -> SendQueue:
     return SendQueue(
@@ -66,7 +66,7 @@ def make_queue(
         batch_size=batch_size,
         batch_bytes=batch_bytes,
         strict_order=strict_order,
-        hold_scheduled=hold_scheduled,
+        keep_scheduled=keep_scheduled,
         random=lambda: 0.0,
     )
 
@@ -112,7 +112,7 @@ class Queues(RuleBasedStateMachine):
 
     @initialize(
         strict=st.booleans(),
-        hold=st.booleans(),
+        keep=st.booleans(),
         dead_letters=st.booleans(),
         max_attempts=st.sampled_from([None, 1, 3]),
         max_age_s=st.sampled_from([None, None, 20.0]),
@@ -122,20 +122,20 @@ class Queues(RuleBasedStateMachine):
     def start(
         self,
         strict: bool,
-        hold: bool,
+        keep: bool,
         dead_letters: bool,
         max_attempts: int | None,
         max_age_s: float | None,
         batch_size: int,
         batch_bytes: int,
     ) -> None:
-        self.strict, self.hold, self.dead_letters = strict, hold, dead_letters
+        self.strict, self.keep, self.dead_letters = strict, keep, dead_letters
         self.policy = RetryPolicy(
             max_attempts=max_attempts, max_age_s=max_age_s, initial_backoff_s=1, max_backoff_s=8, jitter=0
         )
         self.batch_size, self.batch_bytes = batch_size, batch_bytes
         self.queue = make_queue(
-            self.policy, strict_order=strict, hold_scheduled=hold, batch_size=batch_size, batch_bytes=batch_bytes
+            self.policy, strict_order=strict, keep_scheduled=keep, batch_size=batch_size, batch_bytes=batch_bytes
         )
         self.now, self.wall, self.longest_s = NOW, WALL, 8
         self.buffer: list[Batch] = []
@@ -193,10 +193,10 @@ class Queues(RuleBasedStateMachine):
         for envelope in batch.envelopes:
             sent = self.sent[id(envelope)]
             sent.state = "waiting"
-            if self.hold and envelope.scheduled_time is not None:
+            if self.keep and envelope.scheduled_time is not None:
                 due = envelope.scheduled_time.timestamp()
                 sent.due = due if due > self.wall else None
-        flight = self.queue.admit(batch, self.now, self.wall)
+        flight = self.queue.admit(batch, self.wall)
         if flight is not None:
             self.depart(flight)
         return flight
@@ -407,7 +407,7 @@ class Queues(RuleBasedStateMachine):
                 self.settle(self.flights[0], [])
                 continue
             if self.buffer and self.queue.wants_batch():
-                continue  # it was held as a whole
+                continue  # it waited as a whole
             due = self.queue.due_at(self.now, self.wall)
             if due is None:
                 break
@@ -434,8 +434,8 @@ def keyed(*keys: str | None, size: int = 1) -> list[Envelope[Any]]:
     return [Envelope(data=bytes(size), key=key) for key in keys]
 
 
-def admit(queue: SendQueue, batch: Batch, now: float = NOW, wall: float = WALL) -> Flight:
-    flight = queue.admit(batch, now, wall)
+def admit(queue: SendQueue, batch: Batch, wall: float = WALL) -> Flight:
+    flight = queue.admit(batch, wall)
     assert flight is not None
     return flight
 
@@ -574,7 +574,7 @@ def test_what_is_scheduled_leaves_when_it_is_due_and_holds_nothing_up() -> None:
 def test_the_age_of_what_is_scheduled_counts_from_its_time() -> None:
     queue = make_queue(RetryPolicy(max_age_s=5, jitter=0))
     late: list[Envelope[Any]] = [Envelope(data=b"", scheduled_time=at(WALL + 60))]
-    assert queue.admit(Batch(late, scheduled=True), NOW, WALL) is None
+    assert queue.admit(Batch(late, scheduled=True), WALL) is None
     flight = queue.next_flight(NOW + 61, WALL + 61)
     assert flight is not None
     fail(queue, flight, {0: RETRIABLE}, NOW + 64.9)
@@ -711,15 +711,13 @@ def test_what_was_counted_goes_with_an_envelope_to_its_end() -> None:
     again = queue.next_flight(NOW + 2, WALL)
     assert again is not None
     assert again.bytes == sizes[1]
-    assert (
-        queue.admit(Batch([Envelope(data=b"xyz", scheduled_time=at(WALL + 60))], 5, scheduled=True), NOW, WALL) is None
-    )
+    assert queue.admit(Batch([Envelope(data=b"xyz", scheduled_time=at(WALL + 60))], 5, scheduled=True), WALL) is None
     assert [entry.size for entry in queue.give_up()] == [3]
 
 
 def test_what_is_ready_waits_behind_one_of_its_key_that_fails_again() -> None:
     queue = make_queue(batch_size=2)
-    first = queue.admit(Batch([Envelope(data=b"%d" % number, key="a") for number in range(3)]), NOW, WALL)
+    first = queue.admit(Batch([Envelope(data=b"%d" % number, key="a") for number in range(3)]), WALL)
     assert first is not None
     queue.settled(first, [(index, refusal(RETRIABLE)) for index in range(3)], NOW, again=True)
     second = queue.next_flight(NOW + 1, WALL)
@@ -754,7 +752,7 @@ def test_what_was_too_large_in_company_has_not_failed_by_itself() -> None:
 def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
     queue = make_queue(RetryPolicy(max_age_s=5))
     batch = Batch([Envelope(data=b"", scheduled_time=at(WALL + 10))], scheduled=True)
-    assert queue.admit(batch, NOW, WALL) is None
+    assert queue.admit(batch, WALL) is None
     queue.expire(NOW + 14.9, WALL + 14.9)
     assert (queue.ended, queue.scheduled, queue.oldest()) == ([], 0, 0)
     queue.expire(NOW + 15, WALL + 15)
@@ -767,7 +765,7 @@ def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
 
 def aborted_by(queue: SendQueue, culprit: int) -> None:
     """A flight of three, aborted for one of them."""
-    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), NOW, WALL)
+    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), WALL)
     assert flight is not None
     failures = [(n, refusal(RETRIABLE if n == culprit else ABORTED_CODE)) for n in range(3)]
     queue.settled(flight, failures, NOW, again=True)
@@ -795,7 +793,7 @@ def test_an_abort_costs_the_innocent_no_attempt() -> None:
 
 def test_the_neighbours_of_an_invalid_record_are_looked_at_again() -> None:
     queue = make_queue()
-    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), NOW, WALL)
+    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), WALL)
     assert flight is not None
     failures = [(n, refusal(INVALID_RECORD if n == 1 else INVALID_DIFFERENT_RECORD)) for n in range(3)]
     queue.settled(flight, failures, NOW, again=True)

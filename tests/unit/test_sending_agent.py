@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import operator
 import threading
 import time
 from collections.abc import Callable
@@ -24,8 +25,11 @@ PROBE = "kbatch-probe"
 LATER = datetime(9000, 1, 1, tzinfo=timezone.utc)
 
 
-@pytest.mark.parametrize("moment", ["_probe_if_due", "_send_all", "_see_off", "_tell_watchers"])
-def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
+MOMENTS = {"_gate": "probe_if_due", "_send_loop": "_send_all", "_send_loop.endings": "see_off", "_watchers": "tell"}
+
+
+@pytest.mark.parametrize(("part", "moment"), MOMENTS.items())
+def test_closing_begins_while_the_thread_is_at_work(part: str, moment: str) -> None:
     told: list[tuple[Envelope[Any], kbatch.KbatchError]] = []
     answers: list[int] = []
     envelope = Envelope(1, scheduled_time=LATER)
@@ -33,18 +37,19 @@ def test_closing_begins_while_the_thread_is_at_work(moment: str) -> None:
         agent = SendingAgent(producer, "orders", on_failed=lambda *what: told.append(what))
         sender = kbatch.BatchedSender(agent, batch_timeout_ms=0)
         sender.send(envelope)
-        until(lambda: sender.stats()["scheduled"], "the envelope held until its time")
+        until(lambda: sender.stats()["scheduled"], "the envelope that waits for its time")
         closer = threading.Thread(target=lambda: answers.append(sender.close(0)))
-        work: Callable[..., None] = getattr(agent, moment)
+        does = operator.attrgetter(part)(agent)
+        work: Callable[..., None] = getattr(does, moment)
 
         def interrupted(*arguments: Any) -> None:
             work(*arguments)
             if closer.ident is None:
                 closer.start()
-                until(lambda: agent._giving_up, "the beginning of the end")
+                until(lambda: agent._gate.closed, "the beginning of the end")
 
-        setattr(agent, moment, interrupted)
-        agent._signal.set()
+        setattr(does, moment, interrupted)
+        agent._gate.flag.set()
         until(lambda: answers, "the answer of close")
     assert answers == [1]
     assert len(told) == 1
@@ -194,7 +199,7 @@ def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing
         values = [record.value() for record in producer.records]
         assert sorted(values) == sorted([b"%d" % n for n in range(20)] + [b"cured"] * is_stored)
         assert driver.stats()["retried"] == retried
-        assert [type(error.__cause__) for _, error in driver.failed] == ([] if is_stored else [kind_of_error])
+        assert [type(error.__cause__) for _, error in driver.given_up] == ([] if is_stored else [kind_of_error])
         assert driver.states == ["closed"]
 
 
@@ -235,7 +240,7 @@ def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplo
         )
         sender = kbatch.BatchedSender(agent, batch_timeout_ms=50)
         assert not agent._has_thread()
-        log, left = agent._log, [2]
+        log, left = agent._calls.log, [2]
 
         def without_memory(*arguments: Any, **more: Any) -> None:
             left[0] -= 1
@@ -243,7 +248,7 @@ def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplo
                 raise MemoryError
             log(*arguments, **more)
 
-        agent._log = without_memory  # type: ignore[method-assign]
+        agent._calls.log = without_memory  # type: ignore[method-assign]
         for n in range(5):
             sender.send(Envelope(n))
         until(lambda: len(told) == 5, "what is told")

@@ -150,12 +150,17 @@ def test_what_is_put_after_the_end_is_called_by_a_thread_that_ends(threads: Shar
         until(lambda count=count: len(by) == count and not by[-1].is_alive(), "the end of the thread")  # type: ignore[misc]
 
 
-def test_a_queue_that_is_forgotten_keeps_no_thread(threads: SharedThreads) -> None:
+@pytest.mark.parametrize("in_cycle", [False, True])
+def test_a_queue_that_is_forgotten_keeps_no_thread(threads: SharedThreads, in_cycle: bool) -> None:
     queue, told = CallQueue(threads), []
+    cycle: list[object] = [queue]
+    if in_cycle:
+        cycle.append(cycle)
     queue.put(told.append, 1)
     until(lambda: told, "the call")
     assert running() == 1
-    del queue
+    del queue, cycle
+    gc.collect()
     until(lambda: running() == 0, "the end of the thread")
 
 
@@ -206,15 +211,21 @@ def test_without_a_thread_to_be_had_whoever_puts_makes_the_call(
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_makes_calls_of_its_own_and_none_of_the_parents(threads: SharedThreads) -> None:
+@pytest.mark.parametrize("at_work", [False, True])
+def test_a_forked_child_makes_calls_of_its_own_and_none_of_the_parents(threads: SharedThreads, at_work: bool) -> None:
     slow, queue = CallQueue(threads), CallQueue(threads)
     end = blocked(slow)
     told: list[str] = []
-    slow.put(told.append, "the parent's")
+    if at_work:
+        slow.put(told.append, "the parent's")
+    else:
+        end()
+        until(lambda: running() == 1, "the end of the others")
     pid = os.fork()
     if not pid:
         try:
             threads.forget()
+            gc.collect()
             slow.put(told.append, "the child's")
             queue.put(told.append, "the child's")
             slow.join(HANG_S)
@@ -225,4 +236,61 @@ def test_a_forked_child_makes_calls_of_its_own_and_none_of_the_parents(threads: 
     assert os.waitpid(pid, 0)[1] == 0
     end()
     slow.join(HANG_S)
-    assert told == ["the parent's"]
+    assert told == ["the parent's"] * at_work
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_call_that_forks_is_the_last_one_in_the_child(threads: SharedThreads) -> None:
+    queue, other = CallQueue(threads), CallQueue(threads)
+    reader, writer = os.pipe()
+    told: list[str] = []
+
+    def call() -> None:
+        queue.put(told.append, "its own")
+        other.put(told.append, "another's")
+        pid = os.fork()
+        if not pid:
+            threads.forget()
+            try:
+                os.write(writer, b"in the child")
+            finally:
+                os.close(writer)
+            return
+        os.close(writer)
+        told.append(f"child ended with {os.waitpid(pid, 0)[1]}")
+
+    queue.put(call)
+    queue.join(HANG_S)
+    other.join(HANG_S)
+    with os.fdopen(reader, "rb") as pipe:
+        assert pipe.read() == b"in the child"
+    assert told[0].startswith("child ended") or told[0] == "another's"
+    assert sorted(told)[1:] == ["child ended with 0", "its own"]
+
+
+def test_a_call_that_comes_while_the_first_thread_begins_waits_for_nobody() -> None:
+    for _ in range(30):
+        threads = SharedThreads("tests-shared", 0.001)
+        queues = [CallQueue(threads) for _ in range(3)]
+        called = [threading.Event() for _ in queues]
+        together = threading.Barrier(len(queues))
+
+        def call(number: int, called: list[threading.Event] = called) -> None:
+            called[number].set()
+            for each in called:
+                assert each.wait(HANG_S)
+
+        def put(number: int, queues: list[CallQueue] = queues, together: threading.Barrier = together) -> None:
+            together.wait(HANG_S)
+            queues[number].put(call, number)
+
+        putters = [threading.Thread(target=put, args=(number,)) for number in range(len(queues))]
+        for putter in putters:
+            putter.start()
+        for putter in putters:
+            putter.join()
+        for queue in queues:
+            queue.join(HANG_S)
+        assert all(each.is_set() for each in called)
+    assert running() == 0

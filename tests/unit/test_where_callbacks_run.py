@@ -1,6 +1,7 @@
 """On which thread or event loop a sender's callbacks run, and what becomes of what they cannot be told."""
 
 import asyncio
+import contextlib
 import threading
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..waiting import until
 UNMAPPABLE = object()
 
 
-def test_on_failed_is_called_on_a_thread_of_the_sender() -> None:
+def test_on_failed_is_called_on_a_thread_that_senders_share() -> None:
     told: list[str] = []
     agent = kbatch.SendingAgent(
         MemoryProducer(), "orders", on_failed=lambda *_: told.append(threading.current_thread().name)
@@ -24,6 +25,49 @@ def test_on_failed_is_called_on_a_thread_of_the_sender() -> None:
     with kbatch.BatchedSender(agent) as sender:
         sender.send(Envelope(UNMAPPABLE))
     assert told == ["kbatch-sender-callbacks"]
+
+
+def test_the_callbacks_of_all_senders_share_one_thread() -> None:
+    threads: set[threading.Thread] = set()
+    producer = MemoryProducer()
+    agents = [
+        kbatch.SendingAgent(producer, f"t{n}", on_failed=lambda *_: threads.add(threading.current_thread()))
+        for n in range(20)
+    ]
+    with contextlib.ExitStack() as stack:
+        for agent in agents:
+            sender = stack.enter_context(kbatch.BatchedSender(agent, batch_timeout_ms=0))
+            sender.send(Envelope(UNMAPPABLE))
+            assert sender.flush(30) == 0
+        assert len(threads) == 1
+    until(lambda: not threads.pop().is_alive(), "the end of the thread")
+
+
+@pytest.mark.parametrize("waits_for", ["callback", "flush", "close"])
+def test_a_callback_that_waits_holds_up_its_own_sender_only(waits_for: str) -> None:
+    others_turn = threading.Event()
+    producer = MemoryProducer()
+
+    def wait(*_: object) -> None:
+        if waits_for == "callback":
+            assert others_turn.wait(30)
+        else:
+            getattr(other, waits_for)(30)
+
+    def on_failed(*_: object) -> None:
+        others_turn.set()
+
+    other = kbatch.BatchedSender(kbatch.SendingAgent(producer, "other", on_failed=on_failed), batch_timeout_ms=0)
+    agent = kbatch.SendingAgent(producer, "orders", on_failed=wait)
+    with other, kbatch.BatchedSender(agent, batch_timeout_ms=0) as sender:
+        producer.hold()
+        producer.fail("TOPIC_AUTHORIZATION_FAILED")
+        other.send(Envelope(1))
+        until(lambda: producer.in_flight, "the other's envelope in flight")
+        sender.send(Envelope(UNMAPPABLE))
+        producer.release()
+        assert sender.flush(30) == 0
+        assert others_turn.is_set()
 
 
 def test_on_failed_is_called_on_the_loop_of_the_first_envelope() -> None:

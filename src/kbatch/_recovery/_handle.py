@@ -7,9 +7,9 @@ import logging
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from kbatch._errors import ForkError
+from kbatch._errors import ForkError, ProducerClosedError, can_be_replaced
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -136,6 +136,18 @@ class ProducerHandle:
                 return
             self._solo = None
         _close(dead, 0.0)
+
+    def fate(self, producer: BaseProducer, error: BaseException) -> Literal["replace", "successor", "end"]:
+        """What becomes of a batch that `producer` refused with `error`, so that nothing of it was sent.
+
+        "replace": `replace` makes the producer that may send it; "successor": there is one, which another sender had
+        made; "end": no producer will send it.
+        """
+        if can_be_replaced(error):
+            return "replace"
+        # Closed with another in its place: one of the senders that share it has had it replaced.
+        replaced = self.producer is not producer and isinstance(error, ProducerClosedError)
+        return "successor" if replaced else "end"
 
     def replace(self, dead: BaseProducer) -> None:
         """Has a producer in its fatal state replaced by a new one with the same settings, unless it was already.

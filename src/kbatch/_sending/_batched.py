@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
-from kbatch._fastmap import Accumulator, Signal, monotonic
-from kbatch._sending._agent import BaseSendingAgent, SendingAgent, check_whole
+from kbatch._fastmap import Accumulator, Flag, monotonic
+from kbatch._options import BatchingOptions, shows, taken
+from kbatch._sending._agent import BaseSendingAgent, SendingAgent
 from kbatch._text import counted
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Never, Self, Unpack
+
+    from kbatch._options import BatchingKeywords
 
 __all__ = ["BaseBatchedSender", "BatchedSender"]
 
@@ -27,25 +30,26 @@ class BaseBatchedSender(Accumulator):
     _shown = "kbatch.BatchedSender"
     _agent_class: type[BaseSendingAgent] = SendingAgent
 
+    @shows(BatchingOptions)
     def __init__(
         self,
         agent: BaseSendingAgent,
         *,
-        batch_size: int = 1000,
-        batch_bytes: int = 1_000_000,
-        batch_timeout_ms: float = 5.0,
-        max_buffered: int = 100_000,
-        max_buffered_bytes: int | None = None,
         close_timeout_s: float = 30.0,
+        **keywords: Unpack[BatchingKeywords[Never]],
     ) -> None:
         if not isinstance(agent, self._agent_class):
             raise ConfigError(f"agent must be a {self._agent_class._shown}, not {type(agent).__name__}")
-        check_batching_options(
-            batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes, close_timeout_s
-        )
-        most = max(_BUFFERED_BYTES, batch_bytes) if max_buffered_bytes is None else max_buffered_bytes
+        (given,) = taken(self, keywords, BatchingOptions)
+        options: BatchingOptions[Never] = BatchingOptions(**given)
+        check_close_timeout(close_timeout_s)
+        most = options.max_buffered_bytes
+        if most is None:
+            most = max(_BUFFERED_BYTES, options.batch_bytes)
         # Without keywords: for them Cython 3.3.1 has a crash when memory is short.
-        super().__init__(batch_size, batch_bytes, batch_timeout_ms / 1000, max_buffered, most)
+        super().__init__(
+            options.batch_size, options.batch_bytes, options.batch_timeout_ms / 1000, options.max_buffered, most
+        )
         self._close_timeout = close_timeout_s
         self._agent = agent
         agent._bind(self)
@@ -66,12 +70,12 @@ class BaseBatchedSender(Accumulator):
         ``accepted``; ``acked``; ``expired`` (not sent because ``deliver_by`` had passed); ``failed`` (given up);
         ``dead_letters`` (sent to the dead-letter topic instead); ``retried`` (failures after which they were sent
         again); ``buffered``, those without an outcome, and ``buffered_bytes``, what they hold; ``scheduled``, those of
-        them that are held for their ``scheduled_time``; ``in_flight_batches``.
+        them that wait for their ``scheduled_time``; ``in_flight_batches``.
         """
         return {
             "accepted": self.accepted,
             "buffered": len(self),
-            "buffered_bytes": self._held_bytes,
+            "buffered_bytes": self._buffered_bytes,
             **self._agent._stats(),
         }
 
@@ -159,7 +163,7 @@ class BaseBatchedSender(Accumulator):
         return not_sent
 
     def _wait_for(self, seq: int | None, timeout: float | None) -> bool:
-        done = Signal()
+        done = Flag()
         watcher = self._agent._when_done(seq, done.set)
         try:
             done.wait(timeout)
@@ -174,12 +178,13 @@ class BatchedSender(BaseBatchedSender):
     A batch is closed when it has `batch_size` envelopes, when the next one would make its keys, headers and bodies more
     than `batch_bytes`, or when its oldest envelope has waited for `batch_timeout_ms` and fewer than
     ``max_in_flight_batches`` are in flight. The order of the calls is the order within a partition, as far as
-    `SendingAgent` says. A future ``scheduled_time`` holds an envelope until then. What is buffered lives in memory: a
-    crash loses it, and so it loses what is scheduled. It is mapped later, on a thread of the sender: a message must not
-    change after `send`, and in the producer's ``header_hook`` the caller's context variables are not set.
+    `SendingAgent` says. An envelope with a future ``scheduled_time`` waits until then. What is buffered lives in
+    memory: a crash loses it, and so it loses what is scheduled. It is mapped later, on a thread of the sender: a
+    message must not change after `send`, and in the producer's ``header_hook`` the caller's context variables are not
+    set.
 
     The sender starts with its first envelope: librdkafka, and a thread. It must be closed, by a ``with`` block or
-    `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it holds; then
+    `close`. At interpreter exit what is left is sent for some seconds. One that is forgotten sends what it has; then
     it ends, with a ResourceWarning, when Python's garbage collector finds it.
 
     Args:
@@ -194,7 +199,7 @@ class BatchedSender(BaseBatchedSender):
 
     Attributes:
         accepted: How many envelopes were taken since the start.
-        signal: Wakes the agent; not for users.
+        flag: Wakes the agent; not for users.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range, or an agent that has a sender.
@@ -203,7 +208,7 @@ class BatchedSender(BaseBatchedSender):
     def flush(self, timeout: float | None = None) -> int:
         """Sends what is buffered without waiting for more, and waits until it is acknowledged or given up.
 
-        Retries are waited for; what is held for its ``scheduled_time`` is not.
+        Retries are waited for; what waits for its ``scheduled_time`` is not.
 
         Args:
             timeout: Seconds; ``None`` waits as long as it takes.
@@ -269,29 +274,3 @@ class BatchedSender(BaseBatchedSender):
     ) -> None:
         self._close(None)
         self._check_sent(error)
-
-
-def check_batching_options(
-    batch_size: Any,
-    batch_bytes: Any,
-    batch_timeout_ms: Any,
-    max_buffered: Any,
-    max_buffered_bytes: Any,
-    close_timeout_s: Any,
-) -> None:
-    """Raises ConfigError for what a batched sender cannot take."""
-    check_whole("batch_size", batch_size)
-    check_whole("batch_bytes", batch_bytes)
-    check_whole("max_buffered", max_buffered)
-    if max_buffered_bytes is not None:
-        check_whole("max_buffered_bytes", max_buffered_bytes, 62)
-    if max_buffered < batch_size:
-        raise ConfigError(f"max_buffered={max_buffered} is less than batch_size={batch_size}: no batch would be full")
-    if max_buffered_bytes is not None and max_buffered_bytes < batch_bytes:
-        raise ConfigError(
-            f"max_buffered_bytes={max_buffered_bytes} is less than batch_bytes={batch_bytes}: no batch would be full"
-        )
-    is_number = isinstance(batch_timeout_ms, (int, float)) and not isinstance(batch_timeout_ms, bool)
-    if not (is_number and 0 <= batch_timeout_ms < 1e9):
-        raise ConfigError(f"batch_timeout_ms must be milliseconds, 0 or more and below 1e9, not {batch_timeout_ms!r}")
-    check_close_timeout(close_timeout_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._base_producer import BaseProducer, check_close_timeout, check_timeout
 from kbatch._errors import (
     ConfigError,
     DeliveryError,
@@ -13,13 +13,12 @@ from kbatch._errors import (
     ProducerFatalError,
     SenderClosedError,
     TransactionUnknownError,
-    can_be_replaced,
     is_for_whole_batch,
 )
 from kbatch._fastmap import monotonic
+from kbatch._options import check_topic
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
-from kbatch._sending._agent import check_topic
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -48,7 +47,7 @@ class BaseInlineSender:
     def __init__(
         self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout_s: float = 30.0
     ) -> None:
-        check_timeout(close_timeout_s)
+        check_close_timeout(close_timeout_s)
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
@@ -61,7 +60,7 @@ class BaseInlineSender:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._held = [self._handle]  # empty once it is closed: whoever takes it out releases it
+        self._unreleased = [self._handle]  # empty once it is closed: whoever takes it out releases it
         self._closed = False
 
     @property
@@ -76,9 +75,7 @@ class BaseInlineSender:
         """Whether what a producer refused may be sent by its successor. Nothing of it was sent."""
         if self._closed:
             raise SenderClosedError("the sender is closed") from None
-        # Closed with another in its place: one of the senders that share it has had it replaced.
-        replaced = self._handle.producer is not producer
-        return can_be_replaced(error) or (replaced and isinstance(error, ProducerClosedError))
+        return self._handle.fate(producer, error) != "end"
 
     def _is_suspect(self, report: DeliveryReport) -> bool:
         """Whether it may have been refused for another envelope: a broker refuses record batches as a whole."""
@@ -93,19 +90,19 @@ class BaseInlineSender:
         """What is to be released, the first time."""
         self._closed = True
         try:
-            return self._held.pop()
+            return self._unreleased.pop()
         except IndexError:
             return None
 
     def __del__(self) -> None:
-        for handle in getattr(self, "_held", ()):  # the constructor may have raised
+        for handle in getattr(self, "_unreleased", ()):  # the constructor may have raised
             handle.forget()
 
     def _check_delivered(self, error: BaseException | None) -> None:
         # Of sends that were given up before they had an answer. `error` ends a `with` block, and comes first.
         undelivered = self._handle.undelivered()
         if undelivered is not None:
-            undelivered.raise_beside(error, held=True)
+            undelivered.raise_beside(error, reachable=True)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"by {self._handle.producer!r}"
@@ -168,7 +165,7 @@ class InlineSender(BaseInlineSender):
         return self._answer(successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
-        """The outcome in a record batch of its own; `report` if there can be none."""
+        """Its report from a record batch of its own; `report` if there can be none."""
         solo: Any = self._handle.solo()
         if solo is None:
             return report
@@ -200,8 +197,8 @@ class InlineSender(BaseInlineSender):
 
     def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        held = self._begin_closing()
-        return 0 if held is None else held.release(self._close_timeout if timeout is None else timeout)
+        handle = self._begin_closing()
+        return 0 if handle is None else handle.release(self._close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Self:
         return self

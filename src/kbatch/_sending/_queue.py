@@ -1,4 +1,4 @@
-"""What a sender sends next: retries, what is held for the order of its key, what is scheduled for later.
+"""What a sender sends next: retries, what waits for the order of its key, what is scheduled for later.
 
 No threads, no I/O and no clock: each call says what time it is (``now``, seconds of a monotonic clock; ``wall``,
 seconds since 1970). In the usual case, when nothing has failed, a batch passes through as it is and nothing is done per
@@ -163,7 +163,7 @@ class SendQueue:
 
     Order is kept per *group*: the envelopes of one topic and key, or of one topic and partition if they have no key.
     Others have no order among them once one has failed. When an envelope fails and is to be sent again, those of its
-    group that were not sent yet are held behind it. With `strict_order` at most one envelope of a group is in flight,
+    group that were not sent yet wait behind it. With `strict_order` at most one envelope of a group is in flight,
     so that those which are already under way cannot overtake it either.
 
     A broker refuses a record batch as a whole (see DESIGN.md), so an envelope that failed with a code of
@@ -182,7 +182,7 @@ class SendQueue:
         batch_size: int,
         batch_bytes: int,
         strict_order: bool,
-        hold_scheduled: bool,
+        keep_scheduled: bool,
         random: Callable[[], float],
     ) -> None:
         self.ended: list[Ended] = []  # whoever calls takes them out
@@ -192,7 +192,7 @@ class SendQueue:
         self._batch_size = batch_size
         self._batch_bytes = batch_bytes
         self._strict = strict_order
-        self._hold_scheduled = hold_scheduled
+        self._keep_scheduled = keep_scheduled
         self._random = random
         self._flights: dict[Flight, None] = {}  # in their order
         self._isolating = False
@@ -204,7 +204,7 @@ class SendQueue:
         self._timers: list[tuple[float, int, Hashable | None, Entry | None]] = []
         self._scheduled: list[tuple[float, int, Entry]] = []  # by time since 1970
         # Of the entries without an outcome and of flights without entries: the (first) numbers, but not those that are
-        # held for their time; and a heap that has all of them, and others that are dropped when they are met.
+        # kept for their time; and a heap that has all of them, and others that are dropped when they are met.
         self._open: set[int] = set()
         self._by_age: list[int] = []
         self._longest_delay_s = policy.max_backoff_s
@@ -215,12 +215,12 @@ class SendQueue:
         """Whether `admit` may be called: nothing older is ready."""
         return not self._ready and not self._suspects and not self._isolating
 
-    def admit(self, batch: Formed, now: float, wall: float) -> Flight | None:
+    def admit(self, batch: Formed, wall: float) -> Flight | None:
         """A batch that comes from the buffer; what of it may be sent now, if anything."""
         envelopes = batch.envelopes
         seqs: Sequence[int] = range(batch.first_seq, batch.first_seq + len(envelopes))
         sizes: Sizes | list[int] = batch.sizes
-        if self._lanes or self._strict or (batch.scheduled and self._hold_scheduled):
+        if self._lanes or self._strict or (batch.scheduled and self._keep_scheduled):
             envelopes, seqs, sizes = self._divert(batch, wall)
             if not envelopes:
                 return None
@@ -253,12 +253,12 @@ class SendQueue:
         return self._depart(_flight_of(chosen)) if chosen else None
 
     def expire_batch(self, batch: Formed, wall: float, error: KbatchError) -> None:
-        """A batch that comes from the buffer too late: ends what of it is not held for its time."""
+        """A batch that comes from the buffer too late: ends what of it does not wait for its time."""
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
             entry = Entry(envelope, seq, batch.accepted_at, None, batch.sizes[seq - batch.first_seq])
             if batch.scheduled and self._is_early(envelope, wall):
                 entry.group = self._group(envelope)
-                self._hold_until_due(entry)
+                self._keep_until_due(entry)
             else:
                 self._end(entry, error)
 
@@ -272,7 +272,7 @@ class SendQueue:
             self._ready.extendleft(reversed(entries))
 
     def settled(self, flight: Flight, failures: Sequence[tuple[int, KbatchError]], now: float, *, again: bool) -> None:
-        """The outcome of a flight: these of its envelopes failed, the others are done with.
+        """A flight has settled: these of its envelopes failed, the others are done with.
 
         Unless `again`, none is sent again.
         """
@@ -283,8 +283,8 @@ class SendQueue:
         guilt = has_culprit([error for _, error in failures])
         for index, error in failures:
             entry = self._entry(flight, index)
-            if again and self._hold_scheduled and _was_early(error):
-                self._hold_until_due(entry)  # the clock was set back
+            if again and self._keep_scheduled and _was_early(error):
+                self._keep_until_due(entry)  # the clock was set back
                 continue
             if not isinstance(error, ExpiredError):
                 entry.error = error
@@ -300,8 +300,8 @@ class SendQueue:
                 continue
             failed.add(index)
             lane = None if entry.group is None else self._lanes.get(entry.group)
-            held = lane is not None and lane.entries and lane.entries[0].seq < entry.seq
-            if is_for_whole_batch(error) and not held:
+            behind = lane is not None and lane.entries and lane.entries[0].seq < entry.seq
+            if is_for_whole_batch(error) and not behind:
                 suspects.append(entry)
                 continue
             if innocent:
@@ -395,7 +395,7 @@ class SendQueue:
 
     @property
     def scheduled(self) -> int:
-        """How many envelopes are held for their `scheduled_time`."""
+        """How many envelopes wait for their `scheduled_time`."""
         return len(self._scheduled)
 
     def oldest(self) -> int | None:
@@ -499,7 +499,7 @@ class SendQueue:
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
             group, size = self._group(envelope), batch.sizes[seq - batch.first_seq]
             if batch.scheduled and self._is_early(envelope, wall):
-                self._hold_until_due(Entry(envelope, seq, batch.accepted_at, group, size))
+                self._keep_until_due(Entry(envelope, seq, batch.accepted_at, group, size))
                 continue
             if group is not None:
                 lane = self._lanes.get(group)
@@ -516,7 +516,7 @@ class SendQueue:
 
     def _is_early(self, envelope: Envelope[Any], wall: float) -> bool:
         due = envelope.scheduled_time
-        return self._hold_scheduled and due is not None and due.timestamp() > wall
+        return self._keep_scheduled and due is not None and due.timestamp() > wall
 
     def _may_go_again(self, entry: Entry, error: KbatchError, flight: Flight, now: float) -> bool:
         if isinstance(error, ExpiredError):
@@ -580,7 +580,7 @@ class SendQueue:
         if lane.insert(entry) or self._strict:
             self._set_due(group, lane, due)
 
-    def _hold_until_due(self, entry: Entry) -> None:
+    def _keep_until_due(self, entry: Entry) -> None:
         due = entry.envelope.scheduled_time
         assert due is not None
         self._open.discard(entry.seq)
@@ -592,7 +592,7 @@ class SendQueue:
 
     def _call_due(self, now: float, wall: float) -> None:
         if self._timers and self._timers[0][0] <= now and not self._strict:
-            self._hold_ready()
+            self._line_up_ready()
         while self._timers and self._timers[0][0] <= now:
             due, _, group, entry = heapq.heappop(self._timers)
             if entry is not None:
@@ -616,7 +616,7 @@ class SendQueue:
             entry.accepted_at = now - (wall - due)  # its age counts from when it could be sent
             self._call_scheduled(self._opened(entry))
 
-    def _hold_ready(self) -> None:
+    def _line_up_ready(self) -> None:
         """What is ready goes to the lane of its group, if there is one, so that it leaves in the order of the group."""
         if not self._lanes:
             return

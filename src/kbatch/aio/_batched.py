@@ -15,6 +15,8 @@ from kbatch._batch_sender import answer_refusal, answer_report
 from kbatch._errors import SenderFullError, named_exception_text
 from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
 from kbatch._loop import in_thread
+from kbatch._options import AgentOptions, AioAgentOptions
+from kbatch._recovery._user_calls import UserCalls
 from kbatch._sending._agent import BaseSendingAgent
 from kbatch._sending._batched import BaseBatchedSender
 from kbatch.aio._batch_sender import send_answered
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Never, Self
 
     from kbatch._batch_sender import Told
     from kbatch._fastmap import Answer, Envelope
@@ -37,48 +39,14 @@ _NO_CONTEXT = contextvars.Context()  # to be copied
 _LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
 
 
-class SendingAgent(AioAnsweringSender, BaseSendingAgent):
-    """As `kbatch.SendingAgent`; ``on_failed`` and ``on_state_change`` may be coroutine functions.
+class LoopCalls(UserCalls):
+    """Calls of callbacks on an event loop, for which a thread waits."""
 
-    They are called on the event loop on which the sender or `send_batch` was awaited first. If there was none yet, or
-    it is closed, envelopes that are given up are in ``recent_failures``, and an error is logged.
-    """
+    loop: asyncio.AbstractEventLoop | None = None
+    _task: asyncio.Task[None] | None = None  # the last; a loop itself keeps weak references
 
-    _shown = "kbatch.aio.SendingAgent"
-    _producer_class = Producer
-    _takes_coroutines = True
-    _loop: asyncio.AbstractEventLoop | None = None
-    _callback_task: asyncio.Task[None] | None = None  # the last; a loop itself keeps weak references
-
-    async def _send_answered(self, answer: Answer) -> Told:
-        producer: Any = self._handle.producer
-        self._adopt_loop()
-        if not self._has_thread():
-            await in_thread("kbatch-start", self._start)
-        answer.trial = self._admit()
-        answer.then = functools.partial(self._note_answer, producer)
-        return await send_answered(producer, self.topic, answer)
-
-    def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
-        return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)
-
-    def _tell(self, report: DeliveryReport) -> Told:
-        return answer_report(report)
-
-    async def close(self) -> None:
-        """As `kbatch.SendingAgent.close`."""
-        await in_thread("kbatch-close", lambda: self._end(0))
-
-    def _adopt_loop(self) -> None:
-        """The running loop is that of the callbacks, unless there is one: `try_send` may have been called without."""
-        if self._loop is None:
-            self._loop = running_loop()
-
-    def _call_back(self, callback: Callable[..., object], *arguments: object) -> None:
-        loop = self._loop
-        if callback == self._keep_failure:
-            super()._call_back(callback, *arguments)
-            return
+    def call(self, callback: Callable[..., object], *arguments: object) -> None:
+        loop = self.loop
         if loop is None:
             raise RuntimeError("no event loop for the callback: nothing was awaited on one yet")
         ended = threading.Event()
@@ -86,7 +54,7 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
 
         async def run() -> None:
             try:
-                with Call(self._callbacks):  # its own, which ends with it
+                with Call(self._queue):  # its own, which ends with it
                     result = callback(*arguments)
                     if inspect.isawaitable(result):
                         await result
@@ -102,8 +70,8 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
         coroutine = run()
 
         def start() -> None:
-            self._callback_task = loop.create_task(coroutine)
-            self._callback_task.add_done_callback(has_ended)
+            self._task = loop.create_task(coroutine)
+            self._task.add_done_callback(has_ended)
 
         def has_ended(_: asyncio.Task[None]) -> None:
             if not ended.is_set():  # cancelled before its first step
@@ -123,6 +91,44 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
             raise errors.pop()  # this frame is in its traceback
 
 
+class SendingAgent(AioAnsweringSender, BaseSendingAgent):
+    """As `kbatch.SendingAgent`; ``on_failed`` and ``on_state_change`` may be coroutine functions.
+
+    They are called on the event loop on which the sender or `send_batch` was awaited first. If there was none yet, or
+    it is closed, envelopes that are given up are in ``recent_failures``, and an error is logged.
+    """
+
+    _shown = "kbatch.aio.SendingAgent"
+    _producer_class = Producer
+    _calls_class = LoopCalls
+    _options_class: type[AgentOptions[Never]] = AioAgentOptions
+    _calls: LoopCalls
+
+    async def _send_answered(self, answer: Answer) -> Told:
+        producer: Any = self._handle.producer
+        self._adopt_loop()
+        if not self._has_thread():
+            await in_thread("kbatch-start", self._start)
+        answer.trial = self._gate.admit()
+        answer.then = functools.partial(self._gate.note_answer, producer)
+        return await send_answered(producer, self.topic, answer)
+
+    def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
+        return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)
+
+    def _tell(self, report: DeliveryReport) -> Told:
+        return answer_report(report)
+
+    async def close(self) -> None:
+        """As `kbatch.SendingAgent.close`."""
+        await in_thread("kbatch-close", lambda: self._end(0))
+
+    def _adopt_loop(self) -> None:
+        """The running loop is that of the callbacks, unless there is one: `try_send` may have been called without."""
+        if self._calls.loop is None:
+            self._calls.loop = running_loop()
+
+
 class BatchedSender(BaseBatchedSender):
     """Takes envelopes one at a time, from any task and loop, and sends them in batches; the agent sees to what fails.
 
@@ -138,7 +144,7 @@ class BatchedSender(BaseBatchedSender):
         """As `kbatch.BatchedSender.send`. If the task is cancelled, its envelope may have been taken."""
         if timeout is not None:
             check_timeout(timeout)
-        if self._agent._loop is None:
+        if self._agent._calls.loop is None:
             self._agent._adopt_loop()
         answer = self._send_on_loop(envelope)
         if answer == _TAKEN:

@@ -58,7 +58,7 @@ class InlineSender(BaseInlineSender):
         return self._answer(await successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     async def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
-        """The outcome in a record batch of its own; `report` if there can be none."""
+        """Its report from a record batch of its own; `report` if there can be none."""
         solo: Any = self._handle.solo()
         if solo is None:
             return report
@@ -78,12 +78,12 @@ class InlineSender(BaseInlineSender):
     async def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
         left = self._close_timeout if timeout is None else timeout
-        held: list[ProducerHandle | None] = []
+        begun: list[ProducerHandle | None] = []
 
         def release() -> int:
-            return sum(handle.release(left) for handle in held if handle is not None)
+            return sum(handle.release(left) for handle in begun if handle is not None)
 
-        return await in_thread("kbatch-close", release, begin=lambda: held.append(self._begin_closing()))
+        return await in_thread("kbatch-close", release, begin=lambda: begun.append(self._begin_closing()))
 
     async def __aenter__(self) -> Self:
         return self

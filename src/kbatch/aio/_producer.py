@@ -222,7 +222,7 @@ class Producer(BaseProducer):
         task is cancelled, closing goes on without it.
         """
         left = await self._close(timeout)
-        self._core.undelivered.raise_all(held=True)
+        self._core.undelivered.raise_all(reachable=True)
         return left
 
     async def _close(self, timeout: float | None) -> int:

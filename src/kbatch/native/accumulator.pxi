@@ -1,4 +1,4 @@
-# Envelopes one at a time become batches. The GIL guards all of it but Signal: nothing between a look at the state and
+# Envelopes one at a time become batches. The GIL guards all of it but Flag: nothing between a look at the state and
 # its change may run Python code, and so none may allocate what the garbage collector tracks.
 
 @cython.final
@@ -66,7 +66,7 @@ cdef class RoomWaiter:
 
     cdef Envelope envelope
     cdef int64_t bytes
-    cdef object wake          # a Signal, or a callable that must not block
+    cdef object wake          # a Flag, or a callable that must not block
     cdef readonly bint taken  # the envelope has its place
     cdef bint in_line
     cdef bint gone            # it stands in line, but waits no longer
@@ -125,10 +125,10 @@ cdef class Accumulator:
     A batch is closed when it has `batch_size` envelopes, when the next one would make its keys, headers and bodies more
     than `batch_bytes`, or when its first is `batch_timeout_s` old. The size of a body that is not encoded yet is what
     those before it took on average, or what its texts, bytes and numbers take if it is the first or looks larger. At
-    most `max_buffered` envelopes and `max_buffered_bytes` are held from `send` to `give_back`, but always one.
+    most `max_buffered` envelopes and `max_buffered_bytes` are here from `send` to `_give_back`, but always one.
     """
 
-    cdef readonly Signal signal       # set when there is something to do or to plan
+    cdef readonly Flag flag           # set when there is something to do or to plan
     cdef FormedBatch filling
     cdef object formed                # a deque of those that are closed
     cdef object waiters               # a deque of RoomWaiter, in the order of their calls
@@ -142,8 +142,8 @@ cdef class Accumulator:
     cdef readonly int64_t max_buffered
     cdef readonly int64_t max_buffered_bytes
     cdef int64_t timeout_ns
-    cdef int64_t held_bytes           # what these were counted as
-    cdef int64_t held                 # accepted, not given back
+    cdef int64_t buffered_bytes       # what these were counted as
+    cdef int64_t buffered             # accepted, not given back
     cdef readonly int64_t accepted    # ever: the number that the next one gets
     cdef int64_t message_bytes        # what a message is thought to take when it is encoded: the mean of late ones,
     cdef double encoded_bytes         # of these bytes
@@ -154,7 +154,7 @@ cdef class Accumulator:
 
     def __init__(self, int64_t batch_size, int64_t batch_bytes, double batch_timeout_s, int64_t max_buffered,
                  int64_t max_buffered_bytes=INT64_MAX):
-        self.signal = Signal()
+        self.flag = Flag()
         self.formed = collections.deque()
         self.waiters = collections.deque()
         self._starting = Turns()
@@ -223,12 +223,12 @@ cdef class Accumulator:
         return 0
 
     cdef inline bint _has_room(self, int64_t size) noexcept:
-        if self.held >= self.max_buffered:
+        if self.buffered >= self.max_buffered:
             return False
-        if self.held and size > self.max_buffered_bytes - self.held_bytes:
+        if self.buffered and size > self.max_buffered_bytes - self.buffered_bytes:
             if self.filling is not None and self.filling.due_ns:
                 self.filling.due_ns = 0  # it may never be full, and only its end makes room
-                self.signal.set()
+                self.flag.set()
             return False
         return True
 
@@ -286,14 +286,14 @@ cdef class Accumulator:
                 batch.begun_ns = kb_now_ns()
                 batch.due_ns = batch.begun_ns + self.timeout_ns
                 self.filling = batch
-                self.signal.set()
+                self.flag.set()
                 break
         batch.sizes.append(size)
         batch.scheduled |= envelope._scheduled_time != NO_TIME
-        if self.held == 0:
-            self.signal.keeper = self  # the thread may keep it weakly, and has not seen this yet
-        self.held += 1
-        self.held_bytes += size
+        if self.buffered == 0:
+            self.flag.keeper = self  # the thread may keep it weakly, and has not seen this yet
+        self.buffered += 1
+        self.buffered_bytes += size
         self.accepted += 1
         if len(batch.envelopes) >= self.batch_size or batch.sizes.total >= self.batch_bytes:
             try:
@@ -306,26 +306,26 @@ cdef class Accumulator:
         self.filling.newest_ns = kb_now_ns()
         self.formed.append(self.filling)
         self.filling = None
-        self.signal.set()
+        self.flag.set()
         return 0
 
     # -- waiting for room
 
     cdef int _wait_for_room(self, object envelope, object timeout) except -1:
-        cdef Signal signal = Signal()
+        cdef Flag flag = Flag()
         cdef int64_t deadline = deadline_after(timeout)
         cdef RoomWaiter waiter
         self._check_wait()
-        waiter = self._line_up(envelope, signal)
+        waiter = self._line_up(envelope, flag)
         try:
             while not waiter.taken:
                 if self.stage != ACCEPTING or self.pid != _this_pid:
                     self._look()
-                if not signal.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
+                if not flag.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
                     if not waiter.taken:
                         raise SenderFullError(
-                            f"no room for the envelope within {timeout} s: {self.held} have no outcome yet, "
-                            f"{self.held_bytes} bytes")
+                            f"no room for the envelope within {timeout} s: {self.buffered} have no outcome yet, "
+                            f"{self.buffered_bytes} bytes")
         finally:
             self._leave_line(waiter)
         return 0
@@ -421,8 +421,8 @@ cdef class Accumulator:
         return 0
 
     cdef int _wake(self, RoomWaiter waiter) except -1:
-        if type(waiter.wake) is Signal:
-            (<Signal> waiter.wake).set()
+        if type(waiter.wake) is Flag:
+            (<Flag> waiter.wake).set()
             return 0
         try:
             waiter.wake()
@@ -502,13 +502,13 @@ cdef class Accumulator:
 
     def _give_back(self, int64_t count, int64_t size) -> None:
         """So many envelopes have their outcome, which were counted as `size` bytes."""
-        self.held -= count
-        self.held_bytes -= size
+        self.buffered -= count
+        self.buffered_bytes -= size
         self._make_room()
 
     @property
-    def _held_bytes(self) -> int:
-        return self.held_bytes
+    def _buffered_bytes(self) -> int:
+        return self.buffered_bytes
 
     def _learn_message_bytes(self, int64_t total, int64_t count) -> None:
         """So many messages were encoded, into so many bytes."""
@@ -537,7 +537,7 @@ cdef class Accumulator:
 
     def __len__(self) -> int:
         """How many envelopes were taken and have no outcome yet."""
-        return self.held
+        return self.buffered
 
     def __bool__(self) -> bool:
         return True

@@ -6,9 +6,7 @@
 # the shapes and the lists without a message; reports give lists back through `Client.returned`.
 
 cdef enum:
-    SHAPE_BUCKETS = 512
     MOST_SHAPES = 1024
-    SHAPES_SEEN = 4096      # hashes: a shape is kept from its second sighting on
     MOST_LISTED = 64        # headers of a list that is kept
     LARGEST_LISTED = 4096   # bytes of its names and values
     HEADER_BYTES = 64       # about what librdkafka allocates for a header besides
@@ -17,40 +15,6 @@ cdef int64_t MOST_POOLED_LISTS = 64 * 1024 * 1024  # bytes of lists without a me
 cdef int64_t LISTS_IDLE = 1000 * MS                # after this a client without messages gives its lists back
 
 cdef bint _lists_are_recycled = False  # whether librdkafka's lists are as this file takes them to be; const after import
-
-
-cdef struct ShapeHeader:
-    const char *name    # in the shape
-    const char *seen    # where the same name stood last, in the slice `Shape.slice`
-    int32_t name_len
-    int32_t value_len   # on the wire; -1: null
-
-cdef struct Shape:
-    Shape *next             # of its bucket
-    HeaderList *free        # its lists without a message
-    ShapeHeader *headers    # behind this struct, as the names are
-    int64_t slice
-    int64_t list_bytes      # about what one of its lists takes
-    uint32_t mark
-    int32_t count
-    int32_t lists           # all of its lists
-    int32_t is_used         # since the last look for one to drop
-    int32_t is_dropped      # in no bucket: it goes with its last list
-
-cdef struct HeaderList:
-    rd_kafka_headers_t *headers  # owned; while a message has it, librdkafka's
-    Shape *shape
-    Topic *topic                 # of the message
-    HeaderList *next
-    # behind this struct: where each value stands in `headers`
-
-cdef struct ListPool:
-    Shape *buckets[SHAPE_BUCKETS]
-    uint32_t seen[SHAPES_SEEN]
-    int64_t slice          # the number of the slice that is being enqueued
-    int64_t pooled_bytes   # atomic
-    int32_t shapes
-    int32_t hand           # the bucket in which the next shape to drop is looked for
 
 
 cdef inline char **values_of(HeaderList *held) noexcept nogil:

@@ -2,13 +2,6 @@
 # and leaves the batch to be dropped as a whole; what it took is released with the Batch. Who asks for it
 # (`rejected`) gets a batch without the envelopes that cannot be mapped.
 
-cdef enum Wire:
-    WIRE_KBATCH = 0
-    WIRE_WOLVERINE = 1
-    WIRE_RAW = 2
-    WIRE_CUSTOM = 3
-    WIRE_CLOUDEVENTS = 4
-
 cdef enum:
     MESSAGE_OVERHEAD = 36  # RD_KAFKAP_MESSAGE_V2_MAX_OVERHEAD of librdkafka
     OWN_HEADERS = 16       # the most that a wire format writes itself
@@ -46,18 +39,6 @@ cdef struct Cursor:
     # The headers being written of one envelope.
     Header *next
     int64_t wire_size  # serialised size so far
-
-
-cdef frozenset KBATCH_HEADERS = frozenset((
-    "id", "message-type", "content-type", "sent-at", "correlation-id", "conversation-id", "parent-id", "source",
-    "tenant-id", "user-name", "time-to-send", "deliver-by", "attempts"))
-cdef frozenset WOLVERINE_HEADERS = KBATCH_HEADERS | {"wolverine-protocol-version"}
-# The last two have another place in Kafka: the value, and content-type. Not ce_id: an envelope may have one of its own,
-# that of an event that was read and has no UUID.
-cdef frozenset CLOUDEVENTS_HEADERS = frozenset((
-    "ce_specversion", "ce_source", "ce_type", "ce_time", "content-type", "ce_correlationid",
-    "ce_conversationid", "ce_parentid", "ce_tenantid", "ce_username", "ce_scheduledtime", "ce_expirytime",
-    "ce_attempts", "ce_data", "ce_datacontenttype"))
 
 
 cdef Py_ssize_t _count_of(tuple pairs, const char *name) noexcept:
@@ -114,10 +95,6 @@ cdef class Scratch:
     # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back
     # when one shrinks below half of it. A message that starts at `base`, the middle of the memory, and is no longer
     # than a third of that, therefore moves nothing. This matters to speed only.
-    cdef bytearray memory         # None when there was no memory for another
-    cdef Py_ssize_t base
-    cdef Py_ssize_t largest_base  # so that the memory is never larger than a message may be
-    cdef Py_ssize_t longest       # of the messages since it was taken
 
     @staticmethod
     cdef Scratch make(int64_t message_max_bytes):
@@ -171,31 +148,14 @@ cdef class Scratch:
 cdef class Mapper:
     """How envelopes become records: wire format, encoder and defaults of one producer."""
 
-    cdef int wire
-    cdef object custom                # the wire object, for WIRE_CUSTOM
-    cdef object encode_into           # msgspec's bound method, or None
-    cdef object encoder               # the callable, or None
-    cdef object encoded_content_type  # content type of what the encoder makes
-    cdef object source
-    cdef object header_hook
-    cdef frozenset reserved
-    cdef int64_t message_max_bytes
-    cdef int64_t queue_max_bytes
-    cdef bint carry_scheduled_time    # a time in the future is the reader's business
-    cdef Scratch spare                # for the next mapping; nothing else here changes after __init__
-
     def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes, *,
                  carry_scheduled_time=False):
-        if wire == "kbatch":
-            self.wire, self.reserved = WIRE_KBATCH, KBATCH_HEADERS
-        elif wire == "wolverine":
-            self.wire, self.reserved = WIRE_WOLVERINE, WOLVERINE_HEADERS
-        elif wire == "cloudevents":
-            self.wire, self.reserved = WIRE_CLOUDEVENTS, CLOUDEVENTS_HEADERS
-        elif wire == "raw":
-            self.wire, self.reserved = WIRE_RAW, frozenset()
+        if isinstance(wire, str):
+            self.wire = WIRES[wire]
         else:
-            self.wire, self.custom, self.reserved = WIRE_CUSTOM, wire, frozenset()
+            self.wire, self.custom = WIRE_CUSTOM, wire
+        self.reserved = reserved_headers(self.wire)
+        self.own = own_headers(self.wire, &self.own_count)
         self.encoded_content_type = "application/octet-stream"
         if isinstance(encoder, msgspec.json.Encoder):
             self.encode_into = encoder.encode_into
@@ -283,22 +243,6 @@ cdef class _Mapping:
             raise self._error(field, f"{shown} cannot be encoded as UTF-8: {error.reason}") from error
         return 0
 
-    cdef int _put_text(self, Cursor *at, const char *name, int32_t name_len, object value, str field) except -1:
-        cdef Py_ssize_t length
-        cdef const char *p
-        if value is None:
-            return 0
-        p = self._text(value, field, &length)
-        _put(at, name, name_len, p, <int32_t> length, length)
-        return 0
-
-    cdef int _put_attribute(self, Cursor *at, const char *name, int32_t name_len, object value,
-                            str field) except -1:
-        # One of CloudEvents that may not be empty.
-        if value is not None and isinstance(value, str) and not <str> value:
-            raise self._error(field, f"{field} is empty, which the cloudevents format does not allow")
-        return self._put_text(at, name, name_len, value, field)
-
     cdef int _check_attribute(self, str where, object name, const char *name_p, Py_ssize_t name_len,
                               object value) except -1:
         # A user's header that readers of CloudEvents take for an attribute.
@@ -320,7 +264,7 @@ cdef class _Mapping:
         return 0
 
     cdef int _check_event_id(self, str where, object value) except -1:
-        # An envelope's own header that is the id of its event: `_put_cloudevents` writes none then.
+        # An envelope's own header that is the id of its event: `_put_own` writes none then.
         cdef str field = f"{where}['ce_id']"
         if where != "headers":
             raise self._error(field, "header 'ce_id' is reserved: it is the envelope's")
@@ -563,119 +507,107 @@ cdef class _Mapping:
     cdef object _source(self):
         return self.envelope._source if self.envelope._source is not None else self.mapper.source
 
-    cdef void _put_time(self, Cursor *at, const char *name, int32_t name_len, int64_t *us) noexcept:
+    cdef void _put_time(self, Cursor *at, const OwnHeader *own, int64_t *us) noexcept:
         if us[0] != NO_TIME:
             if self.mapper.wire == WIRE_WOLVERINE:
-                _put(at, name, name_len, <const char *> us, VALUE_TIME_WOLVERINE, TIME_TEXT_WOLVERINE)
+                _put(at, own.name, own.name_len, <const char *> us, VALUE_TIME_WOLVERINE, TIME_TEXT_WOLVERINE)
             else:
-                _put(at, name, name_len, <const char *> us, VALUE_TIME_KBATCH, TIME_TEXT_KBATCH)
+                _put(at, own.name, own.name_len, <const char *> us, VALUE_TIME_KBATCH, TIME_TEXT_KBATCH)
 
-    cdef inline void _put_sent_at(self, Cursor *at, const char *name, int32_t name_len) noexcept:
+    cdef inline void _put_sent_at(self, Cursor *at, const OwnHeader *own) noexcept:
         # The batch's own time is written once per batch.
         if self.envelope._sent_at != NO_TIME:
-            self._put_time(at, name, name_len, &self.envelope._sent_at)
+            self._put_time(at, own, &self.envelope._sent_at)
         elif self.mapper.wire == WIRE_WOLVERINE:
-            _put(at, name, name_len, self.batch.sent_at, TIME_TEXT_WOLVERINE, TIME_TEXT_WOLVERINE)
+            _put(at, own.name, own.name_len, self.batch.sent_at, TIME_TEXT_WOLVERINE, TIME_TEXT_WOLVERINE)
         else:
-            _put(at, name, name_len, self.batch.sent_at, TIME_TEXT_KBATCH, TIME_TEXT_KBATCH)
+            _put(at, own.name, own.name_len, self.batch.sent_at, TIME_TEXT_KBATCH, TIME_TEXT_KBATCH)
 
-    # -- wire formats; the header names are those of DESIGN.md, "Wire formats"
+    # -- the wire format's own headers
 
-    cdef int _put_kbatch(self, Cursor *at) except -1:
+    cdef int _put_own(self, Cursor *at) except -1:
         cdef Envelope e = self.envelope
-        _put(at, b"id", 2, <const char *> e._id, VALUE_UUID, UUID_TEXT)
-        if e._kind == BODY_TOMBSTONE:
-            self._put_sent_at(at, b"sent-at", 7)
-            return 0
-        self._put_text(at, b"message-type", 12, self._type_name(), "message_type")
-        self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
-        self._put_sent_at(at, b"sent-at", 7)
-        self._put_text(at, b"correlation-id", 14, e._correlation_id, "correlation_id")
-        self._put_text(at, b"conversation-id", 15, e._conversation_id, "conversation_id")
-        self._put_text(at, b"parent-id", 9, e._parent_id, "parent_id")
-        self._put_text(at, b"source", 6, self._source(), "source")
-        self._put_text(at, b"tenant-id", 9, e._tenant_id, "tenant_id")
-        self._put_text(at, b"user-name", 9, e._user_name, "user_name")
-        self._put_time(at, b"time-to-send", 12, &e._scheduled_time)
-        self._put_time(at, b"deliver-by", 10, &e._deliver_by)
-        if e._attempts > 0:
-            _put(at, b"attempts", 8, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
+        cdef const OwnHeader *own = <const OwnHeader *> self.mapper.own
+        cdef const OwnHeader *end = own + self.mapper.own_count
+        cdef bint tombstone = e._kind == BODY_TOMBSTONE
+        while own != end:
+            if own.rules & KB_ALIAS or (tombstone and not own.rules & KB_OF_TOMBSTONE):
+                pass
+            elif own.field <= KB_LAST_TEXT:
+                self._put_field(at, own, e)
+            elif own.field == KB_ID:
+                if self._is_id_written(own, e):
+                    _put(at, own.name, own.name_len, <const char *> e._id, VALUE_UUID, UUID_TEXT)
+            elif own.field == KB_SENT_AT:
+                self._put_sent_at(at, own)
+            elif own.field == KB_SCHEDULED_TIME:
+                self._put_time(at, own, &e._scheduled_time)
+            elif own.field == KB_DELIVER_BY:
+                self._put_time(at, own, &e._deliver_by)
+            elif own.field == KB_ATTEMPTS:
+                if e._attempts > 0 or own.rules & KB_ALWAYS:
+                    _put(at, own.name, own.name_len, <const char *> &e._attempts, VALUE_INT32,
+                         decimal_length(e._attempts))
+            elif own.field == KB_VERSION:
+                _put(at, own.name, own.name_len, b"1.0", 3, 3)
+            own += 1
         return 0
 
-    cdef int _put_wolverine(self, Cursor *at) except -1:
-        cdef Envelope e = self.envelope
-        self._put_text(at, b"correlation-id", 14, e._correlation_id, "correlation_id")
-        if not _all_zero(e._id):
-            _put(at, b"id", 2, <const char *> e._id, VALUE_UUID, UUID_TEXT)
-        self._put_guid(at, e._conversation_id)
-        self._put_text(at, b"parent-id", 9, e._parent_id, "parent_id")
-        self._put_text(at, b"content-type", 12, self._content_type(), "content_type")
-        self._put_text(at, b"source", 6, self._source(), "source")
-        self._put_time(at, b"time-to-send", 12, &e._scheduled_time)
-        self._put_sent_at(at, b"sent-at", 7)
-        self._put_text(at, b"message-type", 12, self._type_name(), "message_type")
-        self._put_text(at, b"tenant-id", 9, e._tenant_id, "tenant_id")
-        self._put_text(at, b"user-name", 9, e._user_name, "user_name")
-        self._put_time(at, b"deliver-by", 10, &e._deliver_by)
-        _put(at, b"attempts", 8, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
-        _put(at, b"wolverine-protocol-version", 26, b"1.0", 3, 3)
-        return 0
+    cdef bint _is_id_written(self, const OwnHeader *own, Envelope e) noexcept:
+        if own.rules & KB_NOT_ZERO and _all_zero(e._id):
+            return False
+        return not own.rules & KB_EVENT_ID or not e._headers or not _count_of(e._headers, own.name)
 
-    cdef int _put_cloudevents(self, Cursor *at) except -1:
-        # CloudEvents 1.0, Kafka protocol binding, binary content mode. A null value without a type is no event.
+    cdef object _field(self, int field):
+        # The text of a field, as it is sent.
         cdef Envelope e = self.envelope
-        cdef object source
-        if e._kind == BODY_TOMBSTONE or (e._kind == BODY_NULL and e._message_type is None):
-            return 0
-        source = self._source()
-        if source is None:
-            raise self._error(
-                "source", "the cloudevents format needs a source: give one to the envelope or to the producer "
-                "(source=…)")
-        _put(at, b"ce_specversion", 14, b"1.0", 3, 3)
-        if not e._headers or not _count_of(e._headers, b"ce_id"):
-            _put(at, b"ce_id", 5, <const char *> e._id, VALUE_UUID, UUID_TEXT)
-        self._put_attribute(at, b"ce_source", 9, source, "source")
-        self._put_attribute(at, b"ce_type", 7, self._type_name(), "message_type")
-        self._put_sent_at(at, b"ce_time", 7)
-        self._put_attribute(at, b"content-type", 12, self._content_type(), "content_type")
-        self._put_attribute(at, b"ce_correlationid", 16, e._correlation_id, "correlation_id")
-        self._put_text(at, b"ce_conversationid", 17, e._conversation_id, "conversation_id")
-        self._put_text(at, b"ce_parentid", 11, e._parent_id, "parent_id")
-        self._put_text(at, b"ce_tenantid", 11, e._tenant_id, "tenant_id")
-        self._put_text(at, b"ce_username", 11, e._user_name, "user_name")
-        self._put_time(at, b"ce_scheduledtime", 16, &e._scheduled_time)
-        self._put_time(at, b"ce_expirytime", 13, &e._deliver_by)
-        if e._attempts > 0:
-            _put(at, b"ce_attempts", 11, <const char *> &e._attempts, VALUE_INT32, decimal_length(e._attempts))
-        return 0
+        if field == KB_MESSAGE_TYPE:
+            return self._type_name()
+        if field == KB_CONTENT_TYPE:
+            return self._content_type()
+        if field == KB_SOURCE:
+            return self._source()
+        if field == KB_CORRELATION_ID:
+            return e._correlation_id
+        if field == KB_CONVERSATION_ID:
+            return e._conversation_id
+        if field == KB_PARENT_ID:
+            return e._parent_id
+        if field == KB_TENANT_ID:
+            return e._tenant_id
+        return e._user_name
 
-    cdef int _put_guid(self, Cursor *at, object text) except -1:
-        # conversation-id as .NET writes a GUID: canonical, and absent if it is all zero.
+    cdef int _put_field(self, Cursor *at, const OwnHeader *own, Envelope e) except -1:
+        cdef object value = self._field(own.field)
         cdef Py_ssize_t length
         cdef const char *p
-        if text is None:
+        if value is None:
+            if own.rules & KB_REQUIRED:  # of what is required only this can be missing
+                raise self._error(
+                    "source", "the cloudevents format needs a source: give one to the envelope or to the producer "
+                    "(source=…)")
             return 0
-        p = self._text(text, "conversation_id", &length)
-        if not is_canonical_uuid(p, length):
-            return self._put_text(at, b"conversation-id", 15, self._guid(text), "conversation_id")
-        _put(at, b"conversation-id", 15, p, <int32_t> length, length)
+        p = self._text(value, <str> TEXT_FIELDS[own.field], &length)
+        if length == 0 and own.rules & KB_NOT_EMPTY:
+            field = TEXT_FIELDS[own.field]
+            raise self._error(field, f"{field} is empty, which the cloudevents format does not allow")
+        if own.rules & KB_GUID and not is_canonical_uuid(p, length):
+            return self._put_guid(at, own, value, p, length)
+        _put(at, own.name, own.name_len, p, <int32_t> length, length)
         return 0
 
-    cdef object _guid(self, object text):
-        # The canonical text of a GUID in another form; None for the empty GUID.
-        cdef object value
-        text = PyUnicode_FromObject(text)  # not what a subclass overrides
-        # uuid.UUID() also takes what int() takes: spaces, 0x, digits of every script.
-        if not _GUID(text):
+    cdef int _put_guid(self, Cursor *at, const OwnHeader *own, object text, const char *p, Py_ssize_t length) except -1:
+        # A GUID in another form becomes canonical, and one that is all zero is absent, as .NET has it.
+        cdef unsigned char[16] raw
+        cdef bytes kept
+        if not parse_uuid(p, length, raw):
             raise self._error(
                 "conversation_id", f"conversation_id must be a UUID in the wolverine format, not {shown(text)}")
-        value = uuid.UUID(text)
-        if value.int == 0:
-            return None
-        text = str(value)
-        self.kept.append(text)
-        return text
+        if not _all_zero(raw):
+            kept = PyBytes_FromStringAndSize(<const char *> raw, 16)
+            self.kept.append(kept)
+            _put(at, own.name, own.name_len, PyBytes_AS_STRING(kept), VALUE_UUID, UUID_TEXT)
+        return 0
 
     cdef int _wolverine_key(self, Record *record) except -1:
         # As the original: an empty key is none, but the key of a null value is as it was given.
@@ -705,18 +637,16 @@ cdef class _Mapping:
             most += len(self.extra_headers)
         record.headers = at.next = self._room_for(most)
         at.wire_size = 0
-        if self.mapper.wire == WIRE_KBATCH:
-            self._put_kbatch(&at)
-        elif self.mapper.wire == WIRE_CLOUDEVENTS:
-            self._put_cloudevents(&at)
+        if self.mapper.wire != WIRE_WOLVERINE and not (self.mapper.wire == WIRE_CLOUDEVENTS and _is_no_event(e)):
+            self._put_own(&at)
         if self.extra_headers is not None:
             self._put_headers(&at, self.extra_headers, "encoder headers")
         if self.hook_headers:
             self._put_headers(&at, self.hook_headers, "header_hook")
         if e._headers:
             self._put_headers(&at, e._headers, "headers")
-        if self.mapper.wire == WIRE_WOLVERINE and e._kind != BODY_TOMBSTONE:
-            self._put_wolverine(&at)
+        if self.mapper.wire == WIRE_WOLVERINE:
+            self._put_own(&at)
         return self._end_headers(record, &at, most)
 
     cdef int _end_headers(self, Record *record, Cursor *at, Py_ssize_t most) except -1:
@@ -927,8 +857,12 @@ cdef str _encoding_error(error):
 
 cdef char *_NOTHING = b""
 cdef object _MINUS_ONE = -1
-cdef object _GUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}|[0-9a-fA-F]{32}").fullmatch
 cdef object _LEGAL_TOPIC = re.compile(r"(?!\.{1,2}\Z)[a-zA-Z0-9._-]{1,249}\Z").match
+
+
+cdef bint _is_no_event(Envelope e) noexcept:
+    # Of CloudEvents: a null value without a type.
+    return e._kind == BODY_TOMBSTONE or (e._kind == BODY_NULL and e._message_type is None)
 
 
 cdef bint _all_zero(const unsigned char *id) noexcept nogil:

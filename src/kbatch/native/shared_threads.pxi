@@ -12,15 +12,14 @@ cdef class CallQueue:
     cdef bint counted        # it keeps a thread
     cdef bint stopped
     cdef int64_t generation
-    cdef Signal idle         # set when it is not busy any more
+    cdef Flag idle           # set when it is not busy any more
 
     def __cinit__(self, SharedThreads threads not None):
-        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Signal()
+        self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Flag()
         self.generation = threads.generation
 
-    def __dealloc__(self):
-        if self.threads is not None:
-            self._uncount()
+    def __del__(self):
+        self._uncount()
 
     def put(self, function, *arguments) -> None:
         """Calls ``function(*arguments)`` soon; an exception from it is logged. If this raises, nothing is called."""
@@ -125,22 +124,19 @@ cdef class SharedThreads:
 
     cdef bint _has_thread_for(self, CallQueue queue) except -1:
         # Whether there is a thread for a call of the queue. If not, there is none to be had.
-        if self._has_leader():
-            if not self.began_ns or self.current is queue:
-                return True
-            return self._has_standby()
-        with self.lock:
-            return self._has_leader() or self._begin(True)
+        if not self._has_leader():
+            with self.lock:
+                if not self._has_leader() and not self._begin(True):
+                    return False
+        return not self.began_ns or self.current is queue or self._has_standby()
 
     cdef bint _has_leader(self) noexcept:
         return self.leader is not None and self.leader.has_begun
 
-    cdef bint _has_standby(self) noexcept:
-        if self.standby is not None:
-            return True
+    cdef bint _has_standby(self) except -1:
         try:
-            return self._begin(False)
-        except BaseException:  # without memory the next call tries again
+            return self.standby is not None or self._begin(False)
+        except MemoryError:  # the next call tries again
             return True
 
     cdef bint _begin(self, bint leads) except -1:
@@ -225,7 +221,10 @@ cdef class SharedThreads:
             return True
         self.current, self.began_ns = queue, kb_now_ns()
         if self.first is not None:
-            self._has_standby()
+            try:
+                self._has_standby()
+            except BaseException:  # the calls come first
+                pass
         self._call(queue)
         if self.leader is thread:
             self.current, self.began_ns = None, 0
@@ -240,7 +239,10 @@ cdef class SharedThreads:
                 return False
             self.standby = thread
         if self.first is None:
-            return self.counted > 0 and thread.changed._wait(deadline, INT64_MAX // 2)
+            if not self.counted:
+                return False
+            # A queue may have become ready between the end of the wait and the GIL, or be about to.
+            return thread.changed._wait(deadline, INT64_MAX // 2) or self.first is not None or self.promised > 0
         deadline = (self.began_ns or now) + self.slow_ns
         if self.leader is None or (self.began_ns and now >= deadline):
             self.standby, self.leader = None, thread

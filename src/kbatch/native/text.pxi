@@ -1,11 +1,8 @@
-# Ids and times as the wire formats write them, and UUID version 7. No Python object is made here.
-
-cdef enum:
-    UUID_TEXT = 36          # 8-4-4-4-12 hexadecimal digits, lower case
-    TIME_TEXT_KBATCH = 27   # 2026-11-23T09:16:45.123456Z
-    TIME_TEXT_WOLVERINE = 28  # 2026-11-23 09:16:45:123456 Z
+# Ids, times and numbers as the wire formats write and read them, and UUID version 7. No Python object is made here.
 
 cdef int64_t NO_TIME = INT64_MIN
+cdef int64_t _FIRST_TIME = -62135596800000000  # 0001-01-01T00:00:00Z
+cdef int64_t _LAST_TIME = 253402300799999999   # 9999-12-31T23:59:59.999999Z
 
 cdef char[512] _HEX_PAIRS
 
@@ -46,6 +43,36 @@ cdef bint is_canonical_uuid(const char *text, Py_ssize_t length) noexcept nogil:
         elif text[i] != c'0':
             return False
     return not zero
+
+
+cdef inline int _hex_digit(char c) noexcept nogil:
+    # -1 if it is none.
+    if c'0' <= c <= c'9':
+        return c - c'0'
+    if c'a' <= c <= c'f':
+        return c - c'a' + 10
+    if c'A' <= c <= c'F':
+        return c - c'A' + 10
+    return -1
+
+
+cdef bint parse_uuid(const char *text, Py_ssize_t length, unsigned char *out) noexcept nogil:
+    # 8-4-4-4-12 hexadecimal digits, or 32 of them, in either case. `out` is written even if the text is no UUID.
+    cdef int i, high, low
+    cdef bint dashes = length == UUID_TEXT
+    if not dashes and length != 32:
+        return False
+    for i in range(16):
+        if dashes and (i == 4 or i == 6 or i == 8 or i == 10):
+            if text[0] != c'-':
+                return False
+            text += 1
+        high, low = _hex_digit(text[0]), _hex_digit(text[1])
+        if high < 0 or low < 0:
+            return False
+        out[i] = <unsigned char> (high << 4 | low)
+        text += 2
+    return True
 
 
 cdef inline void _write_digits(char *out, int64_t value, int width) noexcept nogil:
@@ -94,6 +121,109 @@ cdef void write_time(int64_t us, bint wolverine, char *out) noexcept nogil:
         out[27] = c'Z'
     else:
         out[26] = c'Z'
+
+
+cdef inline int _read_digits(const char *text, int width) noexcept nogil:
+    # -1 if they are not all digits.
+    cdef int i, value = 0
+    for i in range(width):
+        if not c'0' <= text[i] <= c'9':
+            return -1
+        value = value * 10 + (text[i] - c'0')
+    return value
+
+
+cdef inline int64_t _days_before(int year, int month) noexcept nogil:
+    # From 1970-01-01 to the first of a month: the era arithmetic of `write_time`, the other way round.
+    cdef int y = year - 1 if month <= 2 else year
+    cdef int era = y // 400
+    cdef int yoe = y - era * 400
+    cdef int doy = (153 * (month - 3 if month > 2 else month + 9) + 2) // 5
+    return <int64_t> era * 146097 + yoe * 365 + yoe // 4 - yoe // 100 + doy - 719468
+
+
+cdef inline int _days_in(int year, int month) noexcept nogil:
+    if month == 2:
+        return 29 if year % 4 == 0 and (year % 100 != 0 or year % 400 == 0) else 28
+    return 30 if month == 4 or month == 6 or month == 9 or month == 11 else 31
+
+
+cdef bint parse_time(const char *text, Py_ssize_t length, int64_t *us) noexcept nogil:
+    # RFC 3339, rounded to microseconds; a space instead of the T and an offset without a colon, as ISO 8601 has it; and
+    # the wolverine format's own. False if it is no time, or if in UTC its year is not from 1 to 9999.
+    cdef const char *end = text + length
+    cdef int year, month, day, hour, minute, second, digit, places, offset_hours, offset_minutes
+    cdef int64_t time, micros = 0, offset = 0
+    cdef bint rounded_up = False
+    if length < 20 or text[4] != c'-' or text[7] != c'-' or text[13] != c':' or text[16] != c':':
+        return False
+    if text[10] != c'T' and text[10] != c't' and text[10] != c' ':
+        return False
+    year, month, day = _read_digits(text, 4), _read_digits(text + 5, 2), _read_digits(text + 8, 2)
+    hour, minute, second = _read_digits(text + 11, 2), _read_digits(text + 14, 2), _read_digits(text + 17, 2)
+    if year < 1 or not 1 <= month <= 12 or not 1 <= day <= _days_in(year, month):
+        return False
+    if not 0 <= hour <= 23 or not 0 <= minute <= 59 or not 0 <= second <= 59:
+        return False
+    if length == TIME_TEXT_WOLVERINE and text[10] == c' ' and text[19] == c':' and text[26] == c' ':
+        micros = _read_digits(text + 20, 6)
+        if micros < 0 or text[27] != c'Z':
+            return False
+        text = end
+    else:
+        text += 19
+        if text[0] == c'.':
+            text += 1
+            places = 0
+            while text < end and c'0' <= text[0] <= c'9':
+                digit = text[0] - c'0'
+                if places < 6:
+                    micros = micros * 10 + digit
+                elif places == 6:
+                    rounded_up = digit >= 5
+                places = min(places + 1, 7)
+                text += 1
+            if places == 0:
+                return False
+            while places < 6:
+                micros *= 10
+                places += 1
+        if text == end:
+            return False
+        if text[0] == c'Z' or text[0] == c'z':
+            text += 1
+        elif (text[0] == c'+' or text[0] == c'-') and end - text >= 5:
+            offset_hours = _read_digits(text + 1, 2)
+            offset_minutes = _read_digits(end - 2, 2)
+            if end - text != (6 if text[3] == c':' else 5):
+                return False
+            if not 0 <= offset_hours <= 23 or not 0 <= offset_minutes <= 59:
+                return False
+            offset = (offset_hours * 60 + offset_minutes) * <int64_t> 60000000
+            if text[0] == c'-':
+                offset = -offset
+            text = end
+        if text != end:
+            return False
+    time = _days_before(year, month) + day - 1
+    time = ((time * 24 + hour) * 60 + minute) * 60 + second
+    time = time * 1000000 + micros + rounded_up
+    us[0] = time - offset
+    return time <= _LAST_TIME and _FIRST_TIME <= us[0] <= _LAST_TIME
+
+
+cdef inline bint parse_count(const char *text, Py_ssize_t length, int32_t *out) noexcept nogil:
+    # A whole number from 0 to 2147483647, of 10 digits at most.
+    cdef int64_t value = 0
+    cdef Py_ssize_t i
+    if not 1 <= length <= 10:
+        return False
+    for i in range(length):
+        if not c'0' <= text[i] <= c'9':
+            return False
+        value = value * 10 + (text[i] - c'0')
+    out[0] = <int32_t> value
+    return value <= INT32_MAX
 
 
 cdef inline int32_t decimal_length(int32_t value) noexcept nogil:
@@ -175,8 +305,6 @@ cdef object _MICROSECOND = (<object> PyDateTimeAPI.DeltaType)(microseconds=1)
 cdef object _EPOCH = _DATETIME(1970, 1, 1, tzinfo=datetime.timezone.utc)
 cdef object _difference = _DATETIME.__sub__
 cdef object _utc_offset = _DATETIME.utcoffset
-cdef int64_t _FIRST_TIME = -62135596800000000  # 0001-01-01T00:00:00Z
-cdef int64_t _LAST_TIME = 253402300799999999   # 9999-12-31T23:59:59.999999Z
 
 
 cdef int64_t time_us(object value, str field) except? -2:

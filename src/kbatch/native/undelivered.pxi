@@ -20,12 +20,6 @@ def envelope_bytes(Envelope envelope not None) -> int:
 cdef class _Lot:
     """The failures of one batch, or one of a sender's."""
 
-    cdef list failures   # (envelope, KbatchError or error code, persistence): the first
-    cdef int64_t count   # of all
-    cdef int64_t bytes   # of these envelopes
-    cdef bint held       # its batch lives, and may be looked at
-    cdef int waited      # so many are about to look at its batch
-
 
 @cython.final
 cdef class Undelivered:
@@ -33,14 +27,6 @@ cdef class Undelivered:
 
     Whoever takes it tells it, so that each failure is told once. What is left at the end is logged.
     """
-
-    cdef dict lots      # each by itself, in the order of failing
-    cdef int64_t kept   # failures with their envelopes
-    cdef int64_t bytes  # of these envelopes
-    cdef Py_ssize_t many  # so many lots, and those without envelopes are looked through
-    cdef int64_t rest   # failures without
-    cdef int pid
-    cdef str what       # they are called
 
     def __init__(self, str what not None):
         self.lots = {}
@@ -84,7 +70,7 @@ cdef class Undelivered:
         cdef _Lot lot
         for each in list(self.lots):
             lot = each
-            if not lot.held and not lot.failures and self._take(lot):
+            if not lot.reachable and not lot.failures and self._take(lot):
                 self.rest += lot.count
         self.many = 2 * len(self.lots) + 2 * KEPT_FAILURES
         return 0
@@ -97,25 +83,25 @@ cdef class Undelivered:
         self.bytes -= lot.bytes
         return True
 
-    cdef list _take_all(self, bint held, bint waited, int64_t *count):
+    cdef list _take_all(self, bint reachable, bint waited, int64_t *count):
         cdef list taken = []
         cdef _Lot lot
         self._own()
         for each in list(self.lots):
             lot = each
-            if (not lot.held or held and (waited or not lot.waited)) and self._take(lot):
+            if (not lot.reachable or reachable and (waited or not lot.waited)) and self._take(lot):
                 taken.append(lot)
                 count[0] += lot.count
         count[0] += self.rest
         self.rest = 0
         return taken
 
-    def raise_all(self, *, bint held=False) -> None:
-        """Raises `UndeliveredError` for what nobody was told of; with `held` also of batches that somebody may still
-        look at."""
+    def raise_all(self, *, bint reachable=False) -> None:
+        """Raises `UndeliveredError` for what nobody was told of; with `reachable` also of batches that somebody may
+        still look at."""
         # Raised from here: no signal handler can come between the taking and the raising, and lose it.
         cdef int64_t count = 0
-        cdef list taken = self._take_all(held, False, &count)
+        cdef list taken = self._take_all(reachable, False, &count)
         if not count:
             return
         try:
@@ -125,26 +111,26 @@ cdef class Undelivered:
             raise
         raise error
 
-    def raise_beside(self, error, *, bint held=False) -> None:
+    def raise_beside(self, error, *, bint reachable=False) -> None:
         """As `raise_all` at the end of a block. If `error` ends it, that comes first: what nobody was told of is
         logged, and noted with `error` where exceptions have notes."""
         if error is None:
-            self.raise_all(held=held)
+            self.raise_all(reachable=reachable)
             return
         try:
-            self._log(held, False, error)
+            self._log(reachable, False, error)
         except Exception:
             pass  # a logging filter's: the block's own error comes first, and what was not noted is told later
 
-    def log_all(self, *, bint held=False) -> None:
-        """As `raise_all`, but logs: there is nobody to whom it could be raised. With `held` it is the end: also of
-        batches that somebody waits for."""
-        self._log(held, True, None)
+    def log_all(self, *, bint reachable=False) -> None:
+        """As `raise_all`, but logs: there is nobody to whom it could be raised. With `reachable` it is the end: also
+        of batches that somebody waits for."""
+        self._log(reachable, True, None)
 
-    cdef int _log(self, bint held, bint waited, object error) except -1:
+    cdef int _log(self, bint reachable, bint waited, object error) except -1:
         # Noted with `error` or logged, or it is here as before.
         cdef int64_t count = 0
-        cdef list taken = self._take_all(held, waited, &count)
+        cdef list taken = self._take_all(reachable, waited, &count)
         cdef bint noted = False
         if not count:
             return 0
@@ -192,4 +178,4 @@ cdef class Undelivered:
 
     def __del__(self):
         if self.pid == _this_pid and self.lots is not None and (self.lots or self.rest):
-            self.log_all(held=True)
+            self.log_all(reachable=True)

@@ -191,7 +191,7 @@ cdef class Turns:
     """First come, first served among the coroutines of each loop, whatever they do before their turn."""
 
     cdef dict lines              # of the loops on which somebody stands in line
-    cdef list watchers           # signals of those that wait for others to leave
+    cdef list watchers           # flags of those that wait for others to leave
     cdef readonly int64_t last   # the number of the one that joined last
     cdef readonly int64_t standing
 
@@ -229,13 +229,13 @@ cdef class Turns:
         """Blocks until nobody stands in line any more that joined no later than `upto`, or `timeout` seconds."""
         cdef int64_t deadline = deadline_after(timeout)
         cdef int64_t total = 0
-        cdef Signal signal = Signal()
-        self.watchers.append(signal)
+        cdef Flag flag = Flag()
+        self.watchers.append(flag)
         try:
             while self._look(upto, &total) and kb_now_ns() < deadline:
-                signal._wait(min(deadline, kb_now_ns() + WAIT_SLICE), WAIT_SLICE)  # a loop may be closed meanwhile
+                flag._wait(min(deadline, kb_now_ns() + WAIT_SLICE), WAIT_SLICE)  # a loop may be closed meanwhile
         finally:
-            self.watchers.remove(signal)
+            self.watchers.remove(flag)
 
     cdef bint _look(self, int64_t upto, int64_t *total) except -1:
         # Whether somebody is there, and of how many envelopes.
@@ -309,7 +309,7 @@ cdef class Turn:
     cdef int _leave(self) except -1:
         cdef TurnLine line = self.line
         cdef Turns turns = self.turns
-        cdef Signal signal
+        cdef Flag flag
         if line is None:
             return 0
         self.line = None
@@ -323,8 +323,8 @@ cdef class Turn:
             (<Turn> self.behind).ahead = self.ahead
         self.ahead = self.behind = NULL
         turns.standing -= 1
-        for signal in turns.watchers:
-            signal.set()
+        for flag in turns.watchers:
+            flag.set()
         if line.first == NULL:
             if turns.lines.get(line.loop) is line and line.first == NULL:
                 del turns.lines[line.loop]

@@ -18,7 +18,7 @@ from kbatch._codes import (
     PURGE_QUEUE,
     TIMED_OUT_QUEUE,
 )
-from kbatch._fastmap import Signal, monotonic
+from kbatch._fastmap import Flag, monotonic
 from kbatch.testing._memory_broker import Mapped, MemoryBroker, Outcome
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ class MemoryLine(MemoryBroker):
         self._outage_s: float | None = None  # after which what is sent times out, if before delivery.timeout.ms
         self._sents: dict[Sent, None] = {}
         self._waiting: dict[Sent, None] = {}  # those of them that wait for room
-        self._watchers: list[Signal] = []
+        self._watchers: list[Flag] = []
         self._timer: threading.Thread | None = None
         self._timer_wakes_at = math.inf
-        self._tick = Signal()
+        self._tick = Flag()
 
     # -- what comes
 
@@ -242,9 +242,9 @@ class MemoryLine(MemoryBroker):
     def wait_until(self, is_so: Callable[[], bool], timeout: float | None) -> bool:
         """Waits without the lock until `is_so`, which is asked with it; false after `timeout` seconds. Ctrl-C works."""
         end = math.inf if timeout is None else monotonic() + timeout
-        signal = Signal()
+        flag = Flag()
         with self.lock:
-            self._watchers.append(signal)
+            self._watchers.append(flag)
         try:
             while True:
                 with self.lock:
@@ -253,10 +253,10 @@ class MemoryLine(MemoryBroker):
                 left = end - monotonic()
                 if left <= 0:
                     return False
-                signal.wait(left)
+                flag.wait(left)
         finally:
             with self.lock:
-                self._watchers.remove(signal)
+                self._watchers.remove(flag)
 
     def tell(self) -> None:
         """Something has changed for those that wait."""
@@ -264,8 +264,8 @@ class MemoryLine(MemoryBroker):
             self._tell()
 
     def _tell(self) -> None:
-        for signal in self._watchers:
-            signal.set()
+        for flag in self._watchers:
+            flag.set()
         if not self._sents:
             self._tick.set()  # the timer's thread ends
 

@@ -1,0 +1,333 @@
+"""Whether a producer may be sent by now: the circuit breaker, the probe behind it, and the producer's replacement.
+
+Knows no queue. A sender of envelopes, or whatever else sends batches and keeps those that fail, asks the gate before
+each, and tells it the answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+from typing import TYPE_CHECKING, Literal
+
+from kbatch._callbacks import callback_name
+from kbatch._errors import (
+    BatchInterruptedError,
+    CircuitOpenError,
+    KbatchError,
+    NotYetDueError,
+    ProducerClosedError,
+    ProducerError,
+    ProducerFencedError,
+    SenderClosedError,
+    SerializationError,
+    can_be_replaced,
+    has_culprit,
+    is_abort,
+    named_exception_text,
+    spares_brokers,
+)
+from kbatch._fastmap import Flag, monotonic
+from kbatch._recovery._circuit import CircuitBreaker, CircuitState
+from kbatch._text import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence, Sized
+    from typing import Protocol
+
+    from kbatch._base_producer import BaseProducer
+    from kbatch._fastmap import Answer, Envelope, Trial
+    from kbatch._recovery._handle import ProducerHandle
+    from kbatch._recovery._user_calls import UserCalls
+    from kbatch._report import DeliveryReport
+
+    class Prober(Protocol):
+        """Calls what it is given soon, on a thread where it may block."""
+
+        def put(self, function: Callable[[], None], /) -> None: ...
+
+
+__all__ = ["Gate", "Verdict", "buffered", "verdict_of_answer"]
+
+Verdict = Literal["succeeded", "failed", "nothing"]
+
+REMIND_EVERY_S = 60.0
+_PROBE_TIMEOUT_S = 2.0
+
+
+class Gate:
+    """Lets batches through to the producer of a handle as long as brokers take them.
+
+    Any thread may call it. Its answers may be old when they come: only `admit` has the last word.
+
+    Args:
+        handle: Acquired for whoever has the gate, who releases it.
+        topic: Where batches go by default; ``None`` if to several.
+        calls: For `on_state_change`, and for the log.
+        prober: For probes, which block.
+
+    Attributes:
+        flag: Set when there may be something to do: the next batch, a probe, a replacement.
+        lock: Guards the circuit and the end. Re-entrant: a signal handler may come here from within.
+        death: Why nothing can be sent any more.
+        closed: Whether nothing is to be sent any more.
+        broken: A producer that can send no more, and is to be replaced once what it has sent is settled.
+        last_error: Why an envelope failed the last time that one did.
+        tries_again: The next trial is the first since a probe succeeded.
+        waiting: What is buffered while the circuit is open, for the log.
+    """
+
+    def __init__(
+        self,
+        handle: ProducerHandle,
+        topic: str | None,
+        calls: UserCalls,
+        prober: Prober,
+        *,
+        failures_to_open: int,
+        probe_interval_s: float,
+        max_probe_interval_s: float,
+        on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self.handle = handle
+        self.lock = threading.RLock()
+        self.circuit = CircuitBreaker(
+            failures_to_open=failures_to_open,
+            probe_interval_s=probe_interval_s,
+            max_probe_interval_s=max_probe_interval_s,
+            random=random.random,
+        )
+        self.flag = Flag()
+        self.death: KbatchError | None = None
+        self.closed = False
+        self.broken: BaseProducer | None = None
+        self.last_error: KbatchError | None = None
+        self.tries_again = False
+        self.waiting: Sized = ()
+        self._topic = self._failed_topic = topic
+        self._calls = calls
+        self._prober = prober
+        self._on_state_change = on_state_change
+        self._clock = clock
+        self._opened_at = self._reminded_at = 0.0
+
+    @property
+    def flag(self) -> Flag:
+        return self._flag
+
+    @flag.setter
+    def flag(self, flag: Flag) -> None:
+        self._flag = self.circuit.trials.flag = flag
+
+    # -- batches
+
+    def may_send(self) -> bool:
+        """Whether a batch would be let through."""
+        return self.is_alive() and self.broken is None and self.circuit.may_send()
+
+    def is_alive(self) -> bool:
+        """Whether batches will be let through now or later."""
+        return self.death is None and not self.closed
+
+    def admit(self) -> Trial | None:
+        """Lets a batch through. The circuit's trial, if it is that: to be kept, and given with the answer.
+
+        Raises:
+            SenderClosedError: Nothing will be sent any more.
+            CircuitOpenError: The circuit is open, or another batch is the trial.
+        """
+        with self.lock:
+            if not self.is_alive():
+                raise self.refusal()
+            if not self.circuit.may_send():
+                raise CircuitOpenError("the circuit breaker is open: nothing was sent")
+            return self.circuit.sent()
+
+    def note(
+        self, verdict: Verdict, trial: Trial | None, now: float, envelopes: Sequence[Envelope[object]] = ()
+    ) -> None:
+        """Learns what the answer of a batch says about the brokers; of `envelopes`, where to ask if it failed."""
+        if verdict == "failed" and envelopes:  # before the lock: a user's class may have a topic of its own
+            own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
+            self._failed_topic = self._topic if own else None
+        with self.lock:
+            before = self.circuit.state
+            if verdict == "succeeded":
+                self.circuit.succeeded(trial, now)
+            elif verdict == "failed":
+                self.circuit.failed(trial, now)
+            else:
+                self.circuit.said_nothing(trial)
+            self._tell_state(before)
+        if trial:
+            self.flag.set()  # the next trial may be another's, who waits
+
+    def note_answer(self, producer: BaseProducer, answer: Answer) -> None:
+        """Learns from what the callback of a batch was told, which is not sent again."""
+        verdict = verdict_of_answer(answer.argument)
+        # A batch that could not be mapped may not even give its envelopes.
+        envelopes = answer.batch.envelopes if verdict == "failed" else ()
+        self.note(verdict, answer.trial, self._clock(), envelopes)
+        if can_be_replaced(answer.argument):
+            self._give_up(producer)
+
+    def note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
+        """Learns from what a producer has said that took nothing of a batch."""
+        fate = self.handle.fate(producer, error)
+        if fate == "replace" or (fate == "end" and not isinstance(error, (ProducerClosedError, ProducerFencedError))):
+            self._calls.log(logging.WARNING, "a producer can send no more: %s", error)
+            self._give_up(producer)
+            self.note("failed", trial, self._clock())
+            return
+        self.note("nothing", trial, self._clock())
+        if fate == "end" and not self.closed:
+            self.end(error)
+
+    # -- the producer
+
+    def must_replace(self) -> bool:
+        """Whether `replace` is to be called, once nothing is in flight."""
+        return self.broken is not None and self.is_alive()
+
+    def replace(self) -> None:
+        """Has the producer replaced that can send no more."""
+        broken, self.broken = self.broken, None
+        if broken is None:
+            return
+        try:
+            self.handle.replace(broken)
+        except Exception as error:
+            self._calls.log(logging.ERROR, "a producer in its fatal state could not be replaced", exc_info=error)
+            self.end(ProducerError(f"a producer could not be replaced: {named_exception_text(error)}"))
+
+    def _give_up(self, producer: BaseProducer) -> None:
+        if self.handle.producer is producer:
+            self.broken = producer
+            self.flag.set()
+
+    # -- the end
+
+    def close(self) -> None:
+        """Nothing is let through any more."""
+        with self.lock:
+            self.closed = True
+        self.flag.set()
+
+    def end(self, error: KbatchError) -> None:
+        """Nothing can be sent any more, for good."""
+        if self.death is None:
+            self.death = error
+            self._calls.log(logging.ERROR, "a sender to %r has ended: %s", self._topic, error)
+        self.flag.set()
+
+    def refusal(self, last: KbatchError | None = None) -> KbatchError:
+        """Why nothing is taken any more, or why an envelope is not sent again whose last attempt failed with `last`."""
+        death = self.death
+        text = "the sender is closed" if death is None else f"the sender has ended: {death}"
+        error = SenderClosedError(text if last is None else f"{text}; the last attempt failed: {last}")
+        error.__cause__ = last or death
+        return error
+
+    # -- the circuit
+
+    def probe_at(self) -> float | None:
+        """When `probe_if_due` is to be called; ``None`` if not before something else has come."""
+        return self.circuit.probe_at() if self.is_alive() else None
+
+    def probe_if_due(self, now: float) -> None:
+        """Has the brokers asked whether they take batches again, if it is time to."""
+        with self.lock:
+            at = self.circuit.probe_at()
+            if at is None or now < at:
+                return
+            self.circuit.probe_started()
+        try:
+            self._prober.put(self._probe)
+        except BaseException:
+            self.circuit.probed(False, now)
+            raise
+
+    def hurry(self, now: float, at_most_s: float) -> None:
+        """Probes now if the circuit is open, and from now on at least that often."""
+        with self.lock:
+            self.circuit.hurry(now, at_most_s)
+
+    def _probe(self) -> None:
+        reason: str | None = "not asked"
+        producer = self.handle.producer
+        try:
+            # Of several topics one may be gone; then it is enough that brokers answer, and the trial shows the rest.
+            reason = producer._core.probe(self._failed_topic or "", _PROBE_TIMEOUT_S)
+        except ProducerClosedError as error:
+            reason = str(error)
+            if self.handle.fate(producer, error) == "end" and not self.closed:
+                self.end(error)
+        except Exception as error:
+            reason = named_exception_text(error)
+        finally:
+            if reason is not None:
+                self._log_probe(reason)
+            with self.lock:
+                before = self.circuit.state
+                self.circuit.probed(reason is None, self._clock())
+                self._tell_state(before)
+            self.flag.set()
+
+    def _log_probe(self, reason: str) -> None:
+        now = self._clock()
+        level = logging.DEBUG
+        if now - self._reminded_at >= REMIND_EVERY_S:
+            self._reminded_at, level = now, logging.WARNING
+        text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
+        self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.waiting)), reason)
+
+    def _tell_state(self, before: CircuitState) -> None:
+        state = self.circuit.state
+        if state is before:
+            return
+        if state is CircuitState.OPEN:
+            if before is CircuitState.CLOSED:
+                self._opened_at = self._reminded_at = self._clock()
+            self._calls.log(
+                logging.WARNING,
+                "the circuit breaker of %r is open: %s in a row failed, the last with %s; nothing is sent "
+                "until a probe succeeds",
+                *(self._topic, counted(self.circuit.failures, "batch", "batches"), self.last_error),
+            )
+        else:
+            self.tries_again = state is CircuitState.HALF_OPEN
+            level = logging.WARNING if state is CircuitState.CLOSED else logging.INFO  # whoever saw it open sees it end
+            self._calls.log(level, "the circuit breaker of %r is %s", self._topic, state.value)
+        if self._on_state_change is not None:
+            self._calls.put(self._tell_state_change, before, state)
+        self.flag.set()
+
+    def _tell_state_change(self, before: CircuitState, state: CircuitState) -> None:
+        assert self._on_state_change is not None
+        try:
+            self._calls.call(self._on_state_change, before, state)
+        except BaseException as error:  # also a sys.exit(): whatever comes next is to be told
+            name = callback_name(self._on_state_change)
+            self._calls.log(logging.ERROR, "on_state_change failed: %s", name, exc_info=error)
+
+
+def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
+    """What the answer of a batch that is not sent again says about the brokers."""
+    if isinstance(told, (SerializationError, NotYetDueError, BatchInterruptedError)):
+        return "nothing"
+    report = told.report if isinstance(told, KbatchError) else told
+    if report is not None and (report.acked or not report.failed):
+        return "succeeded" if report.acked else "nothing"
+    return "failed" if report is None or not _spare_brokers(list(report.errors.values())) else "nothing"
+
+
+def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
+    guilt = has_culprit(errors)
+    return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
+
+
+def buffered(count: int) -> str:
+    """For a log: so many envelopes are, before "buffered"."""
+    return counted(count, "envelope is", "envelopes are")

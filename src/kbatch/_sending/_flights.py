@@ -1,0 +1,268 @@
+"""Batches on their way: mapped, handed to librdkafka, and settled when each of their envelopes has its outcome."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+from typing import TYPE_CHECKING
+
+from kbatch._codes import TIMED_OUT
+from kbatch._errors import (
+    DeliveryError,
+    KbatchError,
+    NotYetDueError,
+    ProducerError,
+    SenderError,
+    SerializationError,
+    has_culprit,
+    is_abort,
+    is_outage,
+    named_exception_text,
+    spares_brokers,
+)
+from kbatch._fastmap import monotonic
+from kbatch._pending import PendingBatch
+from kbatch._recovery._gate import REMIND_EVERY_S, buffered
+from kbatch._sending._queue import ExpiredError
+from kbatch._text import counted
+
+if TYPE_CHECKING:
+    from collections import deque
+    from collections.abc import Callable
+
+    from kbatch._base_producer import BaseProducer
+    from kbatch._fastmap import Accumulator
+    from kbatch._recovery._gate import Gate, Verdict
+    from kbatch._recovery._user_calls import UserCalls
+    from kbatch._report import DeliveryReport
+    from kbatch._sending._queue import Flight, SendQueue
+
+__all__ = ["Flights", "StallWatch"]
+
+_LONG = 2000  # envelopes; the GIL is given up while more are mapped
+_SLICE_S = 0.002
+
+
+class Flights:
+    """Sends the flights of a queue by the producer behind a gate.
+
+    Args:
+        news: Where the call that settles a flight is put, by the dispatcher's thread.
+        counts: Of envelopes: "acked", "expired", "retried", "dead_letters".
+
+    Attributes:
+        tries_buffered_next: The next trial of the circuit is to be what was never sent.
+    """
+
+    def __init__(
+        self,
+        queue: SendQueue,
+        buffer: Accumulator | None,
+        gate: Gate,
+        *,
+        topic: str | None,
+        max_in_flight: int,
+        news: deque[Callable[[], None]],
+        counts: dict[str, int],
+    ) -> None:
+        self.tries_buffered_next = False
+        self._queue = queue
+        self._buffer = buffer
+        self._gate = gate
+        self._topic = topic
+        self._max_in_flight = max_in_flight
+        self._news = news
+        self._counts = counts
+        self._abandoned: set[Flight] = set()
+        self._last_success = -math.inf
+
+    def may_depart(self) -> bool:
+        """Whether another one may be sent."""
+        return self._queue.in_flight < self._max_in_flight and self._gate.may_send()
+
+    def send(self, flight: Flight) -> None:
+        """Hands a flight to the drainer, or puts it back, or settles it at once."""
+        queue, gate = self._queue, self._gate
+        try:
+            flight.trial = gate.admit()
+        except SenderError:  # a send_batch was faster, or closing has begun
+            queue.put_back(flight)
+            return
+        producer = gate.handle.producer
+        rejected: list[tuple[int, SerializationError | NotYetDueError]] = []
+        try:
+            pending = PendingBatch(producer._core)
+            pending._look()  # whoever the agent tells is told
+            self._map(producer, pending, flight, rejected)
+            producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
+        except ProducerError as error:
+            queue.put_back(flight)
+            gate.note_refusal(producer, error, flight.trial)
+        except BaseException as error:  # a header_hook that fails, no memory, no threads, a sys.exit() in an encoder
+            reason: KbatchError
+            if isinstance(error, KbatchError):
+                reason = error
+            else:
+                reason = SenderError(f"the producer could not take the batch: {named_exception_text(error)}")
+                reason.__cause__ = error
+            gate.note("nothing", flight.trial, monotonic())
+            failures = [(index, reason) for index in range(len(flight.envelopes))]
+            queue.settled(flight, failures, monotonic(), again=not gate.closed)
+
+    def _map(
+        self,
+        producer: BaseProducer,
+        pending: PendingBatch,
+        flight: Flight,
+        rejected: list[tuple[int, SerializationError | NotYetDueError]],
+    ) -> None:
+        core = producer._core
+        if len(flight.envelopes) <= _LONG:
+            core.map(pending, self._topic, flight.envelopes, rejected)
+        else:
+            mapping = core.begin_mapping(pending, self._topic, flight.envelopes, rejected)
+            while not core.map_slice(mapping, _SLICE_S):
+                time.sleep(0)  # others may have the GIL
+        if self._buffer is not None:
+            self._buffer._learn_message_bytes(*pending.encoded_messages)
+
+    def _on_settled(
+        self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
+    ) -> None:
+        # On the dispatcher's thread, which must not wait for us.
+        self._news.append(functools.partial(self._settle, flight, pending, rejected))
+        self._gate.flag.set()
+
+    def _settle(
+        self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
+    ) -> None:
+        queue, gate = self._queue, self._gate
+        if flight in self._abandoned:  # it has its outcome
+            self._abandoned.remove(flight)
+            return
+        report = pending.report
+        now = monotonic()
+        failures: list[tuple[int, KbatchError]] = []
+        if report.failed:
+            reasons = dict(rejected)
+            failures = [(index, reasons.get(index, error)) for index, error in report.errors.items()]
+        again = gate.is_alive()
+        if not again:
+            failures = [(index, self._as_refusal(error)) for index, error in failures]
+        ended = len(queue.ended)
+        late = _expired_but_perhaps_stored(flight, report)
+        queue.settled(flight, failures + late, now, again=again)
+        if report.acked:
+            self._last_success = now
+        if failures:
+            gate.last_error = failures[-1][1]
+        verdict = _verdict(flight, report.acked, failures, self._last_success) if again else "nothing"
+        if flight.trial:
+            self.tries_buffered_next = verdict != "succeeded" and flight.entries is not None
+        gate.note(verdict, flight.trial, now, flight.envelopes)
+        done = len(report) - report.failed - len(late)
+        letters = _stored_letters(flight, failures)
+        self._counts["acked"] += report.acked - letters
+        self._counts["dead_letters"] += letters
+        self._counts["expired"] += done - report.acked
+        if again:
+            self._counts["retried"] += len(failures) + len(late) - (len(queue.ended) - ended)
+        if self._buffer is not None and done:
+            failed = sum(flight.sizes[index] for index, _ in failures + late)
+            self._buffer._give_back(done, flight.bytes - failed)
+
+    def _as_refusal(self, error: KbatchError) -> KbatchError:
+        """What is told of an envelope that failed when all was given up, and that no broker can have stored."""
+        if isinstance(error, DeliveryError) and error.retriable and not error.possibly_persisted:
+            return self._gate.refusal(error)
+        return error
+
+    def abandon(self) -> None:
+        """After the end of closing: what is still in flight has no outcome that is known."""
+        for flight in self._queue.flights():
+            self._abandoned.add(flight)
+            failures = [
+                (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
+            ]
+            self._queue.settled(flight, failures, monotonic(), again=False)
+
+
+class StallWatch:
+    """Logs that brokers do not answer, and that they answer again."""
+
+    def __init__(
+        self, queue: SendQueue, buffer: Accumulator | None, calls: UserCalls, topic: str | None, after_s: float
+    ) -> None:
+        self._queue = queue
+        self._buffer = buffer
+        self._calls = calls
+        self._topic = topic
+        self._after_s = after_s
+        self._logged_at: float | None = None  # the last time; None: nothing is stalled
+
+    def due_at(self) -> float | None:
+        """When it is to be logged, unless there is an answer by then."""
+        departed = self._queue.oldest_departure()
+        if departed is None:
+            return None
+        if self._logged_at is None:
+            return departed + self._after_s
+        return max(departed + self._after_s, self._logged_at + REMIND_EVERY_S)
+
+    def look(self, now: float) -> None:
+        """Logs what there is to be logged now."""
+        at = self.due_at()
+        if at is not None and now >= at:
+            self._logged_at = now
+            text = "brokers have not answered for %r for %.0f s: %s in flight, %s buffered"
+            flying = counted(self._queue.in_flight, "batch is", "batches are")
+            count = 0 if self._buffer is None else len(self._buffer)
+            self._calls.log(logging.WARNING, text, self._topic, self.waiting_for_s(), flying, buffered(count))
+        elif self._logged_at is not None and self.waiting_for_s() < self._after_s:
+            self._logged_at = None
+            self._calls.log(logging.WARNING, "brokers answer for %r again", self._topic)
+
+    def waiting_for_s(self) -> float:
+        """For how long the oldest flight has been without an answer; 0.0 if none is."""
+        departed = self._queue.oldest_departure()
+        return 0.0 if departed is None else monotonic() - departed
+
+
+def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:
+    """What the end of a flight says about the brokers.
+
+    An envelope that fails again and again counts as often only if that is for want of a broker, and nothing else has
+    been stored since it failed first. Else one that no broker takes would stop all others. A dead letter never counts.
+    """
+    if acked:
+        return "succeeded"
+    guilt = has_culprit([error for _, error in failures])
+    for index, error in failures:
+        if spares_brokers(error) or (guilt and is_abort(error)):
+            continue
+        entry = None if flight.entries is None else flight.entries[index]
+        if entry is None:
+            return "failed"
+        if entry.origin is not None:
+            continue
+        assert entry.failed_at is not None
+        if flight.trial or entry.setbacks == 1 or (is_outage(error) and entry.failed_at > last_success):
+            return "failed"
+    return "nothing"
+
+
+def _expired_but_perhaps_stored(flight: Flight, report: DeliveryReport) -> list[tuple[int, KbatchError]]:
+    entries = flight.entries
+    if entries is None or report.acked + report.failed == len(report):
+        return []
+    reason = "deliver_by has passed; an earlier attempt may have been stored"
+    return [(index, ExpiredError(reason)) for index in report.expired_indices if entries[index].possibly_persisted]
+
+
+def _stored_letters(flight: Flight, failures: list[tuple[int, KbatchError]]) -> int:
+    if flight.entries is None:
+        return 0
+    letters = sum(1 for entry in flight.entries if entry.origin is not None)
+    return letters - sum(1 for index, _ in failures if flight.entries[index].origin is not None)

@@ -1,0 +1,204 @@
+"""Records as bytes and back: the same, or a named error; and the envelope that was packed."""
+
+import uuid
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kbatch
+from kbatch import DeserializationError, Envelope, Tombstone
+from kbatch._fastmap import Mapper, RecordPool, read_packed, unpack_record
+from kbatch._pending import PendingBatch
+from tests import mapping, strategies
+from tests.packed import checksummed, unpacked
+from tests.records import Consumed
+
+MiB = 1024 * 1024
+ID = uuid.UUID("01934a2b-3c4d-7e5f-8a9b-0c1d2e3f4a5b")
+WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
+
+
+def mapper_of(setting: Any) -> Mapper:
+    return Mapper(
+        setting.wire,
+        setting.encoder,
+        setting.source,
+        (lambda: setting.hook_headers) if setting.hook_headers else None,
+        setting.message_max_bytes,
+        setting.body_max_bytes,
+        carry_scheduled_time=True,
+    )
+
+
+def packed(*envelopes: Envelope, wire: str = "kbatch") -> list[Any]:
+    pool = RecordPool()
+    mapper = Mapper(wire, msgspec.json.Encoder(), "/shop", None, MiB, MiB)
+    return pool.pack(pool.map(mapper, "orders", envelopes))
+
+
+FULL = Envelope(
+    data=b"body\x00",
+    key="schlüssel",
+    partition=7,
+    timestamp=1_764_000_000_123,
+    headers=[("trace", b"\x00\xff"), ("none", None), ("empty", "")],
+    id=ID,
+    message_type="order",
+    correlation_id="c-1",
+    attempts=12,
+)
+
+
+def test_the_bytes_of_version_1() -> None:
+    bare = Envelope(
+        data=b"body", key=b"", partition=258, timestamp=1, headers=[("n", None), ("e", ""), ("v", "ä" * 70)], id=ID
+    )
+    value = "ä".encode() * 70
+    content = b"\x01\x00" + b"\x01" + bytes(7) + b"\x02\x01\x00\x00" + b"\x07orders" + b"\x01"
+    content += b"\x03" + b"\x02n\x00" + b"\x02e\x01" + b"\x02v\x8d\x01" + value + b"\x05body"
+    assert packed(bare, wire="raw") == [checksummed(content)]
+
+
+@given(data=st.data(), setting=strategies.settings)
+def test_what_is_packed_is_unpacked(data: Any, setting: Any) -> None:
+    spec = data.draw(strategies.specs(setting))
+    pool = RecordPool()
+    batch = pool.map(mapper_of(setting), "orders", [mapping.envelope_of(spec)])
+    (one,) = pool.pack(batch)
+    (record,) = pool.records(batch)
+    if record is None:
+        assert one is None
+        return
+    assert unpack_record(one) == unpacked(one) == record
+
+
+def test_what_is_not_sent_is_not_packed() -> None:
+    expired = FULL.replace(deliver_by=mapping.parsed_time(b"2020-01-01T00:00:00.000000Z"))
+    first, none, last = packed(FULL, expired, Tombstone(b"k"))
+    assert none is None
+    assert unpack_record(first)[3] == "schlüssel".encode()
+    assert unpack_record(last)[4] is None
+
+
+def test_any_cut_is_an_error() -> None:
+    (one,) = packed(FULL)
+    for length in range(len(one)):
+        with pytest.raises(DeserializationError, match=r"packed record 0 cannot be read: it is (cut off|damaged)"):
+            unpack_record(one[:length])
+    with pytest.raises(DeserializationError, match="damaged"):
+        unpack_record(one + b"\x00")
+
+
+def test_any_changed_byte_is_an_error() -> None:
+    (one,) = packed(FULL)
+    for at in range(len(one)):
+        for change in (1, 0x80, 0xFF):
+            changed = one[:at] + bytes([one[at] ^ change]) + one[at + 1 :]
+            with pytest.raises(DeserializationError, match="its version is not 1" if at == 0 else "damaged"):
+                unpack_record(changed)
+
+
+def test_lengths_that_lie_are_an_error() -> None:
+    bare = Envelope(data=b"body", key=b"k", timestamp=1, headers=[("n", "v")], id=ID)
+    content = packed(bare, wire="raw")[0][:-4]
+    assert content[14:] == b"\x07orders\x02k\x01\x02n\x02v\x05body"
+    for wrong in (
+        content[14:] + b"\x00",
+        b"\x00" + content[21:],
+        b"\x08" + content[15:],
+        content[14:-5] + b"\x06body",
+        content[14:-5] + b"\x04body",
+        content[14:-5] + b"\xff\xff\xff\xff\x7fbody",
+        content[14:-5] + b"\xff\xff\xff\xff\xff\x7fbody",
+        b"\x07orders\x02k\x02\x02n\x02v\x05body",
+        b"\x07orders\x02k\xff\xff\xff\x07\x02n\x02v\x05body",
+        b"\x07orders\x02k\x01\x01\x02v\x05body",
+        b"\x07orders\x02k\x01\x00\x02v\x05body",
+        b"\x07orders",
+        b"",
+    ):
+        with pytest.raises(DeserializationError, match="a number in it is wrong"):
+            unpack_record(checksummed(content[:14] + wrong))
+    with pytest.raises(DeserializationError, match="a number in it is wrong"):
+        unpack_record(checksummed(content[:10] + b"\xfe\xff\xff\xff" + content[14:]))
+    with pytest.raises(DeserializationError, match="it has unknown flags"):
+        unpack_record(checksummed(b"\x01\x01" + content[2:]))
+    with pytest.raises(DeserializationError, match="its version is not 1"):
+        unpack_record(checksummed(b"\x02" + content[1:]))
+
+
+@given(data=st.data())
+def test_whatever_has_the_right_checksum_is_read_as_slowly_or_refused(data: Any) -> None:
+    # What no reader writes: lengths and counts that lie.
+    content = bytearray(packed(FULL)[0][:-4])
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(1, len(content) - 1))
+        content[at : at + data.draw(st.integers(0, 2))] = data.draw(
+            st.binary(max_size=3) | st.sampled_from([b"\xff" * 4, b"\xff\xff\xff\xff\x0f", b"\x80\x80\x80\x80\x08"])
+        )
+    crafted = checksummed(bytes(content))
+    try:
+        expected = unpacked(crafted)
+    except ValueError:
+        with pytest.raises(DeserializationError, match="packed record 0 cannot be read"):
+            unpack_record(crafted)
+    else:
+        assert unpack_record(crafted) == expected
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@given(data=st.data())
+def test_the_envelope_that_was_packed(wire: str, data: Any) -> None:
+    setting = replace(data.draw(strategies.settings), wire=wire)
+    spec = data.draw(strategies.specs(setting))
+    pool = RecordPool()
+    (one,) = pool.pack(pool.map(mapper_of(setting), "orders", [mapping.envelope_of(spec)]))
+    if one is None:
+        return
+    topic, partition, timestamp, key, value, headers = unpack_record(one)
+    consumed = Consumed(value, key, headers, topic, None if partition < 0 else partition, None, (1, timestamp))
+    expected, read = kbatch.read_envelope(consumed, wire=wire), read_packed(one, wire=wire)
+    if not any(name in ("id", "ce_id") for name, _ in headers):
+        expected, read = expected.replace(id=ID), read.replace(id=ID)
+    assert read == expected
+
+
+def test_what_cannot_be_read_of_a_packed_record_is_told() -> None:
+    (one,) = packed(FULL, wire="raw")
+    body = one[:-4]
+    for old, new, reason in (
+        (b"trace", b"tr\xffce", "the name of one of its headers is not UTF-8"),
+        (b"\x06trace\x03\x00\xff", b"\x03id\x06\x00\xff\xff\xff\xff", "header 'id' must be UTF-8"),
+    ):
+        with pytest.raises(DeserializationError, match=reason) as caught:
+            read_packed(checksummed(body.replace(old, new)))
+        assert (caught.value.topic, caught.value.partition, caught.value.offset) == ("orders", 7, None)
+    with pytest.raises(DeserializationError, match="a name in it is not UTF-8"):
+        unpack_record(checksummed(body.replace(b"trace", b"tr\xffce")))
+    with pytest.raises(DeserializationError, match="a name in it is not UTF-8"):
+        read_packed(checksummed(body.replace(b"orders", b"\xffrders")))
+
+
+def test_packed_records_that_a_producer_cannot_send() -> None:
+    (one,) = packed(FULL)
+    with kbatch.Producer(mapping.NOWHERE) as producer:
+        for stored, error, reason in (
+            ([one, one[:-1]], DeserializationError, "packed record 1 cannot be read: it is damaged"),
+            ([one, "text"], TypeError, "packed record 1 must be bytes, not str"),
+            (one, TypeError, "envelopes must be an iterable"),
+            (
+                [checksummed(one[:-4].replace(b"orders", b"or/ers"))],
+                kbatch.SerializationError,
+                "not a Kafka topic name",
+            ),
+        ):
+            with pytest.raises(error, match=reason):
+                producer._core.map_packed(PendingBatch(producer._core), stored)
+        batch = PendingBatch(producer._core)
+        producer._core.map_packed(batch, [one])
+        assert producer._core.records(batch) == [unpack_record(one)]
+        assert batch.encoded_messages == (0, 0)
