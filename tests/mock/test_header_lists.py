@@ -164,7 +164,8 @@ def test_what_fails_gives_its_lists_back(cluster: MockCluster, config: dict[str,
             assert producer.send_batch("recycled", small).failed
         cluster.set_rtt(1, 2_000)
         late = producer.submit("recycled", small)  # purged
-        producer.close(0.1)
+        with pytest.raises(kbatch.UndeliveredError):
+            producer.close(0.1)
         assert late.report.failed == 100
     with kbatch.Producer(config, wire="raw") as producer:
         cluster.set_rtt(1, 0)

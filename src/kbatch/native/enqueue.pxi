@@ -79,7 +79,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef Record *record
     cdef rd_kafka_topic_t *topic
     cdef rd_kafka_error_t *error
-    cdef HeaderList *held
+    cdef HeaderList *kept
     if c.lists != NULL:
         c.lists.slice += 1
     vus[0].vtype = RD_KAFKA_VTYPE_RKT
@@ -149,21 +149,21 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             batch.outcomes[i].offset = <int64_t> <size_t> record.topic
             vus[4].u.ptr = &batch.outcomes[i]
             vus[5].u.i64 = record.timestamp
-            vus[6].u.headers = held = NULL
+            vus[6].u.headers = kept = NULL
             if record.header_count:
-                held = take_list(c, record)
-                if held == NULL:
+                kept = take_list(c, record)
+                if kept == NULL:
                     vus[6].u.headers = build_headers(record)
                 else:
-                    held.topic = record.topic
-                    vus[6].u.headers = held.headers
-                    batch.outcomes[i].offset = <int64_t> <size_t> held | 1
+                    kept.topic = record.topic
+                    vus[6].u.headers = kept.headers
+                    batch.outcomes[i].offset = <int64_t> <size_t> kept | 1
             seen = KB_LOAD64(&c.reports)
             error = api.produceva(c.rk, vus, 7)
             if error != NULL:
                 # The headers are still ours: the message was not taken.
-                if held != NULL:
-                    keep_list(c.lists, held)
+                if kept != NULL:
+                    keep_list(c.lists, kept)
                 else:
                     drop_headers(vus[6].u.headers)
                 code = produce_error(c, error)

@@ -17,8 +17,8 @@ cdef int64_t LISTS_IDLE = 1000 * MS                # after this a client without
 cdef bint _lists_are_recycled = False  # whether librdkafka's lists are as this file takes them to be; const after import
 
 
-cdef inline char **values_of(HeaderList *held) noexcept nogil:
-    return <char **> (held + 1)
+cdef inline char **values_of(HeaderList *kept) noexcept nogil:
+    return <char **> (kept + 1)
 
 
 cdef inline int32_t wire_length(Header *h) noexcept nogil:
@@ -109,31 +109,31 @@ cdef Shape *make_shape(ListPool *pool, Record *record, uint32_t mark, int64_t si
 
 cdef HeaderList *make_list(Shape *shape, Record *record) noexcept nogil:
     # With the record's headers; NULL when memory is short, or the list is not what it should be.
-    cdef HeaderList *held = <HeaderList *> kb_malloc(sizeof(HeaderList) + shape.count * sizeof(char *))
+    cdef HeaderList *kept = <HeaderList *> kb_malloc(sizeof(HeaderList) + shape.count * sizeof(char *))
     cdef const char *name
     cdef const void *value
     cdef size_t size
     cdef int32_t i
-    if held == NULL:
+    if kept == NULL:
         return NULL
-    held.headers = build_headers(record)
-    held.shape = shape
-    held.next = NULL
+    kept.headers = build_headers(record)
+    kept.shape = shape
+    kept.next = NULL
     shape.lists += 1
     for i in range(shape.count):
-        if api.header_get_all(held.headers, i, &name, &value, &size) or <int64_t> size != max(
+        if api.header_get_all(kept.headers, i, &name, &value, &size) or <int64_t> size != max(
                 0, shape.headers[i].value_len):
-            free_list(held)
+            free_list(kept)
             return NULL
-        values_of(held)[i] = <char *> value
-    return held
+        values_of(kept)[i] = <char *> value
+    return kept
 
 
-cdef void free_list(HeaderList *held) noexcept nogil:
+cdef void free_list(HeaderList *kept) noexcept nogil:
     # One that no message has.
-    cdef Shape *shape = held.shape
-    drop_headers(held.headers)
-    kb_free(held)
+    cdef Shape *shape = kept.shape
+    drop_headers(kept.headers)
+    kb_free(kept)
     shape.lists -= 1
     if shape.is_dropped and shape.lists == 0:
         kb_free(shape)
@@ -141,14 +141,14 @@ cdef void free_list(HeaderList *held) noexcept nogil:
 
 cdef void free_lists(ListPool *pool, Shape *shape) noexcept nogil:
     # Its lists that no message has, but not the shape.
-    cdef HeaderList *held = shape.free
+    cdef HeaderList *kept = shape.free
     cdef HeaderList *following
     shape.free = NULL
-    while held != NULL:
-        following = held.next
+    while kept != NULL:
+        following = kept.next
         KB_ADD64(&pool.pooled_bytes, -shape.list_bytes)
-        free_list(held)
-        held = following
+        free_list(kept)
+        kept = following
 
 
 cdef void drop_shape(ListPool *pool, Shape **place) noexcept nogil:
@@ -187,7 +187,7 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
     cdef int64_t size = 0
     cdef int32_t i, length
     cdef Shape *shape
-    cdef HeaderList *held
+    cdef HeaderList *kept
     if not c.recycles or count > MOST_LISTED:
         return NULL
     if pool == NULL:
@@ -215,49 +215,49 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
         if shape == NULL:
             return NULL
     shape.is_used = 1
-    held = shape.free
-    if held == NULL:
+    kept = shape.free
+    if kept == NULL:
         return make_list(shape, record)
-    shape.free = held.next
+    shape.free = kept.next
     KB_ADD64(&pool.pooled_bytes, -shape.list_bytes)
     for i in range(count):
-        write_in_place(&h[i], values_of(held)[i])
-    return held
+        write_in_place(&h[i], values_of(kept)[i])
+    return kept
 
 
-cdef void keep_list(ListPool *pool, HeaderList *held) noexcept nogil:
+cdef void keep_list(ListPool *pool, HeaderList *kept) noexcept nogil:
     # For the next record of its shape, unless there are enough, or librdkafka has not given it back.
-    cdef Shape *shape = held.shape
-    if held.headers == NULL or shape.is_dropped or KB_LOAD64(&pool.pooled_bytes) >= MOST_POOLED_LISTS:
-        free_list(held)
+    cdef Shape *shape = kept.shape
+    if kept.headers == NULL or shape.is_dropped or KB_LOAD64(&pool.pooled_bytes) >= MOST_POOLED_LISTS:
+        free_list(kept)
         return
     KB_ADD64(&pool.pooled_bytes, shape.list_bytes)
-    held.next = shape.free
-    shape.free = held
+    kept.next = shape.free
+    shape.free = kept
 
 
 cdef void collect_lists(Client *c, int64_t now) noexcept nogil:
     # What reports have given back, by whoever has the turn.
-    cdef HeaderList *held
+    cdef HeaderList *kept
     cdef HeaderList *following
     kb_mutex_lock(&c.mu)
-    held = c.returned
+    kept = c.returned
     c.returned = NULL
     c.returned_bytes = 0
     kb_mutex_unlock(&c.mu)
     c.lists_used_ns = now
-    while held != NULL:
-        following = held.next
-        keep_list(c.lists, held)
-        held = following
+    while kept != NULL:
+        following = kept.next
+        keep_list(c.lists, kept)
+        kept = following
 
 
-cdef inline void detach_list(const rd_kafka_message_t *message, HeaderList *held) noexcept nogil:
+cdef inline void detach_list(const rd_kafka_message_t *message, HeaderList *kept) noexcept nogil:
     # The message of a delivery report gives its list back.
     cdef rd_kafka_headers_t *headers = NULL
-    if api.message_detach_headers(<rd_kafka_message_t *> message, &headers) or headers != held.headers:
+    if api.message_detach_headers(<rd_kafka_message_t *> message, &headers) or headers != kept.headers:
         drop_headers(headers)
-        held.headers = NULL
+        kept.headers = NULL
 
 
 cdef void free_pool(ListPool *pool, HeaderList *returned) noexcept nogil:

@@ -128,7 +128,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0, list_bytes = 0
     cdef int i, n, ran_down = 0
     cdef Outcome *outcome
-    cdef HeaderList *held
+    cdef HeaderList *kept
     cdef HeaderList *first = NULL  # the lists of these messages
     cdef HeaderList *last = NULL
     while True:
@@ -140,16 +140,16 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
             message = messages[i]
             outcome = <Outcome *> message._private
             if outcome.offset & 1:
-                held = <HeaderList *> <size_t> (outcome.offset - 1)
-                own = held.topic
-                detach_list(message, held)
-                list_bytes += held.shape.list_bytes
-                held.next = NULL
+                kept = <HeaderList *> <size_t> (outcome.offset - 1)
+                own = kept.topic
+                detach_list(message, kept)
+                list_bytes += kept.shape.list_bytes
+                kept.next = NULL
                 if last == NULL:
-                    first = held
+                    first = kept
                 else:
-                    last.next = held
-                last = held
+                    last.next = kept
+                last = kept
             else:
                 own = <Topic *> <size_t> outcome.offset
             outcome.partition = message.partition
