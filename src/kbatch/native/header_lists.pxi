@@ -14,7 +14,7 @@ cdef enum:
 cdef int64_t MOST_POOLED_LISTS = 64 * 1024 * 1024  # bytes of lists without a message, for each client
 cdef int64_t LISTS_IDLE = 1000 * MS                # after this a client without messages gives its lists back
 
-cdef bint _lists_are_recycled = False  # whether librdkafka's lists are as this file takes them to be; const after import
+cdef bint _lists_are_recycled = False  # whether they are as this file takes them to be
 
 
 cdef inline char **values_of(HeaderList *kept) noexcept nogil:
