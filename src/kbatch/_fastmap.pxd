@@ -293,15 +293,19 @@ cdef enum:
 cdef struct ShapeHeader:
     const char *name    # in the shape
     const char *seen    # where the same name stood last, in the slice `Shape.slice`
+    char *last          # in the shape: the value that was written last
+    int64_t changed     # when it became that one (`Shape.takes`); INT64_MAX: it varies, and `last` is not looked at
     int32_t name_len
     int32_t value_len   # on the wire; -1: null
+    int32_t changes     # less the times that it was the same
 
 
 cdef struct Shape:
     Shape *next             # of its bucket
     HeaderList *free        # its lists without a message
-    ShapeHeader *headers    # behind this struct, as the names are
+    ShapeHeader *headers    # behind this struct, as names and values are
     int64_t slice
+    int64_t takes           # how many of its lists were taken
     int64_t list_bytes      # about what one of its lists takes
     uint32_t mark
     int32_t count
@@ -315,6 +319,7 @@ cdef struct HeaderList:
     Shape *shape
     Topic *topic                 # of the message
     HeaderList *next
+    int64_t written              # when (`Shape.takes`)
     # behind this struct: where each value stands in `headers`
 
 

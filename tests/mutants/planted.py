@@ -230,8 +230,8 @@ MUTANTS = (
     Mutant(
         "the headers of a refused record leak",
         "enqueue_slice",
-        "                drop_headers(vus[6].u.headers)  # still ours",
-        "                pass  # still ours",
+        "                if kept != NULL:\n                    keep_list(c.lists, kept)\n                else:\n",
+        "                if kept != NULL:\n                    keep_list(c.lists, kept)\n                elif False:\n",
         "tests/mock/test_stored_records.py -k leak",
     ),
     Mutant(
@@ -815,8 +815,15 @@ MUTANTS = (
     Mutant(
         "the value of the message before stays in a header list",
         "take_list",
-        "    for i in range(count):\n        write_in_place(",
-        "    for i in range(count - 1):\n        write_in_place(",
+        "        if kept.written < shape.headers[i].changed:\n",
+        "        if kept.written < shape.headers[i].changed and i < count - 1:\n",
+        "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
+        "a header list is taken to hold the value that another of its shape holds",
+        "make_list",
+        "        note_value(&shape.headers[i], &record.headers[i], shape.takes)\n",
+        "        pass\n",
         "tests/mock/test_header_lists.py",
     ),
     Mutant(
@@ -832,6 +839,13 @@ MUTANTS = (
         "    cdef bint seen = shape.slice == pool.slice\n",
         "    cdef bint seen = True\n",
         "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
+        "the header list of a refused record is lost",
+        "enqueue_slice",
+        "                    keep_list(c.lists, kept)\n",
+        "                    pass\n",
+        "tests/mock/test_stored_records.py -k leak",
     ),
     Mutant(
         "an idle producer keeps its header lists",

@@ -10,6 +10,7 @@ cdef enum:
     MOST_LISTED = 64        # headers of a list that is kept
     LARGEST_LISTED = 4096   # bytes of its names and values
     HEADER_BYTES = 64       # about what librdkafka allocates for a header besides
+    VARIES = 16             # changes after which a value is written each time
 
 cdef int64_t MOST_POOLED_LISTS = 64 * 1024 * 1024  # bytes of lists without a message, for each client
 cdef int64_t LISTS_IDLE = 1000 * MS                # after this a client without messages gives its lists back
@@ -48,6 +49,23 @@ cdef inline bint is_same_name(ShapeHeader *own, Header *h, bint seen) noexcept n
     return True
 
 
+cdef inline void note_value(ShapeHeader *own, Header *h, int64_t takes) noexcept nogil:
+    # What is written now, so that lists that hold it already are left as they are: to touch a header costs more.
+    if own.changed == INT64_MAX or own.value_len <= 0:
+        return
+    if h.value_len >= 0:
+        if memcmp(own.last, h.value, own.value_len) == 0:
+            if own.changes:
+                own.changes -= 1
+            return
+        own.changes += 1
+        if own.changes < VARIES:
+            memcpy(own.last, h.value, own.value_len)
+            own.changed = takes
+            return
+    own.changed = INT64_MAX
+
+
 cdef inline void write_in_place(Header *h, char *value) noexcept nogil:
     # A value of the length that stands there.
     cdef char text[UUID_TEXT]
@@ -78,29 +96,32 @@ cdef bint fits(ListPool *pool, Shape *shape, Record *record) noexcept nogil:
 
 
 cdef Shape *make_shape(ListPool *pool, Record *record, uint32_t mark, int64_t size) noexcept nogil:
-    # NULL when memory is short. `size`: of names and values.
+    # NULL when memory is short. `size`: of names and values, which are copied.
     cdef int32_t count = record.header_count
     cdef Header *h = record.headers
-    cdef size_t names = 0
-    cdef int32_t i
+    cdef int32_t i, length
     cdef Shape *shape
-    cdef char *name
-    for i in range(count):
-        names += h[i].name_len
-    shape = <Shape *> kb_calloc(1, sizeof(Shape) + count * sizeof(ShapeHeader) + names)
+    cdef char *text
+    shape = <Shape *> kb_calloc(1, sizeof(Shape) + count * sizeof(ShapeHeader) + size)
     if shape == NULL:
         return NULL
     shape.headers = <ShapeHeader *> (shape + 1)
     shape.mark = mark
     shape.count = count
     shape.list_bytes = size + count * HEADER_BYTES + <int64_t> (sizeof(HeaderList) + count * sizeof(char *))
-    name = <char *> (shape.headers + count)
+    text = <char *> (shape.headers + count)
     for i in range(count):
-        memcpy(name, h[i].name, h[i].name_len)
-        shape.headers[i].name = name
+        memcpy(text, h[i].name, h[i].name_len)
+        shape.headers[i].name = text
         shape.headers[i].name_len = h[i].name_len
-        shape.headers[i].value_len = wire_length(&h[i])
-        name += h[i].name_len
+        text += h[i].name_len
+        length = shape.headers[i].value_len = wire_length(&h[i])
+        shape.headers[i].last = text
+        if h[i].value_len < 0:
+            shape.headers[i].changed = INT64_MAX  # its text is made each time
+        elif length > 0:
+            memcpy(text, h[i].value, length)
+        text += max(0, length)
     shape.next = pool.buckets[mark % SHAPE_BUCKETS]
     pool.buckets[mark % SHAPE_BUCKETS] = shape
     pool.shapes += 1
@@ -119,6 +140,7 @@ cdef HeaderList *make_list(Shape *shape, Record *record) noexcept nogil:
     kept.headers = build_headers(record)
     kept.shape = shape
     kept.next = NULL
+    kept.written = shape.takes
     shape.lists += 1
     for i in range(shape.count):
         if api.header_get_all(kept.headers, i, &name, &value, &size) or <int64_t> size != max(
@@ -126,6 +148,7 @@ cdef HeaderList *make_list(Shape *shape, Record *record) noexcept nogil:
             free_list(kept)
             return NULL
         values_of(kept)[i] = <char *> value
+        note_value(&shape.headers[i], &record.headers[i], shape.takes)
     return kept
 
 
@@ -215,13 +238,17 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
         if shape == NULL:
             return NULL
     shape.is_used = 1
+    shape.takes += 1
     kept = shape.free
     if kept == NULL:
         return make_list(shape, record)
     shape.free = kept.next
     KB_ADD64(&pool.pooled_bytes, -shape.list_bytes)
     for i in range(count):
-        write_in_place(&h[i], values_of(kept)[i])
+        note_value(&shape.headers[i], &h[i], shape.takes)
+        if kept.written < shape.headers[i].changed:
+            write_in_place(&h[i], values_of(kept)[i])
+    kept.written = shape.takes
     return kept
 
 
