@@ -52,7 +52,7 @@ def _refuse_what_is_not_built() -> None:
         pytest.exit(f"the tests need the compiled kbatch._fastmap, not {compiled} (make build)", returncode=3)
     package = compiled.parent
     suffix = compiled.name.removeprefix("_fastmap")  # this interpreter's; another's may lie beside it
-    for source in [*package.rglob("*.pyx"), *package.glob("native/*.pxi")]:
+    for source in [*package.rglob("*.pyx"), *package.glob("native/*.pxi"), *package.glob("*.pxd")]:
         module = source.with_name(source.stem + suffix) if source.suffix == ".pyx" else compiled
         if module.stat().st_mtime < source.stat().st_mtime:
             pytest.exit(f"{module} is older than {source.name} (make build)", returncode=3)

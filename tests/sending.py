@@ -43,7 +43,7 @@ class Driver:
         options: dict[str, Any],
         **agent_options: Any,
     ) -> None:
-        self.failed: list[tuple[kbatch.Envelope[Any], kbatch.KbatchError]] = []
+        self.given_up: list[tuple[kbatch.Envelope[Any], kbatch.KbatchError]] = []
         self.states: list[str] = ["closed"]
         agent_options = {"on_failed": self._on_failed, "on_state_change": self._on_state_change, **agent_options}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -117,7 +117,7 @@ class Driver:
     def reasons(self) -> list[str]:
         """Why each was given up: librdkafka's name, or the type of what is none of its errors."""
         return [error.name if isinstance(error, kbatch.DeliveryError) else type(error).__name__
-                for _, error in self.failed]  # fmt: skip
+                for _, error in self.given_up]  # fmt: skip
 
     def _do(self, result: Any) -> Any:
         if not isinstance(result, Coroutine):
@@ -126,7 +126,7 @@ class Driver:
         return asyncio.run_coroutine_threadsafe(result, self._loop).result(HANG_S)
 
     def _on_failed(self, envelope: kbatch.Envelope[Any], error: kbatch.KbatchError) -> None:
-        self.failed.append((envelope, error))
+        self.given_up.append((envelope, error))
 
     def _on_state_change(self, _: kbatch.CircuitState, new: kbatch.CircuitState) -> None:
         self.states.append(new.value)

@@ -6,7 +6,7 @@
      ├─ NotYetDueError            phase 1: an envelope's scheduled_time is in the future; nothing was sent
      ├─ DeserializationError      a consumed record is no envelope (also a ValueError)
      ├─ DeliveryError             the outcome of one envelope that was not acknowledged
-     ├─ BatchError                the outcome of a batch; carries the report
+     ├─ BatchError                the failure of a batch; carries the report
      │   ├─ BatchTimeoutError         every failure is a timeout
      │   ├─ UnknownTopicError     every failure is an unknown topic or partition
      │   ├─ BatchInterruptedError      given up by Ctrl-C or another exception before anything was sent

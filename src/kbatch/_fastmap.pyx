@@ -5,7 +5,7 @@ reports become outcomes, and whoever waits is woken once.
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
 ``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
 ``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``accumulator`` stands before it all: single
-envelopes become batches.
+envelopes become batches. Structures and classes are declared in ``_fastmap.pxd``.
 """
 
 import asyncio
@@ -89,7 +89,7 @@ cdef extern from *:
 
 cdef object _logger = logging.getLogger("kbatch")
 
-include "native/platform.pxi"
+include "native/clock.pxi"
 include "native/text.pxi"
 include "native/envelope.pxi"
 include "native/gil.pxi"

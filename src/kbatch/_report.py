@@ -67,7 +67,7 @@ class DeliveryReport:
     @cached_property
     def expired_indices(self) -> tuple[int, ...]:
         """The indices of the envelopes that were not sent because their ``deliver_by`` had passed."""
-        return tuple(self._outcomes.expired())
+        return tuple(self._outcomes.expired_indices())
 
     @cached_property
     def errors(self) -> Mapping[int, DeliveryError]:

@@ -90,7 +90,7 @@ class Transactions:
             self._held.conclude(batch, code)
             return
         self._held.enqueue_held(batch)
-        if self._held.wait_for_outcome(batch):
+        if self._held.wait_for_decision(batch):
             self._commit(batch)
         else:
             self._abort(batch, ABORTED_CODE)

@@ -843,12 +843,19 @@ class _Watched:
     run: Run
     stream: Stream
 
-    def _settle(self, flight: Any, pending: kbatch.PendingBatch, rejected: Any) -> None:
-        if flight not in self._abandoned:  # type: ignore[attr-defined]
-            outcomes = self.run._outcomes(self.stream, pending.report)
-            for envelope, outcome in zip(flight.envelopes, outcomes, strict=True):
-                self.stream.attempts.setdefault(_token(envelope), []).append(outcome)
-        super()._settle(flight, pending, rejected)  # type: ignore[misc]
+    def _make_send_loop(self) -> Any:
+        loop = super()._make_send_loop()  # type: ignore[misc]
+        flights, settle = loop.flights, loop.flights._settle
+
+        def watched(flight: Any, pending: kbatch.PendingBatch, rejected: Any) -> None:
+            if flight not in flights._abandoned:
+                outcomes = self.run._outcomes(self.stream, pending.report)
+                for envelope, outcome in zip(flight.envelopes, outcomes, strict=True):
+                    self.stream.attempts.setdefault(_token(envelope), []).append(outcome)
+            settle(flight, pending, rejected)
+
+        flights._settle = watched
+        return loop
 
 
 class _Agent(_Watched, kbatch.SendingAgent):

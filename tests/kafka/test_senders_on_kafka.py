@@ -74,7 +74,7 @@ def test_an_outage_under_load(kafka3: KafkaCluster, kind: str, how: str, strict:
         assert driver.drain() == 0
         assert driver.close() == 0
         assert load.most <= bound
-        assert driver.failed == []
+        assert driver.given_up == []
         assert driver.stats()["acked"] == load.count
         assert driver.states[-2:] == ["half-open", "closed"]
     seen = numbers(read_back(kafka3.bootstrap_servers, topic))
@@ -100,7 +100,7 @@ def test_the_leader_is_killed_under_load(kafka3: KafkaCluster, kind: str) -> Non
             goal = load.count + 2_000
             until(lambda: load.count > goal, "going on", LONG_S)
         assert driver.drain() == 0
-        assert driver.failed == []
+        assert driver.given_up == []
         assert driver.stats()["retried"] == 0  # librdkafka's own retries keep the order, and make no copies
     seen = numbers(read_back(kafka3.bootstrap_servers, topic))
     assert seen == {key: list(range(count)) for key, count in load.sent.items()}
@@ -123,7 +123,7 @@ def test_only_the_one_that_is_too_large_is_given_up(one_broker: KafkaCluster, ki
     ):
         driver.send_all(sent)
         assert driver.flush() == 0
-        assert {envelope.id for envelope, _ in driver.failed} == {envelope.id for envelope in large}
+        assert {envelope.id for envelope, _ in driver.given_up} == {envelope.id for envelope in large}
         assert driver.reasons == ["MSG_SIZE_TOO_LARGE"] * 3
         assert driver.agent.state is CircuitState.CLOSED
         assert driver.states == ["closed"]
@@ -159,19 +159,19 @@ def test_a_permission_that_comes_later(one_broker: KafkaCluster, elsewhere: str,
     ):
         sent = [Envelope(n, key="k") for n in range(10)]
         driver.send_all(sent)
-        until(lambda: len(driver.failed) == 10, "what was refused, told")
+        until(lambda: len(driver.given_up) == 10, "what was refused, told")
         until(lambda: len(driver) == 0, "their places, given back")
         assert driver.reasons == ["TOPIC_AUTHORIZATION_FAILED"] * 10
         assert driver.agent.state is CircuitState.CLOSED  # a refusal is no outage
         assert end_offsets(one_broker.bootstrap_servers, topic) == dict.fromkeys(range(4), 0)
         one_broker.allow(PRINCIPAL, topic, AclOperation.WRITE)
         try:
-            while len(driver.failed) == len(sent):  # until librdkafka has asked for the topic again
+            while len(driver.given_up) == len(sent):  # until librdkafka has asked for the topic again
                 sent.append(Envelope(len(sent), key="k"))
                 driver.send(sent[-1])
                 assert driver.flush() == 0
             assert driver.agent.state is CircuitState.CLOSED
-            told = {envelope.id for envelope, _ in driver.failed}
+            told = {envelope.id for envelope, _ in driver.given_up}
             stored = [record.value for record in read_back(one_broker.bootstrap_servers, topic)]
             assert stored == [b"%d" % envelope.message for envelope in sent if envelope.id not in told]
             assert stored
@@ -197,7 +197,7 @@ def test_a_fatal_transactional_producer_is_replaced(one_broker: KafkaCluster, ki
             assert driver.flush() == 0
             if n < 2:
                 driver.agent._handle.producer._core.inject_fatal_error(45, "made up")
-        assert driver.failed == []
+        assert driver.given_up == []
         assert driver.agent._handle.producer is not producer
         assert driver.close() == 0
         assert driver.stats()["acked"] == 60
@@ -225,7 +225,7 @@ def test_a_request_that_is_read_late_is_overtaken_by_nothing_after_a_fatal_error
         driver.send(Envelope(data=b"A2", key="k"))
         driver.agent._handle.producer._core.inject_fatal_error(45, "made up")
         assert driver.flush() == 0
-        assert driver.failed == []
+        assert driver.given_up == []
         assert driver.agent._handle.producer is not producer
     values = [record.value for record in read_back(one_broker.bootstrap_servers, topic)]
     assert [value for value in values if value != b"first"] == [b"A1", b"A2"]
@@ -242,7 +242,7 @@ def test_one_envelope_to_a_missing_topic_takes_no_others_with_it(one_broker: Kaf
         sent = [Envelope(data=b"%d" % n, key=str(n % 7), topic="missing" if n == 50 else None) for n in range(100)]
         driver.send_all(sent)
         assert driver.flush() == 0
-        assert [envelope for envelope, _ in driver.failed] == [sent[50]]
+        assert [envelope for envelope, _ in driver.given_up] == [sent[50]]
         assert driver.states == ["closed"]
     records = [record for each in read(one_broker.bootstrap_servers, topic, 99).values() for record in each]
     assert Counter(record.value for record in records) == {b"%d" % n: 1 for n in range(100) if n != 50}
@@ -274,7 +274,7 @@ def test_a_record_that_is_refused_takes_no_others_with_it(
     ):
         driver.send_all(sent)
         assert driver.flush() == 0
-        assert [(envelope, reason) for (envelope, _), reason in zip(driver.failed, driver.reasons, strict=True)] == [
+        assert [(envelope, reason) for (envelope, _), reason in zip(driver.given_up, driver.reasons, strict=True)] == [
             (sent[n], error) for n in bad
         ]
         assert driver.states == ["closed"]
@@ -312,10 +312,10 @@ def test_a_fenced_producer_ends_its_sender(one_broker: KafkaCluster, kind: str) 
             assert other.send_batch(topic, [Envelope(data=b"of the other")]).ok
             sent = [Envelope(data=b"late") for _ in range(3)]
             driver.send_all(sent[:1])
-            until(lambda: driver.failed, "the end")
+            until(lambda: driver.given_up, "the end")
             with pytest.raises(kbatch.SenderClosedError) as caught:
                 driver.send(sent[1])
             assert isinstance(caught.value.__cause__, kbatch.ProducerFencedError)
-            assert [envelope for envelope, _ in driver.failed] == sent[:1]
+            assert [envelope for envelope, _ in driver.given_up] == sent[:1]
             assert driver.agent._handle.producer is driver.sender.agent._handle.producer
             assert other.send_batch(topic, [Envelope(data=b"of the other")]).ok  # it was not fenced in turn

@@ -49,10 +49,10 @@ def main(settings: str, topic: str, step: str, first: int, count: int) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(held, name)
 
-        def wait_for_outcome(self, batch: Any) -> bool:
+        def wait_for_decision(self, batch: Any) -> bool:
             if current == first + 1 and step == "enqueue":
                 die()
-            return held.wait_for_outcome(batch)
+            return held.wait_for_decision(batch)
 
     Transactions._call = dying_call  # type: ignore[method-assign]
     Transactions._run = dying_run  # type: ignore[method-assign]

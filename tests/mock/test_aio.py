@@ -36,7 +36,6 @@ def cluster(kafka_cluster: MockCluster) -> MockCluster:
 
 def make_producer(cluster: MockCluster, *, close_timeout_s: float = 30.0, **options: Any) -> aio.Producer:
     config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "enable.idempotence": False}
-    config |= {"reconnect.backoff.ms": 10, "reconnect.backoff.max.ms": 100}  # soon after the broker
     config |= options.pop("config", {})
     return aio.Producer(config, close_timeout_s=close_timeout_s, **options)
 

@@ -120,7 +120,7 @@ def test_an_outage_under_load(cluster: MockCluster, opened: Open, strict: bool) 
     assert driver.close() == 0
     assert load.most <= bound
     assert load.refused > 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert driver.states[:2] == ["closed", "open"]
     assert driver.states[-2:] == ["half-open", "closed"]
     stats = driver.stats()
@@ -156,7 +156,7 @@ def test_an_outage_counts_no_attempt(cluster: MockCluster, opened: Open) -> None
     until(lambda: driver.stats()["retried"] >= 4, "failures")
     cluster.set_broker_up()
     assert driver.flush() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert set(values(cluster)) == {b"0", b"1"}
 
 
@@ -188,7 +188,7 @@ def test_strict_order_with_failures_all_the_time(cluster: MockCluster, opened: O
             goal = driver.stats()["acked"] + 20
             until(lambda goal=goal: driver.stats()["acked"] > goal, "acknowledgements")
     assert driver.drain() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert driver.stats()["retried"] >= 30
     seen = numbers(read_back(cluster.bootstrap_servers, TOPIC))
     check_nothing_lost(load, seen, copies=False)
@@ -224,7 +224,7 @@ def test_only_what_failed_is_sent_again(cluster: MockCluster, opened: Open) -> N
     sent = datas(5, "a", partition=0) + datas(5, "b", partition=1)
     driver.send_all(sent)
     assert driver.flush() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     stats = driver.stats()
     assert (stats["acked"], stats["retried"]) == (10, 10)  # five, twice
     records = read_back(cluster.bootstrap_servers, TOPIC)
@@ -244,7 +244,7 @@ def test_attempts_come_to_an_end(cluster: MockCluster, opened: Open, attempts: i
     sent = datas(3, partition=0, key="k")
     driver.send(sent[0])
     assert driver.flush() == 0
-    assert [envelope for envelope, _ in driver.failed] == sent[:1]
+    assert [envelope for envelope, _ in driver.given_up] == sent[:1]
     assert driver.reasons == [NOT_ENOUGH_REPLICAS]
     assert driver.stats()["retried"] == attempts - 1
     driver.send_all(sent[1:])  # its key goes on
@@ -267,7 +267,7 @@ def test_age_comes_to_an_end_while_brokers_are_away(cluster: MockCluster, opened
     until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
     driver.send_all(sent[5:])
     assert driver.flush() == 0
-    assert [envelope for envelope, _ in driver.failed] == sent
+    assert [envelope for envelope, _ in driver.given_up] == sent
     assert driver.reasons == ["_MSG_TIMED_OUT"] * 5 + ["CircuitOpenError"] * 5
     cluster.set_broker_up()
     driver.send(Envelope(data=b"after"))
@@ -285,7 +285,7 @@ def test_deliver_by_passes_while_it_waits(cluster: MockCluster, opened: Open) ->
     time.sleep(1)
     cluster.set_broker_up()
     assert driver.flush() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     stats = driver.stats()
     assert (stats["expired"], stats["acked"]) == (3, 3)
     assert sorted(values(cluster)) == [b"long 0", b"long 1", b"long 2"]
@@ -298,7 +298,7 @@ def test_what_is_refused_for_good_is_not_sent_again(cluster: MockCluster, opened
     sent = datas(3, partition=0)
     driver.send_all(sent)
     assert driver.flush() == 0
-    assert [envelope for envelope, _ in driver.failed] == sent
+    assert [envelope for envelope, _ in driver.given_up] == sent
     assert driver.reasons == [error] * 3
     assert driver.stats()["retried"] == 0
     until(lambda: driver.agent.state is CircuitState.CLOSED, "a closed circuit")
@@ -313,7 +313,7 @@ def test_what_cannot_be_mapped_is_the_only_one_that_fails(cluster: MockCluster, 
     bad = [Envelope(object()), Envelope(1, key=7), Envelope(data=b"x" * 2_000_000)]  # type: ignore[arg-type]
     driver.send_all([*sent[:5], bad[0], *sent[5:], *bad[1:]])
     assert driver.flush() == 0
-    assert {envelope.id for envelope, _ in driver.failed} == {envelope.id for envelope in bad}
+    assert {envelope.id for envelope, _ in driver.given_up} == {envelope.id for envelope in bad}
     assert driver.reasons == ["SerializationError"] * 3
     assert driver.agent.state is CircuitState.CLOSED
     assert values(cluster) == [str(n).encode() for n in range(10)]
@@ -325,7 +325,7 @@ def test_records_that_are_too_large_together(cluster: MockCluster, opened: Open)
     driver = opened(config=NO_RETRIES | ONE_REQUEST, sender=ONE_BATCH)
     driver.send_all(datas(16, partition=0))
     assert driver.flush() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert Counter(values(cluster)) == Counter(str(n).encode() for n in range(16))
 
 
@@ -408,7 +408,7 @@ def test_a_dead_letter_that_is_refused(cluster: MockCluster, opened: Open) -> No
     envelope = Envelope(data=b"1", partition=0)
     driver.send(envelope)
     assert driver.flush() == 0
-    assert [told for told, _ in driver.failed] == [envelope]
+    assert [told for told, _ in driver.given_up] == [envelope]
     assert driver.reasons == ["POLICY_VIOLATION"]  # the first reason
     assert values(cluster, "dead") == []
 
@@ -454,7 +454,7 @@ def test_what_comes_due_while_brokers_are_away(cluster: MockCluster, opened: Ope
     time.sleep(0.5)
     cluster.set_broker_up()
     assert driver.drain() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert set(values(cluster)) == {f"{name} {n}".encode() for name in ("now", "late") for n in range(3)}
 
 
@@ -464,7 +464,7 @@ def test_what_is_scheduled_is_given_up_by_close(cluster: MockCluster, opened: Op
     driver.send_all([*sent, Envelope(data=b"now")])
     assert driver.flush() == 0
     assert driver.close(0.1) == 3
-    assert [envelope for envelope, _ in driver.failed] == sent
+    assert [envelope for envelope, _ in driver.given_up] == sent
     assert driver.reasons == ["SenderClosedError"] * 3
     assert values(cluster) == [b"now"]
 
@@ -484,7 +484,7 @@ def test_an_error_of_the_topic_that_goes_away(cluster: MockCluster, opened: Open
         goal = load.count + 200
         until(lambda: load.count > goal, "going on")
     assert driver.drain() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     check_nothing_lost(load, numbers(read_back(cluster.bootstrap_servers, TOPIC)), copies=False)
 
 
@@ -507,7 +507,7 @@ def test_a_fatal_producer_is_replaced_twice(cluster: MockCluster, opened: Open, 
             until(lambda goal=goal: load.count > goal, "going on")
     assert driver.drain() == 0
     assert driver.close() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert driver.stats()["acked"] == load.count
     assert [producer.closed for producer in seen_ones] == [False, True, True]  # the first one is the caller's
     seen = numbers(read_back(cluster.bootstrap_servers, TOPIC))
@@ -524,7 +524,7 @@ def test_a_fatal_error_of_the_broker(cluster: MockCluster, opened: Open) -> None
     cluster.push_partition_errors(TOPIC, 0, ApiKey.PRODUCE, ["OUT_OF_ORDER_SEQUENCE_NUMBER"])
     driver.send_all(datas(5, "again ", partition=0))
     assert driver.flush() == 0
-    assert driver.failed == []
+    assert driver.given_up == []
     assert driver.agent._handle.producer is not given
     assert Counter(values(cluster)) == Counter([*(b"%d" % n for n in range(5)), *(b"again %d" % n for n in range(5))])
 
@@ -538,7 +538,7 @@ def test_a_fenced_producer_is_never_replaced(cluster: MockCluster, opened: Open)
     envelope = Envelope(data=b"after")
     driver.send(envelope)
     assert driver.flush() == 0
-    assert [told for told, _ in driver.failed] == [envelope]
+    assert [told for told, _ in driver.given_up] == [envelope]
     assert driver.reasons in (["SenderClosedError"], ["INVALID_PRODUCER_EPOCH"], ["_FENCED"])
     with pytest.raises(kbatch.SenderClosedError) as caught:
         driver.send(Envelope(1))
@@ -600,7 +600,7 @@ class Recorder(kbatch.SenderCallback):
         return lambda _, answer: self.calls.append((name, answer))
 
 
-def test_a_sender_of_whole_batches_is_latched_while_it_is_open(cluster: MockCluster, kind: str) -> None:
+def test_a_sender_of_whole_batches_says_that_the_circuit_is_open(cluster: MockCluster, kind: str) -> None:
     config = {"bootstrap.servers": cluster.bootstrap_servers, **QUICK, "message.timeout.ms": 1_500}
     with kbatch.Producer(config, close_timeout_s=0) as producer:
         driver = Driver(kind, producer, TOPIC, options={}, failures_to_open=2, probe_interval_s=0.05, retry=SOON)
@@ -674,7 +674,7 @@ def test_the_producer_is_closed_while_the_circuit_is_open(cluster: MockCluster, 
         driver.send(Envelope(data=b"no room"))
     assert isinstance(caught.value.__cause__, kbatch.ProducerClosedError)
     until(lambda: len(driver) == 0, "what on_failed is told")
-    assert Counter(envelope.id for envelope, _ in driver.failed) == Counter(envelope.id for envelope in sent)
+    assert Counter(envelope.id for envelope, _ in driver.given_up) == Counter(envelope.id for envelope in sent)
 
 
 def test_close_tells_what_was_not_sent(cluster: MockCluster, opened: Open) -> None:
@@ -686,7 +686,7 @@ def test_close_tells_what_was_not_sent(cluster: MockCluster, opened: Open) -> No
     driver.send_all(sent)
     until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
     assert driver.close(0.2) == 50
-    assert [envelope for envelope, _ in driver.failed] == sent
+    assert [envelope for envelope, _ in driver.given_up] == sent
     assert set(driver.reasons) <= {"SenderClosedError", "_MSG_TIMED_OUT"}
     cluster.set_broker_up()
     stats = driver.stats()

@@ -315,6 +315,6 @@ def test_a_batched_sender_survives_an_exception_that_has_no_text(cluster: MockCl
                 for n in range(100):
                     driver.send(Envelope(odd if n == 50 else 100 * turn + n))
                 assert driver.flush() == 0
-        assert [type(error) for _, error in driver.failed] == [kbatch.SerializationError] * 2
+        assert [type(error) for _, error in driver.given_up] == [kbatch.SerializationError] * 2
     expected = [b"%d" % n for n in range(200) if n % 100 != 50]
     assert [record.value for record in read_back(cluster.bootstrap_servers, TOPIC)] == expected

@@ -45,7 +45,7 @@ def stored(cluster: MockCluster, topic: str = "orders") -> list[int]:
 
 def told(driver: Driver) -> Counter[tuple[str, str]]:
     return Counter(
-        (str(envelope.topic), getattr(error, "name", type(error).__name__)) for envelope, error in driver.failed
+        (str(envelope.topic), getattr(error, "name", type(error).__name__)) for envelope, error in driver.given_up
     )
 
 
@@ -109,7 +109,7 @@ def test_one_envelope_takes_no_others_with_it(cluster: MockCluster, kind: str, s
     ):
         driver.send_all([Envelope(n, key=str(n % 7), topic="refused" if n == 50 else None) for n in range(100)])
         assert driver.flush() == 0
-        assert [envelope.topic for envelope, _ in driver.failed] == ["refused"]
+        assert [envelope.topic for envelope, _ in driver.given_up] == ["refused"]
         assert driver.states == ["closed"]
         assert driver.stats()["acked"] == 99
     records = read(cluster.bootstrap_servers, "orders", 99)  # of aborted transactions, too: the mock keeps them

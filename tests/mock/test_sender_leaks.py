@@ -174,7 +174,7 @@ class Answer(kbatch.SenderCallback):
         self.methods.append("processing")
 
     def mark_circuit_open(self, batch: Any, error: Any = None) -> None:
-        self.methods.append("latched")
+        self.methods.append("circuit open")
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -214,7 +214,7 @@ def test_an_agent_whose_circuit_is_open() -> None:
         def step() -> None:
             callback.methods.clear()
             agent.send_batch(callback, OutgoingBatch(envelopes))
-            assert callback.methods == ["latched"]
+            assert callback.methods == ["circuit open"]
 
         check_leaks(step, watched)
         agent.close()

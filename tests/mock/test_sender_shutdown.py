@@ -278,10 +278,8 @@ def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops
             for each in beside:
                 each.result(60)
         until(lambda sender=sender: len(sender) == 0, "the callbacks")  # a loop that has ended is found out in a second
-        for (
-            envelope,
-            error,
-        ) in agent.recent_failures:  # what the loop of the first envelope, if it has ended, could not be told
+        # What the loop of the first envelope, if it has ended, could not be told.
+        for envelope, error in agent.recent_failures:
             account.on_failed(envelope, error)
         raised = [name for name, _ in account.raised]
         assert len(set(raised)) == len(raised)

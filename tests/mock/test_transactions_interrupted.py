@@ -119,8 +119,8 @@ STEPS = [
     ("transaction_call", 1, True),
     ("enqueue_held", 1, False),
     ("enqueue_held", 1, True),
-    ("wait_for_outcome", 1, False),
-    ("wait_for_outcome", 1, True),
+    ("wait_for_decision", 1, False),
+    ("wait_for_decision", 1, True),
     ("transaction_call", 2, False),  # commit
     ("transaction_call", 2, True),
     ("conclude", 1, False),
@@ -307,7 +307,7 @@ def test_a_batched_sender_replaces_a_producer_whose_transaction_is_unknown(
         for n in range(10, 20):
             driver.send(kbatch.Envelope(n))
         assert driver.flush() == 0
-        assert driver.failed == []
+        assert driver.given_up == []
         assert driver.agent._handle.producer._core is not producer._core
     assert set(range(10, 20)) <= set(values(cluster))
 
@@ -342,7 +342,7 @@ def test_what_was_not_sent_of_an_interrupted_transaction_is_not_told_as_possibly
         transactions = producer._transactions
         assert transactions is not None
         cluster.set_rtt(1, 500)
-        transactions._held = Failing(transactions._held, "wait_for_outcome", 1, after=False)  # type: ignore[assignment]
+        transactions._held = Failing(transactions._held, "wait_for_decision", 1, after=False)  # type: ignore[assignment]
         report = producer.send_batch("t", envelopes(50), timeout=30)
         assert report.failed == 50
         possibly = [index for index, error in report.errors.items() if error.possibly_persisted]

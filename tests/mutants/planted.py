@@ -460,14 +460,14 @@ MUTANTS = (
     ),
     Mutant(
         "the outcomes of a batch in memory are off by one partition",
-        "Core.settle_in_memory",
+        "NativeMemoryCore.settle_in_memory",
         "outcome.partition, outcome.offset = code, persistence, partition, offset\n",
         "outcome.partition, outcome.offset = code, persistence, partition + 1, offset\n",
         "tests/mock/test_memory_producer_fidelity.py",
     ),
     Mutant(
         "a batch in memory stays counted as in flight",
-        "Core.settle_in_memory",
+        "NativeMemoryCore.settle_in_memory",
         "        KB_ADD64(&c.in_flight, -sent)\n",
         "        pass\n",
         "tests/unit/test_memory_producer.py",
@@ -515,6 +515,13 @@ MUTANTS = (
         "len(self) - self.acked - self.failed",
         "len(self) - self.acked",
         "tests/unit/test_errors.py tests/mock/test_batch_callback_contract.py",
+    ),
+    Mutant(
+        "an option that nobody has is taken in silence",
+        "taken",
+        "        if not any(name in known for known in names):\n",
+        "        if not names:\n",
+        "tests/unit/test_kafka_topic.py",
     ),
     Mutant(
         "a topic drops the configuration that is given beside a producer",
@@ -793,7 +800,7 @@ MUTANTS = (
     ),
     Mutant(
         "strict_order goes by the envelope's key though a wire object may write another",
-        "check_strict",
+        "_check_strict",
         "    if producer._has_custom_wire:\n",
         "    if producer._has_custom_wire is None:\n",
         "tests/mock/test_permanent_refusals.py",

@@ -21,7 +21,7 @@ class Recorder(kbatch.SenderCallback):
         self.lost += [batch.envelopes[index] for index in error.report.errors]
 
 
-class Latched:
+class OpenCircuit:
     """A sender of the user's own; `SenderProtocol` without inheriting from it."""
 
     def send_batch(self, callback: kbatch.SenderCallback, batch: kbatch.OutgoingBatch) -> None:
@@ -47,6 +47,6 @@ def send(sender: kbatch.SenderProtocol, envelopes: list[kbatch.Envelope[int]]) -
 def main(producer: kbatch.Producer) -> None:
     send(kbatch.KafkaSender(producer, "orders"), [kbatch.Envelope(1)])
     send(kbatch.KafkaSender(producer, None), [kbatch.Envelope(1, topic="t")])
-    send(Latched(), [])
+    send(OpenCircuit(), [])
     send(NoSender(), [])  # type: ignore[arg-type]
     kbatch.KafkaSender(producer, "orders").send_batch(Recorder(), [])  # type: ignore[arg-type]

@@ -24,6 +24,13 @@ def blocking(producer: kbatch.Producer, settings: dict[str, str | int]) -> None:
     kbatch.KafkaTopic("orders", kbatch.SenderMode.INLINE, producer=producer, wire="raw")  # type: ignore[call-overload]
     kbatch.KafkaTopic("orders", kbatch.SenderMode.INLINE)  # type: ignore[call-overload]
     kbatch.InlineSender(7, "orders")  # type: ignore[arg-type]
+    agent = kbatch.SendingAgent(producer, "orders", strict_order=True, retry=None)
+    kbatch.SendingAgent(producer, "orders", strict_order=None)  # type: ignore[arg-type]
+    kbatch.SendingAgent(producer, "orders", colour="red")  # type: ignore[call-arg]
+    assert_type(kbatch.BatchedSender(agent, batch_size=10, close_timeout_s=5).close(), int)
+    kbatch.BatchedSender(agent, batch_size="10")  # type: ignore[arg-type]
+    with_default = kbatch.KafkaTopic("orders", kbatch.SenderMode.BUFFERED, producer=producer, strict_order=None)
+    assert_type(with_default.strict_order, bool | None)
 
 
 async def on_a_loop(producer: aio.Producer, blocking: kbatch.Producer) -> None:

@@ -182,6 +182,7 @@ class Accumulators(RuleBasedStateMachine):
         _, _, waiter = self.waiters.pop(data.draw(st.integers(0, len(self.waiters) - 1)))
         self.sender._leave_line(waiter)
         assert not waiter.taken
+        self.make_room()  # there may be room for what waited behind it
 
     @rule()
     def the_batch_is_closed(self) -> None:

@@ -8,9 +8,10 @@ import pytest
 
 import kbatch._fastmap
 import kbatch._librdkafka
+import kbatch.testing._memory_core
 import kbatch.testing._mock
 
-MODULES = (kbatch._fastmap, kbatch._librdkafka, kbatch.testing._mock)
+MODULES = (kbatch._fastmap, kbatch._librdkafka, kbatch.testing._memory_core, kbatch.testing._mock)
 CLASSES = sorted(
     f"{module.__name__}:{name}"
     for module in MODULES

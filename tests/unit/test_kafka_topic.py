@@ -13,7 +13,8 @@ import msgspec
 import pytest
 
 import kbatch
-from kbatch import ConfigError, KafkaTopic, SenderMode, aio
+from kbatch import ConfigError, KafkaTopic, SenderMode, _options, aio
+from kbatch._options import AgentOptions
 from kbatch._recovery import _handle
 from kbatch._sending import _topic
 
@@ -103,8 +104,9 @@ def test_options_reach_the_sender_and_its_agent() -> None:
     )
     with made.create_sender() as sender:
         agent = sender.agent
-        assert (agent._policy, agent._max_in_flight, agent._given_up._on_failed) == (policy, 2, print)
-        assert agent._dead_letter_topic == "dead"
+        assert agent._options == AgentOptions(
+            retry=policy, max_in_flight_batches=2, on_failed=print, dead_letter_topic="dead"
+        )
         assert (sender.batch_size, sender.batch_bytes, sender._close_timeout) == (8, 9_000, 7.0)
         assert sender.max_buffered_bytes == 10_000
     with topic(close_timeout_s=8.0).create_sender() as sender:
@@ -358,20 +360,40 @@ def test_neither_a_pickle_nor_a_deep_copy(attempt: Callable[[Any], Any]) -> None
     assert_no_secret(texts_of(caught.value))
 
 
+def annotations_of(module: Any, name: str) -> dict[str, str]:
+    """What a class in `if TYPE_CHECKING` declares."""
+    nodes = ast.walk(ast.parse(inspect.getsource(module)))
+    (found,) = (node for node in nodes if isinstance(node, ast.ClassDef) and node.name == name)
+    fields = [node for node in found.body if isinstance(node, ast.AnnAssign)]
+    return {ast.unparse(each.target): ast.unparse(each.annotation) for each in fields}
+
+
+@pytest.mark.parametrize("name", ["Batching", "Agent"])
+def test_what_type_checkers_are_told_is_what_senders_and_agents_take(name: str) -> None:
+    options = getattr(_options, f"{name}Options")
+    assert annotations_of(_options, f"{name}Keywords") == {each.name: each.type for each in dataclasses.fields(options)}
+
+
 def test_what_type_checkers_are_told_is_what_it_takes() -> None:
-    module = ast.parse(inspect.getsource(_topic))
-    told = {
-        node.name: {
-            each.target.id: ast.unparse(each.annotation)
-            for each in node.body
-            if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)
-        }
-        for node in ast.walk(module)
-        if isinstance(node, ast.ClassDef) and node.name.startswith("Options")
-    }
-    assert set(told["OptionsWithConfig"]) < set(inspect.signature(kbatch.Producer).parameters)
+    told = {**annotations_of(_topic, "Options"), **annotations_of(_topic, "OptionsWithConfig")}
+    assert set(annotations_of(_topic, "OptionsWithConfig")) < set(inspect.signature(kbatch.Producer).parameters)
+    for name in ("BatchingKeywords", "AgentKeywords"):
+        keywords = annotations_of(_options, name)
+        told |= {option: kind.replace("_Unset", "None") for option, kind in keywords.items()}
     taken = inspect.signature(_topic.BaseTopic.__init__).parameters.values()
     own = ("self", "name", "mode", "producer", "config")
-    assert {**told["Options"], **told["OptionsWithConfig"]} == {
-        each.name: each.annotation for each in taken if each.name not in own
-    }
+    assert told == {each.name: each.annotation for each in taken if each.name not in own}
+
+
+def test_an_option_that_nothing_has_is_refused_as_python_does(kind: Any) -> None:
+    with pytest.raises(TypeError, match=r"KafkaTopic\(\) got an unexpected keyword argument 'colour'") as caught:
+        topic(kind, config=SECRETS, colour="red")
+    assert_no_secret(texts_of(caught.value))
+    with pytest.raises(TypeError, match="'colour'"):
+        topic(kind, colour=None)
+    with kbatch.Producer(SERVERS) as producer:
+        with pytest.raises(TypeError, match=r"SendingAgent\(\) got an unexpected keyword argument 'batch_size'"):
+            kbatch.SendingAgent(producer, "orders", batch_size=1)  # type: ignore[call-arg]
+        agent = kbatch.SendingAgent(producer, "orders")
+        with pytest.raises(TypeError, match=r"BatchedSender\(\) got an unexpected keyword argument 'retry'"):
+            kbatch.BatchedSender(agent, retry=None)  # type: ignore[call-arg]

@@ -205,3 +205,35 @@ def test_the_locks_agree():
         mine, theirs = locked(one), locked(other)
         for package in mine.keys() & theirs.keys():
             assert mine[package] <= theirs[package] or theirs[package] <= mine[package], (one, other, package)
+
+
+def design() -> str:
+    return (ROOT / "DESIGN.md").read_text(encoding="utf-8")
+
+
+def test_the_design_lists_its_headings():
+    anchors = [
+        (2 * (len(marks) - 2), title, re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-"))
+        for marks, title in re.findall(r"^(##+) (.*)$", design(), re.MULTILINE)
+        if title != "Contents"
+    ]
+    contents = design().partition("\n## Contents\n")[2].partition("\n## ")[0]
+    assert contents.strip("\n").splitlines() == [
+        f"{' ' * depth}- [{title}](#{anchor})" for depth, title, anchor in anchors
+    ]
+
+
+def test_the_map_of_the_design_has_each_file_and_no_other():
+    section = design().partition("\n## File map\n")[2].partition("\n## ")[0]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    named = {name.rpartition("/")[2] for name in re.findall(r"`([\w./]+\.(?:py|pyx|pxi|h))`", table)}
+    package = ROOT / "src" / "kbatch"
+    files = {
+        path.relative_to(package)
+        for folder in (".", "_recovery", "_sending", "native", "testing")
+        for path in package.joinpath(folder).glob("*.*")
+        if path.suffix in {".py", ".pyx", ".pxi", ".h"}
+    }
+    # What says nothing about itself, and the plugin beside the package.
+    silent = {"__init__.py", "_version.py"}
+    assert {path.name for path in files} - silent == named - {"pytest_kbatch.py"} - silent

@@ -33,7 +33,7 @@ LAYERS = [
     {"_transactions"},
     {"_base_producer"},
     {"_producer", "_recovery"},
-    {"_batch_sender"},
+    {"_batch_sender", "_options"},
     {"_sending"},
     {"aio"},
     {"testing"},
@@ -44,7 +44,7 @@ LAYERS = [
 LAYERS_WITHIN = {
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
-        {"_options", "_queue", "_watchers"},
+        {"_queue", "_watchers"},
         {"_endings", "_flights"},
         {"_send_loop"},
         {"_agent"},

@@ -199,7 +199,7 @@ def test_an_encoder_that_fails_for_no_reason_of_its_own_costs_the_others_nothing
         values = [record.value() for record in producer.records]
         assert sorted(values) == sorted([b"%d" % n for n in range(20)] + [b"cured"] * is_stored)
         assert driver.stats()["retried"] == retried
-        assert [type(error.__cause__) for _, error in driver.failed] == ([] if is_stored else [kind_of_error])
+        assert [type(error.__cause__) for _, error in driver.given_up] == ([] if is_stored else [kind_of_error])
         assert driver.states == ["closed"]
 
 

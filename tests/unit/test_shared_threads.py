@@ -150,12 +150,17 @@ def test_what_is_put_after_the_end_is_called_by_a_thread_that_ends(threads: Shar
         until(lambda count=count: len(by) == count and not by[-1].is_alive(), "the end of the thread")  # type: ignore[misc]
 
 
-def test_a_queue_that_is_forgotten_keeps_no_thread(threads: SharedThreads) -> None:
+@pytest.mark.parametrize("in_cycle", [False, True])
+def test_a_queue_that_is_forgotten_keeps_no_thread(threads: SharedThreads, in_cycle: bool) -> None:
     queue, told = CallQueue(threads), []
+    cycle: list[object] = [queue]
+    if in_cycle:
+        cycle.append(cycle)
     queue.put(told.append, 1)
     until(lambda: told, "the call")
     assert running() == 1
-    del queue
+    del queue, cycle
+    gc.collect()
     until(lambda: running() == 0, "the end of the thread")
 
 

@@ -179,12 +179,12 @@ def test_what_waits_for_a_slot_grows_old_as_well(kind: str) -> None:
         producer.hold()
         for n in range(30):
             driver.send(Envelope(n))
-        until(lambda: len(driver.failed) > 10, "the end of those that were not sent")
-        assert driver.reasons == ["SenderError"] * len(driver.failed)
+        until(lambda: len(driver.given_up) > 10, "the end of those that were not sent")
+        assert driver.reasons == ["SenderError"] * len(driver.given_up)
         assert driver.agent.state is kbatch.CircuitState.CLOSED
         producer.release()
         assert driver.flush() == 0
-        assert len(producer.envelopes) + len(driver.failed) == 30
+        assert len(producer.envelopes) + len(driver.given_up) == 30
 
 
 # -- closing
@@ -228,9 +228,9 @@ def test_what_closing_gives_up_says_so(kind: str) -> None:
         until(lambda: driver.stats()["retried"], "a failure")
         assert driver.close(0) == 30
         assert driver.reasons == ["SenderClosedError"] * 30
-        causes = {getattr(error.__cause__, "name", None) for _, error in driver.failed}
+        causes = {getattr(error.__cause__, "name", None) for _, error in driver.given_up}
         assert "_MSG_TIMED_OUT" in causes
-        assert any("the last attempt failed: " in str(error) for _, error in driver.failed)
+        assert any("the last attempt failed: " in str(error) for _, error in driver.given_up)
 
 
 def test_what_may_be_stored_is_told_so_however_it_ends(kind: str) -> None:
@@ -245,7 +245,7 @@ def test_what_may_be_stored_is_told_so_however_it_ends(kind: str) -> None:
         driver.send(Envelope(1))
         until(lambda: driver.stats()["retried"] >= 4, "two failures")
         assert driver.close(0) == 1
-        errors = [error for _, error in driver.failed]
+        errors = [error for _, error in driver.given_up]
         assert [type(error) for error in errors] == [kbatch.DeliveryError] * 2
         assert [error.possibly_persisted for error in errors if isinstance(error, kbatch.DeliveryError)] == [True] * 2
         cause = errors[1].__cause__  # None if its next attempt was under way at the end
@@ -323,7 +323,7 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
         assert driver.flush() == 0
         until(lambda: len(warnings()) == 2, "the end of it")
         assert driver.agent.waiting_for_s == 0.0
-        assert driver.failed == []
+        assert driver.given_up == []
     assert warnings()[0].startswith("brokers have not answered for 'orders' for 0 s")
     assert warnings()[1] == "brokers answer for 'orders' again"
 
@@ -353,9 +353,9 @@ def test_what_expires_after_it_may_have_been_stored_is_told(kind: str) -> None:
         producer.fail("NOT_ENOUGH_REPLICAS", when=lambda envelope: envelope.message == "not")
         driver.send_all([Envelope("perhaps", deliver_by=soon), Envelope("not", deliver_by=soon)])
         assert driver.flush() == 0
-        until(lambda: driver.failed, "what is told")
-        assert len(driver.failed) == 1
-        envelope, error = driver.failed[0]
+        until(lambda: driver.given_up, "what is told")
+        assert len(driver.given_up) == 1
+        envelope, error = driver.given_up[0]
         assert envelope.message == "perhaps"
         assert isinstance(error, kbatch.DeliveryError)
         assert (error.name, error.possibly_persisted) == ("REQUEST_TIMED_OUT", True)
@@ -520,7 +520,7 @@ def test_an_age_that_nothing_reaches(kind: str, max_age_s: float) -> None:
         assert driver.flush(0.05) > 0
         producer.release()
         assert driver.flush() == 0
-        assert driver.failed == []
+        assert driver.given_up == []
 
 
 def test_a_sender_that_is_forgotten_right_after_an_envelope_sends_it() -> None:

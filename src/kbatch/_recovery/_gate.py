@@ -149,14 +149,14 @@ class Gate:
         self, verdict: Verdict, trial: Trial | None, now: float, envelopes: Sequence[Envelope[object]] = ()
     ) -> None:
         """Learns what the answer of a batch says about the brokers; of `envelopes`, where to ask if it failed."""
+        if verdict == "failed" and envelopes:  # before the lock: a user's class may have a topic of its own
+            own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
+            self._failed_topic = self._topic if own else None
         with self.lock:
             before = self.circuit.state
             if verdict == "succeeded":
                 self.circuit.succeeded(trial, now)
             elif verdict == "failed":
-                if envelopes:
-                    own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
-                    self._failed_topic = self._topic if own else None
                 self.circuit.failed(trial, now)
             else:
                 self.circuit.said_nothing(trial)
@@ -166,8 +166,11 @@ class Gate:
 
     def note_answer(self, producer: BaseProducer, answer: Answer) -> None:
         """Learns from what the callback of a batch was told, which is not sent again."""
-        self.note(verdict_of_answer(answer.outcome), answer.trial, self._clock(), answer.batch.envelopes)
-        if can_be_replaced(answer.outcome):
+        verdict = verdict_of_answer(answer.argument)
+        # A batch that could not be mapped may not even give its envelopes.
+        envelopes = answer.batch.envelopes if verdict == "failed" else ()
+        self.note(verdict, answer.trial, self._clock(), envelopes)
+        if can_be_replaced(answer.argument):
             self._give_up(producer)
 
     def note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
@@ -310,11 +313,11 @@ class Gate:
             self._calls.log(logging.ERROR, "on_state_change failed: %s", name, exc_info=error)
 
 
-def verdict_of_answer(outcome: KbatchError | DeliveryReport) -> Verdict:
+def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
     """What the answer of a batch that is not sent again says about the brokers."""
-    if isinstance(outcome, (SerializationError, NotYetDueError, BatchInterruptedError)):
+    if isinstance(told, (SerializationError, NotYetDueError, BatchInterruptedError)):
         return "nothing"
-    report = outcome.report if isinstance(outcome, KbatchError) else outcome
+    report = told.report if isinstance(told, KbatchError) else told
     if report is not None and (report.acked or not report.failed):
         return "succeeded" if report.acked else "nothing"
     return "failed" if report is None or not _spare_brokers(list(report.errors.values())) else "nothing"

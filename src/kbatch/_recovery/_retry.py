@@ -10,7 +10,7 @@ from kbatch._errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RetryPolicy"]
+__all__ = ["RetryPolicy", "is_number"]
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,21 @@ class RetryPolicy:
             f"max_attempts must be 1 or more, or None for no limit, not {self.max_attempts!r}",
         )
         _check(
-            self.max_age_s is None or (_number(self.max_age_s) and self.max_age_s > 0),
+            self.max_age_s is None or (is_number(self.max_age_s) and self.max_age_s > 0),
             f"max_age_s must be seconds above 0, or None for no limit, not {self.max_age_s!r}",
         )
         for name in ("initial_backoff_s", "max_backoff_s"):
             value = getattr(self, name)
-            _check(_number(value) and 0 < value < 1e6, f"{name} must be seconds above 0, not {value!r}")
+            _check(is_number(value) and 0 < value < 1e6, f"{name} must be seconds above 0, not {value!r}")
         _check(
             self.initial_backoff_s <= self.max_backoff_s,
             f"initial_backoff_s={self.initial_backoff_s!r} is longer than max_backoff_s={self.max_backoff_s!r}",
         )
         _check(
-            _number(self.multiplier) and 1 <= self.multiplier < 1e6,
+            is_number(self.multiplier) and 1 <= self.multiplier < 1e6,
             f"multiplier must be 1 or more, not {self.multiplier!r}",
         )
-        _check(_number(self.jitter) and 0 <= self.jitter <= 1, f"jitter must be from 0 to 1, not {self.jitter!r}")
+        _check(is_number(self.jitter) and 0 <= self.jitter <= 1, f"jitter must be from 0 to 1, not {self.jitter!r}")
 
     def delay_s(self, failures: int, random: Callable[[], float]) -> float:
         """Seconds to wait after so many failures; `random` answers from 0 to 1."""
@@ -78,5 +78,6 @@ def _whole(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is an int or a float, and no bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -14,14 +14,13 @@ from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._errors import ConfigError, ForkError, KbatchError, SenderClosedError, SenderError
 from kbatch._fastmap import AnsweringSender, Call, CallQueue, Flag, comes_from, monotonic
+from kbatch._options import AgentOptions, check_topic, shows, taken
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
 from kbatch._recovery._handle import ProducerHandle
-from kbatch._recovery._retry import RetryPolicy
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._sending._endings import GivenUp
-from kbatch._sending._options import check_agent_options, check_strict, check_topic
 from kbatch._sending._send_loop import OVER, SendLoop
 from kbatch._sending._watchers import NONE_LEFT, Watchers
 from kbatch._threads import PROBES
@@ -29,8 +28,11 @@ from kbatch._threads import PROBES
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from typing_extensions import Never, Unpack
+
     from kbatch._batch_sender import Told
     from kbatch._fastmap import Accumulator, Answer, Envelope, Undelivered
+    from kbatch._options import AgentKeywords
     from kbatch._report import DeliveryReport
     from kbatch._sending._watchers import Watcher
 
@@ -45,57 +47,33 @@ class BaseSendingAgent:
     _shown = "kbatch.SendingAgent"
     _producer_class: type[BaseProducer] = Producer
     _calls_class: type[UserCalls] = UserCalls
-    _takes_coroutines = False
+    _options_class: type[AgentOptions[Never]] = AgentOptions
 
+    @shows(AgentOptions)
     def __init__(
         self,
         producer: BaseProducer | ProducerHandle,
         topic: str | None,
-        *,
-        retry: RetryPolicy | None = None,
-        failures_to_open: int = 3,
-        probe_interval_s: float = 1.0,
-        max_probe_interval_s: float = 30.0,
-        max_in_flight_batches: int = 5,
-        strict_order: bool = False,
-        stalled_after_s: float = 30.0,
-        on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
-        dead_letter_topic: str | None = None,
-        on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
+        **keywords: Unpack[AgentKeywords[Never]],
     ) -> None:
-        check_agent_options(
-            retry,
-            failures_to_open,
-            probe_interval_s,
-            max_probe_interval_s,
-            max_in_flight_batches,
-            strict_order,
-            stalled_after_s,
-            on_failed,
-            dead_letter_topic,
-            on_state_change,
-            takes_coroutines=self._takes_coroutines,
-        )
+        (given,) = taken(self, keywords, AgentOptions)
+        options: AgentOptions[Never] = self._options_class(**given)
         if topic is not None:
             check_topic("topic", topic)
-            if dead_letter_topic == topic:
+            if options.dead_letter_topic == topic:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {topic!r}")
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
-        if strict_order:
-            check_strict(producer.producer if isinstance(producer, ProducerHandle) else producer)
+        if options.strict_order:
+            _check_strict(producer.producer if isinstance(producer, ProducerHandle) else producer)
         self.topic = topic
         if isinstance(producer, ProducerHandle):
             self._handle = producer  # acquired for this agent
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._policy = RetryPolicy() if retry is None else retry
-        self._max_in_flight = max_in_flight_batches
-        self._strict_order = strict_order
-        self._stalled_after_s = stalled_after_s
-        self._dead_letter_topic = dead_letter_topic
+        self._options = options
         self._calls = self._calls_class()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
@@ -103,12 +81,12 @@ class BaseSendingAgent:
             topic,
             self._calls,
             self._prober,
-            failures_to_open=failures_to_open,
-            probe_interval_s=probe_interval_s,
-            max_probe_interval_s=max_probe_interval_s,
-            on_state_change=on_state_change,
+            failures_to_open=options.failures_to_open,
+            probe_interval_s=options.probe_interval_s,
+            max_probe_interval_s=options.max_probe_interval_s,
+            on_state_change=options.on_state_change,
         )
-        self._given_up = GivenUp(topic, self._calls, on_failed)
+        self._given_up = GivenUp(topic, self._calls, options.on_failed)
         self._watchers = Watchers()
         self._counts = dict.fromkeys(("acked", "expired", "retried", "dead_letters"), 0)
         self._news: deque[Callable[[], None]] = deque()  # for the thread
@@ -177,21 +155,7 @@ class BaseSendingAgent:
             self._handle.producer._core.start()
             if self._has_thread():
                 return  # a signal handler has sent meanwhile
-            self._send_loop = SendLoop(
-                self._buffer,
-                self._gate,
-                self._calls,
-                self._given_up,
-                self._watchers,
-                self._policy,
-                topic=self.topic,
-                dead_letter_topic=self._dead_letter_topic,
-                max_in_flight=self._max_in_flight,
-                strict_order=self._strict_order,
-                stalled_after_s=self._stalled_after_s,
-                news=self._news,
-                counts=self._counts,
-            )
+            self._send_loop = self._make_send_loop()
             flag, pid = self._gate.flag, os.getpid()
 
             def wake(_: object) -> None:
@@ -210,6 +174,19 @@ class BaseSendingAgent:
                 if thread.ident is None:  # else Ctrl-C came when it had begun
                     self._thread = None
                 raise
+
+    def _make_send_loop(self) -> SendLoop:
+        return SendLoop(
+            self._buffer,
+            self._gate,
+            self._calls,
+            self._given_up,
+            self._watchers,
+            self._options,
+            topic=self.topic,
+            news=self._news,
+            counts=self._counts,
+        )
 
     def _has_thread(self) -> bool:
         # Ctrl-C may have come before it began; if it begins all the same, it sees that it is not the agent's.
@@ -404,3 +381,16 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
 
 def _seconds_until(end: float) -> float:
     return min(max(0.0, end - monotonic()), threading.TIMEOUT_MAX)
+
+
+def _check_strict(producer: BaseProducer) -> None:
+    """Raises ConfigError where a record's key, or its partition, does not follow from the envelope's key."""
+    reason = None
+    if producer._has_custom_wire:
+        reason = (
+            "a wire object of your own, which may write another record key than the envelope's; use a built-in wire"
+        )
+    elif producer._parsed.native.get("partitioner") == "random":
+        reason = "partitioner=random, which spreads a key over partitions; choose another partitioner"
+    if reason is not None:
+        raise ConfigError(f"strict_order=True contradicts {reason}")

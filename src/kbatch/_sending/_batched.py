@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kbatch._base_producer import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Flag, monotonic
+from kbatch._options import BatchingOptions, shows, taken
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent
-from kbatch._sending._options import check_whole
 from kbatch._text import counted
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Never, Self, Unpack
+
+    from kbatch._options import BatchingKeywords
 
 __all__ = ["BaseBatchedSender", "BatchedSender"]
 
@@ -28,25 +30,26 @@ class BaseBatchedSender(Accumulator):
     _shown = "kbatch.BatchedSender"
     _agent_class: type[BaseSendingAgent] = SendingAgent
 
+    @shows(BatchingOptions)
     def __init__(
         self,
         agent: BaseSendingAgent,
         *,
-        batch_size: int = 1000,
-        batch_bytes: int = 1_000_000,
-        batch_timeout_ms: float = 5.0,
-        max_buffered: int = 100_000,
-        max_buffered_bytes: int | None = None,
         close_timeout_s: float = 30.0,
+        **keywords: Unpack[BatchingKeywords[Never]],
     ) -> None:
         if not isinstance(agent, self._agent_class):
             raise ConfigError(f"agent must be a {self._agent_class._shown}, not {type(agent).__name__}")
-        check_batching_options(
-            batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes, close_timeout_s
-        )
-        most = max(_BUFFERED_BYTES, batch_bytes) if max_buffered_bytes is None else max_buffered_bytes
+        (given,) = taken(self, keywords, BatchingOptions)
+        options: BatchingOptions[Never] = BatchingOptions(**given)
+        check_close_timeout(close_timeout_s)
+        most = options.max_buffered_bytes
+        if most is None:
+            most = max(_BUFFERED_BYTES, options.batch_bytes)
         # Without keywords: for them Cython 3.3.1 has a crash when memory is short.
-        super().__init__(batch_size, batch_bytes, batch_timeout_ms / 1000, max_buffered, most)
+        super().__init__(
+            options.batch_size, options.batch_bytes, options.batch_timeout_ms / 1000, options.max_buffered, most
+        )
         self._close_timeout = close_timeout_s
         self._agent = agent
         agent._bind(self)
@@ -271,29 +274,3 @@ class BatchedSender(BaseBatchedSender):
     ) -> None:
         self._close(None)
         self._check_sent(error)
-
-
-def check_batching_options(
-    batch_size: Any,
-    batch_bytes: Any,
-    batch_timeout_ms: Any,
-    max_buffered: Any,
-    max_buffered_bytes: Any,
-    close_timeout_s: Any,
-) -> None:
-    """Raises ConfigError for what a batched sender cannot take."""
-    check_whole("batch_size", batch_size)
-    check_whole("batch_bytes", batch_bytes)
-    check_whole("max_buffered", max_buffered)
-    if max_buffered_bytes is not None:
-        check_whole("max_buffered_bytes", max_buffered_bytes, 62)
-    if max_buffered < batch_size:
-        raise ConfigError(f"max_buffered={max_buffered} is less than batch_size={batch_size}: no batch would be full")
-    if max_buffered_bytes is not None and max_buffered_bytes < batch_bytes:
-        raise ConfigError(
-            f"max_buffered_bytes={max_buffered_bytes} is less than batch_bytes={batch_bytes}: no batch would be full"
-        )
-    is_number = isinstance(batch_timeout_ms, (int, float)) and not isinstance(batch_timeout_ms, bool)
-    if not (is_number and 0 <= batch_timeout_ms < 1e9):
-        raise ConfigError(f"batch_timeout_ms must be milliseconds, 0 or more and below 1e9, not {batch_timeout_ms!r}")
-    check_close_timeout(close_timeout_s)

@@ -180,7 +180,7 @@ class Flights:
         return error
 
     def abandon(self) -> None:
-        """After the end of closing: what is still in flight has no known outcome."""
+        """After the end of closing: what is still in flight has no outcome that is known."""
         for flight in self._queue.flights():
             self._abandoned.add(flight)
             failures = [
@@ -231,7 +231,7 @@ class StallWatch:
 
 
 def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:
-    """What the outcome of a flight says about the brokers.
+    """What the end of a flight says about the brokers.
 
     An envelope that fails again and again counts as often only if that is for want of a broker, and nothing else has
     been stored since it failed first. Else one that no broker takes would stop all others. A dead letter never counts.

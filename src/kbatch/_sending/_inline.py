@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._base_producer import BaseProducer, check_close_timeout, check_timeout
 from kbatch._errors import (
     ConfigError,
     DeliveryError,
@@ -16,9 +16,9 @@ from kbatch._errors import (
     is_for_whole_batch,
 )
 from kbatch._fastmap import monotonic
+from kbatch._options import check_topic
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
-from kbatch._sending._options import check_topic
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -47,7 +47,7 @@ class BaseInlineSender:
     def __init__(
         self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout_s: float = 30.0
     ) -> None:
-        check_timeout(close_timeout_s)
+        check_close_timeout(close_timeout_s)
         if not isinstance(producer, (self._producer_class, ProducerHandle)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
@@ -165,7 +165,7 @@ class InlineSender(BaseInlineSender):
         return self._answer(successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
-        """The outcome in a record batch of its own; `report` if there can be none."""
+        """Its report from a record batch of its own; `report` if there can be none."""
         solo: Any = self._handle.solo()
         if solo is None:
             return report

@@ -215,7 +215,7 @@ class SendQueue:
         """Whether `admit` may be called: nothing older is ready."""
         return not self._ready and not self._suspects and not self._isolating
 
-    def admit(self, batch: Formed, now: float, wall: float) -> Flight | None:
+    def admit(self, batch: Formed, wall: float) -> Flight | None:
         """A batch that comes from the buffer; what of it may be sent now, if anything."""
         envelopes = batch.envelopes
         seqs: Sequence[int] = range(batch.first_seq, batch.first_seq + len(envelopes))
@@ -272,7 +272,7 @@ class SendQueue:
             self._ready.extendleft(reversed(entries))
 
     def settled(self, flight: Flight, failures: Sequence[tuple[int, KbatchError]], now: float, *, again: bool) -> None:
-        """The outcome of a flight: these of its envelopes failed, the others are done with.
+        """A flight has settled: these of its envelopes failed, the others are done with.
 
         Unless `again`, none is sent again.
         """

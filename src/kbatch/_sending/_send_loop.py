@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from kbatch._errors import ProducerError, type_name
 from kbatch._fastmap import monotonic, wall_time
 from kbatch._recovery._circuit import CircuitState
+from kbatch._recovery._retry import RetryPolicy
 from kbatch._sending._endings import Endings
 from kbatch._sending._flights import Flights, StallWatch
 from kbatch._sending._queue import SendQueue
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable
 
+    from typing_extensions import Never
+
     from kbatch._fastmap import Accumulator
+    from kbatch._options import AgentOptions
     from kbatch._recovery._gate import Gate
-    from kbatch._recovery._retry import RetryPolicy
     from kbatch._recovery._user_calls import UserCalls
     from kbatch._sending._endings import GivenUp
     from kbatch._sending._queue import Flight
@@ -50,26 +53,25 @@ class SendLoop:
         calls: UserCalls,
         given_up: GivenUp,
         watchers: Watchers,
-        policy: RetryPolicy,
+        options: AgentOptions[Never],
         *,
         topic: str | None,
-        dead_letter_topic: str | None,
-        max_in_flight: int,
-        strict_order: bool,
-        stalled_after_s: float,
         news: deque[Callable[[], None]],
         counts: dict[str, int],
     ) -> None:
+        policy = RetryPolicy() if options.retry is None else options.retry
         self.queue = queue = SendQueue(
             topic,
             policy,
             batch_size=1000 if buffer is None else buffer.batch_size,
             batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
-            strict_order=strict_order,
+            strict_order=options.strict_order,
             keep_scheduled=not gate.handle.producer._carries_scheduled_time,
             random=random.random,
         )
-        self.flights = Flights(queue, buffer, gate, topic=topic, max_in_flight=max_in_flight, news=news, counts=counts)
+        self.flights = Flights(
+            queue, buffer, gate, topic=topic, max_in_flight=options.max_in_flight_batches, news=news, counts=counts
+        )
         self.endings = Endings(
             queue,
             buffer,
@@ -77,10 +79,10 @@ class SendLoop:
             calls,
             given_up,
             topic=topic,
-            dead_letter_topic=dead_letter_topic,
+            dead_letter_topic=options.dead_letter_topic,
             max_age_s=policy.max_age_s,
         )
-        self.stalls = StallWatch(queue, buffer, calls, topic, stalled_after_s)
+        self.stalls = StallWatch(queue, buffer, calls, topic, options.stalled_after_s)
         self._buffer = buffer
         self._gate = gate
         self._calls = calls
@@ -200,7 +202,7 @@ class SendLoop:
             batch = self._buffer._next_batch()
             if batch is None:
                 break
-            flight = self.queue.admit(batch, now, wall)
+            flight = self.queue.admit(batch, wall)
         return flight
 
     # -- who waits

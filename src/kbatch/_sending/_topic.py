@@ -6,38 +6,30 @@ import enum
 import traceback
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from kbatch._base_producer import BaseProducer
+from kbatch._base_producer import BaseProducer, check_close_timeout
 from kbatch._errors import ConfigError, type_name
+from kbatch._options import AgentOptions, BatchingOptions, check_topic, shows, taken
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent
-from kbatch._sending._batched import BaseBatchedSender, BatchedSender, check_batching_options
+from kbatch._sending._batched import BaseBatchedSender, BatchedSender
 from kbatch._sending._inline import BaseInlineSender, InlineSender
-from kbatch._sending._options import check_agent_options, check_topic
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
-    from typing import Literal, TypedDict, overload
+    from typing import Literal, overload
 
     import msgspec
     from typing_extensions import Unpack
 
-    from kbatch._errors import KbatchError
-    from kbatch._fastmap import Envelope
-    from kbatch._recovery._circuit import CircuitState
-    from kbatch._recovery._retry import RetryPolicy
+    from kbatch._options import AgentKeywords, BatchingKeywords
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
 
-_BATCHING = ("batch_size", "batch_bytes", "batch_timeout_ms", "max_buffered", "max_buffered_bytes")
-_AGENT = (
-    *("retry", "failures_to_open", "probe_interval_s", "max_probe_interval_s", "max_in_flight_batches", "strict_order"),
-    *("stalled_after_s", "on_failed", "dead_letter_topic", "on_state_change"),
-)
 _CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger")
 
 
@@ -45,24 +37,12 @@ _S_co = TypeVar("_S_co", covariant=True)  # the sender
 
 if TYPE_CHECKING:
 
-    class Options(TypedDict, total=False):
-        """A topic's options, once more, so that a type checker knows its sender by its mode."""
+    class SenderKeywords(BatchingKeywords[None], AgentKeywords[None], total=False):
+        """What a topic's senders are told."""
 
-        batch_size: int | None
-        batch_bytes: int | None
-        batch_timeout_ms: float | None
-        max_buffered: int | None
-        max_buffered_bytes: int | None
-        retry: RetryPolicy | None
-        failures_to_open: int | None
-        probe_interval_s: float | None
-        max_probe_interval_s: float | None
-        max_in_flight_batches: int | None
-        strict_order: bool | None
-        stalled_after_s: float | None
-        on_failed: Callable[[Envelope[Any], KbatchError], object] | None
-        dead_letter_topic: str | None
-        on_state_change: Callable[[CircuitState, CircuitState], object] | None
+    class Options(SenderKeywords, total=False):
+        """What a topic takes besides a producer."""
+
         close_timeout_s: float
 
     class OptionsWithConfig(Options, total=False):
@@ -88,27 +68,12 @@ class SenderMode(enum.Enum):
 
 
 @dataclass(frozen=True, init=False, repr=False)
-class BaseTopic:
-    """What the topics for threads and for asyncio have in common."""
+class BaseTopic(BatchingOptions[None], AgentOptions[None]):
+    """What the topics for threads and for asyncio have in common. The options are attributes, None without a buffer."""
 
     name: str
     mode: SenderMode
     close_timeout_s: float
-    batch_size: int | None
-    batch_bytes: int | None
-    batch_timeout_ms: float | None
-    max_buffered: int | None
-    max_buffered_bytes: int | None
-    retry: RetryPolicy | None
-    failures_to_open: int | None
-    probe_interval_s: float | None
-    max_probe_interval_s: float | None
-    max_in_flight_batches: int | None
-    strict_order: bool | None
-    stalled_after_s: float | None
-    on_failed: Callable[[Envelope[Any], KbatchError], object] | None
-    dead_letter_topic: str | None
-    on_state_change: Callable[[CircuitState, CircuitState], object] | None
     _settings: Hashable  # the same where the producer, or what it is made of, is
     _producer: BaseProducer = field(compare=False)  # the caller's, or one that is never used and others are made of
     _is_given: bool = field(compare=False)
@@ -119,6 +84,7 @@ class BaseTopic:
     _agent_class: type[BaseSendingAgent] = SendingAgent
     _batched_class: type[BaseBatchedSender] = BatchedSender
 
+    @shows(BatchingOptions, AgentOptions, or_none=True)
     def __init__(
         self,
         name: str,
@@ -132,41 +98,9 @@ class BaseTopic:
         header_hook: Callable[[], HeadersLike | None] | None = None,
         carry_scheduled_time: bool | None = None,
         max_in_flight: int | None = None,
-        batch_size: int | None = None,
-        batch_bytes: int | None = None,
-        batch_timeout_ms: float | None = None,
-        max_buffered: int | None = None,
-        max_buffered_bytes: int | None = None,
-        retry: RetryPolicy | None = None,
-        failures_to_open: int | None = None,
-        probe_interval_s: float | None = None,
-        max_probe_interval_s: float | None = None,
-        max_in_flight_batches: int | None = None,
-        strict_order: bool | None = None,
-        stalled_after_s: float | None = None,
-        on_failed: Callable[[Envelope[Any], KbatchError], object] | None = None,
-        dead_letter_topic: str | None = None,
-        on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
         close_timeout_s: float = 30.0,
+        **keywords: Unpack[SenderKeywords],
     ) -> None:
-        given = {
-            "batch_size": batch_size,
-            "batch_bytes": batch_bytes,
-            "batch_timeout_ms": batch_timeout_ms,
-            "max_buffered": max_buffered,
-            "max_buffered_bytes": max_buffered_bytes,
-            "retry": retry,
-            "failures_to_open": failures_to_open,
-            "probe_interval_s": probe_interval_s,
-            "max_probe_interval_s": max_probe_interval_s,
-            "max_in_flight_batches": max_in_flight_batches,
-            "strict_order": strict_order,
-            "stalled_after_s": stalled_after_s,
-            "on_failed": on_failed,
-            "dead_letter_topic": dead_letter_topic,
-            "on_state_change": on_state_change,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
         options = {
             "wire": wire,
             "encoder": encoder,
@@ -179,10 +113,14 @@ class BaseTopic:
         values = vars(self)  # past the guard of a frozen dataclass
         try:
             check_topic("name", name)
-            _check_mode(mode, given)
+            batching, agent = (
+                {option: value for option, value in own.items() if value is not None}
+                for own in taken(self, keywords, BatchingOptions, AgentOptions)
+            )
+            _check_mode(mode, {**batching, **agent})
             values.update(name=name, mode=mode, close_timeout_s=close_timeout_s)
-            values.update(self._checked(given))
-            if dead_letter_topic == name:
+            values.update(self._checked(batching, agent))
+            if self.dead_letter_topic == name:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {name!r}")
             values.update(self._bind(producer, config, options))
         except BaseException as error:
@@ -192,19 +130,12 @@ class BaseTopic:
         finally:
             del producer, config
 
-    def _checked(self, given: dict[str, Any]) -> dict[str, Any]:
+    def _checked(self, batching: dict[str, Any], agent: dict[str, Any]) -> dict[str, Any]:
         """The options of the sender and its agent with their defaults; without a buffer, None."""
-        batching = {**_defaults(self._batched_class, _BATCHING), **given}
-        agent = {**_defaults(self._agent_class, _AGENT), **given}
-        check_batching_options(**{name: batching[name] for name in _BATCHING}, close_timeout_s=self.close_timeout_s)
-        check_agent_options(
-            **{name: agent[name] for name in _AGENT}, takes_coroutines=self._agent_class._takes_coroutines
-        )
-        if agent["dead_letter_topic"] is not None:
-            check_topic("dead_letter_topic", agent["dead_letter_topic"])
-        if self.mode is SenderMode.INLINE:
-            return dict.fromkeys((*_BATCHING, *_AGENT))
-        return {name: (agent if name in _AGENT else batching)[name] for name in (*_BATCHING, *_AGENT)}
+        options: dict[str, Any] = vars(BatchingOptions(**batching))
+        check_close_timeout(self.close_timeout_s)
+        options = {**options, **vars(self._agent_class._options_class(**agent))}
+        return dict.fromkeys(options) if self.mode is SenderMode.INLINE else options
 
     def _bind(self, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
         if producer is None and config is None:
@@ -253,13 +184,16 @@ class BaseTopic:
         try:
             if self.mode is SenderMode.INLINE:
                 return self._inline_class(handle, self.name, close_timeout_s=self.close_timeout_s)
-            agent = self._agent_class(handle, self.name, **{name: getattr(self, name) for name in _AGENT})
+            agent = self._agent_class(handle, self.name, **self._options_of(AgentOptions))
         except BaseException:
             handle.release(0)
             raise
         # From here on the agent releases it, or does so when it is forgotten.
-        batching = {name: getattr(self, name) for name in _BATCHING}
+        batching = self._options_of(BatchingOptions)
         return self._batched_class(agent, **batching, close_timeout_s=self.close_timeout_s)
+
+    def _options_of(self, kind: type) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(kind)}
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError(f"a {self._shown} cannot be pickled: its settings may hold secrets; make it where it is used")
@@ -376,11 +310,6 @@ class _Same:
 
     def __hash__(self) -> int:
         return hash(self._ids)
-
-
-def _defaults(kind: type, names: tuple[str, ...]) -> dict[str, Any]:
-    defaults: dict[str, Any] = kind.__init__.__kwdefaults__  # type: ignore[misc]
-    return {name: defaults[name] for name in names}
 
 
 def _check_mode(mode: Any, given: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class KafkaSender(AioAnsweringSender):
     ``await sender.send_batch(callback, batch)`` calls exactly one method of the callback, whenever its task is
     cancelled. If that comes before the first step, or while the batch is mapped, nothing is sent: the task awaits
     ``mark_processing_failure``, then ends. While the batch is in flight the task ends at once, and a task of its own
-    awaits the method when the outcome is known. While the method runs, the method is cancelled and not called again.
+    awaits the method when the batch is settled. While the method runs, the method is cancelled and not called again.
     If a method raises, `CancelledError` too, that is logged, and the caller is not told.
 
     Args:

@@ -15,6 +15,7 @@ from kbatch._batch_sender import answer_refusal, answer_report
 from kbatch._errors import SenderFullError, named_exception_text
 from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
 from kbatch._loop import in_thread
+from kbatch._options import AgentOptions, AioAgentOptions
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._sending._agent import BaseSendingAgent
 from kbatch._sending._batched import BaseBatchedSender
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Never, Self
 
     from kbatch._batch_sender import Told
     from kbatch._fastmap import Answer, Envelope
@@ -100,7 +101,7 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     _shown = "kbatch.aio.SendingAgent"
     _producer_class = Producer
     _calls_class = LoopCalls
-    _takes_coroutines = True
+    _options_class: type[AgentOptions[Never]] = AioAgentOptions
     _calls: LoopCalls
 
     async def _send_answered(self, answer: Answer) -> Told:

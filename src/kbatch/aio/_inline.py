@@ -58,7 +58,7 @@ class InlineSender(BaseInlineSender):
         return self._answer(await successor.send_batch(self.topic, (envelope,), timeout=time_left(end)))
 
     async def _again_alone(self, envelope: Envelope[Any], report: DeliveryReport, end: float | None) -> DeliveryReport:
-        """The outcome in a record batch of its own; `report` if there can be none."""
+        """Its report from a record batch of its own; `report` if there can be none."""
         solo: Any = self._handle.solo()
         if solo is None:
             return report

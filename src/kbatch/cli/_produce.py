@@ -12,7 +12,7 @@ import kbatch
 from kbatch._codes import NOT_ALLOWED_CODES, WHOLE_BATCH_CODES
 from kbatch._config import canonical, inherit
 from kbatch._fastmap import Config, monotonic
-from kbatch._sending._options import check_topic
+from kbatch._options import check_topic
 from kbatch._text import counted
 from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure

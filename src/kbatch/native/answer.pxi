@@ -57,7 +57,7 @@ cdef class Answer:
     cdef public object then      # called with this after the callback
     cdef readonly bint given
     cdef readonly str method     # what was told
-    cdef readonly object outcome
+    cdef readonly object argument
 
     @staticmethod
     cdef Answer make(object sender, object callback, object batch):
@@ -65,15 +65,15 @@ cdef class Answer:
         answer.sender, answer.callback, answer.batch = sender, callback, batch
         return answer
 
-    cdef object _call(self, str method, outcome):
+    cdef object _call(self, str method, argument):
         # Between the look and the call there is no Python code.
-        self.given, self.method, self.outcome = True, method, outcome
-        return getattr(self.callback, method)(self.batch, outcome)
+        self.given, self.method, self.argument = True, method, argument
+        return getattr(self.callback, method)(self.batch, argument)
 
     cdef void _log(self) noexcept:
         _logger.exception(
-            "a sender callback failed: %s.%s; the batch keeps its outcome: %r", callback_name(type(self.callback)),
-            self.method, self.outcome)
+            "a sender callback failed: %s.%s; it was told: %r", callback_name(type(self.callback)),
+            self.method, self.argument)
 
     cdef int _end(self) except -1:
         then, self.then = self.then, None
@@ -82,14 +82,14 @@ cdef class Answer:
                 then(self)
         finally:
             self.trial = None
-            self.outcome = self.later = None  # both lead back here: an error by its traceback
+            self.argument = self.later = None  # both lead back here: an error by its traceback
         return 0
 
-    cdef int _give(self, str method, outcome) except -1:
+    cdef int _give(self, str method, argument) except -1:
         if self.given:
             return 0
         try:
-            refuse_coroutine(self._call(method, outcome))
+            refuse_coroutine(self._call(method, argument))
         except (Exception, asyncio.CancelledError):  # nobody cancels who waits here: it is the callback's own
             self._log()
         finally:
@@ -106,7 +106,7 @@ cdef class Answer:
                 tries += 1
                 if tries == TRIES:
                     return "mark_processing_failure", BatchError.__new__(
-                        BatchError, f"the batch has its outcome, but it could not be told: {type(error).__name__}")
+                        BatchError, f"the batch is settled, but its report could not be made: {type(error).__name__}")
 
     cdef tuple _refused(self, error):
         # The same of a batch of which nothing was sent.
@@ -121,8 +121,8 @@ cdef class Answer:
                         BatchInterruptedError, f"given up before anything was sent: {type(error).__name__}")
 
     def _give_settled(self, _) -> None:
-        method, outcome = self._told()
-        self._give(method, outcome)
+        method, argument = self._told()
+        self._give(method, argument)
 
     cdef int _leave(self) except -1:
         # What becomes of the answer.
@@ -179,19 +179,19 @@ cdef class AnsweringSender:
                 raise TypeError(
                     f"{type_name(callback)} has coroutine methods, which nothing awaits here; use kbatch.aio, or a "
                     "kbatch.SenderCallback")
-            method, outcome = self._send_answered(answer)
+            method, argument = self._send_answered(answer)
         except BaseException as error:
             if is_refused:
                 raise
             left = answer._leave()
             if left == LEFT:
                 raise
-            method, outcome = answer._told() if left == SETTLED else answer._refused(error)
-            answer._give(method, outcome)
+            method, argument = answer._told() if left == SETTLED else answer._refused(error)
+            answer._give(method, argument)
             if not isinstance(error, Exception):
                 raise
         else:
-            answer._give(method, outcome)
+            answer._give(method, argument)
 
 
 cdef class AioAnsweringSender:

@@ -1,62 +1,4 @@
-# What a batch is made of in C, and who owns each part until when.
-
-cdef struct Place:
-    # One topic of a batch, and the batch's place among those that wait to write to it.
-    Topic *topic
-    BatchState *batch
-    Place *other      # owned: the batch's next topic
-    Place *ahead
-    Place *behind
-
-
-cdef struct Line:
-    # Batches that wait, in order. A batch stands in one at most.
-    BatchState *first
-    BatchState *last
-
-
-cdef struct BatchState:
-    # Lives inside its Python object: a Batch is kept alive by the client (`owner`) while anything is in flight.
-    Pool *pool            # what it is mapped with, and gives back; kept by the MappedBatch. NULL: nothing to give back
-    Client *client        # kept by the Batch's Core; NULL if it is only mapped
-    PyObject *owner       # a reference, taken when phase 2 starts, given back when the batch is released
-    Outcome *outcomes     # owned by the Batch's Outcomes
-    Record *records       # owned until phase 2 ends
-    ArenaBlock *arena     # the same
-    ArenaBlock *bodies    # owned until the batch is released: librdkafka reads them until their reports
-    Py_ssize_t capacity   # of `records`
-    int64_t *deliver_by   # owned until phase 2 ends: of each record, µs since 1970, 0 without; NULL: of none
-    Py_ssize_t count
-    Py_ssize_t next       # the first record not yet offered
-    Place place           # its topics, from phase 1 on
-    int64_t remaining     # envelopes without an outcome, 1 while phase 2 runs, and `hold`; atomic
-    int64_t hold          # 1: a transaction decides when the batch is done; then 0. Under the client's lock
-    int32_t done          # atomic; written under the client's lock
-    int32_t settled       # of a batch on hold: every envelope has an outcome; written under the client's lock
-    int32_t taken         # of a batch on hold: somebody sees to its answer; under the GIL
-    int32_t failing       # atomic: an envelope has failed that could be mapped
-    int32_t abandoned     # atomic: nobody wants what is not enqueued yet
-    int32_t detached      # the drainer enqueues it, not the thread that sends it, which alone may set it in line
-    int32_t in_line       # phase 2 is not over; its thread's own, of a detached batch under the client's lock
-    unsigned long thread  # const in line: that enqueues it, unless it is detached
-    int32_t listeners     # wants the dispatcher; under the client's lock, as all below
-    int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
-    int32_t has_news      # waits for the dispatcher
-    int64_t started_ns
-    int64_t done_ns
-    int64_t deadline_ns   # no enqueueing after this
-    BatchState *next_news     # of those for the dispatcher, or of those that are done and nobody listens to
-    Line *line            # where it stands; under the client's lock, as the next five
-    BatchState *next_in_line
-    BatchState *previous_in_line
-    int behind            # in how many of its topics it is not the first
-    int ready             # it may get the turn: its thread waits for it, or it is detached and its time is not over
-    Waiter *waiter        # of its thread, while that waits for its turn
-    int32_t starved       # it had no room, and waits for enough of it; of whoever has the turn, or under the lock
-    int32_t queue_full    # librdkafka's queue had no room when so many reports had come; the same
-    int64_t full_at
-    int64_t wants         # its part of Client.wanted
-
+# A batch: what it gives back, and when; how it is told of its end. Its parts stand in `_fastmap.pxd`.
 
 cdef int _this_pid = kb_pid()  # of this process, at hand without a system call
 cdef int32_t _pinned = 0
@@ -161,12 +103,6 @@ cdef void release_owner(BatchState *state) noexcept:
 cdef class MappedBatch:
     """What phase 1 makes of envelopes: their records, and whatever these point at."""
 
-    cdef BatchState state
-    cdef object keeper    # of the pool
-    cdef tuple envelopes
-    cdef list kept        # objects whose memory records point at, besides the envelopes
-    cdef char[TIME_TEXT_WOLVERINE] sent_at
-
     def __dealloc__(self):
         drop_mapped(&self.state)
 
@@ -181,15 +117,6 @@ cdef class MappedBatch:
 @cython.no_gc_clear
 cdef class Batch(MappedBatch):
     """One batch from phase 1 to its last outcome. `PendingBatch` is its public face."""
-
-    cdef readonly Core core
-    cdef readonly Outcomes outcomes
-    cdef list wakers      # called by the dispatcher itself: wake-ups of event loops
-    cdef object enqueued_waker  # the same, at the end of phase 2
-    cdef list callbacks   # Jobs: called with this batch on the callback thread, in this order
-    cdef bint looked      # somebody is told of its failures, or was
-    cdef int waited       # so many wait for it, or have waited and not looked yet
-    cdef _Lot lot         # its failures, once it is released, if nobody is told of them yet
 
     __signature__ = _ConstructorSignature(("core", inspect.Parameter.empty))
 

@@ -4,11 +4,6 @@
 cdef class Flag:
     """What one thread waits for and others set. Setting runs no Python code: signal handlers and finalizers may."""
 
-    cdef kb_mutex mu
-    cdef kb_cond cond
-    cdef bint raised    # under `mu`
-    cdef object keeper  # what must not be forgotten before it is taken back
-
     def __cinit__(self):
         kb_mutex_init(&self.mu)
         kb_cond_init(&self.cond)
@@ -60,9 +55,6 @@ cdef class Call:
     """A call of foreign code. A context is copied into the tasks that it makes, by `asyncio.to_thread` into threads,
     so what would wait for its end sees that it comes from it."""
 
-    cdef object caller  # None: of interest is the call itself
-    cdef bint over
-
     def __init__(self, caller=None):
         self.caller = caller
 
@@ -101,11 +93,6 @@ def comes_from(what not None) -> bool:
 cdef class Job:
     """A call to be made on a thread for callbacks, once, in a context of its own."""
 
-    cdef Call call
-    cdef object run       # of that context
-    cdef tuple arguments  # the function, and what it is called with
-    cdef Job next
-
     @staticmethod
     cdef Job make(object caller, object function, tuple arguments):
         cdef Job job = Job.__new__(Job)
@@ -130,9 +117,6 @@ cdef class Job:
 cdef class Jobs:
     """Those that wait for their turn, in order."""
 
-    cdef Job first
-    cdef Job last
-
     cdef void append(self, Job job) noexcept:
         if self.last is None:
             self.first = job
@@ -153,18 +137,6 @@ cdef class Jobs:
 @cython.final
 cdef class CallbackThread:
     """Runs what it is given, in order, one at a time, on a thread that starts when there is something to run."""
-
-    cdef object __weakref__
-    cdef str name
-    cdef Jobs jobs
-    cdef Flag changed
-    cdef object lock           # of the start; re-entrant: a signal handler or a finalizer may come here from within
-    cdef object thread
-    cdef object token          # of the thread that runs jobs: one whose start was interrupted ends by itself
-    cdef bint has_begun        # that thread has
-    cdef Flag begun
-    cdef bint stopping
-    cdef int promised          # jobs that come for certain, or calls that will say that they do not
 
     def __cinit__(self, str name):
         self.name = name

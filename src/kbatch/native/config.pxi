@@ -1,9 +1,6 @@
 cdef class Config:
     """librdkafka's configuration being built: sets and gets single properties, checked by librdkafka itself."""
 
-    cdef rd_kafka_conf_t *conf  # owned until a Core hands it to rd_kafka_new
-    cdef set hidden             # properties whose values no error shows
-
     def __cinit__(self):
         self.conf = api.conf_new()
         self.hidden = set()

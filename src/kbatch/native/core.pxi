@@ -45,6 +45,19 @@ cdef void flush_slice(Client *c, int64_t ns) noexcept nogil:
     kb_mutex_unlock(&c.mu)
 
 
+cdef bint _map_slice(Core core, _Mapping mapping, int64_t end_ns) except -1:
+    cdef int64_t start = kb_now_ns()
+    if mapping.batch is None:
+        raise TypeError("this mapping was not begun")
+    cdef bint finished = mapping._run(end_ns)
+    if finished:
+        if mapping.rejected:
+            mapping.rejected_out.extend(mapping.rejected)
+        core.mapped += mapping.state.count
+    core.map_ns += kb_now_ns() - start
+    return finished
+
+
 # A fork waits for this. In a child that is forked while librdkafka initialises OpenSSL, exit() hangs in OpenSSL's own
 # exit handler. Re-entrant: a signal handler may fork.
 cdef object _starting = threading.RLock()
@@ -55,20 +68,6 @@ if hasattr(os, "register_at_fork"):
 
 cdef class Core:
     """One producer's client, started at its first use."""
-
-    cdef Client *c
-    cdef object __weakref__
-    cdef Config config
-    cdef Mapper mapper
-    cdef readonly Dispatcher dispatcher
-    cdef object start_lock
-    cdef object on_start
-    cdef int64_t delivery_timeout_ns
-    cdef int64_t batches
-    cdef int64_t mapped
-    cdef int64_t map_ns
-    cdef int64_t unreleased           # batches that were taken and not given back yet
-    cdef readonly Undelivered undelivered  # failures that nobody was told of
 
     def __cinit__(self):
         self.undelivered = Undelivered("messages were not acknowledged")
@@ -108,7 +107,7 @@ cdef class Core:
         if c.life == RUNNING or c.life == CLOSING:
             begin_finishing(c)
         elif c.life == NEW:
-            c.dispatcher_stop = 1  # that of `start_in_memory`, which no drainer ends
+            c.dispatcher_stop = 1  # that of a core in memory, which no drainer ends
             kb_cond_signal(&c.dispatcher_cond)
         kb_cond_signal(&c.drainer_cond)
         kb_mutex_unlock(&c.mu)
@@ -234,7 +233,7 @@ cdef class Core:
         """
         cdef _Mapping mapping = self.begin_mapping(batch, topic, envelopes, rejected)
         cdef int64_t offered_ns = kb_now_ns()
-        while not self._map_slice(mapping, kb_now_ns() + MAP_SLICE):
+        while not _map_slice(self, mapping, kb_now_ns() + MAP_SLICE):
             offer_gil(&offered_ns)
 
     def begin_mapping(self, Batch batch not None, topic, envelopes, list rejected=None) -> _Mapping:
@@ -252,19 +251,7 @@ cdef class Core:
     def map_slice(self, _Mapping mapping not None, double seconds) -> bool:
         """Maps for about so many seconds. True when `Batch` is ready to be sent; raises as `map` does."""
         self._check_fork()
-        return self._map_slice(mapping, kb_now_ns() + <int64_t> (seconds * 1e9))
-
-    cdef bint _map_slice(self, _Mapping mapping, int64_t end_ns) except -1:
-        cdef int64_t start = kb_now_ns()
-        if mapping.batch is None:
-            raise TypeError("this mapping was not begun")
-        cdef bint finished = mapping._run(end_ns)
-        if finished:
-            if mapping.rejected:
-                mapping.rejected_out.extend(mapping.rejected)
-            self.mapped += mapping.state.count
-        self.map_ns += kb_now_ns() - start
-        return finished
+        return _map_slice(self, mapping, kb_now_ns() + <int64_t> (seconds * 1e9))
 
     def records(self, Batch batch not None) -> list:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it is not sent."""
@@ -359,101 +346,6 @@ cdef class Core:
         self.unreleased += 1
         self.batches += 1
         return 0
-
-    # -- without librdkafka, for `kbatch.testing`, which overrides whatever would start it: NEW until it is CLOSED
-
-    def start_in_memory(self) -> None:
-        """Starts the dispatcher alone. Raises as `start` does."""
-        cdef Client *c = self.c
-        self._check_fork()
-        with self.start_lock:
-            if c.life == NEW and c.pid == 0:
-                c.pid = _this_pid
-                try:
-                    self.dispatcher._attach(self)
-                except BaseException:
-                    c.pid = 0
-                    self.dispatcher._detach()
-                    raise
-        if KB_LOAD32(&c.life) != NEW:
-            raise ProducerClosedError("the producer is closed")
-
-    def take_in_memory(self, Batch batch not None, *, waker=None, callback=None) -> tuple:
-        """Takes a batch whose outcomes `settle_in_memory` gives. Returns its envelopes and what `records` does.
-
-        `waker`, `callback` and refusals are as in `send` and `send_detached`, but for a fatal error.
-        """
-        cdef Client *c = self.c
-        cdef BatchState *state = &batch.state
-        cdef list records
-        cdef int64_t sent = 0
-        cdef Py_ssize_t i
-        self.start_in_memory()
-        records = self.records(batch)
-        answer = batch.envelopes, records
-        self._adopt(batch, INT64_MAX, waker, callback)
-        for i in range(state.count):
-            sent += state.records[i].flags == 0
-        KB_ADD64(&c.in_flight, sent)
-        return answer
-
-    def settle_in_memory(self, Batch batch not None, list outcomes not None) -> None:
-        """The answer of a batch that was taken: ``(code, persistence, partition, offset)`` of each envelope.
-
-        Those that phase 1 has settled need none.
-        """
-        cdef Client *c = self.c
-        cdef BatchState *state = &batch.state
-        cdef Outcome *outcome
-        cdef Record *record
-        cdef Py_ssize_t i
-        cdef int64_t offset, acked = 0, failed = 0, sent = 0
-        cdef int16_t code
-        cdef uint8_t persistence
-        cdef int32_t partition
-        if batch.core is not self or state.owner == NULL or state.records == NULL and state.count or state.done:
-            raise ValueError("this batch waits for no outcomes")
-        if len(outcomes) != state.count:
-            raise ValueError(f"{len(outcomes)} outcomes for a batch of {state.count} envelopes")
-        for i in range(state.count):
-            outcome = &batch.outcomes._items[i]
-            record = &state.records[i]
-            if record.flags:
-                failed += settle_unsent(outcome, record, RD_KAFKA_RESP_ERR_NO_ERROR)
-                continue
-            code, persistence, partition, offset = <tuple?> outcomes[i]
-            if state.done:
-                raise ValueError("this batch waits for no outcomes")  # a number's __int__ has given them
-            outcome.state = FAILED if code else ACKED
-            outcome.error, outcome.persistence, outcome.partition, outcome.offset = code, persistence, partition, offset
-            sent += 1
-            acked += not code
-            failed += code != 0
-        if failed:
-            KB_STORE32(&state.failing, 1)
-        drop_records(state)
-        KB_ADD64(&c.in_flight, -sent)
-        kb_mutex_lock(&c.mu)
-        state.remaining = 0
-        c.acked += acked
-        count_failed(c, failed)
-        finish(c, &state, 1, NULL)
-        kb_mutex_unlock(&c.mu)
-        release_idle(c)
-
-    def shut_in_memory(self) -> None:
-        """Refuses new batches. `end_in_memory` follows when each has its answer, then `close`."""
-        with self.start_lock:
-            KB_STORE32(&self.c.life, CLOSED)
-            KB_STORE32(&self.c.shut, 1)
-
-    def end_in_memory(self) -> None:
-        """Lets the dispatcher end when all is told."""
-        cdef Client *c = self.c
-        kb_mutex_lock(&c.mu)
-        c.dispatcher_stop = 1
-        kb_cond_signal(&c.dispatcher_cond)
-        kb_mutex_unlock(&c.mu)
 
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1:
         if not KB_LOAD32(&batch.state.done):

@@ -6,17 +6,6 @@ cdef class Dispatcher:
     user's callbacks.
     """
 
-    cdef Client *c                   # a reference, while the thread runs
-    cdef readonly int events         # event types to ask librdkafka for, besides delivery reports
-    cdef readonly object throttle_cb
-    cdef CallbackThread callback_thread
-    cdef tuple other_threads         # more of them, that end with the producer
-    cdef object on_error
-    cdef object on_stats
-    cdef object on_log
-    cdef object on_oauth
-    cdef object thread
-
     def __init__(self, CallbackThread callback_thread not None, other_threads=(), *, on_error=None, on_stats=None,
                  on_log=None, on_oauth=None, throttle_cb=None):
         self.callback_thread = callback_thread

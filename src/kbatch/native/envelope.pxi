@@ -1,15 +1,6 @@
 # Envelope and Tombstone. The constructor checks what becomes a C number (times, partition, attempts, id) and the
 # shape of the rest; text is checked when a batch is mapped, where the error can name the envelope's index.
 
-cdef enum BodyKind:
-    BODY_NONE = 0       # no constructor has run to its end
-    BODY_MESSAGE = 1    # `_body` is encoded by the producer's encoder
-    BODY_DATA = 2       # `_body` is the encoded body
-    BODY_TOMBSTONE = 3  # a null value
-    BODY_BUILDING = 4   # a constructor runs, or has failed
-    BODY_NULL = 5       # a null value that is no tombstone: `_body` is None
-
-
 cdef int64_t _whole_number(object value, str field, int64_t lowest, int64_t highest) except? -2:
     cdef int overflow = 0
     cdef int64_t number
@@ -170,27 +161,6 @@ cdef class Envelope:
         TypeError, ValueError: A wrong type, a naive time, a number out of range, both or neither of ``message`` and
             ``data``. Text (key, topic, headers, …) is checked when a batch is mapped: see `SerializationError`.
     """
-
-    cdef object _body
-    cdef object _key
-    cdef object _topic
-    cdef object _message_type
-    cdef object _content_type
-    cdef object _source
-    cdef object _correlation_id
-    cdef object _conversation_id
-    cdef object _parent_id
-    cdef object _tenant_id
-    cdef object _user_name
-    cdef tuple _headers
-    cdef int64_t _timestamp   # ms; 0: the batch's time
-    cdef int64_t _sent_at     # µs, as the next two; NO_TIME: unset
-    cdef int64_t _scheduled_time
-    cdef int64_t _deliver_by
-    cdef int32_t _partition   # -1: the partitioner's choice
-    cdef int32_t _attempts
-    cdef int _kind            # BodyKind; the last that a constructor sets, and never changed after that
-    cdef unsigned char[16] _id
 
     __signature__ = _ConstructorSignature(
         ("message", UNSET), data=None, key=None, topic=None, partition=None, timestamp=None, headers=(), id=None,

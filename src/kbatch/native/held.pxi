@@ -11,7 +11,7 @@ cdef enum:
 cdef class HeldBatches:
     """The batches of a Core that are one transaction each.
 
-    In this order: `hold`; `enqueue_held` and `wait_for_outcome`, or `give_up_held`; `conclude`.
+    In this order: `hold`; `enqueue_held` and `wait_for_decision`, or `give_up_held`; `conclude`.
     """
 
     cdef Core core
@@ -99,12 +99,12 @@ cdef class HeldBatches:
         join_line(c, &batch.state)
         kb_mutex_unlock(&c.mu)
 
-    def wait_for_outcome(self, Batch batch not None) -> bool:
+    def wait_for_decision(self, Batch batch not None) -> bool:
         """Waits until nothing more of a batch on hold is enqueued, and all have an outcome or one has failed.
 
         False if one has failed.
         """
-        self.core._drive(batch, INT64_MAX, FOR_OUTCOME)
+        self.core._drive(batch, INT64_MAX, FOR_DECISION)
         return not KB_LOAD32(&batch.state.failing)
 
     def wait_until_settled(self, Batch batch not None) -> None:

@@ -104,10 +104,6 @@ cdef class Scratch:
     # msgspec grows the bytearray that it encodes into to 1.5 times what it needs, and CPython gives memory back
     # when one shrinks below half of it. A message that starts at `base`, the middle of the memory, and is no longer
     # than a third of that, therefore moves nothing. This matters to speed only.
-    cdef bytearray memory         # None when there was no memory for another
-    cdef Py_ssize_t base
-    cdef Py_ssize_t largest_base  # so that the memory is never larger than a message may be
-    cdef Py_ssize_t longest       # of the messages since it was taken
 
     @staticmethod
     cdef Scratch make(int64_t message_max_bytes):
@@ -160,21 +156,6 @@ cdef class Scratch:
 
 cdef class Mapper:
     """How envelopes become records: wire format, encoder and defaults of one producer."""
-
-    cdef int wire
-    cdef object custom                # the wire object, for WIRE_CUSTOM
-    cdef const OwnHeader *own         # the format's own headers, in order
-    cdef int own_count
-    cdef object encode_into           # msgspec's bound method, or None
-    cdef object encoder               # the callable, or None
-    cdef object encoded_content_type  # content type of what the encoder makes
-    cdef object source
-    cdef object header_hook
-    cdef frozenset reserved
-    cdef int64_t message_max_bytes
-    cdef int64_t queue_max_bytes
-    cdef bint carry_scheduled_time    # a time in the future is the reader's business
-    cdef Scratch spare                # for the next mapping; nothing else here changes after __init__
 
     def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes, *,
                  carry_scheduled_time=False):
@@ -553,7 +534,7 @@ cdef class _Mapping:
 
     cdef int _put_own(self, Cursor *at) except -1:
         cdef Envelope e = self.envelope
-        cdef const OwnHeader *own = self.mapper.own
+        cdef const OwnHeader *own = <const OwnHeader *> self.mapper.own
         cdef const OwnHeader *end = own + self.mapper.own_count
         cdef bint tombstone = e._kind == BODY_TOMBSTONE
         cdef PyObject *value

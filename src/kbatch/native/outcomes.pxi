@@ -3,9 +3,6 @@
 cdef class Outcomes:
     """What became of each envelope of a batch, kept as C records until it is asked for."""
 
-    cdef Outcome *_items   # owned
-    cdef readonly Py_ssize_t count
-
     def __dealloc__(self):
         kb_free(self._items)
 
@@ -34,7 +31,7 @@ cdef class Outcomes:
     def failed(self) -> int:
         return self._state_count(FAILED)
 
-    def expired(self) -> list:
+    def expired_indices(self) -> list:
         """The indices of the envelopes whose deliver_by had passed."""
         cdef Py_ssize_t i
         cdef list found = []

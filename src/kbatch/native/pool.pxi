@@ -1,11 +1,5 @@
 # What batches take memory from, again and again: arenas, record arrays, topics.
 
-cdef struct ArenaBlock:
-    ArenaBlock *next
-    size_t used
-    size_t size  # bytes after this struct
-
-
 cdef enum:
     ARENA_BLOCK = 65536
     POOLED_BLOCKS = 256        # 16 MiB of arena kept for reuse per pool
@@ -13,19 +7,6 @@ cdef enum:
     FEWEST_BUCKETS = 16
 
 cdef Py_ssize_t LONGEST_TAKEN = PY_SSIZE_T_MAX - ARENA_BLOCK
-
-
-cdef struct Pool:
-    # Of a client, or of a RecordPool. What is taken from it is given back to it.
-    kb_mutex mu             # guards the rest; never held while another lock is taken
-    ArenaBlock *spare_blocks
-    int spare_block_count
-    Record *spare_records
-    Py_ssize_t spare_records_capacity
-    Topic *topics           # owned; each is there until the end
-    Topic **buckets         # owned; the same by their names
-    size_t bucket_count     # a power of two, or 0
-    size_t topic_count
 
 
 cdef void pool_begin(Pool *pool) noexcept nogil:
@@ -250,8 +231,6 @@ cdef Topic *make_topic(Pool *pool, const char *name, Py_ssize_t length) noexcept
 @cython.final
 cdef class RecordPool:
     """A pool of its own, for envelopes that are mapped and not sent by a producer."""
-
-    cdef Pool pool  # used under the GIL alone: so no fork finds it locked
 
     def __cinit__(self):
         pool_begin(&self.pool)

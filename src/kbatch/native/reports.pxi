@@ -85,6 +85,16 @@ cdef void settle(Client *c, BatchState *batch, int64_t count) noexcept nogil:
         kb_mutex_unlock(&c.mu)
 
 
+cdef void settle_whole(Client *c, BatchState *batch, int64_t acked, int64_t failed) noexcept nogil:
+    # Every envelope of `batch`, which was never enqueued, got its outcome at once.
+    kb_mutex_lock(&c.mu)
+    batch.remaining = 0
+    c.acked += acked
+    count_failed(c, failed)
+    finish(c, &batch, 1, NULL)
+    kb_mutex_unlock(&c.mu)
+
+
 cdef void finish(Client *c, BatchState **batches, int count, Waiter *me) noexcept nogil:
     # Under the lock: these batches are complete; wake whoever has waited for them, or for what else has changed.
     cdef int i

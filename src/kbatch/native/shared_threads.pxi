@@ -18,9 +18,8 @@ cdef class CallQueue:
         self.threads, self.jobs, self.idle = threads, Jobs.__new__(Jobs), Flag()
         self.generation = threads.generation
 
-    def __dealloc__(self):
-        if self.threads is not None:
-            self._uncount()
+    def __del__(self):
+        self._uncount()
 
     def put(self, function, *arguments) -> None:
         """Calls ``function(*arguments)`` soon; an exception from it is logged. If this raises, nothing is called."""
@@ -134,12 +133,10 @@ cdef class SharedThreads:
     cdef bint _has_leader(self) noexcept:
         return self.leader is not None and self.leader.has_begun
 
-    cdef bint _has_standby(self) noexcept:
-        if self.standby is not None:
-            return True
+    cdef bint _has_standby(self) except -1:
         try:
-            return self._begin(False)
-        except BaseException:  # without memory the next call tries again
+            return self.standby is not None or self._begin(False)
+        except MemoryError:  # the next call tries again
             return True
 
     cdef bint _begin(self, bint leads) except -1:
@@ -224,7 +221,10 @@ cdef class SharedThreads:
             return True
         self.current, self.began_ns = queue, kb_now_ns()
         if self.first is not None:
-            self._has_standby()
+            try:
+                self._has_standby()
+            except BaseException:  # the calls come first
+                pass
         self._call(queue)
         if self.leader is thread:
             self.current, self.began_ns = None, 0

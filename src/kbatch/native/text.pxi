@@ -1,10 +1,5 @@
 # Ids, times and numbers as the wire formats write and read them, and UUID version 7. No Python object is made here.
 
-cdef enum:
-    UUID_TEXT = 36          # 8-4-4-4-12 hexadecimal digits, lower case
-    TIME_TEXT_KBATCH = 27   # 2026-11-23T09:16:45.123456Z
-    TIME_TEXT_WOLVERINE = 28  # 2026-11-23 09:16:45:123456 Z
-
 cdef int64_t NO_TIME = INT64_MIN
 cdef int64_t _FIRST_TIME = -62135596800000000  # 0001-01-01T00:00:00Z
 cdef int64_t _LAST_TIME = 253402300799999999   # 9999-12-31T23:59:59.999999Z

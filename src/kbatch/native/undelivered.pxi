@@ -20,12 +20,6 @@ def envelope_bytes(Envelope envelope not None) -> int:
 cdef class _Lot:
     """The failures of one batch, or one of a sender's."""
 
-    cdef list failures   # (envelope, KbatchError or error code, persistence): the first
-    cdef int64_t count   # of all
-    cdef int64_t bytes   # of these envelopes
-    cdef bint reachable  # its batch lives, and may be looked at
-    cdef int waited      # so many are about to look at its batch
-
 
 @cython.final
 cdef class Undelivered:
@@ -33,14 +27,6 @@ cdef class Undelivered:
 
     Whoever takes it tells it, so that each failure is told once. What is left at the end is logged.
     """
-
-    cdef dict lots      # each by itself, in the order of failing
-    cdef int64_t kept   # failures with their envelopes
-    cdef int64_t bytes  # of these envelopes
-    cdef Py_ssize_t many  # so many lots, and those without envelopes are looked through
-    cdef int64_t rest   # failures without
-    cdef int pid
-    cdef str what       # they are called
 
     def __init__(self, str what not None):
         self.lots = {}

@@ -3,7 +3,7 @@
 cdef enum:
     # Waiter.kind
     FOR_BATCH = 0   # all envelopes of a batch have an outcome
-    FOR_OUTCOME = 1  # the same of a batch on hold, or one of them has failed and no more is enqueued
+    FOR_DECISION = 1  # of a batch on hold: all have an outcome, or one has failed and no more is enqueued
     FOR_SETTLED = 2  # all envelopes of a batch on hold have an outcome
     FOR_TURN = 3    # it is this batch's turn to enqueue
     FOR_LEAVING = 4  # it stands in line no more
@@ -17,7 +17,7 @@ cdef int64_t WAIT_SLICE = 100 * MS     # Ctrl-C is looked at this often
 cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
     if w.kind == FOR_BATCH:
         return w.batch.done
-    if w.kind == FOR_OUTCOME:
+    if w.kind == FOR_DECISION:
         return w.batch.settled or (KB_LOAD32(&w.batch.failing) and not w.batch.in_line)
     if w.kind == FOR_SETTLED:
         return w.batch.settled

@@ -11,10 +11,11 @@ from kbatch._callbacks import call_fault, is_coroutine_function
 from kbatch._codes import ALL_BROKERS_DOWN, NOT_PERSISTED, POSSIBLY_PERSISTED, PURGE_QUEUE
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error
-from kbatch._fastmap import Batch, Core, Envelope, monotonic
+from kbatch._fastmap import Batch, Envelope, monotonic
 from kbatch._producer import Producer
 from kbatch._transactions import Transactions
 from kbatch.testing._memory_broker import Fault, MemoryRecord, error_code
+from kbatch.testing._memory_core import NativeMemoryCore
 from kbatch.testing._memory_line import SHARE, MemoryLine, Sent
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ __all__ = ["BaseMemoryProducer", "MemoryCore", "MemoryProducer"]
 _LAST_S = 1.0  # for callbacks, when the time to close is over, as a producer has it
 
 
-class MemoryCore(Core):
+class MemoryCore(NativeMemoryCore):
     """Phase 1 is the real one. Phase 2 hands a batch to a broker in memory; librdkafka is never started.
 
     Whatever in `Core` needs librdkafka is overridden. The line's lock is held from where a batch is taken until it is

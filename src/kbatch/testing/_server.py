@@ -26,8 +26,8 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
-    def reply(request_id: int, **outcome: Any) -> None:
-        replies.write(json.dumps({"id": request_id, **outcome}).encode() + b"\n")
+    def reply(request_id: int, **result: Any) -> None:
+        replies.write(json.dumps({"id": request_id, **result}).encode() + b"\n")
         replies.flush()
 
     try:
