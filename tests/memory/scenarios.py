@@ -243,7 +243,8 @@ def packing(world: World) -> Step:
             unpacked = checked(attempt(lambda: [unpack_record(one) for one in packed]))
             assert unpacked.error is not None or unpacked.value == records
             checked(attempt(lambda: [read_packed(one) for one in packed]))
-            damaged = checked(attempt(lambda: unpack_record(packed[0][:-1])), kbatch.DeserializationError)
+            cut = functools.partial(unpack_record, packed[0][:-1])  # no lambda: its frame may lose what is raised in it
+            damaged = checked(attempt(cut), kbatch.DeserializationError)
             assert damaged.error is not None
         checked(attempt(sent))
         world.book(None)

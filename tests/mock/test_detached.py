@@ -97,6 +97,20 @@ def test_a_batch_of_many_topics_stands_in_line_once_for_each(cluster: MockCluste
         assert stored == [start + turn * 20 + n for start in (0, 100) for turn in range(5)]
 
 
+def test_the_order_of_a_topic_stays_however_many_topics_come_after_it(cluster: MockCluster) -> None:
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+    with kbatch.Producer(config, max_in_flight=2) as producer:
+        cluster.set_broker_down(1)
+        batches = [mapped(producer, range(50))]
+        producer._send_detached(batches[0])
+        producer._map(None, [Envelope(0, topic=f"other-{n}") for n in range(100)])
+        batches.append(mapped(producer, range(50, 60)))
+        producer._send_detached(batches[1])
+        cluster.set_broker_up(1)
+        assert all(batch.wait(30).ok for batch in batches)
+    assert values(cluster, 60) == list(range(60))
+
+
 def test_from_many_threads(cluster: MockCluster, producer: Any) -> None:
     done = threading.Semaphore(0)
 

@@ -1094,7 +1094,7 @@ MUTANTS = (
         "_grow_topics",
         "        _file_topic(pool, topic)\n",
         "        pass\n",
-        "tests/unit/test_record_pool.py",
+        "tests/mock/test_detached.py",
     ),
     Mutant(
         "a batch stands in line twice for one topic",

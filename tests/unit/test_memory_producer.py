@@ -1155,6 +1155,18 @@ def test_a_task_that_is_cancelled_ends_the_wait_only() -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_on_an_event_loop_the_loop_stores() -> None:
+    threads = set()
+
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            producer.fail(when=lambda _: threads.add(threading.get_ident()), times=None)
+            assert (await producer.send_batch(TOPIC, envelopes(5_000))).acked == 5_000
+
+    asyncio.run(main())
+    assert threads == {threading.get_ident()}
+
+
 def test_asyncio_transactions_and_losses() -> None:
     tasks = []
 

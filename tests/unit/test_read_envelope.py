@@ -580,6 +580,14 @@ def test_attributes_in_any_case() -> None:
     assert read.headers == (("ce_id", b"7"), ("ce_subject", b"s"), ("X", b"1"))
 
 
+@pytest.mark.parametrize("name", ["", "a\0b"])
+def test_names_that_are_read_and_not_sent_on(name: str) -> None:
+    read = read_envelope(Consumed(a_headers=[(name, b"x")]), wire="raw")
+    assert read.headers == ((name, b"x"),)
+    with mapping.producer_of(Setting(wire="raw")) as producer, pytest.raises(kbatch.SerializationError, match="name"):
+        producer._map(None, [read])
+
+
 def test_an_empty_content_type_is_none() -> None:
     headers = [*EVENT, ("content-type", b""), ("ce_correlationid", b"")]
     read = read_envelope(Consumed(b"x", a_headers=headers), wire="cloudevents")

@@ -23,6 +23,12 @@ cdef extern from *:
         }
         return PyUnicode_AsUTF8AndSize(s, n);
     }
+    /* Of ASCII that is no subclass's. */
+    static inline int kb_is_plain(PyObject *s) {
+        return PyUnicode_CheckExact(s) && PyUnicode_IS_COMPACT_ASCII(s) && PyUnicode_GET_LENGTH(s) <= INT32_MAX;
+    }
+    static inline const char *kb_plain_text(PyObject *s) { return (const char *)PyUnicode_DATA(s); }
+    static inline Py_ssize_t kb_plain_length(PyObject *s) { return PyUnicode_GET_LENGTH(s); }
     /* The length of a value's zig-zag varint, for n >= 0. */
     static inline int kb_varint_length(int64_t n) {
         return n < 64 ? 1 : n < 8192 ? 2 : n < 1048576 ? 3 : n < 134217728 ? 4 : 5;
@@ -31,6 +37,9 @@ cdef extern from *:
     static inline Py_ssize_t kb_allocated(PyObject *bytes) { return ((PyByteArrayObject *)bytes)->ob_alloc; }
     """
     const char *kb_utf8(PyObject *s, Py_ssize_t *n) noexcept
+    bint kb_is_plain(PyObject *s) noexcept
+    const char *kb_plain_text(PyObject *s) noexcept
+    Py_ssize_t kb_plain_length(PyObject *s) noexcept
     Py_ssize_t kb_allocated(PyObject *bytes) noexcept
     int kb_varint_length(int64_t n) noexcept nogil
 
@@ -188,6 +197,7 @@ cdef class Mapper:
         return 0 if self.spare is None else kb_allocated(<PyObject *> self.spare.memory)
 
 
+@cython.final
 cdef class _Mapping:
     """One batch on its way through phase 1."""
 
@@ -504,9 +514,6 @@ cdef class _Mapping:
             return self.envelope._content_type
         return "application/octet-stream" if self.envelope._kind == BODY_DATA else self.mapper.encoded_content_type
 
-    cdef object _source(self):
-        return self.envelope._source if self.envelope._source is not None else self.mapper.source
-
     cdef void _put_time(self, Cursor *at, const OwnHeader *own, int64_t *us) noexcept:
         if us[0] != NO_TIME:
             if self.mapper.wire == WIRE_WOLVERINE:
@@ -530,11 +537,21 @@ cdef class _Mapping:
         cdef const OwnHeader *own = <const OwnHeader *> self.mapper.own
         cdef const OwnHeader *end = own + self.mapper.own_count
         cdef bint tombstone = e._kind == BODY_TOMBSTONE
+        cdef PyObject *value
         while own != end:
             if own.rules & KB_ALIAS or (tombstone and not own.rules & KB_OF_TOMBSTONE):
                 pass
             elif own.field <= KB_LAST_TEXT:
-                self._put_field(at, own, e)
+                value = self._field(e, own.field)
+                if value == <PyObject *> None:
+                    if own.rules & KB_REQUIRED:
+                        self._refuse_without(own.field)
+                elif kb_is_plain(value) and (
+                        not own.rules or (kb_plain_length(value) and not own.rules & KB_GUID)):
+                    _put(at, own.name, own.name_len, kb_plain_text(value), <int32_t> kb_plain_length(value),
+                         kb_plain_length(value))
+                else:
+                    self._put_rare(at, own, value)
             elif own.field == KB_ID:
                 if self._is_id_written(own, e):
                     _put(at, own.name, own.name_len, <const char *> e._id, VALUE_UUID, UUID_TEXT)
@@ -558,41 +575,40 @@ cdef class _Mapping:
             return False
         return not own.rules & KB_EVENT_ID or not e._headers or not _count_of(e._headers, own.name)
 
-    cdef object _field(self, int field):
-        # The text of a field, as it is sent.
-        cdef Envelope e = self.envelope
-        if field == KB_MESSAGE_TYPE:
-            return self._type_name()
-        if field == KB_CONTENT_TYPE:
-            return self._content_type()
-        if field == KB_SOURCE:
-            return self._source()
+    cdef inline PyObject *_field(self, Envelope e, int field) except NULL:
+        # The text of a field, as it is sent; borrowed from what the batch keeps.
+        cdef object text
         if field == KB_CORRELATION_ID:
-            return e._correlation_id
+            return <PyObject *> e._correlation_id
         if field == KB_CONVERSATION_ID:
-            return e._conversation_id
+            return <PyObject *> e._conversation_id
         if field == KB_PARENT_ID:
-            return e._parent_id
+            return <PyObject *> e._parent_id
         if field == KB_TENANT_ID:
-            return e._tenant_id
-        return e._user_name
+            return <PyObject *> e._tenant_id
+        if field == KB_USER_NAME:
+            return <PyObject *> e._user_name
+        if field == KB_SOURCE:
+            return <PyObject *> e._source if e._source is not None else <PyObject *> self.mapper.source
+        text = self._type_name() if field == KB_MESSAGE_TYPE else self._content_type()
+        return <PyObject *> text
 
-    cdef int _put_field(self, Cursor *at, const OwnHeader *own, Envelope e) except -1:
-        cdef object value = self._field(own.field)
+    cdef int _refuse_without(self, int field) except -1:
+        # Of what is required only a source can be missing.
+        raise self._error(
+            TEXT_FIELDS[field],
+            f"the cloudevents format needs a {TEXT_FIELDS[field]}: give one to the envelope or to the producer "
+            f"({TEXT_FIELDS[field]}=…)")
+
+    cdef int _put_rare(self, Cursor *at, const OwnHeader *own, PyObject *value) except -1:
+        # Text that is not plain, or for which there are rules.
         cdef Py_ssize_t length
-        cdef const char *p
-        if value is None:
-            if own.rules & KB_REQUIRED:  # of what is required only this can be missing
-                raise self._error(
-                    "source", "the cloudevents format needs a source: give one to the envelope or to the producer "
-                    "(source=…)")
-            return 0
-        p = self._text(value, <str> TEXT_FIELDS[own.field], &length)
+        cdef const char *p = self._text(<object> value, <str> TEXT_FIELDS[own.field], &length)
         if length == 0 and own.rules & KB_NOT_EMPTY:
             field = TEXT_FIELDS[own.field]
             raise self._error(field, f"{field} is empty, which the cloudevents format does not allow")
         if own.rules & KB_GUID and not is_canonical_uuid(p, length):
-            return self._put_guid(at, own, value, p, length)
+            return self._put_guid(at, own, <object> value, p, length)
         _put(at, own.name, own.name_len, p, <int32_t> length, length)
         return 0
 

@@ -562,7 +562,8 @@ def read_envelope(record, *, wire="kbatch"):
     """The envelope that a consumed record is: what a producer with this `wire` wrote, or whoever writes the same.
 
     The value is the envelope's ``data``, not decoded. Headers of the format are its fields (of several with one name
-    the last, as Kafka has it), all others its ``headers``, as bytes, in order. Topic, partition and timestamp are the
+    the last, as Kafka has it), all others its ``headers``, as bytes, in order. A header whose name is empty, or has a
+    NUL character, is read, and refused when the envelope is sent on. Topic, partition and timestamp are the
     record's: to send it somewhere else, change them with `Envelope.replace`. A record without an id gets one made of
     its topic, partition and offset, the same each time that it is read.
 

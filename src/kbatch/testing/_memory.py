@@ -383,7 +383,7 @@ class MemoryProducer(BaseMemoryProducer, Producer):
     - Every topic exists and has `partitions` partitions.
     - ``partitioner`` sends each key where librdkafka sends it. Where librdkafka takes any partition, each has its turn.
     - A batch is in flight as a whole: one with room for its first message departs with all of them. It also is
-      stored as a whole, so no other batch comes in between.
+      stored as a whole, so no other batch comes in between. On an event loop the loop does it, in one go.
     - Nothing waits for ``linger.ms``, and no record batch is refused for one of its records.
     - What `fail` lets fail is not tried again as librdkafka would do it, whatever the code. What `down` keeps is stored
       once.
