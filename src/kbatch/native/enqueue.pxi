@@ -1,7 +1,7 @@
 # Phase 2: records become messages of librdkafka.
 
 cdef enum:
-    # what enqueue_slice and wait_slice answer
+    # what enqueue_slice, take_turn and advance answer
     DONE = 0
     AGAIN = 1       # the slice is over, or the turn, or the room: look at signals and deadlines, then go on
     LATE = 2        # the batch's deadline for enqueueing has passed
