@@ -390,7 +390,7 @@ cdef struct Client:
     int dispatcher_nudge    # release idle_done
     Pool pool               # with a lock of its own; handles of its topics are destroyed with rk
     int recycles            # const: header lists are used again
-    ListPool *lists         # owned; of whoever has the turn, or under `mu` when nobody enqueues
+    ListPool *lists         # owned; of the batch that has the turn, set under `mu`; of the drainer when nobody enqueues
     HeaderList *returned    # owned; lists that reports have given back
     int64_t returned_bytes
     int64_t lists_used_ns   # when the last one was taken; of whoever has the turn

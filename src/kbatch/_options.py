@@ -163,8 +163,9 @@ def shows(*kinds: type, or_none: bool = False) -> Callable[[_F], _F]:
 def taken(owner: object, options: Mapping[str, Any], *kinds: type) -> list[dict[str, Any]]:
     """What of the `options` of a constructor each kind has, in its order. Raises TypeError for what none has."""
     names = [[each.name for each in fields(kind)] for kind in kinds]
+    known_to_any = [name for known in names for name in known]
     for name in options:
-        if not any(name in known for known in names):
+        if name not in known_to_any:
             raise TypeError(f"{type_name(owner)}() got an unexpected keyword argument {name!r}")
     return [{name: options[name] for name in known if name in options} for known in names]
 

@@ -507,6 +507,8 @@ def on_a_loop(send: Callable[[aio.Producer, list[Envelope]], Coroutine[Any, Any,
         producer = world.started()
         loop = asyncio.new_event_loop()
         world.at_end.append(loop.close)
+        loop.run_until_complete(send(beside(producer), world.batch()))  # fills caches of the standard library
+        world.book(True)
 
         def step(attempt: Attempt) -> None:
             batch = world.batch()

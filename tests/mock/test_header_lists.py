@@ -20,6 +20,7 @@ from kbatch.testing import ApiKey, MockCluster
 from tests.waiting import until
 
 from .clients import Record, read
+from .processes import needs_fork
 
 MOMENT = datetime(2026, 11, 29, 12, 30, 1, 987654, tzinfo=timezone.utc)
 
@@ -234,7 +235,8 @@ def test_large_lists_and_values_are_not_kept(cluster: MockCluster, config: dict[
         assert record.headers == [(k, str(v).encode() if isinstance(v, str) else v) for k, v in envelope.headers]
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: there are no forks")
+@needs_fork[0]
+@needs_fork[1]
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_leaves_them_alone(cluster: MockCluster, config: dict[str, Any]) -> None:
     envelopes = [Envelope(b"", headers=[("n", f"{n:04}")]) for n in range(200)]

@@ -214,10 +214,13 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
     if not c.recycles or count > MOST_LISTED:
         return NULL
     if pool == NULL:
-        pool = c.lists = <ListPool *> kb_calloc(1, sizeof(ListPool))
+        pool = <ListPool *> kb_calloc(1, sizeof(ListPool))
         if pool == NULL:
             return NULL
         pool.slice = 1
+        kb_mutex_lock(&c.mu)
+        c.lists = pool
+        kb_mutex_unlock(&c.mu)
     for i in range(count):
         length = wire_length(&h[i])
         size += h[i].name_len + max(0, length)
