@@ -261,7 +261,7 @@ cdef class Core:
         """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done."""
         self._check_fork()
         batch.looked = True  # who sends them looks at their outcomes: there are no envelopes to tell of
-        map_packed(batch, packed)
+        map_packed(self.mapper, batch, packed)
         batch.outcomes = Outcomes.make(batch.state.count)
         batch.state.outcomes = batch.outcomes._items
 
