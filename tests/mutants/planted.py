@@ -426,7 +426,7 @@ MUTANTS = (
     Mutant(
         "an envelope has the age of those that came with it",
         "FormedBatch.accepted_at",
-        "        return self.newest_ns / 1e9\n",
+        "        return self.closed_ns / 1e9\n",
         "        return self.begun_ns / 1e9\n",
         "tests/unit/test_batch_formation.py",
     ),

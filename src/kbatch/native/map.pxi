@@ -222,7 +222,7 @@ cdef class _Mapping:
     cdef tuple hook_headers
     cdef tuple extra_headers     # what the encoder added for this envelope; None or pairs
     cdef list rejected           # (index, error) of those that cannot be mapped; None: the first ends the batch
-    cdef list rejected_out       # the caller's list of them, who gets them at the end
+    cdef list rejected_out       # the caller's list, extended when all is mapped
 
     # -- errors
 
