@@ -254,12 +254,13 @@ cdef int64_t unpack_headers(PackedRecord *packed, Header *room) noexcept nogil:
     # Into room for record.header_count of them. What they take on the wire.
     cdef const char *at = packed.headers
     cdef Cursor cursor
-    cdef Header header
+    cdef Header *header
     cdef int32_t i
     packed.record.headers = cursor.next = room
     cursor.wire_size = 0
     for i in range(packed.record.header_count):
-        _take_header(&at, packed.end, &header)
+        header = cursor.next
+        _take_header(&at, packed.end, header)
         _put(&cursor, header.name, header.name_len, header.value, header.value_len, max(header.value_len, 0))
     return cursor.wire_size
 
