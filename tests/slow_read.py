@@ -180,10 +180,11 @@ def _parsed(
             raise _error(record, f"header {name!r} must be text or bytes, not {type(value).__name__}", name)
         try:
             content: Any = value if isinstance(value, str) else value.decode()
+            content.encode()  # other consumers may give a lone surrogate
             if parse is not None:
                 content = parse(content)
         except ValueError as error:
-            reason = "must be UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+            reason = "must be UTF-8" if isinstance(error, UnicodeError) else str(error)
             raise _error(record, f"header {name!r} {reason}, not {_shown(value)}", name) from None
         if argument is not None:
             arguments[argument] = content

@@ -13,7 +13,7 @@ from kbatch._config import ProducerConfig
 from kbatch._errors import ConfigError, ProducerError, UndeliveredError, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
-from kbatch._fastmap import CallbackThread, Core, Mapper
+from kbatch._fastmap import WIRE_NAMES, CallbackThread, Core, Mapper
 from kbatch._pending import PendingBatch
 from kbatch._text import counted, printable
 from kbatch._transactions import Transactions
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["BaseProducer", "check_close_timeout", "check_kind", "check_timeout"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
-
-_WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 
 
 class BaseProducer:
@@ -250,8 +248,8 @@ def _check_arguments(
     carry_scheduled_time: Any,
 ) -> None:
     if isinstance(wire, str):
-        if wire not in _WIRES:
-            raise ConfigError(f"wire must be one of {', '.join(_WIRES)} or an object with write(), not {wire!r}")
+        if wire not in WIRE_NAMES:
+            raise ConfigError(f"wire must be one of {', '.join(WIRE_NAMES)} or an object with write(), not {wire!r}")
     elif not callable(getattr(wire, "write", None)):
         raise ConfigError(f"wire must be a name or an object with a write() method, not {type(wire).__name__}")
     else:

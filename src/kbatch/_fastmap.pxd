@@ -113,8 +113,8 @@ cdef struct Topic:
 
 
 cdef struct Record:
-    # What phase 1 writes and phase 2 reads. Pointers are borrowed: from the envelopes and the objects that the Batch
-    # keeps until it is done, from `bodies` as long, from the arena until phase 2 ends.
+    # What phase 1 writes and phase 2 reads. Pointers are borrowed: from the envelopes (or packed bytes) and the objects
+    # that the Batch keeps until it is done, from `bodies` as long, from the arena until phase 2 ends.
     const char *key      # NULL: no key
     const char *value    # NULL: a tombstone
     Header *headers      # in the arena
@@ -222,7 +222,7 @@ cdef struct BatchState:
 cdef class MappedBatch:
     cdef BatchState state
     cdef object keeper    # of the pool
-    cdef tuple envelopes
+    cdef tuple envelopes  # or the packed bytes that its records point into
     cdef list kept        # objects whose memory records point at, besides the envelopes
     cdef char[TIME_TEXT_WOLVERINE] sent_at
     cdef list _records(self)
@@ -348,7 +348,7 @@ cdef struct Client:
     kb_mutex mu
     kb_cond drainer_cond
     kb_cond dispatcher_cond
-    kb_cond life_cond       # life or entered changed
+    kb_cond life_cond       # life, entered or the line changed, or a batch on hold was released
     int32_t life            # written under `mu`; atomic, where it is read without
     int32_t shut            # atomic: life >= FINISHING
     int entered             # threads that may call librdkafka, apart from the drainer: it must live

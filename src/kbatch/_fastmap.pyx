@@ -4,8 +4,9 @@ reports become outcomes, and whoever waits is woken once.
 
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
 ``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
-``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``accumulator`` stands before it all: single
-envelopes become batches. Structures and classes are declared in ``_fastmap.pxd``.
+``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``read`` and ``pack`` stand beside ``map`` and
+share ``wire``. ``accumulator`` stands before it all: single envelopes become batches. Structures and classes are
+declared in ``_fastmap.pxd``.
 """
 
 import asyncio

@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 import kbatch
-from kbatch._base_producer import _WIRES
+from kbatch._fastmap import WIRE_NAMES
 from kbatch.cli import _demo, _json_line
 from kbatch.cli._app import Wire, app
 from kbatch.cli._failure import Failure
@@ -631,7 +631,7 @@ def test_wrong_settings(lines_file, servers):
     status, _, err = run_here(*produce, "--wire", "morse")
     assert status == 2
     assert "'morse' is not one of 'kbatch', 'wolverine', 'cloudevents', 'raw'" in err
-    assert [wire.value for wire in Wire] == list(_WIRES)
+    assert [wire.value for wire in Wire] == list(WIRE_NAMES)
     assert_one_line(run_here(*produce, "--wire", "cloudevents"), 2, "--wire cloudevents needs --source")
     cloud_events = ["--wire", "cloudevents", "--source", "till"]
     assert_one_line(

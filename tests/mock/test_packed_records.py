@@ -93,10 +93,10 @@ def test_what_is_refused_of_packed_records_has_an_outcome_and_no_envelope(kafka_
     config = {"bootstrap.servers": kafka_cluster.bootstrap_servers, "enable.idempotence": False}
     pool = RecordPool()
     with kbatch.Producer(config) as producer:
-        packed = pool.pack(pool.map(producer._mapper, "orders", [Envelope(data=b"x" * 2_000), Envelope(data=b"y")]))
-    with kbatch.Producer({**config, "message.max.bytes": 1_500}) as producer:
+        batch = [Envelope(data=b"x", partition=7), Envelope(data=b"y")]
+        packed = pool.pack(pool.map(producer._mapper, "orders", batch))
         pending = PendingBatch(producer._core)
         producer._core.map_packed(pending, packed)
         assert producer._core.send(pending, 30, wait=True)
         assert (pending.outcomes.acked(), pending.outcomes.failed()) == (1, 1)
-        assert [(index, code) for index, code, _ in pending.outcomes.failures()] == [(0, 10)]  # MSG_SIZE_TOO_LARGE
+        assert [(index, code) for index, code, _ in pending.outcomes.failures()] == [(0, -190)]  # _UNKNOWN_PARTITION

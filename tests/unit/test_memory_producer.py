@@ -1280,6 +1280,22 @@ def test_a_number_that_settles_the_batch_itself(producer: MemoryProducer) -> Non
     producer._line._sents.clear()
 
 
+def test_a_number_that_empties_the_list_of_outcomes(producer: MemoryProducer) -> None:
+    producer.hold()
+    pending = producer.submit(TOPIC, envelopes(200))
+
+    class Number:
+        def __int__(self) -> int:
+            outcomes.clear()
+            return 0
+
+    outcomes: list[Any] = [(Number(), 2, 0, 0), *((0, 2, 0, n) for n in range(1, 200))]
+    producer._core.settle_in_memory(pending, outcomes)
+    report = pending.wait()
+    assert (report.acked, report.offsets) == (200, tuple(range(200)))
+    producer._line._sents.clear()
+
+
 @pytest.mark.parametrize("is_started", [False, True])
 @pytest.mark.parametrize("end", ["flush", "close"])
 @pytest.mark.parametrize("by", ["producer", "sender"])

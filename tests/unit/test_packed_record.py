@@ -1,5 +1,9 @@
 """Records as bytes and back: the same, or a named error; and the envelope that was packed."""
 
+import signal
+import sys
+import threading
+import time
 import uuid
 from dataclasses import replace
 from typing import Any
@@ -40,6 +44,8 @@ def packed(*envelopes: Envelope, wire: str = "kbatch") -> list[Any]:
     return pool.pack(pool.map(mapper, "orders", envelopes))
 
 
+STRUCTURED = b'{"specversion": "1.0", "id": "7", "source": "/shop", "type": "order", "data": 1}'
+STRUCTURED_TYPE = [("content-type", "application/cloudevents+json")]
 FULL = Envelope(
     data=b"body\x00",
     key="schlüssel",
@@ -178,10 +184,26 @@ def test_what_cannot_be_read_of_a_packed_record_is_told() -> None:
         with pytest.raises(DeserializationError, match=reason) as caught:
             read_packed(checksummed(body.replace(old, new)))
         assert (caught.value.topic, caught.value.partition, caught.value.offset) == ("orders", 7, None)
+    (event,) = packed(FULL.replace(data=STRUCTURED, headers=[*STRUCTURED_TYPE, ("trace", b"")]), wire="raw")
+    with pytest.raises(DeserializationError, match="the name of one of its headers is not UTF-8") as caught:
+        read_packed(checksummed(event[:-4].replace(b"trace", b"tr\xffce")), wire="cloudevents")
+    assert (caught.value.topic, caught.value.partition, caught.value.offset) == ("orders", 7, None)
     with pytest.raises(DeserializationError, match="a name in it is not UTF-8"):
         unpack_record(checksummed(body.replace(b"trace", b"tr\xffce")))
     with pytest.raises(DeserializationError, match="a name in it is not UTF-8"):
         read_packed(checksummed(body.replace(b"orders", b"\xffrders")))
+
+
+def test_a_packed_structured_event() -> None:
+    (one,) = packed(FULL.replace(data=STRUCTURED, headers=[*STRUCTURED_TYPE, ("trace", b"\xff")]), wire="raw")
+    read = read_packed(one, wire="cloudevents")
+    assert (read.data, read.message_type, read.source) == (b"1", "order", "/shop")
+    assert read.headers == (("ce_id", b"7"), ("trace", b"\xff"))
+
+
+def test_a_packed_record_of_no_known_format() -> None:
+    with pytest.raises(kbatch.ConfigError, match="wire must be one of kbatch, wolverine, cloudevents, raw, not 'xml'"):
+        read_packed(packed(FULL)[0], wire="xml")
 
 
 def test_packed_records_that_a_producer_cannot_send() -> None:
@@ -203,3 +225,96 @@ def test_packed_records_that_a_producer_cannot_send() -> None:
         producer._core.map_packed(batch, [one])
         assert producer._core.records(batch) == [unpack_record(one)]
         assert batch.encoded_messages == (0, 0)
+
+
+def test_packed_records_that_are_too_large_are_refused_as_phase_1_refuses_them() -> None:
+    small = Envelope(data=b"x")
+    large = Envelope(data=b"x" * 200_000, key=b"k", headers=[("n", None), ("v", "1")], source="/shop")
+    stored = packed(small, large, small)
+    for limits, reason in (
+        ({"queue.buffering.max.kbytes": 64}, "the body of 200000 bytes can never fit"),
+        ({"message.max.bytes": 100_000}, r"the record would take \d+ bytes .body 200000, key 1, headers "),
+    ):
+        with kbatch.Producer({**mapping.NOWHERE, **limits}) as producer:
+            batch = PendingBatch(producer._core)
+            with pytest.raises(kbatch.SerializationError, match=f"envelope 1: {reason}") as caught:
+                producer._core.map_packed(batch, stored)
+            assert (caught.value.index, caught.value.envelope_id) == (1, None)
+            with pytest.raises(kbatch.SerializationError) as direct:
+                producer._core.map(PendingBatch(producer._core), "orders", [small, large, small])
+            assert caught.value.reason == direct.value.reason
+
+
+def test_the_largest_packed_record_is_the_largest_that_phase_1_takes() -> None:
+    large = Envelope(data=b"x" * 2_000, key=b"k", headers=[("n", None), ("v", "1" * 70)], source="/shop")
+    with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": 1_000}) as producer:
+        with pytest.raises(kbatch.SerializationError) as caught:
+            producer._core.map(PendingBatch(producer._core), "orders", [large])
+        size = int(caught.value.reason.split()[4])
+    stored = packed(large)
+    for limit in (size - 1, size):
+        with kbatch.Producer({**mapping.NOWHERE, "message.max.bytes": limit}) as producer:
+            for map_it in (
+                lambda batch: producer._core.map_packed(batch, stored),
+                lambda batch: producer._core.map(batch, "orders", [large]),
+            ):
+                if limit == size:
+                    map_it(PendingBatch(producer._core))
+                    continue
+                with pytest.raises(kbatch.SerializationError, match=f"would take {size} bytes"):
+                    map_it(PendingBatch(producer._core))
+
+
+def long_packed() -> list[Any]:
+    return packed(Envelope(data=b"x" * 100_000)) * 5_000
+
+
+def count_turns(turns: list[int], is_over: threading.Event) -> None:
+    while not is_over.is_set():
+        turns[0] += 1
+        time.sleep(0)
+
+
+def test_other_threads_run_while_packed_records_are_looked_at() -> None:
+    stored, turns = long_packed(), [0]
+    pool = RecordPool()
+    mapped = pool.map(Mapper("raw", None, None, None, MiB, MiB), "orders", [Envelope(data=b"x" * 100_000)] * 500)
+    interval = sys.getswitchinterval()
+    with kbatch.Producer(mapping.NOWHERE) as producer:
+        batch = PendingBatch(producer._core)
+        for work in (lambda: producer._core.map_packed(batch, stored), lambda: pool.pack(mapped)):
+            is_over = threading.Event()
+            other = threading.Thread(target=count_turns, args=(turns, is_over))
+            sys.setswitchinterval(60)  # nobody gets the GIL but by its release
+            try:
+                other.start()
+                before = turns[0]
+                work()
+                after = turns[0]
+                is_over.set()
+                other.join()
+            finally:
+                sys.setswitchinterval(interval)
+            assert after - before > 2
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="platform: no interval timers")
+def test_a_signal_ends_a_long_batch_of_packed_records() -> None:
+    outcomes: list[Any] = []
+
+    def interrupt(*_: Any) -> None:
+        outcomes.append(batch.outcomes)
+        raise InterruptedError
+
+    stored = long_packed()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    with kbatch.Producer(mapping.NOWHERE) as producer:
+        batch = PendingBatch(producer._core)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.001)
+            with pytest.raises(InterruptedError):
+                producer._core.map_packed(batch, stored)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert outcomes == [None]  # which it has as soon as all is mapped

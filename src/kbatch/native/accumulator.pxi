@@ -51,13 +51,13 @@ cdef class FormedBatch:
     cdef readonly Sizes sizes         # of keys, headers and bodies, as `Accumulator` counts them
     cdef int64_t begun_ns             # when the first came
     cdef int64_t due_ns               # when it may go out, full or not
-    cdef int64_t newest_ns            # when it was closed; 0 before
+    cdef int64_t closed_ns            # 0 until it is closed
     cdef readonly bint scheduled      # one of them has a scheduled_time
 
     @property
     def accepted_at(self) -> float:
-        """When the last came, or somewhat later, by `monotonic`."""
-        return self.newest_ns / 1e9
+        """When it was closed, so never before its last envelope came, by `monotonic`."""
+        return self.closed_ns / 1e9
 
 
 @cython.final
@@ -303,7 +303,7 @@ cdef class Accumulator:
         return 0
 
     cdef int _close_batch(self) except -1:
-        self.filling.newest_ns = kb_now_ns()
+        self.filling.closed_ns = kb_now_ns()
         self.formed.append(self.filling)
         self.filling = None
         self.flag.set()
@@ -409,7 +409,7 @@ cdef class Accumulator:
             try:
                 self._append(waiter.envelope, waiter.bytes)
             except MemoryError:
-                self.waiters.appendleft(waiter)  # whoever gives room back next tries again
+                self.waiters.appendleft(waiter)  # the next thread that gives room back tries again
                 waiter.in_line = True
                 self.line_changes += 1
                 return 0
@@ -475,7 +475,7 @@ cdef class Accumulator:
         if not self.formed:
             return None
         batch = self.formed[0]
-        if (kb_now_ns() - batch.newest_ns) / 1e9 < seconds:
+        if (kb_now_ns() - batch.closed_ns) / 1e9 < seconds:
             return None
         return self.formed.popleft()
 

@@ -1,4 +1,4 @@
-# A batch: what it gives back, and when; how it is told of its end. Its parts stand in `_fastmap.pxd`.
+# A batch: what it gives back, and when; how its end is told. Its parts stand in `_fastmap.pxd`.
 
 cdef int _this_pid = kb_pid()  # of this process, at hand without a system call
 cdef int32_t _pinned = 0

@@ -229,9 +229,9 @@ cdef class Core:
 
         With a list `rejected`, an envelope that cannot be mapped does not raise: it is appended as ``(index,
         SerializationError)`` and not sent, and its outcome is a failure with the code ``_VALUE_SERIALIZATION``. It
-        aborts no transaction. So is one for which there was no memory, or that ended with any other exception of
-        foreign code, a BaseException too, which is then the error's cause. Errors of no single envelope are raised all
-        the same, and then nothing is appended.
+        aborts no transaction. An envelope for which there was no memory, or for which foreign code raised any other
+        exception, is appended in the same way; the exception, which may be a BaseException, is then the error's cause.
+        Errors of no single envelope are raised all the same, and then nothing is appended.
         """
         cdef _Mapping mapping = self.begin_mapping(batch, topic, envelopes, rejected)
         cdef int64_t offered_ns = kb_now_ns()
@@ -239,7 +239,7 @@ cdef class Core:
             offer_gil(&offered_ns)
 
     def begin_mapping(self, Batch batch not None, topic, envelopes, list rejected=None) -> _Mapping:
-        """Phase 1 for event loops: call `map_slice` with the answer until it is true. `rejected` is as for `map`."""
+        """Phase 1 in slices: call `map_slice` with the answer until it is true. `rejected` is as for `map`."""
         cdef int64_t start = kb_now_ns()
         cdef _Mapping mapping
         self._check_fork()  # before a lock that a thread of the parent may have held
@@ -263,7 +263,7 @@ cdef class Core:
         """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done."""
         self._check_fork()
         batch.looked = True  # who sends them looks at their outcomes: there are no envelopes to tell of
-        map_packed(batch, packed)
+        map_packed(self.mapper, batch, packed)
         batch.outcomes = Outcomes.make(batch.state.count)
         batch.state.outcomes = batch.outcomes._items
 
@@ -292,7 +292,7 @@ cdef class Core:
         return self._drive(batch, deadline, FOR_BATCH if wait else NO_WAIT)
 
     def send_detached(self, Batch batch not None, timeout=None, *, enqueued=None, waker=None) -> None:
-        """Phase 2, all of it on the drainer's thread: returns at once, for event loops.
+        """Phase 2, all of it on the drainer's thread: returns at once.
 
         `enqueued` is called once nothing more of the batch will be handed to librdkafka, `waker` when it is done, both
         on the thread that wakes every event loop, so they must not block. `timeout` and refusals are as in `send`.

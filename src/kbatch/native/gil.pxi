@@ -34,6 +34,12 @@ cdef void offer_gil(int64_t *offered_ns) noexcept:
     offered_ns[0] = kb_now_ns()
 
 
+cdef int share_gil(int64_t *offered_ns) except -1:
+    # The same, and Ctrl-C is looked at.
+    offer_gil(offered_ns)
+    return PyErr_CheckSignals()
+
+
 cdef void nap() noexcept:
     # Until others may have given memory back.
     with nogil:

@@ -160,7 +160,7 @@ cdef class Mapper:
     def __init__(self, wire, encoder, source, header_hook, message_max_bytes, queue_max_bytes, *,
                  carry_scheduled_time=False):
         if isinstance(wire, str):
-            self.wire = WIRES[wire]
+            self.wire = wire_number(wire, " or an object with write()")
         else:
             self.wire, self.custom = WIRE_CUSTOM, wire
         self.reserved = reserved_headers(self.wire)
@@ -222,13 +222,31 @@ cdef class _Mapping:
     cdef tuple hook_headers
     cdef tuple extra_headers     # what the encoder added for this envelope; None or pairs
     cdef list rejected           # (index, error) of those that cannot be mapped; None: the first ends the batch
-    cdef list rejected_out       # the caller's list of them, who gets them at the end
+    cdef list rejected_out       # the caller's list, extended when all is mapped
 
     # -- errors
 
     cdef object _error(self, str field, str reason):
         cdef object id = None if self.envelope is None else uuid_object(self.envelope._id)
         return SerializationError(reason, index=self.index, envelope_id=id, field=field)
+
+    # -- the batch as a whole
+
+    cdef int _call_hook(self) except -1:
+        cdef object hook
+        if self.mapper.header_hook is None or not self.state.count:
+            return 0
+        try:
+            hook = self.mapper.header_hook()
+            self.hook_headers = _header_pairs(hook) if hook is not None else ()
+        except MemoryError:
+            raise
+        except (Exception, asyncio.CancelledError) as error:
+            raise SerializationError(
+                f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook"
+            ) from error
+        self.kept.append(self.hook_headers)
+        return 0
 
     # -- text
 
@@ -680,7 +698,9 @@ cdef class _Mapping:
         cdef str field
         if size > self.mapper.message_max_bytes or record.value_len > self.mapper.queue_max_bytes:
             field = "message"
-            if self.envelope._kind == BODY_DATA:
+            if self.envelope is None:
+                pass  # a packed record
+            elif self.envelope._kind == BODY_DATA:
                 field = "data"
             elif self.envelope._kind == BODY_TOMBSTONE:
                 field = "key"  # all it has
@@ -891,9 +911,14 @@ cdef bint _all_zero(const unsigned char *id) noexcept nogil:
 
 cdef _Mapping begin_mapping(Mapper mapper, MappedBatch batch, object topic, object envelopes, bint reject):
     """What `_Mapping._run` then maps into `batch`: all or nothing, or with `reject` all that can be mapped."""
+    cdef _Mapping mapping = new_mapping(mapper, batch, topic, envelopes, reject)
+    mapping._call_hook()
+    return mapping
+
+
+cdef _Mapping new_mapping(Mapper mapper, MappedBatch batch, object topic, object envelopes, bint reject):
     cdef _Mapping mapping = _Mapping.__new__(_Mapping)
     cdef BatchState *state = &batch.state
-    cdef object hook
     if mapper is None:
         raise TypeError("this Core was made without __init__")
     # Each check on its own: in a tuple of classes Cython does not see that a check has raised.
@@ -917,15 +942,4 @@ cdef _Mapping begin_mapping(Mapper mapper, MappedBatch batch, object topic, obje
     mapping.now_us = kb_wall_ns() // 1000
     mapping.hook_headers = ()
     write_time(mapping.now_us, mapper.wire == WIRE_WOLVERINE, batch.sent_at)
-    if mapper.header_hook is not None and state.count:
-        try:
-            hook = mapper.header_hook()
-            mapping.hook_headers = _header_pairs(hook) if hook is not None else ()
-        except MemoryError:
-            raise
-        except (Exception, asyncio.CancelledError) as error:
-            raise SerializationError(
-                f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook"
-            ) from error
-        batch.kept.append(mapping.hook_headers)
     return mapping

@@ -65,6 +65,7 @@ cdef enum:
     PACKED_VERSION = 1
     PACKED_FIXED = 14     # version, flags, timestamp, partition
     PACKED_CHECKSUM = 4
+    SHARE_EVERY = 65536   # packed bytes between two looks at who wants the GIL
 
 cdef enum PackedFault:
     # What is wrong with packed bytes. `unpack` finds them in this order.
@@ -249,13 +250,19 @@ cdef inline bint _take_header(const char **at, const char *end, Header *header) 
     return True
 
 
-cdef void unpack_headers(PackedRecord *packed, Header *room) noexcept nogil:
-    # Into room for record.header_count of them.
+cdef int64_t unpack_headers(PackedRecord *packed, Header *room) noexcept nogil:
+    # Into room for record.header_count of them. What they take on the wire.
     cdef const char *at = packed.headers
+    cdef Cursor cursor
+    cdef Header *header
     cdef int32_t i
-    packed.record.headers = room
+    packed.record.headers = cursor.next = room
+    cursor.wire_size = 0
     for i in range(packed.record.header_count):
-        _take_header(&at, packed.end, &room[i])
+        header = cursor.next
+        _take_header(&at, packed.end, header)
+        _put(&cursor, header.name, header.name_len, header.value, header.value_len, max(header.value_len, 0))
+    return cursor.wire_size
 
 
 cdef object _unpacking_error(PackedFault fault, Py_ssize_t index):
@@ -270,14 +277,20 @@ cdef list packed_records(MappedBatch batch):
     cdef bytes one
     cdef Record *record
     cdef Py_ssize_t i
+    cdef int64_t size, unshared = 0, offered_ns = kb_now_ns()
     for i in range(batch.state.count):
         record = &batch.state.records[i]
         if record.flags:
             packed.append(None)
             continue
-        one = PyBytes_FromStringAndSize(NULL, packed_size(record))
+        size = packed_size(record)
+        one = PyBytes_FromStringAndSize(NULL, size)
         pack_record(record, PyBytes_AS_STRING(one))
         packed.append(one)
+        unshared += size
+        if unshared >= SHARE_EVERY:
+            unshared = 0
+            share_gil(&offered_ns)
     return packed
 
 
@@ -343,20 +356,18 @@ def read_packed(bytes packed not None, *, str wire="kbatch") -> Envelope:
     consumed.key, consumed.value = <PyObject *> key, <PyObject *> value
     consumed.timestamp = max(record.timestamp, 0)
     consumed.pairs, consumed.headers, consumed.count = NULL, record.headers, record.header_count
-    return envelope_of(&consumed, WIRES[wire])
+    return envelope_of(&consumed, wire_number(wire, ""))
 
 
-cdef Mapper _STORED = Mapper("raw", None, None, None, 0, 0)  # nothing of it is asked for: the records are mapped
-
-
-cdef int map_packed(MappedBatch batch, object packed) except -1:
+cdef int map_packed(Mapper mapper, MappedBatch batch, object packed) except -1:
     """In place of phase 1: the records of `batch` are those that were packed, and point into these bytes."""
-    cdef _Mapping mapping = begin_mapping(_STORED, batch, None, packed, False)
+    cdef _Mapping mapping = new_mapping(mapper, batch, None, packed, False)
     cdef tuple stored = batch.envelopes
     cdef PackedRecord found
     cdef PackedFault fault
     cdef Topic *topic = NULL
     cdef Py_ssize_t i
+    cdef int64_t headers_size, unshared = 0, offered_ns = kb_now_ns()
     for i in range(batch.state.count):
         mapping.index = i
         item = stored[i]
@@ -368,7 +379,12 @@ cdef int map_packed(MappedBatch batch, object packed) except -1:
         if topic == NULL or topic.name_len != found.topic_len or memcmp(
                 topic.name, found.topic, found.topic_len) != 0:
             topic = mapping._find_topic(_topic_name(&found, i))
-        unpack_headers(&found, mapping._room_for(found.record.header_count))
+        headers_size = unpack_headers(&found, mapping._room_for(found.record.header_count))
+        mapping._check_size(&found.record, headers_size)
         found.record.topic = topic
         batch.state.records[i] = found.record
+        unshared += PyBytes_GET_SIZE(item)
+        if unshared >= SHARE_EVERY:
+            unshared = 0
+            share_gil(&offered_ns)
     return 0

@@ -175,6 +175,17 @@ cdef class _Reading:
                 self._set(own, &given)
         return 0
 
+    cdef tuple _pair(self, const Given *given):
+        # As it stays in the envelope's headers.
+        if given.pair != NULL:
+            return <tuple> given.pair
+        try:
+            return name_object(given), value_object(given)
+        except UnicodeDecodeError as error:
+            if not isinstance(error, UnicodeDecodeError):
+                raise  # as in `_text`
+            raise self._error("the name of one of its headers is not UTF-8", None) from error
+
     cdef int _keep(self, const Given *given) except -1:
         # The user's.
         if self.users is None:
@@ -182,15 +193,8 @@ cdef class _Reading:
         if self.wire == WIRE_CLOUDEVENTS and is_read_as_attribute(given):
             if not is_null(given):
                 self.users.append((name_object(given).lower(), value_object(given)))
-        elif given.pair != NULL:
-            self.users.append(<object> given.pair)
         else:
-            try:
-                self.users.append((name_object(given), value_object(given)))
-            except UnicodeDecodeError as error:
-                if not isinstance(error, UnicodeDecodeError):
-                    raise  # as in `_text`
-                raise self._error("the name of one of its headers is not UTF-8", None) from error
+            self.users.append(self._pair(given))
         return 0
 
     cdef int _set(self, const OwnHeader *own, const Given *given) except -1:
@@ -238,8 +242,6 @@ cdef class _Reading:
         elif own.rules & KB_REQUIRED:
             if p == NULL or length != 3 or memcmp(p, b"1.0", 3) != 0:
                 self._refuse(own, given, "must be 1.0, the only version of CloudEvents that is read")
-        elif p == NULL:
-            self._refuse(own, given, "must be UTF-8")
         else:
             self._text(own, given)
         return 0
@@ -251,8 +253,12 @@ cdef class _Reading:
         return 0
 
     cdef object _text(self, const OwnHeader *own, const Given *given):
-        if given.pair != NULL and not isinstance(<object> given.value, (str, bytes)):
-            raise self._header_error(own, given, "")
+        cdef Py_ssize_t length
+        if given.pair != NULL:
+            if not isinstance(<object> given.value, (str, bytes)):
+                raise self._header_error(own, given, "")
+            if isinstance(<object> given.value, str) and utf8_or_null(given.value, &length) == NULL:
+                raise self._header_error(own, given, "must be UTF-8")
         try:
             return text_object(given)
         except UnicodeDecodeError as error:
@@ -352,7 +358,7 @@ cdef class _Reading:
             # The same attributes may stand in the headers as well.
             if not is_read_as_attribute(&given) and not (
                     given.name != NULL and given.name_len >= 3 and memcmp(given.name, b"ce_", 3) == 0):
-                pairs.append((name_object(&given), value_object(&given)))
+                pairs.append(self._pair(&given))
         self.pairs = tuple(pairs)
         self.record.pairs = <PyObject *> self.pairs
         self.record.count = len(self.pairs)
@@ -590,13 +596,12 @@ def read_envelope(record, *, wire="kbatch"):
     """
     cdef Consumed consumed
     cdef tuple pairs
-    cdef object topic, partition, offset, key, value, format, error, kind, milliseconds
+    cdef object topic, partition, offset, key, value, error, kind, milliseconds
+    cdef int format
     record = _by_methods(record)
     if not isinstance(wire, str):
         return _read_custom(record, wire)
-    format = WIRES.get(wire)
-    if format is None:
-        raise ConfigError(f"wire must be one of {', '.join(WIRES)} or an object with read(), not {wire!r}")
+    format = wire_number(wire, " or an object with read()")
     # A consumer tells its own errors by records, too.
     error = getattr(record, "error", None)
     if error is not None:

@@ -1,16 +1,10 @@
 # Each wire format's own headers, once: phase 1 writes them by these tables, and `read_envelope` reads by the same.
 # DESIGN.md, "Wire formats", says what they mean.
 
-cdef enum Wire:
-    WIRE_KBATCH = 0
-    WIRE_WOLVERINE = 1
-    WIRE_RAW = 2
-    WIRE_CUSTOM = 3
-    WIRE_CLOUDEVENTS = 4
-
-
 cdef extern from *:
     """
+    enum { WIRE_KBATCH, WIRE_WOLVERINE, WIRE_CLOUDEVENTS, WIRE_RAW, WIRE_CUSTOM };
+
     /* Which field of an envelope a header is. Those up to KB_LAST_TEXT are text. */
     enum {
         KB_MESSAGE_TYPE, KB_CONTENT_TYPE, KB_SOURCE, KB_CORRELATION_ID, KB_CONVERSATION_ID, KB_PARENT_ID, KB_TENANT_ID,
@@ -97,14 +91,19 @@ cdef extern from *:
     static inline const kb_own_header *kb_own_headers(int wire, int *count)
     {
         switch (wire) {
-        case 0: *count = KB_COUNT(kb_kbatch_headers); return kb_kbatch_headers;
-        case 1: *count = KB_COUNT(kb_wolverine_headers); return kb_wolverine_headers;
-        case 4: *count = KB_COUNT(kb_cloudevents_headers); return kb_cloudevents_headers;
+        case WIRE_KBATCH: *count = KB_COUNT(kb_kbatch_headers); return kb_kbatch_headers;
+        case WIRE_WOLVERINE: *count = KB_COUNT(kb_wolverine_headers); return kb_wolverine_headers;
+        case WIRE_CLOUDEVENTS: *count = KB_COUNT(kb_cloudevents_headers); return kb_cloudevents_headers;
         default: *count = 0; return NULL;
         }
     }
     """
     enum:
+        WIRE_KBATCH
+        WIRE_WOLVERINE
+        WIRE_CLOUDEVENTS
+        WIRE_RAW
+        WIRE_CUSTOM
         KB_MESSAGE_TYPE
         KB_CONTENT_TYPE
         KB_SOURCE
@@ -142,6 +141,15 @@ cdef tuple TEXT_FIELDS = (
     "message_type", "content_type", "source", "correlation_id", "conversation_id", "parent_id", "tenant_id",
     "user_name")
 cdef dict WIRES = {"kbatch": WIRE_KBATCH, "wolverine": WIRE_WOLVERINE, "cloudevents": WIRE_CLOUDEVENTS, "raw": WIRE_RAW}
+WIRE_NAMES = tuple(WIRES)
+
+
+cdef int wire_number(str name, str others) except -1:
+    # Of the format that has this name. `others`: what is possible besides names, for the error.
+    number = WIRES.get(name)
+    if number is None:
+        raise ConfigError(f"wire must be one of {', '.join(WIRE_NAMES)}{others}, not {name!r}")
+    return number
 
 
 cdef frozenset reserved_headers(int wire):

@@ -77,6 +77,7 @@ cdef class NativeMemoryCore(Core):
         cdef BatchState *state = &batch.state
         cdef Outcome *outcome
         cdef Record *record
+        cdef tuple given = tuple(outcomes)  # of our own: a number's __int__ may change the list
         cdef Py_ssize_t i
         cdef int64_t offset, acked = 0, failed = 0, sent = 0
         cdef int16_t code
@@ -84,15 +85,15 @@ cdef class NativeMemoryCore(Core):
         cdef int32_t partition
         if batch.core is not self or state.owner == NULL or state.records == NULL and state.count or state.done:
             raise ValueError("this batch waits for no outcomes")
-        if len(outcomes) != state.count:
-            raise ValueError(f"{len(outcomes)} outcomes for a batch of {state.count} envelopes")
+        if len(given) != state.count:
+            raise ValueError(f"{len(given)} outcomes for a batch of {state.count} envelopes")
         for i in range(state.count):
             outcome = &batch.outcomes._items[i]
             record = &state.records[i]
             if record.flags:
                 failed += settle_unsent(outcome, record, 0)
                 continue
-            code, persistence, partition, offset = <tuple?> outcomes[i]
+            code, persistence, partition, offset = <tuple?> given[i]
             if state.done:
                 raise ValueError("this batch waits for no outcomes")  # a number's __int__ has given them
             outcome.state = FAILED if code else ACKED
