@@ -28,7 +28,10 @@ cdef tuple _header_pairs(object headers):
             return given
     if isinstance(headers, Mapping):
         if type(headers) is dict:
-            return tuple((<dict> headers).items())
+            pairs = []
+            for name, value in (<dict> headers).items():  # without an iterator, whose lack of memory crashes CPython 3.11
+                pairs.append((name, value))
+            return tuple(pairs)
         pairs = []
         for name, value in headers.items():
             pairs.append((name, value))
