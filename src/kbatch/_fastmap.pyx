@@ -1,4 +1,5 @@
 # cython: language_level=3
+# No list comprehensions in Cython code: when such a list cannot grow, Cython 3.3.1 gives the new item back twice.
 """The hot path: envelopes become records (phase 1), records become messages of librdkafka (phase 2), delivery
 reports become outcomes, and whoever waits is woken once.
 

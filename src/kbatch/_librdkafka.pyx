@@ -39,10 +39,12 @@ def _candidates() -> list:
             libs = os.path.join(os.path.dirname(folder), "confluent_kafka.libs")
             if os.path.isdir(libs):
                 os.add_dll_directory(libs)
-                found += [os.path.join(libs, name) for name in sorted(os.listdir(libs))
-                          if name.startswith("librdkafka") and not name.startswith("librdkafkacpp")]
+                for name in sorted(os.listdir(libs)):
+                    if name.startswith("librdkafka") and not name.startswith("librdkafkacpp"):
+                        found.append(os.path.join(libs, name))
         else:
-            found += [os.path.join(folder, "cimpl" + suffix) for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+            for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+                found.append(os.path.join(folder, "cimpl" + suffix))
     return found
 
 

@@ -1,6 +1,7 @@
 """The gate before a producer, without threads and brokers, and with a clock that the tests turn."""
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -258,3 +259,56 @@ def test_what_an_answer_says_about_the_brokers() -> None:
             assert verdict_of_answer(report) == verdict
     assert verdict_of_answer(kbatch.ProducerClosedError("closed")) == "failed"
     assert verdict_of_answer(kbatch.BatchInterruptedError("Ctrl-C")) == "nothing"
+
+
+@pytest.mark.parametrize("by", ["note", "probe"])
+def test_users_are_told_of_a_change_of_state_without_the_lock(by: str) -> None:
+    scene = Scene()
+    free: list[bool] = []
+
+    def look() -> None:
+        free.append(scene.gate.lock.acquire(blocking=False))
+        if free[-1]:
+            scene.gate.lock.release()
+
+    def changed(*_: object) -> None:
+        looks = threading.Thread(target=look)
+        looks.start()
+        looks.join()
+
+    if by == "probe":
+        scene.open()
+    scene.gate._on_state_change = changed
+    if by == "note":
+        scene.open()
+    else:
+        scene.probe()
+    assert free == [True]
+
+
+def test_changes_of_state_are_told_in_their_order_though_a_later_one_is_put_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = Scene()
+    put_ones: list[Callable[..., object]] = []
+    monkeypatch.setattr(scene.calls, "put", lambda function, *_: put_ones.append(function))
+    scene.open()
+    scene.probe()
+    for function in reversed(put_ones):
+        function()
+    assert scene.changes == [(CLOSED, OPEN), (OPEN, HALF_OPEN)]
+
+
+def test_a_change_of_state_that_could_not_be_put_is_told_with_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+
+    def refuse(*_: object) -> None:
+        raise MemoryError
+
+    scene.fail()
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.calls, "put", refuse)
+        with pytest.raises(MemoryError):
+            scene.fail()
+    scene.probe()
+    assert scene.changes == [(CLOSED, OPEN), (OPEN, HALF_OPEN)]

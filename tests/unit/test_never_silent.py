@@ -20,6 +20,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SenderMode, aio
+from kbatch._sending._endings import GivenUp
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
@@ -27,6 +28,7 @@ from ..injection import Injected, Injector
 from ..waiting import until
 
 PERMANENT = "TOPIC_AUTHORIZATION_FAILED"
+HANG_S = 30.0
 
 
 def envelopes(*keys: str) -> list[Envelope[Any]]:
@@ -409,6 +411,7 @@ def test_an_exception_between_two_lines_loses_nothing(how: str) -> None:
 
 PROGRAM = """
 import kbatch
+from kbatch._sending._endings import GivenUp
 from kbatch.testing import MemoryProducer
 producer = MemoryProducer()
 producer.fail("TOPIC_AUTHORIZATION_FAILED", times=None)
@@ -564,3 +567,37 @@ def test_an_awaiter_that_is_cancelled_takes_nothing_from_a_thread_that_waits(mon
     assert waiting is not None
     waiting.join(30)
     assert reports[0].failed == 1
+
+
+@pytest.mark.parametrize("on_failed", [False, True])
+def test_one_that_nothing_can_be_kept_of_for_want_of_memory_is_counted(
+    monkeypatch: pytest.MonkeyPatch, on_failed: bool
+) -> None:
+    lacks = [MemoryError, MemoryError]
+    taken: list[Any] = []
+    keep = GivenUp._keep
+
+    def lacking(self: GivenUp, *arguments: Any) -> None:
+        if lacks:
+            raise lacks.pop()
+        keep(self, *arguments)
+
+    def take(envelope: Envelope[Any], _: kbatch.KbatchError) -> None:
+        if envelope.key == "first":
+            lacks.pop()
+            raise MemoryError
+        taken.append(envelope.key)
+
+    monkeypatch.setattr(GivenUp, "_keep", lacking)
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=3)
+        sender = sender_of(producer, on_failed=take if on_failed else None)
+        for envelope in envelopes("first", "second", "third"):
+            sender.send(envelope)
+        with pytest.raises(kbatch.UndeliveredError) as raised:
+            sender.flush(HANG_S)
+        assert raised.value.count == (1 if on_failed else 3)
+        assert keys(raised.value) == ([] if on_failed else ["second", "third"])
+        assert taken == (["second", "third"] if on_failed else [])
+        assert len(sender) == 0
+        sender.close()

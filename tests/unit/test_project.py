@@ -123,6 +123,17 @@ def test_nothing_claims_to_work_without_the_gil():
             assert re.search(rf'^select = "{re.escape(build)}"(\n.+)*PYTHON_GIL = "1"', text, re.MULTILINE), build
 
 
+def test_no_cython_code_has_a_list_comprehension():
+    for path in [*(ROOT / "src").rglob("*.pyx"), *(ROOT / "src").rglob("*.pxi")]:
+        text = re.sub(r"#.*", "", path.read_text(encoding="utf-8"))
+        while True:
+            innermost = re.findall(r"\[[^\[\]]*\]", text)
+            assert not [each for each in innermost if re.search(r"\sfor\s.*\sin\s", each, re.DOTALL)], path
+            if not innermost:
+                break
+            text = re.sub(r"\[[^\[\]]*\]", "", text)
+
+
 def test_each_action_is_pinned_to_a_commit():
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     assert [path.name for path in workflows] == ["bench.yml", "ci.yml", "wheels.yml"]

@@ -14,6 +14,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
+from kbatch._sending._send_loop import SendLoop
 from kbatch.testing import MemoryProducer
 from kbatch.testing._memory import MemoryCore
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
@@ -255,3 +256,53 @@ def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplo
         sender.close(30)
     assert sorted(told) == list(range(5))
     assert len(sender) == 0
+
+
+def test_a_handler_that_sends_while_the_thread_is_made_has_no_second_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, at_work = threading.Thread.__init__, set()
+    turn = SendLoop.turn
+    moments = ["while the first one is made"]
+
+    def make(self: threading.Thread, *arguments: Any, **keywords: Any) -> None:
+        made(self, *arguments, **keywords)
+        if keywords.get("name") == "kbatch-sender" and moments:
+            moments.clear()
+            sender.send(Envelope("handler's"))
+            until(lambda: at_work, "the thread that the handler's envelope needs")
+
+    def noted(self: SendLoop) -> float | None:
+        at_work.add(threading.current_thread())
+        return turn(self)
+
+    with MemoryProducer() as producer:
+        sender = kbatch.BatchedSender(SendingAgent(producer, "orders"), batch_timeout_ms=0)
+        monkeypatch.setattr(threading.Thread, "__init__", make)
+        monkeypatch.setattr(SendLoop, "turn", noted)
+        sender.send(Envelope("caller's"))
+        assert sender.close() == 0
+    assert [each.message for each in producer.envelopes] == ["handler's", "caller's"]
+    assert len(at_work) == 1
+
+
+def test_a_start_that_fails_leaves_the_thread_that_a_handler_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+    starts: list[threading.Thread] = []
+
+    def fails_after_a_handler_has_sent(self: threading.Thread) -> None:
+        if self.name == "kbatch-sender":
+            starts.append(self)
+            if len(starts) == 1:
+                sender.send(Envelope("handler's"))
+                raise MemoryError
+        start(self)
+
+    with MemoryProducer() as producer:
+        sender = kbatch.BatchedSender(agent := SendingAgent(producer, "orders"), batch_timeout_ms=0)
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails_after_a_handler_has_sent)
+            with pytest.raises(MemoryError):
+                sender.send(Envelope("caller's"))
+        assert agent._thread is starts[-1]
+        sender.send(Envelope("another"))
+        assert sender.close() == 0
+    assert [each.message for each in producer.envelopes] == ["handler's", "another"]

@@ -1,7 +1,9 @@
 """The threads that make the calls of many senders."""
 
 import gc
+import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -294,3 +296,194 @@ def test_a_call_that_comes_while_the_first_thread_begins_waits_for_nobody() -> N
             queue.join(HANG_S)
         assert all(each.is_set() for each in called)
     assert running() == 0
+
+
+def starts_of(threads_name: str, before: Callable[[int], None]) -> Callable[[threading.Thread], None]:
+    """A `threading.Thread.start` that calls `before` with the number of the start."""
+    start, numbers = threading.Thread.start, itertools.count()
+
+    def started(self: threading.Thread) -> None:
+        if self.name == threads_name:
+            before(next(numbers))
+        start(self)
+
+    return started
+
+
+def out_of_memory_once(number: int) -> None:
+    if number == 0:
+        raise MemoryError
+
+
+def test_what_must_be_told_waits_for_no_other_call_though_memory_lacked_once(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads
+) -> None:
+    slow, queue, told = CallQueue(threads), CallQueue(threads), []
+    end = blocked(slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", starts_of("tests-shared", out_of_memory_once))
+        queue.put_surely(told.append, 1)
+        until(lambda: told, "the call")
+    end()
+    slow.join(HANG_S)
+    queue.join(HANG_S)
+    assert told == [1]
+
+
+def test_a_call_that_was_put_with_the_first_one_waits_no_longer_though_memory_lacked_once(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads
+) -> None:
+    slow, queue, told = CallQueue(threads), CallQueue(threads), []
+    go_on = threading.Event()
+    queue.put(told.append, 1)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # the thread waits when it gives the GIL up, and gets it back after both are put
+    try:
+        until(lambda: told, "the call")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", starts_of("tests-shared", out_of_memory_once))
+            slow.put(lambda: go_on.wait(HANG_S))
+            queue.put(told.append, 2)
+            until(lambda: len(told) == 2, "the call")
+    finally:
+        sys.setswitchinterval(interval)
+        go_on.set()
+    slow.join(HANG_S)
+    queue.join(HANG_S)
+
+
+def test_a_call_that_comes_while_a_second_thread_cannot_begin_has_one_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads
+) -> None:
+    slow, queue, handlers, told = CallQueue(threads), CallQueue(threads), CallQueue(threads), []
+    end = blocked(slow)
+
+    def put_by_handler(number: int) -> None:
+        if number == 0:
+            handlers.put(told.append, "handler's")
+            raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", starts_of("tests-shared", put_by_handler))
+        with pytest.raises(MemoryError):
+            queue.put(told.append, "not put")
+        until(lambda: told, "the call")
+    end()
+    for each in (slow, queue, handlers):
+        each.join(HANG_S)
+    assert told == ["handler's"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_handler_that_forks_while_a_thread_begins_leaves_the_child_its_call(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads, second: bool, fails: bool
+) -> None:
+    slow, queue = CallQueue(threads), CallQueue(threads)
+    end = blocked(slow) if second else None
+    told: list[int] = []
+    pids: list[int] = []
+
+    def fork(number: int) -> None:
+        if number == 0:
+            pids.append(os.fork())
+            if not pids[0]:
+                threads.forget()
+            if fails:
+                raise MemoryError
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", starts_of("tests-shared", fork))
+            queue.put_surely(told.append, 1)
+        queue.join(HANG_S)
+        if not pids[0]:
+            until(lambda: running() == 0, "the end of the threads")
+            os._exit(0 if told == [1] else 1)
+    finally:
+        if not pids[0]:
+            os._exit(2)
+    assert os.waitpid(pids[0], 0)[1] == 0
+    assert told == [1]
+    if end is not None:
+        end()
+        slow.join(HANG_S)
+
+
+def test_a_join_ends_when_another_queue_begins_to_need_the_thread(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads
+) -> None:
+    queue, other, told = CallQueue(threads), CallQueue(threads), []
+    queue.put(told.append, 1)
+    until(lambda: told, "the call")
+    joiner = threading.Thread(target=queue.join, args=(None,), daemon=True)
+    moments = ["when it looks whether a thread has ended, or waits for that"]
+
+    def first(name: str) -> Callable[..., object]:
+        method = getattr(threading.Thread, name)
+
+        def called(self: threading.Thread, *arguments: object) -> object:
+            if self.name == "tests-shared" and threading.current_thread() is joiner and moments:
+                moments.clear()
+                other.put(told.append, 2)
+            return method(self, *arguments)
+
+        return called
+
+    with monkeypatch.context() as patch:
+        for name in ("join", "is_alive"):
+            patch.setattr(threading.Thread, name, first(name))
+        joiner.start()
+        until(lambda: not joiner.is_alive(), "the end of the join")
+    other.join(HANG_S)
+    assert told == [1, 2]
+
+
+def test_a_thread_that_began_while_another_start_looked_is_waited_for_too(
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads
+) -> None:
+    slow, queue, other = CallQueue(threads), CallQueue(threads), CallQueue(threads)
+    ends = [blocked(slow)]
+    putter = threading.current_thread()
+    held: list[threading.Thread] = []
+    joined, is_alive, join, run = (
+        threading.Event(),
+        threading.Thread.is_alive,
+        threading.Thread.join,
+        threading.Thread.run,
+    )
+
+    def look(self: threading.Thread) -> bool:
+        if self.name == "tests-shared" and threading.current_thread() is putter and len(ends) == 1:
+            ends.append(lambda: None)
+            ends.append(blocked(other))  # by a thread that takes the lead, so that another second one begins
+        return is_alive(self)
+
+    def run_and_stay(self: threading.Thread) -> None:
+        stays = self.name == "tests-shared" and not held
+        if stays:
+            held.append(self)
+        run(self)
+        if stays:
+            assert joined.wait(HANG_S)
+
+    def join_noted(self: threading.Thread, timeout: float | None = None) -> None:
+        if self in held:
+            joined.set()
+        join(self, timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "run", run_and_stay)
+        patch.setattr(threading.Thread, "is_alive", look)
+        queue.put(int)
+        for end in ends:
+            end()
+        patch.setattr(threading.Thread, "join", join_noted)
+        for each in (slow, other, queue):
+            each.join(HANG_S)
+    was_joined = joined.is_set()
+    joined.set()
+    assert len(ends) == 3
+    assert was_joined

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import random
 import threading
+from collections import deque
 from typing import TYPE_CHECKING, Literal
 
 from kbatch._callbacks import callback_name
@@ -112,6 +113,8 @@ class Gate:
         self._on_state_change = on_state_change
         self._clock = clock
         self._opened_at = self._reminded_at = 0.0
+        # Of the circuit, to be told: from which state to which, and what is logged.
+        self._changes: deque[tuple[CircuitState, CircuitState, int, str, tuple[object, ...]]] = deque()
 
     @property
     def flag(self) -> Flag:
@@ -160,7 +163,8 @@ class Gate:
                 self.circuit.failed(trial, now)
             else:
                 self.circuit.said_nothing(trial)
-            self._tell_state(before)
+            self._note_change(before)
+        self._tell_changes_soon()
         if trial:
             self.flag.set()  # the next trial may be another's, who waits
 
@@ -272,7 +276,8 @@ class Gate:
             with self.lock:
                 before = self.circuit.state
                 self.circuit.probed(reason is None, self._clock())
-                self._tell_state(before)
+                self._note_change(before)
+            self._tell_changes_soon()
             self.flag.set()
 
     def _log_probe(self, reason: str) -> None:
@@ -283,34 +288,44 @@ class Gate:
         text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
         self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.waiting)), reason)
 
-    def _tell_state(self, before: CircuitState) -> None:
+    def _note_change(self, before: CircuitState) -> None:
+        # Under the lock, so that the changes are told in their order.
         state = self.circuit.state
         if state is before:
             return
+        arguments: tuple[object, ...]
         if state is CircuitState.OPEN:
             if before is CircuitState.CLOSED:
                 self._opened_at = self._reminded_at = self._clock()
-            self._calls.log(
-                logging.WARNING,
+            level = logging.WARNING
+            text = (
                 "the circuit breaker of %r is open: %s in a row failed, the last with %s; nothing is sent "
-                "until a probe succeeds",
-                *(self._topic, counted(self.circuit.failures, "batch", "batches"), self.last_error),
+                "until a probe succeeds"
             )
+            arguments = (self._topic, counted(self.circuit.failures, "batch", "batches"), self.last_error)
         else:
             self.tries_again = state is CircuitState.HALF_OPEN
-            level = logging.WARNING if state is CircuitState.CLOSED else logging.INFO  # whoever saw it open sees it end
-            self._calls.log(level, "the circuit breaker of %r is %s", self._topic, state.value)
-        if self._on_state_change is not None:
-            self._calls.put(self._tell_state_change, before, state)
+            level = logging.WARNING if state is CircuitState.CLOSED else logging.INFO  # as that of its opening
+            text, arguments = "the circuit breaker of %r is %s", (self._topic, state.value)
+        self._changes.append((before, state, level, text, arguments))
         self.flag.set()
 
-    def _tell_state_change(self, before: CircuitState, state: CircuitState) -> None:
-        assert self._on_state_change is not None
-        try:
-            self._calls.call(self._on_state_change, before, state)
-        except BaseException as error:  # also a sys.exit(): whatever comes next is to be told
-            name = callback_name(self._on_state_change)
-            self._calls.log(logging.ERROR, "on_state_change failed: %s", name, exc_info=error)
+    def _tell_changes_soon(self) -> None:
+        # Not under the lock: without a thread to be had, the user's functions are called here.
+        if self._changes:
+            self._calls.put(self._tell_changes)
+
+    def _tell_changes(self) -> None:
+        while self._changes:
+            before, state, level, text, arguments = self._changes.popleft()
+            self._calls.log(level, text, *arguments)
+            if self._on_state_change is None:
+                continue
+            try:
+                self._calls.call(self._on_state_change, before, state)
+            except BaseException as error:  # also a sys.exit(): what comes next is to be told
+                name = callback_name(self._on_state_change)
+                self._calls.log(logging.ERROR, "on_state_change failed: %s", name, exc_info=error)
 
 
 def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:

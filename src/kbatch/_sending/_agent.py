@@ -153,25 +153,25 @@ class BaseSendingAgent:
     def _start_once(self) -> None:
         if not self._has_thread():
             self._handle.producer._core.start()
-            if self._has_thread():
-                return  # a signal handler has sent meanwhile
-            self._send_loop = self._make_send_loop()
-            flag, pid = self._gate.flag, os.getpid()
+            loop, flag, pid = self._make_send_loop(), self._gate.flag, os.getpid()
 
             def wake(_: object) -> None:
                 if os.getpid() == pid:  # in a forked child a thread of the parent may have held its lock
                     flag.set()
 
-            self._thread = thread = threading.Thread(
+            thread = threading.Thread(
                 target=_run,
                 args=(weakref.ref(self, wake), flag, self._handle, (self._calls, self._prober)),
                 name="kbatch-sender",
                 daemon=True,
             )
+            if self._has_thread():
+                return  # a signal handler or a finalizer has sent
+            self._send_loop, self._thread = loop, thread
             try:
                 thread.start()
             except BaseException:
-                if thread.ident is None:  # else Ctrl-C came when it had begun
+                if thread.ident is None and self._thread is thread:  # else Ctrl-C came when it had begun
                     self._thread = None
                 raise
 

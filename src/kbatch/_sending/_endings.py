@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -82,36 +83,51 @@ class GivenUp:
         self._calls.put_surely(self._tell, told, then)
 
     def _tell(self, told: list[Ended], then: Callable[[], None]) -> None:
-        if self._on_failed is None:
-            first = told[0].entry.envelope
-            self._calls.log(
-                logging.ERROR,
-                "%s to %r %s given up; the first, %s with the key %r: %s",
-                *(counted(len(told), "envelope"), self._topic, "was" if len(told) == 1 else "were"),
-                *(first.id, first.key),
-                _reason(told[0].error),
-            )
-        for end in told:
+        try:
+            if self._on_failed is None:
+                with contextlib.suppress(BaseException):  # without memory for a line of the log
+                    self._log_first(told)
+            for end in told:
+                self._tell_one(end)
+        finally:
+            self._untold.popleft()
+            then()
+
+    def _log_first(self, told: list[Ended]) -> None:
+        first = told[0].entry.envelope
+        self._calls.log(
+            logging.ERROR,
+            "%s to %r %s given up; the first, %s with the key %r: %s",
+            *(counted(len(told), "envelope"), self._topic, "was" if len(told) == 1 else "were"),
+            *(first.id, first.key),
+            _reason(told[0].error),
+        )
+
+    def _tell_one(self, end: Ended) -> None:
+        envelope = end.entry.envelope
+        try:
+            if self._on_failed is None:
+                self._keep(envelope, end.error)
+            else:
+                self._calls.call(self._on_failed, envelope, end.error)
+        except BaseException as error:  # also a sys.exit(): the others are to be told
             try:
-                if self._on_failed is None:
-                    self._keep(end.entry.envelope, end.error)
-                else:
-                    self._calls.call(self._on_failed, end.entry.envelope, end.error)
-            except BaseException as error:  # also a sys.exit(): the others are to be told
-                self._keep(end.entry.envelope, end.error)
+                self._keep(envelope, end.error)
+            except BaseException:  # without memory for the envelope there is still the count
+                self.undelivered.count_one()
+            with contextlib.suppress(BaseException):
                 text = "on_failed failed: %s; agent.recent_failures keeps envelope %s, which was given up: %s"
                 name = callback_name(self._on_failed)
-                self._calls.log(logging.ERROR, text, name, end.entry.envelope.id, _reason(end.error), exc_info=error)
-            finally:
-                if self.buffer is not None:
-                    # Not before: what a slow callback has not taken yet is buffered, too.
-                    self.buffer._give_back(1, end.entry.size)
-        self._untold.popleft()
-        then()
+                self._calls.log(logging.ERROR, text, name, envelope.id, _reason(end.error), exc_info=error)
+        finally:
+            if self.buffer is not None:
+                # Not before: what a slow callback has not taken yet is buffered, too.
+                self.buffer._give_back(1, end.entry.size)
 
     def _keep(self, envelope: Envelope[Any], error: KbatchError) -> None:
+        size = envelope_bytes(envelope)
         self._kept.append((envelope, error))
-        self._kept_sizes.append(envelope_bytes(envelope))
+        self._kept_sizes.append(size)
         while len(self._kept) > 1 and sum(self._kept_sizes) > KEPT_BYTES:
             self._kept.popleft()
             self._kept_sizes.popleft()

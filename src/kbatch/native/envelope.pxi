@@ -115,9 +115,12 @@ class _ConstructorSignature:
 
     def __init__(self, *positional, **keyword_only):
         parameter = inspect.Parameter
-        self.signature = inspect.Signature(
-            [parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=default) for name, default in positional]
-            + [parameter(name, parameter.KEYWORD_ONLY, default=default) for name, default in keyword_only.items()])
+        cdef list parameters = []
+        for name, default in positional:
+            parameters.append(parameter(name, parameter.POSITIONAL_OR_KEYWORD, default=default))
+        for name, default in keyword_only.items():
+            parameters.append(parameter(name, parameter.KEYWORD_ONLY, default=default))
+        self.signature = inspect.Signature(parameters)
 
     def __get__(self, instance, cls):
         # A subclass inherits it, but not if its constructor is its own.

@@ -1,5 +1,3 @@
-# No list comprehensions in Cython code: when such a list cannot grow, Cython 3.3.1 gives the new item back twice.
-
 cdef class Outcomes:
     """What became of each envelope of a batch, kept as C records until it is asked for."""
 

@@ -25,20 +25,22 @@ cdef class CallQueue:
         """Calls ``function(*arguments)`` soon; an exception from it is logged. If this raises, nothing is called."""
         cdef Job job = Job.make(self, function, arguments)
         cdef SharedThreads threads = self.threads
-        cdef bint has_thread
-        if self.generation != threads.generation:  # what it had is called in the parent
-            self.jobs = Jobs.__new__(Jobs)
-            self.generation, self.busy, self.counted = threads.generation, False, False
-        if not (self.counted or self.stopped):
-            self.counted = True
-            threads.counted += 1
-        threads.promised += 1
-        try:
-            has_thread = threads._has_thread_for(self)
-        except BaseException:
-            threads.promised -= 1
-            threads._wake()
-            raise
+        cdef bint has_thread = False
+        self._begin_anew()
+        while True:
+            if not (self.counted or self.stopped):
+                self.counted = True
+                threads.counted += 1
+            threads.promised += 1
+            try:
+                has_thread = threads._has_thread_for(self)
+            except BaseException:
+                if not self._begin_anew():
+                    threads.promised -= 1
+                    threads._wake()
+                raise
+            if not self._begin_anew():
+                break
         threads.promised -= 1
         self.jobs.append(job)
         if not self.busy:
@@ -47,6 +49,14 @@ cdef class CallQueue:
             threads._append(self)
         if not has_thread:
             threads._call_all()
+
+    cdef bint _begin_anew(self) except -1:
+        # In a forked child; whether it was. A signal handler may fork at any moment, but in C.
+        if self.generation == self.threads.generation:
+            return False
+        self.jobs = Jobs.__new__(Jobs)  # what it had is called in the parent
+        self.generation, self.busy, self.counted = self.threads.generation, False, False
+        return True
 
     def put_surely(self, function, *arguments) -> None:
         """As `put`, for what must be told: without memory it tries again until there is some."""
@@ -124,43 +134,48 @@ cdef class SharedThreads:
 
     cdef bint _has_thread_for(self, CallQueue queue) except -1:
         # Whether there is a thread for a call of the queue. If not, there is none to be had.
-        if not self._has_leader():
-            with self.lock:
-                if not self._has_leader() and not self._begin(True):
-                    return False
-        return not self.began_ns or self.current is queue or self._has_standby()
+        return self._ensure(True) and (not self.began_ns or self.current is queue or self._ensure(False))
+
+    cdef bint _ensure(self, bint leads) except -1:
+        # Whether there is a leader, or else a standby. If not, there is no thread to be had.
+        if self._has(leads):
+            return True
+        with self.lock:
+            return self._has(leads) or self._begin(leads)
+
+    cdef bint _has(self, bint leads) noexcept:
+        return self._has_leader() if leads else self._has_standby()
 
     cdef bint _has_leader(self) noexcept:
         return self.leader is not None and self.leader.has_begun
 
-    cdef bint _has_standby(self) except -1:
-        try:
-            return self.standby is not None or self._begin(False)
-        except MemoryError:  # the next call tries again
-            return True
+    cdef bint _has_standby(self) noexcept:
+        return self.standby is not None and self.standby.has_begun
 
     cdef bint _begin(self, bint leads) except -1:
         cdef CallbackThread thread = CallbackThread(self.name)
         cdef Job job = Job.make(thread, self._run, (thread,))
         cdef bint has_thread
-        threads = [each for each in self.threads if (<CallbackThread> each).thread.is_alive()]
+        cdef CallbackThread each
+        for each in list(self.threads):
+            if not each.thread.is_alive() and each in self.threads:  # a start in between may have taken it out
+                self.threads.remove(each)
         thread.stopping = True  # once that has run
         thread.jobs.append(job)
-        if self._has_leader() if leads else self.standby is not None:
-            return True  # whoever came in between has begun one
-        self.threads = threads
+        if self._has(leads):
+            return True  # a signal handler has begun one in between
         if leads:
             self.leader, self.current, self.began_ns = thread, None, 0
         else:
             self.standby = thread
         try:
             has_thread = thread._start()
+            if has_thread:
+                self.threads.append(thread)
         except BaseException:
             self._leave(thread)
             raise
-        if has_thread:
-            self.threads.append(thread)
-        else:
+        if not has_thread:
             self._leave(thread)
         return has_thread
 
@@ -188,11 +203,13 @@ cdef class SharedThreads:
 
     cdef int _await_end(self, int64_t deadline) except -1:
         cdef CallbackThread thread
-        if self.counted or self.busy:
-            return 0  # they are needed
+        cdef int64_t now
         for thread in list(self.threads):
-            if thread.thread is not threading.current_thread():
-                thread.thread.join(max(0, deadline - kb_now_ns()) / 1e9 if deadline != INT64_MAX else None)
+            if thread.thread is threading.current_thread():
+                continue
+            # Another queue may begin to need them.
+            while not (self.counted or self.busy) and thread.thread.is_alive() and (now := kb_now_ns()) < deadline:
+                thread.thread.join(min(deadline - now, 50 * MS) / 1e9)
         return 0
 
     # -- the threads
@@ -220,11 +237,14 @@ cdef class SharedThreads:
             thread.changed._wait(INT64_MAX, INT64_MAX // 2)
             return True
         self.current, self.began_ns = queue, kb_now_ns()
-        if self.first is not None:
+        while self.first is not None and self.leader is thread:  # they must not wait for the end of this call
             try:
-                self._has_standby()
+                self._ensure(False)
+                break
+            except MemoryError:
+                nap()
             except BaseException:  # the calls come first
-                pass
+                break
         self._call(queue)
         if self.leader is thread:
             self.current, self.began_ns = None, 0

@@ -54,6 +54,11 @@ cdef class Undelivered:
         lot.count = 1
         self._put(lot)
 
+    def count_one(self) -> None:
+        """One of which nothing can be kept, for want of memory."""
+        self._own()
+        self.rest += 1
+
     cdef int _put(self, _Lot lot) except -1:
         if len(self.lots) >= self.many:
             self._sweep()

@@ -180,6 +180,13 @@ cdef int _code(object error) except? -9999:
     return error
 
 
+cdef list _codes(errors):
+    cdef list codes = []
+    for error in errors:
+        codes.append(_code(error))
+    return codes
+
+
 cdef int _present(void *function, str name) except -1:
     if function == NULL:
         raise MockClusterError(f"{name} is not in librdkafka {_version}; it needs confluent-kafka 2.15 or newer")
@@ -344,7 +351,7 @@ cdef class Cluster:
         cdef const char *c_topic = encoded
         cdef int code, error
         _present(mock.partition_push_request_errors, "push_partition_errors")
-        for code in [_code(each) for each in errors]:
+        for code in _codes(errors):
             self._keep_apart()
             with nogil:
                 error = kbatch_push_partition_error(
@@ -353,7 +360,7 @@ cdef class Cluster:
 
     def push_request_errors(self, int16_t api_key, errors) -> None:
         cdef void *cluster = self._open()
-        cdef list codes = [_code(error) for error in errors]
+        cdef list codes = _codes(errors)
         cdef size_t i, count = len(codes)
         cdef int *array
         if not count:
@@ -375,7 +382,10 @@ cdef class Cluster:
     def push_broker_errors(self, int32_t broker_id, int16_t api_key, errors) -> None:
         cdef void *cluster = self._open()
         cdef int code, rtt_ms, error
-        for code, rtt_ms in [(_code(each), rtt_ms) for each, rtt_ms in errors]:
+        cdef list codes = []
+        for each, rtt_ms in errors:
+            codes.append((_code(each), rtt_ms))
+        for code, rtt_ms in codes:
             with nogil:
                 error = kbatch_push_rtt(
                     mock.broker_push_request_error_rtts, cluster, broker_id, api_key, code, rtt_ms)
@@ -491,16 +501,17 @@ cdef class Cluster:
         """(broker id, ApiKey, timestamp in µs) of each tracked request."""
         cdef void *cluster = self._open()
         cdef size_t i, count = 0
+        cdef list requests = []
         cdef void **tracked
         with nogil:
             tracked = mock.get_requests(cluster, &count)
         if tracked == NULL:
-            return []
+            return requests
         try:
-            return [
-                (mock.request_id(tracked[i]), mock.request_api_key(tracked[i]), mock.request_timestamp(tracked[i]))
-                for i in range(count)
-            ]
+            for i in range(count):
+                requests.append((
+                    mock.request_id(tracked[i]), mock.request_api_key(tracked[i]), mock.request_timestamp(tracked[i])))
+            return requests
         finally:
             with nogil:
                 mock.request_destroy_array(tracked, count)
