@@ -29,7 +29,7 @@ cdef tuple _header_pairs(object headers):
     if isinstance(headers, Mapping):
         if type(headers) is dict:
             pairs = []
-            for name, value in (<dict> headers).items():  # without an iterator, whose lack of memory crashes CPython 3.11
+            for name, value in (<dict> headers).items():  # no iterator: its lack of memory crashes CPython 3.11
                 pairs.append((name, value))
             return tuple(pairs)
         pairs = []
