@@ -411,7 +411,6 @@ def test_an_exception_between_two_lines_loses_nothing(how: str) -> None:
 
 PROGRAM = """
 import kbatch
-from kbatch._sending._endings import GivenUp
 from kbatch.testing import MemoryProducer
 producer = MemoryProducer()
 producer.fail("TOPIC_AUTHORIZATION_FAILED", times=None)

@@ -36,7 +36,7 @@ _KEPT_FAILURES = 1000
 
 
 class GivenUp:
-    """The envelopes that were given up: each is told once, to `on_failed`, or else by the log and by whoever waits.
+    """The envelopes that were given up: each is told once, to `on_failed`, or else by the log and by a call that waits.
 
     Attributes:
         buffer: What their room is given back to; ``None`` without a sender.
@@ -240,5 +240,5 @@ class Endings:
 
 
 def _reason(error: KbatchError) -> str:
-    # Without the place in a batch, of which whoever sends single envelopes knows nothing.
+    # Without the place in a batch, of which the sender of single envelopes knows nothing.
     return error.reason if isinstance(error, (SerializationError, NotYetDueError)) else exception_text(error)

@@ -75,7 +75,7 @@ class Flights:
         self._max_in_flight = max_in_flight
         self._news = news
         self._counts = counts
-        self._abandoned: set[Flight] = set()
+        self._given_up: set[Flight] = set()
         self._last_success = -math.inf
 
     def may_depart(self) -> bool:
@@ -94,7 +94,7 @@ class Flights:
         rejected: list[tuple[int, SerializationError | NotYetDueError]] = []
         try:
             pending = PendingBatch(producer._core)
-            pending._look()  # whoever the agent tells is told
+            pending._look()  # the agent tells of failures itself
             self._map(producer, pending, flight, rejected)
             producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
         except ProducerError as error:
@@ -139,8 +139,8 @@ class Flights:
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
     ) -> None:
         queue, gate = self._queue, self._gate
-        if flight in self._abandoned:  # it has its outcome
-            self._abandoned.remove(flight)
+        if flight in self._given_up:  # it has its outcome
+            self._given_up.remove(flight)
             return
         report = pending.report
         now = monotonic()
@@ -179,10 +179,10 @@ class Flights:
             return self._gate.refusal(error)
         return error
 
-    def abandon(self) -> None:
+    def give_up(self) -> None:
         """After the end of closing: what is still in flight has no outcome that is known."""
         for flight in self._queue.flights():
-            self._abandoned.add(flight)
+            self._given_up.add(flight)
             failures = [
                 (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]

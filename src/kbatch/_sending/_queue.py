@@ -215,7 +215,7 @@ class SendQueue:
         """Whether `admit` may be called: nothing older is ready."""
         return not self._ready and not self._suspects and not self._isolating
 
-    def admit(self, batch: Formed, wall: float) -> Flight | None:
+    def take(self, batch: Formed, wall: float) -> Flight | None:
         """A batch that comes from the buffer; what of it may be sent now, if anything."""
         envelopes = batch.envelopes
         seqs: Sequence[int] = range(batch.first_seq, batch.first_seq + len(envelopes))
