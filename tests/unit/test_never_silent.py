@@ -20,7 +20,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SenderMode, aio
-from kbatch._sending._endings import GivenUp
+from kbatch._sending._given_up import GivenUp
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 

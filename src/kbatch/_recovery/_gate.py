@@ -30,7 +30,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Flag, monotonic
 from kbatch._recovery._circuit import CircuitBreaker, CircuitState
-from kbatch._text import counted
+from kbatch._text import buffered, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Sized
@@ -48,11 +48,11 @@ if TYPE_CHECKING:
         def put(self, function: Callable[[], None], /) -> None: ...
 
 
-__all__ = ["Gate", "Verdict", "buffered", "verdict_of_answer"]
+__all__ = ["Gate", "Verdict", "verdict_of_answer"]
 
 Verdict = Literal["succeeded", "failed", "nothing"]
 
-REMIND_EVERY_S = 60.0
+_REMIND_EVERY_S = 60.0
 _PROBE_TIMEOUT_S = 2.0
 
 
@@ -282,7 +282,7 @@ class Gate:
     def _log_probe(self, reason: str) -> None:
         now = self._clock()
         level = logging.DEBUG
-        if now - self._reminded_at >= REMIND_EVERY_S:
+        if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
         text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
         self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.buffer)), reason)
@@ -340,8 +340,3 @@ def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
 def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
     guilt = has_culprit(errors)
     return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
-
-
-def buffered(count: int) -> str:
-    """For a log: so many envelopes are, before "buffered"."""
-    return counted(count, "envelope is", "envelopes are")

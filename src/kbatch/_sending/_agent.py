@@ -20,7 +20,7 @@ from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._recovery._user_calls import UserCalls
-from kbatch._sending._endings import GivenUp
+from kbatch._sending._given_up import GivenUp
 from kbatch._sending._send_loop import OVER, SendLoop
 from kbatch._sending._watchers import NONE_LEFT, Watchers
 from kbatch._threads import PROBES

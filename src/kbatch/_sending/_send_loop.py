@@ -12,8 +12,9 @@ from kbatch._fastmap import monotonic, wall_time
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._retry import RetryPolicy
 from kbatch._sending._endings import Endings
-from kbatch._sending._flights import Flights, StallWatch
+from kbatch._sending._flights import Flights
 from kbatch._sending._queue import SendQueue
+from kbatch._sending._stalls import StallWatch
 from kbatch._sending._watchers import NONE_LEFT
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kbatch._options import AgentOptions
     from kbatch._recovery._gate import Gate
     from kbatch._recovery._user_calls import UserCalls
-    from kbatch._sending._endings import GivenUp
+    from kbatch._sending._given_up import GivenUp
     from kbatch._sending._queue import Flight
     from kbatch._sending._watchers import Watchers
 
