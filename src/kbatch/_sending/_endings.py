@@ -93,7 +93,7 @@ class Endings:
 
     # -- what has ended
 
-    def see_off(self, now: float) -> bool:
+    def see_off(self, now: float, wall: float) -> bool:
         """What has ended becomes a dead letter, or is told. Whether there is a dead letter to send."""
         queue = self._queue
         if not queue.ended:
@@ -105,7 +105,7 @@ class Endings:
                 if end.entry.origin is not None:
                     self._calls.log(logging.ERROR, "a dead letter could not be sent: %s", end.error)
                     told.append(end.entry.origin)
-                elif not self._send_to_dead_letters(end, now):
+                elif not self._send_to_dead_letters(end, now, wall):
                     told.append(end)
                 done += 1
         finally:  # without memory the others are the next call's
@@ -115,12 +115,12 @@ class Endings:
                 self._given_up.tell(told, closing=closing, then=self._gate.flag.set)
         return len(told) < done
 
-    def _send_to_dead_letters(self, end: Ended, now: float) -> bool:
+    def _send_to_dead_letters(self, end: Ended, now: float, wall: float) -> bool:
         if self._dead_letter_topic is None or not self._gate.is_alive():
             return False
         entry = end.entry
         try:
-            letter = dead_letter(entry.envelope, end.error, entry.failures, self._dead_letter_topic, self._topic)
+            letter = dead_letter(entry.envelope, end.error, entry.failures, self._dead_letter_topic, self._topic, wall)
         except Exception:  # headers that could not be mapped either
             return False
         if letter is None:

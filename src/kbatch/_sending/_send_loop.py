@@ -134,7 +134,7 @@ class SendLoop:
             self.endings.expire_if_due(now, wall)
             self._send_all(now, wall)
         self.stalls.look(now)
-        has_letters = self.endings.see_off(now)
+        has_letters = self.endings.see_off(now, wall)
         self._wake_watchers()
         if closed and not queue.in_flight:
             return OVER
@@ -203,7 +203,7 @@ class SendLoop:
             batch = self._buffer._next_batch()
             if batch is None:
                 break
-            flight = self.queue.take(batch, wall)
+            flight = self.queue.take(batch, now, wall)
         return flight
 
     # -- who waits
@@ -230,8 +230,8 @@ class SendLoop:
         with contextlib.suppress(BaseException):
             self._calls.log(logging.CRITICAL, "a sender's thread failed; nothing more is sent", exc_info=error)
             self.endings.end_all_that_wait()
-            self.endings.see_off(monotonic())
+            self.endings.see_off(monotonic(), wall_time())
             self._wake_watchers()
         with contextlib.suppress(BaseException):
             self.flights.give_up()
-            self.endings.see_off(monotonic())
+            self.endings.see_off(monotonic(), wall_time())
