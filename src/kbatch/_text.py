@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["counted", "printable"]
+__all__ = ["buffered", "counted", "printable"]
 
 
 def printable(text: str) -> str:
@@ -20,3 +20,8 @@ def printable(text: str) -> str:
 def counted(count: int, noun: str, plural: str | None = None) -> str:
     """``1 line``, ``2,000 lines``."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def buffered(count: int) -> str:
+    """So many envelopes are, before "buffered"."""
+    return counted(count, "envelope is", "envelopes are")

@@ -1161,7 +1161,7 @@ MUTANTS = (
     ),
     Mutant(
         "threads for callbacks stay when no sender is left",
-        "SharedThreads._lead",
+        "SharedThreads._work",
         "            if not (self.counted or self.promised):\n",
         "            if False:\n",
         "tests/unit/test_shared_threads.py",

@@ -163,7 +163,7 @@ def test_the_probe_asks_for_the_topic_that_failed(
 
 def test_a_reminder_is_logged_once_a_minute() -> None:
     scene = Scene()
-    scene.gate.waiting = range(7)
+    scene.gate.buffer = range(7)
     scene.producer.down()
     scene.open()
     scene.calls.logged.clear()

@@ -20,7 +20,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SenderMode, aio
-from kbatch._sending._endings import GivenUp
+from kbatch._sending._given_up import GivenUp
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
@@ -411,7 +411,6 @@ def test_an_exception_between_two_lines_loses_nothing(how: str) -> None:
 
 PROGRAM = """
 import kbatch
-from kbatch._sending._endings import GivenUp
 from kbatch.testing import MemoryProducer
 producer = MemoryProducer()
 producer.fail("TOPIC_AUTHORIZATION_FAILED", times=None)

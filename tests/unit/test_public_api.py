@@ -45,7 +45,7 @@ LAYERS_WITHIN = {
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
         {"_queue", "_watchers"},
-        {"_endings", "_flights"},
+        {"_endings", "_flights", "_given_up", "_stalls"},
         {"_send_loop"},
         {"_agent"},
         {"_batched", "_inline"},

@@ -196,7 +196,7 @@ class Queues(RuleBasedStateMachine):
             if self.keep and envelope.scheduled_time is not None:
                 due = envelope.scheduled_time.timestamp()
                 sent.due = due if due > self.wall else None
-        flight = self.queue.admit(batch, self.wall)
+        flight = self.queue.take(batch, self.now, self.wall)
         if flight is not None:
             self.depart(flight)
         return flight
@@ -435,7 +435,7 @@ def keyed(*keys: str | None, size: int = 1) -> list[Envelope[Any]]:
 
 
 def admit(queue: SendQueue, batch: Batch, wall: float = WALL) -> Flight:
-    flight = queue.admit(batch, wall)
+    flight = queue.take(batch, NOW, wall)
     assert flight is not None
     return flight
 
@@ -574,7 +574,7 @@ def test_what_is_scheduled_leaves_when_it_is_due_and_holds_nothing_up() -> None:
 def test_the_age_of_what_is_scheduled_counts_from_its_time() -> None:
     queue = make_queue(RetryPolicy(max_age_s=5, jitter=0))
     late: list[Envelope[Any]] = [Envelope(data=b"", scheduled_time=at(WALL + 60))]
-    assert queue.admit(Batch(late, scheduled=True), WALL) is None
+    assert queue.take(Batch(late, scheduled=True), NOW, WALL) is None
     flight = queue.next_flight(NOW + 61, WALL + 61)
     assert flight is not None
     fail(queue, flight, {0: RETRIABLE}, NOW + 64.9)
@@ -711,13 +711,15 @@ def test_what_was_counted_goes_with_an_envelope_to_its_end() -> None:
     again = queue.next_flight(NOW + 2, WALL)
     assert again is not None
     assert again.bytes == sizes[1]
-    assert queue.admit(Batch([Envelope(data=b"xyz", scheduled_time=at(WALL + 60))], 5, scheduled=True), WALL) is None
+    assert (
+        queue.take(Batch([Envelope(data=b"xyz", scheduled_time=at(WALL + 60))], 5, scheduled=True), NOW, WALL) is None
+    )
     assert [entry.size for entry in queue.give_up()] == [3]
 
 
 def test_what_is_ready_waits_behind_one_of_its_key_that_fails_again() -> None:
     queue = make_queue(batch_size=2)
-    first = queue.admit(Batch([Envelope(data=b"%d" % number, key="a") for number in range(3)]), WALL)
+    first = queue.take(Batch([Envelope(data=b"%d" % number, key="a") for number in range(3)]), NOW, WALL)
     assert first is not None
     queue.settled(first, [(index, refusal(RETRIABLE)) for index in range(3)], NOW, again=True)
     second = queue.next_flight(NOW + 1, WALL)
@@ -752,7 +754,7 @@ def test_what_was_too_large_in_company_has_not_failed_by_itself() -> None:
 def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
     queue = make_queue(RetryPolicy(max_age_s=5))
     batch = Batch([Envelope(data=b"", scheduled_time=at(WALL + 10))], scheduled=True)
-    assert queue.admit(batch, WALL) is None
+    assert queue.take(batch, NOW, WALL) is None
     queue.expire(NOW + 14.9, WALL + 14.9)
     assert (queue.ended, queue.scheduled, queue.oldest()) == ([], 0, 0)
     queue.expire(NOW + 15, WALL + 15)
@@ -765,7 +767,7 @@ def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
 
 def aborted_by(queue: SendQueue, culprit: int) -> None:
     """A flight of three, aborted for one of them."""
-    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), WALL)
+    flight = queue.take(Batch([Envelope(data=b"x") for _ in range(3)]), NOW, WALL)
     assert flight is not None
     failures = [(n, refusal(RETRIABLE if n == culprit else ABORTED_CODE)) for n in range(3)]
     queue.settled(flight, failures, NOW, again=True)
@@ -793,7 +795,7 @@ def test_an_abort_costs_the_innocent_no_attempt() -> None:
 
 def test_the_neighbours_of_an_invalid_record_are_looked_at_again() -> None:
     queue = make_queue()
-    flight = queue.admit(Batch([Envelope(data=b"x") for _ in range(3)]), WALL)
+    flight = queue.take(Batch([Envelope(data=b"x") for _ in range(3)]), NOW, WALL)
     assert flight is not None
     failures = [(n, refusal(INVALID_RECORD if n == 1 else INVALID_DIFFERENT_RECORD)) for n in range(3)]
     queue.settled(flight, failures, NOW, again=True)

@@ -26,7 +26,7 @@ PROBE = "kbatch-probe"
 LATER = datetime(9000, 1, 1, tzinfo=timezone.utc)
 
 
-MOMENTS = {"_gate": "probe_if_due", "_send_loop": "_send_all", "_send_loop.endings": "see_off", "_watchers": "tell"}
+MOMENTS = {"_gate": "probe_if_due", "_send_loop": "_send_all", "_send_loop.endings": "see_off", "_watchers": "wake"}
 
 
 @pytest.mark.parametrize(("part", "moment"), MOMENTS.items())
@@ -260,7 +260,7 @@ def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplo
 
 def test_a_handler_that_sends_while_the_thread_is_made_has_no_second_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made, at_work = threading.Thread.__init__, set()
-    turn = SendLoop.turn
+    go_round = SendLoop.round
     moments = ["while the first one is made"]
 
     def make(self: threading.Thread, *arguments: Any, **keywords: Any) -> None:
@@ -272,12 +272,12 @@ def test_a_handler_that_sends_while_the_thread_is_made_has_no_second_one_made(mo
 
     def noted(self: SendLoop) -> float | None:
         at_work.add(threading.current_thread())
-        return turn(self)
+        return go_round(self)
 
     with MemoryProducer() as producer:
         sender = kbatch.BatchedSender(SendingAgent(producer, "orders"), batch_timeout_ms=0)
         monkeypatch.setattr(threading.Thread, "__init__", make)
-        monkeypatch.setattr(SendLoop, "turn", noted)
+        monkeypatch.setattr(SendLoop, "round", noted)
         sender.send(Envelope("caller's"))
         assert sender.close() == 0
     assert [each.message for each in producer.envelopes] == ["handler's", "caller's"]

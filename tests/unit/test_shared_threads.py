@@ -88,7 +88,7 @@ def test_calls_of_one_queue_are_never_made_side_by_side(threads: SharedThreads) 
     def call(queue: int, n: int) -> None:
         at_work[queue] += 1
         assert at_work[queue] == 1
-        pause.wait(0.02 if n % 3 == 0 else 0)  # so that each takes the lead from others
+        pause.wait(0.02 if n % 3 == 0 else 0)  # so that each takes the place of others
         told.append((queue, n))
         at_work[queue] -= 1
 
@@ -189,12 +189,12 @@ def test_a_start_that_was_interrupted_is_made_good(
     assert ran == [2, 3]  # what could not be put is not called
 
 
-@pytest.mark.parametrize("leads", [False, True])
+@pytest.mark.parametrize("active", [False, True])
 def test_without_a_thread_to_be_had_whoever_puts_makes_the_call(
-    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads, leads: bool
+    monkeypatch: pytest.MonkeyPatch, threads: SharedThreads, active: bool
 ) -> None:
     slow, queue, told = CallQueue(threads), CallQueue(threads), []
-    end = blocked(slow) if leads else None
+    end = blocked(slow) if active else None
 
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
@@ -458,7 +458,7 @@ def test_a_thread_that_began_while_another_start_looked_is_waited_for_too(
     def look(self: threading.Thread) -> bool:
         if self.name == "tests-shared" and threading.current_thread() is putter and len(ends) == 1:
             ends.append(lambda: None)
-            ends.append(blocked(other))  # by a thread that takes the lead, so that another second one begins
+            ends.append(blocked(other))  # by a thread that becomes the active one, so that another second one begins
         return is_alive(self)
 
     def run_and_stay(self: threading.Thread) -> None:

@@ -18,7 +18,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, RetryPolicy, aio
-from kbatch._sending import _flights
+from kbatch._sending import _stalls
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
@@ -331,8 +331,8 @@ def test_brokers_that_do_not_answer_are_told_of(kind: str, caplog: pytest.LogCap
 def test_brokers_that_go_on_not_answering_are_told_of_again(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _flights.REMIND_EVERY_S == 60
-    monkeypatch.setattr(_flights, "REMIND_EVERY_S", 0.02)
+    assert _stalls.REMIND_EVERY_S == 60
+    monkeypatch.setattr(_stalls, "REMIND_EVERY_S", 0.02)
     with MemoryProducer() as producer, open_driver("threads", producer, stalled_after_s=0.05) as driver:
         producer.hold()
         driver.send(Envelope(0))

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import DeliveryError, SerializationError, exception_text, type_name
-from kbatch._fastmap import Envelope, wall_time
+from kbatch._fastmap import Envelope
 
 if TYPE_CHECKING:
     from kbatch._errors import KbatchError
@@ -17,7 +17,7 @@ _PREFIX = "dead-letter-"
 
 
 def dead_letter(
-    envelope: Envelope[Any], error: KbatchError, failures: int, topic: str, default_topic: str | None
+    envelope: Envelope[Any], error: KbatchError, failures: int, topic: str, default_topic: str | None, wall: float
 ) -> Envelope[Any] | None:
     """The envelope for the dead-letter topic; ``None`` if there can be none.
 
@@ -26,7 +26,7 @@ def dead_letter(
     - ``dead-letter-topic``: where it was to go.
     - ``dead-letter-reason``: the error as text; ``dead-letter-error``: its name, librdkafka's if it has one.
     - ``dead-letter-attempts``: how often it failed.
-    - ``dead-letter-time``: when it was given up, as in RFC 3339.
+    - ``dead-letter-time``: when it was given up (`wall`, seconds since 1970), as in RFC 3339.
     """
     if isinstance(error, SerializationError):
         return None  # it would be one there, too
@@ -36,7 +36,7 @@ def dead_letter(
         "reason": exception_text(error),
         "error": error.name if isinstance(error, DeliveryError) else type_name(error),
         "attempts": str(failures),
-        "time": datetime.fromtimestamp(wall_time(), timezone.utc).isoformat().replace("+00:00", "Z"),
+        "time": datetime.fromtimestamp(wall, timezone.utc).isoformat().replace("+00:00", "Z"),
     }
     headers += [(_PREFIX + name, value) for name, value in reason.items()]
     changes: dict[str, Any] = {"topic": topic, "headers": headers}

@@ -1,7 +1,6 @@
 """Whether a producer may be sent by now: the circuit breaker, the probe behind it, and the producer's replacement.
 
-Knows no queue. A sender of envelopes, or whatever else sends batches and keeps those that fail, asks the gate before
-each, and tells it the answer.
+Knows no queue. A sender asks the gate before each batch, and tells it the answer.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Flag, monotonic
 from kbatch._recovery._circuit import CircuitBreaker, CircuitState
-from kbatch._text import counted
+from kbatch._text import buffered, counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence, Sized
@@ -49,11 +48,11 @@ if TYPE_CHECKING:
         def put(self, function: Callable[[], None], /) -> None: ...
 
 
-__all__ = ["Gate", "Verdict", "buffered", "verdict_of_answer"]
+__all__ = ["Gate", "Verdict", "verdict_of_answer"]
 
 Verdict = Literal["succeeded", "failed", "nothing"]
 
-REMIND_EVERY_S = 60.0
+_REMIND_EVERY_S = 60.0
 _PROBE_TIMEOUT_S = 2.0
 
 
@@ -63,7 +62,7 @@ class Gate:
     Any thread may call it. Its answers may be old when they come: only `admit` has the last word.
 
     Args:
-        handle: Acquired for whoever has the gate, who releases it.
+        handle: Acquired for the owner of the gate, who releases it.
         topic: Where batches go by default; ``None`` if to several.
         calls: For `on_state_change`, and for the log.
         prober: For probes, which block.
@@ -76,7 +75,7 @@ class Gate:
         broken: A producer that can send no more, and is to be replaced once what it has sent is settled.
         last_error: Why an envelope failed the last time that one did.
         tries_again: The next trial is the first since a probe succeeded.
-        waiting: What is buffered while the circuit is open, for the log.
+        buffer: What is buffered while the circuit is open, for the log.
     """
 
     def __init__(
@@ -106,7 +105,7 @@ class Gate:
         self.broken: BaseProducer | None = None
         self.last_error: KbatchError | None = None
         self.tries_again = False
-        self.waiting: Sized = ()
+        self.buffer: Sized = ()
         self._topic = self._failed_topic = topic
         self._calls = calls
         self._prober = prober
@@ -152,7 +151,7 @@ class Gate:
         self, verdict: Verdict, trial: Trial | None, now: float, envelopes: Sequence[Envelope[object]] = ()
     ) -> None:
         """Learns what the answer of a batch says about the brokers; of `envelopes`, where to ask if it failed."""
-        if verdict == "failed" and envelopes:  # before the lock: a user's class may have a topic of its own
+        if verdict == "failed" and envelopes:  # before the lock: it may be long
             own = all(envelope.topic in (None, self._topic) for envelope in envelopes)
             self._failed_topic = self._topic if own else None
         with self.lock:
@@ -178,7 +177,7 @@ class Gate:
             self._give_up(producer)
 
     def note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
-        """Learns from what a producer has said that took nothing of a batch."""
+        """Learns why a producer took nothing of a batch."""
         fate = self.handle.fate(producer, error)
         if fate == "replace" or (fate == "end" and not isinstance(error, (ProducerClosedError, ProducerFencedError))):
             self._calls.log(logging.WARNING, "a producer can send no more: %s", error)
@@ -283,10 +282,10 @@ class Gate:
     def _log_probe(self, reason: str) -> None:
         now = self._clock()
         level = logging.DEBUG
-        if now - self._reminded_at >= REMIND_EVERY_S:
+        if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
         text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
-        self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.waiting)), reason)
+        self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.buffer)), reason)
 
     def _note_change(self, before: CircuitState) -> None:
         # Under the lock, so that the changes are told in their order.
@@ -341,8 +340,3 @@ def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
 def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
     guilt = has_culprit(errors)
     return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
-
-
-def buffered(count: int) -> str:
-    """For a log: so many envelopes are, before "buffered"."""
-    return counted(count, "envelope is", "envelopes are")

@@ -20,7 +20,7 @@ from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._recovery._user_calls import UserCalls
-from kbatch._sending._endings import GivenUp
+from kbatch._sending._given_up import GivenUp
 from kbatch._sending._send_loop import OVER, SendLoop
 from kbatch._sending._watchers import NONE_LEFT, Watchers
 from kbatch._threads import PROBES
@@ -131,7 +131,7 @@ class BaseSendingAgent:
         with self._gate.lock:
             if self._buffer is not None or self._thread is not None:
                 raise ConfigError("the agent has a sender already, or has sent a batch; make an agent for each sender")
-            self._buffer = self._given_up.buffer = self._gate.waiting = buffer
+            self._buffer = self._given_up.buffer = self._gate.buffer = buffer
             self._gate.flag = buffer.flag
 
     def _is_forked(self) -> bool:
@@ -248,12 +248,12 @@ class BaseSendingAgent:
         if first:
             # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
             self._handle.release(timeout)
-            self._news.append(self._abandon_flights)
+            self._news.append(self._give_up_flights)
             self._gate.flag.set()
 
-    def _abandon_flights(self) -> None:
+    def _give_up_flights(self) -> None:
         assert self._send_loop is not None
-        self._send_loop.flights.abandon()
+        self._send_loop.flights.give_up()
 
     def _await_end(self, end: float) -> int:
         if self._is_forked():
@@ -298,11 +298,11 @@ def _run(
             loop = agent._send_loop
             if agent._thread is not threading.current_thread() or loop is None:
                 return  # its start was interrupted, and another took its place
-            pause = loop.turn()
+            pause = loop.round()
             if pause == OVER:
                 flag.keep(None)
                 return
-            flag.keep(None)  # before the look: whoever sends after it keeps the agent by the flag
+            flag.keep(None)  # before the look: an envelope that comes after it keeps the agent by the flag
             if loop.is_idle():
                 del agent
             del loop
@@ -331,8 +331,8 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
     Of one topic and key (or partition, without a key) the order of sending is the order in the log, until a delivery
     fails: then those that were not sent yet wait behind it, and those under way may overtake it.
 
-    `send_batch` sends a batch under the circuit breaker, but does not send it again: for whoever keeps it, such as an
-    outbox. While the circuit is open, ``mark_circuit_open`` is called at once, and nothing is sent.
+    `send_batch` sends a batch under the circuit breaker, but does not send it again: for a caller that keeps it, such
+    as an outbox. While the circuit is open, ``mark_circuit_open`` is called at once, and nothing is sent.
 
     Args:
         producer: A `kbatch.Producer`, which stays the caller's.

@@ -144,7 +144,7 @@ class BaseBatchedSender(Accumulator):
         end = monotonic() + timeout
         try:
             self._drain(timeout)
-        except BaseException:  # Ctrl-C: whoever wants to leave does not wait for the deadline
+        except BaseException:  # after Ctrl-C the caller does not wait for the deadline
             end = 0.0
             raise
         finally:

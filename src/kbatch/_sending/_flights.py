@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import math
 import time
 from typing import TYPE_CHECKING
@@ -24,9 +23,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch
-from kbatch._recovery._gate import REMIND_EVERY_S, buffered
 from kbatch._sending._queue import ExpiredError
-from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections import deque
@@ -35,11 +32,10 @@ if TYPE_CHECKING:
     from kbatch._base_producer import BaseProducer
     from kbatch._fastmap import Accumulator
     from kbatch._recovery._gate import Gate, Verdict
-    from kbatch._recovery._user_calls import UserCalls
     from kbatch._report import DeliveryReport
     from kbatch._sending._queue import Flight, SendQueue
 
-__all__ = ["Flights", "StallWatch"]
+__all__ = ["Flights"]
 
 _LONG = 2000  # envelopes; the GIL is given up while more are mapped
 _SLICE_S = 0.002
@@ -75,7 +71,7 @@ class Flights:
         self._max_in_flight = max_in_flight
         self._news = news
         self._counts = counts
-        self._abandoned: set[Flight] = set()
+        self._given_up: set[Flight] = set()
         self._last_success = -math.inf
 
     def may_depart(self) -> bool:
@@ -94,7 +90,7 @@ class Flights:
         rejected: list[tuple[int, SerializationError | NotYetDueError]] = []
         try:
             pending = PendingBatch(producer._core)
-            pending._look()  # whoever the agent tells is told
+            pending._look()  # the agent tells of failures itself
             self._map(producer, pending, flight, rejected)
             producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
         except ProducerError as error:
@@ -139,8 +135,8 @@ class Flights:
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
     ) -> None:
         queue, gate = self._queue, self._gate
-        if flight in self._abandoned:  # it has its outcome
-            self._abandoned.remove(flight)
+        if flight in self._given_up:  # it has its outcome
+            self._given_up.remove(flight)
             return
         report = pending.report
         now = monotonic()
@@ -179,55 +175,14 @@ class Flights:
             return self._gate.refusal(error)
         return error
 
-    def abandon(self) -> None:
+    def give_up(self) -> None:
         """After the end of closing: what is still in flight has no outcome that is known."""
         for flight in self._queue.flights():
-            self._abandoned.add(flight)
+            self._given_up.add(flight)
             failures = [
                 (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]
             self._queue.settled(flight, failures, monotonic(), again=False)
-
-
-class StallWatch:
-    """Logs that brokers do not answer, and that they answer again."""
-
-    def __init__(
-        self, queue: SendQueue, buffer: Accumulator | None, calls: UserCalls, topic: str | None, after_s: float
-    ) -> None:
-        self._queue = queue
-        self._buffer = buffer
-        self._calls = calls
-        self._topic = topic
-        self._after_s = after_s
-        self._logged_at: float | None = None  # the last time; None: nothing is stalled
-
-    def due_at(self) -> float | None:
-        """When it is to be logged, unless there is an answer by then."""
-        departed = self._queue.oldest_departure()
-        if departed is None:
-            return None
-        if self._logged_at is None:
-            return departed + self._after_s
-        return max(departed + self._after_s, self._logged_at + REMIND_EVERY_S)
-
-    def look(self, now: float) -> None:
-        """Logs what there is to be logged now."""
-        at = self.due_at()
-        if at is not None and now >= at:
-            self._logged_at = now
-            text = "brokers have not answered for %r for %.0f s: %s in flight, %s buffered"
-            flying = counted(self._queue.in_flight, "batch is", "batches are")
-            count = 0 if self._buffer is None else len(self._buffer)
-            self._calls.log(logging.WARNING, text, self._topic, self.waiting_for_s(), flying, buffered(count))
-        elif self._logged_at is not None and self.waiting_for_s() < self._after_s:
-            self._logged_at = None
-            self._calls.log(logging.WARNING, "brokers answer for %r again", self._topic)
-
-    def waiting_for_s(self) -> float:
-        """For how long the oldest flight has been without an answer; 0.0 if none is."""
-        departed = self._queue.oldest_departure()
-        return 0.0 if departed is None else monotonic() - departed
 
 
 def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]], last_success: float) -> Verdict:

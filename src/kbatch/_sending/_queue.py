@@ -27,7 +27,6 @@ from kbatch._errors import (
     is_outage,
     spares_brokers,
 )
-from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -215,7 +214,7 @@ class SendQueue:
         """Whether `admit` may be called: nothing older is ready."""
         return not self._ready and not self._suspects and not self._isolating
 
-    def admit(self, batch: Formed, wall: float) -> Flight | None:
+    def take(self, batch: Formed, now: float, wall: float) -> Flight | None:
         """A batch that comes from the buffer; what of it may be sent now, if anything."""
         envelopes = batch.envelopes
         seqs: Sequence[int] = range(batch.first_seq, batch.first_seq + len(envelopes))
@@ -224,7 +223,7 @@ class SendQueue:
             envelopes, seqs, sizes = self._divert(batch, wall)
             if not envelopes:
                 return None
-        return self._depart(Flight(envelopes, seqs, batch.accepted_at, sizes))
+        return self._depart(Flight(envelopes, seqs, batch.accepted_at, sizes), now)
 
     def next_flight(self, now: float, wall: float) -> Flight | None:
         """What waits here and may be sent now."""
@@ -233,7 +232,7 @@ class SendQueue:
         suspects = self._next_suspects(now)
         if suspects:
             self._isolating = True
-            return self._depart(_flight_of(suspects, isolated=True))
+            return self._depart(_flight_of(suspects, isolated=True), now)
         self._call_due(now, wall)
         chosen: list[Entry] = []
         size = 0
@@ -250,7 +249,7 @@ class SendQueue:
                 self._ready.appendleft(entry)
                 break
             chosen.append(entry)
-        return self._depart(_flight_of(chosen)) if chosen else None
+        return self._depart(_flight_of(chosen), now) if chosen else None
 
     def expire_batch(self, batch: Formed, wall: float, error: KbatchError) -> None:
         """A batch that comes from the buffer too late: ends what of it does not wait for its time."""
@@ -437,8 +436,8 @@ class SendQueue:
         for _, _, entry in self._scheduled:
             yield entry
 
-    def _depart(self, flight: Flight) -> Flight:
-        flight.departed_at = monotonic()
+    def _depart(self, flight: Flight, now: float) -> Flight:
+        flight.departed_at = now
         self._flights[flight] = None
         self.in_flight += 1
         if flight.entries is None:

@@ -1,4 +1,4 @@
-"""What the thread of a sending agent does, turn by turn."""
+"""What the thread of a sending agent does, round by round."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from kbatch._fastmap import monotonic, wall_time
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._retry import RetryPolicy
 from kbatch._sending._endings import Endings
-from kbatch._sending._flights import Flights, StallWatch
+from kbatch._sending._flights import Flights
 from kbatch._sending._queue import SendQueue
+from kbatch._sending._stalls import StallWatch
 from kbatch._sending._watchers import NONE_LEFT
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kbatch._options import AgentOptions
     from kbatch._recovery._gate import Gate
     from kbatch._recovery._user_calls import UserCalls
-    from kbatch._sending._endings import GivenUp
+    from kbatch._sending._given_up import GivenUp
     from kbatch._sending._queue import Flight
     from kbatch._sending._watchers import Watchers
 
@@ -42,7 +43,7 @@ class SendLoop:
 
     Args:
         buffer: Where batches come from; ``None`` without a sender.
-        news: Calls for the thread, from others. Whoever puts one sets the gate's flag.
+        news: Calls for the thread, from others. The thread that puts one sets the gate's flag.
         counts: As for `Flights`.
     """
 
@@ -91,7 +92,7 @@ class SendLoop:
         self._news = news
         self._hurries = False
 
-    def turn(self) -> float | None:
+    def round(self) -> float | None:
         """Does what is to be done now. Returns the seconds until there will be more, if nothing happens; ``None``: for
         ever; `OVER`: there will be nothing more."""
         pause: float | None = OVER
@@ -111,7 +112,7 @@ class SendLoop:
 
     def hurry(self) -> None:
         """What is left is to be sent soon: closing has begun."""
-        if self._hurries:  # else whoever asks again and again would leave no back-off at all
+        if self._hurries:  # else a caller that asks again and again would leave no back-off at all
             return
         self._hurries = True
         now = monotonic()
@@ -133,8 +134,8 @@ class SendLoop:
             self.endings.expire_if_due(now, wall)
             self._send_all(now, wall)
         self.stalls.look(now)
-        has_letters = self.endings.see_off(now)
-        self._tell_watchers()
+        has_letters = self.endings.see_off(now, wall)
+        self._wake_watchers()
         if closed and not queue.in_flight:
             return OVER
         if self._news or queue.ended or has_letters or self._may_replace():
@@ -202,13 +203,13 @@ class SendLoop:
             batch = self._buffer._next_batch()
             if batch is None:
                 break
-            flight = self.queue.admit(batch, wall)
+            flight = self.queue.take(batch, now, wall)
         return flight
 
     # -- who waits
 
-    def _tell_watchers(self) -> None:
-        self._watchers.tell(self._oldest)
+    def _wake_watchers(self) -> None:
+        self._watchers.wake(self._oldest)
 
     def _oldest(self) -> int | None:
         """The lowest number of an envelope without an outcome, unless it is scheduled for later, or one that none has
@@ -229,8 +230,8 @@ class SendLoop:
         with contextlib.suppress(BaseException):
             self._calls.log(logging.CRITICAL, "a sender's thread failed; nothing more is sent", exc_info=error)
             self.endings.end_all_that_wait()
-            self.endings.see_off(monotonic())
-            self._tell_watchers()
+            self.endings.see_off(monotonic(), wall_time())
+            self._wake_watchers()
         with contextlib.suppress(BaseException):
-            self.flights.abandon()
-            self.endings.see_off(monotonic())
+            self.flights.give_up()
+            self.endings.see_off(monotonic(), wall_time())

@@ -16,7 +16,7 @@ NONE_LEFT = sys.maxsize  # a number that no envelope reaches
 
 
 class Watcher:
-    """Somebody who waits until all envelopes before `seq` are done; with `NONE_LEFT`, until there is none at all."""
+    """Waits until all envelopes before `seq` have their outcome; with `NONE_LEFT`, until there is none at all."""
 
     def __init__(self, seq: int, wake: Callable[[], None]) -> None:
         self.seq = seq
@@ -26,7 +26,7 @@ class Watcher:
 
 
 class Watchers:
-    """Those of one sender. They come from any thread, and are told by the sender's own."""
+    """Those of one sender. They come from any thread, and are woken by the sender's own."""
 
     def __init__(self) -> None:
         self.newcomers: deque[Watcher] = deque()  # to be sorted in
@@ -44,7 +44,7 @@ class Watchers:
             wake()
         return watcher
 
-    def tell(self, oldest: Callable[[], int | None]) -> None:
+    def wake(self, oldest: Callable[[], int | None]) -> None:
         """Wakes those that wait no more. `oldest` is the lowest number without an outcome, ``None`` if all have one."""
         waiting = self.waiting
         while self.newcomers:
@@ -64,7 +64,7 @@ class Watchers:
             self._many = 100 + 2 * len(waiting)
 
     def wake_all(self) -> None:
-        """The thread has ended, or is about to: nobody is told any more."""
+        """The thread has ended, or is about to: nobody is woken by it any more."""
         self._is_over = True
         for watcher in (*(watcher for _, _, watcher in self.waiting), *self.newcomers.copy()):
             watcher.wake()

@@ -94,21 +94,21 @@ cdef class CallQueue:
 cdef class SharedThreads:
     """Threads that make the calls of any number of queues: one, as long as no call takes longer than `slow_s`.
 
-    One thread leads, which means that it makes calls, of one queue after another. When others wait during a call, a
-    second thread stands by, and takes the lead when that call has taken `slow_s`. The thread whose lead was taken ends
+    The active thread makes the calls, of one queue after another. When others wait during a call, a second thread
+    stands by, and becomes the active one when that call has taken `slow_s`. The thread whose place was taken ends
     after its call, or stands by. So a call that does not end delays those of other queues once, by `slow_s`. There are
     two threads more than calls that are slow, at most. All end when no queue needs them.
     """
 
     cdef str name
     cdef int64_t slow_ns
-    cdef object lock             # of a start of the leader; re-entrant, as that of `CallbackThread`
-    cdef CallbackThread leader
+    cdef object lock             # of a start; re-entrant, as that of `CallbackThread`
+    cdef CallbackThread active
     cdef CallbackThread standby
     cdef list threads            # all that may be alive
     cdef CallQueue first         # of the queues that are ready
     cdef CallQueue last
-    cdef CallQueue current       # whose call the leader makes
+    cdef CallQueue current       # whose call the active thread makes
     cdef int64_t began_ns        # when it began; 0: it makes none
     cdef int64_t counted         # queues that keep a thread
     cdef int64_t busy            # queues
@@ -123,7 +123,7 @@ cdef class SharedThreads:
     def forget(self) -> None:
         """To be called in a forked child, where none of the threads is."""
         self.generation += 1
-        self.leader = self.standby = None
+        self.active = self.standby = None
         while self._pop() is not None:
             pass
         self.current = None
@@ -136,23 +136,23 @@ cdef class SharedThreads:
         # Whether there is a thread for a call of the queue. If not, there is none to be had.
         return self._ensure(True) and (not self.began_ns or self.current is queue or self._ensure(False))
 
-    cdef bint _ensure(self, bint leads) except -1:
-        # Whether there is a leader, or else a standby. If not, there is no thread to be had.
-        if self._has(leads):
+    cdef bint _ensure(self, bint active) except -1:
+        # Whether there is the active thread, or the one that stands by. If not, there is no thread to be had.
+        if self._has(active):
             return True
         with self.lock:
-            return self._has(leads) or self._begin(leads)
+            return self._has(active) or self._begin(active)
 
-    cdef bint _has(self, bint leads) noexcept:
-        return self._has_leader() if leads else self._has_standby()
+    cdef bint _has(self, bint active) noexcept:
+        return self._has_active() if active else self._has_standby()
 
-    cdef bint _has_leader(self) noexcept:
-        return self.leader is not None and self.leader.has_begun
+    cdef bint _has_active(self) noexcept:
+        return self.active is not None and self.active.has_begun
 
     cdef bint _has_standby(self) noexcept:
         return self.standby is not None and self.standby.has_begun
 
-    cdef bint _begin(self, bint leads) except -1:
+    cdef bint _begin(self, bint active) except -1:
         cdef CallbackThread thread = CallbackThread(self.name)
         cdef Job job = Job.make(thread, self._run, (thread,))
         cdef bint has_thread
@@ -162,10 +162,10 @@ cdef class SharedThreads:
                 self.threads.remove(each)
         thread.stopping = True  # once that has run
         thread.jobs.append(job)
-        if self._has(leads):
+        if self._has(active):
             return True  # a signal handler has begun one in between
-        if leads:
-            self.leader, self.current, self.began_ns = thread, None, 0
+        if active:
+            self.active, self.current, self.began_ns = thread, None, 0
         else:
             self.standby = thread
         try:
@@ -196,8 +196,8 @@ cdef class SharedThreads:
         return queue
 
     cdef void _wake(self) noexcept:
-        if self.leader is not None:
-            self.leader.changed.set()
+        if self.active is not None:
+            self.active.changed.set()
         if self.standby is not None:
             self.standby.changed.set()
 
@@ -218,17 +218,17 @@ cdef class SharedThreads:
         cdef int64_t generation = self.generation
         cdef bint goes_on = True
         while goes_on and self.generation == generation:
-            goes_on = self._lead(thread) if self.leader is thread else self._stand_by(thread)
+            goes_on = self._work(thread) if self.active is thread else self._stand_by(thread)
         self._leave(thread)
 
     cdef void _leave(self, CallbackThread thread) noexcept:
-        if self.leader is thread:
-            self.leader = None
+        if self.active is thread:
+            self.active = None
         if self.standby is thread:
             self.standby = None
-        thread.changed.set()  # whose start was interrupted may have begun
+        thread.changed.set()  # a thread whose start was interrupted may have begun
 
-    cdef bint _lead(self, CallbackThread thread) noexcept:
+    cdef bint _work(self, CallbackThread thread) noexcept:
         # Makes one call, or waits for one. Whether there may be more.
         cdef CallQueue queue = self._pop()
         if queue is None:
@@ -237,7 +237,7 @@ cdef class SharedThreads:
             thread.changed._wait(INT64_MAX, INT64_MAX // 2)
             return True
         self.current, self.began_ns = queue, kb_now_ns()
-        while self.first is not None and self.leader is thread:  # they must not wait for the end of this call
+        while self.first is not None and self.active is thread:  # they must not wait for the end of this call
             try:
                 self._ensure(False)
                 break
@@ -246,12 +246,12 @@ cdef class SharedThreads:
             except BaseException:  # the calls come first
                 break
         self._call(queue)
-        if self.leader is thread:
+        if self.active is thread:
             self.current, self.began_ns = None, 0
         return True
 
     cdef bint _stand_by(self, CallbackThread thread) noexcept:
-        # Waits until the leader is slow, and takes the lead then. Whether it is still needed.
+        # Waits until the active thread is slow, and takes its place then. Whether it is still needed.
         cdef int64_t now = kb_now_ns()
         cdef int64_t deadline = now + IDLE
         if self.standby is not thread:
@@ -264,8 +264,8 @@ cdef class SharedThreads:
             # A queue may have become ready between the end of the wait and the GIL, or be about to.
             return thread.changed._wait(deadline, INT64_MAX // 2) or self.first is not None or self.promised > 0
         deadline = (self.began_ns or now) + self.slow_ns
-        if self.leader is None or (self.began_ns and now >= deadline):
-            self.standby, self.leader = None, thread
+        if self.active is None or (self.began_ns and now >= deadline):
+            self.standby, self.active = None, thread
             self.current, self.began_ns = None, 0
         else:
             thread.changed._wait(deadline, INT64_MAX // 2)
