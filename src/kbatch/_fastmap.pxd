@@ -32,7 +32,7 @@ cdef class Envelope:
     cdef object _body
     cdef object _key
     cdef object _topic
-    cdef object _message_type
+    cdef object _message_type  # this and the next seven in the order of `wire.pxi`
     cdef object _content_type
     cdef object _source
     cdef object _correlation_id

@@ -560,7 +560,9 @@ cdef class _Mapping:
             if own.rules & KB_ALIAS or (tombstone and not own.rules & KB_OF_TOMBSTONE):
                 pass
             elif own.field <= KB_LAST_TEXT:
-                value = self._field(e, own.field)
+                value = text_field(e, own.field)
+                if value == <PyObject *> None and own.field <= KB_SOURCE:
+                    value = self._default(own.field)
                 if value == <PyObject *> None:
                     if own.rules & KB_REQUIRED:
                         self._refuse_without(own.field)
@@ -593,22 +595,15 @@ cdef class _Mapping:
             return False
         return not own.rules & KB_EVENT_ID or not e._headers or not _count_of(e._headers, own.name)
 
-    cdef inline PyObject *_field(self, Envelope e, int field) except NULL:
-        # The text of a field, as it is sent; borrowed from what the batch keeps.
-        cdef object text
-        if field == KB_CORRELATION_ID:
-            return <PyObject *> e._correlation_id
-        if field == KB_CONVERSATION_ID:
-            return <PyObject *> e._conversation_id
-        if field == KB_PARENT_ID:
-            return <PyObject *> e._parent_id
-        if field == KB_TENANT_ID:
-            return <PyObject *> e._tenant_id
-        if field == KB_USER_NAME:
-            return <PyObject *> e._user_name
-        if field == KB_SOURCE:
-            return <PyObject *> e._source if e._source is not None else <PyObject *> self.mapper.source
-        text = self._type_name() if field == KB_MESSAGE_TYPE else self._content_type()
+    cdef inline PyObject *_default(self, int field) except NULL:
+        # The text that is sent for a field that the envelope has not; borrowed from what the batch keeps.
+        cdef object text = None
+        if field == KB_MESSAGE_TYPE:
+            text = self._type_name()
+        elif field == KB_CONTENT_TYPE:
+            text = self._content_type()
+        elif field == KB_SOURCE:
+            text = self.mapper.source
         return <PyObject *> text
 
     cdef int _refuse_without(self, int field) except -1:

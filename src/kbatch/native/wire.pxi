@@ -86,6 +86,9 @@ cdef extern from *:
         KB_OWN("ce_data", KB_RESERVED, 0),
     };
 
+    /* A text of an envelope, borrowed: the first fields are there in this order (`Envelope` in `_fastmap.pxd`). */
+    #define kb_text_field(envelope, field) (((PyObject **) &(envelope)->_message_type)[field])
+
     #define KB_COUNT(array) (int) (sizeof(array) / sizeof(array[0]))
 
     static inline const kb_own_header *kb_own_headers(int wire, int *count)
@@ -133,6 +136,7 @@ cdef extern from *:
         int name_len
         int field
         int rules
+    PyObject *text_field "kb_text_field"(Envelope envelope, int field) noexcept
     const OwnHeader *own_headers "kb_own_headers"(int wire, int *count) noexcept nogil
 
 
