@@ -5,6 +5,7 @@ import contextlib
 import gc
 import inspect
 import linecache
+import logging
 import os
 import pickle
 import threading
@@ -225,6 +226,20 @@ def test_sizes_are_those_of_the_config() -> None:
         producer.send_batch(TOPIC, [Envelope(data=b"x" * 1_000)])
 
 
+def test_the_queue_of_the_configuration_bounds_a_message_and_what_is_in_flight() -> None:
+    config = {"queue.buffering.max.kbytes": 2, "queue.buffering.max.messages": 5}
+    with MemoryProducer(config, close_timeout_s=0) as producer:
+        with pytest.raises(kbatch.SerializationError, match=r"queue\.buffering\.max\.kbytes"):
+            producer.send_batch(TOPIC, [Envelope(data=b"x" * 3_000)])
+        producer.hold()
+        for _ in range(4):
+            with contextlib.suppress(kbatch.BatchPendingError):
+                report = producer.send_batch(TOPIC, envelopes(1), timeout=0.01)
+        assert names(report) == {0: "_TIMED_OUT_QUEUE"}
+        assert 0 < len(producer.in_flight) < 4
+        producer.release()
+
+
 def test_what_has_expired_is_not_sent(producer: MemoryProducer) -> None:
     past = datetime.now(timezone.utc) - timedelta(seconds=1)
     producer.down()
@@ -268,6 +283,36 @@ def test_the_configuration_is_checked_as_in_production() -> None:
         MemoryProducer({"acks": 1})
     with pytest.raises(kbatch.ConfigError, match="max_in_flight must be"):
         MemoryProducer(max_in_flight=0)
+
+
+def test_what_only_a_start_refuses_is_not_refused() -> None:
+    for config in (
+        {"linger.ms": 5_000, "message.timeout.ms": 1_000},
+        {"security.protocol": "ssl", "ssl.ca.location": "/no/such/file"},
+    ):
+        with MemoryProducer(config) as producer:
+            assert producer.send_batch(TOPIC, envelopes(1)).ok
+
+
+def test_callbacks_of_librdkafka_are_not_called() -> None:
+    called: list[Any] = []
+    logger = logging.getLogger("test")
+    logger.addFilter(lambda record: called.append(record) is not None)
+    config = {
+        "statistics.interval.ms": 1,
+        "stats_cb": called.append,
+        "throttle_cb": called.append,
+        "oauth_cb": called.append,
+        "logger": logger,
+        "security.protocol": "sasl_plaintext",
+        "sasl.mechanisms": "OAUTHBEARER",
+        "debug": "all",
+    }
+    with MemoryProducer(config) as producer:
+        producer.send_batch(TOPIC, envelopes(3)).raise_for_errors()
+        producer.down(timeout=0)
+        assert producer.send_batch(TOPIC, envelopes(1)).failed == 1
+    assert called == []
 
 
 @pytest.mark.parametrize("partitions", [0, -1, 1.0, True, "3", 2**31])
@@ -383,7 +428,35 @@ def test_many_threads(producer: MemoryProducer) -> None:
         assert [i for who, i in messages(producer.envelopes) if who == name] == list(range(50))
 
 
+def test_batches_of_threads_do_not_mix(producer: MemoryProducer) -> None:
+    def send(name: int) -> None:
+        for _ in range(50):
+            producer.send_batch(TOPIC, [Envelope([name, i]) for i in range(20)]).raise_for_errors()
+
+    threads = [threading.Thread(target=send, args=(name,)) for name in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    stored = messages(producer.envelopes)
+    batches = [stored[first : first + 20] for first in range(0, len(stored), 20)]
+    assert len(batches) == 200
+    assert all(batch == [[batch[0][0], i] for i in range(20)] for batch in batches)
+
+
+def test_nothing_waits_for_linger_and_enqueueing_takes_no_time() -> None:
+    with MemoryProducer({"linger.ms": 60_000}) as producer:
+        assert producer.submit(TOPIC, envelopes(2)).done()
+        assert producer.stats()["enqueue_ns"] == 0
+
+
 # -- faults
+
+
+def test_a_record_that_is_refused_takes_no_others_with_it(producer: MemoryProducer) -> None:
+    producer.fail("INVALID_RECORD", when=lambda envelope: envelope.message == 1)
+    assert names(producer.send_batch(TOPIC, envelopes(3))) == {1: "INVALID_RECORD"}
+    assert messages(producer.envelopes) == [0, 2]
 
 
 def test_fail(producer: MemoryProducer) -> None:
