@@ -1314,12 +1314,24 @@ def test_version_and_help():
         assert run_here(*command, "-h") == run_here(*command, "--help")
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell", "pwsh"])
 def test_completion(shell):
     status, out, _ = run("--show-completion", shell, _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
     assert status == 0
     assert "kbatch" in out
     assert "_KBATCH_COMPLETE" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: home is not HOME")
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed(shell, tmp_path):
+    status, out, _ = run(
+        "--install-completion", shell, HOME=str(tmp_path), _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
+    assert status == 0
+    assert f"{shell} completion installed in {tmp_path}" in out.replace("\n", "")
+    written = [path for path in tmp_path.rglob("*kbatch*") if path.is_file()]
+    assert any("_KBATCH_COMPLETE" in path.read_text() for path in written)
 
 
 def test_commands_and_values_are_completed():

@@ -1201,6 +1201,18 @@ def test_a_report_can_be_kept(cluster: MockCluster) -> None:
     assert repr(again) == repr(report)
 
 
+def test_the_time_of_both_phases_is_counted(cluster: MockCluster) -> None:
+    with make_producer(cluster) as producer:
+        phases = [(0, 0)]
+        for _ in range(2):
+            producer.send_batch(TOPIC, [Envelope(i) for i in range(100)])
+            stats = producer.stats()
+            phases.append((stats["map_ns"], stats["enqueue_ns"]))
+    none, first, second = phases
+    assert none[0] < first[0] < second[0]
+    assert none[1] < first[1] < second[1]
+
+
 def test_nothing_per_message_is_a_python_object_before_it_is_asked_for(cluster: MockCluster) -> None:
     envelopes = [Envelope(data=b"x")] * 20_000
     with make_producer(cluster, wire="raw") as producer:

@@ -468,3 +468,13 @@ interpreters.run_string(interpreters.create(), code)
 
 def test_a_second_interpreter_is_refused() -> None:
     assert run(SECOND_INTERPRETER).startswith("refused: ")
+
+
+def test_the_main_interpreter_is_refused_after_another_one() -> None:
+    code = SECOND_INTERPRETER.replace("\nimport kbatch\n", "\n", 1) + "exec(code)"
+    first, second = run(code).splitlines()
+    assert first == "imported"
+    assert (
+        second
+        == "refused: Interpreter change detected - this module can only be loaded into one interpreter per process."
+    )

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import contextvars
 import operator
 import threading
 import time
@@ -229,6 +230,29 @@ def test_a_message_is_encoded_again_for_each_retry(kind: str) -> None:
         assert driver.flush() == 0
         assert encoded == [7] * 3
         assert [record.value() for record in producer.records] == [b"3"]
+
+
+def test_what_is_buffered_is_mapped_later_and_elsewhere() -> None:
+    request = contextvars.ContextVar("request", default="none")
+    called: list[tuple[str, bool]] = []
+
+    def header_hook() -> None:
+        called.append((request.get(), threading.current_thread() is threading.main_thread()))
+
+    request.set("mine")
+    order = {"id": 1}
+    with MemoryProducer(header_hook=header_hook) as producer:
+        sender = kbatch.BatchedSender(SendingAgent(producer, "orders"), batch_timeout_ms=60_000)
+        with sender:
+            sender.send(Envelope(order))
+            order["id"] = 2
+            sender.send(Envelope(order))
+            assert sender.flush() == 0
+        assert [record.value() for record in producer.records] == [b'{"id":2}'] * 2
+        assert called == [("none", False)]
+        producer.send_batch("orders", [Envelope(3)])
+        producer.submit("orders", [Envelope(4)])
+    assert called[1:] == [("mine", True)] * 2
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

@@ -67,9 +67,8 @@ def test_a_generator_is_read_by_the_task() -> None:
 @pytest.mark.parametrize("name", ["send_batch", "submit"])
 def test_they_are_seen_as_coroutine_functions(name: str) -> None:
     method = getattr(aio.Producer, name)
-    if sys.version_info >= (3, 12):
-        assert inspect.iscoroutinefunction(method)
-    else:
+    assert inspect.iscoroutinefunction(method) is (sys.version_info >= (3, 12))
+    if sys.version_info < (3, 12):
         assert asyncio.iscoroutinefunction(method)
     assert isinstance(getattr(mock.create_autospec(aio.Producer, instance=True), name), mock.AsyncMock) or isinstance(
         getattr(mock.MagicMock(spec=aio.Producer), name), mock.AsyncMock
