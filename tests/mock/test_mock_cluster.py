@@ -74,6 +74,13 @@ def test_topics_appear_on_first_use_with_four_partitions(cluster):
     assert len(metadata(cluster, "unheard-of").topics["unheard-of"].partitions) == 4
 
 
+def test_it_tells_the_process_of_its_brokers():
+    with MockCluster() as here, MockCluster(process=True) as elsewhere:
+        assert here.pid == os.getpid()
+        assert elsewhere.pid != os.getpid()
+        assert psutil.Process(elsewhere.pid).is_running()
+
+
 def test_request_tracking(cluster):
     cluster.create_topic("t")
     assert produce(cluster.bootstrap_servers, "t", messages(5)) == [None] * 5

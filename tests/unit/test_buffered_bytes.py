@@ -85,6 +85,15 @@ def test_the_bound_holds_before_the_first_batch_is_mapped(kind: str) -> None:
     assert len(producer.records) == taken
 
 
+@pytest.mark.parametrize(("batch_bytes", "bound"), [(1_000_000, 64 * 2**20), (10**8, 10**8)])
+def test_the_bound_is_64_mib_or_that_of_a_batch(batch_bytes: int, bound: int) -> None:
+    with (
+        MemoryProducer() as producer,
+        kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_bytes=batch_bytes) as sender,
+    ):
+        assert sender.max_buffered_bytes == bound
+
+
 @pytest.mark.parametrize("make", [bytes, bytearray, lambda body: memoryview(bytearray(body))])
 def test_a_body_counts_as_it_is(make: Callable[[bytes], Any]) -> None:
     with MemoryProducer() as producer:
