@@ -870,7 +870,7 @@ def test_a_fatal_error(producer: MemoryProducer) -> None:
     for _ in range(2):
         with pytest.raises(kbatch.ProducerFatalError, match="made up by a test") as caught:
             producer.send_batch(TOPIC, envelopes(1))
-        assert caught.value.code == 45
+        assert (caught.value.code, caught.value.name) == (45, "OUT_OF_ORDER_SEQUENCE_NUMBER")
         producer.fatal("INVALID_PRODUCER_EPOCH")  # the first one stays
     with pytest.raises(kbatch.ProducerFatalError):
         producer.submit(TOPIC, envelopes(1), callback=lambda report: pytest.fail("called"))

@@ -10,6 +10,7 @@ import kbatch
 import kbatch.aio
 from kbatch import Envelope
 from kbatch._pending import PendingBatch
+from kbatch.testing import MemoryProducer
 from tests import mapping
 
 FUTURE = datetime(2099, 1, 2, 3, 4, 5, 678901, timezone.utc)
@@ -107,6 +108,15 @@ def test_others_of_the_batch_may_go_on() -> None:
         producer._core.map(batch, "t", [Envelope(1, scheduled_time=FUTURE), Envelope(2)], rejected)
         assert [(index, type(error)) for index, error in rejected] == [(0, kbatch.NotYetDueError)]
         assert [record is None for record in producer._core.records(batch)] == [True, False]
+
+
+def test_nothing_is_sent_of_a_batch_with_one_that_is_not_yet_due() -> None:
+    with MemoryProducer() as producer:
+        for send in (producer.send_batch, producer.submit):
+            with pytest.raises(kbatch.NotYetDueError) as raised:
+                send("t", [Envelope(1), Envelope(2, scheduled_time=FUTURE)])
+            assert (raised.value.field, raised.value.index) == ("scheduled_time", 1)
+        assert producer.envelopes == ()
 
 
 def test_a_batch_with_one_that_is_not_yet_due_is_no_serialization_failure() -> None:

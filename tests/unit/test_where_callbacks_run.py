@@ -114,6 +114,54 @@ def test_what_the_loop_cannot_be_told_since_it_is_closed_is_kept_and_logged(capl
     assert "on_failed failed" in caplog.text
 
 
+def test_what_no_loop_can_be_told_since_there_was_none_yet_is_kept_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    agent = aio.SendingAgent(AioMemoryProducer(), "orders", on_failed=lambda *_: pytest.fail("on which loop?"))
+    sender = aio.BatchedSender(agent, batch_timeout_ms=0)
+    assert sender.try_send(Envelope(UNMAPPABLE, key="k"))
+    until(lambda: agent.recent_failures, "what was given up")
+    assert [envelope.key for envelope, _ in agent.recent_failures] == ["k"]
+    with pytest.raises(kbatch.UndeliveredError):
+        asyncio.run(sender.close())
+    assert "on_failed failed" in caplog.text
+
+
+def test_a_batch_of_a_loop_calls_done_callbacks_on_a_thread() -> None:
+    called: list[threading.Thread] = []
+
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            pending = await producer.submit("orders", [Envelope(1)])
+            pending.add_done_callback(lambda _: called.append(threading.current_thread()))
+
+    asyncio.run(main())
+    assert [thread.name for thread in called] == ["kbatch-callbacks"]
+
+
+def test_a_task_that_does_nothing_but_send_lets_others_run() -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        async with (
+            AioMemoryProducer() as producer,
+            aio.BatchedSender(aio.SendingAgent(producer, "orders"), batch_timeout_ms=60_000) as sender,
+        ):
+            beside = asyncio.create_task(others())
+            await sender.send(Envelope("the first one starts the sender"))
+            before = turns
+            for n in range(20_000):
+                await sender.send(Envelope(n))
+            assert turns > before
+            beside.cancel()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("kind", ["function", "on a loop", "coroutine function"])
 def test_on_state_change_is_told_the_old_and_the_new_state(kind: str) -> None:
     told: list[tuple[kbatch.CircuitState, kbatch.CircuitState]] = []
