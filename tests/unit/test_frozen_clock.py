@@ -1,6 +1,8 @@
 """Tests of others freeze `time` and `datetime`: what kbatch waits for must come all the same."""
 
+import asyncio
 import re
+import time
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import pytest
 import kbatch
 from kbatch import Envelope
 from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 PACKAGE = Path(kbatch.__file__).parent
 LONG_AGO = datetime(2020, 1, 1, tzinfo=timezone.utc)
 
 
 @pytest.fixture(autouse=True)
-def frozen() -> Any:
-    with freezegun.freeze_time(LONG_AGO) as clock:
+def frozen(request: pytest.FixtureRequest) -> Any:
+    with freezegun.freeze_time(LONG_AGO, real_asyncio=getattr(request, "param", False)) as clock:
         yield clock
 
 
@@ -63,6 +66,25 @@ def test_times_are_the_machines() -> None:
     assert first is not None
     assert first > LONG_AGO + timedelta(days=365)
     assert second == LONG_AGO
+
+
+@pytest.mark.parametrize(("frozen", "real_asyncio"), [(False, False), (True, True)], indirect=["frozen"])
+def test_a_time_out_on_a_loop_stands_still_unless_freezegun_leaves_asyncio_its_clock(real_asyncio: bool) -> None:
+    async def main() -> None:
+        async with AioMemoryProducer() as producer:
+            producer.hold()
+            sending = asyncio.create_task(producer.send_batch("orders", [Envelope(1)], timeout=0.01))
+            if real_asyncio:
+                with pytest.raises(kbatch.BatchPendingError):
+                    await sending
+                producer.release()
+            else:
+                await asyncio.to_thread(time.sleep, 0.05)
+                assert not sending.done()
+                producer.release()
+                assert (await sending).ok
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -910,12 +910,13 @@ def test_purge(producer: MemoryProducer) -> None:
     assert (producer.envelopes, producer.in_flight, len(producer)) == ((), (), 0)
 
 
-def test_close_gives_up_what_is_held_at_the_deadline() -> None:
-    producer = MemoryProducer()
+@pytest.mark.parametrize(("close_timeout_s", "timeout"), [(30, 0), (0, None)])
+def test_close_gives_up_what_is_held_at_the_deadline(close_timeout_s: float, timeout: float | None) -> None:
+    producer = MemoryProducer(close_timeout_s=close_timeout_s)
     producer.hold()
     called: list[kbatch.DeliveryReport] = []
     pending = producer.submit(TOPIC, envelopes(3), callback=called.append)
-    assert producer.close(0) == 3
+    assert producer.close(timeout) == 3
     assert producer.closed
     assert set(names(pending.wait()).values()) == {"_PURGE_INFLIGHT"}
     assert len(called) == 1  # before close returned

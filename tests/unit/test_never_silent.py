@@ -439,14 +439,15 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
             sender.send(envelopes("a")[0])
 
 
-def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout() -> None:
+@pytest.mark.parametrize("how", ["with", "close"])
+def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout(how: str) -> None:
     with MemoryProducer() as producer:
         producer.hold()
         sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout_s=0.05)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)
         with pytest.raises(kbatch.UndeliveredError) as caught:
-            end(sender, "with")
+            end(sender, "with") if how == "with" else sender.close()
         assert keys(caught.value) == ["a", "b"]
         producer.release()
 
