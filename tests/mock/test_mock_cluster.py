@@ -153,6 +153,19 @@ def test_broker_down_and_up(cluster, broker_id):
     assert len(read(cluster.bootstrap_servers, "t", 3)[0]) == 3
 
 
+def test_leaders_are_spread_and_one_that_is_down_stays_leader(cluster):
+    with MockCluster(2, process=cluster.pid != os.getpid()) as cluster:
+        cluster.create_topic("t", 4)
+
+        def leaders():
+            return [partition.leader for _, partition in sorted(metadata(cluster, "t").topics["t"].partitions.items())]
+
+        before = leaders()
+        assert set(before) == {1, 2}
+        cluster.set_broker_down(2)
+        assert leaders() == before
+
+
 def test_topic_error(cluster):
     cluster.set_topic_error("forbidden", "TOPIC_AUTHORIZATION_FAILED")
     assert metadata(cluster, "forbidden").topics["forbidden"].error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED
