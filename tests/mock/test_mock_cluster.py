@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -281,6 +283,46 @@ def test_groups_and_api_versions(cluster):
     cluster.set_api_version(ApiKey.INIT_PRODUCER_ID, -1, -1)
     with pytest.raises(MockClusterError):
         cluster.set_api_version(9_999, 0, 0)
+
+
+def answer_of(cluster, api_key, version, body=b""):
+    """What the first broker answers to a request, as it stands on the wire."""
+    request = struct.pack(">hhih", api_key, version, 1, -1) + body
+    host, port = cluster.bootstrap_servers.split(",")[0].split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection, connection.makefile("rb") as stream:
+        connection.sendall(struct.pack(">i", len(request)) + request)
+        size, correlation_id = struct.unpack(">ii", stream.read(8))
+        assert correlation_id == 1
+        return stream.read(size - 4)
+
+
+def announced_versions(cluster):
+    answer = answer_of(cluster, ApiKey.API_VERSIONS, 0)
+    return {key: (least, most) for key, least, most in struct.iter_unpack(">hhh", answer[6:])}
+
+
+def test_versions_are_announced_as_set(cluster):
+    before = announced_versions(cluster)
+    cluster.set_api_version(ApiKey.PRODUCE, 2, 5)
+    cluster.set_api_version(ApiKey.INIT_PRODUCER_ID, -1, -1)
+    after = {key: versions for key, versions in before.items() if key != ApiKey.INIT_PRODUCER_ID}
+    assert announced_versions(cluster) == {**after, ApiKey.PRODUCE: (2, 5)}
+
+
+@pytest.mark.parametrize(("kind", "number"), [("group", 0), ("transaction", 1)])
+def test_a_coordinator_is_the_one_that_was_set(cluster, kind, number):
+    with MockCluster(3, process=cluster.pid != os.getpid()) as cluster:
+        for broker_id in (1, 2, 3):
+            cluster.set_coordinator(kind, "mine", broker_id)
+            answer = answer_of(cluster, ApiKey.FIND_COORDINATOR, 1, struct.pack(">h4sb", 4, b"mine", number))
+            _, error, length = struct.unpack(">ihh", answer[:8])
+            assert error == 0
+            assert struct.unpack(">i", answer[8 + max(0, length) :][:4]) == (broker_id,)
+
+
+def test_a_rack_is_named_in_metadata(cluster):
+    cluster.set_broker_rack(-1, "rack-1")
+    assert b"\0\6rack-1" in answer_of(cluster, ApiKey.METADATA, 1, struct.pack(">i", -1))
 
 
 @pytest.mark.parametrize(
