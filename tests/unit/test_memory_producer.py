@@ -296,7 +296,7 @@ def test_what_only_a_start_refuses_is_not_refused() -> None:
 
 def test_callbacks_of_librdkafka_are_not_called() -> None:
     called: list[Any] = []
-    logger = logging.getLogger("test")
+    logger = logging.Logger("of its own")
     logger.addFilter(lambda record: called.append(record) is not None)
     config = {
         "statistics.interval.ms": 1,

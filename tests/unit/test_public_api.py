@@ -473,8 +473,8 @@ def test_a_second_interpreter_is_refused() -> None:
 def test_the_main_interpreter_is_refused_after_another_one() -> None:
     code = SECOND_INTERPRETER.replace("\nimport kbatch\n", "\n", 1) + "exec(code)"
     first, second = run(code).splitlines()
-    assert first == "imported"
-    assert (
-        second
-        == "refused: Interpreter change detected - this module can only be loaded into one interpreter per process."
-    )
+    if first == "imported":
+        assert second.startswith("refused: ")
+        assert "this module can only be loaded into one interpreter per process" in second
+    else:  # Python 3.12 on refuses it in the other one already
+        assert first.startswith("refused: ")
