@@ -281,15 +281,19 @@ def test_other_threads_run_while_packed_records_are_looked_at() -> None:
     mapped = pool.map(Mapper("raw", None, None, None, MiB, MiB), "orders", [Envelope(data=b"x" * 100_000)] * 500)
     interval = sys.getswitchinterval()
     with kbatch.Producer(mapping.NOWHERE) as producer:
-        batch = PendingBatch(producer._core)
-        for work in (lambda: producer._core.map_packed(batch, stored), lambda: pool.pack(mapped)):
+
+        def map_packed() -> None:
+            producer._core.map_packed(PendingBatch(producer._core), stored)
+
+        for work in (map_packed, lambda: pool.pack(mapped)):
             is_over = threading.Event()
             other = threading.Thread(target=count_turns, args=(turns, is_over))
             sys.setswitchinterval(60)  # nobody gets the GIL but by its release
             try:
                 other.start()
-                before = turns[0]
-                work()
+                before, end = turns[0], time.monotonic() + 30
+                while turns[0] - before <= 2 and time.monotonic() < end:  # on a busy machine it may come too late
+                    work()
                 after = turns[0]
                 is_over.set()
                 other.join()
