@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import pickle
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -258,6 +259,38 @@ def test_with_a_transactional_id_each_is_a_transaction(kind: Any, cluster: MockC
 
 
 # -- many at once
+
+
+def test_what_other_threads_send_has_its_answer_when_it_is_closed(cluster: MockCluster) -> None:
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+    sender = kbatch.KafkaTopic(TOPIC, kbatch.SenderMode.INLINE, config=config).create_sender()
+    assert sender.send(Envelope(0)).ok
+    cluster.set_rtt(1, 300)
+    reports: list[kbatch.DeliveryReport] = []
+    thread = threading.Thread(target=lambda: reports.append(sender.send(Envelope(1))))
+    thread.start()
+    until(lambda: sender._handle.producer.stats()["in_flight"], "the envelope in flight")
+    assert sender.close(30) == 0
+    thread.join(30)
+    assert reports[0].ok
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="platform: no interval timers")
+def test_ctrl_c_ends_the_wait_and_not_the_envelope(cluster: MockCluster) -> None:
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+    with kbatch.Producer(config) as producer, kbatch.InlineSender(producer, TOPIC) as sender:
+        assert sender.send(Envelope(0)).ok
+        cluster.set_rtt(1, 2_000)
+        before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.3)
+            with pytest.raises(KeyboardInterrupt):
+                sender.send(Envelope(1))
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        cluster.set_rtt(1, 0)
+    assert [record.value for record in read_back(cluster.bootstrap_servers, TOPIC)] == [b"0", b"1"]
 
 
 def test_threads_share_requests(cluster: MockCluster) -> None:
