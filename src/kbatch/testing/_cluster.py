@@ -28,8 +28,8 @@ class MockCluster:
     Args:
         brokers: how many brokers; their ids are 1 up to and including this number.
         process: run the brokers in a process of their own instead of threads of this one, so that they take neither
-            its GIL nor its processor time in measurements, and live on when this process is stopped. It ends with this
-            process, however that ends. All methods work the same.
+            its GIL nor its processor time in measurements. It ends with this process,
+            however that ends. All methods work the same.
 
     Limits, which are the mock cluster's own:
 

@@ -390,8 +390,8 @@ class MemoryProducer(BaseMemoryProducer, Producer):
     - Of the configuration ``message.max.bytes``, ``queue.buffering.max.messages``, ``queue.buffering.max.kbytes`` (for
       one message), ``delivery.timeout.ms``, ``partitioner`` and ``transactional.id`` change what it does. What only
       librdkafka's start refuses is not refused.
-    - A transaction is committed with the acknowledgement of its batch. There is no commit without an answer, hence no
-      `TransactionUnknownError`. Of a transaction that fails nothing is stored, and the end of one takes no offset.
+    - A transaction is committed with the acknowledgement of its batch. Of a transaction that fails
+      nothing is stored, and the end of one takes no offset.
     - ``error_cb`` is told of `down` and of `fatal` only. ``stats_cb``, ``throttle_cb``, ``oauth_cb`` and ``logger`` are
       not called.
     - ``stats()["enqueue_ns"]`` is 0.
