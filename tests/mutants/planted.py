@@ -12,6 +12,21 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    # -- senders
+    Mutant(
+        "what had no room in time is taken all the same",
+        "_wait_for_room",
+        "                    self._leave_line(waiter)  # first: while an error is made, another thread may make room\n",
+        "",
+        "tests/unit/test_batch_formation.py",
+    ),
+    Mutant(
+        "the program's own random numbers are drawn",
+        "",
+        "entropy = random.SystemRandom().random",
+        "entropy = random.random",
+        "tests/unit/test_sending_agent.py",
+    ),
     # -- delivery reports
     Mutant(
         "a failed delivery report counts as an acknowledgement",

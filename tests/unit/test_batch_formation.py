@@ -439,6 +439,20 @@ def test_full_is_said_with_its_time_and_the_envelope_is_not_taken() -> None:
     assert sender.try_send(sized(1))
 
 
+def test_full_means_not_taken_if_room_comes_while_the_error_is_made() -> None:
+    class Seconds(float):
+        def __format__(self, spec: str) -> str:
+            sender._give_back(1, sender._buffered_bytes)  # as another thread would, which gets the GIL
+            return super().__format__(spec)
+
+    sender = make(max_buffered=1, batch_size=1)
+    sender.send(sized(1))
+    with pytest.raises(kbatch.SenderFullError):
+        sender.send(sized(2), timeout=Seconds(0))
+    assert [len(batch.envelopes) for batch in take_all(sender)] == [1]
+    assert (len(sender), sender.accepted) == (0, 1)
+
+
 def in_threads(*calls: Callable[[], object]) -> list[threading.Thread]:
     threads = [threading.Thread(target=call, daemon=True) for call in calls]
     for thread in threads:

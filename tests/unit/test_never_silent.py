@@ -140,6 +140,27 @@ def test_a_dead_letter_takes_it() -> None:
     assert [record.topic() for record in producer.records] == ["dead"]
 
 
+def test_a_dead_letter_on_its_way_at_the_end_of_closing_may_be_stored(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[kbatch.KbatchError] = []
+    with MemoryProducer() as producer:
+        producer.fail(PERMANENT, times=1)
+        producer.hold()
+        sender = sender_of(producer, dead_letter_topic="dead", on_failed=lambda _, error: told.append(error))
+        sender.send(envelopes("a")[0])
+        until(lambda: producer.stats()["in_flight"] == 1, "it is in flight")
+        producer.release(1)
+        until(lambda: producer.stats()["batches"] == 2, "its dead letter is")
+        assert sender.close(0) == 1
+        until(lambda: len(told) == 1, "it is told")
+        producer.release()
+        producer.flush()
+    assert [record.topic() for record in producer.records] == ["dead"]
+    assert isinstance(told[0], kbatch.DeliveryError)
+    assert (told[0].name, told[0].possibly_persisted) == (PERMANENT, False)
+    assert "a dead letter could not be sent: " in caplog.text
+    assert "it may be stored all the same" in caplog.text
+
+
 def test_what_is_given_up_at_the_deadline_of_closing_is_raised() -> None:
     with MemoryProducer() as producer:
         producer.down(timeout=0)

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import operator
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,20 @@ from ..waiting import until
 
 PROBE = "kbatch-probe"
 LATER = datetime(9000, 1, 1, tzinfo=timezone.utc)
+
+
+def test_the_random_numbers_of_a_program_are_its_own() -> None:
+    random.seed(7)
+    expected = random.random()
+    random.seed(7)
+    with MemoryProducer() as producer:
+        producer.fail(times=2)
+        retry = kbatch.RetryPolicy(initial_backoff_s=0.001)
+        with kbatch.BatchedSender(SendingAgent(producer, "orders", retry=retry, probe_interval_s=0.001)) as sender:
+            sender.send(Envelope(1))
+            assert sender.flush() == 0
+        assert sender.stats()["retried"] == 2
+    assert random.random() == expected
 
 
 MOMENTS = {"_gate": "probe_if_due", "_send_loop": "_send_all", "_send_loop.endings": "see_off", "_watchers": "wake"}

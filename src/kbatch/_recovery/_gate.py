@@ -6,7 +6,6 @@ Knows no queue. A sender asks the gate before each batch, and tells it the answe
 from __future__ import annotations
 
 import logging
-import random
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +29,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Flag, monotonic
 from kbatch._recovery._circuit import CircuitBreaker, CircuitState
+from kbatch._recovery._retry import entropy
 from kbatch._text import buffered, counted
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Gate:
             failures_to_open=failures_to_open,
             probe_interval_s=probe_interval_s,
             max_probe_interval_s=max_probe_interval_s,
-            random=random.random,
+            random=entropy,
         )
         self.flag = Flag()
         self.death: KbatchError | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,9 @@ from kbatch._errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RetryPolicy", "is_number"]
+__all__ = ["RetryPolicy", "entropy", "is_number"]
+
+entropy = random.SystemRandom().random  # not the module's generator: a program that has seeded that counts on it
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,7 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
             `recent_failures` holds the last 1,000.
         dead_letter_topic: Where envelopes that are given up are sent, with the reason in headers. `on_failed` is then
             called for those only that cannot be sent there: they cannot be mapped, that topic fails as well, or the
-            sender is closed.
+            sender is closed. A dead letter that is on its way when closing gives up may be stored all the same.
         on_state_change: Called with the old and the new `CircuitState`, on the same thread.
 
     Raises:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ProducerError, type_name
 from kbatch._fastmap import monotonic, wall_time
 from kbatch._recovery._circuit import CircuitState
-from kbatch._recovery._retry import RetryPolicy
+from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._sending._endings import Endings
 from kbatch._sending._flights import Flights
 from kbatch._sending._queue import SendQueue
@@ -68,7 +67,7 @@ class SendLoop:
             batch_bytes=1_000_000 if buffer is None else buffer.batch_bytes,
             strict_order=options.strict_order,
             keep_scheduled=not gate.handle.producer._carries_scheduled_time,
-            random=random.random,
+            random=entropy,
         )
         self.flights = Flights(
             queue, buffer, gate, topic=topic, max_in_flight=options.max_in_flight_batches, news=news, counts=counts

@@ -322,6 +322,7 @@ cdef class Accumulator:
                 if self.stage != ACCEPTING or self.pid != _this_pid:
                     self._look()
                 if not flag.wait(None if deadline == INT64_MAX else (deadline - kb_now_ns()) / 1e9):
+                    self._leave_line(waiter)  # first: while an error is made, another thread may make room
                     if not waiter.taken:
                         raise SenderFullError(
                             f"no room for the envelope within {timeout} s: {self.buffered} have no outcome yet, "
