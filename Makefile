@@ -9,8 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes of pytest: most tests wait for something, so eight are not too many for two cores.
-WORKERS ?= 8
+# Processes of pytest: most tests wait for something, so twelve are not too many for two cores.
+WORKERS ?= 12
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -76,7 +76,7 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 	$(BIN)/kbatch demo $(ARGS)
 
 .PHONY: test
-test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=8 processes side by side (4 minutes)
+test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (4 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
 
 .PHONY: test-kafka
