@@ -106,6 +106,10 @@ nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what take
 bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)
 	$(BIN)/python -m benchmarks.run $(if $(KAFKA),--kafka) $(ARGS)
 
+.PHONY: bench-check
+bench-check: build $(STAMPS)/bench-group ## A short benchmark (a minute): fail if a ratio is under half of its target
+	$(BIN)/python -m benchmarks.run --quick --only loops --patience 0 --check $(ARGS)
+
 .PHONY: bench-docs
 bench-docs: build $(STAMPS)/bench-group ## Put results into docs/benchmarks.md: ARGS="benchmarks/results/…/kafka.json"
 	$(BIN)/python -m benchmarks.docs $(ARGS)
