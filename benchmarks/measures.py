@@ -23,6 +23,8 @@ LARGE_PARTITIONS = 32
 AWAITED_RTT_MS = 5
 ROUND_TRIPS_MS = (0, 1, 5)
 LINGERS_MS = (0, 1, 5)
+REQUESTS_IN_FLIGHT = (5, 2, 1)  # the first is librdkafka's default for an idempotent producer
+FAR_ROUND_TRIPS_MS = (None, 1, 5, 20)
 #: librdkafka takes fractions, of which it makes little
 LINGER_TRIALS_MS = (0, 0.2, 1, 5)
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
@@ -487,6 +489,32 @@ def linger(plan: Plan) -> Iterator[Section]:
             yield section
 
 
+def in_flight_requests(plan: Plan) -> Iterator[Section]:
+    """Whether fewer requests at a time would be a better default, with and without a linger time."""
+    for rtt_ms in FAR_ROUND_TRIPS_MS:
+        for batch in plan.sizes:
+            for how, window in (("one batch at a time", 0), (f"{WINDOW:,} in flight", WINDOW)):
+                contenders = [
+                    Contender(f"{most} requests, linger {linger_ms} ms", "kbatch", batch, window,
+                              config(linger_ms=linger_ms, requests=most))
+                    for linger_ms in LINGERS_MS[:2]
+                    for most in REQUESTS_IN_FLIGHT
+                ]  # fmt: skip
+                scores = plan.take_turns(contenders, rtt_ms=rtt_ms)
+                section = Section(
+                    f"Requests in flight: batches of {batch:,}, {how}, round trip {rtt_ms or 0} ms more, 8 headers",
+                    "in_flight_requests",
+                    {"rtt_ms": rtt_ms or 0, "batch": batch, "window": window},
+                    lines(scores),
+                )
+                default = scores[contenders[0].label]
+                section.figures = [
+                    figure(f"{each.label} / {contenders[0].label}", pairs(scores[each.label], default, rate_ratio))
+                    for each in contenders[1:]
+                ]
+                yield section
+
+
 def requests(plan: Plan) -> Iterator[Section]:
     """Into how many requests a batch is cut, by linger time. Needs the mock cluster, which counts them."""
     for rtt_ms in (0, 1):
@@ -513,6 +541,7 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "rivals": others,
     "round-trips": round_trips,
     "linger": linger,
+    "in-flight-requests": in_flight_requests,
     "awaited": awaited,
     "codecs": codecs,
     "latency": latency,
@@ -529,8 +558,9 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "requests": requests,
     "memory": memory,
 }
-#: Those of a run without --only. On a real broker: not what needs the mock cluster's faults or counts, priorities that
-#: a process cannot have back, or gigabytes of disk; nor what sends nothing.
+#: Those of a run without --only: not what a default was chosen by. On a real broker: not what needs the mock cluster's
+#: faults or counts, priorities that a process cannot have back, or gigabytes of disk; nor what sends nothing.
+_CHOICES = ("in-flight-requests",)
 _MOCK_ALONE = ("recovery", "asyncio", "gil", "senders-gil", "serializers", "memory", "requests")
-ON_MOCK = tuple(name for name in MEASURES if name not in ("codecs", "linger"))
-ON_KAFKA = tuple(name for name in MEASURES if name not in _MOCK_ALONE)
+ON_MOCK = tuple(name for name in MEASURES if name not in (*_CHOICES, "codecs", "linger"))
+ON_KAFKA = tuple(name for name in MEASURES if name not in (*_CHOICES, *_MOCK_ALONE))

@@ -150,7 +150,9 @@ def rivals(document: Document) -> Figure | None:
 
 
 def _short(line: Line) -> str:
-    return {"kbatch": "kbatch", "cloop": "C loop", "recycling": "C loop, recycling"}.get(line.side, line.label.replace(", publish_batch", ""))
+    return {"kbatch": "kbatch", "cloop": "C loop", "recycling": "C loop, recycling"}.get(
+        line.side, line.label.replace(", publish_batch", "")
+    )
 
 
 def throughput_by_round_trip(document: Document) -> Figure | None:

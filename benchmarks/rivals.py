@@ -14,9 +14,13 @@ JAVA_WARM_UP_S = 5.0
 PERFORMANCE_TURN_S = 2.0
 
 
-def config(*, linger_ms: float | None = None, codec: str | None = None) -> dict[str, Any]:
+def config(*, linger_ms: float | None = None, codec: str | None = None, requests: int | None = None) -> dict[str, Any]:
     """Options that the C loop and kbatch understand."""
-    settings = {"linger.ms": linger_ms, "compression.type": codec}
+    settings = {
+        "linger.ms": linger_ms,
+        "compression.type": codec,
+        "max.in.flight.requests.per.connection": requests,
+    }
     return {"config": {key: str(value) for key, value in settings.items() if value is not None}}
 
 

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from benchmarks import plots, results
+from benchmarks.broker import MockBroker
 from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import show, summary
 from benchmarks.library import HERE, build, java_program
@@ -44,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of 7 turns for each figure with a target (3)")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of a turn (default 0.25)")
     parser.add_argument("--partitions", type=int, metavar="N", help="partitions of each topic (default 4)")
+    parser.add_argument("--brokers", type=int, default=1, metavar="N", help="of the mock cluster (default 1)")
     parser.add_argument("--log-folder", type=Path, metavar="DIR", help="where the real Kafka keeps its logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes, with the plots beside it "
                         "(default benchmarks/results/TIME/)")  # fmt: skip
@@ -95,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         build(program)
     with ExitStack() as stack:
         if not options.kafka:
-            return run(options, plan, {"kind": "mock", "name": "mock cluster"})
+            plan = replace(plan, open_broker=partial(MockBroker, options.brokers))
+            name = "mock cluster" if options.brokers == 1 else f"mock cluster of {options.brokers} brokers"
+            return run(options, plan, {"kind": "mock", "name": name})
         from benchmarks.real import KafkaBroker, class_path  # needs Java and Maven
 
         start = time.monotonic()
