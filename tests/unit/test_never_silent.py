@@ -461,15 +461,26 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
 
 
 @pytest.mark.parametrize("how", ["with", "close"])
-def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout(how: str) -> None:
+@pytest.mark.parametrize(("close_timeout_s", "released_after_s"), [(0.05, 15), (60, 0.2)])
+def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout(
+    how: str, close_timeout_s: float, released_after_s: float
+) -> None:
     with MemoryProducer() as producer:
         producer.hold()
-        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout_s=0.05)
+        agent = kbatch.SendingAgent(producer, "orders")
+        sender = kbatch.BatchedSender(agent, batch_timeout_ms=1, close_timeout_s=close_timeout_s)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)
-        with pytest.raises(kbatch.UndeliveredError) as caught:
+        release = threading.Timer(released_after_s, producer.release)  # who waits longer has them sent
+        release.start()
+        if close_timeout_s > released_after_s:
             end(sender, "with") if how == "with" else sender.close()
-        assert keys(caught.value) == ["a", "b"]
+            assert [envelope.key for envelope in producer.envelopes] == ["a", "b"]
+        else:
+            with pytest.raises(kbatch.UndeliveredError) as caught:
+                end(sender, "with") if how == "with" else sender.close()
+            assert keys(caught.value) == ["a", "b"]
+        release.cancel()
         producer.release()
 
 
