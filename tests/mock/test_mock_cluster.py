@@ -119,10 +119,17 @@ def test_request_tracking(cluster):
 
 def test_pushed_request_errors_are_met_once_each(cluster):
     cluster.create_topic("t")
-    # 10 is MSG_SIZE_TOO_LARGE, which librdkafka does not retry
-    cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE", "RD_KAFKA_RESP_ERR_MSG_SIZE_TOO_LARGE", 10])
-    codes = [produce(cluster.bootstrap_servers, "t", messages(1))[0] for _ in range(4)]
-    assert [code and code.code() for code in codes] == [KafkaError.MSG_SIZE_TOO_LARGE] * 3 + [None]
+    # None of them is retried by librdkafka; 10 is MSG_SIZE_TOO_LARGE.
+    cluster.push_request_errors(
+        ApiKey.PRODUCE, ["INVALID_REQUIRED_ACKS", "RD_KAFKA_RESP_ERR_TOPIC_AUTHORIZATION_FAILED", 10]
+    )
+    errors = [produce(cluster.bootstrap_servers, "t", messages(1))[0] for _ in range(4)]
+    assert [error and error.name() for error in errors] == [
+        "INVALID_REQUIRED_ACKS",
+        "TOPIC_AUTHORIZATION_FAILED",
+        "MSG_SIZE_TOO_LARGE",
+        None,
+    ]
     cluster.push_request_errors(0, [10] * 5)
     cluster.clear_request_errors(0)
     assert produce(cluster.bootstrap_servers, "t", messages(1)) == [None]
@@ -260,9 +267,15 @@ def test_leaders(cluster):
         partitions = metadata(cluster, "t").topics["t"].partitions
         assert (partitions[0].leader, partitions[1].leader) == (2, -1)
         assert sorted(partitions[2].replicas) == [1, 2, 3]
-        for epoch in range(10, 20):  # one for each metadata response that a client may ask for
-            cluster.push_partition_leader("t", 2, 1, epoch)
-        assert metadata(cluster, "t").topics["t"].partitions[2].leader == 1
+        cluster.set_partition_leader("t", 2, 3)
+        cluster.push_partition_leader("t", 2, 1, 77)
+        request = struct.pack(">ih1s?", 1, 1, b"t", False)
+        leaders = [
+            struct.pack(">hiii", 0, 2, *leader) in answer_of(cluster, ApiKey.METADATA, 7, request)
+            for leader in [(1, 77), (1, 77)]
+        ]
+        assert leaders == [True, False]  # once
+        assert metadata(cluster, "t").topics["t"].partitions[2].leader == 3
         with pytest.raises(MockClusterError, match="leader 9"):
             cluster.set_partition_leader("t", 0, 9)
 
@@ -319,12 +332,16 @@ def test_brokers_come_and_go(cluster):
     with pytest.raises(ValueError, match="last one"):
         cluster.remove_broker(1)
     cluster.create_topic("t", 2)
+    produce(cluster.bootstrap_servers, "t", messages(4))
     cluster.add_broker(7)
     assert set(metadata(cluster).brokers) == {1, 7}
+    assert {partition.leader for partition in metadata(cluster, "t").topics["t"].partitions.values()} == {1, 7}
+    assert sum(map(len, read(cluster.bootstrap_servers, "t", 4).values())) == 4
     with pytest.raises(MockClusterError):
         cluster.add_broker(7)
     cluster.hide_broker(7)
     assert set(metadata(cluster).brokers) == {1}
+    assert {partition.leader for partition in metadata(cluster, "t").topics["t"].partitions.values()} == {1}
     cluster.add_broker(8)
     cluster.remove_broker(7)
     cluster.set_broker_rack(8, "rack-8")

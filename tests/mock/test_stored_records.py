@@ -1326,7 +1326,8 @@ def test_pending_batches(cluster: MockCluster) -> None:
             pending.report  # noqa: B018
         with pytest.raises(TypeError):
             pickle.dumps(pending)
-        cluster.set_broker_up(1)
+        assert producer.stats()["pinned_buffers"] == 1
+        threading.Timer(0.2, cluster.set_broker_up, (1,)).start()  # a thread, which needs the GIL
         assert pending.wait() is pending.wait()
         assert pending.report is pending.wait(0)
         assert repr(pending) == "<PendingBatch of 4 envelopes, done>"

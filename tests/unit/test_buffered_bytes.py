@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -212,9 +214,9 @@ def test_retries_and_dead_letters_keep_their_share() -> None:
         sender.close()
 
 
-def counted(*messages: Any) -> int:
+def counted(*messages: Any, encoder: Any = None) -> int:
     """As what the last of these messages counts, after the others."""
-    with MemoryProducer() as producer:
+    with MemoryProducer(encoder=encoder) as producer:
         producer.hold()
         sender = sender_of(producer, batch_timeout_ms=1e6, batch_bytes=BOUND)
         before = 0
@@ -231,6 +233,17 @@ def test_each_eighth_message_is_looked_into() -> None:
     small, large = {"lines": [{"body": "x"}]}, {"lines": [{"body": LARGE}]}
     seen = [counted(*[small] * before, large) >= len(LARGE) for before in range(25)]
     assert [before for before, is_seen in enumerate(seen) if is_seen] == [0, 8, 16, 24]
+
+
+@pytest.mark.parametrize("make", [lambda body: array.array("b", body), io.BytesIO])
+def test_memory_that_an_extensions_object_has_of_its_own_is_not_seen(make: Callable[[bytes], Any]) -> None:
+    assert counted({"body": LARGE.encode()}) >= len(LARGE)
+    assert counted({"body": make(LARGE.encode())}, encoder=lambda message, context: b"x") < 100
+
+
+def test_a_numpy_array_is_not_seen() -> None:
+    numpy = pytest.importorskip("numpy", reason="platform: numpy is not here")
+    assert counted({"body": numpy.zeros(len(LARGE))}, encoder=lambda message, context: b"x") < 100
 
 
 def test_of_a_long_list_a_sample_is_looked_at() -> None:

@@ -916,7 +916,11 @@ def test_close_gives_up_what_is_held_at_the_deadline(close_timeout_s: float, tim
     producer.hold()
     called: list[kbatch.DeliveryReport] = []
     pending = producer.submit(TOPIC, envelopes(3), callback=called.append)
+    release = threading.Timer(15, producer.release)  # who waits longer has them acknowledged
+    release.start()
+    assert not producer.closed
     assert producer.close(timeout) == 3
+    release.cancel()
     assert producer.closed
     assert set(names(pending.wait()).values()) == {"_PURGE_INFLIGHT"}
     assert len(called) == 1  # before close returned
@@ -1129,6 +1133,16 @@ def test_aio_kafka_sender(order: Callable[[Any], object], batch: list[Envelope],
 
 
 # -- asyncio
+
+
+def test_for_asyncio_it_has_the_same_methods_besides() -> None:
+    besides = [name for name in dir(MemoryProducer) if not name.startswith("_") and not hasattr(kbatch.Producer, name)]
+    assert {"fail", "down", "up", "hold", "release", "records"} <= set(besides)
+    for name in besides:
+        method = inspect.getattr_static(AioMemoryProducer, name)
+        assert method is inspect.getattr_static(MemoryProducer, name)
+        assert not inspect.iscoroutinefunction(method)
+    assert inspect.signature(AioMemoryProducer) == inspect.signature(MemoryProducer)
 
 
 def test_asyncio() -> None:
