@@ -19,7 +19,7 @@ from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..naming import shown
-from ..waiting import until
+from ..waiting import later, until
 from .clients import Stored, end_offsets, read_back
 from .processes import needs_fork, run
 
@@ -544,12 +544,10 @@ def test_leaving_the_block_waits_for_its_close_timeout(
     sender = kind.enter(topic.create_sender())
     with pytest.raises(kbatch.BatchPendingError):
         kind.do(sender.send(Envelope(0), timeout=0.05))
-    back = threading.Timer(back_after_s, cluster.set_broker_up, (1,))  # who waits longer has it sent
-    back.start()
     is_longer = close_timeout_s > back_after_s
-    with contextlib.nullcontext() if is_longer else pytest.raises(kbatch.UndeliveredError):
+    told = contextlib.nullcontext() if is_longer else pytest.raises(kbatch.UndeliveredError)
+    with later(back_after_s, cluster.set_broker_up), told:  # who waits longer has it sent
         kind.leave(sender)
-    back.cancel()
     cluster.set_broker_up(1)
     assert values(cluster) == ([b"0"] if is_longer else [])
 

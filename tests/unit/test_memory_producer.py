@@ -26,7 +26,7 @@ from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import TESTING, Injector
 from ..mapping import NOWHERE
-from ..waiting import until
+from ..waiting import later, until
 
 TOPIC = "orders"
 
@@ -916,11 +916,9 @@ def test_close_gives_up_what_is_held_at_the_deadline(close_timeout_s: float, tim
     producer.hold()
     called: list[kbatch.DeliveryReport] = []
     pending = producer.submit(TOPIC, envelopes(3), callback=called.append)
-    release = threading.Timer(15, producer.release)  # who waits longer has them acknowledged
-    release.start()
     assert not producer.closed
-    assert producer.close(timeout) == 3
-    release.cancel()
+    with later(15, producer.release):  # who waits longer has them acknowledged
+        assert producer.close(timeout) == 3
     assert producer.closed
     assert set(names(pending.wait()).values()) == {"_PURGE_INFLIGHT"}
     assert len(called) == 1  # before close returned
