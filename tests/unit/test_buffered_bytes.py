@@ -180,6 +180,20 @@ def test_what_is_not_encoded_counts_as_the_mean_of_what_was() -> None:
         sender.close()
 
 
+@pytest.mark.parametrize(("length", "expected"), [(100, 1_000), (1_900, 1_000), (2_100, 2_100)])
+def test_what_looks_more_than_twice_as_large_as_the_mean_counts_as_it_is(length: int, expected: int) -> None:
+    with MemoryProducer(encoder=lambda message, context: b"x" * 1_000) as producer:
+        sender = sender_of(producer, batch_timeout_ms=0)
+        for _ in range(100):
+            sender.send(Envelope({"n": 1}))
+        assert sender.flush() == 0
+        producer.hold()
+        assert sender.try_send(Envelope({"body": "y" * length}))
+        assert expected <= sender.stats()["buffered_bytes"] <= expected + 50
+        producer.release()
+        sender.close()
+
+
 def test_headers_and_keys_count_and_one_that_is_too_large_is_taken_alone() -> None:
     with MemoryProducer() as producer:
         producer.hold()

@@ -196,6 +196,15 @@ def test_clear_forgets_and_offsets_go_on(producer: MemoryProducer) -> None:
     assert (producer.envelopes, producer.records) == ((), ())
     assert producer.send_batch(TOPIC, envelopes(1)).offsets == (3,)
     assert len(producer.records) == len(producer.envelopes) == 1
+    producer.fail(times=2)
+    producer.hold()
+    pending = [producer.submit(TOPIC, [Envelope(n)]) for n in range(2)]
+    producer.release(1)
+    producer.clear()
+    assert messages(producer.in_flight) == [1]
+    producer.release()
+    assert [batch.report.failed for batch in pending] == [1, 1]
+    assert producer.records == ()
 
 
 def test_what_is_handed_out_does_not_change(producer: MemoryProducer) -> None:
@@ -467,6 +476,9 @@ def test_fail(producer: MemoryProducer) -> None:
     assert report.offsets == (-1, -1, 0)
     assert (messages(producer.envelopes), values(producer)) == ([2], [b"2"])
     assert producer.send_batch(TOPIC, envelopes(3)).ok  # it is over
+    producer.fail(times=2)
+    again = Envelope(4)
+    assert [producer.send_batch(TOPIC, [again]).ok for _ in range(3)] == [False, False, True]
 
 
 def test_fail_as_told(producer: MemoryProducer) -> None:
