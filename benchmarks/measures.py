@@ -159,10 +159,14 @@ def _loop(plan: Plan, batch: int, headers: int, best: dict[str, Contender]) -> S
     return section
 
 
+def _phase_us(stats: dict[str, int]) -> tuple[float, float]:
+    """Microseconds per envelope in phases 1 and 2, by the wall clock."""
+    return stats["map_ns"] / stats["envelopes"] / 1000, stats["enqueue_ns"] / stats["envelopes"] / 1000
+
+
 def _phases(score: Score) -> str:
-    stats = [final["stats"] for final in score.finals]
-    envelopes = sum(each["envelopes"] for each in stats)
-    mapping, enqueueing = (sum(each[key] for each in stats) / envelopes / 1000 for key in ("map_ns", "enqueue_ns"))
+    rounds = [_phase_us(final["stats"]) for final in score.finals]
+    mapping, enqueueing = (median(both[number] for both in rounds) for number in (0, 1))
     return (
         f"kbatch, one batch at a time: phase 1 {mapping:.2f} µs, phase 2 {enqueueing:.2f} µs per envelope (wall clock)"
     )
@@ -316,6 +320,32 @@ def gil(plan: Plan) -> Iterator[Section]:
     section = Section("GIL per envelope: what a competing thread loses, 8 headers", "gil", lines=lines(scores))
     standing_still(section, scores, {each.label: GIL_US for each in mine})
     yield section
+
+
+def cold_envelopes(plan: Plan) -> Iterator[Section]:
+    """What it costs in phase 1 that envelopes were made long before, and are no longer in a cache."""
+    for headers in (8, 0):
+        contenders = [
+            Contender(f"{bodies}, made {when}", "kbatch", BATCH, 0,
+                      {"encoded": bodies == "bytes", "just_in_time": when == "just before"})
+            for bodies in ("messages", "bytes")
+            for when in ("long before", "just before")
+        ]  # fmt: skip
+        scores = plan.take_turns(contenders, headers=headers)
+        section = Section(
+            f"Phase 1: envelopes made long before and just before, batches of {BATCH:,}, one at a time, "
+            + (f"{headers} headers" if headers else 'wire="raw", a key'),
+            "cold",
+            {"headers": headers},
+            lines(scores),
+        )
+        for each in contenders:
+            phases = [_phase_us(final["stats"]) for final in scores[each.label].finals]
+            section.figures += [
+                figure(f"{each.label}: phase {number}", [both[number - 1] for both in phases], unit=" µs")
+                for number in (1, 2)
+            ]
+        yield section
 
 
 def plain_values(plan: Plan) -> Iterator[Section]:
@@ -554,6 +584,7 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "senders-inline": senders.inline,
     "senders-gil": senders.gil,
     "values": plain_values,
+    "cold": cold_envelopes,
     "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
     "requests": requests,
     "memory": memory,
@@ -561,6 +592,6 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
 #: Those of a run without --only: not what a default was chosen by. On a real broker: not what needs the mock cluster's
 #: faults or counts, priorities that a process cannot have back, or gigabytes of disk; nor what sends nothing.
 _CHOICES = ("in-flight-requests",)
-_MOCK_ALONE = ("recovery", "asyncio", "gil", "senders-gil", "serializers", "memory", "requests")
+_MOCK_ALONE = ("recovery", "asyncio", "gil", "senders-gil", "serializers", "memory", "requests", "cold")
 ON_MOCK = tuple(name for name in MEASURES if name not in (*_CHOICES, "codecs", "linger"))
 ON_KAFKA = tuple(name for name in MEASURES if name not in (*_CHOICES, *_MOCK_ALONE))
