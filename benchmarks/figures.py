@@ -20,6 +20,8 @@ class Figure(msgspec.Struct, frozen=True):
     target: float | None = None
     at_most: bool = False
     digits: int = 2
+    #: what `--check` asks at least, instead of half of the target
+    least: float | None = None
 
     @property
     def reached(self) -> bool | None:
@@ -32,7 +34,9 @@ class Figure(msgspec.Struct, frozen=True):
         """Whether it misses its target by a factor of two, which no noise of the machine explains."""
         if self.target is None:
             return False
-        return self.value > 2 * self.target if self.at_most else 2 * self.value < self.target
+        if self.at_most:
+            return self.value > 2 * self.target
+        return self.value < (self.target / 2 if self.least is None else self.least)
 
     def verdict(self) -> str:
         if self.target is None:

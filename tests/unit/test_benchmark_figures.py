@@ -30,6 +30,22 @@ def document(*sections: Section) -> Document:
     return Document({}, {"kind": "mock", "name": "mock cluster"}, {}, 1.0, list(sections))
 
 
+@pytest.mark.parametrize(
+    ("figure", "far_off"),
+    [
+        (Figure("", 0.5, 0, 1, target=1.0), False),
+        (Figure("", 0.49, 0, 1, target=1.0), True),
+        (Figure("", 2.0, 0, 9, target=1.0, at_most=True), False),
+        (Figure("", 2.1, 0, 9, target=1.0, at_most=True), True),
+        (Figure("", 1.0, 0, 9, target=8.0, least=1.0), False),
+        (Figure("", 0.9, 0, 9, target=8.0, least=1.0), True),
+        (Figure("", 0.1, 0, 9, least=1.0), False),
+    ],
+)
+def test_a_check_allows_for_a_factor_of_two(figure: Figure, far_off: bool):
+    assert figure.is_far_off == far_off
+
+
 def test_a_section_becomes_tables():
     text = docs.render(section())
     assert "| kbatch, one at a time | 123,000 | 99,000 to 1,500,000 | 1.23 | 0.50 | 49 | 10 | 1% |" in text
