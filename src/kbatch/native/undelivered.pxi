@@ -25,7 +25,7 @@ cdef class _Lot:
 cdef class Undelivered:
     """What was given up by a sender or a producer and told to nobody yet: the first 1,000, and how many there are.
 
-    Whoever takes it tells it, so that each failure is told once. What is left at the end is logged.
+    The call that takes it tells it, so that each failure is told once. What is left at the end is logged.
     """
 
     def __init__(self, str what not None):
