@@ -31,6 +31,7 @@ import msgspec
 from msgspec import UNSET
 
 from kbatch._callbacks import callback_name, has_coroutine_methods, refuse_coroutine
+from kbatch._checks import check_timeout
 from kbatch._errors import (
     BatchError,
     BatchInterruptedError,
@@ -39,7 +40,6 @@ from kbatch._errors import (
     ForkError,
     NotYetDueError,
     ProducerClosedError,
-    SenderClosedError,
     SenderFullError,
     SerializationError,
     exception_text,

@@ -601,6 +601,52 @@ def test_a_finalizer_may_close_it_while_who_waits_gets_its_room() -> None:
         assert len(sender) == (1 if waiter.taken else 0)
 
 
+def test_a_finalizer_that_sends_in_the_middle_of_a_send_takes_no_room_twice() -> None:
+    before = gc.get_threshold()
+    for _ in range(200):
+        sender = make(max_buffered=1)
+        farewells = [0]
+        Chatty(sender, farewells)
+        gc.set_threshold(1, 1, 1)
+        try:
+            taken = sender.try_send(Envelope(1))
+        finally:
+            gc.set_threshold(*before)
+        gc.collect()
+        assert taken + farewells[0] == len(sender) == 1
+
+
+class Leaver:
+    """Has what waits for room wait no longer when it is collected, as its thread does when its time is over."""
+
+    def __init__(self, sender: Sender, waiter: RoomWaiter, refused: list[bool]) -> None:
+        self.sender, self.waiter, self.refused = sender, waiter, refused
+        self.cycle = self
+
+    def __del__(self) -> None:
+        self.sender._leave_line(self.waiter)
+        self.refused.append(not self.waiter.taken)
+
+
+def test_what_leaves_the_line_while_it_is_given_room_is_not_taken() -> None:
+    before = gc.get_threshold()
+    for _ in range(200):
+        sender = make(batch_size=1, max_buffered=1)
+        sender.send(Envelope(1))
+        take_all(sender)
+        refused: list[bool] = []
+        waiter = sender._line_up(Envelope(2), lambda: None)
+        Leaver(sender, waiter, refused)
+        gc.set_threshold(1, 1, 1)
+        try:
+            sender._give_back(1, 1)
+        finally:
+            gc.set_threshold(*before)
+        gc.collect()
+        assert refused == [not waiter.taken]
+        assert len(sender) == (1 if waiter.taken else 0)
+
+
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="platform: no interval timers")
 def test_a_signal_handler_may_send_in_the_middle_of_a_send() -> None:
     sender = make(batch_size=5)
