@@ -54,6 +54,20 @@ MUTANTS = (
         "            with self.lock:",
         "tests/unit/test_gate.py",
     ),
+    Mutant(
+        "a look that comes while failures are noted is not seen",
+        "Batch._keep_failures",
+        "            if self.looked:  # a finalizer",
+        "            if False:  # a finalizer",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "what was taken to be told is lost for want of memory",
+        "Undelivered._take_all",
+        "            self._put_back(taken, count[0])\n",
+        "",
+        "tests/mock/test_no_memory.py",
+    ),
     # -- the start
     Mutant(
         "a start is begun within a start",

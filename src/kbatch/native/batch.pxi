@@ -211,11 +211,14 @@ cdef class Batch(MappedBatch):
                     lot.bytes += size
                     lot.failures.append(
                         (self.envelopes[i], self.outcomes._items[i].error, self.outcomes._items[i].persistence))
-            if not self.looked:  # a finalizer may have come in between
-                undelivered._put(lot)
+            undelivered._put(lot)
+            if self.looked:  # a finalizer has come in between
+                undelivered._take(lot)
+            else:
                 self.lot = lot
         except BaseException:  # no memory
-            undelivered.rest += count
+            if not self.looked:
+                undelivered.rest += count
 
     cdef void _release(self) noexcept:
         # With the GIL, once done: what librdkafka could read is given back.
