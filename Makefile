@@ -9,8 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# Processes of pytest: most tests wait for something, so eight are not too many for two cores.
-WORKERS ?= 8
+# Processes of pytest: most tests wait for something, so twelve are not too many for two cores.
+WORKERS ?= 12
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -76,7 +76,7 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 	$(BIN)/kbatch demo $(ARGS)
 
 .PHONY: test
-test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=8 processes side by side (4 minutes)
+test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (4 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
 
 .PHONY: test-kafka
@@ -105,6 +105,10 @@ nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what take
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)
 	$(BIN)/python -m benchmarks.run $(if $(KAFKA),--kafka) $(ARGS)
+
+.PHONY: bench-check
+bench-check: build $(STAMPS)/bench-group ## A short benchmark (a minute): fail if a ratio is under half of its target
+	$(BIN)/python -m benchmarks.run --quick --only loops --patience 0 --check $(ARGS)
 
 .PHONY: bench-docs
 bench-docs: build $(STAMPS)/bench-group ## Put results into docs/benchmarks.md: ARGS="benchmarks/results/…/kafka.json"

@@ -40,8 +40,8 @@ OpenBroker: TypeAlias = Callable[[], AbstractContextManager[Broker]]
 
 
 class MockBroker(MockCluster):
-    def __init__(self) -> None:
-        super().__init__(brokers=1, process=True)
+    def __init__(self, brokers: int = 1) -> None:
+        super().__init__(brokers=brokers, process=True)
         self._topics = 0
 
     def __enter__(self) -> "MockBroker":

@@ -5,12 +5,15 @@
  * comparison runs the same code) and declares the few functions it needs itself; neither kbatch's
  * declarations nor librdkafka's headers are used.
  *
- *   cloop LIBRARY DATA BOOTSTRAP TOPIC BATCH WINDOW [key=value ...]
+ *   cloop LIBRARY DATA BOOTSTRAP TOPIC BATCH WINDOW HEADERS [key=value ...]
  *
  * DATA      a file written by benchmarks/data.py; its messages are sent in order, over and over
  * BATCH     messages enqueued in one go
  * WINDOW    0: one batch at a time, each awaited before the next. Otherwise batches overlap, with about
  *           WINDOW messages in flight; the count is looked at every 128 messages.
+ * HEADERS   new: a header list is made for each message, as everybody does. recycled: the list that a
+ *           delivery report gives back is used again, its values overwritten; all messages of DATA must
+ *           have the same names and values of the same lengths.
  *
  * Each line of standard input is a number of messages: so many are sent and awaited, then a line of JSON
  * with what it took goes to standard output. Two sides can thus take turns without starting anew. Every
@@ -73,6 +76,8 @@ enum { PRODUCER = 0, DRAIN_EVERY = 128, REPORTS_AT_ONCE = 1024 };
         X(void, topic_destroy, (void *))                                                                   \
         X(void *, headers_new, (size_t))                                                                   \
         X(int, header_add, (void *, const char *, ssize_t, const void *, ssize_t))                         \
+        X(int, header_get_all, (const void *, size_t, const char **, const void **, size_t *))             \
+        X(int, message_detach_headers, (const struct rk_message *, void **))                               \
         X(void *, produceva, (void *, const struct rk_argument *, size_t))                                 \
         X(int, error_code, (const void *))                                                                 \
         X(const char *, error_string, (const void *))                                                      \
@@ -181,6 +186,70 @@ static void load(const char *path) {
 static void *producer, *topic, *reports;
 static long acknowledged, enqueued;
 
+/* A header list that is used again; which message has it stands in the message's opaque. */
+struct list {
+        void *headers;
+        struct list *next;
+        char *values[];
+};
+
+static int recycles;
+static struct list *lists; /* those that no message has */
+
+static void *new_headers(const struct message *m) {
+        void *headers = rk_headers_new(header_count);
+        uint32_t h;
+
+        for (h = 0; h < header_count; h++)
+                rk_header_add(headers, m->headers[h].name.data, m->headers[h].name.size, m->headers[h].value.data,
+                              m->headers[h].value.size);
+        return headers;
+}
+
+static struct list *take_list(const struct message *m) {
+        struct list *list = lists;
+        const char *name;
+        size_t size;
+        uint32_t h;
+
+        if (list) {
+                lists = list->next;
+                for (h = 0; h < header_count; h++)
+                        memcpy(list->values[h], m->headers[h].value.data, m->headers[h].value.size);
+                return list;
+        }
+        list = malloc(sizeof *list + header_count * sizeof *list->values);
+        if (!list)
+                fail("header lists", "out of memory");
+        list->headers = new_headers(m);
+        for (h = 0; h < header_count; h++)
+                if (rk_header_get_all(list->headers, h, &name, (const void **)&list->values[h], &size))
+                        fail("header lists", "a header is missing");
+        return list;
+}
+
+static void give_back(const struct rk_message *delivered) {
+        struct list *list = delivered->opaque;
+        void *headers = NULL;
+
+        if (rk_message_detach_headers(delivered, &headers) || headers != list->headers)
+                fail("header lists", "a report does not have its message's list");
+        list->next = lists;
+        lists = list;
+}
+
+static void check_shape(void) {
+        uint32_t i, h;
+
+        for (i = 1; i < message_count; i++)
+                for (h = 0; h < header_count; h++)
+                        if (messages[i].headers[h].value.size != messages[0].headers[h].value.size ||
+                            messages[i].headers[h].name.size != messages[0].headers[h].name.size ||
+                            memcmp(messages[i].headers[h].name.data, messages[0].headers[h].name.data,
+                                   messages[0].headers[h].name.size))
+                                fail("header lists", "the messages are not of one shape");
+}
+
 /* Takes one event if there is one within the timeout. Destroying it at once is what gives queue room back. */
 static int take_event(int timeout_ms) {
         const struct rk_message *delivered[REPORTS_AT_ONCE];
@@ -191,9 +260,12 @@ static int take_event(int timeout_ms) {
                 return 0;
         if (rk_event_type(event) == EVENT_DELIVERY) {
                 while ((got = rk_event_message_array(event, delivered, REPORTS_AT_ONCE)) > 0) {
-                        for (i = 0; i < got; i++)
+                        for (i = 0; i < got; i++) {
                                 if (delivered[i]->err)
                                         fail("a message was not delivered", rk_err2str(delivered[i]->err));
+                                if (recycles)
+                                        give_back(delivered[i]);
+                        }
                         acknowledged += (long)got;
                 }
         } else if (rk_event_type(event) == EVENT_ERROR && rk_event_error(event) != ERR_TRANSPORT &&
@@ -210,30 +282,28 @@ static void wait_until_in_flight(long most) {
 
 static void enqueue(const struct message *m) {
         struct rk_argument arguments[5];
-        void *headers = NULL, *error;
+        struct list *list = NULL;
+        void *error;
         size_t n = 0;
-        uint32_t h;
 
         arguments[n].type = ARG_TOPIC_HANDLE;
         arguments[n++].u.pointer = topic;
         arguments[n].type = ARG_VALUE;
         arguments[n].u.memory.data = m->value.data;
         arguments[n++].u.memory.size = m->value.size;
-        arguments[n].type = ARG_OPAQUE;
-        arguments[n++].u.pointer = (void *)m;
         if (m->key.size) {
                 arguments[n].type = ARG_KEY;
                 arguments[n].u.memory.data = m->key.data;
                 arguments[n++].u.memory.size = m->key.size;
         }
         if (header_count) {
-                headers = rk_headers_new(header_count);
-                for (h = 0; h < header_count; h++)
-                        rk_header_add(headers, m->headers[h].name.data, m->headers[h].name.size,
-                                      m->headers[h].value.data, m->headers[h].value.size);
+                if (recycles)
+                        list = take_list(m);
                 arguments[n].type = ARG_HEADERS;
-                arguments[n++].u.pointer = headers;
+                arguments[n++].u.pointer = list ? list->headers : new_headers(m);
         }
+        arguments[n].type = ARG_OPAQUE;
+        arguments[n++].u.pointer = list ? (void *)list : (void *)m;
         while ((error = rk_produceva(producer, arguments, n)) != NULL) {
                 if (rk_error_code(error) != ERR_QUEUE_FULL)
                         fail("produce failed", rk_error_string(error));
@@ -396,21 +466,26 @@ int main(int argc, char **argv) {
         long batch, window, count;
         int i;
 
-        if (argc < 7)
-                fail("usage", "cloop LIBRARY DATA BOOTSTRAP TOPIC BATCH WINDOW [key=value ...]");
+        if (argc < 8)
+                fail("usage", "cloop LIBRARY DATA BOOTSTRAP TOPIC BATCH WINDOW HEADERS [key=value ...]");
         bind_library(argv[1]);
         load(argv[2]);
         batch = atol(argv[5]);
         window = atol(argv[6]);
         if (batch < 1 || window < 0)
                 fail("usage", "BATCH must be positive, WINDOW not negative");
+        recycles = header_count && !strcmp(argv[7], "recycled");
+        if (recycles)
+                check_shape();
+        else if (strcmp(argv[7], "new") && strcmp(argv[7], "recycled"))
+                fail("usage", "HEADERS must be new or recycled");
 
         conf = rk_conf_new();
         set(conf, "bootstrap.servers", argv[3]);
         set(conf, "acks", "all");
         set(conf, "enable.idempotence", "true");
         set(conf, "linger.ms", "0");
-        for (i = 7; i < argc; i++) {
+        for (i = 8; i < argc; i++) {
                 char *value = strchr(argv[i], '=');
                 if (!value)
                         fail(argv[i], "not of the form key=value");

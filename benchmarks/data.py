@@ -144,26 +144,30 @@ def header_pairs(envelope: PlainEnvelope, sent_at: str) -> list[tuple[str, str]]
     return pairs
 
 
-def kbatch_envelopes(count: int = POOL, headers: int = 8, *, encoded: bool = False) -> "list[kbatch.Envelope[Any]]":
-    """The same messages as kbatch's envelopes. kbatch formats the ids and, unless they are `encoded` already, encodes
-    the bodies when it maps."""
-    import kbatch
-
+def envelope_options(count: int = POOL, headers: int = 8, *, encoded: bool = False) -> list[dict[str, Any]]:
+    """What `kbatch.Envelope` takes for the same messages, for envelopes that are made just before they are sent. kbatch
+    formats the ids and, unless they are `encoded` already, encodes the bodies when it maps."""
     encode = msgspec.json.Encoder().encode
-
     optional = ("correlation_id", "conversation_id", "parent_id", "source", "tenant_id", "user_name")
     return [
-        kbatch.Envelope(
+        {
             **({"data": encode(plain.message)} if encoded else {"message": plain.message}),
-            key=plain.key,
-            id=uuid.UUID(plain.id),
-            message_type=plain.message_type,
-            content_type=plain.content_type,
-            headers=plain.headers,
+            "key": plain.key,
+            "id": uuid.UUID(plain.id),
+            "message_type": plain.message_type,
+            "content_type": plain.content_type,
+            "headers": plain.headers,
             **{name: value for name in optional if (value := getattr(plain, name)) is not None},
-        )
+        }
         for plain in orders(count, headers)
     ]
+
+
+def kbatch_envelopes(count: int = POOL, headers: int = 8, *, encoded: bool = False) -> "list[kbatch.Envelope[Any]]":
+    """The same as envelopes that were made long before."""
+    import kbatch
+
+    return [kbatch.Envelope(**options) for options in envelope_options(count, headers, encoded=encoded)]
 
 
 def plain_value(size: int = 100) -> bytes:

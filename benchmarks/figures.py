@@ -27,6 +27,13 @@ class Figure(msgspec.Struct, frozen=True):
             return None
         return self.value <= self.target if self.at_most else self.value >= self.target
 
+    @property
+    def is_far_off(self) -> bool:
+        """Whether it misses its target by a factor of two, which no noise of the machine explains."""
+        if self.target is None:
+            return False
+        return self.value > 2 * self.target if self.at_most else 2 * self.value < self.target
+
     def verdict(self) -> str:
         if self.target is None:
             return ""

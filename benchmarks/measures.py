@@ -23,6 +23,8 @@ LARGE_PARTITIONS = 32
 AWAITED_RTT_MS = 5
 ROUND_TRIPS_MS = (0, 1, 5)
 LINGERS_MS = (0, 1, 5)
+REQUESTS_IN_FLIGHT = (5, 2, 1)  # the first is librdkafka's default for an idempotent producer
+FAR_ROUND_TRIPS_MS = (None, 1, 5, 20)
 #: librdkafka takes fractions, of which it makes little
 LINGER_TRIALS_MS = (0, 0.2, 1, 5)
 CODECS = ("none", "gzip", "snappy", "lz4", "zstd")
@@ -31,19 +33,26 @@ REQUESTS_SIZES = (1, 10, 100, 1_000, 10_000)
 #: several threads that each await small batches on one producer
 THREADS, SMALL_BATCH = 8, 10
 
-# The targets of issue 2.
-ONE_AT_A_TIME = {1_000: 0.9, 10_000: 0.95}
-IN_FLIGHT = {100: 0.7, 1_000: 0.7, 10_000: 0.8}
-CPU_US = 0.4
-CONFLUENT = 7.0
-AIOKAFKA = 10.0
+# The targets, of batches of so many where they differ.
+ONE_AT_A_TIME = {100: 0.95, 1_000: 1.3, 10_000: 1.2}  # to the C loop that makes its header lists anew
+IN_FLIGHT = {100: 1.4, 1_000: 1.5, 10_000: 1.4}
+IN_FLIGHT_RECYCLING = {100: 0.87, 1_000: 0.93, 10_000: 0.87}  # to the one that uses them again
+CONFLUENT = 8.0  # with an outcome for each message
+AIOKAFKA = 12.0
+AIOPRODUCER = 8.0
+FASTSTREAM = 5.0
+JAVA_RATE, JAVA_CPU = 1.1, 1.2  # on a real Kafka
 AWAITED = 500.0
-GIL_US = 0.4
-PLAIN_VALUES = 1_500_000.0
+GIL_US = 0.45
+PLAIN_VALUES = 0.85  # of the C loop
 GROWTH_MIB = 4.0
 LATENCY_OF_C_LOOP = 1.2
 LATENCY_OF_CONFLUENT = 1.0
 RECOVERY_S = 1.0
+
+
+def _cpu_ratio(mine: Result, its: Result) -> float:
+    return mine.cpu_us / its.cpu_us
 
 
 def _cpu_difference(mine: Result, its: Result) -> float:
@@ -70,8 +79,9 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     section = Section("The same keys, values and headers on all sides", "bytes")
     for headers in plan.headers:
         sides: list[tuple[str, dict[str, Any]]] = [
-            ("cloop", {}), ("kbatch", {}), ("confluent", {}), ("confluent", {"form": "callback"}), ("aiokafka", {}),
-            ("aiokafka", {"form": "send_batch"}), ("sender", {}), ("sender_aio", {}), ("sender", {"form": "inline"}),
+            ("cloop", {}), ("recycling", {}), ("kbatch", {}), ("kbatch", {"just_in_time": True}), ("confluent", {}),
+            ("confluent", {"form": "callback"}), ("aiokafka", {}), ("aiokafka", {"form": "send_batch"}), ("sender", {}),
+            ("sender_aio", {}), ("sender", {"form": "inline"}),
         ]  # fmt: skip
         if not headers:
             sides += [("confluent", {"call": "produce_batch"}), ("aioproducer", {})]
@@ -87,60 +97,65 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     yield section
 
 
-def tune_confluent(plan: Plan, batch: int, headers: int = 8) -> Contender:
-    """The rival's best settings, by trial: linger, messages in flight, form of confirmation."""
+def tune_confluent(plan: Plan, batch: int, form: str, headers: int = 8) -> Contender:
+    """The rival's best settings, by trial: linger and messages in flight."""
     trials = [
-        Contender(f"linger {linger} ms, {window:,} in flight, {form}", "confluent", batch, window,
+        Contender(f"linger {linger} ms, {window:,} in flight", "confluent", batch, window,
                   {"linger_ms": linger, "form": form})
-        for linger, window, form in (
-            (5, 10 * WINDOW, "errors-only"),
-            (0, WINDOW, "errors-only"),
-            (5, WINDOW, "errors-only"),
-            (5, 10 * WINDOW, "callback"),
-            (50, 10 * WINDOW, "errors-only"),
-        )
+        for linger, window in ((5, 10 * WINDOW), (0, WINDOW), (5, WINDOW), (50, 10 * WINDOW))
     ]  # fmt: skip
     return plan.best(trials, headers)
 
 
 def loops(plan: Plan) -> Iterator[Section]:
-    """kbatch against the C loop and against confluent-kafka, for each size and header count."""
+    """kbatch against both C loops and both forms of confluent-kafka, for each size and header count."""
     for batch in plan.sizes:
-        best = tune_confluent(plan, batch)
+        best = {form: tune_confluent(plan, batch, form) for form in ("callback", "errors-only")}
         for headers in plan.headers:
             yield _loop(plan, batch, headers, best)
 
 
-def _loop(plan: Plan, batch: int, headers: int, best: Contender) -> Section:
+CONFLUENT_FORMS = {
+    "callback": "confluent-kafka, an outcome for each",
+    "errors-only": "confluent-kafka, told of errors only",
+}
+
+
+def _loop(plan: Plan, batch: int, headers: int, best: dict[str, Contender]) -> Section:
     official = headers == 8
-    c_one = Contender("C loop, one batch at a time", "cloop", batch)
-    k_one = Contender("kbatch, one batch at a time", "kbatch", batch)
-    k_flight = Contender(f"kbatch, {WINDOW:,} in flight", "kbatch", batch, WINDOW)
-    c_flight = Contender(f"C loop, {WINDOW:,} in flight", "cloop", batch, WINDOW)
-    rival = replace(best, label="confluent-kafka, mapped in Python")
-    contenders = (c_one, k_one, k_flight, c_flight, rival)
+    pair = {"one batch at a time": 0, f"{WINDOW:,} in flight": WINDOW}
+    sides = {"C loop": "cloop", "kbatch": "kbatch"} | ({"C loop, recycling": "recycling"} if headers else {})
+    contenders = [Contender(f"{name}, {how}", side, batch, window)
+                  for how, window in pair.items() for name, side in sides.items()]  # fmt: skip
+    contenders += [replace(best[form], label=label) for form, label in CONFLUENT_FORMS.items()]
     scores = plan.take_turns(contenders, plan.effort if official else plan.less, headers=headers)
     section = Section(
         f"Batches of {batch:,}, {headers} headers", "loops", {"batch": batch, "headers": headers}, lines(scores)
     )
-    one, its_one = scores[k_one.label], scores[c_one.label]
-    flight, its_flight = scores[k_flight.label], scores[c_flight.label]
-    faster, loop = (max(pair, key=lambda score: median(score.rates)) for pair in ((one, flight), (its_one, its_flight)))
-    section.figures = [
-        figure("kbatch / C loop, one batch at a time", pairs(one, its_one, rate_ratio),
-               target=ONE_AT_A_TIME.get(batch) if official else None),
-        figure("kbatch / C loop, in flight", pairs(flight, its_flight, rate_ratio),
-               target=IN_FLIGHT.get(batch) if official else None),
-        figure("CPU more than the C loop, one batch at a time", pairs(one, its_one, _cpu_difference), unit=" µs",
-               target=CPU_US if official else None, at_most=True),
-        figure("CPU more than the C loop, in flight", pairs(flight, its_flight, _cpu_difference), unit=" µs",
-               target=CPU_US if official else None, at_most=True),
-        figure("kbatch / confluent-kafka, each at its best", pairs(faster, scores[rival.label], rate_ratio),
-               target=CONFLUENT if official else None),
-        figure("C loop / confluent-kafka, each at its best", pairs(loop, scores[rival.label], rate_ratio)),
-    ]  # fmt: skip
-    section.notes.append(f"confluent-kafka at its best: {best.label}")
-    section.notes.append(_phases(one))
+    for how, targets in zip(pair, ((ONE_AT_A_TIME, {}), (IN_FLIGHT, IN_FLIGHT_RECYCLING)), strict=True):
+        mine = scores[f"kbatch, {how}"]
+        loop_targets = dict(zip(("C loop", "C loop, recycling"), targets, strict=True))
+        for name in sides:
+            if name == "kbatch":
+                continue
+            its = scores[f"{name}, {how}"]
+            section.figures += [
+                figure(f"kbatch / {name}, {how}", pairs(mine, its, rate_ratio),
+                       target=loop_targets[name].get(batch) if official else None),
+                figure(f"  CPU more than the {name}, {how}", pairs(mine, its, _cpu_difference), unit=" µs"),
+            ]  # fmt: skip
+    faster, loop = (
+        max((scores[f"{name}, {how}"] for how in pair), key=lambda score: median(score.rates))
+        for name in ("kbatch", "C loop")
+    )
+    for form, label in CONFLUENT_FORMS.items():
+        section.figures += [
+            figure(f"kbatch / {label}, each at its best", pairs(faster, scores[label], rate_ratio),
+                   target=CONFLUENT if official and form == "callback" else None),
+            figure(f"  C loop / {label}", pairs(loop, scores[label], rate_ratio)),
+        ]  # fmt: skip
+        section.notes.append(f"{label}: {best[form].label}")
+    section.notes.append(_phases(scores["kbatch, one batch at a time"]))
     return section
 
 
@@ -315,10 +330,11 @@ def plain_values(plan: Plan) -> Iterator[Section]:
     ]
     scores = plan.take_turns(contenders, values=100)
     section = Section('Plain values of 100 bytes, wire="raw"', "values", lines=lines(scores))
-    best = max((scores[contender.label] for contender in contenders[:3]), key=lambda score: median(score.rates))
     section.figures = [
-        figure("kbatch at its best", [rate / 1e6 for rate in best.rates], unit=" M/s", target=PLAIN_VALUES / 1e6)
-    ]
+        figure(f"kbatch / C loop, {its.label.removeprefix('C loop, ')}",
+               pairs(scores[mine.label], scores[its.label], rate_ratio), target=PLAIN_VALUES)
+        for mine, its in zip(contenders[:2], contenders[3:5], strict=True)
+    ]  # fmt: skip
     yield section
 
 
@@ -360,17 +376,29 @@ def others(plan: Plan) -> Iterator[Section]:
             lines(scores),
         )
         for name in found:
-            if name not in ("kbatch", "C loop"):
+            if not name.startswith(("kbatch", "C loop")):
                 ratios = pairs(scores["kbatch"], scores[name], rate_ratio)
                 section.figures.append(figure(f"kbatch / {name}", ratios, target=_target(name, headers)))
+            if name.startswith("Java producer"):
+                section.figures.append(
+                    figure(f"  CPU, kbatch / {name}", pairs(scores["kbatch"], scores[name], _cpu_ratio),
+                           target=JAVA_CPU, at_most=True)
+                )  # fmt: skip
         section.notes.append("; ".join(f"{name}: {best.label}" for name, best in found.items()))
         yield section
 
 
 def _target(rival: str, headers: int) -> float | None:
-    if rival == "confluent-kafka, produce":
-        return CONFLUENT if headers else None
-    return AIOKAFKA if rival.startswith(("aiokafka", "FastStream", "confluent-kafka, AIOProducer")) else None
+    for start, target in (
+        ("confluent-kafka, an outcome", CONFLUENT if headers else None),
+        ("confluent-kafka, AIOProducer", AIOPRODUCER),
+        ("aiokafka, send", AIOKAFKA if rival == "aiokafka, send" else None),
+        ("FastStream over aiokafka", FASTSTREAM),
+        ("Java producer", JAVA_RATE if headers else None),
+    ):
+        if rival.startswith(start):
+            return target
+    return None
 
 
 def round_trips(plan: Plan) -> Iterator[Section]:
@@ -461,6 +489,32 @@ def linger(plan: Plan) -> Iterator[Section]:
             yield section
 
 
+def in_flight_requests(plan: Plan) -> Iterator[Section]:
+    """Whether fewer requests at a time would be a better default, with and without a linger time."""
+    for rtt_ms in FAR_ROUND_TRIPS_MS:
+        for batch in plan.sizes:
+            for how, window in (("one batch at a time", 0), (f"{WINDOW:,} in flight", WINDOW)):
+                contenders = [
+                    Contender(f"{most} requests, linger {linger_ms} ms", "kbatch", batch, window,
+                              config(linger_ms=linger_ms, requests=most))
+                    for linger_ms in LINGERS_MS[:2]
+                    for most in REQUESTS_IN_FLIGHT
+                ]  # fmt: skip
+                scores = plan.take_turns(contenders, rtt_ms=rtt_ms)
+                section = Section(
+                    f"Requests in flight: batches of {batch:,}, {how}, round trip {rtt_ms or 0} ms more, 8 headers",
+                    "in_flight_requests",
+                    {"rtt_ms": rtt_ms or 0, "batch": batch, "window": window},
+                    lines(scores),
+                )
+                default = scores[contenders[0].label]
+                section.figures = [
+                    figure(f"{each.label} / {contenders[0].label}", pairs(scores[each.label], default, rate_ratio))
+                    for each in contenders[1:]
+                ]
+                yield section
+
+
 def requests(plan: Plan) -> Iterator[Section]:
     """Into how many requests a batch is cut, by linger time. Needs the mock cluster, which counts them."""
     for rtt_ms in (0, 1):
@@ -487,6 +541,7 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "rivals": others,
     "round-trips": round_trips,
     "linger": linger,
+    "in-flight-requests": in_flight_requests,
     "awaited": awaited,
     "codecs": codecs,
     "latency": latency,
@@ -503,8 +558,9 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "requests": requests,
     "memory": memory,
 }
-#: Those of a run without --only. On a real broker: not what needs the mock cluster's faults or counts, priorities that
-#: a process cannot have back, or gigabytes of disk; nor what sends nothing.
+#: Those of a run without --only: not what a default was chosen by. On a real broker: not what needs the mock cluster's
+#: faults or counts, priorities that a process cannot have back, or gigabytes of disk; nor what sends nothing.
+_CHOICES = ("in-flight-requests",)
 _MOCK_ALONE = ("recovery", "asyncio", "gil", "senders-gil", "serializers", "memory", "requests")
-ON_MOCK = tuple(name for name in MEASURES if name not in ("codecs", "linger"))
-ON_KAFKA = tuple(name for name in MEASURES if name not in _MOCK_ALONE)
+ON_MOCK = tuple(name for name in MEASURES if name not in (*_CHOICES, "codecs", "linger"))
+ON_KAFKA = tuple(name for name in MEASURES if name not in (*_CHOICES, *_MOCK_ALONE))

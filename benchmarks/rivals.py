@@ -14,15 +14,20 @@ JAVA_WARM_UP_S = 5.0
 PERFORMANCE_TURN_S = 2.0
 
 
-def config(*, linger_ms: float | None = None, codec: str | None = None) -> dict[str, Any]:
+def config(*, linger_ms: float | None = None, codec: str | None = None, requests: int | None = None) -> dict[str, Any]:
     """Options that the C loop and kbatch understand."""
-    settings = {"linger.ms": linger_ms, "compression.type": codec}
+    settings = {
+        "linger.ms": linger_ms,
+        "compression.type": codec,
+        "max.in.flight.requests.per.connection": requests,
+    }
     return {"config": {key: str(value) for key, value in settings.items() if value is not None}}
 
 
 def rivals(headers: int, class_path: str | None) -> Iterator[tuple[str, list[Contender]]]:
-    """Each rival that carries so many headers, kbatch and the C loop first."""
-    for name, side in (("kbatch", "kbatch"), ("C loop", "cloop")):
+    """Each rival that carries so many headers, kbatch and the C loops first."""
+    own = {"kbatch": "kbatch", "C loop": "cloop"} | ({"C loop, recycling": "recycling"} if headers else {})
+    for name, side in own.items():
         yield (
             name,
             [
@@ -30,7 +35,11 @@ def rivals(headers: int, class_path: str | None) -> Iterator[tuple[str, list[Con
                 for linger, window in ((0, WINDOW), (0, 4 * WINDOW), (5, 4 * WINDOW))
             ],
         )
-    yield "confluent-kafka, produce", _trials("confluent", {}, (5, 50_000), (0, 5_000), (5, 5_000), (50, 50_000))
+    for name, form in (("an outcome for each", "callback"), ("told of errors only", "errors-only")):
+        yield (
+            f"confluent-kafka, {name}",
+            _trials("confluent", {"form": form}, (5, 50_000), (0, 5_000), (5, 5_000), (50, 50_000)),
+        )
     yield "aiokafka, send", _trials("aiokafka", {}, (0, 2_000), (0, 5_000), (5, 5_000))
     yield "aiokafka, send_batch", _trials("aiokafka", {"form": "send_batch"}, (0, 5_000), (0, 2_000))
     if class_path:

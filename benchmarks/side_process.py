@@ -13,14 +13,15 @@ from benchmarks.sides.base import Result, Spec
 
 
 def command_line(name: str, spec: Spec, data: Path | None) -> list[str]:
-    if name not in ("cloop", "java"):
+    if name not in ("cloop", "recycling", "java"):
         return [sys.executable, "-m", f"benchmarks.sides.{name}_side", msgspec.json.encode(spec).decode()]
     if data is None:
         raise ValueError(f"{name} needs a file of prepared messages")
     where = [str(data), spec.bootstrap, spec.topic, str(spec.batch), str(spec.window)]
     config = [f"{key}={value}" for key, value in spec.options.get("config", {}).items()]
-    if name == "cloop":
-        return [str(build("cloop")), librdkafka_path(), *where, *config]
+    if name != "java":
+        lists = "new" if name == "cloop" else "recycled"
+        return [str(build("cloop")), librdkafka_path(), *where, lists, *config]
     java = [java_program("java") or "java", "-Xmx1g", "-cp", build_java(spec.options["class_path"]), "JavaSide"]
     return [*java, *where, spec.options.get("form", "send"), *config]
 

@@ -1,7 +1,9 @@
 """For what happens on another thread."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 def until(condition: Callable[[], object], what: str, patience_s: float = 30.0) -> None:
@@ -10,3 +12,15 @@ def until(condition: Callable[[], object], what: str, patience_s: float = 30.0) 
     while not condition():
         assert time.monotonic() < deadline, f"never came: {what}"
         time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def later(seconds: float, function: Callable[[], object]) -> Iterator[None]:
+    """Calls a function on another thread after so many seconds, unless the block has ended by then."""
+    timer = threading.Timer(seconds, function)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()

@@ -2,7 +2,7 @@
 
 Options: `linger_ms`; `form`, one of
 
-callback     `produce(..., on_delivery=f)`; f counts, and keeps the first error
+callback     `produce(..., on_delivery=f)`; f keeps each offset, and the first error: an outcome for each message
 errors-only  `delivery.report.only.error` with one callback for failures: a message is delivered when the producer's
              queue is empty and no failure was reported. No offsets, no outcome per message, but no Python call per
              message either; it still confirms delivery, so it is the form that kbatch is compared with.
@@ -35,6 +35,7 @@ class Sender:
         self._only_errors = spec.options.get("form", "errors-only") == "errors-only"
         self._polls = spec.options.get("wait", "flush") == "poll"
         self._acknowledged = 0
+        self._offsets: list[int | None] = []
         self._error: KafkaError | None = None
         self._producer = Producer(
             {
@@ -69,9 +70,10 @@ class Sender:
             end = start + spec.batch
             self._batches.append([pool[at : min(at + piece, end)] for at in range(start, end, piece)])
 
-    def _on_delivery(self, error: KafkaError | None, _message: Message) -> None:
+    def _on_delivery(self, error: KafkaError | None, message: Message) -> None:
         if error is None:
             self._acknowledged += 1
+            self._offsets.append(message.offset())
         elif self._error is None:
             self._error = error
 
@@ -121,6 +123,7 @@ class Sender:
         producer, window, produce, batches = self._producer, self._window, self._produce, self._batches
         before, sent = self._acknowledged, 0
         for _ in range(count // self._batch):
+            self._offsets.clear()
             batch = batches[self._next]
             self._next = (self._next + 1) % len(batches)
             for piece in batch:

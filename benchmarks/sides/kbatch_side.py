@@ -3,6 +3,7 @@
 
 Options: `form` of the second kind: "bound" (as said) or "oldest" (at most as many batches as the window holds, at
 least two, and the oldest is waited for before the next is submitted); `encoded`: the bodies are bytes already;
+`just_in_time`: each batch's envelopes are made just before it is sent (the time is in the turn, but in neither phase);
 `threads`: so many threads send one batch at a time each, on the same producer; `config`: more of librdkafka's settings.
 """
 
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kbatch
-from benchmarks.data import kbatch_envelopes, plain_value
+from benchmarks.data import envelope_options, kbatch_envelopes, plain_value
 from benchmarks.sides.base import Spec, serve
 
 
@@ -28,21 +29,26 @@ class Sender:
             wire="raw" if spec.values or not spec.headers else "kbatch",
             max_in_flight=spec.window if spec.window and bound else 20_000,
         )
-        envelopes: list[kbatch.Envelope[Any]]
+        made: list[Any]
+        encoded, self._just_in_time = (bool(spec.options.get(name)) for name in ("encoded", "just_in_time"))
         if spec.values:
             value = bytearray(plain_value(spec.values))
-            envelopes = [kbatch.Envelope(data=bytes(value)) for _ in range(spec.pool)]
+            made = [{"data": bytes(value)} for _ in range(spec.pool)]
+            if not self._just_in_time:
+                made = [kbatch.Envelope(**options) for options in made]
+        elif self._just_in_time:
+            made = envelope_options(spec.pool, spec.headers, encoded=encoded)
         else:
-            envelopes = kbatch_envelopes(spec.pool, spec.headers, encoded=spec.options.get("encoded", False))
-        self._batches = [envelopes[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
+            made = kbatch_envelopes(spec.pool, spec.headers, encoded=encoded)
+        self._batches = [made[at : at + spec.batch] for at in range(0, spec.pool, spec.batch)]
         self._in_flight = bool(spec.window)
         self._shares = spec.options.get("threads", 0)
         self._threads = ThreadPoolExecutor(self._shares) if self._shares else None
 
     def _batch_after(self) -> "list[kbatch.Envelope[Any]]":
-        batch = self._batches[self._next]
+        batch: list[Any] = self._batches[self._next]
         self._next = (self._next + 1) % len(self._batches)
-        return batch
+        return [kbatch.Envelope(**options) for options in batch] if self._just_in_time else batch
 
     def send(self, count: int) -> int:
         if self._threads is not None:

@@ -30,7 +30,8 @@ def line(
 
 
 def senders(batch: int) -> list[Line]:
-    both = [line("", side, batch=batch, window=window) for side in ("kbatch", "cloop") for window in (0, 9)]
+    both = [line("", side, batch=batch, window=window) for side in ("kbatch", "cloop", "recycling")
+            for window in (0, 9)]  # fmt: skip
     return [*both, line("its best", "confluent", batch=batch, window=50_000)]
 
 

@@ -593,8 +593,9 @@ def test_sending_is_cancelled_at_every_await(cluster: MockCluster, how: str, sta
     assert sent or not started
 
 
+@pytest.mark.parametrize("kind", [aio.KafkaSender, aio.SendingAgent])
 @pytest.mark.parametrize("started", [True, False])
-def test_a_sender_is_cancelled_at_every_await(cluster: MockCluster, started: bool) -> None:
+def test_a_sender_is_cancelled_at_every_await(cluster: MockCluster, started: bool, kind: Any) -> None:
     """Exactly one callback, whenever it is cancelled, and a true one."""
     answers: list[list[tuple[str, Any]]] = []
 
@@ -608,10 +609,13 @@ def test_a_sender_is_cancelled_at_every_await(cluster: MockCluster, started: boo
                 producer = make_producer(cluster, encoder=slowly)
             recorder = Recorder()
             batch = OutgoingBatch(envelopes(range(step * 10, step * 10 + 5)))
+            sender = kind(producer, TOPIC)
             async with away(cluster):
-                assert await cancel_after(turns, aio.KafkaSender(producer, TOPIC).send_batch(recorder, batch))
+                assert await cancel_after(turns, sender.send_batch(recorder, batch))
                 answers.append(recorder.calls)
             assert await producer.flush(30) == 0
+            if kind is aio.SendingAgent:
+                await sender.close()
         await producer.close()
         assert producer.stats()["pinned_buffers"] == 0
 

@@ -810,6 +810,7 @@ def test_a_signal_keeps_what_was_rejected(name, topic, servers, tmp_path):
     status, out, _ = running.end()
     assert status == 128 + number
     assert "1 of 2 lines acknowledged" in out
+    assert "line 3 and those after it were not sent" in out
     assert rejects.read_text() == "bad\n"
     assert rejects_beside(rejects) == []
 
@@ -993,8 +994,11 @@ def wait_for(condition, timeout_s=20.0):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_what_is_in_flight_and_says_where_it_stopped(number, lines_file):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_ctrl_c_finishes_what_is_in_flight_and_says_where_it_stopped(name, lines_file):
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip("platform: no SIGHUP")
     lines = [line.encode() for line in lines_of(200_000)]
     with MockCluster(process=True) as cluster:
         cluster.create_topic("t", 1)
@@ -1339,6 +1343,15 @@ def test_commands_and_values_are_completed():
     assert out.split() == ["produce"]
     _, out, _ = run(_KBATCH_COMPLETE="complete_bash", COMP_WORDS="kbatch produce --wire w", COMP_CWORD="3")
     assert out.split() == ["wolverine"]
+    _, out, _ = run(_KBATCH_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="kbatch pro")
+    assert '"produce"' in out
+    assert "demo" not in out
+    fish = {"_TYPER_COMPLETE_ARGS": "kbatch pro", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    _, out, _ = run(_KBATCH_COMPLETE="complete_fish", **fish)
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["produce"]
+    powershell = {"_TYPER_COMPLETE_ARGS": "kbatch pro", "_TYPER_COMPLETE_WORD_TO_COMPLETE": "pro"}
+    _, out, _ = run(_KBATCH_COMPLETE="complete_powershell", **powershell)
+    assert out.startswith("produce:::")
 
 
 def test_a_completion_of_fish_is_one_line():

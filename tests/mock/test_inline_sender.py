@@ -19,7 +19,7 @@ from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..naming import shown
-from ..waiting import until
+from ..waiting import later, until
 from .clients import Stored, end_offsets, read_back
 from .processes import needs_fork, run
 
@@ -531,6 +531,38 @@ def test_what_a_send_had_no_time_to_tell_is_told_by_the_end(kind: Any, cluster: 
         kind.leave(sender)
     assert [envelope.message for envelope, _ in caught.value.failures] == [0]
     assert kind.do(sender.close()) == 0
+
+
+@pytest.mark.parametrize(("close_timeout_s", "back_after_s"), [(0.05, 15), (60, 0.2)])
+def test_leaving_the_block_waits_for_its_close_timeout(
+    kind: Any, cluster: MockCluster, close_timeout_s: float, back_after_s: float
+) -> None:
+    topics: Any = kbatch.KafkaTopic if isinstance(kind, Blocking) else aio.KafkaTopic
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "reconnect.backoff.max.ms": 100}
+    topic = topics(TOPIC, mode=kbatch.SenderMode.INLINE, config=config, close_timeout_s=close_timeout_s)
+    cluster.set_broker_down(1)
+    sender = kind.enter(topic.create_sender())
+    with pytest.raises(kbatch.BatchPendingError):
+        kind.do(sender.send(Envelope(0), timeout=0.05))
+    is_longer = close_timeout_s > back_after_s
+    told = contextlib.nullcontext() if is_longer else pytest.raises(kbatch.UndeliveredError)
+    with later(back_after_s, cluster.set_broker_up), told:  # who waits longer has it sent
+        kind.leave(sender)
+    cluster.set_broker_up(1)
+    assert values(cluster) == ([b"0"] if is_longer else [])
+
+
+def test_leaving_the_block_does_not_wait_for_a_producer_that_stays_open(kind: Any, cluster: MockCluster) -> None:
+    producer = make_producer(kind, cluster)
+    cluster.set_broker_down(1)
+    sender = kind.enter(kind.InlineSender(producer, TOPIC, close_timeout_s=1e6))
+    with pytest.raises(kbatch.BatchPendingError):
+        kind.do(sender.send(Envelope(0), timeout=0.05))
+    kind.leave(sender)
+    assert len(producer) == 1
+    cluster.set_broker_up(1)
+    assert kind.do(producer.close()) == 0
+    assert values(cluster) == [b"0"]
 
 
 @pytest.mark.parametrize("close_timeout_s", [-1, -0.5])

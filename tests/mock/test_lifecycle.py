@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,17 +16,10 @@ import kbatch
 from kbatch._fastmap import Config, pinned_buffers, set_oauth_token
 from kbatch.testing import MockCluster
 
+from ..waiting import later, until
 from .clients import read
 
 OUT_OF_ORDER_SEQUENCE = 45
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """Waits for something that comes by itself; fails after a time that only a hang reaches."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, f"never came: {what}"
-        time.sleep(0.005)
 
 
 def make_producer(cluster: MockCluster, **options: Any) -> kbatch.Producer:
@@ -270,9 +262,19 @@ def test_close_gives_up_what_is_left_and_answers_for_it(dark_cluster: MockCluste
 
 
 def test_leaving_a_with_block_says_what_was_lost(dark_cluster: MockCluster) -> None:
-    with pytest.raises(kbatch.UndeliveredError) as caught, make_producer(dark_cluster, close_timeout_s=0.2) as producer:
+    with (
+        later(15, lambda: dark_cluster.set_broker_up(1)),  # who waits longer loses nothing
+        pytest.raises(kbatch.UndeliveredError) as caught,
+        make_producer(dark_cluster, close_timeout_s=0.2) as producer,
+    ):
         producer.submit("orders", envelopes(7))
     assert caught.value.count == 7
+
+
+def test_leaving_a_with_block_waits_for_what_is_in_flight(dark_cluster: MockCluster) -> None:
+    with later(0.2, lambda: dark_cluster.set_broker_up(1)), make_producer(dark_cluster) as producer:
+        pending = producer.submit("orders", envelopes(7))
+    assert pending.report.acked == 7
 
 
 def test_an_exception_on_its_way_is_not_replaced(dark_cluster: MockCluster) -> None:
@@ -403,13 +405,15 @@ def test_a_request_without_an_answer_ends_with_the_socket_timeout_after_a_fatal_
 def test_what_a_former_leader_answered_is_possibly_persisted(kafka_cluster: MockCluster) -> None:
     # A leader that has appended and is then deposed answers so as well; librdkafka says: not persisted.
     kafka_cluster.create_topic("orders", partitions=1)
-    with make_producer(kafka_cluster, config={"delivery.timeout.ms": 1500}) as producer:
-        producer.send_batch("orders", envelopes(1)).raise_for_errors()
+    lost: list[Any] = []
+    with make_producer(kafka_cluster, config={"delivery.timeout.ms": 1500, "error_cb": lost.append}) as producer:
+        until(lambda: producer.send_batch("orders", envelopes(1)).ok, "the broker")
         kafka_cluster.push_request_errors(0, ["NOT_LEADER_FOR_PARTITION"] * 1000)
         error = producer.send_batch("orders", envelopes(1)).errors[0]
         assert (error.name, error.possibly_persisted) == ("_MSG_TIMED_OUT", True)
         kafka_cluster.clear_request_errors(0)
         kafka_cluster.set_broker_down(1)
+        until(lambda: lost, "the client to notice")  # what it still sends may be stored, as far as anybody knows
         assert not producer.send_batch("orders", envelopes(1)).errors[0].possibly_persisted
 
 

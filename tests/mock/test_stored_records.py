@@ -26,6 +26,7 @@ from kbatch._fastmap import pinned_buffers
 from kbatch.testing import MockCluster
 
 from ..naming import shown
+from ..waiting import later
 from .clients import Stored, end_offsets, produce, read_back, read_back_with_aiokafka
 
 TOPIC = "orders"
@@ -1326,8 +1327,9 @@ def test_pending_batches(cluster: MockCluster) -> None:
             pending.report  # noqa: B018
         with pytest.raises(TypeError):
             pickle.dumps(pending)
-        cluster.set_broker_up(1)
-        assert pending.wait() is pending.wait()
+        assert producer.stats()["pinned_buffers"] == 1
+        with later(0.2, cluster.set_broker_up):  # on a thread, which needs the GIL
+            assert pending.wait() is pending.wait()
         assert pending.report is pending.wait(0)
         assert repr(pending) == "<PendingBatch of 4 envelopes, done>"
         assert pending.latency_s == pending.report.latency_s

@@ -98,6 +98,13 @@ MUTANTS = (
         "",
         "tests/mock/test_header_lists.py",
     ),
+    Mutant(
+        "an inline sender closes in the producer's time and not in its own",
+        "_close",
+        "handle.release(self._close_timeout if timeout is None else timeout)",
+        "handle.release(timeout)",
+        "tests/mock/test_inline_sender.py",
+    ),
     # -- delivery reports
     Mutant(
         "a failed delivery report counts as an acknowledgement",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
+import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -178,6 +180,20 @@ def test_what_is_not_encoded_counts_as_the_mean_of_what_was() -> None:
         sender.close()
 
 
+@pytest.mark.parametrize(("length", "expected"), [(100, 1_000), (1_900, 1_000), (2_100, 2_100)])
+def test_what_looks_more_than_twice_as_large_as_the_mean_counts_as_it_is(length: int, expected: int) -> None:
+    with MemoryProducer(encoder=lambda message, context: b"x" * 1_000) as producer:
+        sender = sender_of(producer, batch_timeout_ms=0)
+        for _ in range(100):
+            sender.send(Envelope({"n": 1}))
+        assert sender.flush() == 0
+        producer.hold()
+        assert sender.try_send(Envelope({"body": "y" * length}))
+        assert expected <= sender.stats()["buffered_bytes"] <= expected + 50
+        producer.release()
+        sender.close()
+
+
 def test_headers_and_keys_count_and_one_that_is_too_large_is_taken_alone() -> None:
     with MemoryProducer() as producer:
         producer.hold()
@@ -212,9 +228,9 @@ def test_retries_and_dead_letters_keep_their_share() -> None:
         sender.close()
 
 
-def counted(*messages: Any) -> int:
+def counted(*messages: Any, encoder: Any = None) -> int:
     """As what the last of these messages counts, after the others."""
-    with MemoryProducer() as producer:
+    with MemoryProducer(encoder=encoder) as producer:
         producer.hold()
         sender = sender_of(producer, batch_timeout_ms=1e6, batch_bytes=BOUND)
         before = 0
@@ -231,6 +247,17 @@ def test_each_eighth_message_is_looked_into() -> None:
     small, large = {"lines": [{"body": "x"}]}, {"lines": [{"body": LARGE}]}
     seen = [counted(*[small] * before, large) >= len(LARGE) for before in range(25)]
     assert [before for before, is_seen in enumerate(seen) if is_seen] == [0, 8, 16, 24]
+
+
+@pytest.mark.parametrize("make", [lambda body: array.array("b", body), io.BytesIO])
+def test_memory_that_an_extensions_object_has_of_its_own_is_not_seen(make: Callable[[bytes], Any]) -> None:
+    assert counted({"body": LARGE.encode()}) >= len(LARGE)
+    assert counted({"body": make(LARGE.encode())}, encoder=lambda message, context: b"x") < 100
+
+
+def test_a_numpy_array_is_not_seen() -> None:
+    numpy = pytest.importorskip("numpy", reason="platform: numpy is not here")
+    assert counted({"body": numpy.zeros(len(LARGE))}, encoder=lambda message, context: b"x") < 100
 
 
 def test_of_a_long_list_a_sample_is_looked_at() -> None:

@@ -305,7 +305,8 @@ def test_times_are_aware(field: str) -> None:
     ids=str,
 )
 def test_times_are_kept_to_the_microsecond(field: str, moment: datetime) -> None:
-    assert getattr(Envelope(1, **{field: moment}), field) == moment
+    kept = getattr(Envelope(1, **{field: moment}), field)
+    assert (kept, kept.tzinfo) == (moment, UTC)
 
 
 class Number(int):

@@ -55,12 +55,15 @@ def test_waits_end_while_the_clock_stands_still() -> None:
 
 
 def test_times_are_the_machines() -> None:
-    # Both clocks: what is compared with `deliver_by` and what `sent-at` tells.
+    # Both clocks: what `deliver_by` and `scheduled_time` are compared with, and what `sent-at` tells.
     with MemoryProducer() as producer:
         report = producer.send_batch(
             "orders", [Envelope(1, deliver_by=datetime.now(timezone.utc) + timedelta(hours=1))]
         )
         assert report.expired_indices == (0,)
+        not_yet = datetime.now(timezone.utc) + timedelta(hours=1)  # but long ago
+        assert producer.send_batch("orders", [Envelope(1, scheduled_time=not_yet)]).ok
+        producer.clear()
         producer.send_batch("orders", [Envelope(2), Envelope(3, sent_at=datetime.now(timezone.utc))])
         first, second = (kbatch.read_envelope(record).sent_at for record in producer.records)
     assert first is not None

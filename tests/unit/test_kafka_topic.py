@@ -216,7 +216,13 @@ class Hooks:
         return None
 
 
+class Wire:
+    def write(self, envelope: Any) -> Any:
+        return None, b"", None
+
+
 HOOKS = Hooks()
+WIRE = Wire()
 ENCODER = msgspec.json.Encoder()
 SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({}, {}),
@@ -231,6 +237,7 @@ SAME: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"config": {"error_cb": None}}, {}),
     ({"config": SECRETS}, {"config": dict(SECRETS)}),
     ({"header_hook": HOOKS.hook}, {"header_hook": HOOKS.hook}),
+    ({"wire": WIRE}, {"wire": WIRE}),
     ({"encoder": ENCODER, "source": "x"}, {"encoder": ENCODER, "source": "x"}),
 ]
 OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -241,6 +248,7 @@ OTHER: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"config": {"oauth_cb": print}}, {"config": {"stats_cb": print}}),
     ({"config": SECRETS}, {"config": {**SECRETS, "sasl.password": SECRET + "."}}),
     ({}, {"wire": "raw"}),
+    ({"wire": WIRE}, {"wire": Wire()}),
     ({"encoder": msgspec.json.Encoder()}, {"encoder": msgspec.json.Encoder()}),
     ({}, {"source": "x"}),
     ({"header_hook": HOOKS.hook}, {"header_hook": Hooks().hook}),

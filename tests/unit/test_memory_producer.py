@@ -26,7 +26,7 @@ from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import TESTING, Injector
 from ..mapping import NOWHERE
-from ..waiting import until
+from ..waiting import later, until
 
 TOPIC = "orders"
 
@@ -196,6 +196,15 @@ def test_clear_forgets_and_offsets_go_on(producer: MemoryProducer) -> None:
     assert (producer.envelopes, producer.records) == ((), ())
     assert producer.send_batch(TOPIC, envelopes(1)).offsets == (3,)
     assert len(producer.records) == len(producer.envelopes) == 1
+    producer.fail(times=2)
+    producer.hold()
+    pending = [producer.submit(TOPIC, [Envelope(n)]) for n in range(2)]
+    producer.release(1)
+    producer.clear()
+    assert messages(producer.in_flight) == [1]
+    producer.release()
+    assert [batch.report.failed for batch in pending] == [1, 1]
+    assert producer.records == ()
 
 
 def test_what_is_handed_out_does_not_change(producer: MemoryProducer) -> None:
@@ -467,6 +476,9 @@ def test_fail(producer: MemoryProducer) -> None:
     assert report.offsets == (-1, -1, 0)
     assert (messages(producer.envelopes), values(producer)) == ([2], [b"2"])
     assert producer.send_batch(TOPIC, envelopes(3)).ok  # it is over
+    producer.fail(times=2)
+    again = Envelope(4)
+    assert [producer.send_batch(TOPIC, [again]).ok for _ in range(3)] == [False, False, True]
 
 
 def test_fail_as_told(producer: MemoryProducer) -> None:
@@ -916,7 +928,9 @@ def test_close_gives_up_what_is_held_at_the_deadline(close_timeout_s: float, tim
     producer.hold()
     called: list[kbatch.DeliveryReport] = []
     pending = producer.submit(TOPIC, envelopes(3), callback=called.append)
-    assert producer.close(timeout) == 3
+    assert not producer.closed
+    with later(15, producer.release):  # who waits longer has them acknowledged
+        assert producer.close(timeout) == 3
     assert producer.closed
     assert set(names(pending.wait()).values()) == {"_PURGE_INFLIGHT"}
     assert len(called) == 1  # before close returned
@@ -1129,6 +1143,16 @@ def test_aio_kafka_sender(order: Callable[[Any], object], batch: list[Envelope],
 
 
 # -- asyncio
+
+
+def test_for_asyncio_it_has_the_same_methods_besides() -> None:
+    besides = [name for name in dir(MemoryProducer) if not name.startswith("_") and not hasattr(kbatch.Producer, name)]
+    assert {"fail", "down", "up", "hold", "release", "records"} <= set(besides)
+    for name in besides:
+        method = inspect.getattr_static(AioMemoryProducer, name)
+        assert method is inspect.getattr_static(MemoryProducer, name)
+        assert not inspect.iscoroutinefunction(method)
+    assert inspect.signature(AioMemoryProducer) == inspect.signature(MemoryProducer)
 
 
 def test_asyncio() -> None:

@@ -25,7 +25,7 @@ from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
 from ..injection import Injected, Injector
-from ..waiting import until
+from ..waiting import later, until
 
 PERMANENT = "TOPIC_AUTHORIZATION_FAILED"
 HANG_S = 30.0
@@ -497,16 +497,25 @@ def test_a_topic_raises_at_the_end_of_its_senders_block() -> None:
 
 
 @pytest.mark.parametrize("how", ["with", "close"])
-def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout(how: str) -> None:
+@pytest.mark.parametrize(("close_timeout_s", "released_after_s"), [(0.05, 15), (60, 0.2)])
+def test_leaving_the_block_of_a_sender_waits_for_its_close_timeout(
+    how: str, close_timeout_s: float, released_after_s: float
+) -> None:
     with MemoryProducer() as producer:
         producer.hold()
-        sender = kbatch.BatchedSender(kbatch.SendingAgent(producer, "orders"), batch_timeout_ms=1, close_timeout_s=0.05)
+        agent = kbatch.SendingAgent(producer, "orders")
+        sender = kbatch.BatchedSender(agent, batch_timeout_ms=1, close_timeout_s=close_timeout_s)
         for envelope in envelopes("a", "b"):
             sender.send(envelope)
-        with pytest.raises(kbatch.UndeliveredError) as caught:
-            end(sender, "with") if how == "with" else sender.close()
-        assert keys(caught.value) == ["a", "b"]
+        lost: list[Any] = []
+        with later(released_after_s, producer.release):  # who waits longer has them sent
+            try:
+                end(sender, "with") if how == "with" else sender.close()
+            except kbatch.UndeliveredError as error:
+                lost = keys(error)
+        sent = [envelope.key for envelope in producer.envelopes]
         producer.release()
+        assert (sent, lost) == ((["a", "b"], []) if close_timeout_s > released_after_s else ([], ["a", "b"]))
 
 
 def test_many_failures_of_batches_that_are_forgotten_take_no_memory() -> None:

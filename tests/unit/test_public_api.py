@@ -343,6 +343,12 @@ def test_an_import_leaves_the_process_as_it_was() -> None:
         assert state() == before
         producer = kbatch.Producer({"bootstrap.servers": "127.0.0.1:1"})
         assert state() == before
+        from kbatch.testing import MemoryProducer
+        with MemoryProducer() as memory, kbatch.BatchedSender(kbatch.SendingAgent(memory, "orders")) as sender:
+            sender.send(kbatch.Envelope(1))
+        producer.submit("orders", [kbatch.Envelope(1)], callback=lambda report: None)
+        assert producer.close(0) == 1
+        assert state()[0] == before[0]
         print("same")
     """)
         == "same\n"

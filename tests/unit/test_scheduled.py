@@ -11,6 +11,7 @@ import kbatch.aio
 from kbatch import Envelope
 from kbatch._pending import PendingBatch
 from kbatch.testing import MemoryProducer
+from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 from tests import mapping
 
 FUTURE = datetime(2099, 1, 2, 3, 4, 5, 678901, timezone.utc)
@@ -50,7 +51,8 @@ def test_the_future_is_refused(wire: Any, kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_inline_sender_refuses_the_future_as_well(kind: type[Any]) -> None:
-    producer, envelope = make("kbatch", kind), Envelope(1, scheduled_time=FUTURE)
+    producer: Any = MemoryProducer() if kind is kbatch.Producer else AioMemoryProducer()
+    envelope = Envelope(1, scheduled_time=FUTURE)
 
     def send() -> object:
         if kind is kbatch.Producer:
@@ -59,6 +61,7 @@ def test_an_inline_sender_refuses_the_future_as_well(kind: type[Any]) -> None:
 
     with pytest.raises(kbatch.NotYetDueError, match=r"2099-01-02T03:04:05\.678901\+00:00 is in the future"):
         send()
+    assert (len(producer), producer.envelopes) == (0, ())
 
 
 @every_wire

@@ -227,6 +227,36 @@ def test_an_agent_has_one_sender() -> None:
             kbatch.BatchedSender(agent)
 
 
+@pytest.mark.parametrize("module", [kbatch, aio], ids=["threads", "asyncio"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SendingAgent", {"retry": 3}),
+        ("SendingAgent", {"max_in_flight_batches": 0}),
+        ("SendingAgent", {"failures_to_open": True}),
+        ("SendingAgent", {"probe_interval_s": 60}),
+        ("SendingAgent", {"strict_order": 1}),
+        ("SendingAgent", {"on_failed": 7}),
+        ("SendingAgent", {"on_state_change": "x"}),
+        ("SendingAgent", {"dead_letter_topic": "a b"}),
+        ("BatchedSender", {"batch_size": 0}),
+        ("BatchedSender", {"batch_bytes": 1.5}),
+        ("BatchedSender", {"batch_timeout_ms": -1}),
+        ("BatchedSender", {"max_buffered": 10}),
+        ("BatchedSender", {"max_buffered_bytes": 10}),
+        ("BatchedSender", {"close_timeout_s": "1"}),
+    ],
+    ids=str,
+)
+def test_an_option_of_the_wrong_type_or_out_of_its_range_is_named(
+    module: Any, name: str, options: dict[str, Any]
+) -> None:
+    producer = MemoryProducer() if module is kbatch else AioMemoryProducer()
+    takes = (producer, "orders") if name == "SendingAgent" else (module.SendingAgent(producer, "orders"),)
+    with pytest.raises(kbatch.ConfigError, match=f"^{next(iter(options))}"):
+        getattr(module, name)(*takes, **options)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_message_is_encoded_again_for_each_retry(kind: str) -> None:
     encoded: list[int] = []

@@ -378,8 +378,13 @@ def test_what_maps_and_ends_cancelled_cancels_nobody(kind: str) -> None:
         producer.send_batch("orders", [Envelope(1)])
 
 
+@pytest.fixture(params=[aio.KafkaSender, aio.SendingAgent], ids=["sender", "agent"])
+def kind(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
 @pytest.mark.parametrize("ignores", [False, True])
-def test_who_is_cancelled_while_a_contract_runs_is_cancelled_and_the_contract_with_it(ignores: bool) -> None:
+def test_who_is_cancelled_while_a_contract_runs_is_cancelled_and_the_contract_with_it(kind: Any, ignores: bool) -> None:
     calls: list[str] = []
 
     class Slow(aio.SenderCallback):
@@ -393,11 +398,15 @@ def test_who_is_cancelled_while_a_contract_runs_is_cancelled_and_the_contract_wi
                 if not ignores:
                     raise
 
+        async def mark_processing_failure(self, batch: OutgoingBatch, error: kbatch.KbatchError) -> None:
+            calls.append("another")
+
+        mark_serialization_failure = mark_processing_failure
+
     async def main() -> None:
         async with AioMemoryProducer() as producer:
-            sending = asyncio.create_task(
-                aio.KafkaSender(producer, "orders").send_batch(Slow(), OutgoingBatch([Envelope(1)]))
-            )
+            sender = kind(producer, "orders")
+            sending = asyncio.create_task(sender.send_batch(Slow(), OutgoingBatch([Envelope(1)])))
             while not began.is_set():
                 await asyncio.sleep(0)
             sending.cancel()
@@ -407,13 +416,15 @@ def test_who_is_cancelled_while_a_contract_runs_is_cancelled_and_the_contract_wi
                 with pytest.raises(asyncio.CancelledError):
                     await sending
             assert await producer.flush() == 0
+            if kind is aio.SendingAgent:
+                await sender.close()
 
     began = threading.Event()
     asyncio.run(main())
     assert calls == ["called", "cancelled"]
 
 
-def test_who_is_cancelled_before_the_first_step_has_an_answer_and_nothing_sent() -> None:
+def test_who_is_cancelled_before_the_first_step_has_an_answer_and_nothing_sent(kind: Any) -> None:
     answers: list[kbatch.KbatchError] = []
 
     class Recorder(aio.SenderCallback):
@@ -423,12 +434,13 @@ def test_who_is_cancelled_before_the_first_step_has_an_answer_and_nothing_sent()
 
     async def main() -> None:
         async with AioMemoryProducer() as producer:
-            sending = asyncio.create_task(
-                aio.KafkaSender(producer, "orders").send_batch(Recorder(), OutgoingBatch([Envelope(1)]))
-            )
+            sender = kind(producer, "orders")
+            sending = asyncio.create_task(sender.send_batch(Recorder(), OutgoingBatch([Envelope(1)])))
             sending.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await sending
+            if kind is aio.SendingAgent:
+                await sender.close()
             assert producer.envelopes == ()
 
     asyncio.run(main())

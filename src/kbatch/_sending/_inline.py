@@ -124,7 +124,7 @@ class InlineSender(BaseInlineSender):
             last transaction has no known end, a new one with its settings sends in its place, for all senders that
             share it, until the last of them is closed.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
-        close_timeout_s: Seconds that leaving a ``with`` block waits for what is in flight.
+        close_timeout_s: Seconds that leaving a ``with`` block waits for what is in flight, if that closes a producer.
     """
 
     if TYPE_CHECKING:

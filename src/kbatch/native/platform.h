@@ -39,6 +39,25 @@ static inline void kb_free(void *p) {
 #define kb_free(p) free(p)
 #endif
 
+/* Memory that nobody may touch until it is unpoisoned: builds with the address sanitizer tell who does. */
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define KB_POISONS 1
+#endif
+#endif
+#if defined(__SANITIZE_ADDRESS__) && !defined(KB_POISONS)
+#define KB_POISONS 1
+#endif
+#ifdef KB_POISONS
+#include <sanitizer/asan_interface.h>
+#define kb_poison(p, size) __asan_poison_memory_region((p), (size))
+#define kb_unpoison(p, size) __asan_unpoison_memory_region((p), (size))
+#else
+#define KB_POISONS 0
+#define kb_poison(p, size) ((void)(p), (void)(size))
+#define kb_unpoison(p, size) ((void)(p), (void)(size))
+#endif
+
 /* Asks for memory that is about to be read; any address will do. */
 static inline void kb_prefetch(const void *p, size_t size) {
 #ifdef __GNUC__

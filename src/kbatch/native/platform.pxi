@@ -2,6 +2,9 @@
 
 cdef extern from "platform.h" nogil:
     void *kb_malloc(size_t size) noexcept
+    int KB_POISONS
+    void kb_poison(void *p, size_t size) noexcept
+    void kb_unpoison(void *p, size_t size) noexcept
     void *kb_calloc(size_t count, size_t size) noexcept
     void kb_free(void *p) noexcept
     void kb_prefetch(const void *p, size_t size) noexcept

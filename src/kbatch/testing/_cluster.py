@@ -34,7 +34,8 @@ class MockCluster:
     Limits, which are the mock cluster's own:
 
     - A partition keeps 5 MiB or 100,000 produce batches; beyond either the oldest are dropped without a word. A larger
-      single batch is acknowledged, and gone when the next one comes. Spread larger data over more partitions.
+      single batch is acknowledged and lost, at the latest when the next one comes, which is lost with it. Spread larger
+      data over more partitions.
     - It does not deduplicate: a retried idempotent produce request whose first copy was written is written twice.
     - A topic that does not exist is created with 4 partitions when a client first asks for it. There is no request that
       creates one (CreateTopics, the AdminClient): use `create_topic`.
