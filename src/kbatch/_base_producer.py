@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbatch._callbacks import call_fault, encoder_fault, is_coroutine_function
+from kbatch._checks import check_close_timeout, check_whole
 from kbatch._config import ProducerConfig
 from kbatch._errors import ConfigError, ProducerError, UndeliveredError, type_name
 from kbatch._events import make_dispatcher
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer", "check_close_timeout", "check_kind", "check_timeout"]
+__all__ = ["BaseProducer", "check_kind"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
 
@@ -53,7 +54,7 @@ class BaseProducer:
             _check_arguments(wire, encoder, source, header_hook, close_timeout_s, max_in_flight, carry_scheduled_time)
             parsed = ProducerConfig.parse(config)
         except BaseException as error:
-            # Whoever prints local variables with a traceback must not find passwords in those of kbatch.
+            # A tool that prints local variables with a traceback must not find passwords in those of kbatch.
             traceback.clear_frames(error.__traceback__)
             raise
         finally:
@@ -218,18 +219,6 @@ def check_kind(producer: object, kind: type[BaseProducer]) -> None:
         raise TypeError(f"producer must be a {kind._shown}, not {shown}")
 
 
-def check_timeout(timeout: float | None) -> None:
-    """Raises for a negative time: confluent-kafka's -1 waits for ever, and must not end a wait at once here."""
-    if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):  # nor NaN
-        raise ValueError(f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
-
-
-def check_close_timeout(close_timeout_s: Any) -> None:
-    """Raises ConfigError for what is no time to wait at the end of a ``with`` block."""
-    if isinstance(close_timeout_s, bool) or not isinstance(close_timeout_s, (int, float)) or not close_timeout_s >= 0:
-        raise ConfigError(f"close_timeout_s must be seconds, 0 or more, not {close_timeout_s!r}")
-
-
 def _check_call(name: str, function: Any, *arguments: str) -> None:
     fault = call_fault(function, *arguments)
     if fault is None and is_coroutine_function(function):
@@ -267,8 +256,7 @@ def _check_arguments(
     if header_hook is not None:
         _check_call("header_hook", header_hook)
     check_close_timeout(close_timeout_s)
-    if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
-        raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
+    check_whole("max_in_flight", max_in_flight)
     if not isinstance(carry_scheduled_time, bool):
         raise ConfigError(f"carry_scheduled_time must be bool, not {type(carry_scheduled_time).__name__}")
     if carry_scheduled_time and wire == "raw":

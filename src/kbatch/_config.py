@@ -350,7 +350,7 @@ def _defaults(native: Config, names: dict[str, str]) -> dict[str, str]:
     elif native.get("enable.idempotence") == "true":
         raise ConfigError(f"{contradiction} contradicts enable.idempotence=true")
     if "acks" in names and native.get("acks") != "-1":
-        # Nothing confirms this one: whoever deletes a row when kbatch says "stored" must see it.
+        # Nothing confirms this one: a user who deletes a row when kbatch says "stored" must see it.
         told.append(
             f"{names['acks']}={native.get('acks')}: a message that was told as stored is lost if the partition's "
             "leader fails before a follower has copied it. Use acks=all."

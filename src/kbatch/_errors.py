@@ -308,7 +308,7 @@ def undelivered_error(
     text = f"{count} {what if count > 1 else what.replace('s were ', ' was ')}"
     if failures:
         first = failures[0][1]
-        # Without the place in a batch, of which whoever sends single envelopes knows nothing.
+        # Without the place in a batch, of which a caller that sends single envelopes knows nothing.
         text += f"; the first: {first.reason if isinstance(first, SerializationError) else first}"
     return UndeliveredError(text, count=count, failures=tuple(failures))
 
@@ -357,7 +357,7 @@ class ProducerFatalError(ProducerError):
 class ProducerFencedError(ProducerFatalError):
     """Another producer with the same ``transactional.id`` has started, and the brokers listen to that one alone.
 
-    Whoever makes a new producer with this ``transactional.id`` fences the other in turn.
+    A program that makes a new producer with this ``transactional.id`` fences the other in turn.
     """
 
     _text = "another producer with the same transactional.id has taken over: {reason} ({name})"

@@ -55,7 +55,7 @@ def _close_all() -> None:
     try:
         _each(senders, lambda sender: sender._drain(0))  # all of them send at once
         _each(senders, lambda sender: sender._drain(_seconds_until(end)))
-    except KeyboardInterrupt:  # whoever does not want to wait is told all the same what was not sent
+    except KeyboardInterrupt:  # a user who does not want to wait is told all the same what was not sent
         end = 0.0
     _each(senders, lambda sender: sender._begin_end())
     told = monotonic() + _LAST_WORDS_S

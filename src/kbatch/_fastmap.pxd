@@ -81,8 +81,8 @@ cdef enum:
 
 
 cdef struct Outcome:
-    # One per envelope, the opaque of its produce call. Written by whoever polls its delivery report, or by phase 2
-    # when it is not sent; read after the batch is done.
+    # One per envelope, the opaque of its produce call. Written by the thread that polls its delivery report, or by
+    # phase 2 when it is not sent; read after the batch is done.
     BatchState *batch
     int64_t offset       # until it is known the address of its HeaderList, plus 1, or of its Topic
     int32_t partition
@@ -213,7 +213,7 @@ cdef struct BatchState:
     int behind            # in how many of its topics it is not the first
     int ready             # it may get the turn: its thread waits for it, or it is detached and its time is not over
     Waiter *waiter        # of its thread, while that waits for its turn
-    int32_t starved       # it had no room, and waits for enough of it; of whoever has the turn, or under the lock
+    int32_t starved       # it had no room, and waits for enough of it; of the batch with the turn, or under the lock
     int32_t queue_full    # librdkafka's queue had no room when so many reports had come; the same
     int64_t full_at
     int64_t wants         # its part of Client.wanted
@@ -343,7 +343,7 @@ cdef struct Client:
     int64_t queue_messages  # const: what librdkafka's queue takes
     int64_t queue_bytes     # const
     int64_t wanted          # atomic: bytes of a message for which librdkafka's queue had no room, and others keep free
-    int64_t unpolled        # messages offered since the last look at the reports; of whoever has the turn
+    int64_t unpolled        # messages offered since the last look at the reports; of the batch that has the turn
     int64_t socket_timeout_ns  # const: how long a request may be under way
     kb_mutex mu
     kb_cond drainer_cond
@@ -383,7 +383,7 @@ cdef struct Client:
     int64_t undecided       # their envelopes
     BatchState *news_first  # batches for the dispatcher: done, or enqueued if that is to be told
     BatchState *news_last
-    BatchState *idle_done   # batches nobody listens to; released by whoever holds the GIL next
+    BatchState *idle_done   # batches nobody listens to; released by a thread that holds the GIL next
     Notice *notice_first
     Notice *notice_last
     int dispatcher_stop
@@ -393,7 +393,7 @@ cdef struct Client:
     ListPool *lists         # owned; of the batch that has the turn, set under `mu`; of the drainer when nobody enqueues
     HeaderList *returned    # owned; lists that reports have given back
     int64_t returned_bytes
-    int64_t lists_used_ns   # when the last one was taken; of whoever has the turn
+    int64_t lists_used_ns   # when the last one was taken; of the batch that has the turn
     # counters for stats()
     int64_t acked
     int64_t failed
@@ -451,6 +451,7 @@ cdef class Core:
     cdef Mapper mapper
     cdef readonly Dispatcher dispatcher
     cdef object start_lock
+    cdef bint is_starting             # by the thread that has it
     cdef object on_start
     cdef int64_t delivery_timeout_ns
     cdef int64_t batches

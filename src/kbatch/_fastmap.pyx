@@ -1,7 +1,7 @@
 # cython: language_level=3
 # No list comprehensions in Cython code: when such a list cannot grow, Cython 3.3.1 gives the new item back twice.
 """The hot path: envelopes become records (phase 1), records become messages of librdkafka (phase 2), delivery
-reports become outcomes, and whoever waits is woken once.
+reports become outcomes, and each thread or loop that waits is woken once.
 
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
 ``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
@@ -31,6 +31,7 @@ import msgspec
 from msgspec import UNSET
 
 from kbatch._callbacks import callback_name, has_coroutine_methods, refuse_coroutine
+from kbatch._checks import check_timeout
 from kbatch._errors import (
     BatchError,
     BatchInterruptedError,
@@ -39,7 +40,6 @@ from kbatch._errors import (
     ForkError,
     NotYetDueError,
     ProducerClosedError,
-    SenderClosedError,
     SenderFullError,
     SerializationError,
     exception_text,
@@ -95,6 +95,7 @@ include "native/clock.pxi"
 include "native/text.pxi"
 include "native/envelope.pxi"
 include "native/gil.pxi"
+include "native/fork.pxi"
 include "native/pool.pxi"
 include "native/record.pxi"
 include "native/outcomes.pxi"
@@ -111,7 +112,9 @@ include "native/header_lists.pxi"
 include "native/enqueue.pxi"
 include "native/drainer.pxi"
 include "native/resolver.pxi"
+include "native/flag.pxi"
 include "native/calls.pxi"
+include "native/callback_thread.pxi"
 include "native/shared_threads.pxi"
 include "native/wakeup.pxi"
 include "native/content.pxi"

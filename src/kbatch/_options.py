@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from kbatch._callbacks import call_fault, loops_own
+from kbatch._checks import check_topic, check_whole, is_number
 from kbatch._errors import ConfigError, type_name
-from kbatch._recovery._retry import RetryPolicy, is_number
+from kbatch._recovery._retry import RetryPolicy
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -19,13 +19,11 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope
     from kbatch._recovery._circuit import CircuitState
 
-__all__ = ["AgentOptions", "AioAgentOptions", "BatchingOptions", "check_topic", "check_whole", "shows", "taken"]
+__all__ = ["AgentOptions", "AioAgentOptions", "BatchingOptions", "shows", "taken"]
 
 _F = TypeVar("_F", bound=Callable[..., object])
 # What an option may be besides. Of a topic: None, for the default, or in a mode that has no such option. Else: Never.
 _Unset = TypeVar("_Unset")
-
-_LEGAL_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,19 +166,3 @@ def taken(owner: object, options: Mapping[str, Any], *kinds: type) -> list[dict[
         if name not in known_to_any:
             raise TypeError(f"{type_name(owner)}() got an unexpected keyword argument {name!r}")
     return [{name: options[name] for name in known if name in options} for known in names]
-
-
-def check_topic(what: str, name: Any) -> None:
-    """Raises ConfigError for what is no name of a topic."""
-    if not isinstance(name, str):
-        raise ConfigError(f"{what} must be str, not {type(name).__name__}")
-    if not _LEGAL_NAME.fullmatch(name) or name in (".", ".."):
-        raise ConfigError(
-            f"{what} must be 1 to 249 letters, digits, '.', '_' and '-', as Kafka's topics are, not {name!r}"
-        )
-
-
-def check_whole(name: str, value: Any, bits: int = 31) -> None:
-    """Raises ConfigError for what is no int of 1 or more."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**bits:
-        raise ConfigError(f"{name} must be an int from 1 to 2**{bits} - 1, not {value!r}")

@@ -22,9 +22,9 @@ class PendingBatch(Batch):
     ``len()`` is the number of envelopes. It answers once, whatever happens; a wait that times out or is cancelled
     ends the wait only.
 
-    Whoever waits for it, awaits it, reads `report` or adds a callback is told of what fails. If nobody does and it is
-    forgotten, the producer's next ``flush`` raises `UndeliveredError` for what failed. ``close`` and the end of the
-    producer's ``with`` block do so even if the batch is still there.
+    A caller that waits for it, awaits it, reads `report` or adds a callback is told of what fails. If nobody does and
+    it is forgotten, the producer's next ``flush`` raises `UndeliveredError` for what failed. ``close`` and the end of
+    the producer's ``with`` block do so even if the batch is still there.
 
     Producers make it. ``core`` and ``outcomes`` are the native parts that it is made of, and not for users.
     """
@@ -58,7 +58,7 @@ class PendingBatch(Batch):
             if not self.done():
                 raise BatchPendingError(f"a batch of {counted(len(self), 'envelope')} has no answer yet", self)
             self._report = DeliveryReport(self.outcomes, self.latency_s)
-        return self._look(self._report)  # in one line: whoever is interrupted before it has not looked
+        return self._look(self._report)  # in one line: a caller that is interrupted before it has not looked
 
     def add_done_callback(self, callback: Callable[[PendingBatch], object]) -> None:
         """Calls ``callback(self)`` once, on the producer's callback thread, when every envelope has its outcome.

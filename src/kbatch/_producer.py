@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import ReportCallback, check_callback
+from kbatch._checks import check_timeout
 from kbatch._errors import BatchPendingError
 from kbatch._fastmap import monotonic
 from kbatch._pending import PendingBatch

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch._fastmap import pinned_buffers, set_oauth_token
+from kbatch._fastmap import Config, pinned_buffers, set_oauth_token
 from kbatch.testing import MockCluster
 
 from ..waiting import later, until
@@ -200,6 +200,45 @@ def test_cancelling_an_await_ends_the_wait_only(dark_cluster: MockCluster) -> No
 
 
 # -- close, purge, fatal
+
+
+def test_who_uses_the_producer_from_within_its_start_is_refused(
+    kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(self: threading.Thread) -> None:
+        monkeypatch.setattr(threading.Thread, "start", start)
+        with pytest.raises(RuntimeError, match="reentrant use"):  # as a signal handler would send
+            producer.send_batch("orders", envelopes(1))
+        start(self)
+
+    with make_producer(kafka_cluster) as producer:
+        monkeypatch.setattr(threading.Thread, "start", interrupted)
+        assert producer.send_batch("orders", envelopes(2)).ok
+        assert producer.send_batch("orders", envelopes(3)).ok
+
+
+def test_a_start_without_memory_leaves_nothing_behind(
+    kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = ["plugin.library.paths", "enable_sasl_queue"]
+
+    class Poor(Config):
+        def get(self, name: str) -> str | None:
+            if name in missing:
+                missing.remove(name)
+                raise MemoryError
+            return super().get(name)
+
+    monkeypatch.setattr("kbatch._config.Config", Poor)
+    with make_producer(kafka_cluster) as producer:
+        for _ in range(2):
+            with pytest.raises(MemoryError):
+                producer.send_batch("orders", envelopes(1))
+            assert producer._core.name() is None
+        assert producer.send_batch("orders", envelopes(2)).ok
+    assert producer.closed
 
 
 def test_close_without_use_and_twice(kafka_cluster: MockCluster) -> None:

@@ -28,6 +28,77 @@ MUTANTS = (
         "tests/unit/test_sending_agent.py",
     ),
     Mutant(
+        "what has left the line while it was given room is taken",
+        "Accumulator._make_room",
+        "self.stage != ACCEPTING or self._look_at_first() is not waiter or not self._has_room(waiter.bytes)",
+        "False",
+        "tests/unit/test_batch_formation.py",
+    ),
+    Mutant(
+        "what is sent within the making of a batch takes room twice",
+        "Accumulator._offer",
+        "            self._prepare(size)\n            if self.stage == ACCEPTING and self.pid == _this_pid:\n"
+        "                break\n            self._look()\n"
+        "        if len(self.waiters) > self.gone or not self._has_room(size):\n            return False\n",
+        "            if self.stage == ACCEPTING and self.pid == _this_pid:\n                break\n"
+        "            self._look()\n"
+        "        if len(self.waiters) > self.gone or not self._has_room(size):\n            return False\n"
+        "        self._prepare(size)\n",
+        "tests/unit/test_batch_formation.py",
+    ),
+    Mutant(
+        "a probe whose failure cannot be logged never ends",
+        "Gate._probe",
+        "        finally:\n            with self.lock:",
+        "        finally:\n            if reason is not None:\n                self._log_probe(reason)\n"
+        "            with self.lock:",
+        "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "a look that comes while failures are noted is not seen",
+        "Batch._keep_failures",
+        "            if self.looked:  # a finalizer",
+        "            if False:  # a finalizer",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "what was taken to be told is lost for want of memory",
+        "Undelivered._take_all",
+        "            self._put_back(taken, count[0])\n",
+        "",
+        "tests/mock/test_no_memory.py",
+    ),
+    # -- the start
+    Mutant(
+        "a start is begun within a start",
+        "Core._start",
+        "if self.is_starting:",
+        "if False:",
+        "tests/mock/test_lifecycle.py",
+    ),
+    Mutant(
+        "a thread that has begun and ended counts as one that has not begun",
+        "CallbackThread._start",
+        "is_late and not self.has_begun",
+        "is_late",
+        "tests/unit/test_callback_thread.py",
+    ),
+    # -- header lists
+    Mutant(
+        "lists that were just made are given back at once",
+        "take_list",
+        "        c.lists_used_ns = kb_now_ns()\n",
+        "",
+        "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
+        "lists that are gone are counted",
+        "drop_lists",
+        "    c.returned_bytes = 0\n",
+        "",
+        "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
         "an inline sender closes in the producer's time and not in its own",
         "_close",
         "handle.release(self._close_timeout if timeout is None else timeout)",
@@ -412,9 +483,9 @@ MUTANTS = (
     Mutant(
         "the age of a batch begins with its last envelope",
         "Accumulator._append",
-        "                batch.envelopes.append(envelope)\n",
-        "                batch.envelopes.append(envelope)\n"
-        "                batch.due_ns = kb_now_ns() + self.timeout_ns\n",
+        "        else:\n            batch.envelopes.append(envelope)\n",
+        "        else:\n            batch.envelopes.append(envelope)\n"
+        "            batch.due_ns = kb_now_ns() + self.timeout_ns\n",
         "tests/unit/test_sending_agent.py",
     ),
     Mutant(

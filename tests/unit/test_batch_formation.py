@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import math
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -534,6 +535,17 @@ def test_those_that_wait_are_told_when_it_is_closed() -> None:
 # -- called from within
 
 
+@contextlib.contextmanager
+def collecting_at_once() -> Iterator[None]:
+    """The garbage collector runs, and with it finalizers, whenever something is made that it tracks."""
+    before = gc.get_threshold()
+    gc.set_threshold(1, 1, 1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
 class Chatty:
     """Sends when it is collected."""
 
@@ -549,14 +561,10 @@ class Chatty:
 def test_a_finalizer_may_send_in_the_middle_of_a_send() -> None:
     sender = make(batch_size=3)
     farewells = [0]
-    before = gc.get_threshold()
-    gc.set_threshold(1, 1, 1)
-    try:
+    with collecting_at_once():
         for n in range(2000):
             Chatty(sender, farewells)
             sender.send(Envelope(n))
-    finally:
-        gc.set_threshold(*before)
     gc.collect()
     sender._close_filling()
     batches = take_all(sender)
@@ -582,7 +590,6 @@ class Closer:
 
 
 def test_a_finalizer_may_close_it_while_who_waits_gets_its_room() -> None:
-    before = gc.get_threshold()
     for _ in range(200):
         sender = make(batch_size=1, max_buffered=1)
         sender.send(Envelope(1))
@@ -590,14 +597,49 @@ def test_a_finalizer_may_close_it_while_who_waits_gets_its_room() -> None:
         woken: list[bool] = []
         waiter = sender._line_up(Envelope(2), lambda woken=woken: woken.append(True))
         Closer(sender)
-        gc.set_threshold(1, 1, 1)
-        try:
+        with collecting_at_once():
             sender._give_back(1, 1)
-        finally:
-            gc.set_threshold(*before)
         gc.collect()
         assert woken == [True]
         assert sender._is_refusing
+        assert len(sender) == (1 if waiter.taken else 0)
+
+
+def test_a_finalizer_that_sends_in_the_middle_of_a_send_takes_no_room_twice() -> None:
+    for _ in range(200):
+        sender = make(max_buffered=1)
+        farewells = [0]
+        Chatty(sender, farewells)
+        with collecting_at_once():
+            taken = sender.try_send(Envelope(1))
+        gc.collect()
+        assert taken + farewells[0] == len(sender) == 1
+
+
+class Leaver:
+    """Has what waits for room wait no longer when it is collected, as its thread does when its time is over."""
+
+    def __init__(self, sender: Sender, waiter: RoomWaiter, refused: list[bool]) -> None:
+        self.sender, self.waiter, self.refused = sender, waiter, refused
+        self.cycle = self
+
+    def __del__(self) -> None:
+        self.sender._leave_line(self.waiter)
+        self.refused.append(not self.waiter.taken)
+
+
+def test_what_leaves_the_line_while_it_is_given_room_is_not_taken() -> None:
+    for _ in range(200):
+        sender = make(batch_size=1, max_buffered=1)
+        sender.send(Envelope(1))
+        take_all(sender)
+        refused: list[bool] = []
+        waiter = sender._line_up(Envelope(2), lambda: None)
+        Leaver(sender, waiter, refused)
+        with collecting_at_once():
+            sender._give_back(1, 1)
+        gc.collect()
+        assert refused == [not waiter.taken]
         assert len(sender) == (1 if waiter.taken else 0)
 
 

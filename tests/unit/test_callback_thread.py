@@ -1,10 +1,13 @@
 """The thread on which callbacks run."""
 
 import threading
+from typing import Any
 
 import pytest
 
+from kbatch import Envelope
 from kbatch._fastmap import CallbackThread
+from kbatch.testing import MemoryProducer
 from tests.waiting import until
 
 
@@ -38,3 +41,29 @@ def test_what_is_put_after_the_end_runs_on_a_thread_that_ends() -> None:
     for count in (1, 2):
         thread.put(lambda: ran.append(threading.current_thread()))
         until(lambda count=count: len(ran) == count and not ran[-1].is_alive(), "the end of the thread")
+
+
+def test_a_thread_that_has_begun_and_ended_while_it_was_looked_at_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Late(threading.Thread):
+        """Begins when it is looked at, and has ended by the end of the look."""
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__(**arguments)
+            self.looked = threading.Event()
+
+        def run(self) -> None:
+            self.looked.wait()
+            super().run()
+
+        def is_alive(self) -> bool:
+            self.looked.set()
+            self.join()
+            return super().is_alive()
+
+    with MemoryProducer() as producer:
+        pending = producer.submit("orders", [Envelope(1)])
+        pending.wait()
+    ran = threading.Event()
+    monkeypatch.setattr(threading, "Thread", Late)
+    pending.add_done_callback(lambda _: ran.set())
+    until(ran.is_set, "the callback")

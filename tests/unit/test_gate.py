@@ -161,6 +161,23 @@ def test_the_probe_asks_for_the_topic_that_failed(
     assert seen == [asked]
 
 
+def test_a_probe_whose_failure_cannot_be_logged_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    scene.producer.down()
+    scene.open()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.calls, "log", refuse)
+        with pytest.raises(MemoryError):
+            scene.probe()
+    scene.producer.up()
+    scene.probe()
+    assert scene.state is HALF_OPEN
+
+
 def test_a_reminder_is_logged_once_a_minute() -> None:
     scene = Scene()
     scene.gate.buffer = range(7)

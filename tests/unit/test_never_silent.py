@@ -295,6 +295,42 @@ def test_a_batch_that_is_still_there_may_be_looked_at_after_flush() -> None:
         assert keys(caught.value) == ["b"]
 
 
+class Looker:
+    """Looks at a batch when the garbage collector comes for the last of so many times."""
+
+    def __init__(self, batch: kbatch.PendingBatch, times: int) -> None:
+        self.batch, self.times = batch, times
+        self.cycle = self
+
+    def __del__(self) -> None:
+        if self.times > 1:
+            Looker(self.batch, self.times - 1)
+        else:
+            self.batch._look()
+
+
+def test_a_batch_that_is_looked_at_while_its_failures_are_noted_is_told_there_alone() -> None:
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    try:
+        for times in range(1, 41):
+            with MemoryProducer() as producer:
+                producer.fail(PERMANENT, times=1)
+                producer.hold()
+                batch = producer.submit("orders", envelopes("a"))
+                Looker(batch, times)
+                gc.set_threshold(1, 1, 1)
+                try:
+                    producer.release()
+                finally:
+                    gc.set_threshold(*before)
+                for _ in range(times):
+                    gc.collect()
+    finally:
+        gc.unfreeze()
+
+
 def test_a_wait_that_timed_out_was_no_look() -> None:
     with MemoryProducer() as producer:
         producer.fail(PERMANENT, times=None)

@@ -26,7 +26,7 @@ LAYERS = [
     {"_version", "_serialization", "_librdkafka", "_text"},
     {"_codes"},
     {"_errors"},
-    {"_callbacks"},
+    {"_callbacks", "_checks"},
     {"_fastmap"},
     {"_report", "_wire", "_config", "_loop", "_exit", "_threads"},
     {"_pending", "_events"},

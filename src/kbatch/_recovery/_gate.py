@@ -270,14 +270,14 @@ class Gate:
         except Exception as error:
             reason = named_exception_text(error)
         finally:
-            if reason is not None:
-                self._log_probe(reason)
             with self.lock:
                 before = self.circuit.state
                 self.circuit.probed(reason is None, self._clock())
                 self._note_change(before)
-            self._tell_changes_soon()
             self.flag.set()
+            self._tell_changes_soon()
+            if reason is not None:
+                self._log_probe(reason)  # last: without memory it raises
 
     def _log_probe(self, reason: str) -> None:
         now = self._clock()

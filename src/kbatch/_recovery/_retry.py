@@ -6,12 +6,13 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from kbatch._checks import is_number, is_whole
 from kbatch._errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["RetryPolicy", "entropy", "is_number"]
+__all__ = ["RetryPolicy", "entropy"]
 
 entropy = random.SystemRandom().random  # not the module's generator: a program that has seeded that counts on it
 
@@ -43,7 +44,7 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         _check(
-            self.max_attempts is None or (_whole(self.max_attempts) and self.max_attempts >= 1),
+            self.max_attempts is None or (is_whole(self.max_attempts) and self.max_attempts >= 1),
             f"max_attempts must be 1 or more, or None for no limit, not {self.max_attempts!r}",
         )
         _check(
@@ -75,12 +76,3 @@ class RetryPolicy:
 def _check(right: bool, text: str) -> None:
     if not right:
         raise ConfigError(text)
-
-
-def _whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is an int or a float, and no bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
+from kbatch._checks import check_topic
 from kbatch._errors import ConfigError, ForkError, KbatchError, SenderClosedError, SenderError
 from kbatch._fastmap import AnsweringSender, Call, CallQueue, Flag, comes_from, monotonic
-from kbatch._options import AgentOptions, check_topic, shows, taken
+from kbatch._options import AgentOptions, shows, taken
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate

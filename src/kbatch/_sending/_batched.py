@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kbatch._base_producer import check_close_timeout, check_timeout
+from kbatch._checks import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Flag, monotonic

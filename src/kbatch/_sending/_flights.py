@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import time
 from typing import TYPE_CHECKING
 
 from kbatch._codes import TIMED_OUT
@@ -29,16 +28,12 @@ if TYPE_CHECKING:
     from collections import deque
     from collections.abc import Callable
 
-    from kbatch._base_producer import BaseProducer
     from kbatch._fastmap import Accumulator
     from kbatch._recovery._gate import Gate, Verdict
     from kbatch._report import DeliveryReport
     from kbatch._sending._queue import Flight, SendQueue
 
 __all__ = ["Flights"]
-
-_LONG = 2000  # envelopes; the GIL is given up while more are mapped
-_SLICE_S = 0.002
 
 
 class Flights:
@@ -91,7 +86,9 @@ class Flights:
         try:
             pending = PendingBatch(producer._core)
             pending._look()  # the agent tells of failures itself
-            self._map(producer, pending, flight, rejected)
+            producer._core.map(pending, self._topic, flight.envelopes, rejected)
+            if self._buffer is not None:
+                self._buffer._learn_message_bytes(*pending.encoded_messages)
             producer._send_detached(pending, waker=functools.partial(self._on_settled, flight, pending, rejected))
         except ProducerError as error:
             queue.put_back(flight)
@@ -106,23 +103,6 @@ class Flights:
             gate.note("nothing", flight.trial, monotonic())
             failures = [(index, reason) for index in range(len(flight.envelopes))]
             queue.settled(flight, failures, monotonic(), again=not gate.closed)
-
-    def _map(
-        self,
-        producer: BaseProducer,
-        pending: PendingBatch,
-        flight: Flight,
-        rejected: list[tuple[int, SerializationError | NotYetDueError]],
-    ) -> None:
-        core = producer._core
-        if len(flight.envelopes) <= _LONG:
-            core.map(pending, self._topic, flight.envelopes, rejected)
-        else:
-            mapping = core.begin_mapping(pending, self._topic, flight.envelopes, rejected)
-            while not core.map_slice(mapping, _SLICE_S):
-                time.sleep(0)  # others may have the GIL
-        if self._buffer is not None:
-            self._buffer._learn_message_bytes(*pending.encoded_messages)
 
     def _on_settled(
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]

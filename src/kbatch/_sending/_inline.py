@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer, check_close_timeout, check_timeout
+from kbatch._base_producer import BaseProducer
+from kbatch._checks import check_close_timeout, check_timeout, check_topic
 from kbatch._errors import (
     ConfigError,
     DeliveryError,
@@ -16,7 +17,6 @@ from kbatch._errors import (
     is_for_whole_batch,
 )
 from kbatch._fastmap import monotonic
-from kbatch._options import check_topic
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
 
@@ -60,7 +60,7 @@ class BaseInlineSender:
         else:
             self._handle = ProducerHandle.of(producer)
             self._handle.acquire()
-        self._unreleased = [self._handle]  # empty once it is closed: whoever takes it out releases it
+        self._unreleased = [self._handle]  # empty once it is closed: the call of `close` that takes it out releases it
         self._closed = False
 
     @property

@@ -184,7 +184,7 @@ class SendQueue:
         keep_scheduled: bool,
         random: Callable[[], float],
     ) -> None:
-        self.ended: list[Ended] = []  # whoever calls takes them out
+        self.ended: list[Ended] = []  # `Endings.see_off` takes them out
         self.in_flight = 0  # flights
         self._topic = topic
         self._policy = policy

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from kbatch._base_producer import BaseProducer, check_close_timeout
+from kbatch._base_producer import BaseProducer
+from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
-from kbatch._options import AgentOptions, BatchingOptions, check_topic, shows, taken
+from kbatch._options import AgentOptions, BatchingOptions, shows, taken
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent

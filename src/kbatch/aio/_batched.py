@@ -10,8 +10,8 @@ import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import check_timeout
 from kbatch._batch_sender import answer_refusal, answer_report
+from kbatch._checks import check_timeout
 from kbatch._errors import SenderFullError, named_exception_text
 from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
 from kbatch._loop import in_thread

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import check_timeout
+from kbatch._checks import check_timeout
 from kbatch._errors import ProducerClosedError, ProducerError, ProducerFatalError, TransactionUnknownError
 from kbatch._fastmap import monotonic
 from kbatch._loop import in_thread

@@ -8,8 +8,9 @@ import logging
 from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import callback_name, check_callback, marked_as_coroutine_function
+from kbatch._checks import check_timeout
 from kbatch._errors import BatchPendingError, ProducerClosedError
 from kbatch._fastmap import Call, Envelope, LoopWaker, TaskStarter, Turns, comes_from, monotonic, running_loop
 from kbatch._loop import in_thread

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import kbatch
+from kbatch._checks import check_topic
 from kbatch._codes import NOT_ALLOWED_CODES, WHOLE_BATCH_CODES
 from kbatch._config import canonical, inherit
 from kbatch._fastmap import Config, monotonic
-from kbatch._options import check_topic
 from kbatch._text import counted
 from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
@@ -339,7 +339,7 @@ class Sender:
             self.failure = self.failure or failure
 
     def _flush_rejects(self) -> None:
-        # Before a line is told: whoever reads it may look there.
+        # Before a line is told: its reader may look there.
         try:
             self._rejects.flush()
         except Failure as failure:

@@ -84,7 +84,7 @@ class Stream:
 
 
 class PlainStream:
-    """What stands for `sys.stdout` and `sys.stderr`, for whoever writes what was typed or found as it is.
+    """What stands for `sys.stdout` and `sys.stderr`, for code that writes what was typed or found as it is.
 
     The framework does, and the standard library's logging.
     """

@@ -130,6 +130,7 @@ cdef class Accumulator:
 
     cdef readonly Flag flag           # set when there is something to do or to plan
     cdef FormedBatch filling
+    cdef FormedBatch spare            # the next one to be filled, made before it is needed: the collector may run then
     cdef object formed                # a deque of those that are closed
     cdef object waiters               # a deque of RoomWaiter, in the order of their calls
     cdef Py_ssize_t gone              # of these, those that wait no longer
@@ -180,9 +181,8 @@ cdef class Accumulator:
             SenderClosedError: The sender is closed.
             ForkError: It was used before a fork, and this is the child.
         """
-        if timeout is not None and not (isinstance(timeout, (int, float)) and timeout >= 0):
-            raise ValueError(
-                f"timeout must be seconds, 0 or more, or None to wait as long as it takes, not {timeout!r}")
+        if timeout is not None:
+            check_timeout(timeout)
         if not self._offer(envelope):
             self._wait_for_room(envelope, timeout)
 
@@ -204,8 +204,11 @@ cdef class Accumulator:
         if type(item) is not Envelope and not isinstance(item, Envelope):
             raise TypeError(f"expected a kbatch.Envelope, not {type(item).__name__}")
         envelope = own_data(<Envelope> item)
-        size = self._measure(envelope)  # first: it may run Python code, which may send
-        if self.stage != ACCEPTING or self.pid != _this_pid:
+        size = self._measure(envelope)
+        while True:
+            self._prepare(size)
+            if self.stage == ACCEPTING and self.pid == _this_pid:
+                break
             self._look()
         if len(self.waiters) > self.gone or not self._has_room(size):
             return False
@@ -264,30 +267,34 @@ cdef class Accumulator:
     def _check_wait(self) -> None:
         """Raises if the caller must not wait for room."""
 
-    cdef int _append(self, Envelope envelope, int64_t size) except -1:
+    cdef inline bint _needs_batch(self, int64_t size) noexcept:
+        return self.filling is None or size > self.batch_bytes - self.filling.sizes.total
+
+    cdef int _prepare(self, int64_t size) except -1:
+        # So that `_append` makes nothing that the garbage collector tracks: a finalizer may send, close or wait.
         cdef FormedBatch batch
-        while True:
-            batch = self.filling
-            if batch is not None and size > self.batch_bytes - batch.sizes.total:
-                self._close_batch()
-                batch = None
-            if batch is not None:
-                batch.sizes.reserve()
-                batch.envelopes.append(envelope)
-                break
+        while self.spare is None and self._needs_batch(size):
             batch = FormedBatch.__new__(FormedBatch)
-            batch.envelopes = [envelope]
+            batch.envelopes = []
             batch.sizes = Sizes.__new__(Sizes)
-            batch.sizes.reserve()
-            if self.stage != ACCEPTING:  # a finalizer has closed it
-                self._refuse()
-            if self.filling is None:  # else a finalizer has sent something meanwhile
-                batch.first_seq = self.accepted
-                batch.begun_ns = kb_now_ns()
-                batch.due_ns = batch.begun_ns + self.timeout_ns
-                self.filling = batch
-                self.flag.set()
-                break
+            self.spare = batch
+        return 0
+
+    cdef int _append(self, Envelope envelope, int64_t size) except -1:
+        # Prepared. Runs no Python code. If it raises, the envelope is not taken.
+        cdef FormedBatch batch = self.spare if self._needs_batch(size) else self.filling
+        batch.sizes.reserve()
+        if batch is self.spare:
+            if self.filling is not None:
+                self._close_batch()
+            batch.envelopes.append(envelope)
+            batch.first_seq = self.accepted
+            batch.begun_ns = kb_now_ns()
+            batch.due_ns = batch.begun_ns + self.timeout_ns
+            self.filling, self.spare = batch, None
+            self.flag.set()
+        else:
+            batch.envelopes.append(envelope)
         batch.sizes.append(size)
         batch.scheduled |= envelope._scheduled_time != NO_TIME
         if self.buffered == 0:
@@ -404,20 +411,15 @@ cdef class Accumulator:
             waiter = self._look_at_first()
             if waiter is None or not self._has_room(waiter.bytes):
                 return 0
-            waiter = self._first_in_line()
-            if waiter is None:
-                return 0
             try:
+                self._prepare(waiter.bytes)
+                if self.stage != ACCEPTING or self._look_at_first() is not waiter or not self._has_room(waiter.bytes):
+                    continue  # a finalizer has come in between
                 self._append(waiter.envelope, waiter.bytes)
             except MemoryError:
-                self.waiters.appendleft(waiter)  # the next thread that gives room back tries again
-                waiter.in_line = True
-                self.line_changes += 1
-                return 0
-            except SenderClosedError:  # a finalizer has closed it, and has not seen this one in the line
-                self._wake(waiter)
-                return 0
+                return 0  # the next thread that gives room back tries again
             waiter.taken = True
+            self._first_in_line()
             self._wake(waiter)
         return 0
 

@@ -222,7 +222,7 @@ cdef object cancels_of_task():
 
 @cython.final
 cdef class AnsweringCoroutine:
-    """Sends, then awaits the callback. A coroutine to whoever awaits it, also one that is cancelled before it began."""
+    """Sends, then awaits the callback. A coroutine to its task, also one that is cancelled before it began."""
 
     cdef object __weakref__
     cdef Answer answer

@@ -1,17 +1,6 @@
 # A batch: what it gives back, and when; how its end is told. Its parts stand in `_fastmap.pxd`.
 
-cdef int _this_pid = kb_pid()  # of this process, at hand without a system call
 cdef int32_t _pinned = 0
-
-
-cdef void _in_forked_child() noexcept nogil:
-    global _this_pid, _pinned, _wanting
-    _this_pid = kb_pid()
-    _wanting = 0
-    _pinned = 0  # those batches are the parent's, and never given back here
-
-
-kb_on_fork_child(_in_forked_child)
 
 
 def pinned_buffers() -> int:
@@ -222,11 +211,14 @@ cdef class Batch(MappedBatch):
                     lot.bytes += size
                     lot.failures.append(
                         (self.envelopes[i], self.outcomes._items[i].error, self.outcomes._items[i].persistence))
-            if not self.looked:  # a finalizer may have come in between
-                undelivered._put(lot)
+            undelivered._put(lot)
+            if self.looked:  # a finalizer has come in between
+                undelivered._take(lot)
+            else:
                 self.lot = lot
         except BaseException:  # no memory
-            undelivered.rest += count
+            if not self.looked:
+                undelivered.rest += count
 
     cdef void _release(self) noexcept:
         # With the GIL, once done: what librdkafka could read is given back.

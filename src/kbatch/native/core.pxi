@@ -120,15 +120,23 @@ cdef class Core:
         cdef char errstr[512]
         cdef rd_kafka_conf_t *conf
         cdef rd_kafka_t *rk
-        cdef bint failed
+        cdef bint failed, recycles, renews
         with self.start_lock:
             if KB_LOAD32(&c.life) != NEW:
                 return 0
+            if self.is_starting:
+                raise RuntimeError(
+                    "reentrant use: a signal handler or a finalizer uses the producer while the thread that it has "
+                    "interrupted starts it")
+            self.is_starting = True
             c.pid = _this_pid  # from here on a forked child must not use it, not even to start it
             try:
                 if self.on_start is not None:
                     self.on_start()
                 self.dispatcher._attach(self)
+                # A plugin may change the headers of a message.
+                recycles = _lists_are_recycled and not self.config.get("plugin.library.paths")
+                renews = self.config.get("enable_sasl_queue") == "true"
                 conf = api.conf_dup(self.config.conf)
                 api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
                 api.conf_set_opaque(conf, c)
@@ -145,9 +153,9 @@ cdef class Core:
                     api.conf_destroy(conf)
                     reason = self.config.without_hidden(errstr.decode("utf-8", "replace"))
                     raise ConfigError(f"librdkafka refused to start: {reason}")
+                # From here on nothing raises that would leave an instance of librdkafka behind.
                 c.rk = rk
-                # A plugin may change the headers of a message.
-                c.recycles = _lists_are_recycled and not self.config.get("plugin.library.paths")
+                c.recycles = recycles
                 c.queue = api.queue_get_main(rk)
                 if self.dispatcher.events & RD_KAFKA_EVENT_LOG:
                     api.set_log_queue(rk, NULL)
@@ -155,8 +163,7 @@ cdef class Core:
                 if not failed:
                     c.life = RUNNING
                     KB_ADD32(&c.references, 1)
-                    failed = (self.config.get("enable_sasl_queue") == "true" and not renew_tokens(rk)
-                              or kb_thread_start(drainer_main, c) < 0)
+                    failed = renews and not renew_tokens(rk) or kb_thread_start(drainer_main, c) < 0
                     if failed:
                         KB_ADD32(&c.references, -1)
                         c.life = NEW
@@ -173,6 +180,8 @@ cdef class Core:
                 c.pid = 0
                 self.dispatcher._detach()
                 raise
+            finally:
+                self.is_starting = False
         return 0
 
     cdef int _check_fork(self) except -1:

@@ -13,8 +13,6 @@ cdef void drainer_main(void *arg) noexcept nogil:
     cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, idle_ns
     cdef BatchState *over
     cdef bint urgent
-    cdef ListPool *pool
-    cdef HeaderList *returned
     cdef int flags, slice_ms, answer
     cdef Notice *unread
     kb_mutex_lock(&c.mu)
@@ -63,11 +61,7 @@ cdef void drainer_main(void *arg) noexcept nogil:
         if c.lists != NULL and in_flight == 0 and c.callers == 0 and nobody_in_line(c):
             idle_ns = c.lists_used_ns + LISTS_IDLE - now
             if idle_ns <= 0:
-                pool, returned = c.lists, c.returned
-                c.lists, c.returned, c.returned_bytes = NULL, NULL, 0
-                kb_mutex_unlock(&c.mu)
-                free_pool(pool, returned)
-                kb_mutex_lock(&c.mu)
+                drop_lists(c)
                 continue
         urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
         if (c.leader != NULL or c.callers) and c.life == RUNNING:
@@ -202,12 +196,10 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
         topic = topic.next
     api.queue_destroy(c.queue)
     api.destroy(c.rk)
-    free_pool(c.lists, c.returned)
     kb_mutex_lock(&c.mu)
+    drop_lists(c)
     c.rk = NULL
     c.queue = NULL
-    c.lists = NULL
-    c.returned = NULL
     KB_STORE32(&c.life, CLOSED)
     c.dispatcher_stop = 1  # only now: until here batches may still become done
     kb_cond_signal(&c.dispatcher_cond)

@@ -232,13 +232,14 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
         if pool == NULL:
             return NULL
         pool.slice = 1
+        c.lists_used_ns = kb_now_ns()
         kb_mutex_lock(&c.mu)
         c.lists = pool
         kb_mutex_unlock(&c.mu)
     for i in range(count):
         length = wire_length(&h[i])
         size += h[i].name_len + max(0, length)
-        mark = (mark ^ <uint32_t> (length * 31 + h[i].name_len)) * <uint32_t> 16777619
+        mark = (mark ^ (<uint32_t> length * <uint32_t> 31 + <uint32_t> h[i].name_len)) * <uint32_t> 16777619
     if size > LARGEST_LISTED:
         return NULL
     mark ^= mark >> 15
@@ -283,7 +284,7 @@ cdef void keep_list(ListPool *pool, HeaderList *kept) noexcept nogil:
 
 
 cdef void collect_lists(Client *c, int64_t now) noexcept nogil:
-    # What reports have given back, by whoever has the turn.
+    # What reports have given back. The batch whose turn it is calls it.
     cdef HeaderList *kept
     cdef HeaderList *following
     kb_mutex_lock(&c.mu)
@@ -319,6 +320,18 @@ cdef void free_pool(ListPool *pool, HeaderList *returned) noexcept nogil:
             while pool.buckets[i] != NULL:
                 drop_shape(pool, &pool.buckets[i])
         kb_free(pool)
+
+
+cdef void drop_lists(Client *c) noexcept nogil:
+    # Under the lock on entry and exit, with nothing in flight and nobody in line: all of them.
+    cdef ListPool *pool = c.lists
+    cdef HeaderList *returned = c.returned
+    c.lists = NULL  # first: `counters` looks at it
+    c.returned = NULL
+    c.returned_bytes = 0
+    kb_mutex_unlock(&c.mu)
+    free_pool(pool, returned)
+    kb_mutex_lock(&c.mu)
 
 
 def lists_are_as_expected() -> bool:

@@ -1,4 +1,4 @@
-# A batch on hold: whoever holds it says when it is done, and how.
+# A batch on hold: `Transactions` holds it, and says when it is done, and how.
 
 cdef enum:
     # HeldBatches.transaction_call

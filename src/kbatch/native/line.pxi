@@ -113,7 +113,7 @@ cdef inline bint is_detached(BatchState *batch) noexcept nogil:
 
 
 cdef inline bint others_stand_in_line(Client *c) noexcept nogil:
-    # For whoever has the turn.
+    # For the batch that has the turn.
     return KB_LOAD32(&c.standing) > 1
 
 

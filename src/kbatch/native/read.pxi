@@ -565,7 +565,7 @@ cdef int _check_encoded(object record, object key, object value) except -1:
 
 
 def read_envelope(record, *, wire="kbatch"):
-    """The envelope that a consumed record is: what a producer with this `wire` wrote, or whoever writes the same.
+    """The envelope that a consumed record is: what a producer with this `wire` wrote, or a program like it.
 
     The value is the envelope's ``data``, not decoded. Headers of the format are its fields (of several with one name
     the last, as Kafka has it), all others its ``headers``, as bytes, in order. A header whose name is empty, or has a

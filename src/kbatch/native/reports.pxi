@@ -96,7 +96,7 @@ cdef void settle_whole(Client *c, BatchState *batch, int64_t acked, int64_t fail
 
 
 cdef void finish(Client *c, BatchState **batches, int count, Waiter *me) noexcept nogil:
-    # Under the lock: these batches are complete; wake whoever has waited for them, or for what else has changed.
+    # Under the lock: these batches are complete; wake the threads that wait for them, or for what else has changed.
     cdef int i
     for i in range(count):
         complete(c, batches[i])

@@ -1,6 +1,6 @@
 # What looks up the brokers' names for librdkafka. getaddrinfo of glibc takes a lock that nobody gives back in a child
-# that is forked meanwhile: there every name that is looked up, by whomever, would hang. So a fork waits until no name
-# is being looked up; but not for long, where name servers do not answer.
+# that is forked meanwhile: there each later look-up, by any code, would hang. So a fork waits until no name is being
+# looked up; but not for long, where name servers do not answer.
 
 cdef enum:
     FORK_WAITS_NS = 1000000000

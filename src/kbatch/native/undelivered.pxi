@@ -25,7 +25,7 @@ cdef class _Lot:
 cdef class Undelivered:
     """What was given up by a sender or a producer and told to nobody yet: the first 1,000, and how many there are.
 
-    Whoever takes it tells it, so that each failure is told once. What is left at the end is logged.
+    The call that takes it tells it, so that each failure is told once. What is left at the end is logged.
     """
 
     def __init__(self, str what not None):
@@ -89,14 +89,22 @@ cdef class Undelivered:
         return True
 
     cdef list _take_all(self, bint reachable, bint waited, int64_t *count):
+        # All that may be, or nothing is taken.
         cdef list taken = []
         cdef _Lot lot
         self._own()
-        for each in list(self.lots):
-            lot = each
-            if (not lot.reachable or reachable and (waited or not lot.waited)) and self._take(lot):
-                taken.append(lot)
-                count[0] += lot.count
+        try:
+            for each in list(self.lots):
+                lot = each
+                if not lot.reachable or reachable and (waited or not lot.waited):
+                    taken.append(lot)  # first: without memory it stays
+                    if self._take(lot):
+                        count[0] += lot.count
+                    else:
+                        taken.pop()
+        except BaseException:
+            self._put_back(taken, count[0])
+            raise
         count[0] += self.rest
         self.rest = 0
         return taken
@@ -165,7 +173,10 @@ cdef class Undelivered:
         cdef _Lot lot
         for each in taken:
             lot = each
-            self._put(lot)
+            try:
+                self._put(lot)
+            except MemoryError:
+                continue  # there is still the count
             count -= lot.count
         self.rest += count
         return 0

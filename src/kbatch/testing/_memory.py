@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer, check_timeout
+from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import call_fault, is_coroutine_function
+from kbatch._checks import check_timeout
 from kbatch._codes import ALL_BROKERS_DOWN, NOT_PERSISTED, POSSIBLY_PERSISTED, PURGE_QUEUE
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, fatal_error

@@ -95,7 +95,7 @@ class Fault:
 
 
 class MemoryBroker:
-    """Topics, partitions and faults. Whoever calls it sees to it that one thread does at a time."""
+    """Topics, partitions and faults. The callers see to it that one thread does at a time."""
 
     def __init__(self, partitions: int, partitioner: str) -> None:
         self.envelopes: list[Envelope[Any]] = []
