@@ -121,14 +121,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "resident_size: compares the memory of processes")
+    config.addinivalue_line("markers", "allocator: looks at memory, or counts on it to be used again")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not SLOW_BUILD:
         return
     for item in items:
-        if item.get_closest_marker("resident_size"):
+        if item.get_closest_marker("allocator"):
             item.add_marker(pytest.mark.skip(reason="platform: AddressSanitizer keeps freed memory"))
 
 

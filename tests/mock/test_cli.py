@@ -1141,7 +1141,7 @@ def peak_memory_of(arguments, blocks):
     return peak, child.returncode, out
 
 
-@pytest.mark.resident_size
+@pytest.mark.allocator
 def test_memory_does_not_grow_with_the_input(topic, servers):
     arguments = ["produce", "-", "-t", topic, "-k", "id", "-X", servers]
     block = "".join(line + "\n" for line in lines_of(1_000, size=950)).encode()
@@ -1153,7 +1153,7 @@ def test_memory_does_not_grow_with_the_input(topic, servers):
     assert large - small < 20_000_000, f"{small:,} bytes for 20 MB, {large:,} for 150 MB"
 
 
-@pytest.mark.resident_size
+@pytest.mark.allocator
 def test_one_endless_line_takes_no_memory(topic, servers, tmp_path):
     rejects = tmp_path / "rejects"
     arguments = ["produce", "-", "-t", topic, "-X", servers, "--rejects", str(rejects)]

@@ -98,6 +98,7 @@ def test_a_value_of_the_message_before_never_stays(cluster: MockCluster, config:
     assert [record.headers for record in records] == [[("n", f"{n:06}".encode()), ("same", b"s")] for n in range(5_000)]
 
 
+@pytest.mark.allocator
 def test_names_of_one_length_are_told_apart(cluster: MockCluster, config: dict[str, Any]) -> None:
     # A name is made anew for each batch and forgotten with it: one of the next stands at its address.
     sent = [(("aaaa", "aaab", "baaa", "abaa")[n % 4], f"{n:06}") for n in range(400)]

@@ -648,7 +648,7 @@ def test_nothing_is_left_after_close(process):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="platform: resident size")
-@pytest.mark.resident_size
+@pytest.mark.allocator
 def test_calls_do_not_leak():
     me = psutil.Process()
     with MockCluster() as cluster:

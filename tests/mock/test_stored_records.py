@@ -436,7 +436,7 @@ def test_borrowed_bytes_outlive_their_names(
     assert [(r.key.decode(), r.value.decode(), r.headers[0][1].decode()) for r in stored(cluster)] == expected
 
 
-@pytest.mark.resident_size
+@pytest.mark.allocator
 def test_bytes_are_sent_without_a_copy() -> None:
     # Nobody is there: what is in flight has to be somewhere.
     body, count = os.urandom(20_000_000), 20
@@ -1121,7 +1121,7 @@ def test_the_error_path_leaks_nothing(kafka_cluster: MockCluster, wire: str, ind
         view.extend(b"!")  # no export is held
 
 
-@pytest.mark.resident_size
+@pytest.mark.allocator
 def test_the_error_path_leaks_no_memory(kafka_cluster: MockCluster) -> None:
     # What is not a Python object: records, headers, buffers of bodies. Each batch takes some 300 KB of them.
     envelopes: list[Any] = [Envelope("x" * 200, headers={f"h{i}": "v" for i in range(20)}) for _ in range(500)]
@@ -1140,7 +1140,7 @@ def test_the_error_path_leaks_no_memory(kafka_cluster: MockCluster) -> None:
         assert psutil.Process().memory_info().rss - before < 30_000_000  # a leak of one part would be ten times that
 
 
-@pytest.mark.resident_size
+@pytest.mark.allocator
 def test_what_librdkafka_refuses_leaks_no_memory(cluster: MockCluster) -> None:
     # The list of headers stays the caller's when a message is refused; each batch has some 1 MB of them.
     envelopes = [Envelope(1, partition=9, headers={f"h{i}": "v" * 30 for i in range(20)}) for _ in range(500)]
@@ -1214,6 +1214,7 @@ def test_the_time_of_both_phases_is_counted(cluster: MockCluster) -> None:
     assert none[1] < first[1] < second[1]
 
 
+@pytest.mark.allocator
 def test_nothing_per_message_is_a_python_object_before_it_is_asked_for(cluster: MockCluster) -> None:
     envelopes = [Envelope(data=b"x")] * 20_000
     with make_producer(cluster, wire="raw") as producer:

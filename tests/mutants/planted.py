@@ -355,13 +355,6 @@ MUTANTS = (
         "tests/mock/test_rejected_report.py",
     ),
     Mutant(
-        "a rejected envelope may have been stored",
-        "HeldBatches.conclude",
-        "                if outcome.error == RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION:\n",
-        "                if False:\n",
-        "tests/mock/test_rejected_report.py",
-    ),
-    Mutant(
         "what a rejected envelope kept is given back while others point at it",
         "_Mapping._map_or_reject",
         "        self.last_type = None  # its name may be among the following\n",

@@ -132,8 +132,6 @@ cdef class HeldBatches:
         if code:
             for i in range(state.count):
                 outcome = &batch.outcomes._items[i]
-                if outcome.error == RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION:
-                    continue  # never sent, so never stored
                 if outcome.state == ACKED:
                     outcome.state, outcome.error, outcome.offset = FAILED, <int16_t> code, -1
                     outcome.persistence = RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED
