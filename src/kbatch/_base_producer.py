@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer", "check_close_timeout", "check_kind", "check_timeout"]
+__all__ = ["BaseProducer", "check_close_timeout", "check_kind", "check_mapping", "check_timeout"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
 
@@ -238,15 +238,8 @@ def _check_call(name: str, function: Any, *arguments: str) -> None:
         raise ConfigError(f"{name} {fault}")
 
 
-def _check_arguments(
-    wire: Any,
-    encoder: Any,
-    source: Any,
-    header_hook: Any,
-    close_timeout_s: Any,
-    max_in_flight: Any,
-    carry_scheduled_time: Any,
-) -> None:
+def check_mapping(wire: Any, encoder: Any, source: Any, header_hook: Any) -> None:
+    """Raises ConfigError for what envelopes cannot be mapped with."""
     if isinstance(wire, str):
         if wire not in WIRE_NAMES:
             raise ConfigError(f"wire must be one of {', '.join(WIRE_NAMES)} or an object with write(), not {wire!r}")
@@ -266,6 +259,18 @@ def _check_arguments(
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None:
         _check_call("header_hook", header_hook)
+
+
+def _check_arguments(
+    wire: Any,
+    encoder: Any,
+    source: Any,
+    header_hook: Any,
+    close_timeout_s: Any,
+    max_in_flight: Any,
+    carry_scheduled_time: Any,
+) -> None:
+    check_mapping(wire, encoder, source, header_hook)
     check_close_timeout(close_timeout_s)
     if isinstance(max_in_flight, bool) or not isinstance(max_in_flight, int) or not 0 < max_in_flight < 2**31:
         raise ConfigError(f"max_in_flight must be an int from 1 to 2**31 - 1, not {max_in_flight!r}")
