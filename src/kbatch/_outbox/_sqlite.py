@@ -83,7 +83,7 @@ class SqliteOutbox:
             raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
         self._path = os.path.abspath(os.fspath(path))
         if os.fspath(path) in ("", ":memory:"):
-            raise ConfigError("path must be a file: a database in memory is gone with the process, and its messages too")
+            raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
         if (
             isinstance(max_message_bytes, bool)
             or not isinstance(max_message_bytes, int)
@@ -242,12 +242,12 @@ class SqliteOutbox:
         sql = self._tables.sql
         with self._connection() as connection:
             self._check_tables(connection)
-            counts = [
+            waiting, later, dead = (
                 connection.execute(
                     sql(f"SELECT count(*) FROM (SELECT 1 FROM {{{table}}} LIMIT ?)"), (count_up_to,)
                 ).fetchone()[0]
                 for table in ("outbox", "later", "dead")
-            ]
+            )
             ages = (
                 connection.execute(
                     sql("SELECT created_at FROM {outbox} WHERE bucket = ? ORDER BY seq LIMIT 1"), (bucket,)
@@ -257,7 +257,7 @@ class SqliteOutbox:
             oldest = min((age[0] for age in ages if age is not None), default=None)
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE until > {now}")).fetchone()[0]
         age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
-        return OutboxStatus(*counts, age_s, relays)
+        return OutboxStatus(waiting, later, dead, age_s, relays)
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.

@@ -131,7 +131,7 @@ class SqliteTables:
         elif "not a database" in text or "malformed" in text:
             hint = "give the path of a SQLite database, or of none yet"
         elif "locked" in text or "busy" in text:
-            hint = "another connection writes; wait longer by sqlite3.connect(timeout=…), and begin with BEGIN IMMEDIATE"
+            hint = "another connection writes; wait longer (sqlite3.connect(timeout=…)) and begin with BEGIN IMMEDIATE"
         elif "readonly" in text or "read-only" in text:
             hint = "open the database for writing; the file and its folder must be writable"
         elif "unable to open" in text:
