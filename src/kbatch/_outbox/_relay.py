@@ -70,8 +70,8 @@ class Relay:
     one bucket.
 
     A record that a broker refuses waits for its next attempt, and later ones of its key with it; what can never be
-    accepted, or was refused too often, goes to the dead letters. When no broker answers, nothing is moved and no attempt
-    is counted: the records stay, and are sent when brokers answer again.
+    accepted, or was refused too often, goes to the dead letters. When no broker answers, nothing is moved and no
+    attempt is counted: the records stay, and are sent when brokers answer again.
 
     It needs a process or a thread of its own, in which `run` is called. It holds no transaction open while it sends.
 

@@ -376,8 +376,11 @@ cdef int map_packed(Mapper mapper, MappedBatch batch, object packed, list reject
             unshared += _map_packed_or_reject(mapping, i)
         if times is not None:
             at = times[i]
-            if at is not None:
-                mapping._note_deliver_by(at)
+            if at is not None and batch.state.records[i].flags == 0:
+                if at <= mapping.now_us:
+                    batch.state.records[i].flags = RECORD_EXPIRED
+                else:
+                    mapping._note_deliver_by(at)
         if unshared >= SHARE_EVERY:
             unshared = 0
             share_gil(&offered_ns)
