@@ -30,7 +30,7 @@ def test_what_is_damaged_or_too_large_is_rejected_and_the_rest_is_sent() -> None
         assert producer._core.send(pending, 10, wait=True)
         assert pending.report.acked == 4
         assert {index: error.code for index, error in pending.report.errors.items()} == {1: -161, 5: -161}
-        assert [record.value for record in producer.records] == [b"0", b"2", b"3", b"4"]
+        assert [record.value() for record in producer.records] == [b"0", b"2", b"3", b"4"]
 
 
 def test_all_may_be_rejected() -> None:

@@ -20,6 +20,7 @@ from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._recovery._retry import RetryPolicy, entropy, is_number
@@ -351,11 +352,19 @@ class Relay:
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
             self._positions.start_again()
             self._let_go()
-        if self._may_send() and now >= self._due_at:
-            self._due_at = now + _LOOK_AT_DUE_EVERY_S
-            self._send_due()
+        # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
+        # would be the trial again and again.
+        if self._gate.circuit.state is CircuitState.CLOSED:
+            self._send_due_if_time()
         while self._may_send() and monotonic() >= self._read_at:
             self._send_next()
+        self._send_due_if_time()
+
+    def _send_due_if_time(self) -> None:
+        now = monotonic()
+        if now >= self._due_at and self._may_send():
+            self._due_at = now + _LOOK_AT_DUE_EVERY_S
+            self._send_due()
 
     # -- leases
 
