@@ -1049,14 +1049,14 @@ MUTANTS = (
     ),
     Mutant(
         "packed records go to the topic of the first",
-        "map_packed",
+        "_map_packed_one",
         "if topic == NULL or topic.name_len != found.topic_len or memcmp(",
         "if topic == NULL or topic.name_len != found.topic_len and memcmp(",
         "tests/mock/test_packed_records.py",
     ),
     Mutant(
         "a packed record may be larger than any that is sent",
-        "map_packed",
+        "_map_packed_one",
         "        mapping._check_size(&found.record, headers_size)\n",
         "        pass\n",
         "tests/unit/test_packed_record.py",

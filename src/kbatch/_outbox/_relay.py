@@ -67,6 +67,7 @@ class Relay:
 
     Each record is sent until it was acknowledged; it may be stored twice if the relay, or its database, fails in
     between. Of one topic and key (or partition, without a key) records are sent in the order in which they were added.
+    When a delivery fails, those that were not sent yet wait behind it, and those under way may overtake it.
     Any number of relays may work on one outbox, in threads and processes: they share its 64 buckets, and a key is in
     one bucket.
 
