@@ -15,6 +15,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.relays import WatchedOutbox, check_history, numbered
@@ -69,7 +70,7 @@ def running(relay: Relay) -> Iterator[Relay]:
     thread = threading.Thread(target=run)
     with relay:
         thread.start()
-        until(lambda: relay.stats()["buckets"] or errors, "the relay's buckets")
+        until(lambda: relay._store is not None or errors, "its start")
         yield relay
         relay.stop()
         thread.join()
@@ -283,7 +284,7 @@ def test_an_outage_moves_nothing_and_counts_nothing(outbox: SqliteOutbox, cluste
         assert (stats["acked"], stats["refused"], stats["put_off"], stats["dead"]) == (0, 0, 0, 0)
         cluster.set_broker_up()
         assert relay.drain(60) == 0
-    check_history(range(400), stored(cluster), copies=None)
+    check_history(range(400), stored(cluster), copies=None, in_order=False)
 
 
 def test_one_partition_without_a_leader_stops_no_other(outbox: SqliteOutbox, cluster: MockCluster) -> None:
@@ -338,7 +339,7 @@ def test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back(
 ) -> None:
     numbers = iter(range(10**6))
     with running(make(outbox, cluster)) as first:
-        assert first.stats()["buckets"] == 64
+        until(lambda: first.stats()["buckets"] == 64, "all buckets")
         with running(make(outbox, cluster)) as second:
             for _ in range(40):
                 outboxes.add(outbox, numbered([next(numbers) for _ in range(50)]))
@@ -393,28 +394,61 @@ def test_a_relay_that_another_has_followed_writes_nothing(outbox: SqliteOutbox, 
     assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [("another",)]
 
 
-def test_nothing_is_handed_over_when_the_lease_is_too_short_for_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+@pytest.mark.parametrize("slow", ["renew", "read"])
+def test_nothing_is_handed_over_when_the_lease_is_too_short_for_it(
+    outbox: SqliteOutbox, cluster: MockCluster, slow: str
+) -> None:
     outboxes.add(outbox, numbered(range(100)))
-    slow = threading.Event()
+    slept: list[str] = []
 
     def after(name: str) -> None:
-        if name == "read" and not slow.is_set():
-            slow.set()
+        if name == slow and not slept:
+            slept.append(name)
             time.sleep(1.2)  # of the 2 s by which the lease is longer than a delivery, one is the margin
 
+    left = "SELECT (min(until) - {now}) / 1000.0 FROM {lease}"
     with make(WatchedOutbox(outbox, after=after), cluster, {"delivery.timeout.ms": 1000}, lease_s=6.0) as relay:
         handed_over: list[float] = []
         send = relay._handle.producer._send_detached
 
         def send_detached(*arguments: Any, **keywords: Any) -> None:
-            handed_over.append(relay._leases.left_s(kbatch._outbox._relay._times()))
+            handed_over.extend(seconds for (seconds,) in outboxes.query(outbox, left))
             send(*arguments, **keywords)
 
         relay._handle.producer._send_detached = send_detached  # type: ignore[method-assign]
         assert relay.drain(30) == 0
-    assert slow.is_set()
+    assert slept
     assert min(handed_over) >= 5.0 - 0.1
     check_history(range(100), stored(cluster))
+
+
+def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.set_rtt(-1, 300)
+    given_up: list[tuple[set[int], set[int]]] = []
+    renew = SqliteStore.renew
+    with running(make(outbox, cluster, batch_size=200)) as first:
+        until(lambda: first.stats()["buckets"] == 64, "all buckets")
+
+        def watched(store: Any, owner: str, lease_s: float, *, release: Any, avoid: Any) -> Any:
+            if owner == first._owner and release:
+                in_flight = {bucket for flight in list(first._flights) for bucket in flight.tokens}
+                given_up.append((set(release), in_flight))
+            return renew(store, owner, lease_s, release=release, avoid=avoid)
+
+        monkeypatch.setattr(SqliteStore, "renew", watched)
+        numbers = iter(range(10**6))
+        with running(make(outbox, cluster, batch_size=200)) as second:
+            while (first.stats()["buckets"], second.stats()["buckets"]) != (32, 32):
+                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
+                time.sleep(0.02)
+            cluster.set_rtt(-1, 0)
+            assert first.drain(60) == 0
+    assert given_up
+    assert any(in_flight for _, in_flight in given_up)
+    assert [release & in_flight for release, in_flight in given_up if release & in_flight] == []
+    check_history(range(next(numbers)), stored(cluster))
 
 
 # -- its life
