@@ -1057,8 +1057,8 @@ MUTANTS = (
     Mutant(
         "a packed record may be larger than any that is sent",
         "_map_packed_one",
-        "        mapping._check_size(&found.record, headers_size)\n",
-        "        pass\n",
+        "    mapping._check_size(&found.record, headers_size)\n",
+        "    pass\n",
         "tests/unit/test_packed_record.py",
     ),
     Mutant(
@@ -1374,9 +1374,9 @@ MUTANTS = (
     ),
     Mutant(
         "an outbox takes a connection to another file",
-        "SqliteOutbox._insert_batch",
-        "            if file not in self._own_files:\n",
-        "            if file and file not in self._own_files and not file:\n",
+        "SqliteOutbox._rows",
+        "        if file not in self._own_files:\n",
+        "        if not file and file:\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(

@@ -193,19 +193,14 @@ class SqliteOutbox:
             return 0
         cursor = connection.cursor()
         cursor.row_factory = None
-        # A statement is undone by SQLite when it fails, but not those before it.
+        if count == 1:  # one statement inserts it, or does nothing; a number that is left out does not matter
+            (row,) = self._rows(cursor, batch, count)
+            cursor.execute(self._insert, row)
+            return 1
+        # Else what was inserted before one that fails is to be undone.
         cursor.execute("SAVEPOINT kbatch_add")
         try:
-            # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
-            cursor.execute(self._take_numbers, (count,))
-            meta = cursor.execute(self._look).fetchone()
-            if meta is None:
-                raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
-            last_seq, version, buckets, file = meta
-            self._tables.check_meta(version, buckets)
-            if file not in self._own_files:
-                self._check_file(file)
-            rows = self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
+            rows = self._rows(cursor, batch, count)
             cursor.executemany(self._insert, rows)
         except BaseException:
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
@@ -215,6 +210,20 @@ class SqliteOutbox:
             raise
         cursor.execute("RELEASE kbatch_add")
         return len(rows)
+
+    def _rows(
+        self, cursor: sqlite3.Cursor, batch: MappedBatch, count: int
+    ) -> list[tuple[int, int, bytes, bytes, int, int | None]]:
+        # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
+        cursor.execute(self._take_numbers, (count,))
+        meta = cursor.execute(self._look).fetchone()
+        if meta is None:
+            raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
+        last_seq, version, buckets, file = meta
+        self._tables.check_meta(version, buckets)
+        if file not in self._own_files:
+            self._check_file(file)
+        return self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
 
     def _check_file(self, file: str | None) -> None:
         try:
