@@ -260,13 +260,15 @@ def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once
     outboxes.add(outbox, numbered(range(20)))
     outboxes.add(outbox, [Envelope(data=b"x" * 5000)])
     outboxes.query(outbox, "UPDATE {outbox} SET packed = substr(packed, 1, 20) WHERE seq = 3")
+    outboxes.query(outbox, "UPDATE {outbox} SET packed = 'text' WHERE seq = 4")
     with make(outbox, cluster, {"message.max.bytes": 2000}) as relay:
         assert relay.drain(30) == 0
-        assert relay.stats()["dead"] == 2
+        assert relay.stats()["dead"] == 3
     errors = [error for (error,) in outboxes.query(outbox, "SELECT last_error FROM {dead} ORDER BY seq")]
     assert "damaged" in errors[0]
-    assert "message.max.bytes=2000" in errors[1]
-    check_history(set(range(20)) - {2}, stored(cluster))
+    assert "must be bytes, not str" in errors[1]
+    assert "message.max.bytes=2000" in errors[2]
+    check_history(set(range(20)) - {2, 3}, stored(cluster))
 
 
 # -- outages
@@ -492,6 +494,19 @@ def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
             signal.signal(signal.SIGTERM, before)
             timer.join()
     check_history(range(50), stored(cluster))
+
+
+def test_close_within_run_is_refused(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    with make(outbox, cluster) as relay:
+        before = signal.signal(signal.SIGTERM, lambda *_: relay.close())
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM])
+        timer.start()
+        try:
+            with pytest.raises(RuntimeError, match="call stop"):
+                relay.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            timer.join()
 
 
 def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, cluster: MockCluster) -> None:

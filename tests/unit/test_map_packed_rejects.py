@@ -36,9 +36,10 @@ def test_what_is_damaged_or_too_large_is_rejected_and_the_rest_is_sent() -> None
 def test_all_may_be_rejected() -> None:
     with MemoryProducer() as producer:
         pending, rejected = PendingBatch(producer._core), []
-        producer._core.map_packed(pending, [b"", b"?"], rejected)
+        producer._core.map_packed(pending, [b"", b"?", "text"], rejected)
         assert producer._core.send(pending, 10, wait=True)
-        assert (len(rejected), pending.report.failed) == (2, 2)
+        assert (len(rejected), pending.report.failed) == (3, 3)
+        assert "packed record 2 must be bytes, not str" in str(rejected[2][1])
 
 
 def test_what_has_expired_is_not_sent() -> None:
@@ -58,4 +59,4 @@ def test_without_a_list_the_first_one_is_raised() -> None:
         with pytest.raises(DeserializationError, match="packed record 1"):
             producer._core.map_packed(PendingBatch(producer._core), [*packed(Envelope(data=b"")), b"?"])
         with pytest.raises(TypeError, match="packed record 0 must be bytes"):
-            producer._core.map_packed(PendingBatch(producer._core), ["text"], [])  # type: ignore[list-item]
+            producer._core.map_packed(PendingBatch(producer._core), ["text"])  # type: ignore[list-item]

@@ -17,6 +17,7 @@ import pytest
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, SerializationError, SqliteOutbox, Tombstone
 from kbatch._fastmap import packed_key_hash, unpack_record
+from kbatch._outbox._sqlite import _tell_of_fault
 from tests import outboxes
 
 FUTURE = datetime.now(timezone.utc) + timedelta(days=1)
@@ -427,3 +428,23 @@ def test_threads_add_at_the_same_time(outbox: SqliteOutbox) -> None:
     for thread in threads:
         thread.join()
     assert sorted(map(int, outboxes.bodies(outbox))) == list(range(240))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_told"),
+    [
+        ((3, 51, 2), True),
+        ((3, 51, 3), False),
+        ((3, 50, 7), False),
+        ((3, 50, 6), True),
+        ((3, 44, 6), False),
+        ((3, 7, 0), True),
+    ],
+)
+def test_a_version_of_sqlite_that_may_damage_the_database_is_logged_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: tuple[int, ...], is_told: bool
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._sqlite._told_of_fault", False)
+    for _ in range(2):
+        _tell_of_fault(version)
+    assert len(caplog.records) == (1 if is_told else 0)

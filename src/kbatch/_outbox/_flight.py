@@ -84,12 +84,9 @@ class Judge:
         self._random = random
         self._timed_out: set[Place] = set()
 
-    def forget(self, places: set[Place] | None = None) -> None:
-        """Forgets what has timed out: these rows, or all."""
-        if places is None:
-            self._timed_out.clear()
-        else:
-            self._timed_out -= places
+    def forget(self) -> None:
+        """Forgets what has timed out."""
+        self._timed_out.clear()
 
     def answers(self, flight: Flight) -> Answers:
         """What becomes of the rows of a settled flight."""
@@ -97,7 +94,7 @@ class Judge:
         report = flight.pending.report
         if not report.failed:
             if self._timed_out:
-                self.forget(set(flight.places))
+                self._timed_out.difference_update(flight.places)
             verdict: Verdict = "succeeded" if report.acked else "nothing"
             return Answers(flight.places, [], {}, [], verdict, report.acked, report.expired, None)
         reasons: Mapping[int, KbatchError] = {**report.errors, **dict(flight.rejected)}
@@ -151,6 +148,6 @@ class Judge:
             due_in_s = None if is_final or is_last else self._policy.delay_s(attempts, self._random)
         try:
             key_hash = self._key_of(flight.packed[index])
-        except ValueError:
+        except (TypeError, ValueError):
             key_hash = None
         return Failure(bucket, seq, due_in_s, attempts, str(error), key_hash)

@@ -95,7 +95,7 @@ class Positions:
     def _key_hash(self, packed: bytes) -> int | None:
         try:
             return self._key_of(packed)
-        except ValueError:  # damaged: whoever sends it learns so
+        except (TypeError, ValueError):  # damaged: whoever sends it learns so
             return None
 
     def put_back(self, places: Iterable[Place]) -> None:

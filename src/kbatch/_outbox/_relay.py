@@ -134,7 +134,11 @@ class Relay:
         self._close_timeout_s = close_timeout_s
         self._handle = _handle_of(producer, batch_size * max_in_flight_batches)
         self._max_delivery_s = self._handle.producer.max_delivery_s()
-        self._lease_s = _lease_s(lease_s, self._max_delivery_s)
+        try:
+            self._lease_s = _lease_s(lease_s, self._max_delivery_s)
+        except ConfigError:
+            self._handle.release(0.0)
+            raise
         self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
         self._calls = UserCalls()
@@ -162,6 +166,7 @@ class Relay:
         self._failures_later: list[Failure] = []
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
         self._runs = threading.Lock()  # held by the thread that runs it
+        self._runner: int | None = None
         self._stopping = False
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
@@ -219,7 +224,13 @@ class Relay:
         return {**self._counts, "in_flight": in_flight, "buckets": len(self._leases.tokens)}
 
     def close(self) -> None:
-        """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's."""
+        """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's.
+
+        Raises:
+            RuntimeError: It is called within `run`, as by a signal handler, which calls `stop`.
+        """
+        if self._runner == threading.get_ident():
+            raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
         self._closed = True
         self.stop()
         with self._runs:
@@ -260,6 +271,7 @@ class Relay:
         """Whether the outbox was seen empty."""
         if not self._runs.acquire(blocking=False):
             raise RuntimeError("another thread runs this relay")
+        self._runner = threading.get_ident()
         try:
             if self._closed:
                 raise SenderClosedError("the relay is closed")
@@ -278,6 +290,7 @@ class Relay:
                 self._end()
         finally:
             self._stopping = False  # it may be run again
+            self._runner = None
             self._runs.release()
 
     def _is_empty(self) -> bool:
@@ -357,7 +370,9 @@ class Relay:
         # would be the trial again and again.
         if self._gate.circuit.state is CircuitState.CLOSED:
             self._send_due_if_time()
-        while self._may_send() and monotonic() >= self._read_at:
+        for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
+            if not self._may_send() or monotonic() < self._read_at:
+                break
             self._send_next()
         self._send_due_if_time()
 
@@ -405,6 +420,7 @@ class Relay:
             counted(len(buckets), "bucket"),
         )
         self._positions.end(buckets)
+        self._judge.forget()
         self._done = [place for place in self._done if place[0] not in buckets]
         self._done_later = [place for place in self._done_later if place[0] not in buckets]
         self._failures = [failure for failure in self._failures if failure.bucket not in buckets]

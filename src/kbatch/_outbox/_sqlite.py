@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sqlite3
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ __all__ = ["OutboxStatus", "SqliteOutbox"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, and SQLite's for a value
 _BUSY_TIMEOUT_S = 5.0
+
+_logger = logging.getLogger("kbatch")
+_told_of_fault = False
 
 
 @dataclass(frozen=True)
@@ -274,6 +278,7 @@ class SqliteOutbox:
         Raises:
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
+        _tell_of_fault(sqlite3.sqlite_version_info)
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
@@ -303,3 +308,16 @@ class SqliteOutbox:
         if found is None:
             raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
         self._tables.check_meta(*found)
+
+
+def _tell_of_fault(version: tuple[int, ...]) -> None:
+    """Logs, once, that this version of SQLite may damage a database in WAL mode (its WAL-reset fault)."""
+    global _told_of_fault
+    if _told_of_fault or version < (3, 7) or version > (3, 51, 2) or version in ((3, 44, 6), (3, 50, 7)):
+        return
+    _told_of_fault = True
+    _logger.warning(
+        "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections write; "
+        "3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
+        ".".join(map(str, version)),
+    )

@@ -262,8 +262,8 @@ cdef class Core:
     def map_packed(self, Batch batch not None, packed, list rejected=None, *, deliver_by=None) -> None:
         """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done.
 
-        `rejected` is as for `map`, for what is damaged or too large; other exceptions are raised. `deliver_by` has of
-        each record the microseconds since 1970 after which it is not sent, or None.
+        `rejected` is as for `map`, for what is damaged, too large or not bytes; other exceptions are raised.
+        `deliver_by` has of each record the microseconds since 1970 after which it is not sent, or None.
         """
         self._check_fork()
         batch.looked = True  # who sends them looks at their outcomes: there are no envelopes to tell of

@@ -414,8 +414,8 @@ cdef Py_ssize_t _map_packed_or_reject(_Mapping mapping, Py_ssize_t i) except -1:
     cdef Record *record = &mapping.state.records[i]
     try:
         return _map_packed_one(mapping, i)
-    except (DeserializationError, SerializationError) as error:
-        mapping.rejected.append((i, error))
+    except (DeserializationError, SerializationError, TypeError) as error:
+        mapping.rejected.append((i, mapping._as_rejection(error) if isinstance(error, TypeError) else error))
     record.flags = RECORD_REJECTED
     record.topic, record.headers, record.key, record.value = NULL, NULL, NULL, NULL
     record.partition = -1
