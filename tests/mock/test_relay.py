@@ -344,14 +344,14 @@ def test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back(
         until(lambda: first.stats()["buckets"] == 64, "all buckets")
         with running(make(outbox, cluster)) as second:
             for _ in range(40):
-                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)]))
+                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
             until(lambda: (first.stats()["buckets"], second.stats()["buckets"]) == (32, 32), "half for each")
             for _ in range(40):
-                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)]))
+                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
             assert first.drain(30) == 0
             assert second.stats()["acked"] > 0
         until(lambda: first.stats()["buckets"] == 64, "the buckets of the second one")
-        outboxes.add(outbox, numbered([next(numbers) for _ in range(50)]))
+        outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
         assert first.drain(30) == 0
         assert first.stats()["lost_buckets"] == 0
     check_history(range(next(numbers)), stored(cluster))

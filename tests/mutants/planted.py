@@ -1445,8 +1445,8 @@ MUTANTS = (
     Mutant(
         "a lease counts from when its answer came",
         "Relay._renew",
-        "self._leases.renewed(asked, leases, share, busy)",
-        "self._leases.renewed(_times(), leases, share, busy)",
+        "self._leases.renewed(asked, leases, share)",
+        "self._leases.renewed(_times(), leases, share)",
         "tests/mock/test_relay.py",
     ),
     Mutant(

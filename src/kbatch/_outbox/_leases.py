@@ -40,8 +40,8 @@ class Leases:
             return 0.0
         return self._lease_s - max(now.monotonic - self._asked.monotonic, abs(now.wall - self._asked.wall))
 
-    def renewed(self, asked: Times, leases: Collection[Lease], share: int, busy: Collection[int]) -> set[int]:
-        """Learns what a renewal gave that was asked for at a time. Of `busy` buckets something is in flight.
+    def renewed(self, asked: Times, leases: Collection[Lease], share: int) -> set[int]:
+        """Learns what a renewal gave that was asked for at a time.
 
         Returns:
             The buckets that were lost since then, also those that were lost and taken again.
@@ -53,8 +53,8 @@ class Leases:
         self.leaving &= set(self.tokens)
         surplus = len(self.tokens) - len(self.leaving) - share
         if surplus > 0:
-            idle_first = sorted(set(self.tokens) - self.leaving, key=lambda bucket: (bucket in busy, -bucket))
-            self.leaving.update(idle_first[:surplus])
+            # Not those that are idle: the other relay is to have its share of the work.
+            self.leaving.update(sorted(set(self.tokens) - self.leaving)[-surplus:])
         elif surplus < 0:
             for bucket in sorted(self.leaving)[:-surplus]:
                 self.leaving.discard(bucket)

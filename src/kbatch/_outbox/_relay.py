@@ -400,7 +400,7 @@ class Relay:
         leases, share = self._store.renew(self._owner, self._lease_s, release=release, avoid=busy)
         self._drop(release)
         self._renew_at = asked.monotonic + self._renew_every_s
-        self._lose(self._leases.renewed(asked, leases, share, busy))
+        self._lose(self._leases.renewed(asked, leases, share))
         fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
         if fresh:
             self._positions.begin(fresh, self._store.held_keys(fresh))
