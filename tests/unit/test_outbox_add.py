@@ -433,16 +433,16 @@ def test_threads_add_at_the_same_time(outbox: SqliteOutbox) -> None:
 @pytest.mark.parametrize(
     ("version", "is_told"),
     [
-        ((3, 51, 2), True),
-        ((3, 51, 3), False),
-        ((3, 50, 7), False),
-        ((3, 50, 6), True),
-        ((3, 44, 6), False),
-        ((3, 7, 0), True),
+        ("3.51.2", True),
+        ("3.51.3", False),
+        ("3.50.7", False),
+        ("3.50.6", True),
+        ("3.44.6", False),
+        ("3.7.0", True),
     ],
 )
 def test_a_version_of_sqlite_that_may_damage_the_database_is_logged_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: tuple[int, ...], is_told: bool
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, is_told: bool
 ) -> None:
     monkeypatch.setattr("kbatch._outbox._sqlite._told_of_fault", False)
     for _ in range(2):

@@ -278,7 +278,7 @@ class SqliteOutbox:
         Raises:
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
-        _tell_of_fault(sqlite3.sqlite_version_info)
+        _tell_of_fault(sqlite3.sqlite_version)
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
@@ -310,14 +310,19 @@ class SqliteOutbox:
         self._tables.check_meta(*found)
 
 
-def _tell_of_fault(version: tuple[int, ...]) -> None:
+def _tell_of_fault(version: str) -> None:
     """Logs, once, that this version of SQLite may damage a database in WAL mode (its WAL-reset fault)."""
     global _told_of_fault
-    if _told_of_fault or version < (3, 7) or version > (3, 51, 2) or version in ((3, 44, 6), (3, 50, 7)):
+    is_faulty = _numbers("3.7.0") <= _numbers(version) <= _numbers("3.51.2") and version not in ("3.44.6", "3.50.7")
+    if _told_of_fault or not is_faulty:
         return
     _told_of_fault = True
     _logger.warning(
         "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections write; "
         "3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
-        ".".join(map(str, version)),
+        version,
     )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
