@@ -482,6 +482,16 @@ def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox
             relay.drain(-1)
 
 
+def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(50)))
+    with make(outbox, cluster, {"delivery.timeout.ms": 30_000}, close_timeout_s=0.1) as relay:
+        cluster.set_rtt(-1, 60_000)
+        assert relay.drain(0.5) == 50
+        assert relay.stats()["in_flight"] == 0
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+        assert (outbox.status().later, outbox.status().dead) == (0, 0)
+
+
 def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster) as relay:

@@ -1332,9 +1332,9 @@ MUTANTS = (
     # -- the outbox
     Mutant(
         "a number of an outbox is given twice",
-        "rows",
-        "        return stored_rows(batch, first_seq, buckets, created_us)\n",
-        "        return stored_rows(batch, first_seq - 1, buckets, created_us)\n",
+        "SqliteOutbox.__init__",
+        "SET last_seq = last_seq + ? WHERE",
+        "SET last_seq = last_seq + ? - 1 WHERE",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
@@ -1489,6 +1489,13 @@ MUTANTS = (
         "Relay._renew",
         "        release = self._leases.leaving - busy\n",
         "        release = set(self._leases.leaving)\n",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "what a relay's end gives up keeps its buckets",
+        "Relay._end",
+        "                self._purge()\n",
+        "                pass\n",
         "tests/mock/test_relay.py",
     ),
 )

@@ -60,6 +60,7 @@ _REMIND_EVERY_S = 60.0
 _BATCH_BYTES = 4_000_000
 _MOST_DUE = 500
 _POLL_LEFT_S = 0.02
+_LAST_WORDS_S = 2.0  # for the outcomes of what was given up
 
 
 class Relay:
@@ -619,22 +620,12 @@ class Relay:
 
     def _end(self) -> None:
         """Waits for what is in flight, writes its answers, and gives the buckets back of which nothing is open."""
-        end = monotonic() + self._close_timeout_s
         self._stopping = True
         try:
-            while self._flights or self._news or self._has_answers():
-                now = monotonic()
-                if now >= end:
-                    break
-                self._take_news()
-                if now >= self._store_at:
-                    self._guarded(self._use_store, None)
-                if self._flights and not self._news:
-                    self._flag.wait(min(end - now, 0.1))
-                elif self._has_answers() and self._store_at > now:
-                    self._flag.wait(min(end, self._store_at) - now)
-            if self._flights:
+            if not self._await_answers(monotonic() + self._close_timeout_s):
+                # What librdkafka has given up it sends no more, so that others may have the buckets at once.
                 self._purge()
+                self._await_answers(monotonic() + _LAST_WORDS_S)
         finally:
             # What was not settled within the time may still be stored: its buckets wait until the leases run out.
             keep = self._busy()
@@ -646,6 +637,23 @@ class Relay:
             self._positions.end(self._leases.forget())
             self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
             self._judge.forget()
+
+    def _await_answers(self, end: float) -> bool:
+        """Whether everything that was in flight is written by then."""
+        while self._flights or self._news or self._has_answers():
+            now = monotonic()
+            if now >= end:
+                return False
+            self._take_news()
+            if now >= self._store_at:
+                self._guarded(self._use_store, None)
+            if self._news:
+                continue
+            if self._flights:
+                self._flag.wait(min(end - now, 0.1))
+            elif self._has_answers():
+                self._flag.wait(max(0.0, min(end, self._store_at) - now))
+        return True
 
 
 def _times() -> Times:
