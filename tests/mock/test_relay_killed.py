@@ -138,3 +138,44 @@ def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_
         assert relay.drain(60) == 0
     values = [int(record.value or b"") for record in read_back(kafka_cluster.bootstrap_servers, "orders")]
     assert set(values) == set(range(500))
+
+
+APPLICATION = """
+import sqlite3, sys
+import kbatch
+from tests.relays import numbered
+
+outbox = kbatch.SqliteOutbox(sys.argv[1])
+connection = sqlite3.connect(sys.argv[1], timeout=30)
+(first,) = connection.execute("SELECT count(*) FROM orders").fetchone()
+print("begun", flush=True)
+while True:
+    with connection:
+        connection.executemany("INSERT INTO orders VALUES (?)", [(n,) for n in range(first, first + 7)])
+        outbox.add(connection, numbered(range(first, first + 7)), topic="orders")
+    first += 7
+"""
+
+
+def test_an_application_that_is_killed_has_its_data_and_its_messages_or_neither(
+    tmp_path: Path, kafka_cluster: MockCluster
+) -> None:
+    seeded = random.Random(7)
+    outbox = outboxes.made(tmp_path)
+    kafka_cluster.create_topic("orders", partitions=3)
+    outboxes.query(outbox, "CREATE TABLE orders (n INTEGER PRIMARY KEY)")
+    for _ in range(8):
+        command = [sys.executable, "-W", "error", "-c", APPLICATION, outbox._path]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            time.sleep(seeded.uniform(0.0, 0.05))
+            process.kill()
+        orders = [n for (n,) in outboxes.query(outbox, "SELECT n FROM orders ORDER BY n")]
+        assert orders == list(range(len(orders)))
+        assert len(orders) % 7 == 0
+        assert [int(body or b"") for body in outboxes.bodies(outbox)] == orders
+    assert orders
+    with Relay(outbox, config(kafka_cluster)) as relay:
+        assert relay.drain(60) == 0
+    check_history(orders, read_back(kafka_cluster.bootstrap_servers, "orders"))
