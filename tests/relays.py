@@ -38,6 +38,12 @@ class WatchedOutbox:
     ) -> None:
         self.outbox, self.before, self.after = outbox, before, after
 
+    def watch(self, watcher: Callable[[], object]) -> None:
+        self.outbox.watch(watcher)
+
+    def unwatch(self, watcher: Callable[[], object]) -> None:
+        self.outbox.unwatch(watcher)
+
     def open_store(self) -> Any:
         self.before("open_store")
         return WatchedStore(self.outbox.open_store(), lambda name: self.before(name), lambda name: self.after(name))

@@ -1,6 +1,7 @@
 """A relay brings what an outbox has to Kafka: all of it, nothing else, in order per key, whatever fails meanwhile."""
 
 import contextlib
+import os
 import random
 import signal
 import sqlite3
@@ -134,6 +135,20 @@ def test_what_is_added_while_it_runs(outbox: SqliteOutbox, cluster: MockCluster)
             outboxes.add(outbox, numbered(range(first, first + 50)))
         assert relay.drain(30) == 0
     check_history(range(2000), stored(cluster))
+
+
+def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outbox: SqliteOutbox) -> None:
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+        relay._begin()
+        for pid, poll_s in ((os.getpid() + 1, 0.1), (os.getpid(), 0.005)):
+            relay._poll_s, relay._pid = 0.1, pid
+            outboxes.add(outbox, numbered(range(3)))
+            assert relay._poll_s == poll_s
+            assert relay._flag.wait(0.0) is (poll_s < 0.1)
+        outboxes.add(outbox, numbered(range(3)))
+        assert not relay._flag.wait(0.0)  # it looks already
+        relay._end()
+        assert outbox._watchers == []
 
 
 def test_a_transaction_that_is_long_delays_nobody(outbox: SqliteOutbox, cluster: MockCluster) -> None:

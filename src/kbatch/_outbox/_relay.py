@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
     class _Outbox(Protocol):
         def open_store(self) -> OutboxStore: ...
+        def watch(self, watcher: Callable[[], object], /) -> None: ...
+        def unwatch(self, watcher: Callable[[], object], /) -> None: ...
 
 
 __all__ = ["Relay"]
@@ -172,6 +174,8 @@ class Relay:
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._poll_s = _SHORTEST_POLL_S
+        self._is_hinted = False
+        self._pid = 0
         self._trouble_at: float | None = None
 
     def __repr__(self) -> str:
@@ -306,11 +310,23 @@ class Relay:
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = None
+        self._pid = os.getpid()
+        self._outbox.watch(self._on_add)
+
+    def _on_add(self) -> None:
+        # In a thread of the application, which will commit soon. While there is much to do it costs nothing.
+        if self._poll_s > _SHORTEST_POLL_S and self._pid == os.getpid():  # else the flag's lock may be held for ever
+            self._poll_s = _SHORTEST_POLL_S
+            self._is_hinted = True
+            self._flag.set()
 
     def _round(self) -> float:
         """Does what is to be done now. Returns the seconds until there will be more, if nothing happens."""
         gate = self._gate
         now = monotonic()
+        if self._is_hinted:
+            self._is_hinted = False
+            self._read_at = min(self._read_at, now + _SHORTEST_POLL_S)
         self._take_news()
         if gate.death is not None:
             raise gate.refusal()
@@ -621,6 +637,7 @@ class Relay:
     def _end(self) -> None:
         """Waits for what is in flight, writes its answers, and gives the buckets back of which nothing is open."""
         self._stopping = True
+        self._outbox.unwatch(self._on_add)
         try:
             if not self._await_answers(monotonic() + self._close_timeout_s):
                 # What librdkafka has given up it sends no more, so that others may have the buckets at once.

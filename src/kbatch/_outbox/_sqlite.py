@@ -106,6 +106,7 @@ class SqliteOutbox:
             max_message_bytes,
         )
         self._pool = RecordPool()
+        self._watchers: list[Callable[[], object]] = []
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
@@ -172,9 +173,12 @@ class SqliteOutbox:
         batch = self._pool.map(self._mapper, topic, envelopes)
         self._check_connection(connection)  # an encoder or a generator may have ended the transaction
         try:
-            return self._insert_batch(connection, batch)
+            count = self._insert_batch(connection, batch)
         except sqlite3.Error as error:
             raise self._tables.as_outbox_error(error, self._path) from error
+        for watcher in tuple(self._watchers):
+            watcher()
+        return count
 
     def _check_connection(self, connection: sqlite3.Connection) -> None:
         if not isinstance(connection, sqlite3.Connection):
@@ -271,6 +275,14 @@ class SqliteOutbox:
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE until > {now}")).fetchone()[0]
         age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
         return OutboxStatus(waiting, later, dead, age_s, relays)
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Callable[[], object]) -> None:
+        """Calls it no more."""
+        self._watchers.remove(watcher)
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.
