@@ -497,6 +497,16 @@ def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox
             relay.drain(-1)
 
 
+def test_drain_beside_run_ends_with_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_broker_down()
+    outboxes.add(outbox, numbered(range(7)))
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300})) as relay:
+        timer = threading.Timer(0.3, relay.stop)
+        timer.start()
+        assert relay.drain() == 7
+        timer.join()
+
+
 def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster, {"delivery.timeout.ms": 30_000}, close_timeout_s=0.1) as relay:

@@ -19,4 +19,4 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     kbatch.Relay(outbox, producer)
     kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]
     outbox.add("shop.db", [kbatch.Envelope(order)])  # type: ignore[arg-type]
-    outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[misc]
+    outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[call-arg]

@@ -196,7 +196,8 @@ class Relay:
         self._run(until_empty=False, end=None)
 
     def drain(self, timeout: float | None = None) -> int:
-        """Sends until the outbox is empty but for the dead letters, or waits for it if another thread is in `run`.
+        """Sends until the outbox is empty but for the dead letters. If another thread is in `run`, it waits for that,
+        or for its end.
 
         Args:
             timeout: Seconds; ``None`` takes as long as it takes: a record that is refused may wait for its next
@@ -258,7 +259,7 @@ class Relay:
     def _await_empty(self, end: float | None) -> int:
         while True:
             left = self._count_left()
-            if not left or self._stopping or (end is not None and monotonic() >= end):
+            if not left or not self._runs.locked() or (end is not None and monotonic() >= end):
                 return left
             pause = _POLL_LEFT_S if end is None else min(_POLL_LEFT_S, max(0.0, end - monotonic()))
             threading.Event().wait(pause)
