@@ -348,6 +348,31 @@ def test_a_database_that_is_locked_for_long_is_waited_for(
     assert "can use its outbox again" in told[1]
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_database_that_fails_at_any_call_before_or_after_it_was_done(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.01)
+    seeded = random.Random(seed)
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(600)))
+    outboxes.add(outbox, numbered(range(600, 640), topic="refused"), topic=None)
+    failed: list[str] = []
+
+    def fail(name: str) -> None:
+        if name not in ("open_store", "left", "close") and seeded.random() < 0.2:
+            failed.append(name)
+            raise OutboxError(f"{name} failed")
+
+    with make(WatchedOutbox(outbox, before=fail, after=fail), cluster, batch_size=50) as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["lost_buckets"] == 0
+    assert len(failed) >= 5
+    check_history(range(600), stored(cluster))
+    assert sorted(int(body or b"") for body in outboxes.bodies(outbox, "dead")) == list(range(600, 640))
+    assert [attempts for (attempts,) in outboxes.query(outbox, "SELECT DISTINCT attempts FROM {dead}")] == [3]
+
+
 # -- leases
 
 

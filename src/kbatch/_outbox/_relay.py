@@ -175,6 +175,7 @@ class Relay:
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._poll_s = _SHORTEST_POLL_S
         self._is_hinted = False
+        self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0
         self._trouble_at: float | None = None
 
@@ -376,6 +377,10 @@ class Relay:
         if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
             self._lose(self._leases.forget())
         self._write_answers()
+        if self._lets_go:
+            self._let_go()
+            self._lets_go = False
+            self._due_at = monotonic()
         now = monotonic()
         if now >= self._renew_at or (self._leases.leaving - self._busy()):
             self._renew()
@@ -613,14 +618,11 @@ class Relay:
             failures=self._failures,
             failures_later=self._failures_later,
         )
-        lets_go = bool(self._done_later or self._failures_later)
+        self._lets_go = self._lets_go or bool(self._done_later or self._failures_later)
         self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
         if lost:
             self._leases.drop(lost)
             self._lose(lost)
-        if lets_go:
-            self._let_go()
-            self._due_at = monotonic()
 
     def _busy_with_answers(self) -> set[int]:
         buckets = {place[0] for places in (self._done, self._done_later) for place in places}
