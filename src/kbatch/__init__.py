@@ -20,6 +20,7 @@ from kbatch._errors import (
     ForkError,
     KbatchError,
     NotYetDueError,
+    OutboxError,
     ProducerClosedError,
     ProducerError,
     ProducerFatalError,
@@ -34,6 +35,8 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
+from kbatch._outbox._relay import Relay
+from kbatch._outbox._sqlite import OutboxStatus, SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -67,6 +70,8 @@ __all__ = [
     "KafkaTopic",
     "KbatchError",
     "NotYetDueError",
+    "OutboxError",
+    "OutboxStatus",
     "OutgoingBatch",
     "PendingBatch",
     "Producer",
@@ -74,6 +79,7 @@ __all__ = [
     "ProducerError",
     "ProducerFatalError",
     "ProducerFencedError",
+    "Relay",
     "RetryPolicy",
     "SenderCallback",
     "SenderClosedError",
@@ -84,6 +90,7 @@ __all__ = [
     "SendingAgent",
     "SerializationContext",
     "SerializationError",
+    "SqliteOutbox",
     "Tombstone",
     "TransactionUnknownError",
     "UndeliveredError",

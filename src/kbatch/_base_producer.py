@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, Undelivered
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseProducer", "check_kind"]
+__all__ = ["BaseProducer", "check_kind", "check_mapping"]
 
 _TIMEOUT_SCAN_S = 2.0  # librdkafka looks for messages whose time is over once a second; the rest is for the reports
 
@@ -227,15 +227,8 @@ def _check_call(name: str, function: Any, *arguments: str) -> None:
         raise ConfigError(f"{name} {fault}")
 
 
-def _check_arguments(
-    wire: Any,
-    encoder: Any,
-    source: Any,
-    header_hook: Any,
-    close_timeout_s: Any,
-    max_in_flight: Any,
-    carry_scheduled_time: Any,
-) -> None:
+def check_mapping(wire: Any, encoder: Any, source: Any, header_hook: Any) -> None:
+    """Raises ConfigError for what envelopes cannot be mapped with."""
     if isinstance(wire, str):
         if wire not in WIRE_NAMES:
             raise ConfigError(f"wire must be one of {', '.join(WIRE_NAMES)} or an object with write(), not {wire!r}")
@@ -255,6 +248,18 @@ def _check_arguments(
         raise ConfigError(f"source must be str, not {type(source).__name__}")
     if header_hook is not None:
         _check_call("header_hook", header_hook)
+
+
+def _check_arguments(
+    wire: Any,
+    encoder: Any,
+    source: Any,
+    header_hook: Any,
+    close_timeout_s: Any,
+    max_in_flight: Any,
+    carry_scheduled_time: Any,
+) -> None:
+    check_mapping(wire, encoder, source, header_hook)
     check_close_timeout(close_timeout_s)
     check_whole("max_in_flight", max_in_flight)
     if not isinstance(carry_scheduled_time, bool):

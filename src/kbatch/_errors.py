@@ -18,6 +18,7 @@
      │   │   └─ ProducerFencedError  another producer with the same transactional.id has taken over
      │   ├─ TransactionUnknownError  its last transaction has no known end; make a new producer
      │   └─ ForkError             it was used before a fork, and this is the child
+     ├─ OutboxError               an outbox cannot take rows, or its database does not answer
      └─ SenderError               a sender cannot take an envelope, or did not send it
          ├─ SenderClosedError     it is closed, or was closed first
          ├─ SenderFullError       no room within the time (also a TimeoutError)
@@ -64,6 +65,7 @@ __all__ = [
     "ForkError",
     "KbatchError",
     "NotYetDueError",
+    "OutboxError",
     "ProducerClosedError",
     "ProducerError",
     "ProducerFatalError",
@@ -419,6 +421,11 @@ def fatal_error(reason: str, code: int) -> ProducerFatalError:
 
 class ForkError(ProducerError):
     """A producer that was used before a fork was used again in the child."""
+
+
+class OutboxError(KbatchError):
+    """An outbox cannot take envelopes by this connection, its tables are not there or another version's, or its
+    database does not answer. What the database said is the ``__cause__``."""
 
 
 class SenderError(KbatchError):

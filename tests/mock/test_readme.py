@@ -38,7 +38,8 @@ def test_there_is_code() -> None:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_a_block_runs(block: str, kafka_cluster: MockCluster) -> None:
+def test_a_block_runs(block: str, kafka_cluster: MockCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     kafka_cluster.create_topic("orders", partitions=1)
     servers = kafka_cluster.bootstrap_servers
     orders = [Order(n) for n in range(10)]

@@ -99,6 +99,7 @@ ERRORS = [
     with_report(kbatch.ProducerFatalError("made up", code=45)),
     kbatch.TransactionUnknownError("a"),
     kbatch.ForkError("a"),
+    kbatch.OutboxError("a"),
     kbatch.SenderError("a"),
     kbatch.SenderClosedError("a"),
     kbatch.SenderFullError("a"),

@@ -126,7 +126,7 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         ({"name": ".."}, "name must be 1 to 249 letters"),
         ({"name": "x" * 250}, "name must be 1 to 249 letters"),
         ({"mode": "inline"}, "mode must be kbatch.SenderMode.INLINE or kbatch.SenderMode.BUFFERED, not 'inline'"),
-        ({"mode": SenderMode.DURABLE}, "SenderMode.DURABLE needs an outbox"),
+        ({"mode": SenderMode.DURABLE}, "SenderMode.DURABLE is not there yet"),
         ({"batch_size": 5}, "batch_size: not with SenderMode.INLINE"),
         ({"retry": kbatch.RetryPolicy(), "batch_bytes": 1}, "batch_bytes, retry: not with SenderMode.INLINE"),
         ({"strict_order": False}, "strict_order: not with SenderMode.INLINE"),

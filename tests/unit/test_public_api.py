@@ -34,7 +34,7 @@ LAYERS = [
     {"_base_producer"},
     {"_producer", "_recovery"},
     {"_batch_sender", "_options"},
-    {"_sending"},
+    {"_sending", "_outbox"},
     {"aio"},
     {"testing"},
     {"cli"},
@@ -42,6 +42,12 @@ LAYERS = [
 ]
 # The same within packages.
 LAYERS_WITHIN = {
+    "_outbox": [
+        {"_leases", "_store"},
+        {"_flight", "_positions", "_sqlite_tables"},
+        {"_sqlite_store"},
+        {"_relay", "_sqlite"},
+    ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
         {"_queue", "_watchers"},
@@ -81,11 +87,11 @@ def run(code: str) -> str:
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
     ConfigError ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender
-    KafkaSender KafkaTopic KbatchError NotYetDueError OutgoingBatch PendingBatch Producer ProducerClosedError
-    ProducerError ProducerFatalError ProducerFencedError RetryPolicy SenderCallback SenderClosedError SenderError
-    SenderFullError SenderMode SenderProtocol SendingAgent SerializationContext SerializationError Tombstone
-    TransactionUnknownError UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version
-    read_envelope uuid7
+    KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutgoingBatch PendingBatch Producer
+    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy SenderCallback
+    SenderClosedError SenderError SenderFullError SenderMode SenderProtocol SendingAgent SerializationContext
+    SerializationError SqliteOutbox Tombstone TransactionUnknownError UndeliveredError UnknownTopicError WireFormat
+    WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 

@@ -64,6 +64,7 @@ class Gate:
     Args:
         handle: Acquired for the owner of the gate, who releases it.
         topic: Where batches go by default; ``None`` if to several.
+        name: What the log calls the sender; by default its topic.
         calls: For `on_state_change`, and for the log.
         prober: For probes, which block.
 
@@ -90,6 +91,7 @@ class Gate:
         max_probe_interval_s: float,
         on_state_change: Callable[[CircuitState, CircuitState], object] | None = None,
         clock: Callable[[], float] = monotonic,
+        name: str | None = None,
     ) -> None:
         self.handle = handle
         self.lock = threading.RLock()
@@ -107,6 +109,7 @@ class Gate:
         self.tries_again = False
         self.buffer: Sized = ()
         self._topic = self._failed_topic = topic
+        self._name = topic if name is None else name
         self._calls = calls
         self._prober = prober
         self._on_state_change = on_state_change
@@ -222,7 +225,7 @@ class Gate:
         """Nothing can be sent any more, for good."""
         if self.death is None:
             self.death = error
-            self._calls.log(logging.ERROR, "a sender to %r has ended: %s", self._topic, error)
+            self._calls.log(logging.ERROR, "a sender to %r has ended: %s", self._name, error)
         self.flag.set()
 
     def refusal(self, last: KbatchError | None = None) -> KbatchError:
@@ -285,7 +288,7 @@ class Gate:
         if now - self._reminded_at >= _REMIND_EVERY_S:
             self._reminded_at, level = now, logging.WARNING
         text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
-        self._calls.log(level, text, self._topic, now - self._opened_at, buffered(len(self.buffer)), reason)
+        self._calls.log(level, text, self._name, now - self._opened_at, buffered(len(self.buffer)), reason)
 
     def _note_change(self, before: CircuitState) -> None:
         # Under the lock, so that the changes are told in their order.
@@ -301,11 +304,11 @@ class Gate:
                 "the circuit breaker of %r is open: %s in a row failed, the last with %s; nothing is sent "
                 "until a probe succeeds"
             )
-            arguments = (self._topic, counted(self.circuit.failures, "batch", "batches"), self.last_error)
+            arguments = (self._name, counted(self.circuit.failures, "batch", "batches"), self.last_error)
         else:
             self.tries_again = state is CircuitState.HALF_OPEN
             level = logging.WARNING if state is CircuitState.CLOSED else logging.INFO  # as that of its opening
-            text, arguments = "the circuit breaker of %r is %s", (self._topic, state.value)
+            text, arguments = "the circuit breaker of %r is %s", (self._name, state.value)
         self._changes.append((before, state, level, text, arguments))
         self.flag.set()
 

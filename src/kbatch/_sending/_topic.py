@@ -65,7 +65,7 @@ class SenderMode(enum.Enum):
     BUFFERED = "buffered"
     """In batches from memory, with retries and a circuit breaker: `BatchedSender`. A crash loses what is buffered."""
     DURABLE = "durable"
-    """Through an outbox, which survives a crash. Not there yet."""
+    """Through an outbox, which survives a crash. Not there yet: add to a `SqliteOutbox`, and run a `Relay`."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -317,9 +317,7 @@ def _check_mode(mode: Any, given: dict[str, Any]) -> None:
     if not isinstance(mode, SenderMode):
         raise ConfigError(f"mode must be kbatch.SenderMode.INLINE or kbatch.SenderMode.BUFFERED, not {mode!r}")
     if mode is SenderMode.DURABLE:
-        raise ConfigError(
-            "SenderMode.DURABLE needs an outbox, which this version does not have; use SenderMode.BUFFERED"
-        )
+        raise ConfigError("SenderMode.DURABLE is not there yet; use SenderMode.BUFFERED, or a SqliteOutbox and a Relay")
     if mode is SenderMode.INLINE and given:
         raise ConfigError(
             f"{', '.join(given)}: not with SenderMode.INLINE, which sends each envelope by itself, once; "

@@ -268,11 +268,15 @@ cdef class Core:
         """What phase 1 made: ``(topic, partition, timestamp, key, value, headers)`` each; None where it is not sent."""
         return batch._records()
 
-    def map_packed(self, Batch batch not None, packed) -> None:
-        """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done."""
+    def map_packed(self, Batch batch not None, packed, list rejected=None, *, deliver_by=None) -> None:
+        """In place of phase 1: what was packed is ready for `send`. The batch keeps the bytes until it is done.
+
+        `rejected` is as for `map`, for what is damaged, too large or not bytes; other exceptions are raised.
+        `deliver_by` has of each record the microseconds since 1970 after which it is not sent, or None.
+        """
         self._check_fork()
         batch.looked = True  # who sends them looks at their outcomes: there are no envelopes to tell of
-        map_packed(self.mapper, batch, packed)
+        map_packed(self.mapper, batch, packed, rejected, deliver_by)
         batch.outcomes = Outcomes.make(batch.state.count)
         batch.state.outcomes = batch.outcomes._items
 

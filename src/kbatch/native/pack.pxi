@@ -359,32 +359,145 @@ def read_packed(bytes packed not None, *, str wire="kbatch") -> Envelope:
     return envelope_of(&consumed, wire_number(wire, ""))
 
 
-cdef int map_packed(Mapper mapper, MappedBatch batch, object packed) except -1:
+cdef int map_packed(Mapper mapper, MappedBatch batch, object packed, list rejected, object deliver_by) except -1:
     """In place of phase 1: the records of `batch` are those that were packed, and point into these bytes."""
-    cdef _Mapping mapping = new_mapping(mapper, batch, None, packed, False)
-    cdef tuple stored = batch.envelopes
-    cdef PackedRecord found
-    cdef PackedFault fault
-    cdef Topic *topic = NULL
+    cdef _Mapping mapping = new_mapping(mapper, batch, None, packed, rejected is not None)
+    cdef list times = None if deliver_by is None else list(deliver_by)
     cdef Py_ssize_t i
-    cdef int64_t headers_size, unshared = 0, offered_ns = kb_now_ns()
+    cdef int64_t unshared = 0, offered_ns = kb_now_ns()
+    cdef object at
+    if times is not None and len(times) != batch.state.count:
+        raise ValueError(f"{len(times)} times for {batch.state.count} packed records")
     for i in range(batch.state.count):
         mapping.index = i
-        item = stored[i]
-        if type(item) is not bytes:
-            raise TypeError(f"packed record {i} must be bytes, not {type(item).__name__}")
-        fault = unpack(PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item), &found)
-        if fault != NO_FAULT:
-            raise _unpacking_error(fault, i)
-        if topic == NULL or topic.name_len != found.topic_len or memcmp(
-                topic.name, found.topic, found.topic_len) != 0:
-            topic = mapping._find_topic(_topic_name(&found, i))
-        headers_size = unpack_headers(&found, mapping._room_for(found.record.header_count))
-        mapping._check_size(&found.record, headers_size)
-        found.record.topic = topic
-        batch.state.records[i] = found.record
-        unshared += PyBytes_GET_SIZE(item)
+        if rejected is None:
+            unshared += _map_packed_one(mapping, i)
+        else:
+            unshared += _map_packed_or_reject(mapping, i)
+        if times is not None:
+            at = times[i]
+            if at is not None and batch.state.records[i].flags == 0:
+                if at <= mapping.now_us:
+                    batch.state.records[i].flags = RECORD_EXPIRED
+                else:
+                    mapping._note_deliver_by(at)
         if unshared >= SHARE_EVERY:
             unshared = 0
             share_gil(&offered_ns)
+    if rejected is not None:
+        rejected.extend(mapping.rejected)
     return 0
+
+
+cdef Py_ssize_t _map_packed_one(_Mapping mapping, Py_ssize_t i) except -1:
+    # How many bytes it has.
+    cdef object item = mapping.batch.envelopes[i]
+    cdef PackedRecord found
+    cdef PackedFault fault
+    cdef Topic *topic = mapping.last_topic_entry
+    cdef int64_t headers_size
+    if type(item) is not bytes:
+        raise TypeError(f"packed record {i} must be bytes, not {type(item).__name__}")
+    fault = unpack(PyBytes_AS_STRING(item), PyBytes_GET_SIZE(item), &found)
+    if fault != NO_FAULT:
+        raise _unpacking_error(fault, i)
+    if topic == NULL or topic.name_len != found.topic_len or memcmp(topic.name, found.topic, found.topic_len) != 0:
+        topic = mapping.last_topic_entry = mapping._find_topic(_topic_name(&found, i))
+    headers_size = unpack_headers(&found, mapping._room_for(found.record.header_count))
+    mapping._check_size(&found.record, headers_size)
+    found.record.topic = topic
+    mapping.state.records[i] = found.record
+    return PyBytes_GET_SIZE(item)
+
+
+cdef Py_ssize_t _map_packed_or_reject(_Mapping mapping, Py_ssize_t i) except -1:
+    cdef Record *record = &mapping.state.records[i]
+    try:
+        return _map_packed_one(mapping, i)
+    except (DeserializationError, SerializationError, TypeError) as error:
+        mapping.rejected.append((i, mapping._as_rejection(error) if isinstance(error, TypeError) else error))
+    record.flags = RECORD_REJECTED
+    record.topic, record.headers, record.key, record.value = NULL, NULL, NULL, NULL
+    record.partition = -1
+    record.header_count = record.key_len = 0
+    record.value_len = record.timestamp = 0
+    return 0
+
+
+# -- rows of an outbox. DESIGN.md, "Outbox", has the hash, which is stored: it must never change.
+
+cdef inline uint64_t _hash_bytes(uint64_t hash, const char *p, Py_ssize_t length) noexcept nogil:
+    # FNV-1a.
+    cdef Py_ssize_t i
+    for i in range(length):
+        hash = (hash ^ <uint8_t> p[i]) * <uint64_t> 1099511628211
+    return hash
+
+
+cdef inline uint64_t _mixed(uint64_t hash) noexcept nogil:
+    # The end of MurmurHash3: each bit of FNV-1a depends only on those below it.
+    hash = (hash ^ (hash >> 33)) * <uint64_t> 0xFF51AFD7ED558CCD
+    hash = (hash ^ (hash >> 33)) * <uint64_t> 0xC4CEB9FE1A85EC53
+    return hash ^ (hash >> 33)
+
+
+cdef uint64_t _order_hash(const char *topic, Py_ssize_t topic_len, Record *record, const char *id) noexcept nogil:
+    # Of what has an order: a topic and key, or a topic and partition. Of a record that has none, of its id.
+    cdef uint64_t hash = _hash_bytes(<uint64_t> 14695981039346656037, topic, topic_len)
+    cdef char mark[5]
+    mark[0] = 0
+    if record.key != NULL:
+        return _mixed(_hash_bytes(_hash_bytes(hash, mark, 1), record.key, record.key_len))
+    mark[0] = 1
+    if record.partition >= 0:
+        kb_store_little(mark + 1, <uint64_t> record.partition, 4)
+        return _mixed(_hash_bytes(hash, mark, 5))
+    mark[0] = 2
+    return _mixed(_hash_bytes(_hash_bytes(hash, mark, 1), id, 16))
+
+
+cdef list stored_rows(MappedBatch batch, int64_t first_seq, int buckets, int64_t created_us):
+    # What has expired has no row.
+    cdef list rows = []
+    cdef bytes one
+    cdef const char *id
+    cdef Record *record
+    cdef Py_ssize_t i
+    cdef int64_t size, unshared = 0, offered_ns = kb_now_ns()
+    cdef object deliver_by
+    if buckets < 1:
+        raise ValueError(f"buckets must be 1 or more, not {buckets}")
+    for i in range(batch.state.count):
+        record = &batch.state.records[i]
+        if record.flags:
+            continue
+        size = packed_size(record)
+        one = PyBytes_FromStringAndSize(NULL, size)
+        pack_record(record, PyBytes_AS_STRING(one))
+        id = <const char *> (<Envelope> batch.envelopes[i])._id
+        deliver_by = None
+        if batch.state.deliver_by != NULL and batch.state.deliver_by[i]:
+            deliver_by = batch.state.deliver_by[i]
+        rows.append((
+            <int64_t> (_order_hash(record.topic.name, record.topic.name_len, record, id) % <uint64_t> buckets),
+            first_seq, PyBytes_FromStringAndSize(id, 16), one, created_us, deliver_by))
+        first_seq += 1
+        unshared += size
+        if unshared >= SHARE_EVERY:
+            unshared = 0
+            share_gil(&offered_ns)
+    return rows
+
+
+def packed_key_hash(bytes packed not None) -> object:
+    """The number of the topic and key, or topic and partition, that a packed record has its order in; None without.
+
+    Other keys may have the same number. It has 64 bits, signed.
+    """
+    cdef PackedRecord found
+    cdef PackedFault fault = unpack(PyBytes_AS_STRING(packed), PyBytes_GET_SIZE(packed), &found)
+    if fault != NO_FAULT:
+        raise _unpacking_error(fault, 0)
+    if found.record.key == NULL and found.record.partition < 0:
+        return None
+    return <int64_t> _order_hash(found.topic, found.topic_len, &found.record, NULL)

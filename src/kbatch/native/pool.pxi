@@ -256,3 +256,17 @@ cdef class RecordPool:
     def pack(self, MappedBatch batch not None) -> list:
         """Its records, packed; None for an envelope whose ``deliver_by`` has passed."""
         return packed_records(batch)
+
+    def count(self, MappedBatch batch not None) -> int:
+        """How many rows it has."""
+        cdef Py_ssize_t i, count = 0
+        for i in range(batch.state.count):
+            count += batch.state.records[i].flags == 0
+        return count
+
+    def rows(self, MappedBatch batch not None, int64_t first_seq, int buckets, int64_t created_us) -> list:
+        """Its records as rows of an outbox: ``(bucket, seq, id, packed, created_us, deliver_by_us or None)``.
+
+        Numbers count from `first_seq`. An envelope whose ``deliver_by`` has passed has no row.
+        """
+        return stored_rows(batch, first_seq, buckets, created_us)

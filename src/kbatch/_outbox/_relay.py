@@ -1,0 +1,711 @@
+"""What brings an outbox to Kafka."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import socket
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from kbatch._checks import check_close_timeout, check_timeout, is_number, is_whole
+from kbatch._config import inherit
+from kbatch._errors import ConfigError, OutboxError, ProducerError, SenderClosedError, SenderError, type_name
+from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
+from kbatch._outbox._flight import Flight, Judge
+from kbatch._outbox._leases import Leases, Times
+from kbatch._outbox._positions import Positions
+from kbatch._pending import PendingBatch
+from kbatch._producer import Producer
+from kbatch._recovery._circuit import CircuitState
+from kbatch._recovery._gate import Gate
+from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._retry import RetryPolicy, entropy
+from kbatch._recovery._user_calls import UserCalls
+from kbatch._text import counted
+from kbatch._threads import PROBES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+    from types import TracebackType
+    from typing import Protocol, TypeVar
+
+    from typing_extensions import Self
+
+    from kbatch._base_producer import BaseProducer
+    from kbatch._outbox._store import Failure, OutboxStore, Place
+
+    _T = TypeVar("_T")
+
+    class _Outbox(Protocol):
+        def open_store(self) -> OutboxStore: ...
+        def watch(self, watcher: Callable[[], object], /) -> None: ...
+        def unwatch(self, watcher: Callable[[], object], /) -> None: ...
+
+
+__all__ = ["Relay"]
+
+_logger = logging.getLogger("kbatch")
+
+_DELIVERY_TIMEOUT_MS = 30_000
+_MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has come
+_RENEW_EVERY_S = 1.0
+_LOOK_AT_ALL_EVERY_S = 30.0
+_SHORTEST_POLL_S = 0.005
+_LONGEST_POLL_S = 0.1
+_LOOK_AT_DUE_EVERY_S = 0.1
+_TRY_STORE_AGAIN_S = 0.25
+_REMIND_EVERY_S = 60.0
+_BATCH_BYTES = 4_000_000
+_MOST_DUE = 500
+_POLL_LEFT_S = 0.02
+_LAST_WORDS_S = 2.0  # for the outcomes of what was given up
+
+
+class Relay:
+    """Brings the records of an outbox to Kafka, and deletes those that were acknowledged.
+
+    Each record is sent until it was acknowledged; it may be stored twice if the relay, or its database, fails in
+    between. Of one topic and key (or partition, without a key) records are sent in the order in which they were added.
+    When a delivery fails, those that were not sent yet wait behind it, and those under way may overtake it.
+    Any number of relays may work on one outbox, in threads and processes: they share its 64 buckets, and a key is in
+    one bucket.
+
+    A record that a broker refuses waits for its next attempt, and later ones of its key with it; what can never be
+    accepted, or was refused too often, goes to the dead letters. When no broker answers, nothing is moved and no
+    attempt is counted: the records stay, and are sent when brokers answer again.
+
+    It needs a process or a thread of its own, in which `run` is called. It holds no transaction open while it sends.
+
+    Args:
+        outbox: A `SqliteOutbox`, whose tables are there.
+        producer: A producer's ``config``, or a `Producer` that is used for nothing else and that the caller closes. It
+            must be idempotent with ``acks=all``, without a ``transactional.id``. With a ``config``,
+            ``delivery.timeout.ms`` is 30,000 by default.
+        retry: When a record that was refused is sent again, and when no more. By default 20 attempts, at most a minute
+            apart. It has no ``max_age_s``: give envelopes a ``deliver_by``.
+        batch_size, max_in_flight_batches: How many records are sent together, and how often at a time.
+        lease_s: Seconds after which others take the buckets of a relay that has died. It must be longer than the
+            producer's `Producer.max_delivery_s` and 2 seconds, and by default it is 5 seconds longer.
+        failures_to_open, probe_interval_s, max_probe_interval_s: As for `SendingAgent`.
+        close_timeout_s: Seconds that the end of `run` and of the ``with`` block waits for what is in flight.
+
+    Raises:
+        ConfigError: A wrong option, or a producer that may lose or reorder records.
+    """
+
+    def __init__(
+        self,
+        outbox: _Outbox,
+        producer: Mapping[str, Any] | Producer,
+        *,
+        retry: RetryPolicy | None = None,
+        batch_size: int = 2_000,
+        max_in_flight_batches: int = 4,
+        lease_s: float | None = None,
+        failures_to_open: int = 3,
+        probe_interval_s: float = 1.0,
+        max_probe_interval_s: float = 30.0,
+        close_timeout_s: float = 30.0,
+    ) -> None:
+        if not callable(getattr(outbox, "open_store", None)):
+            raise ConfigError(f"outbox must be a kbatch.SqliteOutbox, not {type_name(outbox)}")
+        policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0) if retry is None else retry
+        if not isinstance(policy, RetryPolicy):
+            raise ConfigError(f"retry must be a RetryPolicy, not {type_name(retry)}")
+        if policy.max_age_s is not None:
+            raise ConfigError("retry.max_age_s is not for a relay: give envelopes a deliver_by")
+        for name, value in (
+            ("batch_size", batch_size),
+            ("max_in_flight_batches", max_in_flight_batches),
+            ("failures_to_open", failures_to_open),
+        ):
+            if not (is_whole(value) and 1 <= value <= 100_000):
+                raise ConfigError(f"{name} must be an int from 1 to 100,000, not {value!r}")
+        for name, seconds in (("probe_interval_s", probe_interval_s), ("max_probe_interval_s", max_probe_interval_s)):
+            if not (is_number(seconds) and 0 < seconds < 1e6):
+                raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
+        if probe_interval_s > max_probe_interval_s:
+            raise ConfigError(f"{probe_interval_s=!r} is longer than {max_probe_interval_s=!r}")
+        check_close_timeout(close_timeout_s)
+        self._outbox = outbox
+        self._batch_size = batch_size
+        self._max_flights = max_in_flight_batches
+        self._close_timeout_s = close_timeout_s
+        self._handle = _handle_of(producer, batch_size * max_in_flight_batches)
+        self._max_delivery_s = self._handle.producer.max_delivery_s()
+        try:
+            self._lease_s = _lease_s(lease_s, self._max_delivery_s)
+        except ConfigError:
+            self._handle.release(0.0)
+            raise
+        self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
+        self._calls = UserCalls()
+        self._prober = CallQueue(PROBES)
+        self._gate = Gate(
+            self._handle,
+            None,
+            self._calls,
+            self._prober,
+            failures_to_open=failures_to_open,
+            probe_interval_s=probe_interval_s,
+            max_probe_interval_s=max_probe_interval_s,
+            name=repr(outbox),
+        )
+        self._flag: Flag = self._gate.flag
+        self._judge = Judge(policy, packed_key_hash, entropy)
+        self._leases = Leases(self._lease_s)
+        self._positions = Positions(packed_key_hash)
+        self._store: OutboxStore | None = None
+        self._flights: dict[Flight, None] = {}
+        self._news: deque[Flight] = deque()  # settled, by the dispatcher's thread
+        self._done: list[Place] = []  # what is to be written
+        self._done_later: list[Place] = []
+        self._failures: list[Failure] = []
+        self._failures_later: list[Failure] = []
+        self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
+        self._runs = threading.Lock()  # held by the thread that runs it
+        self._runner: int | None = None
+        self._stopping = False
+        self._closed = self._released = False
+        self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
+        self._poll_s = _SHORTEST_POLL_S
+        self._is_hinted = False
+        self._lets_go = False  # of a key that waits something was written, so that others of it may go on
+        self._pid = 0
+        self._trouble_at: float | None = None
+
+    def __repr__(self) -> str:
+        return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
+
+    # -- what others call
+
+    def run(self) -> None:
+        """Sends what is in the outbox, until `stop`; then waits for what is in flight, and gives its buckets back.
+
+        When the database does not answer, it tries again until it does.
+
+        Raises:
+            OutboxError: At its start, the outbox cannot be opened.
+            SenderClosedError: The relay is closed, or its producer cannot send any more and cannot be replaced.
+            RuntimeError: Another thread runs it.
+        """
+        self._run(until_empty=False, end=None)
+
+    def drain(self, timeout: float | None = None) -> int:
+        """Sends until the outbox is empty but for the dead letters. If another thread is in `run`, it waits for that,
+        or for its end.
+
+        Args:
+            timeout: Seconds; ``None`` takes as long as it takes: a record that is refused may wait for its next
+                attempt, and a bucket for the end of the lease of a relay that has died.
+
+        Returns:
+            0 if it is empty, else about how many records are left.
+        """
+        check_timeout(timeout)
+        end = None if timeout is None else monotonic() + timeout
+        if self._runs.locked():
+            return self._await_empty(end)
+        if self._run(until_empty=True, end=end):
+            return 0
+        return self._count_left()
+
+    def stop(self) -> None:
+        """Has `run` and `drain` end. Any thread may call it, and a signal handler."""
+        self._stopping = True
+        self._flag.set()
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start, of records.
+
+        ``acked``; ``expired``, whose ``deliver_by`` had passed; ``refused``, that wait for their next attempt, counted
+        each time; ``put_off``, the same without an attempt counted; ``dead``; ``in_flight``. And of buckets:
+        ``buckets``, those that it has; ``lost_buckets``, whose lease ran out.
+        """
+        in_flight = sum(len(flight.places) for flight in list(self._flights))
+        return {**self._counts, "in_flight": in_flight, "buckets": len(self._leases.tokens)}
+
+    def close(self) -> None:
+        """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's.
+
+        Raises:
+            RuntimeError: It is called within `run`, as by a signal handler, which calls `stop`.
+        """
+        if self._runner == threading.get_ident():
+            raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
+        self._closed = True
+        self.stop()
+        with self._runs:
+            if self._released:
+                return
+            self._released = True
+        self._gate.close()
+        self._handle.release(self._close_timeout_s)
+        self._prober.stop()
+        self._calls.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _await_empty(self, end: float | None) -> int:
+        while True:
+            left = self._count_left()
+            if not left or not self._runs.locked() or (end is not None and monotonic() >= end):
+                return left
+            pause = _POLL_LEFT_S if end is None else min(_POLL_LEFT_S, max(0.0, end - monotonic()))
+            threading.Event().wait(pause)
+
+    def _count_left(self) -> int:
+        store = self._outbox.open_store()
+        try:
+            return store.left()
+        finally:
+            store.close()
+
+    # -- the thread
+
+    def _run(self, *, until_empty: bool, end: float | None) -> bool:
+        """Whether the outbox was seen empty."""
+        if not self._runs.acquire(blocking=False):
+            raise RuntimeError("another thread runs this relay")
+        self._runner = threading.get_ident()
+        try:
+            if self._closed:
+                raise SenderClosedError("the relay is closed")
+            self._begin()
+            try:
+                while not self._stopping and (end is None or monotonic() < end):
+                    pause = self._round()
+                    if until_empty and self._is_empty():
+                        return True
+                    if end is not None:
+                        pause = min(pause, max(0.0, end - monotonic()))
+                    if pause > 0.0:
+                        self._flag.wait(pause)
+                return False
+            finally:
+                self._end()
+        finally:
+            self._stopping = False  # it may be run again
+            self._runner = None
+            self._runs.release()
+
+    def _is_empty(self) -> bool:
+        if self._flights or self._news or self._has_answers() or self._store is None:
+            return False
+        return self._guarded(self._store.left, 1) == 0
+
+    def _begin(self) -> None:
+        self._store = self._outbox.open_store()
+        now = monotonic()
+        self._renew_at = self._read_at = self._due_at = self._store_at = now
+        self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+        self._poll_s = _SHORTEST_POLL_S
+        self._trouble_at = None
+        self._pid = os.getpid()
+        self._outbox.watch(self._on_add)
+
+    def _on_add(self) -> None:
+        # In a thread of the application, which will commit soon. While there is much to do it costs nothing.
+        if self._poll_s > _SHORTEST_POLL_S and self._pid == os.getpid():  # else the flag's lock may be held for ever
+            self._poll_s = _SHORTEST_POLL_S
+            self._is_hinted = True
+            self._flag.set()
+
+    def _round(self) -> float:
+        """Does what is to be done now. Returns the seconds until there will be more, if nothing happens."""
+        gate = self._gate
+        now = monotonic()
+        if self._is_hinted:
+            self._is_hinted = False
+            self._read_at = min(self._read_at, now + _SHORTEST_POLL_S)
+        self._take_news()
+        if gate.death is not None:
+            raise gate.refusal()
+        gate.probe_if_due(now)
+        if gate.must_replace() and not self._flights:
+            gate.replace()
+        if now >= self._store_at:
+            self._guarded(self._use_store, None)
+        due = [self._renew_at, self._look_at_all_at]
+        if self._may_send():
+            due += [self._read_at, self._due_at]
+        probe_at = gate.probe_at()
+        if probe_at is not None:
+            due.append(probe_at)
+        if self._has_answers():
+            due.append(now)
+        pause = max(min(due), self._store_at) - monotonic()
+        return 0.0 if self._news else min(max(pause, 0.0), _RENEW_EVERY_S)
+
+    def _guarded(self, call: Callable[[], _T], otherwise: _T) -> _T:
+        """Calls what uses the store. If the database does not answer, the store is opened again later."""
+        try:
+            if self._store is None:
+                self._store = self._outbox.open_store()
+            result = call()
+        except OutboxError as error:
+            now = monotonic()
+            self._store_at = now + _TRY_STORE_AGAIN_S
+            if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
+                self._trouble_at = now
+                _logger.warning("a relay cannot use its outbox, and tries again: %s", error)
+            self._close_store()
+            return otherwise
+        if self._trouble_at is not None:
+            self._trouble_at = None
+            _logger.warning("a relay can use its outbox again")
+        return result
+
+    def _close_store(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            with contextlib.suppress(OutboxError):
+                store.close()
+
+    def _use_store(self) -> None:
+        if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
+            self._lose(self._leases.forget())
+        self._write_answers()
+        if self._lets_go:
+            self._let_go()
+            self._lets_go = False
+            self._due_at = monotonic()
+        now = monotonic()
+        if now >= self._renew_at or (self._leases.leaving - self._busy()):
+            self._renew()
+        if now >= self._look_at_all_at:
+            # Rows that others have put back, such as a replay, and keys that others have let go.
+            self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+            self._positions.start_again()
+            self._let_go()
+        # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
+        # would be the trial again and again.
+        if self._gate.circuit.state is CircuitState.CLOSED:
+            self._send_due_if_time()
+        for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
+            if not self._may_send() or monotonic() < self._read_at:
+                break
+            self._send_next()
+        self._send_due_if_time()
+
+    def _send_due_if_time(self) -> None:
+        now = monotonic()
+        if now >= self._due_at and self._may_send():
+            self._due_at = now + _LOOK_AT_DUE_EVERY_S
+            self._send_due()
+
+    # -- leases
+
+    def _busy(self) -> set[int]:
+        """Buckets of which something is in flight, or not written yet."""
+        busy = {bucket for flight in self._flights for bucket in flight.tokens}
+        busy.update(place[0] for places in (self._done, self._done_later) for place in places)
+        busy.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
+        return busy
+
+    def _renew(self) -> None:
+        assert self._store is not None
+        busy = self._busy()
+        release = self._leases.leaving - busy
+        asked = _times()
+        # What is still in flight of a lost bucket must have its outcome before it is sent again.
+        leases, share = self._store.renew(self._owner, self._lease_s, release=release, avoid=busy)
+        self._drop(release)
+        self._renew_at = asked.monotonic + self._renew_every_s
+        self._lose(self._leases.renewed(asked, leases, share))
+        fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
+        if fresh:
+            self._positions.begin(fresh, self._store.held_keys(fresh))
+            self._read_at = self._due_at = monotonic()
+
+    def _drop(self, buckets: Collection[int]) -> None:
+        self._leases.drop(buckets)
+        self._positions.end(buckets)
+
+    def _lose(self, buckets: Collection[int]) -> None:
+        """What is in flight of these buckets is another relay's now: it is given up, and nothing is written of it."""
+        if not buckets:
+            return
+        self._counts["lost_buckets"] += len(buckets)
+        _logger.warning(
+            "a relay has lost the leases of %s: others may send what it had in flight once more",
+            counted(len(buckets), "bucket"),
+        )
+        self._positions.end(buckets)
+        self._judge.forget()
+        self._done = [place for place in self._done if place[0] not in buckets]
+        self._done_later = [place for place in self._done_later if place[0] not in buckets]
+        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
+        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
+        if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
+            self._purge()
+
+    def _purge(self) -> None:
+        for flight in list(self._flights):
+            if flight.pending is not None:
+                flight.pending.core.abandon(flight.pending)
+                flight.pending.core.purge()
+
+    # -- sending
+
+    def _may_send(self) -> bool:
+        return (
+            not self._stopping
+            and len(self._flights) < self._max_flights
+            and self._gate.may_send()
+            and self._may_hand_over()
+        )
+
+    def _may_hand_over(self) -> bool:
+        # A relay that was stopped in between must not send late: what it hands over has its outcome within the lease.
+        return self._leases.left_s(_times()) >= self._max_delivery_s + _MARGIN_S
+
+    def _send_next(self) -> None:
+        assert self._store is not None
+        floors = self._positions.floors(self._leases.to_read())
+        reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES)
+        rows = self._positions.taken(reading.rows, reading.floors, self._in_flight)
+        if reading.rows:
+            self._poll_s = _SHORTEST_POLL_S
+        else:
+            self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
+        if len(reading.rows) < self._batch_size // 2:
+            self._read_at = monotonic() + self._poll_s
+        if not rows:
+            return
+        times = [row[3] for row in rows]
+        self._hand_over(
+            Flight(
+                [row[:2] for row in rows],
+                [row[2] for row in rows],
+                times if any(times) else None,
+                self._tokens_of({row[0] for row in rows}),
+            ),
+            self._handle.producer,
+        )
+
+    def _send_due(self) -> None:
+        assert self._store is not None
+        buckets = self._leases.to_read()
+        if not buckets:
+            return
+        found = self._store.read_due(buckets, limit=_MOST_DUE)
+        in_flight = self._in_flight() if found else ()
+        rows = [row for row in found if (row.bucket, row.seq) not in in_flight]
+        producer = self._handle.solo() if rows else None
+        if producer is None:
+            return
+        self._hand_over(
+            Flight(
+                [(row.bucket, row.seq) for row in rows],
+                [row.packed for row in rows],
+                [row.deliver_by for row in rows],
+                self._tokens_of({row.bucket for row in rows}),
+                is_due=True,
+                attempts=[row.attempts for row in rows],
+            ),
+            producer,
+        )
+
+    def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
+        return {bucket: self._leases.tokens[bucket] for bucket in buckets}
+
+    def _in_flight(self) -> set[Place]:
+        """The rows that must not be sent now: in flight, or not written yet."""
+        places = {place for flight in self._flights for place in flight.places}
+        places.update(self._done, self._done_later)
+        for failures in (self._failures, self._failures_later):
+            places.update((failure.bucket, failure.seq) for failure in failures)
+        return places
+
+    def _hand_over(self, flight: Flight, producer: BaseProducer) -> None:
+        gate = self._gate
+        try:
+            flight.trial = gate.admit()
+        except SenderError:
+            self._put_back(flight)
+            return
+        try:
+            flight.pending = PendingBatch(producer._core)
+            producer._core.map_packed(flight.pending, flight.packed, flight.rejected, deliver_by=flight.deliver_by)
+            if not self._may_hand_over():  # the reading, or the mapping, took too long
+                self._put_back(flight)
+                gate.note("nothing", flight.trial, monotonic())
+                return
+            self._flights[flight] = None
+            producer._send_detached(flight.pending, waker=functools.partial(self._on_settled, flight))
+        except ProducerError as error:
+            self._put_back(flight)
+            if flight.is_due:
+                self._handle.drop_solo(producer)
+                gate.note("nothing", flight.trial, monotonic())
+            else:
+                gate.note_refusal(producer, error, flight.trial)
+        except BaseException:
+            if flight.pending is None or not flight.pending.begun:  # else its answer will come
+                self._put_back(flight)
+                gate.note("nothing", flight.trial, monotonic())
+            raise
+
+    def _put_back(self, flight: Flight) -> None:
+        self._flights.pop(flight, None)
+        if not flight.is_due:
+            self._positions.put_back(flight.places)
+
+    def _on_settled(self, flight: Flight) -> None:
+        self._news.append(flight)
+        self._flag.set()
+
+    # -- answers
+
+    def _take_news(self) -> None:
+        while self._news:
+            self._settle(self._news.popleft())
+
+    def _settle(self, flight: Flight) -> None:
+        self._flights.pop(flight, None)
+        answers = self._judge.answers(flight)
+        tokens = self._leases.tokens
+        lost = {bucket for bucket, token in flight.tokens.items() if tokens.get(bucket) != token}
+        done, failures, unsent = answers.done, answers.failures, answers.unsent
+        if lost:
+            done = [place for place in done if place[0] not in lost]
+            failures = [failure for failure in failures if failure.bucket not in lost]
+            unsent = [place for place in unsent if place[0] not in lost]
+        self._counts["acked"] += answers.acked
+        self._counts["expired"] += answers.expired
+        for kind, count in answers.moved.items():
+            self._counts[kind] += count
+        if flight.is_due:
+            self._done_later += done
+            self._failures_later += failures
+        else:
+            self._done += done
+            self._failures += failures
+            self._positions.put_back(unsent)
+            for failure in failures:
+                if failure.due_in_s is not None:
+                    self._positions.hold(failure.bucket, failure.key_hash)
+        if failures or unsent:
+            self._gate.last_error = answers.last_error
+            self._read_at = monotonic()
+        self._gate.note("nothing" if lost else answers.verdict, flight.trial, monotonic())
+
+    def _has_answers(self) -> bool:
+        return bool(self._done or self._done_later or self._failures or self._failures_later)
+
+    def _write_answers(self) -> None:
+        if not self._has_answers():
+            return
+        assert self._store is not None
+        # They stay in the lists until they are written: a database that does not answer is asked again.
+        buckets = self._busy_with_answers()
+        lost = self._store.settle(
+            self._tokens_of(buckets),
+            done=self._done,
+            done_later=self._done_later,
+            failures=self._failures,
+            failures_later=self._failures_later,
+        )
+        self._lets_go = self._lets_go or bool(self._done_later or self._failures_later)
+        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+        if lost:
+            self._leases.drop(lost)
+            self._lose(lost)
+
+    def _busy_with_answers(self) -> set[int]:
+        buckets = {place[0] for places in (self._done, self._done_later) for place in places}
+        buckets.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
+        return buckets
+
+    def _let_go(self) -> None:
+        if self._positions.has_held():
+            assert self._store is not None
+            self._positions.let_go(self._store.held_keys(list(self._leases.tokens)))
+            self._read_at = monotonic()
+
+    # -- the end
+
+    def _end(self) -> None:
+        """Waits for what is in flight, writes its answers, and gives the buckets back of which nothing is open."""
+        self._stopping = True
+        self._outbox.unwatch(self._on_add)
+        try:
+            if not self._await_answers(monotonic() + self._close_timeout_s):
+                # What librdkafka has given up it sends no more, so that others may have the buckets at once.
+                self._purge()
+                self._await_answers(monotonic() + _LAST_WORDS_S)
+        finally:
+            # What was not settled within the time may still be stored: its buckets wait until the leases run out.
+            keep = self._busy()
+            store = self._store
+            if store is not None:
+                release = set(self._leases.tokens) - keep
+                self._guarded(lambda: store.leave(self._owner, release), None)
+            self._close_store()
+            self._positions.end(self._leases.forget())
+            self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+            self._judge.forget()
+
+    def _await_answers(self, end: float) -> bool:
+        """Whether everything that was in flight is written by then."""
+        while self._flights or self._news or self._has_answers():
+            now = monotonic()
+            if now >= end:
+                return False
+            self._take_news()
+            if now >= self._store_at:
+                self._guarded(self._use_store, None)
+            if self._news:
+                continue
+            if self._flights:
+                self._flag.wait(min(end - now, 0.1))
+            elif self._has_answers():
+                self._flag.wait(max(0.0, min(end, self._store_at) - now))
+        return True
+
+
+def _times() -> Times:
+    return Times(monotonic(), wall_time())
+
+
+def _handle_of(producer: Mapping[str, Any] | Producer, room: int) -> ProducerHandle:
+    if isinstance(producer, Producer):
+        made, given = producer, True
+    else:
+        own: dict[str, Any] = {"delivery.timeout.ms": _DELIVERY_TIMEOUT_MS}
+        made, given = Producer(inherit(own, producer), max_in_flight=max(10_000, room)), False
+    native = made._parsed.native
+    wrong = None
+    if native.get("transactional.id"):
+        wrong = "transactional.id, with which each batch would be one transaction"
+    elif native.get("enable.idempotence") != "true":
+        wrong = "enable.idempotence=false, with which records may be stored twice and in another order"
+    if wrong is not None:
+        raise ConfigError(f"the producer of a relay must not have {wrong}")
+    handle = ProducerHandle.of(made) if given else ProducerHandle(made, given=False)
+    handle.acquire()
+    return handle
+
+
+def _lease_s(lease_s: float | None, max_delivery_s: float) -> float:
+    if lease_s is None:
+        return max_delivery_s + 5.0
+    shortest = max_delivery_s + 2 * _MARGIN_S
+    if not is_number(lease_s) or not shortest <= lease_s < 1e6:
+        raise ConfigError(
+            f"lease_s must be seconds, {shortest:g} at least: the longest time that a delivery takes "
+            f"({max_delivery_s:g} s by delivery.timeout.ms) and {2 * _MARGIN_S:g} s; not {lease_s!r}"
+        )
+    return float(lease_s)

@@ -1,0 +1,337 @@
+"""An outbox in a SQLite database."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sqlite3
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kbatch._base_producer import check_mapping
+from kbatch._checks import is_whole
+from kbatch._errors import ConfigError, OutboxError, type_name
+from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._outbox._sqlite_store import SqliteStore
+from kbatch._outbox._sqlite_tables import SqliteTables
+from kbatch._outbox._store import BUCKETS
+from kbatch._text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from kbatch._fastmap import Envelope, MappedBatch
+    from kbatch._outbox._store import OutboxStore
+    from kbatch._wire import HeadersLike, WireFormat
+
+__all__ = ["OutboxStatus", "SqliteOutbox"]
+
+_MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, and SQLite's for a value
+_BUSY_TIMEOUT_S = 5.0
+
+_logger = logging.getLogger("kbatch")
+_told_of_fault = False
+
+
+@dataclass(frozen=True)
+class OutboxStatus:
+    """What is in an outbox.
+
+    Attributes:
+        waiting: Records to be sent, at most as many as were to be counted.
+        later: Records that brokers refused and that wait for their next attempt; counted likewise.
+        dead: Records that were given up; counted likewise.
+        oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
+        relays: How many relays work on it.
+    """
+
+    waiting: int
+    later: int
+    dead: int
+    oldest_age_s: float
+    relays: int
+
+
+class SqliteOutbox:
+    """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
+
+    An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
+    outbox, each with a connection of its own.
+
+    Args:
+        path: The database file. The application's connections and the relay's must be to this file.
+        prefix: What the names of the tables begin with.
+        wire, encoder, source, header_hook: As for `Producer`.
+        max_message_bytes: The largest record that is taken. It should be the relay's ``message.max.bytes`` at most, and
+            the ``max.message.bytes`` of the topics.
+
+    Raises:
+        ConfigError: A value out of its range, or of the wrong type.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        prefix: str = "kbatch_",
+        wire: str | WireFormat = "kbatch",
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
+        source: str | None = None,
+        header_hook: Callable[[], HeadersLike | None] | None = None,
+        max_message_bytes: int = 1_000_000,
+    ) -> None:
+        check_mapping(wire, encoder, source, header_hook)
+        if not isinstance(path, (str, os.PathLike)):
+            raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
+        self._path = os.path.abspath(os.fspath(path))
+        if os.fspath(path) in ("", ":memory:"):
+            raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
+        if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
+            raise ConfigError(
+                f"max_message_bytes must be an int from 1,000 to {_MOST_BYTES:,}, not {max_message_bytes!r}"
+            )
+        self._tables = SqliteTables(prefix)
+        self._mapper = Mapper(
+            wire,
+            msgspec.json.Encoder() if encoder is None else encoder,
+            source,
+            header_hook,
+            max_message_bytes,
+            max_message_bytes,
+        )
+        self._pool = RecordPool()
+        self._watchers: list[Callable[[], object]] = []
+        self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
+        sql = self._tables.sql
+        self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
+        self._look = sql(
+            "SELECT last_seq, version, buckets, (SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
+        )
+        self._insert = sql(
+            "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
+        )
+
+    def __repr__(self) -> str:
+        return f"<kbatch.SqliteOutbox {printable(self._path)}>"
+
+    # -- tables
+
+    def ddl(self) -> str:
+        """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
+
+        The database should be in WAL mode, as `create` sets it: else a relay that reads stops whoever writes.
+        """
+        return self._tables.ddl()
+
+    def create(self) -> None:
+        """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
+
+        Raises:
+            OutboxError: The file is no database, or cannot be written; the tables are another version's.
+        """
+        with self._connection(create=True) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("BEGIN IMMEDIATE")
+            for statement in self._tables.ddl().split(";\n")[:-1]:
+                connection.execute(statement)
+            connection.execute("COMMIT")
+            self._check_tables(connection)
+
+    # -- adding
+
+    def add(
+        self, connection: sqlite3.Connection, envelopes: Iterable[Envelope[Any]], *, topic: str | None = None
+    ) -> int:
+        """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
+
+        All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
+        can go on, unless SQLite itself has ended it. A transaction that only reads before should begin with
+        ``BEGIN IMMEDIATE``: SQLite may refuse at once to let it write.
+
+        Args:
+            connection: One of ``sqlite3``, to this outbox's file, in a transaction.
+            envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
+                in the order in which transactions with them were written.
+            topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+
+        Returns:
+            How many were added: all but those whose ``deliver_by`` has passed.
+
+        Raises:
+            SerializationError: An envelope could not be mapped, or is too large.
+            NotYetDueError: The ``scheduled_time`` of an envelope is in the future.
+            OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
+                are missing or another version's; the database takes no writes.
+        """
+        self._check_connection(connection)
+        batch = self._pool.map(self._mapper, topic, envelopes)
+        self._check_connection(connection)  # an encoder or a generator may have ended the transaction
+        try:
+            count = self._insert_batch(connection, batch)
+        except sqlite3.Error as error:
+            raise self._tables.as_outbox_error(error, self._path) from error
+        for watcher in tuple(self._watchers):
+            watcher()
+        return count
+
+    def _check_connection(self, connection: sqlite3.Connection) -> None:
+        if not isinstance(connection, sqlite3.Connection):
+            raise TypeError(f"connection must be a sqlite3.Connection, not {type_name(connection)}")
+        try:
+            connection.total_changes  # noqa: B018 it asks whether the connection is open, and this thread's
+            in_transaction = connection.in_transaction
+        except sqlite3.Error as error:
+            raise self._tables.as_outbox_error(error, self._path) from error
+        if not in_transaction:
+            raise OutboxError(
+                "the connection is in no transaction, so that the messages would not be committed together with the "
+                'data: add them after the first statement that writes the data, or after connection.execute("BEGIN '
+                'IMMEDIATE")'
+            )
+
+    def _insert_batch(self, connection: sqlite3.Connection, batch: MappedBatch) -> int:
+        count = self._pool.count(batch)
+        if not count:
+            return 0
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        if count == 1:  # one statement inserts it, or does nothing; a number that is left out does not matter
+            (row,) = self._rows(cursor, batch, count)
+            cursor.execute(self._insert, row)
+            return 1
+        # Else what was inserted before one that fails is to be undone.
+        cursor.execute("SAVEPOINT kbatch_add")
+        try:
+            rows = self._rows(cursor, batch, count)
+            cursor.executemany(self._insert, rows)
+        except BaseException:
+            if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
+                with contextlib.suppress(sqlite3.Error):
+                    cursor.execute("ROLLBACK TO kbatch_add")
+                    cursor.execute("RELEASE kbatch_add")
+            raise
+        cursor.execute("RELEASE kbatch_add")
+        return len(rows)
+
+    def _rows(
+        self, cursor: sqlite3.Cursor, batch: MappedBatch, count: int
+    ) -> list[tuple[int, int, bytes, bytes, int, int | None]]:
+        # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
+        cursor.execute(self._take_numbers, (count,))
+        meta = cursor.execute(self._look).fetchone()
+        if meta is None:
+            raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
+        last_seq, version, buckets, file = meta
+        self._tables.check_meta(version, buckets)
+        if file not in self._own_files:
+            self._check_file(file)
+        return self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
+
+    def _check_file(self, file: str | None) -> None:
+        try:
+            same = bool(file) and os.path.samefile(file or "", self._path)
+        except OSError:
+            same = False
+        if not same:
+            raise OutboxError(
+                f"the connection is to {file or 'a database in memory'}, and the outbox is in {self._path}: give a "
+                "connection to that file"
+            )
+        self._own_files.add(file or "")
+
+    # -- looking
+
+    def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
+        """What is in the outbox.
+
+        Args:
+            count_up_to: Of each kind no more are counted, since counting reads the rows.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        sql = self._tables.sql
+        with self._connection() as connection:
+            self._check_tables(connection)
+            waiting, later, dead = (
+                connection.execute(
+                    sql(f"SELECT count(*) FROM (SELECT 1 FROM {{{table}}} LIMIT ?)"), (count_up_to,)
+                ).fetchone()[0]
+                for table in ("outbox", "later", "dead")
+            )
+            ages = (
+                connection.execute(
+                    sql("SELECT created_at FROM {outbox} WHERE bucket = ? ORDER BY seq LIMIT 1"), (bucket,)
+                ).fetchone()
+                for bucket in range(BUCKETS)
+            )
+            oldest = min((age[0] for age in ages if age is not None), default=None)
+            relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE until > {now}")).fetchone()[0]
+        age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
+        return OutboxStatus(waiting, later, dead, age_s, relays)
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Callable[[], object]) -> None:
+        """Calls it no more."""
+        self._watchers.remove(watcher)
+
+    def open_store(self) -> OutboxStore:
+        """The connection of a relay, which closes it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        _tell_of_fault(sqlite3.sqlite_version)
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            return SqliteStore(connection, self._tables, self._path)
+
+    @contextlib.contextmanager
+    def _connection(self, *, create: bool = False, keep: bool = False) -> Iterator[sqlite3.Connection]:
+        connection = None
+        try:
+            if not create and not os.path.exists(self._path):  # else SQLite would make an empty one
+                raise OutboxError(f"there is no database {self._path}; call create() of the outbox once")
+            connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA mmap_size=0")
+            yield connection
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, sqlite3.Error):
+                raise self._tables.as_outbox_error(error, self._path) from error
+            raise
+        if not keep:
+            connection.close()
+
+    def _check_tables(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute(self._tables.sql("SELECT version, buckets FROM {meta}")).fetchone()
+        if found is None:
+            raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
+        self._tables.check_meta(*found)
+
+
+def _tell_of_fault(version: str) -> None:
+    """Logs, once, that this version of SQLite may damage a database in WAL mode (its WAL-reset fault)."""
+    global _told_of_fault
+    is_faulty = _numbers("3.7.0") <= _numbers(version) <= _numbers("3.51.2") and version not in ("3.44.6", "3.50.7")
+    if _told_of_fault or not is_faulty:
+        return
+    _told_of_fault = True
+    _logger.warning(
+        "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections write; "
+        "3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
+        version,
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))

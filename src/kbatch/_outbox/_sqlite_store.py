@@ -1,0 +1,226 @@
+"""What a relay does in a SQLite database."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from typing import TYPE_CHECKING
+
+from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from typing import TypeAlias
+
+    from kbatch._outbox._sqlite_tables import SqliteTables
+    from kbatch._outbox._store import Failure, Place, StoredRow
+
+    _Run: TypeAlias = Callable[..., sqlite3.Cursor]
+
+__all__ = ["SqliteStore"]
+
+_MOST_LEFT = 1000
+_FEWEST_OF_BUCKET = 50
+
+
+class SqliteStore:
+    """A relay's connection to an outbox in SQLite.
+
+    A number is given under SQLite's one lock for writing, so rows come to light in the order of their numbers, and what
+    was read once is the floor. `BEGIN IMMEDIATE` takes that lock at once: what begins with reading and then writes
+    would be refused.
+
+    Args:
+        connection: In autocommit mode. It is the store's from now on.
+    """
+
+    def __init__(self, connection: sqlite3.Connection, tables: SqliteTables, path: str) -> None:
+        self._connection = connection
+        self._tables = tables
+        self._path = path
+        sql = tables.sql
+        self._now = sql("SELECT {now}")
+        self._read = sql(
+            "SELECT bucket, seq, packed, deliver_by FROM {outbox} WHERE bucket = ? AND seq > ? ORDER BY seq LIMIT ?"
+        )
+        self._delete = sql("DELETE FROM {outbox} WHERE bucket = ? AND seq = ?")
+        self._delete_later = sql("DELETE FROM {later} WHERE bucket = ? AND seq = ?")
+        kept = "bucket, seq, id, packed, created_at, deliver_by"
+        row = "WHERE bucket = ? AND seq = ?"
+        self._to_later = sql(
+            f"INSERT OR REPLACE INTO {{later}} ({kept}, due_at, attempts, last_error, key_hash) "
+            f"SELECT {kept}, ?, ?, ?, ? FROM {{outbox}} {row}"
+        )
+        dead = f"INSERT OR REPLACE INTO {{dead}} ({kept}, died_at, attempts, last_error) SELECT {kept}, ?, ?, ? FROM "
+        self._to_dead = sql(f"{dead} {{outbox}} {row}")
+        self._later_to_dead = sql(f"{dead} {{later}} {row}")
+        self._put_off = sql(f"UPDATE {{later}} SET due_at = ?, attempts = ?, last_error = ? {row}")
+
+    # -- leases
+
+    def renew(
+        self, owner: str, lease_s: float, *, release: Collection[int], avoid: Collection[int]
+    ) -> tuple[list[Lease], int]:
+        """As `OutboxStore.renew`."""
+        sql = self._tables.sql
+        with self._writing() as run:
+            now = run(self._now).fetchone()[0]
+            until = now + int(lease_s * 1000)
+            run(sql("DELETE FROM {relay} WHERE until <= ?"), (now,))
+            run(sql("INSERT OR REPLACE INTO {relay} (owner, until) VALUES (?, ?)"), (owner, until))
+            relays = run(sql("SELECT count(*) FROM {relay}")).fetchone()[0]
+            share = -(-BUCKETS // relays)
+            self._give_up(run, owner, release)
+            leases = [
+                Lease(*found)
+                for found in run(
+                    sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND until > ?"), (owner, now)
+                ).fetchall()
+            ]
+            run(sql("UPDATE {lease} SET until = ? WHERE owner = ? AND until > ?"), (until, owner, now))
+            free = run(
+                sql("SELECT bucket, token FROM {lease} WHERE owner IS NULL OR until <= ? ORDER BY bucket"), (now,)
+            ).fetchall()
+            for bucket, token in free:
+                if len(leases) >= share:
+                    break
+                if bucket not in avoid and bucket not in release:
+                    run(
+                        sql("UPDATE {lease} SET owner = ?, token = ?, until = ? WHERE bucket = ?"),
+                        (owner, token + 1, until, bucket),
+                    )
+                    leases.append(Lease(bucket, token + 1))
+        return leases, share
+
+    def leave(self, owner: str, release: Collection[int]) -> None:
+        """As `OutboxStore.leave`."""
+        with self._writing() as run:
+            run(self._tables.sql("DELETE FROM {relay} WHERE owner = ?"), (owner,))
+            self._give_up(run, owner, release)
+
+    def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
+        statement = self._tables.sql("UPDATE {lease} SET owner = NULL, until = 0 WHERE bucket = ? AND owner = ?")
+        for bucket in release:
+            run(statement, (bucket, owner))
+
+    # -- reading
+
+    def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
+        """As `OutboxStore.read`."""
+        rows: list[StoredRow] = []
+        new_floors: dict[int, int] = {}
+        size = 0
+        share = max(limit // max(len(floors), 1), _FEWEST_OF_BUCKET)
+        with self._reading() as run:
+            for bucket, floor in floors.items():
+                for row in run(self._read, (bucket, floor, min(share, limit - len(rows)))):
+                    rows.append(row)
+                    size += len(row[2])
+                    if size >= max_bytes:
+                        break
+                if rows and rows[-1][0] == bucket:
+                    new_floors[bucket] = rows[-1][1]
+                if size >= max_bytes or len(rows) >= limit:
+                    break
+        return Reading(rows, new_floors)
+
+    def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
+        """As `OutboxStore.read_due`."""
+        statement = self._tables.sql(
+            "SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {later} AS mine "
+            f"WHERE due_at <= {{now}} AND bucket IN ({_marks(buckets)}) AND NOT EXISTS (SELECT 1 FROM {{later}} AS "
+            "earlier WHERE earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq"
+            ") ORDER BY due_at LIMIT ?"
+        )
+        with self._reading() as run:
+            return [DueRow(*row) for row in run(statement, (*buckets, limit))]
+
+    def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
+        """As `OutboxStore.held_keys`."""
+        statement = self._tables.sql(
+            f"SELECT DISTINCT bucket, key_hash FROM {{later}} WHERE bucket IN ({_marks(buckets)}) AND key_hash NOT NULL"
+        )
+        with self._reading() as run:
+            return [HeldKey(*row) for row in run(statement, tuple(buckets))]
+
+    def left(self) -> int:
+        """As `OutboxStore.left`."""
+        statement = self._tables.sql(
+            "SELECT (SELECT count(*) FROM (SELECT 1 FROM {outbox} LIMIT ?)) + "
+            "(SELECT count(*) FROM (SELECT 1 FROM {later} LIMIT ?))"
+        )
+        with self._reading() as run:
+            return int(run(statement, (_MOST_LEFT, _MOST_LEFT)).fetchone()[0])
+
+    # -- writing
+
+    def settle(
+        self,
+        leases: Mapping[int, int],
+        *,
+        done: Sequence[Place],
+        done_later: Sequence[Place],
+        failures: Sequence[Failure],
+        failures_later: Sequence[Failure],
+    ) -> set[int]:
+        """As `OutboxStore.settle`."""
+        with self._writing() as run:
+            now = run(self._now).fetchone()[0]
+            holding = run(
+                self._tables.sql("SELECT bucket, token FROM {lease} WHERE until > ? AND owner NOT NULL"), (now,)
+            )
+            valid = {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}
+            lost = set(leases) - valid
+            if lost:
+                done = [place for place in done if place[0] in valid]
+                done_later = [place for place in done_later if place[0] in valid]
+                failures = [failure for failure in failures if failure.bucket in valid]
+                failures_later = [failure for failure in failures_later if failure.bucket in valid]
+            self._connection.executemany(self._delete, done)
+            self._connection.executemany(self._delete_later, done_later)
+            for each in failures:
+                if each.due_in_s is None:
+                    run(self._to_dead, (now, each.attempts, each.error, each.bucket, each.seq))
+                else:
+                    due_at = now + int(each.due_in_s * 1000)
+                    run(self._to_later, (due_at, each.attempts, each.error, each.key_hash, each.bucket, each.seq))
+                run(self._delete, (each.bucket, each.seq))
+            for each in failures_later:
+                if each.due_in_s is None:
+                    run(self._later_to_dead, (now, each.attempts, each.error, each.bucket, each.seq))
+                    run(self._delete_later, (each.bucket, each.seq))
+                else:
+                    due_at = now + int(each.due_in_s * 1000)
+                    run(self._put_off, (due_at, each.attempts, each.error, each.bucket, each.seq))
+        return lost
+
+    def close(self) -> None:
+        """As `OutboxStore.close`."""
+        self._connection.close()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[_Run]:
+        try:
+            yield self._connection.execute
+        except sqlite3.Error as error:
+            raise self._tables.as_outbox_error(error, self._path) from error
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[_Run]:
+        run = self._connection.execute
+        try:
+            run("BEGIN IMMEDIATE")
+            try:
+                yield run
+                run("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    if self._connection.in_transaction:
+                        run("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise self._tables.as_outbox_error(error, self._path) from error
+
+
+def _marks(values: Collection[int]) -> str:
+    return ", ".join("?" * len(values))

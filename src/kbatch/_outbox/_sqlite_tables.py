@@ -1,0 +1,145 @@
+"""An outbox's tables in SQLite."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from typing import TYPE_CHECKING
+
+from kbatch._errors import ConfigError, OutboxError, shown
+from kbatch._outbox._store import BUCKETS
+from kbatch._text import counted
+
+if TYPE_CHECKING:
+    import os
+
+__all__ = ["SqliteTables"]
+
+VERSION = 1
+_LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
+_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+# Without rowid the row lies in the primary key's tree, so that what a relay reads is in one place. Numbers are given by
+# `meta.last_seq` and never again: a relay that is late must not delete another row of the same number.
+_DDL = """\
+CREATE TABLE IF NOT EXISTS {meta} (
+    one INTEGER PRIMARY KEY CHECK (one = 1),
+    version INTEGER NOT NULL,
+    buckets INTEGER NOT NULL,
+    last_seq INTEGER NOT NULL
+);
+INSERT OR IGNORE INTO {meta} (one, version, buckets, last_seq) VALUES (1, {version}, {buckets}, 0);
+CREATE TABLE IF NOT EXISTS {outbox} (
+    bucket INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    id BLOB NOT NULL,
+    packed BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    deliver_by INTEGER,
+    PRIMARY KEY (bucket, seq)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS {later} (
+    bucket INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    id BLOB NOT NULL,
+    packed BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    deliver_by INTEGER,
+    due_at INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    last_error TEXT NOT NULL,
+    key_hash INTEGER,
+    PRIMARY KEY (bucket, seq)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS {later_due} ON {later_bare} (due_at);
+CREATE INDEX IF NOT EXISTS {later_key} ON {later_bare} (bucket, key_hash, seq);
+CREATE TABLE IF NOT EXISTS {dead} (
+    bucket INTEGER NOT NULL,
+    seq INTEGER NOT NULL,
+    id BLOB NOT NULL,
+    packed BLOB NOT NULL,
+    created_at INTEGER NOT NULL,
+    deliver_by INTEGER,
+    died_at INTEGER NOT NULL,
+    attempts INTEGER NOT NULL,
+    last_error TEXT NOT NULL,
+    PRIMARY KEY (bucket, seq)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS {lease} (
+    bucket INTEGER PRIMARY KEY,
+    owner TEXT,
+    token INTEGER NOT NULL,
+    until INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS {relay} (
+    owner TEXT PRIMARY KEY,
+    until INTEGER NOT NULL
+) WITHOUT ROWID;
+"""
+
+# The database's clock, in milliseconds since 1970.
+NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+
+class SqliteTables:
+    """The tables of one outbox, by their quoted names."""
+
+    def __init__(self, prefix: str) -> None:
+        if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
+            raise ConfigError(f"prefix must begin a table's name, of a-z A-Z 0-9 and _ only, not {shown(prefix)}")
+        longest = prefix + "outbox_later_due"
+        if len(longest) > _LONGEST_NAME:
+            raise ConfigError(
+                f"prefix={shown(prefix)} makes names of {len(longest)} characters, and {_LONGEST_NAME} are allowed"
+            )
+        # With the schema, so that a temporary table of the same name is not meant.
+        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key")
+        self.names = {name: f'main."{prefix}outbox_{name}"' for name in names}
+        self.names["outbox"] = f'main."{prefix}outbox"'
+        self.names["later_bare"] = f'"{prefix}outbox_later"'  # an index says which schema by its own name
+        self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0)" for bucket in range(BUCKETS))
+
+    def sql(self, statement: str) -> str:
+        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …"""
+        return statement.format(now=NOW_MS, **self.names)
+
+    def ddl(self) -> str:
+        """The statements that make what is missing."""
+        text = _DDL.format(version=VERSION, buckets=BUCKETS, **self.names)
+        return text + self.sql(
+            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until) VALUES " + self._first_buckets + ";\n"
+        )
+
+    def check_meta(self, version: int, buckets: int) -> None:
+        """Raises OutboxError for tables that are another release's."""
+        if version != VERSION:
+            raise OutboxError(
+                f"the outbox {self.names['outbox']} has tables of version {version}, and this kbatch knows version "
+                f"{VERSION}: use the kbatch that made them, or other tables by prefix="
+            )
+        if buckets != BUCKETS:
+            raise OutboxError(
+                f"the outbox {self.names['outbox']} has {counted(buckets, 'bucket')}, and this kbatch counts with "
+                f"{BUCKETS}: a key would change its bucket, and lose its order; use other tables by prefix="
+            )
+
+    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str]) -> OutboxError:
+        """What to do about an error of SQLite."""
+        text = str(error)
+        if "no such table" in text or "no such column" in text or "has no column" in text:
+            hint = "call create() of the outbox once, or have its ddl() executed"
+        elif "not a database" in text or "malformed" in text:
+            hint = "give the path of a SQLite database, or of none yet"
+        elif "locked" in text or "busy" in text:
+            hint = "another connection writes; wait longer (sqlite3.connect(timeout=…)) and begin with BEGIN IMMEDIATE"
+        elif "readonly" in text or "read-only" in text:
+            hint = "open the database for writing; the file and its folder must be writable"
+        elif "unable to open" in text:
+            hint = "the folder must be there and writable"
+        elif "thread" in text:
+            hint = "use the connection in the thread that made it"
+        elif "closed" in text:
+            hint = "give a connection that is open"
+        else:
+            return OutboxError(f"the outbox in {path}: {text}")
+        return OutboxError(f"the outbox in {path}: {text}; {hint}")

@@ -1,0 +1,124 @@
+"""What a relay asks of the database that an outbox is in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+__all__ = ["BUCKETS", "DueRow", "Failure", "HeldKey", "Lease", "OutboxStore", "Place", "Reading", "StoredRow"]
+
+BUCKETS = 64
+
+
+# Where a row is, for as long as it is anywhere: in the hot table, among those that wait, or among the dead.
+Place: TypeAlias = tuple[int, int]  # bucket, seq
+
+# Of the hot table. `deliver_by` is in microseconds since 1970. Plain tuples: there is one for each record.
+StoredRow: TypeAlias = tuple[int, int, bytes, "int | None"]  # bucket, seq, packed, deliver_by
+
+
+class DueRow(NamedTuple):
+    """A row that waited for its next attempt."""
+
+    bucket: int
+    seq: int
+    packed: bytes
+    deliver_by: int | None
+    attempts: int
+    key_hash: int | None
+
+
+class HeldKey(NamedTuple):
+    """A key of which rows wait for their next attempt."""
+
+    bucket: int
+    key_hash: int
+
+
+class Failure(NamedTuple):
+    """What becomes of a row that was not acknowledged. With ``due_in_s=None`` it is dead."""
+
+    bucket: int
+    seq: int
+    due_in_s: float | None
+    attempts: int
+    error: str
+    key_hash: int | None
+
+
+class Lease(NamedTuple):
+    """A bucket that a relay has. The token is another one each time that the bucket changes hands."""
+
+    bucket: int
+    token: int
+
+
+class Reading(NamedTuple):
+    """Rows in the order of their bucket's numbers, and the new floor of each bucket that was read."""
+
+    rows: list[StoredRow]
+    floors: dict[int, int]
+
+
+class OutboxStore(Protocol):
+    """A relay's own connection to its outbox. One thread uses it.
+
+    Each method is one transaction, or none, which is over when it returns. What it raises when the database does not
+    answer, or takes no writes, is an `OutboxError`; the relay then asks again later.
+    """
+
+    def renew(
+        self, owner: str, lease_s: float, *, release: Collection[int], avoid: Collection[int]
+    ) -> tuple[list[Lease], int]:
+        """Tells that `owner` lives, renews its leases for `lease_s` seconds by the database's clock, gives up those of
+        the buckets `release` and takes buckets that nobody has, up to its share, but none of `avoid`.
+
+        A lease that has run out is lost, also if nobody else has taken the bucket: it can only be taken again, which
+        makes its token another one.
+
+        Returns:
+            The leases that the owner has now, and how many buckets its share is.
+        """
+
+    def leave(self, owner: str, release: Collection[int]) -> None:
+        """Tells that `owner` is gone, and gives up its leases of these buckets. Others run out."""
+
+    def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
+        """Rows of buckets, each above its floor, the lowest first, fairly over the buckets in the order of `floors`.
+
+        A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
+        """
+
+    def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
+        """Rows that are due by the database's clock, of each key only the one with the lowest number."""
+
+    def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
+        """Which keys have rows that wait for their next attempt."""
+
+    def settle(
+        self,
+        leases: Mapping[int, int],
+        *,
+        done: Sequence[Place],
+        done_later: Sequence[Place],
+        failures: Sequence[Failure],
+        failures_later: Sequence[Failure],
+    ) -> set[int]:
+        """Deletes what is done and moves what failed, in one transaction, as far as the leases hold.
+
+        Args:
+            leases: Of each bucket its token.
+            done, failures: Of rows in the hot table.
+            done_later, failures_later: Of rows that came from `read_due`.
+
+        Returns:
+            The buckets whose lease does not hold any more, of which nothing was written.
+        """
+
+    def left(self) -> int:
+        """0 if the outbox is empty but for the dead, else a number of rows: all that wait, or some."""
+
+    def close(self) -> None:
+        """Gives the connection back."""

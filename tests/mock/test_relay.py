@@ -1,0 +1,633 @@
+"""A relay brings what an outbox has to Kafka: all of it, nothing else, in order per key, whatever fails meanwhile."""
+
+import contextlib
+import os
+import random
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch._outbox._sqlite_store import SqliteStore
+from kbatch.testing import ApiKey, MockCluster
+from tests import outboxes
+from tests.relays import WatchedOutbox, check_history, numbered
+from tests.waiting import until
+
+from .clients import read_back
+
+SOON = RetryPolicy(max_attempts=3, initial_backoff_s=0.02, max_backoff_s=0.1)
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> SqliteOutbox:
+    return outboxes.made(tmp_path, wire="raw")
+
+
+@pytest.fixture
+def cluster() -> Iterator[MockCluster]:
+    with MockCluster() as cluster:
+        for topic in ("orders", "refused", "other"):
+            cluster.create_topic(topic, partitions=3)
+        yield cluster
+
+
+def config(cluster: MockCluster, **own: Any) -> dict[str, Any]:
+    return {
+        "bootstrap.servers": cluster.bootstrap_servers,
+        "log_level": 0,
+        "delivery.timeout.ms": 3000,
+        "reconnect.backoff.ms": 10,
+        "reconnect.backoff.max.ms": 100,
+        "retry.backoff.ms": 10,
+        **own,
+    }
+
+
+def make(outbox: Any, cluster: MockCluster, producer: dict[str, Any] | None = None, **options: Any) -> Relay:
+    options = {"retry": SOON, "probe_interval_s": 0.05, "max_probe_interval_s": 0.2, **options}
+    return Relay(outbox, config(cluster, **(producer or {})), **options)
+
+
+@contextlib.contextmanager
+def running(relay: Relay) -> Iterator[Relay]:
+    """In a thread of its own, until the block ends."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            relay.run()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    with relay:
+        thread.start()
+        until(lambda: relay._store is not None or errors, "its start")
+        yield relay
+        relay.stop()
+        thread.join()
+    assert errors == []
+
+
+def stored(cluster: MockCluster, *topics: str) -> list[Any]:
+    return [record for topic in topics or ("orders",) for record in read_back(cluster.bootstrap_servers, topic)]
+
+
+# -- what arrives
+
+
+def test_everything_arrives_once_in_order_per_key_as_a_producer_would_have_sent_it(
+    tmp_path: Path, cluster: MockCluster
+) -> None:
+    outbox = outboxes.made(tmp_path)
+    seeded = random.Random(7)
+    moment = datetime(2026, 11, 23, 9, 16, 45, 123456, timezone.utc)
+    envelopes = [
+        Envelope(
+            {"n": n},
+            key=f"schlüssel{n % 50}",
+            headers=[("n", str(n)), ("none", None), ("bytes", b"\x00\xff")],
+            timestamp=1_764_000_000_000 + n,
+            sent_at=moment,
+            topic="orders" if n % 2 else "other",
+        )
+        for n in range(6000)
+    ]
+    rest = list(envelopes)
+    while rest:
+        count = seeded.randint(1, 500)
+        outboxes.add(outbox, rest[:count], topic=None)
+        del rest[:count]
+    with make(outbox, cluster) as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["acked"] == 6000
+    with kbatch.Producer(config(cluster)) as producer:
+        producer.send_batch(None, [each.replace(topic="direct") for each in envelopes]).raise_for_errors()
+    sent = {
+        (record.timestamp, record.key, record.value, tuple(record.headers))
+        for record in stored(cluster, "orders", "other")
+    }
+    direct = {
+        (record.timestamp, record.key, record.value, tuple(record.headers)) for record in stored(cluster, "direct")
+    }
+    assert sent == direct
+    assert len(stored(cluster, "orders", "other")) == 6000
+    for topic in ("orders", "other"):
+        of_key: dict[Any, list[int]] = {}
+        for record in stored(cluster, topic):
+            of_key.setdefault(record.key, []).append(record.timestamp)
+        assert all(times == sorted(times) for times in of_key.values())
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
+
+
+def test_what_is_added_while_it_runs(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    with running(make(outbox, cluster, batch_size=100)) as relay:
+        for first in range(0, 2000, 50):
+            outboxes.add(outbox, numbered(range(first, first + 50)))
+        assert relay.drain(30) == 0
+    check_history(range(2000), stored(cluster))
+
+
+def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outbox: SqliteOutbox) -> None:
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+        relay._begin()
+        for pid, poll_s in ((os.getpid() + 1, 0.1), (os.getpid(), 0.005)):
+            relay._poll_s, relay._pid = 0.1, pid
+            outboxes.add(outbox, numbered(range(3)))
+            assert relay._poll_s == poll_s
+            assert relay._flag.wait(0.0) is (poll_s < 0.1)
+        outboxes.add(outbox, numbered(range(3)))
+        assert not relay._flag.wait(0.0)  # it looks already
+        relay._end()
+        assert outbox._watchers == []
+
+
+def test_a_transaction_that_is_long_delays_nobody(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    with sqlite3.connect(outbox._path, isolation_level=None) as reader:
+        reader.execute("BEGIN")
+        reader.execute(outbox._tables.sql("SELECT count(*) FROM {outbox}")).fetchone()  # a snapshot of nothing
+        outboxes.add(outbox, numbered(range(500)))
+        with make(outbox, cluster) as relay:
+            assert relay.drain(30) == 0
+    reader.close()
+    check_history(range(500), stored(cluster))
+
+
+def test_rows_without_a_key_and_tombstones(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, [*(Envelope(data=b"%d" % n) for n in range(300)), kbatch.Tombstone("gone")])
+    with make(outbox, cluster) as relay:
+        assert relay.drain(30) == 0
+    values = [record.value for record in stored(cluster)]
+    assert sorted(int(value) for value in values if value is not None) == list(range(300))
+    assert values.count(None) == 1
+
+
+def test_large_records_are_read_by_their_bytes(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, [Envelope(data=b"%03d" % n * 100_000, key=str(n)) for n in range(30)])
+    with make(outbox, cluster) as relay:
+        assert relay.drain(30) == 0
+        assert relay.stats()["acked"] == 30
+
+
+def test_what_expires_in_the_outbox_is_not_sent(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.5)
+    outboxes.add(outbox, [*numbered(range(10), deliver_by=soon), *numbered(range(10, 20))])
+    time.sleep(0.6)
+    with make(outbox, cluster) as relay:
+        assert relay.drain(30) == 0
+        assert (relay.stats()["acked"], relay.stats()["expired"]) == (10, 10)
+    check_history(range(10, 20), stored(cluster))
+
+
+# -- what is refused
+
+
+def test_a_topic_that_refuses_everything_stops_no_other_and_dies_after_its_attempts(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(100, 160), topic="refused"), topic=None)
+    outboxes.add(outbox, numbered(range(100)))
+    with make(outbox, cluster) as relay:
+        assert relay.drain(60) == 0
+        stats = relay.stats()
+    check_history(range(100), stored(cluster))
+    assert (stats["acked"], stats["dead"]) == (100, 60)
+    assert outbox.status().dead == 60
+    dead = outboxes.query(outbox, "SELECT attempts, last_error FROM {dead}")
+    assert {attempts for attempts, _ in dead} == {3}
+    assert all("TOPIC_AUTHORIZATION_FAILED" in error for _, error in dead)
+    assert sorted(outboxes.bodies(outbox, "dead")) == sorted(b"%d" % n for n in range(100, 160))
+
+
+def test_what_waits_holds_back_its_key_until_it_is_accepted(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
+    with running(make(outbox, cluster, retry=patient)) as relay:
+        outboxes.add(outbox, numbered(range(20), topic="refused"), topic=None)
+        until(lambda: outbox.status().later == 20, "the first of each key, refused")
+        outboxes.add(outbox, numbered(range(20, 60), topic="refused"), topic=None)
+        outboxes.add(outbox, numbered(range(100)))
+        until(lambda: relay.stats()["acked"] == 100, "the others")
+        until(lambda: outbox.status().waiting == 40, "those behind them, in their place")
+        assert outbox.status().later == 20
+        cluster.set_topic_error("refused", 0)
+        assert relay.drain(60) == 0
+    check_history(range(60), stored(cluster, "refused"))
+    check_history(range(100), stored(cluster))
+
+
+def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
+    outboxes.add(outbox, numbered(range(20), topic="refused"), topic=None)
+    with running(make(outbox, cluster, retry=patient)):
+        until(lambda: outbox.status().later == 20, "the first of each key, refused")
+    outboxes.add(outbox, numbered(range(20, 60), topic="refused"), topic=None)
+    outboxes.add(outbox, numbered(range(100)))
+    with running(make(outbox, cluster, retry=patient)) as relay:
+        until(lambda: relay.stats()["acked"] == 100, "the others")
+        until(lambda: (outbox.status().later, outbox.status().waiting) == (20, 40), "what is held back")
+        cluster.set_topic_error("refused", 0)
+        assert relay.drain(60) == 0
+    check_history(range(60), stored(cluster, "refused"))
+
+
+def test_one_record_that_is_refused_takes_none_of_its_record_batch_with_it(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    outboxes.add(outbox, numbered(range(500)))
+    cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE"])
+    with make(outbox, cluster, {"max.in.flight": 1}) as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["put_off"] > 0
+        assert relay.stats()["dead"] == 0
+    check_history(range(500), stored(cluster), copies=None)
+
+
+def test_what_is_refused_alone_is_dead_and_the_others_of_its_record_batch_are_not(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    outboxes.add(outbox, [Envelope(data=b"7", key="one")])
+    outboxes.add(outbox, [Envelope(data=b"8", key="one")])
+    cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE", "MSG_SIZE_TOO_LARGE"])
+    with make(outbox, cluster, {"max.in.flight": 1}) as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["dead"] == 1
+    assert outboxes.bodies(outbox, "dead") == [b"7"]
+    check_history([8], stored(cluster))
+
+
+def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    outboxes.add(outbox, numbered(range(20)))
+    outboxes.add(outbox, [Envelope(data=b"x" * 5000)])
+    outboxes.query(outbox, "UPDATE {outbox} SET packed = substr(packed, 1, 20) WHERE seq = 3")
+    outboxes.query(outbox, "UPDATE {outbox} SET packed = 'text' WHERE seq = 4")
+    with make(outbox, cluster, {"message.max.bytes": 2000}) as relay:
+        assert relay.drain(30) == 0
+        assert relay.stats()["dead"] == 3
+    errors = [error for (error,) in outboxes.query(outbox, "SELECT last_error FROM {dead} ORDER BY seq")]
+    assert "damaged" in errors[0]
+    assert "must be bytes, not str" in errors[1]
+    assert "message.max.bytes=2000" in errors[2]
+    check_history(set(range(20)) - {2, 3}, stored(cluster))
+
+
+# -- outages
+
+
+def test_an_outage_moves_nothing_and_counts_nothing(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(300)))
+    cluster.set_broker_down()
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, batch_size=100, failures_to_open=1)) as relay:
+        until(lambda: not relay._gate.may_send(), "the circuit is open")
+        outboxes.add(outbox, numbered(range(300, 400)))
+        time.sleep(0.5)
+        assert outbox.status().waiting == 400
+        stats = relay.stats()
+        assert (stats["acked"], stats["refused"], stats["put_off"], stats["dead"]) == (0, 0, 0, 0)
+        cluster.set_broker_up()
+        assert relay.drain(60) == 0
+    check_history(range(400), stored(cluster), copies=None, in_order=False)
+
+
+def test_one_partition_without_a_leader_stops_no_other(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    # Version 10 of the request crashes the mock cluster there.
+    cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+    cluster.set_partition_leader("orders", 0, -1)
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=n % 3) for n in range(300)])
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 500})) as relay:
+        until(lambda: relay.stats()["acked"] >= 200, "the other partitions")
+        until(lambda: relay.stats()["put_off"] >= 100, "those of the partition put off")
+        outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=1) for n in range(300, 600)])
+        until(lambda: relay.stats()["acked"] >= 500, "what came later")
+        assert outboxes.query(outbox, "SELECT DISTINCT attempts FROM {later}") == [(0,)]
+        cluster.set_partition_leader("orders", 0, 1)
+        assert relay.drain(60) == 0
+    check_history(range(600), stored(cluster), copies=None)
+
+
+def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    with running(make(outbox, cluster)) as relay:
+        outboxes.add(outbox, numbered(range(100)))
+        assert relay.drain(30) == 0
+        relay._handle.producer._core.inject_fatal_error(45, "as a broker would")
+        outboxes.add(outbox, numbered(range(100, 200)))
+        assert relay.drain(30) == 0
+    check_history(range(200), stored(cluster))
+
+
+def test_a_database_that_is_locked_for_long_is_waited_for(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._sqlite._BUSY_TIMEOUT_S", 0.05)
+    outboxes.add(outbox, numbered(range(100)))
+    with running(make(outbox, cluster)) as relay:
+        assert relay.drain(30) == 0
+        with outboxes.transaction(outbox) as connection:
+            outbox.add(connection, numbered(range(100, 200)), topic="orders")
+            time.sleep(2.5)  # renewals fail meanwhile
+        assert relay.drain(30) == 0
+    check_history(range(200), stored(cluster))
+    told = [record.message for record in caplog.records if "relay" in record.message]
+    assert len(told) == 2
+    assert "cannot use its outbox" in told[0]
+    assert "can use its outbox again" in told[1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_database_that_fails_at_any_call_before_or_after_it_was_done(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.01)
+    seeded = random.Random(seed)
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(600)))
+    outboxes.add(outbox, numbered(range(600, 640), topic="refused"), topic=None)
+    failed: list[str] = []
+
+    def fail(name: str) -> None:
+        if name not in ("open_store", "left", "close") and seeded.random() < 0.2:
+            failed.append(name)
+            raise OutboxError(f"{name} failed")
+
+    with make(WatchedOutbox(outbox, before=fail, after=fail), cluster, batch_size=50) as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["lost_buckets"] == 0
+    assert len(failed) >= 5
+    check_history(range(600), stored(cluster))
+    assert sorted(int(body or b"") for body in outboxes.bodies(outbox, "dead")) == list(range(600, 640))
+    assert [attempts for (attempts,) in outboxes.query(outbox, "SELECT DISTINCT attempts FROM {dead}")] == [3]
+
+
+# -- leases
+
+
+def test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    numbers = iter(range(10**6))
+    with running(make(outbox, cluster)) as first:
+        until(lambda: first.stats()["buckets"] == 64, "all buckets")
+        with running(make(outbox, cluster)) as second:
+            for _ in range(40):
+                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
+            until(lambda: (first.stats()["buckets"], second.stats()["buckets"]) == (32, 32), "half for each")
+            for _ in range(40):
+                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
+            assert first.drain(30) == 0
+            assert second.stats()["acked"] > 0
+        until(lambda: first.stats()["buckets"] == 64, "the buckets of the second one")
+        outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
+        assert first.drain(30) == 0
+        assert first.stats()["lost_buckets"] == 0
+    check_history(range(next(numbers)), stored(cluster))
+
+
+def test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(100)))
+    outboxes.add(outbox, numbered(range(20), topic="refused"), topic=None)
+    kept: list[int] = []
+
+    def before(name: str) -> None:
+        if name == "settle" and not kept:
+            # As if it had been stopped for long: by the database's clock its leases are over.
+            outboxes.query(outbox, "UPDATE {lease} SET until = 0")
+
+    def after(name: str) -> None:
+        if name == "settle" and not kept:
+            kept.append(outbox.status().waiting)
+
+    with make(WatchedOutbox(outbox, before=before, after=after), cluster) as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["lost_buckets"] > 0
+    assert kept == [120]
+    check_history(range(100), stored(cluster), copies=100)
+
+
+def test_a_relay_that_another_has_followed_writes_nothing(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    owners: list[Any] = []
+
+    def before(name: str) -> None:
+        if name == "settle" and not owners:
+            outboxes.query(outbox, "UPDATE {lease} SET owner = 'another', token = token + 1")
+            owners.append("another")
+
+    with make(WatchedOutbox(outbox, before=before), cluster) as relay:
+        assert relay.drain(1.5) == 100
+        assert relay.stats()["buckets"] == 0
+    assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [("another",)]
+
+
+@pytest.mark.parametrize("slow", ["renew", "read"])
+def test_nothing_is_handed_over_when_the_lease_is_too_short_for_it(
+    outbox: SqliteOutbox, cluster: MockCluster, slow: str
+) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    slept: list[str] = []
+
+    def after(name: str) -> None:
+        if name == slow and not slept:
+            slept.append(name)
+            time.sleep(1.2)  # of the 2 s by which the lease is longer than a delivery, one is the margin
+
+    left = "SELECT (min(until) - {now}) / 1000.0 FROM {lease}"
+    with make(WatchedOutbox(outbox, after=after), cluster, {"delivery.timeout.ms": 1000}, lease_s=6.0) as relay:
+        handed_over: list[float] = []
+        send = relay._handle.producer._send_detached
+
+        def send_detached(*arguments: Any, **keywords: Any) -> None:
+            handed_over.extend(seconds for (seconds,) in outboxes.query(outbox, left))
+            send(*arguments, **keywords)
+
+        relay._handle.producer._send_detached = send_detached  # type: ignore[method-assign]
+        assert relay.drain(30) == 0
+    assert slept
+    assert min(handed_over) >= 5.0 - 0.1
+    check_history(range(100), stored(cluster))
+
+
+def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.set_rtt(-1, 300)
+    given_up: list[tuple[set[int], set[int]]] = []
+    renew = SqliteStore.renew
+    with running(make(outbox, cluster, batch_size=200)) as first:
+        until(lambda: first.stats()["buckets"] == 64, "all buckets")
+
+        def watched(store: Any, owner: str, lease_s: float, *, release: Any, avoid: Any) -> Any:
+            if owner == first._owner and release:
+                in_flight = {bucket for flight in list(first._flights) for bucket in flight.tokens}
+                given_up.append((set(release), in_flight))
+            return renew(store, owner, lease_s, release=release, avoid=avoid)
+
+        monkeypatch.setattr(SqliteStore, "renew", watched)
+        numbers = iter(range(10**6))
+        with running(make(outbox, cluster, batch_size=200)) as second:
+            while (first.stats()["buckets"], second.stats()["buckets"]) != (32, 32):
+                outboxes.add(outbox, numbered([next(numbers) for _ in range(50)], keys=200))
+                time.sleep(0.02)
+            cluster.set_rtt(-1, 0)
+            assert first.drain(60) == 0
+    assert given_up
+    assert any(in_flight for _, in_flight in given_up)
+    assert [release & in_flight for release, in_flight in given_up if release & in_flight] == []
+    check_history(range(next(numbers)), stored(cluster))
+
+
+# -- its life
+
+
+def test_it_stops_with_what_is_in_flight_written_and_may_run_again(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_rtt(-1, 200)
+    with make(outbox, cluster, batch_size=50, max_in_flight_batches=2) as relay:
+        outboxes.add(outbox, numbered(range(1000)))
+        thread = threading.Thread(target=relay.run)
+        thread.start()
+        until(lambda: relay.stats()["in_flight"], "something in flight")
+        relay.stop()
+        thread.join()
+        assert relay.stats()["in_flight"] == 0
+        assert outbox.status().waiting == 1000 - relay.stats()["acked"] < 1000
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+        cluster.set_rtt(-1, 0)
+        assert relay.drain(30) == 0
+    check_history(range(1000), stored(cluster))
+
+
+def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_broker_down()
+    outboxes.add(outbox, numbered(range(7)))
+    with make(outbox, cluster, {"delivery.timeout.ms": 300}) as relay:
+        assert relay.drain(0.2) == 7
+        with pytest.raises(ValueError, match="timeout must be seconds"):
+            relay.drain(-1)
+
+
+def test_drain_beside_run_ends_with_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_broker_down()
+    outboxes.add(outbox, numbered(range(7)))
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300})) as relay:
+        timer = threading.Timer(0.3, relay.stop)
+        timer.start()
+        assert relay.drain() == 7
+        timer.join()
+
+
+def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(50)))
+    with make(outbox, cluster, {"delivery.timeout.ms": 30_000}, close_timeout_s=0.1) as relay:
+        cluster.set_rtt(-1, 60_000)
+        assert relay.drain(0.5) == 50
+        assert relay.stats()["in_flight"] == 0
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+        assert (outbox.status().later, outbox.status().dead) == (0, 0)
+
+
+def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(50)))
+    with make(outbox, cluster) as relay:
+        before = signal.signal(signal.SIGTERM, lambda *_: relay.stop())
+        timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGTERM])
+        timer.start()
+        try:
+            relay.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            timer.join()
+    check_history(range(50), stored(cluster))
+
+
+def test_close_within_run_is_refused(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    with make(outbox, cluster) as relay:
+        before = signal.signal(signal.SIGTERM, lambda *_: relay.close())
+        timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM])
+        timer.start()
+        try:
+            with pytest.raises(RuntimeError, match="call stop"):
+                relay.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            timer.join()
+
+
+def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(50)))
+    with make(outbox, cluster) as relay:
+        timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            relay.run()
+        timer.join()
+    assert outbox.status().waiting == 0
+    assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+
+
+def test_it_is_run_by_one_thread_and_not_after_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    with running(make(outbox, cluster)) as relay, pytest.raises(RuntimeError, match="another thread"):
+        relay.run()
+    with pytest.raises(kbatch.SenderClosedError):
+        relay.run()
+    relay.close()
+
+
+def test_tables_that_are_missing_are_told_at_its_start(tmp_path: Path, cluster: MockCluster) -> None:
+    with make(SqliteOutbox(tmp_path / "none.db"), cluster) as relay, pytest.raises(OutboxError, match="call create"):
+        relay.run()
+
+
+def test_a_producer_of_the_callers_stays_open(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(10)))
+    with kbatch.Producer(config(cluster)) as producer:
+        with Relay(outbox, producer) as relay:
+            assert relay.drain(30) == 0
+        assert not producer.closed
+    check_history(range(10), stored(cluster))
+
+
+@pytest.mark.parametrize(
+    ("producer", "options", "says"),
+    [
+        ({"enable.idempotence": False}, {}, "enable.idempotence=false"),
+        ({"transactional.id": "relay", "delivery.timeout.ms": 1000}, {}, "transactional.id"),
+        ({"delivery.timeout.ms": 1000}, {"lease_s": 5.0}, "lease_s must be seconds, 6 at least"),
+        ({}, {"retry": 3}, "retry must be a RetryPolicy"),
+        ({}, {"retry": RetryPolicy(max_age_s=3)}, "deliver_by"),
+        ({}, {"batch_size": 0}, "batch_size"),
+        ({}, {"probe_interval_s": 0}, "probe_interval_s"),
+        ({}, {"probe_interval_s": 60}, "is longer than"),
+        ({}, {"close_timeout_s": -1}, "close_timeout_s"),
+    ],
+)
+def test_wrong_options(outbox: SqliteOutbox, producer: dict[str, Any], options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", **producer}, **options)
+
+
+def test_what_is_no_outbox() -> None:
+    with pytest.raises(ConfigError, match=r"must be a kbatch\.SqliteOutbox, not str"):
+        Relay("shop.db", {"bootstrap.servers": "127.0.0.1:1"})  # type: ignore[arg-type]
+
+
+def test_its_defaults_have_time_for_a_delivery(outbox: SqliteOutbox) -> None:
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+        assert relay._max_delivery_s == 62.0
+        assert relay._lease_s == 67.0

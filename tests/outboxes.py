@@ -1,0 +1,50 @@
+"""Outboxes in SQLite files, and what is in their tables."""
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kbatch
+from kbatch import Envelope
+from kbatch._fastmap import unpack_record
+
+
+def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.SqliteOutbox:
+    """An outbox whose tables are there."""
+    outbox = kbatch.SqliteOutbox(directory / name, **options)
+    outbox.create()
+    return outbox
+
+
+@contextlib.contextmanager
+def transaction(outbox: kbatch.SqliteOutbox) -> Iterator[sqlite3.Connection]:
+    """A connection of the application within a transaction, which is committed unless this ends by an exception."""
+    connection = sqlite3.connect(outbox._path, isolation_level=None, timeout=30)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+        yield connection
+        connection.execute("COMMIT")
+    finally:
+        connection.close()
+
+
+def add(outbox: kbatch.SqliteOutbox, envelopes: Iterable[Envelope], topic: str | None = "orders") -> int:
+    """Adds in a transaction of its own."""
+    with transaction(outbox) as connection:
+        return outbox.add(connection, envelopes, topic=topic)
+
+
+def query(outbox: kbatch.SqliteOutbox, sql: str) -> list[Any]:
+    """The rows of a query on its database, in which ``{outbox}``, ``{later}``, … are its tables."""
+    connection = sqlite3.connect(outbox._path, isolation_level=None, timeout=30)
+    try:
+        return connection.execute(outbox._tables.sql(sql)).fetchall()
+    finally:
+        connection.close()
+
+
+def bodies(outbox: kbatch.SqliteOutbox, table: str = "outbox") -> list[bytes | None]:
+    """The bodies of the records in a table, by their numbers."""
+    return [unpack_record(packed)[4] for (packed,) in query(outbox, f"SELECT packed FROM {{{table}}} ORDER BY seq")]

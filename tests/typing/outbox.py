@@ -1,0 +1,22 @@
+"""What type checkers see of an outbox and its relay."""
+
+import sqlite3
+
+from typing_extensions import assert_type
+
+import kbatch
+
+
+def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, str], producer: kbatch.Producer) -> None:
+    outbox = kbatch.SqliteOutbox("shop.db", wire="raw", max_message_bytes=2_000)
+    assert_type(outbox.add(connection, (kbatch.Envelope(order) for _ in range(3)), topic="orders"), int)
+    assert_type(outbox.ddl(), str)
+    assert_type(outbox.status(count_up_to=10).oldest_age_s, float)
+    with kbatch.Relay(outbox, settings, retry=kbatch.RetryPolicy()) as relay:
+        assert_type(relay, kbatch.Relay)
+        assert_type(relay.drain(1.5), int)
+        assert_type(relay.stats(), dict[str, int])
+    kbatch.Relay(outbox, producer)
+    kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]
+    outbox.add("shop.db", [kbatch.Envelope(order)])  # type: ignore[arg-type]
+    outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[call-arg]

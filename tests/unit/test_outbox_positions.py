@@ -1,0 +1,97 @@
+"""What a relay reads next: nothing twice, nothing left out, nothing of a key that is held."""
+
+from kbatch._outbox._positions import Positions
+from kbatch._outbox._store import HeldKey
+
+
+def rows(bucket: int, *numbers: int) -> list[tuple[int, int, bytes, None]]:
+    return [(bucket, number, b"%d" % (number % 10), None) for number in numbers]
+
+
+def key_of(packed: bytes) -> int | None:
+    """The last digit of a row's number; 0 has no key."""
+    if packed == b"damaged":
+        raise ValueError("damaged")
+    return int(packed) or None
+
+
+def begun(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Positions:
+    positions = Positions(key_of)
+    positions.begin(buckets or (0,), held)
+    return positions
+
+
+def taken(positions: Positions, bucket: int, *numbers: int, in_flight: tuple[int, ...] = ()) -> list[int]:
+    """Which rows are sent, if the store has these above the floor."""
+    (floor,) = (each for of, each in positions.floors([bucket]).items() if of == bucket)
+    found = [number for number in numbers if number > floor]
+    floors = {bucket: found[-1]} if found else {}
+    sent = positions.taken(rows(bucket, *found), floors, lambda: {(bucket, number) for number in in_flight})
+    return [row[1] for row in sent]
+
+
+def test_what_was_read_is_not_read_again() -> None:
+    positions = begun()
+    assert taken(positions, 0, 1, 2, 3) == [1, 2, 3]
+    assert taken(positions, 0, 1, 2, 3, 4) == [4]
+
+
+def test_what_is_put_back_is_read_again_and_what_is_in_flight_beside_it_is_not() -> None:
+    positions = begun()
+    assert taken(positions, 0, 1, 2, 3, 4) == [1, 2, 3, 4]
+    positions.put_back([(0, 3), (0, 2), (7, 1)])
+    assert taken(positions, 0, 1, 2, 3, 4, 5, in_flight=(1, 4)) == [2, 3, 5]
+    assert taken(positions, 0, 1, 4, 6, in_flight=(1, 4)) == [6]
+
+
+def test_all_are_looked_at_again_and_what_comes_to_light_late_is_found() -> None:
+    positions = begun()
+    assert taken(positions, 0, 1, 3, 4) == [1, 3, 4]
+    positions.start_again()
+    assert taken(positions, 0, 1, 2, 3, 4, in_flight=(1, 3, 4)) == [2]
+
+
+def test_rows_of_a_held_key_wait_and_go_on_in_order_once_it_is_let_go() -> None:
+    positions = begun(held=(HeldKey(0, 2),))
+    assert taken(positions, 0, 1, 2, 3, 12, 10) == [1, 3, 10]
+    assert taken(positions, 0, 22, 23) == [23]
+    positions.let_go([HeldKey(0, 2)])
+    assert taken(positions, 0, 24) == [24]
+    positions.let_go([])
+    assert not positions.has_held()
+    assert taken(positions, 0, 2, 3, 12, 22, 23, 24, 25, in_flight=(3, 23, 24)) == [2, 12, 22, 25]
+
+
+def test_a_key_that_is_held_twice_forgets_no_row() -> None:
+    positions = begun()
+    positions.hold(0, 2)
+    assert taken(positions, 0, 2, 12) == []
+    positions.hold(0, 2)
+    positions.hold(0, None)
+    positions.hold(9, 2)
+    positions.let_go([])
+    assert taken(positions, 0, 2, 12) == [2, 12]
+
+
+def test_a_damaged_row_is_held_by_nobody() -> None:
+    positions = begun(held=(HeldKey(0, 2),))
+    sent = positions.taken([(0, 1, b"damaged", None)], {0: 1}, set)
+    assert [row[1] for row in sent] == [1]
+
+
+def test_each_reading_begins_with_another_bucket() -> None:
+    positions = begun(1, 2, 3)
+    firsts = [next(iter(positions.floors([1, 2, 3]))) for _ in range(6)]
+    assert sorted(firsts) == [1, 1, 2, 2, 3, 3]
+    assert list(positions.floors([1, 9])) == [1]
+    assert positions.floors([]) == {}
+
+
+def test_a_bucket_that_comes_back_is_read_from_its_beginning() -> None:
+    positions = begun(0, 1)
+    assert taken(positions, 0, 1, 2) == [1, 2]
+    positions.end([0])
+    assert not positions.knows(0)
+    assert list(positions.floors([0, 1])) == [1]
+    positions.begin([0], [])
+    assert taken(positions, 0, 1, 2) == [1, 2]

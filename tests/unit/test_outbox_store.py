@@ -1,0 +1,214 @@
+"""What a relay does in SQLite: leases by tokens, reading above floors, and writing only what its leases allow."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbatch import Envelope, OutboxError, SqliteOutbox
+from kbatch._fastmap import packed_key_hash
+from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore
+from tests import outboxes
+from tests.relays import numbered
+
+NOTHING: dict[str, Any] = {"done": [], "done_later": [], "failures": [], "failures_later": []}
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> SqliteOutbox:
+    return outboxes.made(tmp_path)
+
+
+@pytest.fixture
+def store(outbox: SqliteOutbox) -> Iterator[OutboxStore]:
+    store = outbox.open_store()
+    yield store
+    store.close()
+
+
+def tokens(leases: list[Lease]) -> dict[int, int]:
+    return dict(leases)
+
+
+def renew(store: OutboxStore, owner: str, **options: Any) -> tuple[dict[int, int], int]:
+    leases, share = store.renew(owner, 60.0, **{"release": (), "avoid": (), **options})
+    return dict(leases), share
+
+
+def placed(outbox: SqliteOutbox, table: str = "outbox") -> list[tuple[int, int]]:
+    return outboxes.query(outbox, f"SELECT bucket, seq FROM {{{table}}} ORDER BY seq")
+
+
+# -- leases
+
+
+def test_the_first_relay_gets_all_buckets_and_keeps_its_tokens(store: OutboxStore) -> None:
+    first, share = renew(store, "first")
+    assert (first, share) == (dict.fromkeys(range(64), 1), 64)
+    assert renew(store, "first") == (first, 64)
+
+
+def test_a_second_relay_gets_what_the_first_one_gives_up(store: OutboxStore) -> None:
+    renew(store, "first")
+    assert renew(store, "second") == ({}, 32)
+    mine, share = renew(store, "first", release=range(32))
+    assert (set(mine), share) == (set(range(32, 64)), 32)  # and takes none of them back
+    assert renew(store, "second") == (dict.fromkeys(range(32), 2), 32)
+    store.leave("second", range(30))
+    mine, share = renew(store, "first", avoid=(0, 1))
+    assert (set(mine), share) == ({*range(2, 30), *range(32, 64)}, 64)  # 30 and 31 were not given back
+
+
+def test_a_lease_that_ran_out_is_another_one_when_it_is_taken_again(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    renew(store, "first")
+    outboxes.query(outbox, "UPDATE {lease} SET until = 0 WHERE bucket < 2")
+    mine, _ = renew(store, "first", avoid=(1,))
+    assert (mine[0], 1 in mine, mine[2]) == (2, False, 1)
+
+
+def test_a_relay_that_is_gone_counts_until_its_lease_ran_out(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    renew(store, "first")
+    renew(store, "second")
+    assert renew(store, "first")[1] == 32
+    outboxes.query(outbox, "UPDATE {relay} SET until = 0 WHERE owner = 'second'")
+    assert renew(store, "first")[1] == 64
+
+
+def test_nobody_gives_up_what_another_has(store: OutboxStore) -> None:
+    mine, _ = renew(store, "first")
+    store.leave("second", range(64))
+    assert renew(store, "first")[0] == mine
+
+
+# -- reading
+
+
+def test_rows_are_read_above_the_floors_by_bucket_and_number(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, numbered(range(300), keys=300))
+    all_rows = sorted(placed(outbox))
+    reading = store.read(dict.fromkeys(range(64), 0), limit=10_000, max_bytes=10**9)
+    assert [row[:2] for row in reading.rows] == all_rows
+    assert reading.floors == {bucket: max(seq for of, seq in all_rows if of == bucket) for bucket, _ in all_rows}
+    assert store.read(reading.floors, limit=10_000, max_bytes=10**9) == ([], {})
+
+
+def test_a_full_bucket_leaves_room_for_the_others(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, numbered(range(5000), keys=1))
+    outboxes.add(outbox, numbered(range(100), keys=100))
+    (full,) = {bucket for bucket, seq in placed(outbox) if seq == 1}
+    floors = {full: 0, **dict.fromkeys(set(range(64)) - {full}, 0)}
+    reading = store.read(floors, limit=1000, max_bytes=10**9)
+    assert len({row[0] for row in reading.rows}) > 20
+    assert [row[1] for row in reading.rows if row[0] == full] == list(range(1, 51))
+
+
+def test_reading_ends_at_its_bytes_and_its_rows(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, [Envelope(data=b"x" * 1000, key="one") for _ in range(30)])
+    (bucket,) = {bucket for bucket, _ in placed(outbox)}
+    assert len(store.read({bucket: 0}, limit=100, max_bytes=2500).rows) == 3
+    reading = store.read({bucket: 0}, limit=7, max_bytes=10**9)
+    assert (len(reading.rows), reading.floors) == (7, {bucket: 7})
+
+
+# -- writing
+
+
+def failure(outbox: SqliteOutbox, seq: int, due_in_s: float | None, attempts: int = 1) -> Failure:
+    ((bucket, packed),) = outboxes.query(outbox, f"SELECT bucket, packed FROM {{outbox}} WHERE seq = {seq}")
+    return Failure(bucket, seq, due_in_s, attempts, "refused", packed_key_hash(packed))
+
+
+def test_what_failed_is_in_one_table_at_a_time_with_all_that_it_had(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, numbered(range(4), keys=4))
+    places = placed(outbox)
+    before = outboxes.query(outbox, "SELECT id, packed, created_at, deliver_by FROM {outbox} ORDER BY seq")
+    mine, _ = renew(store, "first")
+    failures = [failure(outbox, 2, 0.0), failure(outbox, 3, 3600.0), failure(outbox, 4, None, 20)]
+    assert store.settle(mine, **{**NOTHING, "done": places[:1], "failures": failures}) == set()
+    assert (placed(outbox), placed(outbox, "later"), placed(outbox, "dead")) == ([], places[1:3], places[3:])
+    kept = [
+        row
+        for table in ("later", "dead")
+        for row in outboxes.query(outbox, f"SELECT id, packed, created_at, deliver_by FROM {{{table}}} ORDER BY seq")
+    ]
+    assert kept == before[1:]
+    assert outboxes.query(outbox, "SELECT attempts, last_error FROM {dead}") == [(20, "refused")]
+
+    (due,) = store.read_due(range(64), limit=10)
+    assert (due.bucket, due.seq, due.attempts, due.key_hash) == (*places[1], 1, failures[0].key_hash)
+    assert store.left() == 2
+    again = failures[0]._replace(due_in_s=3600.0, attempts=2)
+    assert store.settle(mine, **{**NOTHING, "failures_later": [again]}) == set()
+    assert store.read_due(range(64), limit=10) == []
+    store.settle(mine, **{**NOTHING, "failures_later": [again._replace(due_in_s=None)], "done_later": places[2:3]})
+    assert (placed(outbox, "later"), placed(outbox, "dead")) == ([], [places[1], places[3]])
+    assert store.left() == 0
+
+
+def test_of_a_key_only_the_lowest_that_waits_is_due(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, [*numbered(range(3), keys=1), Envelope(data=b"a"), Envelope(data=b"b")])
+    mine, _ = renew(store, "first")
+    failures = [failure(outbox, seq, 3600.0 if seq == 1 else 0.0) for seq in range(1, 6)]
+    store.settle(mine, **{**NOTHING, "failures": failures})
+    assert sorted(row.seq for row in store.read_due(range(64), limit=10)) == [4, 5]
+    bucket, key_hash = failures[0].bucket, failures[0].key_hash
+    assert key_hash is not None
+    assert store.held_keys(range(64)) == [HeldKey(bucket, key_hash)]
+    store.settle(mine, **{**NOTHING, "done_later": [(bucket, 1)]})
+    assert sorted(row.seq for row in store.read_due(range(64), limit=10)) == [2, 4, 5]
+    assert store.read_due({0, 1} - {bucket}, limit=10) == [] or bucket in (0, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE {lease} SET until = 0",  # nobody else has taken it
+        "UPDATE {lease} SET token = token + 1",
+        "UPDATE {lease} SET owner = NULL, until = 0",
+    ],
+)
+def test_nothing_is_written_of_a_bucket_whose_lease_does_not_hold(
+    outbox: SqliteOutbox, store: OutboxStore, change: str
+) -> None:
+    outboxes.add(outbox, numbered(range(40), keys=40))
+    places = placed(outbox)
+    mine, _ = renew(store, "first")
+    lost = places[0][0]
+    later = [failure(outbox, seq, 0.0) for _, seq in places[20:]]
+    store.settle(mine, **{**NOTHING, "failures": later})
+    outboxes.query(outbox, f"{change} WHERE bucket = {lost}")
+    dead = [failure(outbox, seq, None) for _, seq in places[10:20]]
+    done = {"done": places[:10], "failures": dead, "done_later": places[20:30]}
+    put_off = [each._replace(due_in_s=3600.0, attempts=9) for each in later[10:]]
+    assert store.settle(mine, **done, failures_later=put_off) == {lost}
+    assert placed(outbox) == [place for place in places[:20] if place[0] == lost]
+    assert placed(outbox, "dead") == [place for place in places[10:20] if place[0] != lost]
+    kept = [place for place in places[20:30] if place[0] == lost]
+    assert placed(outbox, "later") == kept + places[30:]
+    attempts = dict(outboxes.query(outbox, "SELECT seq, attempts FROM {later}"))
+    assert [attempts[seq] for bucket, seq in places[30:]] == [1 if bucket == lost else 9 for bucket, _ in places[30:]]
+
+
+def test_a_write_that_fails_changes_nothing(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, numbered(range(4), keys=4))
+    places = placed(outbox)
+    mine, _ = renew(store, "first")
+    outboxes.query(
+        outbox,
+        "CREATE TRIGGER refuses BEFORE INSERT ON kbatch_outbox_dead BEGIN SELECT raise(ABORT, 'no room'); END",
+    )
+    with pytest.raises(OutboxError, match="no room"):
+        store.settle(mine, **{**NOTHING, "done": places[:3], "failures": [failure(outbox, 4, None)]})
+    assert placed(outbox) == places
+    outboxes.query(outbox, "DROP TRIGGER refuses")
+    store.settle(mine, **{**NOTHING, "done": places[:3], "failures": [failure(outbox, 4, None)]})
+    assert placed(outbox, "dead") == places[3:]
+
+
+def test_a_store_that_is_closed_says_so(store: OutboxStore) -> None:
+    store.close()
+    with pytest.raises(OutboxError, match="is open"):
+        store.left()
+    with pytest.raises(OutboxError, match="is open"):
+        renew(store, "first")
