@@ -81,13 +81,13 @@ def check_bytes(plan: Plan) -> Iterator[Section]:
     for headers in plan.headers:
         sides: list[tuple[str, dict[str, Any]]] = [
             ("cloop", {}), ("recycling", {}), ("kbatch", {}), ("kbatch", {"just_in_time": True}), ("confluent", {}),
-            ("confluent", {"form": "callback"}), ("aiokafka", {}), ("aiokafka", {"form": "send_batch"}), ("sender", {}),
-            ("sender_aio", {}), ("sender", {"form": "inline"}),
+            ("confluent", {"form": "callback"}), ("aiokafka", {}), ("aiokafka", {"form": "send_batch"}),
         ]  # fmt: skip
         if not headers:
             sides += [("confluent", {"call": "produce_batch"}), ("aioproducer", {})]
         else:
             sides += [("produce", {}), ("produce", {"form": "callback"})]
+            sides += [("sender", {}), ("sender_aio", {}), ("sender", {"form": "inline"})]
         if plan.class_path:
             sides.append(("java", {"class_path": plan.class_path}))
         body, header_bytes = same_bytes(plan.open_broker, headers, sides)
@@ -419,7 +419,7 @@ def others(plan: Plan) -> Iterator[Section]:
             if name.startswith("Java producer"):
                 section.figures.append(
                     figure(f"  CPU, kbatch / {name}", pairs(scores["kbatch"], scores[name], _cpu_ratio),
-                           target=JAVA_CPU, at_most=True)
+                           target=JAVA_CPU if headers else None, at_most=True)
                 )  # fmt: skip
         section.notes.append("; ".join(f"{name}: {best.label}" for name, best in found.items()))
         yield section
