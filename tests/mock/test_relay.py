@@ -16,6 +16,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
@@ -151,6 +152,22 @@ def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outb
         assert outbox._watchers == []
 
 
+@pytest.mark.parametrize(("batch_size", "readings"), [(1, 4), (2, 2), (100, 1)])
+def test_it_rests_when_there_is_no_more_and_not_before(outbox: SqliteOutbox, batch_size: int, readings: int) -> None:
+    outboxes.add(outbox, numbered(range(3), keys=1))
+    options = {"batch_size": batch_size, "close_timeout_s": 0.0}
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, **options) as relay:
+        relay._begin()
+        relay._renew()
+        seen = 0
+        relay._read_at = 0.0
+        while not relay._read_at and seen < 9:
+            relay._send_next()
+            seen += 1
+        relay._end()
+    assert seen == readings
+
+
 def test_a_transaction_that_is_long_delays_nobody(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     with sqlite3.connect(outbox._path, isolation_level=None) as reader:
         reader.execute("BEGIN")
@@ -242,6 +259,24 @@ def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(
         cluster.set_topic_error("refused", 0)
         assert relay.drain(60) == 0
     check_history(range(60), stored(cluster, "refused"))
+
+
+def test_a_row_that_waits_is_sent_after_the_earlier_ones_of_its_key_and_before_the_later_ones(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    # As after a batch that had timed out, whose records were not sent again yet, and a later one that was refused.
+    outboxes.add(outbox, numbered(range(30), keys=5))
+    outboxes.query(
+        outbox,
+        "INSERT INTO {later} SELECT bucket, seq, id, packed, created_at, deliver_by, 0, 1, 'refused', NULL "
+        "FROM {outbox} WHERE seq BETWEEN 11 AND 15",
+    )
+    for bucket, seq, packed in outboxes.query(outbox, "SELECT bucket, seq, packed FROM {later}"):
+        outboxes.query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
+        outboxes.query(outbox, f"UPDATE {{later}} SET key_hash = {packed_key_hash(packed)} WHERE seq = {seq}")
+    with make(outbox, cluster) as relay:
+        assert relay.drain(30) == 0
+    check_history(range(30), stored(cluster))
 
 
 def test_one_record_that_is_refused_takes_none_of_its_record_batch_with_it(

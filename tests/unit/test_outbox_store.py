@@ -90,7 +90,8 @@ def test_rows_are_read_above_the_floors_by_bucket_and_number(outbox: SqliteOutbo
     reading = store.read(dict.fromkeys(range(64), 0), limit=10_000, max_bytes=10**9)
     assert [row[:2] for row in reading.rows] == all_rows
     assert reading.floors == {bucket: max(seq for of, seq in all_rows if of == bucket) for bucket, _ in all_rows}
-    assert store.read(reading.floors, limit=10_000, max_bytes=10**9) == ([], {})
+    assert reading.ended == set(range(64))
+    assert store.read(reading.floors, limit=10_000, max_bytes=10**9) == ([], {}, set(reading.floors))
 
 
 def test_a_full_bucket_leaves_room_for_the_others(outbox: SqliteOutbox, store: OutboxStore) -> None:
@@ -100,7 +101,10 @@ def test_a_full_bucket_leaves_room_for_the_others(outbox: SqliteOutbox, store: O
     floors = {full: 0, **dict.fromkeys(set(range(64)) - {full}, 0)}
     reading = store.read(floors, limit=1000, max_bytes=10**9)
     assert len({row[0] for row in reading.rows}) > 20
-    assert [row[1] for row in reading.rows if row[0] == full] == list(range(1, 51))
+    assert len(reading.rows) == 1000  # what the others leave of their share
+    assert [row[1] for row in reading.rows if row[0] == full] == list(range(1, reading.floors[full] + 1))
+    assert [row[:2] for row in reading.rows[:50]] == [(full, seq) for seq in range(1, 51)]
+    assert reading.ended == set(range(64)) - {full}
 
 
 def test_reading_ends_at_its_bytes_and_its_rows(outbox: SqliteOutbox, store: OutboxStore) -> None:
@@ -154,7 +158,7 @@ def test_of_a_key_only_the_lowest_that_waits_is_due(outbox: SqliteOutbox, store:
     assert sorted(row.seq for row in store.read_due(range(64), limit=10)) == [4, 5]
     bucket, key_hash = failures[0].bucket, failures[0].key_hash
     assert key_hash is not None
-    assert store.held_keys(range(64)) == [HeldKey(bucket, key_hash)]
+    assert store.held_keys(range(64)) == [HeldKey(bucket, key_hash, 1)]
     store.settle(mine, **{**NOTHING, "done_later": [(bucket, 1)]})
     assert sorted(row.seq for row in store.read_due(range(64), limit=10)) == [2, 4, 5]
     assert store.read_due({0, 1} - {bucket}, limit=10) == [] or bucket in (0, 1)

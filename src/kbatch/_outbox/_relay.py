@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
 import socket
@@ -475,12 +476,12 @@ class Relay:
         assert self._store is not None
         floors = self._positions.floors(self._leases.to_read())
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES)
-        rows = self._positions.taken(reading.rows, reading.floors, self._in_flight)
+        rows = self._positions.taken(reading, self._in_flight)
         if reading.rows:
             self._poll_s = _SHORTEST_POLL_S
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
-        if len(reading.rows) < self._batch_size // 2:
+        if reading.ended.issuperset(floors):
             self._read_at = monotonic() + self._poll_s
         if not rows:
             return
@@ -503,6 +504,8 @@ class Relay:
         found = self._store.read_due(buckets, limit=_MOST_DUE)
         in_flight = self._in_flight() if found else ()
         rows = [row for row in found if (row.bucket, row.seq) not in in_flight]
+        hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
+        rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
         producer = self._handle.solo() if rows else None
         if producer is None:
             return
@@ -596,7 +599,7 @@ class Relay:
             self._positions.put_back(unsent)
             for failure in failures:
                 if failure.due_in_s is not None:
-                    self._positions.hold(failure.bucket, failure.key_hash)
+                    self._positions.hold(failure.bucket, failure.key_hash, failure.seq)
         if failures or unsent:
             self._gate.last_error = answers.last_error
             self._read_at = monotonic()

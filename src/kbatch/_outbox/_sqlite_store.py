@@ -108,21 +108,28 @@ class SqliteStore:
     def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
         """As `OutboxStore.read`."""
         rows: list[StoredRow] = []
+        floors = dict(floors)  # of what was not read to its end
         new_floors: dict[int, int] = {}
+        ended: set[int] = set()
         size = 0
-        share = max(limit // max(len(floors), 1), _FEWEST_OF_BUCKET)
         with self._reading() as run:
-            for bucket, floor in floors.items():
-                for row in run(self._read, (bucket, floor, min(share, limit - len(rows)))):
-                    rows.append(row)
-                    size += len(row[2])
-                    if size >= max_bytes:
+            while floors and size < max_bytes and len(rows) < limit:
+                share = max((limit - len(rows)) // len(floors), _FEWEST_OF_BUCKET)
+                for bucket, floor in list(floors.items()):
+                    if size >= max_bytes or len(rows) >= limit:
                         break
-                if rows and rows[-1][0] == bucket:
-                    new_floors[bucket] = rows[-1][1]
-                if size >= max_bytes or len(rows) >= limit:
-                    break
-        return Reading(rows, new_floors)
+                    before, most = len(rows), min(share, limit - len(rows))
+                    for row in run(self._read, (bucket, floor, most)):
+                        rows.append(row)
+                        size += len(row[2])
+                        if size >= max_bytes:
+                            break
+                    if len(rows) > before:
+                        floors[bucket] = new_floors[bucket] = rows[-1][1]
+                    if len(rows) - before < most and size < max_bytes:
+                        ended.add(bucket)
+                        del floors[bucket]
+        return Reading(rows, new_floors, ended)
 
     def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
         """As `OutboxStore.read_due`."""
@@ -138,7 +145,8 @@ class SqliteStore:
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """As `OutboxStore.held_keys`."""
         statement = self._tables.sql(
-            f"SELECT DISTINCT bucket, key_hash FROM {{later}} WHERE bucket IN ({_marks(buckets)}) AND key_hash NOT NULL"
+            f"SELECT bucket, key_hash, min(seq) FROM {{later}} WHERE bucket IN ({_marks(buckets)}) "
+            "AND key_hash NOT NULL GROUP BY bucket, key_hash"
         )
         with self._reading() as run:
             return [HeldKey(*row) for row in run(statement, tuple(buckets))]

@@ -31,10 +31,11 @@ class DueRow(NamedTuple):
 
 
 class HeldKey(NamedTuple):
-    """A key of which rows wait for their next attempt."""
+    """A key of which rows wait for their next attempt, and the lowest number of these."""
 
     bucket: int
     key_hash: int
+    seq: int
 
 
 class Failure(NamedTuple):
@@ -56,10 +57,12 @@ class Lease(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Rows in the order of their bucket's numbers, and the new floor of each bucket that was read."""
+    """Rows, those of a bucket in the order of their numbers; the new floor of each bucket of which there are some; and
+    the buckets that were read to their end."""
 
     rows: list[StoredRow]
     floors: dict[int, int]
+    ended: set[int]
 
 
 class OutboxStore(Protocol):
@@ -87,6 +90,7 @@ class OutboxStore(Protocol):
 
     def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
         """Rows of buckets, each above its floor, the lowest first, fairly over the buckets in the order of `floors`.
+        What one bucket leaves of its share the others get.
 
         A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
         """
