@@ -16,10 +16,11 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
-from kbatch._fastmap import packed_key_hash
+from kbatch._fastmap import monotonic, packed_key_hash
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
+from tests.injection import Injector
 from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
@@ -557,6 +558,24 @@ def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox
             relay.drain(-1)
 
 
+def test_drain_gives_up_what_is_in_flight_at_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_broker_down()
+    outboxes.add(outbox, numbered(range(7)))
+    with make(outbox, cluster, {"delivery.timeout.ms": 60_000}, close_timeout_s=60.0) as relay:
+        ends: list[float] = []
+        await_answers = relay._await_answers
+
+        def watched(end: float) -> bool:
+            ends.append(end)
+            return await_answers(end)
+
+        relay._await_answers = watched  # type: ignore[method-assign]
+        before = monotonic()
+        assert relay.drain(0.5) == 7
+        assert before + 0.5 <= ends[0] < before + 60.0
+        assert relay.stats()["in_flight"] == 0
+
+
 def test_drain_beside_run_ends_with_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     cluster.set_broker_down()
     outboxes.add(outbox, numbered(range(7)))
@@ -577,6 +596,15 @@ def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutb
         assert (outbox.status().later, outbox.status().dead) == (0, 0)
 
 
+def test_a_stop_before_it_runs_ends_it_at_once(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(7)))
+    with make(outbox, cluster) as relay:
+        relay.stop()
+        relay.run()
+        assert outbox.status().waiting == 7
+        assert relay.drain(30) == 0
+
+
 def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster) as relay:
@@ -591,17 +619,69 @@ def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     check_history(range(50), stored(cluster))
 
 
-def test_close_within_run_is_refused(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+@pytest.mark.parametrize("call", ["close", "drain"])
+def test_what_waits_for_run_is_refused_within_it(outbox: SqliteOutbox, cluster: MockCluster, call: str) -> None:
     with make(outbox, cluster) as relay:
-        before = signal.signal(signal.SIGTERM, lambda *_: relay.close())
+        before = signal.signal(signal.SIGTERM, lambda *_: getattr(relay, call)())
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM])
         timer.start()
         try:
-            with pytest.raises(RuntimeError, match="call stop"):
+            with pytest.raises(RuntimeError, match="within it"):
                 relay.run()
         finally:
             signal.signal(signal.SIGTERM, before)
             timer.join()
+
+
+def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_close_to_wait_for(
+    outbox: SqliteOutbox,
+) -> None:
+    places = 0
+    for nth in range(1, 10**6, 7):
+        relay = Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0)
+        injector = Injector(nth)
+        injector.run(lambda relay=relay: relay.drain(5.0))
+        relay.close()
+        assert outbox._watchers == []
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)], injector.place
+        if injector.place is None:
+            break
+        places += 1
+    assert places > 20
+
+
+def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOutbox) -> None:
+    places = 0
+    for nth in range(1, 10**6):
+        relay = Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0)
+        producer = relay._handle.producer
+        injector = Injector(nth)
+        injector.run(relay.close)
+        relay.close()
+        assert producer.closed, injector.place
+        assert relay._handle._users == 0
+        if injector.place is None:
+            break
+        places += 1
+    assert places > 10
+
+
+def test_buckets_are_given_back_when_the_database_is_in_trouble_at_the_end(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    troubled: list[str] = []
+
+    def before(name: str) -> None:
+        if name == "renew" and relay._leases.tokens and not troubled:
+            troubled.append(name)
+            relay.stop()
+            raise OutboxError("no answer")
+
+    with make(WatchedOutbox(outbox, before=before), cluster) as relay:
+        relay.run()
+        assert troubled
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+        assert outbox.status().relays == 0
 
 
 def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, cluster: MockCluster) -> None:
@@ -617,7 +697,7 @@ def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, clu
 
 
 def test_it_is_run_by_one_thread_and_not_after_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
-    with running(make(outbox, cluster)) as relay, pytest.raises(RuntimeError, match="another thread"):
+    with running(make(outbox, cluster)) as relay, pytest.raises(RuntimeError, match="runs already"):
         relay.run()
     with pytest.raises(kbatch.SenderClosedError):
         relay.run()

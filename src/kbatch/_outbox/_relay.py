@@ -62,7 +62,7 @@ _TRY_STORE_AGAIN_S = 0.25
 _REMIND_EVERY_S = 60.0
 _BATCH_BYTES = 4_000_000
 _MOST_DUE = 500
-_POLL_LEFT_S = 0.02
+_LOOK_WHETHER_OVER_S = 0.02
 _LAST_WORDS_S = 2.0  # for the outcomes of what was given up
 
 
@@ -169,9 +169,12 @@ class Relay:
         self._failures: list[Failure] = []
         self._failures_later: list[Failure] = []
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
-        self._runs = threading.Lock()  # held by the thread that runs it
-        self._runner: int | None = None
-        self._stopping = False
+        self._claims = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
+        self._closing = threading.RLock()
+        self._runs = threading.Lock()  # of the last run, which holds it
+        self._runner: int | None = None  # the thread of the last run
+        self._stopping = self._ending = False
+        self._has_asked = False  # for leases, so that it may have some
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._poll_s = _SHORTEST_POLL_S
@@ -193,7 +196,7 @@ class Relay:
         Raises:
             OutboxError: At its start, the outbox cannot be opened.
             SenderClosedError: The relay is closed, or its producer cannot send any more and cannot be replaced.
-            RuntimeError: Another thread runs it.
+            RuntimeError: It runs already.
         """
         self._run(until_empty=False, end=None)
 
@@ -203,21 +206,28 @@ class Relay:
 
         Args:
             timeout: Seconds; ``None`` takes as long as it takes: a record that is refused may wait for its next
-                attempt, and a bucket for the end of the lease of a relay that has died.
+                attempt, and a bucket for the end of the lease of a relay that has died. What is in flight at its end
+                is given up. It is sent again some time, also if a broker has stored it.
 
         Returns:
             0 if it is empty, else about how many records are left.
+
+        Raises:
+            RuntimeError: It is called within `run`, as by a signal handler.
         """
         check_timeout(timeout)
         end = None if timeout is None else monotonic() + timeout
         if self._runs.locked():
+            if self._is_run_here():
+                raise RuntimeError("drain waits for what run does, so it must not be called within it")
             return self._await_empty(end)
         if self._run(until_empty=True, end=end):
             return 0
         return self._count_left()
 
     def stop(self) -> None:
-        """Has `run` and `drain` end. Any thread may call it, and a signal handler."""
+        """Has `run` and `drain` end. Any thread may call it, and a signal handler. If neither is called yet, the next
+        one ends at once."""
         self._stopping = True
         self._flag.set()
 
@@ -237,18 +247,23 @@ class Relay:
         Raises:
             RuntimeError: It is called within `run`, as by a signal handler, which calls `stop`.
         """
-        if self._runner == threading.get_ident():
+        if self._is_run_here():
             raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
-        self._closed = True
+        with self._claims:
+            self._closed = True
         self.stop()
-        with self._runs:
+        while self._runs.locked():
+            threading.Event().wait(_LOOK_WHETHER_OVER_S)
+        with self._closing:
             if self._released:
                 return
-            self._released = True
-        self._gate.close()
-        self._handle.release(self._close_timeout_s)
-        self._prober.stop()
-        self._calls.stop()
+            try:
+                self._gate.close()
+                self._handle.release(self._close_timeout_s)
+            finally:
+                self._prober.stop()
+                self._calls.stop()
+            self._released = True  # last: who was interrupted calls again
 
     def __enter__(self) -> Self:
         return self
@@ -263,7 +278,7 @@ class Relay:
             left = self._count_left()
             if not left or not self._runs.locked() or (end is not None and monotonic() >= end):
                 return left
-            pause = _POLL_LEFT_S if end is None else min(_POLL_LEFT_S, max(0.0, end - monotonic()))
+            pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
             threading.Event().wait(pause)
 
     def _count_left(self) -> int:
@@ -277,14 +292,11 @@ class Relay:
 
     def _run(self, *, until_empty: bool, end: float | None) -> bool:
         """Whether the outbox was seen empty."""
-        if not self._runs.acquire(blocking=False):
-            raise RuntimeError("another thread runs this relay")
-        self._runner = threading.get_ident()
-        try:
-            if self._closed:
-                raise SenderClosedError("the relay is closed")
-            self._begin()
+        mine = threading.Lock()
+        with mine:  # whatever interrupts this, nobody finds it held afterwards
+            self._claim(mine)
             try:
+                self._begin()
                 while not self._stopping and (end is None or monotonic() < end):
                     pause = self._round()
                     if until_empty and self._is_empty():
@@ -295,11 +307,23 @@ class Relay:
                         self._flag.wait(pause)
                 return False
             finally:
-                self._end()
-        finally:
-            self._stopping = False  # it may be run again
-            self._runner = None
-            self._runs.release()
+                try:
+                    self._end(end)
+                finally:
+                    self._give_back()  # again, if that was interrupted
+                    self._stopping = False  # it may be run again
+
+    def _claim(self, mine: threading.Lock) -> None:
+        with self._claims:
+            if self._runs.locked():
+                raise RuntimeError("this relay runs already")
+            if self._closed:
+                raise SenderClosedError("the relay is closed")
+            self._runner = threading.get_ident()
+            self._runs = mine
+
+    def _is_run_here(self) -> bool:
+        return self._runs.locked() and self._runner == threading.get_ident()
 
     def _is_empty(self) -> bool:
         if self._flights or self._news or self._has_answers() or self._store is None:
@@ -307,6 +331,7 @@ class Relay:
         return self._guarded(self._store.left, 1) == 0
 
     def _begin(self) -> None:
+        self._ending = False
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._store_at = now
@@ -420,6 +445,7 @@ class Relay:
         busy = self._busy()
         release = self._leases.leaving - busy
         asked = _times()
+        self._has_asked = True
         # What is still in flight of a lost bucket must have its outcome before it is sent again.
         leases, share = self._store.renew(self._owner, self._lease_s, release=release, avoid=busy)
         self._drop(release)
@@ -462,7 +488,7 @@ class Relay:
 
     def _may_send(self) -> bool:
         return (
-            not self._stopping
+            not (self._stopping or self._ending)
             and len(self._flights) < self._max_flights
             and self._gate.may_send()
             and self._may_hand_over()
@@ -640,26 +666,33 @@ class Relay:
 
     # -- the end
 
-    def _end(self) -> None:
-        """Waits for what is in flight, writes its answers, and gives the buckets back of which nothing is open."""
-        self._stopping = True
+    def _end(self, end: float | None = None) -> None:
+        """Waits for what is in flight, until `end` at most, writes its answers, and gives the buckets back."""
+        self._ending = True
+        now = monotonic()
+        longest = now + self._close_timeout_s
+        if not self._await_answers(longest if end is None else min(longest, max(end, now))):
+            # What librdkafka has given up it sends no more, so that others may have the buckets at once.
+            self._purge()
+            self._await_answers(monotonic() + _LAST_WORDS_S)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Gives the buckets back of which nothing is open. Called again it does nothing."""
         self._outbox.unwatch(self._on_add)
-        try:
-            if not self._await_answers(monotonic() + self._close_timeout_s):
-                # What librdkafka has given up it sends no more, so that others may have the buckets at once.
-                self._purge()
-                self._await_answers(monotonic() + _LAST_WORDS_S)
-        finally:
-            # What was not settled within the time may still be stored: its buckets wait until the leases run out.
-            keep = self._busy()
-            store = self._store
-            if store is not None:
-                release = set(self._leases.tokens) - keep
-                self._guarded(lambda: store.leave(self._owner, release), None)
-            self._close_store()
-            self._positions.end(self._leases.forget())
-            self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
-            self._judge.forget()
+        if self._has_asked and not self._guarded(self._leave, False):
+            self._guarded(self._leave, False)  # by another connection
+        self._has_asked = False
+        self._close_store()
+        self._positions.end(self._leases.forget())
+        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+        self._judge.forget()
+
+    def _leave(self) -> bool:
+        assert self._store is not None
+        # What was not settled within the time may still be stored: its buckets wait until the leases run out.
+        self._store.leave(self._owner, keep=self._busy())
+        return True
 
     def _await_answers(self, end: float) -> bool:
         """Whether everything that was in flight is written by then."""

@@ -278,8 +278,9 @@ class SqliteOutbox:
         self._watchers.append(watcher)
 
     def unwatch(self, watcher: Callable[[], object]) -> None:
-        """Calls it no more."""
-        self._watchers.remove(watcher)
+        """Calls it no more, if it does."""
+        with contextlib.suppress(ValueError):
+            self._watchers.remove(watcher)
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.

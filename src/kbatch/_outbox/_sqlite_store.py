@@ -92,11 +92,11 @@ class SqliteStore:
                     leases.append(Lease(bucket, token + 1))
         return leases, share
 
-    def leave(self, owner: str, release: Collection[int]) -> None:
+    def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """As `OutboxStore.leave`."""
         with self._writing() as run:
             run(self._tables.sql("DELETE FROM {relay} WHERE owner = ?"), (owner,))
-            self._give_up(run, owner, release)
+            self._give_up(run, owner, set(range(BUCKETS)).difference(keep))
 
     def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
         statement = self._tables.sql("UPDATE {lease} SET owner = NULL, until = 0 WHERE bucket = ? AND owner = ?")

@@ -85,8 +85,8 @@ class OutboxStore(Protocol):
             The leases that the owner has now, and how many buckets its share is.
         """
 
-    def leave(self, owner: str, release: Collection[int]) -> None:
-        """Tells that `owner` is gone, and gives up its leases of these buckets. Others run out."""
+    def leave(self, owner: str, *, keep: Collection[int]) -> None:
+        """Tells that `owner` is gone, and gives up all its leases but those of the buckets `keep`, which run out."""
 
     def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
         """Rows of buckets, each above its floor, the lowest first, fairly over the buckets in the order of `floors`.
