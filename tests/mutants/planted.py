@@ -1444,6 +1444,13 @@ MUTANTS = (
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
+        "an add that is interrupted leaves its savepoint open",
+        "SqliteOutbox._insert_batch",
+        '                    cursor.execute("RELEASE kbatch_add")\n',
+        "",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
         "an outbox takes a connection to another file",
         "SqliteOutbox._rows",
         "        if file not in self._own_files:\n",

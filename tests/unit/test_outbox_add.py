@@ -19,6 +19,7 @@ from kbatch import ConfigError, Envelope, OutboxError, SerializationError, Sqlit
 from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._sqlite import _tell_of_fault
 from tests import outboxes
+from tests.injection import Injector
 
 FUTURE = datetime.now(timezone.utc) + timedelta(days=1)
 PAST = datetime.now(timezone.utc) - timedelta(days=1)
@@ -324,6 +325,24 @@ def test_a_write_that_fails_in_the_middle_adds_nothing(outbox: SqliteOutbox) -> 
         connection.execute("DROP TRIGGER third")
         outbox.add(connection, envelopes(1, first=7), topic="orders")
     assert outboxes.bodies(outbox) == [b"0", b"1", b"7"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_exception_at_any_line_leaves_all_or_nothing_and_no_savepoint(outbox: SqliteOutbox, count: int) -> None:
+    places = 0
+    with outboxes.transaction(outbox) as connection:
+        for nth in range(1, 1000):
+            before = connection.execute(outbox._tables.sql("SELECT count(*) FROM {outbox}")).fetchone()[0]
+            injector = Injector(nth)
+            injector.run(lambda: outbox.add(connection, envelopes(count), topic="orders"))
+            after = connection.execute(outbox._tables.sql("SELECT count(*) FROM {outbox}")).fetchone()[0]
+            assert after - before in (0, count), injector.place
+            with pytest.raises(sqlite3.OperationalError, match="no such savepoint"):
+                connection.execute("RELEASE kbatch_add")
+            if injector.place is None:
+                break
+            places += 1
+    assert places > 20
 
 
 def test_a_database_that_is_locked_is_told_with_what_to_do(outbox: SqliteOutbox) -> None:

@@ -148,8 +148,9 @@ class SqliteOutbox:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
         All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
-        can go on, unless SQLite itself has ended it. A transaction that only reads before should begin with
-        ``BEGIN IMMEDIATE``: SQLite may refuse at once to let it write.
+        can go on, unless SQLite itself has ended it. After an exception of a signal handler, such as Ctrl-C, all of
+        them may have been added: roll back. A transaction that only reads before should begin with ``BEGIN IMMEDIATE``:
+        SQLite may refuse at once to let it write.
 
         Args:
             connection: One of ``sqlite3``, to this outbox's file, in a transaction.
@@ -202,18 +203,17 @@ class SqliteOutbox:
             (row,) = self._rows(cursor, batch, count)
             cursor.execute(self._insert, row)
             return 1
-        # Else what was inserted before one that fails is to be undone.
-        cursor.execute("SAVEPOINT kbatch_add")
-        try:
+        try:  # what was inserted before one that fails is to be undone
+            cursor.execute("SAVEPOINT kbatch_add")
             rows = self._rows(cursor, batch, count)
             cursor.executemany(self._insert, rows)
+            cursor.execute("RELEASE kbatch_add")
         except BaseException:
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
                 with contextlib.suppress(sqlite3.Error):
                     cursor.execute("ROLLBACK TO kbatch_add")
                     cursor.execute("RELEASE kbatch_add")
             raise
-        cursor.execute("RELEASE kbatch_add")
         return len(rows)
 
     def _rows(
