@@ -8,7 +8,7 @@ from typing import Any
 
 import kbatch
 from kbatch import Envelope
-from kbatch._fastmap import unpack_record
+from kbatch._fastmap import packed_key_hash, unpack_record
 
 
 def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.SqliteOutbox:
@@ -43,6 +43,21 @@ def query(outbox: kbatch.SqliteOutbox, sql: str) -> list[Any]:
         return connection.execute(outbox._tables.sql(sql)).fetchall()
     finally:
         connection.close()
+
+
+def move_to_later(outbox: kbatch.SqliteOutbox, first: int, last: int) -> None:
+    """Rows with these numbers were refused once, and are due."""
+    for bucket, seq, packed in query(
+        outbox, f"SELECT bucket, seq, packed FROM {{outbox}} WHERE seq BETWEEN {first} AND {last}"
+    ):
+        key_hash = packed_key_hash(packed)
+        query(
+            outbox,
+            "INSERT INTO {later} (bucket, seq, id, packed, created_at, due_at, attempts, last_error, key_hash) "
+            f"SELECT bucket, seq, id, packed, created_at, 0, 1, 'refused', {'NULL' if key_hash is None else key_hash} "
+            f"FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}",
+        )
+        query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
 
 
 def bodies(outbox: kbatch.SqliteOutbox, table: str = "outbox") -> list[bytes | None]:

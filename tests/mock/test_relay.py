@@ -16,7 +16,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
-from kbatch._fastmap import monotonic, packed_key_hash
+from kbatch._fastmap import monotonic
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
@@ -267,14 +267,7 @@ def test_a_row_that_waits_is_sent_after_the_earlier_ones_of_its_key_and_before_t
 ) -> None:
     # As after a batch that had timed out, whose records were not sent again yet, and a later one that was refused.
     outboxes.add(outbox, numbered(range(30), keys=5))
-    outboxes.query(
-        outbox,
-        "INSERT INTO {later} SELECT bucket, seq, id, packed, created_at, deliver_by, 0, 1, 'refused', NULL "
-        "FROM {outbox} WHERE seq BETWEEN 11 AND 15",
-    )
-    for bucket, seq, packed in outboxes.query(outbox, "SELECT bucket, seq, packed FROM {later}"):
-        outboxes.query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
-        outboxes.query(outbox, f"UPDATE {{later}} SET key_hash = {packed_key_hash(packed)} WHERE seq = {seq}")
+    outboxes.move_to_later(outbox, 11, 15)
     with make(outbox, cluster) as relay:
         assert relay.drain(30) == 0
     check_history(range(30), stored(cluster))
@@ -354,6 +347,22 @@ def test_one_partition_without_a_leader_stops_no_other(outbox: SqliteOutbox, clu
         cluster.set_partition_leader("orders", 0, 1)
         assert relay.drain(60) == 0
     check_history(range(600), stored(cluster), copies=None)
+
+
+def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 5)
+    cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+    cluster.set_partition_leader("orders", 0, -1)
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(9)])
+    outboxes.add(outbox, numbered(range(1), topic="other"), topic=None)
+    outboxes.move_to_later(outbox, 1, 10)
+    outboxes.query(outbox, "UPDATE {later} SET due_at = seq")
+    options = {"batch_size": 1, "max_in_flight_batches": 1, "retry": RetryPolicy(initial_backoff_s=1.0, jitter=0.0)}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, **options)) as relay:
+        until(lambda: relay.stats()["acked"] == 1, "the other")
+        assert {attempts for (attempts,) in outboxes.query(outbox, "SELECT attempts FROM {later}")} == {1}
 
 
 def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster: MockCluster) -> None:

@@ -1577,6 +1577,13 @@ MUTANTS = (
         "tests/mock/test_relay.py",
     ),
     Mutant(
+        "rows that time out again and again stay due before all others",
+        "Judge._failure",
+        "            if not (again or flight.is_due):\n",
+        "            if not again:\n",
+        "tests/unit/test_outbox_judge.py",
+    ),
+    Mutant(
         "a relay that starts later knows no key that waits",
         "Relay._renew",
         "self._positions.begin(fresh, self._store.held_keys(fresh))",

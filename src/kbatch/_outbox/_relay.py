@@ -527,9 +527,8 @@ class Relay:
         buckets = self._leases.to_read()
         if not buckets:
             return
-        found = self._store.read_due(buckets, limit=_MOST_DUE)
-        in_flight = self._in_flight() if found else ()
-        rows = [row for row in found if (row.bucket, row.seq) not in in_flight]
+        in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
+        rows = self._store.read_due(buckets, avoid=in_flight, limit=_MOST_DUE)
         hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
         rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
         producer = self._handle.solo() if rows else None

@@ -131,7 +131,7 @@ class SqliteStore:
                         del floors[bucket]
         return Reading(rows, new_floors, ended)
 
-    def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
+    def read_due(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[DueRow]:
         """As `OutboxStore.read_due`."""
         statement = self._tables.sql(
             "SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {later} AS mine "
@@ -140,7 +140,8 @@ class SqliteStore:
             ") ORDER BY due_at LIMIT ?"
         )
         with self._reading() as run:
-            return [DueRow(*row) for row in run(statement, (*buckets, limit))]
+            found = run(statement, (*buckets, limit + len(avoid)))
+            return [DueRow(*row) for row in found if row[:2] not in avoid][:limit]
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """As `OutboxStore.held_keys`."""

@@ -95,8 +95,10 @@ class OutboxStore(Protocol):
         A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
         """
 
-    def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
-        """Rows that are due by the database's clock, of each key only the one with the lowest number."""
+    def read_due(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[DueRow]:
+        """Rows that are due by the database's clock, those first that are due for the longest, but none of `avoid`; of
+        each key only the one with the lowest number.
+        """
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """Which keys have rows that wait for their next attempt."""
