@@ -36,10 +36,12 @@ def add(outbox: kbatch.SqliteOutbox, envelopes: Iterable[Envelope], topic: str |
         return outbox.add(connection, envelopes, topic=topic)
 
 
-def query(outbox: kbatch.SqliteOutbox, sql: str) -> list[Any]:
-    """The rows of a query on its database, in which ``{outbox}``, ``{later}``, … are its tables."""
+def query(outbox: kbatch.SqliteOutbox, sql: str, *before: str) -> list[Any]:
+    """The rows of a query on its database, after others, in which ``{outbox}``, ``{later}``, … are its tables."""
     connection = sqlite3.connect(outbox._path, isolation_level=None, timeout=30)
     try:
+        for statement in before:
+            connection.execute(statement)
         return connection.execute(outbox._tables.sql(sql)).fetchall()
     finally:
         connection.close()

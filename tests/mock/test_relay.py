@@ -304,15 +304,21 @@ def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once
     outboxes.add(outbox, numbered(range(20)))
     outboxes.add(outbox, [Envelope(data=b"x" * 5000)])
     outboxes.query(outbox, "UPDATE {outbox} SET packed = substr(packed, 1, 20) WHERE seq = 3")
-    outboxes.query(outbox, "UPDATE {outbox} SET packed = 'text' WHERE seq = 4")
+    for wrong, seq in (("packed = 'text'", 4), ("packed = 7", 5), ("deliver_by = 'soon'", 6)):
+        change = f"UPDATE {{outbox}} SET {wrong} WHERE seq = {seq}"
+        with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
+            outboxes.query(outbox, change)
+        outboxes.query(outbox, change, "PRAGMA ignore_check_constraints = 1")
     with make(outbox, cluster, {"message.max.bytes": 2000}) as relay:
         assert relay.drain(30) == 0
-        assert relay.stats()["dead"] == 3
+        assert relay.stats()["dead"] == 5
     errors = [error for (error,) in outboxes.query(outbox, "SELECT last_error FROM {dead} ORDER BY seq")]
     assert "damaged" in errors[0]
     assert "must be bytes, not str" in errors[1]
-    assert "message.max.bytes=2000" in errors[2]
-    check_history(set(range(20)) - {2, 3}, stored(cluster))
+    assert "must be bytes, not int" in errors[2]
+    assert "must be bytes, not str" in errors[3]
+    assert "message.max.bytes=2000" in errors[4]
+    check_history(set(range(20)) - {2, 3, 4, 5}, stored(cluster))
 
 
 # -- outages

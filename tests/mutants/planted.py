@@ -1584,6 +1584,13 @@ MUTANTS = (
         "tests/unit/test_outbox_judge.py",
     ),
     Mutant(
+        "a row with a wrong deliver_by ends a relay",
+        "_PACKED",
+        "CASE WHEN typeof(deliver_by) IN ('integer', 'null') THEN packed ELSE 'deliver_by is no number' END",
+        "packed",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
         "a relay that starts later knows no key that waits",
         "Relay._renew",
         "self._positions.begin(fresh, self._store.held_keys(fresh))",

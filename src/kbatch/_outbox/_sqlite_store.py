@@ -21,6 +21,8 @@ __all__ = ["SqliteStore"]
 
 _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
+# Somebody who has the checks of the tables ignored may store anything. What is no bytes then goes to the dead.
+_PACKED = "CASE WHEN typeof(deliver_by) IN ('integer', 'null') THEN packed ELSE 'deliver_by is no number' END"
 
 
 class SqliteStore:
@@ -41,7 +43,8 @@ class SqliteStore:
         sql = tables.sql
         self._now = sql("SELECT {now}")
         self._read = sql(
-            "SELECT bucket, seq, packed, deliver_by FROM {outbox} WHERE bucket = ? AND seq > ? ORDER BY seq LIMIT ?"
+            f"SELECT bucket, seq, {_PACKED}, deliver_by FROM {{outbox}} "
+            "WHERE bucket = ? AND seq > ? ORDER BY seq LIMIT ?"
         )
         self._delete = sql("DELETE FROM {outbox} WHERE bucket = ? AND seq = ?")
         self._delete_later = sql("DELETE FROM {later} WHERE bucket = ? AND seq = ?")
@@ -121,7 +124,7 @@ class SqliteStore:
                     before, most = len(rows), min(share, limit - len(rows))
                     for row in run(self._read, (bucket, floor, most)):
                         rows.append(row)
-                        size += len(row[2])
+                        size += len(row[2]) if isinstance(row[2], bytes) else 0
                         if size >= max_bytes:
                             break
                     if len(rows) > before:
@@ -134,7 +137,7 @@ class SqliteStore:
     def read_due(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[DueRow]:
         """As `OutboxStore.read_due`."""
         statement = self._tables.sql(
-            "SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {later} AS mine "
+            f"SELECT bucket, seq, {_PACKED}, deliver_by, attempts, key_hash FROM {{later}} AS mine "
             f"WHERE due_at <= {{now}} AND bucket IN ({_marks(buckets)}) AND NOT EXISTS (SELECT 1 FROM {{later}} AS "
             "earlier WHERE earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq"
             ") ORDER BY due_at LIMIT ?"

@@ -21,6 +21,8 @@ _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 # Without rowid the row lies in the primary key's tree, so that what a relay reads is in one place. Numbers are given by
 # `meta.last_seq` and never again: a relay that is late must not delete another row of the same number.
+# A column of SQLite keeps a value of any type; the checks are for what a relay computes with. The other tables take
+# over what slipped through.
 _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -30,12 +32,12 @@ CREATE TABLE IF NOT EXISTS {meta} (
 );
 INSERT OR IGNORE INTO {meta} (one, version, buckets, last_seq) VALUES (1, {version}, {buckets}, 0);
 CREATE TABLE IF NOT EXISTS {outbox} (
-    bucket INTEGER NOT NULL,
-    seq INTEGER NOT NULL,
+    bucket INTEGER NOT NULL CHECK (typeof(bucket) = 'integer'),
+    seq INTEGER NOT NULL CHECK (typeof(seq) = 'integer'),
     id BLOB NOT NULL,
-    packed BLOB NOT NULL,
-    created_at INTEGER NOT NULL,
-    deliver_by INTEGER,
+    packed BLOB NOT NULL CHECK (typeof(packed) = 'blob'),
+    created_at INTEGER NOT NULL CHECK (typeof(created_at) = 'integer'),
+    deliver_by INTEGER CHECK (typeof(deliver_by) IN ('integer', 'null')),
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS {later} (
@@ -45,10 +47,10 @@ CREATE TABLE IF NOT EXISTS {later} (
     packed BLOB NOT NULL,
     created_at INTEGER NOT NULL,
     deliver_by INTEGER,
-    due_at INTEGER NOT NULL,
-    attempts INTEGER NOT NULL,
+    due_at INTEGER NOT NULL CHECK (typeof(due_at) = 'integer'),
+    attempts INTEGER NOT NULL CHECK (typeof(attempts) = 'integer'),
     last_error TEXT NOT NULL,
-    key_hash INTEGER,
+    key_hash INTEGER CHECK (typeof(key_hash) IN ('integer', 'null')),
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS {later_due} ON {later_bare} (due_at);
