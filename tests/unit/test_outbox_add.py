@@ -239,6 +239,16 @@ def test_a_connection_to_another_database(outbox: SqliteOutbox, tmp_path: Path) 
     connection.close()
 
 
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_connection_to_another_database_without_the_tables(outbox: SqliteOutbox, attached: bool) -> None:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    if attached:
+        connection.execute("ATTACH ? AS shop", (outbox._path,))
+    connection.execute("BEGIN IMMEDIATE")
+    assert "give a connection to that file" in refused(outbox, connection)
+    connection.close()
+
+
 def test_a_connection_by_another_name_of_the_file(outbox: SqliteOutbox, tmp_path: Path) -> None:
     os.symlink(outbox._path, tmp_path / "link.db")
     for _ in range(2):

@@ -16,7 +16,7 @@ from kbatch._checks import is_whole
 from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import Mapper, RecordPool, wall_time
 from kbatch._outbox._sqlite_store import SqliteStore
-from kbatch._outbox._sqlite_tables import SqliteTables
+from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import printable
 
@@ -173,6 +173,8 @@ class SqliteOutbox:
         try:
             count = self._insert_batch(connection, batch)
         except sqlite3.Error as error:
+            if lacks_tables(error):
+                self._check_file_of(connection)
             raise self._tables.as_outbox_error(error, self._path) from error
         for watcher in tuple(self._watchers):
             watcher()
@@ -229,6 +231,12 @@ class SqliteOutbox:
         if file not in self._own_files:
             self._check_file(file)
         return self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
+
+    def _check_file_of(self, connection: sqlite3.Connection) -> None:
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        (file,) = cursor.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()
+        self._check_file(file)
 
     def _check_file(self, file: str | None) -> None:
         try:

@@ -13,7 +13,7 @@ from kbatch._text import counted
 if TYPE_CHECKING:
     import os
 
-__all__ = ["SqliteTables"]
+__all__ = ["SqliteTables", "lacks_tables"]
 
 VERSION = 1
 _LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
@@ -128,7 +128,7 @@ class SqliteTables:
     def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str]) -> OutboxError:
         """What to do about an error of SQLite."""
         text = str(error)
-        if "no such table" in text or "no such column" in text or "has no column" in text:
+        if lacks_tables(error):
             hint = "call create() of the outbox once, or have its ddl() executed"
         elif "not a database" in text or "malformed" in text:
             hint = "give the path of a SQLite database, or of none yet"
@@ -145,3 +145,8 @@ class SqliteTables:
         else:
             return OutboxError(f"the outbox in {path}: {text}")
         return OutboxError(f"the outbox in {path}: {text}; {hint}")
+
+
+def lacks_tables(error: sqlite3.Error) -> bool:
+    """Whether a statement failed since a table is not there, or is another one."""
+    return any(told in str(error) for told in ("no such table", "no such column", "has no column"))
