@@ -1467,8 +1467,8 @@ MUTANTS = (
     Mutant(
         "a relay deletes by a lease that has run out",
         "SqliteStore.settle",
-        "SELECT bucket, token FROM {lease} WHERE until > ? AND",
-        "SELECT bucket, token FROM {lease} WHERE until > ? - 1e15 AND",
+        "SELECT bucket, token FROM {lease} WHERE {lives} AND",
+        "SELECT bucket, token FROM {lease} WHERE",
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
@@ -1481,8 +1481,8 @@ MUTANTS = (
     Mutant(
         "a lease that is taken again has the same token",
         "SqliteStore.renew",
-        "(owner, token + 1, until, bucket),",
-        "(owner, token, until, bucket),",
+        "(owner, token + 1, until, length, bucket),",
+        "(owner, token, until, length, bucket),",
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
@@ -1596,6 +1596,20 @@ MUTANTS = (
         "CASE WHEN typeof(deliver_by) IN ('integer', 'null') THEN packed ELSE 'deliver_by is no number' END",
         "packed",
         "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "a clock that is set back blocks the buckets of a relay that was killed",
+        "",
+        "(until > {NOW_MS} AND until <= {NOW_MS} + 2 * length)",
+        "(until > {NOW_MS})",
+        "tests/unit/test_outbox_store.py",
+    ),
+    Mutant(
+        "a clock that is set back puts off what waits",
+        "SqliteStore.read_due",
+        '"due_at > {now} + ?"',
+        '"due_at > {now} + ? * 1000"',
+        "tests/unit/test_outbox_store.py",
     ),
     Mutant(
         "a relay that starts later knows no key that waits",

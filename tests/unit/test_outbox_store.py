@@ -75,6 +75,27 @@ def test_a_relay_that_is_gone_counts_until_its_lease_ran_out(outbox: SqliteOutbo
     assert renew(store, "first")[1] == 64
 
 
+@pytest.mark.parametrize(("back_s", "is_free"), [(-50, False), (0, False), (50, False), (70, True), (3600, True)])
+def test_a_lease_of_before_the_clock_was_set_back_has_run_out(
+    outbox: SqliteOutbox, store: OutboxStore, back_s: int, is_free: bool
+) -> None:
+    outboxes.add(outbox, numbered(range(1)))
+    first, _ = renew(store, "first")  # for 60 seconds
+    for table in ("lease", "relay"):
+        outboxes.query(outbox, f"UPDATE {{{table}}} SET until = until + {back_s * 1000}")
+    assert outbox.status().relays == (0 if is_free else 1)
+    assert (store.settle(first, **NOTHING) == set(first)) is is_free
+    assert renew(store, "second") == (dict.fromkeys(range(64), 2), 64) if is_free else ({}, 32)
+
+
+def test_what_was_put_off_before_the_clock_was_set_back_is_due(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, numbered(range(3), keys=3))
+    outboxes.move_to_later(outbox, 1, 3)
+    outboxes.query(outbox, "UPDATE {later} SET due_at = {now} + (seq - 1) * 50000")
+    due = store.read_due(range(64), avoid=(), longest_s=60.0, limit=10)
+    assert [row.seq for row in due] == [1, 3]
+
+
 def test_nobody_gives_up_what_another_has(store: OutboxStore) -> None:
     mine, _ = renew(store, "first")
     store.leave("second", keep=())
@@ -139,12 +160,12 @@ def test_what_failed_is_in_one_table_at_a_time_with_all_that_it_had(outbox: Sqli
     assert kept == before[1:]
     assert outboxes.query(outbox, "SELECT attempts, last_error FROM {dead}") == [(20, "refused")]
 
-    (due,) = store.read_due(range(64), avoid=(), limit=10)
+    (due,) = store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10)
     assert (due.bucket, due.seq, due.attempts, due.key_hash) == (*places[1], 1, failures[0].key_hash)
     assert store.left() == 2
     again = failures[0]._replace(due_in_s=3600.0, attempts=2)
     assert store.settle(mine, **{**NOTHING, "failures_later": [again]}) == set()
-    assert store.read_due(range(64), avoid=(), limit=10) == []
+    assert store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10) == []
     store.settle(mine, **{**NOTHING, "failures_later": [again._replace(due_in_s=None)], "done_later": places[2:3]})
     assert (placed(outbox, "later"), placed(outbox, "dead")) == ([], [places[1], places[3]])
     assert store.left() == 0
@@ -155,13 +176,14 @@ def test_of_a_key_only_the_lowest_that_waits_is_due(outbox: SqliteOutbox, store:
     mine, _ = renew(store, "first")
     failures = [failure(outbox, seq, 3600.0 if seq == 1 else 0.0) for seq in range(1, 6)]
     store.settle(mine, **{**NOTHING, "failures": failures})
-    assert sorted(row.seq for row in store.read_due(range(64), avoid=(), limit=10)) == [4, 5]
+    assert sorted(row.seq for row in store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10)) == [4, 5]
     bucket, key_hash = failures[0].bucket, failures[0].key_hash
     assert key_hash is not None
     assert store.held_keys(range(64)) == [HeldKey(bucket, key_hash, 1)]
     store.settle(mine, **{**NOTHING, "done_later": [(bucket, 1)]})
-    assert sorted(row.seq for row in store.read_due(range(64), avoid=(), limit=10)) == [2, 4, 5]
-    assert store.read_due({0, 1} - {bucket}, avoid=(), limit=10) == [] or bucket in (0, 1)
+    assert sorted(row.seq for row in store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10)) == [2, 4, 5]
+    others = set(range(64)) - {of for of, _ in placed(outbox, "later")}
+    assert store.read_due(others, avoid=(), longest_s=3600.0, limit=10) == []
 
 
 def test_what_is_due_for_the_longest_comes_first_and_what_is_in_flight_takes_nobodys_place(
@@ -170,10 +192,10 @@ def test_what_is_due_for_the_longest_comes_first_and_what_is_in_flight_takes_nob
     outboxes.add(outbox, numbered(range(6), keys=6))
     outboxes.move_to_later(outbox, 1, 6)
     outboxes.query(outbox, "UPDATE {later} SET due_at = 10 - seq")
-    first = store.read_due(range(64), avoid=(), limit=2)
+    first = store.read_due(range(64), avoid=(), longest_s=3600.0, limit=2)
     assert [row.seq for row in first] == [6, 5]
     avoid = {(row.bucket, row.seq) for row in first}
-    assert [row.seq for row in store.read_due(range(64), avoid=avoid, limit=3)] == [4, 3, 2]
+    assert [row.seq for row in store.read_due(range(64), avoid=avoid, longest_s=3600.0, limit=3)] == [4, 3, 2]
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ class Relay:
         )
         self._flag: Flag = self._gate.flag
         self._judge = Judge(policy, packed_key_hash, entropy)
+        self._longest_wait_s = policy.max_backoff_s
         self._leases = Leases(self._lease_s)
         self._positions = Positions(packed_key_hash)
         self._store: OutboxStore | None = None
@@ -528,7 +529,7 @@ class Relay:
         if not buckets:
             return
         in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
-        rows = self._store.read_due(buckets, avoid=in_flight, limit=_MOST_DUE)
+        rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
         hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
         rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
         producer = self._handle.solo() if rows else None

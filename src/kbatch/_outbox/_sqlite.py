@@ -277,7 +277,7 @@ class SqliteOutbox:
                 for bucket in range(BUCKETS)
             )
             oldest = min((age[0] for age in ages if age is not None), default=None)
-            relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE until > {now}")).fetchone()[0]
+            relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
         age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
         return OutboxStatus(waiting, later, dead, age_s, relays)
 

@@ -68,29 +68,30 @@ class SqliteStore:
         sql = self._tables.sql
         with self._writing() as run:
             now = run(self._now).fetchone()[0]
-            until = now + int(lease_s * 1000)
-            run(sql("DELETE FROM {relay} WHERE until <= ?"), (now,))
-            run(sql("INSERT OR REPLACE INTO {relay} (owner, until) VALUES (?, ?)"), (owner, until))
+            length = int(lease_s * 1000)
+            until = now + length
+            run(sql("DELETE FROM {relay} WHERE NOT {lives}"))
+            run(sql("INSERT OR REPLACE INTO {relay} (owner, until, length) VALUES (?, ?, ?)"), (owner, until, length))
             relays = run(sql("SELECT count(*) FROM {relay}")).fetchone()[0]
             share = -(-BUCKETS // relays)
             self._give_up(run, owner, release)
             leases = [
                 Lease(*found)
                 for found in run(
-                    sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND until > ?"), (owner, now)
+                    sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND {lives}"), (owner,)
                 ).fetchall()
             ]
-            run(sql("UPDATE {lease} SET until = ? WHERE owner = ? AND until > ?"), (until, owner, now))
+            run(sql("UPDATE {lease} SET until = ?, length = ? WHERE owner = ? AND {lives}"), (until, length, owner))
             free = run(
-                sql("SELECT bucket, token FROM {lease} WHERE owner IS NULL OR until <= ? ORDER BY bucket"), (now,)
+                sql("SELECT bucket, token FROM {lease} WHERE owner IS NULL OR NOT {lives} ORDER BY bucket")
             ).fetchall()
             for bucket, token in free:
                 if len(leases) >= share:
                     break
                 if bucket not in avoid and bucket not in release:
                     run(
-                        sql("UPDATE {lease} SET owner = ?, token = ?, until = ? WHERE bucket = ?"),
-                        (owner, token + 1, until, bucket),
+                        sql("UPDATE {lease} SET owner = ?, token = ?, until = ?, length = ? WHERE bucket = ?"),
+                        (owner, token + 1, until, length, bucket),
                     )
                     leases.append(Lease(bucket, token + 1))
         return leases, share
@@ -134,17 +135,24 @@ class SqliteStore:
                         del floors[bucket]
         return Reading(rows, new_floors, ended)
 
-    def read_due(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[DueRow]:
+    def read_due(
+        self, buckets: Collection[int], *, avoid: Collection[Place], longest_s: float, limit: int
+    ) -> list[DueRow]:
         """As `OutboxStore.read_due`."""
-        statement = self._tables.sql(
-            f"SELECT bucket, seq, {_PACKED}, deliver_by, attempts, key_hash FROM {{later}} AS mine "
-            f"WHERE due_at <= {{now}} AND bucket IN ({_marks(buckets)}) AND NOT EXISTS (SELECT 1 FROM {{later}} AS "
-            "earlier WHERE earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq"
-            ") ORDER BY due_at LIMIT ?"
-        )
+        of_mine = f"AND bucket IN ({_marks(buckets)}) AND NOT EXISTS (SELECT 1 FROM {{later}} AS earlier WHERE "
+        of_mine += "earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq)"
+        rows: list[DueRow] = []
         with self._reading() as run:
-            found = run(statement, (*buckets, limit + len(avoid)))
-            return [DueRow(*row) for row in found if row[:2] not in avoid][:limit]
+            # What is due too late was put off before the clock was set back.
+            for due in ("due_at <= {now}", "due_at > {now} + ?"):
+                statement = self._tables.sql(
+                    f"SELECT bucket, seq, {_PACKED}, deliver_by, attempts, key_hash FROM {{later}} AS mine "
+                    f"WHERE {due} {of_mine} ORDER BY due_at LIMIT ?"
+                )
+                longest = [int(longest_s * 1000)] if "?" in due else []
+                found = run(statement, (*longest, *buckets, limit - len(rows) + len(avoid)))
+                rows += [DueRow(*row) for row in found if row[:2] not in avoid]
+        return rows[:limit]
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """As `OutboxStore.held_keys`."""
@@ -178,9 +186,7 @@ class SqliteStore:
         """As `OutboxStore.settle`."""
         with self._writing() as run:
             now = run(self._now).fetchone()[0]
-            holding = run(
-                self._tables.sql("SELECT bucket, token FROM {lease} WHERE until > ? AND owner NOT NULL"), (now,)
-            )
+            holding = run(self._tables.sql("SELECT bucket, token FROM {lease} WHERE {lives} AND owner NOT NULL"))
             valid = {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}
             lost = set(leases) - valid
             if lost:

@@ -71,16 +71,21 @@ CREATE TABLE IF NOT EXISTS {lease} (
     bucket INTEGER PRIMARY KEY,
     owner TEXT,
     token INTEGER NOT NULL,
-    until INTEGER NOT NULL
+    until INTEGER NOT NULL,
+    length INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS {relay} (
     owner TEXT PRIMARY KEY,
-    until INTEGER NOT NULL
+    until INTEGER NOT NULL,
+    length INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
 
 # The database's clock, in milliseconds since 1970.
 NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+# Of a line in `lease` or `relay`. One that ends too late is of before the clock was set back; a small step is borne.
+LIVES = f"(until > {NOW_MS} AND until <= {NOW_MS} + 2 * length)"
 
 
 class SqliteTables:
@@ -99,17 +104,17 @@ class SqliteTables:
         self.names = {name: f'main."{prefix}outbox_{name}"' for name in names}
         self.names["outbox"] = f'main."{prefix}outbox"'
         self.names["later_bare"] = f'"{prefix}outbox_later"'  # an index says which schema by its own name
-        self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0)" for bucket in range(BUCKETS))
+        self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
 
     def sql(self, statement: str) -> str:
-        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …"""
-        return statement.format(now=NOW_MS, **self.names)
+        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …; ``{now}``; ``{lives}``."""
+        return statement.format(now=NOW_MS, lives=LIVES, **self.names)
 
     def ddl(self) -> str:
         """The statements that make what is missing."""
         text = _DDL.format(version=VERSION, buckets=BUCKETS, **self.names)
         return text + self.sql(
-            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until) VALUES " + self._first_buckets + ";\n"
+            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until, length) VALUES " + self._first_buckets + ";\n"
         )
 
     def check_meta(self, version: int, buckets: int) -> None:

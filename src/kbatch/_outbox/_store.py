@@ -79,7 +79,8 @@ class OutboxStore(Protocol):
         the buckets `release` and takes buckets that nobody has, up to its share, but none of `avoid`.
 
         A lease that has run out is lost, also if nobody else has taken the bucket: it can only be taken again, which
-        makes its token another one.
+        makes its token another one. One that ends in more than twice its length has run out, too: the clock was set
+        back.
 
         Returns:
             The leases that the owner has now, and how many buckets its share is.
@@ -95,9 +96,12 @@ class OutboxStore(Protocol):
         A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
         """
 
-    def read_due(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[DueRow]:
+    def read_due(
+        self, buckets: Collection[int], *, avoid: Collection[Place], longest_s: float, limit: int
+    ) -> list[DueRow]:
         """Rows that are due by the database's clock, those first that are due for the longest, but none of `avoid`; of
-        each key only the one with the lowest number.
+        each key only the one with the lowest number. What is due in more than `longest_s` is due: the clock was set
+        back.
         """
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
