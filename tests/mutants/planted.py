@@ -1612,6 +1612,20 @@ MUTANTS = (
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
+        "the log of an outbox's database stays as long as it once was",
+        "SqliteOutbox._connection",
+        "PRAGMA journal_size_limit={_LONGEST_WAL}",
+        "PRAGMA journal_size_limit=-1",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
+        "an outbox has tables of two versions",
+        "SqliteOutbox.create",
+        "            self._refuse_other_tables(connection)\n",
+        "",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
         "a relay that starts later knows no key that waits",
         "Relay._renew",
         "self._positions.begin(fresh, self._store.held_keys(fresh))",

@@ -1,6 +1,7 @@
 """Adding to an outbox within the application's own transaction, and what is refused."""
 
 import contextlib
+import functools
 import itertools
 import os
 import sqlite3
@@ -190,6 +191,17 @@ def test_a_connection_with_factories_of_its_own(outbox: SqliteOutbox) -> None:
         assert outbox.add(connection, envelopes(2), topic="orders") == 2
 
 
+def test_a_connection_that_converts_columns_by_their_types(outbox: SqliteOutbox) -> None:
+    sqlite3.register_converter("INTEGER", lambda value: b"converted " + value)
+    try:
+        connection = sqlite3.connect(outbox._path, isolation_level=None, detect_types=sqlite3.PARSE_DECLTYPES)
+        connection.execute("BEGIN")
+        assert outbox.add(connection, envelopes(2), topic="orders") == 2
+        connection.close()
+    finally:
+        sqlite3.converters.pop("INTEGER")  # type: ignore[attr-defined]
+
+
 def test_a_temporary_table_of_the_same_name_is_not_meant(outbox: SqliteOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         connection.execute("CREATE TEMP TABLE kbatch_outbox (x)")
@@ -364,6 +376,16 @@ def test_a_database_that_is_locked_is_told_with_what_to_do(outbox: SqliteOutbox)
     reader.close()
 
 
+def test_a_full_disk(outbox: SqliteOutbox) -> None:
+    with outboxes.transaction(outbox) as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        assert "make room on the disk" in refused(outbox, connection, [Envelope(data=b"x" * 100_000)] * 2)
+        if not connection.in_transaction:
+            connection.execute("BEGIN")
+    assert outbox.status().waiting == 0
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="platform: no permissions of files")
 def test_a_connection_that_only_reads(outbox: SqliteOutbox) -> None:
     connection = sqlite3.connect(f"file:{outbox._path}?mode=ro", uri=True, isolation_level=None)
@@ -387,6 +409,8 @@ def test_a_file_that_is_no_database_and_a_folder_that_is_not_there(tmp_path: Pat
         ({"prefix": ""}, "prefix must begin a table's name"),
         ({"prefix": "7a"}, "prefix must begin a table's name"),
         ({"prefix": "a" * 48}, "64 characters, and 63 are allowed"),
+        ({"prefix": "sqlite_"}, "SQLite keeps for itself"),
+        ({"path": "a\0b"}, "no NUL character"),
         ({"prefix": None}, "prefix must begin a table's name"),
         ({"path": ":memory:"}, "a database in memory"),
         ({"path": ""}, "a database in memory"),
@@ -413,6 +437,44 @@ def test_create_may_be_called_again_and_changes_nothing(outbox: SqliteOutbox) ->
     assert outbox.status().waiting == 3
     assert outboxes.query(outbox, "SELECT last_seq FROM {meta}") == [(3,)]
     assert outboxes.query(outbox, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_create_makes_no_table_beside_those_of_another_version(outbox: SqliteOutbox) -> None:
+    outboxes.query(outbox, "DROP TABLE {dead}")
+    outboxes.query(outbox, "UPDATE {meta} SET version = 2")
+    with pytest.raises(OutboxError, match="tables of version 2"):
+        outbox.create()
+    assert outboxes.query(outbox, "SELECT name FROM sqlite_master WHERE name = 'kbatch_outbox_dead'") == []
+
+
+class WithoutWal(sqlite3.Connection):
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        return super().execute("PRAGMA journal_mode" if "journal_mode" in sql else sql, *arguments)
+
+
+def test_a_file_system_without_wal_mode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=WithoutWal))
+    with pytest.raises(OutboxError, match="stays in 'delete'; put the file on a local disk"):
+        SqliteOutbox(tmp_path / "shop.db").create()
+
+
+def test_the_log_of_the_database_is_cut_after_a_reader_had_kept_it_growing(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._sqlite._LONGEST_WAL", 100_000)
+    store = outbox.open_store()
+    reader = sqlite3.connect(outbox._path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute(outbox._tables.sql("SELECT * FROM {outbox}")).fetchall()
+    for _ in range(3):
+        outboxes.add(outbox, [Envelope(data=b"x" * 900_000)])
+    assert os.path.getsize(outbox._path + "-wal") > 2_700_000
+    reader.close()
+    for _ in range(3):
+        store.renew("relay", 60.0, release=(), avoid=())
+        outboxes.query(outbox, "PRAGMA wal_checkpoint")
+    assert os.path.getsize(outbox._path + "-wal") <= 100_000
+    store.close()
 
 
 def test_ddl_makes_the_same_tables(tmp_path: Path, outbox: SqliteOutbox) -> None:

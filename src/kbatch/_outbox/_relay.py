@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
 import socket
 import threading
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from kbatch._checks import check_close_timeout, check_timeout, is_number, is_whole
+from kbatch._checks import check_close_timeout, check_timeout, check_whole, is_number, is_whole
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, OutboxError, ProducerError, SenderClosedError, SenderError, type_name
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
@@ -131,6 +129,7 @@ class Relay:
                 raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
         if probe_interval_s > max_probe_interval_s:
             raise ConfigError(f"{probe_interval_s=!r} is longer than {max_probe_interval_s=!r}")
+        check_whole("batch_size * max_in_flight_batches", batch_size * max_in_flight_batches)
         check_close_timeout(close_timeout_s)
         self._outbox = outbox
         self._batch_size = batch_size
@@ -164,7 +163,6 @@ class Relay:
         self._positions = Positions(packed_key_hash)
         self._store: OutboxStore | None = None
         self._flights: dict[Flight, None] = {}
-        self._news: deque[Flight] = deque()  # settled, by the dispatcher's thread
         self._done: list[Place] = []  # what is to be written
         self._done_later: list[Place] = []
         self._failures: list[Failure] = []
@@ -295,24 +293,27 @@ class Relay:
         """Whether the outbox was seen empty."""
         mine = threading.Lock()
         with mine:  # whatever interrupts this, nobody finds it held afterwards
-            self._claim(mine)
+            return self._run_with(mine, until_empty, end)
+
+    def _run_with(self, mine: threading.Lock, until_empty: bool, end: float | None) -> bool:
+        self._claim(mine)
+        is_over = False
+        try:
             try:
                 self._begin()
-                while not self._stopping and (end is None or monotonic() < end):
+                while not (is_over or self._stopping) and (end is None or monotonic() < end):
                     pause = self._round()
-                    if until_empty and self._is_empty():
-                        return True
+                    is_over = until_empty and self._is_empty()
                     if end is not None:
                         pause = min(pause, max(0.0, end - monotonic()))
-                    if pause > 0.0:
+                    if pause > 0.0 and not is_over:
                         self._flag.wait(pause)
-                return False
             finally:
-                try:
-                    self._end(end)
-                finally:
-                    self._give_back()  # again, if that was interrupted
-                    self._stopping = False  # it may be run again
+                self._end(end)
+        finally:
+            self._give_back()  # again, if that was interrupted
+            self._stopping = False  # it may be run again
+        return is_over
 
     def _claim(self, mine: threading.Lock) -> None:
         with self._claims:
@@ -327,7 +328,7 @@ class Relay:
         return self._runs.locked() and self._runner == threading.get_ident()
 
     def _is_empty(self) -> bool:
-        if self._flights or self._news or self._has_answers() or self._store is None:
+        if self._flights or self._has_answers() or self._store is None:
             return False
         return self._guarded(self._store.left, 1) == 0
 
@@ -356,7 +357,7 @@ class Relay:
         if self._is_hinted:
             self._is_hinted = False
             self._read_at = min(self._read_at, now + _SHORTEST_POLL_S)
-        self._take_news()
+        self._take_settled()
         if gate.death is not None:
             raise gate.refusal()
         gate.probe_if_due(now)
@@ -373,7 +374,7 @@ class Relay:
         if self._has_answers():
             due.append(now)
         pause = max(min(due), self._store_at) - monotonic()
-        return 0.0 if self._news else min(max(pause, 0.0), _RENEW_EVERY_S)
+        return min(max(pause, 0.0), _RENEW_EVERY_S)
 
     def _guarded(self, call: Callable[[], _T], otherwise: _T) -> _T:
         """Calls what uses the store. If the database does not answer, the store is opened again later."""
@@ -573,7 +574,7 @@ class Relay:
                 gate.note("nothing", flight.trial, monotonic())
                 return
             self._flights[flight] = None
-            producer._send_detached(flight.pending, waker=functools.partial(self._on_settled, flight))
+            producer._send_detached(flight.pending, waker=self._flag.set)
         except ProducerError as error:
             self._put_back(flight)
             if flight.is_due:
@@ -592,15 +593,12 @@ class Relay:
         if not flight.is_due:
             self._positions.put_back(flight.places)
 
-    def _on_settled(self, flight: Flight) -> None:
-        self._news.append(flight)
-        self._flag.set()
-
     # -- answers
 
-    def _take_news(self) -> None:
-        while self._news:
-            self._settle(self._news.popleft())
+    def _take_settled(self) -> None:
+        for flight in list(self._flights):
+            if flight.pending is not None and flight.pending.done():
+                self._settle(flight)
 
     def _settle(self, flight: Flight) -> None:
         self._flights.pop(flight, None)
@@ -696,15 +694,13 @@ class Relay:
 
     def _await_answers(self, end: float) -> bool:
         """Whether everything that was in flight is written by then."""
-        while self._flights or self._news or self._has_answers():
+        while self._flights or self._has_answers():
             now = monotonic()
             if now >= end:
                 return False
-            self._take_news()
+            self._take_settled()
             if now >= self._store_at:
                 self._guarded(self._use_store, None)
-            if self._news:
-                continue
             if self._flights:
                 self._flag.wait(min(end - now, 0.1))
             elif self._has_answers():

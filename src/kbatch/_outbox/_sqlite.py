@@ -31,6 +31,7 @@ __all__ = ["OutboxStatus", "SqliteOutbox"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, and SQLite's for a value
 _BUSY_TIMEOUT_S = 5.0
+_LONGEST_WAL = 16_000_000  # what the file is cut to when SQLite begins it anew, after a reader had kept it growing
 
 _logger = logging.getLogger("kbatch")
 _told_of_fault = False
@@ -86,8 +87,11 @@ class SqliteOutbox:
         check_mapping(wire, encoder, source, header_hook)
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
-        self._path = os.path.abspath(os.fspath(path))
-        if os.fspath(path) in ("", ":memory:"):
+        name = os.fsdecode(path)
+        self._path = os.path.abspath(name)
+        if "\0" in name:
+            raise ConfigError(f"path must have no NUL character: {printable(name)}")
+        if name in ("", ":memory:"):
             raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
         if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
             raise ConfigError(
@@ -107,8 +111,10 @@ class SqliteOutbox:
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
+        # CAST, since a connection may convert what comes from a column of a type.
         self._look = sql(
-            "SELECT last_seq, version, buckets, (SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
+            "SELECT CAST(last_seq AS INTEGER), CAST(version AS INTEGER), CAST(buckets AS INTEGER), "
+            "(SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
         )
         self._insert = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
@@ -130,15 +136,32 @@ class SqliteOutbox:
         """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
 
         Raises:
-            OutboxError: The file is no database, or cannot be written; the tables are another version's.
+            OutboxError: The file is no database, or cannot be written; the tables are another version's; the file
+                system has no WAL mode. Then no table was made.
         """
         with self._connection(create=True) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            if mode != "wal":
+                raise OutboxError(
+                    f"the outbox in {self._path}: SQLite cannot use WAL mode there, and stays in {mode!r}; put the "
+                    "file on a local disk"
+                )
             connection.execute("BEGIN IMMEDIATE")
+            self._refuse_other_tables(connection)
             for statement in self._tables.ddl().split(";\n")[:-1]:
                 connection.execute(statement)
             connection.execute("COMMIT")
             self._check_tables(connection)
+
+    def _refuse_other_tables(self, connection: sqlite3.Connection) -> None:
+        try:
+            found = connection.execute(self._tables.sql("SELECT version, buckets FROM {meta}")).fetchone()
+        except sqlite3.OperationalError as error:
+            if not lacks_tables(error):
+                raise
+        else:
+            if found is not None:
+                self._tables.check_meta(*found)
 
     # -- adding
 
@@ -311,12 +334,13 @@ class SqliteOutbox:
             connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA mmap_size=0")
+            connection.execute(f"PRAGMA journal_size_limit={_LONGEST_WAL}")
             yield connection
         except BaseException as error:
             if connection is not None:
                 connection.close()
             if isinstance(error, sqlite3.Error):
-                raise self._tables.as_outbox_error(error, self._path) from error
+                raise self._tables.as_outbox_error(error, self._path, own=True) from error
             raise
         if not keep:
             connection.close()

@@ -221,7 +221,7 @@ class SqliteStore:
         try:
             yield self._connection.execute
         except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path) from error
+            raise self._tables.as_outbox_error(error, self._path, own=True) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[_Run]:
@@ -237,7 +237,7 @@ class SqliteStore:
                         run("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path) from error
+            raise self._tables.as_outbox_error(error, self._path, own=True) from error
 
 
 def _marks(values: Collection[int]) -> str:

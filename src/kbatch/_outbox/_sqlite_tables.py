@@ -94,6 +94,8 @@ class SqliteTables:
     def __init__(self, prefix: str) -> None:
         if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
             raise ConfigError(f"prefix must begin a table's name, of a-z A-Z 0-9 and _ only, not {shown(prefix)}")
+        if prefix.lower().startswith("sqlite_"):
+            raise ConfigError(f"prefix={shown(prefix)} makes names that SQLite keeps for itself")
         longest = prefix + "outbox_later_due"
         if len(longest) > _LONGEST_NAME:
             raise ConfigError(
@@ -130,13 +132,17 @@ class SqliteTables:
                 f"{BUCKETS}: a key would change its bucket, and lose its order; use other tables by prefix="
             )
 
-    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str]) -> OutboxError:
-        """What to do about an error of SQLite."""
+    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str], *, own: bool = False) -> OutboxError:
+        """What to do about an error of SQLite; `own` of a connection that is not the caller's."""
         text = str(error)
         if lacks_tables(error):
             hint = "call create() of the outbox once, or have its ddl() executed"
         elif "not a database" in text or "malformed" in text:
             hint = "give the path of a SQLite database, or of none yet"
+        elif "is full" in text:
+            hint = "make room on the disk; SQLite may have ended the transaction"
+        elif ("locked" in text or "busy" in text) and own:
+            hint = "another connection has written for long; transactions that write should be short"
         elif "locked" in text or "busy" in text:
             hint = "another connection writes; wait longer (sqlite3.connect(timeout=…)) and begin with BEGIN IMMEDIATE"
         elif "readonly" in text or "read-only" in text:
