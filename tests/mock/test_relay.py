@@ -371,6 +371,25 @@ def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
         assert {attempts for (attempts,) in outboxes.query(outbox, "SELECT attempts FROM {later}")} == {1}
 
 
+@pytest.mark.parametrize("max_in_flight_batches", [1, 2, 4])
+def test_rows_that_are_due_and_that_nobody_takes_stop_no_row_that_was_not_sent_yet(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, max_in_flight_batches: int
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 2)
+    cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+    cluster.set_partition_leader("orders", 0, -1)
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(20)])
+    outboxes.move_to_later(outbox, 1, 20)
+    with running(
+        make(outbox, cluster, {"delivery.timeout.ms": 1000}, max_in_flight_batches=max_in_flight_batches)
+    ) as relay:
+        until(lambda: relay.stats()["in_flight"], "rows that nobody takes")
+        time.sleep(0.6)  # as many as it sends
+        outboxes.add(outbox, numbered(range(10), topic="other"), topic=None)
+        until(lambda: relay.stats()["acked"] == 10, "the others")
+    check_history(range(10), stored(cluster, "other"))
+
+
 def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     with running(make(outbox, cluster)) as relay:
         outboxes.add(outbox, numbered(range(100)))

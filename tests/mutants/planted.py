@@ -1626,6 +1626,20 @@ MUTANTS = (
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
+        "what failed before takes all turns",
+        "Relay._use_store",
+        " and not self._was_due:",
+        ":",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "what failed before takes all room",
+        "Relay._send_due_if_time",
+        "< max(self._max_flights // 2, 1)",
+        "< self._max_flights",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
         "a relay that starts later knows no key that waits",
         "Relay._renew",
         "self._positions.begin(fresh, self._store.held_keys(fresh))",
@@ -1670,8 +1684,8 @@ MUTANTS = (
     Mutant(
         "the trial is what was refused before",
         "Relay._use_store",
-        "        if self._gate.circuit.state is CircuitState.CLOSED:\n",
-        "        if self._gate.circuit.state is not None:\n",
+        "if self._gate.circuit.state is CircuitState.CLOSED and",
+        "if self._gate.circuit.state is not None and",
         "tests/mock/test_relay.py",
     ),
     Mutant(

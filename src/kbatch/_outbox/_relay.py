@@ -178,6 +178,7 @@ class Relay:
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._poll_s = _SHORTEST_POLL_S
         self._is_hinted = False
+        self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0
         self._trouble_at: float | None = None
@@ -419,7 +420,7 @@ class Relay:
             self._let_go()
         # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
         # would be the trial again and again.
-        if self._gate.circuit.state is CircuitState.CLOSED:
+        if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
             self._send_due_if_time()
         for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
             if not self._may_send() or monotonic() < self._read_at:
@@ -431,7 +432,9 @@ class Relay:
         now = monotonic()
         if now >= self._due_at and self._may_send():
             self._due_at = now + _LOOK_AT_DUE_EVERY_S
-            self._send_due()
+            # What failed before may fail again, which takes long: it leaves room, and a turn, for the others.
+            if sum(flight.is_due for flight in self._flights) < max(self._max_flights // 2, 1):
+                self._send_due()
 
     # -- leases
 
@@ -574,6 +577,7 @@ class Relay:
                 gate.note("nothing", flight.trial, monotonic())
                 return
             self._flights[flight] = None
+            self._was_due = flight.is_due
             producer._send_detached(flight.pending, waker=self._flag.set)
         except ProducerError as error:
             self._put_back(flight)
