@@ -1544,8 +1544,8 @@ MUTANTS = (
     Mutant(
         "a relay rests though there is more of a full bucket",
         "SqliteStore.read",
-        "            while floors and size < max_bytes and len(rows) < limit:\n",
-        "            while floors and not rows:\n",
+        "            while left and size < max_bytes and len(rows) < limit:\n",
+        "            while left and not rows:\n",
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
@@ -1638,6 +1638,13 @@ MUTANTS = (
         "< max(self._max_flights // 2, 1)",
         "< self._max_flights",
         "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "a relay reads all that wait, ten times a second",
+        "SqliteStore.read_due",
+        "AND +bucket IN",
+        "AND bucket IN",
+        "tests/unit/test_outbox_store.py",
     ),
     Mutant(
         "a relay that starts later knows no key that waits",

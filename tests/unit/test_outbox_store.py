@@ -8,6 +8,7 @@ import pytest
 
 from kbatch import Envelope, OutboxError, SqliteOutbox
 from kbatch._fastmap import packed_key_hash
+from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore
 from tests import outboxes
 from tests.relays import numbered
@@ -196,6 +197,23 @@ def test_what_is_due_for_the_longest_comes_first_and_what_is_in_flight_takes_nob
     assert [row.seq for row in first] == [6, 5]
     avoid = {(row.bucket, row.seq) for row in first}
     assert [row.seq for row in store.read_due(range(64), avoid=avoid, longest_s=3600.0, limit=3)] == [4, 3, 2]
+
+
+def test_what_is_not_due_is_not_read(outbox: SqliteOutbox) -> None:
+    store = outbox.open_store()
+    assert isinstance(store, SqliteStore)
+    plans: list[str] = []
+    connection = store._connection
+
+    class Planned:
+        def execute(self, sql: str, parameters: Any = ()) -> Any:
+            plans.append(str(connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters).fetchall()))
+            return connection.execute(sql, parameters)
+
+    store._connection = Planned()  # type: ignore[assignment]
+    store.read_due(range(64), avoid=(), longest_s=60.0, limit=10)
+    connection.close()
+    assert ["kbatch_outbox_later_due" in plan for plan in plans] == [True, True]
 
 
 @pytest.mark.parametrize(
