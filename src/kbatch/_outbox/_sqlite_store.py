@@ -228,8 +228,8 @@ class SqliteStore:
     def _writing(self) -> Iterator[_Run]:
         run = self._connection.execute
         try:
-            run("BEGIN IMMEDIATE")
             try:
+                run("BEGIN IMMEDIATE")
                 yield run
                 run("COMMIT")
             except BaseException:
