@@ -1705,8 +1705,8 @@ MUTANTS = (
     Mutant(
         "what a relay's end gives up keeps its buckets",
         "Relay._end",
-        "                self._purge()\n",
-        "                pass\n",
+        "            self._purge()\n",
+        "            pass\n",
         "tests/mock/test_relay.py",
     ),
 )
