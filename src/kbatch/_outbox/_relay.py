@@ -605,7 +605,6 @@ class Relay:
                 self._settle(flight)
 
     def _settle(self, flight: Flight) -> None:
-        self._flights.pop(flight, None)
         answers = self._judge.answers(flight)
         tokens = self._leases.tokens
         lost = {bucket for bucket, token in flight.tokens.items() if tokens.get(bucket) != token}
@@ -628,6 +627,7 @@ class Relay:
             for failure in failures:
                 if failure.due_in_s is not None:
                     self._positions.hold(failure.bucket, failure.key_hash, failure.seq)
+        self._flights.pop(flight, None)  # not before: what was interrupted is done once more
         if failures or unsent:
             self._gate.last_error = answers.last_error
             self._read_at = monotonic()
