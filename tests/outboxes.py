@@ -8,7 +8,7 @@ from typing import Any
 
 import kbatch
 from kbatch import Envelope
-from kbatch._fastmap import unpack_record
+from kbatch._fastmap import packed_key_hash, unpack_record
 
 
 def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.SqliteOutbox:
@@ -36,13 +36,30 @@ def add(outbox: kbatch.SqliteOutbox, envelopes: Iterable[Envelope], topic: str |
         return outbox.add(connection, envelopes, topic=topic)
 
 
-def query(outbox: kbatch.SqliteOutbox, sql: str) -> list[Any]:
-    """The rows of a query on its database, in which ``{outbox}``, ``{later}``, … are its tables."""
+def query(outbox: kbatch.SqliteOutbox, sql: str, *before: str) -> list[Any]:
+    """The rows of a query on its database, after others, in which ``{outbox}``, ``{later}``, … are its tables."""
     connection = sqlite3.connect(outbox._path, isolation_level=None, timeout=30)
     try:
+        for statement in before:
+            connection.execute(statement)
         return connection.execute(outbox._tables.sql(sql)).fetchall()
     finally:
         connection.close()
+
+
+def move_to_later(outbox: kbatch.SqliteOutbox, first: int, last: int) -> None:
+    """Rows with these numbers were refused once, and are due."""
+    for bucket, seq, packed in query(
+        outbox, f"SELECT bucket, seq, packed FROM {{outbox}} WHERE seq BETWEEN {first} AND {last}"
+    ):
+        key_hash = packed_key_hash(packed)
+        query(
+            outbox,
+            "INSERT INTO {later} (bucket, seq, id, packed, created_at, due_at, attempts, last_error, key_hash) "
+            f"SELECT bucket, seq, id, packed, created_at, 0, 1, 'refused', {'NULL' if key_hash is None else key_hash} "
+            f"FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}",
+        )
+        query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
 
 
 def bodies(outbox: kbatch.SqliteOutbox, table: str = "outbox") -> list[bytes | None]:

@@ -16,9 +16,11 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch._fastmap import monotonic
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
+from tests.injection import Injector
 from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
@@ -151,6 +153,22 @@ def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outb
         assert outbox._watchers == []
 
 
+@pytest.mark.parametrize(("batch_size", "readings"), [(1, 4), (2, 2), (100, 1)])
+def test_it_rests_when_there_is_no_more_and_not_before(outbox: SqliteOutbox, batch_size: int, readings: int) -> None:
+    outboxes.add(outbox, numbered(range(3), keys=1))
+    options = {"batch_size": batch_size, "close_timeout_s": 0.0}
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, **options) as relay:
+        relay._begin()
+        relay._renew()
+        seen = 0
+        relay._read_at = 0.0
+        while not relay._read_at and seen < 9:
+            relay._send_next()
+            seen += 1
+        relay._end()
+    assert seen == readings
+
+
 def test_a_transaction_that_is_long_delays_nobody(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     with sqlite3.connect(outbox._path, isolation_level=None) as reader:
         reader.execute("BEGIN")
@@ -244,6 +262,17 @@ def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(
     check_history(range(60), stored(cluster, "refused"))
 
 
+def test_a_row_that_waits_is_sent_after_the_earlier_ones_of_its_key_and_before_the_later_ones(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    # As after a batch that had timed out, whose records were not sent again yet, and a later one that was refused.
+    outboxes.add(outbox, numbered(range(30), keys=5))
+    outboxes.move_to_later(outbox, 11, 15)
+    with make(outbox, cluster) as relay:
+        assert relay.drain(30) == 0
+    check_history(range(30), stored(cluster))
+
+
 def test_one_record_that_is_refused_takes_none_of_its_record_batch_with_it(
     outbox: SqliteOutbox, cluster: MockCluster
 ) -> None:
@@ -275,15 +304,21 @@ def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once
     outboxes.add(outbox, numbered(range(20)))
     outboxes.add(outbox, [Envelope(data=b"x" * 5000)])
     outboxes.query(outbox, "UPDATE {outbox} SET packed = substr(packed, 1, 20) WHERE seq = 3")
-    outboxes.query(outbox, "UPDATE {outbox} SET packed = 'text' WHERE seq = 4")
+    for wrong, seq in (("packed = 'text'", 4), ("packed = 7", 5), ("deliver_by = 'soon'", 6)):
+        change = f"UPDATE {{outbox}} SET {wrong} WHERE seq = {seq}"
+        with pytest.raises(sqlite3.IntegrityError, match="CHECK"):
+            outboxes.query(outbox, change)
+        outboxes.query(outbox, change, "PRAGMA ignore_check_constraints = 1")
     with make(outbox, cluster, {"message.max.bytes": 2000}) as relay:
         assert relay.drain(30) == 0
-        assert relay.stats()["dead"] == 3
+        assert relay.stats()["dead"] == 5
     errors = [error for (error,) in outboxes.query(outbox, "SELECT last_error FROM {dead} ORDER BY seq")]
     assert "damaged" in errors[0]
     assert "must be bytes, not str" in errors[1]
-    assert "message.max.bytes=2000" in errors[2]
-    check_history(set(range(20)) - {2, 3}, stored(cluster))
+    assert "must be bytes, not int" in errors[2]
+    assert "must be bytes, not str" in errors[3]
+    assert "message.max.bytes=2000" in errors[4]
+    check_history(set(range(20)) - {2, 3, 4, 5}, stored(cluster))
 
 
 # -- outages
@@ -320,6 +355,41 @@ def test_one_partition_without_a_leader_stops_no_other(outbox: SqliteOutbox, clu
     check_history(range(600), stored(cluster), copies=None)
 
 
+def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 5)
+    cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+    cluster.set_partition_leader("orders", 0, -1)
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(9)])
+    outboxes.add(outbox, numbered(range(1), topic="other"), topic=None)
+    outboxes.move_to_later(outbox, 1, 10)
+    outboxes.query(outbox, "UPDATE {later} SET due_at = seq")
+    options = {"batch_size": 1, "max_in_flight_batches": 1, "retry": RetryPolicy(initial_backoff_s=1.0, jitter=0.0)}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, **options)) as relay:
+        until(lambda: relay.stats()["acked"] == 1, "the other")
+        assert {attempts for (attempts,) in outboxes.query(outbox, "SELECT attempts FROM {later}")} == {1}
+
+
+@pytest.mark.parametrize("max_in_flight_batches", [1, 2, 4])
+def test_rows_that_are_due_and_that_nobody_takes_stop_no_row_that_was_not_sent_yet(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, max_in_flight_batches: int
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 2)
+    cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+    cluster.set_partition_leader("orders", 0, -1)
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(20)])
+    outboxes.move_to_later(outbox, 1, 20)
+    with running(
+        make(outbox, cluster, {"delivery.timeout.ms": 1000}, max_in_flight_batches=max_in_flight_batches)
+    ) as relay:
+        until(lambda: relay.stats()["in_flight"], "rows that nobody takes")
+        time.sleep(0.6)  # as many as it sends
+        outboxes.add(outbox, numbered(range(10), topic="other"), topic=None)
+        until(lambda: relay.stats()["acked"] == 10, "the others")
+    check_history(range(10), stored(cluster, "other"))
+
+
 def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     with running(make(outbox, cluster)) as relay:
         outboxes.add(outbox, numbered(range(100)))
@@ -328,6 +398,15 @@ def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(30) == 0
     check_history(range(200), stored(cluster))
+
+
+def test_an_answer_whose_wake_up_was_lost_is_found(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    with make(outbox, cluster) as relay:
+        send = relay._handle.producer._send_detached
+        relay._handle.producer._send_detached = lambda batch, *, waker: send(batch)  # type: ignore[method-assign]
+        assert relay.drain(30) == 0
+    check_history(range(100), stored(cluster))
 
 
 def test_a_database_that_is_locked_for_long_is_waited_for(
@@ -345,6 +424,7 @@ def test_a_database_that_is_locked_for_long_is_waited_for(
     told = [record.message for record in caplog.records if "relay" in record.message]
     assert len(told) == 2
     assert "cannot use its outbox" in told[0]
+    assert "transactions that write should be short" in told[0]
     assert "can use its outbox again" in told[1]
 
 
@@ -522,6 +602,24 @@ def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox
             relay.drain(-1)
 
 
+def test_drain_gives_up_what_is_in_flight_at_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    cluster.set_broker_down()
+    outboxes.add(outbox, numbered(range(7)))
+    with make(outbox, cluster, {"delivery.timeout.ms": 60_000}, close_timeout_s=60.0) as relay:
+        ends: list[float] = []
+        await_answers = relay._await_answers
+
+        def watched(end: float) -> bool:
+            ends.append(end)
+            return await_answers(end)
+
+        relay._await_answers = watched  # type: ignore[method-assign]
+        before = monotonic()
+        assert relay.drain(0.5) == 7
+        assert before + 0.5 <= ends[0] < before + 60.0
+        assert relay.stats()["in_flight"] == 0
+
+
 def test_drain_beside_run_ends_with_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     cluster.set_broker_down()
     outboxes.add(outbox, numbered(range(7)))
@@ -542,6 +640,15 @@ def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutb
         assert (outbox.status().later, outbox.status().dead) == (0, 0)
 
 
+def test_a_stop_before_it_runs_ends_it_at_once(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(7)))
+    with make(outbox, cluster) as relay:
+        relay.stop()
+        relay.run()
+        assert outbox.status().waiting == 7
+        assert relay.drain(30) == 0
+
+
 def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster) as relay:
@@ -556,17 +663,69 @@ def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     check_history(range(50), stored(cluster))
 
 
-def test_close_within_run_is_refused(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+@pytest.mark.parametrize("call", ["close", "drain"])
+def test_what_waits_for_run_is_refused_within_it(outbox: SqliteOutbox, cluster: MockCluster, call: str) -> None:
     with make(outbox, cluster) as relay:
-        before = signal.signal(signal.SIGTERM, lambda *_: relay.close())
+        before = signal.signal(signal.SIGTERM, lambda *_: getattr(relay, call)())
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM])
         timer.start()
         try:
-            with pytest.raises(RuntimeError, match="call stop"):
+            with pytest.raises(RuntimeError, match="within it"):
                 relay.run()
         finally:
             signal.signal(signal.SIGTERM, before)
             timer.join()
+
+
+def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_close_to_wait_for(
+    outbox: SqliteOutbox,
+) -> None:
+    places = 0
+    for nth in range(1, 10**6, 5):
+        relay = Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0)
+        injector = Injector(nth)
+        injector.run(lambda relay=relay: relay.drain(5.0))
+        relay.close()
+        assert outbox._watchers == []
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)], injector.place
+        if injector.place is None:
+            break
+        places += 1
+    assert places > 20
+
+
+def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOutbox) -> None:
+    places = 0
+    for nth in range(1, 10**6):
+        relay = Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0)
+        producer = relay._handle.producer
+        injector = Injector(nth)
+        injector.run(relay.close)
+        relay.close()
+        assert producer.closed, injector.place
+        assert relay._handle._users == 0
+        if injector.place is None:
+            break
+        places += 1
+    assert places > 10
+
+
+def test_buckets_are_given_back_when_the_database_is_in_trouble_at_the_end(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    troubled: list[str] = []
+
+    def before(name: str) -> None:
+        if name == "renew" and relay._leases.tokens and not troubled:
+            troubled.append(name)
+            relay.stop()
+            raise OutboxError("no answer")
+
+    with make(WatchedOutbox(outbox, before=before), cluster) as relay:
+        relay.run()
+        assert troubled
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+        assert outbox.status().relays == 0
 
 
 def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, cluster: MockCluster) -> None:
@@ -582,7 +741,7 @@ def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, clu
 
 
 def test_it_is_run_by_one_thread_and_not_after_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
-    with running(make(outbox, cluster)) as relay, pytest.raises(RuntimeError, match="another thread"):
+    with running(make(outbox, cluster)) as relay, pytest.raises(RuntimeError, match="runs already"):
         relay.run()
     with pytest.raises(kbatch.SenderClosedError):
         relay.run()
@@ -612,6 +771,7 @@ def test_a_producer_of_the_callers_stays_open(outbox: SqliteOutbox, cluster: Moc
         ({}, {"retry": 3}, "retry must be a RetryPolicy"),
         ({}, {"retry": RetryPolicy(max_age_s=3)}, "deliver_by"),
         ({}, {"batch_size": 0}, "batch_size"),
+        ({}, {"batch_size": 50_000, "max_in_flight_batches": 50_000}, r"batch_size \* max_in_flight_batches must be"),
         ({}, {"probe_interval_s": 0}, "probe_interval_s"),
         ({}, {"probe_interval_s": 60}, "is longer than"),
         ({}, {"close_timeout_s": -1}, "close_timeout_s"),

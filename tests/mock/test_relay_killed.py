@@ -116,7 +116,7 @@ def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_
             process.send_signal(signal.SIGSTOP)
             outboxes.query(
                 outbox,
-                "UPDATE {lease} SET owner = 'another', token = token + 1, "
+                "UPDATE {lease} SET owner = 'another', token = token + 1, length = 3600000, "
                 "until = CAST(strftime('%s', 'now') AS INTEGER) * 1000 + 3600000",
             )
             time.sleep(6.0)  # of its lease of 8 seconds fewer are left than a hand-over needs

@@ -1,6 +1,7 @@
 """Adding to an outbox within the application's own transaction, and what is refused."""
 
 import contextlib
+import functools
 import itertools
 import os
 import sqlite3
@@ -19,6 +20,7 @@ from kbatch import ConfigError, Envelope, OutboxError, SerializationError, Sqlit
 from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._sqlite import _tell_of_fault
 from tests import outboxes
+from tests.injection import Injector
 
 FUTURE = datetime.now(timezone.utc) + timedelta(days=1)
 PAST = datetime.now(timezone.utc) - timedelta(days=1)
@@ -189,6 +191,17 @@ def test_a_connection_with_factories_of_its_own(outbox: SqliteOutbox) -> None:
         assert outbox.add(connection, envelopes(2), topic="orders") == 2
 
 
+def test_a_connection_that_converts_columns_by_their_types(outbox: SqliteOutbox) -> None:
+    sqlite3.register_converter("INTEGER", lambda value: b"converted " + value)
+    try:
+        connection = sqlite3.connect(outbox._path, isolation_level=None, detect_types=sqlite3.PARSE_DECLTYPES)
+        connection.execute("BEGIN")
+        assert outbox.add(connection, envelopes(2), topic="orders") == 2
+        connection.close()
+    finally:
+        sqlite3.converters.pop("INTEGER")  # type: ignore[attr-defined]
+
+
 def test_a_temporary_table_of_the_same_name_is_not_meant(outbox: SqliteOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         connection.execute("CREATE TEMP TABLE kbatch_outbox (x)")
@@ -235,6 +248,16 @@ def test_a_connection_to_another_database(outbox: SqliteOutbox, tmp_path: Path) 
         connection.execute(statement)
     connection.execute("BEGIN")
     assert "a database in memory" in refused(outbox, connection)
+    connection.close()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_connection_to_another_database_without_the_tables(outbox: SqliteOutbox, attached: bool) -> None:
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    if attached:
+        connection.execute("ATTACH ? AS shop", (outbox._path,))
+    connection.execute("BEGIN IMMEDIATE")
+    assert "give a connection to that file" in refused(outbox, connection)
     connection.close()
 
 
@@ -326,6 +349,24 @@ def test_a_write_that_fails_in_the_middle_adds_nothing(outbox: SqliteOutbox) -> 
     assert outboxes.bodies(outbox) == [b"0", b"1", b"7"]
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_exception_at_any_line_leaves_all_or_nothing_and_no_savepoint(outbox: SqliteOutbox, count: int) -> None:
+    places = 0
+    with outboxes.transaction(outbox) as connection:
+        for nth in range(1, 1000):
+            before = connection.execute(outbox._tables.sql("SELECT count(*) FROM {outbox}")).fetchone()[0]
+            injector = Injector(nth)
+            injector.run(lambda: outbox.add(connection, envelopes(count), topic="orders"))
+            after = connection.execute(outbox._tables.sql("SELECT count(*) FROM {outbox}")).fetchone()[0]
+            assert after - before in (0, count), injector.place
+            with pytest.raises(sqlite3.OperationalError, match="no such savepoint"):
+                connection.execute("RELEASE kbatch_add")
+            if injector.place is None:
+                break
+            places += 1
+    assert places > 20
+
+
 def test_a_database_that_is_locked_is_told_with_what_to_do(outbox: SqliteOutbox) -> None:
     reader = sqlite3.connect(outbox._path, isolation_level=None, timeout=0)
     reader.execute("BEGIN")
@@ -333,6 +374,16 @@ def test_a_database_that_is_locked_is_told_with_what_to_do(outbox: SqliteOutbox)
     with outboxes.transaction(outbox):
         assert "BEGIN IMMEDIATE" in refused(outbox, reader)
     reader.close()
+
+
+def test_a_full_disk(outbox: SqliteOutbox) -> None:
+    with outboxes.transaction(outbox) as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+        assert "make room on the disk" in refused(outbox, connection, [Envelope(data=b"x" * 100_000)] * 2)
+        if not connection.in_transaction:
+            connection.execute("BEGIN")
+    assert outbox.status().waiting == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="platform: no permissions of files")
@@ -358,6 +409,8 @@ def test_a_file_that_is_no_database_and_a_folder_that_is_not_there(tmp_path: Pat
         ({"prefix": ""}, "prefix must begin a table's name"),
         ({"prefix": "7a"}, "prefix must begin a table's name"),
         ({"prefix": "a" * 48}, "64 characters, and 63 are allowed"),
+        ({"prefix": "sqlite_"}, "SQLite keeps for itself"),
+        ({"path": "a\0b"}, "no NUL character"),
         ({"prefix": None}, "prefix must begin a table's name"),
         ({"path": ":memory:"}, "a database in memory"),
         ({"path": ""}, "a database in memory"),
@@ -384,6 +437,44 @@ def test_create_may_be_called_again_and_changes_nothing(outbox: SqliteOutbox) ->
     assert outbox.status().waiting == 3
     assert outboxes.query(outbox, "SELECT last_seq FROM {meta}") == [(3,)]
     assert outboxes.query(outbox, "PRAGMA journal_mode") == [("wal",)]
+
+
+def test_create_makes_no_table_beside_those_of_another_version(outbox: SqliteOutbox) -> None:
+    outboxes.query(outbox, "DROP TABLE {dead}")
+    outboxes.query(outbox, "UPDATE {meta} SET version = 2")
+    with pytest.raises(OutboxError, match="tables of version 2"):
+        outbox.create()
+    assert outboxes.query(outbox, "SELECT name FROM sqlite_master WHERE name = 'kbatch_outbox_dead'") == []
+
+
+class WithoutWal(sqlite3.Connection):
+    def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+        return super().execute("PRAGMA journal_mode" if "journal_mode" in sql else sql, *arguments)
+
+
+def test_a_file_system_without_wal_mode_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=WithoutWal))
+    with pytest.raises(OutboxError, match="stays in 'delete'; put the file on a local disk"):
+        SqliteOutbox(tmp_path / "shop.db").create()
+
+
+def test_the_log_of_the_database_is_cut_after_a_reader_had_kept_it_growing(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._sqlite._LONGEST_WAL", 100_000)
+    store = outbox.open_store()
+    reader = sqlite3.connect(outbox._path, isolation_level=None)
+    reader.execute("BEGIN")
+    reader.execute(outbox._tables.sql("SELECT * FROM {outbox}")).fetchall()
+    for _ in range(3):
+        outboxes.add(outbox, [Envelope(data=b"x" * 900_000)])
+    assert os.path.getsize(outbox._path + "-wal") > 2_700_000
+    reader.close()
+    for _ in range(3):
+        store.renew("relay", 60.0, release=(), avoid=())
+        outboxes.query(outbox, "PRAGMA wal_checkpoint")
+    assert os.path.getsize(outbox._path + "-wal") <= 100_000
+    store.close()
 
 
 def test_ddl_makes_the_same_tables(tmp_path: Path, outbox: SqliteOutbox) -> None:

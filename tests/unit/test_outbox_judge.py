@@ -107,6 +107,12 @@ def test_what_cannot_be_read_is_dead_at_once() -> None:
     assert (failure.due_in_s, failure.key_hash, "damaged" in failure.error) == (None, None, True)
 
 
+@pytest.mark.parametrize("code", [TIMED_OUT, TRANSPORT, CLUSTER])
+def test_what_was_due_and_is_not_answered_is_due_again_later_without_an_attempt(code: int) -> None:
+    (failure,) = judge().answers(flight(1, {0: code}, is_due=True, attempts=[2])).failures
+    assert (failure.due_in_s, failure.attempts) == (2.0, 2)
+
+
 def test_what_is_due_counts_against_brokers_only_as_the_trial() -> None:
     assert judge().answers(flight(1, {0: TIMED_OUT}, is_due=True, attempts=[1])).verdict == "nothing"
     assert judge().answers(flight(1, {0: TIMED_OUT}, is_due=True, attempts=[1], trial=object())).verdict == "failed"

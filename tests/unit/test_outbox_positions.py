@@ -1,7 +1,7 @@
 """What a relay reads next: nothing twice, nothing left out, nothing of a key that is held."""
 
 from kbatch._outbox._positions import Positions
-from kbatch._outbox._store import HeldKey
+from kbatch._outbox._store import DueRow, HeldKey, Reading
 
 
 def rows(bucket: int, *numbers: int) -> list[tuple[int, int, bytes, None]]:
@@ -21,12 +21,15 @@ def begun(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Positions:
     return positions
 
 
-def taken(positions: Positions, bucket: int, *numbers: int, in_flight: tuple[int, ...] = ()) -> list[int]:
+def taken(
+    positions: Positions, bucket: int, *numbers: int, in_flight: tuple[int, ...] = (), ended: bool = True
+) -> list[int]:
     """Which rows are sent, if the store has these above the floor."""
     (floor,) = (each for of, each in positions.floors([bucket]).items() if of == bucket)
     found = [number for number in numbers if number > floor]
     floors = {bucket: found[-1]} if found else {}
-    sent = positions.taken(rows(bucket, *found), floors, lambda: {(bucket, number) for number in in_flight})
+    reading = Reading(rows(bucket, *found), floors, {bucket} if ended else set())
+    sent = positions.taken(reading, lambda: {(bucket, number) for number in in_flight})
     return [row[1] for row in sent]
 
 
@@ -52,31 +55,83 @@ def test_all_are_looked_at_again_and_what_comes_to_light_late_is_found() -> None
 
 
 def test_rows_of_a_held_key_wait_and_go_on_in_order_once_it_is_let_go() -> None:
-    positions = begun(held=(HeldKey(0, 2),))
-    assert taken(positions, 0, 1, 2, 3, 12, 10) == [1, 3, 10]
+    positions = begun(held=(HeldKey(0, 2, 2),))
+    assert taken(positions, 0, 1, 3, 10, 12) == [1, 3, 10]
     assert taken(positions, 0, 22, 23) == [23]
-    positions.let_go([HeldKey(0, 2)])
+    positions.let_go([HeldKey(0, 2, 2)])
     assert taken(positions, 0, 24) == [24]
     positions.let_go([])
     assert not positions.has_held()
-    assert taken(positions, 0, 2, 3, 12, 22, 23, 24, 25, in_flight=(3, 23, 24)) == [2, 12, 22, 25]
+    assert taken(positions, 0, 3, 12, 22, 23, 24, 25, in_flight=(3, 23, 24)) == [12, 22, 25]
 
 
 def test_a_key_that_is_held_twice_forgets_no_row() -> None:
     positions = begun()
-    positions.hold(0, 2)
-    assert taken(positions, 0, 2, 12) == []
-    positions.hold(0, 2)
-    positions.hold(0, None)
-    positions.hold(9, 2)
+    positions.hold(0, 2, 12)
+    assert taken(positions, 0, 22, 32) == []
+    positions.hold(0, 2, 2)
+    positions.hold(0, None, 1)
+    positions.hold(9, 2, 2)
+    assert taken(positions, 0, 42) == []
     positions.let_go([])
-    assert taken(positions, 0, 2, 12) == [2, 12]
+    assert taken(positions, 0, 22, 32, 42) == [22, 32, 42]
+
+
+def test_earlier_rows_of_a_held_key_go_first() -> None:
+    positions = begun(held=(HeldKey(0, 2, 12),))
+    assert taken(positions, 0, 2, 3, 22) == [2, 3]
+    positions.hold(0, 2, 2)  # and failed
+    positions.let_go([HeldKey(0, 2, 12)])  # and was sent then
+    assert taken(positions, 0, 22, 32) == []
+
+
+def test_rows_between_two_that_wait_go_on_when_the_first_of_them_is_gone() -> None:
+    positions = begun(held=(HeldKey(0, 2, 2),))
+    assert taken(positions, 0, 12, 22, 42) == []
+    positions.let_go([HeldKey(0, 2, 32)])
+    assert taken(positions, 0, 12, 22, 42) == [12, 22]
+    positions.let_go([])
+    assert taken(positions, 0, 42) == [42]
+
+
+def due(*numbers: int, bucket: int = 0, key_hash: int | None = 2) -> list[DueRow]:
+    return [DueRow(bucket, number, b"", None, 1, key_hash) for number in numbers]
+
+
+def test_a_row_that_waits_is_sent_when_everything_before_it_was_read_and_is_not_on_its_way() -> None:
+    positions = begun(held=(HeldKey(0, 2, 12),))
+    waiting = due(12)
+    assert positions.first_of_keys(waiting, []) == []  # nothing was read yet
+    assert taken(positions, 0, 2, ended=False) == [2]
+    assert positions.first_of_keys(waiting, []) == []
+    assert taken(positions, 0, 3, 22, ended=False) == [3]
+    on_its_way = [((0, 2), b"2"), ((0, 3), b"3"), ((1, 2), b"2"), ((0, 32), b"2")]
+    assert positions.first_of_keys(waiting, on_its_way) == []
+    assert positions.first_of_keys(waiting, on_its_way[1:]) == waiting
+    positions.put_back([(0, 2)])
+    assert positions.first_of_keys(waiting, []) == []
+    assert taken(positions, 0, 2, 3, 22, in_flight=(3,)) == [2]
+    assert positions.first_of_keys(waiting, on_its_way) == []
+    positions.start_again()  # what was known stays known
+    assert positions.first_of_keys(waiting, []) == waiting
+
+
+def test_a_row_that_waits_without_a_key_waits_for_no_other() -> None:
+    positions = begun()
+    assert positions.first_of_keys(due(12, key_hash=None), [((0, 2), b"2")]) == due(12, key_hash=None)
+    assert positions.first_of_keys(due(12, bucket=9, key_hash=None), []) == []
+
+
+def test_a_bucket_that_was_read_to_its_end_has_no_earlier_row() -> None:
+    positions = begun(held=(HeldKey(0, 2, 12),))
+    assert taken(positions, 0) == []
+    assert positions.first_of_keys(due(12), []) == due(12)
 
 
 def test_a_damaged_row_is_held_by_nobody() -> None:
-    positions = begun(held=(HeldKey(0, 2),))
-    sent = positions.taken([(0, 1, b"damaged", None)], {0: 1}, set)
-    assert [row[1] for row in sent] == [1]
+    positions = begun(held=(HeldKey(0, 2, 1),))
+    sent = positions.taken(Reading([(0, 2, b"damaged", None)], {0: 2}, {0}), set)
+    assert [row[1] for row in sent] == [2]
 
 
 def test_each_reading_begins_with_another_bucket() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from kbatch import Envelope, OutboxError, SqliteOutbox
 from kbatch._fastmap import packed_key_hash
+from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore
 from tests import outboxes
 from tests.relays import numbered
@@ -55,7 +56,7 @@ def test_a_second_relay_gets_what_the_first_one_gives_up(store: OutboxStore) -> 
     mine, share = renew(store, "first", release=range(32))
     assert (set(mine), share) == (set(range(32, 64)), 32)  # and takes none of them back
     assert renew(store, "second") == (dict.fromkeys(range(32), 2), 32)
-    store.leave("second", range(30))
+    store.leave("second", keep=(30, 31))
     mine, share = renew(store, "first", avoid=(0, 1))
     assert (set(mine), share) == ({*range(2, 30), *range(32, 64)}, 64)  # 30 and 31 were not given back
 
@@ -75,9 +76,30 @@ def test_a_relay_that_is_gone_counts_until_its_lease_ran_out(outbox: SqliteOutbo
     assert renew(store, "first")[1] == 64
 
 
+@pytest.mark.parametrize(("back_s", "is_free"), [(-50, False), (0, False), (50, False), (70, True), (3600, True)])
+def test_a_lease_of_before_the_clock_was_set_back_has_run_out(
+    outbox: SqliteOutbox, store: OutboxStore, back_s: int, is_free: bool
+) -> None:
+    outboxes.add(outbox, numbered(range(1)))
+    first, _ = renew(store, "first")  # for 60 seconds
+    for table in ("lease", "relay"):
+        outboxes.query(outbox, f"UPDATE {{{table}}} SET until = until + {back_s * 1000}")
+    assert outbox.status().relays == (0 if is_free else 1)
+    assert (store.settle(first, **NOTHING) == set(first)) is is_free
+    assert renew(store, "second") == (dict.fromkeys(range(64), 2), 64) if is_free else ({}, 32)
+
+
+def test_what_was_put_off_before_the_clock_was_set_back_is_due(outbox: SqliteOutbox, store: OutboxStore) -> None:
+    outboxes.add(outbox, numbered(range(3), keys=3))
+    outboxes.move_to_later(outbox, 1, 3)
+    outboxes.query(outbox, "UPDATE {later} SET due_at = {now} + (seq - 1) * 50000")
+    due = store.read_due(range(64), avoid=(), longest_s=60.0, limit=10)
+    assert [row.seq for row in due] == [1, 3]
+
+
 def test_nobody_gives_up_what_another_has(store: OutboxStore) -> None:
     mine, _ = renew(store, "first")
-    store.leave("second", range(64))
+    store.leave("second", keep=())
     assert renew(store, "first")[0] == mine
 
 
@@ -90,7 +112,8 @@ def test_rows_are_read_above_the_floors_by_bucket_and_number(outbox: SqliteOutbo
     reading = store.read(dict.fromkeys(range(64), 0), limit=10_000, max_bytes=10**9)
     assert [row[:2] for row in reading.rows] == all_rows
     assert reading.floors == {bucket: max(seq for of, seq in all_rows if of == bucket) for bucket, _ in all_rows}
-    assert store.read(reading.floors, limit=10_000, max_bytes=10**9) == ([], {})
+    assert reading.ended == set(range(64))
+    assert store.read(reading.floors, limit=10_000, max_bytes=10**9) == ([], {}, set(reading.floors))
 
 
 def test_a_full_bucket_leaves_room_for_the_others(outbox: SqliteOutbox, store: OutboxStore) -> None:
@@ -100,7 +123,10 @@ def test_a_full_bucket_leaves_room_for_the_others(outbox: SqliteOutbox, store: O
     floors = {full: 0, **dict.fromkeys(set(range(64)) - {full}, 0)}
     reading = store.read(floors, limit=1000, max_bytes=10**9)
     assert len({row[0] for row in reading.rows}) > 20
-    assert [row[1] for row in reading.rows if row[0] == full] == list(range(1, 51))
+    assert len(reading.rows) == 1000  # what the others leave of their share
+    assert [row[1] for row in reading.rows if row[0] == full] == list(range(1, reading.floors[full] + 1))
+    assert [row[:2] for row in reading.rows[:50]] == [(full, seq) for seq in range(1, 51)]
+    assert reading.ended == set(range(64)) - {full}
 
 
 def test_reading_ends_at_its_bytes_and_its_rows(outbox: SqliteOutbox, store: OutboxStore) -> None:
@@ -135,12 +161,12 @@ def test_what_failed_is_in_one_table_at_a_time_with_all_that_it_had(outbox: Sqli
     assert kept == before[1:]
     assert outboxes.query(outbox, "SELECT attempts, last_error FROM {dead}") == [(20, "refused")]
 
-    (due,) = store.read_due(range(64), limit=10)
+    (due,) = store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10)
     assert (due.bucket, due.seq, due.attempts, due.key_hash) == (*places[1], 1, failures[0].key_hash)
     assert store.left() == 2
     again = failures[0]._replace(due_in_s=3600.0, attempts=2)
     assert store.settle(mine, **{**NOTHING, "failures_later": [again]}) == set()
-    assert store.read_due(range(64), limit=10) == []
+    assert store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10) == []
     store.settle(mine, **{**NOTHING, "failures_later": [again._replace(due_in_s=None)], "done_later": places[2:3]})
     assert (placed(outbox, "later"), placed(outbox, "dead")) == ([], [places[1], places[3]])
     assert store.left() == 0
@@ -151,13 +177,43 @@ def test_of_a_key_only_the_lowest_that_waits_is_due(outbox: SqliteOutbox, store:
     mine, _ = renew(store, "first")
     failures = [failure(outbox, seq, 3600.0 if seq == 1 else 0.0) for seq in range(1, 6)]
     store.settle(mine, **{**NOTHING, "failures": failures})
-    assert sorted(row.seq for row in store.read_due(range(64), limit=10)) == [4, 5]
+    assert sorted(row.seq for row in store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10)) == [4, 5]
     bucket, key_hash = failures[0].bucket, failures[0].key_hash
     assert key_hash is not None
-    assert store.held_keys(range(64)) == [HeldKey(bucket, key_hash)]
+    assert store.held_keys(range(64)) == [HeldKey(bucket, key_hash, 1)]
     store.settle(mine, **{**NOTHING, "done_later": [(bucket, 1)]})
-    assert sorted(row.seq for row in store.read_due(range(64), limit=10)) == [2, 4, 5]
-    assert store.read_due({0, 1} - {bucket}, limit=10) == [] or bucket in (0, 1)
+    assert sorted(row.seq for row in store.read_due(range(64), avoid=(), longest_s=3600.0, limit=10)) == [2, 4, 5]
+    others = set(range(64)) - {of for of, _ in placed(outbox, "later")}
+    assert store.read_due(others, avoid=(), longest_s=3600.0, limit=10) == []
+
+
+def test_what_is_due_for_the_longest_comes_first_and_what_is_in_flight_takes_nobodys_place(
+    outbox: SqliteOutbox, store: OutboxStore
+) -> None:
+    outboxes.add(outbox, numbered(range(6), keys=6))
+    outboxes.move_to_later(outbox, 1, 6)
+    outboxes.query(outbox, "UPDATE {later} SET due_at = 10 - seq")
+    first = store.read_due(range(64), avoid=(), longest_s=3600.0, limit=2)
+    assert [row.seq for row in first] == [6, 5]
+    avoid = {(row.bucket, row.seq) for row in first}
+    assert [row.seq for row in store.read_due(range(64), avoid=avoid, longest_s=3600.0, limit=3)] == [4, 3, 2]
+
+
+def test_what_is_not_due_is_not_read(outbox: SqliteOutbox) -> None:
+    store = outbox.open_store()
+    assert isinstance(store, SqliteStore)
+    plans: list[str] = []
+    connection = store._connection
+
+    class Planned:
+        def execute(self, sql: str, parameters: Any = ()) -> Any:
+            plans.append(str(connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters).fetchall()))
+            return connection.execute(sql, parameters)
+
+    store._connection = Planned()  # type: ignore[assignment]
+    store.read_due(range(64), avoid=(), longest_s=60.0, limit=10)
+    connection.close()
+    assert ["kbatch_outbox_later_due" in plan for plan in plans] == [True, True]
 
 
 @pytest.mark.parametrize(

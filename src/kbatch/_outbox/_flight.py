@@ -68,7 +68,8 @@ class Answers:
 class Judge:
     """Decides about what was not acknowledged.
 
-    What no broker answered for stays in its place, and counts no attempt. What has timed out before, while other
+    What no broker answered for stays in its place, and counts no attempt; if it was due, it is due again later, so that
+    others are due before it. What has timed out before, while other
     records of its flight were acknowledged, or while a probe has shown that brokers answer, is put off, so that one
     partition without a leader does not stop all others; that counts no attempt either. A refusal counts one. What can
     never be accepted is dead at once.
@@ -135,7 +136,8 @@ class Judge:
         if not isinstance(error, DeliveryError):  # damaged, or larger than this producer sends
             due_in_s, attempts = None, attempts + 1
         elif is_outage(error) or blamed(error.code) == "cluster":
-            if not (is_partial and (place in self._timed_out or flight.is_due) and error.code in TIMEOUT_CODES):
+            again = is_partial and place in self._timed_out and error.code in TIMEOUT_CODES
+            if not (again or flight.is_due):
                 return None
             due_in_s = self._policy.delay_s(max(attempts, 1), self._random)
         elif error.code in WHOLE_BATCH_CODES and not flight.is_due:

@@ -5,20 +5,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable
 
-    from kbatch._outbox._store import HeldKey, Place, StoredRow
+    from kbatch._outbox._store import DueRow, HeldKey, Place, Reading, StoredRow
 
 __all__ = ["Positions"]
 
 
+_ALL = 2**63
+
+
+class _Held:
+    __slots__ = ("behind", "skipped")
+
+    def __init__(self, behind: int) -> None:
+        self.behind = behind  # the key's lowest row in `later`: rows above it wait, and rows below it come first
+        self.skipped: int | None = None  # the lowest row above it that was read
+
+
 class _Position:
-    __slots__ = ("floor", "held", "highest")
+    __slots__ = ("floor", "held", "highest", "known")
 
     def __init__(self) -> None:
         self.floor = 0  # what is read next lies above
         self.highest = 0  # what lies above was never read
-        self.held: dict[int, int | None] = {}  # by the number of a key that is held back, its lowest row that was read
+        self.known = 0  # up to here no row has to be sent but for those in flight and those of held keys
+        self.held: dict[int, _Held] = {}  # by the number of a key
 
 
 class Positions:
@@ -41,8 +53,8 @@ class Positions:
 
     def hold_all(self, held: Iterable[HeldKey]) -> None:
         """Holds back rows of these keys."""
-        for bucket, key_hash in held:
-            self.hold(bucket, key_hash)
+        for bucket, key_hash, seq in held:
+            self.hold(bucket, key_hash, seq)
 
     def knows(self, bucket: int) -> bool:
         """Whether a bucket was begun."""
@@ -61,16 +73,19 @@ class Positions:
         self._first = (self._first + 1) % len(known)
         return {bucket: self._of[bucket].floor for bucket in known[self._first :] + known[: self._first]}
 
-    def taken(
-        self, rows: list[StoredRow], floors: Mapping[int, int], in_flight: Callable[[], Collection[Place]]
-    ) -> list[StoredRow]:
-        """Learns what was read. The rows that are to be sent: those of no key that is held, and not in flight."""
+    def taken(self, reading: Reading, in_flight: Callable[[], Collection[Place]]) -> list[StoredRow]:
+        """Learns what was read. The rows that are to be sent: not in flight, and behind no row of their key that waits
+        in `later`."""
+        rows, floors, ended = reading
         if any(self._of[bucket].held or self._of[bucket].floor < self._of[bucket].highest for bucket in floors):
             rows = self._filtered(rows, in_flight)
         for bucket, floor in floors.items():
             position = self._of[bucket]
             position.floor = floor
             position.highest = max(position.highest, floor)
+            position.known = max(position.known, floor)
+        for bucket in ended:
+            self._of[bucket].known = _ALL  # what comes to light later has a higher number than any row that failed
         return rows
 
     def _filtered(self, rows: list[StoredRow], in_flight: Callable[[], Collection[Place]]) -> list[StoredRow]:
@@ -85,9 +100,9 @@ class Positions:
                     continue
             if position.held:
                 key_hash = self._key_hash(packed)
-                if key_hash is not None and key_hash in position.held:
-                    lowest = position.held[key_hash]
-                    position.held[key_hash] = seq if lowest is None else min(lowest, seq)
+                held = None if key_hash is None else position.held.get(key_hash)
+                if held is not None and seq > held.behind:
+                    held.skipped = seq if held.skipped is None else min(held.skipped, seq)
                     continue
             kept.append(row)
         return kept
@@ -98,32 +113,64 @@ class Positions:
         except (TypeError, ValueError):  # damaged: whoever sends it learns so
             return None
 
+    def first_of_keys(self, due: Iterable[DueRow], in_flight: Iterable[tuple[Place, bytes]]) -> list[DueRow]:
+        """Rows of `later` that may be sent: no earlier row of their key is to be sent, or on its way, from the hot
+        table.
+
+        Args:
+            in_flight: What is on its way from there.
+        """
+        known = {bucket: position.known for bucket, position in self._of.items()}
+        read = [row for row in due if known.get(row.bucket, -1) >= (0 if row.key_hash is None else row.seq - 1)]
+        highest: dict[int, int] = {}
+        for row in read:
+            if row.key_hash is not None:
+                highest[row.bucket] = max(row.seq, highest.get(row.bucket, 0))
+        lowest: dict[tuple[int, int], int] = {}  # of each key, on its way
+        for (bucket, seq), packed in in_flight if highest else ():
+            key_hash = self._key_hash(packed) if seq < highest.get(bucket, 0) else None
+            if key_hash is not None:
+                lowest[bucket, key_hash] = min(seq, lowest.get((bucket, key_hash), seq))
+        return [
+            row for row in read if row.key_hash is None or row.seq <= lowest.get((row.bucket, row.key_hash), row.seq)
+        ]
+
     def put_back(self, places: Iterable[Place]) -> None:
         """Rows are to be read again."""
         for bucket, seq in places:
             position = self._of.get(bucket)
             if position is not None:
-                position.floor = min(position.floor, seq - 1)
+                self._read_again(position, seq)
+
+    def _read_again(self, position: _Position, seq: int) -> None:
+        position.floor = min(position.floor, seq - 1)
+        position.known = min(position.known, seq - 1)
 
     def start_again(self) -> None:
         """All rows are to be looked at again."""
         for position in self._of.values():
             position.floor = 0
 
-    def hold(self, bucket: int, key_hash: int | None) -> None:
-        """Rows of a key wait behind one of it."""
+    def hold(self, bucket: int, key_hash: int | None, seq: int) -> None:
+        """Later rows of a key wait behind this one."""
         position = self._of.get(bucket)
         if position is not None and key_hash is not None:
-            position.held.setdefault(key_hash, None)
+            held = position.held.setdefault(key_hash, _Held(seq))
+            held.behind = min(held.behind, seq)
 
     def let_go(self, still_held: Collection[HeldKey]) -> None:
-        """Rows of all other keys go on."""
-        held = set(still_held)
+        """Rows of other keys go on, and of these keys those below the row that waits now."""
+        waiting = {(bucket, key_hash): seq for bucket, key_hash, seq in still_held}
         for bucket, position in self._of.items():
-            for key_hash in [key for key in position.held if (bucket, key) not in held]:
-                lowest = position.held.pop(key_hash)
-                if lowest is not None:
-                    position.floor = min(position.floor, lowest - 1)
+            for key_hash, held in list(position.held.items()):
+                behind = waiting.get((bucket, key_hash))
+                if held.skipped is not None and (behind is None or held.skipped < behind):
+                    self._read_again(position, held.skipped)
+                    held.skipped = None
+                if behind is None:
+                    del position.held[key_hash]
+                else:
+                    held.behind = behind
 
     def has_held(self) -> bool:
         """Whether rows of any key are held back."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import itertools
 import logging
 import os
 import socket
 import threading
-from collections import deque
 from typing import TYPE_CHECKING, Any
 
-from kbatch._checks import check_close_timeout, check_timeout, is_number, is_whole
+from kbatch._checks import check_close_timeout, check_timeout, check_whole, is_number, is_whole
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, OutboxError, ProducerError, SenderClosedError, SenderError, type_name
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
@@ -61,7 +60,7 @@ _TRY_STORE_AGAIN_S = 0.25
 _REMIND_EVERY_S = 60.0
 _BATCH_BYTES = 4_000_000
 _MOST_DUE = 500
-_POLL_LEFT_S = 0.02
+_LOOK_WHETHER_OVER_S = 0.02
 _LAST_WORDS_S = 2.0  # for the outcomes of what was given up
 
 
@@ -130,6 +129,7 @@ class Relay:
                 raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
         if probe_interval_s > max_probe_interval_s:
             raise ConfigError(f"{probe_interval_s=!r} is longer than {max_probe_interval_s=!r}")
+        check_whole("batch_size * max_in_flight_batches", batch_size * max_in_flight_batches)
         check_close_timeout(close_timeout_s)
         self._outbox = outbox
         self._batch_size = batch_size
@@ -158,23 +158,27 @@ class Relay:
         )
         self._flag: Flag = self._gate.flag
         self._judge = Judge(policy, packed_key_hash, entropy)
+        self._longest_wait_s = policy.max_backoff_s
         self._leases = Leases(self._lease_s)
         self._positions = Positions(packed_key_hash)
         self._store: OutboxStore | None = None
         self._flights: dict[Flight, None] = {}
-        self._news: deque[Flight] = deque()  # settled, by the dispatcher's thread
         self._done: list[Place] = []  # what is to be written
         self._done_later: list[Place] = []
         self._failures: list[Failure] = []
         self._failures_later: list[Failure] = []
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
-        self._runs = threading.Lock()  # held by the thread that runs it
-        self._runner: int | None = None
-        self._stopping = False
+        self._claims = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
+        self._closing = threading.RLock()
+        self._runs = threading.Lock()  # of the last run, which holds it
+        self._runner: int | None = None  # the thread of the last run
+        self._stopping = self._ending = False
+        self._has_asked = False  # for leases, so that it may have some
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._poll_s = _SHORTEST_POLL_S
         self._is_hinted = False
+        self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0
         self._trouble_at: float | None = None
@@ -192,7 +196,7 @@ class Relay:
         Raises:
             OutboxError: At its start, the outbox cannot be opened.
             SenderClosedError: The relay is closed, or its producer cannot send any more and cannot be replaced.
-            RuntimeError: Another thread runs it.
+            RuntimeError: It runs already.
         """
         self._run(until_empty=False, end=None)
 
@@ -202,21 +206,28 @@ class Relay:
 
         Args:
             timeout: Seconds; ``None`` takes as long as it takes: a record that is refused may wait for its next
-                attempt, and a bucket for the end of the lease of a relay that has died.
+                attempt, and a bucket for the end of the lease of a relay that has died. What is in flight at its end
+                is given up. It is sent again some time, also if a broker has stored it.
 
         Returns:
             0 if it is empty, else about how many records are left.
+
+        Raises:
+            RuntimeError: It is called within `run`, as by a signal handler.
         """
         check_timeout(timeout)
         end = None if timeout is None else monotonic() + timeout
         if self._runs.locked():
+            if self._is_run_here():
+                raise RuntimeError("drain waits for what run does, so it must not be called within it")
             return self._await_empty(end)
         if self._run(until_empty=True, end=end):
             return 0
         return self._count_left()
 
     def stop(self) -> None:
-        """Has `run` and `drain` end. Any thread may call it, and a signal handler."""
+        """Has `run` and `drain` end. Any thread may call it, and a signal handler. If neither is called yet, the next
+        one ends at once."""
         self._stopping = True
         self._flag.set()
 
@@ -236,18 +247,23 @@ class Relay:
         Raises:
             RuntimeError: It is called within `run`, as by a signal handler, which calls `stop`.
         """
-        if self._runner == threading.get_ident():
+        if self._is_run_here():
             raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
-        self._closed = True
+        with self._claims:
+            self._closed = True
         self.stop()
-        with self._runs:
+        while self._runs.locked():
+            threading.Event().wait(_LOOK_WHETHER_OVER_S)
+        with self._closing:
             if self._released:
                 return
-            self._released = True
-        self._gate.close()
-        self._handle.release(self._close_timeout_s)
-        self._prober.stop()
-        self._calls.stop()
+            try:
+                self._gate.close()
+                self._handle.release(self._close_timeout_s)
+            finally:
+                self._prober.stop()
+                self._calls.stop()
+            self._released = True  # last: who was interrupted calls again
 
     def __enter__(self) -> Self:
         return self
@@ -262,7 +278,7 @@ class Relay:
             left = self._count_left()
             if not left or not self._runs.locked() or (end is not None and monotonic() >= end):
                 return left
-            pause = _POLL_LEFT_S if end is None else min(_POLL_LEFT_S, max(0.0, end - monotonic()))
+            pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
             threading.Event().wait(pause)
 
     def _count_left(self) -> int:
@@ -276,36 +292,49 @@ class Relay:
 
     def _run(self, *, until_empty: bool, end: float | None) -> bool:
         """Whether the outbox was seen empty."""
-        if not self._runs.acquire(blocking=False):
-            raise RuntimeError("another thread runs this relay")
-        self._runner = threading.get_ident()
+        mine = threading.Lock()
+        with mine:  # whatever interrupts this, nobody finds it held afterwards
+            return self._run_with(mine, until_empty, end)
+
+    def _run_with(self, mine: threading.Lock, until_empty: bool, end: float | None) -> bool:
+        self._claim(mine)
+        is_over = False
         try:
-            if self._closed:
-                raise SenderClosedError("the relay is closed")
-            self._begin()
             try:
-                while not self._stopping and (end is None or monotonic() < end):
+                self._begin()
+                while not (is_over or self._stopping) and (end is None or monotonic() < end):
                     pause = self._round()
-                    if until_empty and self._is_empty():
-                        return True
+                    is_over = until_empty and self._is_empty()
                     if end is not None:
                         pause = min(pause, max(0.0, end - monotonic()))
-                    if pause > 0.0:
+                    if pause > 0.0 and not is_over:
                         self._flag.wait(pause)
-                return False
             finally:
-                self._end()
+                self._end(end)
         finally:
+            self._give_back()  # again, if that was interrupted
             self._stopping = False  # it may be run again
-            self._runner = None
-            self._runs.release()
+        return is_over
+
+    def _claim(self, mine: threading.Lock) -> None:
+        with self._claims:
+            if self._runs.locked():
+                raise RuntimeError("this relay runs already")
+            if self._closed:
+                raise SenderClosedError("the relay is closed")
+            self._runner = threading.get_ident()
+            self._runs = mine
+
+    def _is_run_here(self) -> bool:
+        return self._runs.locked() and self._runner == threading.get_ident()
 
     def _is_empty(self) -> bool:
-        if self._flights or self._news or self._has_answers() or self._store is None:
+        if self._flights or self._has_answers() or self._store is None:
             return False
         return self._guarded(self._store.left, 1) == 0
 
     def _begin(self) -> None:
+        self._ending = False
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._store_at = now
@@ -329,7 +358,7 @@ class Relay:
         if self._is_hinted:
             self._is_hinted = False
             self._read_at = min(self._read_at, now + _SHORTEST_POLL_S)
-        self._take_news()
+        self._take_settled()
         if gate.death is not None:
             raise gate.refusal()
         gate.probe_if_due(now)
@@ -346,7 +375,7 @@ class Relay:
         if self._has_answers():
             due.append(now)
         pause = max(min(due), self._store_at) - monotonic()
-        return 0.0 if self._news else min(max(pause, 0.0), _RENEW_EVERY_S)
+        return min(max(pause, 0.0), _RENEW_EVERY_S)
 
     def _guarded(self, call: Callable[[], _T], otherwise: _T) -> _T:
         """Calls what uses the store. If the database does not answer, the store is opened again later."""
@@ -391,7 +420,7 @@ class Relay:
             self._let_go()
         # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
         # would be the trial again and again.
-        if self._gate.circuit.state is CircuitState.CLOSED:
+        if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
             self._send_due_if_time()
         for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
             if not self._may_send() or monotonic() < self._read_at:
@@ -403,7 +432,9 @@ class Relay:
         now = monotonic()
         if now >= self._due_at and self._may_send():
             self._due_at = now + _LOOK_AT_DUE_EVERY_S
-            self._send_due()
+            # What failed before may fail again, which takes long: it leaves room, and a turn, for the others.
+            if sum(flight.is_due for flight in self._flights) < max(self._max_flights // 2, 1):
+                self._send_due()
 
     # -- leases
 
@@ -419,6 +450,7 @@ class Relay:
         busy = self._busy()
         release = self._leases.leaving - busy
         asked = _times()
+        self._has_asked = True
         # What is still in flight of a lost bucket must have its outcome before it is sent again.
         leases, share = self._store.renew(self._owner, self._lease_s, release=release, avoid=busy)
         self._drop(release)
@@ -461,7 +493,7 @@ class Relay:
 
     def _may_send(self) -> bool:
         return (
-            not self._stopping
+            not (self._stopping or self._ending)
             and len(self._flights) < self._max_flights
             and self._gate.may_send()
             and self._may_hand_over()
@@ -475,12 +507,12 @@ class Relay:
         assert self._store is not None
         floors = self._positions.floors(self._leases.to_read())
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES)
-        rows = self._positions.taken(reading.rows, reading.floors, self._in_flight)
+        rows = self._positions.taken(reading, self._in_flight)
         if reading.rows:
             self._poll_s = _SHORTEST_POLL_S
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
-        if len(reading.rows) < self._batch_size // 2:
+        if reading.ended.issuperset(floors):
             self._read_at = monotonic() + self._poll_s
         if not rows:
             return
@@ -500,9 +532,10 @@ class Relay:
         buckets = self._leases.to_read()
         if not buckets:
             return
-        found = self._store.read_due(buckets, limit=_MOST_DUE)
-        in_flight = self._in_flight() if found else ()
-        rows = [row for row in found if (row.bucket, row.seq) not in in_flight]
+        in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
+        rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
+        hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
+        rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
         producer = self._handle.solo() if rows else None
         if producer is None:
             return
@@ -544,7 +577,8 @@ class Relay:
                 gate.note("nothing", flight.trial, monotonic())
                 return
             self._flights[flight] = None
-            producer._send_detached(flight.pending, waker=functools.partial(self._on_settled, flight))
+            self._was_due = flight.is_due
+            producer._send_detached(flight.pending, waker=self._flag.set)
         except ProducerError as error:
             self._put_back(flight)
             if flight.is_due:
@@ -563,18 +597,14 @@ class Relay:
         if not flight.is_due:
             self._positions.put_back(flight.places)
 
-    def _on_settled(self, flight: Flight) -> None:
-        self._news.append(flight)
-        self._flag.set()
-
     # -- answers
 
-    def _take_news(self) -> None:
-        while self._news:
-            self._settle(self._news.popleft())
+    def _take_settled(self) -> None:
+        for flight in list(self._flights):
+            if flight.pending is not None and flight.pending.done():
+                self._settle(flight)
 
     def _settle(self, flight: Flight) -> None:
-        self._flights.pop(flight, None)
         answers = self._judge.answers(flight)
         tokens = self._leases.tokens
         lost = {bucket for bucket, token in flight.tokens.items() if tokens.get(bucket) != token}
@@ -596,7 +626,8 @@ class Relay:
             self._positions.put_back(unsent)
             for failure in failures:
                 if failure.due_in_s is not None:
-                    self._positions.hold(failure.bucket, failure.key_hash)
+                    self._positions.hold(failure.bucket, failure.key_hash, failure.seq)
+        self._flights.pop(flight, None)  # not before: what was interrupted is done once more
         if failures or unsent:
             self._gate.last_error = answers.last_error
             self._read_at = monotonic()
@@ -637,38 +668,43 @@ class Relay:
 
     # -- the end
 
-    def _end(self) -> None:
-        """Waits for what is in flight, writes its answers, and gives the buckets back of which nothing is open."""
-        self._stopping = True
+    def _end(self, end: float | None = None) -> None:
+        """Waits for what is in flight, until `end` at most, writes its answers, and gives the buckets back."""
+        self._ending = True
+        now = monotonic()
+        longest = now + self._close_timeout_s
+        if not self._await_answers(longest if end is None else min(longest, max(end, now))):
+            # What librdkafka has given up it sends no more, so that others may have the buckets at once.
+            self._purge()
+            self._await_answers(monotonic() + _LAST_WORDS_S)
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Gives the buckets back of which nothing is open. Called again it does nothing."""
         self._outbox.unwatch(self._on_add)
-        try:
-            if not self._await_answers(monotonic() + self._close_timeout_s):
-                # What librdkafka has given up it sends no more, so that others may have the buckets at once.
-                self._purge()
-                self._await_answers(monotonic() + _LAST_WORDS_S)
-        finally:
-            # What was not settled within the time may still be stored: its buckets wait until the leases run out.
-            keep = self._busy()
-            store = self._store
-            if store is not None:
-                release = set(self._leases.tokens) - keep
-                self._guarded(lambda: store.leave(self._owner, release), None)
-            self._close_store()
-            self._positions.end(self._leases.forget())
-            self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
-            self._judge.forget()
+        if self._has_asked and not self._guarded(self._leave, False):
+            self._guarded(self._leave, False)  # by another connection
+        self._has_asked = False
+        self._close_store()
+        self._positions.end(self._leases.forget())
+        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+        self._judge.forget()
+
+    def _leave(self) -> bool:
+        assert self._store is not None
+        # What was not settled within the time may still be stored: its buckets wait until the leases run out.
+        self._store.leave(self._owner, keep=self._busy())
+        return True
 
     def _await_answers(self, end: float) -> bool:
         """Whether everything that was in flight is written by then."""
-        while self._flights or self._news or self._has_answers():
+        while self._flights or self._has_answers():
             now = monotonic()
             if now >= end:
                 return False
-            self._take_news()
+            self._take_settled()
             if now >= self._store_at:
                 self._guarded(self._use_store, None)
-            if self._news:
-                continue
             if self._flights:
                 self._flag.wait(min(end - now, 0.1))
             elif self._has_answers():

@@ -16,7 +16,7 @@ from kbatch._checks import is_whole
 from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import Mapper, RecordPool, wall_time
 from kbatch._outbox._sqlite_store import SqliteStore
-from kbatch._outbox._sqlite_tables import SqliteTables
+from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import printable
 
@@ -31,6 +31,7 @@ __all__ = ["OutboxStatus", "SqliteOutbox"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, and SQLite's for a value
 _BUSY_TIMEOUT_S = 5.0
+_LONGEST_WAL = 16_000_000  # what the file is cut to when SQLite begins it anew, after a reader had kept it growing
 
 _logger = logging.getLogger("kbatch")
 _told_of_fault = False
@@ -86,8 +87,11 @@ class SqliteOutbox:
         check_mapping(wire, encoder, source, header_hook)
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
-        self._path = os.path.abspath(os.fspath(path))
-        if os.fspath(path) in ("", ":memory:"):
+        name = os.fsdecode(path)
+        self._path = os.path.abspath(name)
+        if "\0" in name:
+            raise ConfigError(f"path must have no NUL character: {printable(name)}")
+        if name in ("", ":memory:"):
             raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
         if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
             raise ConfigError(
@@ -107,8 +111,10 @@ class SqliteOutbox:
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
+        # CAST, since a connection may convert what comes from a column of a type.
         self._look = sql(
-            "SELECT last_seq, version, buckets, (SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
+            "SELECT CAST(last_seq AS INTEGER), CAST(version AS INTEGER), CAST(buckets AS INTEGER), "
+            "(SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
         )
         self._insert = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
@@ -130,15 +136,32 @@ class SqliteOutbox:
         """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
 
         Raises:
-            OutboxError: The file is no database, or cannot be written; the tables are another version's.
+            OutboxError: The file is no database, or cannot be written; the tables are another version's; the file
+                system has no WAL mode. Then no table was made.
         """
         with self._connection(create=True) as connection:
-            connection.execute("PRAGMA journal_mode=WAL")
+            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
+            if mode != "wal":
+                raise OutboxError(
+                    f"the outbox in {self._path}: SQLite cannot use WAL mode there, and stays in {mode!r}; put the "
+                    "file on a local disk"
+                )
             connection.execute("BEGIN IMMEDIATE")
+            self._refuse_other_tables(connection)
             for statement in self._tables.ddl().split(";\n")[:-1]:
                 connection.execute(statement)
             connection.execute("COMMIT")
             self._check_tables(connection)
+
+    def _refuse_other_tables(self, connection: sqlite3.Connection) -> None:
+        try:
+            found = connection.execute(self._tables.sql("SELECT version, buckets FROM {meta}")).fetchone()
+        except sqlite3.OperationalError as error:
+            if not lacks_tables(error):
+                raise
+        else:
+            if found is not None:
+                self._tables.check_meta(*found)
 
     # -- adding
 
@@ -148,8 +171,9 @@ class SqliteOutbox:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
         All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
-        can go on, unless SQLite itself has ended it. A transaction that only reads before should begin with
-        ``BEGIN IMMEDIATE``: SQLite may refuse at once to let it write.
+        can go on, unless SQLite itself has ended it. After an exception of a signal handler, such as Ctrl-C, all of
+        them may have been added: roll back. A transaction that only reads before should begin with ``BEGIN IMMEDIATE``:
+        SQLite may refuse at once to let it write.
 
         Args:
             connection: One of ``sqlite3``, to this outbox's file, in a transaction.
@@ -172,6 +196,8 @@ class SqliteOutbox:
         try:
             count = self._insert_batch(connection, batch)
         except sqlite3.Error as error:
+            if lacks_tables(error):
+                self._check_file_of(connection)
             raise self._tables.as_outbox_error(error, self._path) from error
         for watcher in tuple(self._watchers):
             watcher()
@@ -202,18 +228,17 @@ class SqliteOutbox:
             (row,) = self._rows(cursor, batch, count)
             cursor.execute(self._insert, row)
             return 1
-        # Else what was inserted before one that fails is to be undone.
-        cursor.execute("SAVEPOINT kbatch_add")
-        try:
+        try:  # what was inserted before one that fails is to be undone
+            cursor.execute("SAVEPOINT kbatch_add")
             rows = self._rows(cursor, batch, count)
             cursor.executemany(self._insert, rows)
+            cursor.execute("RELEASE kbatch_add")
         except BaseException:
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
                 with contextlib.suppress(sqlite3.Error):
                     cursor.execute("ROLLBACK TO kbatch_add")
                     cursor.execute("RELEASE kbatch_add")
             raise
-        cursor.execute("RELEASE kbatch_add")
         return len(rows)
 
     def _rows(
@@ -229,6 +254,12 @@ class SqliteOutbox:
         if file not in self._own_files:
             self._check_file(file)
         return self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
+
+    def _check_file_of(self, connection: sqlite3.Connection) -> None:
+        cursor = connection.cursor()
+        cursor.row_factory = None
+        (file,) = cursor.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()
+        self._check_file(file)
 
     def _check_file(self, file: str | None) -> None:
         try:
@@ -269,7 +300,7 @@ class SqliteOutbox:
                 for bucket in range(BUCKETS)
             )
             oldest = min((age[0] for age in ages if age is not None), default=None)
-            relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE until > {now}")).fetchone()[0]
+            relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
         age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
         return OutboxStatus(waiting, later, dead, age_s, relays)
 
@@ -278,8 +309,9 @@ class SqliteOutbox:
         self._watchers.append(watcher)
 
     def unwatch(self, watcher: Callable[[], object]) -> None:
-        """Calls it no more."""
-        self._watchers.remove(watcher)
+        """Calls it no more, if it does."""
+        with contextlib.suppress(ValueError):
+            self._watchers.remove(watcher)
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.
@@ -302,12 +334,13 @@ class SqliteOutbox:
             connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA mmap_size=0")
+            connection.execute(f"PRAGMA journal_size_limit={_LONGEST_WAL}")
             yield connection
         except BaseException as error:
             if connection is not None:
                 connection.close()
             if isinstance(error, sqlite3.Error):
-                raise self._tables.as_outbox_error(error, self._path) from error
+                raise self._tables.as_outbox_error(error, self._path, own=True) from error
             raise
         if not keep:
             connection.close()

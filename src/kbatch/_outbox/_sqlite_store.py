@@ -21,6 +21,8 @@ __all__ = ["SqliteStore"]
 
 _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
+# Somebody who has the checks of the tables ignored may store anything. What is no bytes then goes to the dead.
+_PACKED = "CASE WHEN typeof(deliver_by) IN ('integer', 'null') THEN packed ELSE 'deliver_by is no number' END"
 
 
 class SqliteStore:
@@ -41,7 +43,8 @@ class SqliteStore:
         sql = tables.sql
         self._now = sql("SELECT {now}")
         self._read = sql(
-            "SELECT bucket, seq, packed, deliver_by FROM {outbox} WHERE bucket = ? AND seq > ? ORDER BY seq LIMIT ?"
+            f"SELECT bucket, seq, {_PACKED}, deliver_by FROM {{outbox}} "
+            "WHERE bucket = ? AND seq > ? ORDER BY seq LIMIT ?"
         )
         self._delete = sql("DELETE FROM {outbox} WHERE bucket = ? AND seq = ?")
         self._delete_later = sql("DELETE FROM {later} WHERE bucket = ? AND seq = ?")
@@ -65,38 +68,39 @@ class SqliteStore:
         sql = self._tables.sql
         with self._writing() as run:
             now = run(self._now).fetchone()[0]
-            until = now + int(lease_s * 1000)
-            run(sql("DELETE FROM {relay} WHERE until <= ?"), (now,))
-            run(sql("INSERT OR REPLACE INTO {relay} (owner, until) VALUES (?, ?)"), (owner, until))
+            length = int(lease_s * 1000)
+            until = now + length
+            run(sql("DELETE FROM {relay} WHERE NOT {lives}"))
+            run(sql("INSERT OR REPLACE INTO {relay} (owner, until, length) VALUES (?, ?, ?)"), (owner, until, length))
             relays = run(sql("SELECT count(*) FROM {relay}")).fetchone()[0]
             share = -(-BUCKETS // relays)
             self._give_up(run, owner, release)
             leases = [
                 Lease(*found)
                 for found in run(
-                    sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND until > ?"), (owner, now)
+                    sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND {lives}"), (owner,)
                 ).fetchall()
             ]
-            run(sql("UPDATE {lease} SET until = ? WHERE owner = ? AND until > ?"), (until, owner, now))
+            run(sql("UPDATE {lease} SET until = ?, length = ? WHERE owner = ? AND {lives}"), (until, length, owner))
             free = run(
-                sql("SELECT bucket, token FROM {lease} WHERE owner IS NULL OR until <= ? ORDER BY bucket"), (now,)
+                sql("SELECT bucket, token FROM {lease} WHERE owner IS NULL OR NOT {lives} ORDER BY bucket")
             ).fetchall()
             for bucket, token in free:
                 if len(leases) >= share:
                     break
                 if bucket not in avoid and bucket not in release:
                     run(
-                        sql("UPDATE {lease} SET owner = ?, token = ?, until = ? WHERE bucket = ?"),
-                        (owner, token + 1, until, bucket),
+                        sql("UPDATE {lease} SET owner = ?, token = ?, until = ?, length = ? WHERE bucket = ?"),
+                        (owner, token + 1, until, length, bucket),
                     )
                     leases.append(Lease(bucket, token + 1))
         return leases, share
 
-    def leave(self, owner: str, release: Collection[int]) -> None:
+    def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """As `OutboxStore.leave`."""
         with self._writing() as run:
             run(self._tables.sql("DELETE FROM {relay} WHERE owner = ?"), (owner,))
-            self._give_up(run, owner, release)
+            self._give_up(run, owner, set(range(BUCKETS)).difference(keep))
 
     def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
         statement = self._tables.sql("UPDATE {lease} SET owner = NULL, until = 0 WHERE bucket = ? AND owner = ?")
@@ -108,37 +112,54 @@ class SqliteStore:
     def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
         """As `OutboxStore.read`."""
         rows: list[StoredRow] = []
+        left = dict(floors)  # of what was not read to its end
         new_floors: dict[int, int] = {}
+        ended: set[int] = set()
         size = 0
-        share = max(limit // max(len(floors), 1), _FEWEST_OF_BUCKET)
         with self._reading() as run:
-            for bucket, floor in floors.items():
-                for row in run(self._read, (bucket, floor, min(share, limit - len(rows)))):
-                    rows.append(row)
-                    size += len(row[2])
-                    if size >= max_bytes:
+            while left and size < max_bytes and len(rows) < limit:
+                share = max((limit - len(rows)) // len(left), _FEWEST_OF_BUCKET)
+                for bucket, floor in list(left.items()):
+                    if size >= max_bytes or len(rows) >= limit:
                         break
-                if rows and rows[-1][0] == bucket:
-                    new_floors[bucket] = rows[-1][1]
-                if size >= max_bytes or len(rows) >= limit:
-                    break
-        return Reading(rows, new_floors)
+                    before, most = len(rows), min(share, limit - len(rows))
+                    for row in run(self._read, (bucket, floor, most)):
+                        rows.append(row)
+                        size += len(row[2]) if isinstance(row[2], bytes) else 0
+                        if size >= max_bytes:
+                            break
+                    if len(rows) > before:
+                        left[bucket] = new_floors[bucket] = rows[-1][1]
+                    if len(rows) - before < most and size < max_bytes:
+                        ended.add(bucket)
+                        del left[bucket]
+        return Reading(rows, new_floors, ended)
 
-    def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
+    def read_due(
+        self, buckets: Collection[int], *, avoid: Collection[Place], longest_s: float, limit: int
+    ) -> list[DueRow]:
         """As `OutboxStore.read_due`."""
-        statement = self._tables.sql(
-            "SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {later} AS mine "
-            f"WHERE due_at <= {{now}} AND bucket IN ({_marks(buckets)}) AND NOT EXISTS (SELECT 1 FROM {{later}} AS "
-            "earlier WHERE earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq"
-            ") ORDER BY due_at LIMIT ?"
-        )
+        # +bucket, so that the index on due_at is used: else all that wait are read, ten times a second.
+        of_mine = f"AND +bucket IN ({_marks(buckets)}) AND NOT EXISTS (SELECT 1 FROM {{later}} AS earlier WHERE "
+        of_mine += "earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq)"
+        rows: list[DueRow] = []
         with self._reading() as run:
-            return [DueRow(*row) for row in run(statement, (*buckets, limit))]
+            # What is due too late was put off before the clock was set back.
+            for due in ("due_at <= {now}", "due_at > {now} + ?"):
+                statement = self._tables.sql(
+                    f"SELECT bucket, seq, {_PACKED}, deliver_by, attempts, key_hash FROM {{later}} AS mine "
+                    f"WHERE {due} {of_mine} ORDER BY due_at LIMIT ?"
+                )
+                longest = [int(longest_s * 1000)] if "?" in due else []
+                found = run(statement, (*longest, *buckets, limit - len(rows) + len(avoid)))
+                rows += [DueRow(*row) for row in found if row[:2] not in avoid]
+        return rows[:limit]
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """As `OutboxStore.held_keys`."""
         statement = self._tables.sql(
-            f"SELECT DISTINCT bucket, key_hash FROM {{later}} WHERE bucket IN ({_marks(buckets)}) AND key_hash NOT NULL"
+            f"SELECT bucket, key_hash, min(seq) FROM {{later}} WHERE bucket IN ({_marks(buckets)}) "
+            "AND key_hash NOT NULL GROUP BY bucket, key_hash"
         )
         with self._reading() as run:
             return [HeldKey(*row) for row in run(statement, tuple(buckets))]
@@ -166,9 +187,7 @@ class SqliteStore:
         """As `OutboxStore.settle`."""
         with self._writing() as run:
             now = run(self._now).fetchone()[0]
-            holding = run(
-                self._tables.sql("SELECT bucket, token FROM {lease} WHERE until > ? AND owner NOT NULL"), (now,)
-            )
+            holding = run(self._tables.sql("SELECT bucket, token FROM {lease} WHERE {lives} AND owner NOT NULL"))
             valid = {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}
             lost = set(leases) - valid
             if lost:
@@ -203,14 +222,14 @@ class SqliteStore:
         try:
             yield self._connection.execute
         except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path) from error
+            raise self._tables.as_outbox_error(error, self._path, own=True) from error
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[_Run]:
         run = self._connection.execute
         try:
-            run("BEGIN IMMEDIATE")
             try:
+                run("BEGIN IMMEDIATE")
                 yield run
                 run("COMMIT")
             except BaseException:
@@ -219,7 +238,7 @@ class SqliteStore:
                         run("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path) from error
+            raise self._tables.as_outbox_error(error, self._path, own=True) from error
 
 
 def _marks(values: Collection[int]) -> str:

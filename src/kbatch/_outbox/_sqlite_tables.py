@@ -13,7 +13,7 @@ from kbatch._text import counted
 if TYPE_CHECKING:
     import os
 
-__all__ = ["SqliteTables"]
+__all__ = ["SqliteTables", "lacks_tables"]
 
 VERSION = 1
 _LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
@@ -21,6 +21,8 @@ _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 # Without rowid the row lies in the primary key's tree, so that what a relay reads is in one place. Numbers are given by
 # `meta.last_seq` and never again: a relay that is late must not delete another row of the same number.
+# A column of SQLite keeps a value of any type; the checks are for what a relay computes with. The other tables take
+# over what slipped through.
 _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -30,12 +32,12 @@ CREATE TABLE IF NOT EXISTS {meta} (
 );
 INSERT OR IGNORE INTO {meta} (one, version, buckets, last_seq) VALUES (1, {version}, {buckets}, 0);
 CREATE TABLE IF NOT EXISTS {outbox} (
-    bucket INTEGER NOT NULL,
-    seq INTEGER NOT NULL,
+    bucket INTEGER NOT NULL CHECK (typeof(bucket) = 'integer'),
+    seq INTEGER NOT NULL CHECK (typeof(seq) = 'integer'),
     id BLOB NOT NULL,
-    packed BLOB NOT NULL,
-    created_at INTEGER NOT NULL,
-    deliver_by INTEGER,
+    packed BLOB NOT NULL CHECK (typeof(packed) = 'blob'),
+    created_at INTEGER NOT NULL CHECK (typeof(created_at) = 'integer'),
+    deliver_by INTEGER CHECK (typeof(deliver_by) IN ('integer', 'null')),
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS {later} (
@@ -45,10 +47,10 @@ CREATE TABLE IF NOT EXISTS {later} (
     packed BLOB NOT NULL,
     created_at INTEGER NOT NULL,
     deliver_by INTEGER,
-    due_at INTEGER NOT NULL,
-    attempts INTEGER NOT NULL,
+    due_at INTEGER NOT NULL CHECK (typeof(due_at) = 'integer'),
+    attempts INTEGER NOT NULL CHECK (typeof(attempts) = 'integer'),
     last_error TEXT NOT NULL,
-    key_hash INTEGER,
+    key_hash INTEGER CHECK (typeof(key_hash) IN ('integer', 'null')),
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS {later_due} ON {later_bare} (due_at);
@@ -69,16 +71,21 @@ CREATE TABLE IF NOT EXISTS {lease} (
     bucket INTEGER PRIMARY KEY,
     owner TEXT,
     token INTEGER NOT NULL,
-    until INTEGER NOT NULL
+    until INTEGER NOT NULL,
+    length INTEGER NOT NULL
 );
 CREATE TABLE IF NOT EXISTS {relay} (
     owner TEXT PRIMARY KEY,
-    until INTEGER NOT NULL
+    until INTEGER NOT NULL,
+    length INTEGER NOT NULL
 ) WITHOUT ROWID;
 """
 
 # The database's clock, in milliseconds since 1970.
 NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+
+# Of a line in `lease` or `relay`. One that ends too late is of before the clock was set back; a small step is borne.
+LIVES = f"(until > {NOW_MS} AND until <= {NOW_MS} + 2 * length)"
 
 
 class SqliteTables:
@@ -87,6 +94,8 @@ class SqliteTables:
     def __init__(self, prefix: str) -> None:
         if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
             raise ConfigError(f"prefix must begin a table's name, of a-z A-Z 0-9 and _ only, not {shown(prefix)}")
+        if prefix.lower().startswith("sqlite_"):
+            raise ConfigError(f"prefix={shown(prefix)} makes names that SQLite keeps for itself")
         longest = prefix + "outbox_later_due"
         if len(longest) > _LONGEST_NAME:
             raise ConfigError(
@@ -97,17 +106,17 @@ class SqliteTables:
         self.names = {name: f'main."{prefix}outbox_{name}"' for name in names}
         self.names["outbox"] = f'main."{prefix}outbox"'
         self.names["later_bare"] = f'"{prefix}outbox_later"'  # an index says which schema by its own name
-        self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0)" for bucket in range(BUCKETS))
+        self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
 
     def sql(self, statement: str) -> str:
-        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …"""
-        return statement.format(now=NOW_MS, **self.names)
+        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …; ``{now}``; ``{lives}``."""
+        return statement.format(now=NOW_MS, lives=LIVES, **self.names)
 
     def ddl(self) -> str:
         """The statements that make what is missing."""
         text = _DDL.format(version=VERSION, buckets=BUCKETS, **self.names)
         return text + self.sql(
-            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until) VALUES " + self._first_buckets + ";\n"
+            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until, length) VALUES " + self._first_buckets + ";\n"
         )
 
     def check_meta(self, version: int, buckets: int) -> None:
@@ -123,13 +132,17 @@ class SqliteTables:
                 f"{BUCKETS}: a key would change its bucket, and lose its order; use other tables by prefix="
             )
 
-    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str]) -> OutboxError:
-        """What to do about an error of SQLite."""
+    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str], *, own: bool = False) -> OutboxError:
+        """What to do about an error of SQLite; `own` of a connection that is not the caller's."""
         text = str(error)
-        if "no such table" in text or "no such column" in text or "has no column" in text:
+        if lacks_tables(error):
             hint = "call create() of the outbox once, or have its ddl() executed"
         elif "not a database" in text or "malformed" in text:
             hint = "give the path of a SQLite database, or of none yet"
+        elif "is full" in text:
+            hint = "make room on the disk; SQLite may have ended the transaction"
+        elif ("locked" in text or "busy" in text) and own:
+            hint = "another connection has written for long; transactions that write should be short"
         elif "locked" in text or "busy" in text:
             hint = "another connection writes; wait longer (sqlite3.connect(timeout=…)) and begin with BEGIN IMMEDIATE"
         elif "readonly" in text or "read-only" in text:
@@ -143,3 +156,8 @@ class SqliteTables:
         else:
             return OutboxError(f"the outbox in {path}: {text}")
         return OutboxError(f"the outbox in {path}: {text}; {hint}")
+
+
+def lacks_tables(error: sqlite3.Error) -> bool:
+    """Whether a statement failed since a table is not there, or is another one."""
+    return any(told in str(error) for told in ("no such table", "no such column", "has no column"))

@@ -31,10 +31,11 @@ class DueRow(NamedTuple):
 
 
 class HeldKey(NamedTuple):
-    """A key of which rows wait for their next attempt."""
+    """A key of which rows wait for their next attempt, and the lowest number of these."""
 
     bucket: int
     key_hash: int
+    seq: int
 
 
 class Failure(NamedTuple):
@@ -56,10 +57,12 @@ class Lease(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Rows in the order of their bucket's numbers, and the new floor of each bucket that was read."""
+    """Rows, those of a bucket in the order of their numbers; the new floor of each bucket of which there are some; and
+    the buckets that were read to their end."""
 
     rows: list[StoredRow]
     floors: dict[int, int]
+    ended: set[int]
 
 
 class OutboxStore(Protocol):
@@ -76,23 +79,30 @@ class OutboxStore(Protocol):
         the buckets `release` and takes buckets that nobody has, up to its share, but none of `avoid`.
 
         A lease that has run out is lost, also if nobody else has taken the bucket: it can only be taken again, which
-        makes its token another one.
+        makes its token another one. One that ends in more than twice its length has run out, too: the clock was set
+        back.
 
         Returns:
             The leases that the owner has now, and how many buckets its share is.
         """
 
-    def leave(self, owner: str, release: Collection[int]) -> None:
-        """Tells that `owner` is gone, and gives up its leases of these buckets. Others run out."""
+    def leave(self, owner: str, *, keep: Collection[int]) -> None:
+        """Tells that `owner` is gone, and gives up all its leases but those of the buckets `keep`, which run out."""
 
     def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
         """Rows of buckets, each above its floor, the lowest first, fairly over the buckets in the order of `floors`.
+        What one bucket leaves of its share the others get.
 
         A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
         """
 
-    def read_due(self, buckets: Collection[int], *, limit: int) -> list[DueRow]:
-        """Rows that are due by the database's clock, of each key only the one with the lowest number."""
+    def read_due(
+        self, buckets: Collection[int], *, avoid: Collection[Place], longest_s: float, limit: int
+    ) -> list[DueRow]:
+        """Rows that are due by the database's clock, those first that are due for the longest, but none of `avoid`; of
+        each key only the one with the lowest number. What is due in more than `longest_s` is due: the clock was set
+        back.
+        """
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """Which keys have rows that wait for their next attempt."""

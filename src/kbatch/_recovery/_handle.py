@@ -83,7 +83,7 @@ class ProducerHandle:
             self._users += 1
 
     def release(self, timeout: float | None) -> int:
-        """One user less. The last one closes the producer, unless it is the caller's.
+        """One user less. The last one closes the producer, unless it is the caller's; interrupted, it may call again.
 
         Args:
             timeout: Seconds; ``None`` is the producer's ``close_timeout_s``.
@@ -92,7 +92,7 @@ class ProducerHandle:
             How many messages ended without an acknowledgement since closing began; 0 if nothing is closed.
         """
         with _lock:
-            self._users -= 1
+            self._users = max(self._users - 1, 0)
             producer = self.producer
             if self._users > 0:
                 return 0
