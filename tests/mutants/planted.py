@@ -1564,9 +1564,9 @@ MUTANTS = (
     ),
     Mutant(
         "a relay whose close was interrupted is never closed",
-        "Relay.close",
-        "            if self._released:\n                return\n",
-        "            if self._released:\n                return\n            self._released = True\n",
+        "Relay._release",
+        "        if self._released:\n            return\n",
+        "        if self._released:\n            return\n        self._released = True\n",
         "tests/mock/test_relay.py",
     ),
     Mutant(

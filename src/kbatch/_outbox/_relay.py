@@ -255,15 +255,18 @@ class Relay:
         while self._runs.locked():
             threading.Event().wait(_LOOK_WHETHER_OVER_S)
         with self._closing:
-            if self._released:
-                return
-            try:
-                self._gate.close()
-                self._handle.release(self._close_timeout_s)
-            finally:
-                self._prober.stop()
-                self._calls.stop()
-            self._released = True  # last: who was interrupted calls again
+            self._release()
+
+    def _release(self) -> None:
+        if self._released:
+            return
+        try:
+            self._gate.close()
+            self._handle.release(self._close_timeout_s)
+        finally:
+            self._prober.stop()
+            self._calls.stop()
+        self._released = True  # last: who was interrupted calls again
 
     def __enter__(self) -> Self:
         return self
