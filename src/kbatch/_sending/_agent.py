@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["BaseSendingAgent", "SendingAgent"]
 
 _LAST_WORDS_S = 1.0  # for callbacks, after the deadline of closing
+_LAST_NOTES_S = 10.0  # the same without on_failed: no code of users can hang, but the machine may be busy
 
 
 class BaseSendingAgent:
@@ -238,7 +239,7 @@ class BaseSendingAgent:
         """Gives up what was not sent, for good. How many envelopes that were."""
         end = monotonic() + timeout
         self._begin_end(timeout)
-        return self._await_end(end + _LAST_WORDS_S)
+        return self._await_end(end + (_LAST_WORDS_S if self._given_up.has_callback else _LAST_NOTES_S))
 
     def _begin_end(self, timeout: float) -> None:
         if self._is_forked():

@@ -43,14 +43,19 @@ class GivenUp:
         self._topic = topic
         self._calls = calls
         self._on_failed = on_failed
-        self._kept: deque[tuple[Envelope[Any], KbatchError]] = deque(maxlen=_KEPT_FAILURES)
-        self._kept_sizes: deque[int] = deque(maxlen=_KEPT_FAILURES)
+        self._kept: deque[tuple[Envelope[Any], KbatchError, int]] = deque()  # with its bytes
+        self._kept_bytes = 0
         # Of what on_failed has, or will have: the lowest number, and all.
         self._untold: deque[tuple[int, list[Ended]]] = deque()
 
+    @property
+    def has_callback(self) -> bool:
+        """Whether users' code is told."""
+        return self._on_failed is not None
+
     def recent(self) -> tuple[tuple[Envelope[Any], KbatchError], ...]:
         """The last ones that `on_failed` has not taken, the oldest first."""
-        return tuple(self._kept)
+        return tuple((envelope, error) for envelope, error, _ in list(self._kept))
 
     def lowest_untold(self) -> int | None:
         """The lowest number of one that `on_failed` has not taken yet."""
@@ -115,11 +120,10 @@ class GivenUp:
 
     def _keep(self, envelope: Envelope[Any], error: KbatchError) -> None:
         size = envelope_bytes(envelope)
-        self._kept.append((envelope, error))
-        self._kept_sizes.append(size)
-        while len(self._kept) > 1 and sum(self._kept_sizes) > KEPT_BYTES:
-            self._kept.popleft()
-            self._kept_sizes.popleft()
+        self._kept.append((envelope, error, size))
+        self._kept_bytes += size
+        while len(self._kept) > 1 and (len(self._kept) > _KEPT_FAILURES or self._kept_bytes > KEPT_BYTES):
+            self._kept_bytes -= self._kept.popleft()[2]
         self.undelivered.add(envelope, error)
 
 
