@@ -644,7 +644,9 @@ def test_nothing_is_left_after_close(process):
     for _ in range(5):
         round_trip()
     gc.collect()
-    assert (me.num_fds(), me.num_threads(), len(me.children())) == before
+    # What an earlier test has left may be gone by now.
+    left = (me.num_fds(), me.num_threads(), len(me.children()))
+    assert all(now <= then for now, then in zip(left, before, strict=True)), (left, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="platform: resident size")
