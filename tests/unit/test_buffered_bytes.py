@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import array
 import contextlib
-import io
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -249,10 +248,10 @@ def test_each_eighth_message_is_looked_into() -> None:
     assert [before for before, is_seen in enumerate(seen) if is_seen] == [0, 8, 16, 24]
 
 
-@pytest.mark.parametrize("make", [lambda body: array.array("b", body), io.BytesIO])
-def test_memory_that_an_extensions_object_has_of_its_own_is_not_seen(make: Callable[[bytes], Any]) -> None:
+def test_memory_that_an_extensions_object_has_of_its_own_is_not_seen() -> None:
+    # An array's is its own; io.BytesIO holds a bytes object, which CPython tells of from 3.12 on.
     assert counted({"body": LARGE.encode()}) >= len(LARGE)
-    assert counted({"body": make(LARGE.encode())}, encoder=lambda message, context: b"x") < 100
+    assert counted({"body": array.array("b", LARGE.encode())}, encoder=lambda message, context: b"x") < 100
 
 
 def test_a_numpy_array_is_not_seen() -> None:
