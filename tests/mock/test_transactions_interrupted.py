@@ -253,7 +253,7 @@ def test_a_producer_with_a_transaction_without_an_end_refuses_before_it_takes_a_
     assert not any(one.possibly_persisted for one in error.report.errors.values())
     with pytest.raises(kbatch.TransactionUnknownError):
         producer.send_batch("t", envelopes(1))
-    assert producer.stats()["pinned_buffers"] == 0
+    until(lambda: producer.stats()["pinned_buffers"] == 0, "the buffers of the refused batch")
 
 
 def test_a_fenced_producer_is_not_one_whose_transaction_is_unknown(producer: kbatch.Producer) -> None:
