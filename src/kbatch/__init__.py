@@ -21,6 +21,7 @@ from kbatch._errors import (
     KbatchError,
     NotYetDueError,
     OutboxError,
+    OutboxTimeoutError,
     ProducerClosedError,
     ProducerError,
     ProducerFatalError,
@@ -44,6 +45,7 @@ from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport
 from kbatch._sending._agent import SendingAgent
 from kbatch._sending._batched import BatchedSender
+from kbatch._sending._durable import DurableSender
 from kbatch._sending._inline import InlineSender
 from kbatch._sending._topic import KafkaTopic, SenderMode
 from kbatch._serialization import SerializationContext
@@ -63,6 +65,7 @@ __all__ = [
     "DeliveryError",
     "DeliveryReport",
     "DeserializationError",
+    "DurableSender",
     "Envelope",
     "ForkError",
     "InlineSender",
@@ -72,6 +75,7 @@ __all__ = [
     "NotYetDueError",
     "OutboxError",
     "OutboxStatus",
+    "OutboxTimeoutError",
     "OutgoingBatch",
     "PendingBatch",
     "Producer",

@@ -34,7 +34,8 @@ LAYERS = [
     {"_base_producer"},
     {"_producer", "_recovery"},
     {"_batch_sender", "_options"},
-    {"_sending", "_outbox"},
+    {"_outbox"},
+    {"_sending"},
     {"aio"},
     {"testing"},
     {"cli"},
@@ -45,8 +46,9 @@ LAYERS_WITHIN = {
     "_outbox": [
         {"_leases", "_store"},
         {"_flight", "_positions", "_sqlite_tables"},
-        {"_sqlite_store"},
+        {"_group", "_sqlite_store", "_sqlite_writer"},
         {"_relay", "_sqlite"},
+        {"_shared"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
@@ -54,7 +56,7 @@ LAYERS_WITHIN = {
         {"_endings", "_flights", "_given_up", "_stalls"},
         {"_send_loop"},
         {"_agent"},
-        {"_batched", "_inline"},
+        {"_batched", "_durable", "_inline"},
         {"_topic"},
     ],
 }
@@ -86,12 +88,12 @@ def run(code: str) -> str:
 
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
-    ConfigError ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender
-    KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutgoingBatch PendingBatch Producer
-    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy SenderCallback
-    SenderClosedError SenderError SenderFullError SenderMode SenderProtocol SendingAgent SerializationContext
-    SerializationError SqliteOutbox Tombstone TransactionUnknownError UndeliveredError UnknownTopicError WireFormat
-    WireReader __version__ librdkafka_version read_envelope uuid7
+    ConfigError ConsumedRecord DeliveryError DeliveryReport DeserializationError DurableSender Envelope ForkError
+    InlineSender KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutboxTimeoutError
+    OutgoingBatch PendingBatch Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError
+    Relay RetryPolicy SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
+    SendingAgent SerializationContext SerializationError SqliteOutbox Tombstone TransactionUnknownError
+    UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 

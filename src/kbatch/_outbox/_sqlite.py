@@ -17,14 +17,15 @@ from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import Mapper, RecordPool, wall_time
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
+from kbatch._outbox._sqlite_writer import SqliteWriter
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import OutboxStore
+    from kbatch._outbox._store import OutboxStore, OutboxWriter
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["OutboxStatus", "SqliteOutbox"]
@@ -47,6 +48,7 @@ class OutboxStatus:
         dead: Records that were given up; counted likewise.
         oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
         relays: How many relays work on it.
+        scheduled: Records whose ``scheduled_time`` has not come yet; counted likewise.
     """
 
     waiting: int
@@ -54,6 +56,7 @@ class OutboxStatus:
     dead: int
     oldest_age_s: float
     relays: int
+    scheduled: int = 0
 
 
 class SqliteOutbox:
@@ -105,6 +108,7 @@ class SqliteOutbox:
             header_hook,
             max_message_bytes,
             max_message_bytes,
+            carry_scheduled_time=True,  # it waits in the outbox
         )
         self._pool = RecordPool()
         self._watchers: list[Callable[[], object]] = []
@@ -118,6 +122,10 @@ class SqliteOutbox:
         )
         self._insert = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
+        )
+        self._insert_scheduled = sql(
+            "INSERT INTO {later} (bucket, seq, id, packed, created_at, deliver_by, due_at, attempts, last_error, "
+            "scheduled) VALUES (?, ?, ?, ?, ?, ?, ?, 0, '', 1)"
         )
 
     def __repr__(self) -> str:
@@ -170,6 +178,9 @@ class SqliteOutbox:
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
+        One with a future ``scheduled_time`` is sent then, by the database's clock, as if it was added at that time: it
+        holds back no other of its key until then.
+
         All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
         can go on, unless SQLite itself has ended it. After an exception of a signal handler, such as Ctrl-C, all of
         them may have been added: roll back. A transaction that only reads before should begin with ``BEGIN IMMEDIATE``:
@@ -186,7 +197,6 @@ class SqliteOutbox:
 
         Raises:
             SerializationError: An envelope could not be mapped, or is too large.
-            NotYetDueError: The ``scheduled_time`` of an envelope is in the future.
             OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
                 are missing or another version's; the database takes no writes.
         """
@@ -199,9 +209,24 @@ class SqliteOutbox:
             if lacks_tables(error):
                 self._check_file_of(connection)
             raise self._tables.as_outbox_error(error, self._path) from error
+        self._tell_watchers()
+        return count
+
+    def map(self, topic: str | None, envelope: Envelope[Any]) -> MappedBatch | None:
+        """What an `OutboxWriter` adds of an envelope; ``None`` if its ``deliver_by`` has passed.
+
+        Raises:
+            SerializationError: It could not be mapped, or is too large.
+        """
+        batch = self._pool.map(self._mapper, topic, (envelope,))
+        return batch if self._pool.count(batch) else None
+
+    def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
+        self._write(connection.cursor(), batches, sum(map(self._pool.count, batches)))
+
+    def _tell_watchers(self) -> None:
         for watcher in tuple(self._watchers):
             watcher()
-        return count
 
     def _check_connection(self, connection: sqlite3.Connection) -> None:
         if not isinstance(connection, sqlite3.Connection):
@@ -225,13 +250,10 @@ class SqliteOutbox:
         cursor = connection.cursor()
         cursor.row_factory = None
         if count == 1:  # one statement inserts it, or does nothing; a number that is left out does not matter
-            (row,) = self._rows(cursor, batch, count)
-            cursor.execute(self._insert, row)
-            return 1
+            return self._write(cursor, (batch,), count)
         try:  # what was inserted before one that fails is to be undone
             cursor.execute("SAVEPOINT kbatch_add")
-            rows = self._rows(cursor, batch, count)
-            cursor.executemany(self._insert, rows)
+            count = self._write(cursor, (batch,), count)
             cursor.execute("RELEASE kbatch_add")
         except BaseException:
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
@@ -239,11 +261,9 @@ class SqliteOutbox:
                     cursor.execute("ROLLBACK TO kbatch_add")
                     cursor.execute("RELEASE kbatch_add")
             raise
-        return len(rows)
+        return count
 
-    def _rows(
-        self, cursor: sqlite3.Cursor, batch: MappedBatch, count: int
-    ) -> list[tuple[int, int, bytes, bytes, int, int | None]]:
+    def _write(self, cursor: sqlite3.Cursor, batches: Sequence[MappedBatch], count: int) -> int:
         # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
         cursor.execute(self._take_numbers, (count,))
         meta = cursor.execute(self._look).fetchone()
@@ -253,7 +273,18 @@ class SqliteOutbox:
         self._tables.check_meta(version, buckets)
         if file not in self._own_files:
             self._check_file(file)
-        return self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
+        first_seq, now_us = last_seq - count + 1, int(wall_time() * 1e6)
+        rows: list[tuple[int, int, bytes, bytes, int, int | None]] = []
+        scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
+        for batch in batches:
+            rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, now_us, scheduled)
+        if len(rows) == 1:
+            cursor.execute(self._insert, rows[0])
+        elif rows:
+            cursor.executemany(self._insert, rows)
+        if scheduled:
+            cursor.executemany(self._insert_scheduled, scheduled)
+        return len(rows) + len(scheduled)
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:
         cursor = connection.cursor()
@@ -287,11 +318,12 @@ class SqliteOutbox:
         sql = self._tables.sql
         with self._connection() as connection:
             self._check_tables(connection)
-            waiting, later, dead = (
+            kinds = ("{outbox}", "{later} WHERE scheduled = 0", "{dead}", "{later} WHERE scheduled = 1")
+            waiting, later, dead, scheduled = (
                 connection.execute(
-                    sql(f"SELECT count(*) FROM (SELECT 1 FROM {{{table}}} LIMIT ?)"), (count_up_to,)
+                    sql(f"SELECT count(*) FROM (SELECT 1 FROM {kind} LIMIT ?)"), (count_up_to,)
                 ).fetchone()[0]
-                for table in ("outbox", "later", "dead")
+                for kind in kinds
             )
             ages = (
                 connection.execute(
@@ -302,10 +334,11 @@ class SqliteOutbox:
             oldest = min((age[0] for age in ages if age is not None), default=None)
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
         age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
-        return OutboxStatus(waiting, later, dead, age_s, relays)
+        return OutboxStatus(waiting, later, dead, age_s, relays, scheduled)
 
     def watch(self, watcher: Callable[[], object]) -> None:
-        """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
+        """Calls `watcher` after each `add` to this object, when the transaction is still open, and after each commit of
+        its writers. It must be quick."""
         self._watchers.append(watcher)
 
     def unwatch(self, watcher: Callable[[], object]) -> None:
@@ -324,6 +357,18 @@ class SqliteOutbox:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
             return SqliteStore(connection, self._tables, self._path)
+
+    def open_writer(self) -> OutboxWriter:
+        """The connection of this process's DURABLE senders, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        _tell_of_fault(sqlite3.sqlite_version)
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            return SqliteWriter(connection, self._tables, self._path, self._insert_all, self._tell_watchers)
 
     @contextlib.contextmanager
     def _connection(self, *, create: bool = False, keep: bool = False) -> Iterator[sqlite3.Connection]:

@@ -19,17 +19,21 @@ loop; `Producer.submit` takes a ``callback`` that runs on the loop.
 from kbatch._pending import PendingBatch
 from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
+from kbatch.aio._durable import DurableSender
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._producer import Producer
+from kbatch.aio._relay import Relay
 from kbatch.aio._topic import KafkaTopic
 
 __all__ = [
     "BatchedSender",
+    "DurableSender",
     "InlineSender",
     "KafkaSender",
     "KafkaTopic",
     "PendingBatch",
     "Producer",
+    "Relay",
     "SenderCallback",
     "SenderProtocol",
     "SendingAgent",
