@@ -244,7 +244,7 @@ def test_a_timeout_during_the_transaction_may_have_added_it(slow: Slow, outbox: 
 def test_a_database_that_is_locked_is_waited_for_as_long_as_the_caller_says(
     outbox: SqliteOutbox, sender: DurableSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_group, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(_group, "_PATIENCE_S", 0.5)
     with outboxes.transaction(outbox) as connection:
         patient = [in_thread(lambda n=n: sender.send(envelope(n), timeout=60)) for n in range(10)]  # type: ignore[misc]
         thread, answers = in_thread(lambda: sender.send(envelope(77)))

@@ -182,7 +182,7 @@ def test_what_was_withdrawn_is_never_added() -> None:
 def test_while_another_writes_the_patient_wait_and_others_are_refused_after_their_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_group, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(_group, "_PATIENCE_S", 0.2)
     outbox = Outbox()
     group = GroupCommit(outbox)
     outbox.busy.set()

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
         def open_writer(self) -> OutboxWriter: ...
 
 
-__all__ = ["PATIENCE_S", "GroupCommit", "Waiting"]
+__all__ = ["GroupCommit", "Waiting"]
 
 _logger = logging.getLogger("kbatch")
 
-PATIENCE_S = 5.0  # of a caller without a time of its own, when another connection writes
+_PATIENCE_S = 5.0  # of a caller without a time of its own, when another connection writes
 _MOST_OF_GROUP = 10_000
 
 
@@ -120,14 +120,14 @@ class GroupCommit:
         """Has a batch committed. `wake` is called once it is, or is refused, unless it was withdrawn.
 
         Args:
-            patient: It waits for as long as another connection writes, else for `PATIENCE_S`.
+            patient: It waits for as long as another connection writes, else for `_PATIENCE_S`.
 
         Raises:
             SenderClosedError: Nothing is taken any more.
         """
         while True:
             self._start()
-            waiting = Waiting(batch, wake, None if patient else monotonic() + PATIENCE_S)
+            waiting = Waiting(batch, wake, None if patient else monotonic() + _PATIENCE_S)
             self._queue.append(waiting)
             self._flag.set()
             # The thread may have ended since. If nobody has refused this one, nobody will: another thread begins.
@@ -235,7 +235,7 @@ class GroupCommit:
             if waiting.impatient_at is not None and now >= waiting.impatient_at:
                 waiting.refuse(
                     OutboxError(
-                        f"{self._outbox!r}: another connection has written for {PATIENCE_S:g} s; nothing was added; "
+                        f"{self._outbox!r}: another connection has written for {_PATIENCE_S:g} s; nothing was added; "
                         "transactions that write should be short, or give send a timeout that is longer"
                     )
                 )

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from kbatch._outbox._group import Waiting
     from kbatch._outbox._shared import DurableOutbox
 
-__all__ = ["LOOK_AT_THREAD_S", "BaseDurableSender", "DurableSender", "check_outbox"]
+__all__ = ["BaseDurableSender", "DurableSender", "check_outbox"]
 
-LOOK_AT_THREAD_S = 1.0  # whether it has died
+_LOOK_AT_THREAD_S = 1.0  # whether it has died
 _LOOK_WHETHER_OVER_S = 0.005
 _AT_EXIT_S = 5.0  # for what a relay has in flight
 
@@ -83,6 +83,10 @@ class BaseDurableSender:
         waiting = self._shared.group.put(batch, wake, patient=timeout is not None)
         self._waiting[waiting] = None
         return waiting
+
+    def _pause(self, end: float | None) -> float:
+        """Until somebody who waits looks again."""
+        return _LOOK_AT_THREAD_S if end is None else min(_LOOK_AT_THREAD_S, max(0.0, end - monotonic()))
 
     def _is_answered(self, waiting: Waiting, end: float | None) -> bool:
         """Whether the wait is over."""
@@ -232,7 +236,7 @@ class DurableSender(BaseDurableSender):
             del batch  # else an error has it with this frame
             end = None if timeout is None else monotonic() + timeout
             while not self._is_answered(waiting, end):
-                done.wait(LOOK_AT_THREAD_S if end is None else min(LOOK_AT_THREAD_S, max(0.0, end - monotonic())))
+                done.wait(self._pause(end))
             self._answer(waiting, timeout)
         finally:
             self._leave(waiting)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._checks import check_timeout
 from kbatch._fastmap import LoopWaker, monotonic
 from kbatch._loop import in_thread
-from kbatch._sending._durable import LOOK_AT_THREAD_S, BaseDurableSender
+from kbatch._sending._durable import BaseDurableSender
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -85,8 +85,7 @@ class _Look:
         self._arm()
 
     def _arm(self) -> None:
-        pause = LOOK_AT_THREAD_S if self._end is None else min(LOOK_AT_THREAD_S, max(0.0, self._end - monotonic()))
-        self.timer = self._waker.loop.call_later(pause, self._look)
+        self.timer = self._waker.loop.call_later(self._sender._pause(self._end), self._look)
 
     def _look(self) -> None:
         if self._sender._is_answered(self._waiting, self._end):
