@@ -1459,23 +1459,23 @@ MUTANTS = (
     ),
     Mutant(
         "an outbox takes a connection to another file",
-        "SqliteOutbox._rows",
+        "SqliteOutbox._write",
         "        if file not in self._own_files:\n",
         "        if not file and file:\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
         "a relay deletes by a lease that has run out",
-        "SqliteStore.settle",
+        "SqliteStore._valid",
         "SELECT bucket, token FROM {lease} WHERE {lives} AND",
         "SELECT bucket, token FROM {lease} WHERE",
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
         "a relay deletes by a lease that another has",
-        "SqliteStore.settle",
-        "valid = {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}",
-        "valid = {bucket for bucket, token in holding.fetchall() if bucket in leases}",
+        "SqliteStore._valid",
+        "return {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}",
+        "return {bucket for bucket, token in holding.fetchall() if bucket in leases}",
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
