@@ -1720,7 +1720,7 @@ MUTANTS = (
         "a caller that has left is committed all the same",
         "Waiting.withdraw",
         "        self._batch = None\n",
-        "        self._ticket.append(True)\n",
+        "        self._ticket.release()\n",
         "tests/unit/test_group_commit.py",
     ),
     Mutant(

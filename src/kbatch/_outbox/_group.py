@@ -42,7 +42,7 @@ class Waiting:
     def __init__(self, batch: MappedBatch, wake: Callable[[], object], impatient_at: float | None) -> None:
         self._batch: MappedBatch | None = batch
         self._wake = wake
-        self._ticket = [True]  # who takes it out, the writer's thread or another, has the say
+        self._ticket = threading.Lock()  # who takes it, the writer's thread or another, has the say
         self._taker: threading.Thread | None = None
         self.impatient_at = impatient_at
         self.is_over = False
@@ -57,13 +57,13 @@ class Waiting:
     @property
     def is_taken(self) -> bool:
         """Whether it is in a transaction, or was, or was withdrawn."""
-        return not self._ticket
+        return self._ticket.locked()
 
     def take(self) -> MappedBatch | None:
         """For the transaction; ``None`` if it was withdrawn."""
         batch = self._batch
         self._taker = threading.current_thread()
-        return batch if self._has_ticket() else None
+        return batch if self._ticket.acquire(blocking=False) else None
 
     def is_lost(self, thread: threading.Thread | None) -> bool:
         """Whether the thread that is to commit it, or that did, has died before it could tell."""
@@ -73,7 +73,7 @@ class Waiting:
 
     def withdraw(self) -> bool:
         """Whether it was not taken, and now is not any more."""
-        if not self._has_ticket():
+        if not self._ticket.acquire(blocking=False):
             return False
         self._batch = None
         return True
@@ -92,12 +92,6 @@ class Waiting:
         self.is_over = True
         with contextlib.suppress(Exception):  # one caller less, and the others are told
             self._wake()
-
-    def _has_ticket(self) -> bool:
-        try:
-            return self._ticket.pop()
-        except IndexError:
-            return False
 
 
 class GroupCommit:
