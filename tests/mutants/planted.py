@@ -1705,8 +1705,8 @@ MUTANTS = (
     Mutant(
         "an error of a transaction is told to its first caller alone",
         "GroupCommit._commit_group",
-        "            for waiting in group:\n                if not waiting.is_over:",
-        "            for waiting in group[:1]:\n                if not waiting.is_over:",
+        "            for waiting in group:\n                waiting.withdraw()",
+        "            for waiting in group[:1]:\n                waiting.withdraw()",
         "tests/unit/test_group_commit.py",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import signal
@@ -297,6 +298,30 @@ def test_a_full_disk_is_told_and_adds_nothing(outbox: SqliteOutbox, monkeypatch:
     assert numbers(outbox) == [1]
 
 
+@pytest.mark.parametrize(
+    ("says", "possibly"), [("disk I/O error", True), ("database or disk is full", False), ("database is locked", False)]
+)
+def test_an_error_of_the_commit_itself(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch, says: str, possibly: bool
+) -> None:
+    class Failing(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            if sql == "COMMIT" and fails:
+                fails.pop()
+                raise sqlite3.OperationalError(says)
+            return super().execute(sql, *arguments)
+
+    fails = [True]
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Failing))
+    with DurableSender(outbox, "orders") as sender:
+        with pytest.raises(OutboxError, match=says) as caught:
+            sender.send(envelope(1))
+        assert caught.value.possibly_persisted is possibly
+        assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+        assert sender.send(envelope(2))
+    assert numbers(outbox) == [2]
+
+
 def test_tables_that_are_missing_are_told_and_later_found(tmp_path: Path) -> None:
     outbox = SqliteOutbox(tmp_path / "none.db", wire="raw")
     with DurableSender(outbox, "orders") as sender:
@@ -552,6 +577,54 @@ def test_an_exception_at_any_line_of_send_adds_it_or_does_not_and_leaves_nothing
                 break
             places += 1
     assert places > 25
+
+
+@pytest.fixture
+def no_finalizers() -> Iterator[None]:
+    """None runs in a thread that is traced."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_an_exception_at_any_line_of_the_writers_thread_acknowledges_nothing_that_is_not_there(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch, no_finalizers: None
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    monkeypatch.setattr("kbatch._sending._durable._LOOK_AT_THREAD_S", 0.02)
+    places = 0
+    for nth in range(1, 400):
+        injector = Injector(nth)
+
+        def enter(*event: Any, injector: Injector = injector) -> Any:
+            return injector._enter(*event) if threading.current_thread().name == "kbatch-outbox" else None
+
+        with DurableSender(outbox, "orders") as sender:
+            threading.settrace(enter)
+            try:
+                started = [in_thread(lambda n=n: sender.send(envelope(n))) for n in (3 * nth, 3 * nth + 1)]  # type: ignore[misc]
+                for thread, _ in started:
+                    thread.join()
+            finally:
+                threading.settrace(None)  # type: ignore[arg-type]
+            healed = False
+            for _ in range(3):  # it may be struck only now
+                with contextlib.suppress(OutboxError):
+                    healed = sender.send(envelope(3 * nth + 2))
+            assert healed
+        gc.collect()
+        stored = numbers(outbox)
+        for number, (_, answers) in zip((3 * nth, 3 * nth + 1), started, strict=True):
+            (answer,) = answers
+            if answer is True:
+                assert number in stored, injector.place
+            else:
+                assert isinstance(answer, OutboxError), injector.place
+                assert answer.possibly_persisted or number not in stored, injector.place
+        if injector.place is None:
+            break
+        places += 1
+    assert places > 30
 
 
 def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOutbox) -> None:

@@ -193,11 +193,14 @@ class GroupCommit:
         def take() -> list[MappedBatch]:
             batches = []
             while self._queue and len(group) < _MOST_OF_GROUP:
-                waiting = self._queue.popleft()
+                waiting = self._queue[0]
+                group.append(waiting)  # first: whatever comes in between, it is in one of the two
                 batch = waiting.take()
-                if batch is not None:
-                    group.append(waiting)
+                if batch is None:
+                    group.pop()
+                else:
                     batches.append(batch)
+                self._queue.popleft()
             return batches
 
         try:
@@ -210,14 +213,15 @@ class GroupCommit:
                 self._refuse_impatient()
         except BaseException as error:
             for waiting in group:
+                waiting.withdraw()
                 if not waiting.is_over:
                     waiting.settle(_as_told(error, was_taken=True))
             if not group:
                 self._refuse_up_to(last, error)
+            if writer is not None:
+                _close(writer)  # it may have the lock for writing
             if not isinstance(error, Exception):
                 raise
-            if writer is not None:
-                _close(writer)
             return None
         return writer
 
@@ -237,8 +241,9 @@ class GroupCommit:
     def _refuse_up_to(self, last: Waiting, error: BaseException) -> None:
         """Those that waited when the attempt began; who came later has an attempt of its own."""
         while self._queue:
-            waiting = self._queue.popleft()
+            waiting = self._queue[0]
             waiting.refuse(_as_told(error, was_taken=False))
+            self._queue.popleft()
             if waiting is last:
                 break
 
@@ -247,7 +252,8 @@ class GroupCommit:
             told: KbatchError = OutboxError("the thread that commits to the outbox has ended; nothing was added")
             if self._is_ending:
                 told = SenderClosedError("the sender is closed")
-            self._queue.popleft().refuse(told)
+            self._queue[0].refuse(told)
+            self._queue.popleft()
 
 
 def _as_told(error: BaseException, *, was_taken: bool) -> OutboxError:
@@ -258,7 +264,7 @@ def _as_told(error: BaseException, *, was_taken: bool) -> OutboxError:
         told = OutboxError(f"the outbox failed: {named_exception_text(error)}", possibly_persisted=was_taken)
     cause = error.__cause__ if isinstance(error, OutboxError) else error
     # Its frames hold the callers, and so these errors.
-    told.__cause__ = None if cause is None else cause.with_traceback(None)
+    told.__cause__ = cause.with_traceback(None) if isinstance(cause, Exception) else None
     return told
 
 

@@ -66,8 +66,9 @@ class SqliteWriter:
                 raise
         except sqlite3.Error as error:
             told = self._tables.as_outbox_error(error, self._path, own=True)
-            # What was written when the disk failed may be found at the next start of the database.
-            told.possibly_persisted = is_committing and not is_locked(error)
+            # What was written when the disk failed may be found at the next start of the database. When it is full,
+            # what ends a transaction in the log is missing.
+            told.possibly_persisted = is_committing and not (is_locked(error) or "is full" in str(error))
             raise told from error
         self._tell()
         return True
