@@ -231,6 +231,30 @@ def test_a_thread_that_dies_tells_those_who_wait_and_another_takes_its_place(ste
     ended(group)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_tells_also_those_of_the_next_group() -> None:
+    outbox = Outbox()
+    group = GroupCommit(outbox)
+    outbox.hold.clear()
+    first = put(group, 1)
+    until(lambda: first[0].is_taken, "the first group")
+    rest = [put(group, number) for number in (2, 3)]
+
+    def fault(at: str) -> None:
+        if at == "commit":
+            raise SystemExit
+
+    outbox.fault = fault
+    outbox.hold.set()
+    for waiting, done in rest:
+        assert done.wait(30)
+        assert "has ended; nothing was added" in str(waiting.error)
+    outbox.fault = lambda step: None
+    assert added(group, 4) == [None]
+    assert outbox.groups == [[4]]
+    ended(group)
+
+
 def test_a_wake_up_that_fails_keeps_no_answer_from_the_others() -> None:
     outbox = Outbox()
     group = GroupCommit(outbox)
