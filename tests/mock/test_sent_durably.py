@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,26 @@ def test_what_its_relay_has_not_sent_stays_for_the_next_one(outbox: SqliteOutbox
         sender.send(Envelope(data=b"20", key="k0"))
         until(lambda: outbox.status().waiting == 0, "all of them in Kafka", 60)
     check_history(range(21), read_back(kafka_cluster.bootstrap_servers, "orders"), copies=None)
+
+
+def test_close_sends_what_is_in_the_outbox(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    later = datetime.now(timezone.utc) + timedelta(days=1)
+    outboxes.add(outbox, numbered(range(3000)))
+    outboxes.add(outbox, numbered(range(5000, 5003), scheduled_time=later))
+    with durable(outbox, kafka_cluster).create_sender() as sender:
+        sender.send(Envelope(data=b"3000", key="k0"))
+    check_history(range(3001), read_back(kafka_cluster.bootstrap_servers, "orders"))
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0, 3)
+
+
+def test_close_does_not_wait_for_what_waits(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_topic_error("orders", "TOPIC_AUTHORIZATION_FAILED")
+    with durable(outbox, kafka_cluster, close_timeout_s=3600.0).create_sender() as sender:
+        for envelope in numbered(range(20), keys=3):
+            sender.send(envelope)
+        until(lambda: outbox.status().later, "the first of a key, refused")
+    assert (outbox.status().waiting + outbox.status().later, outbox.status().relays) == (20, 0)
 
 
 def test_a_relay_that_fails_begins_again(

@@ -187,7 +187,8 @@ class Relay:
         self._closing = threading.RLock()
         self._runs = threading.Lock()  # of the last run, which holds it
         self._runner: int | None = None  # the thread of the last run
-        self._stopping = self._ending = False
+        self._stopping = self._ending = self._finishing = False
+        self._has_read_all = False
         self._has_asked = False  # for leases, so that it may have some
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
@@ -330,9 +331,15 @@ class Relay:
         try:
             try:
                 self._begin()
+                is_finishing = False
                 while not (is_over or self._stopping or given_up()) and (end is None or monotonic() < end):
+                    if self._finishing and not is_finishing:
+                        is_finishing, self._has_read_all = True, False
+                        self._read_at = monotonic()
                     pause = self._round()
                     is_over = until_empty and self._is_empty()
+                    if is_finishing and self._is_idle():
+                        break
                     if end is not None:
                         pause = min(pause, max(0.0, end - monotonic()))
                     if pause > 0.0 and not is_over:
@@ -341,7 +348,7 @@ class Relay:
                 self._end(end)
         finally:
             self._give_back()  # again, if that was interrupted
-            self._stopping = False  # it may be run again
+            self._stopping = self._finishing = False  # it may be run again
         return is_over
 
     def _claim(self, mine: threading.Lock) -> None:
@@ -360,6 +367,17 @@ class Relay:
         if self._flights or self._has_answers() or self._store is None:
             return False
         return self._guarded(self._store.left, 1) == 0
+
+    def _finish(self) -> None:
+        """Has `run` end once it has sent what is to be sent now, or cannot."""
+        self._finishing = True
+        self._flag.set()
+
+    def _is_idle(self) -> bool:
+        if self._flights or self._has_answers():
+            return False
+        can_send = self._gate.may_send() and self._leases.tokens and self._trouble_at is None
+        return self._has_read_all or not can_send
 
     def _begin(self) -> None:
         self._ending = False
@@ -555,6 +573,7 @@ class Relay:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
             self._read_at = monotonic() + self._poll_s
+            self._has_read_all = not reading.rows
         if not rows:
             return
         times = [row[3] for row in rows]

@@ -67,7 +67,7 @@ class OwnRelay:
         self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
         self._relay: Relay | None = None
-        self._is_stopping = False
+        self._is_finishing = self._is_stopping = False
         self.close_timeout_s = 30.0
 
     def start(self) -> None:
@@ -85,6 +85,13 @@ class OwnRelay:
                 if thread.ident is None and self._thread is thread:
                     self._thread = None
                 raise
+
+    def finish(self) -> None:
+        """Has it end once it has sent what is to be sent now, or cannot."""
+        self._is_finishing = True
+        relay = self._relay
+        if relay is not None:
+            relay._finish()
 
     def stop(self, close_timeout_s: float) -> None:
         """Has it end, with so many seconds for what is in flight."""
@@ -112,8 +119,12 @@ class OwnRelay:
             try:
                 with Relay(self._outbox, producer, close_timeout_s=self.close_timeout_s) as relay:
                     self._relay = relay
+                    if self._is_finishing:
+                        relay._finish()
                     if not self._is_stopping:
                         relay.run()
+                    if self._is_finishing:
+                        return
             except Exception as error:
                 now = monotonic()
                 if told_at is None or now - told_at >= _REMIND_EVERY_S:
@@ -121,6 +132,8 @@ class OwnRelay:
                     _logger.warning(
                         "the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error)
                     )
+                if self._is_finishing:
+                    return
                 if not self._is_stopping:
                     self._flag.wait(_BEGIN_AGAIN_S, interruptible=False)
             finally:
@@ -219,18 +232,21 @@ class OutboxUse:
         relay = self._relay
         if is_last:
             shared.group.end()
-        if relay is not None:
-            relay.stop(relay.close_timeout_s if end is None else max(0.0, end - monotonic()))
-            if end is not None:
-                relay.wait(end + _LAST_WORDS_S)
+        if relay is not None and end is None:
+            relay.stop(relay.close_timeout_s)
+        elif relay is not None and end is not None:
+            relay.finish()
+            relay.wait(end)
+            relay.stop(0.0)
+            relay.wait(end + _LAST_WORDS_S)
         if is_last and end is not None:
             shared.group.wait(end)
 
-    def end_relay(self, close_timeout_s: float, end: float) -> None:
-        """Has the relay end, whoever uses it, and waits for that until `end`."""
+    def finish(self, end: float) -> None:
+        """Has the relay end, whoever uses it, once it has sent what is to be sent now. Waits for that until `end`."""
         relay = self.shared.relay
         if relay is not None:
-            relay.stop(close_timeout_s)
+            relay.finish()
             relay.wait(end)
 
     def __del__(self) -> None:

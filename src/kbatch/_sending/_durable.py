@@ -25,7 +25,6 @@ __all__ = ["BaseDurableSender", "DurableSender", "check_outbox"]
 
 _LOOK_AT_THREAD_S = 1.0  # whether it has died
 _LOOK_WHETHER_OVER_S = 0.005
-_AT_EXIT_S = 5.0  # for what a relay has in flight
 
 
 class BaseDurableSender:
@@ -165,8 +164,9 @@ class BaseDurableSender:
         if self._shared.is_forked():
             return 0
         end = monotonic() + timeout
-        self._use.end_relay(_AT_EXIT_S, end)
-        return self._await_answers(list(self._waiting), end)
+        left = self._await_answers(list(self._waiting), end)
+        self._use.finish(end)
+        return left
 
     def _begin_end(self) -> None:
         self._closed = True
@@ -191,8 +191,8 @@ class DurableSender(BaseDurableSender):
     Args:
         outbox: A `SqliteOutbox`, whose tables are there. A relay, of this process or another, sends what is in it.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
-        close_timeout_s: Seconds that leaving a ``with`` block waits for calls that are under way, and for what a relay
-            of its own has in flight.
+        close_timeout_s: Seconds that leaving a ``with`` block waits for calls that are under way, and for a relay of its
+            own to send what is left.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range.
@@ -257,8 +257,9 @@ class DurableSender(BaseDurableSender):
         """Refuses envelopes from now on, and waits for the answers of those that other threads are sending. May be
         called again.
 
-        If it is the last sender of the outbox that has a relay of its own, that relay ends, with the same time for what
-        is in flight. What it has not sent stays in the outbox, for the next relay.
+        If it is the last sender of the outbox that has a relay of its own, that relay sends within the same time what
+        is in the outbox, but for what waits or is scheduled, and ends. When no broker answers, or when the time is
+        over, what it has not sent stays in the outbox, for the next relay.
 
         Args:
             timeout: Seconds; ``None`` is the ``close_timeout_s``. Whoever still waits then for a transaction to begin
