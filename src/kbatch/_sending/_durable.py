@@ -191,8 +191,8 @@ class DurableSender(BaseDurableSender):
     Args:
         outbox: A `SqliteOutbox`, whose tables are there. A relay, of this process or another, sends what is in it.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
-        close_timeout_s: Seconds that leaving a ``with`` block waits for calls that are under way, and for a relay of its
-            own to send what is left.
+        close_timeout_s: Seconds that leaving a ``with`` block waits for calls that are under way, and for a relay of
+            its own to send what is left.
 
     Raises:
         ConfigError: A value of the wrong type or out of its range.
