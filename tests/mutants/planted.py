@@ -28,6 +28,20 @@ MUTANTS = (
         "tests/unit/test_sending_agent.py",
     ),
     Mutant(
+        "a run of lists has more than one shape",
+        "add_to_runs",
+        "runs.shape == kept.shape and ",
+        "",
+        "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
+        "the last list of a run forgets those that are free already",
+        "keep_run",
+        "    first.last.next = shape.free\n",
+        "    first.last.next = NULL\n",
+        "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
         "what has left the line while it was given room is taken",
         "Accumulator._make_room",
         "self.stage != ACCEPTING or self._look_at_first() is not waiter or not self._has_room(waiter.bytes)",
