@@ -35,8 +35,9 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
+from kbatch._outbox._base import OutboxStatus
 from kbatch._outbox._relay import Relay
-from kbatch._outbox._sqlite import OutboxStatus, SqliteOutbox
+from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState

@@ -43,8 +43,9 @@ LAYERS = [
 # The same within packages.
 LAYERS_WITHIN = {
     "_outbox": [
-        {"_leases", "_store"},
-        {"_flight", "_positions", "_sqlite_tables"},
+        {"_base", "_leases", "_store"},
+        {"_flight", "_positions", "_tables"},
+        {"_sqlite_tables"},
         {"_sqlite_store"},
         {"_relay", "_sqlite"},
     ],
