@@ -1,13 +1,14 @@
 """What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
 
 import ctypes
+import functools
 import gc
 import importlib.machinery
 import os
 import signal
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import hypothesis
 import pytest
 
 try:
+    import kbatch
     from kbatch import _fastmap
 except ImportError as error:
     pytest.exit(f"the tests need kbatch and its compiled modules (make build): {error}", returncode=3)
+
+from tests import outboxes
 
 pytest_plugins = ["pytester"]
 
@@ -109,6 +113,45 @@ def nothing_stays_pinned() -> Iterator[None]:
     while (pinned := _fastmap.pinned_buffers()) and time.monotonic() < end:
         time.sleep(0.001)
     assert pinned == 0, f"{pinned} batches still pin their buffers after this test"
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The conninfo of a PostgreSQL server, one for all processes of the session."""
+    if os.name != "posix":
+        pytest.skip("platform: the suite starts no PostgreSQL here")
+    from tests import postgres as servers
+
+    pytest.importorskip("psycopg")
+    base = tmp_path_factory.getbasetemp()
+    return servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture
+def in_postgres(postgres: str) -> Iterator[Callable[..., kbatch.PostgresOutbox]]:
+    """Makes outboxes in PostgreSQL, each in a schema of its own."""
+    schemas: list[str] = []
+
+    def make(**options: Any) -> kbatch.PostgresOutbox:
+        if "schema" not in options:
+            schemas.append(outboxes.new_schema(postgres))
+            options["schema"] = schemas[-1]
+        outbox = kbatch.PostgresOutbox(postgres, **options)
+        outbox.create()
+        return outbox
+
+    yield make
+    for schema in schemas:
+        outboxes.drop_schema(postgres, schema)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_outbox(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., outboxes.Outbox]:
+    """Makes outboxes whose tables are there, of each kind of database in turn."""
+    if request.param == "sqlite":
+        return functools.partial(outboxes.made, tmp_path)
+    make: Callable[..., outboxes.Outbox] = request.getfixturevalue("in_postgres")
+    return make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -43,11 +43,11 @@ LAYERS = [
 # The same within packages.
 LAYERS_WITHIN = {
     "_outbox": [
-        {"_base", "_leases", "_store"},
+        {"_base", "_leases", "_postgres_rows", "_snapshots", "_store"},
         {"_flight", "_positions", "_tables"},
-        {"_sqlite_tables"},
-        {"_sqlite_store"},
-        {"_relay", "_sqlite"},
+        {"_postgres_tables", "_sqlite_tables"},
+        {"_postgres_store", "_sqlite_store"},
+        {"_postgres", "_relay", "_sqlite"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
@@ -88,8 +88,8 @@ def run(code: str) -> str:
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
     ConfigError ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender
-    KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutgoingBatch PendingBatch Producer
-    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy SenderCallback
+    KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutgoingBatch PendingBatch PostgresOutbox
+    Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy SenderCallback
     SenderClosedError SenderError SenderFullError SenderMode SenderProtocol SendingAgent SerializationContext
     SerializationError SqliteOutbox Tombstone TransactionUnknownError UndeliveredError UnknownTopicError WireFormat
     WireReader __version__ librdkafka_version read_envelope uuid7
