@@ -25,14 +25,14 @@ def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.Sqlit
 def new_schema(conninfo: str) -> str:
     """Makes a schema of PostgreSQL, whose name is quoted."""
     name = f'Test "{uuid.uuid4().hex[:12]}" {{%s}}'
-    with _connected(conninfo) as connection:
+    with connected(conninfo) as connection:
         connection.execute(_sql("CREATE SCHEMA {}", name))
     return name
 
 
 def drop_schema(conninfo: str, name: str) -> None:
     """Drops it with all that it has."""
-    with _connected(conninfo) as connection:
+    with connected(conninfo) as connection:
         connection.execute(_sql("DROP SCHEMA {} CASCADE", name))
 
 
@@ -42,7 +42,7 @@ def _sql(statement: str, name: str) -> Any:
     return sql.SQL(statement).format(sql.Identifier(name))
 
 
-def _connected(where: Any) -> contextlib.AbstractContextManager[Any]:
+def connected(where: Any) -> contextlib.AbstractContextManager[Any]:
     """A connection in autocommit mode, closed at the end."""
     if isinstance(where, kbatch.SqliteOutbox):
         return contextlib.closing(sqlite3.connect(where._path, isolation_level=None, timeout=30))
@@ -54,7 +54,7 @@ def _connected(where: Any) -> contextlib.AbstractContextManager[Any]:
 @contextlib.contextmanager
 def transaction(outbox: Outbox) -> Iterator[Any]:
     """A connection of the application within a transaction, which is committed unless this ends by an exception."""
-    with _connected(outbox) as connection:
+    with connected(outbox) as connection:
         connection.execute("BEGIN IMMEDIATE" if isinstance(outbox, kbatch.SqliteOutbox) else "BEGIN")
         yield connection
         connection.execute("COMMIT")
@@ -68,11 +68,23 @@ def add(outbox: Outbox, envelopes: Iterable[Envelope], topic: str | None = "orde
 
 def query(outbox: Outbox, sql: str, *before: str) -> list[Any]:
     """The rows of a query on its database, after others, in which ``{outbox}``, ``{later}``, … are its tables."""
-    with _connected(outbox) as connection:
+    with connected(outbox) as connection:
         for statement in before:
             connection.execute(statement)
         cursor = connection.execute(outbox._tables.sql(sql))
         return cursor.fetchall() if cursor.description is not None else []
+
+
+def run(outbox: Outbox, *statements: str) -> None:
+    """Executes statements as they are."""
+    with connected(outbox) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def in_schema(outbox: kbatch.PostgresOutbox, name: str) -> str:
+    """The quoted name of something in its schema."""
+    return f"{_quoted(outbox._tables.schema)}.{_quoted(name)}"
 
 
 def refuse_rows(outbox: Outbox, table: str) -> None:
@@ -83,12 +95,12 @@ def refuse_rows(outbox: Outbox, table: str) -> None:
             f"CREATE TRIGGER refuses BEFORE INSERT ON kbatch_outbox_{table} BEGIN SELECT raise(ABORT, 'no room'); END",
         )
     else:
-        name = _quoted(outbox._tables.schema) + ".refuses"
-        in_braces = name.replace("{", "{{").replace("}", "}}")
-        query(
+        name = in_schema(outbox, "refuses")
+        run(
             outbox,
-            f"CREATE TRIGGER refuses BEFORE INSERT ON {{{table}}} FOR EACH ROW EXECUTE FUNCTION {in_braces}()",
             f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no room'; END $$",
+            f"CREATE TRIGGER refuses BEFORE INSERT ON {outbox._tables.names[table]} "
+            f"FOR EACH ROW EXECUTE FUNCTION {name}()",
         )
 
 
