@@ -120,9 +120,10 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The conninfo of a PostgreSQL server, one for all processes of the session."""
     if os.name != "posix":
         pytest.skip("platform: the suite starts no PostgreSQL here")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("platform: psycopg has no wheels for a free-threaded CPython")
     from tests import postgres as servers
 
-    pytest.importorskip("psycopg")
     base = tmp_path_factory.getbasetemp()
     return servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pytest
+
 import kbatch
 from kbatch import Envelope
 from kbatch._fastmap import packed_key_hash, unpack_record
@@ -14,12 +16,22 @@ from kbatch._outbox._sqlite_store import SqliteStore
 
 Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
 
+# What concerns one kind of database only; other tests that use `new_outbox` run for each.
+in_sqlite = pytest.mark.parametrize("new_outbox", ["sqlite"], indirect=True)
+
 
 def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.SqliteOutbox:
     """An outbox whose tables are there."""
     outbox = kbatch.SqliteOutbox(directory / name, **options)
     outbox.create()
     return outbox
+
+
+def where(outbox: Outbox) -> dict[str, str]:
+    """Where it is, for another process."""
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        return {"path": outbox._path}
+    return {"conninfo": outbox._conninfo, "schema": outbox._tables.schema}
 
 
 def new_schema(conninfo: str) -> str:
@@ -75,11 +87,27 @@ def query(outbox: Outbox, sql: str, *before: str) -> list[Any]:
         return cursor.fetchall() if cursor.description is not None else []
 
 
+def has_table(outbox: Outbox, name: str) -> bool:
+    """Whether one of its tables is there."""
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        return bool(query(outbox, f"SELECT 1 FROM sqlite_master WHERE name = 'kbatch_outbox_{name}'"))
+    with connected(outbox) as connection:
+        (found,) = connection.execute("SELECT to_regclass(%s)", (outbox._tables.names[name],)).fetchone()
+    return found is not None
+
+
 def run(outbox: Outbox, *statements: str) -> None:
     """Executes statements as they are."""
     with connected(outbox) as connection:
         for statement in statements:
             connection.execute(statement)
+
+
+def rows(outbox: Outbox, statement: str) -> list[Any]:
+    """The rows of a statement that is executed as it is."""
+    with connected(outbox) as connection:
+        found: list[Any] = connection.execute(statement).fetchall()
+    return found
 
 
 def in_schema(outbox: kbatch.PostgresOutbox, name: str) -> str:
