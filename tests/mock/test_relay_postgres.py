@@ -16,7 +16,7 @@ from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.kafka.proxy import Direction, FaultProxy
 from tests.outboxes import connected
-from tests.relays import check_history, numbered
+from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
 from .clients import read_back
@@ -243,6 +243,30 @@ def test_a_transaction_that_stays_open_delays_its_own_rows_alone(
     for of_late in (range(7, 1007), [*range(7), *late_ones]):
         numbers = set(of_late)
         check_history(of_late, [record for record in records if int(record.value or b"") in numbers])
+
+
+def test_what_comes_to_light_after_the_connection_was_made_anew(
+    in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._LOOK_AT_ALL_EVERY_S", 1e6)
+    outbox = in_postgres(wire="raw")
+    failed = threading.Event()
+    fail = threading.Event()
+
+    def before(name: str) -> None:
+        if fail.is_set() and not failed.is_set():
+            failed.set()
+            raise kbatch.OutboxError("the connection is lost")
+
+    with running(WatchedOutbox(outbox, before=before), cluster) as relay:
+        with outboxes.transaction(outbox) as late:
+            outbox.add(late, numbered([0], keys=1), topic="orders")
+            outboxes.add(outbox, numbered([1], keys=1))
+            until(lambda: relay.stats()["acked"] == 1, "what was committed")
+            fail.set()
+            until(failed.is_set, "the failure")
+        assert relay.drain(30) == 0
+    assert relay.stats()["acked"] == 2
 
 
 def test_transactions_of_many_threads_that_overlap(

@@ -22,6 +22,7 @@ from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._postgres import FEWEST_TO_COPY
 from tests import outboxes
 from tests.outboxes import connected, query
+from tests.waiting import until
 
 FUTURE = datetime.now(timezone.utc) + timedelta(days=1)
 
@@ -580,3 +581,68 @@ def test_relays_of_the_process_are_told_of_an_add(outbox: PostgresOutbox, watche
     with outboxes.transaction(outbox) as connection:
         refused(outbox, connection, [object()])
     assert watched == ["told"]
+
+
+# -- leases
+
+
+def test_a_bucket_does_not_change_hands_while_its_rows_are_written(outbox: PostgresOutbox) -> None:
+    outboxes.add(outbox, envelopes(1))
+    ((bucket, seq),) = query(outbox, "SELECT bucket, seq FROM {outbox}")
+    name = outboxes.in_schema(outbox, "waits")
+    first, second = outbox.open_store(), outbox.open_store()
+    options: dict[str, Any] = {"release": (), "avoid": ()}
+    results: list[set[int]] = []
+    with contextlib.closing(first), contextlib.closing(second), connected(outbox) as holder:
+        holder.execute("SELECT pg_advisory_lock(12)")
+        outboxes.run(
+            outbox,
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN PERFORM pg_advisory_xact_lock_shared(12); RETURN OLD; END $$",
+            f"CREATE TRIGGER waits BEFORE DELETE ON {outbox._tables.names['outbox']} "
+            f"FOR EACH ROW EXECUTE FUNCTION {name}()",
+        )
+        leases, _ = first.renew("first", 1.0, **options)
+
+        def settle() -> None:
+            done = [(bucket, seq)]
+            results.append(
+                first.settle({bucket: dict(leases)[bucket]}, done=done, done_later=[], failures=[], failures_later=[])
+            )
+
+        thread = threading.Thread(target=settle)
+        thread.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 12 AND NOT granted"
+        until(lambda: holder.execute(waiting).fetchone() == (1,), "the delete")
+        lost = outbox._tables.sql("SELECT count(*) FROM {lease} WHERE NOT {lives}")
+        until(lambda: holder.execute(lost).fetchone() == (64,), "the end of its leases")
+        taken, _ = second.renew("second", 60.0, **options)
+        assert {each for each, _ in taken} == set(range(64)) - {bucket}
+        holder.execute("SELECT pg_advisory_unlock(12)")
+        thread.join()
+        assert results == [set()]
+        taken, _ = second.renew("second", 60.0, **options)
+        assert len(taken) == 64
+    assert outbox.status().waiting == 0
+
+
+def test_two_relays_that_remove_those_that_are_gone_do_not_wait_for_each_other(outbox: PostgresOutbox) -> None:
+    query(outbox, "INSERT INTO {relay} SELECT 'gone ' || n, 0, 1000 FROM generate_series(1, 50) AS n")
+    errors: list[BaseException] = []
+
+    def renew(owner: str) -> None:
+        try:
+            with contextlib.closing(outbox.open_store()) as store:
+                for _ in range(20):
+                    store.renew(owner, 60.0, release=(), avoid=())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=renew, args=(f"relay {n}",)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert query(outbox, "SELECT count(*) FROM {relay}") == [(5,)]
+    assert query(outbox, "SELECT count(DISTINCT bucket) FROM {lease} WHERE owner IS NOT NULL") == [(64,)]
