@@ -1818,8 +1818,8 @@ MUTANTS = (
     ),
     Mutant(
         "what is added first in SQLAlchemy's connection is rolled back",
-        "PostgresOutbox._driver",
-        "                if not driver.in_transaction():\n                    driver.begin()\n",
+        "BaseOutbox._driver_of",
+        "                if not connection.in_transaction():\n                    connection.begin()\n",
         "",
         "tests/unit/test_outbox_postgres.py",
     ),

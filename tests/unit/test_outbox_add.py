@@ -558,3 +558,22 @@ def test_a_version_of_sqlite_that_may_damage_the_database_is_logged_once(
     for _ in range(2):
         _tell_of_fault(version)
     assert len(caplog.records) == (1 if is_told else 0)
+
+
+@in_sqlite
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("session", [True, False])
+def test_it_joins_the_transaction_of_sqlalchemy(outbox: SqliteOutbox, session: bool, commits: bool) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy", reason="platform: it has no wheel here")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    outboxes.query(outbox, "CREATE TABLE orders (n)")
+    engine = sqlalchemy.create_engine(f"sqlite:///{outbox._path}")
+    with orm.Session(engine) if session else engine.connect() as connection:
+        assert "BEGIN IMMEDIATE" in refused(outbox, connection)
+        connection.execute(sqlalchemy.text("INSERT INTO orders VALUES (1)"))
+        assert outbox.add(connection, envelopes(3), topic="orders") == 3
+        assert outbox.status().waiting == 0  # for others
+        connection.commit() if commits else connection.rollback()
+    engine.dispose()
+    assert outbox.status().waiting == (3 if commits else 0)
+    assert len(outboxes.query(outbox, "SELECT * FROM orders")) == (1 if commits else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import msgspec
 
 from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
-from kbatch._errors import ConfigError
+from kbatch._errors import ConfigError, OutboxError
 from kbatch._fastmap import Mapper, RecordPool, wall_time
 
 if TYPE_CHECKING:
@@ -77,6 +78,26 @@ class BaseOutbox:
         """Calls it no more, if it does."""
         with contextlib.suppress(ValueError):
             self._watchers.remove(watcher)
+
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        raise NotImplementedError
+
+    def _driver_of(self, connection: Any) -> Any:
+        """What SQLAlchemy's `Connection` or `Session` uses, once its transaction has begun; anything else as it is."""
+        sqlalchemy = sys.modules.get("sqlalchemy")
+        orm = sys.modules.get("sqlalchemy.orm")
+        if sqlalchemy is None:
+            return connection
+        try:
+            if orm is not None and isinstance(connection, orm.Session):
+                connection = connection.connection()
+            if isinstance(connection, sqlalchemy.Connection):
+                if not connection.in_transaction():
+                    connection.begin()
+                return connection.connection.driver_connection
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            raise self._as_outbox_error(error) from error
+        return connection
 
     def _tell_watchers(self) -> None:
         for watcher in tuple(self._watchers):

@@ -181,6 +181,9 @@ class BasePostgresOutbox(BaseOutbox):
 
     # -- with a connection of the application
 
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        return self._tables.as_outbox_error(error)
+
     def _rows(self, batch: MappedBatch) -> list[Row]:
         return self._pool.rows(batch, 0, BUCKETS, now_us())
 
@@ -281,28 +284,11 @@ class PostgresOutbox(BasePostgresOutbox):
         return len(rows)
 
     def _driver(self, connection: Any) -> psycopg.Connection[Any]:
-        sqlalchemy = sys.modules.get("sqlalchemy")
-        driver = connection
-        if sqlalchemy is not None:
-            orm = sys.modules.get("sqlalchemy.orm")
-            if orm is not None and isinstance(driver, orm.Session):
-                driver = self._connection_of(driver)
-            if isinstance(driver, sqlalchemy.Connection):
-                if driver.closed:
-                    raise OutboxError("the connection is closed: give one that is open")
-                if not driver.in_transaction():
-                    driver.begin()
-                driver = driver.connection.driver_connection
+        driver = self._driver_of(connection)
         psycopg = sys.modules.get("psycopg")
         if psycopg is not None and isinstance(driver, psycopg.Connection):
             return cast("psycopg.Connection[Any]", driver)
         raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
-
-    def _connection_of(self, session: sqlalchemy.orm.Session) -> sqlalchemy.Connection:
-        try:
-            return session.connection()
-        except sys.modules["sqlalchemy"].exc.SQLAlchemyError as error:
-            raise self._tables.as_outbox_error(error) from error
 
     def _write(self, connection: psycopg.Connection[Any], rows: list[Row]) -> None:
         import psycopg

@@ -8,7 +8,7 @@ import os
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
-from kbatch._errors import ConfigError, OutboxError, type_name
+from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
 from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     import msgspec
+    import sqlalchemy.orm
 
     from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._store import OutboxStore
@@ -128,8 +129,18 @@ class SqliteOutbox(BaseOutbox):
 
     # -- adding
 
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        cause = getattr(error, "orig", None)  # SQLAlchemy wraps it
+        if isinstance(cause, sqlite3.Error):
+            return self._tables.as_outbox_error(cause, self._path)
+        return OutboxError(f"the outbox in {self._path}: {exception_text(error)}")
+
     def add(
-        self, connection: sqlite3.Connection, envelopes: Iterable[Envelope[Any]], *, topic: str | None = None
+        self,
+        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        topic: str | None = None,
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
@@ -139,7 +150,8 @@ class SqliteOutbox(BaseOutbox):
         SQLite may refuse at once to let it write.
 
         Args:
-            connection: One of ``sqlite3``, to this outbox's file, in a transaction.
+            connection: One of ``sqlite3``, to this outbox's file, in a transaction; or a connection or session of
+                SQLAlchemy 2 that uses one, after its first statement that writes.
             envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
                 in the order in which transactions with them were written.
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
@@ -153,14 +165,15 @@ class SqliteOutbox(BaseOutbox):
             OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
                 are missing or another version's; the database takes no writes.
         """
-        self._check_connection(connection)
+        driver: sqlite3.Connection = self._driver_of(connection)
+        self._check_connection(driver)
         batch = self._pool.map(self._mapper, topic, envelopes)
-        self._check_connection(connection)  # an encoder or a generator may have ended the transaction
+        self._check_connection(driver)  # an encoder or a generator may have ended the transaction
         try:
-            count = self._insert_batch(connection, batch)
+            count = self._insert_batch(driver, batch)
         except sqlite3.Error as error:
             if lacks_tables(error):
-                self._check_file_of(connection)
+                self._check_file_of(driver)
             raise self._tables.as_outbox_error(error, self._path) from error
         self._tell_watchers()
         return count
