@@ -404,6 +404,33 @@ def test_tables_of_another_version(outbox: PostgresOutbox, change: str, says: st
     asyncio.run(work())
 
 
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_a_trigger_that_keeps_rows_out_is_told(outbox: PostgresOutbox, count: int) -> None:
+    name = outboxes.in_schema(outbox, "keeps_out")
+    outboxes.run(
+        outbox,
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+        f"CREATE TRIGGER keeps_out BEFORE INSERT ON {outbox._tables.names['outbox']} "
+        f"FOR EACH ROW WHEN (NEW.seq % 3 = 1) EXECUTE FUNCTION {name}()",
+    )
+    kept_out = (count + 2) // 3
+    with outboxes.transaction(outbox) as connection:
+        says = refused(outbox, connection, envelopes(count))
+    assert f"has taken {count - kept_out} of {count} row" in says
+
+    async def work() -> None:
+        import asyncpg
+
+        connection = await asyncpg.connect(outbox._conninfo)
+        with contextlib.suppress(OutboxError):
+            async with connection.transaction():
+                await of_aio(outbox).add(connection, envelopes(3 * count), topic="orders")
+                raise AssertionError
+        await connection.close()
+
+    asyncio.run(work())
+
+
 def test_a_transaction_that_only_reads_and_a_user_who_may_not_write(outbox: PostgresOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         connection.execute("SET TRANSACTION READ ONLY")

@@ -11,6 +11,7 @@ from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._postgres_rows import COPIED, arrays, copy_stream
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
+from kbatch._text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -195,6 +196,13 @@ class BasePostgresOutbox(BaseOutbox):
             return self._insert_one, (bucket, id_bytes, packed, deliver_by, created_at)
         return self._insert, (*arrays(rows), created_at)
 
+    def _check_count(self, count: int, rows: list[Row]) -> None:
+        if count != len(rows):
+            raise OutboxError(
+                f"the outbox {self._tables!r} has taken {count} of {counted(len(rows), 'row')}: a trigger or a rule of "
+                "the table keeps the others out; roll back"
+            )
+
     def _check_psycopg(self, connection: Any) -> None:
         from psycopg.pq import PipelineStatus, TransactionStatus
 
@@ -298,14 +306,16 @@ class PostgresOutbox(BasePostgresOutbox):
             cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
             if len(rows) < FEWEST_TO_COPY:
                 statement, parameters = self._statement(rows)
-                if not cursor.execute(statement.encode(), parameters).rowcount:
+                count = cursor.execute(statement.encode(), parameters).rowcount
+                if not count:
                     self._check_look(cursor.execute(self._look.encode()).fetchone())
-                    raise self._tables.lacks_meta()
-                return
-            self._check_look(cursor.execute(self._look.encode()).fetchone())
-            with cursor.copy(self._copy.encode()) as copy:
-                for piece in copy_stream(rows):
-                    copy.write(piece)
+            else:
+                self._check_look(cursor.execute(self._look.encode()).fetchone())
+                with cursor.copy(self._copy.encode()) as copy:
+                    for piece in copy_stream(rows):
+                        copy.write(piece)
+                count = cursor.rowcount
+            self._check_count(count, rows)
         except psycopg.Error as error:
             raise self._tables.as_outbox_error(error) from error
 

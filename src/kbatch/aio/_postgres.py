@@ -116,17 +116,18 @@ class PostgresOutbox(BasePostgresOutbox):
             cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
             if len(rows) < FEWEST_TO_COPY:
                 statement, parameters = self._statement(rows)
-                await cursor.execute(statement.encode(), parameters)
-                if not cursor.rowcount:
+                count = (await cursor.execute(statement.encode(), parameters)).rowcount
+                if not count:
                     await cursor.execute(self._look.encode())
                     self._check_look(await cursor.fetchone())
-                    raise self._tables.lacks_meta()
-                return
-            await cursor.execute(self._look.encode())
-            self._check_look(await cursor.fetchone())
-            async with cursor.copy(self._copy.encode()) as copy:
-                for piece in copy_stream(rows):
-                    await copy.write(piece)
+            else:
+                await cursor.execute(self._look.encode())
+                self._check_look(await cursor.fetchone())
+                async with cursor.copy(self._copy.encode()) as copy:
+                    for piece in copy_stream(rows):
+                        await copy.write(piece)
+                count = cursor.rowcount
+            self._check_count(count, rows)
         except psycopg.Error as error:
             raise self._tables.as_outbox_error(error) from error
 
@@ -143,16 +144,16 @@ class PostgresOutbox(BasePostgresOutbox):
                 told = await connection.execute(statement, *parameters)
                 if told.endswith(" 0"):
                     self._check_look(await connection.fetchrow(self._look))
-                    raise self._tables.lacks_meta()
-                return
-            self._check_look(await connection.fetchrow(self._look))
-            await connection.copy_to_table(
-                self._tables.bare["outbox"],
-                schema_name=self._tables.schema,
-                columns=COPIED.split(", "),
-                source=pieces(),
-                format="binary",
-            )
+            else:
+                self._check_look(await connection.fetchrow(self._look))
+                told = await connection.copy_to_table(
+                    self._tables.bare["outbox"],
+                    schema_name=self._tables.schema,
+                    columns=COPIED.split(", "),
+                    source=pieces(),
+                    format="binary",
+                )
+            self._check_count(int(told.rpartition(" ")[2]), rows)
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
             raise self._tables.as_outbox_error(error) from error
 
