@@ -1,5 +1,6 @@
 """What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -116,34 +117,52 @@ def nothing_stays_pinned() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The conninfo of a PostgreSQL server, one for all processes of the session."""
+def postgres_servers() -> Any:
+    """The module that starts PostgreSQL, where that can be done."""
     if os.name != "posix":
         pytest.skip("platform: the suite starts no PostgreSQL here")
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         pytest.skip("platform: psycopg has no wheels for a free-threaded CPython")
-    from tests import postgres as servers
+    from tests import postgres
 
+    return postgres
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The conninfo of a PostgreSQL server, one for all processes of the session."""
     base = tmp_path_factory.getbasetemp()
-    return servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    conninfo: str = postgres_servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    return conninfo
+
+
+@pytest.fixture(scope="module")
+def new_postgres(postgres_servers: Any) -> Iterator[Callable[[], Any]]:
+    """Starts servers that no other process uses; they are stopped after the module."""
+    with contextlib.ExitStack() as undo:
+
+        def start() -> Any:
+            server = undo.enter_context(contextlib.closing(postgres_servers.Server()))
+            server.start()
+            return server
+
+        yield start
 
 
 @pytest.fixture
 def in_postgres(postgres: str) -> Iterator[Callable[..., kbatch.PostgresOutbox]]:
     """Makes outboxes in PostgreSQL, each in a schema of its own."""
-    schemas: list[str] = []
+    with contextlib.ExitStack() as undo:
 
-    def make(**options: Any) -> kbatch.PostgresOutbox:
-        if "schema" not in options:
-            schemas.append(outboxes.new_schema(postgres))
-            options["schema"] = schemas[-1]
-        outbox = kbatch.PostgresOutbox(postgres, **options)
-        outbox.create()
-        return outbox
+        def make(**options: Any) -> kbatch.PostgresOutbox:
+            if "schema" not in options:
+                options["schema"] = outboxes.new_schema(postgres)
+                undo.callback(outboxes.drop_schema, postgres, options["schema"])
+            outbox = kbatch.PostgresOutbox(postgres, **options)
+            outbox.create()
+            return outbox
 
-    yield make
-    for schema in schemas:
-        outboxes.drop_schema(postgres, schema)
+        yield make
 
 
 @pytest.fixture(params=["sqlite", "postgres"])

@@ -18,9 +18,18 @@ from tests.relays import numbered
 from tests.waiting import until
 
 
+@pytest.fixture(scope="module")
+def conninfo(new_postgres: Callable[[], Any]) -> str:
+    """Of a server without the transactions of other tests."""
+    found: str = new_postgres().conninfo
+    return found
+
+
 @pytest.fixture
-def outbox(in_postgres: Callable[..., PostgresOutbox]) -> PostgresOutbox:
-    return in_postgres(wire="raw")
+def outbox(conninfo: str) -> PostgresOutbox:
+    outbox = PostgresOutbox(conninfo, schema=outboxes.new_schema(conninfo), wire="raw")
+    outbox.create()
+    return outbox
 
 
 class Reader:

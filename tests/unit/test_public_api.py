@@ -2,6 +2,8 @@
 
 import ast
 import enum
+import importlib
+import importlib.util
 import inspect
 import pydoc
 import re
@@ -276,7 +278,9 @@ def test_private_modules_declare_what_they_export() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
         )
-        module = sys.modules[".".join(["kbatch", *path.relative_to(PACKAGE).with_suffix("").parts])]
+        if path.name == "_postgres_store.py" and importlib.util.find_spec("psycopg") is None:
+            continue  # it is imported by who has psycopg
+        module = importlib.import_module(".".join(["kbatch", *path.relative_to(PACKAGE).with_suffix("").parts]))
         assert all(hasattr(module, name) for name in names), path.name
         assert sorted(names) == names, path.name
 

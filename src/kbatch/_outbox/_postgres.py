@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kbatch._errors import ConfigError, OutboxError, shown, type_name
 from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
-from kbatch._outbox._postgres_rows import COPIED, arrays, copy_stream
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, arrays, copy_stream
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["FEWEST_TO_COPY", "BasePostgresOutbox", "PostgresOutbox", "not_taken"]
-
-FEWEST_TO_COPY = 50  # fewer are inserted by one statement, which takes one round trip
+__all__ = ["BasePostgresOutbox", "PostgresOutbox", "not_taken"]
 
 
 class BasePostgresOutbox(BaseOutbox):
@@ -293,8 +291,8 @@ class PostgresOutbox(BasePostgresOutbox):
 
     def _driver(self, connection: Any) -> psycopg.Connection[Any]:
         driver = self._driver_of(connection)
-        psycopg = sys.modules.get("psycopg")
-        if psycopg is not None and isinstance(driver, psycopg.Connection):
+        module = sys.modules.get("psycopg")
+        if module is not None and isinstance(driver, module.Connection):
             return cast("psycopg.Connection[Any]", driver)
         raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
 

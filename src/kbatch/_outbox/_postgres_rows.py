@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, TypeAlias
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["COPIED", "Row", "arrays", "copy_stream"]
+__all__ = ["COPIED", "FEWEST_TO_COPY", "Row", "arrays", "copy_stream"]
 
 Row: TypeAlias = tuple[
     int, int, bytes, bytes, int, "int | None"
 ]  # bucket, nothing yet, id, packed, created, deliver_by
 
+FEWEST_TO_COPY = 50  # fewer are inserted by one statement, which takes one round trip
 COPIED = "bucket, created_at, deliver_by, id, packed"  # the columns of `copy_stream`
 
 _HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import OutboxError
 from kbatch._loop import in_thread
-from kbatch._outbox._postgres import FEWEST_TO_COPY, BasePostgresOutbox, not_taken
-from kbatch._outbox._postgres_rows import COPIED, copy_stream
+from kbatch._outbox._postgres import BasePostgresOutbox, not_taken
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
