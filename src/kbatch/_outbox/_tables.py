@@ -6,9 +6,9 @@ from kbatch._errors import OutboxError
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
 
-__all__ = ["VERSION", "OutboxTables"]
+__all__ = ["OutboxTables"]
 
-VERSION = 1
+_VERSION = 1
 
 
 class OutboxTables:
@@ -24,7 +24,7 @@ class OutboxTables:
         # Of a line in `lease` or `relay`. One that ends too late is of before the clock was set back; a small step is
         # borne.
         lives = f"(until > {now} AND until <= {now} + 2 * length)"
-        self._values = {**names, "now": now, "lives": lives, "version": str(VERSION), "buckets": str(BUCKETS)}
+        self._values = {**names, "now": now, "lives": lives, "version": str(_VERSION), "buckets": str(BUCKETS)}
 
     def sql(self, statement: str) -> str:
         """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …; ``{now}``; ``{lives}``."""
@@ -32,10 +32,10 @@ class OutboxTables:
 
     def check_meta(self, version: int, buckets: int) -> None:
         """Raises OutboxError for tables that are another release's."""
-        if version != VERSION:
+        if version != _VERSION:
             raise OutboxError(
                 f"the outbox {self.names['outbox']} has tables of version {version}, and this kbatch knows version "
-                f"{VERSION}: use the kbatch that made them, or other tables by prefix="
+                f"{_VERSION}: use the kbatch that made them, or other tables by prefix="
             )
         if buckets != BUCKETS:
             raise OutboxError(
