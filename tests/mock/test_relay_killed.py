@@ -86,7 +86,7 @@ def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
     processes = [start(outbox, kafka_cluster, 2_000, drain=False) for _ in range(3)]
     try:
         until(lambda: outbox.status().relays == 3, "three relays")
-        shares = "SELECT count(*) FROM {lease} WHERE owner NOT NULL GROUP BY owner ORDER BY 1"
+        shares = "SELECT count(*) FROM {lease} WHERE owner IS NOT NULL GROUP BY owner ORDER BY 1"
         until(lambda: outboxes.query(outbox, shares) == [(20,), (22,), (22,)], "a third for each")
         for first in range(0, 1000, 100):
             outboxes.add(outbox, numbered(range(first, first + 100)))
