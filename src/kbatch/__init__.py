@@ -35,8 +35,10 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
+from kbatch._outbox._base import OutboxStatus
+from kbatch._outbox._postgres import PostgresOutbox
 from kbatch._outbox._relay import Relay
-from kbatch._outbox._sqlite import OutboxStatus, SqliteOutbox
+from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -74,6 +76,7 @@ __all__ = [
     "OutboxStatus",
     "OutgoingBatch",
     "PendingBatch",
+    "PostgresOutbox",
     "Producer",
     "ProducerClosedError",
     "ProducerError",

@@ -109,7 +109,14 @@ class SqliteStore:
 
     # -- reading
 
-    def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
+    def read(
+        self,
+        floors: Mapping[int, int],
+        *,
+        limit: int,
+        max_bytes: int,
+        in_flight: Callable[[], Collection[Place]],
+    ) -> Reading:
         """As `OutboxStore.read`."""
         rows: list[StoredRow] = []
         left = dict(floors)  # of what was not read to its end
