@@ -35,7 +35,10 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
+from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetters
+from kbatch._outbox._kept import KeptMessage, OutboxQuery
 from kbatch._outbox._relay import Relay
+from kbatch._outbox._scheduled import ScheduledMessage, ScheduledMessages
 from kbatch._outbox._sqlite import OutboxStatus, SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
@@ -60,6 +63,9 @@ __all__ = [
     "CircuitState",
     "ConfigError",
     "ConsumedRecord",
+    "DeadLetter",
+    "DeadLetterCount",
+    "DeadLetters",
     "DeliveryError",
     "DeliveryReport",
     "DeserializationError",
@@ -69,8 +75,10 @@ __all__ = [
     "KafkaSender",
     "KafkaTopic",
     "KbatchError",
+    "KeptMessage",
     "NotYetDueError",
     "OutboxError",
+    "OutboxQuery",
     "OutboxStatus",
     "OutgoingBatch",
     "PendingBatch",
@@ -81,6 +89,8 @@ __all__ = [
     "ProducerFencedError",
     "Relay",
     "RetryPolicy",
+    "ScheduledMessage",
+    "ScheduledMessages",
     "SenderCallback",
     "SenderClosedError",
     "SenderError",

@@ -44,8 +44,9 @@ LAYERS = [
 LAYERS_WITHIN = {
     "_outbox": [
         {"_leases", "_store"},
-        {"_flight", "_positions", "_sqlite_tables"},
-        {"_sqlite_store"},
+        {"_flight", "_kept", "_positions", "_sqlite_tables"},
+        {"_dead_letters", "_scheduled", "_sqlite_session"},
+        {"_sqlite_admin", "_sqlite_store"},
         {"_relay", "_sqlite"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
@@ -86,12 +87,13 @@ def run(code: str) -> str:
 
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
-    ConfigError ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender
-    KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutgoingBatch PendingBatch Producer
-    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy SenderCallback
-    SenderClosedError SenderError SenderFullError SenderMode SenderProtocol SendingAgent SerializationContext
-    SerializationError SqliteOutbox Tombstone TransactionUnknownError UndeliveredError UnknownTopicError WireFormat
-    WireReader __version__ librdkafka_version read_envelope uuid7
+    ConfigError ConsumedRecord DeadLetter DeadLetterCount DeadLetters DeliveryError DeliveryReport
+    DeserializationError Envelope ForkError InlineSender KafkaSender KafkaTopic KbatchError KeptMessage
+    NotYetDueError OutboxError OutboxQuery OutboxStatus OutgoingBatch PendingBatch Producer ProducerClosedError
+    ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy ScheduledMessage ScheduledMessages
+    SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol SendingAgent
+    SerializationContext SerializationError SqliteOutbox Tombstone TransactionUnknownError UndeliveredError
+    UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 

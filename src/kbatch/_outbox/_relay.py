@@ -176,6 +176,8 @@ class Relay:
         self._has_asked = False  # for leases, so that it may have some
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
+        self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
+        self._end_by: float | None = None
         self._poll_s = _SHORTEST_POLL_S
         self._is_hinted = False
         self._was_due = False  # what was sent last
@@ -225,9 +227,17 @@ class Relay:
             return 0
         return self._count_left()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float | None = None) -> None:
         """Has `run` and `drain` end. Any thread may call it, and a signal handler. If neither is called yet, the next
-        one ends at once."""
+        one ends at once.
+
+        Args:
+            timeout: Seconds that they wait for what is in flight, ``close_timeout_s`` at most; what is then left is
+                given up, and sent again some time. It may be called again, to wait less.
+        """
+        check_timeout(timeout)
+        if timeout is not None:
+            self._end_by = monotonic() + timeout
         self._stopping = True
         self._flag.set()
 
@@ -317,6 +327,7 @@ class Relay:
         finally:
             self._give_back()  # again, if that was interrupted
             self._stopping = False  # it may be run again
+            self._end_by = None
         return is_over
 
     def _claim(self, mine: threading.Lock) -> None:
@@ -417,7 +428,7 @@ class Relay:
         if now >= self._renew_at or (self._leases.leaving - self._busy()):
             self._renew()
         if now >= self._look_at_all_at:
-            # Rows that others have put back, such as a replay, and keys that others have let go.
+            # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
             self._positions.start_again()
             self._let_go()
@@ -461,6 +472,8 @@ class Relay:
         self._lose(self._leases.renewed(asked, leases, share))
         fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
         if fresh:
+            if self._changes is None:
+                self._changes = self._store.changes()  # nothing was read before
             self._positions.begin(fresh, self._store.held_keys(fresh))
             self._read_at = self._due_at = monotonic()
 
@@ -510,6 +523,8 @@ class Relay:
         assert self._store is not None
         floors = self._positions.floors(self._leases.to_read())
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES)
+        if self._was_changed():
+            return
         rows = self._positions.taken(reading, self._in_flight)
         if reading.rows:
             self._poll_s = _SHORTEST_POLL_S
@@ -537,6 +552,8 @@ class Relay:
             return
         in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
         rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
+        if self._was_changed():
+            return
         hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
         rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
         producer = self._handle.solo() if rows else None
@@ -553,6 +570,19 @@ class Relay:
             ),
             producer,
         )
+
+    def _was_changed(self) -> bool:
+        """Whether others have put rows back, or changed what waits. Asked after each reading: what was read is then
+        not sent, since rows of a lower number may come before it. It is read again."""
+        assert self._store is not None
+        changes = self._store.changes()
+        if changes == self._changes:
+            return False
+        self._positions.look_again()
+        self._let_go()
+        self._read_at = self._due_at = monotonic()
+        self._changes = changes  # last: who was interrupted looks again
+        return True
 
     def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
         return {bucket: self._leases.tokens[bucket] for bucket in buckets}
@@ -676,7 +706,7 @@ class Relay:
         self._ending = True
         now = monotonic()
         longest = now + self._close_timeout_s
-        if not self._await_answers(longest if end is None else min(longest, max(end, now))):
+        if not self._await_answers(longest if end is None else min(longest, max(end, now)), hurried=True):
             # What librdkafka has given up it sends no more, so that others may have the buckets at once.
             self._purge()
             self._await_answers(monotonic() + _LAST_WORDS_S)
@@ -699,10 +729,13 @@ class Relay:
         self._store.leave(self._owner, keep=self._busy())
         return True
 
-    def _await_answers(self, end: float) -> bool:
-        """Whether everything that was in flight is written by then."""
+    def _await_answers(self, end: float, *, hurried: bool = False) -> bool:
+        """Whether everything that was in flight is written by then; with `hurried` by the time that `stop` gave, if
+        that is sooner."""
         while self._flights or self._has_answers():
             now = monotonic()
+            if hurried and self._end_by is not None:
+                end = min(end, self._end_by)
             if now >= end:
                 return False
             self._take_settled()

@@ -15,6 +15,10 @@ from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
 from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._outbox._dead_letters import DeadLetters
+from kbatch._outbox._kept import Keeper
+from kbatch._outbox._scheduled import ScheduledMessages
+from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
 from kbatch._outbox._store import BUCKETS
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import OutboxStore
+    from kbatch._outbox._store import AdminStore, NewRow, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["OutboxStatus", "SqliteOutbox"]
@@ -98,6 +102,7 @@ class SqliteOutbox:
                 f"max_message_bytes must be an int from 1,000 to {_MOST_BYTES:,}, not {max_message_bytes!r}"
             )
         self._tables = SqliteTables(prefix)
+        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._mapper = Mapper(
             wire,
             msgspec.json.Encoder() if encoder is None else encoder,
@@ -304,6 +309,22 @@ class SqliteOutbox:
         age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
         return OutboxStatus(waiting, later, dead, age_s, relays)
 
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that were given up: to find, replay, edit and discard them."""
+        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
+
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
+        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
+
+    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
+        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
+        if not rows:
+            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
+        return rows[0]
+
     def watch(self, watcher: Callable[[], object]) -> None:
         """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
         self._watchers.append(watcher)
@@ -324,6 +345,17 @@ class SqliteOutbox:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
             return SqliteStore(connection, self._tables, self._path)
+
+    def open_admin(self) -> AdminStore:
+        """The connection of those who look after dead letters and what waits, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            return SqliteAdmin(connection, self._tables, self._path)
 
     @contextlib.contextmanager
     def _connection(self, *, create: bool = False, keep: bool = False) -> Iterator[sqlite3.Connection]:

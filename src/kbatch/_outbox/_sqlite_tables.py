@@ -28,7 +28,8 @@ CREATE TABLE IF NOT EXISTS {meta} (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     version INTEGER NOT NULL,
     buckets INTEGER NOT NULL,
-    last_seq INTEGER NOT NULL
+    last_seq INTEGER NOT NULL,
+    changes INTEGER NOT NULL DEFAULT 0
 );
 INSERT OR IGNORE INTO {meta} (one, version, buckets, last_seq) VALUES (1, {version}, {buckets}, 0);
 CREATE TABLE IF NOT EXISTS {outbox} (
@@ -67,6 +68,7 @@ CREATE TABLE IF NOT EXISTS {dead} (
     last_error TEXT NOT NULL,
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS {dead_died} ON {dead_bare} (died_at);
 CREATE TABLE IF NOT EXISTS {lease} (
     bucket INTEGER PRIMARY KEY,
     owner TEXT,
@@ -102,10 +104,11 @@ class SqliteTables:
                 f"prefix={shown(prefix)} makes names of {len(longest)} characters, and {_LONGEST_NAME} are allowed"
             )
         # With the schema, so that a temporary table of the same name is not meant.
-        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key")
+        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key", "dead_died")
         self.names = {name: f'main."{prefix}outbox_{name}"' for name in names}
         self.names["outbox"] = f'main."{prefix}outbox"'
-        self.names["later_bare"] = f'"{prefix}outbox_later"'  # an index says which schema by its own name
+        for name in ("later", "dead"):  # an index says which schema by its own name
+            self.names[f"{name}_bare"] = f'"{prefix}outbox_{name}"'
         self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
 
     def sql(self, statement: str) -> str:
