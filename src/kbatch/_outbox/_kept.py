@@ -98,7 +98,7 @@ class KeptMessage:
         topic: Where it goes; ``None`` if what is stored is damaged.
         partition: The partition that it asks for, if any.
         key: Its key.
-        message_type: What the headers say that it is.
+        message_type: The type that it has as an envelope.
         added_at: When it was added.
         deliver_by: When it has expired, if ever.
         attempts: How often it was refused.
