@@ -159,6 +159,7 @@ class _Watcher:
         self._waiting = ""
 
     def watch(self, over: threading.Event) -> None:
+        self._look()
         while not over.wait(_LOOK_EVERY_S):
             self._look()
 
