@@ -8,7 +8,6 @@ import signal
 import subprocess
 import uuid
 from datetime import datetime, timezone
-from pathlib import Path
 
 import pytest
 
@@ -152,7 +151,7 @@ def test_dead_letters_are_chosen_and_counted(dead):
     assert numbers("--newer-than", "1h") == []
     assert numbers("--older-than", "1h") == [1, 2, 3, 4, 5]
     assert numbers(dead.dead_letters.find()[2].id) == [3]
-    status, out, err = here(dead, "dead", "list", "--summary", "--json")
+    _, out, _ = here(dead, "dead", "list", "--summary", "--json")
     assert [(each["topic"], each["message_type"], each["letters"]) for each in rows(out)] == [
         ("orders", "bytes", 3),
         ("orders", "order.placed", 1),
@@ -432,7 +431,7 @@ def test_the_demo_of_the_outbox_finds_what_is_wrong(monkeypatch):
 
     read_all = _outbox_demo.read_all
     monkeypatch.setattr(_outbox_demo, "read_all", lost)
-    status, out, err = run_here("outbox", "demo", "--count", 500, "--kills", 0)
+    status, _, err = run_here("outbox", "demo", "--count", 500, "--kills", 0)
     assert status == 1
     assert "1 order missing" in err
     assert "are not what was read back" in err

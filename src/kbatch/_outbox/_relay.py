@@ -17,6 +17,7 @@ from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, 
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
+from kbatch._outbox._store import HeldKey, RefusedWriteError
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -28,7 +29,7 @@ from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from types import TracebackType
     from typing import Protocol, TypeVar
 
@@ -184,6 +185,8 @@ class Relay:
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0
         self._trouble_at: float | None = None
+        self._failures_at = 0.0  # when failures that could not be written are tried again
+        self._refusal_at: float | None = None
 
     def __repr__(self) -> str:
         return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
@@ -354,7 +357,8 @@ class Relay:
         self._renew_at = self._read_at = self._due_at = self._store_at = now
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
         self._poll_s = _SHORTEST_POLL_S
-        self._trouble_at = None
+        self._trouble_at = self._refusal_at = None
+        self._failures_at = 0.0
         self._pid = os.getpid()
         self._outbox.watch(self._on_add)
 
@@ -387,7 +391,7 @@ class Relay:
         if probe_at is not None:
             due.append(probe_at)
         if self._has_answers():
-            due.append(now)
+            due.append(self._write_at())
         pause = max(min(due), self._store_at) - monotonic()
         return min(max(pause, 0.0), _RENEW_EVERY_S)
 
@@ -551,6 +555,7 @@ class Relay:
         if not buckets:
             return
         in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
+        in_flight.update((failure.bucket, failure.seq) for failure in self._failures_later)
         rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
         if self._was_changed():
             return
@@ -669,34 +674,78 @@ class Relay:
     def _has_answers(self) -> bool:
         return bool(self._done or self._done_later or self._failures or self._failures_later)
 
+    def _write_at(self) -> float:
+        return 0.0 if self._done or self._done_later else self._failures_at
+
     def _write_answers(self) -> None:
         if not self._has_answers():
             return
-        assert self._store is not None
         # They stay in the lists until they are written: a database that does not answer is asked again.
-        buckets = self._busy_with_answers()
+        if monotonic() < self._failures_at:
+            self._record(self._done, self._done_later, [], [])
+            return
+        try:
+            self._record(self._done, self._done_later, self._failures, self._failures_later)
+        except RefusedWriteError:
+            self._record_apart()
+
+    def _record_apart(self) -> None:
+        """What is done first, then each failure alone: a row that the database lets nobody move stops no other."""
+        self._record(self._done, self._done_later, [], [])
+        for is_due in (False, True):
+            while failures := self._failures_later if is_due else self._failures:
+                one = failures[:1]
+                try:
+                    self._record([], [], [] if is_due else one, one if is_due else [])
+                except RefusedWriteError as error:
+                    failures.append(failures.pop(0))  # the others have their turn first
+                    now = monotonic()
+                    self._failures_at = now + _TRY_STORE_AGAIN_S
+                    if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
+                        self._refusal_at = now
+                        _logger.warning("a relay cannot move what a broker has refused, and tries again: %s", error)
+                    break
+
+    def _record(
+        self,
+        done: Sequence[Place],
+        done_later: Sequence[Place],
+        failures: Sequence[Failure],
+        failures_later: Sequence[Failure],
+    ) -> None:
+        """Writes all of what is done or none, and some of the failures."""
+        assert self._store is not None
+        buckets = {place[0] for places in (done, done_later) for place in places}
+        buckets.update(failure.bucket for each in (failures, failures_later) for failure in each)
+        if not buckets:
+            return
         lost = self._store.settle(
             self._tokens_of(buckets),
-            done=self._done,
-            done_later=self._done_later,
-            failures=self._failures,
-            failures_later=self._failures_later,
+            done=done,
+            done_later=done_later,
+            failures=failures,
+            failures_later=failures_later,
         )
-        self._lets_go = self._lets_go or bool(self._done_later or self._failures_later)
-        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+        self._lets_go = self._lets_go or bool(done_later or failures_later)
+        written = {*failures, *failures_later}
+        self._done, self._done_later = [] if done else self._done, [] if done_later else self._done_later
+        self._failures = [failure for failure in self._failures if failure not in written]
+        self._failures_later = [failure for failure in self._failures_later if failure not in written]
         if lost:
             self._leases.drop(lost)
             self._lose(lost)
 
-    def _busy_with_answers(self) -> set[int]:
-        buckets = {place[0] for places in (self._done, self._done_later) for place in places}
-        buckets.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
-        return buckets
-
     def _let_go(self) -> None:
         if self._positions.has_held():
             assert self._store is not None
-            self._positions.let_go(self._store.held_keys(list(self._leases.tokens)))
+            held = self._store.held_keys(list(self._leases.tokens))
+            # Those of which a row is on its way to `later` are not there yet.
+            held += [
+                HeldKey(failure.bucket, failure.key_hash, failure.seq)
+                for failure in self._failures
+                if failure.due_in_s is not None and failure.key_hash is not None
+            ]
+            self._positions.let_go(held)
             self._read_at = monotonic()
 
     # -- the end
@@ -744,6 +793,9 @@ class Relay:
             if self._flights:
                 self._flag.wait(min(end - now, 0.1))
             elif self._has_answers():
+                if self._write_at() > now:  # they were refused; they stay where they are
+                    self._failures, self._failures_later = [], []
+                    return True
                 self._flag.wait(max(0.0, min(end, self._store_at) - now))
         return True
 

@@ -7,7 +7,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ConfigError, OutboxError, shown
-from kbatch._outbox._store import BUCKETS
+from kbatch._outbox._store import BUCKETS, RefusedWriteError
 from kbatch._text import counted
 
 if TYPE_CHECKING:
@@ -157,8 +157,10 @@ class SqliteTables:
         elif "closed" in text:
             hint = "give a connection that is open"
         else:
-            return OutboxError(f"the outbox in {path}: {text}")
-        return OutboxError(f"the outbox in {path}: {text}; {hint}")
+            hint = ""
+        is_refused = own and (isinstance(error, sqlite3.IntegrityError) or "is full" in text)
+        kind = RefusedWriteError if is_refused else OutboxError
+        return kind(f"the outbox in {path}: {text}" + (f"; {hint}" if hint else ""))
 
 
 def lacks_tables(error: sqlite3.Error) -> bool:

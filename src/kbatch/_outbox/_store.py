@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
+from kbatch._errors import OutboxError
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
@@ -20,11 +22,16 @@ __all__ = [
     "Place",
     "Position",
     "Reading",
+    "RefusedWriteError",
     "StoredRow",
     "Table",
 ]
 
 BUCKETS = 64
+
+
+class RefusedWriteError(OutboxError):
+    """The database answers, and does not take what is written: it is full, or a constraint or a trigger says no."""
 
 
 # Where a row is, for as long as it is anywhere: in the hot table, among those that wait, or among the dead.
@@ -166,6 +173,8 @@ class OutboxStore(Protocol):
         failures_later: Sequence[Failure],
     ) -> set[int]:
         """Deletes what is done and moves what failed, in one transaction, as far as the leases hold.
+
+        Raises a `RefusedWriteError` if the database takes other writes, so that it may be tried in smaller parts.
 
         Args:
             leases: Of each bucket its token.
