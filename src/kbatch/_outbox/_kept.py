@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
     from kbatch._fastmap import Envelope
-    from kbatch._outbox._store import AdminStore, KeptRow, Place, Position, Table
+    from kbatch._outbox._store import KeptRow, OutboxAdmin, Place, Position, Table
 
 __all__ = ["Keeper", "KeptMessage", "OutboxQuery", "milliseconds", "moment"]
 
@@ -186,7 +186,7 @@ class Seen:
 class Keeper:
     """A table of what is kept, as dead letters and scheduled messages need it."""
 
-    def __init__(self, table: Table, open_admin: Callable[[], AdminStore], wire: str) -> None:
+    def __init__(self, table: Table, open_admin: Callable[[], OutboxAdmin], wire: str) -> None:
         self._table: Table = table
         self._open_admin = open_admin
         self._wire = wire
@@ -199,18 +199,18 @@ class Keeper:
             found = self.scan(store, query, None if after is None else after._position)
             return list(itertools.islice(found, limit))
 
-    def scan(self, store: AdminStore, query: OutboxQuery | None, after: Position | None = None) -> Iterator[Seen]:
+    def scan(self, store: OutboxAdmin, query: OutboxQuery | None, after: Position | None = None) -> Iterator[Seen]:
         """What is meant; all by default."""
         return scan(store, self._table, OutboxQuery() if query is None else _checked(query), self._wire, after)
 
-    def change(self, query: OutboxQuery, change: Callable[[AdminStore, list[Place]], int]) -> int:
+    def change(self, query: OutboxQuery, change: Callable[[OutboxAdmin, list[Place]], int]) -> int:
         """Has something done with what is meant. The rows are looked for before its one transaction, so that nobody
         waits for the search; what has gone meanwhile is left out."""
         with self.open() as store:
             places = [(seen.row.bucket, seen.row.seq) for seen in self.scan(store, _checked(query))]
             return change(store, places) if places else 0
 
-    def open(self) -> contextlib.closing[AdminStore]:
+    def open(self) -> contextlib.closing[OutboxAdmin]:
         """A connection, for a ``with`` block."""
         return contextlib.closing(self._open_admin())
 
@@ -222,7 +222,7 @@ def _checked(query: OutboxQuery) -> OutboxQuery:
 
 
 def scan(
-    store: AdminStore, table: Table, query: OutboxQuery, wire: str, after: Position | None = None
+    store: OutboxAdmin, table: Table, query: OutboxQuery, wire: str, after: Position | None = None
 ) -> Iterator[Seen]:
     """What a query means, by the time of death, or that when it is due."""
     since_ms = None if query.since is None else milliseconds(query.since)

@@ -10,7 +10,7 @@ from kbatch._errors import ConfigError, type_name
 from kbatch._outbox._kept import Keeper, KeptMessage, OutboxQuery, milliseconds, moment
 
 if TYPE_CHECKING:
-    from kbatch._outbox._store import AdminStore, Place
+    from kbatch._outbox._store import OutboxAdmin, Place
 
 __all__ = ["ScheduledMessage", "ScheduledMessages"]
 
@@ -85,7 +85,7 @@ class ScheduledMessages:
             raise ConfigError(f"due_at must have a time zone: {due_at.isoformat()}")
         due_at_ms = milliseconds(due_at)
 
-        def change(store: AdminStore, places: list[Place]) -> int:
+        def change(store: OutboxAdmin, places: list[Place]) -> int:
             return store.reschedule(places, due_at_ms)
 
         return self._keeper.change(query, change)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import AdminStore, NewRow, OutboxStore
+    from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["OutboxStatus", "SqliteOutbox"]
@@ -346,7 +346,7 @@ class SqliteOutbox:
             self._check_tables(connection)
             return SqliteStore(connection, self._tables, self._path)
 
-    def open_admin(self) -> AdminStore:
+    def open_admin(self) -> OutboxAdmin:
         """The connection of those who look after dead letters and what waits, who close it.
 
         Raises:

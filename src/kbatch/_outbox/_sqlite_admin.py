@@ -26,12 +26,12 @@ _LIVES = (
 
 
 class SqliteAdmin(SqliteSession):
-    """As `AdminStore`."""
+    """As `OutboxAdmin`."""
 
     def page(
         self, table: Table, after: Position | None, *, since_ms: int | None, until_ms: int | None, limit: int
     ) -> list[KeptRow]:
-        """As `AdminStore.page`."""
+        """As `OutboxAdmin.page`."""
         at = _AT[table]
         conditions, values = ["1"], []
         if after is not None:
@@ -46,7 +46,7 @@ class SqliteAdmin(SqliteSession):
         return self._rows(table, " AND ".join(conditions), (*values, limit), "LIMIT ?")
 
     def look_up(self, table: Table, numbers: Collection[int]) -> list[KeptRow]:
-        """As `AdminStore.look_up`."""
+        """As `OutboxAdmin.look_up`."""
         # All buckets by name: so each number is looked for in the primary key.
         buckets = ", ".join(map(str, range(BUCKETS)))
         rows: list[KeptRow] = []
@@ -64,19 +64,19 @@ class SqliteAdmin(SqliteSession):
             return [KeptRow(*row) for row in run(statement, values)]
 
     def delete(self, table: Table, places: Sequence[Place]) -> int:
-        """As `AdminStore.delete`."""
+        """As `OutboxAdmin.delete`."""
         with self._changing():
             return self._many(f"DELETE FROM {{{table}}} {_ROW}", places)
 
     def replay(self, places: Sequence[Place], now_us: int) -> int:
-        """As `AdminStore.replay`."""
+        """As `OutboxAdmin.replay`."""
         rows = [(*place, now_us) for place in places]
         with self._changing():
             self._many(f"INSERT OR REPLACE INTO {{outbox}} ({_HOT}) SELECT {_HOT} FROM {{dead}} {_ROW} {_LIVES}", rows)
             return self._many(f"DELETE FROM {{dead}} {_ROW} {_LIVES}", rows)
 
     def replace(self, place: Place, row: NewRow) -> bool:
-        """As `AdminStore.replace`."""
+        """As `OutboxAdmin.replace`."""
         with self._changing():
             is_there = bool(self._many(f"DELETE FROM {{dead}} {_ROW}", [place]))
             if is_there:
@@ -84,7 +84,7 @@ class SqliteAdmin(SqliteSession):
         return is_there
 
     def reschedule(self, places: Sequence[Place], due_at_ms: int) -> int:
-        """As `AdminStore.reschedule`."""
+        """As `OutboxAdmin.reschedule`."""
         with self._changing():
             return self._many(f"UPDATE {{later}} SET due_at = ? {_ROW}", [(due_at_ms, *place) for place in places])
 

@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUCKETS",
-    "AdminStore",
     "DueRow",
     "Failure",
     "HeldKey",
     "KeptRow",
     "Lease",
     "NewRow",
+    "OutboxAdmin",
     "OutboxStore",
     "Place",
     "Position",
@@ -196,7 +196,7 @@ class OutboxStore(Protocol):
         """Gives the connection back."""
 
 
-class AdminStore(Protocol):
+class OutboxAdmin(Protocol):
     """What those who look after an outbox ask of its database. One thread uses it.
 
     Each method is one transaction; what it raises is an `OutboxError`. Each that changes something makes
