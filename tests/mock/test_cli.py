@@ -1343,6 +1343,9 @@ def test_commands_and_values_are_completed():
     assert out.split() == ["produce"]
     _, out, _ = run(_KBATCH_COMPLETE="complete_bash", COMP_WORDS="kbatch produce --wire w", COMP_CWORD="3")
     assert out.split() == ["wolverine"]
+    words = {"COMP_WORDS": "kbatch outbox dead d", "COMP_CWORD": "3"}
+    _, out, _ = run(_KBATCH_COMPLETE="complete_bash", **words)
+    assert out.split() == ["discard"]
     _, out, _ = run(_KBATCH_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="kbatch pro")
     assert '"produce"' in out
     assert "demo" not in out

@@ -289,10 +289,11 @@ def test_relay_tells_programs_in_json(outbox, kafka_cluster: MockCluster):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="platform: no such signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_ends_a_relay_with_its_work_recorded_and_its_buckets_handed_back(
-    outbox, kafka_cluster: MockCluster, number
+    outbox, kafka_cluster: MockCluster, name
 ):
+    number = getattr(signal, name)
     outboxes.add(outbox, numbered(range(100)))
     with relaying("-o", outbox._path, *QUICK, KBATCH_BOOTSTRAP_SERVERS=kafka_cluster.bootstrap_servers) as process:
         until(lambda: outbox.status().waiting == 0, "all sent")
