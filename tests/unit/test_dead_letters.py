@@ -139,6 +139,27 @@ def test_a_summary_counts_what_is_alike(outbox: SqliteOutbox) -> None:
     assert outbox.dead_letters.summary(OutboxQuery(topic="bills"))[0].letters == 1
 
 
+def test_summaries_after_before_and_within_a_time(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b", "c", "d"))
+
+    def count(**times: datetime) -> int:
+        return sum(each.letters for each in outbox.dead_letters.summary(OutboxQuery(**times)))
+
+    second, fourth = LONG_AGO + timedelta(hours=2), LONG_AGO + timedelta(hours=4)
+    assert (count(since=second), count(until=second), count(since=second, until=fourth)) == (3, 1, 2)
+
+
+def test_big_queries_are_paged_counted_replayed_and_discarded(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed(*(f"k{n}" for n in range(5_000)), topic="orders"), *keyed("x", topic="bills"))
+    orders = OutboxQuery(topic="orders")
+    assert outbox.dead_letters.summary(orders)[0].letters == 5_000
+    assert len(outbox.dead_letters.find(orders, limit=None)) == 5_000
+    assert outbox.dead_letters.replay(OutboxQuery(numbers=range(1, 2_001))) == 2_000
+    assert outbox.dead_letters.discard(orders) == 3_000
+    status = outbox.status()
+    assert (status.waiting, status.dead) == (2_000, 1)
+
+
 @pytest.mark.parametrize(
     ("packed", "error"),
     [("X'00'", "version is not 1"), ("'text'", "must be bytes, not str"), ("7", "must be bytes, not int")],

@@ -146,7 +146,7 @@ class Demo:
             stack.callback(lambda: relay.kill())
             with screen.bar("adding orders", self._plan.count) as bar:
                 while self._add_some():
-                    bar.show(self._added, f"relay {kills + 1} sends")
+                    bar.show(self._added, f"relay {kills + 1} at work")
                     if kills == 0 and self._plan.kills and self._added >= self._plan.count * 0.4:
                         # It is killed in its work: some of what it sent is not recorded yet.
                         self._await_first(relay, bar)
