@@ -33,7 +33,8 @@ class SqliteAdmin(SqliteSession):
     ) -> list[KeptRow]:
         """As `OutboxAdmin.page`."""
         at = _AT[table]
-        conditions, values = ["1"], []
+        conditions = ["1"]
+        values: list[int] = []
         if after is not None:
             conditions.append(f"({at}, bucket, seq) > (?, ?, ?)")
             values += after

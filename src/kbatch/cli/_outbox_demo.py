@@ -54,7 +54,7 @@ class OutboxPlan:
 
 @dataclass
 class RelayRun:
-    """What one relay did. Of the rows that were in the outbox when it began, and when it was stopped."""
+    """What one relay did."""
 
     waited_s: float = 0.0
     sent: int = 0
@@ -212,7 +212,7 @@ class Demo:
     def _end_run(self) -> None:
         run = self.figures.runs[-1]
         run.sending_s = time.perf_counter() - self._began - run.waited_s
-        run.sent = (self._left_before or 0) + self._added - self._added_before - self._left()
+        run.sent = self._added - self._left() - sum(each.sent for each in self.figures.runs)
 
     def _await_first(self, relay: RelayProcess, bar: Bar) -> int:
         """Waits until a relay has sent something, as far as that is not known; how many rows were left before."""
@@ -225,7 +225,7 @@ class Demo:
             bar.show(self._added - left, note)
             self._pause(relay)
         self.figures.runs[-1].waited_s = time.perf_counter() - self._began
-        self._left_before, self._added_before = before, self._added
+        self._left_before = before
         return before
 
     def _await_left(self, relay: RelayProcess, most: int, bar: Bar) -> None:
@@ -305,10 +305,10 @@ def _table(plan: OutboxPlan, figures: Figures, check: Check) -> Table:
                 ("  messages/s", f"{run.sent / run.sending_s:,.0f}"),
             ]
         if run.unrecorded is not None:
-            rows.append(("  was killed, its work unrecorded for at most", f"{run.unrecorded:,}"))
+            rows.append(("  when it was killed, still in the outbox", f"{run.unrecorded:,}"))
     rows += [
         ("records read back", f"{check.seen_count:,}"),
-        ("  of which came twice", f"{check.copies:,}"),
+        ("  orders that came twice", f"{check.copies:,}"),
         ("making the orders in Python", f"{figures.making_s:.2f} s"),
         ("reading back and comparing", f"{figures.reading_s:.2f} s"),
     ]

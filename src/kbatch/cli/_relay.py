@@ -55,7 +55,11 @@ def run_relay(job: RelayJob, screen: Screen) -> int:
             log.tell(f"relay of {job.place.shown} to {_brokers(job.settings)} begins")
             with screen.live("relay") as bar, _watched(relay, outbox, log, connection, interrupt, bar):
                 try:
-                    left = relay.drain(job.timeout_s) if job.drain else relay.run()
+                    left = 0
+                    if job.drain:
+                        left = relay.drain(job.timeout_s)
+                    else:
+                        relay.run()
                 except kbatch.KbatchError as error:
                     log.tell(for_people(error), "error")
                     log.tell(_told(relay))
@@ -67,7 +71,7 @@ def run_relay(job: RelayJob, screen: Screen) -> int:
             return status
 
 
-def _why(left: int | None, job: RelayJob, interrupt: Interrupt) -> tuple[int, str]:
+def _why(left: int, job: RelayJob, interrupt: Interrupt) -> tuple[int, str]:
     if interrupt.requested:
         return interrupt.status, "stopped by a signal" + (", at once" if interrupt.aborted else "")
     if left:

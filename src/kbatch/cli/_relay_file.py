@@ -48,12 +48,14 @@ class RelayFile:
     @property
     def relay(self) -> Mapping[str, Any]:
         """Options of a `Relay`."""
-        return self.values.get("relay", {})
+        found: Mapping[str, Any] = self.values.get("relay", {})
+        return found
 
     @property
     def retry(self) -> Mapping[str, Any]:
         """What a `RetryPolicy` has."""
-        return self.values.get("retry", {})
+        found: Mapping[str, Any] = self.values.get("retry", {})
+        return found
 
     def kafka(self) -> Iterator[Setting]:
         """Settings of librdkafka."""
@@ -72,13 +74,14 @@ class RelayFile:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text("utf-8-sig"))
+        found: dict[str, Any] = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise Failure(f"cannot read the configuration file {path}: {os.strerror(error.errno or 0)}", USAGE) from None
     except UnicodeDecodeError as error:
         raise Failure(f"the configuration file {path} is not UTF-8 text (byte {error.start})", USAGE) from None
     except tomllib.TOMLDecodeError as error:
         raise Failure(f"the configuration file {path} is not TOML: {error}", USAGE) from None
+    return found
 
 
 def _flat(before: str, table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
