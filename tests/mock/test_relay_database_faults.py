@@ -188,7 +188,7 @@ def test_five_hundred_topics_mixed(outbox: SqliteOutbox, cluster: MockCluster) -
     for first in range(0, 10_000, 1000):
         outboxes.add(
             outbox,
-            [Envelope(data=b"%d" % n, key=f"k{n % 7}", topic=names[n % 500]) for n in range(first, first + 1000)],
+            [Envelope(data=b"%d" % n, key=f"k{n % 500}", topic=names[n % 500]) for n in range(first, first + 1000)],
             topic=None,
         )
     with make(outbox, cluster, {"delivery.timeout.ms": 30_000}) as relay:

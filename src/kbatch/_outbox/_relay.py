@@ -178,7 +178,8 @@ class Relay:
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
-        self._end_by: float | None = None
+        self._end_by: float | None = None  # when `stop` wants it to end
+        self._gives_up = False  # what is in flight
         self._poll_s = _SHORTEST_POLL_S
         self._is_hinted = False
         self._was_due = False  # what was sent last
@@ -351,7 +352,7 @@ class Relay:
         return self._guarded(self._store.left, 1) == 0
 
     def _begin(self) -> None:
-        self._ending = False
+        self._ending = self._gives_up = False
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._store_at = now
@@ -755,8 +756,9 @@ class Relay:
         self._ending = True
         now = monotonic()
         longest = now + self._close_timeout_s
-        if not self._await_answers(longest if end is None else min(longest, max(end, now)), hurried=True):
+        if not self._await_answers(longest if end is None else min(longest, max(end, now))):
             # What librdkafka has given up it sends no more, so that others may have the buckets at once.
+            self._gives_up = True
             self._purge()
             self._await_answers(monotonic() + _LAST_WORDS_S)
         self._give_back()
@@ -778,12 +780,11 @@ class Relay:
         self._store.leave(self._owner, keep=self._busy())
         return True
 
-    def _await_answers(self, end: float, *, hurried: bool = False) -> bool:
-        """Whether everything that was in flight is written by then; with `hurried` by the time that `stop` gave, if
-        that is sooner."""
+    def _await_answers(self, end: float) -> bool:
+        """Whether everything that was in flight is written by then, or by the time that `stop` gave."""
         while self._flights or self._has_answers():
             now = monotonic()
-            if hurried and self._end_by is not None:
+            if self._end_by is not None and not self._gives_up:
                 end = min(end, self._end_by)
             if now >= end:
                 return False
