@@ -171,9 +171,9 @@ class _Watcher:
         stats, now = self._relay.stats(), monotonic()
         if self._interrupt.requested and not self._is_stopping:
             self._is_stopping = True
-            self._log.tell(
-                f"stopping: {counted(stats['in_flight'], 'message')} in flight; another signal gives them up"
-            )
+            in_flight = stats["in_flight"]
+            what = f": {counted(in_flight, 'message')} in flight, which another signal gives up" if in_flight else ""
+            self._log.tell(f"stopping{what}")
             self._relay.stop()
         if stats["acked"] > self._acked or not stats["in_flight"]:
             if stats["acked"] > self._acked:
