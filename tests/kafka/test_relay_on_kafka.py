@@ -191,7 +191,7 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_dead_letters_are_rep
 ) -> None:
     topic = one_broker.create_topic(partitions=3)
     missing = f"{topic}-later"
-    soon = RetryPolicy(max_attempts=2, initial_backoff_s=0.1, max_backoff_s=0.2)
+    soon = RetryPolicy(max_attempts=8, initial_backoff_s=0.1, max_backoff_s=1.0)
     producer = {**config(one_broker, 5_000), "topic.metadata.propagation.max.ms": 500}
     outboxes.add(outbox, numbered(range(100), topic=missing), topic=None)
     options = {"batch_size": BATCH, "max_in_flight_batches": FLIGHTS, "retry": soon}
