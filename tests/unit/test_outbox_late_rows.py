@@ -47,7 +47,7 @@ class Reader:
         def watched(statement: str, parameters: Any = None) -> Any:
             if parameters:
                 self.statements.append(statement)
-                self.ranges += len(parameters[0])
+                self.ranges += parameters[0].count(",") + 1
             return run(statement, parameters)
 
         self.store._run = watched
