@@ -119,6 +119,27 @@ def test_a_transaction_that_began_after_all_that_have_ended_is_waited_for(
     assert reader.read() == [2]
 
 
+def test_a_reading_is_one_snapshot(outbox: PostgresOutbox, reader: Reader) -> None:
+    with transaction(outbox) as late:
+        outbox.add(late, numbered([1], keys=1), topic="orders")
+        outboxes.add(outbox, numbered([5], keys=1))
+        assert reader.read() == [5]
+        run = reader.store._run
+
+        def interrupted(statement: str, parameters: Any = None) -> Any:
+            if parameters:  # the snapshot is taken, and the rows are not read yet
+                reader.store._run = run
+                late.execute("COMMIT")
+                outboxes.add(outbox, numbered([2], keys=1))
+                late.execute("BEGIN")
+            return run(statement, parameters)
+
+        reader.store._run = interrupted
+        seen = reader.read()
+        assert reader.store._run is run
+    assert seen + reader.read() == [1, 2]
+
+
 def test_what_is_in_flight_is_not_read_again(outbox: PostgresOutbox, reader: Reader) -> None:
     with transaction(outbox) as late:
         outbox.add(late, numbered([1], keys=1), topic="orders")
