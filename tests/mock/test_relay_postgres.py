@@ -1,8 +1,12 @@
 """A relay on PostgreSQL whose server stops, crashes, ends connections, has none left, or is silent."""
 
 import contextlib
+import os
 import random
+import shutil
 import signal
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -110,6 +114,45 @@ def check(outbox: PostgresOutbox, cluster: MockCluster, copies: int | None) -> N
 
 def waits_in_vain(caplog: pytest.LogCaptureFixture) -> bool:
     return any("cannot use its outbox" in record.message for record in caplog.records)
+
+
+@contextlib.contextmanager
+def pool_before(server: Any) -> Iterator[str]:
+    """The conninfo of a PgBouncer in transaction mode that has three connections."""
+    program = shutil.which("pgbouncer")
+    if program is None:
+        pytest.skip("platform: no PgBouncer is installed")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    settings = server.directory / "pgbouncer.ini"
+    settings.write_text(
+        f"[databases]\npostgres = host=127.0.0.1 port={server.port} user=postgres\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
+        "pool_mode = transaction\ndefault_pool_size = 3\n"
+    )
+    user = {"user": "nobody"} if os.geteuid() == 0 else {}
+    with subprocess.Popen([program, "-q", str(settings)], stderr=subprocess.DEVNULL, **user) as process:
+        until(lambda: accepts(port), "PgBouncer")
+        try:
+            yield f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable"
+        finally:
+            process.terminate()
+
+
+def accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_pool_in_transaction_mode_between(server: Any, cluster: MockCluster) -> None:
+    outbox = made(server.conninfo)
+    with pool_before(server) as conninfo:
+        through_pool = PostgresOutbox(conninfo, wire="raw")
+        with running(through_pool, cluster, batch_size=100) as relay:
+            with Adding(outbox):
+                until(lambda: relay.stats()["acked"] > 1000, "some that are sent")
+            assert relay.drain(60) == 0
+    check(outbox, cluster, copies=0)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["stopped", "crashed"])

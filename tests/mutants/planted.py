@@ -1779,7 +1779,7 @@ MUTANTS = (
         "",
         "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;",
         "BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY;",
-        "tests/mock/test_relay_postgres.py",
+        "tests/unit/test_outbox_late_rows.py",
     ),
     Mutant(
         "what is in flight is read once more with what came to light",

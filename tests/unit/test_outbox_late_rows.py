@@ -13,7 +13,7 @@ import pytest
 from kbatch import Envelope, PostgresOutbox
 from kbatch._fastmap import unpack_record
 from tests import outboxes
-from tests.outboxes import transaction
+from tests.outboxes import connected, transaction
 from tests.relays import numbered
 from tests.waiting import until
 
@@ -47,7 +47,7 @@ class Reader:
         def watched(statement: str, parameters: Any = None) -> Any:
             if parameters:
                 self.statements.append(statement)
-                self.ranges += len(parameters[0])
+                self.ranges += parameters[0].count(",") + 1
             return run(statement, parameters)
 
         self.store._run = watched
@@ -92,6 +92,54 @@ def test_what_commits_late_is_read_before_later_rows_of_its_key(outbox: Postgres
     assert reader.read() == []
 
 
+def test_what_commits_late_is_read_before_later_rows_of_its_key_however_many_they_are(
+    outbox: PostgresOutbox, reader: Reader
+) -> None:
+    with transaction(outbox) as late:
+        outbox.add(late, numbered(range(200), keys=1), topic="orders")
+        outboxes.add(outbox, numbered([1000], keys=1))
+        assert reader.read() == [1000]
+    outboxes.add(outbox, numbered([2000], keys=1))
+    seen: list[int] = []
+    for limit in (30, 30, 100, 1000):
+        seen += reader.read(limit)
+    assert seen == [*range(200), 2000]
+
+
+def test_a_transaction_that_began_after_all_that_have_ended_is_waited_for(
+    outbox: PostgresOutbox, reader: Reader
+) -> None:
+    with connected(outbox) as first, transaction(outbox) as late:
+        first.execute("BEGIN")
+        outbox.add(first, numbered([1], keys=1), topic="orders")
+        outbox.add(late, numbered([2], keys=1), topic="orders")
+        outbox.add(first, numbered([3], keys=1), topic="orders")
+        first.execute("COMMIT")
+        assert reader.read() == [1, 3]
+    assert reader.read() == [2]
+
+
+def test_a_reading_is_one_snapshot(outbox: PostgresOutbox, reader: Reader) -> None:
+    with transaction(outbox) as late:
+        outbox.add(late, numbered([1], keys=1), topic="orders")
+        outboxes.add(outbox, numbered([5], keys=1))
+        assert reader.read() == [5]
+        run = reader.store._run
+
+        def interrupted(statement: str, parameters: Any = None) -> Any:
+            if parameters:  # the snapshot is taken, and the rows are not read yet
+                reader.store._run = run
+                late.execute("COMMIT")
+                outboxes.add(outbox, numbered([2], keys=1))
+                late.execute("BEGIN")
+            return run(statement, parameters)
+
+        reader.store._run = interrupted
+        seen = reader.read()
+        assert reader.store._run is run
+    assert seen + reader.read() == [1, 2]
+
+
 def test_what_is_in_flight_is_not_read_again(outbox: PostgresOutbox, reader: Reader) -> None:
     with transaction(outbox) as late:
         outbox.add(late, numbered([1], keys=1), topic="orders")
@@ -106,15 +154,19 @@ def test_a_transaction_whose_row_has_a_number_but_is_not_written_yet_is_waited_f
     outbox: PostgresOutbox, reader: Reader, count: int
 ) -> None:
     name = outboxes.in_schema(outbox, "waits")
+    outboxes.add(
+        outbox, numbered([500])
+    )  # PostgreSQL writes down 32 numbers ahead, for which a transaction has its own
+    assert reader.read() == [500]
     with contextlib.ExitStack() as undo:
-        holder = undo.enter_context(outboxes.connected(outbox))
+        holder = undo.enter_context(connected(outbox))
         holder.execute("SELECT pg_advisory_lock(11)")
         outboxes.run(
             outbox,
             f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
             "$$ BEGIN PERFORM pg_advisory_xact_lock_shared(11); RETURN NEW; END $$",
             f"CREATE TRIGGER waits BEFORE INSERT ON {outbox._tables.names['outbox']} "
-            f"FOR EACH ROW WHEN (NEW.seq = 1) EXECUTE FUNCTION {name}()",
+            f"FOR EACH ROW WHEN (NEW.seq = 2) EXECUTE FUNCTION {name}()",
         )
         thread = threading.Thread(target=outboxes.add, args=(outbox, numbered(range(count), keys=1)))
         thread.start()
@@ -154,7 +206,7 @@ def test_a_transaction_that_stays_open_is_looked_for_only_once_it_has_ended(
 
 
 def test_a_snapshot_that_is_pinned_elsewhere_has_nothing_looked_for(outbox: PostgresOutbox, reader: Reader) -> None:
-    with outboxes.connected(outbox) as pinned:
+    with connected(outbox) as pinned:
         pinned.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         pinned.execute(outbox._tables.sql("SELECT count(*) FROM {outbox}"))
         for n in range(5):
@@ -164,7 +216,7 @@ def test_a_snapshot_that_is_pinned_elsewhere_has_nothing_looked_for(outbox: Post
 
 
 def test_numbers_that_were_rolled_back_are_passed_over(outbox: PostgresOutbox, reader: Reader) -> None:
-    with outboxes.connected(outbox) as connection:
+    with connected(outbox) as connection:
         for n in range(10):
             connection.execute("BEGIN")
             outbox.add(connection, numbered(range(n, n + 1), keys=1), topic="orders")
@@ -176,7 +228,7 @@ def test_numbers_that_were_rolled_back_are_passed_over(outbox: PostgresOutbox, r
 
 def test_rows_of_savepoints_and_of_prepared_transactions_are_found(outbox: PostgresOutbox, reader: Reader) -> None:
     name = outboxes.in_schema(outbox, "prepared").replace('"', "").replace("'", "")
-    with outboxes.connected(outbox) as connection:
+    with connected(outbox) as connection:
         connection.execute("BEGIN")
         for n in range(5):
             connection.execute("SAVEPOINT one")
@@ -213,7 +265,7 @@ def test_whatever_order_transactions_end_in(outbox: PostgresOutbox, reader: Read
     free = {f"k{n}" for n in range(8)}  # the application's transactions of one key follow each other
 
     with contextlib.ExitStack() as undo:
-        connections = [undo.enter_context(outboxes.connected(outbox)) for _ in range(5)]
+        connections = [undo.enter_context(connected(outbox)) for _ in range(5)]
         began: dict[Any, tuple[set[str], list[int]]] = {}
 
         def end(connection: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from kbatch._errors import ConfigError, OutboxError, shown, type_name
 from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
-from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, arrays, copy_stream
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream, joined
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
@@ -60,10 +60,12 @@ class BasePostgresOutbox(BaseOutbox):
         self._insert_one = sql(
             f"{into} $1::smallint, encode($2::bytea, 'hex')::uuid, $3::bytea, $4::bigint, $5::bigint FROM {right}"
         )
-        unnested = "unnest($1::smallint[], $2::bytea[], $3::bytea[], $4::bigint[])"
+        # Through text, since some drivers ask for lists where a parameter is an array.
+        unnested = "unnest($1::text::smallint[], $2::text::integer[], $3::text::integer[], $4::text::bigint[])"
         self._insert = sql(
-            f"{into} row.bucket, encode(row.id, 'hex')::uuid, row.packed, row.deliver_by, $5::bigint "
-            f"FROM {unnested} AS row (bucket, id, packed, deliver_by), {right}"
+            f"{into} row.bucket, encode(substr($5::bytea, row.place, 16), 'hex')::uuid, "
+            f"substr($5::bytea, row.place + 16, row.size), row.deliver_by, $6::bigint "
+            f"FROM {unnested} AS row (bucket, place, size, deliver_by), {right}"
         )
         self._meta = sql("SELECT version, buckets FROM {meta} WHERE one = 1")
         self._look = sql("SELECT version, buckets, pg_current_xact_id()::text FROM {meta} WHERE one = 1")
@@ -192,7 +194,7 @@ class BasePostgresOutbox(BaseOutbox):
         if len(rows) == 1:
             bucket, _, id_bytes, packed, _, deliver_by = rows[0]
             return self._insert_one, (bucket, id_bytes, packed, deliver_by, created_at)
-        return self._insert, (*arrays(rows), created_at)
+        return self._insert, (*joined(rows), created_at)
 
     def _check_count(self, count: int, rows: list[Row]) -> None:
         if count != len(rows):

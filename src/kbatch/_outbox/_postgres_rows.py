@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import struct
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["COPIED", "FEWEST_TO_COPY", "Row", "arrays", "copy_stream"]
+__all__ = ["COPIED", "FEWEST_TO_COPY", "Row", "array_text", "copy_stream", "joined"]
 
 Row: TypeAlias = tuple[
     int, int, bytes, bytes, int, "int | None"
@@ -25,10 +26,19 @@ _ROW_WITHOUT_DELIVER_BY = struct.Struct(">hihiqii16si")
 _CHUNK_BYTES = 256 * 1024
 
 
-def arrays(rows: Sequence[Row]) -> tuple[list[int], list[bytes], list[bytes], list[int | None]]:
-    """Buckets, ids, packed bytes and times, for ``unnest``."""
+def joined(rows: Sequence[Row]) -> tuple[str, str, str, str, bytes]:
+    """Arrays, as text, of buckets, places, sizes and times; and the bytes that have at each place an id and behind it
+    so many packed bytes. Drivers take long for arrays of bytes."""
     buckets, _, ids, packed, _, deliver_by = zip(*rows, strict=True)
-    return list(buckets), list(ids), list(packed), list(deliver_by)
+    sizes = list(map(len, packed))
+    places = accumulate((size + 16 for size in sizes[:-1]), initial=1)  # the first byte is number 1
+    together = b"".join(chain.from_iterable(zip(ids, packed, strict=True)))
+    return array_text(buckets), array_text(places), array_text(sizes), array_text(deliver_by), together
+
+
+def array_text(values: Iterable[int | None]) -> str:
+    """An array of numbers as PostgreSQL reads it. Drivers take long for lists."""
+    return f"{{{','.join(map(str, values))}}}".replace("None", "NULL")
 
 
 def copy_stream(rows: Sequence[Row]) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
 from kbatch._fastmap import monotonic
+from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._snapshots import Gaps, Snapshot
 from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
 
@@ -120,8 +121,8 @@ class PostgresStore:
         self._delete_later = sql(f"DELETE FROM {{later}} AS gone USING {places} WHERE {at}")
         gone = "gone.bucket, gone.seq, gone.id, gone.packed, gone.created_at, gone.deliver_by"
         failed = (
-            "unnest($1::smallint[], $2::bigint[], $3::bigint[], $4::integer[], $5::text[], $6::bigint[]) "
-            "AS place (bucket, seq, due_in_ms, attempts, error, key_hash)"
+            "unnest($1::smallint[], $2::bigint[], $3::bigint[], $4::integer[], $5::bigint[], $6::text[]) "
+            "AS place (bucket, seq, due_in_ms, attempts, key_hash, error)"
         )
 
         def moves(of: str, to: str, columns: str, values: str) -> str:
@@ -178,7 +179,7 @@ class PostgresStore:
                     "WHERE bucket IN (SELECT bucket FROM {lease} WHERE (owner IS NULL OR NOT {lives}) "
                     f"AND bucket <> ALL($3::smallint[]) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token"
                 ),
-                (owner, length, [*avoid, *release], max(share - len(found), 0)),
+                (owner, length, array_text([*avoid, *release]), max(share - len(found), 0)),
             )
         return [Lease(*row) for row in sorted(found)], share
 
@@ -191,7 +192,7 @@ class PostgresStore:
     def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
         if release:
             statement = "UPDATE {lease} SET owner = NULL, until = 0 WHERE owner = $1 AND bucket = ANY($2::smallint[])"
-            run(self._tables.sql(statement), (owner, list(release)))
+            run(self._tables.sql(statement), (owner, array_text(release)))
 
     # -- reading
 
@@ -215,14 +216,16 @@ class PostgresStore:
             # Of each bucket what is to be read, the last of it without an end.
             left = {bucket: [*gaps.get(bucket, ()), (floor, _LAST)] for bucket, floor in floors.items()}
             statement = self._read
-            known: list[list[int]] = []
+            known: list[str] = []
             if gaps:
-                statement, known = self._read_but, [[seq for _, seq in in_flight()]]
+                statement, known = self._read_but, [array_text(seq for _, seq in in_flight())]
             while left and size < max_bytes and len(rows) < limit:
                 most = limit - len(rows)
                 share = max(most // len(left), _FEWEST_OF_BUCKET)
                 ranges = [(bucket, *each) for bucket, of_bucket in left.items() for each in of_bucket]
-                found = run(statement, (*map(list, zip(*ranges, strict=True)), share, most, max_bytes - size, *known))
+                found = run(
+                    statement, (*map(array_text, zip(*ranges, strict=True)), share, most, max_bytes - size, *known)
+                )
                 size_found = sum(len(row[2]) for row in found)
                 is_cut = len(found) == most or size + size_found >= max_bytes
                 at = 0
@@ -281,8 +284,8 @@ class PostgresStore:
                     "AND (bucket, seq) NOT IN (SELECT * FROM unnest($2::smallint[], $3::bigint[])) "
                     "ORDER BY due_at LIMIT $5"
                 )
-                avoided = ([bucket for bucket, _ in avoid], [seq for _, seq in avoid])
-                found = run(statement, (list(buckets), *avoided, int(longest_s * 1000), limit - len(rows)))
+                avoided = (array_text(bucket for bucket, _ in avoid), array_text(seq for _, seq in avoid))
+                found = run(statement, (array_text(buckets), *avoided, int(longest_s * 1000), limit - len(rows)))
                 rows += [DueRow(*row) for row in found]
         return rows
 
@@ -293,7 +296,7 @@ class PostgresStore:
             "AND key_hash IS NOT NULL GROUP BY bucket, key_hash"
         )
         with self._reading() as (run, _):
-            return [HeldKey(*row) for row in run(statement, (list(buckets),))]
+            return [HeldKey(*row) for row in run(statement, (array_text(buckets),))]
 
     def changes(self) -> int:
         """As `OutboxStore.changes`."""
@@ -328,13 +331,13 @@ class PostgresStore:
                     "SELECT bucket, token FROM {lease} WHERE bucket = ANY($1::smallint[]) AND {lives} "
                     "AND owner IS NOT NULL FOR SHARE"
                 ),
-                (sorted(leases),),
+                (array_text(sorted(leases)),),
             )
             valid = {bucket for bucket, token in holding if leases.get(bucket) == token}
             for statement, places in ((self._delete, done), (self._delete_later, done_later)):
                 places = [place for place in places if place[0] in valid]
                 if places:
-                    run(statement, tuple(map(list, zip(*places, strict=True))))
+                    run(statement, tuple(map(array_text, zip(*places, strict=True))))
             for to_later, to_dead, failed in (
                 (self._to_later, self._to_dead, failures),
                 (self._put_off, self._later_to_dead, failures_later),
@@ -346,21 +349,14 @@ class PostgresStore:
 
     def _move(self, run: _Run, statement: str, failures: Sequence[Failure]) -> None:
         if failures:
-            columns = zip(
+            numbers = zip(
                 *(
-                    (
-                        each.bucket,
-                        each.seq,
-                        int((each.due_in_s or 0.0) * 1000),
-                        each.attempts,
-                        self._storable(each.error),
-                        each.key_hash,
-                    )
+                    (each.bucket, each.seq, int((each.due_in_s or 0.0) * 1000), each.attempts, each.key_hash)
                     for each in failures
                 ),
                 strict=True,
             )
-            run(statement, tuple(map(list, columns)))
+            run(statement, (*map(array_text, numbers), [self._storable(each.error) for each in failures]))
 
     def _storable(self, text: str) -> str:
         """A text that the database takes, or a row could never be moved."""
