@@ -104,7 +104,7 @@ soak-kafka: build $(STAMPS)/test-group ## Run 100 seeded fault plans on real bro
 
 .PHONY: nightly
 nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 48 seeds
-	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka $(ARGS)
+	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka tests/mock/test_relay_database_faults.py $(ARGS)
 
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)

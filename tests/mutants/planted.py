@@ -1853,18 +1853,11 @@ MUTANTS = (
         "tests/mock/test_replay.py",
     ),
     Mutant(
-        "what is due is sent before a replayed row of its key",
-        "Relay._send_due",
-        "        if self._was_changed():\n            return\n",
-        "        self._was_changed()\n",
-        "tests/mock/test_replay.py",
-    ),
-    Mutant(
         "a row in later does not wait for one that was replayed",
         "Positions.look_again",
         "            self._read_again(position, 1)\n",
         "            position.floor = 0\n",
-        "tests/mock/test_replay.py",
+        "tests/unit/test_outbox_positions.py",
     ),
     Mutant(
         "a replay tells no relay",
