@@ -99,8 +99,7 @@ class OwnRelay:
         self._is_stopping = True
         relay = self._relay
         if relay is not None:
-            relay._close_timeout_s = close_timeout_s
-            relay.stop()
+            relay.stop(close_timeout_s)
         self._flag.set()
 
     def wait(self, end: float) -> None:

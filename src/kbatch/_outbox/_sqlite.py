@@ -6,15 +6,14 @@ import contextlib
 import logging
 import os
 import sqlite3
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from kbatch._base_producer import check_mapping
-from kbatch._checks import is_whole
-from kbatch._errors import ConfigError, OutboxError, type_name
-from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
+from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._dead_letters import DeadLetters
+from kbatch._outbox._kept import Keeper
+from kbatch._outbox._scheduled import ScheduledMessages
+from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
 from kbatch._outbox._sqlite_writer import SqliteWriter
@@ -24,13 +23,15 @@ from kbatch._text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    import msgspec
+    import sqlalchemy.orm
+
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import OutboxStore, OutboxWriter
+    from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore, OutboxWriter
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["OutboxStatus", "SqliteOutbox"]
+__all__ = ["SqliteOutbox"]
 
-_MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, and SQLite's for a value
 _BUSY_TIMEOUT_S = 5.0
 _LONGEST_WAL = 16_000_000  # what the file is cut to when SQLite begins it anew, after a reader had kept it growing
 
@@ -38,28 +39,7 @@ _logger = logging.getLogger("kbatch")
 _told_of_fault = False
 
 
-@dataclass(frozen=True)
-class OutboxStatus:
-    """What is in an outbox.
-
-    Attributes:
-        waiting: Records to be sent, at most as many as were to be counted.
-        later: Records that brokers refused and that wait for their next attempt; counted likewise.
-        dead: Records that were given up; counted likewise.
-        oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
-        relays: How many relays work on it.
-        scheduled: Records whose ``scheduled_time`` has not come yet; counted likewise.
-    """
-
-    waiting: int
-    later: int
-    dead: int
-    oldest_age_s: float
-    relays: int
-    scheduled: int = 0
-
-
-class SqliteOutbox:
+class SqliteOutbox(BaseOutbox):
     """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
 
     An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
@@ -87,7 +67,7 @@ class SqliteOutbox:
         header_hook: Callable[[], HeadersLike | None] | None = None,
         max_message_bytes: int = 1_000_000,
     ) -> None:
-        check_mapping(wire, encoder, source, header_hook)
+        super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
         name = os.fsdecode(path)
@@ -96,22 +76,8 @@ class SqliteOutbox:
             raise ConfigError(f"path must have no NUL character: {printable(name)}")
         if name in ("", ":memory:"):
             raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
-        if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
-            raise ConfigError(
-                f"max_message_bytes must be an int from 1,000 to {_MOST_BYTES:,}, not {max_message_bytes!r}"
-            )
         self._tables = SqliteTables(prefix)
-        self._mapper = Mapper(
-            wire,
-            msgspec.json.Encoder() if encoder is None else encoder,
-            source,
-            header_hook,
-            max_message_bytes,
-            max_message_bytes,
-            carry_scheduled_time=True,  # it waits in the outbox
-        )
-        self._pool = RecordPool()
-        self._watchers: list[Callable[[], object]] = []
+        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
@@ -173,8 +139,18 @@ class SqliteOutbox:
 
     # -- adding
 
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        cause = getattr(error, "orig", None)  # SQLAlchemy wraps it
+        if isinstance(cause, sqlite3.Error):
+            return self._tables.as_outbox_error(cause, self._path)
+        return OutboxError(f"the outbox in {self._path}: {exception_text(error)}")
+
     def add(
-        self, connection: sqlite3.Connection, envelopes: Iterable[Envelope[Any]], *, topic: str | None = None
+        self,
+        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        topic: str | None = None,
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
@@ -187,7 +163,8 @@ class SqliteOutbox:
         SQLite may refuse at once to let it write.
 
         Args:
-            connection: One of ``sqlite3``, to this outbox's file, in a transaction.
+            connection: One of ``sqlite3``, to this outbox's file, in a transaction; or a connection or session of
+                SQLAlchemy 2 that uses one, after its first statement that writes.
             envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
                 in the order in which transactions with them were written.
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
@@ -200,33 +177,21 @@ class SqliteOutbox:
             OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
                 are missing or another version's; the database takes no writes.
         """
-        self._check_connection(connection)
+        driver: sqlite3.Connection = self._driver_of(connection)
+        self._check_connection(driver)
         batch = self._pool.map(self._mapper, topic, envelopes)
-        self._check_connection(connection)  # an encoder or a generator may have ended the transaction
+        self._check_connection(driver)  # an encoder or a generator may have ended the transaction
         try:
-            count = self._insert_batch(connection, batch)
+            count = self._insert_batch(driver, batch)
         except sqlite3.Error as error:
             if lacks_tables(error):
-                self._check_file_of(connection)
+                self._check_file_of(driver)
             raise self._tables.as_outbox_error(error, self._path) from error
         self._tell_watchers()
         return count
 
-    def map(self, topic: str | None, envelope: Envelope[Any]) -> MappedBatch | None:
-        """What an `OutboxWriter` adds of an envelope; ``None`` if its ``deliver_by`` has passed.
-
-        Raises:
-            SerializationError: It could not be mapped, or is too large.
-        """
-        batch = self._pool.map(self._mapper, topic, (envelope,))
-        return batch if self._pool.count(batch) else None
-
     def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
         self._write(connection.cursor(), batches, sum(map(self._pool.count, batches)))
-
-    def _tell_watchers(self) -> None:
-        for watcher in tuple(self._watchers):
-            watcher()
 
     def _check_connection(self, connection: sqlite3.Connection) -> None:
         if not isinstance(connection, sqlite3.Connection):
@@ -273,11 +238,11 @@ class SqliteOutbox:
         self._tables.check_meta(version, buckets)
         if file not in self._own_files:
             self._check_file(file)
-        first_seq, now_us = last_seq - count + 1, int(wall_time() * 1e6)
+        first_seq, created_us = last_seq - count + 1, now_us()
         rows: list[tuple[int, int, bytes, bytes, int, int | None]] = []
         scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
         for batch in batches:
-            rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, now_us, scheduled)
+            rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, created_us, scheduled)
         if len(rows) == 1:
             cursor.execute(self._insert, rows[0])
         elif rows:
@@ -333,18 +298,27 @@ class SqliteOutbox:
             )
             oldest = min((age[0] for age in ages if age is not None), default=None)
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
-        age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
-        return OutboxStatus(waiting, later, dead, age_s, relays, scheduled)
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, scheduled)
 
-    def watch(self, watcher: Callable[[], object]) -> None:
-        """Calls `watcher` after each `add` to this object, when the transaction is still open, and after each commit of
-        its writers. It must be quick."""
-        self._watchers.append(watcher)
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that were given up: to find, replay, edit and discard them."""
+        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
 
-    def unwatch(self, watcher: Callable[[], object]) -> None:
-        """Calls it no more, if it does."""
-        with contextlib.suppress(ValueError):
-            self._watchers.remove(watcher)
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
+        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
+
+    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
+        scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
+        batch = self._pool.map(self._mapper, None, [envelope])
+        rows = self._pool.rows(batch, number, BUCKETS, created_us, scheduled)
+        if scheduled:
+            raise OutboxError(f"what is replayed is sent at once, and scheduled_time is {envelope.scheduled_time}")
+        if not rows:
+            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
+        return rows[0]
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.
@@ -369,6 +343,17 @@ class SqliteOutbox:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
             return SqliteWriter(connection, self._tables, self._path, self._insert_all, self._tell_watchers)
+
+    def open_admin(self) -> OutboxAdmin:
+        """The connection of those who look after dead letters and what waits, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            return SqliteAdmin(connection, self._tables, self._path)
 
     @contextlib.contextmanager
     def _connection(self, *, create: bool = False, keep: bool = False) -> Iterator[sqlite3.Connection]:

@@ -7,29 +7,29 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ConfigError, OutboxError, shown
-from kbatch._outbox._store import BUCKETS
-from kbatch._text import counted
+from kbatch._outbox._store import BUCKETS, RefusedWriteError
+from kbatch._outbox._tables import OutboxTables
 
 if TYPE_CHECKING:
     import os
 
 __all__ = ["SqliteTables", "is_locked", "lacks_tables"]
 
-VERSION = 1
 _LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 # Without rowid the row lies in the primary key's tree, so that what a relay reads is in one place. Numbers are given by
 # `meta.last_seq` and never again: a relay that is late must not delete another row of the same number.
 # A column of SQLite keeps a value of any type; the checks are for what a relay computes with. The other tables take
-# over what slipped through. The indexes of `later` are apart, so that looking at what waits for its next attempt never
-# walks over all that is scheduled.
+# over what slipped through. One index of `later` has what is scheduled apart, so that a look at what waits for its next
+# attempt never walks over that.
 _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     version INTEGER NOT NULL,
     buckets INTEGER NOT NULL,
-    last_seq INTEGER NOT NULL
+    last_seq INTEGER NOT NULL,
+    changes INTEGER NOT NULL DEFAULT 0
 );
 INSERT OR IGNORE INTO {meta} (one, version, buckets, last_seq) VALUES (1, {version}, {buckets}, 0);
 CREATE TABLE IF NOT EXISTS {outbox} (
@@ -55,8 +55,8 @@ CREATE TABLE IF NOT EXISTS {later} (
     scheduled INTEGER NOT NULL DEFAULT 0 CHECK (scheduled IN (0, 1)),
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS {later_due} ON {later_bare} (due_at) WHERE scheduled = 0;
-CREATE INDEX IF NOT EXISTS {later_at} ON {later_bare} (due_at, seq) WHERE scheduled = 1;
+CREATE INDEX IF NOT EXISTS {later_due} ON {later_bare} (due_at);
+CREATE INDEX IF NOT EXISTS {later_at} ON {later_bare} (scheduled, due_at, seq);
 CREATE INDEX IF NOT EXISTS {later_key} ON {later_bare} (bucket, key_hash, seq);
 CREATE TABLE IF NOT EXISTS {dead} (
     bucket INTEGER NOT NULL,
@@ -70,6 +70,7 @@ CREATE TABLE IF NOT EXISTS {dead} (
     last_error TEXT NOT NULL,
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS {dead_died} ON {dead_bare} (died_at);
 CREATE TABLE IF NOT EXISTS {lease} (
     bucket INTEGER PRIMARY KEY,
     owner TEXT,
@@ -87,11 +88,8 @@ CREATE TABLE IF NOT EXISTS {relay} (
 # The database's clock, in milliseconds since 1970.
 NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
-# Of a line in `lease` or `relay`. One that ends too late is of before the clock was set back; a small step is borne.
-LIVES = f"(until > {NOW_MS} AND until <= {NOW_MS} + 2 * length)"
 
-
-class SqliteTables:
+class SqliteTables(OutboxTables):
     """The tables of one outbox, by their quoted names."""
 
     def __init__(self, prefix: str) -> None:
@@ -105,35 +103,20 @@ class SqliteTables:
                 f"prefix={shown(prefix)} makes names of {len(longest)} characters, and {_LONGEST_NAME} are allowed"
             )
         # With the schema, so that a temporary table of the same name is not meant.
-        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_at", "later_key")
-        self.names = {name: f'main."{prefix}outbox_{name}"' for name in names}
-        self.names["outbox"] = f'main."{prefix}outbox"'
-        self.names["later_bare"] = f'"{prefix}outbox_later"'  # an index says which schema by its own name
+        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_at", "later_key", "dead_died")
+        quoted = {name: f'main."{prefix}outbox_{name}"' for name in names}
+        quoted["outbox"] = f'main."{prefix}outbox"'
+        for name in ("later", "dead"):  # an index says which schema by its own name
+            quoted[f"{name}_bare"] = f'"{prefix}outbox_{name}"'
+        super().__init__(quoted, now=NOW_MS)
         self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
-
-    def sql(self, statement: str) -> str:
-        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …; ``{now}``; ``{lives}``."""
-        return statement.format(now=NOW_MS, lives=LIVES, **self.names)
 
     def ddl(self) -> str:
         """The statements that make what is missing."""
-        text = _DDL.format(version=VERSION, buckets=BUCKETS, **self.names)
-        return text + self.sql(
-            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until, length) VALUES " + self._first_buckets + ";\n"
+        leases = (
+            f"INSERT OR IGNORE INTO {{lease}} (bucket, owner, token, until, length) VALUES {self._first_buckets};\n"
         )
-
-    def check_meta(self, version: int, buckets: int) -> None:
-        """Raises OutboxError for tables that are another release's."""
-        if version != VERSION:
-            raise OutboxError(
-                f"the outbox {self.names['outbox']} has tables of version {version}, and this kbatch knows version "
-                f"{VERSION}: use the kbatch that made them, or other tables by prefix="
-            )
-        if buckets != BUCKETS:
-            raise OutboxError(
-                f"the outbox {self.names['outbox']} has {counted(buckets, 'bucket')}, and this kbatch counts with "
-                f"{BUCKETS}: a key would change its bucket, and lose its order; use other tables by prefix="
-            )
+        return self.sql(_DDL + leases)
 
     def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str], *, own: bool = False) -> OutboxError:
         """What to do about an error of SQLite; `own` of a connection that is not the caller's."""
@@ -157,8 +140,10 @@ class SqliteTables:
         elif "closed" in text:
             hint = "give a connection that is open"
         else:
-            return OutboxError(f"the outbox in {path}: {text}")
-        return OutboxError(f"the outbox in {path}: {text}; {hint}")
+            hint = ""
+        is_refused = own and (isinstance(error, sqlite3.IntegrityError) or "is full" in text)
+        kind = RefusedWriteError if is_refused else OutboxError
+        return kind(f"the outbox in {path}: {text}" + (f"; {hint}" if hint else ""))
 
 
 def lacks_tables(error: sqlite3.Error) -> bool:

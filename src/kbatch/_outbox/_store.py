@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+from kbatch._errors import OutboxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,15 +16,25 @@ __all__ = [
     "DueRow",
     "Failure",
     "HeldKey",
+    "KeptRow",
     "Lease",
+    "NewRow",
+    "OutboxAdmin",
     "OutboxStore",
     "OutboxWriter",
     "Place",
+    "Position",
     "Reading",
+    "RefusedWriteError",
     "StoredRow",
+    "Table",
 ]
 
 BUCKETS = 64
+
+
+class RefusedWriteError(OutboxError):
+    """The database answers, and does not take what is written: it is full, or a constraint or a trigger says no."""
 
 
 # Where a row is, for as long as it is anywhere: in the hot table, among those that wait, or among the dead.
@@ -70,12 +82,46 @@ class Lease(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Rows, those of a bucket in the order of their numbers; the new floor of each bucket of which there are some; and
-    the buckets that were read to their end."""
+    """Rows, those of a bucket in the order of their numbers; the floor, risen or not, of each bucket of which there are
+    some; and the buckets that were read to their end."""
 
     rows: list[StoredRow]
     floors: dict[int, int]
     ended: set[int]
+
+
+# Where rows are that are not to be sent, or not yet.
+Table: TypeAlias = Literal["dead", "later"]
+
+# As the hot table has it: bucket, seq, id, packed, created_at, deliver_by.
+NewRow: TypeAlias = tuple[int, int, bytes, bytes, int, "int | None"]
+
+
+# By which the rows of these tables are ordered: at_ms, bucket, seq.
+Position: TypeAlias = tuple[int, int, int]
+
+
+class KeptRow(NamedTuple):
+    """A row of one of these tables. Somebody may have stored anything there: `id` and `packed` may be no bytes.
+
+    Attributes:
+        at_ms: When it died, or when it is due; milliseconds since 1970.
+    """
+
+    at_ms: int
+    bucket: int
+    seq: int
+    id: object
+    packed: object
+    created_at: object
+    deliver_by: object
+    attempts: int
+    error: str
+
+    @property
+    def position(self) -> Position:
+        """By which it is ordered."""
+        return self.at_ms, self.bucket, self.seq
 
 
 class OutboxStore(Protocol):
@@ -102,11 +148,25 @@ class OutboxStore(Protocol):
     def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """Tells that `owner` is gone, and gives up all its leases but those of the buckets `keep`, which run out."""
 
-    def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
+    def read(
+        self,
+        floors: Mapping[int, int],
+        *,
+        limit: int,
+        max_bytes: int,
+        in_flight: Callable[[], Collection[Place]],
+    ) -> Reading:
         """Rows of buckets, each above its floor, the lowest first, fairly over the buckets in the order of `floors`.
         What one bucket leaves of its share the others get.
 
-        A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
+        A returned floor is the number up to which all rows were read now or before that could be seen. If rows may come
+        to light below it, because transactions end in another order than they took their numbers, the store remembers
+        where, and returns them before rows above. So what is returned has all rows of a key up to any that it has,
+        if the application's transactions of one key follow each other. A store that is opened anew is asked with
+        floors of 0.
+
+        Args:
+            in_flight: Rows that are not to be read again when rows come to light beside them. It is called only then.
         """
 
     def read_due(
@@ -140,6 +200,8 @@ class OutboxStore(Protocol):
     ) -> set[int]:
         """Deletes what is done and moves what failed, in one transaction, as far as the leases hold.
 
+        Raises a `RefusedWriteError` if the database takes other writes, so that it may be tried in smaller parts.
+
         Args:
             leases: Of each bucket its token.
             done, failures: Of rows in the hot table.
@@ -148,6 +210,10 @@ class OutboxStore(Protocol):
         Returns:
             The buckets whose lease does not hold any more, of which nothing was written.
         """
+
+    def changes(self) -> int:
+        """Another number after others than relays have put rows back into the hot table, or have changed what waits in
+        `later`. What was read before must be looked at again."""
 
     def left(self) -> int:
         """0 if the outbox is empty but for the dead and what is scheduled for later, else a number of rows: all that
@@ -172,6 +238,41 @@ class OutboxWriter(Protocol):
         Raises:
             OutboxError: Nothing was added; with ``possibly_persisted`` it is not known whether it was.
         """
+
+    def close(self) -> None:
+        """Gives the connection back."""
+
+
+class OutboxAdmin(Protocol):
+    """What those who look after an outbox ask of its database. One thread uses it.
+
+    Each method is one transaction; what it raises is an `OutboxError`. Each that changes something makes
+    `OutboxStore.changes` another number within its transaction, so that relays notice.
+    """
+
+    def page(
+        self, table: Table, after: Position | None, *, since_ms: int | None, until_ms: int | None, limit: int
+    ) -> list[KeptRow]:
+        """Rows by their positions, those behind `after`, with `at_ms` from `since_ms` and below
+        `until_ms`."""
+
+    def look_up(self, table: Table, numbers: Collection[int]) -> list[KeptRow]:
+        """The rows of these numbers, as far as they are there, in the same order."""
+
+    def delete(self, table: Table, places: Sequence[Place]) -> int:
+        """Deletes rows; how many were there."""
+
+    def replay(self, places: Sequence[Place], now_us: int) -> int:
+        """Moves rows from the dead into the hot table, with their numbers; how many.
+
+        Those stay that the hot table would not take, and those whose `deliver_by` is not after `now_us`.
+        """
+
+    def replace(self, place: Place, row: NewRow) -> bool:
+        """Puts `row` into the hot table in place of a dead row; whether that was there."""
+
+    def reschedule(self, places: Sequence[Place], due_at_ms: int) -> int:
+        """Changes when rows of `later` are due; how many were there."""
 
     def close(self) -> None:
         """Gives the connection back."""

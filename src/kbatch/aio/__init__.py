@@ -21,6 +21,7 @@ from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._durable import DurableSender
 from kbatch.aio._inline import InlineSender
+from kbatch.aio._postgres import PostgresOutbox
 from kbatch.aio._producer import Producer
 from kbatch.aio._relay import Relay
 from kbatch.aio._topic import KafkaTopic
@@ -32,6 +33,7 @@ __all__ = [
     "KafkaSender",
     "KafkaTopic",
     "PendingBatch",
+    "PostgresOutbox",
     "Producer",
     "Relay",
     "SenderCallback",

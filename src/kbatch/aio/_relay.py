@@ -85,9 +85,9 @@ class Relay:
         """
         return await self._in_thread(lambda given_up: self._relay._drain(timeout, given_up))
 
-    def stop(self) -> None:
+    def stop(self, timeout: float | None = None) -> None:
         """As `kbatch.Relay.stop`; also for ``loop.add_signal_handler``."""
-        self._relay.stop()
+        self._relay.stop(timeout)
 
     def stats(self) -> dict[str, int]:
         """As `kbatch.Relay.stats`."""
