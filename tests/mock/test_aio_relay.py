@@ -136,7 +136,7 @@ def test_a_cancelled_drain_ends_and_a_run_beside_it_goes_on(outbox: SqliteOutbox
     kafka_cluster.set_broker_down()
 
     async def main() -> None:
-        async with aio.Relay(outbox, config(kafka_cluster), close_timeout_s=0.0) as relay:
+        async with aio.Relay(outbox, config(kafka_cluster, **{"delivery.timeout.ms": 500})) as relay:
             outboxes.add(outbox, numbered(range(10)))
             alone = asyncio.create_task(relay.drain())
             await comes(lambda: relay.stats()["buckets"])
