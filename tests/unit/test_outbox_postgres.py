@@ -281,6 +281,51 @@ def test_the_outbox_for_asyncio_makes_tables_and_tells_its_status(postgres: str,
     assert repr(other).startswith("<kbatch.aio.PostgresOutbox ")
 
 
+# -- order
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg of asyncio", "asyncpg"])
+def test_transactions_with_the_same_key_follow_each_other_if_that_is_asked_for(
+    outbox: PostgresOutbox, driver: str, count: int
+) -> None:
+    async def add() -> None:
+        import asyncpg
+        import psycopg
+
+        options: dict[str, Any] = {"topic": "orders", "serialize_keys": True}
+        if driver == "asyncpg":
+            connection = await asyncpg.connect(outbox._conninfo)
+            async with connection.transaction():
+                await of_aio(outbox).add(connection, envelopes(count), **options)
+            await connection.close()
+        elif driver == "psycopg":
+            with psycopg.connect(outbox._conninfo) as of_thread:
+                outbox.add(of_thread, envelopes(count), **options)
+        else:
+            async with await psycopg.AsyncConnection.connect(outbox._conninfo) as of_loop:
+                await of_aio(outbox).add(of_loop, envelopes(count), **options)
+
+    with connected(outbox) as first:
+        first.execute("BEGIN")
+        outbox.add(first, envelopes(1), topic="orders", serialize_keys=True)
+        thread = threading.Thread(target=asyncio.run, args=(add(),))
+        thread.start()
+        ((mine,),) = first.execute("SELECT pg_backend_pid()").fetchall()
+        waiting = f"SELECT count(*) FROM pg_stat_activity WHERE {mine} = ANY(pg_blocking_pids(pid))"
+        with connected(outbox) as looking:
+            until(lambda: looking.execute(waiting).fetchone() == (1,), "the second one")
+        outbox.add(first, [Envelope(data=b"last", key="k0")], topic="orders", serialize_keys=True)
+        outbox.add(first, [Envelope(data=b"none")], topic="orders", serialize_keys=True)
+        with outboxes.transaction(outbox) as other:
+            outbox.add(other, [Envelope(data=b"other", key="x")], topic="orders", serialize_keys=True)
+        first.execute("COMMIT")
+        thread.join()
+    bodies = outboxes.bodies(outbox)
+    assert bodies.index(b"last") < len(bodies) - count
+    assert bodies[-count:] == [b"%d" % n for n in range(count)]
+
+
 # -- what is refused
 
 
@@ -591,6 +636,15 @@ def test_the_hot_table_has_no_index_but_its_key_and_is_cleaned_often(outbox: Pos
     assert outboxes.rows(outbox, f"SELECT count(*) FROM pg_index WHERE indrelid = '{name}'::regclass") == [(1,)]
     ((options,),) = outboxes.rows(outbox, f"SELECT reloptions FROM pg_class WHERE oid = '{name}'::regclass")
     assert {"autovacuum_vacuum_scale_factor=0", "autovacuum_vacuum_cost_delay=0"} <= set(options)
+
+
+def test_status_tells_what_autovacuum_has_left(outbox: PostgresOutbox) -> None:
+    query(outbox, "ALTER TABLE {outbox} SET (autovacuum_enabled = false)")
+    outboxes.add(outbox, envelopes(500))
+    query(outbox, "DELETE FROM {outbox}")
+    until(lambda: outbox.status().unvacuumed == 500, "PostgreSQL's statistics")
+    query(outbox, "VACUUM {outbox}")
+    until(lambda: outbox.status().unvacuumed == 0, "PostgreSQL's statistics")
 
 
 @pytest.fixture

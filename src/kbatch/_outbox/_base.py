@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -34,6 +34,8 @@ class OutboxStatus:
         dead: Records that were given up; counted likewise.
         oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
         relays: How many relays work on it.
+        unvacuumed: Rows that were deleted and whose room PostgreSQL has not freed yet, by its own count. If it grows,
+            autovacuum does not keep up: an old transaction or snapshot keeps it from freeing them. 0 in SQLite.
     """
 
     waiting: int
@@ -41,6 +43,7 @@ class OutboxStatus:
     dead: int
     oldest_age_s: float
     relays: int
+    unvacuumed: int = field(default=0, compare=False)
 
 
 class BaseOutbox:

@@ -7,8 +7,9 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from kbatch._errors import ConfigError, OutboxError, shown, type_name
+from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
-from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream, joined
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, array_text, copy_stream, joined
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
@@ -69,6 +70,9 @@ class BasePostgresOutbox(BaseOutbox):
         )
         self._meta = sql("SELECT version, buckets FROM {meta} WHERE one = 1")
         self._look = sql("SELECT version, buckets, pg_current_xact_id()::text FROM {meta} WHERE one = 1")
+        # In one order, so that no two transactions wait for each other. A lock has the number of a topic and key.
+        numbers = "SELECT DISTINCT number FROM unnest($1::text::bigint[]) AS number ORDER BY number OFFSET 0"
+        self._lock_keys = f"SELECT pg_advisory_xact_lock(number) FROM ({numbers}) AS sorted"
         self._copy = sql(f"COPY {{outbox}} ({COPIED}) FROM STDIN (FORMAT binary)")
 
     def __repr__(self) -> str:
@@ -146,15 +150,18 @@ class BasePostgresOutbox(BaseOutbox):
             "(SELECT count(*) FROM (SELECT FROM {dead} LIMIT $1) AS dead), "
             "(SELECT min(created_at) FROM generate_series(0, {buckets} - 1) AS each, LATERAL ("
             "SELECT created_at FROM {outbox} WHERE bucket = each::smallint ORDER BY seq LIMIT 1) AS oldest), "
-            "(SELECT count(*) FROM {relay} WHERE {lives})"
+            "(SELECT count(*) FROM {relay} WHERE {lives}), "
+            "(SELECT n_dead_tup FROM pg_stat_all_tables WHERE schemaname = $2 AND relname = $3)"
         )
         with self._connection() as connection:
             self._check_tables(connection)
             import psycopg
 
             cursor = psycopg.RawCursor(connection)
-            waiting, later, dead, oldest, relays = cursor.execute(statement.encode(), (count_up_to,)).fetchall()[0]
-        return OutboxStatus(waiting, later, dead, age_s(oldest), relays)
+            named = (self._tables.schema, self._tables.bare["outbox"])
+            cursor.execute(statement.encode(), (count_up_to, *named))
+            waiting, later, dead, oldest, relays, unvacuumed = cursor.fetchall()[0]
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, unvacuumed or 0)
 
     @contextlib.contextmanager
     def _connection(self, *, keep: bool = False) -> Iterator[psycopg.Connection[Any]]:
@@ -187,6 +194,10 @@ class BasePostgresOutbox(BaseOutbox):
 
     def _rows(self, batch: MappedBatch) -> list[Row]:
         return self._pool.rows(batch, 0, BUCKETS, now_us())
+
+    def _keys_of(self, rows: list[Row]) -> str:
+        numbers = (packed_key_hash(row[3]) for row in rows)
+        return array_text(number for number in numbers if number is not None)
 
     def _statement(self, rows: list[Row]) -> tuple[str, tuple[Any, ...]]:
         """How a few rows are inserted. None of them is, if the tables are another version's."""
@@ -258,6 +269,7 @@ class PostgresOutbox(BasePostgresOutbox):
         envelopes: Iterable[Envelope[Any]],
         *,
         topic: str | None = None,
+        serialize_keys: bool = False,
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
@@ -272,6 +284,9 @@ class PostgresOutbox(BasePostgresOutbox):
                 in the order in which they were added, if transactions with the same key follow each other: as when
                 each has locked a row of the key's before.
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+            serialize_keys: Transactions with the same key follow each other: each waits here until the others have
+                ended. For applications in which they would not do so anyway. It takes an advisory lock for each key.
+                A transaction that adds more than once may wait for another that waits for it; PostgreSQL ends one.
 
         Returns:
             How many were added: all but those whose ``deliver_by`` has passed.
@@ -287,7 +302,7 @@ class PostgresOutbox(BasePostgresOutbox):
         rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
         self._check_psycopg(driver)  # an encoder or a generator may have ended the transaction
         if rows:
-            self._write(driver, rows)
+            self._write(driver, rows, serialize_keys)
         self._tell_watchers()
         return len(rows)
 
@@ -298,12 +313,14 @@ class PostgresOutbox(BasePostgresOutbox):
             return cast("psycopg.Connection[Any]", driver)
         raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
 
-    def _write(self, connection: psycopg.Connection[Any], rows: list[Row]) -> None:
+    def _write(self, connection: psycopg.Connection[Any], rows: list[Row], serialize_keys: bool) -> None:
         import psycopg
         from psycopg.rows import tuple_row
 
         try:
             cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
+            if serialize_keys:
+                cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
             if len(rows) < FEWEST_TO_COPY:
                 statement, parameters = self._statement(rows)
                 count = cursor.execute(statement.encode(), parameters).rowcount
