@@ -268,6 +268,33 @@ def test_it_joins_the_transaction_of_each_driver(
         assert outboxes.bodies(outbox) == [b"%d" % n for n in range(count)]
 
 
+@pytest.mark.parametrize("session", [True, False])
+def test_what_is_added_is_committed_though_sqlalchemy_executes_nothing(outbox: PostgresOutbox, session: bool) -> None:
+    import sqlalchemy.ext.asyncio
+    import sqlalchemy.orm
+
+    engine = sqlalchemy.create_engine(url(outbox, "psycopg"))
+    with sqlalchemy.orm.Session(engine) if session else engine.connect() as connection:
+        outbox.add(connection, envelopes(1), topic="orders")
+        connection.commit()
+        outbox.add(connection, envelopes(1), topic="orders")
+    engine.dispose()
+
+    async def work(driver: str) -> None:
+        engine = sqlalchemy.ext.asyncio.create_async_engine(url(outbox, driver))
+        aio = sqlalchemy.ext.asyncio
+        connection: Any = aio.AsyncSession(engine) if session else engine.connect()
+        async with connection:
+            await of_aio(outbox).add(connection, envelopes(1), topic="orders")
+            await connection.commit()
+            await of_aio(outbox).add(connection, envelopes(1), topic="orders")
+        await engine.dispose()
+
+    for driver in ("psycopg", "asyncpg"):
+        asyncio.run(work(driver))
+    assert outbox.status().waiting == 3
+
+
 def test_the_outbox_for_asyncio_makes_tables_and_tells_its_status(postgres: str, outbox: PostgresOutbox) -> None:
     other = aio.PostgresOutbox(postgres, schema=outbox._tables.schema, prefix="aio_")
 
