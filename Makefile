@@ -75,6 +75,10 @@ build: $(STAMPS)/installed ## Make .venv, compile, install (what the other targe
 run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 	$(BIN)/kbatch demo $(ARGS)
 
+.PHONY: run-outbox
+run-outbox: build ## Run the demo of the outbox: 100,000 orders in SQLite, relays that are killed, all of it in Kafka (40 s)
+	$(BIN)/kbatch outbox demo $(ARGS)
+
 .PHONY: test
 test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (4 minutes)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
@@ -100,7 +104,7 @@ soak-kafka: build $(STAMPS)/test-group ## Run 100 seeded fault plans on real bro
 
 .PHONY: nightly
 nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 48 seeds
-	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka $(ARGS)
+	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka tests/mock/test_relay_database_faults.py $(ARGS)
 
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)

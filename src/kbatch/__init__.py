@@ -36,8 +36,11 @@ from kbatch._errors import (
 from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._outbox._base import OutboxStatus
+from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetters
+from kbatch._outbox._kept import KeptMessage, OutboxQuery
 from kbatch._outbox._postgres import PostgresOutbox
 from kbatch._outbox._relay import Relay
+from kbatch._outbox._scheduled import ScheduledMessage, ScheduledMessages
 from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
@@ -62,6 +65,9 @@ __all__ = [
     "CircuitState",
     "ConfigError",
     "ConsumedRecord",
+    "DeadLetter",
+    "DeadLetterCount",
+    "DeadLetters",
     "DeliveryError",
     "DeliveryReport",
     "DeserializationError",
@@ -71,8 +77,10 @@ __all__ = [
     "KafkaSender",
     "KafkaTopic",
     "KbatchError",
+    "KeptMessage",
     "NotYetDueError",
     "OutboxError",
+    "OutboxQuery",
     "OutboxStatus",
     "OutgoingBatch",
     "PendingBatch",
@@ -84,6 +92,8 @@ __all__ = [
     "ProducerFencedError",
     "Relay",
     "RetryPolicy",
+    "ScheduledMessage",
+    "ScheduledMessages",
     "SenderCallback",
     "SenderClosedError",
     "SenderError",

@@ -146,6 +146,27 @@ def read_back(bootstrap_servers: str, topic: str) -> list[Stored]:
         consumer.close()
 
 
+def read_many(bootstrap_servers: str, topics: list[str]) -> dict[str, list[Message]]:
+    """Every record of topics that have one partition each, by one consumer."""
+    config = {"bootstrap.servers": bootstrap_servers, "group.id": "tests", "log_level": 0, "enable.auto.commit": False}
+    consumer = Consumer(config | {"fetch.wait.max.ms": 10, "check.crcs": True})
+    try:
+        ends = {topic: _end_offset(consumer, TopicPartition(topic, 0)) for topic in topics}
+        consumer.assign([TopicPartition(topic, 0, 0) for topic in topics])
+        records: dict[str, list[Message]] = {topic: [] for topic in topics}
+        deadline = time.monotonic() + 60
+        missing = sum(ends.values())
+        while missing:
+            assert time.monotonic() < deadline, f"{missing} of {sum(ends.values())} records do not come"
+            for message in consumer.consume(min(missing, 10_000), timeout=0.2):
+                assert message.error() is None, message.error()
+                records[message.topic() or ""].append(message)
+                missing -= 1
+        return records
+    finally:
+        consumer.close()
+
+
 def read_back_with_aiokafka(bootstrap_servers: str, topic: str) -> list[Stored]:
     """The same by aiokafka, which shares no code with librdkafka."""
     # here, since other processes than pytest import this module, and not everywhere is there an aiokafka

@@ -190,12 +190,12 @@ def changed(**make):
     ],
 )
 def test_demo_finds_what_is_wrong(tamper, problem, monkeypatch):
-    def tampered(bootstrap_servers, count, check):
-        messages = [message for part in read_all(bootstrap_servers, count, check) for message in part]
+    def tampered(*arguments):
+        messages = [message for part in read_all(*arguments) for message in part]
         yield tamper(messages)
 
-    read_all = _demo._read
-    monkeypatch.setattr(_demo, "_read", tampered)
+    read_all = _demo.read_all
+    monkeypatch.setattr(_demo, "read_all", tampered)
     result = CliRunner().invoke(app, ["demo", "--count", "500", "--one-at-a-time", "0"])
     assert result.exit_code == 1
     assert problem in result.stderr
@@ -1343,6 +1343,9 @@ def test_commands_and_values_are_completed():
     assert out.split() == ["produce"]
     _, out, _ = run(_KBATCH_COMPLETE="complete_bash", COMP_WORDS="kbatch produce --wire w", COMP_CWORD="3")
     assert out.split() == ["wolverine"]
+    words = {"COMP_WORDS": "kbatch outbox dead d", "COMP_CWORD": "3"}
+    _, out, _ = run(_KBATCH_COMPLETE="complete_bash", **words)
+    assert out.split() == ["discard"]
     _, out, _ = run(_KBATCH_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="kbatch pro")
     assert '"produce"' in out
     assert "demo" not in out

@@ -1,6 +1,7 @@
 """What type checkers see of an outbox and its relay."""
 
 import sqlite3
+from typing import Any
 
 from typing_extensions import assert_type
 
@@ -12,6 +13,13 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     assert_type(outbox.add(connection, (kbatch.Envelope(order) for _ in range(3)), topic="orders"), int)
     assert_type(outbox.ddl(), str)
     assert_type(outbox.status(count_up_to=10).oldest_age_s, float)
+    (letter,) = outbox.dead_letters.find(kbatch.OutboxQuery(topic="orders"), limit=1)
+    assert_type(letter, kbatch.DeadLetter)
+    assert_type(letter.envelope, kbatch.Envelope[Any])
+    assert_type(outbox.dead_letters.replay(kbatch.OutboxQuery(numbers=[letter.number])), int)
+    assert_type(outbox.scheduled.find(after=None), list[kbatch.ScheduledMessage])
+    outbox.dead_letters.find(after=outbox.scheduled.find()[0])  # type: ignore[arg-type]
+    outbox.dead_letters.discard("orders")  # type: ignore[arg-type]
     with kbatch.Relay(outbox, settings, retry=kbatch.RetryPolicy()) as relay:
         assert_type(relay, kbatch.Relay)
         assert_type(relay.drain(1.5), int)

@@ -116,6 +116,17 @@ def test_a_row_that_waits_is_sent_when_everything_before_it_was_read_and_is_not_
     assert positions.first_of_keys(waiting, []) == waiting
 
 
+def test_a_row_that_waits_waits_for_what_others_may_have_put_back() -> None:
+    positions = begun(held=(HeldKey(0, 2, 12),))
+    assert taken(positions, 0, 3) == [3]
+    assert positions.first_of_keys(due(12), []) == due(12)
+    positions.look_again()
+    assert positions.first_of_keys(due(12), []) == []
+    assert taken(positions, 0, 2, 3, in_flight=(3,)) == [2]
+    assert positions.first_of_keys(due(12), [((0, 2), b"2")]) == []
+    assert positions.first_of_keys(due(12), []) == due(12)
+
+
 def test_a_row_that_waits_without_a_key_waits_for_no_other() -> None:
     positions = begun()
     assert positions.first_of_keys(due(12, key_hash=None), [((0, 2), b"2")]) == due(12, key_hash=None)

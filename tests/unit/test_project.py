@@ -9,7 +9,7 @@ from types import ModuleType
 
 import kbatch
 from kbatch import _version
-from kbatch.cli import _app
+from kbatch.cli import _app, _outbox_app
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +51,13 @@ def test_make_run_sends_as_many_orders_as_the_readme_says():
     assert inspect.signature(_app.demo).parameters["count"].default == 200_000
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^run: .*\n\t\$\(BIN\)/kbatch demo \$\(ARGS\)$", makefile, re.MULTILINE)
+
+
+def test_make_run_outbox_adds_as_many_orders_as_the_readme_says():
+    options = inspect.signature(_outbox_app.demo).parameters
+    assert (options["count"].default, options["kills"].default) == (100_000, 2)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^run-outbox: .*\n\t\$\(BIN\)/kbatch outbox demo \$\(ARGS\)$", makefile, re.MULTILINE)
 
 
 def test_all_is_exact():

@@ -109,9 +109,9 @@ def docstrings(name: str) -> Iterator[str]:
 
 def helps(command: str) -> Iterator[str]:
     """What ``--help`` shows."""
-    group = typer.main.get_command(app)
-    _, _, name = command.partition(" ")
-    found = group.commands[name] if name else group  # type: ignore[attr-defined]
+    found = typer.main.get_command(app)
+    for name in command.split()[1:]:
+        found = found.commands[name]  # type: ignore[attr-defined]
     yield found.help or ""
     for option in found.params:
         yield getattr(option, "help", None) or ""

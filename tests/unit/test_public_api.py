@@ -46,9 +46,10 @@ LAYERS = [
 LAYERS_WITHIN = {
     "_outbox": [
         {"_base", "_leases", "_postgres_rows", "_snapshots", "_store"},
-        {"_flight", "_positions", "_tables"},
-        {"_postgres_tables", "_sqlite_tables"},
-        {"_postgres_store", "_sqlite_store"},
+        {"_flight", "_kept", "_positions", "_tables"},
+        {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
+        {"_sqlite_session"},
+        {"_postgres_store", "_sqlite_admin", "_sqlite_store"},
         {"_postgres", "_relay", "_sqlite"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
@@ -89,12 +90,13 @@ def run(code: str) -> str:
 
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
-    ConfigError ConsumedRecord DeliveryError DeliveryReport DeserializationError Envelope ForkError InlineSender
-    KafkaSender KafkaTopic KbatchError NotYetDueError OutboxError OutboxStatus OutgoingBatch PendingBatch PostgresOutbox
-    Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy SenderCallback
-    SenderClosedError SenderError SenderFullError SenderMode SenderProtocol SendingAgent SerializationContext
-    SerializationError SqliteOutbox Tombstone TransactionUnknownError UndeliveredError UnknownTopicError WireFormat
-    WireReader __version__ librdkafka_version read_envelope uuid7
+    ConfigError ConsumedRecord DeadLetter DeadLetterCount DeadLetters DeliveryError DeliveryReport
+    DeserializationError Envelope ForkError InlineSender KafkaSender KafkaTopic KbatchError KeptMessage
+    NotYetDueError OutboxError OutboxQuery OutboxStatus OutgoingBatch PendingBatch PostgresOutbox Producer
+    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy ScheduledMessage
+    ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
+    SendingAgent SerializationContext SerializationError SqliteOutbox Tombstone TransactionUnknownError
+    UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 

@@ -151,6 +151,11 @@ class Positions:
         for position in self._of.values():
             position.floor = 0
 
+    def look_again(self) -> None:
+        """The same, and any row may have to be sent before those that wait in `later`."""
+        for position in self._of.values():
+            self._read_again(position, 1)
+
     def hold(self, bucket: int, key_hash: int | None, seq: int) -> None:
         """Later rows of a key wait behind this one."""
         position = self._of.get(bucket)

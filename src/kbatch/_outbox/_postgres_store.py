@@ -298,6 +298,11 @@ class PostgresStore:
         with self._reading() as (run, _):
             return [HeldKey(*row) for row in run(statement, (array_text(buckets),))]
 
+    def changes(self) -> int:
+        """As `OutboxStore.changes`."""
+        with self._reading() as (run, _):
+            return int(run(self._tables.sql("SELECT changes FROM {meta} WHERE one = 1"))[0][0])
+
     def left(self) -> int:
         """As `OutboxStore.left`."""
         statement = self._tables.sql(

@@ -16,7 +16,8 @@ _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one smallint PRIMARY KEY CHECK (one = 1),
     version integer NOT NULL,
-    buckets integer NOT NULL
+    buckets integer NOT NULL,
+    changes bigint NOT NULL DEFAULT 0
 );
 INSERT INTO {meta} (one, version, buckets) VALUES (1, {version}, {buckets}) ON CONFLICT DO NOTHING;
 CREATE TABLE IF NOT EXISTS {outbox} (

@@ -18,6 +18,7 @@ from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, 
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
+from kbatch._outbox._store import HeldKey, RefusedWriteError
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -29,7 +30,7 @@ from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from types import TracebackType
     from typing import Protocol, TypeVar
 
@@ -177,12 +178,17 @@ class Relay:
         self._has_asked = False  # for leases, so that it may have some
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
+        self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
+        self._end_by: float | None = None  # when `stop` wants it to end
+        self._gives_up = False  # what is in flight
         self._poll_s = _SHORTEST_POLL_S
         self._is_hinted = False
         self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0
         self._trouble_at: float | None = None
+        self._failures_at = 0.0  # when failures that could not be written are tried again
+        self._refusal_at: float | None = None
 
     def __repr__(self) -> str:
         return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
@@ -226,9 +232,17 @@ class Relay:
             return 0
         return self._count_left()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float | None = None) -> None:
         """Has `run` and `drain` end. Any thread may call it, and a signal handler. If neither is called yet, the next
-        one ends at once."""
+        one ends at once.
+
+        Args:
+            timeout: Seconds that they wait for what is in flight, ``close_timeout_s`` at most; what is then left is
+                given up, and sent again some time. It may be called again, to wait less.
+        """
+        check_timeout(timeout)
+        if timeout is not None:
+            self._end_by = monotonic() + timeout
         self._stopping = True
         self._flag.set()
 
@@ -318,6 +332,7 @@ class Relay:
         finally:
             self._give_back()  # again, if that was interrupted
             self._stopping = False  # it may be run again
+            self._end_by = None
         return is_over
 
     def _claim(self, mine: threading.Lock) -> None:
@@ -338,13 +353,14 @@ class Relay:
         return self._guarded(self._store.left, 1) == 0
 
     def _begin(self) -> None:
-        self._ending = False
+        self._ending = self._gives_up = False
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._store_at = now
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
         self._poll_s = _SHORTEST_POLL_S
-        self._trouble_at = None
+        self._trouble_at = self._refusal_at = None
+        self._failures_at = 0.0
         self._pid = os.getpid()
         self._outbox.watch(self._on_add)
 
@@ -377,7 +393,7 @@ class Relay:
         if probe_at is not None:
             due.append(probe_at)
         if self._has_answers():
-            due.append(now)
+            due.append(self._write_at())
         pause = max(min(due), self._store_at) - monotonic()
         return min(max(pause, 0.0), _RENEW_EVERY_S)
 
@@ -419,7 +435,7 @@ class Relay:
         if now >= self._renew_at or (self._leases.leaving - self._busy()):
             self._renew()
         if now >= self._look_at_all_at:
-            # Rows that others have put back, such as a replay, and keys that others have let go.
+            # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
             self._positions.start_again()
             self._let_go()
@@ -463,6 +479,8 @@ class Relay:
         self._lose(self._leases.renewed(asked, leases, share))
         fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
         if fresh:
+            if self._changes is None:
+                self._changes = self._store.changes()  # nothing was read before
             self._positions.begin(fresh, self._store.held_keys(fresh))
             self._read_at = self._due_at = monotonic()
 
@@ -513,6 +531,8 @@ class Relay:
         floors = self._positions.floors(self._leases.to_read())
         in_flight = functools.cache(self._in_flight)
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES, in_flight=in_flight)
+        if self._was_changed():
+            return
         rows = self._positions.taken(reading, in_flight)
         if reading.rows:
             self._poll_s = _SHORTEST_POLL_S
@@ -539,7 +559,10 @@ class Relay:
         if not buckets:
             return
         in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
+        in_flight.update((failure.bucket, failure.seq) for failure in self._failures_later)
         rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
+        if self._was_changed():
+            return
         hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
         rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
         producer = self._handle.solo() if rows else None
@@ -556,6 +579,19 @@ class Relay:
             ),
             producer,
         )
+
+    def _was_changed(self) -> bool:
+        """Whether others have put rows back, or changed what waits. Asked after each reading: what was read is then
+        not sent, since rows of a lower number may come before it. It is read again."""
+        assert self._store is not None
+        changes = self._store.changes()
+        if changes == self._changes:
+            return False
+        self._positions.look_again()
+        self._let_go()
+        self._read_at = self._due_at = monotonic()
+        self._changes = changes  # last: who was interrupted looks again
+        return True
 
     def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
         return {bucket: self._leases.tokens[bucket] for bucket in buckets}
@@ -642,34 +678,78 @@ class Relay:
     def _has_answers(self) -> bool:
         return bool(self._done or self._done_later or self._failures or self._failures_later)
 
+    def _write_at(self) -> float:
+        return 0.0 if self._done or self._done_later else self._failures_at
+
     def _write_answers(self) -> None:
         if not self._has_answers():
             return
-        assert self._store is not None
         # They stay in the lists until they are written: a database that does not answer is asked again.
-        buckets = self._busy_with_answers()
+        if monotonic() < self._failures_at:
+            self._record(self._done, self._done_later, [], [])
+            return
+        try:
+            self._record(self._done, self._done_later, self._failures, self._failures_later)
+        except RefusedWriteError:
+            self._record_apart()
+
+    def _record_apart(self) -> None:
+        """What is done first, then each failure alone: a row that the database lets nobody move stops no other."""
+        self._record(self._done, self._done_later, [], [])
+        for is_due in (False, True):
+            while failures := self._failures_later if is_due else self._failures:
+                one = failures[:1]
+                try:
+                    self._record([], [], [] if is_due else one, one if is_due else [])
+                except RefusedWriteError as error:
+                    failures.append(failures.pop(0))  # the others have their turn first
+                    now = monotonic()
+                    self._failures_at = now + _TRY_STORE_AGAIN_S
+                    if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
+                        self._refusal_at = now
+                        _logger.warning("a relay cannot move what a broker has refused, and tries again: %s", error)
+                    break
+
+    def _record(
+        self,
+        done: Sequence[Place],
+        done_later: Sequence[Place],
+        failures: Sequence[Failure],
+        failures_later: Sequence[Failure],
+    ) -> None:
+        """Writes all of what is done or none, and some of the failures."""
+        assert self._store is not None
+        buckets = {place[0] for places in (done, done_later) for place in places}
+        buckets.update(failure.bucket for each in (failures, failures_later) for failure in each)
+        if not buckets:
+            return
         lost = self._store.settle(
             self._tokens_of(buckets),
-            done=self._done,
-            done_later=self._done_later,
-            failures=self._failures,
-            failures_later=self._failures_later,
+            done=done,
+            done_later=done_later,
+            failures=failures,
+            failures_later=failures_later,
         )
-        self._lets_go = self._lets_go or bool(self._done_later or self._failures_later)
-        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+        self._lets_go = self._lets_go or bool(done_later or failures_later)
+        written = {*failures, *failures_later}
+        self._done, self._done_later = [] if done else self._done, [] if done_later else self._done_later
+        self._failures = [failure for failure in self._failures if failure not in written]
+        self._failures_later = [failure for failure in self._failures_later if failure not in written]
         if lost:
             self._leases.drop(lost)
             self._lose(lost)
 
-    def _busy_with_answers(self) -> set[int]:
-        buckets = {place[0] for places in (self._done, self._done_later) for place in places}
-        buckets.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
-        return buckets
-
     def _let_go(self) -> None:
         if self._positions.has_held():
             assert self._store is not None
-            self._positions.let_go(self._store.held_keys(list(self._leases.tokens)))
+            held = self._store.held_keys(list(self._leases.tokens))
+            # Those of which a row is on its way to `later` are not there yet.
+            held += [
+                HeldKey(failure.bucket, failure.key_hash, failure.seq)
+                for failure in self._failures
+                if failure.due_in_s is not None and failure.key_hash is not None
+            ]
+            self._positions.let_go(held)
             self._read_at = monotonic()
 
     # -- the end
@@ -681,6 +761,7 @@ class Relay:
         longest = now + self._close_timeout_s
         if not self._await_answers(longest if end is None else min(longest, max(end, now))):
             # What librdkafka has given up it sends no more, so that others may have the buckets at once.
+            self._gives_up = True
             self._purge()
             self._await_answers(monotonic() + _LAST_WORDS_S)
         self._give_back()
@@ -703,9 +784,11 @@ class Relay:
         return True
 
     def _await_answers(self, end: float) -> bool:
-        """Whether everything that was in flight is written by then."""
+        """Whether everything that was in flight is written by then, or by the time that `stop` gave."""
         while self._flights or self._has_answers():
             now = monotonic()
+            if self._end_by is not None and not self._gives_up:
+                end = min(end, self._end_by)
             if now >= end:
                 return False
             self._take_settled()
@@ -714,6 +797,9 @@ class Relay:
             if self._flights:
                 self._flag.wait(min(end - now, 0.1))
             elif self._has_answers():
+                if self._write_at() > now:  # they were refused; they stay where they are
+                    self._failures, self._failures_later = [], []
+                    return True
                 self._flag.wait(max(0.0, min(end, self._store_at) - now))
         return True
 

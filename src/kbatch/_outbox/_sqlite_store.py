@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import sqlite3
 from typing import TYPE_CHECKING
 
+from kbatch._outbox._sqlite_session import SqliteSession
 from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-    from typing import TypeAlias
+    import sqlite3
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from kbatch._outbox._sqlite_session import Run
     from kbatch._outbox._sqlite_tables import SqliteTables
     from kbatch._outbox._store import Failure, Place, StoredRow
-
-    _Run: TypeAlias = Callable[..., sqlite3.Cursor]
 
 __all__ = ["SqliteStore"]
 
@@ -25,7 +23,7 @@ _FEWEST_OF_BUCKET = 50
 _PACKED = "CASE WHEN typeof(deliver_by) IN ('integer', 'null') THEN packed ELSE 'deliver_by is no number' END"
 
 
-class SqliteStore:
+class SqliteStore(SqliteSession):
     """A relay's connection to an outbox in SQLite.
 
     A number is given under SQLite's one lock for writing, so rows come to light in the order of their numbers, and what
@@ -37,11 +35,10 @@ class SqliteStore:
     """
 
     def __init__(self, connection: sqlite3.Connection, tables: SqliteTables, path: str) -> None:
-        self._connection = connection
-        self._tables = tables
-        self._path = path
+        super().__init__(connection, tables, path)
         sql = tables.sql
         self._now = sql("SELECT {now}")
+        self._changes = sql("SELECT changes FROM {meta}")
         self._read = sql(
             f"SELECT bucket, seq, {_PACKED}, deliver_by FROM {{outbox}} "
             "WHERE bucket = ? AND seq > ? ORDER BY seq LIMIT ?"
@@ -102,7 +99,7 @@ class SqliteStore:
             run(self._tables.sql("DELETE FROM {relay} WHERE owner = ?"), (owner,))
             self._give_up(run, owner, set(range(BUCKETS)).difference(keep))
 
-    def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
+    def _give_up(self, run: Run, owner: str, release: Collection[int]) -> None:
         statement = self._tables.sql("UPDATE {lease} SET owner = NULL, until = 0 WHERE bucket = ? AND owner = ?")
         for bucket in release:
             run(statement, (bucket, owner))
@@ -171,6 +168,11 @@ class SqliteStore:
         with self._reading() as run:
             return [HeldKey(*row) for row in run(statement, tuple(buckets))]
 
+    def changes(self) -> int:
+        """As `OutboxStore.changes`."""
+        with self._reading() as run:
+            return int(run(self._changes).fetchone()[0])
+
     def left(self) -> int:
         """As `OutboxStore.left`."""
         statement = self._tables.sql(
@@ -219,33 +221,6 @@ class SqliteStore:
                     due_at = now + int(each.due_in_s * 1000)
                     run(self._put_off, (due_at, each.attempts, each.error, each.bucket, each.seq))
         return lost
-
-    def close(self) -> None:
-        """As `OutboxStore.close`."""
-        self._connection.close()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[_Run]:
-        try:
-            yield self._connection.execute
-        except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path, own=True) from error
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[_Run]:
-        run = self._connection.execute
-        try:
-            try:
-                run("BEGIN IMMEDIATE")
-                yield run
-                run("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    if self._connection.in_transaction:
-                        run("ROLLBACK")
-                raise
-        except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path, own=True) from error
 
 
 def _marks(values: Collection[int]) -> str:

@@ -7,7 +7,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ConfigError, OutboxError, shown
-from kbatch._outbox._store import BUCKETS
+from kbatch._outbox._store import BUCKETS, RefusedWriteError
 from kbatch._outbox._tables import OutboxTables
 
 if TYPE_CHECKING:
@@ -27,7 +27,8 @@ CREATE TABLE IF NOT EXISTS {meta} (
     one INTEGER PRIMARY KEY CHECK (one = 1),
     version INTEGER NOT NULL,
     buckets INTEGER NOT NULL,
-    last_seq INTEGER NOT NULL
+    last_seq INTEGER NOT NULL,
+    changes INTEGER NOT NULL DEFAULT 0
 );
 INSERT OR IGNORE INTO {meta} (one, version, buckets, last_seq) VALUES (1, {version}, {buckets}, 0);
 CREATE TABLE IF NOT EXISTS {outbox} (
@@ -66,6 +67,7 @@ CREATE TABLE IF NOT EXISTS {dead} (
     last_error TEXT NOT NULL,
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS {dead_died} ON {dead_bare} (died_at);
 CREATE TABLE IF NOT EXISTS {lease} (
     bucket INTEGER PRIMARY KEY,
     owner TEXT,
@@ -98,10 +100,11 @@ class SqliteTables(OutboxTables):
                 f"prefix={shown(prefix)} makes names of {len(longest)} characters, and {_LONGEST_NAME} are allowed"
             )
         # With the schema, so that a temporary table of the same name is not meant.
-        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key")
+        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key", "dead_died")
         quoted = {name: f'main."{prefix}outbox_{name}"' for name in names}
         quoted["outbox"] = f'main."{prefix}outbox"'
-        quoted["later_bare"] = f'"{prefix}outbox_later"'  # an index says which schema by its own name
+        for name in ("later", "dead"):  # an index says which schema by its own name
+            quoted[f"{name}_bare"] = f'"{prefix}outbox_{name}"'
         super().__init__(quoted, now=NOW_MS)
         self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
 
@@ -134,8 +137,10 @@ class SqliteTables(OutboxTables):
         elif "closed" in text:
             hint = "give a connection that is open"
         else:
-            return OutboxError(f"the outbox in {path}: {text}")
-        return OutboxError(f"the outbox in {path}: {text}; {hint}")
+            hint = ""
+        is_refused = own and (isinstance(error, sqlite3.IntegrityError) or "is full" in text)
+        kind = RefusedWriteError if is_refused else OutboxError
+        return kind(f"the outbox in {path}: {text}" + (f"; {hint}" if hint else ""))
 
 
 def lacks_tables(error: sqlite3.Error) -> bool:

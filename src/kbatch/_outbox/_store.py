@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+from kbatch._errors import OutboxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-__all__ = ["BUCKETS", "DueRow", "Failure", "HeldKey", "Lease", "OutboxStore", "Place", "Reading", "StoredRow"]
+__all__ = [
+    "BUCKETS",
+    "DueRow",
+    "Failure",
+    "HeldKey",
+    "KeptRow",
+    "Lease",
+    "NewRow",
+    "OutboxAdmin",
+    "OutboxStore",
+    "Place",
+    "Position",
+    "Reading",
+    "RefusedWriteError",
+    "StoredRow",
+    "Table",
+]
 
 BUCKETS = 64
+
+
+class RefusedWriteError(OutboxError):
+    """The database answers, and does not take what is written: it is full, or a constraint or a trigger says no."""
 
 
 # Where a row is, for as long as it is anywhere: in the hot table, among those that wait, or among the dead.
@@ -63,6 +85,40 @@ class Reading(NamedTuple):
     rows: list[StoredRow]
     floors: dict[int, int]
     ended: set[int]
+
+
+# Where rows are that are not to be sent, or not yet.
+Table: TypeAlias = Literal["dead", "later"]
+
+# As the hot table has it: bucket, seq, id, packed, created_at, deliver_by.
+NewRow: TypeAlias = tuple[int, int, bytes, bytes, int, "int | None"]
+
+
+# By which the rows of these tables are ordered: at_ms, bucket, seq.
+Position: TypeAlias = tuple[int, int, int]
+
+
+class KeptRow(NamedTuple):
+    """A row of one of these tables. Somebody may have stored anything there: `id` and `packed` may be no bytes.
+
+    Attributes:
+        at_ms: When it died, or when it is due; milliseconds since 1970.
+    """
+
+    at_ms: int
+    bucket: int
+    seq: int
+    id: object
+    packed: object
+    created_at: object
+    deliver_by: object
+    attempts: int
+    error: str
+
+    @property
+    def position(self) -> Position:
+        """By which it is ordered."""
+        return self.at_ms, self.bucket, self.seq
 
 
 class OutboxStore(Protocol):
@@ -132,6 +188,8 @@ class OutboxStore(Protocol):
     ) -> set[int]:
         """Deletes what is done and moves what failed, in one transaction, as far as the leases hold.
 
+        Raises a `RefusedWriteError` if the database takes other writes, so that it may be tried in smaller parts.
+
         Args:
             leases: Of each bucket its token.
             done, failures: Of rows in the hot table.
@@ -141,8 +199,47 @@ class OutboxStore(Protocol):
             The buckets whose lease does not hold any more, of which nothing was written.
         """
 
+    def changes(self) -> int:
+        """Another number after others than relays have put rows back into the hot table, or have changed what waits in
+        `later`. What was read before must be looked at again."""
+
     def left(self) -> int:
         """0 if the outbox is empty but for the dead, else a number of rows: all that wait, or some."""
+
+    def close(self) -> None:
+        """Gives the connection back."""
+
+
+class OutboxAdmin(Protocol):
+    """What those who look after an outbox ask of its database. One thread uses it.
+
+    Each method is one transaction; what it raises is an `OutboxError`. Each that changes something makes
+    `OutboxStore.changes` another number within its transaction, so that relays notice.
+    """
+
+    def page(
+        self, table: Table, after: Position | None, *, since_ms: int | None, until_ms: int | None, limit: int
+    ) -> list[KeptRow]:
+        """Rows by their positions, those behind `after`, with `at_ms` from `since_ms` and below
+        `until_ms`."""
+
+    def look_up(self, table: Table, numbers: Collection[int]) -> list[KeptRow]:
+        """The rows of these numbers, as far as they are there, in the same order."""
+
+    def delete(self, table: Table, places: Sequence[Place]) -> int:
+        """Deletes rows; how many were there."""
+
+    def replay(self, places: Sequence[Place], now_us: int) -> int:
+        """Moves rows from the dead into the hot table, with their numbers; how many.
+
+        Those stay that the hot table would not take, and those whose `deliver_by` is not after `now_us`.
+        """
+
+    def replace(self, place: Place, row: NewRow) -> bool:
+        """Puts `row` into the hot table in place of a dead row; whether that was there."""
+
+    def reschedule(self, places: Sequence[Place], due_at_ms: int) -> int:
+        """Changes when rows of `later` are due; how many were there."""
 
     def close(self) -> None:
         """Gives the connection back."""

@@ -1,4 +1,4 @@
-"""The command line: ``kbatch demo``, ``kbatch produce``. Needs the extra ``kbatch-kafka[cli]``."""
+"""The command line: ``kbatch demo``, ``produce``, ``relay``, ``outbox``. Needs the extra ``kbatch-kafka[cli]``."""
 
 import os
 import sys

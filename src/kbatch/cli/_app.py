@@ -1,8 +1,6 @@
 """The commands and their options."""
 
 import os
-from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +8,9 @@ import typer
 
 import kbatch
 from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._outbox_app import outbox_app, relay
 from kbatch.cli._screen import Screen
+from kbatch.cli._work import Wire, exit_with, typed
 
 app = typer.Typer(
     help="Batches of messages into Kafka, with one answer per batch.",
@@ -20,13 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Wire(str, Enum):
-    KBATCH = "kbatch"
-    WOLVERINE = "wolverine"
-    CLOUDEVENTS = "cloudevents"
-    RAW = "raw"
 
 
 def _show_version(value: bool) -> None:
@@ -66,7 +59,7 @@ def demo(
 
         return run(Plan(count, min(batch_size, in_flight), in_flight, min(one_at_a_time, count)), screen)
 
-    _exit_with(work, screen)
+    exit_with(work, screen)
 
 
 @app.command(context_settings={"allow_extra_args": True})
@@ -137,14 +130,14 @@ def produce(
             Job(
                 input=file,
                 topic=topic,
-                key_field=None if key is None else _text("--key", key),
+                key_field=None if key is None else typed("--key", key),
                 config=config,
-                settings=Settings.collect([_text("-X", each) for each in setting or []], config, os.environ),
+                settings=Settings.collect([typed("-X", each) for each in setting or []], config, os.environ),
                 embedded=embedded,
                 rejects=rejects,
                 wire=wire.value,
-                message_type=None if message_type is None else _text("--message-type", message_type),
-                source=None if source is None else _text("--source", source),
+                message_type=None if message_type is None else typed("--message-type", message_type),
+                source=None if source is None else typed("--source", source),
                 batch_size=batch_size,
                 in_flight=in_flight,
                 connect_timeout_s=connect_timeout,
@@ -153,31 +146,8 @@ def produce(
             screen,
         )
 
-    _exit_with(work, screen)
+    exit_with(work, screen)
 
 
-def _text(option: str, value: str) -> str:
-    """What was typed: where the locale has no such characters Python has kept their bytes, which are UTF-8."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(value).decode()
-        except ValueError:
-            raise Failure(f"{option} must be UTF-8 text", USAGE) from None
-    return value
-
-
-def _exit_with(work: Callable[[], int], screen: Screen) -> None:
-    try:
-        status = work()
-    except Failure as failure:
-        screen.tell(str(failure))
-        status = failure.status
-    except kbatch.KbatchError as error:
-        screen.tell(str(error))
-        status = 1
-    except KeyboardInterrupt:
-        screen.tell("interrupted")
-        status = 130
-    raise typer.Exit(status)
+app.command(context_settings={"allow_extra_args": True})(relay)
+app.add_typer(outbox_app, name="outbox")

@@ -1,10 +1,10 @@
 import re
 import threading
+from typing import Protocol
 
 from confluent_kafka import KafkaError
 
 from kbatch._fastmap import monotonic
-from kbatch.cli._screen import Screen
 
 # One address of several may not answer, and a broker may be restarted: what heals by itself so soon is not told.
 _TOLD_AFTER_S = 1.0
@@ -17,13 +17,17 @@ _HTTP = re.compile(r"Invalid response size 1213486160 .*?: increase receive\.mes
 _CIRCUMSTANCES = re.compile(r" \((?:after \d+ms|\d+ identical)[^()]*(?:\(s\)[^()]*)?\)")
 
 
+class _Teller(Protocol):
+    def tell(self, text: str, /) -> None: ...
+
+
 class Connection:
     """What librdkafka says of the connection to the brokers: an ``error_cb`` that tells it, once while it is the same.
 
     It is told when a second has passed in which no broker answered.
     """
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: _Teller) -> None:
         #: The last error that tells why no broker answers.
         self.last_error = ""
         self._screen = screen

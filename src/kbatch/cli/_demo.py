@@ -6,24 +6,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaException, Message, TopicPartition
 from rich.table import Table
 
 import kbatch
 from kbatch._text import counted
+from kbatch.cli._check import PARTITIONS, Check, read_all
 from kbatch.cli._failure import Failure
-from kbatch.cli._orders import Orders, index_of
+from kbatch.cli._orders import Orders
 from kbatch.cli._screen import Bar, Screen
 from kbatch.testing import MockCluster
 
-# The mock cluster keeps 5 MiB a partition: 64 of them hold 400,000 orders with room to spare.
-_PARTITIONS = 64
 _TOPIC = "orders"
 _SINGLY_TOPIC = "orders-singly"
 # So many envelopes are made at a time, outside the measured time, and then sent.
 _MADE_AT_ONCE = 50_000
-_READ_PATIENCE_S = 15.0
-_PROBLEMS_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,8 @@ def run(plan: Plan, screen: Screen) -> int:
     orders = Orders(plan.count)
     figures = Figures()
     with MockCluster(process=True) as cluster:
-        cluster.create_topic(_TOPIC, _PARTITIONS)
-        cluster.create_topic(_SINGLY_TOPIC, _PARTITIONS)
+        cluster.create_topic(_TOPIC, PARTITIONS)
+        cluster.create_topic(_SINGLY_TOPIC, PARTITIONS)
         with kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers}) as producer:
             with screen.bar("sending", plan.count) as bar:
                 _send(producer, orders, plan, figures, bar)
@@ -65,7 +61,7 @@ def run(plan: Plan, screen: Screen) -> int:
         with screen.bar("reading back", plan.count) as bar:
             began = time.perf_counter()
             check = Check(orders)
-            for messages in _read(cluster.bootstrap_servers, plan.count, check):
+            for messages in read_all(cluster.bootstrap_servers, _TOPIC, plan.count, check):
                 for message in messages:
                     check.see(message)
                 bar.show(check.seen_count)
@@ -127,98 +123,6 @@ def _send_singly(producer: kbatch.Producer, orders: Orders, plan: Plan, figures:
         if i % 100 == 0:
             bar.show(i)
     figures.singly_s = time.perf_counter() - began
-
-
-class Check:
-    """Compares every record with the order that it must be, made again from its index. Keeps one byte per order."""
-
-    def __init__(self, orders: Orders) -> None:
-        self._orders = orders
-        self._seen = bytearray(orders.count)
-        self._last_of_customer: dict[int, int] = {}
-        self._problems: list[str] = []
-        self._problem_count = 0
-        self.seen_count = 0
-
-    def see(self, message: Message) -> None:
-        self.seen_count += 1
-        where = f"partition {message.partition()}, offset {message.offset()}"
-        pairs: Any = message.headers() or []
-        headers = dict(pairs)
-        try:
-            index = index_of(headers["id"])
-            if not 0 <= index < self._orders.count:
-                raise ValueError
-        except (KeyError, ValueError):
-            self.problem(f"{where}: no order was sent with the id header of this record")
-            return
-        if self._seen[index]:
-            self.problem(f"{where}: order {index} a second time")
-            return
-        self._seen[index] = 1
-        if message.value() != self._orders.body(index):
-            self.problem(f"{where}: the body is not that of order {index}")
-        if headers != self._orders.headers(index) or len(headers) != len(pairs):
-            self.problem(f"{where}: the headers are not those of order {index}")
-        if message.key() != self._orders.key(index).encode():
-            self.problem(f"{where}: the key is not that of order {index}")
-        customer = self._orders.customer(index)
-        if self._last_of_customer.get(customer, -1) > index:
-            self.problem(f"{where}: order {index} after a later one of the same customer")
-        self._last_of_customer[customer] = index
-
-    def problem(self, text: str) -> None:
-        self._problem_count += 1
-        if self._problem_count <= _PROBLEMS_NAMED:
-            self._problems.append(text)
-
-    def problems(self) -> list[str]:
-        """What is wrong, at most a few lines; empty if every order came once, as it was sent and in order."""
-        problems = list(self._problems)
-        if self._problem_count > len(problems):
-            problems.append(f"{self._problem_count - len(problems):,} more of this kind")
-        missing = self._seen.count(0)
-        if missing:
-            problems.append(f"{counted(missing, 'order')} missing, the first is order {self._seen.index(0)}")
-        return problems
-
-
-def _read(bootstrap_servers: str, count: int, check: Check) -> Iterator[list[Message]]:
-    """The topic's records from the beginning to the end, by confluent-kafka's consumer."""
-    consumer = Consumer(
-        {
-            "bootstrap.servers": bootstrap_servers,
-            "group.id": "kbatch-demo",
-            "enable.auto.commit": False,
-            "check.crcs": True,
-            "fetch.wait.max.ms": 20,
-        }
-    )
-    try:
-        partitions = [TopicPartition(_TOPIC, partition, 0) for partition in range(_PARTITIONS)]
-        stored = 0
-        for partition in partitions:
-            low, high = consumer.get_watermark_offsets(partition, timeout=_READ_PATIENCE_S)
-            stored += high - low
-        if stored != count:
-            check.problem(f"the topic holds {counted(stored, 'record')}, not {count:,}")
-        consumer.assign(partitions)
-        left = stored
-        while left > 0:
-            messages = consumer.consume(min(left, 5_000), timeout=_READ_PATIENCE_S)
-            if not messages:
-                check.problem(f"no more records came within {_READ_PATIENCE_S:g} s; {left:,} are left to read")
-                return
-            for message in messages:
-                error = message.error()
-                if error is not None:
-                    raise Failure(f"reading back failed: {error.str()}")
-            left -= len(messages)
-            yield messages
-    except KafkaException as error:
-        raise Failure(f"reading back failed: {error.args[0].str()}") from None
-    finally:
-        consumer.close()
 
 
 def _table(plan: Plan, figures: Figures) -> Table:

@@ -29,6 +29,11 @@ class Bar:
     def __init__(self, update: Callable[..., object] | None = None) -> None:
         self._update = update
 
+    @property
+    def is_seen(self) -> bool:
+        """Whether anybody sees it."""
+        return self._update is not None
+
     def show(self, completed: float, note: str = "") -> None:
         if self._update is not None:
             self._update(completed=completed, note=note)
@@ -140,20 +145,49 @@ class Screen:
         """A problem, or a remark on the way."""
         _stream(sys.stderr).write(f"kbatch: {printable(text)}\n")
 
+    def log(self, line: str) -> None:
+        """A line on the way that is complete as it is."""
+        _stream(sys.stderr).write(line + "\n")
+
+    def print(self, text: str) -> None:
+        """A result of several lines, as it is."""
+        self._results().write(text)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether somebody can answer a question: standard input and standard error are a terminal."""
+        return sys.stdin is not None and sys.stdin.isatty() and _stream(sys.stderr).isatty()
+
+    def ask(self, question: str) -> bool:
+        """Whether somebody says yes."""
+        _stream(sys.stderr).write(f"{printable(question)} [y/N] ")
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    @contextmanager
+    def live(self, label: str) -> Iterator[Bar]:
+        """A line that changes in its place, of what never ends."""
+        with self._progress([SpinnerColumn(), TextColumn("{task.description}", markup=False)], label, None) as bar:
+            yield bar
+
     def show(self, table: Table) -> None:
         """A result as a table."""
         Console(file=self._results()).print(table)  # type: ignore[arg-type]
 
     @contextmanager
     def bar(self, label: str, total: float | None, *, of_bytes: bool = False) -> Iterator[Bar]:
+        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
+        columns.append(DownloadColumn() if of_bytes else MofNCompleteColumn())
+        with self._progress(columns, label, total) as bar:
+            yield bar
+
+    @contextmanager
+    def _progress(self, columns: list[ProgressColumn], label: str, total: float | None) -> Iterator[Bar]:
         stream = _stream(sys.stderr)
         # Not what rich takes for a terminal: FORCE_COLOR makes it take a pipe for one.
         if self.quiet or not stream.isatty():
             yield Bar()
             return
-        columns: list[ProgressColumn] = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn()]
-        columns.append(DownloadColumn() if of_bytes else MofNCompleteColumn())
-        columns += [TextColumn("{task.fields[note]}"), TimeElapsedColumn()]
+        columns = [*columns, TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn()]
         console = Console(file=stream)  # type: ignore[arg-type]
         with Progress(*columns, console=console, transient=True) as progress:
             yield Bar(functools.partial(progress.update, progress.add_task(label, total=total, note="")))

@@ -10,6 +10,8 @@ from kbatch._config import canonical, shown_key
 from kbatch.cli._failure import USAGE, Failure
 
 PREFIX = "KBATCH_"
+#: Names an outbox, and is no setting of librdkafka: the URL may hold a password.
+VARIABLE = "KBATCH_OUTBOX"
 
 # What Kubernetes sets for each Service of the namespace. A Service `kbatch` gives these names the prefix above, and so
 # does a Service `kbatch-…`.
@@ -36,13 +38,19 @@ class Settings:
         self._found = found  # by the one name of a key that may have several
 
     @classmethod
-    def collect(cls, options: Iterable[str], file: Path | None, environment: Mapping[str, str]) -> "Settings":
+    def collect(
+        cls, options: Iterable[str], file: Path | Iterable[Setting] | None, environment: Mapping[str, str]
+    ) -> "Settings":
         """Settings from ``-X`` options before those from ``KBATCH_…`` variables before those from a file.
 
         librdkafka's aliases are one key. Of two options, or of two lines of the file, the last one counts.
+
+        Args:
+            file: One of lines ``key=value``, or what was read from another.
         """
         found: dict[str, Setting] = {}
-        for source in (_from_file(file), _from_environment(environment), _from_options(options)):
+        lines = _from_file(file) if file is None or isinstance(file, Path) else file
+        for source in (lines, _from_environment(environment), _from_options(options)):
             found.update((canonical(setting.key), setting) for setting in source)
         return cls(found)
 
@@ -75,7 +83,9 @@ def _from_options(options: Iterable[str]) -> Iterator[Setting]:
 def _from_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
     found: dict[str, Setting] = {}
     for name, value in environment.items():
-        if name.startswith(PREFIX) and len(name) > len(PREFIX) and not _is_of_a_service(name, environment):
+        if name == VARIABLE or not name.startswith(PREFIX) or len(name) == len(PREFIX):
+            continue
+        if not _is_of_a_service(name, environment):
             key = name[len(PREFIX) :].lower().replace("__", "\0").replace("_", ".").replace("\0", "_")
             setting = Setting(key, value, _shown_variable(name))
             other = found.setdefault(canonical(key), setting)

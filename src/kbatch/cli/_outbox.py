@@ -1,0 +1,351 @@
+"""``kbatch outbox``: tables, dead letters and what waits."""
+
+import base64
+import dataclasses
+import datetime
+import json
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+import kbatch
+from kbatch._text import counted, printable
+from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._outbox_place import Place
+from kbatch.cli._screen import Screen
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LETTER = ("dead letter", "dead letters")
+_MESSAGE = ("message", "messages")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which messages the command line means."""
+
+    which: Sequence[str] = ()
+    topic: str | None = None
+    message_type: str | None = None
+    error: str | None = None
+    older_than: str | None = None
+    newer_than: str | None = None
+    is_all: bool = False
+
+    def query(self, *, needed: bool = False) -> kbatch.OutboxQuery:
+        """The same as a query; with `needed` the command line must say something."""
+        numbers = [int(each) for each in self.which if re.fullmatch("[0-9]{1,18}", each)]
+        ids = [_uuid(each) for each in self.which if not re.fullmatch("[0-9]{1,18}", each)]
+        if numbers and ids:
+            raise Failure("give numbers or ids, not both at a time", USAGE)
+        now = datetime.datetime.now(datetime.timezone.utc)
+        query = kbatch.OutboxQuery(
+            numbers=numbers or None,
+            ids=ids or None,
+            topic=self.topic,
+            message_type=self.message_type,
+            error=self.error,
+            since=None if self.newer_than is None else now - _age("--newer-than", self.newer_than),
+            until=None if self.older_than is None else now - _age("--older-than", self.older_than),
+        )
+        if needed and query.is_all != self.is_all:
+            what = "numbers or ids, --topic, --type or --error"
+            raise Failure(f"--all goes without {what}" if self.is_all else f"say which: {what}; or --all", USAGE)
+        return query
+
+
+def _uuid(text: str) -> uuid.UUID:
+    try:
+        return uuid.UUID(text)
+    except ValueError:
+        raise Failure("a message is named by its number, or by its id, which is a UUID", USAGE) from None
+
+
+def _age(option: str, text: str) -> datetime.timedelta:
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+    if match is None:
+        raise Failure(f"{option} takes a number and s, m, h or d, such as 90s, 15m, 2h, 7d", USAGE)
+    return datetime.timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+
+
+# -- tables
+
+
+def create(place: Place, screen: Screen) -> int:
+    """Makes what is missing."""
+    place.open().create()
+    screen.say(f"the outbox is ready: {place.shown}")
+    return 0
+
+
+def ddl(place: Place, screen: Screen) -> int:
+    """The statements that make the tables."""
+    screen.print(place.open().ddl())
+    return 0
+
+
+def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int:
+    """What is in the outbox."""
+    found = place.open().status(count_up_to=count_up_to)
+    if as_json:
+        screen.say(json.dumps(dataclasses.asdict(found)))
+        return 0
+
+    def number(count: int) -> str:
+        return f"{count:,}" + (" or more" if count >= count_up_to else "")
+
+    table = Table(show_header=False, title=f"outbox {printable(place.shown)}", title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("to be sent", number(found.waiting))
+    table.add_row("  the oldest was added", f"{_span(found.oldest_age_s)} ago" if found.waiting else "-")
+    table.add_row("later (scheduled, or refused and tried again)", number(found.later))
+    table.add_row("dead letters", number(found.dead))
+    table.add_row("relays at work", str(found.relays))
+    screen.show(table)
+    return 0
+
+
+# -- dead letters
+
+
+def list_dead(place: Place, selection: Selection, limit: int, offset: int, as_json: bool, screen: Screen) -> int:
+    """A page of them."""
+    letters = place.open().dead_letters
+    query = selection.query()
+    page = letters.find(query, limit=limit + offset + 1 if limit else None)[offset:]
+    return _list(page, limit, offset, as_json, screen, _LETTER)
+
+
+def count_dead(place: Place, selection: Selection, as_json: bool, screen: Screen) -> int:
+    """How many are alike."""
+    counts = place.open().dead_letters.summary(selection.query())
+    if as_json:
+        for each in counts:
+            screen.say(json.dumps(each._asdict()))
+        return 0
+    if not counts:
+        screen.say("no dead letters")
+        return 0
+    table = Table("letters", "topic", "type", "error")
+    table.columns[0].justify = "right"
+    for each in counts:
+        table.add_row(f"{each.letters:,}", _text(each.topic), _text(each.message_type), _text(each.error))
+    screen.show(table)
+    return 0
+
+
+def show_dead(place: Place, selection: Selection, as_json: bool, screen: Screen) -> int:
+    """Everything about some."""
+    return _show(place.open().dead_letters.find(selection.query(), limit=None), selection, as_json, screen, _LETTER)
+
+
+def replay_dead(place: Place, selection: Selection, as_json: bool, screen: Screen) -> int:
+    """Has them sent again."""
+    letters = place.open().dead_letters
+    query = selection.query(needed=True)
+    found = sum(each.letters for each in letters.summary(query))
+    replayed = letters.replay(query)
+    if as_json:
+        screen.say(json.dumps({"replayed": replayed, "left": found - replayed}))
+    else:
+        screen.say(f"{counted(replayed, *_LETTER)} will be sent again")
+        if replayed < found:
+            screen.say(f"{found - replayed:,} stay dead: they have expired, or cannot be read")
+    return 0 if replayed == found and replayed >= _named(query) else 1
+
+
+def discard_dead(place: Place, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
+    """Deletes them."""
+    letters = place.open().dead_letters
+    query = selection.query(needed=True)
+    found = sum(each.letters for each in letters.summary(query))
+    if not _confirmed(f"discard {counted(found, *_LETTER)} for good?", found, yes, screen):
+        return 1
+    discarded = letters.discard(query)
+    screen.say(json.dumps({"discarded": discarded}) if as_json else f"{counted(discarded, *_LETTER)} discarded")
+    return 0 if discarded >= _named(query) else 1
+
+
+# -- what waits
+
+
+def list_later(place: Place, selection: Selection, limit: int, offset: int, as_json: bool, screen: Screen) -> int:
+    """A page of it."""
+    page = place.open().scheduled.find(selection.query(), limit=limit + offset + 1 if limit else None)[offset:]
+    return _list(page, limit, offset, as_json, screen, _MESSAGE)
+
+
+def cancel_later(place: Place, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
+    """Deletes it."""
+    scheduled = place.open().scheduled
+    query = selection.query(needed=True)
+    found = len(scheduled.find(query, limit=None))
+    if not _confirmed(f"cancel {counted(found, *_MESSAGE)} for good?", found, yes, screen):
+        return 1
+    cancelled = scheduled.cancel(query)
+    screen.say(json.dumps({"cancelled": cancelled}) if as_json else f"{counted(cancelled, *_MESSAGE)} cancelled")
+    return 0 if cancelled >= _named(query) else 1
+
+
+# -- parts
+
+
+def _named(query: kbatch.OutboxQuery) -> int:
+    """How many messages were named one by one."""
+    return len(query.numbers or query.ids or ())
+
+
+def _confirmed(question: str, found: int, yes: bool, screen: Screen) -> bool:
+    if yes or not found:
+        return True
+    if not screen.is_asked:
+        raise Failure(f"{question} Say so by --yes", USAGE)
+    return screen.ask(question)
+
+
+def _list(page: Sequence[Any], limit: int, offset: int, as_json: bool, screen: Screen, nouns: tuple[str, str]) -> int:
+    more = bool(limit) and len(page) > limit
+    page = page[:limit] if limit else page
+    if as_json:
+        for each in page:
+            screen.say(json.dumps(_summary(each)))
+        return 0
+    if not page:
+        screen.say(f"no {nouns[1]}" + (" there" if offset else ""))
+        return 0
+    is_dead = isinstance(page[0], kbatch.DeadLetter)
+    table = Table("number", "died" if is_dead else "due", "topic", "key", "type", "tries", "error")
+    table.columns[0].justify = table.columns[5].justify = "right"
+    for each in page:
+        at = each.died_at if is_dead else each.due_at
+        cells = (each.topic, _shown(each.key), each.message_type, str(each.attempts), each.error)
+        table.add_row(str(each.number), _when(at), *map(_text, cells))
+    screen.show(table)
+    if more:
+        screen.tell(f"there are more: --offset {offset + limit}, or --limit 0 for all")
+    return 0
+
+
+def _show(found: Sequence[Any], selection: Selection, as_json: bool, screen: Screen, nouns: tuple[str, str]) -> int:
+    for each in found:
+        if as_json:
+            screen.say(json.dumps(_details(each)))
+        else:
+            screen.show(_card(each))
+            screen.print(_body(each) + "\n")
+    missing = _named(selection.query()) - len(found)
+    if missing > 0:
+        raise Failure(f"{counted(missing, *nouns)} not found")
+    return 0
+
+
+def _summary(message: Any) -> dict[str, Any]:
+    is_dead = isinstance(message, kbatch.DeadLetter)
+    return {
+        "number": message.number,
+        "id": None if message.id is None else str(message.id),
+        "topic": message.topic,
+        "partition": message.partition,
+        **_plain("key", message.key),
+        "message_type": message.message_type,
+        "added_at": message.added_at.isoformat(),
+        **({"died_at": message.died_at.isoformat()} if is_dead else {"due_at": message.due_at.isoformat()}),
+        "deliver_by": None if message.deliver_by is None else message.deliver_by.isoformat(),
+        "attempts": message.attempts,
+        "error": message.error,
+    }
+
+
+def _details(message: Any) -> dict[str, Any]:
+    try:
+        _, _, timestamp, _, value, headers = message.record
+    except kbatch.DeserializationError as error:
+        return {**_summary(message), "damaged": error.reason}
+    return {
+        **_summary(message),
+        "timestamp": timestamp,
+        "headers": [{"name": name, **_plain("value", text)} for name, text in headers],
+        **_plain("value", value),
+    }
+
+
+def _plain(name: str, value: bytes | None) -> dict[str, str | None]:
+    """Bytes as text if they are UTF-8."""
+    if value is None:
+        return {name: None}
+    try:
+        return {name: value.decode()}
+    except UnicodeDecodeError:
+        return {name + "_base64": base64.b64encode(value).decode()}
+
+
+def _card(message: Any) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    is_dead = isinstance(message, kbatch.DeadLetter)
+    rows = [
+        ("number", str(message.number)),
+        ("id", None if message.id is None else str(message.id)),
+        ("topic", message.topic),
+        ("partition", "the partitioner's choice" if message.partition is None else str(message.partition)),
+        ("key", _shown(message.key)),
+        ("type", message.message_type),
+        ("added", _when(message.added_at)),
+        ("died", _when(message.died_at)) if is_dead else ("due", _when(message.due_at)),
+        ("deliver by", None if message.deliver_by is None else _when(message.deliver_by)),
+        ("attempts", str(message.attempts)),
+        ("error", message.error),
+    ]
+    try:
+        rows += [(f"header {printable(name)}", _shown(value)) for name, value in message.record[5]]
+    except kbatch.DeserializationError as error:
+        rows.append(("damaged", error.reason))
+    for name, value in rows:
+        table.add_row(Text(name), _text(value))
+    return table
+
+
+def _body(message: Any) -> str:
+    try:
+        value = message.record[4]
+    except kbatch.DeserializationError:
+        return ""
+    if value is None:
+        return "no body: a tombstone"
+    try:
+        text = json.dumps(json.loads(value), indent=2, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        text = _shown(value) or ""
+    return f"body, {counted(len(value), 'byte')}:\n" + "\n".join(map(printable, text.split("\n")))
+
+
+def _shown(value: bytes | None) -> str | None:
+    """Bytes as people read them."""
+    if value is None:
+        return None
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return "hex " + value.hex(" ")
+
+
+def _text(value: str | None) -> Text:
+    """A cell: what is in it is no markup."""
+    return Text("-" if value is None else printable(value))
+
+
+def _when(moment: datetime.datetime) -> str:
+    return moment.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def _span(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,369 @@
+"""``kbatch outbox`` and ``kbatch relay``: their options."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kbatch.cli._outbox_place import Place, find_place
+from kbatch.cli._screen import Screen
+from kbatch.cli._work import Wire, exit_with, typed
+
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+
+outbox_app = typer.Typer(
+    help="Make an outbox's tables, and look after what is in it.",
+    no_args_is_help=True,
+    context_settings=HELP_NAMES,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+dead_app = typer.Typer(
+    help="Messages that were given up.", no_args_is_help=True, context_settings=HELP_NAMES, rich_markup_mode=None
+)
+later_app = typer.Typer(
+    help="Messages that wait, for their next attempt or for their time.",
+    no_args_is_help=True,
+    context_settings=HELP_NAMES,
+    rich_markup_mode=None,
+)
+outbox_app.add_typer(dead_app, name="dead")
+outbox_app.add_typer(later_app, name="later")
+
+Outbox = Annotated[
+    str | None,
+    typer.Option(
+        "--outbox",
+        "-o",
+        metavar="PATH",
+        help="A SQLite file, or its URL (sqlite:///shop.db). Else KBATCH_OUTBOX, or outbox in the --config FILE.",
+    ),
+]
+Prefix = Annotated[str | None, typer.Option(help="What the names of the tables begin with; kbatch_ by default.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A relay's settings, TOML: outbox and prefix.")]
+Json = Annotated[bool, typer.Option("--json", help="For programs: a JSON object on each line.")]
+Which = Annotated[list[str] | None, typer.Argument(metavar="NUMBER|ID", help="Which messages, by number or id.")]
+Topic = Annotated[str | None, typer.Option("--topic", "-t", help="Those to this topic.")]
+Type = Annotated[str | None, typer.Option("--type", help="Those of this message type.")]
+Error = Annotated[str | None, typer.Option(metavar="TEXT", help="Those with this in their last error.")]
+Older = Annotated[
+    str | None, typer.Option(metavar="AGE", help="Those that died so long ago (90s, 15m, 2h, 7d) or before.")
+]
+Newer = Annotated[str | None, typer.Option(metavar="AGE", help="Those that died since.")]
+All = Annotated[bool, typer.Option("--all", help="All of them.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask no question.")]
+Limit = Annotated[int, typer.Option(min=0, help="How many at most; 0 for all.")]
+Offset = Annotated[int, typer.Option(min=0, help="How many to leave out before.")]
+WireOption = Annotated[Wire, typer.Option(help="The format of the headers, as the application's outbox has it.")]
+
+
+def _place(outbox: str | None, prefix: str | None, config: Path | None, wire: Wire = Wire.KBATCH) -> Place:
+    from kbatch.cli._relay_file import RelayFile
+
+    name = None if outbox is None else typed("--outbox", outbox)
+    return find_place(name, prefix, RelayFile(config).values, wire=wire.value)
+
+
+@outbox_app.command()
+def create(outbox: Outbox = None, prefix: Prefix = None, config: Config = None) -> None:
+    """Make the database file and the tables, as far as they are missing."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import create as run
+
+        return run(_place(outbox, prefix, config), screen)
+
+    exit_with(work, screen)
+
+
+@outbox_app.command()
+def ddl(outbox: Outbox = None, prefix: Prefix = None, config: Config = None) -> None:
+    """Print the statements that make the tables, for those who execute them themselves. The outbox need not exist."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import ddl as run
+
+        return run(_place(outbox, prefix, config), screen)
+
+    exit_with(work, screen)
+
+
+@outbox_app.command()
+def status(
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    count_up_to: Annotated[int, typer.Option(min=1, help="Of each kind count no more.")] = 100_000,
+    json: Json = False,
+) -> None:
+    """Show how much is to be sent, what waits, what died, and how many relays are at work."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import status as run
+
+        return run(_place(outbox, prefix, config), count_up_to, json, screen)
+
+    exit_with(work, screen)
+
+
+@outbox_app.command()
+def demo(
+    count: Annotated[int, typer.Option(min=1, max=400_000, help="How many orders to add.")] = 100_000,
+    kills: Annotated[int, typer.Option(min=0, max=5, help="How often to kill the relay.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of the sizes of transactions, and which are rolled back.")] = 7,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar and no table.")] = False,
+) -> None:
+    """Add orders to an outbox, kill its relay twice, and compare what arrives with what was committed.
+
+    Needs no broker: the relay, a process of its own, sends to the mock cluster of librdkafka, which is another one.
+    The SQLite file is in a temporary folder.
+
+    Exit status 0 if every order that was committed arrived, unchanged and in the order of its key, nothing else did,
+    and only those came twice that were unrecorded when a relay was killed; else 1.
+    """
+    screen = Screen(quiet=quiet)
+
+    def work() -> int:
+        from kbatch.cli._outbox_demo import OutboxPlan, run_outbox_demo
+
+        return run_outbox_demo(OutboxPlan(count, kills, seed), screen)
+
+    exit_with(work, screen)
+
+
+@dead_app.command("list")
+def dead_list(
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    which: Which = None,
+    topic: Topic = None,
+    type: Type = None,
+    error: Error = None,
+    older_than: Older = None,
+    newer_than: Newer = None,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    summary: Annotated[bool, typer.Option("--summary", help="Count those of one topic, type and error.")] = False,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """List dead letters, those first that died first."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, count_dead, list_dead
+
+        place = _place(outbox, prefix, config, wire)
+        selection = Selection(which or (), topic, type, error, older_than, newer_than)
+        if summary:
+            return count_dead(place, selection, json, screen)
+        return list_dead(place, selection, limit, offset, json, screen)
+
+    exit_with(work, screen)
+
+
+@dead_app.command("show")
+def dead_show(
+    which: Annotated[list[str], typer.Argument(metavar="NUMBER|ID", help="Which messages, by number or id.")],
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """Show everything about dead letters, their headers and bodies included."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, show_dead
+
+        return show_dead(_place(outbox, prefix, config, wire), Selection(which), json, screen)
+
+    exit_with(work, screen)
+
+
+@dead_app.command("replay")
+def dead_replay(
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    which: Which = None,
+    topic: Topic = None,
+    type: Type = None,
+    error: Error = None,
+    older_than: Older = None,
+    newer_than: Newer = None,
+    all: All = False,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """Have dead letters sent again, as if they had never been sent.
+
+    They go back to their old places: of each key they are sent in the order in which they were added, and before those
+    that no relay had handed over yet. Relays at work notice at once. What has expired stays dead.
+
+    Exit status: 0 if all that was named will be sent; 1 if not; 2 if an option is wrong.
+    """
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, replay_dead
+
+        selection = Selection(which or (), topic, type, error, older_than, newer_than, all)
+        return replay_dead(_place(outbox, prefix, config, wire), selection, json, screen)
+
+    exit_with(work, screen)
+
+
+@dead_app.command("discard")
+def dead_discard(
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    which: Which = None,
+    topic: Topic = None,
+    type: Type = None,
+    error: Error = None,
+    older_than: Older = None,
+    newer_than: Newer = None,
+    all: All = False,
+    yes: Yes = False,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """Delete dead letters for good, after a question.
+
+    Exit status: 0 if all that was named is deleted; 1 if not; 2 if an option is wrong, or nobody can be asked and
+    --yes is missing.
+    """
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, discard_dead
+
+        selection = Selection(which or (), topic, type, error, older_than, newer_than, all)
+        return discard_dead(_place(outbox, prefix, config, wire), selection, yes, json, screen)
+
+    exit_with(work, screen)
+
+
+@later_app.command("list")
+def later_list(
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    which: Which = None,
+    topic: Topic = None,
+    type: Type = None,
+    error: Error = None,
+    limit: Limit = 50,
+    offset: Offset = 0,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """List messages that wait, those first that are due first."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, list_later
+
+        selection = Selection(which or (), topic, type, error)
+        return list_later(_place(outbox, prefix, config, wire), selection, limit, offset, json, screen)
+
+    exit_with(work, screen)
+
+
+@later_app.command("cancel")
+def later_cancel(
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Config = None,
+    which: Which = None,
+    topic: Topic = None,
+    type: Type = None,
+    error: Error = None,
+    all: All = False,
+    yes: Yes = False,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """Delete messages that wait for good, after a question. Later ones of their keys go on.
+
+    What a relay has on its way just then may be sent nevertheless.
+
+    Exit status: as of dead discard.
+    """
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, cancel_later
+
+        selection = Selection(which or (), topic, type, error, is_all=all)
+        return cancel_later(_place(outbox, prefix, config, wire), selection, yes, json, screen)
+
+    exit_with(work, screen)
+
+
+def relay(
+    context: typer.Context,
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings, TOML: outbox, prefix, and the tables relay, retry and kafka."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("-X", metavar="KEY=VALUE", help="A setting of librdkafka, such as bootstrap.servers. Repeatable."),
+    ] = None,
+    drain: Annotated[bool, typer.Option("--drain", help="End when the outbox is empty but for dead letters.")] = False,
+    timeout: Annotated[
+        float | None, typer.Option(min=0.0, help="With --drain: seconds after which it ends anyway.")
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a signal leaves to what is in flight; a second one ends them.")
+    ] = 30.0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live line on a terminal.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="For programs: each line of the log, and the counters at the end, as JSON.")
+    ] = False,
+) -> None:
+    """Bring the messages of an outbox to Kafka, until a signal.
+
+    Any number of relays may work on one outbox. When no broker or no database answers, it waits and tries again.
+
+    Settings of librdkafka come from -X, else from the environment (KBATCH_SASL_PASSWORD is sasl.password), else from
+    the table kafka of the --config FILE. Keep secrets out of -X: others can see command lines.
+
+    Ctrl-C, SIGTERM and SIGHUP wait for what is in flight and hand the buckets back, so that other relays go on at
+    once. What is given up by a second signal is sent again by the next relay.
+
+    Exit status: 0 if --drain found the outbox empty; 3 if --timeout was over before; 130 after Ctrl-C, 143 after
+    SIGTERM, 129 after SIGHUP; 1 if it cannot go on; 2 if a file, a setting or an option is wrong.
+    """
+    screen = Screen(quiet=quiet)
+
+    def work() -> int:
+        from kbatch.cli._failure import USAGE, Failure
+        from kbatch.cli._relay import RelayJob, run_relay
+        from kbatch.cli._relay_file import RelayFile
+        from kbatch.cli._settings import Settings
+
+        if context.args:
+            # Not the arguments themselves, as the parser would: one may be a password.
+            raise Failure("-X takes KEY=VALUE as one argument, without blanks", USAGE)
+        if timeout is not None and not drain:
+            raise Failure("--timeout is for --drain", USAGE)
+        file = RelayFile(config)
+        name = None if outbox is None else typed("--outbox", outbox)
+        settings = Settings.collect([typed("-X", each) for each in setting or []], file.kafka(), os.environ)
+        return run_relay(
+            RelayJob(find_place(name, prefix, file.values), settings, file, drain, timeout, grace, json), screen
+        )
+
+    exit_with(work, screen)

@@ -1,0 +1,52 @@
+"""How a command runs: what it raises becomes one line and an exit status."""
+
+import os
+from collections.abc import Callable
+from enum import Enum
+
+import typer
+
+import kbatch
+from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._screen import Screen
+
+
+class Wire(str, Enum):
+    KBATCH = "kbatch"
+    WOLVERINE = "wolverine"
+    CLOUDEVENTS = "cloudevents"
+    RAW = "raw"
+
+
+def typed(option: str, value: str) -> str:
+    """What was typed: where the locale has no such characters Python has kept their bytes, which are UTF-8."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(value).decode()
+        except ValueError:
+            raise Failure(f"{option} must be UTF-8 text", USAGE) from None
+    return value
+
+
+def exit_with(work: Callable[[], int], screen: Screen) -> None:
+    """Ends the command with the status that `work` returns."""
+    try:
+        status = work()
+    except Failure as failure:
+        screen.tell(str(failure))
+        status = failure.status
+    except kbatch.KbatchError as error:
+        screen.tell(for_people(error))
+        status = 1
+    except KeyboardInterrupt:
+        screen.tell("interrupted")
+        status = 130
+    raise typer.Exit(status)
+
+
+def for_people(error: kbatch.KbatchError) -> str:
+    """What an error says, with the command beside the method that it names."""
+    text = str(error)
+    return text + (" (kbatch outbox create)" if isinstance(error, kbatch.OutboxError) and "create()" in text else "")

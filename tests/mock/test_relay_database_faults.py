@@ -1,0 +1,243 @@
+"""What a relay does when its SQLite database is locked for long, is full or refuses a row, and with many topics."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kbatch import Envelope, OutboxError, RetryPolicy, SqliteOutbox
+from kbatch.testing import MockCluster
+from tests import outboxes
+from tests.relays import WatchedOutbox, check_history, numbered
+from tests.waiting import until
+
+from .clients import read_back, read_many
+from .test_relay import make, running
+
+LONG_S = 60.0 if os.environ.get("KBATCH_NIGHTLY", "") not in ("", "0") else 7.0
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> SqliteOutbox:
+    return outboxes.made(tmp_path, wire="raw")
+
+
+@pytest.fixture
+def cluster() -> Iterator[MockCluster]:
+    with MockCluster() as cluster:
+        cluster.create_topic("orders", partitions=3)
+        yield cluster
+
+
+def stored(cluster: MockCluster, topic: str = "orders") -> list[Any]:
+    return list(read_back(cluster.bootstrap_servers, topic))
+
+
+# -- locked
+
+
+def test_a_writer_that_locks_the_database_for_longer_than_a_lease(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._sqlite._BUSY_TIMEOUT_S", 0.5)
+    outboxes.add(outbox, numbered(range(500)))
+    options = {"batch_size": 50, "max_in_flight_batches": 2, "lease_s": 5.0}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 500}, **options)) as relay:
+        until(lambda: relay.stats()["acked"] >= 100, "its start")
+        with outboxes.transaction(outbox) as connection:
+            outbox.add(connection, numbered(range(500, 600)), topic="orders")
+            time.sleep(LONG_S)
+        assert relay.drain(60) == 0
+    # What it had in flight when the lock came was acknowledged, and could not be recorded before its lease ran out.
+    check_history(range(600), stored(cluster), copies=100)
+    assert outbox.status().dead == 0
+
+
+# -- full
+
+
+def pages(outbox: SqliteOutbox) -> int:
+    return int(outboxes.query(outbox, "PRAGMA page_count")[0][0])
+
+
+class FullOutbox(WatchedOutbox):
+    """An outbox of which a relay's connection finds no more room than there is, until there is."""
+
+    def __init__(self, outbox: SqliteOutbox) -> None:
+        super().__init__(outbox, before=self._limit)
+        self.most = pages(outbox)
+
+    def open_store(self) -> Any:
+        store = super().open_store()
+        self._store = store._store
+        return store
+
+    def _limit(self, name: str) -> None:
+        if name == "settle":
+            self._store._connection.execute(f"PRAGMA max_page_count = {self.most}")
+
+
+def test_while_the_disk_is_full_what_is_sent_is_recorded_and_what_was_refused_waits(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    # A row of its own size, which finds no room in the other table before the others' room is free.
+    outboxes.add(outbox, [Envelope(data=b"x" * 500_000, key="k", topic="refused")], topic=None)
+    outboxes.add(outbox, numbered(range(20)))
+    full = FullOutbox(outbox)
+    with running(make(full, cluster)) as relay:
+        until(lambda: relay.stats()["refused"] + relay.stats()["dead"] >= 1, "the refused")
+        outboxes.add(outbox, numbered(range(20, 300)))
+        until(lambda: outbox.status().waiting == 1, "the others, sent and recorded")
+        assert outbox.status().later == 0
+        full.most = 10**6
+        until(lambda: outbox.status().dead == 1, "the refused, after its attempts")
+        assert relay.drain(60) == 0
+    check_history(range(300), stored(cluster))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    folder.mkdir()
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or umount is None:
+        pytest.skip("platform: nothing mounts a small file system")
+    done = subprocess.run([mount, "-t", "tmpfs", "-o", f"size={megabytes}m", "none", folder], capture_output=True)
+    if done.returncode:
+        pytest.skip("platform: a small file system can be mounted by root only")
+    try:
+        yield folder
+    finally:
+        subprocess.run([umount, "-l", folder], check=True)
+
+
+def fill(outbox: SqliteOutbox, first: int) -> int:
+    """Adds until there is no more room; the number after the last one that was committed."""
+    while first < 1_000_000:
+        try:
+            outboxes.add(outbox, numbered(range(first, first + 50)))
+        except (OutboxError, sqlite3.OperationalError) as error:
+            assert "full" in str(error)  # noqa: PT017
+            return first
+        first += 50
+    raise AssertionError("it is not small")
+
+
+def test_a_full_disk_loses_what_could_not_be_committed_and_a_relay_goes_on_once_there_is_room(
+    tmp_path: Path, cluster: MockCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    with small_disk(tmp_path / "disk", 8) as folder:
+        outbox = outboxes.made(folder, wire="raw")
+        (folder / "ballast").write_bytes(bytes(4_000_000))
+        end = fill(outbox, 0)
+        assert end
+        with running(make(outbox, cluster, batch_size=100, max_in_flight_batches=1)) as relay:
+            until(lambda: "is full" in caplog.text, "that the relay cannot write")
+            (folder / "ballast").unlink()
+            assert relay.drain(60) == 0
+        # What it could not record before its lease ran out was sent again.
+        check_history(range(end), stored(cluster), copies=200)
+        assert outboxes.query(outbox, "PRAGMA integrity_check") == [("ok",)]
+
+
+# -- a row that cannot be moved
+
+
+@pytest.mark.parametrize("table", ["dead", "later"])
+def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.query(
+        outbox,
+        f"CREATE TRIGGER bad BEFORE INSERT ON kbatch_outbox_{table} WHEN NEW.seq = 3 "
+        "BEGIN SELECT RAISE(ABORT, 'no such letter'); END",
+    )
+    outboxes.add(outbox, numbered(range(5), topic="refused"), topic=None)
+    options: dict[str, Any] = {"lease_s": 5.0}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 500}, **options)) as relay:
+        until(lambda: outbox.status().dead == 4, "the others that were refused")
+        for first in range(0, 300, 100):
+            outboxes.add(outbox, numbered(range(first, first + 100)))
+            until(lambda: outbox.status().waiting + outbox.status().later == 1, "what came later")
+        assert relay.stats()["lost_buckets"] == 0
+        assert outboxes.query(outbox, "SELECT seq FROM {outbox} UNION ALL SELECT seq FROM {later}") == [(3,)]
+        outboxes.query(outbox, "DROP TRIGGER bad")
+        until(lambda: outbox.status().dead == 5, "it can be moved now")
+        assert relay.stats()["dead"] == 5  # it was not sent again meanwhile
+        assert relay.drain(30) == 0
+    check_history(range(300), stored(cluster))
+
+
+# -- many topics
+
+
+def test_five_hundred_topics_mixed(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    names = [f"topic-{n}" for n in range(500)]
+    for name in names:
+        cluster.create_topic(name, partitions=1)
+    for first in range(0, 10_000, 1000):
+        outboxes.add(
+            outbox,
+            [Envelope(data=b"%d" % n, key=f"k{n % 500}", topic=names[n % 500]) for n in range(first, first + 1000)],
+            topic=None,
+        )
+    with make(outbox, cluster, {"delivery.timeout.ms": 30_000}) as relay:
+        assert relay.drain(60) == 0
+    records = read_many(cluster.bootstrap_servers, names)
+    assert {name: [int(record.value() or b"") for record in records[name]] for name in names} == {
+        name: list(range(n, 10_000, 500)) for n, name in enumerate(names)
+    }
+
+
+def test_a_topic_that_does_not_exist_stops_no_other_and_its_messages_are_sent_once_it_does(
+    outbox: SqliteOutbox, cluster: MockCluster
+) -> None:
+    cluster.set_topic_error("missing", "UNKNOWN_TOPIC_OR_PART")
+    outboxes.add(outbox, numbered(range(100), topic="missing"), topic=None)
+    producer = {"topic.metadata.propagation.max.ms": 100, "topic.metadata.refresh.interval.ms": 200}
+    patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
+    with running(make(outbox, cluster, producer, retry=patient)) as relay:
+        for first in range(0, 500, 100):
+            outboxes.add(outbox, numbered(range(first, first + 100)))
+            until(lambda: relay.stats()["acked"] >= first + 100, "the others")  # noqa: B023
+        assert relay.stats()["dead"] == 0
+        cluster.set_topic_error("missing", 0)
+        assert relay.drain(60) == 0
+    check_history(range(500), stored(cluster))
+    check_history(range(100), stored(cluster, "missing"))
+
+
+def test_threads_that_add_and_a_writer_that_holds_the_lock_again_and_again(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._sqlite._BUSY_TIMEOUT_S", 0.05)
+    over = threading.Event()
+
+    def lock() -> None:
+        while not over.wait(0.05):
+            with outboxes.transaction(outbox):
+                time.sleep(0.2)
+
+    thread = threading.Thread(target=lock)
+    with running(make(outbox, cluster, batch_size=50)) as relay:
+        thread.start()
+        try:
+            for first in range(0, 1000, 100):
+                outboxes.add(outbox, numbered(range(first, first + 100)))
+            assert relay.drain(60) == 0
+            assert relay.stats()["lost_buckets"] == 0
+        finally:
+            over.set()
+            thread.join()
+    check_history(range(1000), stored(cluster))

@@ -1,0 +1,327 @@
+"""Dead letters, and what waits, in an outbox that no relay works on."""
+
+import re
+import uuid
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import ConfigError, Envelope, OutboxError, OutboxQuery, SqliteOutbox
+from kbatch._outbox import _kept
+from tests import outboxes
+from tests.packed import checksummed
+
+ALL = OutboxQuery()
+LONG_AGO = datetime(2026, 11, 23, 9, 0, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> SqliteOutbox:
+    return outboxes.made(tmp_path)
+
+
+def bury(outbox: SqliteOutbox, *envelopes: Envelope[Any], error: str = "refused", **times: Any) -> None:
+    """Adds envelopes that have died, an hour after each other."""
+    (before,) = outboxes.query(outbox, "SELECT coalesce(max(died_at), ?) FROM {dead}".replace("?", str(ms(LONG_AGO))))
+    outboxes.add(outbox, envelopes, topic="orders")
+    outboxes.query(
+        outbox,
+        "INSERT INTO {dead} (bucket, seq, id, packed, created_at, deliver_by, died_at, attempts, last_error) "
+        "SELECT bucket, seq, id, packed, created_at, deliver_by, "
+        f"{before[0]} + 3600000 * row_number() OVER (ORDER BY seq), 3, '{error}' FROM {{outbox}}",
+    )
+    outboxes.query(outbox, "DELETE FROM {outbox}")
+
+
+def ms(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
+
+
+def keyed(*keys: str, **options: Any) -> list[Envelope[Any]]:
+    return [Envelope(data=key.encode(), key=key, **options) for key in keys]
+
+
+def numbers(letters: Any) -> list[int]:
+    return [letter.number for letter in letters]
+
+
+def changes(outbox: SqliteOutbox) -> int:
+    return int(outboxes.query(outbox, "SELECT changes FROM {meta}")[0][0])
+
+
+# -- finding
+
+
+def test_a_dead_letter_shows_what_it_is_and_why_it_died(outbox: SqliteOutbox) -> None:
+    until = datetime(2036, 1, 1, tzinfo=timezone.utc)
+    bury(outbox, Envelope({"n": 1}, key="k", partition=2, message_type="order.placed", deliver_by=until), error="why")
+    (letter,) = outbox.dead_letters.find()
+    assert (letter.number, letter.topic, letter.partition, letter.key) == (1, "orders", 2, b"k")
+    assert (letter.message_type, letter.attempts, letter.error) == ("order.placed", 3, "why")
+    assert letter.deliver_by == until
+    assert letter.died_at == LONG_AGO + timedelta(hours=1)
+    assert abs(letter.added_at - datetime.now(timezone.utc)) < timedelta(minutes=1)
+    envelope = letter.envelope
+    assert (envelope.id, envelope.data, envelope.key, envelope.topic) == (letter.id, b'{"n":1}', b"k", "orders")
+    topic, partition, _, key, value, headers = letter.record
+    assert (topic, partition, key, value) == ("orders", 2, b"k", b'{"n":1}')
+    assert dict(headers)["id"] == str(letter.id).encode()
+    assert "packed" not in repr(letter)
+
+
+def test_the_id_of_an_envelope_is_its_own_whatever_the_format_writes(tmp_path: Path) -> None:
+    outbox = outboxes.made(tmp_path, wire="raw")
+    envelope = Envelope(data=b"1")
+    bury(outbox, envelope)
+    (letter,) = outbox.dead_letters.find()
+    assert letter.id == letter.envelope.id == envelope.id
+
+
+def test_pages_follow_each_other_in_the_order_of_death(outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kept, "_PAGE", 3)
+    bury(outbox, *keyed(*(f"k{n}" for n in range(10))))
+    letters = outbox.dead_letters
+    found: list[Any] = []
+    while page := letters.find(limit=4, after=found[-1] if found else None):
+        assert len(page) <= 4
+        found += page
+    assert numbers(found) == list(range(1, 11))
+    assert numbers(letters.find(limit=None)) == list(range(1, 11))
+    some = OutboxQuery(numbers=[9, 3, 77, 5])
+    assert numbers(letters.find(some)) == [3, 5, 9]
+    assert numbers(letters.find(some, after=found[2])) == [5, 9]
+
+
+def test_letters_that_died_in_the_same_millisecond_are_all_found(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_kept, "_PAGE", 2)
+    bury(outbox, *keyed(*(f"k{n}" for n in range(9))))
+    outboxes.query(outbox, "UPDATE {dead} SET died_at = 1000")
+    assert sorted(numbers(outbox.dead_letters.find(limit=None))) == list(range(1, 10))
+
+
+def test_everything_that_a_query_says_must_apply(outbox: SqliteOutbox) -> None:
+    first = Envelope(data=b"1", key="a", topic="orders", message_type="placed")
+    bury(outbox, first)
+    bury(outbox, Envelope(data=b"2", key="a", topic="bills", message_type="placed"), error="Message is TOO LARGE")
+    bury(outbox, Envelope(data=b"3", key="b", topic="bills", message_type="paid"))
+    hour = timedelta(hours=1)
+    for query, expected in (
+        (ALL, [1, 2, 3]),
+        (OutboxQuery(ids=[first.id, uuid.uuid4()]), [1]),
+        (OutboxQuery(topic="bills"), [2, 3]),
+        (OutboxQuery(message_type="placed"), [1, 2]),
+        (OutboxQuery(error="too large"), [2]),
+        (OutboxQuery(since=LONG_AGO + 2 * hour), [2, 3]),
+        (OutboxQuery(until=LONG_AGO + 2 * hour), [1]),
+        (OutboxQuery(since=LONG_AGO + 2 * hour, until=LONG_AGO + 3 * hour), [2]),
+        (OutboxQuery(numbers=[1, 3], since=LONG_AGO + 2 * hour), [3]),
+        (OutboxQuery(numbers=[1, 3], until=LONG_AGO + 2 * hour), [1]),
+        (OutboxQuery(topic="bills", message_type="placed"), [2]),
+        (OutboxQuery(topic="bills", numbers=[1]), []),
+        (OutboxQuery(numbers=[]), []),
+    ):
+        assert numbers(outbox.dead_letters.find(query)) == expected, query
+
+
+def test_a_summary_counts_what_is_alike(outbox: SqliteOutbox) -> None:
+    assert outbox.dead_letters.summary() == []
+    bury(outbox, *keyed("a", "b", "c", message_type="placed"))
+    bury(outbox, *keyed("d", topic="bills"), error="too large")
+    assert outbox.dead_letters.summary() == [
+        ("orders", "placed", "refused", 3),
+        ("bills", "bytes", "too large", 1),
+    ]
+    assert outbox.dead_letters.summary(OutboxQuery(topic="bills"))[0].letters == 1
+
+
+def test_summaries_after_before_and_within_a_time(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b", "c", "d"))
+
+    def count(**times: datetime) -> int:
+        return sum(each.letters for each in outbox.dead_letters.summary(OutboxQuery(**times)))
+
+    second, fourth = LONG_AGO + timedelta(hours=2), LONG_AGO + timedelta(hours=4)
+    assert (count(since=second), count(until=second), count(since=second, until=fourth)) == (3, 1, 2)
+
+
+def test_big_queries_are_paged_counted_replayed_and_discarded(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed(*(f"k{n}" for n in range(5_000)), topic="orders"), *keyed("x", topic="bills"))
+    orders = OutboxQuery(topic="orders")
+    assert outbox.dead_letters.summary(orders)[0].letters == 5_000
+    assert len(outbox.dead_letters.find(orders, limit=None)) == 5_000
+    assert outbox.dead_letters.replay(OutboxQuery(numbers=range(1, 2_001))) == 2_000
+    assert outbox.dead_letters.discard(orders) == 3_000
+    status = outbox.status()
+    assert (status.waiting, status.dead) == (2_000, 1)
+
+
+@pytest.mark.parametrize(
+    ("packed", "error"),
+    [("X'00'", "version is not 1"), ("'text'", "must be bytes, not str"), ("7", "must be bytes, not int")],
+)
+def test_a_damaged_letter_is_found_by_its_number_and_may_be_discarded(
+    outbox: SqliteOutbox, packed: str, error: str
+) -> None:
+    bury(outbox, *keyed("a", "b"))
+    outboxes.query(outbox, f"UPDATE {{dead}} SET packed = {packed}, id = 'x', created_at = 'y' WHERE seq = 1")
+    (letter, _) = outbox.dead_letters.find()
+    assert (letter.id, letter.topic, letter.key) == (None, None, None)
+    for look in (lambda: letter.envelope, lambda: letter.record):
+        with pytest.raises(kbatch.DeserializationError, match=error):
+            look()
+    assert outbox.dead_letters.replay(OutboxQuery(numbers=[1])) == 0
+    assert outbox.dead_letters.discard(OutboxQuery(numbers=[1])) == 1
+    assert numbers(outbox.dead_letters.find()) == [2]
+
+
+def test_a_record_that_is_no_message_of_the_format_is_shown_as_far_as_it_goes(outbox: SqliteOutbox) -> None:
+    bury(outbox, Envelope(data=b"1", key="a"))
+    # One header, whose name this format reads, and whose value it cannot.
+    content = b"\x01\x00" + bytes(8) + b"\xff" * 4 + b"\x07orders" + b"\x02k" + b"\x01" + b"\x0bdeliver-by" + b"\x02x"
+    packed = checksummed(content + b"\x02v")
+    outboxes.query(outbox, f"UPDATE {{dead}} SET packed = X'{packed.hex()}'")
+    (letter,) = outbox.dead_letters.find()
+    assert (letter.topic, letter.key, letter.message_type) == ("orders", b"k", None)
+    assert letter.record[4] == b"v"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"numbers": 7}, "numbers must be a collection, not int"),
+        ({"numbers": "7"}, "numbers must be a collection, not str"),
+        ({"numbers": [True]}, "numbers must hold int only, not bool"),
+        ({"numbers": ["7"]}, "numbers must hold int only, not str"),
+        ({"ids": ["7"]}, "ids must hold UUID only, not str"),
+        ({"topic": b"t"}, "topic must be str, not bytes"),
+        ({"error": 7}, "error must be str, not int"),
+        ({"since": "now"}, "since must be a datetime, not str"),
+        ({"until": datetime(2026, 1, 1)}, "until must have a time zone"),
+    ],
+)
+def test_wrong_queries(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        OutboxQuery(**options)
+
+
+def test_wrong_calls(outbox: SqliteOutbox, tmp_path: Path) -> None:
+    letters, scheduled = outbox.dead_letters, outbox.scheduled
+    for call in (letters.find, letters.replay, letters.discard, letters.summary, scheduled.cancel, scheduled.find):
+        with pytest.raises(TypeError, match=r"query must be a kbatch.OutboxQuery, not dict"):
+            call({})  # type: ignore[arg-type]
+    for limit in (0, True, "7"):
+        with pytest.raises(ConfigError, match="limit must be an int"):
+            letters.find(limit=limit)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"envelope must be a kbatch.Envelope, not bytes"):
+        letters.replay_edited(1, b"")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="due_at must have a time zone"):
+        scheduled.reschedule(ALL, datetime(2026, 1, 1))
+    with pytest.raises(ConfigError, match="due_at must be a datetime, not int"):
+        scheduled.reschedule(ALL, 7)  # type: ignore[arg-type]
+    with pytest.raises(OutboxError, match="there is no database"):
+        SqliteOutbox(tmp_path / "none.db").dead_letters.find()
+
+
+# -- replaying
+
+
+def test_what_is_replayed_goes_back_to_its_old_place(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b", "c"))
+    outboxes.add(outbox, keyed("a", "d"))
+    before = changes(outbox)
+    assert outbox.dead_letters.replay(OutboxQuery(numbers=[3, 1])) == 2
+    assert changes(outbox) > before
+    assert outboxes.bodies(outbox) == [b"a", b"c", b"a", b"d"]
+    assert outboxes.bodies(outbox, "dead") == [b"b"]
+    places = outboxes.query(outbox, "SELECT seq, bucket, deliver_by FROM {outbox} ORDER BY seq")
+    assert [seq for seq, _, _ in places] == [1, 3, 4, 5]
+    assert places[0][1] == places[2][1]  # the same key, the same bucket
+    assert outbox.dead_letters.replay(OutboxQuery(numbers=[3, 1])) == 0
+
+
+def test_an_expired_letter_is_not_replayed_into_nothing(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b", "c", deliver_by=datetime(2036, 1, 1, tzinfo=timezone.utc)))
+    outboxes.query(outbox, "UPDATE {dead} SET deliver_by = 1 WHERE seq = 1")
+    outboxes.query(outbox, "UPDATE {dead} SET deliver_by = 'soon' WHERE seq = 2")
+    assert outbox.dead_letters.replay(ALL) == 1
+    assert numbers(outbox.dead_letters.find()) == [1, 2]
+
+
+def test_an_edited_letter_takes_the_old_place_also_under_another_key(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b"))
+    (added_at,) = outboxes.query(outbox, "SELECT created_at FROM {dead} WHERE seq = 1")
+    letter = outbox.dead_letters.find()[0]
+    before = changes(outbox)
+    outbox.dead_letters.replay_edited(1, letter.envelope.replace(key="z", data=b"mended"))
+    assert changes(outbox) > before
+    assert outboxes.bodies(outbox) == [b"mended"]
+    assert outboxes.query(outbox, "SELECT seq, created_at FROM {outbox}") == [(1, *added_at)]
+    outboxes.add(outbox, keyed("z"))
+    assert len(set(outboxes.query(outbox, "SELECT bucket FROM {outbox}"))) == 1
+    assert numbers(outbox.dead_letters.find()) == [2]
+
+
+def test_an_edit_that_cannot_be_sent_changes_nothing(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a"))
+    letters = outbox.dead_letters
+    envelope = letters.find()[0].envelope
+    with pytest.raises(kbatch.SerializationError, match="topic"):
+        letters.replay_edited(1, Envelope(data=b"1"))
+    with pytest.raises(kbatch.SerializationError, match="bytes"):
+        letters.replay_edited(1, envelope.replace(data=b"x" * 2_000_000))
+    with pytest.raises(OutboxError, match="the envelope has expired"):
+        letters.replay_edited(1, envelope.replace(deliver_by=LONG_AGO))
+    with pytest.raises(OutboxError, match="there is no dead letter 2"):
+        letters.replay_edited(2, envelope)
+    assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([], [b"a"])
+
+
+def test_discarding_is_for_what_is_meant_only(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b"))
+    bury(outbox, *keyed("c", topic="bills"))
+    assert outbox.dead_letters.discard(OutboxQuery(topic="bills")) == 1
+    assert numbers(outbox.dead_letters.find()) == [1, 2]
+    assert outbox.dead_letters.discard(OutboxQuery(topic="bills")) == 0
+    assert outbox.dead_letters.discard(ALL) == 2
+    assert outbox.status().dead == 0
+
+
+def test_a_replay_that_fails_changes_nothing(outbox: SqliteOutbox) -> None:
+    bury(outbox, *keyed("a", "b"))
+    outboxes.query(
+        outbox,
+        "CREATE TRIGGER full BEFORE INSERT ON kbatch_outbox WHEN NEW.seq = 2 BEGIN SELECT RAISE(ABORT, 'no'); END",
+    )
+    with pytest.raises(OutboxError, match="no"):
+        outbox.dead_letters.replay(ALL)
+    assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([], [b"a", b"b"])
+
+
+# -- what waits
+
+
+def test_what_waits_is_found_by_when_it_is_due_cancelled_and_scheduled_anew(outbox: SqliteOutbox) -> None:
+    outboxes.add(outbox, keyed("a", "b", "c"))
+    outboxes.move_to_later(outbox, 1, 3)
+    outboxes.query(outbox, f"UPDATE {{later}} SET due_at = {ms(LONG_AGO)} + 1000 * (4 - seq)")
+    scheduled = outbox.scheduled
+    found = scheduled.find()
+    assert numbers(found) == [3, 2, 1]
+    assert (found[0].due_at, found[0].error, found[0].attempts) == (LONG_AGO + timedelta(seconds=1), "refused", 1)
+    assert numbers(scheduled.find(limit=1, after=found[0])) == [2]
+    before = changes(outbox)
+    assert scheduled.cancel(OutboxQuery(until=LONG_AGO + timedelta(seconds=2))) == 1
+    assert changes(outbox) > before
+    assert scheduled.reschedule(OutboxQuery(numbers=[2, 3]), LONG_AGO) == 1
+    assert changes(outbox) > before + 1
+    assert [(each.number, each.due_at) for each in scheduled.find()] == [
+        (2, LONG_AGO),
+        (1, LONG_AGO + timedelta(seconds=3)),
+    ]
+    assert scheduled.cancel(ALL) == 2
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
