@@ -37,7 +37,7 @@ def dead(outbox):
     order = {"order": 7, "name": "[red]Grün"}
     outboxes.add(outbox, [Envelope(order, key="k1", message_type="order.placed", headers={"h": b"\xff"})])
     outboxes.add(outbox, [Envelope(data=b"\xff\x00", key=b"\xfe", topic="bills"), *numbered(range(3))])
-    move_to_dead(outbox, "1")
+    move_to_dead(outbox, "true")
     return outbox
 
 

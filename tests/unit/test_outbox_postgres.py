@@ -17,7 +17,7 @@ from urllib.parse import quote
 import pytest
 
 import kbatch
-from kbatch import ConfigError, Envelope, OutboxError, PostgresOutbox, SerializationError, aio
+from kbatch import ConfigError, Envelope, OutboxError, OutboxQuery, PostgresOutbox, SerializationError, aio
 from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._postgres_rows import FEWEST_TO_COPY
 from tests import outboxes
@@ -279,6 +279,34 @@ def test_the_outbox_for_asyncio_makes_tables_and_tells_its_status(postgres: str,
 
     asyncio.run(work())
     assert repr(other).startswith("<kbatch.aio.PostgresOutbox ")
+
+
+def test_the_outbox_for_asyncio_looks_after_dead_letters_and_what_waits(outbox: PostgresOutbox) -> None:
+    other = of_aio(outbox)
+    outboxes.add(outbox, envelopes(6))
+    outboxes.query(
+        outbox,
+        "INSERT INTO {dead} (bucket, seq, id, packed, created_at, died_at, attempts, last_error) "
+        "SELECT bucket, seq, id, packed, created_at, seq, 1, 'refused' FROM {outbox} WHERE seq <= 3",
+    )
+    outboxes.move_to_later(outbox, 4, 5)
+    outboxes.query(outbox, "DELETE FROM {outbox}")
+    soon = datetime(2026, 12, 1, tzinfo=timezone.utc)
+
+    async def work() -> None:
+        letters, scheduled = other.dead_letters, other.scheduled
+        first, second, third = await letters.find()
+        assert (await letters.find(limit=1, after=first), (await letters.summary())[0].letters) == ([second], 3)
+        await letters.replay_edited(first.number, first.envelope.replace(data=b"edited"))
+        assert await letters.replay(OutboxQuery(numbers=[second.number])) == 1
+        assert await letters.discard(OutboxQuery()) == 1
+        assert [each.number for each in await scheduled.find(limit=1)] == [4]
+        assert await scheduled.reschedule(OutboxQuery(numbers=[4, 5]), soon) == 2
+        assert await scheduled.cancel(OutboxQuery(numbers=[5])) == 1
+        assert [(each.number, each.due_at) for each in await scheduled.find()] == [(4, soon)]
+
+    asyncio.run(work())
+    assert outboxes.bodies(outbox) == [b"edited", b"1"]
 
 
 # -- what is refused

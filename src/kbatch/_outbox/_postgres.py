@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from kbatch._errors import ConfigError, OutboxError, shown, type_name
-from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream, joined
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._postgres_rows import Row
-    from kbatch._outbox._store import OutboxStore
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BasePostgresOutbox", "PostgresOutbox", "not_taken"]
@@ -78,7 +78,8 @@ class BasePostgresOutbox(BaseOutbox):
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
         The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
-        ``SELECT`` on ``outbox_meta``; relays need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        ``SELECT`` on ``outbox_meta``; relays, and who looks after dead
+        letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
         """
         return self._tables.ddl()
 
@@ -89,14 +90,26 @@ class BasePostgresOutbox(BaseOutbox):
             OutboxError: The tables are missing or another version's; the database does not answer; psycopg is not
                 installed.
         """
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             from kbatch._outbox._postgres_store import PostgresStore
 
             return PostgresStore(connection, self._tables)
 
+    def open_admin(self) -> OutboxAdmin:
+        """As `BaseOutbox.open_admin`."""
+        with self._checked_connection() as connection:
+            from kbatch._outbox._postgres_admin import PostgresAdmin
+
+            return PostgresAdmin(connection, self._tables)
+
     # -- with a connection of its own
+
+    @contextlib.contextmanager
+    def _checked_connection(self) -> Iterator[psycopg.Connection[Any]]:
+        """It stays open unless this ends by an exception."""
+        with self._connection(keep=True) as connection:
+            self._check_tables(connection)
+            yield connection
 
     def _create(self) -> None:
         with self._connection() as connection:
@@ -161,7 +174,7 @@ class BasePostgresOutbox(BaseOutbox):
         try:
             import psycopg
 
-            from kbatch._outbox._postgres_store import connect
+            from kbatch._outbox._postgres_session import connect
         except ImportError as error:
             raise OutboxError(
                 f"the outbox {self._tables!r} needs psycopg for a connection of its own: pip install "
@@ -222,7 +235,7 @@ class BasePostgresOutbox(BaseOutbox):
             raise OutboxError("the connection is in pipeline mode, which tells of errors later: add outside of it")
 
 
-class PostgresOutbox(BasePostgresOutbox):
+class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
     """Takes envelopes within transactions of the application, in tables of its PostgreSQL database; a `Relay` sends
     them.
 
