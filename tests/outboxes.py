@@ -197,6 +197,17 @@ def move_to_later(outbox: Outbox, first: int, last: int) -> None:
         query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
 
 
+def move_to_dead(outbox: Outbox, which: str) -> None:
+    """Rows of which a condition is true were refused for good."""
+    rows = "bucket, seq, id, packed, created_at, deliver_by"
+    query(
+        outbox,
+        f"INSERT INTO {{dead}} ({rows}, died_at, attempts, last_error) "
+        f"SELECT {rows}, 1000 * seq, 1, 'refused' FROM {{outbox}} WHERE {which}",
+    )
+    query(outbox, f"DELETE FROM {{outbox}} WHERE {which}")
+
+
 def bodies(outbox: Outbox, table: str = "outbox") -> list[bytes | None]:
     """The bodies of the records in a table, by their numbers."""
     return [unpack_record(packed)[4] for (packed,) in query(outbox, f"SELECT packed FROM {{{table}}} ORDER BY seq")]

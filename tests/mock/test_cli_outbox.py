@@ -21,7 +21,6 @@ from tests.waiting import until
 
 from .clients import read_back
 from .test_cli import COMMAND, assert_one_line, environment, on_a_terminal, run, run_here
-from .test_replay import move_to_dead
 
 QUICK = ("-X", "delivery.timeout.ms=1000", "-X", "reconnect.backoff.max.ms=100")
 
@@ -37,7 +36,7 @@ def dead(outbox):
     order = {"order": 7, "name": "[red]Grün"}
     outboxes.add(outbox, [Envelope(order, key="k1", message_type="order.placed", headers={"h": b"\xff"})])
     outboxes.add(outbox, [Envelope(data=b"\xff\x00", key=b"\xfe", topic="bills"), *numbered(range(3))])
-    move_to_dead(outbox, "true")
+    outboxes.move_to_dead(outbox, "true")
     return outbox
 
 
