@@ -34,6 +34,12 @@ def where(outbox: Outbox) -> dict[str, str]:
     return {"conninfo": outbox._conninfo, "schema": outbox._tables.schema}
 
 
+def named(outbox: Outbox) -> list[str]:
+    """Where it is, for a command."""
+    found = where(outbox)
+    return ["-o", found["path"]] if "path" in found else ["-o", found["conninfo"], "--schema", found["schema"]]
+
+
 def new_schema(conninfo: str) -> str:
     """Makes a schema of PostgreSQL, whose name is quoted."""
     name = f'Test "{uuid.uuid4().hex[:12]}" {{%s}}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
@@ -49,6 +50,7 @@ class BasePostgresOutbox(BaseOutbox):
         if not isinstance(conninfo, str) or "\0" in conninfo:
             what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
             raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
+        _check_url(conninfo)
         self._conninfo = conninfo
         self._tables = PostgresTables(schema, prefix)
         sql = self._tables.sql
@@ -347,3 +349,16 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
 def not_taken(given: object, driver: object, what: str) -> TypeError:
     text = f"connection must be {what}, not {type_name(given)}"
     return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
+
+
+def _check_url(conninfo: str) -> None:
+    """Raises ConfigError for a URL of which libpq would take a part of the password for a host or a database, which
+    its errors show."""
+    scheme, separator, rest = conninfo.partition("://")
+    if separator and scheme in ("postgresql", "postgres"):
+        place = re.sub("^[^/@]*@", "", rest).partition("?")[0]
+        if "@" in place:
+            raise ConfigError(
+                "conninfo has an @ where a host or a database is: in a URL, special characters of a user's name or "
+                "password are written as %XX: @ is %40, / is %2F"
+            )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from kbatch._errors import OutboxError
 from kbatch._fastmap import monotonic
 from kbatch._outbox._postgres_rows import array_text
 
@@ -65,10 +66,18 @@ def connect(conninfo: str) -> psycopg.Connection[Any]:
     """A connection in autocommit mode.
 
     Raises:
+        OutboxError: libpq does not understand `conninfo`.
         psycopg.Error: There is none to be had.
     """
     own: dict[str, Any] = {"fallback_application_name": "kbatch", "client_encoding": "utf8"}
-    given = conninfo_to_dict(conninfo)
+    try:
+        given = conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError:
+        # Not libpq's text, which shows what it does not understand: it may be a part of a password.
+        raise OutboxError(
+            "is conninfo right? It is neither a URL, as postgresql://user@host/database, in which special characters "
+            "are written as %XX, nor text as host=… dbname=…"
+        ) from None
     own.update({name: value for name, value in (("connect_timeout", _CONNECT_S),) if name not in given})
     # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
     return _Connection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
