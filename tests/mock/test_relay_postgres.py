@@ -36,9 +36,11 @@ def cluster() -> Iterator[MockCluster]:
 
 
 @pytest.fixture
-def server(new_postgres: Callable[[], Any]) -> Any:
+def server(new_postgres: Callable[[], Any]) -> Iterator[Any]:
     """A server of the test's own, which it may stop."""
-    return new_postgres()
+    server = new_postgres()
+    yield server
+    server.close()
 
 
 def made(conninfo: str) -> PostgresOutbox:
@@ -215,8 +217,8 @@ def test_a_silent_connection_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._postgres_store._SILENCE_S", 0.3)
-    monkeypatch.setattr("kbatch._outbox._postgres_store._CONNECT_S", 2)
+    monkeypatch.setattr("kbatch._outbox._postgres_session._SILENCE_S", 0.3)
+    monkeypatch.setattr("kbatch._outbox._postgres_session._CONNECT_S", 2)
     outbox = made(server.conninfo)
     proxy = FaultProxy(server.port)
     try:

@@ -97,7 +97,7 @@ def test_close_sends_what_is_in_the_outbox(outbox: SqliteOutbox, kafka_cluster: 
     with durable(outbox, kafka_cluster).create_sender() as sender:
         sender.send(Envelope(data=b"3000", key="k0"))
     check_history(range(3001), read_back(kafka_cluster.bootstrap_servers, "orders"))
-    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0, 3)
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0, scheduled=3)
 
 
 def test_close_does_not_wait_for_what_waits(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:

@@ -3,6 +3,9 @@
 import sqlite3
 from typing import Any
 
+import psycopg
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
 from typing_extensions import assert_type
 
 import kbatch
@@ -57,3 +60,27 @@ async def on_a_loop(order: object, settings: dict[str, str]) -> None:
         await relay.run()
         relay.stop()
         assert_type(relay.stats(), dict[str, int])
+
+
+def postgres(session: sqlalchemy.orm.Session, envelopes: list[kbatch.Envelope[bytes]]) -> None:
+    outbox = kbatch.PostgresOutbox("postgresql://localhost/shop", schema="shop", wire="raw")
+    with psycopg.connect("postgresql://localhost/shop") as connection:
+        assert_type(outbox.add(connection, envelopes, topic="orders", serialize_keys=True), int)
+    assert_type(outbox.add(session, envelopes), int)
+    assert_type(outbox.add(session.connection(), envelopes), int)
+    outbox.add("connection", envelopes)  # type: ignore[arg-type]
+    kbatch.Relay(outbox, {"bootstrap.servers": "localhost:9092"})
+
+
+async def postgres_of_asyncio(
+    connection: psycopg.AsyncConnection[dict[str, object]],
+    session: sqlalchemy.ext.asyncio.AsyncSession,
+    envelopes: list[kbatch.Envelope[bytes]],
+) -> None:
+    outbox = aio.PostgresOutbox("postgresql://localhost/shop")
+    await outbox.create()
+    assert_type(await outbox.add(connection, envelopes, topic="orders"), int)
+    assert_type(await outbox.add(session, envelopes), int)
+    assert_type(await outbox.add(await session.connection(), envelopes), int)
+    assert_type(await outbox.status(), kbatch.OutboxStatus)
+    kbatch.Relay(outbox, {"bootstrap.servers": "localhost:9092"})

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import MappedBatch
 
 __all__ = [
+    "BIGGEST_NUMBER",
     "BUCKETS",
     "DueRow",
     "Failure",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 BUCKETS = 64
+BIGGEST_NUMBER = 2**63 - 1  # no row has a higher number
 
 
 class RefusedWriteError(OutboxError):
