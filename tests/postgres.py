@@ -60,9 +60,9 @@ class Server:
     """A PostgreSQL server of its own, in a folder of its own, which `close` removes."""
 
     def __init__(self) -> None:
+        package = _installed()
         self.directory = Path(tempfile.mkdtemp(prefix="kbatch-postgres-"))
         self._as: dict[str, Any] = {}
-        package = _installed()
         self._bin = self._bin_of(package)
         if os.geteuid() == 0:
             self.directory.chmod(0o755)
