@@ -13,13 +13,19 @@ from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
 from kbatch._errors import ConfigError, OutboxError
 from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._outbox._dead_letters import DeadLetters
+from kbatch._outbox._kept import Keeper
+from kbatch._outbox._scheduled import ScheduledMessages
+from kbatch._outbox._store import BUCKETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kbatch._fastmap import Envelope
+    from kbatch._outbox._store import NewRow, OutboxAdmin
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseOutbox", "OutboxStatus", "age_s", "now_us"]
+__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxStatus", "age_s", "now_us"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, SQLite's for a value, and below PostgreSQL's
 
@@ -71,6 +77,7 @@ class BaseOutbox:
             max_message_bytes,
         )
         self._pool = RecordPool()
+        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._watchers: list[Callable[[], object]] = []
 
     def watch(self, watcher: Callable[[], object]) -> None:
@@ -81,6 +88,26 @@ class BaseOutbox:
         """Calls it no more, if it does."""
         with contextlib.suppress(ValueError):
             self._watchers.remove(watcher)
+
+    def open_admin(self) -> OutboxAdmin:
+        """The connection of those who look after dead letters and what waits, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        raise NotImplementedError
+
+    def _dead_letters(self) -> DeadLetters:
+        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
+
+    def _scheduled(self) -> ScheduledMessages:
+        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
+
+    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
+        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
+        if not rows:
+            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
+        return rows[0]
 
     def _as_outbox_error(self, error: BaseException) -> OutboxError:
         raise NotImplementedError
@@ -105,6 +132,20 @@ class BaseOutbox:
     def _tell_watchers(self) -> None:
         for watcher in tuple(self._watchers):
             watcher()
+
+
+class BlockingOutbox(BaseOutbox):
+    """An outbox for threads."""
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that were given up: to find, replay, edit and discard them."""
+        return self._dead_letters()
+
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
+        return self._scheduled()
 
 
 def now_us() -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from kbatch._errors import ConfigError, OutboxError, shown, type_name
 from kbatch._fastmap import packed_key_hash
-from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, array_text, copy_stream, joined
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._postgres_rows import Row
-    from kbatch._outbox._store import OutboxStore
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BasePostgresOutbox", "PostgresOutbox", "not_taken"]
@@ -50,6 +51,7 @@ class BasePostgresOutbox(BaseOutbox):
         if not isinstance(conninfo, str) or "\0" in conninfo:
             what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
             raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
+        _check_url(conninfo)
         self._conninfo = conninfo
         self._tables = PostgresTables(schema, prefix)
         sql = self._tables.sql
@@ -82,7 +84,8 @@ class BasePostgresOutbox(BaseOutbox):
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
         The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
-        ``SELECT`` on ``outbox_meta``; relays need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        ``SELECT`` on ``outbox_meta``; relays, and who looks after dead
+        letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
         """
         return self._tables.ddl()
 
@@ -93,14 +96,26 @@ class BasePostgresOutbox(BaseOutbox):
             OutboxError: The tables are missing or another version's; the database does not answer; psycopg is not
                 installed.
         """
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             from kbatch._outbox._postgres_store import PostgresStore
 
             return PostgresStore(connection, self._tables)
 
+    def open_admin(self) -> OutboxAdmin:
+        """As `BaseOutbox.open_admin`."""
+        with self._checked_connection() as connection:
+            from kbatch._outbox._postgres_admin import PostgresAdmin
+
+            return PostgresAdmin(connection, self._tables)
+
     # -- with a connection of its own
+
+    @contextlib.contextmanager
+    def _checked_connection(self) -> Iterator[psycopg.Connection[Any]]:
+        """It stays open unless this ends by an exception."""
+        with self._connection(keep=True) as connection:
+            self._check_tables(connection)
+            yield connection
 
     def _create(self) -> None:
         with self._connection() as connection:
@@ -168,7 +183,7 @@ class BasePostgresOutbox(BaseOutbox):
         try:
             import psycopg
 
-            from kbatch._outbox._postgres_store import connect
+            from kbatch._outbox._postgres_session import connect
         except ImportError as error:
             raise OutboxError(
                 f"the outbox {self._tables!r} needs psycopg for a connection of its own: pip install "
@@ -233,7 +248,7 @@ class BasePostgresOutbox(BaseOutbox):
             raise OutboxError("the connection is in pipeline mode, which tells of errors later: add outside of it")
 
 
-class PostgresOutbox(BasePostgresOutbox):
+class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
     """Takes envelopes within transactions of the application, in tables of its PostgreSQL database; a `Relay` sends
     them.
 
@@ -351,3 +366,16 @@ class PostgresOutbox(BasePostgresOutbox):
 def not_taken(given: object, driver: object, what: str) -> TypeError:
     text = f"connection must be {what}, not {type_name(given)}"
     return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
+
+
+def _check_url(conninfo: str) -> None:
+    """Raises ConfigError for a URL of which libpq would take a part of the password for a host or a database, which
+    its errors show."""
+    scheme, separator, rest = conninfo.partition("://")
+    if separator and scheme in ("postgresql", "postgres"):
+        place = re.sub("^[^/@]*@", "", rest).partition("?")[0]
+        if "@" in place:
+            raise ConfigError(
+                "conninfo has an @ where a host or a database is: in a URL, special characters of a user's name or "
+                "password are written as %XX: @ is %40, / is %2F"
+            )

@@ -9,6 +9,8 @@ from kbatch._errors import OutboxError
 from kbatch._loop import in_thread
 from kbatch._outbox._postgres import BasePostgresOutbox, not_taken
 from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream
+from kbatch.aio._dead_letters import DeadLetters
+from kbatch.aio._scheduled import ScheduledMessages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -41,6 +43,16 @@ class PostgresOutbox(BasePostgresOutbox):
     async def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
         """As `kbatch.PostgresOutbox.status`, on a thread, with psycopg."""
         return await in_thread(_THREAD, lambda: self._status(count_up_to))
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """As `kbatch.PostgresOutbox.dead_letters`, with methods to await."""
+        return DeadLetters(self._dead_letters())
+
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """As `kbatch.PostgresOutbox.scheduled`, with methods to await."""
+        return ScheduledMessages(self._scheduled())
 
     async def add(
         self,
