@@ -350,6 +350,25 @@ def test_those_who_change_the_same_rows_wait_for_each_other_and_not_in_a_circle(
     assert outboxes.bodies(outbox, table) == []
 
 
+@pytest.mark.parametrize("table", ["later", "dead"])
+def test_rows_that_are_changed_are_found_by_their_places(outbox: PostgresOutbox, table: str) -> None:
+    outboxes.add(outbox, envelopes(300))
+    if table == "later":
+        outboxes.move_to_later(outbox, 1, 50)
+    else:
+        outboxes.move_to_dead(outbox, "true")
+    places = query(outbox, f"SELECT bucket, seq FROM {{{table}}}")
+    with contextlib.closing(outbox.open_admin()) as admin:
+        plans = outboxes.explained(admin)
+        if table == "later":
+            assert admin.reschedule(places[:20], 0) == 20
+        else:
+            assert admin.replay(places[:20], 0) == 20
+        assert admin.delete(table, places[20:40]) == 20
+    assert len(plans) == 4
+    assert not [plan for plan in plans if "Join Filter" in plan or "Seq Scan" in plan]
+
+
 def test_nobody_waits_for_those_who_look_after_dead_letters(outbox: PostgresOutbox) -> None:
     outboxes.add(outbox, envelopes(10))
     outboxes.move_to_dead(outbox, "seq <= 5")
