@@ -1,11 +1,13 @@
 """What type checkers see of an outbox and its relay."""
 
 import sqlite3
+from datetime import datetime
 from typing import Any
 
 from typing_extensions import assert_type
 
 import kbatch
+import kbatch.aio
 
 
 def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, str], producer: kbatch.Producer) -> None:
@@ -28,3 +30,15 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]
     outbox.add("shop.db", [kbatch.Envelope(order)])  # type: ignore[arg-type]
     outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[call-arg]
+
+
+async def of_loops(number: int, envelope: kbatch.Envelope[Any], due_at: datetime) -> None:
+    threads, loops = kbatch.PostgresOutbox("postgresql://"), kbatch.aio.PostgresOutbox("postgresql://")
+    assert_type(threads.dead_letters, kbatch.DeadLetters)
+    assert_type(threads.scheduled.cancel(kbatch.OutboxQuery()), int)
+    assert_type(loops.dead_letters, kbatch.aio.DeadLetters)
+    assert_type(await loops.dead_letters.find(limit=None), list[kbatch.DeadLetter])
+    assert_type(await loops.dead_letters.summary(), list[kbatch.DeadLetterCount])
+    await loops.dead_letters.replay_edited(number, envelope)
+    assert_type(await loops.scheduled.reschedule(kbatch.OutboxQuery(), due_at), int)
+    await loops.scheduled.cancel()  # type: ignore[call-arg]
