@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["SqliteStore"]
 
 _MOST_LEFT = 1000
-_FEWEST_OF_BUCKET = 50
+_FEWEST_OF_BUCKET = 250  # whole pages of the table become free, rather than parts of many
+_CACHE_KIB = 32_000  # so that what was read is there when it is deleted
 # Somebody who has the checks of the tables ignored may store anything. What is no bytes then goes to the dead.
 _PACKED = "CASE WHEN typeof(deliver_by) IN ('integer', 'null') THEN packed ELSE 'deliver_by is no number' END"
 
@@ -36,6 +37,7 @@ class SqliteStore(SqliteSession):
 
     def __init__(self, connection: sqlite3.Connection, tables: SqliteTables, path: str) -> None:
         super().__init__(connection, tables, path)
+        connection.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
         sql = tables.sql
         self._now = sql("SELECT {now}")
         self._changes = sql("SELECT changes FROM {meta}")
