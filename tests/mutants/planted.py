@@ -1853,7 +1853,7 @@ MUTANTS = (
         "the last durable sender's close leaves what its relay has not sent",
         "OutboxUse.release",
         "            relay.finish()\n",
-        "",
+        "            relay.stop(0.0)\n",
         "tests/mock/test_sent_durably.py",
     ),
     Mutant(
