@@ -155,7 +155,7 @@ def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: SqliteOutbox,
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_an_application_that_is_killed_at_any_step_loses_nothing_that_send_has_returned_for(
-    outbox: SqliteOutbox, kafka_cluster: MockCluster, seed: int
+    outbox: SqliteOutbox, kafka_cluster: MockCluster, tmp_path: Path, seed: int
 ) -> None:
     seeded = random.Random(seed)
     kafka_cluster.create_topic("orders", partitions=3)
@@ -177,17 +177,17 @@ def test_an_application_that_is_killed_at_any_step_loses_nothing_that_send_has_r
         if by_step:
             settings["kill_at"] = seeded.randint(1, 120)
         command = [sys.executable, "-W", "error", "-m", "tests.mock.durable_program", json.dumps(settings)]
-        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            lines = []
-            if not by_step:
-                lines.append(process.stdout.readline())
-                time.sleep(seeded.uniform(0.0, 0.2))
-                process.kill()
-            out, errors = process.communicate(timeout=60)
+        with (tmp_path / "told").open("w+") as output:
+            with subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.PIPE, text=True) as process:
+                if not by_step:
+                    until(lambda: os.fstat(output.fileno()).st_size or process.poll() is not None, "the first")
+                    time.sleep(seeded.uniform(0.0, 0.2))
+                    process.kill()
+                _, errors = process.communicate(timeout=60)
+            output.seek(0)
+            numbers = [int(line) for line in output]
         assert process.returncode in (0, -signal.SIGKILL), errors
         kills += process.returncode != 0
-        numbers = [int(line) for line in [*lines, *out.splitlines()] if line.strip()]
         assert sorted(numbers) == sorted(set(numbers))
         told += numbers
         if not settings["relay"]:  # else its relay may have sent some

@@ -1850,6 +1850,27 @@ MUTANTS = (
         "tests/mock/test_aio_relay.py",
     ),
     Mutant(
+        "the last durable sender's close leaves what its relay has not sent",
+        "OutboxUse.release",
+        "            relay.finish()\n",
+        "            relay.stop(0.0)\n",
+        "tests/mock/test_sent_durably.py",
+    ),
+    Mutant(
+        "a relay that is to finish waits for what was refused",
+        "Relay._is_idle",
+        "return self._has_read_all or not can_send",
+        "return not can_send",
+        "tests/mock/test_sent_durably.py",
+    ),
+    Mutant(
+        "a writer's thread that dies keeps the lock for writing",
+        "GroupCommit._commit_group",
+        "                _close(writer)  # it may have the lock for writing\n",
+        "                pass\n",
+        "tests/unit/test_group_commit.py",
+    ),
+    Mutant(
         "what a relay's end gives up keeps its buckets",
         "Relay._end",
         "            self._purge()\n",
