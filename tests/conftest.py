@@ -1,13 +1,15 @@
 """What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
 
+import contextlib
 import ctypes
+import functools
 import gc
 import importlib.machinery
 import os
 import signal
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import hypothesis
 import pytest
 
 try:
+    import kbatch
     from kbatch import _fastmap
 except ImportError as error:
     pytest.exit(f"the tests need kbatch and its compiled modules (make build): {error}", returncode=3)
+
+from tests import outboxes
 
 pytest_plugins = ["pytester"]
 
@@ -109,6 +114,64 @@ def nothing_stays_pinned() -> Iterator[None]:
     while (pinned := _fastmap.pinned_buffers()) and time.monotonic() < end:
         time.sleep(0.001)
     assert pinned == 0, f"{pinned} batches still pin their buffers after this test"
+
+
+@pytest.fixture(scope="session")
+def postgres_servers() -> Any:
+    """The module that starts PostgreSQL, where that can be done."""
+    if os.name != "posix":
+        pytest.skip("platform: the suite starts no PostgreSQL here")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        pytest.skip("platform: psycopg has no wheels for a free-threaded CPython")
+    from tests import postgres
+
+    return postgres
+
+
+@pytest.fixture(scope="session")
+def postgres(postgres_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The conninfo of a PostgreSQL server, one for all processes of the session."""
+    base = tmp_path_factory.getbasetemp()
+    conninfo: str = postgres_servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    return conninfo
+
+
+@pytest.fixture(scope="module")
+def new_postgres(postgres_servers: Any) -> Iterator[Callable[[], Any]]:
+    """Starts servers that no other process uses; they are stopped after the module."""
+    with contextlib.ExitStack() as undo:
+
+        def start() -> Any:
+            server = undo.enter_context(contextlib.closing(postgres_servers.Server()))
+            server.start()
+            return server
+
+        yield start
+
+
+@pytest.fixture
+def in_postgres(postgres: str) -> Iterator[Callable[..., kbatch.PostgresOutbox]]:
+    """Makes outboxes in PostgreSQL, each in a schema of its own."""
+    with contextlib.ExitStack() as undo:
+
+        def make(**options: Any) -> kbatch.PostgresOutbox:
+            if "schema" not in options:
+                options["schema"] = outboxes.new_schema(postgres)
+                undo.callback(outboxes.drop_schema, postgres, options["schema"])
+            outbox = kbatch.PostgresOutbox(postgres, **options)
+            outbox.create()
+            return outbox
+
+        yield make
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_outbox(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., outboxes.Outbox]:
+    """Makes outboxes whose tables are there, of each kind of database in turn."""
+    if request.param == "sqlite":
+        return functools.partial(outboxes.made, tmp_path)
+    make: Callable[..., outboxes.Outbox] = request.getfixturevalue("in_postgres")
+    return make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

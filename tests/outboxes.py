@@ -1,14 +1,23 @@
-"""Outboxes in SQLite files, and what is in their tables."""
+"""Outboxes in SQLite files and in schemas of PostgreSQL, and what is in their tables."""
 
 import contextlib
 import sqlite3
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import pytest
 
 import kbatch
 from kbatch import Envelope
 from kbatch._fastmap import packed_key_hash, unpack_record
+from kbatch._outbox._sqlite_store import SqliteStore
+
+Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
+
+# What concerns one kind of database only; other tests that use `new_outbox` run for each.
+in_sqlite = pytest.mark.parametrize("new_outbox", ["sqlite"], indirect=True)
 
 
 def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.SqliteOutbox:
@@ -18,36 +27,155 @@ def made(directory: Path, name: str = "shop.db", **options: Any) -> kbatch.Sqlit
     return outbox
 
 
+def where(outbox: Outbox) -> dict[str, str]:
+    """Where it is, for another process."""
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        return {"path": outbox._path}
+    return {"conninfo": outbox._conninfo, "schema": outbox._tables.schema}
+
+
+def new_schema(conninfo: str) -> str:
+    """Makes a schema of PostgreSQL, whose name is quoted."""
+    name = f'Test "{uuid.uuid4().hex[:12]}" {{%s}}'
+    with connected(conninfo) as connection:
+        connection.execute(_sql("CREATE SCHEMA {}", name))
+    return name
+
+
+def drop_schema(conninfo: str, name: str) -> None:
+    """Drops it with all that it has."""
+    with connected(conninfo) as connection:
+        connection.execute(_sql("DROP SCHEMA {} CASCADE", name))
+
+
+def _sql(statement: str, name: str) -> Any:
+    from psycopg import sql
+
+    return sql.SQL(statement).format(sql.Identifier(name))
+
+
+def connected(where: Any) -> contextlib.AbstractContextManager[Any]:
+    """A connection in autocommit mode, closed at the end."""
+    if isinstance(where, kbatch.SqliteOutbox):
+        return contextlib.closing(sqlite3.connect(where._path, isolation_level=None, timeout=30))
+    import psycopg
+
+    return contextlib.closing(psycopg.connect(getattr(where, "_conninfo", where), autocommit=True))
+
+
 @contextlib.contextmanager
-def transaction(outbox: kbatch.SqliteOutbox) -> Iterator[sqlite3.Connection]:
+def transaction(outbox: Outbox) -> Iterator[Any]:
     """A connection of the application within a transaction, which is committed unless this ends by an exception."""
-    connection = sqlite3.connect(outbox._path, isolation_level=None, timeout=30)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
+    with connected(outbox) as connection:
+        connection.execute("BEGIN IMMEDIATE" if isinstance(outbox, kbatch.SqliteOutbox) else "BEGIN")
         yield connection
         connection.execute("COMMIT")
-    finally:
-        connection.close()
 
 
-def add(outbox: kbatch.SqliteOutbox, envelopes: Iterable[Envelope], topic: str | None = "orders") -> int:
+def add(outbox: Outbox, envelopes: Iterable[Envelope], topic: str | None = "orders") -> int:
     """Adds in a transaction of its own."""
     with transaction(outbox) as connection:
         return outbox.add(connection, envelopes, topic=topic)
 
 
-def query(outbox: kbatch.SqliteOutbox, sql: str, *before: str) -> list[Any]:
+def query(outbox: Outbox, sql: str, *before: str) -> list[Any]:
     """The rows of a query on its database, after others, in which ``{outbox}``, ``{later}``, … are its tables."""
-    connection = sqlite3.connect(outbox._path, isolation_level=None, timeout=30)
-    try:
+    with connected(outbox) as connection:
         for statement in before:
             connection.execute(statement)
-        return connection.execute(outbox._tables.sql(sql)).fetchall()
-    finally:
-        connection.close()
+        cursor = connection.execute(outbox._tables.sql(sql))
+        return cursor.fetchall() if cursor.description is not None else []
 
 
-def move_to_later(outbox: kbatch.SqliteOutbox, first: int, last: int) -> None:
+def has_table(outbox: Outbox, name: str) -> bool:
+    """Whether one of its tables is there."""
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        return bool(query(outbox, f"SELECT 1 FROM sqlite_master WHERE name = 'kbatch_outbox_{name}'"))
+    with connected(outbox) as connection:
+        (found,) = connection.execute("SELECT to_regclass(%s)", (outbox._tables.names[name],)).fetchone()
+    return found is not None
+
+
+def run(outbox: Outbox, *statements: str) -> None:
+    """Executes statements as they are."""
+    with connected(outbox) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def rows(outbox: Outbox, statement: str) -> list[Any]:
+    """The rows of a statement that is executed as it is."""
+    with connected(outbox) as connection:
+        found: list[Any] = connection.execute(statement).fetchall()
+    return found
+
+
+def in_schema(outbox: kbatch.PostgresOutbox, name: str) -> str:
+    """The quoted name of something in its schema."""
+    return f"{_quoted(outbox._tables.schema)}.{_quoted(name)}"
+
+
+def refuse_rows(outbox: Outbox, table: str) -> None:
+    """Has inserts into one of its tables fail."""
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        query(
+            outbox,
+            f"CREATE TRIGGER refuses BEFORE INSERT ON kbatch_outbox_{table} BEGIN SELECT raise(ABORT, 'no room'); END",
+        )
+    else:
+        name = in_schema(outbox, "refuses")
+        run(
+            outbox,
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no room'; END $$",
+            f"CREATE TRIGGER refuses BEFORE INSERT ON {outbox._tables.names[table]} "
+            f"FOR EACH ROW EXECUTE FUNCTION {name}()",
+        )
+
+
+def take_rows(outbox: Outbox, table: str) -> None:
+    """After `refuse_rows`, has them succeed again."""
+    query(outbox, "DROP TRIGGER refuses" + ("" if isinstance(outbox, kbatch.SqliteOutbox) else f" ON {{{table}}}"))
+
+
+def explained(store: Any) -> list[str]:
+    """The plans of the statements with parameters that a store will execute."""
+    plans: list[str] = []
+    if isinstance(store, SqliteStore):
+        connection = store._connection
+
+        class Planned:
+            in_transaction = property(lambda self: connection.in_transaction)
+
+            def execute(self, sql: str, parameters: Any = ()) -> Any:
+                if parameters:
+                    plans.append(str(connection.execute(f"EXPLAIN QUERY PLAN {sql}", parameters).fetchall()))
+                return connection.execute(sql, parameters)
+
+            def executemany(self, sql: str, parameters: Any) -> Any:
+                for each in parameters:
+                    self.execute(sql, each)
+
+            def close(self) -> None:
+                connection.close()
+
+        store._connection = Planned()  # type: ignore[assignment]
+    else:
+        run = store._run
+
+        def planned(statement: str, parameters: Any = None) -> Any:
+            if parameters:
+                plans.append("\n".join(line for (line,) in run(f"EXPLAIN {statement}", parameters)))
+            return run(statement, parameters)
+
+        store._run = planned
+    return plans
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def move_to_later(outbox: Outbox, first: int, last: int) -> None:
     """Rows with these numbers were refused once, and are due."""
     for bucket, seq, packed in query(
         outbox, f"SELECT bucket, seq, packed FROM {{outbox}} WHERE seq BETWEEN {first} AND {last}"
@@ -62,6 +190,6 @@ def move_to_later(outbox: kbatch.SqliteOutbox, first: int, last: int) -> None:
         query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
 
 
-def bodies(outbox: kbatch.SqliteOutbox, table: str = "outbox") -> list[bytes | None]:
+def bodies(outbox: Outbox, table: str = "outbox") -> list[bytes | None]:
     """The bodies of the records in a table, by their numbers."""
     return [unpack_record(packed)[4] for (packed,) in query(outbox, f"SELECT packed FROM {{{table}}} ORDER BY seq")]

@@ -31,7 +31,7 @@ class WatchedOutbox:
 
     def __init__(
         self,
-        outbox: kbatch.SqliteOutbox,
+        outbox: kbatch.SqliteOutbox | kbatch.PostgresOutbox,
         *,
         before: Callable[[str], object] = lambda name: None,
         after: Callable[[str], object] = lambda name: None,

@@ -35,11 +35,13 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
+from kbatch._outbox._base import OutboxStatus
 from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetters
 from kbatch._outbox._kept import KeptMessage, OutboxQuery
+from kbatch._outbox._postgres import PostgresOutbox
 from kbatch._outbox._relay import Relay
 from kbatch._outbox._scheduled import ScheduledMessage, ScheduledMessages
-from kbatch._outbox._sqlite import OutboxStatus, SqliteOutbox
+from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -82,6 +84,7 @@ __all__ = [
     "OutboxStatus",
     "OutgoingBatch",
     "PendingBatch",
+    "PostgresOutbox",
     "Producer",
     "ProducerClosedError",
     "ProducerError",

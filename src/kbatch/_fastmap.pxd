@@ -318,8 +318,11 @@ cdef struct HeaderList:
     rd_kafka_headers_t *headers  # owned; while a message has it, librdkafka's
     Shape *shape
     Topic *topic                 # of the message
-    HeaderList *next
+    HeaderList *next             # of its run, or of its shape's
     int64_t written              # when (`Shape.takes`)
+    HeaderList *last             # of the first of a run: the lists of one shape that reports have given back, in a row
+    HeaderList *next_run         # likewise
+    int64_t in_run               # likewise: how many
     # behind this struct: where each value stands in `headers`
 
 
@@ -391,7 +394,7 @@ cdef struct Client:
     Pool pool               # with a lock of its own; handles of its topics are destroyed with rk
     int recycles            # const: header lists are used again
     ListPool *lists         # owned; of the batch that has the turn, set under `mu`; of the drainer when nobody enqueues
-    HeaderList *returned    # owned; lists that reports have given back
+    HeaderList *returned    # owned; the first of the runs of lists that reports have given back
     int64_t returned_bytes
     int64_t lists_used_ns   # when the last one was taken; of the batch that has the turn
     # counters for stats()

@@ -26,9 +26,12 @@ def main() -> None:
             print(name, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    outbox = WatchedOutbox(
-        kbatch.SqliteOutbox(settings["path"]), **({"before": step} if before_it else {"after": step})
+    opened = (
+        kbatch.PostgresOutbox(settings["conninfo"], schema=settings["schema"])
+        if "conninfo" in settings
+        else kbatch.SqliteOutbox(settings["path"])
     )
+    outbox = WatchedOutbox(opened, **({"before": step} if before_it else {"after": step}))
     options = {"batch_size": 50, "max_in_flight_batches": 2, **settings.get("options", {})}
     with kbatch.Relay(outbox, settings["config"], **options) as relay:
         signal.signal(signal.SIGTERM, lambda *_: relay.stop())

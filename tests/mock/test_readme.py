@@ -4,6 +4,8 @@ import ast
 import asyncio
 import inspect
 import re
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from kbatch.testing import MockCluster
 from .clients import end_offsets
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+SHOP = "postgresql://localhost/shop"
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
 
 
@@ -33,13 +36,33 @@ def place_order(somewhere: Any) -> None:
         somewhere.send(envelope)
 
 
+@pytest.fixture
+def shop(postgres: str) -> Iterator[str]:
+    """The conninfo of a database in PostgreSQL."""
+    import psycopg
+
+    name = f"shop_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield psycopg.conninfo.make_conninfo(postgres, dbname=name)
+        connection.execute(f"DROP DATABASE {name}")
+
+
 def test_there_is_code() -> None:
     assert len(BLOCKS) >= 10
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_a_block_runs(block: str, kafka_cluster: MockCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_runs(
+    block: str,
+    kafka_cluster: MockCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if SHOP in block:
+        block = block.replace(SHOP, request.getfixturevalue("shop"))
     kafka_cluster.create_topic("orders", partitions=1)
     servers = kafka_cluster.bootstrap_servers
     orders = [Order(n) for n in range(10)]

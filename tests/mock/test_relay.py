@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ import pytest
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
 from kbatch._fastmap import monotonic
-from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.injection import Injector
+from tests.outboxes import Outbox, in_sqlite
 from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
@@ -30,8 +30,8 @@ SOON = RetryPolicy(max_attempts=3, initial_backoff_s=0.02, max_backoff_s=0.1)
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> SqliteOutbox:
-    return outboxes.made(tmp_path, wire="raw")
+def outbox(new_outbox: Callable[..., Outbox]) -> Outbox:
+    return new_outbox(wire="raw")
 
 
 @pytest.fixture
@@ -88,9 +88,9 @@ def stored(cluster: MockCluster, *topics: str) -> list[Any]:
 
 
 def test_everything_arrives_once_in_order_per_key_as_a_producer_would_have_sent_it(
-    tmp_path: Path, cluster: MockCluster
+    new_outbox: Callable[..., Outbox], cluster: MockCluster
 ) -> None:
-    outbox = outboxes.made(tmp_path)
+    outbox = new_outbox()
     seeded = random.Random(7)
     moment = datetime(2026, 11, 23, 9, 16, 45, 123456, timezone.utc)
     envelopes = [
@@ -131,7 +131,7 @@ def test_everything_arrives_once_in_order_per_key_as_a_producer_would_have_sent_
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
 
 
-def test_what_is_added_while_it_runs(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_what_is_added_while_it_runs(outbox: Outbox, cluster: MockCluster) -> None:
     with running(make(outbox, cluster, batch_size=100)) as relay:
         for first in range(0, 2000, 50):
             outboxes.add(outbox, numbered(range(first, first + 50)))
@@ -139,7 +139,7 @@ def test_what_is_added_while_it_runs(outbox: SqliteOutbox, cluster: MockCluster)
     check_history(range(2000), stored(cluster))
 
 
-def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outbox: SqliteOutbox) -> None:
+def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outbox: Outbox) -> None:
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
         relay._begin()
         for pid, poll_s in ((os.getpid() + 1, 0.1), (os.getpid(), 0.005)):
@@ -154,7 +154,7 @@ def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outb
 
 
 @pytest.mark.parametrize(("batch_size", "readings"), [(1, 4), (2, 2), (100, 1)])
-def test_it_rests_when_there_is_no_more_and_not_before(outbox: SqliteOutbox, batch_size: int, readings: int) -> None:
+def test_it_rests_when_there_is_no_more_and_not_before(outbox: Outbox, batch_size: int, readings: int) -> None:
     outboxes.add(outbox, numbered(range(3), keys=1))
     options = {"batch_size": batch_size, "close_timeout_s": 0.0}
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, **options) as relay:
@@ -169,6 +169,7 @@ def test_it_rests_when_there_is_no_more_and_not_before(outbox: SqliteOutbox, bat
     assert seen == readings
 
 
+@in_sqlite
 def test_a_transaction_that_is_long_delays_nobody(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     with sqlite3.connect(outbox._path, isolation_level=None) as reader:
         reader.execute("BEGIN")
@@ -180,7 +181,7 @@ def test_a_transaction_that_is_long_delays_nobody(outbox: SqliteOutbox, cluster:
     check_history(range(500), stored(cluster))
 
 
-def test_rows_without_a_key_and_tombstones(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_rows_without_a_key_and_tombstones(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, [*(Envelope(data=b"%d" % n) for n in range(300)), kbatch.Tombstone("gone")])
     with make(outbox, cluster) as relay:
         assert relay.drain(30) == 0
@@ -189,14 +190,14 @@ def test_rows_without_a_key_and_tombstones(outbox: SqliteOutbox, cluster: MockCl
     assert values.count(None) == 1
 
 
-def test_large_records_are_read_by_their_bytes(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_large_records_are_read_by_their_bytes(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, [Envelope(data=b"%03d" % n * 100_000, key=str(n)) for n in range(30)])
     with make(outbox, cluster) as relay:
         assert relay.drain(30) == 0
         assert relay.stats()["acked"] == 30
 
 
-def test_what_expires_in_the_outbox_is_not_sent(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_what_expires_in_the_outbox_is_not_sent(outbox: Outbox, cluster: MockCluster) -> None:
     soon = datetime.now(timezone.utc) + timedelta(seconds=0.5)
     outboxes.add(outbox, [*numbered(range(10), deliver_by=soon), *numbered(range(10, 20))])
     time.sleep(0.6)
@@ -210,7 +211,7 @@ def test_what_expires_in_the_outbox_is_not_sent(outbox: SqliteOutbox, cluster: M
 
 
 def test_a_topic_that_refuses_everything_stops_no_other_and_dies_after_its_attempts(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.add(outbox, numbered(range(100, 160), topic="refused"), topic=None)
@@ -227,7 +228,7 @@ def test_a_topic_that_refuses_everything_stops_no_other_and_dies_after_its_attem
     assert sorted(outboxes.bodies(outbox, "dead")) == sorted(b"%d" % n for n in range(100, 160))
 
 
-def test_what_waits_holds_back_its_key_until_it_is_accepted(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_what_waits_holds_back_its_key_until_it_is_accepted(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
     with running(make(outbox, cluster, retry=patient)) as relay:
@@ -244,9 +245,7 @@ def test_what_waits_holds_back_its_key_until_it_is_accepted(outbox: SqliteOutbox
     check_history(range(100), stored(cluster))
 
 
-def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(
-    outbox: SqliteOutbox, cluster: MockCluster
-) -> None:
+def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
     outboxes.add(outbox, numbered(range(20), topic="refused"), topic=None)
@@ -263,7 +262,7 @@ def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(
 
 
 def test_a_row_that_waits_is_sent_after_the_earlier_ones_of_its_key_and_before_the_later_ones(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     # As after a batch that had timed out, whose records were not sent again yet, and a later one that was refused.
     outboxes.add(outbox, numbered(range(30), keys=5))
@@ -274,7 +273,7 @@ def test_a_row_that_waits_is_sent_after_the_earlier_ones_of_its_key_and_before_t
 
 
 def test_one_record_that_is_refused_takes_none_of_its_record_batch_with_it(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     outboxes.add(outbox, numbered(range(500)))
     cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE"])
@@ -286,7 +285,7 @@ def test_one_record_that_is_refused_takes_none_of_its_record_batch_with_it(
 
 
 def test_what_is_refused_alone_is_dead_and_the_others_of_its_record_batch_are_not(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     outboxes.add(outbox, [Envelope(data=b"7", key="one")])
     outboxes.add(outbox, [Envelope(data=b"8", key="one")])
@@ -298,6 +297,7 @@ def test_what_is_refused_alone_is_dead_and_the_others_of_its_record_batch_are_no
     check_history([8], stored(cluster))
 
 
+@in_sqlite
 def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once(
     outbox: SqliteOutbox, cluster: MockCluster
 ) -> None:
@@ -324,7 +324,7 @@ def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once
 # -- outages
 
 
-def test_an_outage_moves_nothing_and_counts_nothing(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_an_outage_moves_nothing_and_counts_nothing(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(300)))
     cluster.set_broker_down()
     with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, batch_size=100, failures_to_open=1)) as relay:
@@ -339,7 +339,7 @@ def test_an_outage_moves_nothing_and_counts_nothing(outbox: SqliteOutbox, cluste
     check_history(range(400), stored(cluster), copies=None, in_order=False)
 
 
-def test_one_partition_without_a_leader_stops_no_other(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_one_partition_without_a_leader_stops_no_other(outbox: Outbox, cluster: MockCluster) -> None:
     # Version 10 of the request crashes the mock cluster there.
     cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
     cluster.set_partition_leader("orders", 0, -1)
@@ -356,7 +356,7 @@ def test_one_partition_without_a_leader_stops_no_other(outbox: SqliteOutbox, clu
 
 
 def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 5)
     cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
@@ -373,7 +373,7 @@ def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
 
 @pytest.mark.parametrize("max_in_flight_batches", [1, 2, 4])
 def test_rows_that_are_due_and_that_nobody_takes_stop_no_row_that_was_not_sent_yet(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, max_in_flight_batches: int
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, max_in_flight_batches: int
 ) -> None:
     monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 2)
     cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
@@ -391,7 +391,7 @@ def test_rows_that_are_due_and_that_nobody_takes_stop_no_row_that_was_not_sent_y
     check_history(range(10), stored(cluster, "other"))
 
 
-def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_a_producer_in_its_fatal_state_is_replaced(outbox: Outbox, cluster: MockCluster) -> None:
     with running(make(outbox, cluster)) as relay:
         outboxes.add(outbox, numbered(range(100)))
         assert relay.drain(30) == 0
@@ -401,7 +401,7 @@ def test_a_producer_in_its_fatal_state_is_replaced(outbox: SqliteOutbox, cluster
     check_history(range(200), stored(cluster))
 
 
-def test_an_answer_whose_wake_up_was_lost_is_found(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_an_answer_whose_wake_up_was_lost_is_found(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(100)))
     with make(outbox, cluster) as relay:
         send = relay._handle.producer._send_detached
@@ -410,6 +410,7 @@ def test_an_answer_whose_wake_up_was_lost_is_found(outbox: SqliteOutbox, cluster
     check_history(range(100), stored(cluster))
 
 
+@in_sqlite
 def test_a_database_that_is_locked_for_long_is_waited_for(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -431,7 +432,7 @@ def test_a_database_that_is_locked_for_long_is_waited_for(
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_database_that_fails_at_any_call_before_or_after_it_was_done(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, seed: int
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.01)
     seeded = random.Random(seed)
@@ -458,7 +459,7 @@ def test_a_database_that_fails_at_any_call_before_or_after_it_was_done(
 
 
 def test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     numbers = iter(range(10**6))
     with running(make(outbox, cluster)) as first:
@@ -478,9 +479,7 @@ def test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back(
     check_history(range(next(numbers)), stored(cluster))
 
 
-def test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing(
-    outbox: SqliteOutbox, cluster: MockCluster
-) -> None:
+def test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.add(outbox, numbered(range(100)))
     outboxes.add(outbox, numbered(range(20), topic="refused"), topic=None)
@@ -502,7 +501,7 @@ def test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing(
     check_history(range(100), stored(cluster), copies=100)
 
 
-def test_a_relay_that_another_has_followed_writes_nothing(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_a_relay_that_another_has_followed_writes_nothing(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(100)))
     owners: list[Any] = []
 
@@ -519,7 +518,7 @@ def test_a_relay_that_another_has_followed_writes_nothing(outbox: SqliteOutbox, 
 
 @pytest.mark.parametrize("slow", ["renew", "read"])
 def test_nothing_is_handed_over_when_the_lease_is_too_short_for_it(
-    outbox: SqliteOutbox, cluster: MockCluster, slow: str
+    outbox: Outbox, cluster: MockCluster, slow: str
 ) -> None:
     outboxes.add(outbox, numbered(range(100)))
     slept: list[str] = []
@@ -546,11 +545,14 @@ def test_nothing_is_handed_over_when_the_lease_is_too_short_for_it(
 
 
 def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster.set_rtt(-1, 300)
     given_up: list[tuple[set[int], set[int]]] = []
-    renew = SqliteStore.renew
+    store = outbox.open_store()
+    store.close()
+    store_class: Any = type(store)
+    renew = store_class.renew
     with running(make(outbox, cluster, batch_size=200)) as first:
         until(lambda: first.stats()["buckets"] == 64, "all buckets")
 
@@ -560,7 +562,7 @@ def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
                 given_up.append((set(release), in_flight))
             return renew(store, owner, lease_s, release=release, avoid=avoid)
 
-        monkeypatch.setattr(SqliteStore, "renew", watched)
+        monkeypatch.setattr(store_class, "renew", watched)
         numbers = iter(range(10**6))
         with running(make(outbox, cluster, batch_size=200)) as second:
             while (first.stats()["buckets"], second.stats()["buckets"]) != (32, 32):
@@ -577,7 +579,7 @@ def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
 # -- its life
 
 
-def test_it_stops_with_what_is_in_flight_written_and_may_run_again(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_it_stops_with_what_is_in_flight_written_and_may_run_again(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_rtt(-1, 200)
     with make(outbox, cluster, batch_size=50, max_in_flight_batches=2) as relay:
         outboxes.add(outbox, numbered(range(1000)))
@@ -594,7 +596,7 @@ def test_it_stops_with_what_is_in_flight_written_and_may_run_again(outbox: Sqlit
     check_history(range(1000), stored(cluster))
 
 
-def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_broker_down()
     outboxes.add(outbox, numbered(range(7)))
     with make(outbox, cluster, {"delivery.timeout.ms": 300}) as relay:
@@ -603,7 +605,7 @@ def test_drain_ends_at_its_time_and_tells_how_many_are_left(outbox: SqliteOutbox
             relay.drain(-1)
 
 
-def test_drain_gives_up_what_is_in_flight_at_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_drain_gives_up_what_is_in_flight_at_its_end(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_broker_down()
     outboxes.add(outbox, numbered(range(7)))
     with make(outbox, cluster, {"delivery.timeout.ms": 60_000}, close_timeout_s=60.0) as relay:
@@ -621,7 +623,7 @@ def test_drain_gives_up_what_is_in_flight_at_its_end(outbox: SqliteOutbox, clust
         assert relay.stats()["in_flight"] == 0
 
 
-def test_drain_beside_run_ends_with_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_drain_beside_run_ends_with_it(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_broker_down()
     outboxes.add(outbox, numbered(range(7)))
     with running(make(outbox, cluster, {"delivery.timeout.ms": 300})) as relay:
@@ -631,7 +633,7 @@ def test_drain_beside_run_ends_with_it(outbox: SqliteOutbox, cluster: MockCluste
         timer.join()
 
 
-def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster, {"delivery.timeout.ms": 30_000}, close_timeout_s=0.1) as relay:
         cluster.set_rtt(-1, 60_000)
@@ -641,7 +643,7 @@ def test_what_its_end_gives_up_stays_and_its_buckets_are_free(outbox: SqliteOutb
         assert (outbox.status().later, outbox.status().dead) == (0, 0)
 
 
-def test_a_stop_before_it_runs_ends_it_at_once(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_a_stop_before_it_runs_ends_it_at_once(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(7)))
     with make(outbox, cluster) as relay:
         relay.stop()
@@ -650,7 +652,7 @@ def test_a_stop_before_it_runs_ends_it_at_once(outbox: SqliteOutbox, cluster: Mo
         assert relay.drain(30) == 0
 
 
-def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_a_signal_ends_it(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster) as relay:
         before = signal.signal(signal.SIGTERM, lambda *_: relay.stop())
@@ -665,7 +667,7 @@ def test_a_signal_ends_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
 
 
 @pytest.mark.parametrize("call", ["close", "drain"])
-def test_what_waits_for_run_is_refused_within_it(outbox: SqliteOutbox, cluster: MockCluster, call: str) -> None:
+def test_what_waits_for_run_is_refused_within_it(outbox: Outbox, cluster: MockCluster, call: str) -> None:
     with make(outbox, cluster) as relay:
         before = signal.signal(signal.SIGTERM, lambda *_: getattr(relay, call)())
         timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGTERM])
@@ -678,6 +680,7 @@ def test_what_waits_for_run_is_refused_within_it(outbox: SqliteOutbox, cluster: 
             timer.join()
 
 
+@in_sqlite
 def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_close_to_wait_for(
     outbox: SqliteOutbox,
 ) -> None:
@@ -695,6 +698,7 @@ def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_clos
     assert places > 20
 
 
+@in_sqlite
 def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOutbox) -> None:
     places = 0
     for nth in range(1, 10**6):
@@ -714,7 +718,7 @@ def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOu
 
 
 def test_buckets_are_given_back_when_the_database_is_in_trouble_at_the_end(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     troubled: list[str] = []
 
@@ -731,7 +735,7 @@ def test_buckets_are_given_back_when_the_database_is_in_trouble_at_the_end(
         assert outbox.status().relays == 0
 
 
-def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(50)))
     with make(outbox, cluster) as relay:
         timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
@@ -743,7 +747,7 @@ def test_ctrl_c_ends_it_with_what_is_in_flight_written(outbox: SqliteOutbox, clu
     assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
 
 
-def test_it_is_run_by_one_thread_and_not_after_its_end(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_it_is_run_by_one_thread_and_not_after_its_end(outbox: Outbox, cluster: MockCluster) -> None:
     with running(make(outbox, cluster)) as relay, pytest.raises(RuntimeError, match="runs already"):
         relay.run()
     with pytest.raises(kbatch.SenderClosedError):
@@ -756,7 +760,7 @@ def test_tables_that_are_missing_are_told_at_its_start(tmp_path: Path, cluster: 
         relay.run()
 
 
-def test_a_producer_of_the_callers_stays_open(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_a_producer_of_the_callers_stays_open(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(10)))
     with kbatch.Producer(config(cluster)) as producer:
         with Relay(outbox, producer) as relay:
@@ -765,6 +769,7 @@ def test_a_producer_of_the_callers_stays_open(outbox: SqliteOutbox, cluster: Moc
     check_history(range(10), stored(cluster))
 
 
+@in_sqlite
 @pytest.mark.parametrize(
     ("producer", "options", "says"),
     [
@@ -786,10 +791,11 @@ def test_wrong_options(outbox: SqliteOutbox, producer: dict[str, Any], options: 
 
 
 def test_what_is_no_outbox() -> None:
-    with pytest.raises(ConfigError, match=r"must be a kbatch\.SqliteOutbox, not str"):
+    with pytest.raises(ConfigError, match=r"must be a kbatch\.SqliteOutbox or kbatch\.PostgresOutbox, not str"):
         Relay("shop.db", {"bootstrap.servers": "127.0.0.1:1"})  # type: ignore[arg-type]
 
 
+@in_sqlite
 def test_its_defaults_have_time_for_a_delivery(outbox: SqliteOutbox) -> None:
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
         assert relay._max_delivery_s == 62.0

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import kbatch
 from kbatch import Relay, SqliteOutbox
 from kbatch.testing import MockCluster
 from tests import outboxes
+from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
 from tests.waiting import until
 
@@ -33,10 +35,8 @@ def config(cluster: MockCluster, timeout_ms: int = 30_000) -> dict[str, Any]:
     return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "delivery.timeout.ms": timeout_ms}
 
 
-def start(
-    outbox: SqliteOutbox, cluster: MockCluster, timeout_ms: int = 30_000, **settings: Any
-) -> subprocess.Popen[str]:
-    given = {"path": outbox._path, "config": config(cluster, timeout_ms), **settings}
+def start(outbox: Outbox, cluster: MockCluster, timeout_ms: int = 30_000, **settings: Any) -> subprocess.Popen[str]:
+    given = {**outboxes.where(outbox), "config": config(cluster, timeout_ms), **settings}
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "tests.mock.relay_program", json.dumps(given)],
         cwd=ROOT,
@@ -46,16 +46,20 @@ def start(
     )
 
 
-def let_leases_run_out(outbox: SqliteOutbox) -> None:
+@pytest.fixture
+def outbox(new_outbox: Callable[..., Outbox]) -> Outbox:
+    return new_outbox()
+
+
+def let_leases_run_out(outbox: Outbox) -> None:
     """As if so much time had passed since its relays died."""
     for table in ("lease", "relay"):
         outboxes.query(outbox, f"UPDATE {{{table}}} SET until = 0")
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_a_relay_that_is_killed_at_one_of_its_steps(tmp_path: Path, kafka_cluster: MockCluster, seed: int) -> None:
+def test_a_relay_that_is_killed_at_one_of_its_steps(outbox: Outbox, kafka_cluster: MockCluster, seed: int) -> None:
     seeded = random.Random(seed)
-    outbox = outboxes.made(tmp_path)
     kafka_cluster.create_topic("orders", partitions=3)
     numbers = list(range(1000))
     kills = []
@@ -76,14 +80,13 @@ def test_a_relay_that_is_killed_at_one_of_its_steps(tmp_path: Path, kafka_cluste
 
 
 def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
-    tmp_path: Path, kafka_cluster: MockCluster
+    outbox: Outbox, kafka_cluster: MockCluster
 ) -> None:
-    outbox = outboxes.made(tmp_path)
     kafka_cluster.create_topic("orders", partitions=3)
     processes = [start(outbox, kafka_cluster, 2_000, drain=False) for _ in range(3)]
     try:
         until(lambda: outbox.status().relays == 3, "three relays")
-        shares = "SELECT count(*) FROM {lease} WHERE owner NOT NULL GROUP BY owner ORDER BY 1"
+        shares = "SELECT count(*) FROM {lease} WHERE owner IS NOT NULL GROUP BY owner ORDER BY 1"
         until(lambda: outboxes.query(outbox, shares) == [(20,), (22,), (22,)], "a third for each")
         for first in range(0, 1000, 100):
             outboxes.add(outbox, numbered(range(first, first + 100)))
@@ -102,9 +105,8 @@ def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_and_sends_nothing_new(
-    tmp_path: Path, kafka_cluster: MockCluster
+    outbox: Outbox, kafka_cluster: MockCluster
 ) -> None:
-    outbox = outboxes.made(tmp_path)
     kafka_cluster.create_topic("orders", partitions=1)
     with start(outbox, kafka_cluster, 500, drain=False) as process:
         try:
@@ -116,8 +118,7 @@ def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_
             process.send_signal(signal.SIGSTOP)
             outboxes.query(
                 outbox,
-                "UPDATE {lease} SET owner = 'another', token = token + 1, length = 3600000, "
-                "until = CAST(strftime('%s', 'now') AS INTEGER) * 1000 + 3600000",
+                "UPDATE {lease} SET owner = 'another', token = token + 1, length = 3600000, until = {now} + 3600000",
             )
             time.sleep(6.0)  # of its lease of 8 seconds fewer are left than a hand-over needs
             kafka_cluster.set_rtt(-1, 0)
@@ -157,21 +158,43 @@ while True:
 """
 
 
+APPLICATION_OF_POSTGRES = """
+import sys
+import psycopg
+import kbatch
+from tests.relays import numbered
+
+conninfo, schema, table = sys.argv[1:]
+outbox = kbatch.PostgresOutbox(conninfo, schema=schema)
+connection = psycopg.connect(conninfo, autocommit=True)
+(first,) = connection.execute(psycopg.sql.SQL("SELECT count(*) FROM " + table)).fetchone()
+print("begun", flush=True)
+while True:
+    with connection.transaction():
+        for n in range(first, first + 7):
+            connection.execute("INSERT INTO " + table.replace("%", "%%") + " VALUES (%s)", (n,))
+        outbox.add(connection, numbered(range(first, first + 7)), topic="orders")
+    first += 7
+"""
+
+
 def test_an_application_that_is_killed_has_its_data_and_its_messages_or_neither(
-    tmp_path: Path, kafka_cluster: MockCluster
+    outbox: Outbox, kafka_cluster: MockCluster
 ) -> None:
     seeded = random.Random(7)
-    outbox = outboxes.made(tmp_path)
     kafka_cluster.create_topic("orders", partitions=3)
-    outboxes.query(outbox, "CREATE TABLE orders (n INTEGER PRIMARY KEY)")
+    in_sqlite = isinstance(outbox, SqliteOutbox)
+    table = "orders" if in_sqlite else outboxes.in_schema(outbox, "orders")
+    outboxes.run(outbox, f"CREATE TABLE {table} (n INTEGER PRIMARY KEY)")
     for _ in range(8):
-        command = [sys.executable, "-W", "error", "-c", APPLICATION, outbox._path]
+        program = APPLICATION if in_sqlite else APPLICATION_OF_POSTGRES
+        command = [sys.executable, "-W", "error", "-c", program, *outboxes.where(outbox).values(), table]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "begun\n"
             time.sleep(seeded.uniform(0.0, 0.05))
             process.kill()
-        orders = [n for (n,) in outboxes.query(outbox, "SELECT n FROM orders ORDER BY n")]
+        orders = [n for (n,) in outboxes.rows(outbox, f"SELECT n FROM {table} ORDER BY n")]
         assert orders == list(range(len(orders)))
         assert len(orders) % 7 == 0
         assert [int(body or b"") for body in outboxes.bodies(outbox)] == orders

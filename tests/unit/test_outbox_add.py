@@ -8,7 +8,7 @@ import sqlite3
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._sqlite import _tell_of_fault
 from tests import outboxes
 from tests.injection import Injector
+from tests.outboxes import Outbox, in_sqlite
 
 FUTURE = datetime.now(timezone.utc) + timedelta(days=1)
 PAST = datetime.now(timezone.utc) - timedelta(days=1)
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> SqliteOutbox:
-    return outboxes.made(tmp_path)
+def outbox(new_outbox: Callable[..., Any]) -> Any:
+    return new_outbox()
 
 
 def envelopes(count: int, first: int = 0) -> list[Envelope]:
@@ -38,11 +39,11 @@ def envelopes(count: int, first: int = 0) -> list[Envelope]:
 # -- what is stored
 
 
-def test_what_was_committed_is_there_as_it_goes_on_the_wire(outbox: SqliteOutbox) -> None:
+def test_what_was_committed_is_there_as_it_goes_on_the_wire(outbox: Outbox) -> None:
     order = Envelope({"n": 1}, key="schlüssel", topic="orders", partition=3, timestamp=7, headers={"trace": "x"})
     assert outboxes.add(outbox, [order, Tombstone("gone", topic="other")], topic=None) == 2
     (first, second) = outboxes.query(outbox, "SELECT id, packed, deliver_by FROM {outbox} ORDER BY seq")
-    assert first[0] == order.id.bytes
+    assert getattr(first[0], "bytes", first[0]) == order.id.bytes
     topic, partition, timestamp, key, value, headers = unpack_record(first[1])
     assert (topic, partition, timestamp, key, value) == ("orders", 3, 7, "schlüssel".encode(), b'{"n":1}')
     assert ("trace", b"x") in headers
@@ -51,7 +52,7 @@ def test_what_was_committed_is_there_as_it_goes_on_the_wire(outbox: SqliteOutbox
     assert (first[2], second[2]) == (None, None)
 
 
-def test_what_was_rolled_back_is_not(outbox: SqliteOutbox) -> None:
+def test_what_was_rolled_back_is_not(outbox: Outbox) -> None:
     with outboxes.transaction(outbox) as connection:
         outbox.add(connection, envelopes(3), topic="orders")
         connection.execute("ROLLBACK")
@@ -61,7 +62,7 @@ def test_what_was_rolled_back_is_not(outbox: SqliteOutbox) -> None:
     assert outboxes.bodies(outbox) == [b"0", b"1"]
 
 
-def test_numbers_grow_and_are_never_given_twice_even_if_all_rows_are_gone(outbox: SqliteOutbox) -> None:
+def test_numbers_grow_and_are_never_given_twice_even_if_all_rows_are_gone(outbox: Outbox) -> None:
     seen: list[int] = []
     for _ in range(4):
         outboxes.add(outbox, envelopes(10))
@@ -70,7 +71,7 @@ def test_numbers_grow_and_are_never_given_twice_even_if_all_rows_are_gone(outbox
     assert seen == sorted(set(seen))
 
 
-def test_a_key_has_one_bucket_and_keys_are_spread_over_all(outbox: SqliteOutbox) -> None:
+def test_a_key_has_one_bucket_and_keys_are_spread_over_all(outbox: Outbox) -> None:
     for _ in range(2):
         outboxes.add(outbox, [Envelope(data=b"", key=f"customer-{n}") for n in range(5000)])
     buckets: dict[bytes | None, set[int]] = {}
@@ -82,7 +83,7 @@ def test_a_key_has_one_bucket_and_keys_are_spread_over_all(outbox: SqliteOutbox)
     assert max(sizes.values()) < 3 * 5000 / 64
 
 
-def test_the_buckets_of_version_1(outbox: SqliteOutbox) -> None:
+def test_the_buckets_of_version_1(outbox: Outbox) -> None:
     # They are stored: another hash would move keys whose records wait. Computed by hash_of below.
     def mixed(value: int) -> int:
         for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
@@ -110,13 +111,13 @@ def test_the_buckets_of_version_1(outbox: SqliteOutbox) -> None:
     assert [packed_key_hash(packed) for _, packed in rows] == [signed[0], signed[1], None]
 
 
-def test_an_expired_envelope_is_left_out_and_the_time_of_others_is_kept(outbox: SqliteOutbox) -> None:
+def test_an_expired_envelope_is_left_out_and_the_time_of_others_is_kept(outbox: Outbox) -> None:
     assert outboxes.add(outbox, [Envelope(data=b"a", deliver_by=PAST), Envelope(data=b"b", deliver_by=FUTURE)]) == 1
     ((deliver_by,),) = outboxes.query(outbox, "SELECT deliver_by FROM {outbox}")
     assert deliver_by == int(FUTURE.timestamp() * 1e6)
 
 
-def test_an_empty_list_adds_nothing(outbox: SqliteOutbox) -> None:
+def test_an_empty_list_adds_nothing(outbox: Outbox) -> None:
     assert outboxes.add(outbox, []) == 0
     assert outboxes.add(outbox, [Envelope(data=b"a", deliver_by=PAST)]) == 0
 
@@ -127,9 +128,8 @@ def test_two_outboxes_of_one_database_are_apart(tmp_path: Path) -> None:
     assert (first.status().waiting, second.status().waiting) == (2, 0)
 
 
-def test_options_of_mapping_are_a_producers(tmp_path: Path) -> None:
-    outbox = outboxes.made(
-        tmp_path,
+def test_options_of_mapping_are_a_producers(new_outbox: Callable[..., Outbox]) -> None:
+    outbox = new_outbox(
         wire="cloudevents",
         source="/shop",
         encoder=lambda message, context: b"<%s>" % message.encode(),
@@ -147,6 +147,7 @@ def test_options_of_mapping_are_a_producers(tmp_path: Path) -> None:
 ISOLATION = ["", "DEFERRED", "IMMEDIATE", "EXCLUSIVE", None]
 
 
+@in_sqlite
 @pytest.mark.parametrize("isolation_level", ISOLATION)
 @pytest.mark.parametrize("commits", [True, False])
 def test_it_joins_the_transaction_of_each_isolation_level(
@@ -169,6 +170,7 @@ def test_it_joins_the_transaction_of_each_isolation_level(
     assert len(outboxes.query(outbox, "SELECT * FROM orders")) == (1 if commits else 0)
 
 
+@in_sqlite
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="platform: sqlite3.connect(autocommit=…) is of Python 3.12")
 @pytest.mark.parametrize("autocommit", [True, False])
 def test_it_joins_the_transaction_of_each_autocommit(outbox: SqliteOutbox, autocommit: bool) -> None:
@@ -184,6 +186,7 @@ def test_it_joins_the_transaction_of_each_autocommit(outbox: SqliteOutbox, autoc
     assert outbox.status().waiting == 3
 
 
+@in_sqlite
 def test_a_connection_with_factories_of_its_own(outbox: SqliteOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         connection.row_factory = sqlite3.Row
@@ -191,6 +194,7 @@ def test_a_connection_with_factories_of_its_own(outbox: SqliteOutbox) -> None:
         assert outbox.add(connection, envelopes(2), topic="orders") == 2
 
 
+@in_sqlite
 def test_a_connection_that_converts_columns_by_their_types(outbox: SqliteOutbox) -> None:
     sqlite3.register_converter("INTEGER", lambda value: b"converted " + value)
     try:
@@ -202,6 +206,7 @@ def test_a_connection_that_converts_columns_by_their_types(outbox: SqliteOutbox)
         sqlite3.converters.pop("INTEGER")  # type: ignore[attr-defined]
 
 
+@in_sqlite
 def test_a_temporary_table_of_the_same_name_is_not_meant(outbox: SqliteOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         connection.execute("CREATE TEMP TABLE kbatch_outbox (x)")
@@ -211,12 +216,13 @@ def test_a_temporary_table_of_the_same_name_is_not_meant(outbox: SqliteOutbox) -
 # -- what is refused
 
 
-def refused(outbox: SqliteOutbox, connection: Any, what: Any = None, **arguments: Any) -> str:
+def refused(outbox: Any, connection: Any, what: Any = None, **arguments: Any) -> str:
     with pytest.raises((OutboxError, SerializationError, kbatch.NotYetDueError, TypeError)) as caught:
         outbox.add(connection, envelopes(3) if what is None else what, **{"topic": "orders", **arguments})
     return str(caught.value)
 
 
+@in_sqlite
 @pytest.mark.parametrize("isolation_level", ISOLATION)
 def test_no_transaction(outbox: SqliteOutbox, isolation_level: Any) -> None:
     connection = sqlite3.connect(outbox._path, isolation_level=isolation_level)
@@ -225,6 +231,7 @@ def test_no_transaction(outbox: SqliteOutbox, isolation_level: Any) -> None:
     connection.close()
 
 
+@in_sqlite
 def test_a_closed_connection_another_threads_and_what_is_none(outbox: SqliteOutbox) -> None:
     connection = sqlite3.connect(outbox._path)
     connection.execute("BEGIN")
@@ -238,6 +245,7 @@ def test_a_closed_connection_another_threads_and_what_is_none(outbox: SqliteOutb
     assert refused(outbox, "shop.db") == "connection must be a sqlite3.Connection, not str"
 
 
+@in_sqlite
 def test_a_connection_to_another_database(outbox: SqliteOutbox, tmp_path: Path) -> None:
     other = outboxes.made(tmp_path, "other.db")
     with outboxes.transaction(other) as connection:
@@ -251,6 +259,7 @@ def test_a_connection_to_another_database(outbox: SqliteOutbox, tmp_path: Path) 
     connection.close()
 
 
+@in_sqlite
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_connection_to_another_database_without_the_tables(outbox: SqliteOutbox, attached: bool) -> None:
     connection = sqlite3.connect(":memory:", isolation_level=None)
@@ -261,6 +270,7 @@ def test_a_connection_to_another_database_without_the_tables(outbox: SqliteOutbo
     connection.close()
 
 
+@in_sqlite
 def test_a_connection_by_another_name_of_the_file(outbox: SqliteOutbox, tmp_path: Path) -> None:
     os.symlink(outbox._path, tmp_path / "link.db")
     for _ in range(2):
@@ -295,7 +305,7 @@ def test_tables_that_are_missing(tmp_path: Path) -> None:
         ("DELETE FROM {meta}", r"call create\(\)"),
     ],
 )
-def test_tables_of_another_version(outbox: SqliteOutbox, change: str, says: str) -> None:
+def test_tables_of_another_version(outbox: Outbox, change: str, says: str) -> None:
     outboxes.query(outbox, change)
     with outboxes.transaction(outbox) as connection, pytest.raises(OutboxError, match=says):
         outbox.add(connection, envelopes(1), topic="orders")
@@ -304,7 +314,7 @@ def test_tables_of_another_version(outbox: SqliteOutbox, change: str, says: str)
             call()
 
 
-def test_bad_envelopes_add_nothing_and_the_transaction_goes_on(outbox: SqliteOutbox) -> None:
+def test_bad_envelopes_add_nothing_and_the_transaction_goes_on(outbox: Outbox) -> None:
     def failing() -> Iterator[Envelope]:
         yield Envelope(data=b"x")
         raise KeyError("in the middle")
@@ -322,7 +332,7 @@ def test_bad_envelopes_add_nothing_and_the_transaction_goes_on(outbox: SqliteOut
     assert outboxes.bodies(outbox) == [b"0", b"1", b"7"]
 
 
-def test_a_generator_that_ends_the_transaction(outbox: SqliteOutbox) -> None:
+def test_a_generator_that_ends_the_transaction(outbox: Outbox) -> None:
     with outboxes.transaction(outbox) as connection:
 
         def ending() -> Iterator[Envelope]:
@@ -334,6 +344,7 @@ def test_a_generator_that_ends_the_transaction(outbox: SqliteOutbox) -> None:
     assert outbox.status().waiting == 0
 
 
+@in_sqlite
 def test_a_write_that_fails_in_the_middle_adds_nothing(outbox: SqliteOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         outbox.add(connection, envelopes(2), topic="orders")
@@ -349,6 +360,7 @@ def test_a_write_that_fails_in_the_middle_adds_nothing(outbox: SqliteOutbox) -> 
     assert outboxes.bodies(outbox) == [b"0", b"1", b"7"]
 
 
+@in_sqlite
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_exception_at_any_line_leaves_all_or_nothing_and_no_savepoint(outbox: SqliteOutbox, count: int) -> None:
     places = 0
@@ -367,6 +379,7 @@ def test_an_exception_at_any_line_leaves_all_or_nothing_and_no_savepoint(outbox:
     assert places > 20
 
 
+@in_sqlite
 def test_a_database_that_is_locked_is_told_with_what_to_do(outbox: SqliteOutbox) -> None:
     reader = sqlite3.connect(outbox._path, isolation_level=None, timeout=0)
     reader.execute("BEGIN")
@@ -376,6 +389,7 @@ def test_a_database_that_is_locked_is_told_with_what_to_do(outbox: SqliteOutbox)
     reader.close()
 
 
+@in_sqlite
 def test_a_full_disk(outbox: SqliteOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         (pages,) = connection.execute("PRAGMA page_count").fetchone()
@@ -386,6 +400,7 @@ def test_a_full_disk(outbox: SqliteOutbox) -> None:
     assert outbox.status().waiting == 0
 
 
+@in_sqlite
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="platform: no permissions of files")
 def test_a_connection_that_only_reads(outbox: SqliteOutbox) -> None:
     connection = sqlite3.connect(f"file:{outbox._path}?mode=ro", uri=True, isolation_level=None)
@@ -431,6 +446,7 @@ def test_wrong_options(options: dict[str, Any], says: str) -> None:
 # -- tables
 
 
+@in_sqlite
 def test_create_may_be_called_again_and_changes_nothing(outbox: SqliteOutbox) -> None:
     outboxes.add(outbox, envelopes(3))
     outbox.create()
@@ -439,12 +455,12 @@ def test_create_may_be_called_again_and_changes_nothing(outbox: SqliteOutbox) ->
     assert outboxes.query(outbox, "PRAGMA journal_mode") == [("wal",)]
 
 
-def test_create_makes_no_table_beside_those_of_another_version(outbox: SqliteOutbox) -> None:
+def test_create_makes_no_table_beside_those_of_another_version(outbox: Outbox) -> None:
     outboxes.query(outbox, "DROP TABLE {dead}")
     outboxes.query(outbox, "UPDATE {meta} SET version = 2")
     with pytest.raises(OutboxError, match="tables of version 2"):
         outbox.create()
-    assert outboxes.query(outbox, "SELECT name FROM sqlite_master WHERE name = 'kbatch_outbox_dead'") == []
+    assert not outboxes.has_table(outbox, "dead")
 
 
 class WithoutWal(sqlite3.Connection):
@@ -458,6 +474,7 @@ def test_a_file_system_without_wal_mode_is_refused(tmp_path: Path, monkeypatch: 
         SqliteOutbox(tmp_path / "shop.db").create()
 
 
+@in_sqlite
 def test_the_log_of_the_database_is_cut_after_a_reader_had_kept_it_growing(
     outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -477,6 +494,7 @@ def test_the_log_of_the_database_is_cut_after_a_reader_had_kept_it_growing(
     store.close()
 
 
+@in_sqlite
 def test_ddl_makes_the_same_tables(tmp_path: Path, outbox: SqliteOutbox) -> None:
     by_hand = SqliteOutbox(tmp_path / "by_hand.db")
     with contextlib.closing(sqlite3.connect(by_hand._path)) as connection:
@@ -488,6 +506,7 @@ def test_ddl_makes_the_same_tables(tmp_path: Path, outbox: SqliteOutbox) -> None
     assert len(outboxes.query(outbox, "SELECT * FROM {lease}")) == 64
 
 
+@in_sqlite
 def test_the_hot_table_has_no_index_but_its_key(outbox: SqliteOutbox) -> None:
     ((indexes,),) = outboxes.query(
         outbox, "SELECT count(*) FROM pragma_index_list('kbatch_outbox') WHERE origin != 'pk'"
@@ -495,7 +514,7 @@ def test_the_hot_table_has_no_index_but_its_key(outbox: SqliteOutbox) -> None:
     assert indexes == 0
 
 
-def test_status_counts_up_to_a_bound_and_tells_the_oldest(outbox: SqliteOutbox) -> None:
+def test_status_counts_up_to_a_bound_and_tells_the_oldest(outbox: Outbox) -> None:
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
     for first in range(0, 30, 10):
         outboxes.add(outbox, envelopes(10, first))
@@ -506,7 +525,7 @@ def test_status_counts_up_to_a_bound_and_tells_the_oldest(outbox: SqliteOutbox) 
     assert 3600 <= status.oldest_age_s < 7200
 
 
-def test_threads_add_at_the_same_time(outbox: SqliteOutbox) -> None:
+def test_threads_add_at_the_same_time(outbox: Outbox) -> None:
     numbers = itertools.count()
 
     def work() -> None:
@@ -539,3 +558,22 @@ def test_a_version_of_sqlite_that_may_damage_the_database_is_logged_once(
     for _ in range(2):
         _tell_of_fault(version)
     assert len(caplog.records) == (1 if is_told else 0)
+
+
+@in_sqlite
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("session", [True, False])
+def test_it_joins_the_transaction_of_sqlalchemy(outbox: SqliteOutbox, session: bool, commits: bool) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy", reason="platform: it has no wheel here")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    outboxes.query(outbox, "CREATE TABLE orders (n)")
+    engine = sqlalchemy.create_engine(f"sqlite:///{outbox._path}")
+    with orm.Session(engine) if session else engine.connect() as connection:
+        assert "BEGIN IMMEDIATE" in refused(outbox, connection)
+        connection.execute(sqlalchemy.text("INSERT INTO orders VALUES (1)"))
+        assert outbox.add(connection, envelopes(3), topic="orders") == 3
+        assert outbox.status().waiting == 0  # for others
+        connection.commit() if commits else connection.rollback()
+    engine.dispose()
+    assert outbox.status().waiting == (3 if commits else 0)
+    assert len(outboxes.query(outbox, "SELECT * FROM orders")) == (1 if commits else 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -81,7 +82,7 @@ class Relay:
     It needs a process or a thread of its own, in which `run` is called. It holds no transaction open while it sends.
 
     Args:
-        outbox: A `SqliteOutbox`, whose tables are there.
+        outbox: A `SqliteOutbox` or `PostgresOutbox`, whose tables are there.
         producer: A producer's ``config``, or a `Producer` that is used for nothing else and that the caller closes. It
             must be idempotent with ``acks=all``, without a ``transactional.id``. With a ``config``,
             ``delivery.timeout.ms`` is 30,000 by default.
@@ -112,7 +113,7 @@ class Relay:
         close_timeout_s: float = 30.0,
     ) -> None:
         if not callable(getattr(outbox, "open_store", None)):
-            raise ConfigError(f"outbox must be a kbatch.SqliteOutbox, not {type_name(outbox)}")
+            raise ConfigError(f"outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not {type_name(outbox)}")
         policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0) if retry is None else retry
         if not isinstance(policy, RetryPolicy):
             raise ConfigError(f"retry must be a RetryPolicy, not {type_name(retry)}")
@@ -401,6 +402,7 @@ class Relay:
         try:
             if self._store is None:
                 self._store = self._outbox.open_store()
+                self._positions.start_again()  # what it would have found below the floors it does not know
             result = call()
         except OutboxError as error:
             now = monotonic()
@@ -527,10 +529,11 @@ class Relay:
     def _send_next(self) -> None:
         assert self._store is not None
         floors = self._positions.floors(self._leases.to_read())
-        reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES)
+        in_flight = functools.cache(self._in_flight)
+        reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES, in_flight=in_flight)
         if self._was_changed():
             return
-        rows = self._positions.taken(reading, self._in_flight)
+        rows = self._positions.taken(reading, in_flight)
         if reading.rows:
             self._poll_s = _SHORTEST_POLL_S
         else:

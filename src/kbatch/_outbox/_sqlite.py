@@ -6,15 +6,10 @@ import contextlib
 import logging
 import os
 import sqlite3
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from kbatch._base_producer import check_mapping
-from kbatch._checks import is_whole
-from kbatch._errors import ConfigError, OutboxError, type_name
-from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
+from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._dead_letters import DeadLetters
 from kbatch._outbox._kept import Keeper
 from kbatch._outbox._scheduled import ScheduledMessages
@@ -27,13 +22,15 @@ from kbatch._text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import msgspec
+    import sqlalchemy.orm
+
     from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["OutboxStatus", "SqliteOutbox"]
+__all__ = ["SqliteOutbox"]
 
-_MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, and SQLite's for a value
 _BUSY_TIMEOUT_S = 5.0
 _LONGEST_WAL = 16_000_000  # what the file is cut to when SQLite begins it anew, after a reader had kept it growing
 
@@ -41,26 +38,7 @@ _logger = logging.getLogger("kbatch")
 _told_of_fault = False
 
 
-@dataclass(frozen=True)
-class OutboxStatus:
-    """What is in an outbox.
-
-    Attributes:
-        waiting: Records to be sent, at most as many as were to be counted.
-        later: Records that brokers refused and that wait for their next attempt; counted likewise.
-        dead: Records that were given up; counted likewise.
-        oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
-        relays: How many relays work on it.
-    """
-
-    waiting: int
-    later: int
-    dead: int
-    oldest_age_s: float
-    relays: int
-
-
-class SqliteOutbox:
+class SqliteOutbox(BaseOutbox):
     """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
 
     An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
@@ -88,7 +66,7 @@ class SqliteOutbox:
         header_hook: Callable[[], HeadersLike | None] | None = None,
         max_message_bytes: int = 1_000_000,
     ) -> None:
-        check_mapping(wire, encoder, source, header_hook)
+        super().__init__(wire, encoder, source, header_hook, max_message_bytes)
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
         name = os.fsdecode(path)
@@ -97,22 +75,8 @@ class SqliteOutbox:
             raise ConfigError(f"path must have no NUL character: {printable(name)}")
         if name in ("", ":memory:"):
             raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
-        if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
-            raise ConfigError(
-                f"max_message_bytes must be an int from 1,000 to {_MOST_BYTES:,}, not {max_message_bytes!r}"
-            )
         self._tables = SqliteTables(prefix)
         self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
-        self._mapper = Mapper(
-            wire,
-            msgspec.json.Encoder() if encoder is None else encoder,
-            source,
-            header_hook,
-            max_message_bytes,
-            max_message_bytes,
-        )
-        self._pool = RecordPool()
-        self._watchers: list[Callable[[], object]] = []
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
@@ -170,8 +134,18 @@ class SqliteOutbox:
 
     # -- adding
 
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        cause = getattr(error, "orig", None)  # SQLAlchemy wraps it
+        if isinstance(cause, sqlite3.Error):
+            return self._tables.as_outbox_error(cause, self._path)
+        return OutboxError(f"the outbox in {self._path}: {exception_text(error)}")
+
     def add(
-        self, connection: sqlite3.Connection, envelopes: Iterable[Envelope[Any]], *, topic: str | None = None
+        self,
+        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        topic: str | None = None,
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
@@ -181,7 +155,8 @@ class SqliteOutbox:
         SQLite may refuse at once to let it write.
 
         Args:
-            connection: One of ``sqlite3``, to this outbox's file, in a transaction.
+            connection: One of ``sqlite3``, to this outbox's file, in a transaction; or a connection or session of
+                SQLAlchemy 2 that uses one, after its first statement that writes.
             envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
                 in the order in which transactions with them were written.
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
@@ -195,17 +170,17 @@ class SqliteOutbox:
             OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
                 are missing or another version's; the database takes no writes.
         """
-        self._check_connection(connection)
+        driver: sqlite3.Connection = self._driver_of(connection)
+        self._check_connection(driver)
         batch = self._pool.map(self._mapper, topic, envelopes)
-        self._check_connection(connection)  # an encoder or a generator may have ended the transaction
+        self._check_connection(driver)  # an encoder or a generator may have ended the transaction
         try:
-            count = self._insert_batch(connection, batch)
+            count = self._insert_batch(driver, batch)
         except sqlite3.Error as error:
             if lacks_tables(error):
-                self._check_file_of(connection)
+                self._check_file_of(driver)
             raise self._tables.as_outbox_error(error, self._path) from error
-        for watcher in tuple(self._watchers):
-            watcher()
+        self._tell_watchers()
         return count
 
     def _check_connection(self, connection: sqlite3.Connection) -> None:
@@ -258,7 +233,7 @@ class SqliteOutbox:
         self._tables.check_meta(version, buckets)
         if file not in self._own_files:
             self._check_file(file)
-        return self._pool.rows(batch, last_seq - count + 1, BUCKETS, int(wall_time() * 1e6))
+        return self._pool.rows(batch, last_seq - count + 1, BUCKETS, now_us())
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:
         cursor = connection.cursor()
@@ -306,8 +281,7 @@ class SqliteOutbox:
             )
             oldest = min((age[0] for age in ages if age is not None), default=None)
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
-        age_s = 0.0 if oldest is None else max(0.0, wall_time() - oldest / 1e6)
-        return OutboxStatus(waiting, later, dead, age_s, relays)
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays)
 
     @property
     def dead_letters(self) -> DeadLetters:
@@ -324,15 +298,6 @@ class SqliteOutbox:
         if not rows:
             raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
         return rows[0]
-
-    def watch(self, watcher: Callable[[], object]) -> None:
-        """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
-        self._watchers.append(watcher)
-
-    def unwatch(self, watcher: Callable[[], object]) -> None:
-        """Calls it no more, if it does."""
-        with contextlib.suppress(ValueError):
-            self._watchers.remove(watcher)
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.

@@ -9,7 +9,7 @@ from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from kbatch._outbox._sqlite_session import Run
     from kbatch._outbox._sqlite_tables import SqliteTables
@@ -106,7 +106,14 @@ class SqliteStore(SqliteSession):
 
     # -- reading
 
-    def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
+    def read(
+        self,
+        floors: Mapping[int, int],
+        *,
+        limit: int,
+        max_bytes: int,
+        in_flight: Callable[[], Collection[Place]],
+    ) -> Reading:
         """As `OutboxStore.read`."""
         rows: list[StoredRow] = []
         left = dict(floors)  # of what was not read to its end

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 from kbatch._errors import ConfigError, OutboxError, shown
 from kbatch._outbox._store import BUCKETS, RefusedWriteError
-from kbatch._text import counted
+from kbatch._outbox._tables import OutboxTables
 
 if TYPE_CHECKING:
     import os
 
 __all__ = ["SqliteTables", "lacks_tables"]
 
-VERSION = 1
 _LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -86,11 +85,8 @@ CREATE TABLE IF NOT EXISTS {relay} (
 # The database's clock, in milliseconds since 1970.
 NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
-# Of a line in `lease` or `relay`. One that ends too late is of before the clock was set back; a small step is borne.
-LIVES = f"(until > {NOW_MS} AND until <= {NOW_MS} + 2 * length)"
 
-
-class SqliteTables:
+class SqliteTables(OutboxTables):
     """The tables of one outbox, by their quoted names."""
 
     def __init__(self, prefix: str) -> None:
@@ -105,35 +101,19 @@ class SqliteTables:
             )
         # With the schema, so that a temporary table of the same name is not meant.
         names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key", "dead_died")
-        self.names = {name: f'main."{prefix}outbox_{name}"' for name in names}
-        self.names["outbox"] = f'main."{prefix}outbox"'
+        quoted = {name: f'main."{prefix}outbox_{name}"' for name in names}
+        quoted["outbox"] = f'main."{prefix}outbox"'
         for name in ("later", "dead"):  # an index says which schema by its own name
-            self.names[f"{name}_bare"] = f'"{prefix}outbox_{name}"'
+            quoted[f"{name}_bare"] = f'"{prefix}outbox_{name}"'
+        super().__init__(quoted, now=NOW_MS)
         self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
-
-    def sql(self, statement: str) -> str:
-        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …; ``{now}``; ``{lives}``."""
-        return statement.format(now=NOW_MS, lives=LIVES, **self.names)
 
     def ddl(self) -> str:
         """The statements that make what is missing."""
-        text = _DDL.format(version=VERSION, buckets=BUCKETS, **self.names)
-        return text + self.sql(
-            "INSERT OR IGNORE INTO {lease} (bucket, owner, token, until, length) VALUES " + self._first_buckets + ";\n"
+        leases = (
+            f"INSERT OR IGNORE INTO {{lease}} (bucket, owner, token, until, length) VALUES {self._first_buckets};\n"
         )
-
-    def check_meta(self, version: int, buckets: int) -> None:
-        """Raises OutboxError for tables that are another release's."""
-        if version != VERSION:
-            raise OutboxError(
-                f"the outbox {self.names['outbox']} has tables of version {version}, and this kbatch knows version "
-                f"{VERSION}: use the kbatch that made them, or other tables by prefix="
-            )
-        if buckets != BUCKETS:
-            raise OutboxError(
-                f"the outbox {self.names['outbox']} has {counted(buckets, 'bucket')}, and this kbatch counts with "
-                f"{BUCKETS}: a key would change its bucket, and lose its order; use other tables by prefix="
-            )
+        return self.sql(_DDL + leases)
 
     def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str], *, own: bool = False) -> OutboxError:
         """What to do about an error of SQLite; `own` of a connection that is not the caller's."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 from kbatch._errors import OutboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
 __all__ = [
     "BUCKETS",
@@ -79,8 +79,8 @@ class Lease(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """Rows, those of a bucket in the order of their numbers; the new floor of each bucket of which there are some; and
-    the buckets that were read to their end."""
+    """Rows, those of a bucket in the order of their numbers; the floor, risen or not, of each bucket of which there are
+    some; and the buckets that were read to their end."""
 
     rows: list[StoredRow]
     floors: dict[int, int]
@@ -145,11 +145,25 @@ class OutboxStore(Protocol):
     def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """Tells that `owner` is gone, and gives up all its leases but those of the buckets `keep`, which run out."""
 
-    def read(self, floors: Mapping[int, int], *, limit: int, max_bytes: int) -> Reading:
+    def read(
+        self,
+        floors: Mapping[int, int],
+        *,
+        limit: int,
+        max_bytes: int,
+        in_flight: Callable[[], Collection[Place]],
+    ) -> Reading:
         """Rows of buckets, each above its floor, the lowest first, fairly over the buckets in the order of `floors`.
         What one bucket leaves of its share the others get.
 
-        A returned floor is the number up to which all rows were read now or before: no row can come to light below it.
+        A returned floor is the number up to which all rows were read now or before that could be seen. If rows may come
+        to light below it, because transactions end in another order than they took their numbers, the store remembers
+        where, and returns them before rows above. So what is returned has all rows of a key up to any that it has,
+        if the application's transactions of one key follow each other. A store that is opened anew is asked with
+        floors of 0.
+
+        Args:
+            in_flight: Rows that are not to be read again when rows come to light beside them. It is called only then.
         """
 
     def read_due(

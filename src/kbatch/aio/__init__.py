@@ -20,6 +20,7 @@ from kbatch._pending import PendingBatch
 from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._inline import InlineSender
+from kbatch.aio._postgres import PostgresOutbox
 from kbatch.aio._producer import Producer
 from kbatch.aio._topic import KafkaTopic
 
@@ -29,6 +30,7 @@ __all__ = [
     "KafkaSender",
     "KafkaTopic",
     "PendingBatch",
+    "PostgresOutbox",
     "Producer",
     "SenderCallback",
     "SenderProtocol",

@@ -225,6 +225,7 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
     cdef int32_t i, length
     cdef Shape *shape
     cdef HeaderList *kept
+    cdef HeaderList *following
     if not c.recycles or count > MOST_LISTED:
         return NULL
     if pool == NULL:
@@ -260,13 +261,18 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
     kept = shape.free
     if kept == NULL:
         return make_list(shape, record)
-    shape.free = kept.next
+    following = kept.next
+    shape.free = following
+    if following != NULL:
+        kb_prefetch(following.next, sizeof(HeaderList) + count * sizeof(char *))
     guard(kept, False)
     KB_ADD64(&pool.pooled_bytes, -shape.list_bytes)
     for i in range(count):
         note_value(&shape.headers[i], &h[i], shape.takes)
         if kept.written < shape.headers[i].changed:
             write_in_place(&h[i], values_of(kept)[i])
+            if following != NULL:
+                kb_prefetch(values_of(following)[i], 1)
     kept.written = shape.takes
     return kept
 
@@ -283,20 +289,40 @@ cdef void keep_list(ListPool *pool, HeaderList *kept) noexcept nogil:
     shape.free = kept
 
 
+cdef void keep_run(ListPool *pool, HeaderList *first) noexcept nogil:
+    # All of its lists at once: to look at each costs a miss of the caches, of which a large batch has many.
+    cdef Shape *shape = first.shape
+    cdef HeaderList *kept = first
+    cdef HeaderList *following
+    cdef int64_t size = first.in_run * shape.list_bytes
+    if first.headers == NULL or shape.is_dropped or KB_LOAD64(&pool.pooled_bytes) + size > MOST_POOLED_LISTS:
+        while kept != NULL:
+            following = kept.next
+            keep_list(pool, kept)
+            kept = following
+        return
+    while KB_POISONS and kept != NULL:
+        guard(kept, True)
+        kept = kept.next
+    KB_ADD64(&pool.pooled_bytes, size)
+    first.last.next = shape.free
+    shape.free = first
+
+
 cdef void collect_lists(Client *c, int64_t now) noexcept nogil:
     # What reports have given back. The batch whose turn it is calls it.
-    cdef HeaderList *kept
+    cdef HeaderList *run
     cdef HeaderList *following
     kb_mutex_lock(&c.mu)
-    kept = c.returned
+    run = c.returned
     c.returned = NULL
     c.returned_bytes = 0
     kb_mutex_unlock(&c.mu)
     c.lists_used_ns = now
-    while kept != NULL:
-        following = kept.next
-        keep_list(c.lists, kept)
-        kept = following
+    while run != NULL:
+        following = run.next_run
+        keep_run(c.lists, run)
+        run = following
 
 
 cdef inline void detach_list(const rd_kafka_message_t *message, HeaderList *kept) noexcept nogil:
@@ -307,14 +333,33 @@ cdef inline void detach_list(const rd_kafka_message_t *message, HeaderList *kept
         kept.headers = NULL
 
 
+cdef inline HeaderList *add_to_runs(HeaderList *runs, HeaderList *kept) noexcept nogil:
+    # The runs with one more list: the latest is the first of the first run, so what is warm is taken again first. One that
+    # librdkafka has not given back is a run of its own.
+    kept.next = NULL
+    kept.last = kept
+    kept.next_run = runs
+    kept.in_run = 1
+    if runs != NULL and runs.shape == kept.shape and runs.headers != NULL and kept.headers != NULL:
+        kept.next = runs
+        kept.last = runs.last
+        kept.next_run = runs.next_run
+        kept.in_run = runs.in_run + 1
+    return kept
+
+
 cdef void free_pool(ListPool *pool, HeaderList *returned) noexcept nogil:
     # No message has a list of it any more.
     cdef int i
     cdef HeaderList *following
+    cdef HeaderList *next_run
     while returned != NULL:
-        following = returned.next
-        free_list(returned)
-        returned = following
+        next_run = returned.next_run
+        while returned != NULL:
+            following = returned.next
+            free_list(returned)
+            returned = following
+        returned = next_run
     if pool != NULL:
         for i in range(SHAPE_BUCKETS):
             while pool.buckets[i] != NULL:

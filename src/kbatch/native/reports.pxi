@@ -129,7 +129,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     cdef int i, n, ran_down = 0
     cdef Outcome *outcome
     cdef HeaderList *kept
-    cdef HeaderList *first = NULL  # the lists of these messages
+    cdef HeaderList *lists = NULL  # the runs of lists of these messages
     cdef HeaderList *last = NULL
     while True:
         n = <int> api.event_message_array(event, messages, MESSAGES_AT_ONCE)
@@ -144,12 +144,9 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                 own = kept.topic
                 detach_list(message, kept)
                 list_bytes += kept.shape.list_bytes
-                kept.next = NULL
-                if last == NULL:
-                    first = kept
-                else:
-                    last.next = kept
-                last = kept
+                lists = add_to_runs(lists, kept)
+                if lists.next_run == NULL:
+                    last = lists
             else:
                 own = <Topic *> <size_t> outcome.offset
             outcome.partition = message.partition
@@ -194,8 +191,8 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
         look_for_fatal(c)
     kb_mutex_lock(&c.mu)
     if last != NULL:
-        last.next = c.returned
-        c.returned = first
+        last.next_run = c.returned
+        c.returned = lists
         c.returned_bytes += list_bytes
     KB_ADD64(&c.in_flight, -total)  # with the lists: without messages in flight there is no list that has no owner
     KB_ADD64(&c.bytes, -bytes)

@@ -1,0 +1,114 @@
+"""What outboxes of all databases have in common: options, mapping, and who is told of an `add`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kbatch._base_producer import check_mapping
+from kbatch._checks import is_whole
+from kbatch._errors import ConfigError, OutboxError
+from kbatch._fastmap import Mapper, RecordPool, wall_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kbatch._wire import HeadersLike, WireFormat
+
+__all__ = ["BaseOutbox", "OutboxStatus", "age_s", "now_us"]
+
+_MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, SQLite's for a value, and below PostgreSQL's
+
+
+@dataclass(frozen=True)
+class OutboxStatus:
+    """What is in an outbox.
+
+    Attributes:
+        waiting: Records to be sent, at most as many as were to be counted.
+        later: Records that brokers refused and that wait for their next attempt; counted likewise.
+        dead: Records that were given up; counted likewise.
+        oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
+        relays: How many relays work on it.
+    """
+
+    waiting: int
+    later: int
+    dead: int
+    oldest_age_s: float
+    relays: int
+
+
+class BaseOutbox:
+    """Maps envelopes to packed records, and tells the relays of this process of them."""
+
+    def __init__(
+        self,
+        wire: str | WireFormat,
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None,
+        source: str | None,
+        header_hook: Callable[[], HeadersLike | None] | None,
+        max_message_bytes: int,
+    ) -> None:
+        check_mapping(wire, encoder, source, header_hook)
+        if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
+            raise ConfigError(
+                f"max_message_bytes must be an int from 1,000 to {_MOST_BYTES:,}, not {max_message_bytes!r}"
+            )
+        self._mapper = Mapper(
+            wire,
+            msgspec.json.Encoder() if encoder is None else encoder,
+            source,
+            header_hook,
+            max_message_bytes,
+            max_message_bytes,
+        )
+        self._pool = RecordPool()
+        self._watchers: list[Callable[[], object]] = []
+
+    def watch(self, watcher: Callable[[], object]) -> None:
+        """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
+        self._watchers.append(watcher)
+
+    def unwatch(self, watcher: Callable[[], object]) -> None:
+        """Calls it no more, if it does."""
+        with contextlib.suppress(ValueError):
+            self._watchers.remove(watcher)
+
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        raise NotImplementedError
+
+    def _driver_of(self, connection: Any) -> Any:
+        """What SQLAlchemy's `Connection` or `Session` uses, once its transaction has begun; anything else as it is."""
+        sqlalchemy = sys.modules.get("sqlalchemy")
+        orm = sys.modules.get("sqlalchemy.orm")
+        if sqlalchemy is None:
+            return connection
+        try:
+            if orm is not None and isinstance(connection, orm.Session):
+                connection = connection.connection()
+            if isinstance(connection, sqlalchemy.Connection):
+                if not connection.in_transaction():
+                    connection.begin()
+                return connection.connection.driver_connection
+        except sqlalchemy.exc.SQLAlchemyError as error:
+            raise self._as_outbox_error(error) from error
+        return connection
+
+    def _tell_watchers(self) -> None:
+        for watcher in tuple(self._watchers):
+            watcher()
+
+
+def now_us() -> int:
+    """Microseconds since 1970."""
+    return int(wall_time() * 1e6)
+
+
+def age_s(created_at: int | None) -> float:
+    """Seconds since a row was added; 0.0 for none."""
+    return 0.0 if created_at is None else max(0.0, wall_time() - created_at / 1e6)

@@ -1,0 +1,336 @@
+"""An outbox in a PostgreSQL database."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+from kbatch._errors import ConfigError, OutboxError, shown, type_name
+from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream, joined
+from kbatch._outbox._postgres_tables import PostgresTables
+from kbatch._outbox._store import BUCKETS
+from kbatch._text import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    import msgspec
+    import psycopg
+    import sqlalchemy.orm
+
+    from kbatch._fastmap import Envelope, MappedBatch
+    from kbatch._outbox._postgres_rows import Row
+    from kbatch._outbox._store import OutboxStore
+    from kbatch._wire import HeadersLike, WireFormat
+
+__all__ = ["BasePostgresOutbox", "PostgresOutbox", "not_taken"]
+
+
+class BasePostgresOutbox(BaseOutbox):
+    """What the outboxes for threads and for asyncio have in common."""
+
+    _shown = "kbatch.PostgresOutbox"
+
+    def __init__(
+        self,
+        conninfo: str,
+        *,
+        schema: str = "public",
+        prefix: str = "kbatch_",
+        wire: str | WireFormat = "kbatch",
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
+        source: str | None = None,
+        header_hook: Callable[[], HeadersLike | None] | None = None,
+        max_message_bytes: int = 1_000_000,
+    ) -> None:
+        super().__init__(wire, encoder, source, header_hook, max_message_bytes)
+        if not isinstance(conninfo, str) or "\0" in conninfo:
+            what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
+            raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
+        self._conninfo = conninfo
+        self._tables = PostgresTables(schema, prefix)
+        sql = self._tables.sql
+        # A transaction has its number before a row of it has one: else a relay could not know below which numbers
+        # rows may come to light. PostgreSQL looks at what no row decides before it looks at any row.
+        right = "{meta} AS meta WHERE one = 1 AND version = {version} AND buckets = {buckets}"
+        right += " AND pg_current_xact_id() IS NOT NULL"
+        into = "INSERT INTO {outbox} (bucket, id, packed, deliver_by, created_at) SELECT "
+        self._insert_one = sql(
+            f"{into} $1::smallint, encode($2::bytea, 'hex')::uuid, $3::bytea, $4::bigint, $5::bigint FROM {right}"
+        )
+        # Through text, since some drivers ask for lists where a parameter is an array.
+        unnested = "unnest($1::text::smallint[], $2::text::integer[], $3::text::integer[], $4::text::bigint[])"
+        self._insert = sql(
+            f"{into} row.bucket, encode(substr($5::bytea, row.place, 16), 'hex')::uuid, "
+            f"substr($5::bytea, row.place + 16, row.size), row.deliver_by, $6::bigint "
+            f"FROM {unnested} AS row (bucket, place, size, deliver_by), {right}"
+        )
+        self._meta = sql("SELECT version, buckets FROM {meta} WHERE one = 1")
+        self._look = sql("SELECT version, buckets, pg_current_xact_id()::text FROM {meta} WHERE one = 1")
+        self._copy = sql(f"COPY {{outbox}} ({COPIED}) FROM STDIN (FORMAT binary)")
+
+    def __repr__(self) -> str:
+        return f"<{self._shown} {self._tables!r}>"
+
+    def ddl(self) -> str:
+        """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
+
+        The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
+        ``SELECT`` on ``outbox_meta``; relays need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        """
+        return self._tables.ddl()
+
+    def open_store(self) -> OutboxStore:
+        """The connection of a relay, which closes it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer; psycopg is not
+                installed.
+        """
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            from kbatch._outbox._postgres_store import PostgresStore
+
+            return PostgresStore(connection, self._tables)
+
+    # -- with a connection of its own
+
+    def _create(self) -> None:
+        with self._connection() as connection:
+            run = connection.execute
+            run("BEGIN")
+            # Of two who make them at the same time the second one would fail.
+            run("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (self._tables.names["outbox"],))
+            if self._lacks_any(connection):
+                run("SET LOCAL lock_timeout = '10s'")
+                self._refuse_other_tables(connection)
+                run(self._tables.ddl().encode())
+            self._check_tables(connection)
+            run("COMMIT")
+
+    def _lacks_any(self, connection: psycopg.Connection[Any]) -> bool:
+        # So that it waits for no lock when nothing is to be made.
+        tables = self._tables
+        statement = (
+            "SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+            "WHERE nspname = %s AND relname = ANY(%s)"
+        )
+        row = connection.execute(statement, (tables.schema, list(tables.bare.values()))).fetchone()
+        assert row is not None
+        return bool(row[0] < len(tables.bare))
+
+    def _refuse_other_tables(self, connection: psycopg.Connection[Any]) -> None:
+        name = self._tables.names["meta"]
+        row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
+        assert row is not None
+        if row[0]:
+            found = connection.execute(self._meta.encode()).fetchone()
+            if found is not None:
+                self._tables.check_meta(*found)
+
+    def _check_tables(self, connection: psycopg.Connection[Any]) -> None:
+        self._check_look(connection.execute(self._meta.encode()).fetchone())
+
+    def _check_look(self, found: Any) -> None:
+        if found is None:
+            raise self._tables.lacks_meta()
+        self._tables.check_meta(found[0], found[1])
+
+    def _status(self, count_up_to: int) -> OutboxStatus:
+        statement = self._tables.sql(
+            "SELECT (SELECT count(*) FROM (SELECT FROM {outbox} LIMIT $1) AS waiting), "
+            "(SELECT count(*) FROM (SELECT FROM {later} LIMIT $1) AS later), "
+            "(SELECT count(*) FROM (SELECT FROM {dead} LIMIT $1) AS dead), "
+            "(SELECT min(created_at) FROM generate_series(0, {buckets} - 1) AS each, LATERAL ("
+            "SELECT created_at FROM {outbox} WHERE bucket = each::smallint ORDER BY seq LIMIT 1) AS oldest), "
+            "(SELECT count(*) FROM {relay} WHERE {lives})"
+        )
+        with self._connection() as connection:
+            self._check_tables(connection)
+            import psycopg
+
+            cursor = psycopg.RawCursor(connection)
+            waiting, later, dead, oldest, relays = cursor.execute(statement.encode(), (count_up_to,)).fetchall()[0]
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays)
+
+    @contextlib.contextmanager
+    def _connection(self, *, keep: bool = False) -> Iterator[psycopg.Connection[Any]]:
+        try:
+            import psycopg
+
+            from kbatch._outbox._postgres_store import connect
+        except ImportError as error:
+            raise OutboxError(
+                f"the outbox {self._tables!r} needs psycopg for a connection of its own: pip install "
+                f"'kbatch-kafka[postgres]' ({error})"
+            ) from error
+        connection = None
+        try:
+            connection = connect(self._conninfo)
+            yield connection
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, psycopg.Error):
+                raise self._tables.as_outbox_error(error) from error
+            raise
+        if not keep:
+            connection.close()
+
+    # -- with a connection of the application
+
+    def _as_outbox_error(self, error: BaseException) -> OutboxError:
+        return self._tables.as_outbox_error(error)
+
+    def _rows(self, batch: MappedBatch) -> list[Row]:
+        return self._pool.rows(batch, 0, BUCKETS, now_us())
+
+    def _statement(self, rows: list[Row]) -> tuple[str, tuple[Any, ...]]:
+        """How a few rows are inserted. None of them is, if the tables are another version's."""
+        created_at = rows[0][4]
+        if len(rows) == 1:
+            bucket, _, id_bytes, packed, _, deliver_by = rows[0]
+            return self._insert_one, (bucket, id_bytes, packed, deliver_by, created_at)
+        return self._insert, (*joined(rows), created_at)
+
+    def _check_count(self, count: int, rows: list[Row]) -> None:
+        if count != len(rows):
+            raise OutboxError(
+                f"the outbox {self._tables!r} has taken {count} of {counted(len(rows), 'row')}: a trigger or a rule of "
+                "the table keeps the others out; roll back"
+            )
+
+    def _check_psycopg(self, connection: Any) -> None:
+        from psycopg.pq import PipelineStatus, TransactionStatus
+
+        status = connection.info.transaction_status
+        if connection.closed or status is TransactionStatus.UNKNOWN:
+            raise OutboxError("the connection is closed: give one that is open")
+        if status is TransactionStatus.INERROR:
+            raise OutboxError("a statement of the connection's transaction has failed before: roll back")
+        if status is TransactionStatus.ACTIVE:
+            raise OutboxError("the connection is in the middle of another statement: wait for its end")
+        if status is TransactionStatus.IDLE and connection.autocommit:
+            raise OutboxError(
+                "the connection is in no transaction, so that the messages would not be committed together with the "
+                "data: add them within its `with connection.transaction():`"
+            )
+        if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+            raise OutboxError("the connection is in pipeline mode, which tells of errors later: add outside of it")
+
+
+class PostgresOutbox(BasePostgresOutbox):
+    """Takes envelopes within transactions of the application, in tables of its PostgreSQL database; a `Relay` sends
+    them.
+
+    An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
+    outbox, each with a connection of its own. PostgreSQL 13 or later; the package ``psycopg`` 3.2 or later, which
+    ``pip install 'kbatch-kafka[postgres]'`` brings. `kbatch.aio.PostgresOutbox` is for asyncio.
+
+    Args:
+        conninfo: Where the database is, as for ``psycopg.connect``: for relays, `create` and `status`. The
+            application's connections must be to this database.
+        schema: Where the tables are. It must be there.
+        prefix: What the names of the tables begin with.
+        wire, encoder, source, header_hook: As for `Producer`.
+        max_message_bytes: The largest record that is taken. It should be the relay's ``message.max.bytes`` at most, and
+            the ``max.message.bytes`` of the topics.
+
+    Raises:
+        ConfigError: A value out of its range, or of the wrong type.
+    """
+
+    def create(self) -> None:
+        """Makes the tables, as far as they are missing.
+
+        Raises:
+            OutboxError: The tables are another version's; the schema is missing; the database does not answer. Then
+                no table was made.
+        """
+        self._create()
+
+    def add(
+        self,
+        connection: psycopg.Connection[Any] | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        topic: str | None = None,
+    ) -> int:
+        """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
+
+        All of them are mapped before anything is written: if that raises, the transaction can go on. After an error of
+        the database it must be rolled back, as after any statement that fails.
+
+        Args:
+            connection: One of psycopg 3, or a connection or session of SQLAlchemy 2 that uses it, to this outbox's
+                database. If it is not in a transaction yet and not in autocommit mode, this begins one, as any
+                statement does.
+            envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
+                in the order in which they were added, if transactions with the same key follow each other: as when
+                each has locked a row of the key's before.
+            topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+
+        Returns:
+            How many were added: all but those whose ``deliver_by`` has passed.
+
+        Raises:
+            SerializationError: An envelope could not be mapped, or is too large.
+            NotYetDueError: The ``scheduled_time`` of an envelope is in the future.
+            OutboxError: The connection is in autocommit mode, closed or in a transaction that has failed; the tables
+                are missing or another version's; the database takes no writes.
+        """
+        driver = self._driver(connection)
+        self._check_psycopg(driver)
+        rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
+        self._check_psycopg(driver)  # an encoder or a generator may have ended the transaction
+        if rows:
+            self._write(driver, rows)
+        self._tell_watchers()
+        return len(rows)
+
+    def _driver(self, connection: Any) -> psycopg.Connection[Any]:
+        driver = self._driver_of(connection)
+        module = sys.modules.get("psycopg")
+        if module is not None and isinstance(driver, module.Connection):
+            return cast("psycopg.Connection[Any]", driver)
+        raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
+
+    def _write(self, connection: psycopg.Connection[Any], rows: list[Row]) -> None:
+        import psycopg
+        from psycopg.rows import tuple_row
+
+        try:
+            cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
+            if len(rows) < FEWEST_TO_COPY:
+                statement, parameters = self._statement(rows)
+                count = cursor.execute(statement.encode(), parameters).rowcount
+                if not count:
+                    self._check_look(cursor.execute(self._look.encode()).fetchone())
+            else:
+                self._check_look(cursor.execute(self._look.encode()).fetchone())
+                with cursor.copy(self._copy.encode()) as copy:
+                    for piece in copy_stream(rows):
+                        copy.write(piece)
+                count = cursor.rowcount
+            self._check_count(count, rows)
+        except psycopg.Error as error:
+            raise self._tables.as_outbox_error(error) from error
+
+    def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
+        """What is in the outbox.
+
+        Args:
+            count_up_to: Of each kind no more are counted, since counting reads the rows.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        return self._status(count_up_to)
+
+
+def not_taken(given: object, driver: object, what: str) -> TypeError:
+    text = f"connection must be {what}, not {type_name(given)}"
+    return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")

@@ -1,0 +1,60 @@
+"""Rows of an outbox as PostgreSQL's drivers take them. No connection."""
+
+from __future__ import annotations
+
+import struct
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = ["COPIED", "FEWEST_TO_COPY", "Row", "array_text", "copy_stream", "joined"]
+
+Row: TypeAlias = tuple[
+    int, int, bytes, bytes, int, "int | None"
+]  # bucket, nothing yet, id, packed, created, deliver_by
+
+FEWEST_TO_COPY = 50  # fewer are inserted by one statement, which takes one round trip
+COPIED = "bucket, created_at, deliver_by, id, packed"  # the columns of `copy_stream`
+
+_HEADER = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+_TRAILER = struct.pack(">h", -1)
+# Each field with its length before it, and the length of the last one; -1 is a null.
+_ROW = struct.Struct(">hihiqiqi16si")
+_ROW_WITHOUT_DELIVER_BY = struct.Struct(">hihiqii16si")
+_CHUNK_BYTES = 256 * 1024
+
+
+def joined(rows: Sequence[Row]) -> tuple[str, str, str, str, bytes]:
+    """Arrays, as text, of buckets, places, sizes and times; and the bytes that have at each place an id and behind it
+    so many packed bytes. Drivers take long for arrays of bytes."""
+    buckets, _, ids, packed, _, deliver_by = zip(*rows, strict=True)
+    sizes = list(map(len, packed))
+    places = accumulate((size + 16 for size in sizes[:-1]), initial=1)  # the first byte is number 1
+    together = b"".join(chain.from_iterable(zip(ids, packed, strict=True)))
+    return array_text(buckets), array_text(places), array_text(sizes), array_text(deliver_by), together
+
+
+def array_text(values: Iterable[int | None]) -> str:
+    """An array of numbers as PostgreSQL reads it. Drivers take long for lists."""
+    return f"{{{','.join(map(str, values))}}}".replace("None", "NULL")
+
+
+def copy_stream(rows: Sequence[Row]) -> Iterator[bytes]:
+    """What ``COPY … (FORMAT binary)`` reads, in pieces."""
+    parts: list[bytes] = [_HEADER]
+    size = 0
+    for bucket, _, id_bytes, packed, created_at, deliver_by in rows:
+        length = len(packed)
+        if deliver_by is None:
+            parts.append(_ROW_WITHOUT_DELIVER_BY.pack(5, 2, bucket, 8, created_at, -1, 16, id_bytes, length))
+        else:
+            parts.append(_ROW.pack(5, 2, bucket, 8, created_at, 8, deliver_by, 16, id_bytes, length))
+        parts.append(packed)
+        size += length
+        if size >= _CHUNK_BYTES:
+            yield b"".join(parts)
+            parts, size = [], 0
+    parts.append(_TRAILER)
+    yield b"".join(parts)

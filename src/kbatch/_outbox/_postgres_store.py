@@ -1,0 +1,405 @@
+"""What a relay does in a PostgreSQL database."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from kbatch._fastmap import monotonic
+from kbatch._outbox._postgres_rows import array_text
+from kbatch._outbox._snapshots import Gaps, Snapshot
+from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+    from typing import TypeAlias, TypeVar
+
+    from kbatch._outbox._postgres_tables import PostgresTables
+    from kbatch._outbox._snapshots import Range
+    from kbatch._outbox._store import Failure, Place, StoredRow
+
+    _T = TypeVar("_T")
+    _Rows: TypeAlias = list[tuple[Any, ...]]
+    _Run: TypeAlias = Callable[..., _Rows]
+
+__all__ = ["PostgresStore", "connect"]
+
+_MOST_LEFT = 1000
+_FEWEST_OF_BUCKET = 50
+_LAST = 2**63 - 1  # no row has a higher number
+
+_CONNECT_S = 10
+_STATEMENT_S = 20  # the server ends what takes longer
+_SILENCE_S = 25  # and this end what has no answer then
+
+# Statements go by the primary key, however wrong the statistics are: a table that was analysed while it was empty, or
+# full, has others. The settings end with the transaction, so that a pool between may give the connection to others.
+_SETTINGS = f"""
+SET LOCAL statement_timeout = '{_STATEMENT_S}s'; SET LOCAL lock_timeout = '{_STATEMENT_S // 2}s';
+SET LOCAL idle_in_transaction_session_timeout = '{_STATEMENT_S}s'; SET LOCAL synchronous_commit = on;
+SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
+SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off;
+"""
+_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
+_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
+# age() counts to the number that the next transaction will have.
+_SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid)"
+
+_KEPT = "bucket, seq, id, packed, created_at, deliver_by"
+
+
+class _Connection(psycopg.Connection[Any]):
+    """One on which no call waits for ever: a server, or what is between, may be silent."""
+
+    def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
+        return super().wait(_until(gen, monotonic() + _SILENCE_S), *arguments, **keywords)
+
+
+def _until(steps: Generator[Any, Any, _T], end: float) -> Generator[Any, Any, _T]:
+    """The same steps, until a time."""
+    try:
+        state = next(steps)
+        while True:
+            ready = yield state
+            if not ready and monotonic() >= end:
+                raise psycopg.OperationalError(f"no answer for {_SILENCE_S} s")
+            state = steps.send(ready)
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+
+
+def connect(conninfo: str) -> psycopg.Connection[Any]:
+    """A connection in autocommit mode.
+
+    Raises:
+        psycopg.Error: There is none to be had.
+    """
+    own: dict[str, Any] = {"fallback_application_name": "kbatch", "client_encoding": "utf8"}
+    given = conninfo_to_dict(conninfo)
+    own.update({name: value for name, value in (("connect_timeout", _CONNECT_S),) if name not in given})
+    # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
+    return _Connection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
+
+
+class PostgresStore:
+    """A relay's connection to an outbox in PostgreSQL.
+
+    Transactions commit in another order than their rows have numbers, so rows come to light below those that were
+    read. `Gaps` knows where that may be; a reading is one snapshot, which has all rows of a key up to any that it has.
+
+    Args:
+        connection: In autocommit mode. It is the store's from now on.
+    """
+
+    def __init__(self, connection: psycopg.Connection[Any], tables: PostgresTables) -> None:
+        self._connection = connection
+        self._tables = tables
+        self._gaps = Gaps()
+        sql = tables.sql
+        of_ranges = """
+            SELECT bucket, seq, packed, deliver_by FROM (
+                SELECT of_range.*, sum(octet_length(packed)) OVER (ROWS UNBOUNDED PRECEDING) - octet_length(packed)
+                    AS size_before
+                FROM unnest($1::smallint[], $2::bigint[], $3::bigint[]) AS range (bucket, low, high)
+                CROSS JOIN LATERAL (
+                    SELECT bucket, seq, packed, deliver_by FROM {outbox} AS mine
+                    WHERE mine.bucket = range.bucket AND seq > low AND seq <= high %s
+                    ORDER BY mine.bucket, seq LIMIT $4
+                ) AS of_range
+                LIMIT $5
+            ) AS found WHERE size_before < $6
+        """
+        self._read = sql(of_ranges % "")
+        self._read_but = sql(of_ranges % "AND seq NOT IN (SELECT unnest($7::bigint[]))")
+        places = "unnest($1::smallint[], $2::bigint[]) AS place (bucket, seq)"
+        at = "gone.bucket = place.bucket AND gone.seq = place.seq"
+        self._delete = sql(f"DELETE FROM {{outbox}} AS gone USING {places} WHERE {at}")
+        self._delete_later = sql(f"DELETE FROM {{later}} AS gone USING {places} WHERE {at}")
+        gone = "gone.bucket, gone.seq, gone.id, gone.packed, gone.created_at, gone.deliver_by"
+        failed = (
+            "unnest($1::smallint[], $2::bigint[], $3::bigint[], $4::integer[], $5::bigint[], $6::text[]) "
+            "AS place (bucket, seq, due_in_ms, attempts, key_hash, error)"
+        )
+
+        def moves(of: str, to: str, columns: str, values: str) -> str:
+            replaced = ", ".join(f"{name} = excluded.{name}" for name in f"{_KEPT}, {columns}".split(", ")[2:])
+            return sql(
+                f"WITH moved AS (DELETE FROM {of} AS gone USING {failed} WHERE {at} "
+                f"RETURNING {gone}, due_in_ms, place.attempts, error, place.key_hash) "
+                f"INSERT INTO {to} ({_KEPT}, {columns}) SELECT {_KEPT}, {values} FROM moved "
+                f"ON CONFLICT (bucket, seq) DO UPDATE SET {replaced}"
+            )
+
+        to_later = ("{later}", "due_at, attempts, last_error, key_hash", "{now} + due_in_ms, attempts, error, key_hash")
+        to_dead = ("{dead}", "died_at, attempts, last_error", "{now}, attempts, error")
+        self._to_later = moves("{outbox}", *to_later)
+        self._to_dead = moves("{outbox}", *to_dead)
+        self._later_to_dead = moves("{later}", *to_dead)
+        self._put_off = sql(
+            "UPDATE {later} AS gone SET due_at = {now} + due_in_ms, attempts = place.attempts, last_error = error "
+            f"FROM {failed} WHERE {at}"
+        )
+
+    # -- leases
+
+    def renew(
+        self, owner: str, lease_s: float, *, release: Collection[int], avoid: Collection[int]
+    ) -> tuple[list[Lease], int]:
+        """As `OutboxStore.renew`."""
+        sql = self._tables.sql
+        length = int(lease_s * 1000)
+        # Of what another session has under its lock nothing is waited for: it is there the next time.
+        others = "FOR UPDATE SKIP LOCKED"
+        with self._writing() as run:
+            run(sql(f"DELETE FROM {{relay}} WHERE owner IN (SELECT owner FROM {{relay}} WHERE NOT {{lives}} {others})"))
+            run(
+                sql(
+                    "INSERT INTO {relay} (owner, until, length) VALUES ($1, {now} + $2::bigint, $2) "
+                    "ON CONFLICT (owner) DO UPDATE SET until = excluded.until, length = excluded.length"
+                ),
+                (owner, length),
+            )
+            ((relays,),) = run(sql("SELECT count(*) FROM {relay} WHERE {lives}"))
+            share = -(-BUCKETS // relays)
+            self._give_up(run, owner, release)
+            found = run(
+                sql(
+                    "UPDATE {lease} SET until = {now} + $2::bigint, length = $2 WHERE owner = $1 AND {lives} "
+                    "RETURNING bucket, token"
+                ),
+                (owner, length),
+            )
+            found += run(
+                sql(
+                    "UPDATE {lease} SET owner = $1, token = token + 1, until = {now} + $2::bigint, length = $2 "
+                    "WHERE bucket IN (SELECT bucket FROM {lease} WHERE (owner IS NULL OR NOT {lives}) "
+                    f"AND bucket <> ALL($3::smallint[]) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token"
+                ),
+                (owner, length, array_text([*avoid, *release]), max(share - len(found), 0)),
+            )
+        return [Lease(*row) for row in sorted(found)], share
+
+    def leave(self, owner: str, *, keep: Collection[int]) -> None:
+        """As `OutboxStore.leave`."""
+        with self._writing() as run:
+            run(self._tables.sql("DELETE FROM {relay} WHERE owner = $1"), (owner,))
+            self._give_up(run, owner, set(range(BUCKETS)).difference(keep))
+
+    def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
+        if release:
+            statement = "UPDATE {lease} SET owner = NULL, until = 0 WHERE owner = $1 AND bucket = ANY($2::smallint[])"
+            run(self._tables.sql(statement), (owner, array_text(release)))
+
+    # -- reading
+
+    def read(
+        self,
+        floors: Mapping[int, int],
+        *,
+        limit: int,
+        max_bytes: int,
+        in_flight: Callable[[], Collection[Place]],
+    ) -> Reading:
+        """As `OutboxStore.read`."""
+        if not floors:
+            return Reading([], {}, set())
+        rows: list[StoredRow] = []
+        new_floors: dict[int, int] = {}
+        ended: set[int] = set()
+        size = 0
+        with self._reading() as (run, now):
+            gaps = self._gaps.to_read(floors, now)
+            # Of each bucket what is to be read, the last of it without an end.
+            left = {bucket: [*gaps.get(bucket, ()), (floor, _LAST)] for bucket, floor in floors.items()}
+            statement = self._read
+            known: list[str] = []
+            if gaps:
+                statement, known = self._read_but, [array_text(seq for _, seq in in_flight())]
+            while left and size < max_bytes and len(rows) < limit:
+                most = limit - len(rows)
+                share = max(most // len(left), _FEWEST_OF_BUCKET)
+                ranges = [(bucket, *each) for bucket, of_bucket in left.items() for each in of_bucket]
+                found = run(
+                    statement, (*map(array_text, zip(*ranges, strict=True)), share, most, max_bytes - size, *known)
+                )
+                size_found = sum(len(row[2]) for row in found)
+                is_cut = len(found) == most or size + size_found >= max_bytes
+                at = 0
+                for bucket, of_bucket in list(left.items()):
+                    begin = at
+                    while at < len(found) and found[at][0] == bucket:
+                        at += 1
+                    is_last = is_cut and at == len(found)  # perhaps not read as far as it should have been
+                    taken = self._take(bucket, of_bucket, found[begin:at], share, is_last, now)
+                    if taken:
+                        rows += taken
+                        new_floors[bucket] = max(floors[bucket], taken[-1][1])
+                        size += sum(len(row[2]) for row in taken)
+                    if not of_bucket:
+                        ended.add(bucket)
+                        del left[bucket]
+                    if is_last:
+                        break
+        return Reading(rows, new_floors, ended)
+
+    def _take(
+        self, bucket: int, ranges: list[Range], found: _Rows, share: int, is_last: bool, now: Snapshot
+    ) -> list[StoredRow]:
+        """Of a bucket's rows those below which nothing was left out. What is left to be read stays in `ranges`."""
+        at = 0
+        while ranges:
+            low, high = ranges[0]
+            begin = at
+            while at < len(found) and found[at][1] <= high:
+                at += 1
+            is_whole = at - begin < share and not (is_last and at == len(found))
+            end = found[at - 1][1] if at > begin else low
+            if high == _LAST:
+                if end > low:
+                    self._gaps.was_read(bucket, low, end, now)
+            elif is_whole or end > low:
+                self._gaps.was_read_again(bucket, low, high if is_whole else end, now)
+            if not is_whole:
+                ranges[0] = (end, high)
+                break
+            ranges.pop(0)
+        return cast("list[StoredRow]", found[:at])
+
+    def read_due(
+        self, buckets: Collection[int], *, avoid: Collection[Place], longest_s: float, limit: int
+    ) -> list[DueRow]:
+        """As `OutboxStore.read_due`."""
+        rows: list[DueRow] = []
+        with self._reading() as (run, _):
+            # What is due too late was put off before the clock was set back.
+            for due in ("due_at <= {now}", "due_at > {now} + $4::bigint"):
+                statement = self._tables.sql(
+                    f"SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {{later}} AS mine WHERE {due} "
+                    "AND bucket = ANY($1::smallint[]) AND NOT EXISTS (SELECT FROM {later} AS earlier WHERE "
+                    "earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq) "
+                    "AND (bucket, seq) NOT IN (SELECT * FROM unnest($2::smallint[], $3::bigint[])) "
+                    "ORDER BY due_at LIMIT $5"
+                )
+                avoided = (array_text(bucket for bucket, _ in avoid), array_text(seq for _, seq in avoid))
+                found = run(statement, (array_text(buckets), *avoided, int(longest_s * 1000), limit - len(rows)))
+                rows += [DueRow(*row) for row in found]
+        return rows
+
+    def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
+        """As `OutboxStore.held_keys`."""
+        statement = self._tables.sql(
+            "SELECT bucket, key_hash, min(seq) FROM {later} WHERE bucket = ANY($1::smallint[]) "
+            "AND key_hash IS NOT NULL GROUP BY bucket, key_hash"
+        )
+        with self._reading() as (run, _):
+            return [HeldKey(*row) for row in run(statement, (array_text(buckets),))]
+
+    def changes(self) -> int:
+        """As `OutboxStore.changes`."""
+        with self._reading() as (run, _):
+            return int(run(self._tables.sql("SELECT changes FROM {meta} WHERE one = 1"))[0][0])
+
+    def left(self) -> int:
+        """As `OutboxStore.left`."""
+        statement = self._tables.sql(
+            "SELECT (SELECT count(*) FROM (SELECT FROM {outbox} LIMIT $1) AS waiting) + "
+            "(SELECT count(*) FROM (SELECT FROM {later} LIMIT $1) AS later)"
+        )
+        with self._reading() as (run, _):
+            return int(run(statement, (_MOST_LEFT,))[0][0])
+
+    # -- writing
+
+    def settle(
+        self,
+        leases: Mapping[int, int],
+        *,
+        done: Sequence[Place],
+        done_later: Sequence[Place],
+        failures: Sequence[Failure],
+        failures_later: Sequence[Failure],
+    ) -> set[int]:
+        """As `OutboxStore.settle`."""
+        with self._writing() as run:
+            # Who takes a bucket passes over those whose lease is under this lock.
+            holding = run(
+                self._tables.sql(
+                    "SELECT bucket, token FROM {lease} WHERE bucket = ANY($1::smallint[]) AND {lives} "
+                    "AND owner IS NOT NULL FOR SHARE"
+                ),
+                (array_text(sorted(leases)),),
+            )
+            valid = {bucket for bucket, token in holding if leases.get(bucket) == token}
+            for statement, places in ((self._delete, done), (self._delete_later, done_later)):
+                places = [place for place in places if place[0] in valid]
+                if places:
+                    run(statement, tuple(map(array_text, zip(*places, strict=True))))
+            for to_later, to_dead, failed in (
+                (self._to_later, self._to_dead, failures),
+                (self._put_off, self._later_to_dead, failures_later),
+            ):
+                failed = [failure for failure in failed if failure.bucket in valid]
+                self._move(run, to_later, [failure for failure in failed if failure.due_in_s is not None])
+                self._move(run, to_dead, [failure for failure in failed if failure.due_in_s is None])
+        return set(leases) - valid
+
+    def _move(self, run: _Run, statement: str, failures: Sequence[Failure]) -> None:
+        if failures:
+            numbers = zip(
+                *(
+                    (each.bucket, each.seq, int((each.due_in_s or 0.0) * 1000), each.attempts, each.key_hash)
+                    for each in failures
+                ),
+                strict=True,
+            )
+            run(statement, (*map(array_text, numbers), [self._storable(each.error) for each in failures]))
+
+    def _storable(self, text: str) -> str:
+        """A text that the database takes, or a row could never be moved."""
+        is_utf_8 = self._connection.info.parameter_status("server_encoding") == "UTF8"
+        text = text.replace("\0", "\\0")
+        return text.encode("utf-8" if is_utf_8 else "ascii", "backslashreplace").decode()
+
+    def close(self) -> None:
+        """As `OutboxStore.close`."""
+        self._connection.close()
+
+    # -- transactions
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[tuple[_Run, Snapshot]]:
+        with self._transaction() as run:
+            ((text, ahead),) = run(_BEGIN_READING + _SNAPSHOT)
+            yield run, Snapshot.parsed(text, ahead)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[_Run]:
+        with self._transaction() as run:
+            run(_BEGIN)
+            yield run
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[_Run]:
+        try:
+            try:
+                yield self._run
+                self._connection.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(psycopg.Error):
+                    if not self._connection.closed:
+                        self._connection.execute("ROLLBACK")
+                raise
+        except psycopg.Error as error:
+            raise self._tables.as_outbox_error(error) from error
+
+    def _run(self, statement: str, parameters: Sequence[Any] | None = None) -> _Rows:
+        """The rows of a statement, or of the last one of several without parameters."""
+        cursor = psycopg.RawCursor(self._connection)
+        cursor.execute(statement.encode(), parameters, binary=parameters is not None)
+        while cursor.nextset():
+            pass
+        return cursor.fetchall() if cursor.description is not None else []

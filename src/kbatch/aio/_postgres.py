@@ -1,0 +1,163 @@
+"""The outbox in PostgreSQL for asyncio."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from kbatch._errors import OutboxError
+from kbatch._loop import in_thread
+from kbatch._outbox._postgres import BasePostgresOutbox, not_taken
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    import asyncpg
+    import psycopg
+    import sqlalchemy.ext.asyncio
+
+    from kbatch._fastmap import Envelope
+    from kbatch._outbox._base import OutboxStatus
+    from kbatch._outbox._postgres_rows import Row
+
+__all__ = ["PostgresOutbox"]
+
+_THREAD = "kbatch-outbox"
+
+
+class PostgresOutbox(BasePostgresOutbox):
+    """Takes envelopes within transactions of the application, in tables of its PostgreSQL database.
+
+    Takes what `kbatch.PostgresOutbox` takes. A `kbatch.Relay` in a thread or process of its own sends them.
+    """
+
+    _shown = "kbatch.aio.PostgresOutbox"
+
+    async def create(self) -> None:
+        """As `kbatch.PostgresOutbox.create`, on a thread, with psycopg."""
+        await in_thread(_THREAD, self._create)
+
+    async def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
+        """As `kbatch.PostgresOutbox.status`, on a thread, with psycopg."""
+        return await in_thread(_THREAD, lambda: self._status(count_up_to))
+
+    async def add(
+        self,
+        connection: psycopg.AsyncConnection[Any]
+        | asyncpg.Connection[Any]
+        | sqlalchemy.ext.asyncio.AsyncConnection
+        | sqlalchemy.ext.asyncio.AsyncSession,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        topic: str | None = None,
+    ) -> int:
+        """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
+
+        Takes, returns and raises what `kbatch.PostgresOutbox.add` does, but for the connection: it is one of asyncpg,
+        in a transaction, or of psycopg 3 for asyncio, or a connection or session of SQLAlchemy 2 for asyncio that uses
+        one of them. The envelopes are mapped at once, without a pause for other tasks. If the task is cancelled, all
+        of them may have been added: roll back.
+        """
+        driver = await self._driver(connection)
+        self._check(driver)
+        rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
+        self._check(driver)  # an encoder or a generator may have ended the transaction
+        if rows:
+            await (self._write_asyncpg if _is_asyncpg(driver) else self._write)(driver, rows)
+        self._tell_watchers()
+        return len(rows)
+
+    async def _driver(self, connection: Any) -> Any:
+        driver = connection
+        sqlalchemy = sys.modules.get("sqlalchemy.ext.asyncio")
+        if sqlalchemy is not None and isinstance(driver, (sqlalchemy.AsyncSession, sqlalchemy.AsyncConnection)):
+            try:
+                driver = await self._driver_of_sqlalchemy(driver, sqlalchemy)
+            except sys.modules["sqlalchemy"].exc.SQLAlchemyError as error:
+                raise self._tables.as_outbox_error(error) from error
+        psycopg = sys.modules.get("psycopg")
+        if _is_asyncpg(driver) or (psycopg is not None and isinstance(driver, psycopg.AsyncConnection)):
+            return driver
+        raise not_taken(
+            connection,
+            driver,
+            "one of psycopg.AsyncConnection, asyncpg.Connection, or SQLAlchemy's AsyncConnection or AsyncSession over "
+            "them",
+        )
+
+    async def _driver_of_sqlalchemy(self, connection: Any, sqlalchemy: Any) -> Any:
+        if isinstance(connection, sqlalchemy.AsyncSession):
+            connection = await connection.connection()
+        if not connection.in_transaction():
+            await connection.begin()
+        driver = (await connection.get_raw_connection()).driver_connection
+        if _is_asyncpg(driver) and not driver.is_in_transaction():
+            await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy begins asyncpg's transaction with a statement
+        return driver
+
+    def _check(self, driver: Any) -> None:
+        if not _is_asyncpg(driver):
+            self._check_psycopg(driver)
+            return
+        if driver.is_closed():
+            raise OutboxError("the connection is closed: give one that is open")
+        if not driver.is_in_transaction():
+            raise OutboxError(
+                "the connection is in no transaction, so that the messages would not be committed together with the "
+                "data: add them within its `async with connection.transaction():`"
+            )
+
+    async def _write(self, connection: psycopg.AsyncConnection[Any], rows: list[Row]) -> None:
+        import psycopg
+        from psycopg.rows import tuple_row
+
+        try:
+            cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
+            if len(rows) < FEWEST_TO_COPY:
+                statement, parameters = self._statement(rows)
+                count = (await cursor.execute(statement.encode(), parameters)).rowcount
+                if not count:
+                    await cursor.execute(self._look.encode())
+                    self._check_look(await cursor.fetchone())
+            else:
+                await cursor.execute(self._look.encode())
+                self._check_look(await cursor.fetchone())
+                async with cursor.copy(self._copy.encode()) as copy:
+                    for piece in copy_stream(rows):
+                        await copy.write(piece)
+                count = cursor.rowcount
+            self._check_count(count, rows)
+        except psycopg.Error as error:
+            raise self._tables.as_outbox_error(error) from error
+
+    async def _write_asyncpg(self, connection: asyncpg.Connection[Any], rows: list[Row]) -> None:
+        import asyncpg
+
+        async def pieces() -> AsyncIterator[bytes]:
+            for piece in copy_stream(rows):
+                yield piece
+
+        try:
+            if len(rows) < FEWEST_TO_COPY:
+                statement, parameters = self._statement(rows)
+                told = await connection.execute(statement, *parameters)
+                if told.endswith(" 0"):
+                    self._check_look(await connection.fetchrow(self._look))
+            else:
+                self._check_look(await connection.fetchrow(self._look))
+                told = await connection.copy_to_table(
+                    self._tables.bare["outbox"],
+                    schema_name=self._tables.schema,
+                    columns=COPIED.split(", "),
+                    source=pieces(),
+                    format="binary",
+                )
+            self._check_count(int(told.rpartition(" ")[2]), rows)
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+            raise self._tables.as_outbox_error(error) from error
+
+
+def _is_asyncpg(driver: object) -> bool:
+    asyncpg = sys.modules.get("asyncpg")
+    return asyncpg is not None and isinstance(driver, (asyncpg.Connection, asyncpg.pool.PoolConnectionProxy))

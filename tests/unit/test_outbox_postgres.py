@@ -1,0 +1,675 @@
+"""Adding to an outbox in PostgreSQL by each driver, and what is refused."""
+
+import asyncio
+import contextlib
+import itertools
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import datetime, timedelta, timezone
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+
+import kbatch
+from kbatch import ConfigError, Envelope, OutboxError, PostgresOutbox, SerializationError, aio
+from kbatch._fastmap import packed_key_hash, unpack_record
+from kbatch._outbox._postgres_rows import FEWEST_TO_COPY
+from tests import outboxes
+from tests.outboxes import connected, query
+from tests.waiting import until
+
+FUTURE = datetime.now(timezone.utc) + timedelta(days=1)
+
+
+@pytest.fixture
+def outbox(in_postgres: Callable[..., PostgresOutbox]) -> PostgresOutbox:
+    outbox = in_postgres(wire="raw")
+    outboxes.run(outbox, f"CREATE TABLE {outboxes.in_schema(outbox, 'orders')} (n integer)")
+    return outbox
+
+
+def envelopes(count: int, first: int = 0) -> list[Envelope]:
+    return [Envelope(data=b"%d" % n, key=f"k{n % 5}") for n in range(first, first + count)]
+
+
+def insert_order(outbox: PostgresOutbox) -> str:
+    return f"INSERT INTO {outboxes.in_schema(outbox, 'orders')} VALUES (1)"
+
+
+def counted(outbox: PostgresOutbox) -> tuple[int, int]:
+    """How many orders and how many messages there are."""
+    ((orders,),) = outboxes.rows(outbox, f"SELECT count(*) FROM {outboxes.in_schema(outbox, 'orders')}")
+    return orders, outbox.status().waiting
+
+
+# -- what is stored
+
+
+@pytest.mark.parametrize("count", [1, 2, FEWEST_TO_COPY - 1, FEWEST_TO_COPY, 2000])
+def test_few_rows_and_many_are_stored_alike(outbox: PostgresOutbox, count: int) -> None:
+    given = [
+        Envelope(
+            data=os.urandom(n % 700) * (900 if n == 7 else 1),
+            key=None if n % 3 == 0 else f"schlüssel{n}",
+            partition=n % 4 if n % 5 == 0 else None,
+            headers={"n": str(n)},
+            deliver_by=FUTURE if n % 2 else None,
+        )
+        for n in range(count)
+    ]
+    assert outboxes.add(outbox, given) == count
+    rows = query(outbox, "SELECT seq, id, packed, bucket, deliver_by, created_at FROM {outbox} ORDER BY seq")
+    assert [row[0] for row in rows] == list(range(1, count + 1))
+    assert [row[1] for row in rows] == [each.id for each in given]
+    unpacked = [unpack_record(row[2]) for row in rows]
+    assert [each[4] for each in unpacked] == [each.data for each in given]
+    assert [each[5] for each in unpacked] == [[("n", str(n).encode())] for n in range(count)]
+    hashes = [packed_key_hash(row[2]) for row in rows]
+    buckets = [row[3] for row in rows]
+    assert all(found is None or found % 64 == bucket for found, bucket in zip(hashes, buckets, strict=True))
+    assert [row[4] for row in rows] == [int(FUTURE.timestamp() * 1e6) if n % 2 else None for n in range(count)]
+    assert len({row[5] for row in rows}) == 1
+
+
+def test_a_key_has_the_bucket_that_it_has_in_sqlite(outbox: PostgresOutbox, tmp_path: Any) -> None:
+    other = outboxes.made(tmp_path, wire="raw")
+    given = [Envelope(data=b"%d" % n, key=f"k{n}", timestamp=7) for n in range(200)]
+    for each in (outbox, other):
+        outboxes.add(each, given)
+    statement = "SELECT bucket, packed FROM {outbox} ORDER BY seq"
+    assert query(outbox, statement) == query(other, statement)
+
+
+# -- transactions of psycopg
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize("how", ["implicit", "first", "block", "nested", "begin", "serializable"])
+def test_it_joins_the_transaction_of_psycopg(outbox: PostgresOutbox, how: str, count: int, commits: bool) -> None:
+    import psycopg
+
+    with contextlib.closing(psycopg.connect(outbox._conninfo, autocommit=how in ("block", "begin"))) as connection:
+        if how == "serializable":
+            connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        with contextlib.suppress(KeyError), contextlib.ExitStack() as blocks:
+            if how in ("block", "nested"):
+                blocks.enter_context(connection.transaction())
+            if how == "nested":
+                blocks.enter_context(connection.transaction())
+            if how == "begin":
+                connection.execute("BEGIN")
+            if how == "first":
+                assert outbox.add(connection, envelopes(count), topic="orders") == count
+                connection.execute(insert_order(outbox))
+            else:
+                connection.execute(insert_order(outbox))
+                assert outbox.add(connection, envelopes(count), topic="orders") == count
+            assert counted(outbox) == (0, 0)  # for others
+            if how in ("block", "nested") and not commits:
+                raise KeyError
+        connection.commit() if commits else connection.rollback()
+    assert counted(outbox) == ((1, count) if commits else (0, 0))
+
+
+def test_a_connection_with_factories_and_types_of_its_own(outbox: PostgresOutbox) -> None:
+    import psycopg
+    from psycopg.rows import dict_row
+
+    class Wrong(psycopg.adapt.Dumper):
+        def dump(self, obj: Any) -> bytes:
+            return b"wrong"
+
+    with psycopg.connect(outbox._conninfo, row_factory=dict_row, cursor_factory=psycopg.ClientCursor) as connection:
+        connection.prepare_threshold = 0
+        for count in (1, 3, 100):
+            assert outbox.add(connection, envelopes(count), topic="orders") == count
+    assert outbox.status().waiting == 104
+
+
+def test_its_schema_is_meant_whatever_the_search_path_is(outbox: PostgresOutbox) -> None:
+    with outboxes.transaction(outbox) as connection:
+        connection.execute("CREATE TEMP TABLE kbatch_outbox (x integer)")
+        connection.execute("CREATE TEMP TABLE kbatch_outbox_meta (x integer)")
+        connection.execute("SET LOCAL search_path = pg_catalog")
+        for count in (1, 3, 100):
+            assert outbox.add(connection, envelopes(count), topic="orders") == count
+
+
+def test_two_outboxes_of_one_schema_are_apart(outbox: PostgresOutbox, in_postgres: Callable[..., Any]) -> None:
+    other = in_postgres(schema=outbox._tables.schema, prefix='other "%s" {x} ü')
+    outboxes.add(outbox, envelopes(2))
+    outboxes.add(other, envelopes(100))
+    assert (outbox.status().waiting, other.status().waiting) == (2, 100)
+
+
+# -- other drivers
+
+Adder = Callable[[PostgresOutbox, int, bool], Awaitable[None]]
+
+
+def url(outbox: PostgresOutbox, driver: str) -> str:
+    base = outbox._conninfo.replace("postgresql:", f"postgresql+{driver}:")
+    return base.replace("sslmode=", "ssl=") if driver == "asyncpg" else base
+
+
+def of_aio(outbox: PostgresOutbox) -> aio.PostgresOutbox:
+    return aio.PostgresOutbox(outbox._conninfo, schema=outbox._tables.schema, wire="raw")
+
+
+async def by_psycopg(outbox: PostgresOutbox, count: int, commits: bool) -> None:
+    import psycopg
+
+    connection = await psycopg.AsyncConnection.connect(outbox._conninfo)
+    await connection.execute(insert_order(outbox))
+    assert await of_aio(outbox).add(connection, envelopes(count), topic="orders") == count
+    await (connection.commit() if commits else connection.rollback())
+    await connection.close()
+
+
+async def by_asyncpg(outbox: PostgresOutbox, count: int, commits: bool) -> None:
+    import asyncpg
+
+    connection = await asyncpg.connect(outbox._conninfo)
+    transaction = connection.transaction()
+    await transaction.start()
+    await connection.execute(insert_order(outbox))
+    assert await of_aio(outbox).add(connection, envelopes(count), topic="orders") == count
+    await (transaction.commit() if commits else transaction.rollback())
+    await connection.close()
+
+
+async def by_a_pool_of_asyncpg(outbox: PostgresOutbox, count: int, commits: bool) -> None:
+    import asyncpg
+
+    async with asyncpg.create_pool(outbox._conninfo, min_size=1) as pool, pool.acquire() as connection:
+        with contextlib.suppress(KeyError):
+            async with connection.transaction():
+                assert await of_aio(outbox).add(connection, envelopes(count), topic="orders") == count
+                await connection.execute(insert_order(outbox))
+                if not commits:
+                    raise KeyError
+
+
+def by_sqlalchemy(first: bool, session: bool) -> Adder:
+    async def add(outbox: PostgresOutbox, count: int, commits: bool) -> None:
+        import sqlalchemy
+        import sqlalchemy.orm
+
+        engine = sqlalchemy.create_engine(url(outbox, "psycopg"))
+        connection: Any = sqlalchemy.orm.Session(engine) if session else engine.connect()
+        with connection:
+            if first:
+                assert outbox.add(connection, envelopes(count), topic="orders") == count
+            connection.execute(sqlalchemy.text(insert_order(outbox).replace(":", "\\:")))
+            if not first:
+                assert outbox.add(connection, envelopes(count), topic="orders") == count
+            assert counted(outbox) == (0, 0)
+            connection.commit() if commits else connection.rollback()
+        engine.dispose()
+
+    return add
+
+
+def by_sqlalchemy_aio(driver: str, first: bool, session: bool) -> Adder:
+    async def add(outbox: PostgresOutbox, count: int, commits: bool) -> None:
+        import sqlalchemy.ext.asyncio
+
+        engine = sqlalchemy.ext.asyncio.create_async_engine(url(outbox, driver))
+        connection: Any = sqlalchemy.ext.asyncio.AsyncSession(engine) if session else engine.connect()
+        async with connection:
+            if first:
+                assert await of_aio(outbox).add(connection, envelopes(count), topic="orders") == count
+            await connection.execute(sqlalchemy.text(insert_order(outbox).replace(":", "\\:")))
+            if not first:
+                assert await of_aio(outbox).add(connection, envelopes(count), topic="orders") == count
+            assert counted(outbox) == (0, 0)
+            await (connection.commit() if commits else connection.rollback())
+        await engine.dispose()
+
+    return add
+
+
+DRIVERS: dict[str, Adder] = {
+    "psycopg": by_psycopg,
+    "asyncpg": by_asyncpg,
+    "pool of asyncpg": by_a_pool_of_asyncpg,
+    **{
+        f"sqlalchemy {'first' if first else 'then'} {'session' if session else 'connection'}": by_sqlalchemy(
+            first, session
+        )
+        for first, session in itertools.product([True, False], repeat=2)
+    },
+    **{
+        f"sqlalchemy aio {driver} {'first' if first else 'then'} {'session' if session else 'connection'}": (
+            by_sqlalchemy_aio(driver, first, session)
+        )
+        for driver in ("psycopg", "asyncpg")
+        for first, session in itertools.product([True, False], repeat=2)
+    },
+}
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_it_joins_the_transaction_of_each_driver(
+    outbox: PostgresOutbox, driver: str, count: int, commits: bool
+) -> None:
+    asyncio.run(DRIVERS[driver](outbox, count, commits))
+    assert counted(outbox) == ((1, count) if commits else (0, 0))
+    if commits:
+        assert outboxes.bodies(outbox) == [b"%d" % n for n in range(count)]
+
+
+def test_the_outbox_for_asyncio_makes_tables_and_tells_its_status(postgres: str, outbox: PostgresOutbox) -> None:
+    other = aio.PostgresOutbox(postgres, schema=outbox._tables.schema, prefix="aio_")
+
+    async def work() -> None:
+        with pytest.raises(OutboxError, match="call create"):
+            await other.status()
+        await other.create()
+        assert await other.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
+
+    asyncio.run(work())
+    assert repr(other).startswith("<kbatch.aio.PostgresOutbox ")
+
+
+# -- what is refused
+
+
+def refused(outbox: PostgresOutbox, connection: Any, what: Any = None, **arguments: Any) -> str:
+    with pytest.raises((OutboxError, SerializationError, TypeError)) as caught:
+        outbox.add(connection, envelopes(3) if what is None else what, **{"topic": "orders", **arguments})
+    return str(caught.value)
+
+
+def test_a_connection_that_is_in_no_transaction_or_cannot_take_part_in_one(outbox: PostgresOutbox) -> None:
+    import psycopg
+
+    with connected(outbox) as connection:
+        assert "in no transaction" in refused(outbox, connection)
+        connection.execute("BEGIN")
+        with pytest.raises(psycopg.Error):
+            connection.execute("SELECT * FROM nowhere")
+        assert "failed before: roll back" in refused(outbox, connection)
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN")
+        with connection.pipeline():
+            assert "pipeline" in refused(outbox, connection)
+    assert "is closed" in refused(outbox, connection)
+
+
+def test_what_is_no_connection_or_another_drivers(outbox: PostgresOutbox) -> None:
+    import psycopg
+    import sqlalchemy
+
+    expected = "connection must be a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg, not "
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        assert refused(outbox, connection) == expected + "Connection"
+    assert refused(outbox, "postgresql://") == expected + "str"
+    engine = sqlalchemy.create_engine("sqlite://")
+    with engine.connect() as other:
+        assert refused(outbox, other) == expected + "Connection over 'sqlite3'"
+    engine.dispose()
+
+    async def work() -> None:
+        connection = psycopg.connect(outbox._conninfo)
+        with contextlib.closing(connection), pytest.raises(TypeError, match="must be one of psycopg"):
+            await of_aio(outbox).add(connection, envelopes(1), topic="orders")  # type: ignore[arg-type]
+        async with await psycopg.AsyncConnection.connect(outbox._conninfo) as of_loop:
+            assert refused(outbox, of_loop) == expected + "AsyncConnection"
+
+    asyncio.run(work())
+
+
+def test_connections_of_asyncio_that_are_in_no_transaction(outbox: PostgresOutbox) -> None:
+    import asyncpg
+    import psycopg
+    import sqlalchemy.ext.asyncio
+
+    @contextlib.asynccontextmanager
+    async def refusing(says: str) -> AsyncIterator[Any]:
+        with pytest.raises(OutboxError, match=says):
+            yield of_aio(outbox)
+
+    async def work() -> None:
+        connection = await asyncpg.connect(outbox._conninfo)
+        async with refusing("in no transaction") as each:
+            await each.add(connection, envelopes(1), topic="orders")
+        await connection.close()
+        async with refusing("is closed") as each:
+            await each.add(connection, envelopes(1), topic="orders")
+        other = await psycopg.AsyncConnection.connect(outbox._conninfo, autocommit=True)
+        async with refusing("in no transaction") as each:
+            await each.add(other, envelopes(1), topic="orders")
+        await other.close()
+        for driver in ("psycopg", "asyncpg"):
+            engine = sqlalchemy.ext.asyncio.create_async_engine(url(outbox, driver), isolation_level="AUTOCOMMIT")
+            async with engine.connect() as of_sqlalchemy, refusing("in no transaction") as each:
+                await each.add(of_sqlalchemy, envelopes(1), topic="orders")
+            await engine.dispose()
+
+    asyncio.run(work())
+    assert outbox.status().waiting == 0
+
+
+def test_tables_that_are_missing(postgres: str, outbox: PostgresOutbox) -> None:
+    missing = PostgresOutbox(postgres, schema=outbox._tables.schema, prefix="missing_")
+    for count in (1, 3, 100):
+        with contextlib.suppress(AssertionError), outboxes.transaction(missing) as connection:
+            assert "call create()" in refused(missing, connection, envelopes(count))
+            connection.execute("ROLLBACK")
+            connection.execute("BEGIN")
+    for call in (missing.status, missing.open_store):
+        with pytest.raises(OutboxError, match=r"call create\(\)"):
+            call()
+    elsewhere = PostgresOutbox(postgres, schema="nowhere")
+    with pytest.raises(OutboxError, match=r'schema "nowhere" does not exist; make the schema first'):
+        elsewhere.create()
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("UPDATE {meta} SET version = 2", "tables of version 2"),
+        ("UPDATE {meta} SET buckets = 32", "has 32 buckets"),
+        ("DELETE FROM {meta}", r"call create\(\)"),
+    ],
+)
+def test_tables_of_another_version(outbox: PostgresOutbox, change: str, says: str, count: int) -> None:
+    query(outbox, change)
+    with outboxes.transaction(outbox) as connection:
+        connection.execute(insert_order(outbox))
+        assert re.search(says, refused(outbox, connection, envelopes(count)))
+    assert query(outbox, "SELECT count(*) FROM {outbox}") == [(0,)]
+    assert outboxes.rows(outbox, f"SELECT n FROM {outboxes.in_schema(outbox, 'orders')}") == [(1,)]  # it went on
+
+    async def work() -> None:
+        import asyncpg
+
+        connection = await asyncpg.connect(outbox._conninfo)
+        async with connection.transaction():
+            with pytest.raises(OutboxError, match=says):
+                await of_aio(outbox).add(connection, envelopes(count), topic="orders")
+        await connection.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("count", [1, 3, 100])
+def test_a_trigger_that_keeps_rows_out_is_told(outbox: PostgresOutbox, count: int) -> None:
+    name = outboxes.in_schema(outbox, "keeps_out")
+    outboxes.run(
+        outbox,
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$",
+        f"CREATE TRIGGER keeps_out BEFORE INSERT ON {outbox._tables.names['outbox']} "
+        f"FOR EACH ROW WHEN (NEW.seq % 3 = 1) EXECUTE FUNCTION {name}()",
+    )
+    kept_out = (count + 2) // 3
+    with outboxes.transaction(outbox) as connection:
+        says = refused(outbox, connection, envelopes(count))
+    assert f"has taken {count - kept_out} of {count} row" in says
+
+    async def work() -> None:
+        import asyncpg
+
+        connection = await asyncpg.connect(outbox._conninfo)
+        with contextlib.suppress(OutboxError):
+            async with connection.transaction():
+                await of_aio(outbox).add(connection, envelopes(3 * count), topic="orders")
+                raise AssertionError
+        await connection.close()
+
+    asyncio.run(work())
+
+
+def test_a_transaction_that_only_reads_and_a_user_who_may_not_write(outbox: PostgresOutbox) -> None:
+    with outboxes.transaction(outbox) as connection:
+        connection.execute("SET TRANSACTION READ ONLY")
+        assert "to the primary server" in refused(outbox, connection)
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN")
+        connection.execute("SET LOCAL ROLE pg_monitor")
+        assert "must be granted" in refused(outbox, connection)
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN")
+
+
+def test_grants_that_ddl_tells_of_are_enough_to_add(outbox: PostgresOutbox) -> None:
+    tables = outbox._tables
+    (sequence,) = outboxes.rows(outbox, f"SELECT pg_get_serial_sequence('{tables.names['outbox']}', 'seq')")[0]
+    schema = outboxes.in_schema(outbox, "x").rpartition(".")[0]
+    with outboxes.transaction(outbox) as connection:
+        connection.execute("CREATE ROLE kbatch_adder")
+        connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO kbatch_adder")
+        connection.execute(f"GRANT INSERT ON {tables.names['outbox']} TO kbatch_adder")
+        connection.execute(f"GRANT SELECT ON {tables.names['meta']} TO kbatch_adder")
+        connection.execute(f"GRANT USAGE ON SEQUENCE {sequence} TO kbatch_adder")
+        connection.execute("SET LOCAL ROLE kbatch_adder")
+        for count in (1, 3, 100):
+            assert outbox.add(connection, envelopes(count), topic="orders") == count
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN")
+
+
+def test_a_server_that_is_not_there_and_a_conninfo_that_is_none() -> None:
+    for conninfo in ("postgresql://127.0.0.1:1/x", "no conninfo"):
+        outbox = PostgresOutbox(conninfo)
+        for call in (outbox.create, outbox.status, outbox.open_store):
+            with pytest.raises(OutboxError, match="is conninfo right"):
+                call()
+
+
+def test_a_password_is_never_shown() -> None:
+    outbox = PostgresOutbox(f"postgresql://user:{quote('geheim')}@127.0.0.1:1/x")
+    with pytest.raises(OutboxError) as caught:
+        outbox.create()
+    assert "geheim" not in f"{outbox!r} {caught.value}"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"conninfo": 7}, "conninfo must be a text.*not int"),
+        ({"conninfo": "a\0b"}, "conninfo must be a text.*NUL"),
+        ({"prefix": ""}, "prefix must be the text of a name"),
+        ({"prefix": None}, "prefix must be the text of a name"),
+        ({"prefix": "a\0"}, "prefix must be the text of a name"),
+        ({"prefix": "\ud800"}, "prefix must be the text of a name"),
+        ({"schema": ""}, "schema must be the text of a name"),
+        ({"schema": "a" * 64}, "schema=.* makes names of 64 bytes"),
+        ({"schema": "ü" * 32}, "schema=.* makes names of 64 bytes"),
+        ({"prefix": "a" * 48}, "prefix=.* makes names of 64 bytes, and PostgreSQL allows 63"),
+        ({"prefix": "ü" * 24}, "prefix=.* makes names of 64 bytes, and PostgreSQL allows 63"),
+        ({"max_message_bytes": 999}, "from 1,000"),
+        ({"wire": "avro"}, "wire must be one of"),
+    ],
+)
+def test_wrong_options(options: dict[str, Any], says: str) -> None:
+    for kind in (PostgresOutbox, aio.PostgresOutbox):
+        with pytest.raises(ConfigError, match=says):
+            kind(**{"conninfo": "postgresql://", **options})
+
+
+def test_the_longest_names(in_postgres: Callable[..., PostgresOutbox]) -> None:
+    outbox = in_postgres(prefix="ü" * 23 + "a")
+    outbox.create()
+    outboxes.add(outbox, envelopes(100))
+    assert outbox.status().waiting == 100
+
+
+# -- without the packages
+
+WITHOUT = """
+import sys
+import kbatch
+from kbatch import aio
+loaded = [name for name in ("psycopg", "asyncpg", "sqlalchemy") if name in sys.modules]
+assert loaded == [], loaded
+sys.modules["psycopg"] = None
+outbox = kbatch.PostgresOutbox("postgresql://127.0.0.1:1/x")
+for call in (outbox.create, outbox.status, outbox.open_store):
+    try:
+        call()
+    except kbatch.OutboxError as error:
+        assert "pip install 'kbatch-kafka[postgres]'" in str(error), error
+    else:
+        raise AssertionError
+try:
+    outbox.add("connection", [])
+except TypeError:
+    pass
+"""
+
+
+def test_drivers_are_imported_when_they_are_used_and_a_missing_one_is_told_with_what_to_do() -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", WITHOUT], check=True, timeout=60)
+
+
+# -- tables
+
+
+def test_create_from_many_threads_at_the_same_time(postgres: str, outbox: PostgresOutbox) -> None:
+    others = [PostgresOutbox(postgres, schema=outbox._tables.schema, prefix="new_") for _ in range(6)]
+    errors: list[BaseException] = []
+
+    def make(other: PostgresOutbox) -> None:
+        try:
+            other.create()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make, args=(other,)) for other in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert query(others[0], "SELECT count(*), sum(token) FROM {lease}") == [(64, 0)]
+
+
+def test_create_waits_for_nobody_if_nothing_is_to_be_made(outbox: PostgresOutbox) -> None:
+    with outboxes.transaction(outbox) as connection:
+        for table in ("outbox", "later", "dead"):
+            connection.execute(outbox._tables.sql(f"LOCK TABLE {{{table}}} IN ACCESS EXCLUSIVE MODE"))
+        outbox.create()
+
+
+def definitions(outbox: PostgresOutbox) -> list[Any]:
+    return outboxes.rows(
+        outbox,
+        "SELECT relname, reloptions, (SELECT array_agg((attname, format_type(atttypid, atttypmod), attnotnull, "
+        "attidentity)::text ORDER BY attnum) FROM pg_attribute WHERE attrelid = pg_class.oid AND attnum > 0) "
+        f"FROM pg_class WHERE relnamespace = (SELECT oid FROM pg_namespace WHERE nspname = "
+        f"'{outbox._tables.schema}') ORDER BY relname",
+    )
+
+
+def test_ddl_makes_the_same_tables(postgres: str, in_postgres: Callable[..., PostgresOutbox]) -> None:
+    outbox = in_postgres()
+    by_hand = PostgresOutbox(postgres, schema=outboxes.new_schema(postgres))
+    try:
+        for _ in range(2):
+            outboxes.run(by_hand, by_hand.ddl())
+        assert definitions(by_hand) == definitions(outbox)
+        assert outboxes.add(by_hand, envelopes(2)) == 2
+        assert len(query(by_hand, "SELECT * FROM {lease}")) == 64
+    finally:
+        outboxes.drop_schema(postgres, by_hand._tables.schema)
+
+
+def test_the_hot_table_has_no_index_but_its_key_and_is_cleaned_often(outbox: PostgresOutbox) -> None:
+    name = outbox._tables.names["outbox"]
+    assert outboxes.rows(outbox, f"SELECT count(*) FROM pg_index WHERE indrelid = '{name}'::regclass") == [(1,)]
+    ((options,),) = outboxes.rows(outbox, f"SELECT reloptions FROM pg_class WHERE oid = '{name}'::regclass")
+    assert {"autovacuum_vacuum_scale_factor=0", "autovacuum_vacuum_cost_delay=0"} <= set(options)
+
+
+@pytest.fixture
+def watched(outbox: PostgresOutbox) -> Iterator[list[str]]:
+    told: list[str] = []
+    watcher = lambda: told.append("told")  # noqa: E731
+    outbox.watch(watcher)
+    yield told
+    outbox.unwatch(watcher)
+
+
+def test_relays_of_the_process_are_told_of_an_add(outbox: PostgresOutbox, watched: list[str]) -> None:
+    outboxes.add(outbox, envelopes(2))
+    assert watched == ["told"]
+    with outboxes.transaction(outbox) as connection:
+        refused(outbox, connection, [object()])
+    assert watched == ["told"]
+
+
+# -- leases
+
+
+def test_a_bucket_does_not_change_hands_while_its_rows_are_written(outbox: PostgresOutbox) -> None:
+    outboxes.add(outbox, envelopes(1))
+    ((bucket, seq),) = query(outbox, "SELECT bucket, seq FROM {outbox}")
+    name = outboxes.in_schema(outbox, "waits")
+    first, second = outbox.open_store(), outbox.open_store()
+    options: dict[str, Any] = {"release": (), "avoid": ()}
+    results: list[set[int]] = []
+    with contextlib.closing(first), contextlib.closing(second), connected(outbox) as holder:
+        holder.execute("SELECT pg_advisory_lock(12)")
+        outboxes.run(
+            outbox,
+            f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN PERFORM pg_advisory_xact_lock_shared(12); RETURN OLD; END $$",
+            f"CREATE TRIGGER waits BEFORE DELETE ON {outbox._tables.names['outbox']} "
+            f"FOR EACH ROW EXECUTE FUNCTION {name}()",
+        )
+        leases, _ = first.renew("first", 1.0, **options)
+
+        def settle() -> None:
+            done = [(bucket, seq)]
+            results.append(
+                first.settle({bucket: dict(leases)[bucket]}, done=done, done_later=[], failures=[], failures_later=[])
+            )
+
+        thread = threading.Thread(target=settle)
+        thread.start()
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 12 AND NOT granted"
+        until(lambda: holder.execute(waiting).fetchone() == (1,), "the delete")
+        lost = outbox._tables.sql("SELECT count(*) FROM {lease} WHERE NOT {lives}")
+        until(lambda: holder.execute(lost).fetchone() == (64,), "the end of its leases")
+        taken, _ = second.renew("second", 60.0, **options)
+        assert {each for each, _ in taken} == set(range(64)) - {bucket}
+        holder.execute("SELECT pg_advisory_unlock(12)")
+        thread.join()
+        assert results == [set()]
+        taken, _ = second.renew("second", 60.0, **options)
+        assert len(taken) == 64
+    assert outbox.status().waiting == 0
+
+
+def test_two_relays_that_remove_those_that_are_gone_do_not_wait_for_each_other(outbox: PostgresOutbox) -> None:
+    query(outbox, "INSERT INTO {relay} SELECT 'gone ' || n, 0, 1000 FROM generate_series(1, 50) AS n")
+    errors: list[BaseException] = []
+
+    def renew(owner: str) -> None:
+        try:
+            with contextlib.closing(outbox.open_store()) as store:
+                for _ in range(20):
+                    store.renew(owner, 60.0, release=(), avoid=())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=renew, args=(f"relay {n}",)) for n in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert query(outbox, "SELECT count(*) FROM {relay}") == [(5,)]
+    assert query(outbox, "SELECT count(DISTINCT bucket) FROM {lease} WHERE owner IS NOT NULL") == [(64,)]
