@@ -115,12 +115,13 @@ def in_schema(outbox: kbatch.PostgresOutbox, name: str) -> str:
     return f"{_quoted(outbox._tables.schema)}.{_quoted(name)}"
 
 
-def refuse_rows(outbox: Outbox, table: str) -> None:
-    """Has inserts into one of its tables fail."""
+def refuse_rows(outbox: Outbox, table: str, number: int | None = None) -> None:
+    """Has inserts into one of its tables fail, all or those of a row."""
+    when = "" if number is None else f"WHEN (NEW.seq = {number})"
     if isinstance(outbox, kbatch.SqliteOutbox):
+        name = outbox._tables.names[table].removeprefix("main.")
         query(
-            outbox,
-            f"CREATE TRIGGER refuses BEFORE INSERT ON kbatch_outbox_{table} BEGIN SELECT raise(ABORT, 'no room'); END",
+            outbox, f"CREATE TRIGGER refuses BEFORE INSERT ON {name} {when} BEGIN SELECT raise(ABORT, 'no room'); END"
         )
     else:
         name = in_schema(outbox, "refuses")
@@ -128,7 +129,7 @@ def refuse_rows(outbox: Outbox, table: str) -> None:
             outbox,
             f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no room'; END $$",
             f"CREATE TRIGGER refuses BEFORE INSERT ON {outbox._tables.names[table]} "
-            f"FOR EACH ROW EXECUTE FUNCTION {name}()",
+            f"FOR EACH ROW {when} EXECUTE FUNCTION {name}()",
         )
 
 

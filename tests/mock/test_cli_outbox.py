@@ -14,6 +14,7 @@ import pytest
 import kbatch
 from kbatch import Envelope
 from kbatch.cli import _outbox_demo
+from kbatch.cli._outbox_place import Place
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.relays import check_history, numbered
@@ -37,7 +38,7 @@ def dead(outbox):
     order = {"order": 7, "name": "[red]Grün"}
     outboxes.add(outbox, [Envelope(order, key="k1", message_type="order.placed", headers={"h": b"\xff"})])
     outboxes.add(outbox, [Envelope(data=b"\xff\x00", key=b"\xfe", topic="bills"), *numbered(range(3))])
-    move_to_dead(outbox, "1")
+    move_to_dead(outbox, "1 = 1")
     return outbox
 
 
@@ -101,7 +102,8 @@ def test_an_outbox_is_named_by_an_option_else_by_a_variable_else_by_a_file(tmp_p
         ),
         (("create", "-o", "."), 1, "the outbox in .*: unable to open database file"),
         (("status", "-o", "sqlite://x/y"), 2, "a URL of SQLite is sqlite:///shop.db, or sqlite:////var/lib/shop.db"),
-        (("status", "-o", "postgresql://u:secret@h/d"), 2, "outboxes in PostgreSQL are not there yet"),
+        (("status", "-o", "postgresql://u:secret@127.0.0.1:1/d"), 1, "the outbox .*connection"),
+        (("status", "-o", "x.db", "--schema", "s"), 2, "--schema is for PostgreSQL"),
         (("status", "-o", "oracle://u:secret@h/d"), 2, "an outbox is a path of a SQLite file, or a URL"),
         (("status", "-o", ":memory:"), 2, "path must be a file"),
         (("status", "-o", "x", "--prefix", "a-b"), 2, "prefix must begin a table's name"),
@@ -118,6 +120,56 @@ def test_what_is_wrong_is_told_in_one_line(arguments, status, message, tmp_path,
     assert (result[0], result[1], result[2].count("\n")) == (status, "", 1)
     assert re.search(message, result[2])
     assert "secret" not in result[2]
+
+
+def test_an_outbox_in_postgresql(in_postgres, postgres, kafka_cluster: MockCluster):
+    schema = in_postgres()._tables.schema
+    named = {"KBATCH_OUTBOX": url_of(postgres)}
+
+    def here(*arguments):
+        return run_here(*arguments, "--schema", schema, "--prefix", "x_", **named)
+
+    status, out, err = here("outbox", "create")
+    assert (status, err) == (0, "")
+    assert out.startswith("the outbox is ready: postgresql://")
+    outbox = kbatch.PostgresOutbox(postgres, schema=schema, prefix="x_")
+    assert here("outbox", "ddl")[1] == outbox.ddl()
+    outboxes.add(outbox, numbered(range(5)))
+    move_to_dead(outbox, "seq > 3")
+    assert rows(here("outbox", "status", "--json")[1])[0]["waiting"] == 3
+    assert [each["number"] for each in rows(here("outbox", "dead", "list", "--json")[1])] == [4, 5]
+    assert here("outbox", "dead", "show", "4")[0] == 0
+    assert here("outbox", "dead", "replay", "4")[0] == 0
+    assert here("outbox", "dead", "discard", "5", "--yes")[0] == 0
+    status, _, err = here("relay", "-X", servers(kafka_cluster), *QUICK, "--drain")
+    assert status == 0, err
+    check_history(range(4), read_back(kafka_cluster.bootstrap_servers, "orders"))
+
+
+def url_of(conninfo):
+    """A server as a URL, whichever way it is told."""
+    if conninfo.startswith("postgres"):
+        return conninfo
+    from urllib.parse import quote, urlencode
+
+    from psycopg.conninfo import conninfo_to_dict
+
+    told = conninfo_to_dict(conninfo)
+    return f"postgresql:///{quote(str(told.pop('dbname', '')))}?{urlencode(told)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/var/lib/a@b?c.db", "/var/lib/a@b?c.db"),
+        ("sqlite:///shop.db", "sqlite:///shop.db"),
+        ("postgresql://user:se/cr@et@host:5/db", "postgresql://…@host:5/db"),
+        ("postgresql://host/db?user=me&password=secret", "postgresql://host/db?…"),
+    ],
+)
+def test_a_password_in_the_name_of_an_outbox_is_not_shown(name, shown):
+    assert Place(name).shown == shown
+    assert "secret" not in repr(Place(name))
 
 
 # -- dead letters
@@ -340,7 +392,7 @@ def test_relay_says_that_the_time_is_over(outbox):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1", "there is no setting 'x'; there are outbox, prefix, [relay], [retry], [kafka]"),
+        ("x = 1", "there is no setting 'x'; there are outbox, prefix, schema, relay, retry, kafka"),
         ("outbox = 1", "outbox must be text"),
         ("kafka = 1", "kafka must be a table, [kafka]"),
         ("[relay]\nowner = 1", "[relay] has no 'owner'; it has batch_size, "),
@@ -392,7 +444,7 @@ def test_a_relay_without_tables_ends_and_says_what_to_do(tmp_path):
         "[kafka\nsasl.password = 'hunter2'",
         "[kafka]\nsasl.password = ['hunter2']",
         "sasl.password = 'hunter2'",
-        "outbox = 'postgresql://user:hunter2@host/db'",
+        "outbox = 'postgresql://user:hunter2@127.0.0.1:1/db'\nx = 1",
         "[kafka]\nsasl.password = 'hunter2'\nenable.idempotence = false",
     ],
 )

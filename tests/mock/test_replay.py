@@ -1,16 +1,16 @@
 """Dead letters that are replayed, and what waits that is cancelled or scheduled anew, while relays are at work."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
+from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
+from tests.outboxes import Outbox
 from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
@@ -28,8 +28,8 @@ def nothing_is_found_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> SqliteOutbox:
-    return outboxes.made(tmp_path, wire="raw")
+def outbox(new_outbox: Callable[..., Outbox]) -> Outbox:
+    return new_outbox(wire="raw")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def cluster() -> Iterator[MockCluster]:
         yield cluster
 
 
-def move_to_dead(outbox: SqliteOutbox, which: str) -> None:
+def move_to_dead(outbox: Outbox, which: str) -> None:
     """As if a broker had refused these rows for good."""
     rows = "bucket, seq, id, packed, created_at, deliver_by"
     outboxes.query(
@@ -72,7 +72,7 @@ class Once:
 
 
 def test_what_was_replayed_before_a_relay_starts_is_sent_before_later_rows_of_its_key(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     outboxes.add(outbox, numbered(range(60)))
     move_to_dead(outbox, "seq % 3 = 0")
@@ -82,7 +82,7 @@ def test_what_was_replayed_before_a_relay_starts_is_sent_before_later_rows_of_it
     check_history(range(60), stored(cluster))
 
 
-def test_an_idle_relay_notices_a_replay_at_once(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_an_idle_relay_notices_a_replay_at_once(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(60)))
     move_to_dead(outbox, "seq % 3 = 0")
     with running(make(outbox, cluster)) as relay:
@@ -93,7 +93,7 @@ def test_an_idle_relay_notices_a_replay_at_once(outbox: SqliteOutbox, cluster: M
     check_history(range(60), stored(cluster), in_order=False)
 
 
-def test_rows_that_were_read_just_before_a_replay_wait_for_it(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_rows_that_were_read_just_before_a_replay_wait_for_it(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(60)))
     move_to_dead(outbox, "seq <= 20")
     watched = WatchedOutbox(outbox, after=Once(lambda: outbox.dead_letters.replay(ALL), "read"))
@@ -103,7 +103,7 @@ def test_rows_that_were_read_just_before_a_replay_wait_for_it(outbox: SqliteOutb
 
 
 def test_a_row_that_is_due_waits_for_an_earlier_one_of_its_key_that_was_replayed_just_then(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     watched = WatchedOutbox(outbox)
     with make(watched, cluster) as relay:
@@ -121,12 +121,12 @@ def test_a_row_that_is_due_waits_for_an_earlier_one_of_its_key_that_was_replayed
 
 
 def test_what_is_refused_again_is_dead_again_and_others_of_its_record_batch_are_sent(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.add(outbox, numbered(range(100, 120), topic="refused"), topic=None)
     outboxes.add(outbox, numbered(range(20)))
-    move_to_dead(outbox, "1")
+    move_to_dead(outbox, "1 = 1")
     with running(make(outbox, cluster)) as relay:
         assert outbox.dead_letters.replay(ALL) == 40
         until(lambda: relay.stats()["dead"] == 20, "the refused")
@@ -136,7 +136,7 @@ def test_what_is_refused_again_is_dead_again_and_others_of_its_record_batch_are_
     assert {letter.attempts for letter in outbox.dead_letters.find()} == {3}
 
 
-def test_an_edited_letter_is_sent_as_it_is_now(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_an_edited_letter_is_sent_as_it_is_now(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, [Envelope(data=b"x" * 5000, key="k"), Envelope(data=b"2", key="k")])
     with running(make(outbox, cluster, {"message.max.bytes": 2000})) as relay:
         until(lambda: outbox.status().dead == 1, "the one that is too large")
@@ -149,7 +149,7 @@ def test_an_edited_letter_is_sent_as_it_is_now(outbox: SqliteOutbox, cluster: Mo
 
 
 def test_replays_while_the_application_adds_lose_nothing_and_send_nothing_twice(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     seeded = random.Random(7)
     outboxes.add(outbox, numbered(range(2000)))
@@ -171,7 +171,7 @@ def test_replays_while_the_application_adds_lose_nothing_and_send_nothing_twice(
 # -- what waits
 
 
-def held(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def held(outbox: Outbox, cluster: MockCluster) -> None:
     """One row of a key waits for its next attempt, for an hour, and others of the key behind it."""
     outboxes.add(outbox, numbered(range(5), keys=1))
     outboxes.move_to_later(outbox, 1, 1)
@@ -179,9 +179,7 @@ def held(outbox: SqliteOutbox, cluster: MockCluster) -> None:
     outbox.scheduled.reschedule(ALL, datetime.now(timezone.utc) + hour)
 
 
-def test_a_message_that_is_cancelled_is_not_sent_and_its_key_goes_on(
-    outbox: SqliteOutbox, cluster: MockCluster
-) -> None:
+def test_a_message_that_is_cancelled_is_not_sent_and_its_key_goes_on(outbox: Outbox, cluster: MockCluster) -> None:
     held(outbox, cluster)
     with running(make(outbox, cluster, retry=NOT_SOON)) as relay:
         outboxes.add(outbox, numbered(range(10, 20), topic="refused"), topic=None)
@@ -194,7 +192,7 @@ def test_a_message_that_is_cancelled_is_not_sent_and_its_key_goes_on(
 
 
 def test_a_message_that_is_scheduled_anew_is_sent_then_and_its_key_after_it(
-    outbox: SqliteOutbox, cluster: MockCluster
+    outbox: Outbox, cluster: MockCluster
 ) -> None:
     held(outbox, cluster)
     with running(make(outbox, cluster, retry=NOT_SOON)) as relay:
@@ -206,7 +204,7 @@ def test_a_message_that_is_scheduled_anew_is_sent_then_and_its_key_after_it(
 
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_message_that_is_cancelled_on_its_way_may_be_sent_once_and_does_not_come_back(
-    outbox: SqliteOutbox, cluster: MockCluster, refused: bool
+    outbox: Outbox, cluster: MockCluster, refused: bool
 ) -> None:
     outboxes.add(
         outbox, [*numbered(range(100, 102), topic="refused"), *numbered(range(5), keys=1, topic="orders")], topic=None
@@ -233,7 +231,7 @@ def test_a_message_that_is_cancelled_on_its_way_may_be_sent_once_and_does_not_co
 # -- the end of a relay
 
 
-def test_a_second_stop_may_shorten_the_wait_for_what_is_in_flight(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_a_second_stop_may_shorten_the_wait_for_what_is_in_flight(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(10)))
     with running(make(outbox, cluster, {"delivery.timeout.ms": 60_000}, close_timeout_s=3600.0)) as relay:
         cluster.set_broker_down()
@@ -241,7 +239,7 @@ def test_a_second_stop_may_shorten_the_wait_for_what_is_in_flight(outbox: Sqlite
         relay.stop()
         relay.stop(0)
     cluster.set_broker_up()
-    let_go = outboxes.query(outbox, "SELECT count(*) FROM {lease} WHERE owner NOT NULL")
+    let_go = outboxes.query(outbox, "SELECT count(*) FROM {lease} WHERE owner IS NOT NULL")
     assert let_go == [(0,)]
     assert outbox.status().waiting == 10
     with Relay(outbox, config(cluster)) as other:

@@ -1929,4 +1929,32 @@ MUTANTS = (
         "    if yes or not found or not screen.is_asked:\n",
         "tests/mock/test_cli_outbox.py",
     ),
+    Mutant(
+        "a replay in PostgreSQL tells no relay",
+        "PostgresAdmin._changing",
+        "SET changes = changes + 1",
+        "SET changes = changes",
+        "tests/unit/test_dead_letters.py",
+    ),
+    Mutant(
+        "an expired dead letter in PostgreSQL is replayed into nothing",
+        "PostgresAdmin.replay",
+        "AND (deliver_by IS NULL OR deliver_by > $3)",
+        "AND (deliver_by IS NULL OR deliver_by > 0 * $3)",
+        "tests/unit/test_dead_letters.py",
+    ),
+    Mutant(
+        "a row that PostgreSQL does not let move stops all others",
+        "",
+        '_REFUSED = ("23", "P0001", "53100")',
+        '_REFUSED = ("none",)',
+        "tests/mock/test_relay_database_faults.py",
+    ),
+    Mutant(
+        "the password of an outbox is shown",
+        "Place.shown",
+        're.sub(r"//.*@", "//…@", self.name)',
+        "self.name",
+        "tests/mock/test_cli_outbox.py",
+    ),
 )

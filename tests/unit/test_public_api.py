@@ -45,11 +45,11 @@ LAYERS = [
 # The same within packages.
 LAYERS_WITHIN = {
     "_outbox": [
-        {"_base", "_leases", "_postgres_rows", "_snapshots", "_store"},
+        {"_leases", "_postgres_rows", "_snapshots", "_store"},
         {"_flight", "_kept", "_positions", "_tables"},
         {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
-        {"_sqlite_session"},
-        {"_postgres_store", "_sqlite_admin", "_sqlite_store"},
+        {"_base", "_postgres_session", "_sqlite_session"},
+        {"_postgres_admin", "_postgres_store", "_sqlite_admin", "_sqlite_store"},
         {"_postgres", "_relay", "_sqlite"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
@@ -280,7 +280,8 @@ def test_private_modules_declare_what_they_export() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
         )
-        if path.name == "_postgres_store.py" and importlib.util.find_spec("psycopg") is None:
+        of_psycopg = ("_postgres_admin.py", "_postgres_session.py", "_postgres_store.py")
+        if path.name in of_psycopg and importlib.util.find_spec("psycopg") is None:
             continue  # it is imported by who has psycopg
         module = importlib.import_module(".".join(["kbatch", *path.relative_to(PACKAGE).with_suffix("").parts]))
         assert all(hasattr(module, name) for name in names), path.name

@@ -13,10 +13,16 @@ from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
 from kbatch._errors import ConfigError, OutboxError
 from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._outbox._dead_letters import DeadLetters
+from kbatch._outbox._kept import Keeper
+from kbatch._outbox._scheduled import ScheduledMessages
+from kbatch._outbox._store import BUCKETS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kbatch._fastmap import Envelope
+    from kbatch._outbox._store import NewRow, OutboxAdmin
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseOutbox", "OutboxStatus", "age_s", "now_us"]
@@ -67,8 +73,35 @@ class BaseOutbox:
             max_message_bytes,
             max_message_bytes,
         )
+        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._pool = RecordPool()
         self._watchers: list[Callable[[], object]] = []
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that were given up: to find, replay, edit and discard them. Its methods wait for the database;
+        on an event loop they are for a thread."""
+        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
+
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them. Its
+        methods wait for the database; on an event loop they are for a thread."""
+        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
+
+    def open_admin(self) -> OutboxAdmin:
+        """The connection of those who look after dead letters and what waits, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        raise NotImplementedError
+
+    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
+        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
+        if not rows:
+            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
+        return rows[0]
 
     def watch(self, watcher: Callable[[], object]) -> None:
         """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""

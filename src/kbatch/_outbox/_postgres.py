@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._postgres_rows import Row
-    from kbatch._outbox._store import OutboxStore
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BasePostgresOutbox", "PostgresOutbox", "not_taken"]
@@ -96,6 +96,15 @@ class BasePostgresOutbox(BaseOutbox):
 
             return PostgresStore(connection, self._tables)
 
+    def open_admin(self) -> OutboxAdmin:
+        """As `BaseOutbox.open_admin`."""
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            from kbatch._outbox._postgres_admin import PostgresAdmin
+
+            return PostgresAdmin(connection, self._tables)
+
     # -- with a connection of its own
 
     def _create(self) -> None:
@@ -161,7 +170,7 @@ class BasePostgresOutbox(BaseOutbox):
         try:
             import psycopg
 
-            from kbatch._outbox._postgres_store import connect
+            from kbatch._outbox._postgres_session import connect
         except ImportError as error:
             raise OutboxError(
                 f"the outbox {self._tables!r} needs psycopg for a connection of its own: pip install "

@@ -5,87 +5,34 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
-import psycopg
-from psycopg.conninfo import conninfo_to_dict
-
-from kbatch._fastmap import monotonic
 from kbatch._outbox._postgres_rows import array_text
+from kbatch._outbox._postgres_session import BEGIN_READING, PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
 from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-    from typing import TypeAlias, TypeVar
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+    import psycopg
+
+    from kbatch._outbox._postgres_session import Rows, Run
     from kbatch._outbox._postgres_tables import PostgresTables
     from kbatch._outbox._snapshots import Range
     from kbatch._outbox._store import Failure, Place, StoredRow
 
-    _T = TypeVar("_T")
-    _Rows: TypeAlias = list[tuple[Any, ...]]
-    _Run: TypeAlias = Callable[..., _Rows]
-
-__all__ = ["PostgresStore", "connect"]
+__all__ = ["PostgresStore"]
 
 _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
 _LAST = 2**63 - 1  # no row has a higher number
 
-_CONNECT_S = 10
-_STATEMENT_S = 20  # the server ends what takes longer
-_SILENCE_S = 25  # and this end what has no answer then
-
-# Statements go by the primary key, however wrong the statistics are: a table that was analysed while it was empty, or
-# full, has others. The settings end with the transaction, so that a pool between may give the connection to others.
-_SETTINGS = f"""
-SET LOCAL statement_timeout = '{_STATEMENT_S}s'; SET LOCAL lock_timeout = '{_STATEMENT_S // 2}s';
-SET LOCAL idle_in_transaction_session_timeout = '{_STATEMENT_S}s'; SET LOCAL synchronous_commit = on;
-SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
-SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off;
-"""
-_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
-_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
 # age() counts to the number that the next transaction will have.
 _SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid)"
 
 _KEPT = "bucket, seq, id, packed, created_at, deliver_by"
 
 
-class _Connection(psycopg.Connection[Any]):
-    """One on which no call waits for ever: a server, or what is between, may be silent."""
-
-    def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
-        return super().wait(_until(gen, monotonic() + _SILENCE_S), *arguments, **keywords)
-
-
-def _until(steps: Generator[Any, Any, _T], end: float) -> Generator[Any, Any, _T]:
-    """The same steps, until a time."""
-    try:
-        state = next(steps)
-        while True:
-            ready = yield state
-            if not ready and monotonic() >= end:
-                raise psycopg.OperationalError(f"no answer for {_SILENCE_S} s")
-            state = steps.send(ready)
-    except StopIteration as stop:
-        result: _T = stop.value
-        return result
-
-
-def connect(conninfo: str) -> psycopg.Connection[Any]:
-    """A connection in autocommit mode.
-
-    Raises:
-        psycopg.Error: There is none to be had.
-    """
-    own: dict[str, Any] = {"fallback_application_name": "kbatch", "client_encoding": "utf8"}
-    given = conninfo_to_dict(conninfo)
-    own.update({name: value for name, value in (("connect_timeout", _CONNECT_S),) if name not in given})
-    # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
-    return _Connection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
-
-
-class PostgresStore:
+class PostgresStore(PostgresSession):
     """A relay's connection to an outbox in PostgreSQL.
 
     Transactions commit in another order than their rows have numbers, so rows come to light below those that were
@@ -96,8 +43,7 @@ class PostgresStore:
     """
 
     def __init__(self, connection: psycopg.Connection[Any], tables: PostgresTables) -> None:
-        self._connection = connection
-        self._tables = tables
+        super().__init__(connection, tables)
         self._gaps = Gaps()
         sql = tables.sql
         of_ranges = """
@@ -189,7 +135,7 @@ class PostgresStore:
             run(self._tables.sql("DELETE FROM {relay} WHERE owner = $1"), (owner,))
             self._give_up(run, owner, set(range(BUCKETS)).difference(keep))
 
-    def _give_up(self, run: _Run, owner: str, release: Collection[int]) -> None:
+    def _give_up(self, run: Run, owner: str, release: Collection[int]) -> None:
         if release:
             statement = "UPDATE {lease} SET owner = NULL, until = 0 WHERE owner = $1 AND bucket = ANY($2::smallint[])"
             run(self._tables.sql(statement), (owner, array_text(release)))
@@ -247,7 +193,7 @@ class PostgresStore:
         return Reading(rows, new_floors, ended)
 
     def _take(
-        self, bucket: int, ranges: list[Range], found: _Rows, share: int, is_last: bool, now: Snapshot
+        self, bucket: int, ranges: list[Range], found: Rows, share: int, is_last: bool, now: Snapshot
     ) -> list[StoredRow]:
         """Of a bucket's rows those below which nothing was left out. What is left to be read stays in `ranges`."""
         at = 0
@@ -347,7 +293,7 @@ class PostgresStore:
                 self._move(run, to_dead, [failure for failure in failed if failure.due_in_s is None])
         return set(leases) - valid
 
-    def _move(self, run: _Run, statement: str, failures: Sequence[Failure]) -> None:
+    def _move(self, run: Run, statement: str, failures: Sequence[Failure]) -> None:
         if failures:
             numbers = zip(
                 *(
@@ -364,42 +310,10 @@ class PostgresStore:
         text = text.replace("\0", "\\0")
         return text.encode("utf-8" if is_utf_8 else "ascii", "backslashreplace").decode()
 
-    def close(self) -> None:
-        """As `OutboxStore.close`."""
-        self._connection.close()
-
     # -- transactions
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[tuple[_Run, Snapshot]]:
+    def _reading(self) -> Iterator[tuple[Run, Snapshot]]:
         with self._transaction() as run:
-            ((text, ahead),) = run(_BEGIN_READING + _SNAPSHOT)
+            ((text, ahead),) = run(BEGIN_READING + _SNAPSHOT)
             yield run, Snapshot.parsed(text, ahead)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[_Run]:
-        with self._transaction() as run:
-            run(_BEGIN)
-            yield run
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[_Run]:
-        try:
-            try:
-                yield self._run
-                self._connection.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(psycopg.Error):
-                    if not self._connection.closed:
-                        self._connection.execute("ROLLBACK")
-                raise
-        except psycopg.Error as error:
-            raise self._tables.as_outbox_error(error) from error
-
-    def _run(self, statement: str, parameters: Sequence[Any] | None = None) -> _Rows:
-        """The rows of a statement, or of the last one of several without parameters."""
-        cursor = psycopg.RawCursor(self._connection)
-        cursor.execute(statement.encode(), parameters, binary=parameters is not None)
-        while cursor.nextset():
-            pass
-        return cursor.fetchall() if cursor.description is not None else []

@@ -62,6 +62,7 @@ CREATE TABLE IF NOT EXISTS {dead} (
     last_error text NOT NULL,
     PRIMARY KEY (bucket, seq)
 );
+CREATE INDEX IF NOT EXISTS {dead_died} ON {dead} (died_at, bucket, seq);
 CREATE TABLE IF NOT EXISTS {lease} (
     bucket smallint PRIMARY KEY,
     owner text,
@@ -88,7 +89,7 @@ INSERT INTO {lease} (bucket, owner, token, until, length)
 NOW_MS = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
 
 _TABLES = ("outbox", "meta", "later", "dead", "lease", "relay")
-_INDEXES = ("later_due", "later_key")
+_INDEXES = ("later_due", "later_key", "dead_died")
 
 # What to do, by the beginning of PostgreSQL's code.
 _HINTS = {

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
 from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
-from kbatch._outbox._dead_letters import DeadLetters
-from kbatch._outbox._kept import Keeper
-from kbatch._outbox._scheduled import ScheduledMessages
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
@@ -26,7 +23,7 @@ if TYPE_CHECKING:
     import sqlalchemy.orm
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["SqliteOutbox"]
@@ -76,7 +73,6 @@ class SqliteOutbox(BaseOutbox):
         if name in ("", ":memory:"):
             raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
         self._tables = SqliteTables(prefix)
-        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
@@ -283,22 +279,6 @@ class SqliteOutbox(BaseOutbox):
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
         return OutboxStatus(waiting, later, dead, age_s(oldest), relays)
 
-    @property
-    def dead_letters(self) -> DeadLetters:
-        """The messages that were given up: to find, replay, edit and discard them."""
-        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
-
-    @property
-    def scheduled(self) -> ScheduledMessages:
-        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
-        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
-
-    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
-        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
-        if not rows:
-            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
-        return rows[0]
-
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.
 
@@ -312,11 +292,7 @@ class SqliteOutbox(BaseOutbox):
             return SqliteStore(connection, self._tables, self._path)
 
     def open_admin(self) -> OutboxAdmin:
-        """The connection of those who look after dead letters and what waits, who close it.
-
-        Raises:
-            OutboxError: The tables are missing or another version's; the database does not answer.
-        """
+        """As `BaseOutbox.open_admin`."""
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)

@@ -36,12 +36,14 @@ Outbox = Annotated[
     typer.Option(
         "--outbox",
         "-o",
-        metavar="PATH",
-        help="A SQLite file, or its URL (sqlite:///shop.db). Else KBATCH_OUTBOX, or outbox in the --config FILE.",
+        metavar="PATH|URL",
+        help="A SQLite file, or a URL: sqlite:///shop.db, postgresql://user@host/shop. Else KBATCH_OUTBOX, or outbox "
+        "in the --config FILE. Others can see command lines: a password is for these.",
     ),
 ]
 Prefix = Annotated[str | None, typer.Option(help="What the names of the tables begin with; kbatch_ by default.")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A relay's settings, TOML: outbox and prefix.")]
+Schema = Annotated[str | None, typer.Option(help="Where the tables are in PostgreSQL; public by default.")]
+Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A relay's settings, TOML: outbox, prefix, schema.")]
 Json = Annotated[bool, typer.Option("--json", help="For programs: a JSON object on each line.")]
 Which = Annotated[list[str] | None, typer.Argument(metavar="NUMBER|ID", help="Which messages, by number or id.")]
 Topic = Annotated[str | None, typer.Option("--topic", "-t", help="Those to this topic.")]
@@ -58,35 +60,37 @@ Offset = Annotated[int, typer.Option(min=0, help="How many to leave out before."
 WireOption = Annotated[Wire, typer.Option(help="The format of the headers, as the application's outbox has it.")]
 
 
-def _place(outbox: str | None, prefix: str | None, config: Path | None, wire: Wire = Wire.KBATCH) -> Place:
+def _place(
+    outbox: str | None, prefix: str | None, schema: str | None, config: Path | None, wire: Wire = Wire.KBATCH
+) -> Place:
     from kbatch.cli._relay_file import RelayFile
 
     name = None if outbox is None else typed("--outbox", outbox)
-    return find_place(name, prefix, RelayFile(config).values, wire=wire.value)
+    return find_place(name, prefix, RelayFile(config).values, schema=schema, wire=wire.value)
 
 
 @outbox_app.command()
-def create(outbox: Outbox = None, prefix: Prefix = None, config: Config = None) -> None:
+def create(outbox: Outbox = None, prefix: Prefix = None, schema: Schema = None, config: Config = None) -> None:
     """Make the database file and the tables, as far as they are missing."""
     screen = Screen()
 
     def work() -> int:
         from kbatch.cli._outbox import create as run
 
-        return run(_place(outbox, prefix, config), screen)
+        return run(_place(outbox, prefix, schema, config), screen)
 
     exit_with(work, screen)
 
 
 @outbox_app.command()
-def ddl(outbox: Outbox = None, prefix: Prefix = None, config: Config = None) -> None:
+def ddl(outbox: Outbox = None, prefix: Prefix = None, schema: Schema = None, config: Config = None) -> None:
     """Print the statements that make the tables, for those who execute them themselves. The outbox need not exist."""
     screen = Screen()
 
     def work() -> int:
         from kbatch.cli._outbox import ddl as run
 
-        return run(_place(outbox, prefix, config), screen)
+        return run(_place(outbox, prefix, schema, config), screen)
 
     exit_with(work, screen)
 
@@ -95,6 +99,7 @@ def ddl(outbox: Outbox = None, prefix: Prefix = None, config: Config = None) -> 
 def status(
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     count_up_to: Annotated[int, typer.Option(min=1, help="Of each kind count no more.")] = 100_000,
     json: Json = False,
@@ -105,7 +110,7 @@ def status(
     def work() -> int:
         from kbatch.cli._outbox import status as run
 
-        return run(_place(outbox, prefix, config), count_up_to, json, screen)
+        return run(_place(outbox, prefix, schema, config), count_up_to, json, screen)
 
     exit_with(work, screen)
 
@@ -139,6 +144,7 @@ def demo(
 def dead_list(
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     which: Which = None,
     topic: Topic = None,
@@ -158,7 +164,7 @@ def dead_list(
     def work() -> int:
         from kbatch.cli._outbox import Selection, count_dead, list_dead
 
-        place = _place(outbox, prefix, config, wire)
+        place = _place(outbox, prefix, schema, config, wire)
         selection = Selection(which or (), topic, type, error, older_than, newer_than)
         if summary:
             return count_dead(place, selection, json, screen)
@@ -172,6 +178,7 @@ def dead_show(
     which: Annotated[list[str], typer.Argument(metavar="NUMBER|ID", help="Which messages, by number or id.")],
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     wire: WireOption = Wire.KBATCH,
     json: Json = False,
@@ -182,7 +189,7 @@ def dead_show(
     def work() -> int:
         from kbatch.cli._outbox import Selection, show_dead
 
-        return show_dead(_place(outbox, prefix, config, wire), Selection(which), json, screen)
+        return show_dead(_place(outbox, prefix, schema, config, wire), Selection(which), json, screen)
 
     exit_with(work, screen)
 
@@ -191,6 +198,7 @@ def dead_show(
 def dead_replay(
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     which: Which = None,
     topic: Topic = None,
@@ -215,7 +223,7 @@ def dead_replay(
         from kbatch.cli._outbox import Selection, replay_dead
 
         selection = Selection(which or (), topic, type, error, older_than, newer_than, all)
-        return replay_dead(_place(outbox, prefix, config, wire), selection, json, screen)
+        return replay_dead(_place(outbox, prefix, schema, config, wire), selection, json, screen)
 
     exit_with(work, screen)
 
@@ -224,6 +232,7 @@ def dead_replay(
 def dead_discard(
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     which: Which = None,
     topic: Topic = None,
@@ -247,7 +256,7 @@ def dead_discard(
         from kbatch.cli._outbox import Selection, discard_dead
 
         selection = Selection(which or (), topic, type, error, older_than, newer_than, all)
-        return discard_dead(_place(outbox, prefix, config, wire), selection, yes, json, screen)
+        return discard_dead(_place(outbox, prefix, schema, config, wire), selection, yes, json, screen)
 
     exit_with(work, screen)
 
@@ -256,6 +265,7 @@ def dead_discard(
 def later_list(
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     which: Which = None,
     topic: Topic = None,
@@ -273,7 +283,7 @@ def later_list(
         from kbatch.cli._outbox import Selection, list_later
 
         selection = Selection(which or (), topic, type, error)
-        return list_later(_place(outbox, prefix, config, wire), selection, limit, offset, json, screen)
+        return list_later(_place(outbox, prefix, schema, config, wire), selection, limit, offset, json, screen)
 
     exit_with(work, screen)
 
@@ -282,6 +292,7 @@ def later_list(
 def later_cancel(
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Config = None,
     which: Which = None,
     topic: Topic = None,
@@ -304,7 +315,7 @@ def later_cancel(
         from kbatch.cli._outbox import Selection, cancel_later
 
         selection = Selection(which or (), topic, type, error, is_all=all)
-        return cancel_later(_place(outbox, prefix, config, wire), selection, yes, json, screen)
+        return cancel_later(_place(outbox, prefix, schema, config, wire), selection, yes, json, screen)
 
     exit_with(work, screen)
 
@@ -313,9 +324,12 @@ def relay(
     context: typer.Context,
     outbox: Outbox = None,
     prefix: Prefix = None,
+    schema: Schema = None,
     config: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Settings, TOML: outbox, prefix, and the tables relay, retry and kafka."),
+        typer.Option(
+            metavar="FILE", help="Settings, TOML: outbox, prefix, schema, and the tables relay, retry and kafka."
+        ),
     ] = None,
     setting: Annotated[
         list[str] | None,
@@ -363,7 +377,8 @@ def relay(
         name = None if outbox is None else typed("--outbox", outbox)
         settings = Settings.collect([typed("-X", each) for each in setting or []], file.kafka(), os.environ)
         return run_relay(
-            RelayJob(find_place(name, prefix, file.values), settings, file, drain, timeout, grace, json), screen
+            RelayJob(find_place(name, prefix, file.values, schema=schema), settings, file, drain, timeout, grace, json),
+            screen,
         )
 
     exit_with(work, screen)

@@ -11,6 +11,7 @@ from kbatch.cli._settings import VARIABLE
 
 _SQLITE = "sqlite"
 _POSTGRES = ("postgresql", "postgres")
+_PUBLIC = "public"
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,16 @@ class Place:
     name: str = field(repr=False)
     prefix: str = "kbatch_"
     wire: str = "kbatch"
+    schema: str = _PUBLIC
 
     @property
     def shown(self) -> str:
         """The name without a password."""
-        return re.sub(r"//[^/]*@", "//…@", self.name)
+        if "://" not in self.name:
+            return self.name
+        return re.sub(r"\?.*", "?…", re.sub(r"//.*@", "//…@", self.name))
 
-    def open(self) -> kbatch.SqliteOutbox:
+    def open(self) -> kbatch.SqliteOutbox | kbatch.PostgresOutbox:
         """The outbox; nothing is read yet."""
         scheme, separator, rest = self.name.partition("://")
         if not separator:
@@ -41,10 +45,17 @@ class Place:
                 raise Failure("a URL of SQLite is sqlite:///shop.db, or sqlite:////var/lib/shop.db", USAGE)
             return self._sqlite(path)
         if scheme.lower().partition("+")[0] in _POSTGRES:
-            raise Failure("outboxes in PostgreSQL are not there yet; name a SQLite file", USAGE)
-        raise Failure("an outbox is a path of a SQLite file, or a URL that begins with sqlite:///", USAGE)
+            try:
+                return kbatch.PostgresOutbox(
+                    f"postgresql://{rest}", schema=self.schema, prefix=self.prefix, wire=self.wire
+                )
+            except kbatch.ConfigError as error:
+                raise Failure(str(error), USAGE) from None
+        raise Failure("an outbox is a path of a SQLite file, or a URL: sqlite:///… or postgresql://…", USAGE)
 
     def _sqlite(self, path: str) -> kbatch.SqliteOutbox:
+        if self.schema != _PUBLIC:
+            raise Failure("--schema is for PostgreSQL", USAGE)
         try:
             return kbatch.SqliteOutbox(path, prefix=self.prefix, wire=self.wire)
         except kbatch.ConfigError as error:
@@ -56,6 +67,7 @@ def find_place(
     prefix: str | None,
     file: Mapping[str, object] | None = None,
     *,
+    schema: str | None = None,
     wire: str = "kbatch",
     environment: Mapping[str, str] = os.environ,
 ) -> Place:
@@ -64,4 +76,9 @@ def find_place(
     found = name or environment.get(VARIABLE) or file.get("outbox")
     if not found:
         raise Failure(f"no outbox is named: give --outbox PATH, {VARIABLE}, or outbox in a --config FILE", USAGE)
-    return Place(str(found), str(prefix or file.get("prefix") or "kbatch_"), wire)
+    return Place(
+        str(found),
+        str(prefix or file.get("prefix") or "kbatch_"),
+        wire,
+        str(schema or file.get("schema") or _PUBLIC),
+    )

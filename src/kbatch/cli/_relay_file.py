@@ -22,11 +22,11 @@ _NOT_IN_FILES = {"self", "outbox", "producer", "retry"}
 RELAY_OPTIONS = [name for name in inspect.signature(kbatch.Relay.__init__).parameters if name not in _NOT_IN_FILES]
 RETRY_OPTIONS = [each.name for each in dataclasses.fields(kbatch.RetryPolicy)]
 _TABLES = {"relay": RELAY_OPTIONS, "retry": RETRY_OPTIONS, "kafka": None}
-_TEXTS = ("outbox", "prefix")
+_TEXTS = ("outbox", "prefix", "schema")
 
 
 class RelayFile:
-    """What a file says: ``outbox`` and ``prefix``, and the tables ``relay``, ``retry`` and ``kafka``."""
+    """What a file says: ``outbox``, ``prefix`` and ``schema``, and the tables ``relay``, ``retry`` and ``kafka``."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -36,7 +36,7 @@ class RelayFile:
                 if not isinstance(value, str):
                     raise self._wrong(f"{name} must be text")
             elif name not in _TABLES:
-                raise self._wrong(f"there is no setting {name!r}; there are outbox, prefix, [relay], [retry], [kafka]")
+                raise self._wrong(f"there is no setting {name!r}; there are {', '.join((*_TEXTS, *_TABLES))}")
             elif not isinstance(value, dict):
                 raise self._wrong(f"{name} must be a table, [{name}]")
             else:
