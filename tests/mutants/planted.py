@@ -1460,7 +1460,7 @@ MUTANTS = (
     Mutant(
         "an outbox has tables made in another file",
         "SqliteOutbox.add",
-        "                self._check_file_of(connection)\n",
+        "                self._check_file_of(driver)\n",
         "                pass\n",
         "tests/unit/test_outbox_add.py",
     ),
