@@ -120,7 +120,8 @@ def test_rows_are_read_above_the_floors_by_bucket_and_number(outbox: Outbox, sto
     assert [row[:2] for row in reading.rows] == all_rows
     assert reading.floors == {bucket: max(seq for of, seq in all_rows if of == bucket) for bucket, _ in all_rows}
     assert reading.ended == set(range(64))
-    # What other transactions of the server may yet bring to light below the floors is read again, but what is in flight.
+    # What other transactions of the server may yet bring to light below the floors is read again, but for what is in
+    # flight.
     in_flight = {row[:2] for row in reading.rows}
     again = store.read(reading.floors, limit=1000, max_bytes=10**9, in_flight=lambda: in_flight)
     assert (again.rows, again.ended) == ([], set(reading.floors))

@@ -19,6 +19,7 @@ __all__ = ["PostgresAdmin"]
 
 _AT = {"dead": "died_at", "later": "due_at"}
 _HOT = "bucket, seq, id, packed, created_at, deliver_by"
+_AT_ONCE = 10_000  # rows of a statement, so that none takes long
 _PLACES = "(SELECT * FROM unnest($1::smallint[], $2::bigint[]))"
 
 
@@ -92,10 +93,11 @@ class PostgresAdmin(PostgresSession):
             return len(self._at(run, statement, places, due_at_ms))
 
     def _at(self, run: Run, statement: str, places: Sequence[Place], *values: Any) -> Rows:
-        if not places:
-            return []
-        buckets, numbers = zip(*places, strict=True)
-        return run(self._tables.sql(statement), (array_text(buckets), array_text(numbers), *values))
+        rows: Rows = []
+        for first in range(0, len(places), _AT_ONCE):
+            buckets, numbers = zip(*places[first : first + _AT_ONCE], strict=True)
+            rows += run(self._tables.sql(statement), (array_text(buckets), array_text(numbers), *values))
+        return rows
 
     @contextlib.contextmanager
     def _changing(self) -> Iterator[Run]:
