@@ -30,6 +30,7 @@ _LARGEST_TRANSACTION = 500
 _ROLLED_BACK = 0.05  # of the transactions
 _LOOK_EVERY_S = 0.01
 _PATIENCE_S = 60.0
+_SHORTEST_MEASURED_S = 0.1
 # A killed relay's buckets wait for the end of its lease, so it is as short as such a delivery time-out allows.
 _SETTINGS = """\
 outbox = {path}
@@ -56,10 +57,16 @@ class OutboxPlan:
 class RelayRun:
     """What one relay did."""
 
-    waited_s: float = 0.0
+    waited_s: float = 0.0  # until something that it had sent was seen
+    seen: int = 0  # how much that was
     sent: int = 0
-    sending_s: float = 0.0
+    sending_s: float = 0.0  # since then
     unrecorded: int | None = None  # when it was killed
+
+    @property
+    def rate(self) -> float:
+        """Messages a second, since it was seen to send."""
+        return (self.sent - self.seen) / self.sending_s
 
 
 @dataclass
@@ -108,6 +115,11 @@ class RelayProcess:
 
     def stop(self) -> None:
         """SIGTERM: it hands its buckets back."""
+        while "begins" not in self._log.read_text(
+            "utf-8", errors="replace"
+        ):  # else the signal comes before its handler
+            self.check()
+            time.sleep(_LOOK_EVERY_S)
         self._process.terminate()
         status = self._process.wait(_PATIENCE_S)
         if os.name != "nt" and status != 128 + signal.SIGTERM:
@@ -124,7 +136,7 @@ class Demo:
         self._plan = plan
         self._random = random.Random(plan.seed)
         self._settings = folder / "relay.toml"
-        self._log = folder / "relay.log"
+        self._folder = folder
         path = folder / "shop.db"
         self._settings.write_text(_SETTINGS.format(path=json.dumps(str(path)), servers=servers), "utf-8")
         self._outbox = kbatch.SqliteOutbox(path)
@@ -140,23 +152,23 @@ class Demo:
 
     def run(self, screen: Screen) -> None:
         """Until everything that was committed has left the outbox."""
-        kills = 0
+        kills, plan = 0, self._plan
         relay = self._begin_relay()
         with contextlib.ExitStack() as stack:
             stack.callback(lambda: relay.kill())
-            with screen.bar("adding orders", self._plan.count) as bar:
+            with screen.bar("adding orders", plan.count) as bar:
                 while self._add_some():
                     bar.show(self._added, f"relay {kills + 1} at work")
-                    if kills == 0 and self._plan.kills and self._added >= self._plan.count * 0.4:
-                        # It is killed in its work: some of what it sent is not recorded yet.
-                        self._await_first(relay, bar)
-                        relay, kills = self._kill(relay), 1
-            with screen.bar("relaying", self._plan.count) as bar:
-                while kills < self._plan.kills:
-                    left = self._await_first(relay, bar)
-                    self._await_left(relay, left // 2, bar)
+                    # It is killed in its work: some of what it sent is not recorded yet.
+                    is_time = kills < plan.kills and self._added >= plan.count * (0.4 + 0.5 * kills / plan.kills)
+                    if is_time and self._works():
+                        relay, kills = self._kill(relay), kills + 1
+            with screen.bar("relaying", plan.count) as bar:
+                while kills < plan.kills:
+                    self._await_work(relay, bar)
+                    self._await_left(relay, self._left() // 2, bar)
                     relay, kills = self._kill(relay), kills + 1
-                self._await_first(relay, bar)
+                self._await_work(relay, bar)
                 self._await_left(relay, 0, bar)
             self._end_run()
             relay.stop()
@@ -195,10 +207,10 @@ class Demo:
     # -- relays
 
     def _begin_relay(self) -> RelayProcess:
+        self._gone_before = self._added - self._left()
         self.figures.runs.append(RelayRun())
         self._began = time.perf_counter()
-        self._left_before: int | None = None
-        return RelayProcess(self._settings, self._log)
+        return RelayProcess(self._settings, self._folder / f"relay-{len(self.figures.runs)}.log")
 
     def _kill(self, relay: RelayProcess) -> RelayProcess:
         """Kills it, and starts another one."""
@@ -212,21 +224,23 @@ class Demo:
     def _end_run(self) -> None:
         run = self.figures.runs[-1]
         run.sending_s = time.perf_counter() - self._began - run.waited_s
-        run.sent = self._added - self._left() - sum(each.sent for each in self.figures.runs)
+        run.sent = self._added - self._left() - self._gone_before
 
-    def _await_first(self, relay: RelayProcess, bar: Bar) -> int:
-        """Waits until a relay has sent something, as far as that is not known; how many rows were left before."""
-        if self._left_before is not None:
-            return self._left_before
-        before = self._left()
+    def _works(self) -> bool:
+        """Whether this relay has sent something."""
+        run = self.figures.runs[-1]
+        if not run.seen:
+            run.seen = self._added - self._left() - self._gone_before
+            run.waited_s = time.perf_counter() - self._began
+        return run.seen > 0
+
+    def _await_work(self, relay: RelayProcess, bar: Bar) -> None:
+        """Waits until this relay has sent something, if there is anything."""
         number = len(self.figures.runs)
         note = f"relay {number} waits for the lease of the killed one" if number > 1 else f"relay {number} begins"
-        while before and (left := self._left()) >= before:
+        while not self._works() and (left := self._left()):
             bar.show(self._added - left, note)
             self._pause(relay)
-        self.figures.runs[-1].waited_s = time.perf_counter() - self._began
-        self._left_before = before
-        return before
 
     def _await_left(self, relay: RelayProcess, most: int, bar: Bar) -> None:
         """Waits until no more rows are left."""
@@ -301,8 +315,8 @@ def _table(plan: OutboxPlan, figures: Figures, check: Check) -> Table:
         else:
             rows += [
                 (f"relay {number} waited for the killed one's lease", f"{run.waited_s:.1f} s"),
-                ("  and sent", f"{run.sent:,} in {run.sending_s:.2f} s"),
-                ("  messages/s", f"{run.sent / run.sending_s:,.0f}"),
+                ("  and sent", f"{run.sent:,}"),
+                ("  messages/s", f"{run.rate:,.0f}" if run.sending_s >= _SHORTEST_MEASURED_S else "-"),
             ]
         if run.unrecorded is not None:
             rows.append(("  when it was killed, still in the outbox", f"{run.unrecorded:,}"))
