@@ -115,9 +115,8 @@ class RelayProcess:
 
     def stop(self) -> None:
         """SIGTERM: it hands its buckets back."""
-        while "begins" not in self._log.read_text(
-            "utf-8", errors="replace"
-        ):  # else the signal comes before its handler
+        # Else the signal may come before its handler is there.
+        while "begins" not in self._log.read_text("utf-8", errors="replace"):
             self.check()
             time.sleep(_LOOK_EVERY_S)
         self._process.terminate()
