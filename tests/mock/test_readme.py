@@ -15,8 +15,11 @@ from confluent_kafka.schema_registry.avro import AvroSerializer
 
 import kbatch
 from kbatch.testing import MockCluster
+from tests import outboxes
+from tests.relays import numbered
 
 from .clients import end_offsets
+from .test_replay import move_to_dead
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SHOP = "postgresql://localhost/shop"
@@ -67,10 +70,14 @@ def test_a_block_runs(
     servers = kafka_cluster.bootstrap_servers
     orders = [Order(n) for n in range(10)]
     told: list[kbatch.DeliveryReport] = []
+    outbox = outboxes.made(tmp_path, "dead.db")
+    outboxes.add(outbox, numbered(range(3)))
+    move_to_dead(outbox, "seq < 3")
     with kbatch.Producer({"bootstrap.servers": servers}) as producer:
         names: dict[str, Any] = {
             "kbatch": kbatch,
             "producer": producer,
+            "outbox": outbox,
             "order": orders[0],
             "orders": orders,
             "envelopes": [kbatch.Envelope(order, key=str(order.id)) for order in orders],
