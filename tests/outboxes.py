@@ -34,6 +34,12 @@ def where(outbox: Outbox) -> dict[str, str]:
     return {"conninfo": outbox._conninfo, "schema": outbox._tables.schema}
 
 
+def named(outbox: Outbox) -> list[str]:
+    """Where it is, for a command."""
+    found = where(outbox)
+    return ["-o", found["path"]] if "path" in found else ["-o", found["conninfo"], "--schema", found["schema"]]
+
+
 def new_schema(conninfo: str) -> str:
     """Makes a schema of PostgreSQL, whose name is quoted."""
     name = f'Test "{uuid.uuid4().hex[:12]}" {{%s}}'
@@ -115,13 +121,19 @@ def in_schema(outbox: kbatch.PostgresOutbox, name: str) -> str:
     return f"{_quoted(outbox._tables.schema)}.{_quoted(name)}"
 
 
-def refuse_rows(outbox: Outbox, table: str, number: int | None = None) -> None:
-    """Has inserts into one of its tables fail, all or those of a row."""
-    when = "" if number is None else f"WHEN (NEW.seq = {number})"
+def literal(outbox: Outbox, value: bytes) -> str:
+    """Bytes in a statement."""
+    return f"X'{value.hex()}'" if isinstance(outbox, kbatch.SqliteOutbox) else f"'\\x{value.hex()}'::bytea"
+
+
+def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None) -> None:
+    """Has inserts into one of its tables fail, or those of the row of this number."""
+    when = "" if number is None else f"WHEN (NEW.seq = {number}) "
     if isinstance(outbox, kbatch.SqliteOutbox):
-        name = outbox._tables.names[table].removeprefix("main.")
         query(
-            outbox, f"CREATE TRIGGER refuses BEFORE INSERT ON {name} {when} BEGIN SELECT raise(ABORT, 'no room'); END"
+            outbox,
+            f"CREATE TRIGGER refuses BEFORE INSERT ON {outbox._tables.names[table]} {when}"
+            "BEGIN SELECT raise(ABORT, 'no room'); END",
         )
     else:
         name = in_schema(outbox, "refuses")
@@ -129,7 +141,7 @@ def refuse_rows(outbox: Outbox, table: str, number: int | None = None) -> None:
             outbox,
             f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'no room'; END $$",
             f"CREATE TRIGGER refuses BEFORE INSERT ON {outbox._tables.names[table]} "
-            f"FOR EACH ROW {when} EXECUTE FUNCTION {name}()",
+            f"FOR EACH ROW {when}EXECUTE FUNCTION {name}()",
         )
 
 
@@ -189,6 +201,17 @@ def move_to_later(outbox: Outbox, first: int, last: int) -> None:
             f"FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}",
         )
         query(outbox, f"DELETE FROM {{outbox}} WHERE bucket = {bucket} AND seq = {seq}")
+
+
+def move_to_dead(outbox: Outbox, which: str) -> None:
+    """Rows of which a condition is true were refused for good."""
+    rows = "bucket, seq, id, packed, created_at, deliver_by"
+    query(
+        outbox,
+        f"INSERT INTO {{dead}} ({rows}, died_at, attempts, last_error) "
+        f"SELECT {rows}, 1000 * seq, 1, 'refused' FROM {{outbox}} WHERE {which}",
+    )
+    query(outbox, f"DELETE FROM {{outbox}} WHERE {which}")
 
 
 def bodies(outbox: Outbox, table: str = "outbox") -> list[bytes | None]:

@@ -17,8 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -145,8 +146,8 @@ def shared(directory: Path) -> str:
         return EXTERNAL
     _installed()
     told = directory / "postgres.json"
-    _uses.append(_locked(directory / "postgres.users", fcntl.LOCK_SH))
-    with _locked(directory / "postgres.start", fcntl.LOCK_EX):
+    _uses.append(_lock(directory / "postgres.users", fcntl.LOCK_SH))
+    with _locked(directory / "postgres.start"):
         if not told.exists():
             with open(directory / "postgres.log", "ab") as log:
                 keeper = subprocess.Popen(
@@ -167,13 +168,22 @@ def shared(directory: Path) -> str:
     return conninfo
 
 
-_uses: list[IO[str]] = []  # locks that are let go when the process ends, however it does
+_uses: list[int] = []  # locks that are let go when the process ends, however it does
 
 
-def _locked(path: Path, how: int) -> IO[str]:
-    file = open(path, "a")  # noqa: SIM115
+def _lock(path: Path, how: int) -> int:
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
     fcntl.flock(file, how)
     return file
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    file = _lock(path, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 def _keep(directory: Path) -> None:
@@ -183,7 +193,7 @@ def _keep(directory: Path) -> None:
         part = directory / "postgres.json.part"
         part.write_text(json.dumps(server.conninfo))
         part.rename(directory / "postgres.json")
-        with _locked(directory / "postgres.users", fcntl.LOCK_EX):
+        with _locked(directory / "postgres.users"):
             pass
     finally:
         server.close()

@@ -1,4 +1,4 @@
-"""An outbox in SQLite and its relay on real brokers: they stop and start, refuse, answer nothing, and nothing is lost.
+"""An outbox and its relay on real brokers: they stop and start, refuse, answer nothing, and nothing is lost.
 
 A real broker deduplicates, so nothing is there twice unless the relay gave up a batch and sent it again.
 """
@@ -8,17 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
+from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy
 from tests import outboxes
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.proxy import Direction
 from tests.mock.clients import read_back, read_back_with_aiokafka
 from tests.mock.test_relay import running
+from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
 from tests.waiting import until
 
@@ -26,8 +27,8 @@ BATCH, FLIGHTS = 100, 4
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> SqliteOutbox:
-    return outboxes.made(tmp_path)
+def outbox(new_outbox: Callable[..., Outbox]) -> Outbox:
+    return new_outbox()
 
 
 def config(kafka: KafkaCluster, timeout_ms: int = 60_000) -> dict[str, Any]:
@@ -39,7 +40,7 @@ def config(kafka: KafkaCluster, timeout_ms: int = 60_000) -> dict[str, Any]:
     }
 
 
-def make(outbox: SqliteOutbox, kafka: KafkaCluster, timeout_ms: int = 60_000, **options: Any) -> Relay:
+def make(outbox: Outbox, kafka: KafkaCluster, timeout_ms: int = 60_000, **options: Any) -> Relay:
     options = {"batch_size": BATCH, "max_in_flight_batches": FLIGHTS, "probe_interval_s": 0.1, **options}
     return Relay(outbox, config(kafka, timeout_ms), max_probe_interval_s=0.5, **options)
 
@@ -47,7 +48,7 @@ def make(outbox: SqliteOutbox, kafka: KafkaCluster, timeout_ms: int = 60_000, **
 class Load:
     """An application that adds all the time, in transactions of 1 to 50, some of which it rolls back."""
 
-    def __init__(self, outbox: SqliteOutbox, topic: str) -> None:
+    def __init__(self, outbox: Outbox, topic: str) -> None:
         self.committed: list[int] = []
         self._outbox, self._topic = outbox, topic
         self._over = threading.Event()
@@ -85,7 +86,7 @@ def stored(one_broker: KafkaCluster) -> Any:
     return lambda topic: read_back(one_broker.bootstrap_servers, topic)
 
 
-def test_everything_arrives_once_and_in_order(outbox: SqliteOutbox, one_broker: KafkaCluster) -> None:
+def test_everything_arrives_once_and_in_order(outbox: Outbox, one_broker: KafkaCluster) -> None:
     topic = one_broker.create_topic(partitions=3)
     outboxes.add(outbox, numbered(range(20_000), keys=300), topic=topic)
     with make(outbox, one_broker, batch_size=2_000) as relay:
@@ -95,7 +96,7 @@ def test_everything_arrives_once_and_in_order(outbox: SqliteOutbox, one_broker: 
 
 @pytest.mark.parametrize("end", ["kill", "stop", "pause"])
 def test_kafka_is_stopped_and_started_while_a_relay_is_at_work(
-    outbox: SqliteOutbox, one_broker: KafkaCluster, stored: Any, end: str
+    outbox: Outbox, one_broker: KafkaCluster, stored: Any, end: str
 ) -> None:
     topic = one_broker.create_topic(partitions=3)
     with running(make(outbox, one_broker)) as relay, Load(outbox, topic) as load:
@@ -116,7 +117,7 @@ def test_kafka_is_stopped_and_started_while_a_relay_is_at_work(
 
 
 def test_an_outage_that_is_longer_than_a_delivery_moves_nothing_and_doubles_only_what_was_given_up(
-    outbox: SqliteOutbox, one_broker: KafkaCluster, stored: Any
+    outbox: Outbox, one_broker: KafkaCluster, stored: Any
 ) -> None:
     topic = one_broker.create_topic(partitions=3)
     with running(make(outbox, one_broker, 2_000, failures_to_open=1)) as relay, Load(outbox, topic) as load:
@@ -134,9 +135,7 @@ def test_an_outage_that_is_longer_than_a_delivery_moves_nothing_and_doubles_only
     check_history(load.committed, stored(topic), copies=2 * BATCH * FLIGHTS, in_order=False)
 
 
-def test_acknowledgements_that_are_lost_make_no_copies(
-    outbox: SqliteOutbox, one_broker: KafkaCluster, stored: Any
-) -> None:
+def test_acknowledgements_that_are_lost_make_no_copies(outbox: Outbox, one_broker: KafkaCluster, stored: Any) -> None:
     topic = one_broker.create_topic(partitions=3)
     proxy = one_broker.brokers[0].proxy
     with running(make(outbox, one_broker)) as relay, Load(outbox, topic) as load:
@@ -154,10 +153,10 @@ def test_acknowledgements_that_are_lost_make_no_copies(
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
 def test_a_relay_process_is_killed_and_doubles_only_what_it_had_not_recorded(
-    outbox: SqliteOutbox, one_broker: KafkaCluster, stored: Any
+    outbox: Outbox, one_broker: KafkaCluster, stored: Any
 ) -> None:
     topic = one_broker.create_topic(partitions=3)
-    command = [sys.executable, "-m", "kbatch", "relay", "-o", outbox._path, "-q"]
+    command = [sys.executable, "-m", "kbatch", "relay", *outboxes.named(outbox), "-q"]
     for key, value in config(one_broker, 1_000).items():
         command += ["-X", f"{key}={value}"]
     unrecorded: set[int] = set()
@@ -187,7 +186,7 @@ def test_a_relay_process_is_killed_and_doubles_only_what_it_had_not_recorded(
 
 
 def test_a_topic_that_does_not_exist_stops_no_other_and_its_dead_letters_are_replayed_once_it_does(
-    outbox: SqliteOutbox, one_broker: KafkaCluster, stored: Any
+    outbox: Outbox, one_broker: KafkaCluster, stored: Any
 ) -> None:
     topic = one_broker.create_topic(partitions=3)
     missing = f"{topic}-later"
@@ -210,7 +209,7 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_dead_letters_are_rep
 
 
 def test_a_message_that_is_too_large_for_its_topic_is_dead_alone_and_may_be_edited(
-    outbox: SqliteOutbox, one_broker: KafkaCluster, stored: Any
+    outbox: Outbox, one_broker: KafkaCluster, stored: Any
 ) -> None:
     topic = one_broker.create_topic(partitions=1, config={"max.message.bytes": "20000"})
     outboxes.add(outbox, numbered(range(50), keys=5), topic=topic)

@@ -159,7 +159,7 @@ def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
     outbox = new_outbox(wire="raw")
     monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
-    outboxes.refuse_rows(outbox, table, 3)
+    outboxes.refuse_rows(outbox, table, number=3)
     outboxes.add(outbox, numbered(range(5), topic="refused"), topic=None)
     options: dict[str, Any] = {"lease_s": 5.0}
     with running(make(outbox, cluster, {"delivery.timeout.ms": 500}, **options)) as relay:

@@ -36,9 +36,11 @@ def cluster() -> Iterator[MockCluster]:
 
 
 @pytest.fixture
-def server(new_postgres: Callable[[], Any]) -> Any:
+def server(new_postgres: Callable[[], Any]) -> Iterator[Any]:
     """A server of the test's own, which it may stop."""
-    return new_postgres()
+    server = new_postgres()
+    yield server
+    server.close()
 
 
 def made(conninfo: str) -> PostgresOutbox:

@@ -3,9 +3,13 @@
 import sqlite3
 from typing import Any
 
+import psycopg
+import sqlalchemy.ext.asyncio
+import sqlalchemy.orm
 from typing_extensions import assert_type
 
 import kbatch
+from kbatch import aio
 
 
 def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, str], producer: kbatch.Producer) -> None:
@@ -28,3 +32,27 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]
     outbox.add("shop.db", [kbatch.Envelope(order)])  # type: ignore[arg-type]
     outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[call-arg]
+
+
+def postgres(session: sqlalchemy.orm.Session, envelopes: list[kbatch.Envelope[bytes]]) -> None:
+    outbox = kbatch.PostgresOutbox("postgresql://localhost/shop", schema="shop", wire="raw")
+    with psycopg.connect("postgresql://localhost/shop") as connection:
+        assert_type(outbox.add(connection, envelopes, topic="orders", serialize_keys=True), int)
+    assert_type(outbox.add(session, envelopes), int)
+    assert_type(outbox.add(session.connection(), envelopes), int)
+    outbox.add("connection", envelopes)  # type: ignore[arg-type]
+    kbatch.Relay(outbox, {"bootstrap.servers": "localhost:9092"})
+
+
+async def postgres_of_asyncio(
+    connection: psycopg.AsyncConnection[dict[str, object]],
+    session: sqlalchemy.ext.asyncio.AsyncSession,
+    envelopes: list[kbatch.Envelope[bytes]],
+) -> None:
+    outbox = aio.PostgresOutbox("postgresql://localhost/shop")
+    await outbox.create()
+    assert_type(await outbox.add(connection, envelopes, topic="orders"), int)
+    assert_type(await outbox.add(session, envelopes), int)
+    assert_type(await outbox.add(await session.connection(), envelopes), int)
+    assert_type(await outbox.status(), kbatch.OutboxStatus)
+    kbatch.Relay(outbox, {"bootstrap.servers": "localhost:9092"})

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kbatch import Envelope, PostgresOutbox
+from kbatch import Envelope, OutboxQuery, PostgresOutbox
 from kbatch._fastmap import unpack_record
 from tests import outboxes
 from tests.outboxes import connected, transaction
@@ -253,6 +253,23 @@ def test_a_store_that_was_opened_anew_reads_all_from_floors_of_0(outbox: Postgre
     again = Reader(outbox)
     assert again.read() == [1, 2]
     again.store.close()
+
+
+def test_what_is_replayed_is_read_with_what_commits_late(outbox: PostgresOutbox, reader: Reader) -> None:
+    with transaction(outbox) as late:
+        outbox.add(late, numbered([1], keys=1), topic="orders")
+        outboxes.add(outbox, numbered([2, 3], keys=1))
+        assert reader.read() == [2, 3]
+        outboxes.move_to_dead(outbox, "seq = 2")
+        before = reader.store.changes()
+        assert outbox.dead_letters.replay(OutboxQuery()) == 1
+        assert reader.read() == []
+        assert reader.store.changes() != before
+        reader.floors = dict.fromkeys(range(64), 0)  # what a relay does then
+        assert reader.read() == [2, 3]
+        reader.delete(4)
+    assert reader.read() == [1]
+    assert reader.store._gaps._of == {}
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -4,7 +4,7 @@ Every `OutboxStore` has to pass these tests.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -40,8 +40,15 @@ def renew(store: OutboxStore, owner: str, **options: Any) -> tuple[dict[int, int
     return dict(leases), share
 
 
-def read(store: OutboxStore, floors: Mapping[int, int], *, limit: int = 10_000, max_bytes: int = 10**9) -> Reading:
-    return store.read(floors, limit=limit, max_bytes=max_bytes, in_flight=set)
+def read(
+    store: OutboxStore,
+    floors: Mapping[int, int],
+    *,
+    limit: int = 10_000,
+    max_bytes: int = 10**9,
+    in_flight: Collection[tuple[int, int]] = (),
+) -> Reading:
+    return store.read(floors, limit=limit, max_bytes=max_bytes, in_flight=lambda: in_flight)
 
 
 def placed(outbox: Outbox, table: str = "outbox") -> list[tuple[int, int]]:
@@ -120,7 +127,7 @@ def test_rows_are_read_above_the_floors_by_bucket_and_number(outbox: Outbox, sto
     assert [row[:2] for row in reading.rows] == all_rows
     assert reading.floors == {bucket: max(seq for of, seq in all_rows if of == bucket) for bucket, _ in all_rows}
     assert reading.ended == set(range(64))
-    # What other transactions of the server may yet bring to light below the floors is read again, but for what is in
+    # What other transactions of the server may yet bring to light below the floors is read again, but not what is in
     # flight.
     in_flight = {row[:2] for row in reading.rows}
     again = store.read(reading.floors, limit=1000, max_bytes=10**9, in_flight=lambda: in_flight)

@@ -280,8 +280,8 @@ def test_private_modules_declare_what_they_export() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
         )
-        of_psycopg = ("_postgres_admin.py", "_postgres_session.py", "_postgres_store.py")
-        if path.name in of_psycopg and importlib.util.find_spec("psycopg") is None:
+        needs_psycopg = {"_postgres_admin.py", "_postgres_session.py", "_postgres_store.py"}
+        if path.name in needs_psycopg and importlib.util.find_spec("psycopg") is None:
             continue  # it is imported by who has psycopg
         module = importlib.import_module(".".join(["kbatch", *path.relative_to(PACKAGE).with_suffix("").parts]))
         assert all(hasattr(module, name) for name in names), path.name

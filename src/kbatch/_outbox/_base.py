@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import NewRow, OutboxAdmin
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseOutbox", "OutboxStatus", "age_s", "now_us"]
+__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxStatus", "age_s", "now_us"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, SQLite's for a value, and below PostgreSQL's
 
@@ -40,6 +40,8 @@ class OutboxStatus:
         dead: Records that were given up; counted likewise.
         oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
         relays: How many relays work on it.
+        unvacuumed: Rows that were deleted and whose room PostgreSQL has not freed yet, by its own count. If it grows,
+            autovacuum does not keep up: an old transaction or snapshot keeps it from freeing them. 0 in SQLite.
     """
 
     waiting: int
@@ -47,6 +49,7 @@ class OutboxStatus:
     dead: int
     oldest_age_s: float
     relays: int
+    unvacuumed: int = field(default=0, compare=False)
 
 
 class BaseOutbox:
@@ -73,35 +76,9 @@ class BaseOutbox:
             max_message_bytes,
             max_message_bytes,
         )
-        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._pool = RecordPool()
+        self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._watchers: list[Callable[[], object]] = []
-
-    @property
-    def dead_letters(self) -> DeadLetters:
-        """The messages that were given up: to find, replay, edit and discard them. Its methods wait for the database;
-        on an event loop they are for a thread."""
-        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
-
-    @property
-    def scheduled(self) -> ScheduledMessages:
-        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them. Its
-        methods wait for the database; on an event loop they are for a thread."""
-        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
-
-    def open_admin(self) -> OutboxAdmin:
-        """The connection of those who look after dead letters and what waits, who close it.
-
-        Raises:
-            OutboxError: The tables are missing or another version's; the database does not answer.
-        """
-        raise NotImplementedError
-
-    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
-        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
-        if not rows:
-            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
-        return rows[0]
 
     def watch(self, watcher: Callable[[], object]) -> None:
         """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
@@ -111,6 +88,26 @@ class BaseOutbox:
         """Calls it no more, if it does."""
         with contextlib.suppress(ValueError):
             self._watchers.remove(watcher)
+
+    def open_admin(self) -> OutboxAdmin:
+        """The connection of those who look after dead letters and what waits, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        raise NotImplementedError
+
+    def _dead_letters(self) -> DeadLetters:
+        return DeadLetters(Keeper("dead", self.open_admin, self._wire), self._map_row)
+
+    def _scheduled(self) -> ScheduledMessages:
+        return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
+
+    def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
+        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
+        if not rows:
+            raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
+        return rows[0]
 
     def _as_outbox_error(self, error: BaseException) -> OutboxError:
         raise NotImplementedError
@@ -135,6 +132,20 @@ class BaseOutbox:
     def _tell_watchers(self) -> None:
         for watcher in tuple(self._watchers):
             watcher()
+
+
+class BlockingOutbox(BaseOutbox):
+    """An outbox for threads."""
+
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """The messages that were given up: to find, replay, edit and discard them."""
+        return self._dead_letters()
+
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
+        return self._scheduled()
 
 
 def now_us() -> int:

@@ -45,7 +45,7 @@ class DeadLetterCount(NamedTuple):
 
 
 class DeadLetters:
-    """The dead letters of an outbox, `SqliteOutbox.dead_letters`.
+    """The dead letters of an outbox: `SqliteOutbox.dead_letters`, `PostgresOutbox.dead_letters`.
 
     What a method changes it changes in one transaction, and relays may be at work.
     """
@@ -102,7 +102,7 @@ class DeadLetters:
 
         Args:
             number: The dead letter's.
-            envelope: It is mapped as by `SqliteOutbox.add`, and must have a topic.
+            envelope: It is mapped as by the outbox's ``add``, and must have a topic.
 
         Raises:
             SerializationError: It could not be mapped, or is too large.

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._checks import is_whole
 from kbatch._errors import ConfigError, DeserializationError, type_name
 from kbatch._fastmap import read_packed, unpack_record
+from kbatch._outbox._store import BIGGEST_NUMBER
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
@@ -228,7 +229,7 @@ def scan(
     since_ms = None if query.since is None else milliseconds(query.since)
     until_ms = None if query.until is None else milliseconds(query.until)
     if query.numbers is not None:
-        rows = store.look_up(table, query.numbers)
+        rows = store.look_up(table, [number for number in query.numbers if 0 <= number <= BIGGEST_NUMBER])
         for row in rows:
             is_between = (since_ms is None or row.at_ms >= since_ms) and (until_ms is None or row.at_ms < until_ms)
             is_behind = after is None or row.position > after

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
 from kbatch._errors import ConfigError, OutboxError, shown, type_name
-from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
-from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream, joined
+from kbatch._fastmap import packed_key_hash
+from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, array_text, copy_stream, joined
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
@@ -49,6 +51,7 @@ class BasePostgresOutbox(BaseOutbox):
         if not isinstance(conninfo, str) or "\0" in conninfo:
             what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
             raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
+        _check_url(conninfo)
         self._conninfo = conninfo
         self._tables = PostgresTables(schema, prefix)
         sql = self._tables.sql
@@ -69,6 +72,9 @@ class BasePostgresOutbox(BaseOutbox):
         )
         self._meta = sql("SELECT version, buckets FROM {meta} WHERE one = 1")
         self._look = sql("SELECT version, buckets, pg_current_xact_id()::text FROM {meta} WHERE one = 1")
+        # In one order, so that no two transactions wait for each other. A lock has the number of a topic and key.
+        numbers = "SELECT DISTINCT number FROM unnest($1::text::bigint[]) AS number ORDER BY number OFFSET 0"
+        self._lock_keys = f"SELECT pg_advisory_xact_lock(number) FROM ({numbers}) AS sorted"
         self._copy = sql(f"COPY {{outbox}} ({COPIED}) FROM STDIN (FORMAT binary)")
 
     def __repr__(self) -> str:
@@ -78,7 +84,8 @@ class BasePostgresOutbox(BaseOutbox):
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
         The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
-        ``SELECT`` on ``outbox_meta``; relays need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        ``SELECT`` on ``outbox_meta``; relays, and who looks after dead
+        letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
         """
         return self._tables.ddl()
 
@@ -89,23 +96,26 @@ class BasePostgresOutbox(BaseOutbox):
             OutboxError: The tables are missing or another version's; the database does not answer; psycopg is not
                 installed.
         """
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             from kbatch._outbox._postgres_store import PostgresStore
 
             return PostgresStore(connection, self._tables)
 
     def open_admin(self) -> OutboxAdmin:
         """As `BaseOutbox.open_admin`."""
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             from kbatch._outbox._postgres_admin import PostgresAdmin
 
             return PostgresAdmin(connection, self._tables)
 
     # -- with a connection of its own
+
+    @contextlib.contextmanager
+    def _checked_connection(self) -> Iterator[psycopg.Connection[Any]]:
+        """It stays open unless this ends by an exception."""
+        with self._connection(keep=True) as connection:
+            self._check_tables(connection)
+            yield connection
 
     def _create(self) -> None:
         with self._connection() as connection:
@@ -155,15 +165,18 @@ class BasePostgresOutbox(BaseOutbox):
             "(SELECT count(*) FROM (SELECT FROM {dead} LIMIT $1) AS dead), "
             "(SELECT min(created_at) FROM generate_series(0, {buckets} - 1) AS each, LATERAL ("
             "SELECT created_at FROM {outbox} WHERE bucket = each::smallint ORDER BY seq LIMIT 1) AS oldest), "
-            "(SELECT count(*) FROM {relay} WHERE {lives})"
+            "(SELECT count(*) FROM {relay} WHERE {lives}), "
+            "(SELECT n_dead_tup FROM pg_stat_all_tables WHERE schemaname = $2 AND relname = $3)"
         )
         with self._connection() as connection:
             self._check_tables(connection)
             import psycopg
 
             cursor = psycopg.RawCursor(connection)
-            waiting, later, dead, oldest, relays = cursor.execute(statement.encode(), (count_up_to,)).fetchall()[0]
-        return OutboxStatus(waiting, later, dead, age_s(oldest), relays)
+            named = (self._tables.schema, self._tables.bare["outbox"])
+            cursor.execute(statement.encode(), (count_up_to, *named))
+            waiting, later, dead, oldest, relays, unvacuumed = cursor.fetchall()[0]
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, unvacuumed or 0)
 
     @contextlib.contextmanager
     def _connection(self, *, keep: bool = False) -> Iterator[psycopg.Connection[Any]]:
@@ -196,6 +209,10 @@ class BasePostgresOutbox(BaseOutbox):
 
     def _rows(self, batch: MappedBatch) -> list[Row]:
         return self._pool.rows(batch, 0, BUCKETS, now_us())
+
+    def _keys_of(self, rows: list[Row]) -> str:
+        numbers = (packed_key_hash(row[3]) for row in rows)
+        return array_text(number for number in numbers if number is not None)
 
     def _statement(self, rows: list[Row]) -> tuple[str, tuple[Any, ...]]:
         """How a few rows are inserted. None of them is, if the tables are another version's."""
@@ -231,7 +248,7 @@ class BasePostgresOutbox(BaseOutbox):
             raise OutboxError("the connection is in pipeline mode, which tells of errors later: add outside of it")
 
 
-class PostgresOutbox(BasePostgresOutbox):
+class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
     """Takes envelopes within transactions of the application, in tables of its PostgreSQL database; a `Relay` sends
     them.
 
@@ -267,6 +284,7 @@ class PostgresOutbox(BasePostgresOutbox):
         envelopes: Iterable[Envelope[Any]],
         *,
         topic: str | None = None,
+        serialize_keys: bool = False,
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
@@ -281,6 +299,9 @@ class PostgresOutbox(BasePostgresOutbox):
                 in the order in which they were added, if transactions with the same key follow each other: as when
                 each has locked a row of the key's before.
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+            serialize_keys: Transactions with the same key follow each other: each waits here until the others have
+                ended. For applications in which they would not do so anyway. It takes an advisory lock for each key.
+                A transaction that adds more than once may wait for another that waits for it; PostgreSQL ends one.
 
         Returns:
             How many were added: all but those whose ``deliver_by`` has passed.
@@ -296,7 +317,7 @@ class PostgresOutbox(BasePostgresOutbox):
         rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
         self._check_psycopg(driver)  # an encoder or a generator may have ended the transaction
         if rows:
-            self._write(driver, rows)
+            self._write(driver, rows, serialize_keys)
         self._tell_watchers()
         return len(rows)
 
@@ -307,12 +328,14 @@ class PostgresOutbox(BasePostgresOutbox):
             return cast("psycopg.Connection[Any]", driver)
         raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
 
-    def _write(self, connection: psycopg.Connection[Any], rows: list[Row]) -> None:
+    def _write(self, connection: psycopg.Connection[Any], rows: list[Row], serialize_keys: bool) -> None:
         import psycopg
         from psycopg.rows import tuple_row
 
         try:
             cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
+            if serialize_keys:
+                cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
             if len(rows) < FEWEST_TO_COPY:
                 statement, parameters = self._statement(rows)
                 count = cursor.execute(statement.encode(), parameters).rowcount
@@ -343,3 +366,16 @@ class PostgresOutbox(BasePostgresOutbox):
 def not_taken(given: object, driver: object, what: str) -> TypeError:
     text = f"connection must be {what}, not {type_name(given)}"
     return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
+
+
+def _check_url(conninfo: str) -> None:
+    """Raises ConfigError for a URL of which libpq would take a part of the password for a host or a database, which
+    its errors show."""
+    scheme, separator, rest = conninfo.partition("://")
+    if separator and scheme in ("postgresql", "postgres"):
+        place = re.sub("^[^/@]*@", "", rest).partition("?")[0]
+        if "@" in place:
+            raise ConfigError(
+                "conninfo has an @ where a host or a database is: in a URL, special characters of a user's name or "
+                "password are written as %XX: @ is %40, / is %2F"
+            )

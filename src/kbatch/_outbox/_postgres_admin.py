@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 from kbatch._outbox._postgres_rows import array_text
@@ -10,17 +9,24 @@ from kbatch._outbox._postgres_session import PostgresSession
 from kbatch._outbox._store import BUCKETS, KeptRow
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Sequence
 
-    from kbatch._outbox._postgres_session import Rows, Run
+    from kbatch._outbox._postgres_session import Run
     from kbatch._outbox._store import NewRow, Place, Position, Table
 
 __all__ = ["PostgresAdmin"]
 
 _AT = {"dead": "died_at", "later": "due_at"}
 _HOT = "bucket, seq, id, packed, created_at, deliver_by"
-_AT_ONCE = 10_000  # rows of a statement, so that none takes long
-_PLACES = "(SELECT * FROM unnest($1::smallint[], $2::bigint[]))"
+_MOST_AT_ONCE = 5_000  # rows of one statement, which the server ends when it takes long
+_PLACES = "unnest($1::smallint[], $2::bigint[]) AS place (bucket, seq)"
+_IS_THERE = "kept.bucket = place.bucket AND kept.seq = place.seq"
+# What would be deleted from the hot table at once, as expired, stays.
+_LIVES = "(kept.deliver_by IS NULL OR kept.deliver_by > $3::bigint)"
+_INTO_HOT = (
+    "ON CONFLICT (bucket, seq) DO UPDATE SET id = excluded.id, packed = excluded.packed, "
+    "created_at = excluded.created_at, deliver_by = excluded.deliver_by"
+)
 
 
 class PostgresAdmin(PostgresSession):
@@ -31,76 +37,79 @@ class PostgresAdmin(PostgresSession):
     ) -> list[KeptRow]:
         """As `OutboxAdmin.page`."""
         at = _AT[table]
-        bucket, seq = (-1, -1) if after is None else after[1:]
-        lowest = -(2**63) if after is None else after[0]
-        condition = f"({at}, bucket, seq) > ($1::bigint, $2::smallint, $3::bigint) AND {at} >= $4 AND {at} < $5"
-        since = -(2**63) if since_ms is None else since_ms
-        until = 2**63 - 1 if until_ms is None else until_ms
-        with self._writing() as run:
-            return self._rows(run, table, f"{condition} ORDER BY {at}, bucket, seq LIMIT $6", lowest, bucket, seq,
-                              since, until, limit)  # fmt: skip
+        conditions = ["true"]
+        values: list[int] = [limit]
+
+        def parameter(value: int) -> str:
+            values.append(value)
+            return f"${len(values)}::bigint"
+
+        if after is not None:
+            conditions.append(f"({at}, bucket, seq) > ({', '.join(map(parameter, after))})")
+        if since_ms is not None:
+            conditions.append(f"{at} >= {parameter(since_ms)}")
+        if until_ms is not None:
+            conditions.append(f"{at} < {parameter(until_ms)}")
+        with self._reading() as (run, _):
+            return self._rows(run, table, f"{' AND '.join(conditions)} ORDER BY {at}, bucket, seq LIMIT $1", values)
 
     def look_up(self, table: Table, numbers: Collection[int]) -> list[KeptRow]:
         """As `OutboxAdmin.look_up`."""
-        # All buckets by name: so each number is looked for in the primary key.
-        condition = "bucket = ANY($1::smallint[]) AND seq = ANY($2::bigint[])"
-        with self._writing() as run:
-            rows = self._rows(run, table, condition, array_text(range(BUCKETS)), array_text(set(numbers)))
+        wanted = sorted(set(numbers))
+        rows: list[KeptRow] = []
+        with self._reading() as (run, _):
+            for begin in range(0, len(wanted), _MOST_AT_ONCE):
+                # All buckets by name: so each number is looked for in the primary key.
+                numbers_and_buckets = (array_text(wanted[begin : begin + _MOST_AT_ONCE]), array_text(range(BUCKETS)))
+                condition = "seq = ANY($1::bigint[]) AND bucket = ANY($2::smallint[])"
+                rows += self._rows(run, table, condition, numbers_and_buckets)
         return sorted(rows, key=lambda row: row.position)
 
-    def _rows(self, run: Run, table: Table, condition: str, *values: Any) -> list[KeptRow]:
+    def _rows(self, run: Run, table: Table, which: str, values: Sequence[object]) -> list[KeptRow]:
         statement = self._tables.sql(
             f"SELECT {_AT[table]}, bucket, seq, uuid_send(id), packed, created_at, deliver_by, attempts, last_error "
-            f"FROM {{{table}}} WHERE {condition}"
+            f"FROM {{{table}}} WHERE {which}"
         )
         return [KeptRow(*row) for row in run(statement, values)]
 
     def delete(self, table: Table, places: Sequence[Place]) -> int:
         """As `OutboxAdmin.delete`."""
-        with self._changing() as run:
-            statement = f"DELETE FROM {{{table}}} WHERE (bucket, seq) IN {_PLACES} RETURNING 1"
-            return len(self._at(run, statement, places))
+        return self._change(table, places, f"DELETE FROM {{{table}}} AS kept USING {_PLACES} WHERE {_IS_THERE}")
 
     def replay(self, places: Sequence[Place], now_us: int) -> int:
         """As `OutboxAdmin.replay`."""
         statement = (
-            f"WITH gone AS (DELETE FROM {{dead}} WHERE (bucket, seq) IN {_PLACES} "
-            f"AND (deliver_by IS NULL OR deliver_by > $3) RETURNING {_HOT}) "
-            f"INSERT INTO {{outbox}} ({_HOT}) SELECT {_HOT} FROM gone RETURNING 1"
+            f"WITH gone AS (DELETE FROM {{dead}} AS kept USING {_PLACES} WHERE {_IS_THERE} AND {_LIVES} "
+            f"RETURNING kept.*) INSERT INTO {{outbox}} ({_HOT}) SELECT {_HOT} FROM gone {_INTO_HOT}"
         )
-        with self._changing() as run:
-            return len(self._at(run, statement, places, now_us))
+        return self._change("dead", places, statement, now_us)
 
     def replace(self, place: Place, row: NewRow) -> bool:
         """As `OutboxAdmin.replace`."""
         bucket, seq, id_bytes, packed, created_at, deliver_by = row
-        inserted = (
-            f"INSERT INTO {{outbox}} ({_HOT}) "
-            "VALUES ($1::smallint, $2, encode($3::bytea, 'hex')::uuid, $4::bytea, $5, $6::bigint)"
+        # One statement: what is not there is not replaced.
+        statement = (
+            f"WITH gone AS (DELETE FROM {{dead}} AS kept USING {_PLACES} WHERE {_IS_THERE} RETURNING kept.seq) "
+            f"INSERT INTO {{outbox}} ({_HOT}) SELECT $3::smallint, $4::bigint, encode($5::bytea, 'hex')::uuid, "
+            f"$6::bytea, $7::bigint, $8::bigint FROM gone {_INTO_HOT}"
         )
-        with self._changing() as run:
-            is_there = bool(
-                self._at(run, f"DELETE FROM {{dead}} WHERE (bucket, seq) IN {_PLACES} RETURNING 1", [place])
-            )
-            if is_there:
-                run(self._tables.sql(inserted), (bucket, seq, id_bytes, packed, created_at, deliver_by))
-        return is_there
+        return bool(self._change("dead", [place], statement, bucket, seq, id_bytes, packed, created_at, deliver_by))
 
     def reschedule(self, places: Sequence[Place], due_at_ms: int) -> int:
         """As `OutboxAdmin.reschedule`."""
-        statement = f"UPDATE {{later}} SET due_at = $3 WHERE (bucket, seq) IN {_PLACES} RETURNING 1"
-        with self._changing() as run:
-            return len(self._at(run, statement, places, due_at_ms))
+        statement = f"UPDATE {{later}} AS kept SET due_at = $3::bigint FROM {_PLACES} WHERE {_IS_THERE}"
+        return self._change("later", places, statement, due_at_ms)
 
-    def _at(self, run: Run, statement: str, places: Sequence[Place], *values: Any) -> Rows:
-        rows: Rows = []
-        for first in range(0, len(places), _AT_ONCE):
-            buckets, numbers = zip(*places[first : first + _AT_ONCE], strict=True)
-            rows += run(self._tables.sql(statement), (array_text(buckets), array_text(numbers), *values))
-        return rows
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[Run]:
+    def _change(self, table: Table, places: Sequence[Place], statement: str, *values: Any) -> int:
+        """Does to rows what a statement says, and returns to how many."""
+        statement = self._tables.sql(f"{statement} RETURNING 1")
+        ordered = sorted(places)
+        count = 0
         with self._writing() as run:
-            yield run
+            for begin in range(0, len(ordered), _MOST_AT_ONCE):
+                some = ordered[begin : begin + _MOST_AT_ONCE]
+                self._lock(run, table, some)
+                count += len(run(statement, (*map(array_text, zip(*some, strict=True)), *values)))
+            # Last: whoever has the lock of this line waits for nothing more. Relays and `add` only read it.
             run(self._tables.sql("UPDATE {meta} SET changes = changes + 1 WHERE one = 1"))
+        return count

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
 
+from kbatch._errors import OutboxError
 from kbatch._fastmap import monotonic
+from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._store import RefusedWriteError
 
 if TYPE_CHECKING:
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
     from typing import TypeAlias, TypeVar
 
     from kbatch._outbox._postgres_tables import PostgresTables
+    from kbatch._outbox._store import Place, Table
 
     _T = TypeVar("_T")
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["BEGIN_READING", "PostgresSession", "connect"]
+__all__ = ["PostgresSession", "connect"]
 
 _CONNECT_S = 10
 _STATEMENT_S = 20  # the server ends what takes longer
@@ -35,9 +38,8 @@ SET LOCAL idle_in_transaction_session_timeout = '{_STATEMENT_S}s'; SET LOCAL syn
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off;
 """
-#: A snapshot for all statements of a transaction that writes nothing.
-BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
+_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
 
@@ -67,17 +69,25 @@ def connect(conninfo: str) -> psycopg.Connection[Any]:
     """A connection in autocommit mode.
 
     Raises:
+        OutboxError: libpq does not understand `conninfo`.
         psycopg.Error: There is none to be had.
     """
     own: dict[str, Any] = {"fallback_application_name": "kbatch", "client_encoding": "utf8"}
-    given = conninfo_to_dict(conninfo)
+    try:
+        given = conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError:
+        # Not libpq's text, which shows what it does not understand: it may be a part of a password.
+        raise OutboxError(
+            "is conninfo right? It is neither a URL, as postgresql://user@host/database, in which special characters "
+            "are written as %XX, nor text as host=… dbname=…"
+        ) from None
     own.update({name: value for name, value in (("connect_timeout", _CONNECT_S),) if name not in given})
     # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
     return _Connection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
 
 
 class PostgresSession:
-    """Writes in transactions. What psycopg raises becomes an `OutboxError`.
+    """Reads and writes in transactions. What psycopg raises becomes an `OutboxError`.
 
     Args:
         connection: In autocommit mode. It is the session's from now on.
@@ -92,26 +102,49 @@ class PostgresSession:
         self._connection.close()
 
     @contextlib.contextmanager
+    def _reading(self, first: str = "") -> Iterator[tuple[Run, Rows]]:
+        """One snapshot, which the rows of the statement `first` are of, too."""
+        with self._transaction(_BEGIN_READING + first) as begun:
+            yield begun
+
+    @contextlib.contextmanager
     def _writing(self) -> Iterator[Run]:
-        with self._transaction() as run:
-            run(_BEGIN)
+        with self._transaction(_BEGIN) as (run, _):
             yield run
 
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Run]:
-        try:
+    def _transaction(self, begin: str) -> Iterator[tuple[Run, Rows]]:
+        with self._errors():
             try:
-                yield self._run
+                yield self._run, self._run(begin)
                 self._connection.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(psycopg.Error):
                     if not self._connection.closed:
                         self._connection.execute("ROLLBACK")
                 raise
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except psycopg.Error as error:
             told = self._tables.as_outbox_error(error)
             is_refused = (error.sqlstate or "").startswith(_REFUSED)
             raise (RefusedWriteError(str(told)) if is_refused else told) from error
+
+    def _lock(self, run: Run, table: Table, places: Sequence[Place]) -> None:
+        """Takes the locks of rows in the order of their places, in which everybody takes them: so nobody waits for one
+        who waits for him."""
+        if places:
+            run(
+                self._tables.sql(
+                    "SELECT FROM unnest($1::smallint[], $2::bigint[]) AS place (bucket, seq) "
+                    f"JOIN {{{table}}} AS kept ON kept.bucket = place.bucket AND kept.seq = place.seq "
+                    "ORDER BY kept.bucket, kept.seq FOR UPDATE OF kept"
+                ),
+                tuple(map(array_text, zip(*places, strict=True))),
+            )
 
     def _run(self, statement: str, parameters: Sequence[Any] | None = None) -> Rows:
         """The rows of a statement, or of the last one of several without parameters."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from kbatch._outbox._postgres_rows import array_text
-from kbatch._outbox._postgres_session import BEGIN_READING, PostgresSession
+from kbatch._outbox._postgres_session import PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
-from kbatch._outbox._store import BUCKETS, DueRow, HeldKey, Lease, Reading
+from kbatch._outbox._store import BIGGEST_NUMBER, BUCKETS, DueRow, HeldKey, Lease, Reading
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from typing import Any
 
     import psycopg
 
@@ -24,7 +24,6 @@ __all__ = ["PostgresStore"]
 
 _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
-_LAST = 2**63 - 1  # no row has a higher number
 
 # age() counts to the number that the next transaction will have.
 _SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid)"
@@ -157,10 +156,11 @@ class PostgresStore(PostgresSession):
         new_floors: dict[int, int] = {}
         ended: set[int] = set()
         size = 0
-        with self._reading() as (run, now):
+        with self._reading(_SNAPSHOT) as (run, ((text, ahead),)):
+            now = Snapshot.parsed(text, ahead)
             gaps = self._gaps.to_read(floors, now)
             # Of each bucket what is to be read, the last of it without an end.
-            left = {bucket: [*gaps.get(bucket, ()), (floor, _LAST)] for bucket, floor in floors.items()}
+            left = {bucket: [*gaps.get(bucket, ()), (floor, BIGGEST_NUMBER)] for bucket, floor in floors.items()}
             statement = self._read
             known: list[str] = []
             if gaps:
@@ -204,7 +204,7 @@ class PostgresStore(PostgresSession):
                 at += 1
             is_whole = at - begin < share and not (is_last and at == len(found))
             end = found[at - 1][1] if at > begin else low
-            if high == _LAST:
+            if high == BIGGEST_NUMBER:
                 if end > low:
                     self._gaps.was_read(bucket, low, end, now)
             elif is_whole or end > low:
@@ -246,8 +246,9 @@ class PostgresStore(PostgresSession):
 
     def changes(self) -> int:
         """As `OutboxStore.changes`."""
-        with self._reading() as (run, _):
-            return int(run(self._tables.sql("SELECT changes FROM {meta} WHERE one = 1"))[0][0])
+        # Asked after each reading, so in one round trip: a statement is a transaction, too.
+        with self._errors():
+            return int(self._run(self._tables.sql("SELECT changes FROM {meta} WHERE one = 1"))[0][0])
 
     def left(self) -> int:
         """As `OutboxStore.left`."""
@@ -280,6 +281,8 @@ class PostgresStore(PostgresSession):
                 (array_text(sorted(leases)),),
             )
             valid = {bucket for bucket, token in holding if leases.get(bucket) == token}
+            of_later = [*done_later, *((failure.bucket, failure.seq) for failure in failures_later)]
+            self._lock(run, "later", [place for place in of_later if place[0] in valid])
             for statement, places in ((self._delete, done), (self._delete_later, done_later)):
                 places = [place for place in places if place[0] in valid]
                 if places:
@@ -309,11 +312,3 @@ class PostgresStore(PostgresSession):
         is_utf_8 = self._connection.info.parameter_status("server_encoding") == "UTF8"
         text = text.replace("\0", "\\0")
         return text.encode("utf-8" if is_utf_8 else "ascii", "backslashreplace").decode()
-
-    # -- transactions
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[tuple[Run, Snapshot]]:
-        with self._transaction() as run:
-            ((text, ahead),) = run(BEGIN_READING + _SNAPSHOT)
-            yield run, Snapshot.parsed(text, ahead)

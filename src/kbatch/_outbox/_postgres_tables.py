@@ -62,7 +62,7 @@ CREATE TABLE IF NOT EXISTS {dead} (
     last_error text NOT NULL,
     PRIMARY KEY (bucket, seq)
 );
-CREATE INDEX IF NOT EXISTS {dead_died} ON {dead} (died_at, bucket, seq);
+CREATE INDEX IF NOT EXISTS {dead_died} ON {dead} (died_at);
 CREATE TABLE IF NOT EXISTS {lease} (
     bucket smallint PRIMARY KEY,
     owner text,

@@ -27,7 +27,8 @@ class ScheduledMessage(KeptMessage):
 
 
 class ScheduledMessages:
-    """The messages of an outbox that wait, for their next attempt or for their time: `SqliteOutbox.scheduled`.
+    """The messages of an outbox that wait, for their next attempt or for their time: `SqliteOutbox.scheduled`,
+    `PostgresOutbox.scheduled`.
 
     What a method changes it changes in one transaction, and relays may be at work. What a relay has on its way when it
     is cancelled or scheduled anew may be sent nevertheless, once at most: it is not waited for.

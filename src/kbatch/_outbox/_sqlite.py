@@ -9,7 +9,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
-from kbatch._outbox._base import BaseOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._base import BlockingOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
@@ -35,7 +35,7 @@ _logger = logging.getLogger("kbatch")
 _told_of_fault = False
 
 
-class SqliteOutbox(BaseOutbox):
+class SqliteOutbox(BlockingOutbox):
     """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
 
     An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one

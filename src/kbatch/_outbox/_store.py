@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
 __all__ = [
+    "BIGGEST_NUMBER",
     "BUCKETS",
     "DueRow",
     "Failure",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 BUCKETS = 64
+BIGGEST_NUMBER = 2**63 - 1  # no row has a higher number
 
 
 class RefusedWriteError(OutboxError):

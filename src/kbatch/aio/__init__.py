@@ -19,19 +19,23 @@ loop; `Producer.submit` takes a ``callback`` that runs on the loop.
 from kbatch._pending import PendingBatch
 from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
+from kbatch.aio._dead_letters import DeadLetters
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._postgres import PostgresOutbox
 from kbatch.aio._producer import Producer
+from kbatch.aio._scheduled import ScheduledMessages
 from kbatch.aio._topic import KafkaTopic
 
 __all__ = [
     "BatchedSender",
+    "DeadLetters",
     "InlineSender",
     "KafkaSender",
     "KafkaTopic",
     "PendingBatch",
     "PostgresOutbox",
     "Producer",
+    "ScheduledMessages",
     "SenderCallback",
     "SenderProtocol",
     "SendingAgent",

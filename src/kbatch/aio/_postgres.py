@@ -9,6 +9,8 @@ from kbatch._errors import OutboxError
 from kbatch._loop import in_thread
 from kbatch._outbox._postgres import BasePostgresOutbox, not_taken
 from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream
+from kbatch.aio._dead_letters import DeadLetters
+from kbatch.aio._scheduled import ScheduledMessages
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -42,6 +44,16 @@ class PostgresOutbox(BasePostgresOutbox):
         """As `kbatch.PostgresOutbox.status`, on a thread, with psycopg."""
         return await in_thread(_THREAD, lambda: self._status(count_up_to))
 
+    @property
+    def dead_letters(self) -> DeadLetters:
+        """As `kbatch.PostgresOutbox.dead_letters`, with methods to await."""
+        return DeadLetters(self._dead_letters())
+
+    @property
+    def scheduled(self) -> ScheduledMessages:
+        """As `kbatch.PostgresOutbox.scheduled`, with methods to await."""
+        return ScheduledMessages(self._scheduled())
+
     async def add(
         self,
         connection: psycopg.AsyncConnection[Any]
@@ -51,6 +63,7 @@ class PostgresOutbox(BasePostgresOutbox):
         envelopes: Iterable[Envelope[Any]],
         *,
         topic: str | None = None,
+        serialize_keys: bool = False,
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
@@ -64,7 +77,7 @@ class PostgresOutbox(BasePostgresOutbox):
         rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
         self._check(driver)  # an encoder or a generator may have ended the transaction
         if rows:
-            await (self._write_asyncpg if _is_asyncpg(driver) else self._write)(driver, rows)
+            await (self._write_asyncpg if _is_asyncpg(driver) else self._write)(driver, rows, serialize_keys)
         self._tell_watchers()
         return len(rows)
 
@@ -108,12 +121,14 @@ class PostgresOutbox(BasePostgresOutbox):
                 "data: add them within its `async with connection.transaction():`"
             )
 
-    async def _write(self, connection: psycopg.AsyncConnection[Any], rows: list[Row]) -> None:
+    async def _write(self, connection: psycopg.AsyncConnection[Any], rows: list[Row], serialize_keys: bool) -> None:
         import psycopg
         from psycopg.rows import tuple_row
 
         try:
             cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
+            if serialize_keys:
+                await cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
             if len(rows) < FEWEST_TO_COPY:
                 statement, parameters = self._statement(rows)
                 count = (await cursor.execute(statement.encode(), parameters)).rowcount
@@ -131,7 +146,7 @@ class PostgresOutbox(BasePostgresOutbox):
         except psycopg.Error as error:
             raise self._tables.as_outbox_error(error) from error
 
-    async def _write_asyncpg(self, connection: asyncpg.Connection[Any], rows: list[Row]) -> None:
+    async def _write_asyncpg(self, connection: asyncpg.Connection[Any], rows: list[Row], serialize_keys: bool) -> None:
         import asyncpg
 
         async def pieces() -> AsyncIterator[bytes]:
@@ -139,6 +154,8 @@ class PostgresOutbox(BasePostgresOutbox):
                 yield piece
 
         try:
+            if serialize_keys:
+                await connection.execute(self._lock_keys, self._keys_of(rows))
             if len(rows) < FEWEST_TO_COPY:
                 statement, parameters = self._statement(rows)
                 told = await connection.execute(statement, *parameters)

@@ -37,13 +37,15 @@ Outbox = Annotated[
         "--outbox",
         "-o",
         metavar="PATH|URL",
-        help="A SQLite file, or a URL: sqlite:///shop.db, postgresql://user@host/shop. Else KBATCH_OUTBOX, or outbox "
-        "in the --config FILE. Others can see command lines: a password is for these.",
+        help="A SQLite file, or a URL: postgresql://user@host/database, sqlite:///shop.db. Else KBATCH_OUTBOX, or "
+        "outbox in the --config FILE: a password is no secret in a command line.",
     ),
 ]
 Prefix = Annotated[str | None, typer.Option(help="What the names of the tables begin with; kbatch_ by default.")]
 Schema = Annotated[str | None, typer.Option(help="Where the tables are in PostgreSQL; public by default.")]
-Config = Annotated[Path | None, typer.Option(metavar="FILE", help="A relay's settings, TOML: outbox, prefix, schema.")]
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A relay's settings, TOML: outbox, prefix and schema.")
+]
 Json = Annotated[bool, typer.Option("--json", help="For programs: a JSON object on each line.")]
 Which = Annotated[list[str] | None, typer.Argument(metavar="NUMBER|ID", help="Which messages, by number or id.")]
 Topic = Annotated[str | None, typer.Option("--topic", "-t", help="Those to this topic.")]
@@ -66,12 +68,12 @@ def _place(
     from kbatch.cli._relay_file import RelayFile
 
     name = None if outbox is None else typed("--outbox", outbox)
-    return find_place(name, prefix, RelayFile(config).values, schema=schema, wire=wire.value)
+    return find_place(name, prefix, schema, RelayFile(config).values, wire=wire.value)
 
 
 @outbox_app.command()
 def create(outbox: Outbox = None, prefix: Prefix = None, schema: Schema = None, config: Config = None) -> None:
-    """Make the database file and the tables, as far as they are missing."""
+    """Make the tables, and a SQLite file, as far as they are missing."""
     screen = Screen()
 
     def work() -> int:
@@ -377,8 +379,7 @@ def relay(
         name = None if outbox is None else typed("--outbox", outbox)
         settings = Settings.collect([typed("-X", each) for each in setting or []], file.kafka(), os.environ)
         return run_relay(
-            RelayJob(find_place(name, prefix, file.values, schema=schema), settings, file, drain, timeout, grace, json),
-            screen,
+            RelayJob(find_place(name, prefix, schema, file.values), settings, file, drain, timeout, grace, json), screen
         )
 
     exit_with(work, screen)

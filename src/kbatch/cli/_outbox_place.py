@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import kbatch
 from kbatch.cli._failure import USAGE, Failure
@@ -11,7 +12,9 @@ from kbatch.cli._settings import VARIABLE
 
 _SQLITE = "sqlite"
 _POSTGRES = ("postgresql", "postgres")
-_PUBLIC = "public"
+_CONNINFO = re.compile(r"(^|\s)(host|hostaddr|dbname|user|password|service)\s*=")
+
+Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
 
 
 @dataclass(frozen=True)
@@ -25,49 +28,54 @@ class Place:
     name: str = field(repr=False)
     prefix: str = "kbatch_"
     wire: str = "kbatch"
-    schema: str = _PUBLIC
+    schema: str | None = None
 
     @property
     def shown(self) -> str:
-        """The name without a password."""
-        if "://" not in self.name:
-            return self.name
-        return re.sub(r"\?.*", "?…", re.sub(r"//.*@", "//…@", self.name))
+        """The name without what may be secret: user, password and parameters."""
+        kind, rest = self._split()
+        return f"postgresql://{re.sub('^[^/@]*@', '', rest).partition('?')[0]}" if kind in _POSTGRES else self.name
 
-    def open(self) -> kbatch.SqliteOutbox | kbatch.PostgresOutbox:
+    def open(self) -> Outbox:
         """The outbox; nothing is read yet."""
-        scheme, separator, rest = self.name.partition("://")
-        if not separator:
-            return self._sqlite(self.name)
-        if scheme.lower() == _SQLITE:
-            host, slash, path = rest.partition("/")
-            if host or not slash or not path:
-                raise Failure("a URL of SQLite is sqlite:///shop.db, or sqlite:////var/lib/shop.db", USAGE)
-            return self._sqlite(path)
-        if scheme.lower().partition("+")[0] in _POSTGRES:
-            try:
-                return kbatch.PostgresOutbox(
-                    f"postgresql://{rest}", schema=self.schema, prefix=self.prefix, wire=self.wire
-                )
-            except kbatch.ConfigError as error:
-                raise Failure(str(error), USAGE) from None
-        raise Failure("an outbox is a path of a SQLite file, or a URL: sqlite:///… or postgresql://…", USAGE)
-
-    def _sqlite(self, path: str) -> kbatch.SqliteOutbox:
-        if self.schema != _PUBLIC:
-            raise Failure("--schema is for PostgreSQL", USAGE)
+        kind, rest = self._split()
+        options: dict[str, Any] = {"prefix": self.prefix, "wire": self.wire}
         try:
-            return kbatch.SqliteOutbox(path, prefix=self.prefix, wire=self.wire)
+            if kind in _POSTGRES:
+                return kbatch.PostgresOutbox(f"postgresql://{rest}", schema=self.schema or "public", **options)
+            if kind not in ("", _SQLITE):
+                raise Failure(
+                    "an outbox is a path of a SQLite file, or a URL that begins with sqlite:/// or postgresql://", USAGE
+                )
+            if self.schema is not None:
+                raise Failure("--schema is for PostgreSQL: a SQLite file has none", USAGE)
+            return kbatch.SqliteOutbox(_path(rest) if kind else rest, **options)
         except kbatch.ConfigError as error:
             raise Failure(str(error), USAGE) from None
+
+    def _split(self) -> tuple[str, str]:
+        """The kind of database that a URL names, and the rest of it; a path has none."""
+        scheme, separator, rest = self.name.partition("://")
+        if separator:
+            return scheme.lower().partition("+")[0], rest
+        if _CONNINFO.search(self.name):
+            raise Failure("an outbox in PostgreSQL is named by a URL: postgresql://user@host/database", USAGE)
+        return "", self.name
+
+
+def _path(rest: str) -> str:
+    host, slash, path = rest.partition("/")
+    if host or not slash or not path:
+        raise Failure("a URL of SQLite is sqlite:///shop.db, or sqlite:////var/lib/shop.db", USAGE)
+    return path
 
 
 def find_place(
     name: str | None,
     prefix: str | None,
+    schema: str | None,
     file: Mapping[str, object] | None = None,
     *,
-    schema: str | None = None,
     wire: str = "kbatch",
     environment: Mapping[str, str] = os.environ,
 ) -> Place:
@@ -76,9 +84,7 @@ def find_place(
     found = name or environment.get(VARIABLE) or file.get("outbox")
     if not found:
         raise Failure(f"no outbox is named: give --outbox PATH, {VARIABLE}, or outbox in a --config FILE", USAGE)
+    in_schema = schema or file.get("schema")
     return Place(
-        str(found),
-        str(prefix or file.get("prefix") or "kbatch_"),
-        wire,
-        str(schema or file.get("schema") or _PUBLIC),
+        str(found), str(prefix or file.get("prefix") or "kbatch_"), wire, None if in_schema is None else str(in_schema)
     )

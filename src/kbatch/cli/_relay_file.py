@@ -36,7 +36,9 @@ class RelayFile:
                 if not isinstance(value, str):
                     raise self._wrong(f"{name} must be text")
             elif name not in _TABLES:
-                raise self._wrong(f"there is no setting {name!r}; there are {', '.join((*_TEXTS, *_TABLES))}")
+                raise self._wrong(
+                    f"there is no setting {name!r}; there are outbox, prefix, schema, [relay], [retry], [kafka]"
+                )
             elif not isinstance(value, dict):
                 raise self._wrong(f"{name} must be a table, [{name}]")
             else:
