@@ -60,9 +60,9 @@ class Server:
     """A PostgreSQL server of its own, in a folder of its own, which `close` removes."""
 
     def __init__(self) -> None:
+        package = _installed()
         self.directory = Path(tempfile.mkdtemp(prefix="kbatch-postgres-"))
         self._as: dict[str, Any] = {}
-        package = _installed()
         self._bin = self._bin_of(package)
         if os.geteuid() == 0:
             self.directory.chmod(0o755)
@@ -74,10 +74,9 @@ class Server:
                         shutil.copytree(package.parent / name, place / name, copy_function=_link, symlinks=True)
                 self._bin = self._bin_of(place / package.name)
             shutil.chown(self.directory, _OTHER_USER)
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.port = listener.getsockname()[1]
         self._data = self.directory / "data"
         self._process: subprocess.Popen[bytes] | None = None
+        self.port = 0  # chosen when it starts for the first time
         self._run("initdb", "--no-sync", "--auth=trust", "--encoding=utf8", "-U", "postgres", "-D", str(self._data))
 
     @staticmethod
@@ -97,6 +96,9 @@ class Server:
 
     def start(self, **settings: str) -> None:
         """Starts it and waits until it takes connections."""
+        if not self.port:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                self.port = listener.getsockname()[1]
         options = {**_SETTINGS, "port": str(self.port), "unix_socket_directories": str(self.directory), **settings}
         with open(self.directory / "log", "ab") as log:
             self._process = subprocess.Popen(

@@ -21,6 +21,7 @@ from kbatch._errors import (
     KbatchError,
     NotYetDueError,
     OutboxError,
+    OutboxTimeoutError,
     ProducerClosedError,
     ProducerError,
     ProducerFatalError,
@@ -49,6 +50,7 @@ from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport
 from kbatch._sending._agent import SendingAgent
 from kbatch._sending._batched import BatchedSender
+from kbatch._sending._durable import DurableSender
 from kbatch._sending._inline import InlineSender
 from kbatch._sending._topic import KafkaTopic, SenderMode
 from kbatch._serialization import SerializationContext
@@ -71,6 +73,7 @@ __all__ = [
     "DeliveryError",
     "DeliveryReport",
     "DeserializationError",
+    "DurableSender",
     "Envelope",
     "ForkError",
     "InlineSender",
@@ -82,6 +85,7 @@ __all__ = [
     "OutboxError",
     "OutboxQuery",
     "OutboxStatus",
+    "OutboxTimeoutError",
     "OutgoingBatch",
     "PendingBatch",
     "PostgresOutbox",

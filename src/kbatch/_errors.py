@@ -19,6 +19,7 @@
      │   ├─ TransactionUnknownError  its last transaction has no known end; make a new producer
      │   └─ ForkError             it was used before a fork, and this is the child
      ├─ OutboxError               an outbox cannot take rows, or its database does not answer
+     │   └─ OutboxTimeoutError    the time of a DURABLE send was over (also a TimeoutError)
      └─ SenderError               a sender cannot take an envelope, or did not send it
          ├─ SenderClosedError     it is closed, or was closed first
          ├─ SenderFullError       no room within the time (also a TimeoutError)
@@ -66,6 +67,7 @@ __all__ = [
     "KbatchError",
     "NotYetDueError",
     "OutboxError",
+    "OutboxTimeoutError",
     "ProducerClosedError",
     "ProducerError",
     "ProducerFatalError",
@@ -183,7 +185,7 @@ class SerializationError(KbatchError, ValueError):
 class NotYetDueError(KbatchError):
     """The ``scheduled_time`` of an envelope is in the future, by this machine's clock. Nothing of its batch was sent.
 
-    The same envelope is accepted later. A BUFFERED sender waits until then by itself.
+    The same envelope is accepted later. A BUFFERED sender waits until then by itself, and so does an outbox.
 
     Attributes:
         reason: What is wrong, without the place.
@@ -425,7 +427,24 @@ class ForkError(ProducerError):
 
 class OutboxError(KbatchError):
     """An outbox cannot take envelopes by this connection, its tables are not there or another version's, or its
-    database does not answer. What the database said is the ``__cause__``."""
+    database does not answer. What the database said is the ``__cause__``.
+
+    Attributes:
+        possibly_persisted: Of the `send` of a DURABLE sender: whether the envelope may be in the outbox all the same,
+            since the error came when its transaction was being committed. Sent again it may then arrive twice.
+    """
+
+    possibly_persisted: bool = False
+
+    def __init__(self, *args: object, possibly_persisted: bool = False) -> None:
+        super().__init__(*args)
+        if possibly_persisted:
+            self.possibly_persisted = True
+
+
+class OutboxTimeoutError(OutboxError, TimeoutError):
+    """The envelope was not committed to the outbox within the time of its `send`. Unless it is ``possibly_persisted``,
+    it will not be."""
 
 
 class SenderError(KbatchError):

@@ -305,7 +305,12 @@ class RecordPool:
     def pack(self, batch: MappedBatch) -> list[bytes | None]: ...
     def count(self, batch: MappedBatch) -> int: ...
     def rows(
-        self, batch: MappedBatch, first_seq: int, buckets: int, created_us: int
+        self,
+        batch: MappedBatch,
+        first_seq: int,
+        buckets: int,
+        created_us: int,
+        scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] | None = None,
     ) -> list[tuple[int, int, bytes, bytes, int, int | None]]: ...
 
 @final

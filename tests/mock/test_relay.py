@@ -16,7 +16,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
-from kbatch._fastmap import monotonic
+from kbatch._fastmap import monotonic, packed_key_hash
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.injection import Injector
@@ -205,6 +205,97 @@ def test_what_expires_in_the_outbox_is_not_sent(outbox: Outbox, cluster: MockClu
         assert relay.drain(30) == 0
         assert (relay.stats()["acked"], relay.stats()["expired"]) == (10, 10)
     check_history(range(10, 20), stored(cluster))
+
+
+# -- what is scheduled
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_is_sent_at_its_time_and_holds_back_nothing(outbox: Outbox, cluster: MockCluster) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=1.5)
+    outboxes.add(outbox, numbered(range(20), scheduled_time=soon))
+    outboxes.add(outbox, numbered(range(20, 25), scheduled_time=soon + timedelta(days=1)))
+    outboxes.add(outbox, numbered(range(30, 50)))
+    with running(make(outbox, cluster)) as relay:
+        until(lambda: relay.stats()["acked"] == 20, "what is not scheduled")
+        assert relay.drain(30) == 0  # it does not wait for what is due later
+        until(lambda: relay.stats()["acked"] == 40, "what is scheduled")
+        assert datetime.now(timezone.utc) >= soon
+        assert relay.drain(30) == 0
+    records = stored(cluster)
+    assert [int(record.value) for record in records if record.key == b"k3"] == [43, 23 - 20]
+    assert sorted(int(record.value) for record in records) == [*range(20), *range(30, 50)]
+    assert outbox.status().scheduled == 5
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_and_then_refused_waits_as_others_do(outbox: Outbox, cluster: MockCluster) -> None:
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
+    patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
+    with running(make(outbox, cluster, retry=patient)) as relay:
+        outboxes.add(outbox, numbered(range(3), keys=1, topic="refused", scheduled_time=soon), topic=None)
+        until(lambda: outbox.status().later == 3, "refused")
+        outboxes.add(outbox, numbered(range(3, 6), keys=1, topic="refused"), topic=None)
+        until(lambda: outbox.status().waiting == 3, "those behind it")
+        cluster.set_topic_error("refused", 0)
+        until(lambda: relay.stats()["acked"] == 6, "all")
+    check_history(range(6), stored(cluster, "refused"))
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_outlives_a_relay(outbox: Outbox, cluster: MockCluster) -> None:
+    soon = datetime.now(timezone.utc) + timedelta(seconds=0.5)
+    outboxes.add(outbox, numbered(range(5), scheduled_time=soon))
+    with make(outbox, cluster) as relay:
+        assert relay.drain(0.1) == 0
+    time.sleep(0.6)
+    with make(outbox, cluster, batch_size=2) as relay:
+        assert relay.drain(30) == 0
+        assert relay.stats()["acked"] == 5
+    check_history(range(5), stored(cluster))
+
+
+# -- one record of a key in flight
+
+
+def test_with_strict_order_one_record_of_a_key_is_in_flight_whatever_fails(
+    outbox: Outbox, cluster: MockCluster
+) -> None:
+    outboxes.add(outbox, numbered(range(300), keys=10))
+    relay = make(outbox, cluster, {"delivery.timeout.ms": 500}, strict_order=True, batch_size=20, failures_to_open=1)
+    together: list[int] = []
+    hand_over = relay._hand_over
+
+    def watched(flight: Any, producer: Any) -> None:
+        hand_over(flight, producer)
+        keys = [packed_key_hash(packed) for each in list(relay._flights) for packed in each.packed]
+        together.append(len(keys) - len(set(keys)))
+
+    relay._hand_over = watched  # type: ignore[method-assign]
+    with running(relay):
+        until(lambda: relay.stats()["acked"] >= 100, "some")
+        cluster.set_broker_down()
+        time.sleep(1.0)
+        outboxes.add(outbox, numbered(range(300, 400), keys=10))
+        cluster.set_broker_up()
+        assert relay.drain(60) == 0
+    assert len(together) > 20
+    assert set(together) == {0}
+    check_history(range(400), stored(cluster), copies=None)
+
+
+def test_strict_order_and_a_topic_that_refuses(outbox: Outbox, cluster: MockCluster) -> None:
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(60), topic="refused"), topic=None)
+    outboxes.add(outbox, numbered(range(100)))
+    patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
+    with running(make(outbox, cluster, strict_order=True, retry=patient)) as relay:
+        until(lambda: relay.stats()["acked"] == 100, "the others")
+        cluster.set_topic_error("refused", 0)
+        assert relay.drain(60) == 0
+    check_history(range(60), stored(cluster, "refused"))
+    check_history(range(100), stored(cluster))
 
 
 # -- what is refused
@@ -760,6 +851,20 @@ def test_tables_that_are_missing_are_told_at_its_start(tmp_path: Path, cluster: 
         relay.run()
 
 
+def test_one_that_was_made_before_a_fork_is_another_one_in_each_child(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = []
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay:
+        for pid in (11, 12, 12):
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda pid=pid: pid)
+                relay._begin()
+                relay._end()
+            owners.append(relay._owner)
+    assert owners[0] != owners[1] == owners[2]
+
+
 def test_a_producer_of_the_callers_stays_open(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(10)))
     with kbatch.Producer(config(cluster)) as producer:
@@ -783,6 +888,8 @@ def test_a_producer_of_the_callers_stays_open(outbox: Outbox, cluster: MockClust
         ({}, {"probe_interval_s": 0}, "probe_interval_s"),
         ({}, {"probe_interval_s": 60}, "is longer than"),
         ({}, {"close_timeout_s": -1}, "close_timeout_s"),
+        ({}, {"strict_order": 1}, "strict_order must be bool, not int"),
+        ({"partitioner": "random"}, {"strict_order": True}, "strict_order=True contradicts partitioner=random"),
     ],
 )
 def test_wrong_options(outbox: SqliteOutbox, producer: dict[str, Any], options: dict[str, Any], says: str) -> None:

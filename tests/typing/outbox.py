@@ -34,6 +34,34 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[call-arg]
 
 
+def durable(connection: sqlite3.Connection, order: object, settings: dict[str, str]) -> None:
+    outbox = kbatch.SqliteOutbox("shop.db")
+    topic = kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, config=settings)
+    with topic.create_sender() as sender:
+        assert_type(sender, kbatch.DurableSender)
+        assert_type(sender.send(kbatch.Envelope(order), timeout=1.5), bool)
+        assert_type(sender.send(kbatch.Envelope(order), connection=connection), bool)
+        assert_type(sender.flush(), int)
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, close_timeout_s=1.0)
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox="shop.db")  # type: ignore[call-overload]
+    kbatch.DurableSender(outbox, None, close_timeout_s=1.0)
+
+
+async def on_a_loop(order: object, settings: dict[str, str]) -> None:
+    outbox = kbatch.SqliteOutbox("shop.db")
+    topic = aio.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox)
+    async with topic.create_sender() as sender:
+        assert_type(sender, aio.DurableSender)
+        assert_type(await sender.send(kbatch.Envelope(order)), bool)
+        assert_type(await sender.close(1.5), int)
+    async with aio.Relay(outbox, settings, strict_order=True) as relay:
+        assert_type(relay, aio.Relay)
+        assert_type(await relay.drain(1.5), int)
+        await relay.run()
+        relay.stop()
+        assert_type(relay.stats(), dict[str, int])
+
+
 def postgres(session: sqlalchemy.orm.Session, envelopes: list[kbatch.Envelope[bytes]]) -> None:
     outbox = kbatch.PostgresOutbox("postgresql://localhost/shop", schema="shop", wire="raw")
     with psycopg.connect("postgresql://localhost/shop") as connection:

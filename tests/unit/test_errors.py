@@ -100,6 +100,7 @@ ERRORS = [
     kbatch.TransactionUnknownError("a"),
     kbatch.ForkError("a"),
     kbatch.OutboxError("a"),
+    kbatch.OutboxTimeoutError("a", possibly_persisted=True),
     kbatch.SenderError("a"),
     kbatch.SenderClosedError("a"),
     kbatch.SenderFullError("a"),

@@ -125,8 +125,12 @@ def test_options_reach_the_sender_and_its_agent() -> None:
         ({"name": "orders\n"}, "name must be 1 to 249 letters"),
         ({"name": ".."}, "name must be 1 to 249 letters"),
         ({"name": "x" * 250}, "name must be 1 to 249 letters"),
-        ({"mode": "inline"}, "mode must be kbatch.SenderMode.INLINE or kbatch.SenderMode.BUFFERED, not 'inline'"),
-        ({"mode": SenderMode.DURABLE}, "SenderMode.DURABLE is not there yet"),
+        (
+            {"mode": "inline"},
+            "mode must be kbatch.SenderMode.INLINE, kbatch.SenderMode.BUFFERED or kbatch.SenderMode.DURABLE, "
+            "not 'inline'",
+        ),
+        ({"mode": SenderMode.DURABLE}, "outbox is missing: SenderMode.DURABLE sends through one"),
         ({"batch_size": 5}, "batch_size: not with SenderMode.INLINE"),
         ({"retry": kbatch.RetryPolicy(), "batch_bytes": 1}, "batch_bytes, retry: not with SenderMode.INLINE"),
         ({"strict_order": False}, "strict_order: not with SenderMode.INLINE"),
@@ -389,7 +393,7 @@ def test_what_type_checkers_are_told_is_what_it_takes() -> None:
         keywords = annotations_of(_options, name)
         told |= {option: kind.replace("_Unset", "None") for option, kind in keywords.items()}
     taken = inspect.signature(_topic.BaseTopic.__init__).parameters.values()
-    own = ("self", "name", "mode", "producer", "config")
+    own = ("self", "name", "mode", "producer", "config", "outbox")
     assert told == {each.name: each.annotation for each in taken if each.name not in own}
 
 

@@ -161,3 +161,79 @@ def test_a_bucket_that_comes_back_is_read_from_its_beginning() -> None:
     assert list(positions.floors([0, 1])) == [1]
     positions.begin([0], [])
     assert taken(positions, 0, 1, 2) == [1, 2]
+
+
+# -- one record of a key in flight
+
+
+def strict(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Positions:
+    positions = Positions(key_of, one_in_flight=True)
+    positions.begin(buckets or (0,), held)
+    return positions
+
+
+def landed(positions: Positions, *numbers: int) -> bool:
+    return positions.landed([(0, number) for number in numbers], [b"%d" % (number % 10) for number in numbers])
+
+
+def test_one_of_each_key_is_sent_and_the_next_one_when_it_has_landed() -> None:
+    positions = strict()
+    assert taken(positions, 0, 1, 2, 11, 21) == [1, 2]
+    assert taken(positions, 0, 1, 2, 11, 21, 23, 31) == [23]
+    assert landed(positions, 2) is False
+    assert landed(positions, 1) is True
+    assert taken(positions, 0, 11, 21, 23, 31, in_flight=(23,)) == [11]
+    assert landed(positions, 11)
+    assert taken(positions, 0, 21, 23, 31, 32, in_flight=(23,)) == [21, 32]
+
+
+def test_rows_without_a_key_and_damaged_ones_do_not_wait_for_each_other() -> None:
+    positions = strict()
+    assert taken(positions, 0, 10, 20, 30) == [10, 20, 30]
+    assert not landed(positions, 10, 20, 30)
+
+
+def test_what_is_put_back_goes_before_the_later_ones_of_its_key() -> None:
+    positions = strict()
+    assert taken(positions, 0, 1, 2, 11) == [1, 2]
+    positions.put_back([(0, 1)])
+    assert landed(positions, 1)
+    assert taken(positions, 0, 1, 2, 11, in_flight=(2,)) == [1]
+
+
+def test_what_failed_and_waits_holds_back_the_later_ones_of_its_key() -> None:
+    positions = strict()
+    assert taken(positions, 0, 1, 11) == [1]
+    positions.hold(0, 1, 1)
+    landed(positions, 1)
+    assert taken(positions, 0, 11) == []
+    positions.let_go([])
+    assert taken(positions, 0, 11) == [11]
+
+
+def test_a_row_that_waited_is_not_due_before_the_earlier_ones_that_were_skipped() -> None:
+    positions = strict(held=(HeldKey(0, 1, 21),))
+    due = [DueRow(0, 21, b"1", None, 1, 1)]
+    assert taken(positions, 0, 1, 11) == [1]
+    assert positions.first_of_keys(due, [((0, 1), b"1")]) == []
+    landed(positions, 1)
+    assert positions.first_of_keys(due, []) == []
+    assert taken(positions, 0, 11) == [11]
+    assert positions.first_of_keys(due, [((0, 11), b"1")]) == []
+    landed(positions, 11)
+    assert positions.first_of_keys(due, []) == due
+
+
+def test_without_it_nothing_waits_and_nothing_lands() -> None:
+    positions = begun()
+    assert taken(positions, 0, 1, 11, 21) == [1, 11, 21]
+    assert not landed(positions, 1, 11, 21)
+
+
+def test_rows_of_a_bucket_that_was_lost_land_without_a_trace() -> None:
+    positions = strict()
+    assert taken(positions, 0, 1, 11) == [1]
+    positions.end([0])
+    assert not landed(positions, 1)
+    positions.begin([0], ())
+    assert taken(positions, 0, 1, 11) == [1]

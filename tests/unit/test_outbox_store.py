@@ -5,12 +5,15 @@ Every `OutboxStore` has to pass these tests.
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
+import kbatch
 from kbatch import Envelope, OutboxError
 from kbatch._fastmap import packed_key_hash
+from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore, Reading
 from tests import outboxes
 from tests.outboxes import Outbox
@@ -222,7 +225,8 @@ def test_what_is_not_due_is_not_read(outbox: Outbox) -> None:
     plans = outboxes.explained(store)
     store.read_due(range(64), avoid=(), longest_s=60.0, limit=10)
     store.close()
-    assert ["kbatch_outbox_later_due" in plan for plan in plans] == [True, True]
+    index = "kbatch_outbox_later_at" if isinstance(outbox, kbatch.SqliteOutbox) else "kbatch_outbox_later_due"
+    assert [index in plan for plan in plans] == [True, True]
 
 
 def test_rows_are_found_by_the_primary_key_whatever_the_statistics_say(outbox: Outbox, store: OutboxStore) -> None:
@@ -286,3 +290,94 @@ def test_a_store_that_is_closed_says_so(store: OutboxStore) -> None:
         store.left()
     with pytest.raises(OutboxError, match="is open"):
         renew(store, "first")
+
+
+# -- what is scheduled
+
+
+def schedule(outbox: Outbox, numbers: range, due_in_s: float, **options: Any) -> None:
+    """Rows that are due in so many seconds."""
+    moment = datetime.now(timezone.utc) + timedelta(days=1)
+    outboxes.add(outbox, numbered(numbers, scheduled_time=moment, **options))
+    outboxes.query(
+        outbox,
+        f"UPDATE {{later}} SET due_at = {{now}} + {int(due_in_s * 1000)} "
+        "WHERE scheduled = 1 AND due_at > {now} + 80000000",
+    )
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_is_admitted_when_it_is_due_and_not_before(outbox: Outbox, store: OutboxStore) -> None:
+    mine, _ = renew(store, "relay")
+    schedule(outbox, range(3), -1.0)
+    schedule(outbox, range(3, 6), 3600.0)
+    outboxes.add(outbox, numbered(range(6, 9)))
+    assert store.left() == 6
+    assert store.admit_scheduled(mine, limit=100) == 3
+    assert store.admit_scheduled(mine, limit=100) == 0
+    assert outboxes.bodies(outbox) == [b"6", b"7", b"8", b"0", b"1", b"2"]  # with new numbers
+    assert outbox.status().scheduled == 3
+    assert store.left() == 6
+    assert outboxes.query(outbox, "SELECT max(seq) FROM {outbox}") == outboxes.query(
+        outbox, "SELECT last_seq FROM {meta}"
+    )
+    assert outbox.status().oldest_age_s < 60
+
+
+@outboxes.in_sqlite
+def test_the_earliest_is_admitted_first_and_a_limit_holds(outbox: Outbox, store: OutboxStore) -> None:
+    mine, _ = renew(store, "relay")
+    for number in range(5):
+        schedule(outbox, range(number, number + 1), -10.0 - number, keys=1)
+    assert store.admit_scheduled(mine, limit=3) == 3
+    assert outboxes.bodies(outbox) == [b"4", b"3", b"2"]
+    assert store.admit_scheduled(mine, limit=3) == 2
+    assert outboxes.bodies(outbox) == [b"4", b"3", b"2", b"1", b"0"]
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_is_admitted_by_who_has_the_lease_alone(outbox: Outbox, store: OutboxStore) -> None:
+    mine, _ = renew(store, "relay")
+    schedule(outbox, range(20), -1.0)
+    assert store.admit_scheduled({}, limit=100) == 0
+    assert store.admit_scheduled({bucket: token + 1 for bucket, token in mine.items()}, limit=100) == 0
+    outboxes.query(outbox, "UPDATE {lease} SET until = 0")
+    assert store.admit_scheduled(mine, limit=100) == 0
+    assert outbox.status().scheduled == 20
+
+
+@outboxes.in_sqlite
+@pytest.mark.parametrize("back_s", [60, 86_400])
+def test_what_is_scheduled_is_not_due_because_the_clock_was_set_back(
+    outbox: Outbox, store: OutboxStore, back_s: int
+) -> None:
+    mine, _ = renew(store, "relay")
+    schedule(outbox, range(3), 1.0 + back_s)  # as it looks after the clock was set back by so much
+    outboxes.add(outbox, numbered(range(10, 13)))
+    outboxes.move_to_later(outbox, 4, 6)
+    outboxes.query(outbox, f"UPDATE {{later}} SET due_at = {{now}} + {1000 + back_s * 1000} WHERE scheduled = 0")
+    due = store.read_due(range(64), avoid=(), longest_s=10.0, limit=100)
+    assert sorted(row.seq for row in due) == [4, 5, 6]
+    assert store.admit_scheduled(mine, limit=100) == 0
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_holds_no_key(outbox: Outbox, store: OutboxStore) -> None:
+    schedule(outbox, range(3), 3600.0)
+    assert store.held_keys(range(64)) == []
+
+
+@outboxes.in_sqlite
+def test_what_is_scheduled_and_what_waits_are_found_by_indexes_of_their_own(outbox: Outbox) -> None:
+    seen: list[str] = []
+    store = outbox.open_store()
+    assert isinstance(store, SqliteStore)
+    store._connection.set_trace_callback(seen.append)
+    mine, _ = renew(store, "relay")
+    store.read_due(range(64), avoid=(), longest_s=60.0, limit=100)
+    store.admit_scheduled(mine, limit=100)
+    store.close()
+    for words in ("scheduled = 0", "scheduled = 1"):
+        for statement in [each for each in seen if words in each]:
+            plan = [row[3] for row in outboxes.query(outbox, "EXPLAIN QUERY PLAN " + statement.replace("{", "{{"))]
+            assert any("kbatch_outbox_later_at (" in line for line in plan), (statement, plan)

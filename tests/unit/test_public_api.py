@@ -36,7 +36,8 @@ LAYERS = [
     {"_base_producer"},
     {"_producer", "_recovery"},
     {"_batch_sender", "_options"},
-    {"_sending", "_outbox"},
+    {"_outbox"},
+    {"_sending"},
     {"aio"},
     {"testing"},
     {"cli"},
@@ -46,11 +47,12 @@ LAYERS = [
 LAYERS_WITHIN = {
     "_outbox": [
         {"_leases", "_postgres_rows", "_snapshots", "_store"},
-        {"_flight", "_kept", "_positions", "_tables"},
+        {"_flight", "_group", "_kept", "_positions", "_tables"},
         {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
         {"_base", "_postgres_session", "_sqlite_session"},
-        {"_postgres_admin", "_postgres_store", "_sqlite_admin", "_sqlite_store"},
+        {"_postgres_admin", "_postgres_store", "_sqlite_admin", "_sqlite_store", "_sqlite_writer"},
         {"_postgres", "_relay", "_sqlite"},
+        {"_shared"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
@@ -58,7 +60,7 @@ LAYERS_WITHIN = {
         {"_endings", "_flights", "_given_up", "_stalls"},
         {"_send_loop"},
         {"_agent"},
-        {"_batched", "_inline"},
+        {"_batched", "_durable", "_inline"},
         {"_topic"},
     ],
 }
@@ -91,12 +93,13 @@ def run(code: str) -> str:
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
     ConfigError ConsumedRecord DeadLetter DeadLetterCount DeadLetters DeliveryError DeliveryReport
-    DeserializationError Envelope ForkError InlineSender KafkaSender KafkaTopic KbatchError KeptMessage
-    NotYetDueError OutboxError OutboxQuery OutboxStatus OutgoingBatch PendingBatch PostgresOutbox Producer
-    ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay RetryPolicy ScheduledMessage
-    ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
-    SendingAgent SerializationContext SerializationError SqliteOutbox Tombstone TransactionUnknownError
-    UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
+    DeserializationError DurableSender Envelope ForkError InlineSender KafkaSender KafkaTopic KbatchError
+    KeptMessage NotYetDueError OutboxError OutboxQuery OutboxStatus OutboxTimeoutError OutgoingBatch PendingBatch
+    PostgresOutbox Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError Relay
+    RetryPolicy ScheduledMessage ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError
+    SenderMode SenderProtocol SendingAgent SerializationContext SerializationError SqliteOutbox Tombstone
+    TransactionUnknownError UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version
+    read_envelope uuid7
 """
 
 

@@ -44,7 +44,7 @@ def test_the_future_is_refused(wire: Any, kind: type[Any]) -> None:
     assert (error.index, error.envelope_id) == (2, envelopes[2].id)
     assert error.reason.startswith(
         "scheduled_time 2099-01-02T03:04:05.678901+00:00 is in the future, and a producer sends at once: "
-        "give the envelope to a BUFFERED sender, which waits until then"
+        "give the envelope to a BUFFERED sender or an outbox, which wait until then"
     )
     assert ("carry_scheduled_time=True" in error.reason) == (wire != "raw")  # what is advised is possible
 

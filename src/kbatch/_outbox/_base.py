@@ -21,7 +21,7 @@ from kbatch._outbox._store import BUCKETS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kbatch._fastmap import Envelope
+    from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._store import NewRow, OutboxAdmin
     from kbatch._wire import HeadersLike, WireFormat
 
@@ -42,6 +42,7 @@ class OutboxStatus:
         relays: How many relays work on it.
         unvacuumed: Rows that were deleted and whose room PostgreSQL has not freed yet, by its own count. If it grows,
             autovacuum does not keep up: an old transaction or snapshot keeps it from freeing them. 0 in SQLite.
+        scheduled: Records whose ``scheduled_time`` has not come yet; counted likewise.
     """
 
     waiting: int
@@ -50,6 +51,7 @@ class OutboxStatus:
     oldest_age_s: float
     relays: int
     unvacuumed: int = field(default=0, compare=False)
+    scheduled: int = 0
 
 
 class BaseOutbox:
@@ -62,6 +64,8 @@ class BaseOutbox:
         source: str | None,
         header_hook: Callable[[], HeadersLike | None] | None,
         max_message_bytes: int,
+        *,
+        keeps_scheduled: bool = False,
     ) -> None:
         check_mapping(wire, encoder, source, header_hook)
         if not (is_whole(max_message_bytes) and 1_000 <= max_message_bytes <= _MOST_BYTES):
@@ -75,19 +79,30 @@ class BaseOutbox:
             header_hook,
             max_message_bytes,
             max_message_bytes,
+            carry_scheduled_time=keeps_scheduled,
         )
         self._pool = RecordPool()
         self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
         self._watchers: list[Callable[[], object]] = []
 
     def watch(self, watcher: Callable[[], object]) -> None:
-        """Calls `watcher` after each `add` to this object, when the transaction is still open. It must be quick."""
+        """Calls `watcher` after each `add` to this object, when the transaction is still open, and after each commit of
+        its writers. It must be quick."""
         self._watchers.append(watcher)
 
     def unwatch(self, watcher: Callable[[], object]) -> None:
         """Calls it no more, if it does."""
         with contextlib.suppress(ValueError):
             self._watchers.remove(watcher)
+
+    def map(self, topic: str | None, envelope: Envelope[Any]) -> MappedBatch | None:
+        """What an `OutboxWriter` adds of an envelope; ``None`` if its ``deliver_by`` has passed.
+
+        Raises:
+            SerializationError: It could not be mapped, or is too large.
+        """
+        batch = self._pool.map(self._mapper, topic, (envelope,))
+        return batch if self._pool.count(batch) else None
 
     def open_admin(self) -> OutboxAdmin:
         """The connection of those who look after dead letters and what waits, who close it.
@@ -104,7 +119,11 @@ class BaseOutbox:
         return ScheduledMessages(Keeper("later", self.open_admin, self._wire))
 
     def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
-        rows = self._pool.rows(self._pool.map(self._mapper, None, [envelope]), number, BUCKETS, created_us)
+        scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
+        batch = self._pool.map(self._mapper, None, [envelope])
+        rows = self._pool.rows(batch, number, BUCKETS, created_us, scheduled)
+        if scheduled:
+            raise OutboxError(f"what is replayed is sent at once, and scheduled_time is {envelope.scheduled_time}")
         if not rows:
             raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
         return rows[0]

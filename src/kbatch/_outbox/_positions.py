@@ -24,13 +24,15 @@ class _Held:
 
 
 class _Position:
-    __slots__ = ("floor", "held", "highest", "known")
+    __slots__ = ("floor", "flying", "held", "highest", "known")
 
     def __init__(self) -> None:
         self.floor = 0  # what is read next lies above
         self.highest = 0  # what lies above was never read
         self.known = 0  # up to here no row has to be sent but for those in flight and those of held keys
         self.held: dict[int, _Held] = {}  # by the number of a key
+        # With one in flight of each key: the lowest row that was read behind it.
+        self.flying: dict[int, int | None] = {}
 
 
 class Positions:
@@ -38,10 +40,12 @@ class Positions:
 
     Args:
         key_of: The number of the key of packed bytes; ``None`` without a key.
+        one_in_flight: Of each key one row is sent at a time, until it has `landed`.
     """
 
-    def __init__(self, key_of: Callable[[bytes], int | None]) -> None:
+    def __init__(self, key_of: Callable[[bytes], int | None], *, one_in_flight: bool = False) -> None:
         self._key_of = key_of
+        self._one_in_flight = one_in_flight
         self._of: dict[int, _Position] = {}
         self._first = 0
 
@@ -75,9 +79,10 @@ class Positions:
 
     def taken(self, reading: Reading, in_flight: Callable[[], Collection[Place]]) -> list[StoredRow]:
         """Learns what was read. The rows that are to be sent: not in flight, and behind no row of their key that waits
-        in `later`."""
+        in `later`, or that is in flight if one is at a time."""
         rows, floors, ended = reading
-        if any(self._of[bucket].held or self._of[bucket].floor < self._of[bucket].highest for bucket in floors):
+        read = (self._of[bucket] for bucket in floors)
+        if self._one_in_flight or any(each.held or each.floor < each.highest for each in read):
             rows = self._filtered(rows, in_flight)
         for bucket, floor in floors.items():
             position = self._of[bucket]
@@ -98,12 +103,17 @@ class Positions:
                 known = in_flight() if known is None else known
                 if (bucket, seq) in known:
                     continue
-            if position.held:
+            if position.held or self._one_in_flight:
                 key_hash = self._key_hash(packed)
                 held = None if key_hash is None else position.held.get(key_hash)
                 if held is not None and seq > held.behind:
-                    held.skipped = seq if held.skipped is None else min(held.skipped, seq)
+                    held.skipped = _lower(held.skipped, seq)
                     continue
+                if self._one_in_flight and key_hash is not None:
+                    if key_hash in position.flying:
+                        position.flying[key_hash] = _lower(position.flying[key_hash], seq)
+                        continue
+                    position.flying[key_hash] = None
             kept.append(row)
         return kept
 
@@ -134,6 +144,22 @@ class Positions:
         return [
             row for row in read if row.key_hash is None or row.seq <= lowest.get((row.bucket, row.key_hash), row.seq)
         ]
+
+    def landed(self, places: Iterable[Place], packed: Iterable[bytes]) -> bool:
+        """Rows that were `taken` are in flight no more. Whether others of their keys are to be read now."""
+        if not self._one_in_flight:
+            return False
+        found = False
+        for (bucket, _), content in zip(places, packed, strict=True):
+            position = self._of.get(bucket)
+            key_hash = self._key_hash(content)
+            if position is None or key_hash is None:
+                continue
+            skipped = position.flying.pop(key_hash, None)
+            if skipped is not None:
+                self._read_again(position, skipped)
+                found = True
+        return found
 
     def put_back(self, places: Iterable[Place]) -> None:
         """Rows are to be read again."""
@@ -180,3 +206,7 @@ class Positions:
     def has_held(self) -> bool:
         """Whether rows of any key are held back."""
         return any(position.held for position in self._of.values())
+
+
+def _lower(one: int | None, other: int) -> int:
+    return other if one is None else min(one, other)

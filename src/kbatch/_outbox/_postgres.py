@@ -176,7 +176,7 @@ class BasePostgresOutbox(BaseOutbox):
             named = (self._tables.schema, self._tables.bare["outbox"])
             cursor.execute(statement.encode(), (count_up_to, *named))
             waiting, later, dead, oldest, relays, unvacuumed = cursor.fetchall()[0]
-        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, unvacuumed or 0)
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, unvacuumed=unvacuumed or 0)
 
     @contextlib.contextmanager
     def _connection(self, *, keep: bool = False) -> Iterator[psycopg.Connection[Any]]:

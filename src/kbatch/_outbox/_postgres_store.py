@@ -261,6 +261,10 @@ class PostgresStore(PostgresSession):
 
     # -- writing
 
+    def admit_scheduled(self, leases: Mapping[int, int], *, limit: int) -> int:
+        """As `OutboxStore.admit_scheduled`: nothing, since `PostgresOutbox` refuses what is scheduled."""
+        return 0
+
     def settle(
         self,
         leases: Mapping[int, int],

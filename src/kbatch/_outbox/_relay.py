@@ -9,8 +9,10 @@ import logging
 import os
 import socket
 import threading
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_timeout, check_whole, is_number, is_whole
 from kbatch._config import inherit
 from kbatch._errors import ConfigError, OutboxError, ProducerError, SenderClosedError, SenderError, type_name
@@ -30,24 +32,25 @@ from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from types import TracebackType
     from typing import Protocol, TypeVar
 
     from typing_extensions import Self
 
-    from kbatch._base_producer import BaseProducer
     from kbatch._outbox._store import Failure, OutboxStore, Place
 
     _T = TypeVar("_T")
 
-    class _Outbox(Protocol):
+    class RelayOutbox(Protocol):
+        """What a relay asks of an outbox."""
+
         def open_store(self) -> OutboxStore: ...
         def watch(self, watcher: Callable[[], object], /) -> None: ...
         def unwatch(self, watcher: Callable[[], object], /) -> None: ...
 
 
-__all__ = ["Relay"]
+__all__ = ["Relay", "relay_producer"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -58,10 +61,12 @@ _LOOK_AT_ALL_EVERY_S = 30.0
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
+_LOOK_AT_SCHEDULED_EVERY_S = 0.1
 _TRY_STORE_AGAIN_S = 0.25
 _REMIND_EVERY_S = 60.0
 _BATCH_BYTES = 4_000_000
 _MOST_DUE = 500
+_MOST_SCHEDULED = 2_000
 _LOOK_WHETHER_OVER_S = 0.02
 _LAST_WORDS_S = 2.0  # for the outcomes of what was given up
 
@@ -89,6 +94,8 @@ class Relay:
         retry: When a record that was refused is sent again, and when no more. By default 20 attempts, at most a minute
             apart. It has no ``max_age_s``: give envelopes a ``deliver_by``.
         batch_size, max_in_flight_batches: How many records are sent together, and how often at a time.
+        strict_order: At most one record of a key is in flight, so that none overtakes another of its key, also when a
+            delivery fails. It is slow if there are few keys.
         lease_s: Seconds after which others take the buckets of a relay that has died. It must be longer than the
             producer's `Producer.max_delivery_s` and 2 seconds, and by default it is 5 seconds longer.
         failures_to_open, probe_interval_s, max_probe_interval_s: As for `SendingAgent`.
@@ -100,12 +107,13 @@ class Relay:
 
     def __init__(
         self,
-        outbox: _Outbox,
+        outbox: RelayOutbox,
         producer: Mapping[str, Any] | Producer,
         *,
         retry: RetryPolicy | None = None,
         batch_size: int = 2_000,
         max_in_flight_batches: int = 4,
+        strict_order: bool = False,
         lease_s: float | None = None,
         failures_to_open: int = 3,
         probe_interval_s: float = 1.0,
@@ -131,6 +139,8 @@ class Relay:
                 raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
         if probe_interval_s > max_probe_interval_s:
             raise ConfigError(f"{probe_interval_s=!r} is longer than {max_probe_interval_s=!r}")
+        if not isinstance(strict_order, bool):
+            raise ConfigError(f"strict_order must be bool, not {type_name(strict_order)}")
         check_whole("batch_size * max_in_flight_batches", batch_size * max_in_flight_batches)
         check_close_timeout(close_timeout_s)
         self._outbox = outbox
@@ -140,12 +150,17 @@ class Relay:
         self._handle = _handle_of(producer, batch_size * max_in_flight_batches)
         self._max_delivery_s = self._handle.producer.max_delivery_s()
         try:
+            if strict_order and self._handle.producer._parsed.native.get("partitioner") == "random":
+                raise ConfigError(
+                    "strict_order=True contradicts partitioner=random, which spreads a key over partitions; choose "
+                    "another partitioner"
+                )
             self._lease_s = _lease_s(lease_s, self._max_delivery_s)
         except ConfigError:
             self._handle.release(0.0)
             raise
         self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
-        self._owner = f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
+        self._owner = ""
         self._calls = UserCalls()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
@@ -162,7 +177,7 @@ class Relay:
         self._judge = Judge(policy, packed_key_hash, entropy)
         self._longest_wait_s = policy.max_backoff_s
         self._leases = Leases(self._lease_s)
-        self._positions = Positions(packed_key_hash)
+        self._positions = Positions(packed_key_hash, one_in_flight=strict_order)
         self._store: OutboxStore | None = None
         self._flights: dict[Flight, None] = {}
         self._done: list[Place] = []  # what is to be written
@@ -174,10 +189,11 @@ class Relay:
         self._closing = threading.RLock()
         self._runs = threading.Lock()  # of the last run, which holds it
         self._runner: int | None = None  # the thread of the last run
-        self._stopping = self._ending = False
+        self._stopping = self._ending = self._finishing = False
+        self._has_read_all = False
         self._has_asked = False  # for leases, so that it may have some
         self._closed = self._released = False
-        self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
+        self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
@@ -185,7 +201,7 @@ class Relay:
         self._is_hinted = False
         self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
-        self._pid = 0
+        self._pid = 0  # of the last run
         self._trouble_at: float | None = None
         self._failures_at = 0.0  # when failures that could not be written are tried again
         self._refusal_at: float | None = None
@@ -205,11 +221,11 @@ class Relay:
             SenderClosedError: The relay is closed, or its producer cannot send any more and cannot be replaced.
             RuntimeError: It runs already.
         """
-        self._run(until_empty=False, end=None)
+        self._run(until_empty=False, end=None, given_up=_never)
 
     def drain(self, timeout: float | None = None) -> int:
-        """Sends until the outbox is empty but for the dead letters. If another thread is in `run`, it waits for that,
-        or for its end.
+        """Sends until the outbox is empty but for the dead letters and what is scheduled for later. If another thread
+        is in `run`, it waits for that, or for its end.
 
         Args:
             timeout: Seconds; ``None`` takes as long as it takes: a record that is refused may wait for its next
@@ -222,13 +238,16 @@ class Relay:
         Raises:
             RuntimeError: It is called within `run`, as by a signal handler.
         """
+        return self._drain(timeout, _never)
+
+    def _drain(self, timeout: float | None, given_up: Callable[[], bool]) -> int:
         check_timeout(timeout)
         end = None if timeout is None else monotonic() + timeout
         if self._runs.locked():
             if self._is_run_here():
                 raise RuntimeError("drain waits for what run does, so it must not be called within it")
-            return self._await_empty(end)
-        if self._run(until_empty=True, end=end):
+            return self._await_empty(end, given_up)
+        if self._run(until_empty=True, end=end, given_up=given_up):
             return 0
         return self._count_left()
 
@@ -291,10 +310,11 @@ class Relay:
     ) -> None:
         self.close()
 
-    def _await_empty(self, end: float | None) -> int:
+    def _await_empty(self, end: float | None, given_up: Callable[[], bool]) -> int:
         while True:
             left = self._count_left()
-            if not left or not self._runs.locked() or (end is not None and monotonic() >= end):
+            is_over = not self._runs.locked() or (end is not None and monotonic() >= end)
+            if not left or is_over or given_up():
                 return left
             pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
             threading.Event().wait(pause)
@@ -308,21 +328,33 @@ class Relay:
 
     # -- the thread
 
-    def _run(self, *, until_empty: bool, end: float | None) -> bool:
-        """Whether the outbox was seen empty."""
+    def _run(self, *, until_empty: bool, end: float | None, given_up: Callable[[], bool]) -> bool:
+        """Whether the outbox was seen empty.
+
+        Args:
+            given_up: Whether it is to end, as after `stop`. Who changes the answer sets the flag.
+        """
         mine = threading.Lock()
         with mine:  # whatever interrupts this, nobody finds it held afterwards
-            return self._run_with(mine, until_empty, end)
+            return self._run_with(mine, until_empty, end, given_up)
 
-    def _run_with(self, mine: threading.Lock, until_empty: bool, end: float | None) -> bool:
+    def _run_with(
+        self, mine: threading.Lock, until_empty: bool, end: float | None, given_up: Callable[[], bool]
+    ) -> bool:
         self._claim(mine)
         is_over = False
         try:
             try:
                 self._begin()
-                while not (is_over or self._stopping) and (end is None or monotonic() < end):
+                is_finishing = False
+                while not (is_over or self._stopping or given_up()) and (end is None or monotonic() < end):
+                    if self._finishing and not is_finishing:
+                        is_finishing, self._has_read_all = True, False
+                        self._read_at = monotonic()
                     pause = self._round()
                     is_over = until_empty and self._is_empty()
+                    if is_finishing and self._is_idle():
+                        break
                     if end is not None:
                         pause = min(pause, max(0.0, end - monotonic()))
                     if pause > 0.0 and not is_over:
@@ -331,7 +363,7 @@ class Relay:
                 self._end(end)
         finally:
             self._give_back()  # again, if that was interrupted
-            self._stopping = False  # it may be run again
+            self._stopping = self._finishing = False  # it may be run again
             self._end_by = None
         return is_over
 
@@ -352,16 +384,29 @@ class Relay:
             return False
         return self._guarded(self._store.left, 1) == 0
 
+    def _finish(self) -> None:
+        """Has `run` end once it has sent what is to be sent now, or cannot."""
+        self._finishing = True
+        self._flag.set()
+
+    def _is_idle(self) -> bool:
+        if self._flights or self._has_answers():
+            return False
+        can_send = self._gate.may_send() and self._leases.tokens and self._trouble_at is None
+        return self._has_read_all or not can_send
+
     def _begin(self) -> None:
         self._ending = self._gives_up = False
         self._store = self._outbox.open_store()
         now = monotonic()
-        self._renew_at = self._read_at = self._due_at = self._store_at = now
+        self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
         self._failures_at = 0.0
-        self._pid = os.getpid()
+        if self._pid != os.getpid():  # two children of a process that made it are two relays
+            self._pid = os.getpid()
+            self._owner = f"{socket.gethostname()}:{self._pid}:{uuid7()}"
         self._outbox.watch(self._on_add)
 
     def _on_add(self) -> None:
@@ -388,7 +433,7 @@ class Relay:
             self._guarded(self._use_store, None)
         due = [self._renew_at, self._look_at_all_at]
         if self._may_send():
-            due += [self._read_at, self._due_at]
+            due += [self._read_at, self._due_at, self._admit_at]
         probe_at = gate.probe_at()
         if probe_at is not None:
             due.append(probe_at)
@@ -439,6 +484,8 @@ class Relay:
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
             self._positions.start_again()
             self._let_go()
+        if monotonic() >= self._admit_at and self._may_send():
+            self._admit_scheduled()
         # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
         # would be the trial again and again.
         if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
@@ -448,6 +495,15 @@ class Relay:
                 break
             self._send_next()
         self._send_due_if_time()
+
+    def _admit_scheduled(self) -> None:
+        assert self._store is not None
+        now = monotonic()
+        buckets = self._leases.to_read()
+        admitted = self._store.admit_scheduled(self._tokens_of(buckets), limit=_MOST_SCHEDULED) if buckets else 0
+        self._admit_at = now if admitted == _MOST_SCHEDULED else now + _LOOK_AT_SCHEDULED_EVERY_S
+        if admitted:
+            self._read_at = now
 
     def _send_due_if_time(self) -> None:
         now = monotonic()
@@ -540,6 +596,7 @@ class Relay:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
             self._read_at = monotonic() + self._poll_s
+            self._has_read_all = not reading.rows
         if not rows:
             return
         times = [row[3] for row in rows]
@@ -637,6 +694,7 @@ class Relay:
     def _put_back(self, flight: Flight) -> None:
         self._flights.pop(flight, None)
         if not flight.is_due:
+            self._positions.landed(flight.places, flight.packed)
             self._positions.put_back(flight.places)
 
     # -- answers
@@ -670,6 +728,8 @@ class Relay:
                 if failure.due_in_s is not None:
                     self._positions.hold(failure.bucket, failure.key_hash, failure.seq)
         self._flights.pop(flight, None)  # not before: what was interrupted is done once more
+        if not flight.is_due and self._positions.landed(flight.places, flight.packed):
+            self._read_at = monotonic()
         if failures or unsent:
             self._gate.last_error = answers.last_error
             self._read_at = monotonic()
@@ -804,17 +864,24 @@ class Relay:
         return True
 
 
+def _never() -> bool:
+    return False
+
+
 def _times() -> Times:
     return Times(monotonic(), wall_time())
 
 
-def _handle_of(producer: Mapping[str, Any] | Producer, room: int) -> ProducerHandle:
-    if isinstance(producer, Producer):
-        made, given = producer, True
-    else:
-        own: dict[str, Any] = {"delivery.timeout.ms": _DELIVERY_TIMEOUT_MS}
-        made, given = Producer(inherit(own, producer), max_in_flight=max(10_000, room)), False
-    native = made._parsed.native
+def relay_producer(config: Mapping[str, Any], room: int = 10_000) -> Producer:
+    """A producer as a relay needs it. Raises ConfigError for one that may lose or reorder records."""
+    own: dict[str, Any] = {"delivery.timeout.ms": _DELIVERY_TIMEOUT_MS}
+    made = Producer(inherit(own, config) if isinstance(config, Mapping) else config, max_in_flight=max(10_000, room))
+    _check_producer(made)
+    return made
+
+
+def _check_producer(producer: Producer) -> None:
+    native = producer._parsed.native
     wrong = None
     if native.get("transactional.id"):
         wrong = "transactional.id, with which each batch would be one transaction"
@@ -822,7 +889,16 @@ def _handle_of(producer: Mapping[str, Any] | Producer, room: int) -> ProducerHan
         wrong = "enable.idempotence=false, with which records may be stored twice and in another order"
     if wrong is not None:
         raise ConfigError(f"the producer of a relay must not have {wrong}")
-    handle = ProducerHandle.of(made) if given else ProducerHandle(made, given=False)
+
+
+def _handle_of(producer: Mapping[str, Any] | Producer, room: int) -> ProducerHandle:
+    if isinstance(producer, Producer):
+        _check_producer(producer)
+        handle = ProducerHandle.of(producer)
+    elif isinstance(producer, BaseProducer):
+        raise ConfigError(f"a relay takes no {producer._shown}: give its configuration, or a kbatch.Producer")
+    else:
+        handle = ProducerHandle(relay_producer(producer, room), given=False)
     handle.acquire()
     return handle
 

@@ -13,17 +13,18 @@ from kbatch._outbox._base import BlockingOutbox, OutboxStatus, age_s, now_us
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
+from kbatch._outbox._sqlite_writer import SqliteWriter
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import msgspec
     import sqlalchemy.orm
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import OutboxAdmin, OutboxStore
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore, OutboxWriter
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["SqliteOutbox"]
@@ -63,7 +64,7 @@ class SqliteOutbox(BlockingOutbox):
         header_hook: Callable[[], HeadersLike | None] | None = None,
         max_message_bytes: int = 1_000_000,
     ) -> None:
-        super().__init__(wire, encoder, source, header_hook, max_message_bytes)
+        super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
         if not isinstance(path, (str, os.PathLike)):
             raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
         name = os.fsdecode(path)
@@ -83,6 +84,10 @@ class SqliteOutbox(BlockingOutbox):
         )
         self._insert = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
+        )
+        self._insert_scheduled = sql(
+            "INSERT INTO {later} (bucket, seq, id, packed, created_at, deliver_by, due_at, attempts, last_error, "
+            "scheduled) VALUES (?, ?, ?, ?, ?, ?, ?, 0, '', 1)"
         )
 
     def __repr__(self) -> str:
@@ -145,6 +150,9 @@ class SqliteOutbox(BlockingOutbox):
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
+        One with a future ``scheduled_time`` is sent then, by the database's clock, as if it was added at that time: it
+        holds back no other of its key until then.
+
         All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
         can go on, unless SQLite itself has ended it. After an exception of a signal handler, such as Ctrl-C, all of
         them may have been added: roll back. A transaction that only reads before should begin with ``BEGIN IMMEDIATE``:
@@ -162,7 +170,6 @@ class SqliteOutbox(BlockingOutbox):
 
         Raises:
             SerializationError: An envelope could not be mapped, or is too large.
-            NotYetDueError: The ``scheduled_time`` of an envelope is in the future.
             OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
                 are missing or another version's; the database takes no writes.
         """
@@ -178,6 +185,9 @@ class SqliteOutbox(BlockingOutbox):
             raise self._tables.as_outbox_error(error, self._path) from error
         self._tell_watchers()
         return count
+
+    def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
+        self._write(connection.cursor(), batches, sum(map(self._pool.count, batches)))
 
     def _check_connection(self, connection: sqlite3.Connection) -> None:
         if not isinstance(connection, sqlite3.Connection):
@@ -201,13 +211,10 @@ class SqliteOutbox(BlockingOutbox):
         cursor = connection.cursor()
         cursor.row_factory = None
         if count == 1:  # one statement inserts it, or does nothing; a number that is left out does not matter
-            (row,) = self._rows(cursor, batch, count)
-            cursor.execute(self._insert, row)
-            return 1
+            return self._write(cursor, (batch,), count)
         try:  # what was inserted before one that fails is to be undone
             cursor.execute("SAVEPOINT kbatch_add")
-            rows = self._rows(cursor, batch, count)
-            cursor.executemany(self._insert, rows)
+            count = self._write(cursor, (batch,), count)
             cursor.execute("RELEASE kbatch_add")
         except BaseException:
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
@@ -215,11 +222,9 @@ class SqliteOutbox(BlockingOutbox):
                     cursor.execute("ROLLBACK TO kbatch_add")
                     cursor.execute("RELEASE kbatch_add")
             raise
-        return len(rows)
+        return count
 
-    def _rows(
-        self, cursor: sqlite3.Cursor, batch: MappedBatch, count: int
-    ) -> list[tuple[int, int, bytes, bytes, int, int | None]]:
+    def _write(self, cursor: sqlite3.Cursor, batches: Sequence[MappedBatch], count: int) -> int:
         # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
         cursor.execute(self._take_numbers, (count,))
         meta = cursor.execute(self._look).fetchone()
@@ -229,7 +234,18 @@ class SqliteOutbox(BlockingOutbox):
         self._tables.check_meta(version, buckets)
         if file not in self._own_files:
             self._check_file(file)
-        return self._pool.rows(batch, last_seq - count + 1, BUCKETS, now_us())
+        first_seq, created_us = last_seq - count + 1, now_us()
+        rows: list[tuple[int, int, bytes, bytes, int, int | None]] = []
+        scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
+        for batch in batches:
+            rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, created_us, scheduled)
+        if len(rows) == 1:
+            cursor.execute(self._insert, rows[0])
+        elif rows:
+            cursor.executemany(self._insert, rows)
+        if scheduled:
+            cursor.executemany(self._insert_scheduled, scheduled)
+        return len(rows) + len(scheduled)
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:
         cursor = connection.cursor()
@@ -263,11 +279,12 @@ class SqliteOutbox(BlockingOutbox):
         sql = self._tables.sql
         with self._connection() as connection:
             self._check_tables(connection)
-            waiting, later, dead = (
+            kinds = ("{outbox}", "{later} WHERE scheduled = 0", "{dead}", "{later} WHERE scheduled = 1")
+            waiting, later, dead, scheduled = (
                 connection.execute(
-                    sql(f"SELECT count(*) FROM (SELECT 1 FROM {{{table}}} LIMIT ?)"), (count_up_to,)
+                    sql(f"SELECT count(*) FROM (SELECT 1 FROM {kind} LIMIT ?)"), (count_up_to,)
                 ).fetchone()[0]
-                for table in ("outbox", "later", "dead")
+                for kind in kinds
             )
             ages = (
                 connection.execute(
@@ -277,7 +294,7 @@ class SqliteOutbox(BlockingOutbox):
             )
             oldest = min((age[0] for age in ages if age is not None), default=None)
             relays = connection.execute(sql("SELECT count(*) FROM {relay} WHERE {lives}")).fetchone()[0]
-        return OutboxStatus(waiting, later, dead, age_s(oldest), relays)
+        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, scheduled=scheduled)
 
     def open_store(self) -> OutboxStore:
         """The connection of a relay, which closes it.
@@ -290,6 +307,18 @@ class SqliteOutbox(BlockingOutbox):
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
             return SqliteStore(connection, self._tables, self._path)
+
+    def open_writer(self) -> OutboxWriter:
+        """The connection of this process's DURABLE senders, who close it.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        _tell_of_fault(sqlite3.sqlite_version)
+        with contextlib.ExitStack() as undo:
+            connection = undo.enter_context(self._connection(keep=True))
+            self._check_tables(connection)
+            return SqliteWriter(connection, self._tables, self._path, self._insert_all, self._tell_watchers)
 
     def open_admin(self) -> OutboxAdmin:
         """As `BaseOutbox.open_admin`."""

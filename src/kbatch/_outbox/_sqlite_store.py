@@ -54,6 +54,13 @@ class SqliteStore(SqliteSession):
         dead = f"INSERT OR REPLACE INTO {{dead}} ({kept}, died_at, attempts, last_error) SELECT {kept}, ?, ?, ? FROM "
         self._to_dead = sql(f"{dead} {{outbox}} {row}")
         self._later_to_dead = sql(f"{dead} {{later}} {row}")
+        self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
+        self._last_number = sql("SELECT last_seq FROM {meta}")
+        # Its age is that of a row that was added when it was due.
+        self._admit = sql(
+            "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) SELECT bucket, ?, id, packed, "
+            f"max(created_at, due_at * 1000), deliver_by FROM {{later}} {row}"
+        )
         self._put_off = sql(f"UPDATE {{later}} SET due_at = ?, attempts = ?, last_error = ? {row}")
 
     # -- leases
@@ -152,7 +159,7 @@ class SqliteStore(SqliteSession):
             for due in ("due_at <= {now}", "due_at > {now} + ?"):
                 statement = self._tables.sql(
                     f"SELECT bucket, seq, {_PACKED}, deliver_by, attempts, key_hash FROM {{later}} AS mine "
-                    f"WHERE {due} {of_mine} ORDER BY due_at LIMIT ?"
+                    f"WHERE scheduled = 0 AND {due} {of_mine} ORDER BY due_at LIMIT ?"
                 )
                 longest = [int(longest_s * 1000)] if "?" in due else []
                 found = run(statement, (*longest, *buckets, limit - len(rows) + len(avoid)))
@@ -175,14 +182,36 @@ class SqliteStore(SqliteSession):
 
     def left(self) -> int:
         """As `OutboxStore.left`."""
-        statement = self._tables.sql(
-            "SELECT (SELECT count(*) FROM (SELECT 1 FROM {outbox} LIMIT ?)) + "
-            "(SELECT count(*) FROM (SELECT 1 FROM {later} LIMIT ?))"
-        )
+        kinds = ("{outbox}", "{later} WHERE scheduled = 0", "{later} WHERE scheduled = 1 AND due_at <= {now}")
+        counts = (f"(SELECT count(*) FROM (SELECT 1 FROM {kind} LIMIT {_MOST_LEFT}))" for kind in kinds)
         with self._reading() as run:
-            return int(run(statement, (_MOST_LEFT, _MOST_LEFT)).fetchone()[0])
+            return int(run(self._tables.sql(f"SELECT {' + '.join(counts)}")).fetchone()[0])
 
     # -- writing
+
+    def admit_scheduled(self, leases: Mapping[int, int], *, limit: int) -> int:
+        """As `OutboxStore.admit_scheduled`."""
+        find = self._tables.sql(
+            "SELECT bucket, seq FROM {later} WHERE scheduled = 1 AND due_at <= {now} AND "
+            f"+bucket IN ({_marks(leases)}) ORDER BY due_at, seq LIMIT ?"
+        )
+        with self._reading() as run:
+            if run(find, (*leases, 1)).fetchone() is None:
+                return 0
+        with self._writing() as run:
+            valid = self._valid(run, leases)
+            due = [place for place in run(find, (*leases, limit)).fetchall() if place[0] in valid]
+            if due:
+                run(self._take_numbers, (len(due),))
+                first = run(self._last_number).fetchone()[0] - len(due) + 1
+                self._connection.executemany(self._admit, [(first + n, *place) for n, place in enumerate(due)])
+                self._connection.executemany(self._delete_later, due)
+        return len(due)
+
+    def _valid(self, run: Run, leases: Mapping[int, int]) -> set[int]:
+        """The buckets whose leases hold."""
+        holding = run(self._tables.sql("SELECT bucket, token FROM {lease} WHERE {lives} AND owner NOT NULL"))
+        return {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}
 
     def settle(
         self,
@@ -196,8 +225,7 @@ class SqliteStore(SqliteSession):
         """As `OutboxStore.settle`."""
         with self._writing() as run:
             now = run(self._now).fetchone()[0]
-            holding = run(self._tables.sql("SELECT bucket, token FROM {lease} WHERE {lives} AND owner NOT NULL"))
-            valid = {bucket for bucket, token in holding.fetchall() if leases.get(bucket) == token}
+            valid = self._valid(run, leases)
             lost = set(leases) - valid
             if lost:
                 done = [place for place in done if place[0] in valid]

@@ -13,7 +13,7 @@ from kbatch._outbox._tables import OutboxTables
 if TYPE_CHECKING:
     import os
 
-__all__ = ["SqliteTables", "lacks_tables"]
+__all__ = ["SqliteTables", "is_locked", "lacks_tables"]
 
 _LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
 _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -21,7 +21,8 @@ _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Without rowid the row lies in the primary key's tree, so that what a relay reads is in one place. Numbers are given by
 # `meta.last_seq` and never again: a relay that is late must not delete another row of the same number.
 # A column of SQLite keeps a value of any type; the checks are for what a relay computes with. The other tables take
-# over what slipped through.
+# over what slipped through. One index of `later` has what is scheduled apart, so that a look at what waits for its next
+# attempt never walks over that.
 _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one INTEGER PRIMARY KEY CHECK (one = 1),
@@ -51,9 +52,11 @@ CREATE TABLE IF NOT EXISTS {later} (
     attempts INTEGER NOT NULL CHECK (typeof(attempts) = 'integer'),
     last_error TEXT NOT NULL,
     key_hash INTEGER CHECK (typeof(key_hash) IN ('integer', 'null')),
+    scheduled INTEGER NOT NULL DEFAULT 0 CHECK (scheduled IN (0, 1)),
     PRIMARY KEY (bucket, seq)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS {later_due} ON {later_bare} (due_at);
+CREATE INDEX IF NOT EXISTS {later_at} ON {later_bare} (scheduled, due_at, seq);
 CREATE INDEX IF NOT EXISTS {later_key} ON {later_bare} (bucket, key_hash, seq);
 CREATE TABLE IF NOT EXISTS {dead} (
     bucket INTEGER NOT NULL,
@@ -100,7 +103,7 @@ class SqliteTables(OutboxTables):
                 f"prefix={shown(prefix)} makes names of {len(longest)} characters, and {_LONGEST_NAME} are allowed"
             )
         # With the schema, so that a temporary table of the same name is not meant.
-        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_key", "dead_died")
+        names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_at", "later_key", "dead_died")
         quoted = {name: f'main."{prefix}outbox_{name}"' for name in names}
         quoted["outbox"] = f'main."{prefix}outbox"'
         for name in ("later", "dead"):  # an index says which schema by its own name
@@ -124,9 +127,9 @@ class SqliteTables(OutboxTables):
             hint = "give the path of a SQLite database, or of none yet"
         elif "is full" in text:
             hint = "make room on the disk; SQLite may have ended the transaction"
-        elif ("locked" in text or "busy" in text) and own:
+        elif is_locked(error) and own:
             hint = "another connection has written for long; transactions that write should be short"
-        elif "locked" in text or "busy" in text:
+        elif is_locked(error):
             hint = "another connection writes; wait longer (sqlite3.connect(timeout=…)) and begin with BEGIN IMMEDIATE"
         elif "readonly" in text or "read-only" in text:
             hint = "open the database for writing; the file and its folder must be writable"
@@ -146,3 +149,8 @@ class SqliteTables(OutboxTables):
 def lacks_tables(error: sqlite3.Error) -> bool:
     """Whether a statement failed since a table is not there, or is another one."""
     return any(told in str(error) for told in ("no such table", "no such column", "has no column"))
+
+
+def is_locked(error: sqlite3.Error) -> bool:
+    """Whether a statement failed since another connection reads or writes."""
+    return "locked" in str(error) or "busy" in str(error)

@@ -9,6 +9,8 @@ from kbatch._errors import OutboxError
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
+    from kbatch._fastmap import MappedBatch
+
 __all__ = [
     "BIGGEST_NUMBER",
     "BUCKETS",
@@ -20,6 +22,7 @@ __all__ = [
     "NewRow",
     "OutboxAdmin",
     "OutboxStore",
+    "OutboxWriter",
     "Place",
     "Position",
     "Reading",
@@ -173,11 +176,20 @@ class OutboxStore(Protocol):
     ) -> list[DueRow]:
         """Rows that are due by the database's clock, those first that are due for the longest, but none of `avoid`; of
         each key only the one with the lowest number. What is due in more than `longest_s` is due: the clock was set
-        back.
+        back. What is scheduled is not meant.
         """
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """Which keys have rows that wait for their next attempt."""
+
+    def admit_scheduled(self, leases: Mapping[int, int], *, limit: int) -> int:
+        """Moves rows whose ``scheduled_time`` has come, by the database's clock, into the hot table, the earliest
+        first, as far as the leases hold. They get new numbers, above all that were given: each is as one that was
+        added when it was due.
+
+        Returns:
+            How many.
+        """
 
     def settle(
         self,
@@ -206,7 +218,28 @@ class OutboxStore(Protocol):
         `later`. What was read before must be looked at again."""
 
     def left(self) -> int:
-        """0 if the outbox is empty but for the dead, else a number of rows: all that wait, or some."""
+        """0 if the outbox is empty but for the dead and what is scheduled for later, else a number of rows: all that
+        wait, or some."""
+
+    def close(self) -> None:
+        """Gives the connection back."""
+
+
+class OutboxWriter(Protocol):
+    """The connection by which the DURABLE senders of a process add to their outbox. One thread uses it."""
+
+    def commit(self, take: Callable[[], Sequence[MappedBatch]]) -> bool:
+        """Adds what `take` gives in one transaction of its own, and commits it.
+
+        `take` is called once, when the transaction may write: what comes while another connection writes is committed
+        with the rest.
+
+        Returns:
+            False if another connection was writing for some 100 ms. Then `take` was not called.
+
+        Raises:
+            OutboxError: Nothing was added; with ``possibly_persisted`` it is not known whether it was.
+        """
 
     def close(self) -> None:
         """Gives the connection back."""

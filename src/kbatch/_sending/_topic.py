@@ -13,10 +13,13 @@ from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
 from kbatch._options import AgentOptions, BatchingOptions, shows, taken
+from kbatch._outbox._relay import relay_producer
+from kbatch._outbox._shared import OutboxUse
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent
 from kbatch._sending._batched import BaseBatchedSender, BatchedSender
+from kbatch._sending._durable import BaseDurableSender, DurableSender, check_outbox
 from kbatch._sending._inline import BaseInlineSender, InlineSender
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kbatch._options import AgentKeywords, BatchingKeywords
+    from kbatch._outbox._shared import DurableOutbox
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
@@ -65,7 +69,7 @@ class SenderMode(enum.Enum):
     BUFFERED = "buffered"
     """In batches from memory, with retries and a circuit breaker: `BatchedSender`. A crash loses what is buffered."""
     DURABLE = "durable"
-    """Through an outbox, which survives a crash. Not there yet: add to a `SqliteOutbox`, and run a `Relay`."""
+    """Each is committed to an outbox, from which a relay sends it: `DurableSender`. A crash loses nothing."""
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -76,14 +80,17 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
     mode: SenderMode
     close_timeout_s: float
     _settings: Hashable  # the same where the producer, or what it is made of, is
-    _producer: BaseProducer = field(compare=False)  # the caller's, or one that is never used and others are made of
+    # The caller's, or one that is never used and others are made of; None if others forward what is in the outbox.
+    _producer: BaseProducer | None = field(compare=False)
     _is_given: bool = field(compare=False)
+    _outbox: DurableOutbox | None = field(compare=False)
 
     _shown = "kbatch.KafkaTopic"
     _producer_class: type[BaseProducer] = Producer
     _inline_class: type[BaseInlineSender] = InlineSender
     _agent_class: type[BaseSendingAgent] = SendingAgent
     _batched_class: type[BaseBatchedSender] = BatchedSender
+    _durable_class: type[BaseDurableSender] = DurableSender
 
     @shows(BatchingOptions, AgentOptions, or_none=True)
     def __init__(
@@ -93,6 +100,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         *,
         producer: BaseProducer | None = None,
         config: Mapping[str, Any] | None = None,
+        outbox: DurableOutbox | None = None,
         wire: str | WireFormat | None = None,
         encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
         source: str | None = None,
@@ -123,7 +131,11 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             values.update(self._checked(batching, agent))
             if self.dead_letter_topic == name:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {name!r}")
-            values.update(self._bind(producer, config, options))
+            values.update(
+                self._bind_outbox(outbox, producer, config, options)
+                if mode is SenderMode.DURABLE
+                else self._bind(outbox, producer, config, options)
+            )
         except BaseException as error:
             # As the producer's: passwords must not be found in the local variables of a traceback.
             traceback.clear_frames(error.__traceback__)
@@ -136,9 +148,43 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         options: dict[str, Any] = vars(BatchingOptions(**batching))
         check_close_timeout(self.close_timeout_s)
         options = {**options, **vars(self._agent_class._options_class(**agent))}
-        return dict.fromkeys(options) if self.mode is SenderMode.INLINE else options
+        return options if self.mode is SenderMode.BUFFERED else dict.fromkeys(options)
 
-    def _bind(self, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    def _bind_outbox(self, outbox: Any, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        if outbox is None:
+            raise ConfigError("outbox is missing: SenderMode.DURABLE sends through one, such as a kbatch.SqliteOutbox")
+        check_outbox(outbox)
+        if producer is not None:
+            raise ConfigError(
+                "producer: not with SenderMode.DURABLE, whose relay has one for itself alone; give config=, or run a "
+                "kbatch.Relay with it"
+            )
+        if options:
+            raise ConfigError(
+                f"{', '.join(options)}: not with SenderMode.DURABLE: the outbox maps envelopes, and its relay sends "
+                "what is in it; give them to these"
+            )
+        prototype = None if config is None else relay_producer(config)
+        settings = None if prototype is None else self._fingerprint_of(prototype)
+        return {
+            "_settings": (_Same(outbox), settings),
+            "_producer": prototype,
+            "_is_given": False,
+            "_outbox": outbox,
+        }
+
+    def _fingerprint_of(self, prototype: BaseProducer) -> tuple[Hashable, ...]:
+        return (
+            type(prototype),
+            prototype._fingerprint,
+            *(_Same(getattr(prototype._parsed, name)) for name in _CALLBACKS),
+        )
+
+    def _bind(self, outbox: Any, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+        if outbox is not None:
+            raise ConfigError(
+                f"outbox: not with SenderMode.{self.mode.name}, which sends to Kafka; use SenderMode.DURABLE"
+            )
         if producer is None and config is None:
             raise ConfigError(
                 f"producer and config are missing: give a {self._producer_class._shown} as producer=, "
@@ -152,18 +198,16 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
                     f"{', '.join(refused)}: not with producer=, which has its settings already; give config= alone, "
                     "and topics whose settings agree share one producer"
                 )
-            return {"_settings": _Same(producer), "_producer": producer, "_is_given": True}
+            return {"_settings": _Same(producer), "_producer": producer, "_is_given": True, "_outbox": None}
         prototype = self._producer_class(config, **options)
         wire = options.get("wire", "kbatch")
         settings = (
-            self._producer_class,
-            prototype._fingerprint,
-            *(_Same(getattr(prototype._parsed, name)) for name in _CALLBACKS),
+            *self._fingerprint_of(prototype),
             wire if isinstance(wire, str) else _Same(wire),
             *(_Same(options.get(name)) for name in ("encoder", "header_hook")),
             *(prototype._max_in_flight, options.get("source"), options.get("carry_scheduled_time", False)),
         )
-        return {"_settings": settings, "_producer": prototype, "_is_given": False}
+        return {"_settings": settings, "_producer": prototype, "_is_given": False, "_outbox": None}
 
     def _check_producer(self, producer: object) -> None:
         if isinstance(producer, self._producer_class):
@@ -177,6 +221,9 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         )
 
     def _create(self) -> Any:
+        if self._outbox is not None:
+            return self._create_durable(self._outbox)
+        assert self._producer is not None
         if self._is_given:
             handle = ProducerHandle.of(self._producer)
             handle.acquire()
@@ -192,6 +239,12 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         # From here on the agent releases it, or does so when it is forgotten.
         batching = self._options_of(BatchingOptions)
         return self._batched_class(agent, **batching, close_timeout_s=self.close_timeout_s)
+
+    def _create_durable(self, outbox: DurableOutbox) -> BaseDurableSender:
+        if not isinstance(self._producer, Producer):  # others forward what is in it
+            return self._durable_class(outbox, self.name, close_timeout_s=self.close_timeout_s)
+        use = OutboxUse(outbox, self._producer, self._settings)
+        return self._durable_class(use, self.name, close_timeout_s=self.close_timeout_s)
 
     def _options_of(self, kind: type) -> dict[str, Any]:
         return {each.name: getattr(self, each.name) for each in fields(kind)}
@@ -215,9 +268,14 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
     Args:
         name: The topic.
         mode: What kind of sender.
-        producer: A `Producer`, which stays the caller's. Either this or `config` is given.
-        config: librdkafka's keys, of which kbatch makes a `Producer` and closes it.
-        wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`.
+        producer: A `Producer`, which stays the caller's. Either this or `config` is given, but not with
+            ``SenderMode.DURABLE``.
+        config: librdkafka's keys, of which kbatch makes a `Producer` and closes it. With ``SenderMode.DURABLE`` it may
+            be left out: then a `Relay` that is run elsewhere sends what is in the outbox. Else a relay in this process
+            does, from the first envelope until the last of these senders is closed; all of one outbox have the same.
+        outbox: What ``SenderMode.DURABLE`` sends through, such as a `SqliteOutbox`; only with it.
+        wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`,
+            and not with ``SenderMode.DURABLE``.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with
             ``SenderMode.BUFFERED``.
         retry, failures_to_open, probe_interval_s, max_probe_interval_s, max_in_flight_batches, strict_order,
@@ -227,7 +285,8 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
 
     Raises:
         ConfigError: A value of the wrong type or out of its range, an option that the mode does not have, a setting
-            that `Producer` refuses, both `producer` and `config`, or neither.
+            that `Producer` or `Relay` refuses, both `producer` and `config`, or neither; no `outbox` where one is
+            needed.
     """
 
     if TYPE_CHECKING:
@@ -270,6 +329,16 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         ) -> None: ...
         @overload
         def __init__(
+            self: KafkaTopic[DurableSender],
+            name: str,
+            mode: Literal[SenderMode.DURABLE],
+            *,
+            outbox: DurableOutbox,
+            config: Mapping[str, Any] | None = None,
+            close_timeout_s: float = 30.0,
+        ) -> None: ...
+        @overload
+        def __init__(
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
             mode: SenderMode,
@@ -291,8 +360,11 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
     def create_sender(self) -> _S_co:
         """A new sender, to be closed: a context manager, whose ``close(timeout)`` says how many were not sent.
 
-        With ``SenderMode.INLINE`` an `InlineSender`, with ``SenderMode.BUFFERED`` a `BatchedSender`. It starts with
-        its first envelope.
+        With ``SenderMode.INLINE`` an `InlineSender`, with ``SenderMode.BUFFERED`` a `BatchedSender`, with
+        ``SenderMode.DURABLE`` a `DurableSender`. It starts with its first envelope.
+
+        Raises:
+            ConfigError: Another sender of the same outbox has a relay with another `config`.
         """
         sender: _S_co = self._create()
         return sender
@@ -315,9 +387,15 @@ class _Same:
 
 def _check_mode(mode: Any, given: dict[str, Any]) -> None:
     if not isinstance(mode, SenderMode):
-        raise ConfigError(f"mode must be kbatch.SenderMode.INLINE or kbatch.SenderMode.BUFFERED, not {mode!r}")
-    if mode is SenderMode.DURABLE:
-        raise ConfigError("SenderMode.DURABLE is not there yet; use SenderMode.BUFFERED, or a SqliteOutbox and a Relay")
+        raise ConfigError(
+            "mode must be kbatch.SenderMode.INLINE, kbatch.SenderMode.BUFFERED or kbatch.SenderMode.DURABLE, "
+            f"not {mode!r}"
+        )
+    if mode is SenderMode.DURABLE and given:
+        raise ConfigError(
+            f"{', '.join(given)}: not with SenderMode.DURABLE, whose envelopes a relay sends; run a kbatch.Relay with "
+            "what it takes of them"
+        )
     if mode is SenderMode.INLINE and given:
         raise ConfigError(
             f"{', '.join(given)}: not with SenderMode.INLINE, which sends each envelope by itself, once; "

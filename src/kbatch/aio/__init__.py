@@ -20,21 +20,25 @@ from kbatch._pending import PendingBatch
 from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._dead_letters import DeadLetters
+from kbatch.aio._durable import DurableSender
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._postgres import PostgresOutbox
 from kbatch.aio._producer import Producer
+from kbatch.aio._relay import Relay
 from kbatch.aio._scheduled import ScheduledMessages
 from kbatch.aio._topic import KafkaTopic
 
 __all__ = [
     "BatchedSender",
     "DeadLetters",
+    "DurableSender",
     "InlineSender",
     "KafkaSender",
     "KafkaTopic",
     "PendingBatch",
     "PostgresOutbox",
     "Producer",
+    "Relay",
     "ScheduledMessages",
     "SenderCallback",
     "SenderProtocol",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from kbatch._sending._topic import BaseTopic
 from kbatch.aio._batched import BatchedSender, SendingAgent
+from kbatch.aio._durable import DurableSender
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._producer import Producer
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
+    from kbatch._outbox._shared import DurableOutbox
     from kbatch._sending._topic import Options, OptionsWithConfig, SenderMode
 
 __all__ = ["KafkaTopic"]
@@ -31,6 +33,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
     _inline_class = InlineSender
     _agent_class = SendingAgent
     _batched_class = BatchedSender
+    _durable_class = DurableSender
 
     if TYPE_CHECKING:
 
@@ -72,6 +75,16 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         ) -> None: ...
         @overload
         def __init__(
+            self: KafkaTopic[DurableSender],
+            name: str,
+            mode: Literal[SenderMode.DURABLE],
+            *,
+            outbox: DurableOutbox,
+            config: Mapping[str, Any] | None = None,
+            close_timeout_s: float = 30.0,
+        ) -> None: ...
+        @overload
+        def __init__(
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
             mode: SenderMode,
@@ -91,6 +104,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         def __init__(self, name: str, mode: SenderMode, **options: Any) -> None: ...
 
     def create_sender(self) -> _S_co:
-        """As `kbatch.KafkaTopic.create_sender`: a `kbatch.aio.InlineSender` or a `kbatch.aio.BatchedSender`."""
+        """As `kbatch.KafkaTopic.create_sender`: a `kbatch.aio.InlineSender`, a `kbatch.aio.BatchedSender`
+        or a `kbatch.aio.DurableSender`."""
         sender: _S_co = self._create()
         return sender

@@ -757,7 +757,7 @@ cdef class _Mapping:
             carry = ", or make the producer with carry_scheduled_time=True, so that its reader waits"
         raise NotYetDueError(
             f"scheduled_time {time_object(self.envelope._scheduled_time).isoformat()} is in the future, and a producer "
-            f"sends at once: give the envelope to a BUFFERED sender, which waits until then{carry}",
+            f"sends at once: give the envelope to a BUFFERED sender or an outbox, which wait until then{carry}",
             index=self.index, envelope_id=self.envelope.id)
 
     cdef int _note_deliver_by(self, int64_t at) except -1:

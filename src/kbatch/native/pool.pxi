@@ -264,9 +264,12 @@ cdef class RecordPool:
             count += batch.state.records[i].flags == 0
         return count
 
-    def rows(self, MappedBatch batch not None, int64_t first_seq, int buckets, int64_t created_us) -> list:
+    def rows(self, MappedBatch batch not None, int64_t first_seq, int buckets, int64_t created_us,
+             list scheduled=None) -> list:
         """Its records as rows of an outbox: ``(bucket, seq, id, packed, created_us, deliver_by_us or None)``.
 
-        Numbers count from `first_seq`. An envelope whose ``deliver_by`` has passed has no row.
+        Numbers count from `first_seq`. An envelope whose ``deliver_by`` has passed has no row. Those whose
+        ``scheduled_time`` is later than `created_us` go to the list `scheduled`, if there is one, with that time in
+        milliseconds at the end.
         """
-        return stored_rows(batch, first_seq, buckets, created_us)
+        return stored_rows(batch, first_seq, buckets, created_us, scheduled)

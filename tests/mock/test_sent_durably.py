@@ -1,0 +1,206 @@
+"""What a durable sender has committed arrives, by its own relay or another, whatever is killed when."""
+
+import asyncio
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, KafkaTopic, Relay, SenderMode, SqliteOutbox, aio
+from kbatch._outbox import _shared
+from kbatch.testing import MockCluster
+from tests import outboxes
+from tests.relays import check_history, numbered
+from tests.waiting import until
+
+from .clients import read_back
+from .processes import start as start_program
+from .test_relay_killed import let_leases_run_out
+
+ROOT = Path(__file__).parents[2]
+ROUNDS = int(os.environ.get("KBATCH_DURABLE_ROUNDS", "4"))
+LANES = 8
+
+
+@pytest.fixture
+def outbox(tmp_path: Path) -> SqliteOutbox:
+    return outboxes.made(tmp_path, wire="raw")
+
+
+def config(cluster: MockCluster) -> dict[str, Any]:
+    return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+
+
+def durable(outbox: SqliteOutbox, cluster: MockCluster, kind: Any = KafkaTopic, **options: Any) -> Any:
+    return kind("orders", SenderMode.DURABLE, outbox=outbox, config=config(cluster), **options)
+
+
+def test_a_relay_of_its_own_forwards_what_is_sent(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(10)))  # by an earlier process
+    with durable(outbox, kafka_cluster).create_sender() as sender:
+        for envelope in numbered(range(10, 100)):
+            assert sender.send(envelope)
+        until(lambda: outbox.status().waiting == 0, "all of them in Kafka")
+    check_history(range(100), read_back(kafka_cluster.bootstrap_servers, "orders"))
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
+
+
+def test_a_relay_of_its_own_under_asyncio(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    async def main() -> None:
+        async with durable(outbox, kafka_cluster, aio.KafkaTopic).create_sender() as sender:
+            assert await asyncio.gather(*(sender.send(envelope) for envelope in numbered(range(200)))) == [True] * 200
+            while outbox.status().waiting:
+                await asyncio.sleep(0.02)
+
+    asyncio.run(main())
+    check_history(range(200), read_back(kafka_cluster.bootstrap_servers, "orders"))
+
+
+def test_without_a_config_another_relay_forwards_it(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    with KafkaTopic("orders", SenderMode.DURABLE, outbox=outbox).create_sender() as sender:
+        for envelope in numbered(range(20)):
+            sender.send(envelope)
+        assert outbox.status().waiting == 20
+        with Relay(outbox, config(kafka_cluster)) as relay:
+            assert relay.drain(30) == 0
+    check_history(range(20), read_back(kafka_cluster.bootstrap_servers, "orders"))
+
+
+def test_what_its_relay_has_not_sent_stays_for_the_next_one(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    kafka_cluster.set_broker_down()
+    with durable(outbox, kafka_cluster, close_timeout_s=0.2).create_sender() as sender:
+        for envelope in numbered(range(20)):
+            sender.send(envelope)
+        until(lambda: outbox.status().relays == 1, "its relay")
+    assert (outbox.status().waiting, outbox.status().relays) == (20, 0)
+    kafka_cluster.set_broker_up()
+    with durable(outbox, kafka_cluster).create_sender() as sender:
+        sender.send(Envelope(data=b"20", key="k0"))
+        until(lambda: outbox.status().waiting == 0, "all of them in Kafka", 60)
+    check_history(range(21), read_back(kafka_cluster.bootstrap_servers, "orders"), copies=None)
+
+
+def test_close_sends_what_is_in_the_outbox(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    later = datetime.now(timezone.utc) + timedelta(days=1)
+    outboxes.add(outbox, numbered(range(3000)))
+    outboxes.add(outbox, numbered(range(5000, 5003), scheduled_time=later))
+    with durable(outbox, kafka_cluster).create_sender() as sender:
+        sender.send(Envelope(data=b"3000", key="k0"))
+    check_history(range(3001), read_back(kafka_cluster.bootstrap_servers, "orders"))
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0, scheduled=3)
+
+
+def test_close_does_not_wait_for_what_waits(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_topic_error("orders", "TOPIC_AUTHORIZATION_FAILED")
+    with durable(outbox, kafka_cluster, close_timeout_s=3600.0).create_sender() as sender:
+        for envelope in numbered(range(20), keys=3):
+            sender.send(envelope)
+        until(lambda: outbox.status().later, "the first of a key, refused")
+    assert (outbox.status().waiting + outbox.status().later, outbox.status().relays) == (20, 0)
+
+
+def test_a_relay_that_fails_begins_again(
+    outbox: SqliteOutbox,
+    kafka_cluster: MockCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(_shared, "_BEGIN_AGAIN_S", 0.05)
+    failures = iter(range(3))
+    run = Relay.run
+
+    def failing(relay: Relay) -> None:
+        if next(failures, None) is not None:
+            raise kbatch.OutboxError("no answer")
+        run(relay)
+
+    monkeypatch.setattr(Relay, "run", failing)
+    with caplog.at_level(logging.WARNING), durable(outbox, kafka_cluster).create_sender() as sender:
+        sender.send(Envelope(data=b"0"))
+        until(lambda: outbox.status().waiting == 0, "it in Kafka")
+    told = [record.message for record in caplog.records if "begins again" in record.message]
+    assert told == ["the relay of DURABLE senders has failed, and begins again: OutboxError: no answer"]
+
+
+def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    code = f"""
+        outbox = kbatch.SqliteOutbox({outbox._path!r}, wire="raw")
+        topic = kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, config=CONFIG)
+        sender = topic.create_sender()
+        for envelope in envelopes(20):
+            sender.send(envelope)
+        while outbox.status().waiting:
+            time.sleep(0.02)
+        """
+    with start_program(kafka_cluster, code) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
+    assert outbox.status().relays == 0
+    assert len(read_back(kafka_cluster.bootstrap_servers, "orders")) == 20
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
+@pytest.mark.parametrize("seed", range(ROUNDS))
+def test_an_application_that_is_killed_at_any_step_loses_nothing_that_send_has_returned_for(
+    outbox: SqliteOutbox, kafka_cluster: MockCluster, seed: int
+) -> None:
+    seeded = random.Random(seed)
+    kafka_cluster.create_topic("orders", partitions=3)
+    told: list[int] = []
+    kills = 0
+    begin = 0
+    for _ in range(4):
+        end = begin + 400
+        settings = {
+            "path": outbox._path,
+            "config": config(kafka_cluster),
+            "lanes": LANES,
+            "begin": begin,
+            "end": end,
+            "relay": seeded.random() < 0.5,
+            "aio": seeded.random() < 0.5,
+        }
+        by_step = seeded.random() < 0.7
+        if by_step:
+            settings["kill_at"] = seeded.randint(1, 120)
+        command = [sys.executable, "-W", "error", "-m", "tests.mock.durable_program", json.dumps(settings)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            lines = []
+            if not by_step:
+                lines.append(process.stdout.readline())
+                time.sleep(seeded.uniform(0.0, 0.2))
+                process.kill()
+            out, errors = process.communicate(timeout=60)
+        assert process.returncode in (0, -signal.SIGKILL), errors
+        kills += process.returncode != 0
+        numbers = [int(line) for line in [*lines, *out.splitlines()] if line.strip()]
+        assert sorted(numbers) == sorted(set(numbers))
+        told += numbers
+        if not settings["relay"]:  # else its relay may have sent some
+            assert set(numbers) <= {int(body or b"") for body in outboxes.bodies(outbox)}
+        begin = end
+        let_leases_run_out(outbox)
+    with Relay(outbox, config(kafka_cluster)) as relay:
+        assert relay.drain(60) == 0
+    records = read_back(kafka_cluster.bootstrap_servers, "orders")
+    stored = {int(record.value or b"") for record in records}
+    assert set(told) <= stored, f"lost {sorted(set(told) - stored)[:10]} of seed {seed}"
+    # What was not told may be there: at most one of each lane for each kill.
+    assert len(stored - set(told)) <= LANES * kills
+    check_history(stored, records, copies=None)
+    assert outbox.status().waiting == 0
+    assert kills or seed
