@@ -104,7 +104,8 @@ def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int
     table.add_column(justify="right")
     table.add_row("to be sent", number(found.waiting))
     table.add_row("  the oldest was added", f"{_span(found.oldest_age_s)} ago" if found.waiting else "-")
-    table.add_row("later (scheduled, or refused and tried again)", number(found.later))
+    table.add_row("refused, and tried again later", number(found.later))
+    table.add_row("scheduled", number(found.scheduled))
     table.add_row("dead letters", number(found.dead))
     table.add_row("relays at work", str(found.relays))
     if isinstance(outbox, kbatch.PostgresOutbox):
