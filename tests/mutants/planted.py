@@ -1451,10 +1451,10 @@ MUTANTS = (
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
-        "an add that fails in the middle leaves its first rows",
-        "SqliteOutbox._insert_batch",
-        '                    cursor.execute("ROLLBACK TO kbatch_add")\n',
-        "",
+        "an add that meets a row of its number deletes that",
+        "SqliteOutbox._insert_rows",
+        "                    (later or hot).pop()  # the one that SQLite has refused\n",
+        "                    pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
@@ -1465,10 +1465,10 @@ MUTANTS = (
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
-        "an add that is interrupted leaves its savepoint open",
-        "SqliteOutbox._insert_batch",
-        '                    cursor.execute("RELEASE kbatch_add")\n',
-        "",
+        "an add that fails in the middle leaves what it has inserted",
+        "SqliteOutbox._insert_rows",
+        "                self._take_back(cursor, hot, later)\n",
+        "                pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(

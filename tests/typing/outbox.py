@@ -1,6 +1,7 @@
 """What type checkers see of an outbox and its relay."""
 
 import sqlite3
+from datetime import datetime
 from typing import Any
 
 import psycopg
@@ -84,3 +85,15 @@ async def postgres_of_asyncio(
     assert_type(await outbox.add(await session.connection(), envelopes), int)
     assert_type(await outbox.status(), kbatch.OutboxStatus)
     kbatch.Relay(outbox, {"bootstrap.servers": "localhost:9092"})
+
+
+async def of_loops(number: int, envelope: kbatch.Envelope[Any], due_at: datetime) -> None:
+    threads, loops = kbatch.PostgresOutbox("postgresql://"), aio.PostgresOutbox("postgresql://")
+    assert_type(threads.dead_letters, kbatch.DeadLetters)
+    assert_type(threads.scheduled.cancel(kbatch.OutboxQuery()), int)
+    assert_type(loops.dead_letters, aio.DeadLetters)
+    assert_type(await loops.dead_letters.find(limit=None), list[kbatch.DeadLetter])
+    assert_type(await loops.dead_letters.summary(), list[kbatch.DeadLetterCount])
+    await loops.dead_letters.replay_edited(number, envelope)
+    assert_type(await loops.scheduled.reschedule(kbatch.OutboxQuery(), due_at), int)
+    await loops.scheduled.cancel()  # type: ignore[call-arg]

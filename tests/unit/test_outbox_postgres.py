@@ -377,6 +377,40 @@ def test_those_who_change_the_same_rows_wait_for_each_other_and_not_in_a_circle(
     assert outboxes.bodies(outbox, table) == []
 
 
+@pytest.mark.parametrize("table", ["later", "dead"])
+def test_rows_that_are_changed_are_found_by_their_places(outbox: PostgresOutbox, table: str) -> None:
+    outboxes.add(outbox, envelopes(300))
+    if table == "later":
+        outboxes.move_to_later(outbox, 1, 50)
+    else:
+        outboxes.move_to_dead(outbox, "true")
+    places = query(outbox, f"SELECT bucket, seq FROM {{{table}}}")
+    with contextlib.closing(outbox.open_admin()) as admin:
+        plans = outboxes.explained(admin)
+        if table == "later":
+            assert admin.reschedule(places[:20], 0) == 20
+        else:
+            assert admin.replay(places[:20], 0) == 20
+        assert admin.delete(table, places[20:40]) == 20
+    assert len(plans) == 4
+    assert not [plan for plan in plans if "Join Filter" in plan or "Seq Scan" in plan]
+
+
+def test_a_change_of_many_rows_is_one_transaction(outbox: PostgresOutbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbatch._outbox._postgres_admin._MOST_AT_ONCE", 2)
+    outboxes.add(outbox, envelopes(5))
+    outboxes.move_to_dead(outbox, "true")
+    (last,) = query(outbox, "SELECT seq FROM {dead} ORDER BY bucket DESC, seq DESC LIMIT 1")
+    outboxes.refuse_rows(outbox, "outbox", number=last[0])
+    with pytest.raises(OutboxError, match="no room"):
+        outbox.dead_letters.replay(OutboxQuery())
+    assert (outbox.status().waiting, outbox.status().dead) == (0, 5)
+    outboxes.take_rows(outbox, "outbox")
+    assert [letter.number for letter in outbox.dead_letters.find(OutboxQuery(numbers=range(9)))] == [1, 2, 3, 4, 5]
+    assert outbox.dead_letters.replay(OutboxQuery()) == 5
+    assert (outbox.status().waiting, outbox.status().dead) == (5, 0)
+
+
 def test_nobody_waits_for_those_who_look_after_dead_letters(outbox: PostgresOutbox) -> None:
     outboxes.add(outbox, envelopes(10))
     outboxes.move_to_dead(outbox, "seq <= 5")

@@ -137,13 +137,14 @@ class PostgresSession:
         """Takes the locks of rows in the order of their places, in which everybody takes them: so nobody waits for one
         who waits for him."""
         if places:
+            # Not ORDER BY, for which all of the table might be walked through: row by row in the order of the arrays.
             run(
                 self._tables.sql(
-                    "SELECT FROM unnest($1::smallint[], $2::bigint[]) AS place (bucket, seq) "
-                    f"JOIN {{{table}}} AS kept ON kept.bucket = place.bucket AND kept.seq = place.seq "
-                    "ORDER BY kept.bucket, kept.seq FOR UPDATE OF kept"
+                    "SELECT FROM unnest($1::smallint[], $2::bigint[]) AS place (bucket, seq) CROSS JOIN LATERAL ("
+                    f"SELECT FROM {{{table}}} AS kept WHERE kept.bucket = place.bucket AND kept.seq = place.seq "
+                    "FOR UPDATE) AS locked"
                 ),
-                tuple(map(array_text, zip(*places, strict=True))),
+                tuple(map(array_text, zip(*sorted(places), strict=True))),
             )
 
     def _run(self, statement: str, parameters: Sequence[Any] | None = None) -> Rows:

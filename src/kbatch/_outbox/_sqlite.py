@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sqlite3
+from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import sqlalchemy.orm
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import OutboxAdmin, OutboxStore, OutboxWriter
+    from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore, OutboxWriter, ScheduledRow
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["SqliteOutbox"]
@@ -85,6 +86,8 @@ class SqliteOutbox(BlockingOutbox):
         self._insert = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
         )
+        self._delete = sql("DELETE FROM {outbox} WHERE bucket = ? AND seq = ?")
+        self._delete_scheduled = sql("DELETE FROM {later} WHERE bucket = ? AND seq = ?")
         self._insert_scheduled = sql(
             "INSERT INTO {later} (bucket, seq, id, packed, created_at, deliver_by, due_at, attempts, last_error, "
             "scheduled) VALUES (?, ?, ?, ?, ?, ?, ?, 0, '', 1)"
@@ -210,19 +213,7 @@ class SqliteOutbox(BlockingOutbox):
             return 0
         cursor = connection.cursor()
         cursor.row_factory = None
-        if count == 1:  # one statement inserts it, or does nothing; a number that is left out does not matter
-            return self._write(cursor, (batch,), count)
-        try:  # what was inserted before one that fails is to be undone
-            cursor.execute("SAVEPOINT kbatch_add")
-            count = self._write(cursor, (batch,), count)
-            cursor.execute("RELEASE kbatch_add")
-        except BaseException:
-            if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
-                with contextlib.suppress(sqlite3.Error):
-                    cursor.execute("ROLLBACK TO kbatch_add")
-                    cursor.execute("RELEASE kbatch_add")
-            raise
-        return count
+        return self._write(cursor, (batch,), count)
 
     def _write(self, cursor: sqlite3.Cursor, batches: Sequence[MappedBatch], count: int) -> int:
         # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
@@ -235,17 +226,39 @@ class SqliteOutbox(BlockingOutbox):
         if file not in self._own_files:
             self._check_file(file)
         first_seq, created_us = last_seq - count + 1, now_us()
-        rows: list[tuple[int, int, bytes, bytes, int, int | None]] = []
-        scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
+        rows: list[NewRow] = []
+        scheduled: list[ScheduledRow] = []
         for batch in batches:
             rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, created_us, scheduled)
-        if len(rows) == 1:
-            cursor.execute(self._insert, rows[0])
-        elif rows:
-            cursor.executemany(self._insert, rows)
-        if scheduled:
-            cursor.executemany(self._insert_scheduled, scheduled)
+        self._insert_rows(cursor, rows, scheduled)
         return len(rows) + len(scheduled)
+
+    def _insert_rows(self, cursor: sqlite3.Cursor, rows: list[NewRow], scheduled: list[ScheduledRow]) -> None:
+        # All or none. A savepoint would do, and costs a copy of each page that is written.
+        of_rows, of_scheduled = iter(rows), iter(scheduled)
+        try:
+            if len(rows) == 1:
+                cursor.execute(self._insert, next(of_rows))
+            elif rows:
+                cursor.executemany(self._insert, of_rows)
+            if scheduled:
+                cursor.executemany(self._insert_scheduled, of_scheduled)
+        except BaseException as error:
+            if cursor.connection.in_transaction:  # SQLite may have ended it, as when the disk is full
+                later = scheduled[: len(scheduled) - length_hint(of_scheduled)]
+                hot = rows[: len(rows) - length_hint(of_rows)]
+                if isinstance(error, sqlite3.Error):
+                    (later or hot).pop()  # the one that SQLite has refused
+                self._take_back(cursor, hot, later)
+            raise
+
+    def _take_back(self, cursor: sqlite3.Cursor, rows: list[NewRow], scheduled: list[ScheduledRow]) -> None:
+        try:
+            cursor.executemany(self._delete, [row[:2] for row in rows])
+            cursor.executemany(self._delete_scheduled, [row[:2] for row in scheduled])
+        except BaseException:
+            cursor.connection.rollback()  # half of them must not be committed
+            raise
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:
         cursor = connection.cursor()

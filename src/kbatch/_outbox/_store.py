@@ -27,6 +27,7 @@ __all__ = [
     "Position",
     "Reading",
     "RefusedWriteError",
+    "ScheduledRow",
     "StoredRow",
     "Table",
 ]
@@ -97,6 +98,9 @@ Table: TypeAlias = Literal["dead", "later"]
 
 # As the hot table has it: bucket, seq, id, packed, created_at, deliver_by.
 NewRow: TypeAlias = tuple[int, int, bytes, bytes, int, "int | None"]
+
+# As `later` has it: the same, and when it is due, in milliseconds since 1970.
+ScheduledRow: TypeAlias = tuple[int, int, bytes, bytes, int, "int | None", int]
 
 
 # By which the rows of these tables are ordered: at_ms, bucket, seq.
