@@ -19,7 +19,6 @@ from tests import outboxes
 from tests.relays import numbered
 
 from .clients import end_offsets
-from .test_replay import move_to_dead
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SHOP = "postgresql://localhost/shop"
@@ -72,7 +71,7 @@ def test_a_block_runs(
     told: list[kbatch.DeliveryReport] = []
     outbox = outboxes.made(tmp_path, "dead.db")
     outboxes.add(outbox, numbered(range(3)))
-    move_to_dead(outbox, "seq < 3")
+    outboxes.move_to_dead(outbox, "seq < 3")
     with kbatch.Producer({"bootstrap.servers": servers}) as producer:
         names: dict[str, Any] = {
             "kbatch": kbatch,

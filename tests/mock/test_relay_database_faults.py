@@ -7,7 +7,7 @@ import sqlite3
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,15 +154,12 @@ def test_a_full_disk_loses_what_could_not_be_committed_and_a_relay_goes_on_once_
 
 @pytest.mark.parametrize("table", ["dead", "later"])
 def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, table: str
+    new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, table: str
 ) -> None:
+    outbox = new_outbox(wire="raw")
     monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
-    outboxes.query(
-        outbox,
-        f"CREATE TRIGGER bad BEFORE INSERT ON kbatch_outbox_{table} WHEN NEW.seq = 3 "
-        "BEGIN SELECT RAISE(ABORT, 'no such letter'); END",
-    )
+    outboxes.refuse_rows(outbox, table, number=3)
     outboxes.add(outbox, numbered(range(5), topic="refused"), topic=None)
     options: dict[str, Any] = {"lease_s": 5.0}
     with running(make(outbox, cluster, {"delivery.timeout.ms": 500}, **options)) as relay:
@@ -172,7 +169,7 @@ def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
             until(lambda: outbox.status().waiting + outbox.status().later == 1, "what came later")
         assert relay.stats()["lost_buckets"] == 0
         assert outboxes.query(outbox, "SELECT seq FROM {outbox} UNION ALL SELECT seq FROM {later}") == [(3,)]
-        outboxes.query(outbox, "DROP TRIGGER bad")
+        outboxes.take_rows(outbox, table)
         until(lambda: outbox.status().dead == 5, "it can be moved now")
         assert relay.stats()["dead"] == 5  # it was not sent again meanwhile
         assert relay.drain(30) == 0

@@ -191,6 +191,23 @@ def test_a_message_that_is_scheduled_anew_is_sent_then_and_its_key_after_it(
     check_history(range(5), stored(cluster))
 
 
+@outboxes.in_sqlite  # PostgresOutbox takes none yet
+def test_a_scheduled_message_is_cancelled_or_sent_when_it_is_scheduled_anew(
+    outbox: Outbox, cluster: MockCluster
+) -> None:
+    now = datetime.now(timezone.utc)
+    outboxes.add(outbox, numbered(range(3), scheduled_time=now + timedelta(hours=1)))
+    with running(make(outbox, cluster)) as relay:
+        until(lambda: relay.stats()["buckets"] == 64, "its start")
+        first = min(message.number for message in outbox.scheduled.find())
+        assert outbox.scheduled.cancel(OutboxQuery(numbers=[first])) == 1
+        assert outbox.scheduled.reschedule(ALL, now + timedelta(hours=2)) == 2
+        assert outbox.scheduled.reschedule(ALL, now) == 2
+        until(lambda: relay.stats()["acked"] == 2, "the others")
+        assert relay.drain(30) == 0
+    check_history(range(1, 3), stored(cluster), in_order=False)
+
+
 @pytest.mark.parametrize("refused", [False, True])
 def test_a_message_that_is_cancelled_on_its_way_may_be_sent_once_and_does_not_come_back(
     outbox: Outbox, cluster: MockCluster, refused: bool

@@ -2139,4 +2139,11 @@ MUTANTS = (
         "    if yes or not found or not screen.is_asked:\n",
         "tests/mock/test_cli_outbox.py",
     ),
+    Mutant(
+        "a row that PostgreSQL does not let move stops all others",
+        "",
+        '_REFUSED = ("23", "P0001", "53100")',
+        '_REFUSED = ("none",)',
+        "tests/mock/test_relay_database_faults.py",
+    ),
 )

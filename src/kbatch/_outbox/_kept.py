@@ -94,7 +94,7 @@ class KeptMessage:
     """A message that an outbox keeps and does not send, or not yet.
 
     Attributes:
-        number: What it is known by in its outbox, for ever.
+        number: What it is known by in its outbox. A scheduled message gets another one when it is due.
         id: The envelope's id; ``None`` if what is stored is damaged.
         topic: Where it goes; ``None`` if what is stored is damaged.
         partition: The partition that it asks for, if any.

@@ -11,6 +11,7 @@ from psycopg.conninfo import conninfo_to_dict
 from kbatch._errors import OutboxError
 from kbatch._fastmap import monotonic
 from kbatch._outbox._postgres_rows import array_text
+from kbatch._outbox._store import RefusedWriteError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
@@ -39,6 +40,8 @@ SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit
 """
 _BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
 _BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
+# What a constraint or a trigger refuses, and a disk that is full.
+_REFUSED = ("23", "P0001", "53100")
 
 
 class _Connection(psycopg.Connection[Any]):
@@ -126,7 +129,9 @@ class PostgresSession:
         try:
             yield
         except psycopg.Error as error:
-            raise self._tables.as_outbox_error(error) from error
+            told = self._tables.as_outbox_error(error)
+            is_refused = (error.sqlstate or "").startswith(_REFUSED)
+            raise (RefusedWriteError(str(told)) if is_refused else told) from error
 
     def _lock(self, run: Run, table: Table, places: Sequence[Place]) -> None:
         """Takes the locks of rows in the order of their places, in which everybody takes them: so nobody waits for one

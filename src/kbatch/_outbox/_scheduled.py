@@ -67,8 +67,8 @@ class ScheduledMessages:
     def reschedule(self, query: OutboxQuery, due_at: datetime) -> int:
         """Has messages sent at another time, by the database's clock.
 
-        A relay takes a time of more than its longest back-off ahead for one of before the clock was set back, and sends
-        at once: a `Relay` with ``retry=RetryPolicy(max_backoff_s=…)`` waits as long.
+        That of a message that waits for its next attempt should not be further ahead than the longest back-off of
+        relays: they take it for one of before the clock was set back, and send at once.
 
         Args:
             due_at: With a time zone.

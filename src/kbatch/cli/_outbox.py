@@ -90,7 +90,8 @@ def ddl(place: Place, screen: Screen) -> int:
 
 def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int:
     """What is in the outbox."""
-    found = place.open().status(count_up_to=count_up_to)
+    outbox = place.open()
+    found = outbox.status(count_up_to=count_up_to)
     if as_json:
         screen.say(json.dumps(dataclasses.asdict(found)))
         return 0
@@ -103,9 +104,12 @@ def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int
     table.add_column(justify="right")
     table.add_row("to be sent", number(found.waiting))
     table.add_row("  the oldest was added", f"{_span(found.oldest_age_s)} ago" if found.waiting else "-")
-    table.add_row("later (scheduled, or refused and tried again)", number(found.later))
+    table.add_row("refused, and tried again later", number(found.later))
+    table.add_row("scheduled", number(found.scheduled))
     table.add_row("dead letters", number(found.dead))
     table.add_row("relays at work", str(found.relays))
+    if isinstance(outbox, kbatch.PostgresOutbox):
+        table.add_row("rows whose room vacuum has not freed yet", f"{found.unvacuumed:,}")
     screen.show(table)
     return 0
 
