@@ -334,7 +334,7 @@ cdef inline void detach_list(const rd_kafka_message_t *message, HeaderList *kept
 
 
 cdef inline HeaderList *add_to_runs(HeaderList *runs, HeaderList *kept) noexcept nogil:
-    # The runs with one more list: the latest is the first of the first run, so what is warm is taken again first. One that
+    # The runs with one more list. The latest is the first of all, so what is warm is taken again first. A list that
     # librdkafka has not given back is a run of its own.
     kept.next = NULL
     kept.last = kept
