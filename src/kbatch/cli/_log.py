@@ -5,6 +5,7 @@ import json
 import logging
 from types import TracebackType
 
+from kbatch._fastmap import wall_time
 from kbatch._text import printable
 from kbatch.cli._screen import Screen
 
@@ -23,7 +24,8 @@ class Log(logging.Handler):
 
     def tell(self, message: str, level: str = "info") -> None:
         """One line."""
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+        at = datetime.datetime.fromtimestamp(int(wall_time()), datetime.timezone.utc)
+        now = at.isoformat().replace("+00:00", "Z")
         if self._as_json:
             self._screen.log(json.dumps({"time": now, "level": level, "message": message}))
         else:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 import kbatch
+from kbatch._fastmap import wall_time
 from kbatch._text import counted, printable
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._outbox_place import Place
@@ -42,7 +43,7 @@ class Selection:
         ids = [_uuid(each) for each in self.which if not re.fullmatch("[0-9]{1,18}", each)]
         if numbers and ids:
             raise Failure("give numbers or ids, not both at a time", USAGE)
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
         query = kbatch.OutboxQuery(
             numbers=numbers or None,
             ids=ids or None,

@@ -18,6 +18,7 @@ from types import TracebackType
 from rich.table import Table
 
 import kbatch
+from kbatch._fastmap import monotonic
 from kbatch._text import counted
 from kbatch.cli._check import PARTITIONS, Check, read_all
 from kbatch.cli._failure import Failure
@@ -28,6 +29,7 @@ from kbatch.testing import MockCluster
 _TOPIC = "orders"
 _LARGEST_TRANSACTION = 500
 _ROLLED_BACK = 0.05  # of the transactions
+_LAST_LINES = 3  # of a relay that has ended
 _LOOK_EVERY_S = 0.01
 _PATIENCE_S = 60.0
 _SHORTEST_MEASURED_S = 0.1
@@ -105,7 +107,7 @@ class RelayProcess:
     def check(self) -> None:
         """Raises Failure if it has ended."""
         if self._process.poll() is not None:
-            words = self._log.read_text("utf-8", errors="replace").splitlines()[-3:]
+            words = self._log.read_text("utf-8", errors="replace").splitlines()[-_LAST_LINES:]
             raise Failure(f"the relay ended with status {self._process.returncode}: " + " / ".join(words))
 
     def kill(self) -> None:
@@ -182,10 +184,10 @@ class Demo:
         size = min(self._random.randint(1, _LARGEST_TRANSACTION), self._plan.count - self._added)
         goes_back = self._random.random() < _ROLLED_BACK
         first = self._next_rolled_back if goes_back else self._added
-        began = time.perf_counter()
+        began = monotonic()
         orders = [self.orders.order(index) for index in range(first, first + size)]
         envelopes = [self.orders.envelope(index) for index in range(first, first + size)]
-        made = time.perf_counter()
+        made = monotonic()
         self._db.execute("BEGIN IMMEDIATE")
         self._db.executemany(
             "INSERT INTO orders VALUES (?, ?, ?)", [(each.order, each.customer, each.total_cents) for each in orders]
@@ -194,7 +196,7 @@ class Demo:
         self._db.execute("ROLLBACK" if goes_back else "COMMIT")
         figures = self.figures
         figures.making_s += made - began
-        figures.adding_s += time.perf_counter() - made
+        figures.adding_s += monotonic() - made
         if goes_back:
             figures.rolled_back += 1
             self._next_rolled_back += size
@@ -208,7 +210,7 @@ class Demo:
     def _begin_relay(self) -> RelayProcess:
         self._gone_before = self._added - self._left()
         self.figures.runs.append(RelayRun())
-        self._began = time.perf_counter()
+        self._began = monotonic()
         return RelayProcess(self._settings, self._folder / f"relay-{len(self.figures.runs)}.log")
 
     def _kill(self, relay: RelayProcess) -> RelayProcess:
@@ -222,7 +224,7 @@ class Demo:
 
     def _end_run(self) -> None:
         run = self.figures.runs[-1]
-        run.sending_s = time.perf_counter() - self._began - run.waited_s
+        run.sending_s = monotonic() - self._began - run.waited_s
         run.sent = self._added - self._left() - self._gone_before
 
     def _works(self) -> bool:
@@ -230,7 +232,7 @@ class Demo:
         run = self.figures.runs[-1]
         if not run.seen:
             run.seen = self._added - self._left() - self._gone_before
-            run.waited_s = time.perf_counter() - self._began
+            run.waited_s = monotonic() - self._began
         return run.seen > 0
 
     def _await_work(self, relay: RelayProcess, bar: Bar) -> None:
@@ -249,7 +251,7 @@ class Demo:
 
     def _pause(self, relay: RelayProcess) -> None:
         relay.check()
-        if time.perf_counter() - self._began > _PATIENCE_S:
+        if monotonic() - self._began > _PATIENCE_S:
             raise Failure(f"nothing more was sent within {_PATIENCE_S:g} s")
         time.sleep(_LOOK_EVERY_S)
 
@@ -270,12 +272,12 @@ def run_outbox_demo(plan: OutboxPlan, screen: Screen) -> int:
         figures = demo.figures
         check = Check(demo.orders, demo.unrecorded)
         with screen.bar("reading back", plan.count) as bar:
-            began = time.perf_counter()
+            began = monotonic()
             for messages in read_all(cluster.bootstrap_servers, _TOPIC, None, check):
                 for message in messages:
                     check.see(message)
                 bar.show(check.seen_count)
-            figures.reading_s = time.perf_counter() - began
+            figures.reading_s = monotonic() - began
     problems = check.problems()
     if not screen.quiet:
         screen.show(_table(plan, figures, check))
