@@ -132,6 +132,23 @@ def test_ctrl_c_ends_the_demo(after_s):
     assert (child.returncode, out, err) == (130, b"", b"kbatch: interrupted\n")
 
 
+def test_ctrl_c_while_a_command_is_imported():
+    program = """if True:
+        import sys, types
+        import kbatch.cli
+
+        class Interrupted(types.ModuleType):
+            def __getattr__(self, name):
+                raise KeyboardInterrupt
+
+        sys.modules["kbatch.cli._demo"] = Interrupted("kbatch.cli._demo")
+        sys.argv = ["kbatch", "demo"]
+        kbatch.cli.main()
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"kbatch: interrupted\n")
+
+
 def test_demo_orders_are_realistic():
     orders = Orders(200_000)
     sizes = [len(orders.body(index)) for index in range(1_000)]

@@ -26,7 +26,13 @@ def main() -> None:
         )
         sys.exit(1)
     with plain_streams():
-        app(prog_name="kbatch")
+        try:
+            app(prog_name="kbatch")
+        except SystemExit as ended:
+            # Before a command's work begins, as while its modules are imported, it is the framework that Ctrl-C ends.
+            if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
+                print("kbatch: interrupted", file=sys.stderr)
+            raise
 
 
 def _fill_standard_descriptors() -> None:
