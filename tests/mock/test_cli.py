@@ -132,16 +132,16 @@ def test_ctrl_c_ends_the_demo(after_s):
     assert (child.returncode, out, err) == (130, b"", b"kbatch: interrupted\n")
 
 
-def test_ctrl_c_while_a_command_is_imported():
+def test_ctrl_c_before_the_work_of_a_command_begins():
     program = """if True:
-        import sys, types
+        import sys
         import kbatch.cli
+        import kbatch.cli._app
 
-        class Interrupted(types.ModuleType):
-            def __getattr__(self, name):
-                raise KeyboardInterrupt
+        def interrupted(**options):
+            raise KeyboardInterrupt
 
-        sys.modules["kbatch.cli._demo"] = Interrupted("kbatch.cli._demo")
+        kbatch.cli._app.Screen = interrupted
         sys.argv = ["kbatch", "demo"]
         kbatch.cli.main()
     """

@@ -29,7 +29,7 @@ def main() -> None:
         try:
             app(prog_name="kbatch")
         except SystemExit as ended:
-            # Before a command's work begins, as while its modules are imported, it is the framework that Ctrl-C ends.
+            # Before a command's work begins, it is the framework that Ctrl-C ends.
             if isinstance(getattr(ended.__context__, "__cause__", None), KeyboardInterrupt):
                 print("kbatch: interrupted", file=sys.stderr)
             raise
