@@ -133,6 +133,8 @@ def test_an_outbox_is_named_by_an_option_else_by_a_variable_else_by_a_file(tmp_p
         (("status", "-o", "postgresql://u:x?secret/x@127.0.0.1:1/d"), 1, "written as %XX"),
         (("status", "-o", "postgresql://127.0.0.1:1/d?pasword=secret"), 1, "written as %XX"),
         (("status", "-o", "host=h password=secret"), 2, "is named by a URL: postgresql://user@host/database"),
+        (("status", "-o", "postgresql:/u:secret@h/d"), 2, "is named by a URL: postgresql://user@host/database"),
+        (("status", "-o", "postgres:u:secret@h/d"), 2, "is named by a URL: postgresql://user@host/database"),
         (("status", "-o", "x", "--schema", "shop"), 2, "--schema is for PostgreSQL"),
         (("status", "-o", "postgresql://h/d", "--schema", "s" * 64), 2, "schema=.* makes names of 64 bytes"),
         (("status", "-o", "oracle://u:secret@h/d"), 2, "an outbox is a path of a SQLite file, or a URL"),

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,22 @@ def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
         assert relay.stats()["dead"] == 5  # it was not sent again meanwhile
         assert relay.drain(30) == 0
     check_history(range(300), stored(cluster))
+
+
+def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(1), scheduled_time=datetime.now(timezone.utc) + timedelta(seconds=0.2)))
+    outboxes.add(outbox, numbered(range(1, 20)))
+    outboxes.query(
+        outbox,
+        "CREATE TRIGGER refuses BEFORE INSERT ON {outbox} WHEN new.seq = 21 BEGIN SELECT raise(ABORT, 'refused'); END",
+    )
+    time.sleep(0.25)
+    with running(make(outbox, cluster)) as relay:
+        until(lambda: relay.stats()["acked"] == 19, "the others")
+        assert outbox.status().scheduled == 1
+        outboxes.query(outbox, "DROP TRIGGER refuses")
+        assert relay.drain(30) == 0
+    check_history(range(20), stored(cluster))
 
 
 # -- many topics

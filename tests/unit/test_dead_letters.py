@@ -289,6 +289,14 @@ def test_an_edited_letter_takes_the_old_place_also_under_another_key(outbox: Out
     assert numbers(outbox.dead_letters.find()) == [2]
 
 
+def test_what_was_scheduled_for_a_time_that_has_passed_since_it_was_added_can_be_edited(outbox: Outbox) -> None:
+    bury(outbox, *keyed("a"))
+    outboxes.query(outbox, f"UPDATE {{dead}} SET created_at = {ms(LONG_AGO) * 1000}")
+    envelope = outbox.dead_letters.find()[0].envelope
+    outbox.dead_letters.replay_edited(1, envelope.replace(scheduled_time=LONG_AGO + timedelta(hours=1)))
+    assert outboxes.query(outbox, "SELECT seq, created_at FROM {outbox}") == [(1, ms(LONG_AGO) * 1000)]
+
+
 def test_an_edit_that_cannot_be_sent_changes_nothing(outbox: Outbox) -> None:
     bury(outbox, *keyed("a"))
     letters = outbox.dead_letters
@@ -299,6 +307,8 @@ def test_an_edit_that_cannot_be_sent_changes_nothing(outbox: Outbox) -> None:
         letters.replay_edited(1, envelope.replace(data=b"x" * 2_000_000))
     with pytest.raises(OutboxError, match="the envelope has expired"):
         letters.replay_edited(1, envelope.replace(deliver_by=LONG_AGO))
+    with pytest.raises(kbatch.NotYetDueError, match="scheduled_time"):
+        letters.replay_edited(1, envelope.replace(scheduled_time=datetime.now(timezone.utc) + timedelta(days=1)))
     with pytest.raises(OutboxError, match="there is no dead letter 2"):
         letters.replay_edited(2, envelope)
     assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([], [b"a"])

@@ -256,6 +256,42 @@ def test_a_thread_that_dies_tells_also_those_of_the_next_group() -> None:
     ended(group)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_takes_nothing_of_the_next_ones_queue() -> None:
+    outbox = Outbox()
+    group = GroupCommit(outbox)
+    later: list[tuple[Waiting, Flag]] = []
+
+    def come() -> None:
+        later.append(put(group, 2))
+        until(lambda: later[0][0].is_taken, "the next thread")
+        later.append(put(group, 3))
+
+    comer = threading.Thread(target=come)
+
+    def wake() -> None:  # in the thread that dies, while it refuses what is left
+        comer.start()
+        comer.join(0.3)
+
+    def fault(at: str) -> None:
+        if at == "begin":
+            raise SystemExit
+        if at == "close":
+            outbox.fault = lambda step: None
+            group.put(1, wake, patient=True)
+
+    outbox.fault = fault
+    _, first_done = put(group, 0)
+    assert first_done.wait(30)
+    until(lambda: comer.ident is not None, "its end")
+    comer.join(30)
+    for waiting, done in later:
+        assert done.wait(5)
+        assert waiting.error is None
+    assert sorted(number for each in outbox.groups for number in each) == [2, 3]
+    ended(group)
+
+
 def test_a_wake_up_that_fails_keeps_no_answer_from_the_others() -> None:
     outbox = Outbox()
     group = GroupCommit(outbox)

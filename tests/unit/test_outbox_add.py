@@ -405,6 +405,49 @@ def test_a_write_that_fails_in_the_middle_adds_nothing(outbox: SqliteOutbox) -> 
     assert outboxes.bodies(outbox) == [b"0", b"1", b"7"]
 
 
+class Python312Connection(sqlite3.Connection):
+    """As one that was made with ``autocommit=True``, from Python 3.12 on."""
+
+    autocommit = True
+
+    def rollback(self) -> None:
+        """Does nothing."""
+
+
+@in_sqlite
+@pytest.mark.parametrize("factory", [sqlite3.Connection, Python312Connection])
+def test_what_cannot_be_deleted_again_is_rolled_back(outbox: SqliteOutbox, factory: type[sqlite3.Connection]) -> None:
+    connection = sqlite3.connect(outbox._path, isolation_level=None, factory=factory)
+    with contextlib.closing(connection):
+        for event, when in (("INSERT", "new.seq = 3"), ("DELETE", "old.seq = 2")):
+            connection.execute(
+                outbox._tables.sql(
+                    f"CREATE TEMP TRIGGER no_{event} BEFORE {event} ON {{outbox}} WHEN {when} "
+                    f"BEGIN SELECT raise(ABORT, 'no {event}'); END"
+                )
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        assert "no DELETE" in refused(outbox, connection, envelopes(5))
+        assert not connection.in_transaction
+    assert outbox.status().waiting == 0
+
+
+@in_sqlite
+@pytest.mark.parametrize("table", ["outbox", "later"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_statement_that_sqlite_refuses_before_any_row_adds_nothing(
+    outbox: SqliteOutbox, table: str, count: int
+) -> None:
+    scheduled = [Envelope(data=b"%d" % n, scheduled_time=FUTURE) for n in range(count)]
+    with outboxes.transaction(outbox) as connection:
+        outbox.add(connection, envelopes(1, first=7), topic="orders")
+        connection.execute(outbox._tables.sql(f"ALTER TABLE {{{table}}} RENAME COLUMN created_at TO another"))
+        assert "no column named created_at" in refused(outbox, connection, [*envelopes(count), *scheduled])
+        connection.execute(outbox._tables.sql(f"ALTER TABLE {{{table}}} RENAME COLUMN another TO created_at"))
+    assert outboxes.bodies(outbox) == [b"7"]
+    assert outbox.status().scheduled == 0
+
+
 @in_sqlite
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_row_that_has_the_number_already_stays(outbox: SqliteOutbox, count: int) -> None:

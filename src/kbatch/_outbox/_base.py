@@ -11,7 +11,7 @@ import msgspec
 
 from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
-from kbatch._errors import ConfigError, OutboxError
+from kbatch._errors import ConfigError, NotYetDueError, OutboxError
 from kbatch._fastmap import Mapper, RecordPool, wall_time
 from kbatch._outbox._dead_letters import DeadLetters
 from kbatch._outbox._kept import Keeper
@@ -121,12 +121,15 @@ class BaseOutbox:
     def _map_row(self, envelope: Envelope[Any], number: int, created_us: int) -> NewRow:
         scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
         batch = self._pool.map(self._mapper, None, [envelope])
-        rows = self._pool.rows(batch, number, BUCKETS, created_us, scheduled)
+        # By the time that it is now: what was scheduled may have been added long before.
+        rows = self._pool.rows(batch, number, BUCKETS, now_us(), scheduled)
         if scheduled:
-            raise OutboxError(f"what is replayed is sent at once, and scheduled_time is {envelope.scheduled_time}")
+            reason = f"what is replayed is sent at once, and scheduled_time is {envelope.scheduled_time}"
+            raise NotYetDueError(reason, index=0, envelope_id=envelope.id)
         if not rows:
             raise OutboxError(f"the envelope has expired: its deliver_by is {envelope.deliver_by}")
-        return rows[0]
+        bucket, seq, id_bytes, packed, _, deliver_by = rows[0]
+        return bucket, seq, id_bytes, packed, created_us, deliver_by
 
     def _as_outbox_error(self, error: BaseException) -> OutboxError:
         raise NotImplementedError

@@ -181,9 +181,10 @@ class GroupCommit:
                 if writer is not None:
                     _close(writer)
             finally:  # last: who waits for the end finds the connection closed
-                if self._thread is me:
-                    self._thread = None
-                    self._refuse_all()
+                with self._starting:  # two threads must not take from the queue at a time
+                    if self._thread is me:
+                        self._thread = None
+                        self._refuse_all()
 
     def _commit_group(self, writer: OutboxWriter | None) -> OutboxWriter | None:
         """Commits what waits. Returns the connection, if it can be used again."""

@@ -500,7 +500,12 @@ class Relay:
         assert self._store is not None
         now = monotonic()
         buckets = self._leases.to_read()
-        admitted = self._store.admit_scheduled(self._tokens_of(buckets), limit=_MOST_SCHEDULED) if buckets else 0
+        try:
+            admitted = self._store.admit_scheduled(self._tokens_of(buckets), limit=_MOST_SCHEDULED) if buckets else 0
+        except RefusedWriteError as error:  # it stops nothing else
+            self._admit_at = now + _TRY_STORE_AGAIN_S
+            self._tell_of_refusal("admit what is scheduled", error)
+            return
         self._admit_at = now if admitted == _MOST_SCHEDULED else now + _LOOK_AT_SCHEDULED_EVERY_S
         if admitted:
             self._read_at = now
@@ -763,12 +768,15 @@ class Relay:
                     self._record([], [], [] if is_due else one, one if is_due else [])
                 except RefusedWriteError as error:
                     failures.append(failures.pop(0))  # the others have their turn first
-                    now = monotonic()
-                    self._failures_at = now + _TRY_STORE_AGAIN_S
-                    if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
-                        self._refusal_at = now
-                        _logger.warning("a relay cannot move what a broker has refused, and tries again: %s", error)
+                    self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
+                    self._tell_of_refusal("move what a broker has refused", error)
                     break
+
+    def _tell_of_refusal(self, what: str, error: RefusedWriteError) -> None:
+        now = monotonic()
+        if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
+            self._refusal_at = now
+            _logger.warning("a relay cannot %s, and tries again: %s", what, error)
 
     def _record(
         self,

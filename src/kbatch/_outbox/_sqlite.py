@@ -236,28 +236,37 @@ class SqliteOutbox(BlockingOutbox):
     def _insert_rows(self, cursor: sqlite3.Cursor, rows: list[NewRow], scheduled: list[ScheduledRow]) -> None:
         # All or none. A savepoint would do, and costs a copy of each page that is written.
         of_rows, of_scheduled = iter(rows), iter(scheduled)
+        is_scheduled = False  # what is being inserted
         try:
             if len(rows) == 1:
                 cursor.execute(self._insert, next(of_rows))
             elif rows:
                 cursor.executemany(self._insert, of_rows)
             if scheduled:
+                is_scheduled = True
                 cursor.executemany(self._insert_scheduled, of_scheduled)
         except BaseException as error:
             if cursor.connection.in_transaction:  # SQLite may have ended it, as when the disk is full
                 later = scheduled[: len(scheduled) - length_hint(of_scheduled)]
                 hot = rows[: len(rows) - length_hint(of_rows)]
-                if isinstance(error, sqlite3.Error):
-                    (later or hot).pop()  # the one that SQLite has refused
+                begun = later if is_scheduled else hot
+                if begun and isinstance(error, sqlite3.Error):  # else SQLite has refused the statement, and no row
+                    begun.pop()  # the one that SQLite has refused
                 self._take_back(cursor, hot, later)
             raise
 
     def _take_back(self, cursor: sqlite3.Cursor, rows: list[NewRow], scheduled: list[ScheduledRow]) -> None:
         try:
-            cursor.executemany(self._delete, [row[:2] for row in rows])
-            cursor.executemany(self._delete_scheduled, [row[:2] for row in scheduled])
+            if rows:
+                cursor.executemany(self._delete, [row[:2] for row in rows])
+            if scheduled:  # else its table need not be there
+                cursor.executemany(self._delete_scheduled, [row[:2] for row in scheduled])
         except BaseException:
-            cursor.connection.rollback()  # half of them must not be committed
+            # Half of them must not be committed.
+            if getattr(cursor.connection, "autocommit", None) is True:  # then rollback() does nothing
+                cursor.execute("ROLLBACK")
+            else:
+                cursor.connection.rollback()
             raise
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:

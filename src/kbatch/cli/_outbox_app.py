@@ -337,7 +337,12 @@ def relay(
         list[str] | None,
         typer.Option("-X", metavar="KEY=VALUE", help="A setting of librdkafka, such as bootstrap.servers. Repeatable."),
     ] = None,
-    drain: Annotated[bool, typer.Option("--drain", help="End when the outbox is empty but for dead letters.")] = False,
+    drain: Annotated[
+        bool,
+        typer.Option(
+            "--drain", help="End when the outbox is empty but for dead letters and what is scheduled for later."
+        ),
+    ] = False,
     timeout: Annotated[
         float | None, typer.Option(min=0.0, help="With --drain: seconds after which it ends anyway.")
     ] = None,

@@ -12,6 +12,7 @@ from kbatch.cli._settings import VARIABLE
 
 _SQLITE = "sqlite"
 _POSTGRES = ("postgresql", "postgres")
+_ALMOST_URLS = tuple(f"{kind}:" for kind in _POSTGRES)  # else the password is shown as a part of a path
 _CONNINFO = re.compile(r"(^|\s)(host|hostaddr|dbname|user|password|service)\s*=")
 
 Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
@@ -58,7 +59,7 @@ class Place:
         scheme, separator, rest = self.name.partition("://")
         if separator:
             return scheme.lower().partition("+")[0], rest
-        if _CONNINFO.search(self.name):
+        if _CONNINFO.search(self.name) or self.name.lower().startswith(_ALMOST_URLS):
             raise Failure("an outbox in PostgreSQL is named by a URL: postgresql://user@host/database", USAGE)
         return "", self.name
 
