@@ -1453,7 +1453,7 @@ MUTANTS = (
     Mutant(
         "an add that meets a row of its number deletes that",
         "SqliteOutbox._insert_rows",
-        "                    (later or hot).pop()  # the one that SQLite has refused\n",
+        "                    begun.pop()  # the one that SQLite has refused\n",
         "                    pass\n",
         "tests/unit/test_outbox_add.py",
     ),

@@ -28,6 +28,7 @@ _logger = logging.getLogger("kbatch")
 
 _PATIENCE_S = 5.0  # of a caller without a time of its own, when another connection writes
 _MOST_OF_GROUP = 10_000
+_LOCK_S = 1.0
 
 
 class Waiting:
@@ -181,10 +182,16 @@ class GroupCommit:
                 if writer is not None:
                     _close(writer)
             finally:  # last: who waits for the end finds the connection closed
-                with self._starting:  # two threads must not take from the queue at a time
+                # Two threads must not take from the queue at a time. Whoever was interrupted on the way out may have the
+                # lock for ever.
+                has_lock = self._starting.acquire(timeout=_LOCK_S)
+                try:
                     if self._thread is me:
                         self._thread = None
                         self._refuse_all()
+                finally:
+                    if has_lock:
+                        self._starting.release()
 
     def _commit_group(self, writer: OutboxWriter | None) -> OutboxWriter | None:
         """Commits what waits. Returns the connection, if it can be used again."""

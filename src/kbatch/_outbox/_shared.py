@@ -196,18 +196,21 @@ class OutboxUse:
         self._relay: OwnRelay | None = None  # that ends with this
         with _lock:
             shared = _shared.get(id(outbox))
-            if shared is None or shared.is_forked() or not shared.users:
+            if shared is not None:
+                shared.users.add(self._token)  # first: the finalizer of the last other one would end it
+            if shared is None or shared.is_forked() or _shared.get(id(outbox)) is not shared:
                 shared = SharedOutbox(outbox)
+                shared.users.add(self._token)
             if prototype is not None:
                 if shared.relay is None:
                     shared.relay = OwnRelay(outbox, prototype, key)
                 elif shared.relay.key != key:
+                    shared.users.discard(self._token)
                     raise ConfigError(
                         f"config= differs from that of another sender of {outbox!r}: one relay sends what is in an "
                         "outbox, whatever its topic; give both the same config=, or run a kbatch.Relay and leave it out"
                     )
                 shared.relays_users.add(self._token)
-            shared.users.add(self._token)
             _shared[id(outbox)] = shared
             self.shared = shared
 

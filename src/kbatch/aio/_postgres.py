@@ -31,7 +31,8 @@ _THREAD = "kbatch-outbox"
 class PostgresOutbox(BasePostgresOutbox):
     """Takes envelopes within transactions of the application, in tables of its PostgreSQL database.
 
-    Takes what `kbatch.PostgresOutbox` takes. A `kbatch.Relay` in a thread or process of its own sends them.
+    Takes what `kbatch.PostgresOutbox` takes. A `kbatch.aio.Relay` sends them, or a `kbatch.Relay` in a thread or a
+    process of its own.
     """
 
     _shown = "kbatch.aio.PostgresOutbox"
