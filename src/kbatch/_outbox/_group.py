@@ -182,7 +182,7 @@ class GroupCommit:
                 if writer is not None:
                     _close(writer)
             finally:  # last: who waits for the end finds the connection closed
-                # Two threads must not take from the queue at a time. Whoever was interrupted may have the lock for ever.
+                # Two threads must not take from the queue. Whoever was interrupted may have the lock for ever.
                 has_lock = self._starting.acquire(timeout=_LOCK_S)
                 try:
                     if self._thread is me:
