@@ -19,6 +19,7 @@ CPYTHONS = [f"{build[2]}.{build[3:].removesuffix('-*')}" for build in BUILDS]
 TEST_FILES = ("tests", "examples", "pyproject.toml", "LICENSE")
 # tests/kafka has a Kafka of its own to build: it tests the protocol, which no interpreter changes.
 ALL_TESTS = ("tests", "--ignore=tests/kafka")
+WORKERS = "4"  # most tests wait for something
 DIST = Path("dist").absolute()
 # The tools of the checks are beside nox. pyenv shows on PATH only the versions that are selected.
 PYENV = Path(os.environ.get("PYENV_ROOT") or "~/.pyenv").expanduser()
@@ -62,7 +63,8 @@ def wheel(session: nox.Session) -> None:
             else:
                 shutil.copy2(name, copy / name)
         with session.chdir(copy):
-            session.run("python", "-m", "pytest", "-p", "no:cacheprovider", *(session.posargs or ALL_TESTS))
+            options = ("-p", "no:cacheprovider", "-n", WORKERS, "--dist", "worksteal")
+            session.run("python", "-m", "pytest", *options, *(session.posargs or ALL_TESTS))
 
 
 def build(session: nox.Session, source: Path, folder: Path) -> Path:

@@ -587,6 +587,8 @@ def no_finalizers() -> Iterator[None]:
     gc.enable()
 
 
+# A thread that dies on the way out leaves its connection to the garbage collector, of which CPython 3.13 warns.
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 def test_an_exception_at_any_line_of_the_writers_thread_acknowledges_nothing_that_is_not_there(
     outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch, no_finalizers: None
 ) -> None:
@@ -806,6 +808,8 @@ def test_a_connection_on_a_loop(outbox: SqliteOutbox) -> None:
     assert numbers(outbox) == [1]
 
 
+# A thread that dies on the way out leaves its connection to the garbage collector, of which CPython 3.13 warns.
+@pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 def test_a_thread_that_dies_without_a_word_keeps_nobody_waiting(
     outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
