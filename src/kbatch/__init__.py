@@ -34,7 +34,7 @@ from kbatch._errors import (
     UndeliveredError,
     UnknownTopicError,
 )
-from kbatch._fastmap import Envelope, Tombstone, read_envelope, uuid7
+from kbatch._fastmap import Envelope, ReceivedEnvelope, Tombstone, read_envelope, uuid7
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._outbox._base import OutboxStatus
 from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetters
@@ -45,6 +45,7 @@ from kbatch._outbox._scheduled import ScheduledMessage, ScheduledMessages
 from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._receiving._listener import Listener
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport
@@ -81,6 +82,7 @@ __all__ = [
     "KafkaTopic",
     "KbatchError",
     "KeptMessage",
+    "Listener",
     "NotYetDueError",
     "OutboxError",
     "OutboxQuery",
@@ -94,6 +96,7 @@ __all__ = [
     "ProducerError",
     "ProducerFatalError",
     "ProducerFencedError",
+    "ReceivedEnvelope",
     "Relay",
     "RetryPolicy",
     "ScheduledMessage",

@@ -17,7 +17,16 @@ from kbatch._errors import ConfigError
 from kbatch._fastmap import Config
 from kbatch._version import __version__
 
-__all__ = ["ProducerConfig", "canonical", "inherit", "shown_key"]
+__all__ = [
+    "ClientConfig",
+    "ProducerConfig",
+    "begin_config",
+    "canonical",
+    "finish_config",
+    "inherit",
+    "set_key",
+    "shown_key",
+]
 
 # librdkafka's aliases, so that a key has one name below.
 _CANONICAL = {
@@ -77,6 +86,13 @@ _HARMLESS = frozenset(
         *("topic.metadata.propagation.max.ms", "topic.metadata.refresh.fast.cnt"),
         *("topic.metadata.refresh.fast.interval.ms", "topic.metadata.refresh.interval.ms"),
         *("topic.metadata.refresh.sparse", "transaction.timeout.ms"),
+        *("auto.offset.reset", "check.crcs", "coordinator.query.interval.ms", "enable.auto.commit"),
+        *("enable.auto.offset.store", "enable.partition.eof", "fetch.error.backoff.ms", "fetch.max.bytes"),
+        *("fetch.message.max.bytes", "fetch.min.bytes", "fetch.queue.backoff.ms", "fetch.wait.max.ms"),
+        *("group.id", "group.instance.id", "group.protocol", "group.protocol.type", "group.remote.assignor"),
+        *("heartbeat.interval.ms", "isolation.level", "max.poll.interval.ms", "offset.store.method"),
+        *("partition.assignment.strategy", "queued.max.messages.kbytes", "queued.min.messages"),
+        *("session.timeout.ms",),
         *("opaque", "interceptors", "open_cb", "socket_cb", "connect_cb", "closesocket_cb", "resolve_cb"),  # no text
     )
 )
@@ -107,8 +123,8 @@ def shown_key(key: str) -> str:
 
 
 @dataclass(frozen=True)
-class ProducerConfig:
-    """What `Producer` takes as ``config``, checked. Its repr shows no values."""
+class ClientConfig:
+    """What a client of librdkafka takes as ``config``, checked. Its repr shows no values."""
 
     native: Config = field(repr=False)
     error_cb: Callable[..., object] | None = field(repr=False)
@@ -116,6 +132,12 @@ class ProducerConfig:
     throttle_cb: Callable[..., object] | None = field(repr=False)
     oauth_cb: Callable[..., Any] | None = field(repr=False)
     logger: Any = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ProducerConfig(ClientConfig):
+    """What `Producer` takes as ``config``."""
+
     message_max_bytes: int
     queue_max_bytes: int
     queue_max_messages: int
@@ -130,24 +152,7 @@ class ProducerConfig:
         Raises:
             ConfigError: An unknown key, a bad value, a contradiction, or no ``bootstrap.servers``.
         """
-        if not isinstance(config, Mapping):
-            raise ConfigError(f"config must be a mapping of librdkafka's keys, not {type(config).__name__}")
-        callbacks, given = _split(config)
-        names = _names(given)
-        servers = given.get(names.get("bootstrap.servers", "")) or ""
-        if not servers.strip() and "test.mock.num.brokers" not in names:
-            raise ConfigError("bootstrap.servers is missing: the brokers to ask first, as 'host:port,host:port'")
-        if "@" in servers:
-            raise ConfigError(
-                f"{names['bootstrap.servers']}: '@' is in no broker's name, they are 'host:port,host:port'; "
-                "a user and a password belong into sasl.username and sasl.password"
-            )
-        native = Config()
-        # librdkafka loads plugins when the key is set, and they must be there before the rest.
-        for key in sorted(given, key=lambda key: (key != "debug", key != "plugin.library.paths")):
-            _set(native, key, given[key])
-            if not is_harmless(key):
-                native.hide(key)
+        callbacks, given, names, native = begin_config(config, _REFUSED)
         if native.get("acks") == "0":
             key = names.get("acks", "acks")
             raise ConfigError(
@@ -155,7 +160,7 @@ class ProducerConfig:
                 "told as stored; use acks=all"
             )
         for key, value in _defaults(native, names).items():
-            _set(native, key, value)
+            set_key(native, key, value)
         if native.get("delivery.report.only.error") == "true":
             raise ConfigError("delivery.report.only.error=true: acknowledgements would never arrive; leave it out")
         if native.get("message.timeout.ms") == "0":
@@ -174,11 +179,7 @@ class ProducerConfig:
                 own = native.get("message.timeout.ms")
                 raise ConfigError(f"{named}={own} is longer than transaction.timeout.ms={limit}")
             delivery_timeout_s = min(delivery_timeout_s, transaction_timeout_s)
-        # How lines reach a logger. Without one nobody would take them from the queue.
-        _set(native, "log.queue", "false" if callbacks["logger"] is None else "true")
-        if callbacks["stats_cb"] is None:  # nor statistics
-            _set(native, "statistics.interval.ms", "0")
-        _choose_tokens(native, callbacks["oauth_cb"])
+        finish_config(native, callbacks)
         return cls(
             native=native,
             **callbacks,
@@ -194,8 +195,42 @@ class ProducerConfig:
         """The same, but with one record in each record batch: a broker that refuses it means this record."""
         native = self.native.copy()
         for key, value in (("batch.num.messages", "1"), ("linger.ms", "0")):
-            _set(native, key, value)
+            set_key(native, key, value)
         return replace(self, native=native)
+
+
+def begin_config(
+    config: Mapping[str, Any], refused: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str | None], dict[str, str], Config]:
+    """The callbacks; librdkafka's keys with their values, and their names by canonical ones; and all of it set."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"config must be a mapping of librdkafka's keys, not {type(config).__name__}")
+    callbacks, given = split_callbacks(config, refused)
+    names = key_names(given)
+    servers = given.get(names.get("bootstrap.servers", "")) or ""
+    if not servers.strip() and "test.mock.num.brokers" not in names:
+        raise ConfigError("bootstrap.servers is missing: the brokers to ask first, as 'host:port,host:port'")
+    if "@" in servers:
+        raise ConfigError(
+            f"{names['bootstrap.servers']}: '@' is in no broker's name, they are 'host:port,host:port'; "
+            "a user and a password belong into sasl.username and sasl.password"
+        )
+    native = Config()
+    # librdkafka loads plugins when the key is set, and they must be there before the rest.
+    for key in sorted(given, key=lambda key: (key != "debug", key != "plugin.library.paths")):
+        set_key(native, key, given[key])
+        if not is_harmless(key):
+            native.hide(key)
+    return callbacks, given, names, native
+
+
+def finish_config(native: Config, callbacks: dict[str, Any]) -> None:
+    """What the callbacks ask of librdkafka."""
+    # How lines reach a logger. Without one nobody would take them from the queue.
+    set_key(native, "log.queue", "false" if callbacks["logger"] is None else "true")
+    if callbacks["stats_cb"] is None:  # nor statistics
+        set_key(native, "statistics.interval.ms", "0")
+    choose_tokens(native, callbacks["oauth_cb"])
 
 
 def inherit(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -217,7 +252,7 @@ def _flat(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return _overridden({key: config[key] for key in config if key != "default.topic.config"}, topic_config)
 
 
-def _names(given: dict[str, str | None]) -> dict[str, str]:
+def key_names(given: dict[str, str | None]) -> dict[str, str]:
     """By the one name that a key has below, the name by which it was given."""
     names: dict[str, str] = {}
     for key, value in given.items():
@@ -236,15 +271,17 @@ def _fingerprint(native: Config, names: dict[str, str], given: dict[str, str | N
     return digest.digest()
 
 
-def _split(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str | None]]:
+def split_callbacks(
+    config: Mapping[str, Any], refused: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, str | None]]:
     """The callbacks, and librdkafka's keys with their values as text."""
     callbacks: dict[str, Any] = dict.fromkeys((*_CALLBACKS, "logger"))
     given: dict[str, str | None] = {}
     for key, value in _flat(config).items():
         if not isinstance(key, str):
             raise ConfigError(f"configuration keys must be str, not {type(key).__name__}")
-        if key in _REFUSED:
-            raise ConfigError(f"{key} is refused: {_REFUSED[key]}")
+        if key in refused:
+            raise ConfigError(f"{key} is refused: {refused[key]}")
         if key in _CALLBACKS:
             fault = None if value is None else call_fault(value, _CALLBACKS[key])
             if fault is not None:
@@ -277,7 +314,7 @@ def _text(key: str, value: object) -> str | None:
     raise ConfigError(f"{shown_key(key)} must be str, int, float, bool or a path, not {type(value).__name__}")
 
 
-def _set(native: Config, key: str, value: str | None) -> None:
+def set_key(native: Config, key: str, value: str | None) -> None:
     if "\0" in key or (value is not None and "\0" in value):
         # librdkafka would read up to there
         raise ConfigError(f"{shown_key(key)}: a key and its value must not contain a NUL character")
@@ -294,21 +331,21 @@ def _set(native: Config, key: str, value: str | None) -> None:
         raise ConfigError(reason)
 
 
-def _choose_tokens(native: Config, oauth_cb: object) -> None:
+def choose_tokens(native: Config, oauth_cb: object) -> None:
     """Who gives the tokens of OAUTHBEARER: ``oauth_cb``, as in confluent-kafka also with OIDC, or librdkafka itself."""
     unsecured = native.get("enable.sasl.oauthbearer.unsecure.jwt") == "true"
     is_oidc = native.get("sasl.oauthbearer.method") == "oidc"
     # The events of a queue are the application's. Its own tokens librdkafka renews on a queue and a thread of its own.
-    _set(native, "enable_sasl_queue", "false")
+    set_key(native, "enable_sasl_queue", "false")
     is_sasl = native.get("security.protocol") in ("sasl_plaintext", "sasl_ssl")
     if not is_sasl or native.get("sasl.mechanisms") != "OAUTHBEARER":
         return
     if oauth_cb is not None:
         if unsecured:
             raise ConfigError("enable.sasl.oauthbearer.unsecure.jwt=true contradicts oauth_cb; leave one of them out")
-        _set(native, "sasl.oauthbearer.method", "default")
+        set_key(native, "sasl.oauthbearer.method", "default")
     elif unsecured:
-        _set(native, "enable_sasl_queue", "true")
+        set_key(native, "enable_sasl_queue", "true")
     elif not is_oidc:
         raise ConfigError(
             "oauth_cb is missing: with sasl.mechanisms=OAUTHBEARER it gives the tokens, unless librdkafka gets them "

@@ -10,14 +10,14 @@ from kbatch._text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kbatch._config import ProducerConfig
+    from kbatch._config import ClientConfig
     from kbatch._fastmap import Core
 
 __all__ = ["make_dispatcher"]
 
 
 def make_dispatcher(
-    config: ProducerConfig,
+    config: ClientConfig,
     callbacks: CallbackThread,
     find_core: Callable[[], Core | None],
     others: tuple[CallbackThread, ...] = (),

@@ -12,6 +12,7 @@ from kbatch._librdkafka cimport (
     rd_kafka_headers_t,
     rd_kafka_queue_t,
     rd_kafka_t,
+    rd_kafka_topic_partition_list_t,
     rd_kafka_topic_t,
 )
 
@@ -55,6 +56,13 @@ cdef class Envelope:
     cdef dict _arguments(self)
 
 
+cdef class ReceivedEnvelope(Envelope):
+    cdef object _decoded          # what `message` shows; UNSET: nobody has decoded it
+    cdef int64_t _offset
+    cdef readonly object error    # why it could not be read, or None
+    cdef Envelope _plain(self)
+
+
 # -- a record: what phase 1 makes of an envelope, and what becomes of it
 
 cdef enum:
@@ -96,6 +104,19 @@ cdef struct Header:
     const char *value   # the same, or a field of the envelope (see VALUE_…)
     int32_t name_len
     int32_t value_len
+
+
+cdef struct Consumed:
+    # A record to read. All of it is borrowed, and stays where it is for as long as it is read.
+    PyObject *topic       # as errors name it and ids are made of it, and so the next two
+    PyObject *partition
+    PyObject *offset
+    PyObject *key         # None, bytes or str
+    PyObject *value       # None or a buffer
+    int64_t timestamp     # ms; 0: none
+    PyObject *pairs       # a tuple of pairs (name, value): the headers; or NULL
+    const Header *headers  # or these, with their values as they are on the wire
+    Py_ssize_t count      # of headers
 
 
 cdef struct Topic:
@@ -397,6 +418,12 @@ cdef struct Client:
     HeaderList *returned    # owned; the first of the runs of lists that reports have given back
     int64_t returned_bytes
     int64_t lists_used_ns   # when the last one was taken; of the batch that has the turn
+    # of a consumer; its main queue is `queue`
+    rd_kafka_queue_t *group_queue  # owned: what its group tells it, and errors
+    rd_kafka_queue_t *data_queue   # owned: records of all partitions that are read
+    rd_kafka_topic_partition_list_t *rebalance  # owned: partitions that are given or taken, until it is answered
+    int rebalance_code
+    int rebalances_itself   # nobody is left who would answer
     # counters for stats()
     int64_t acked
     int64_t failed
@@ -462,6 +489,10 @@ cdef class Core:
     cdef int64_t map_ns
     cdef int64_t unreleased           # batches that were taken and not given back yet
     cdef readonly Undelivered undelivered  # failures that nobody was told of
+    cdef int kind                     # RD_KAFKA_PRODUCER or RD_KAFKA_CONSUMER
+    cdef str what                     # it is called
+    cdef void _configure(self, rd_kafka_conf_t *conf) noexcept
+    cdef void _begin_reading(self) noexcept
     cdef int _start(self) except -1
     cdef int _check_fork(self) except -1
     cdef int _enter(self, int refused_from=*) except -1
@@ -587,3 +618,5 @@ cdef bint settle_unsent(Outcome *outcome, Record *record, int error) noexcept no
 cdef void settle_whole(Client *c, BatchState *batch, int64_t acked, int64_t failed) noexcept nogil
 cdef void drop_records(BatchState *batch) noexcept nogil
 cdef void release_idle(Client *c, bint long_ones=*) noexcept
+cdef Envelope envelope_of(const Consumed *record, int wire, Envelope empty)
+cdef int wire_number(str name, str others) except -1

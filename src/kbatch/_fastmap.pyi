@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeAlias, final, overload
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from typing_extensions import Buffer, Self, TypeVar, disjoint_base
+from typing_extensions import Buffer, Never, Self, TypeVar, disjoint_base
 
 from kbatch._batch_sender import OutgoingBatch, SenderCallback
 from kbatch._errors import DeserializationError, KbatchError, NotYetDueError, SerializationError
@@ -215,6 +215,20 @@ class Tombstone(Envelope[UnsetType]):
         sent_at: datetime | None = ...,
     ) -> Self: ...
 
+class ReceivedEnvelope(Envelope[_T_co]):
+    def __init__(self, *_: Never, **__: Never) -> None: ...
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def is_tombstone(self) -> bool: ...
+    @property
+    def error(self) -> DeserializationError | None: ...
+    def decode(self, decoder: Callable[[bytes], object], /) -> None: ...
+
 class _NullValue:
     def __reduce__(self) -> str: ...
 
@@ -338,7 +352,7 @@ class Core:
     def __init__(
         self,
         config: Config,
-        mapper: Mapper,
+        mapper: Mapper | None,
         dispatcher: Dispatcher,
         *,
         max_in_flight: int,

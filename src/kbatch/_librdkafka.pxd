@@ -59,6 +59,22 @@ cdef extern from * nogil:
         int64_t offset;
         void *_private;
     } rd_kafka_message_t;
+    typedef struct rd_kafka_topic_partition_s {
+        char *topic;
+        int32_t partition;
+        int64_t offset;
+        void *metadata;
+        size_t metadata_size;
+        void *opaque;
+        int err;
+        void *_private;
+    } rd_kafka_topic_partition_t;
+    typedef struct rd_kafka_topic_partition_list_s {
+        int cnt;
+        int size;
+        rd_kafka_topic_partition_t *elems;
+    } rd_kafka_topic_partition_list_t;
+    typedef struct rd_kafka_consumer_group_metadata_s rd_kafka_consumer_group_metadata_t;
     typedef struct rd_kafka_vu_s {
         int vtype;
         union {
@@ -104,11 +120,24 @@ cdef extern from * nogil:
         rd_kafka_metadata_broker_t *brokers
         int topic_cnt
         rd_kafka_metadata_topic_t *topics
+    ctypedef struct rd_kafka_topic_partition_t:
+        char *topic
+        int32_t partition
+        int64_t offset
+        int err
+    ctypedef struct rd_kafka_topic_partition_list_t:
+        int cnt
+        rd_kafka_topic_partition_t *elems
+    ctypedef struct rd_kafka_consumer_group_metadata_t:
+        pass
     ctypedef struct rd_kafka_message_t:
         int err
         rd_kafka_topic_t *rkt
         int32_t partition
-        size_t len  # of the value
+        void *payload  # the value; of a consumer's error its text
+        size_t len     # of the value
+        void *key
+        size_t key_len
         int64_t offset
         void *_private  # the opaque of the produce call
     ctypedef struct _vu_mem "struct { const void *ptr; size_t size; }":
@@ -128,6 +157,7 @@ cdef extern from * nogil:
 
 cdef enum:
     RD_KAFKA_PRODUCER = 0
+    RD_KAFKA_CONSUMER = 1
 
     RD_KAFKA_CONF_OK = 0
     RD_KAFKA_CONF_UNKNOWN = -2
@@ -147,6 +177,7 @@ cdef enum:
     RD_KAFKA_EVENT_DR = 0x1
     RD_KAFKA_EVENT_LOG = 0x4
     RD_KAFKA_EVENT_ERROR = 0x8
+    RD_KAFKA_EVENT_OFFSET_COMMIT = 0x20
     RD_KAFKA_EVENT_STATS = 0x40
     RD_KAFKA_EVENT_OAUTHBEARER_TOKEN_REFRESH = 0x100
 
@@ -154,7 +185,12 @@ cdef enum:
     RD_KAFKA_MSG_STATUS_POSSIBLY_PERSISTED = 1
     RD_KAFKA_MSG_STATUS_PERSISTED = 2
 
+    RD_KAFKA_RESP_ERR__PARTITION_EOF = -191
     RD_KAFKA_RESP_ERR__QUEUE_FULL = -184
+    RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS = -175
+    RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS = -174
+    RD_KAFKA_RESP_ERR__NO_OFFSET = -168
+    RD_KAFKA_RESP_ERR__TIMED_OUT = -185
     RD_KAFKA_RESP_ERR__TIMED_OUT_QUEUE = -166
     RD_KAFKA_RESP_ERR__VALUE_SERIALIZATION = -161
     RD_KAFKA_RESP_ERR__PURGE_QUEUE = -152
@@ -172,6 +208,9 @@ ctypedef int (*resolve_cb_t)(const char *node, const char *service, const addrin
 ctypedef int (*request_sent_t)(rd_kafka_t *rk, int sockfd, const char *broker_name, int32_t broker_id,
                                int16_t api_key, int16_t api_version, int32_t correlation_id, size_t size,
                                void *opaque) noexcept nogil
+
+ctypedef void (*rebalance_cb_t)(rd_kafka_t *rk, int err, rd_kafka_topic_partition_list_t *partitions,
+                                void *opaque) noexcept nogil
 
 ctypedef int (*on_new_t)(rd_kafka_t *rk, const rd_kafka_conf_t *conf, void *opaque,
                          char *errstr, size_t errstr_size) noexcept nogil
@@ -254,6 +293,49 @@ cdef struct Api:
     int (*event_log)(rd_kafka_event_t *event, const char **fac, const char **text, int *level) noexcept nogil
     const char *(*event_stats)(rd_kafka_event_t *event) noexcept nogil
     const char *(*event_config_string)(rd_kafka_event_t *event) noexcept nogil
+    # consuming; lists are the caller's, but for those that a callback is given
+    void (*conf_set_rebalance_cb)(rd_kafka_conf_t *conf, rebalance_cb_t cb) noexcept nogil
+    rd_kafka_topic_partition_list_t *(*list_new)(int size) noexcept nogil
+    void (*list_destroy)(rd_kafka_topic_partition_list_t *list) noexcept nogil
+    rd_kafka_topic_partition_list_t *(*list_copy)(const rd_kafka_topic_partition_list_t *list) noexcept nogil
+    rd_kafka_topic_partition_t *(*list_add)(rd_kafka_topic_partition_list_t *list, const char *topic,
+                                            int32_t partition) noexcept nogil
+    int (*subscribe)(rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *topics) noexcept nogil
+    int (*unsubscribe)(rd_kafka_t *rk) noexcept nogil
+    int (*assign)(rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil
+    rd_kafka_error_t *(*incremental_assign)(rd_kafka_t *rk,
+                                            const rd_kafka_topic_partition_list_t *partitions) noexcept nogil
+    rd_kafka_error_t *(*incremental_unassign)(rd_kafka_t *rk,
+                                              const rd_kafka_topic_partition_list_t *partitions) noexcept nogil
+    const char *(*rebalance_protocol)(rd_kafka_t *rk) noexcept nogil
+    int (*assignment_lost)(rd_kafka_t *rk) noexcept nogil
+    int (*commit)(rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *offsets, int is_async) noexcept nogil
+    int (*commit_queue)(rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *offsets, rd_kafka_queue_t *queue,
+                        void *callback, void *opaque) noexcept nogil
+    int (*committed)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *partitions, int timeout_ms) noexcept nogil
+    rd_kafka_error_t *(*seek_partitions)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *partitions,
+                                         int timeout_ms) noexcept nogil
+    int (*pause_partitions)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *partitions) noexcept nogil
+    int (*resume_partitions)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *partitions) noexcept nogil
+    int (*query_watermark_offsets)(rd_kafka_t *rk, const char *topic, int32_t partition, int64_t *low, int64_t *high,
+                                   int timeout_ms) noexcept nogil
+    int (*offsets_for_times)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *offsets, int timeout_ms) noexcept nogil
+    char *(*memberid)(const rd_kafka_t *rk) noexcept nogil
+    void (*mem_free)(rd_kafka_t *rk, void *memory) noexcept nogil
+    rd_kafka_consumer_group_metadata_t *(*group_metadata)(rd_kafka_t *rk) noexcept nogil
+    void (*group_metadata_destroy)(rd_kafka_consumer_group_metadata_t *group) noexcept nogil
+    rd_kafka_error_t *(*send_offsets)(rd_kafka_t *rk, const rd_kafka_topic_partition_list_t *offsets,
+                                      const rd_kafka_consumer_group_metadata_t *group, int timeout_ms) noexcept nogil
+    rd_kafka_queue_t *(*queue_new)(rd_kafka_t *rk) noexcept nogil
+    rd_kafka_queue_t *(*queue_get_consumer)(rd_kafka_t *rk) noexcept nogil
+    rd_kafka_queue_t *(*queue_get_partition)(rd_kafka_t *rk, const char *topic, int32_t partition) noexcept nogil
+    void (*queue_forward)(rd_kafka_queue_t *source, rd_kafka_queue_t *target) noexcept nogil
+    ssize_t (*consume_batch_queue)(rd_kafka_queue_t *queue, int timeout_ms, rd_kafka_message_t **messages,
+                                   size_t size) noexcept nogil
+    void (*message_destroy)(rd_kafka_message_t *message) noexcept nogil
+    int (*message_headers)(const rd_kafka_message_t *message, rd_kafka_headers_t **headers) noexcept nogil
+    int64_t (*message_timestamp)(const rd_kafka_message_t *message, int *kind) noexcept nogil
+    const char *(*topic_name)(const rd_kafka_topic_t *topic) noexcept nogil
 
 # Filled at import; constant from then on.
 cdef Api api

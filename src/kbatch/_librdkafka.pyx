@@ -173,6 +173,72 @@ cdef void _fill() except *:
     api.event_stats = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_stats")
     api.event_config_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol(
         "rd_kafka_event_config_string")
+    api.conf_set_rebalance_cb = <void (*)(rd_kafka_conf_t *, rebalance_cb_t) noexcept nogil> symbol(
+        "rd_kafka_conf_set_rebalance_cb")
+    api.list_new = <rd_kafka_topic_partition_list_t *(*)(int) noexcept nogil> symbol(
+        "rd_kafka_topic_partition_list_new")
+    api.list_destroy = <void (*)(rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_topic_partition_list_destroy")
+    api.list_copy = <rd_kafka_topic_partition_list_t *(*)(
+        const rd_kafka_topic_partition_list_t *) noexcept nogil> symbol("rd_kafka_topic_partition_list_copy")
+    api.list_add = <rd_kafka_topic_partition_t *(*)(rd_kafka_topic_partition_list_t *, const char *,
+                                                    int32_t) noexcept nogil> symbol(
+        "rd_kafka_topic_partition_list_add")
+    api.subscribe = <int (*)(rd_kafka_t *, const rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_subscribe")
+    api.unsubscribe = <int (*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_unsubscribe")
+    api.assign = <int (*)(rd_kafka_t *, const rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_assign")
+    api.incremental_assign = <rd_kafka_error_t *(*)(rd_kafka_t *,
+                                                    const rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_incremental_assign")
+    api.incremental_unassign = <rd_kafka_error_t *(*)(rd_kafka_t *,
+                                                      const rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_incremental_unassign")
+    api.rebalance_protocol = <const char *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_rebalance_protocol")
+    api.assignment_lost = <int (*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_assignment_lost")
+    api.commit = <int (*)(rd_kafka_t *, const rd_kafka_topic_partition_list_t *, int) noexcept nogil> symbol(
+        "rd_kafka_commit")
+    api.commit_queue = <int (*)(rd_kafka_t *, const rd_kafka_topic_partition_list_t *, rd_kafka_queue_t *, void *,
+                                void *) noexcept nogil> symbol("rd_kafka_commit_queue")
+    api.committed = <int (*)(rd_kafka_t *, rd_kafka_topic_partition_list_t *, int) noexcept nogil> symbol(
+        "rd_kafka_committed")
+    api.seek_partitions = <rd_kafka_error_t *(*)(rd_kafka_t *, rd_kafka_topic_partition_list_t *,
+                                                 int) noexcept nogil> symbol(
+        "rd_kafka_seek_partitions")
+    api.pause_partitions = <int (*)(rd_kafka_t *, rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_pause_partitions")
+    api.resume_partitions = <int (*)(rd_kafka_t *, rd_kafka_topic_partition_list_t *) noexcept nogil> symbol(
+        "rd_kafka_resume_partitions")
+    api.query_watermark_offsets = <int (*)(rd_kafka_t *, const char *, int32_t, int64_t *, int64_t *,
+                                           int) noexcept nogil> symbol(
+        "rd_kafka_query_watermark_offsets")
+    api.offsets_for_times = <int (*)(rd_kafka_t *, rd_kafka_topic_partition_list_t *, int) noexcept nogil> symbol(
+        "rd_kafka_offsets_for_times")
+    api.memberid = <char *(*)(const rd_kafka_t *) noexcept nogil> symbol("rd_kafka_memberid")
+    api.mem_free = <void (*)(rd_kafka_t *, void *) noexcept nogil> symbol("rd_kafka_mem_free")
+    api.group_metadata = <rd_kafka_consumer_group_metadata_t *(*)(rd_kafka_t *) noexcept nogil> symbol(
+        "rd_kafka_consumer_group_metadata")
+    api.group_metadata_destroy = <void (*)(rd_kafka_consumer_group_metadata_t *) noexcept nogil> symbol(
+        "rd_kafka_consumer_group_metadata_destroy")
+    api.send_offsets = <rd_kafka_error_t *(*)(rd_kafka_t *, const rd_kafka_topic_partition_list_t *,
+                                              const rd_kafka_consumer_group_metadata_t *, int) noexcept nogil> symbol(
+        "rd_kafka_send_offsets_to_transaction")
+    api.queue_new = <rd_kafka_queue_t *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_queue_new")
+    api.queue_get_consumer = <rd_kafka_queue_t *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_queue_get_consumer")
+    api.queue_get_partition = <rd_kafka_queue_t *(*)(rd_kafka_t *, const char *, int32_t) noexcept nogil> symbol(
+        "rd_kafka_queue_get_partition")
+    api.queue_forward = <void (*)(rd_kafka_queue_t *, rd_kafka_queue_t *) noexcept nogil> symbol(
+        "rd_kafka_queue_forward")
+    api.consume_batch_queue = <ssize_t (*)(rd_kafka_queue_t *, int, rd_kafka_message_t **,
+                                           size_t) noexcept nogil> symbol(
+        "rd_kafka_consume_batch_queue")
+    api.message_destroy = <void (*)(rd_kafka_message_t *) noexcept nogil> symbol("rd_kafka_message_destroy")
+    api.message_headers = <int (*)(const rd_kafka_message_t *, rd_kafka_headers_t **) noexcept nogil> symbol(
+        "rd_kafka_message_headers")
+    api.message_timestamp = <int64_t (*)(const rd_kafka_message_t *, int *) noexcept nogil> symbol(
+        "rd_kafka_message_timestamp")
+    api.topic_name = <const char *(*)(const rd_kafka_topic_t *) noexcept nogil> symbol("rd_kafka_topic_name")
 
 
 _open()

@@ -71,12 +71,13 @@ cdef class Core:
 
     def __cinit__(self):
         self.undelivered = Undelivered("messages were not acknowledged")
+        self.kind, self.what = RD_KAFKA_PRODUCER, "producer"
         self.c = client_make()
         if self.c == NULL:
             raise MemoryError("no memory for a client")
         self.c.life = CLOSED  # without __init__ it takes nothing
 
-    def __init__(self, Config config not None, Mapper mapper not None, Dispatcher dispatcher not None, *,
+    def __init__(self, Config config not None, Mapper mapper, Dispatcher dispatcher not None, *,
                  int64_t max_in_flight, int64_t queue_max_messages, int64_t queue_max_bytes, double delivery_timeout_s,
                  on_start=None, Undelivered undelivered=None):
         if self.config is not None:
@@ -115,18 +116,26 @@ cdef class Core:
 
     # -- life
 
+    cdef void _configure(self, rd_kafka_conf_t *conf) noexcept:
+        api.conf_set_events(conf, RD_KAFKA_EVENT_DR | self.dispatcher.events)
+        api.conf_on_new(conf, b"kbatch", watch_requests, self.c)
+
+    cdef void _begin_reading(self) noexcept:
+        pass  # producers do not
+
     cdef int _start(self) except -1:
         cdef Client *c = self.c
         cdef char errstr[512]
         cdef rd_kafka_conf_t *conf
         cdef rd_kafka_t *rk
         cdef bint failed, recycles, renews
+        cdef int kind = self.kind
         with self.start_lock:
             if KB_LOAD32(&c.life) != NEW:
                 return 0
             if self.is_starting:
                 raise RuntimeError(
-                    "reentrant use: a signal handler or a finalizer uses the producer while the thread that it has "
+                    f"reentrant use: a signal handler or a finalizer uses the {self.what} while the thread that it has "
                     "interrupted starts it")
             self.is_starting = True
             c.pid = _this_pid  # from here on a forked child must not use it, not even to start it
@@ -138,9 +147,8 @@ cdef class Core:
                 recycles = _lists_are_recycled and not self.config.get("plugin.library.paths")
                 renews = self.config.get("enable_sasl_queue") == "true"
                 conf = api.conf_dup(self.config.conf)
-                api.conf_set_events(conf, RD_KAFKA_EVENT_DR | <int> self.dispatcher.events)
                 api.conf_set_opaque(conf, c)
-                api.conf_on_new(conf, b"kbatch", watch_requests, c)
+                self._configure(conf)
                 if KB_FORKS:
                     api.conf_set_resolve_cb(conf, resolve)
                 if self.dispatcher.throttle_cb is not None:
@@ -148,7 +156,7 @@ cdef class Core:
                 c.events = self.dispatcher.events
                 c.events_expected = c.events != 0 or self.dispatcher.throttle_cb is not None
                 with _starting, nogil:
-                    rk = api.new(RD_KAFKA_PRODUCER, conf, errstr, sizeof(errstr))
+                    rk = api.new(kind, conf, errstr, sizeof(errstr))
                 if rk == NULL:
                     api.conf_destroy(conf)
                     reason = self.config.without_hidden(errstr.decode("utf-8", "replace"))
@@ -157,6 +165,7 @@ cdef class Core:
                 c.rk = rk
                 c.recycles = recycles
                 c.queue = api.queue_get_main(rk)
+                self._begin_reading()
                 if self.dispatcher.events & RD_KAFKA_EVENT_LOG:
                     api.set_log_queue(rk, NULL)
                 failed = c.life != NEW  # a signal handler has closed it meanwhile
@@ -168,14 +177,13 @@ cdef class Core:
                         KB_ADD32(&c.references, -1)
                         c.life = NEW
                 if failed:
-                    api.queue_destroy(c.queue)
+                    drop_queues(c)
                     with nogil:
                         api.destroy(rk)
                     c.rk = NULL
-                    c.queue = NULL
                     if c.life == CLOSED:
-                        raise ProducerClosedError("the producer is closed")
-                    raise RuntimeError("the system gave no thread for the producer")
+                        raise ProducerClosedError(f"the {self.what} is closed")
+                    raise RuntimeError(f"the system gave no thread for the {self.what}")
             except BaseException:
                 c.pid = 0
                 self.dispatcher._detach()
@@ -187,8 +195,8 @@ cdef class Core:
     cdef int _check_fork(self) except -1:
         if self.c.pid and self.c.pid != _this_pid:
             raise ForkError(
-                "this producer was used before the fork and its threads are not in this process; make a new one here, "
-                "for example in os.register_at_fork(after_in_child=…), gunicorn's post_fork or Celery's "
+                f"this {self.what} was used before the fork and its threads are not in this process; make a new one "
+                "here, for example in os.register_at_fork(after_in_child=…), gunicorn's post_fork or Celery's "
                 "worker_process_init")
         return 0
 
@@ -205,7 +213,7 @@ cdef class Core:
             c.entered += 1
         kb_mutex_unlock(&c.mu)
         if closed:
-            raise ProducerClosedError("the producer is closed")
+            raise ProducerClosedError(f"the {self.what} is closed")
         return 0
 
     cdef void _leave(self) noexcept nogil:

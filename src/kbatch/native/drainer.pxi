@@ -177,6 +177,25 @@ cdef void drainer_sleep(Client *c, int64_t ns) noexcept nogil:
         c.drainer_parked = 0
 
 
+cdef void drop_queue(rd_kafka_queue_t **queue) noexcept nogil:
+    if queue[0] != NULL:
+        api.queue_destroy(queue[0])
+    queue[0] = NULL
+
+
+cdef void drop_queues(Client *c) noexcept nogil:
+    # Before librdkafka is destroyed. A consumer leaves its group meanwhile.
+    kb_mutex_lock(&c.mu)
+    c.rebalances_itself = 1
+    if c.rebalance != NULL:
+        api.list_destroy(c.rebalance)
+        c.rebalance = NULL
+    kb_mutex_unlock(&c.mu)
+    drop_queue(&c.queue)
+    drop_queue(&c.group_queue)
+    drop_queue(&c.data_queue)
+
+
 cdef void end_librdkafka(Client *c) noexcept nogil:
     # Nothing is in flight and no thread is inside a call. Events that nobody took go first: they hold references.
     cdef Topic *topic
@@ -194,12 +213,11 @@ cdef void end_librdkafka(Client *c) noexcept nogil:
             api.topic_destroy(topic.handle)
             topic.handle = NULL
         topic = topic.next
-    api.queue_destroy(c.queue)
+    drop_queues(c)
     api.destroy(c.rk)
     kb_mutex_lock(&c.mu)
     drop_lists(c)
     c.rk = NULL
-    c.queue = NULL
     KB_STORE32(&c.life, CLOSED)
     c.dispatcher_stop = 1  # only now: until here batches may still become done
     kb_cond_signal(&c.dispatcher_cond)

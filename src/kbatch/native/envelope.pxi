@@ -93,7 +93,7 @@ cdef int _check_class(object cls) except -1:
     if key in _checked_classes:
         return 0
     for base in type.__dict__["__mro__"].__get__(cls):
-        if base is Envelope or base is Tombstone:
+        if base is Envelope or base is Tombstone or base is ReceivedEnvelope:
             break
         for name in _FIELDS:
             if name in type.__dict__["__dict__"].__get__(base):
@@ -456,6 +456,54 @@ cdef class Tombstone(Envelope):
         self._check_new()
         self._set_common(key, topic, partition, timestamp, headers, id, sent_at)
         self._kind = BODY_TOMBSTONE
+
+
+cdef class ReceivedEnvelope(Envelope):
+    """An envelope that a `Listener` or a consumer has read. Nobody else makes one.
+
+    `data` is the value of the record, its own copy; `message` what the listener has decoded it to. Sent on, it is
+    written with its data. `replace` gives an ordinary envelope.
+    """
+
+    def __init__(self, *_, **__):
+        raise TypeError("a ReceivedEnvelope is what a listener hands out; make an Envelope")
+
+    def __cinit__(self):
+        self._decoded = UNSET
+        self._offset = -1
+
+    @property
+    def message(self):
+        """What the listener has decoded the data to; ``None`` without a value, ``msgspec.UNSET`` if it does not."""
+        return None if self._kind == BODY_TOMBSTONE or self._kind == BODY_NULL else self._decoded
+
+    @property
+    def offset(self):
+        """The record's offset in its partition."""
+        return self._offset
+
+    def decode(self, decoder) -> None:
+        """Lets `message` show what `decoder` makes of the data."""
+        self._decoded = decoder(self._body)
+
+    @property
+    def is_tombstone(self):
+        """Whether it deletes its key from a compacted topic."""
+        return self._kind == BODY_TOMBSTONE
+
+    def replace(self, **changes):
+        return self._plain().replace(**changes)
+
+    cdef Envelope _plain(self):
+        cdef dict arguments = self._arguments()
+        if self._kind != BODY_TOMBSTONE:
+            return Envelope(**arguments)
+        for name in set(arguments) - {"key", "topic", "partition", "timestamp", "headers", "id", "sent_at"}:
+            del arguments[name]
+        return Tombstone(**arguments)
+
+    def __reduce__(self):
+        return self._plain().__reduce__()
 
 
 def _rebuild_envelope(cls, arguments, attributes):

@@ -356,7 +356,7 @@ def read_packed(bytes packed not None, *, str wire="kbatch") -> Envelope:
     consumed.key, consumed.value = <PyObject *> key, <PyObject *> value
     consumed.timestamp = max(record.timestamp, 0)
     consumed.pairs, consumed.headers, consumed.count = NULL, record.headers, record.header_count
-    return envelope_of(&consumed, wire_number(wire, ""))
+    return envelope_of(&consumed, wire_number(wire, ""), Envelope.__new__(Envelope))
 
 
 cdef int map_packed(Mapper mapper, MappedBatch batch, object packed, list rejected, object deliver_by) except -1:

@@ -4,19 +4,6 @@
 cdef bytes _IDS = uuid.UUID("7d6a7a3c-0b1e-5d43-9a55-6b62617463a8").bytes  # of ids that are made from something else
 
 
-cdef struct Consumed:
-    # A record to read. All of it is borrowed, and stays where it is for as long as it is read.
-    PyObject *topic       # as errors name it and ids are made of it, and so the next two
-    PyObject *partition
-    PyObject *offset
-    PyObject *key         # None, bytes or str
-    PyObject *value       # None or a buffer
-    int64_t timestamp     # ms; 0: none
-    PyObject *pairs       # a tuple of pairs (name, value): the headers; or NULL
-    const Header *headers  # or these, with their values as they are on the wire
-    Py_ssize_t count      # of headers
-
-
 cdef struct Given:
     # One header of a record.
     const char *name      # NULL: it has none in UTF-8
@@ -378,7 +365,8 @@ cdef class _Reading:
                 self._check_required()
         self._read_headers()
         self._make_id()
-        if not has_value and key is not None and not self.seen & 1 << KB_MESSAGE_TYPE:
+        cdef bint is_tombstone = not has_value and key is not None and not self.seen & 1 << KB_MESSAGE_TYPE
+        if is_tombstone and type(e) is Envelope:
             e = Tombstone.__new__(Tombstone)
             e._kind = BODY_BUILDING
             memcpy(e._id, self.envelope._id, 16)
@@ -389,7 +377,7 @@ cdef class _Reading:
         e._topic = <object> self.record.topic
         e._partition = partition_of(<object> self.record.partition)
         e._timestamp = self.record.timestamp
-        if e is not self.envelope:
+        if is_tombstone:
             e._kind = BODY_TOMBSTONE
         elif self.data is None:
             e._kind = BODY_NULL
@@ -399,13 +387,13 @@ cdef class _Reading:
         return e
 
 
-cdef Envelope envelope_of(const Consumed *record, int wire):
-    """The envelope that a record is, by one of the wire formats that kbatch knows."""
+cdef Envelope envelope_of(const Consumed *record, int wire, Envelope empty):
+    """The envelope that a record is, by one of the wire formats that kbatch knows: `empty`, or a tombstone."""
     cdef _Reading reading = _Reading.__new__(_Reading)
     reading.record = record[0]
     reading.wire = wire
     reading.own = own_headers(wire, &reading.own_count)
-    reading.envelope = Envelope.__new__(Envelope)
+    reading.envelope = empty
     reading.envelope._kind = BODY_BUILDING
     return reading._read()
 
@@ -620,4 +608,4 @@ def read_envelope(record, *, wire="kbatch"):
     if kind and milliseconds > 0:
         consumed.timestamp = _whole_number(milliseconds, "timestamp", 1, INT64_MAX)
     consumed.pairs, consumed.headers, consumed.count = <PyObject *> pairs, NULL, len(pairs)
-    return envelope_of(&consumed, format)
+    return envelope_of(&consumed, format, Envelope.__new__(Envelope))
