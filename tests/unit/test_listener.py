@@ -27,7 +27,8 @@ def listen(
         handle(listener, envelope)
 
     # The mock cluster lets a member that comes after the last one has left wait for nearly a session.
-    config = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", "session.timeout.ms": 2000}
+    config: dict[str, Any] = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing"}
+    config |= {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300}
     listener = kbatch.Listener(config, ["orders"], handler, types={"Order": Order}, **options)
     end = threading.Timer(30.0, listener.stop)
     end.start()
