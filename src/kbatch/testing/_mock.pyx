@@ -55,6 +55,7 @@ cdef extern from * nogil:
 
 cdef struct MockApi:
     void *(*cluster_new)(rd_kafka_t *rk, int brokers) noexcept nogil
+    void (*initial_rebalance_delay_ms)(void *cluster, int32_t delay_ms) noexcept nogil
     void (*cluster_destroy)(void *cluster) noexcept nogil
     const char *(*cluster_bootstraps)(void *cluster) noexcept nogil
     # topics and partitions
@@ -115,6 +116,8 @@ cdef void *optional(str name) except? NULL:
 
 cdef void _fill() except *:
     mock.cluster_new = <void *(*)(rd_kafka_t *, int) noexcept nogil> symbol("rd_kafka_mock_cluster_new")
+    mock.initial_rebalance_delay_ms = <void (*)(void *, int32_t) noexcept nogil> symbol(
+        "rd_kafka_mock_group_initial_rebalance_delay_ms")
     mock.cluster_destroy = <void (*)(void *) noexcept nogil> symbol("rd_kafka_mock_cluster_destroy")
     mock.cluster_bootstraps = <const char *(*)(void *) noexcept nogil> symbol("rd_kafka_mock_cluster_bootstraps")
     mock.topic_create = <int (*)(void *, const char *, int, int) noexcept nogil> symbol("rd_kafka_mock_topic_create")
@@ -224,6 +227,8 @@ cdef class Cluster:
         if self._cluster == NULL:
             self.close()
             raise MockClusterError(f"librdkafka could not start {brokers} brokers on free loopback ports")
+        # Who joins a group does not wait for others: by default it would be 3 seconds.
+        mock.initial_rebalance_delay_ms(self._cluster, 0)
 
     def __dealloc__(self):
         self._destroy()
