@@ -65,6 +65,7 @@ __all__ = [
     "DeserializationError",
     "ForkError",
     "KbatchError",
+    "ListenerError",
     "NotYetDueError",
     "OutboxError",
     "OutboxTimeoutError",
@@ -445,6 +446,18 @@ class OutboxError(KbatchError):
 class OutboxTimeoutError(OutboxError, TimeoutError):
     """The envelope was not committed to the outbox within the time of its `send`. Unless it is ``possibly_persisted``,
     it will not be."""
+
+
+class ListenerError(KbatchError):
+    """A listener cannot go on: its group or a topic is refused to it, another has taken its place, it was closed.
+
+    Attributes:
+        code: librdkafka's error code, or ``None``.
+    """
+
+    def __init__(self, *args: object, code: int | None = None) -> None:
+        super().__init__(*args)
+        self.code = code
 
 
 class SenderError(KbatchError):
