@@ -372,7 +372,8 @@ cdef class ConsumerCore(Core):
         """Up to `most` records, as soon as there is one, else none after `timeout` seconds: ``(envelopes, errors)``.
 
         With `most` 0, or while a rebalance has no answer, it takes none, but is told of rebalances and errors. An error
-        is ``(code, text, topic, partition, offset)``. A record that cannot be read is an envelope of the format "raw" with its ``error``.
+        is ``(code, text, topic, partition, offset)``. A record that cannot be read is an envelope of the format "raw"
+        with its ``error``.
         """
         cdef Client *c = self.c
         cdef Py_ssize_t i, count = 0
