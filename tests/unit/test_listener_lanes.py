@@ -125,7 +125,7 @@ def test_a_batch_does_not_wait_for_what_will_not_be_read() -> None:
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 2), st.sampled_from("add take end drop wait".split())), max_size=60),
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from(["add", "take", "end", "drop", "wait"])), max_size=60),
     st.booleans(),
 )
 def test_each_record_is_taken_once_in_order_of_its_lane(steps: list[tuple[int, str]], in_batches: bool) -> None:
