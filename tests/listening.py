@@ -1,6 +1,8 @@
 """For tests of listeners: what is sent, what has come, and a listener on a thread."""
 
 import contextlib
+import os
+import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,4 +90,24 @@ def ended_after(seconds: float, stop: Callable[[], object]) -> Iterator[None]:
         timer.cancel()
 
 
-__all__ = ["MockCluster", "Order", "committed", "config_of", "ended_after", "running", "send", "until"]
+def signal_after(begun: threading.Event, number: int) -> None:
+    """Sends this process a signal once something has begun."""
+
+    def wait() -> None:
+        begun.wait(60)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def signal_after(begun: threading.Event, number: int) -> None:
+    """Sends this process a signal once something has begun."""
+
+    def wait() -> None:
+        begun.wait(60)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+__all__ = ["MockCluster", "Order", "committed", "config_of", "ended_after", "running", "send", "signal_after", "until"]

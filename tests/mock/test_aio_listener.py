@@ -1,6 +1,7 @@
 """A listener on an event loop: its handlers are tasks, its end waits for them, cancelling is a stop."""
 
 import asyncio
+import contextlib
 import contextvars
 import os
 import signal
@@ -13,7 +14,7 @@ import pytest
 import kbatch
 from kbatch import aio
 from kbatch.testing import MockCluster
-from tests.listening import Order, committed, config_of, send
+from tests.listening import Order, committed, config_of, send, signal_after
 
 Received = kbatch.ReceivedEnvelope[Any]
 
@@ -41,7 +42,7 @@ async def until(condition: Any, what: str) -> None:
 
 def test_each_record_is_awaited_in_order_of_its_key() -> None:
     async def main() -> None:
-        seen: dict[bytes, list[int]] = defaultdict(list)
+        seen: dict[Any, list[int]] = defaultdict(list)
         running = most = 0
 
         async def handle(envelope: Received) -> None:
@@ -175,10 +176,8 @@ def test_a_handler_that_will_not_be_cancelled_does_not_keep_run_from_ending(capl
         async def handle(envelope: Received) -> None:
             listener.stop()
             while not ended.is_set():
-                try:
+                with contextlib.suppress(asyncio.CancelledError):
                     await ended.wait()
-                except asyncio.CancelledError:
-                    pass
 
         with MockCluster() as cluster:
             cluster.create_topic("orders", partitions=1)
@@ -231,7 +230,7 @@ def test_ctrl_c_ends_asyncio_run_gracefully() -> None:
     with MockCluster() as cluster:
         cluster.create_topic("orders", partitions=1)
         send(cluster, 1)
-        threading.Thread(target=lambda: (begun.wait(60), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+        signal_after(begun, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             asyncio.run(main(cluster))
         assert handled == [0]
@@ -347,4 +346,4 @@ def test_it_runs_once_at_a_time_and_again_after_its_end() -> None:
 
 def test_a_plain_function_is_refused() -> None:
     with pytest.raises(kbatch.ConfigError, match=r"must be a coroutine function.* kbatch\.Listener takes it"):
-        aio.Listener({"bootstrap.servers": "localhost:9", "group.id": "g"}, ["orders"], lambda envelope: None)  # type: ignore
+        aio.Listener({"bootstrap.servers": "localhost:9", "group.id": "g"}, ["orders"], lambda envelope: None)  # type: ignore[arg-type, return-value]

@@ -13,7 +13,7 @@ import pytest
 
 import kbatch
 from kbatch.testing import ApiKey, MockCluster
-from tests.listening import Order, committed, config_of, ended_after, running, send
+from tests.listening import Order, committed, config_of, ended_after, running, send, signal_after
 from tests.waiting import later, until
 
 Received = kbatch.ReceivedEnvelope[Any]
@@ -87,7 +87,7 @@ def test_a_signal_handler_stops_it() -> None:
         listener = listener_of(cluster, lambda envelope: begun.set())
         before = signal.signal(signal.SIGTERM, lambda *_: listener.stop())
         try:
-            threading.Thread(target=lambda: (begun.wait(60), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+            signal_after(begun, signal.SIGTERM)
             run_until(listener)
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -102,12 +102,12 @@ def test_a_signal_handler_stops_it_wherever_it_is() -> None:
             listener = listener_of(cluster, lambda envelope: None, concurrency=4, group=f"g{round_}")
             count = 0
 
-            def on_alarm(*_: object, listener: kbatch.Listener = listener) -> None:
+            def on_alarm(*_: object, listener: kbatch.Listener = listener, most: int = 20 * (round_ + 1)) -> None:
                 nonlocal count
                 count += 1
                 listener.stats()
                 listener.lag()
-                if count > 20 * (round_ + 1):
+                if count > most:
                     listener.stop()
 
             before = signal.signal(signal.SIGALRM, on_alarm)
@@ -131,7 +131,7 @@ def test_ctrl_c_in_run_lets_handlers_end_and_commits_what_they_have_done() -> No
         cluster.create_topic("orders", partitions=1)
         send(cluster, 3)
         listener = listener_of(cluster, handle)
-        threading.Thread(target=lambda: (begun.wait(60), os.kill(os.getpid(), signal.SIGINT)), daemon=True).start()
+        signal_after(begun, signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             run_until(listener)
         assert done
@@ -327,7 +327,7 @@ def test_a_partition_that_hangs_does_not_keep_the_others_from_flowing() -> None:
 
 def test_a_key_that_hangs_does_not_keep_other_keys_from_flowing() -> None:
     release = threading.Event()
-    seen: Counter[bytes] = Counter()
+    seen: Counter[Any] = Counter()
 
     def handle(envelope: Received) -> None:
         if envelope.key == b"3":
@@ -349,7 +349,7 @@ def test_a_key_that_hangs_does_not_keep_other_keys_from_flowing() -> None:
 
 def test_what_is_done_behind_one_that_hangs_does_not_grow_without_end() -> None:
     release = threading.Event()
-    seen: Counter[bytes] = Counter()
+    seen: Counter[Any] = Counter()
 
     def handle(envelope: Received) -> None:
         if envelope.message.number == 0:
@@ -617,7 +617,7 @@ def test_the_lag_is_what_is_not_handled() -> None:
 def test_members_that_come_and_go_handle_each_record_in_order(strategy: str) -> None:
     """Ten of them. At least once; nothing is committed that was not handled; order per key and owner."""
     lock = threading.Lock()
-    seen: list[tuple[int, bytes, int, int, int]] = []  # member, key, number, partition, offset
+    seen: list[tuple[int, Any, int, int, int]] = []  # member, key, number, partition, offset
 
     with MockCluster() as cluster:
         cluster.create_topic("orders", partitions=8)
