@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,16 +87,6 @@ def ended_after(seconds: float, stop: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def signal_after(begun: threading.Event, number: int) -> None:
-    """Sends this process a signal once something has begun."""
-
-    def wait() -> None:
-        begun.wait(60)
-        os.kill(os.getpid(), number)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def signal_after(begun: threading.Event, number: int) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import contextvars
-import os
 import signal
 import threading
 from collections import defaultdict
