@@ -218,7 +218,8 @@ def test_sigkilled_listeners_records_are_read_again(kafka: KafkaCluster, topic: 
         "def handle(envelope):\n"
         "    print(envelope.partition, envelope.offset, flush=True)\n"
         "    time.sleep(0.002)\n"
-        f"kbatch.Listener({settings_of(kafka, topic)!r}, [{topic!r}], handle, concurrency=4, commit_interval_s=0.1).run()\n"
+        f"listener = kbatch.Listener({settings_of(kafka, topic)!r}, [{topic!r}], handle, concurrency=4)\n"
+        "listener.run()\n"
     )
     handled: set[tuple[int, int]] = set()
     child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from kbatch._receiving._positions import Place, Positions
 
@@ -221,4 +221,5 @@ class Model(RuleBasedStateMachine):
             assert self.positions.spread(partition) == len(records) - begun
 
 
-TestModel = Model.TestCase
+def test_all_of_it_agrees_with_a_model() -> None:
+    run_state_machine_as_test(Model)
