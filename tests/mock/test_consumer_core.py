@@ -443,9 +443,7 @@ def test_a_static_member_comes_back(orders: MockCluster) -> None:
 
 @pytest.mark.parametrize("strategy", ["range", "cooperative-sticky"])
 @pytest.mark.parametrize("end", ["close", "forget"])
-def test_a_rebalance_that_nobody_answers_does_not_hold_up_the_end(
-    orders: MockCluster, strategy: str, end: str
-) -> None:
+def test_a_rebalance_that_nobody_answers_does_not_hold_up_the_end(orders: MockCluster, strategy: str, end: str) -> None:
     core = make_core(orders, partition_assignment_strategy=strategy)
     core.subscribe(["orders"])
     assert await_rebalance(core) == [("orders", 0)]

@@ -271,7 +271,7 @@ def test_one_in_a_cycle_is_collected() -> None:
     envelope = envelope_of()
     kept = Kept()
     kept.envelope = envelope  # type: ignore[attr-defined]
-    envelope.decode(lambda _: kept)
+    envelope.decode(lambda _, kept=kept: kept)
     seen = weakref.ref(kept)
     del envelope, kept
     gc.collect()

@@ -459,6 +459,10 @@ cdef class Tombstone(Envelope):
         self._kind = BODY_TOMBSTONE
 
 
+# Of each text field the one that was made last: types and sources are few.
+cdef list _last_texts = [""] * RECEIVED_TEXTS
+
+
 cdef class ReceivedEnvelope(Envelope):
     """An envelope that a `Listener` or a consumer has read. Nobody else makes one.
 
@@ -478,10 +482,19 @@ cdef class ReceivedEnvelope(Envelope):
         kb_free(self._block)
 
     cdef object _text(self, int field):
-        # Made anew, if it is not None.
+        # Made anew, unless it is that of the last envelope that was asked.
+        cdef const Text *text
+        cdef object last
         if self._block == NULL or self._block.texts[field].chars == NULL:
             return None
-        return PyUnicode_DecodeUTF8(self._block.texts[field].chars, self._block.texts[field].length, NULL)
+        text = &self._block.texts[field]
+        last = _last_texts[field]
+        if kb_plain_length(<PyObject *> last) == text.length and memcmp(
+                kb_plain_text(<PyObject *> last), text.chars, text.length) == 0:
+            return last
+        last = PyUnicode_DecodeUTF8(text.chars, text.length, NULL)
+        _last_texts[field] = last
+        return last
 
     cdef int _fill(self) except -1:
         # All that is made when it is asked for. The same objects whoever comes first.
@@ -612,7 +625,11 @@ cdef class ReceivedEnvelope(Envelope):
 
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""
-        self._decoded = decoder(self.data)
+        decoded = decoder(self.data)
+        # Only now it may be part of a cycle.
+        if not PyObject_GC_IsTracked(self):
+            PyObject_GC_Track(self)
+        self._decoded = decoded
 
     @property
     def is_tombstone(self):

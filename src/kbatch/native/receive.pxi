@@ -1,5 +1,5 @@
-# Records of librdkafka become envelopes. One that is as it should be is read and copied without the GIL, and its objects
-# are made when they are asked for. For the others there is `_Reading`, which tells what is wrong with them.
+# Records of librdkafka become envelopes. One that is as it should be is read and copied without the GIL, and its
+# objects are made when they are asked for. For the others there is `_Reading`, which tells what is wrong with them.
 
 cdef extern from *:
     """
@@ -169,6 +169,7 @@ cdef ReceivedEnvelope regular_envelope(Received *block, object topic, const char
     memcpy(e._id, block.id, 16)
     e._block = block
     e._kind = BODY_UNREAD
+    PyObject_GC_UnTrack(e)  # nothing that it holds can lead back to it, until it is decoded
     return e
 
 
