@@ -16,11 +16,16 @@ from kbatch._fastmap cimport (
     Core,
     Dispatcher,
     Header,
+    Part,
     Raw,
     Received,
     ReceivedEnvelope,
     answer_rebalance,
     deadline_after,
+    drop_part,
+    kb_calloc,
+    kb_cond_signal,
+    kb_cond_wait_until,
     kb_free,
     kb_malloc,
     kb_mutex_lock,
@@ -46,7 +51,7 @@ cdef enum:
     OLDEST = 0x020d02ff
 
 cdef int64_t MS = 1_000_000
-cdef int64_t FORWARD_EVERY = 250 * MS
+cdef int64_t LOOK_EVERY = 250 * MS
 cdef int64_t SLICE = 50 * MS  # after so long in a call signals, the group and the end are looked at
 
 BEGINNING = -2  # in place of an offset
@@ -79,19 +84,106 @@ cdef void on_rebalance(rd_kafka_t *rk, int code, rd_kafka_topic_partition_list_t
         answer_rebalance(rk, code, partitions)
 
 
-cdef void forward_partition(rd_kafka_t *rk, const char *topic, int32_t partition,
-                            rd_kafka_queue_t *target) noexcept nogil:
-    cdef rd_kafka_queue_t *queue = api.queue_get_partition(rk, topic, partition)
-    if queue != NULL:
-        api.queue_forward(queue, target)
-        api.queue_destroy(queue)
+cdef void set_ready(Part *part) noexcept nogil:
+    # Under the lock: records may have come.
+    cdef Client *c = <Client *> part.client
+    if part.is_ready or not part.wanted:
+        return
+    part.is_ready, part.next_ready = 1, NULL
+    if c.ready_last == NULL:
+        c.ready_first = part
+    else:
+        c.ready_last.next_ready = part
+    c.ready_last = part
 
 
-cdef void forward_all(Client *c, const rd_kafka_topic_partition_list_t *partitions,
-                      rd_kafka_queue_t *target) noexcept nogil:
-    cdef int i
-    for i in range(partitions.cnt):
-        forward_partition(c.rk, partitions.elems[i].topic, partitions.elems[i].partition, target)
+cdef void on_records(rd_kafka_t *rk, void *opaque) noexcept nogil:
+    # On a thread of librdkafka, which holds the lock of the partition's queue.
+    cdef Part *part = <Part *> opaque
+    cdef Client *c = <Client *> part.client
+    kb_mutex_lock(&c.mu)
+    set_ready(part)
+    kb_cond_signal(&c.data_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef void on_group(rd_kafka_t *rk, void *opaque) noexcept nogil:
+    cdef Client *c = <Client *> opaque
+    kb_mutex_lock(&c.mu)
+    c.group_is_ready = 1
+    kb_cond_signal(&c.data_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef Part *next_ready(Client *c) noexcept nogil:
+    cdef Part *part
+    kb_mutex_lock(&c.mu)
+    part = c.ready_first
+    if part != NULL:
+        c.ready_first = part.next_ready
+        if c.ready_first == NULL:
+            c.ready_last = NULL
+        part.is_ready = 0  # before its records are taken: those that come now make it ready again
+    kb_mutex_unlock(&c.mu)
+    return part
+
+
+cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most, Py_ssize_t quota) noexcept nogil:
+    # Partitions take turns.
+    cdef Py_ssize_t count = 0, taken, wanted
+    cdef Part *part
+    while count < most:
+        part = next_ready(c)
+        if part == NULL:
+            break
+        if not part.wanted:
+            continue
+        wanted = min(quota, most - count)
+        taken = api.consume_batch_queue(part.queue, 0, messages + count, wanted)
+        if taken > 0:
+            count += taken
+        if taken == wanted:
+            kb_mutex_lock(&c.mu)
+            set_ready(part)
+            kb_mutex_unlock(&c.mu)
+    return count
+
+
+cdef void wait_for_records(Client *c, bint for_records, int64_t deadline) noexcept nogil:
+    kb_mutex_lock(&c.mu)
+    if not (c.woken or c.group_is_ready or for_records and c.ready_first != NULL):
+        kb_cond_wait_until(&c.data_cond, &c.mu, deadline)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef int take_wake(Client *c) noexcept nogil:
+    cdef int woken
+    kb_mutex_lock(&c.mu)
+    woken, c.woken = c.woken, 0
+    kb_mutex_unlock(&c.mu)
+    return woken
+
+
+cdef void unlink_part(Client *c, Part *part) noexcept nogil:
+    cdef Part **place = &c.parts
+    cdef Part *before = NULL
+    cdef Part *each
+    while place[0] != part:
+        place = &place[0].next
+    place[0] = part.next
+    kb_mutex_lock(&c.mu)
+    part.wanted = 0  # an event that comes now does not put it into the list
+    if part.is_ready:
+        each = c.ready_first
+        while each != part:
+            before, each = each, each.next_ready
+        if before == NULL:
+            c.ready_first = part.next_ready
+        else:
+            before.next_ready = part.next_ready
+        if c.ready_last == part:
+            c.ready_last = before
+    kb_mutex_unlock(&c.mu)
 
 
 cdef rd_kafka_topic_partition_list_t *make_list(object items) except NULL:
@@ -153,9 +245,8 @@ cdef class ConsumerCore(Core):
     cdef dict topics         # by the address of librdkafka's: its name
     cdef str topic           # of the run of records that is being given out
     cdef bint polls
-    cdef set wanted          # (topic, partition) each, whose records go to the queue of data
-    cdef rd_kafka_topic_partition_list_t *forwards  # owned: the same; NULL: to be made anew
-    cdef int64_t forward_ns  # when they are forwarded again
+    cdef dict parts          # by (topic, partition): the address of its Part
+    cdef int64_t look_ns     # when their queues are asked for again
     cdef list envelopes      # what `poll` will answer
     cdef list errors
     cdef readonly int assignments  # so many rebalances were answered
@@ -164,7 +255,7 @@ cdef class ConsumerCore(Core):
         self.kind, self.what = RD_KAFKA_CONSUMER, "consumer"
         self.topics = {}
         self.envelopes, self.errors = [], []
-        self.wanted = set()
+        self.parts = {}
 
     def __init__(self, Config config not None, Dispatcher dispatcher not None, wire="kbatch", *, on_start=None):
         cdef Client *c = self.c
@@ -185,8 +276,6 @@ cdef class ConsumerCore(Core):
 
     def __dealloc__(self):
         kb_free(self.headers)
-        if self.forwards != NULL:
-            api.list_destroy(self.forwards)
 
     cdef void _configure(self, rd_kafka_conf_t *conf) noexcept:
         api.conf_set_events(conf, self.dispatcher.events)
@@ -195,7 +284,9 @@ cdef class ConsumerCore(Core):
     cdef void _begin_reading(self) noexcept:
         self.c.rebalances_itself = 0
         self.c.group_queue = api.queue_get_consumer(self.c.rk)
-        self.c.data_queue = api.queue_new(self.c.rk)
+        self.c.commit_queue = api.queue_new(self.c.rk)
+        if self.c.group_queue != NULL:
+            api.queue_cb_event_enable(self.c.group_queue, on_group, self.c)
 
     # -- the group
 
@@ -265,6 +356,7 @@ cdef class ConsumerCore(Core):
         that polls."""
         cdef Client *c = self.c
         cdef rd_kafka_topic_partition_list_t *partitions
+        cdef list items
         cdef int code
         self._enter()
         try:
@@ -273,14 +365,61 @@ cdef class ConsumerCore(Core):
             code = c.rebalance_code
             kb_mutex_unlock(&c.mu)
             if partitions != NULL:
-                with nogil:
+                try:
+                    items = list_items(partitions)
                     if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
-                        forward_all(c, partitions, c.data_queue)
-                    answer_rebalance(c.rk, code, partitions)
-                self._want(partitions, code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS)
+                        for item in items:
+                            self._take_part(item)
+                    with nogil:
+                        answer_rebalance(c.rk, code, partitions)
+                    if code != RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+                        for item in items:
+                            self._drop_part(item)
+                finally:
+                    api.list_destroy(partitions)
                 self.assignments += 1
         finally:
             self._leave()
+
+    cdef int _take_part(self, tuple item) except -1:
+        # Its queue is asked for each time: librdkafka may have made another for it.
+        cdef Client *c = self.c
+        cdef bytes topic = (<str?> item[0]).encode()
+        cdef object address = self.parts.get(item)
+        cdef Part *part = NULL
+        cdef rd_kafka_queue_t *before
+        cdef rd_kafka_queue_t *queue = api.queue_get_partition(c.rk, topic, item[1])
+        if queue == NULL:
+            return 0  # its records come by the group's queue
+        if address is not None:
+            part = <Part *> <size_t> address
+            before, part.queue = part.queue, queue
+            api.queue_cb_event_enable(before, NULL, NULL)
+            api.queue_destroy(before)
+        else:
+            part = <Part *> kb_calloc(1, sizeof(Part))
+            if part == NULL:
+                api.queue_destroy(queue)
+                raise MemoryError()
+            part.client, part.queue, part.next = c, queue, c.parts
+            c.parts = part
+            self.parts[item] = <size_t> part
+        api.queue_forward(queue, NULL)
+        api.queue_cb_event_enable(queue, on_records, part)
+        kb_mutex_lock(&c.mu)
+        part.wanted = 1
+        set_ready(part)
+        kb_mutex_unlock(&c.mu)
+        return 0
+
+    cdef int _drop_part(self, tuple item) except -1:
+        cdef Part *part
+        cdef object address = self.parts.pop(item, None)
+        if address is not None:
+            part = <Part *> <size_t> address
+            unlink_part(self.c, part)
+            drop_part(part)
+        return 0
 
     # -- which partitions, without a group
 
@@ -293,11 +432,16 @@ cdef class ConsumerCore(Core):
         self._enter()
         try:
             items = make_list(partitions)
-            with nogil:
-                forward_all(self.c, items, self.c.data_queue)
-                code = api.assign(self.c.rk, items)
-            self.wanted = set()
-            self._want(items, True)
+            try:
+                given = list_items(items)
+                for item in given:
+                    self._take_part(item)
+                with nogil:
+                    code = api.assign(self.c.rk, items)
+                for item in set(self.parts).difference(given):
+                    self._drop_part(item)
+            finally:
+                api.list_destroy(items)
         finally:
             self._leave()
         self._check(code)
@@ -306,39 +450,34 @@ cdef class ConsumerCore(Core):
         """Reads these of its partitions, or leaves what is fetched of them where it is until they are wanted again. For
         the thread that polls."""
         cdef rd_kafka_topic_partition_list_t *items
-        cdef list given = list(partitions)
         self._enter()
         try:
-            items = make_list(given)
-            with nogil:
-                forward_all(self.c, items, self.c.data_queue if wanted else NULL)
-            self._want(items, wanted)
+            items = make_list(partitions)
+            try:
+                given = list_items(items)
+            finally:
+                api.list_destroy(items)
+            for item in given:
+                if item not in self.parts:
+                    continue
+                if wanted:
+                    self._take_part(item)
+                else:
+                    kb_mutex_lock(&self.c.mu)
+                    (<Part *> <size_t> self.parts[item]).wanted = 0
+                    kb_mutex_unlock(&self.c.mu)
         finally:
             self._leave()
 
-    cdef int _want(self, rd_kafka_topic_partition_list_t *items, bint wanted) except -1:
-        # Takes the list over.
-        cdef object change
-        try:
-            change = set(list_items(items))
-        finally:
-            api.list_destroy(items)
-        self.wanted = self.wanted | change if wanted else self.wanted - change
-        if self.forwards != NULL:
-            api.list_destroy(self.forwards)
-            self.forwards = NULL
-        return 0
-
-    cdef int _forward_again(self) except -1:
-        # When a partition comes back soon after it was taken, librdkafka may forget where its records go.
+    cdef int _look_for_queues(self) except -1:
+        # When a partition comes back soon after it was taken, librdkafka may have made another queue for it.
         cdef int64_t now = kb_now_ns()
-        if now < self.forward_ns or not self.wanted:
+        if now < self.look_ns:
             return 0
-        self.forward_ns = now + FORWARD_EVERY
-        if self.forwards == NULL:
-            self.forwards = make_list(self.wanted)
-        with nogil:
-            forward_all(self.c, self.forwards, self.c.data_queue)
+        self.look_ns = now + LOOK_EVERY
+        for item, address in self.parts.items():
+            if (<Part *> <size_t> address).wanted:
+                self._take_part(item)
         return 0
 
     def pause(self, partitions) -> list:
@@ -456,6 +595,13 @@ cdef class ConsumerCore(Core):
         self._check(code)
         return found
 
+    def wake(self) -> None:
+        """Has `poll` return soon, the next one if none waits. For any thread, and for a signal handler."""
+        kb_mutex_lock(&self.c.mu)
+        self.c.woken = 1
+        kb_cond_signal(&self.c.data_cond)
+        kb_mutex_unlock(&self.c.mu)
+
     # -- records
 
     def poll(self, int most, double timeout) -> tuple:
@@ -479,11 +625,12 @@ cdef class ConsumerCore(Core):
             self._enter()
             try:
                 while True:
-                    self._forward_again()
+                    self._look_for_queues()
                     with nogil:
                         now = kb_now_ns()
                         self._fetch(min(most, MOST), max(0, min(deadline - now, SLICE)))
-                    if c.taken or c.rebalance != NULL or kb_now_ns() >= deadline or KB_LOAD32(&c.life) != RUNNING:
+                    if (c.taken or c.rebalance != NULL or take_wake(c) or kb_now_ns() >= deadline
+                            or KB_LOAD32(&c.life) != RUNNING):
                         break
                     PyErr_CheckSignals()
                 self._give_out()
@@ -502,18 +649,25 @@ cdef class ConsumerCore(Core):
         # First what its group has for it, which may be records, too. What was left comes before all.
         cdef Client *c = self.c
         cdef Py_ssize_t count
-        cdef int wait_ms = <int> ((ns + MS - 1) // MS)
+        cdef int64_t deadline = kb_now_ns() + ns
         if c.taken:
             return
+        count = self._fetch_now(most)
+        if c.rebalance == NULL and not count and ns:
+            wait_for_records(c, most > 0, deadline)
+            count = self._fetch_now(most)
+        self._copy(count)
+
+    cdef Py_ssize_t _fetch_now(self, int most) noexcept nogil:
+        cdef Client *c = self.c
+        cdef Py_ssize_t count
+        kb_mutex_lock(&c.mu)
+        c.group_is_ready = 0  # before the queue is looked at: what comes now sets it again
+        kb_mutex_unlock(&c.mu)
         count = max(0, api.consume_batch_queue(c.group_queue, 0, c.messages, max(most, 1)))
         if c.rebalance == NULL and count < most:
-            count += max(0, api.consume_batch_queue(c.data_queue, 0, c.messages + count, most - count))
-        if c.rebalance == NULL and not count and wait_ms:
-            # More than one at a time it would wait for until all are there.
-            count = max(0, api.consume_batch_queue(c.data_queue if most else c.group_queue, wait_ms, c.messages, 1))
-            if count and count < most:
-                count += max(0, api.consume_batch_queue(c.data_queue, 0, c.messages + count, most - count))
-        self._copy(count)
+            count += take_ready(c, c.messages + count, most - count, max(1, most // 4))
+        return count
 
     cdef void _copy(self, Py_ssize_t count) noexcept nogil:
         # All that need not be a Python object. A message that nothing more is wanted of is given back at once.
@@ -700,6 +854,50 @@ cdef class ConsumerCore(Core):
         finally:
             self._leave()
         self._check(code)
+        return found
+
+    def begin_commit(self, offsets) -> int:
+        """Commits ``(topic, partition, offset)`` each, and waits for nothing: `commit_answer` tells what came of it.
+
+        Returns a code of librdkafka: unless it is 0, nothing was begun.
+        """
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef int code
+        self._enter()
+        try:
+            items = make_list(offsets)
+            with nogil:
+                code = api.commit_queue(self.c.rk, items, self.c.commit_queue, NULL, NULL)
+                api.list_destroy(items)
+        finally:
+            self._leave()
+        return code
+
+    def commit_answer(self) -> int | None:
+        """The code that one commit was answered with; None: there is no answer yet."""
+        cdef rd_kafka_event_t *event
+        cdef object code = None
+        self._enter()
+        event = api.queue_poll(self.c.commit_queue, 0)
+        if event != NULL:
+            code = api.event_error(event)
+            api.event_destroy(event)
+        self._leave()
+        return code
+
+    def ends(self, partitions) -> dict:
+        """Of partitions that are read, the offset behind their last record, as the last answer of a broker told."""
+        cdef int64_t low, high
+        cdef bytes topic
+        found = {}
+        self._enter()
+        try:
+            for item in partitions:
+                low, high, topic = -1, -1, (<str?> item[0]).encode()
+                if api.get_watermark_offsets(self.c.rk, topic, item[1], &low, &high) == 0 and high >= 0:
+                    found[item] = high
+        finally:
+            self._leave()
         return found
 
     cdef int _check(self, int code) except -1:

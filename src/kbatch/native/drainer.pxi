@@ -193,6 +193,12 @@ cdef void drop_queue(rd_kafka_queue_t **queue) noexcept nogil:
     queue[0] = NULL
 
 
+cdef void drop_part(Part *part) noexcept nogil:
+    api.queue_cb_event_enable(part.queue, NULL, NULL)
+    api.queue_destroy(part.queue)
+    kb_free(part)
+
+
 cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil:
     # Takes what is given, gives back what is taken; each way of a group to share partitions has its own calls.
     cdef const char *protocol = api.rebalance_protocol(rk)
@@ -215,6 +221,7 @@ cdef void drop_queues(Client *c) noexcept nogil:
     # Before librdkafka is destroyed, which waits for its messages and for the answer to a rebalance. A consumer leaves
     # its group meanwhile.
     cdef rd_kafka_topic_partition_list_t *unanswered
+    cdef Part *part
     kb_mutex_lock(&c.mu)
     c.rebalances_itself = 1
     unanswered, c.rebalance = c.rebalance, NULL
@@ -223,9 +230,16 @@ cdef void drop_queues(Client *c) noexcept nogil:
         answer_rebalance(c.rk, c.rebalance_code, unanswered)
         api.list_destroy(unanswered)
     drop_taken(c)
+    while c.parts != NULL:
+        part = c.parts
+        c.parts = part.next
+        drop_part(part)
+    c.ready_first = c.ready_last = NULL
     drop_queue(&c.queue)
+    if c.group_queue != NULL:
+        api.queue_cb_event_enable(c.group_queue, NULL, NULL)
     drop_queue(&c.group_queue)
-    drop_queue(&c.data_queue)
+    drop_queue(&c.commit_queue)
 
 
 cdef void end_librdkafka(Client *c) noexcept nogil:
