@@ -226,6 +226,10 @@ class ReceivedEnvelope(Envelope[_T_co]):
     @property
     def is_tombstone(self) -> bool: ...
     @property
+    def raw_value(self) -> bytes | None: ...
+    @property
+    def raw_headers(self) -> tuple[tuple[str, bytes | None], ...]: ...
+    @property
     def error(self) -> DeserializationError | None: ...
     def decode(self, decoder: Callable[[bytes], object], /) -> None: ...
 
@@ -240,8 +244,33 @@ class ReceivedRecord:
     def headers(self) -> list[tuple[str, bytes | None]]: ...
     def error(self) -> None: ...
 
-def receive(
-    record: ConsumedRecord, *, wire: str | WireReader = "kbatch", regular: bool = True
+_RawHeaders: TypeAlias = Iterable[tuple[str | bytes, str | bytes | None]]
+
+@overload
+def received(
+    topic: str,
+    partition: int,
+    offset: int,
+    timestamp: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: _RawHeaders,
+    wire: str | WireReader = "kbatch",
+    *,
+    regular: None = None,
+) -> ReceivedEnvelope[Any]: ...
+@overload
+def received(
+    topic: str,
+    partition: int,
+    offset: int,
+    timestamp: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: _RawHeaders,
+    wire: str | WireReader = "kbatch",
+    *,
+    regular: bool,
 ) -> ReceivedEnvelope[Any] | None: ...
 
 class _NullValue:

@@ -2,6 +2,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from kbatch._fastmap import Config, Core, Dispatcher, ReceivedEnvelope
+from kbatch._fastmap import received as received
 from kbatch._wire import WireReader
 
 _Partition = tuple[str, int]

@@ -39,6 +39,7 @@ from kbatch._fastmap cimport (
 from kbatch._librdkafka cimport *
 
 from kbatch._errors import ConfigError
+from kbatch._fastmap import received
 from kbatch._librdkafka import error_text, version_text
 
 cdef extern from *:

@@ -537,17 +537,11 @@ cdef class ReceivedEnvelope(Envelope):
     @property
     def headers(self):
         """Pairs of name and value, in order: those that are no fields of the envelope."""
-        cdef Py_ssize_t i
-        cdef list pairs
-        if self._headers is _EMPTY and self._block != NULL and self._block.count:
-            pairs = []
-            for i in range(self._block.count):
-                pairs.append((
-                    PyUnicode_DecodeUTF8(self._block.headers[i].name, self._block.headers[i].name_len, NULL),
-                    None if self._block.headers[i].value_len == VALUE_NULL else PyBytes_FromStringAndSize(
-                        self._block.headers[i].value, self._block.headers[i].value_len)))
+        cdef tuple pairs
+        if self._headers is _EMPTY and self._block != NULL and self._block.users:
+            pairs = block_headers(self._block, False)
             if self._headers is _EMPTY:  # another thread may have come first
-                self._headers = tuple(pairs)
+                self._headers = pairs
         return self._headers
 
     @property
@@ -623,6 +617,18 @@ cdef class ReceivedEnvelope(Envelope):
         """The record's offset in its partition."""
         return self._offset
 
+    @property
+    def raw_value(self):
+        """The value of the record as it came: `data`, unless the record is a structured CloudEvent."""
+        return self._given_value if self._block == NULL else self.data
+
+    @property
+    def raw_headers(self):
+        """All headers of the record as they came, those of the wire format among them: pairs of name and value."""
+        if self._block == NULL:
+            return _EMPTY if self._given_headers is None else self._given_headers
+        return block_headers(self._block, True)
+
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""
         decoded = decoder(self.data)
@@ -637,6 +643,7 @@ cdef class ReceivedEnvelope(Envelope):
         return (self._block.kind if self._kind == BODY_UNREAD else self._kind) == BODY_TOMBSTONE
 
     def replace(self, **changes):
+        """An ordinary `Envelope`, or `Tombstone`, with these fields changed."""
         return self._plain().replace(**changes)
 
     cdef dict _arguments(self):
