@@ -18,6 +18,7 @@ from kbatch._errors import (
     DeliveryError,
     DeserializationError,
     ForkError,
+    InboxError,
     KbatchError,
     NotYetDueError,
     OutboxError,
@@ -35,6 +36,9 @@ from kbatch._errors import (
     UnknownTopicError,
 )
 from kbatch._fastmap import Envelope, ReceivedEnvelope, Tombstone, read_envelope, uuid7
+from kbatch._inbox._base import InboxStatus
+from kbatch._inbox._postgres import PostgresInbox
+from kbatch._inbox._sqlite import SqliteInbox
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._outbox._base import OutboxStatus
 from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetters
@@ -77,6 +81,8 @@ __all__ = [
     "DurableSender",
     "Envelope",
     "ForkError",
+    "InboxError",
+    "InboxStatus",
     "InlineSender",
     "KafkaSender",
     "KafkaTopic",
@@ -90,6 +96,7 @@ __all__ = [
     "OutboxTimeoutError",
     "OutgoingBatch",
     "PendingBatch",
+    "PostgresInbox",
     "PostgresOutbox",
     "Producer",
     "ProducerClosedError",
@@ -110,6 +117,7 @@ __all__ = [
     "SendingAgent",
     "SerializationContext",
     "SerializationError",
+    "SqliteInbox",
     "SqliteOutbox",
     "Tombstone",
     "TransactionUnknownError",

@@ -17,8 +17,8 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, SerializationError, SqliteOutbox, Tombstone
-from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._database._sqlite import tell_of_fault
+from kbatch._fastmap import packed_key_hash, unpack_record
 from tests import outboxes
 from tests.injection import Injector
 from tests.outboxes import Outbox, in_sqlite

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import psycopg
 
+    from kbatch._database._postgres_connection import OwnConnection
     from kbatch._errors import KbatchError
 
 __all__ = ["NOW_MS", "AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
@@ -130,7 +131,7 @@ class PostgresDatabase:
         return self._tables.sql(f"SELECT {', '.join(self._tables.meta)} FROM {{meta}} WHERE one = 1")
 
     @contextlib.contextmanager
-    def _checked_connection(self) -> Iterator[psycopg.Connection[Any]]:
+    def _checked_connection(self) -> Iterator[OwnConnection]:
         """It stays open unless this ends by an exception."""
         with self._connection(keep=True) as connection:
             self._check_tables(connection)
@@ -179,7 +180,7 @@ class PostgresDatabase:
         self._tables.check_meta(*(found[at] for at in range(len(self._tables.meta))))
 
     @contextlib.contextmanager
-    def _connection(self, *, keep: bool = False) -> Iterator[psycopg.Connection[Any]]:
+    def _connection(self, *, keep: bool = False) -> Iterator[OwnConnection]:
         try:
             import psycopg
 

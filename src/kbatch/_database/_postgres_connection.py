@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-__all__ = ["connect", "run_raw"]
+__all__ = ["OwnConnection", "connect", "run_raw"]
 
 _CONNECT_S = 10
 _SILENCE_S = 25  # no answer of the server comes later: it ends what takes longer
 
 
-class _Connection(psycopg.Connection[Any]):
+class OwnConnection(psycopg.Connection[Any]):
     """One on which no call waits for ever: a server, or what is between, may be silent.
 
     Attributes:
@@ -52,7 +52,7 @@ def _until(steps: Generator[Any, Any, _T], end: float) -> Generator[Any, Any, _T
         return result
 
 
-def connect(conninfo: str, error: type[KbatchError]) -> _Connection:
+def connect(conninfo: str, error: type[KbatchError]) -> OwnConnection:
     """A connection in autocommit mode.
 
     Raises:
@@ -72,7 +72,7 @@ def connect(conninfo: str, error: type[KbatchError]) -> _Connection:
     wanted = {"connect_timeout": _CONNECT_S, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
     own.update({name: value for name, value in wanted.items() if name not in given})
     # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
-    return _Connection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
+    return OwnConnection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
 
 
 def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any = None) -> list[tuple[Any, ...]]:
