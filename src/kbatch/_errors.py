@@ -67,6 +67,7 @@ __all__ = [
     "ForkError",
     "InboxError",
     "KbatchError",
+    "ListenerError",
     "NotYetDueError",
     "OutboxError",
     "OutboxTimeoutError",
@@ -463,6 +464,18 @@ class InboxError(KbatchError):
         super().__init__(*args)
         if is_outage:
             self.is_outage = True
+
+
+class ListenerError(KbatchError):
+    """A listener cannot go on: its group or a topic is refused to it, another has taken its place, it was closed.
+
+    Attributes:
+        code: librdkafka's error code, or ``None``.
+    """
+
+    def __init__(self, *args: object, code: int | None = None) -> None:
+        super().__init__(*args)
+        self.code = code
 
 
 class SenderError(KbatchError):

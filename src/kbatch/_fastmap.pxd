@@ -356,6 +356,15 @@ cdef struct ListPool:
     int32_t hand           # the bucket in which the next shape to drop is looked for
 
 
+cdef struct Part:
+    # A partition that a consumer reads. librdkafka keeps its records apart, so one that is full holds up no other.
+    void *client
+    rd_kafka_queue_t *queue  # owned; destroyed when the partition is taken, or before librdkafka is
+    Part *next
+    Part *next_ready
+    int is_ready
+    int wanted
+
 cdef struct Client:
     int pid                 # const once started; 0 before
     int32_t references      # atomic: the Core, the dispatcher, the drainer
@@ -420,7 +429,13 @@ cdef struct Client:
     int64_t lists_used_ns   # when the last one was taken; of the batch that has the turn
     # of a consumer; its main queue is `queue`
     rd_kafka_queue_t *group_queue  # owned: what its group tells it, and errors
-    rd_kafka_queue_t *data_queue   # owned: records of all partitions that are read
+    rd_kafka_queue_t *commit_queue  # owned: answers to commits that nobody waits for
+    Part *parts             # owned; those of the partitions that it was given, of the thread that polls
+    Part *ready_first       # of those the ones that may have records
+    Part *ready_last
+    kb_cond data_cond       # one is ready, `group_is_ready` or `woken`
+    int group_is_ready
+    int woken               # who polls is to return
     rd_kafka_topic_partition_list_t *rebalance  # owned: partitions that are given or taken, until it is answered
     int rebalance_code
     int rebalances_itself   # nobody is left who would answer
@@ -617,6 +632,7 @@ cdef class _Lot:
 cdef bint settle_unsent(Outcome *outcome, Record *record, int error) noexcept nogil
 cdef void settle_whole(Client *c, BatchState *batch, int64_t acked, int64_t failed) noexcept nogil
 cdef void drop_records(BatchState *batch) noexcept nogil
+cdef void drop_part(Part *part) noexcept nogil
 cdef void release_idle(Client *c, bint long_ones=*) noexcept
 cdef Envelope envelope_of(const Consumed *record, int wire, Envelope empty)
 cdef int wire_number(str name, str others) except -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kbatch._checks import is_number
 from kbatch._errors import ConfigError, type_name
@@ -16,7 +16,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from typing import TypeAlias
 
+    from kbatch._inbox._session import InboxSession
+
     Partition: TypeAlias = tuple[str, int]
+
+    class ListenersInbox(Protocol):
+        """What a listener asks of an inbox."""
+
+        retention_s: float | None
+
+        def open_session(self, group: str, /) -> InboxSession: ...
+        def _check(self) -> None: ...
+        def _clock_us(self) -> int: ...
+        def _note(self, group: str, asked_at: int, offsets: Mapping[Partition, tuple[int, int]], /) -> None: ...
+        def _purge(self, older_than_s: float | None, committed: Mapping[str, datetime] | None, /) -> int: ...
+
 
 __all__ = [
     "BaseInbox",

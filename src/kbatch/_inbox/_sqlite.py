@@ -196,6 +196,9 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         Raises:
             InboxError: The tables are missing or another version's; the database does not answer.
         """
+        return self._purge(older_than_s, committed)
+
+    def _purge(self, older_than_s: float | None, committed: Mapping[str, datetime] | None) -> int:
         age_us = self._age_us(older_than_s)
         deleted, last = 0, 0
         with self._connection() as connection:

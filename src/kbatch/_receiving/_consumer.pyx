@@ -4,7 +4,7 @@
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.ref cimport PyObject
-from libc.stdint cimport INT32_MAX, int32_t
+from libc.stdint cimport INT32_MAX, int32_t, int64_t
 
 from kbatch._fastmap cimport (
     VALUE_NULL,
@@ -14,10 +14,16 @@ from kbatch._fastmap cimport (
     Core,
     Dispatcher,
     Header,
+    Part,
     ReceivedEnvelope,
+    drop_part,
     envelope_of,
+    kb_calloc,
+    kb_cond_signal,
+    kb_cond_wait_until,
     kb_mutex_lock,
     kb_mutex_unlock,
+    kb_now_ns,
     wire_number,
 )
 from kbatch._librdkafka cimport *
@@ -64,12 +70,106 @@ cdef void on_rebalance(rd_kafka_t *rk, int code, rd_kafka_topic_partition_list_t
         answer_rebalance(rk, code, partitions)
 
 
-cdef void forward_partition(rd_kafka_t *rk, const char *topic, int32_t partition,
-                            rd_kafka_queue_t *target) noexcept nogil:
-    cdef rd_kafka_queue_t *queue = api.queue_get_partition(rk, topic, partition)
-    if queue != NULL:
-        api.queue_forward(queue, target)
-        api.queue_destroy(queue)
+cdef void set_ready(Part *part) noexcept nogil:
+    # Under the lock: records may have come.
+    cdef Client *c = <Client *> part.client
+    if part.is_ready or not part.wanted:
+        return
+    part.is_ready, part.next_ready = 1, NULL
+    if c.ready_last == NULL:
+        c.ready_first = part
+    else:
+        c.ready_last.next_ready = part
+    c.ready_last = part
+
+
+cdef void on_records(rd_kafka_t *rk, void *opaque) noexcept nogil:
+    # On a thread of librdkafka, which holds the lock of the partition's queue.
+    cdef Part *part = <Part *> opaque
+    cdef Client *c = <Client *> part.client
+    kb_mutex_lock(&c.mu)
+    set_ready(part)
+    kb_cond_signal(&c.data_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef void on_group(rd_kafka_t *rk, void *opaque) noexcept nogil:
+    cdef Client *c = <Client *> opaque
+    kb_mutex_lock(&c.mu)
+    c.group_is_ready = 1
+    kb_cond_signal(&c.data_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef Part *next_ready(Client *c) noexcept nogil:
+    cdef Part *part
+    kb_mutex_lock(&c.mu)
+    part = c.ready_first
+    if part != NULL:
+        c.ready_first = part.next_ready
+        if c.ready_first == NULL:
+            c.ready_last = NULL
+        part.is_ready = 0  # before its records are taken: those that come now make it ready again
+    kb_mutex_unlock(&c.mu)
+    return part
+
+
+cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most, Py_ssize_t quota) noexcept nogil:
+    # Partitions take turns.
+    cdef Py_ssize_t count = 0, taken, wanted
+    cdef Part *part
+    while count < most:
+        part = next_ready(c)
+        if part == NULL:
+            break
+        if not part.wanted:
+            continue
+        wanted = min(quota, most - count)
+        taken = api.consume_batch_queue(part.queue, 0, messages + count, wanted)
+        if taken > 0:
+            count += taken
+        if taken == wanted:
+            kb_mutex_lock(&c.mu)
+            set_ready(part)
+            kb_mutex_unlock(&c.mu)
+    return count
+
+
+cdef void wait_for_records(Client *c, bint for_records, int64_t deadline) noexcept nogil:
+    kb_mutex_lock(&c.mu)
+    if not (c.woken or c.group_is_ready or for_records and c.ready_first != NULL):
+        kb_cond_wait_until(&c.data_cond, &c.mu, deadline)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef int take_wake(Client *c) noexcept nogil:
+    cdef int woken
+    kb_mutex_lock(&c.mu)
+    woken, c.woken = c.woken, 0
+    kb_mutex_unlock(&c.mu)
+    return woken
+
+
+cdef void unlink_part(Client *c, Part *part) noexcept nogil:
+    cdef Part **place = &c.parts
+    cdef Part *before = NULL
+    cdef Part *each
+    while place[0] != part:
+        place = &place[0].next
+    place[0] = part.next
+    kb_mutex_lock(&c.mu)
+    part.wanted = 0  # an event that comes now does not put it into the list
+    if part.is_ready:
+        each = c.ready_first
+        while each != part:
+            before, each = each, each.next_ready
+        if before == NULL:
+            c.ready_first = part.next_ready
+        else:
+            before.next_ready = part.next_ready
+        if c.ready_last == part:
+            c.ready_last = before
+    kb_mutex_unlock(&c.mu)
 
 
 cdef rd_kafka_topic_partition_list_t *make_list(object items) except NULL:
@@ -102,12 +202,13 @@ cdef class ConsumerCore(Core):
     cdef rd_kafka_message_t **messages
     cdef Header *headers
     cdef Py_ssize_t header_room
+    cdef dict parts          # by (topic, partition): the address of its Part
     cdef dict topics         # by the address of librdkafka's: its name, and the object that holds it
     cdef readonly int assignments  # so many rebalances were answered
 
     def __cinit__(self):
         self.kind, self.what = RD_KAFKA_CONSUMER, "consumer"
-        self.topics = {}
+        self.topics, self.parts = {}, {}
 
     def __init__(self, Config config not None, Dispatcher dispatcher not None, str wire not None, *, on_start=None):
         Core.__init__(self, config, None, dispatcher, max_in_flight=1, queue_max_messages=1, queue_max_bytes=1,
@@ -128,7 +229,9 @@ cdef class ConsumerCore(Core):
     cdef void _begin_reading(self) noexcept:
         self.c.rebalances_itself = 0
         self.c.group_queue = api.queue_get_consumer(self.c.rk)
-        self.c.data_queue = api.queue_new(self.c.rk)
+        self.c.commit_queue = api.queue_new(self.c.rk)
+        if self.c.group_queue != NULL:
+            api.queue_cb_event_enable(self.c.group_queue, on_group, self.c)
 
     # -- the group
 
@@ -173,7 +276,8 @@ cdef class ConsumerCore(Core):
         """Agrees to the rebalance. Records of partitions that were given come from the next polls on."""
         cdef Client *c = self.c
         cdef rd_kafka_topic_partition_list_t *partitions
-        cdef int code, i
+        cdef list items
+        cdef int code
         self._enter()
         try:
             kb_mutex_lock(&c.mu)
@@ -181,16 +285,61 @@ cdef class ConsumerCore(Core):
             code = c.rebalance_code
             kb_mutex_unlock(&c.mu)
             if partitions != NULL:
-                with nogil:
+                try:
+                    items = list_items(partitions)
                     if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
-                        for i in range(partitions.cnt):
-                            forward_partition(c.rk, partitions.elems[i].topic, partitions.elems[i].partition,
-                                              c.data_queue)
-                    answer_rebalance(c.rk, code, partitions)
+                        for item in items:
+                            self._take_part(item)
+                    with nogil:
+                        answer_rebalance(c.rk, code, partitions)
+                    if code != RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+                        for item in items:
+                            self._drop_part(item)
+                finally:
                     api.list_destroy(partitions)
                 self.assignments += 1
         finally:
             self._leave()
+
+    cdef int _take_part(self, tuple item) except -1:
+        # Its queue is asked for each time: librdkafka may have made another for it.
+        cdef Client *c = self.c
+        cdef bytes topic = (<str?> item[0]).encode()
+        cdef object address = self.parts.get(item)
+        cdef Part *part = NULL
+        cdef rd_kafka_queue_t *before
+        cdef rd_kafka_queue_t *queue = api.queue_get_partition(c.rk, topic, item[1])
+        if queue == NULL:
+            return 0  # its records come by the group's queue
+        if address is not None:
+            part = <Part *> <size_t> address
+            before, part.queue = part.queue, queue
+            api.queue_cb_event_enable(before, NULL, NULL)
+            api.queue_destroy(before)
+        else:
+            part = <Part *> kb_calloc(1, sizeof(Part))
+            if part == NULL:
+                api.queue_destroy(queue)
+                raise MemoryError()
+            part.client, part.queue, part.next = c, queue, c.parts
+            c.parts = part
+            self.parts[item] = <size_t> part
+        api.queue_forward(queue, NULL)
+        api.queue_cb_event_enable(queue, on_records, part)
+        kb_mutex_lock(&c.mu)
+        part.wanted = 1
+        set_ready(part)
+        kb_mutex_unlock(&c.mu)
+        return 0
+
+    cdef int _drop_part(self, tuple item) except -1:
+        cdef Part *part
+        cdef object address = self.parts.pop(item, None)
+        if address is not None:
+            part = <Part *> <size_t> address
+            unlink_part(self.c, part)
+            drop_part(part)
+        return 0
 
     def read(self, partitions, bint wanted=True) -> None:
         """Reads these partitions, or leaves what is fetched of them where it is until they are wanted again.
@@ -198,40 +347,54 @@ cdef class ConsumerCore(Core):
         To be called now and then for those that are wanted: when a partition comes back soon after it was taken,
         librdkafka may forget where its records go.
         """
-        cdef bytes topic
         self._enter()
         try:
-            for name, partition in partitions:
-                topic = (<str?> name).encode()
-                forward_partition(self.c.rk, topic, partition, self.c.data_queue if wanted else NULL)
+            for item in partitions:
+                if wanted:
+                    self._take_part(item)
+                elif item in self.parts:
+                    kb_mutex_lock(&self.c.mu)
+                    (<Part *> <size_t> self.parts[item]).wanted = 0
+                    kb_mutex_unlock(&self.c.mu)
         finally:
             self._leave()
+
+    def wake(self) -> None:
+        """Has `poll` return soon, the next one if none waits. For any thread, and for a signal handler."""
+        kb_mutex_lock(&self.c.mu)
+        self.c.woken = 1
+        kb_cond_signal(&self.c.data_cond)
+        kb_mutex_unlock(&self.c.mu)
 
     # -- records
 
     def poll(self, int most, double timeout) -> tuple:
         """Up to `most` records, as soon as there is one, else none after `timeout` seconds: ``(envelopes, errors)``.
 
-        With `most` 0 it takes none, but is told of rebalances and errors. An error is ``(code, text, topic, partition,
-        offset)``. A record that cannot be read is an envelope of the format "raw" with its ``error``.
+        With `most` 0, or while a rebalance has no answer, it takes none, but is told of rebalances and errors. An error
+        is ``(code, text, topic, partition, offset)``. A record that cannot be read is an envelope of the format "raw" with its ``error``.
         """
         cdef Client *c = self.c
-        cdef Py_ssize_t i, count = 0, more
-        cdef int timeout_ms = <int> (timeout * 1000)
+        cdef Py_ssize_t i, count = 0
+        cdef int64_t deadline = kb_now_ns() + <int64_t> (timeout * 1e9)
+        cdef bint pending
         cdef list envelopes = [], errors = []
         most = min(most, MOST - 1)
         self._enter()
         try:
             with nogil:
-                count = max(0, api.consume_batch_queue(c.group_queue, 0, self.messages, max(most, 1)))
-                if c.rebalance == NULL and count < most:
-                    more = api.consume_batch_queue(c.data_queue, timeout_ms, self.messages + count, 1)
-                    if more > 0:
-                        count += more
-                        if count < most:
-                            # With a time-out it would wait until all are there.
-                            count += max(0, api.consume_batch_queue(
-                                c.data_queue, 0, self.messages + count, most - count))
+                pending = c.rebalance != NULL
+                while True:
+                    kb_mutex_lock(&c.mu)
+                    c.group_is_ready = 0
+                    kb_mutex_unlock(&c.mu)
+                    count = max(0, api.consume_batch_queue(c.group_queue, 0, self.messages, max(most, 1)))
+                    if c.rebalance == NULL and count < most:
+                        count += take_ready(c, self.messages + count, most - count, max(1, most // 4))
+                    if (count or take_wake(c) or c.rebalance != NULL and not pending
+                            or kb_now_ns() >= deadline):
+                        break
+                    wait_for_records(c, most > 0 and c.rebalance == NULL, deadline)
             for i in range(count):
                 if self.messages[i].err:
                     errors.append(self._error(self.messages[i]))
@@ -374,6 +537,50 @@ cdef class ConsumerCore(Core):
         finally:
             self._leave()
         self._check(code)
+        return found
+
+    def begin_commit(self, offsets) -> int:
+        """Commits ``(topic, partition, offset)`` each, and waits for nothing: `commit_answer` tells what came of it.
+
+        Returns a code of librdkafka: unless it is 0, nothing was begun.
+        """
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef int code
+        self._enter()
+        try:
+            items = make_list(offsets)
+            with nogil:
+                code = api.commit_queue(self.c.rk, items, self.c.commit_queue, NULL, NULL)
+                api.list_destroy(items)
+        finally:
+            self._leave()
+        return code
+
+    def commit_answer(self) -> int | None:
+        """The code that one commit was answered with; None: there is no answer yet."""
+        cdef rd_kafka_event_t *event
+        cdef object code = None
+        self._enter()
+        event = api.queue_poll(self.c.commit_queue, 0)
+        if event != NULL:
+            code = api.event_error(event)
+            api.event_destroy(event)
+        self._leave()
+        return code
+
+    def ends(self, partitions) -> dict:
+        """Of partitions that are read, the offset behind their last record, as the last answer of a broker told."""
+        cdef int64_t low, high
+        cdef bytes topic
+        found = {}
+        self._enter()
+        try:
+            for item in partitions:
+                low, high, topic = -1, -1, (<str?> item[0]).encode()
+                if api.get_watermark_offsets(self.c.rk, topic, item[1], &low, &high) == 0 and high >= 0:
+                    found[item] = high
+        finally:
+            self._leave()
         return found
 
     cdef int _check(self, int code) except -1:

@@ -183,17 +183,31 @@ cdef void drop_queue(rd_kafka_queue_t **queue) noexcept nogil:
     queue[0] = NULL
 
 
+cdef void drop_part(Part *part) noexcept nogil:
+    api.queue_cb_event_enable(part.queue, NULL, NULL)
+    api.queue_destroy(part.queue)
+    kb_free(part)
+
+
 cdef void drop_queues(Client *c) noexcept nogil:
     # Before librdkafka is destroyed. A consumer leaves its group meanwhile.
+    cdef Part *part
     kb_mutex_lock(&c.mu)
     c.rebalances_itself = 1
     if c.rebalance != NULL:
         api.list_destroy(c.rebalance)
         c.rebalance = NULL
     kb_mutex_unlock(&c.mu)
+    while c.parts != NULL:
+        part = c.parts
+        c.parts = part.next
+        drop_part(part)
+    c.ready_first = c.ready_last = NULL
     drop_queue(&c.queue)
+    if c.group_queue != NULL:
+        api.queue_cb_event_enable(c.group_queue, NULL, NULL)
     drop_queue(&c.group_queue)
-    drop_queue(&c.data_queue)
+    drop_queue(&c.commit_queue)
 
 
 cdef void end_librdkafka(Client *c) noexcept nogil:
