@@ -3,7 +3,7 @@
 import contextlib
 import uuid
 from collections.abc import Iterable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -72,3 +72,19 @@ def handled_at(inbox: Inbox, time: datetime, which: str = "true") -> None:
 def id_at(time: datetime, n: int = 0) -> uuid.UUID:
     """A UUID version 7 of a time."""
     return uuid.UUID(int=int(time.timestamp() * 1000) << 80 | 7 << 76 | 2 << 62 | n)
+
+
+def days_ago(days: float) -> datetime:
+    return datetime.now(timezone.utc) - timedelta(days=days)
+
+
+def consumer(cluster: Any, group: str = GROUP) -> dict[str, Any]:
+    """A listener's configuration. The mock cluster's groups wait for a session that has gone without a word."""
+    servers = cluster if isinstance(cluster, str) else cluster.bootstrap_servers
+    return {
+        "bootstrap.servers": servers,
+        "group.id": group,
+        "session.timeout.ms": 1500,
+        "heartbeat.interval.ms": 300,
+        "log_level": 0,
+    }
