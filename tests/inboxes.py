@@ -88,3 +88,10 @@ def consumer(cluster: Any, group: str = GROUP) -> dict[str, Any]:
         "heartbeat.interval.ms": 300,
         "log_level": 0,
     }
+
+
+def where(inbox: Inbox) -> dict[str, str]:
+    """Where it is, for another process."""
+    if isinstance(inbox, kbatch.SqliteInbox):
+        return {"path": inbox._path}
+    return {"conninfo": inbox._conninfo, "schema": inbox._tables.schema}

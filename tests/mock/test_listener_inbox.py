@@ -51,7 +51,7 @@ def listener(cluster: MockCluster, inbox: Inbox, handler: Any, **options: Any) -
 
 def writer(effects: str) -> Callable[[Any, Any], None]:
     def handle(envelope: Envelope, connection: Any) -> None:
-        connection.execute(f"INSERT INTO {effects} (n) VALUES ({int(envelope.data)})")  # type: ignore[call-overload]
+        connection.execute(f"INSERT INTO {effects} (n) VALUES ({int(envelope.data)})")  # type: ignore[arg-type]
 
     return handle
 

@@ -18,7 +18,7 @@ import kbatch
 from kbatch import Envelope, InboxError
 from tests import inboxes
 from tests.inboxes import GROUP, Inbox, accept, ids, in_postgres, in_sqlite, transaction
-from tests.outboxes import query, run
+from tests.outboxes import in_schema, query, run
 
 NOW = datetime.now(timezone.utc)
 NewInbox = Callable[..., Inbox]
@@ -116,7 +116,7 @@ def test_ids_of_all_kinds(inbox: Inbox) -> None:
 
 def test_a_tombstone_is_handled_once(inbox: Inbox) -> None:
     gone = kbatch.Tombstone("k")
-    assert accept(inbox, [gone, gone]) == [True, False]  # type: ignore[list-item]
+    assert accept(inbox, [gone, gone]) == [True, False]
 
 
 def test_two_inboxes_of_one_database_are_apart(inbox: Inbox, new_inbox: NewInbox) -> None:
@@ -377,9 +377,7 @@ def test_a_savepoint_is_a_handlers_own(inbox: Inbox, effects: str) -> None:
 
 def test_a_constraint_that_is_looked_at_by_the_commit_is_the_handlers_fault(inbox: Inbox) -> None:
     tables = ("parents", "children")
-    parents, children = (
-        tables if isinstance(inbox, kbatch.SqliteInbox) else (inboxes.in_schema(inbox, name) for name in tables)
-    )
+    parents, children = tables if isinstance(inbox, kbatch.SqliteInbox) else (in_schema(inbox, name) for name in tables)
     run(inbox, f"CREATE TABLE {parents} (n integer PRIMARY KEY)")
     run(inbox, f"CREATE TABLE {children} (n integer REFERENCES {parents} (n) DEFERRABLE INITIALLY DEFERRED)")
     session = inbox.open_session(GROUP)
