@@ -21,6 +21,7 @@
      ├─ OutboxError               an outbox cannot take rows, or its database does not answer
      │   └─ OutboxTimeoutError    the time of a DURABLE send was over (also a TimeoutError)
      ├─ InboxError                an inbox cannot be used, or its database does not answer
+     ├─ ListenerError             a listener cannot go on: refused, replaced, or closed
      └─ SenderError               a sender cannot take an envelope, or did not send it
          ├─ SenderClosedError     it is closed, or was closed first
          ├─ SenderFullError       no room within the time (also a TimeoutError)

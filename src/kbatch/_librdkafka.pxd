@@ -109,6 +109,7 @@ cdef extern from * nogil:
     ctypedef struct rd_kafka_metadata_broker_t:
         int32_t id
     ctypedef struct rd_kafka_metadata_partition_t:
+        int32_t id
         int32_t leader  # -1: none
     ctypedef struct rd_kafka_metadata_topic_t:
         char *topic
@@ -294,6 +295,7 @@ cdef struct Api:
     int (*event_log)(rd_kafka_event_t *event, const char **fac, const char **text, int *level) noexcept nogil
     const char *(*event_stats)(rd_kafka_event_t *event) noexcept nogil
     const char *(*event_config_string)(rd_kafka_event_t *event) noexcept nogil
+    const rd_kafka_topic_partition_list_t *(*event_list)(rd_kafka_event_t *event) noexcept nogil  # the event's
     # consuming; lists are the caller's, but for those that a callback is given
     void (*conf_set_rebalance_cb)(rd_kafka_conf_t *conf, rebalance_cb_t cb) noexcept nogil
     rd_kafka_topic_partition_list_t *(*list_new)(int size) noexcept nogil

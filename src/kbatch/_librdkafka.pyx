@@ -173,6 +173,8 @@ cdef void _fill() except *:
     api.event_stats = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_stats")
     api.event_config_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol(
         "rd_kafka_event_config_string")
+    api.event_list = <const rd_kafka_topic_partition_list_t *(*)(rd_kafka_event_t *) noexcept nogil> symbol(
+        "rd_kafka_event_topic_partition_list")
     api.conf_set_rebalance_cb = <void (*)(rd_kafka_conf_t *, rebalance_cb_t) noexcept nogil> symbol(
         "rd_kafka_conf_set_rebalance_cb")
     api.list_new = <rd_kafka_topic_partition_list_t *(*)(int) noexcept nogil> symbol(

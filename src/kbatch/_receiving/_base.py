@@ -227,7 +227,8 @@ class _Decoders:
 
     def decode(self, envelope: ReceivedEnvelope[Any]) -> None:
         content_type = envelope.content_type
-        if content_type is None or content_type == "application/json" or "json" in content_type:
+        # The second is what a producer says that was given bytes and no type.
+        if content_type is None or content_type == "application/octet-stream" or "json" in content_type:
             decoder = self._json
         elif "msgpack" in content_type:
             decoder = self._msgpack

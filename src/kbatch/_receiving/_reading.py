@@ -32,7 +32,7 @@ _logger = logging.getLogger("kbatch")
 _POLL_S = 0.05  # after so long without a record the group is asked what is new
 _GATHER_S = 0.005  # for more room than a little
 _COMMIT_POLL_S = 0.002
-_LOOK_S = 1.0  # between two looks at where records go, and at handlers that take long
+_LOOK_S = 1.0  # between two looks at handlers that take long
 _REMIND_EVERY_S = 60.0
 _COMMIT_TIMEOUT_S = 5.0
 _LAST_COMMIT_S = 1.0  # also when the time to close is over
@@ -151,6 +151,8 @@ class Reading:
     def lag(self) -> dict[Partition, int]:
         with self.lock:
             reached = self._positions.reached()
+        if not reached:
+            return {}
         try:
             ends = self.core.ends(reached)
         except ProducerClosedError:
@@ -358,7 +360,7 @@ class Reading:
             self._begin_commit()
         if now >= self._next_look:
             self._next_look = now + _LOOK_S
-            self._look_around(now)
+            self._tell_of_long_ones(now)
 
     def _room(self) -> int:
         limits = self._limits
@@ -445,16 +447,13 @@ class Reading:
             self._complaints[what] = now + _REMIND_EVERY_S
             _logger.warning(*message)
 
-    def _look_around(self, now: float) -> None:
+    def _tell_of_long_ones(self, now: float) -> None:
         with self.lock:
-            read = [each for each in self._positions.partitions() if each not in self._full]
             long = [
                 work
                 for work in self._running
                 if not work.is_told and now - work.begun_at >= self._limits.max_poll_interval_s / 2
             ]
-        if self._leaving is None:
-            self.core.read(read)
         for work in long:
             work.is_told = True
             _logger.warning(

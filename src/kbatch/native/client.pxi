@@ -23,6 +23,8 @@ cdef void client_drop(Client *c) noexcept nogil:
     if KB_ADD32(&c.references, -1) != 0:
         return
     pool_end(&c.pool)
+    kb_free(c.messages)
+    kb_free(c.blocks)
     drop_notices(c.notice_first)
     kb_cond_destroy(&c.drainer_cond)
     kb_cond_destroy(&c.dispatcher_cond)
