@@ -19,12 +19,9 @@ if TYPE_CHECKING:
     from kbatch._database._postgres_connection import OwnConnection
     from kbatch._errors import KbatchError
 
-__all__ = ["NOW_MS", "AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
+__all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
 
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
-
-# The database's clock, in milliseconds since 1970: asked once for each statement, so that an index may be used.
-NOW_MS = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
 
 # What to do, by the beginning of PostgreSQL's code.
 _HINTS = {
@@ -52,8 +49,12 @@ class PostgresNames(Tables):
         indexes: Of the indexes.
 
     Attributes:
+        now_ms: The database's clock, in milliseconds since 1970: asked once for each statement, so that an index may be
+            used.
         bare: The names without schema and quotes.
     """
+
+    now_ms = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
 
     def __init__(
         self, schema: str, prefix: str, names: Sequence[str], indexes: Sequence[str], values: dict[str, str]

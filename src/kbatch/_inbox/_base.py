@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from kbatch._checks import is_number
 from kbatch._errors import ConfigError, type_name
 from kbatch._fastmap import Envelope, Tombstone
-from kbatch._inbox._tables import OTHER_SLOT, SLOTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -39,7 +38,6 @@ __all__ = [
     "id_of",
     "limits_of",
     "partitions_of",
-    "slot_of",
     "time_of",
 ]
 
@@ -103,13 +101,6 @@ def partitions_of(envelopes: Iterable[Any]) -> set[Partition]:
         for envelope in envelopes
         if envelope.topic is not None and envelope.partition is not None
     }
-
-
-def slot_of(number: int) -> int:
-    """The slot of an id, by its number."""
-    if number >> 76 & 15 != 7 or number >> 62 & 3 != 2:
-        return OTHER_SLOT
-    return (number >> 80) // 86_400_000 % SLOTS
 
 
 def limits_of(

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import PostgresDatabase
-from kbatch._inbox._base import BaseInbox, InboxStatus, check_group, id_of, limits_of, slot_of, time_of
-from kbatch._inbox._tables import OTHER_SLOT, SLOTS, PostgresInboxTables, slot_name
+from kbatch._inbox._base import BaseInbox, InboxStatus, check_group, limits_of, time_of
+from kbatch._inbox._postgres_marks import Marks
+from kbatch._inbox._slots import OTHER_SLOT, SLOTS, slot_name
+from kbatch._inbox._tables import PostgresInboxTables
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from kbatch._inbox._base import Partition
     from kbatch._inbox._session import InboxSession
 
-__all__ = ["BasePostgresInbox", "Marks", "PostgresInbox"]
+__all__ = ["BasePostgresInbox", "PostgresInbox"]
 
 _NOW_US = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
@@ -35,37 +37,6 @@ UPDATE {position} AS kept SET
 FROM unnest($3::text[], $4::integer[], $5::bigint[], $6::bigint[]) AS found (name, number, committed, log_end)
 WHERE group_id = $1 AND topic = name AND partition = number
 """
-
-
-class Marks:
-    """Ids that are to be marked, as statements take them, in one order: so that no two transactions that mark the same
-    ids wait for each other.
-
-    Args:
-        ids: Their texts of 32 digits.
-    """
-
-    def __init__(self, envelopes: Iterable[Envelope[Any]]) -> None:
-        numbers = [id_of(envelope).int for envelope in envelopes]
-        self.ids = [f"{number:032x}" for number in numbers]
-        of_id = dict(zip(self.ids, numbers, strict=True))
-        self.distinct = sorted(of_id)
-        self.slots = [slot_of(of_id[each]) for each in self.distinct]
-
-    def array_texts(self) -> tuple[str, str]:
-        """The slots and the ids, as PostgreSQL reads arrays."""
-        return f"{{{','.join(map(str, self.slots))}}}", f"{{{','.join(self.distinct)}}}"
-
-    def found(self, count: int, marked: str | None) -> list[bool]:
-        """Which of the ids are new: `count` were marked; `marked` says which unless all were."""
-        if count == len(self.ids):
-            return [True] * count
-        left = set(self.distinct) if marked is None else set(marked[1:-1].replace("-", "").split(","))
-        found = []
-        for each in self.ids:
-            found.append(each in left)
-            left.discard(each)
-        return found
 
 
 class BasePostgresInbox(PostgresDatabase, BaseInbox):

@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 
 from kbatch._database._postgres_connection import run_raw
-from kbatch._inbox._postgres import Marks
+from kbatch._inbox._postgres_marks import Marks
 from kbatch._inbox._session import InboxSession, ended_by_handler
 
 if TYPE_CHECKING:

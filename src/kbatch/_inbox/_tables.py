@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, cast
 from kbatch._database._postgres import PostgresNames
 from kbatch._database._sqlite import SqliteNames, is_locked
 from kbatch._errors import InboxError
+from kbatch._inbox._slots import OTHER_SLOT, SLOTS, slot_name
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["OTHER_SLOT", "SLOTS", "PostgresInboxTables", "SqliteInboxTables", "slot_name"]
+__all__ = ["PostgresInboxTables", "SqliteInboxTables"]
 
 # In a table with rowids the rows lie in the order in which they were handled, in which they are deleted.
 _SQLITE = """\
@@ -38,9 +39,6 @@ CREATE TABLE IF NOT EXISTS {position} (
     PRIMARY KEY (group_id, topic, partition)
 ) WITHOUT ROWID;
 """
-
-SLOTS = 32  # days of ids, in turns: an empty slot takes the ids of another day
-OTHER_SLOT = -1  # of ids that tell no day
 
 # A slot is a function of the id, so that a row is unique in all of them. To empty one locks nothing but it.
 _POSTGRES = """\
@@ -70,11 +68,6 @@ _SLOT = "CREATE TABLE IF NOT EXISTS {{{name}}} PARTITION OF {{inbox}} FOR VALUES
 _OTHER = "CREATE INDEX IF NOT EXISTS {other_handled} ON {other} (handled_at);\n"
 
 _OUTAGES = ("08", "40", "53", "55P03", "57014", "57P", "58", "25006")
-
-
-def slot_name(slot: int) -> str:
-    """What a slot's table is called in a statement."""
-    return "other" if slot == OTHER_SLOT else f"day_{slot:02}"
 
 
 class SqliteInboxTables(SqliteNames):

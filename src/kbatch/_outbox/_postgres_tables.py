@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from kbatch._database._postgres import NOW_MS, PostgresNames
+from kbatch._database._postgres import PostgresNames
 from kbatch._outbox._tables import OutboxTables
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class PostgresTables(OutboxTables, PostgresNames):
     """The tables of one outbox, by their quoted names."""
 
     def __init__(self, schema: str, prefix: str) -> None:
-        super().__init__(schema, prefix, _TABLES[1:], _INDEXES, self.values(NOW_MS))
+        super().__init__(schema, prefix, _TABLES[1:], _INDEXES, self.values(self.now_ms))
 
     def ddl(self) -> str:
         """The statements that make what is missing."""

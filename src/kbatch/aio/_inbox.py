@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
 from kbatch._inbox._base import check_group
-from kbatch._inbox._postgres import BasePostgresInbox, Marks
+from kbatch._inbox._postgres import BasePostgresInbox
+from kbatch._inbox._postgres_marks import Marks
 from kbatch._loop import in_thread
 
 if TYPE_CHECKING:
