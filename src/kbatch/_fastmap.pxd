@@ -60,7 +60,10 @@ cdef class ReceivedEnvelope(Envelope):
     cdef object _decoded          # what `message` shows; UNSET: nobody has decoded it
     cdef int64_t _offset
     cdef readonly object error    # why it could not be read, or None
+    cdef object _given_value      # the record's, which a structured CloudEvent has its data in
+    cdef object _given_headers    # all of the record's: a tuple of pairs; or bytes, as `keep_headers` makes them
     cdef Envelope _plain(self)
+    cdef tuple _raw_headers(self)
 
 
 # -- a record: what phase 1 makes of an envelope, and what becomes of it
@@ -619,4 +622,5 @@ cdef void settle_whole(Client *c, BatchState *batch, int64_t acked, int64_t fail
 cdef void drop_records(BatchState *batch) noexcept nogil
 cdef void release_idle(Client *c, bint long_ones=*) noexcept
 cdef Envelope envelope_of(const Consumed *record, int wire, Envelope empty)
+cdef bytes keep_headers(const Consumed *record)
 cdef int wire_number(str name, str others) except -1

@@ -5,6 +5,17 @@ from kbatch._fastmap import Config, Core, Dispatcher, ReceivedEnvelope
 
 class ConsumerCallError(Exception): ...
 
+def received(
+    topic: str,
+    partition: int,
+    offset: int,
+    timestamp: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: tuple[tuple[str, bytes | None], ...],
+    wire: str,
+) -> ReceivedEnvelope[Any]: ...
+
 class ConsumerCore(Core):
     assignments: int
     def __init__(

@@ -4,7 +4,7 @@
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.mem cimport PyMem_Free, PyMem_Realloc
 from cpython.ref cimport PyObject
-from libc.stdint cimport INT32_MAX, int32_t
+from libc.stdint cimport INT32_MAX, int32_t, int64_t
 
 from kbatch._fastmap cimport (
     VALUE_NULL,
@@ -18,6 +18,7 @@ from kbatch._fastmap cimport (
     envelope_of,
     kb_mutex_lock,
     kb_mutex_unlock,
+    keep_headers,
     wire_number,
 )
 from kbatch._librdkafka cimport *
@@ -264,6 +265,7 @@ cdef class ConsumerCore(Core):
         cdef object topic = self._topic(message), partition = message.partition, offset = message.offset
         cdef object key = None, value = None
         cdef int kind = 0
+        cdef bytes given
         if message.key != NULL:
             key = PyBytes_FromStringAndSize(<const char *> message.key, message.key_len)
         if message.payload != NULL:
@@ -275,12 +277,14 @@ cdef class ConsumerCore(Core):
         record.pairs = NULL
         record.count = self._read_headers(message)
         record.headers = self.headers
+        given = keep_headers(&record)
         envelope = ReceivedEnvelope.__new__(ReceivedEnvelope)
         try:
             envelope_of(&record, self.wire, envelope)
         except DeserializationError as error:
             envelope = self._unreadable(&record, error)
         envelope._offset = message.offset
+        envelope._given_value, envelope._given_headers = value, given
         return envelope
 
     cdef ReceivedEnvelope _unreadable(self, Consumed *record, object error):
@@ -380,6 +384,27 @@ cdef class ConsumerCore(Core):
         if code:
             raise ConsumerCallError(code, *error_text(code))
         return 0
+
+
+def received(str topic not None, int partition, int64_t offset, int64_t timestamp, bytes key, bytes value,
+             tuple headers not None, str wire not None) -> ReceivedEnvelope:
+    """The envelope that a consumer would make of such a record, without one."""
+    cdef Consumed record
+    cdef object number = partition, place = offset
+    cdef ReceivedEnvelope envelope = ReceivedEnvelope.__new__(ReceivedEnvelope)
+    record.topic, record.partition, record.offset = <PyObject *> topic, <PyObject *> number, <PyObject *> place
+    record.key, record.value = <PyObject *> key, <PyObject *> value
+    record.timestamp = max(0, timestamp)
+    record.pairs, record.headers, record.count = <PyObject *> headers, NULL, len(headers)
+    try:
+        envelope_of(&record, wire_number(wire, ""), envelope)
+    except DeserializationError as error:
+        envelope = ReceivedEnvelope.__new__(ReceivedEnvelope)
+        envelope_of(&record, wire_number("raw", ""), envelope)
+        envelope.error = error
+    envelope._offset = offset
+    envelope._given_value, envelope._given_headers = value, headers
+    return envelope
 
 
 class ConsumerCallError(Exception):

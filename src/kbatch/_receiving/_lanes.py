@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from heapq import heappop, heappush
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._fastmap import Envelope, ReceivedEnvelope
 
 __all__ = ["Lanes", "Work"]
 
@@ -16,12 +18,15 @@ __all__ = ["Lanes", "Work"]
 class Work:
     """One record on its way through a handler."""
 
-    __slots__ = ("envelope", "lane", "position")
+    __slots__ = ("copy", "envelope", "failures", "lane", "outages", "position")
 
     def __init__(self, envelope: ReceivedEnvelope, lane: Hashable, position: object) -> None:
         self.envelope = envelope
         self.lane = lane  # None: it waits for nobody
         self.position = position
+        self.failures = 0  # how often the handler has raised
+        self.outages = 0  # how often it could not be handled for no fault of its own
+        self.copy: Envelope[Any] | None = None  # what is to be sent in place of handling it again
 
 
 class Lanes:
@@ -30,6 +35,8 @@ class Lanes:
     def __init__(self) -> None:
         self._ready: deque[Work] = deque()
         self._lanes: dict[Hashable, deque[Work]] = {}  # of keys with work under way: what waits behind it
+        self._later: list[tuple[float, int, Work]] = []  # a heap: what is begun again at its time
+        self._numbers = count()
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -45,7 +52,17 @@ class Lanes:
         self._ready.append(work)
         return True
 
-    def take(self) -> Work | None:
+    def put_off(self, work: Work, due: float) -> None:
+        """What was taken is ready again at this time. Its lane waits for it, the others do not."""
+        heappush(self._later, (due, next(self._numbers), work))
+
+    def next_due(self) -> float | None:
+        """When the first of what was put off is ready."""
+        return self._later[0][0] if self._later else None
+
+    def take(self, now: float) -> Work | None:
+        if self._later and self._later[0][0] <= now:
+            return heappop(self._later)[2]
         return self._ready.popleft() if self._ready else None
 
     def end(self, work: Work) -> bool:
@@ -61,7 +78,8 @@ class Lanes:
 
     def clear(self) -> list[Work]:
         """Forgets what nobody has begun, and returns it."""
-        dropped = list(self._ready)
+        dropped = [*self._ready, *(work for _, _, work in self._later)]
+        self._later.clear()
         for work in dropped:
             if work.lane is not None:
                 dropped.extend(self._lanes.pop(work.lane))

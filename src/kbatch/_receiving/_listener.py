@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 from collections import Counter
@@ -10,19 +11,24 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbatch._checks import check_close_timeout, is_number, is_whole
-from kbatch._errors import ConfigError, type_name
+from kbatch._errors import ConfigError, DeserializationError, KbatchError, spares_brokers, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
-from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
+from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic, wall_time
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
+from kbatch._receiving._copies import Copies
+from kbatch._receiving._delayed import Delayed
+from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import Lanes, Work
 from kbatch._receiving._positions import Positions
+from kbatch._recovery._retry import RetryPolicy, entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._producer import Producer
     from kbatch._receiving._positions import Partition
 
 __all__ = ["Listener"]
@@ -32,6 +38,8 @@ _logger = logging.getLogger("kbatch")
 _POLL_S = 0.05  # after so long without a record the group is asked what is new
 _READ_AGAIN_S = 1.0
 _COMMIT_TIMEOUT_S = 5.0
+_COPY_AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.2, max_backoff_s=5.0)
+_TOLD_EVERY_S = 30.0  # of an outage
 
 
 class Listener:
@@ -52,6 +60,16 @@ class Listener:
         max_in_flight: How many records are taken from librdkafka and not handled yet.
         commit_interval_s: Seconds between two commits.
         close_timeout_s: Seconds that the end of `run` waits for handlers.
+        retry: How often a record whose handler raises is tried again at once, while later ones of its key wait; by
+            default three attempts within a second. What happens then says `docs/failures.md`.
+        retry_topics: Seconds, such as ``[5, 60, 600]``. What has failed so often goes to the topic
+            ``<group.id>.retry.5``, which the listener reads as well, is tried again once after 5 seconds, then goes to
+            the next one.
+        dead_letter_topic: Where a record goes that has failed everywhere. Without one the listener ends with the
+            handler's error, and does not commit the record.
+        reject_on: Exceptions after which a record goes to the dead letter topic at once, as it does when it cannot be
+            read or decoded.
+        producer: What sends to these topics. By default the listener makes one of its own configuration.
 
     Raises:
         ConfigError: A wrong option.
@@ -69,6 +87,11 @@ class Listener:
         max_in_flight: int = 1_000,
         commit_interval_s: float = 1.0,
         close_timeout_s: float = 30.0,
+        retry: RetryPolicy | None = None,
+        retry_topics: Iterable[float] = (),
+        dead_letter_topic: str | None = None,
+        reject_on: Iterable[type[Exception]] = (),
+        producer: Producer | None = None,
     ) -> None:
         if isinstance(topics, str) or not (names := list(topics)) or not all(isinstance(name, str) for name in names):
             raise ConfigError("topics must be a list of names, with one at least")
@@ -83,6 +106,8 @@ class Listener:
             raise ConfigError(f"commit_interval_s must be seconds above 0, not {commit_interval_s!r}")
         check_close_timeout(close_timeout_s)
         parsed = ConsumerConfig.parse(config)
+        self._failures = Failures(parsed.group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
+        self._copies = Copies(config, producer) if self._failures.sends else None
         self._topics = names
         self._handler = handler
         self._decoders: dict[str | None, msgspec.json.Decoder[Any]] = {
@@ -105,6 +130,8 @@ class Listener:
         self._changed = threading.Condition()
         self._lanes = Lanes()
         self._positions = Positions()
+        self._delayed = Delayed()  # the polling thread's
+        self._outage_told_at = -_TOLD_EVERY_S
         self._running: Counter[Partition] = Counter()
         self._leaving: set[Partition] = set()  # nothing of them is begun any more
         self._in_flight = 0
@@ -112,12 +139,23 @@ class Listener:
         self._workers_end = False
         self._error: BaseException | None = None
         self._handled = 0
+        self._counts = {"attempts_failed": 0, "to_retry": 0, "dead": 0}
 
     # -- for any thread
 
     def stop(self) -> None:
         """Lets `run` end when the handlers that run are done. For any thread, and for a signal handler."""
         self._stopping = True
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the start.
+
+        ``handled``, records; ``attempts_failed``, times that a handler raised, and that a record could not be read;
+        ``to_retry`` and ``dead``, records that were stored in a retry topic and in the dead letter topic; ``in_flight``,
+        records that were taken from librdkafka and are not done.
+        """
+        with self._changed:
+            return {**self._counts, "handled": self._handled, "in_flight": self._in_flight}
 
     # -- the thread that polls
 
@@ -134,7 +172,7 @@ class Listener:
         for worker in workers:
             worker.start()
         try:
-            self._core.subscribe(self._topics)
+            self._core.subscribe([*self._topics, *self._failures.delays])
             self._poll()
         finally:
             self._stopping = True
@@ -153,6 +191,7 @@ class Listener:
                 room = max(0, self._max_in_flight - self._in_flight)
             self._look(room, _POLL_S)
             now = monotonic()
+            self._accept_due(now)
             if now >= next_commit:
                 next_commit = now + self._commit_interval_s
                 with self._changed:
@@ -160,7 +199,7 @@ class Listener:
                 self._core.commit(offsets)
             if now >= next_read:
                 next_read = now + _READ_AGAIN_S
-                self._core.read(self._positions.partitions())
+                self._core.read([each for each in self._positions.partitions() if each not in self._delayed])
 
     def _look(self, most: int, timeout: float) -> None:
         envelopes, errors = self._core.poll(most, timeout)
@@ -175,6 +214,26 @@ class Listener:
             self._rebalance(*change)
 
     def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
+        if self._failures.delays:
+            envelopes = [envelope for envelope in envelopes if not self._puts_off(envelope)]
+        self._begin(envelopes)
+
+    def _puts_off(self, envelope: ReceivedEnvelope) -> bool:
+        partition = (envelope.topic, envelope.partition)
+        left_s = self._failures.due_in_s(envelope, wall_time())
+        if not left_s and partition not in self._delayed:
+            return False
+        if self._delayed.add(partition, envelope, monotonic() + left_s):
+            self._core.read([partition], False)
+        return True
+
+    def _accept_due(self, now: float) -> None:
+        due = self._delayed.take_due(now, max(0, self._max_in_flight - self._in_flight))
+        if due:
+            self._begin(due)
+            self._core.read(self._delayed.take_empty())
+
+    def _begin(self, envelopes: list[ReceivedEnvelope]) -> None:
         with self._changed:
             for envelope in envelopes:
                 partition = (envelope.topic, envelope.partition)
@@ -204,6 +263,7 @@ class Listener:
                 self._leaving.clear()
             offsets = self._positions.collect(partitions)
             self._positions.take(partitions)
+        self._delayed.forget(partitions)
         if not is_lost:
             self._core.commit(offsets, _COMMIT_TIMEOUT_S)
         self._core.answer()
@@ -223,6 +283,8 @@ class Listener:
             offsets = self._positions.collect()
         self._core.commit(offsets, max(1.0, deadline - monotonic()))
         self._core.close(max(1.0, deadline - monotonic()))
+        if self._copies is not None:
+            self._copies.close(max(1.0, deadline - monotonic()))
         for worker in workers:
             worker.join(max(0.0, deadline - monotonic()))
 
@@ -230,21 +292,29 @@ class Listener:
 
     def _work(self) -> None:
         while (work := self._next()) is not None:
-            try:
-                self._handle(work.envelope)
-            except BaseException as error:
-                self._fail(work, error)
-            else:
-                self._done(work)
+            self._attempt(work)
+
+    def _attempt(self, work: Work) -> None:
+        if work.copy is not None:
+            self._send_on(work)
+            return
+        try:
+            self._handle(work.envelope)
+        except BaseException as error:
+            self._fail(work, error)
+        else:
+            self._done(work)
 
     def _next(self) -> Work | None:
         with self._changed:
             while True:
                 if self._workers_end:
                     return None
-                work = None if self._stopping else self._lanes.take()
+                now = monotonic()
+                work = None if self._stopping else self._lanes.take(now)
                 if work is None:
-                    self._changed.wait()
+                    due = self._lanes.next_due()
+                    self._changed.wait(None if due is None or self._stopping else max(0.0, due - now))
                     continue
                 partition = (work.envelope.topic, work.envelope.partition)
                 if partition in self._leaving or not self._positions.holds(partition, work.position):
@@ -258,16 +328,94 @@ class Listener:
             raise envelope.error
         decoder = self._decoders.get(envelope.message_type)
         if decoder is not None and envelope.data is not None:
-            envelope.decode(decoder.decode)
+            try:
+                envelope.decode(decoder.decode)
+            except (msgspec.MsgspecError, RecursionError) as error:
+                raise DeserializationError(
+                    f"its data are no {envelope.message_type}: {error}",
+                    topic=envelope.topic,
+                    partition=envelope.partition,
+                    offset=envelope.offset,
+                    header=None,
+                ) from error
         self._handler(envelope)
 
     def _done(self, work: Work) -> None:
         with self._changed:
             self._positions.end(work.position, work.envelope.offset)
-            self._handled += 1
+            if work.copy is None:
+                self._handled += 1
+            else:
+                self._counts["to_retry" if work.copy.topic in self._failures.delays else "dead"] += 1
             self._leave(work)
 
     def _fail(self, work: Work, error: BaseException) -> None:
+        is_outage = getattr(error, "is_outage", False) is True
+        if is_outage:
+            work.outages += 1
+        else:
+            work.failures += 1
+            work.outages = 0
+            with self._changed:
+                self._counts["attempts_failed"] += 1
+        fate = self._failures.judge(work.envelope, error, work.failures, work.outages, wall_time(), entropy)
+        if not is_outage or self._may_tell_outage():
+            self._tell(work, fate.told, error if fate.after_s is None else None)
+        if fate.copy is not None:
+            work.copy, work.failures = fate.copy, 0
+            self._send_on(work)
+        elif fate.after_s is not None:
+            self._put_off(work, fate.after_s)
+        else:
+            self._end_with(work, error)
+
+    def _send_on(self, work: Work) -> None:
+        assert self._copies is not None and work.copy is not None
+        try:
+            self._copies.send(work.copy, functools.partial(self._sent_on, work))
+        except BaseException as error:
+            self._end_with(work, error)
+
+    def _sent_on(self, work: Work, error: KbatchError | None) -> None:
+        # On a thread of the producer, or on the one that sends.
+        if error is None:
+            self._done(work)
+        elif spares_brokers(error) and not getattr(error, "retriable", False):
+            self._tell(work, f"the listener ends, since {work.copy and work.copy.topic} cannot take it: {error}", None)
+            self._end_with(work, error)
+        else:
+            work.failures += 1
+            if self._may_tell_outage():
+                self._tell(work, f"not stored in {work.copy and work.copy.topic} yet, and sent again: {error}", None)
+            self._put_off(work, _COPY_AGAIN.delay_s(work.failures, entropy))
+
+    def _put_off(self, work: Work, after_s: float) -> None:
+        envelope = work.envelope
+        with self._changed:
+            self._running[envelope.topic, envelope.partition] -= 1
+            self._lanes.put_off(work, monotonic() + after_s)
+            self._changed.notify_all()
+
+    def _may_tell_outage(self) -> bool:
+        now = monotonic()
+        with self._changed:
+            if now - self._outage_told_at < _TOLD_EVERY_S:
+                return False
+            self._outage_told_at = now
+            return True
+
+    def _tell(self, work: Work, told: str, error: BaseException | None) -> None:
+        envelope = work.envelope
+        try:
+            _logger.warning(
+                "record %s [%d] at offset %d: %s",
+                envelope.topic, envelope.partition, envelope.offset, told,
+                exc_info=error,
+            )  # fmt: skip
+        except Exception:  # whatever a handler of logs does
+            pass
+
+    def _end_with(self, work: Work, error: BaseException) -> None:
         with self._changed:
             if self._error is None:
                 self._error = error

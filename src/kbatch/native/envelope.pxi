@@ -482,6 +482,21 @@ cdef class ReceivedEnvelope(Envelope):
         """The record's offset in its partition."""
         return self._offset
 
+    @property
+    def raw_value(self):
+        """The value of the record as it came; `data`, unless the record is a structured CloudEvent."""
+        return self._given_value
+
+    @property
+    def raw_headers(self):
+        """All headers of the record as they came, those of the wire format among them: pairs of name and value."""
+        return self._raw_headers()
+
+    cdef tuple _raw_headers(self):
+        if isinstance(self._given_headers, bytes):
+            self._given_headers = list_headers(self._given_headers)
+        return () if self._given_headers is None else self._given_headers
+
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""
         self._decoded = decoder(self._body)
@@ -504,6 +519,49 @@ cdef class ReceivedEnvelope(Envelope):
 
     def __reduce__(self):
         return self._plain().__reduce__()
+
+
+cdef bytes keep_headers(const Consumed *record):
+    # One piece of memory for all headers: few are ever asked for.
+    cdef Py_ssize_t i, size = 0
+    cdef const Header *header
+    cdef bytes packed
+    cdef char *to
+    for i in range(record.count):
+        header = record.headers + i
+        size += 2 * <Py_ssize_t> sizeof(int32_t) + header.name_len + max(<Py_ssize_t> header.value_len, 0)
+    packed = PyBytes_FromStringAndSize(NULL, size)
+    to = PyBytes_AS_STRING(packed)
+    for i in range(record.count):
+        header = record.headers + i
+        memcpy(to, &header.name_len, sizeof(int32_t))
+        memcpy(to + sizeof(int32_t), &header.value_len, sizeof(int32_t))
+        to += 2 * sizeof(int32_t)
+        memcpy(to, header.name, header.name_len)
+        to += header.name_len
+        if header.value_len > 0:
+            memcpy(to, header.value, header.value_len)
+            to += header.value_len
+    return packed
+
+
+cdef tuple list_headers(bytes packed):
+    cdef const char *at = PyBytes_AS_STRING(packed)
+    cdef const char *end = at + PyBytes_GET_SIZE(packed)
+    cdef int32_t name_len, value_len
+    cdef list pairs = []
+    while at < end:
+        memcpy(&name_len, at, sizeof(int32_t))
+        memcpy(&value_len, at + sizeof(int32_t), sizeof(int32_t))
+        at += 2 * sizeof(int32_t)
+        name = PyUnicode_DecodeUTF8(at, name_len, "replace")
+        at += name_len
+        if value_len == VALUE_NULL:
+            pairs.append((name, None))
+            continue
+        pairs.append((name, PyBytes_FromStringAndSize(at, value_len)))
+        at += value_len
+    return tuple(pairs)
 
 
 def _rebuild_envelope(cls, arguments, attributes):
