@@ -6,7 +6,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable
 
     from kbatch._fastmap import ReceivedEnvelope
     from kbatch._receiving._positions import Partition
@@ -40,6 +40,10 @@ class Delayed:
                 due.append(waiting.popleft()[1])
         return due
 
+    def next_due(self) -> float | None:
+        """When the first of them is due; ``None`` if none waits."""
+        return min((waiting[0][0] for waiting in self._waiting.values() if waiting), default=None)
+
     def take_empty(self) -> list[Partition]:
         """Partitions of which nothing waits any more."""
         empty = [partition for partition, waiting in self._waiting.items() if not waiting]
@@ -50,6 +54,3 @@ class Delayed:
         """They were taken, or nothing waits."""
         for partition in partitions:
             self._waiting.pop(partition, None)
-
-    def __iter__(self) -> Iterator[Partition]:
-        return iter(self._waiting)

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kbatch._checks import check_topic, is_number
-from kbatch._errors import ConfigError, DeserializationError, named_exception_text, exception_text, type_name
+from kbatch._errors import ConfigError, DeserializationError, exception_text, named_exception_text, type_name
 from kbatch._fastmap import Envelope, Tombstone
 from kbatch._recovery._retry import RetryPolicy
 
@@ -102,7 +102,9 @@ class Failures:
             check_topic("dead_letter_topic", dead_letter_topic)
         for name in (*self._stages, *([] if dead_letter_topic is None else [dead_letter_topic])):
             if name in topics or any(_matches(each, name) for each in topics):
-                raise ConfigError(f"topics has {name!r}, or matches it, where what fails is sent: it would be read again")
+                raise ConfigError(
+                    f"topics has {name!r}, or matches it, where what fails is sent: it would be read again"
+                )
 
     @property
     def sends(self) -> bool:

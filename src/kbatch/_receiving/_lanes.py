@@ -18,15 +18,36 @@ __all__ = ["Lanes", "Work"]
 class Work:
     """One record on its way through a handler."""
 
-    __slots__ = ("copy", "envelope", "failures", "lane", "outages", "position")
+    __slots__ = ("copy", "envelopes", "failures", "lane", "outages", "part", "position")
 
     def __init__(self, envelope: ReceivedEnvelope, lane: Hashable, position: object) -> None:
-        self.envelope = envelope
+        self.envelopes = (envelope,)
         self.lane = lane  # None: it waits for nobody
         self.position = position
-        self.failures = 0  # how often the handler has raised
-        self.outages = 0  # how often it could not be handled for no fault of its own
+        self.part: int | None = None  # which of the envelopes is handled alone; None: all together
+        self.failures = 0  # how often handling that has failed
+        self.outages = 0  # how often since, for no fault of its own
         self.copy: Envelope[Any] | None = None  # what is to be sent in place of handling it again
+
+    @property
+    def envelope(self) -> ReceivedEnvelope:
+        """The one that is handled alone, else the first."""
+        return self.envelopes[self.part or 0]
+
+    def split(self) -> bool:
+        """From now on each envelope is handled alone. Whether that is new."""
+        if self.part is not None or len(self.envelopes) == 1:
+            return False
+        self.part, self.failures = 0, 0
+        return True
+
+    def next_part(self) -> bool:
+        """What was to be handled is done. Whether another part is left."""
+        if self.part is None or self.part + 1 == len(self.envelopes):
+            return False
+        self.part += 1
+        self.failures = self.outages = 0
+        return True
 
 
 class Lanes:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from kbatch._checks import check_close_timeout, is_number, is_whole
-from kbatch._errors import ConfigError, DeserializationError, KbatchError, spares_brokers, type_name
+from kbatch._errors import ConfigError, DeserializationError, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic, wall_time
@@ -19,10 +18,10 @@ from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
 from kbatch._receiving._copies import Copies
 from kbatch._receiving._delayed import Delayed
+from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import Lanes, Work
 from kbatch._receiving._positions import Positions
-from kbatch._recovery._retry import RetryPolicy, entropy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import ReceivedEnvelope
     from kbatch._producer import Producer
     from kbatch._receiving._positions import Partition
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Listener"]
 
@@ -38,8 +38,12 @@ _logger = logging.getLogger("kbatch")
 _POLL_S = 0.05  # after so long without a record the group is asked what is new
 _READ_AGAIN_S = 1.0
 _COMMIT_TIMEOUT_S = 5.0
-_COPY_AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.2, max_backoff_s=5.0)
-_TOLD_EVERY_S = 30.0  # of an outage
+
+
+class _Steps(NamedTuple):
+    done: Callable[[Work], None]
+    fail: Callable[[Work, BaseException], None]
+    put_off: Callable[[Work, float], None]
 
 
 class Listener:
@@ -108,6 +112,8 @@ class Listener:
         parsed = ConsumerConfig.parse(config)
         self._failures = Failures(parsed.group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
         self._copies = Copies(config, producer) if self._failures.sends else None
+        self._failing = Failing(self._failures, self._copies)
+        self._steps = _Steps(self._done, self._end_with, self._put_off)
         self._topics = names
         self._handler = handler
         self._decoders: dict[str | None, msgspec.json.Decoder[Any]] = {
@@ -131,7 +137,6 @@ class Listener:
         self._lanes = Lanes()
         self._positions = Positions()
         self._delayed = Delayed()  # the polling thread's
-        self._outage_told_at = -_TOLD_EVERY_S
         self._running: Counter[Partition] = Counter()
         self._leaving: set[Partition] = set()  # nothing of them is begun any more
         self._in_flight = 0
@@ -139,7 +144,6 @@ class Listener:
         self._workers_end = False
         self._error: BaseException | None = None
         self._handled = 0
-        self._counts = {"attempts_failed": 0, "to_retry": 0, "dead": 0}
 
     # -- for any thread
 
@@ -150,12 +154,12 @@ class Listener:
     def stats(self) -> dict[str, int]:
         """Counters since the start.
 
-        ``handled``, records; ``attempts_failed``, times that a handler raised, and that a record could not be read;
-        ``to_retry`` and ``dead``, records that were stored in a retry topic and in the dead letter topic; ``in_flight``,
-        records that were taken from librdkafka and are not done.
+        ``handled``, records that are done, those that were sent on among them; ``attempts_failed``, times that a
+        handler raised, and that a record could not be read; ``to_retry`` and ``dead``, records that were stored in a
+        retry topic and in the dead letter topic; ``in_flight``, records that were read and are not done.
         """
         with self._changed:
-            return {**self._counts, "handled": self._handled, "in_flight": self._in_flight}
+            return {"handled": self._handled, "in_flight": self._in_flight, **self._failing.stats()}
 
     # -- the thread that polls
 
@@ -295,15 +299,14 @@ class Listener:
             self._attempt(work)
 
     def _attempt(self, work: Work) -> None:
-        if work.copy is not None:
-            self._send_on(work)
+        if not self._failing.goes_on(self._steps, work):
             return
         try:
             self._handle(work.envelope)
         except BaseException as error:
             self._fail(work, error)
         else:
-            self._done(work)
+            self._failing.handled(self._steps, work)
 
     def _next(self) -> Work | None:
         with self._changed:
@@ -324,6 +327,10 @@ class Listener:
                 return work
 
     def _handle(self, envelope: ReceivedEnvelope) -> None:
+        self._decode(envelope)
+        self._handler(envelope)
+
+    def _decode(self, envelope: ReceivedEnvelope) -> None:
         if envelope.error is not None:
             raise envelope.error
         decoder = self._decoders.get(envelope.message_type)
@@ -338,82 +345,21 @@ class Listener:
                     offset=envelope.offset,
                     header=None,
                 ) from error
-        self._handler(envelope)
+
+    def _fail(self, work: Work, error: BaseException) -> None:
+        self._failing.failed(self._steps, work, error)
 
     def _done(self, work: Work) -> None:
         with self._changed:
             self._positions.end(work.position, work.envelope.offset)
-            if work.copy is None:
-                self._handled += 1
-            else:
-                self._counts["to_retry" if work.copy.topic in self._failures.delays else "dead"] += 1
+            self._handled += 1
             self._leave(work)
 
-    def _fail(self, work: Work, error: BaseException) -> None:
-        is_outage = getattr(error, "is_outage", False) is True
-        if is_outage:
-            work.outages += 1
-        else:
-            work.failures += 1
-            work.outages = 0
-            with self._changed:
-                self._counts["attempts_failed"] += 1
-        fate = self._failures.judge(work.envelope, error, work.failures, work.outages, wall_time(), entropy)
-        if not is_outage or self._may_tell_outage():
-            self._tell(work, fate.told, error if fate.after_s is None else None)
-        if fate.copy is not None:
-            work.copy, work.failures = fate.copy, 0
-            self._send_on(work)
-        elif fate.after_s is not None:
-            self._put_off(work, fate.after_s)
-        else:
-            self._end_with(work, error)
-
-    def _send_on(self, work: Work) -> None:
-        assert self._copies is not None and work.copy is not None
-        try:
-            self._copies.send(work.copy, functools.partial(self._sent_on, work))
-        except BaseException as error:
-            self._end_with(work, error)
-
-    def _sent_on(self, work: Work, error: KbatchError | None) -> None:
-        # On a thread of the producer, or on the one that sends.
-        if error is None:
-            self._done(work)
-        elif spares_brokers(error) and not getattr(error, "retriable", False):
-            self._tell(work, f"the listener ends, since {work.copy and work.copy.topic} cannot take it: {error}", None)
-            self._end_with(work, error)
-        else:
-            work.failures += 1
-            if self._may_tell_outage():
-                self._tell(work, f"not stored in {work.copy and work.copy.topic} yet, and sent again: {error}", None)
-            self._put_off(work, _COPY_AGAIN.delay_s(work.failures, entropy))
-
-    def _put_off(self, work: Work, after_s: float) -> None:
-        envelope = work.envelope
+    def _put_off(self, work: Work, due: float) -> None:
         with self._changed:
-            self._running[envelope.topic, envelope.partition] -= 1
-            self._lanes.put_off(work, monotonic() + after_s)
+            self._running[work.envelope.topic, work.envelope.partition] -= 1
+            self._lanes.put_off(work, due)
             self._changed.notify_all()
-
-    def _may_tell_outage(self) -> bool:
-        now = monotonic()
-        with self._changed:
-            if now - self._outage_told_at < _TOLD_EVERY_S:
-                return False
-            self._outage_told_at = now
-            return True
-
-    def _tell(self, work: Work, told: str, error: BaseException | None) -> None:
-        envelope = work.envelope
-        try:
-            _logger.warning(
-                "record %s [%d] at offset %d: %s",
-                envelope.topic, envelope.partition, envelope.offset, told,
-                exc_info=error,
-            )  # fmt: skip
-        except Exception:  # whatever a handler of logs does
-            pass
 
     def _end_with(self, work: Work, error: BaseException) -> None:
         with self._changed:

@@ -23,6 +23,7 @@ from kbatch.cli._settings import Settings
 
 _LOOK_EVERY_S = 0.1
 _TELL_EVERY_S = 60.0
+_LAST_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
     with Log(screen, as_json=job.as_json) as log:
         connection = Connection(log)
         listener, topics = _listener(job, connection)
-        with Interrupt(lambda: _abort(log), job.grace_s) as interrupt:
+        # What `run` still does when the time for handlers is over takes a moment.
+        with Interrupt(lambda: _abort(log, interrupt.status), job.grace_s + _LAST_S) as interrupt:
             log.tell(f"listener of {', '.join(topics)} begins")
             error: Exception | None = None
             with screen.live("listen") as bar, _watched(listener, log, connection, interrupt, bar):
@@ -61,15 +63,15 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
         return status
 
 
-def _abort(log: Log) -> None:
+def _abort(log: Log, status: int) -> None:
     # A handler that hangs cannot be ended in another way; what it had under way is not committed, and is read again.
     log.tell("handlers do not end; their records will be read again", "warning")
-    os._exit(1)
+    os._exit(status)
 
 
 def _told(listener: kbatch.Listener) -> str:
     stats = listener.stats()
-    text = f"{stats['handled']:,} handled"
+    text = f"{stats['handled']:,} done"
     for key, name in (("attempts_failed", "failed attempts"), ("to_retry", "to retry topics"), ("dead", "dead")):
         if stats[key]:
             text += f", {stats[key]:,} {name}"

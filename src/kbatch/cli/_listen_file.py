@@ -1,6 +1,8 @@
 """The file of a listener's settings."""
 
 import inspect
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import kbatch
 from kbatch.cli._relay_file import RETRY_OPTIONS
@@ -15,5 +17,10 @@ class ListenFile(TomlFile):
     """What a file says: ``handler``, ``topics`` and ``reject_on``, and the tables ``types``, ``listener``, ``retry``
     and ``kafka``."""
 
-    top = {"handler": str, "topics": list, "reject_on": list}
-    tables = {"types": None, "listener": LISTEN_OPTIONS, "retry": RETRY_OPTIONS, "kafka": None}
+    top: ClassVar[Mapping[str, type]] = {"handler": str, "topics": list, "reject_on": list}
+    tables: ClassVar[Mapping[str, Sequence[str] | None]] = {
+        "types": None,
+        "listener": LISTEN_OPTIONS,
+        "retry": RETRY_OPTIONS,
+        "kafka": None,
+    }

@@ -2,13 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._screen import Screen
 from kbatch.cli._work import Wire, exit_with, typed
+
+if TYPE_CHECKING:
+    from kbatch.cli._replay import Letters
+    from kbatch.cli._settings import Settings
 
 dead_topic_app = typer.Typer(
     help="Look at a dead letter topic, and send back what is in it.",
@@ -50,7 +54,9 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask no question.")]
 
 def listen(
     context: typer.Context,
-    topics: Annotated[list[str] | None, typer.Argument(metavar="TOPIC", help="Which topics; else those of FILE.")] = None,
+    topics: Annotated[
+        list[str] | None, typer.Argument(metavar="TOPIC", help="Which topics; else those of FILE.")
+    ] = None,
     handler: Annotated[
         str | None,
         typer.Option(metavar="MODULE:NAME", help="What is called with each envelope, such as shop.billing:handle."),
@@ -271,13 +277,25 @@ def dead_topic_replay(
     exit_with(work, screen)
 
 
-def _settings(setting, config):  # type: ignore[no-untyped-def]
+def _settings(setting: list[str] | None, config: Path | None) -> "Settings":
     from kbatch.cli._settings import Settings
 
     return Settings.collect([typed("-X", each) for each in setting or []], config, os.environ)
 
 
-def _letters(topic, begin, until, partition, key, count, error, origin, setting, config, timeout):  # type: ignore[no-untyped-def]
+def _letters(
+    topic: str,
+    begin: str,
+    until: str,
+    partition: int | None,
+    key: str | None,
+    count: int | None,
+    error: str | None,
+    origin: str | None,
+    setting: list[str] | None,
+    config: Path | None,
+    timeout: float,
+) -> "Letters":
     from kbatch.cli._replay import Letters
     from kbatch.cli._topic_reader import Range
 

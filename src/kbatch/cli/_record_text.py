@@ -56,7 +56,8 @@ def value_line(message: Message) -> bytes:
 
 def headers_of(message: Message) -> list[tuple[str, bytes | None]]:
     """All headers of a record."""
-    return [(name, value.encode() if isinstance(value, str) else value) for name, value in message.headers() or []]
+    given: Any = message.headers() or []
+    return [(name, value.encode() if isinstance(value, str) else value) for name, value in given]
 
 
 def _compact(value: Any) -> bytes:

@@ -2,8 +2,8 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import kbatch
 from kbatch.cli._toml_file import TomlFile
@@ -17,8 +17,12 @@ RETRY_OPTIONS = [each.name for each in dataclasses.fields(kbatch.RetryPolicy)]
 class RelayFile(TomlFile):
     """What a file says: ``outbox``, ``prefix`` and ``schema``, and the tables ``relay``, ``retry`` and ``kafka``."""
 
-    top = {"outbox": str, "prefix": str, "schema": str}
-    tables = {"relay": RELAY_OPTIONS, "retry": RETRY_OPTIONS, "kafka": None}
+    top: ClassVar[Mapping[str, type]] = {"outbox": str, "prefix": str, "schema": str}
+    tables: ClassVar[Mapping[str, Sequence[str] | None]] = {
+        "relay": RELAY_OPTIONS,
+        "retry": RETRY_OPTIONS,
+        "kafka": None,
+    }
 
     @property
     def relay(self) -> Mapping[str, Any]:

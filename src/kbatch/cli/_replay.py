@@ -107,8 +107,7 @@ def replay(job: ReplayJob, screen: Screen) -> int:
             return interrupt.status
         if lost:
             raise Failure(
-                f"{counted(lost, 'record does', 'records do')} not say where {'it comes' if lost == 1 else 'they come'} "
-                "from; give --to TOPIC",
+                f"{counted(lost, 'record does', 'records do')} not say which topic was the first; give --to TOPIC",
                 USAGE,
             )
         found = sum(targets.values())
@@ -128,7 +127,9 @@ def _tell(job: ReplayJob, sent: int, found: int, shown: str, screen: Screen) -> 
     elif job.dry_run or not found:
         screen.say(f"would be replayed: {shown}" if found else shown)
     else:
-        screen.say(f"{counted(sent, 'record')} replayed: {shown}" if sent == found else f"{sent:,} of {found:,} replayed")
+        screen.say(
+            f"{counted(sent, 'record')} replayed: {shown}" if sent == found else f"{sent:,} of {found:,} replayed"
+        )
     return 0 if job.dry_run or sent == found else 1
 
 
@@ -168,9 +169,7 @@ def _target(message: Message, to: str | None) -> str | None:
 def _without_failure(message: Message, topic: str) -> kbatch.Envelope[Any]:
     headers = headers_of(message)
     failed = any(name in FAILURE_HEADERS for name, _ in headers)
-    kept = [
-        pair for pair in headers if pair[0] not in FAILURE_HEADERS and not (failed and pair[0] in _ATTEMPTS)
-    ]
+    kept = [pair for pair in headers if pair[0] not in FAILURE_HEADERS and not (failed and pair[0] in _ATTEMPTS)]
     value = message.value()
     return raw_copy(topic, message.key(), value.encode() if isinstance(value, str) else value, kept)
 

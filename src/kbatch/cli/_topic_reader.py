@@ -131,9 +131,7 @@ class TopicReader:
             asked = [TopicPartition(topic, number, value) for number in marks]
             found = self._ask(lambda: self._consumer.offsets_for_times(asked, timeout=_ASK_S))
         default = 0 if kind == "committed" else 1
-        return {
-            each.partition: each.offset if each.offset >= 0 else marks[each.partition][default] for each in found
-        }
+        return {each.partition: each.offset if each.offset >= 0 else marks[each.partition][default] for each in found}
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         end = monotonic() + _ASK_S
@@ -143,7 +141,7 @@ class TopicReader:
             except KafkaException as error:
                 reason = error.args[0]
                 # Of a topic that is new the broker may not know yet that it leads it.
-                if not reason.retriable() and reason.code() not in _NOT_YET or monotonic() > end:
+                if (not reason.retriable() and reason.code() not in _NOT_YET) or monotonic() > end:
                     raise Failure(f"the broker did not answer: {reason.str()}") from None
 
     def messages(self, is_over: Callable[[], bool]) -> Iterator[Message | None]:

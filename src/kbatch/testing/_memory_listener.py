@@ -1,0 +1,254 @@
+"""Listeners without Kafka, for the unit tests of handlers."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._receiving._consumer import received
+from kbatch._receiving._delayed import Delayed
+from kbatch._receiving._failing import Failing
+from kbatch._receiving._lanes import Lanes, Work
+from kbatch._receiving._listener import Listener
+from kbatch.testing._memory_broker import MemoryRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from kbatch._errors import KbatchError
+    from kbatch._fastmap import Envelope, ReceivedEnvelope
+    from kbatch._recovery._retry import RetryPolicy
+
+__all__ = ["BaseMemoryListener", "MemoryListener", "MemoryOutcome"]
+
+_LARGEST = 1_000_000_000
+_ENOUGH = 1_000  # times that one record is tried
+
+
+@dataclass
+class MemoryOutcome:
+    """What became of an envelope that a `MemoryListener` was given.
+
+    Attributes:
+        envelope: As the handler saw it last.
+        outcome: ``"handled"``; ``"dead"``, sent to the dead letter topic; ``"failed"``, a listener would have ended;
+            ``"waiting"``, not tried because the one before has failed, or tried 1,000 times in vain.
+        errors: What the handler has raised, and why it could not be read, in this order.
+        topics: Where it was tried, once for each attempt.
+        dead_letter: The record in the dead letter topic.
+    """
+
+    envelope: ReceivedEnvelope[Any]
+    outcome: Literal["handled", "dead", "failed", "waiting"] = "waiting"
+    errors: list[Exception] = field(default_factory=list)
+    topics: list[str] = field(default_factory=list)
+    dead_letter: MemoryRecord | None = None
+
+    @property
+    def attempts(self) -> int:
+        """How often it was tried."""
+        return len(self.topics)
+
+
+class _Memory:
+    """A log, lanes and a clock that leaps: what a `Failing` works on in place of a broker and threads."""
+
+    def __init__(self, listener: Listener, wire: str, source: str | None) -> None:
+        encoder = msgspec.json.Encoder()
+        self._mapper = Mapper(wire, encoder, source, None, _LARGEST, _LARGEST, carry_scheduled_time=True)
+        self._raw = Mapper("raw", encoder, None, None, _LARGEST, _LARGEST)
+        self._wire = wire
+        self._failures = listener._failures
+        self.failing = Failing(self._failures, self, lambda: self._now, self._wall)
+        self.dead: list[MemoryRecord] = []
+        self._now = 0.0  # seconds that back-offs would have taken
+        self._offsets: defaultdict[str, int] = defaultdict(int)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lanes, self._delayed = Lanes(), Delayed()
+        self._outcomes: dict[tuple[str, int], MemoryOutcome] = {}  # by topic and offset
+        self._at: MemoryOutcome | None = None  # whose work was taken
+        self._is_moved = False  # it goes on as another record
+        self._has_ended = False
+
+    def _wall(self) -> float:
+        return wall_time() + self._now
+
+    def take_in(self, envelopes: Iterable[Envelope[Any]], topic: str) -> list[MemoryOutcome]:
+        self._clear()  # a listener that has ended begins again
+        pool = RecordPool()
+        outcomes = []
+        for record in pool.records(pool.map(self._mapper, topic, list(envelopes))):
+            if record is not None:  # its deliver_by has not passed
+                envelope = self._store(record)
+                outcomes.append(MemoryOutcome(envelope))
+                self._read(envelope, outcomes[-1])
+        return outcomes
+
+    def _store(self, record: Any) -> ReceivedEnvelope[Any]:
+        topic, partition, timestamp, key, value, headers = record
+        offset = self._offsets[topic]
+        self._offsets[topic] = offset + 1
+        timestamp = timestamp or int(self._wall() * 1000)
+        return received(topic, max(partition, 0), offset, timestamp, key, value, tuple(headers), self._wire)
+
+    def _read(self, envelope: ReceivedEnvelope[Any], outcome: MemoryOutcome) -> None:
+        self._outcomes[envelope.topic, envelope.offset] = outcome
+        left_s = self._failures.due_in_s(envelope, self._wall())
+        partition = (envelope.topic, envelope.partition)
+        if left_s or partition in self._delayed:
+            self._delayed.add(partition, envelope, self._now + left_s)
+        else:
+            self._add(envelope)
+
+    def _add(self, envelope: ReceivedEnvelope[Any]) -> None:
+        key = envelope.key
+        self._lanes.add(Work(envelope, None if key is None else (envelope.topic, envelope.partition, key), None))
+
+    def works(self) -> Iterator[tuple[Work, MemoryOutcome]]:
+        """What is to be handled next, until nothing is left."""
+        while not self._has_ended:
+            for envelope in self._delayed.take_due(self._now, sys.maxsize):
+                self._add(envelope)
+            self._delayed.take_empty()
+            work = self._lanes.take(self._now)
+            if work is None:
+                dues = [due for due in (self._lanes.next_due(), self._delayed.next_due()) if due is not None]
+                if not dues:
+                    return
+                self._now = max(self._now, min(dues))
+                continue
+            outcome = self._at = self._outcomes[work.envelope.topic, work.envelope.offset]
+            outcome.envelope = work.envelope
+            outcome.topics.append(work.envelope.topic)
+            yield work, outcome
+
+    # -- as `Steps`
+
+    def done(self, work: Work) -> None:
+        assert self._at is not None
+        if not self._is_moved:
+            self._at.outcome = "handled"
+        self._is_moved = False
+        self._lanes.end(work)
+
+    def fail(self, work: Work, error: BaseException) -> None:
+        assert self._at is not None
+        self._at.outcome = "failed"
+        self._has_ended = True
+
+    def put_off(self, work: Work, due: float) -> None:
+        assert self._at is not None
+        if self._at.attempts < _ENOUGH:
+            self._lanes.put_off(work, due)
+
+    # -- as `CopyTaker`
+
+    def send(self, copy: Envelope[Any], answer: Callable[[KbatchError | None], object]) -> None:
+        assert self._at is not None
+        pool = RecordPool()
+        (record,) = pool.records(pool.map(self._raw, None, [copy]))
+        envelope = self._store(record)
+        self._is_moved = True
+        if envelope.topic in self._failures.delays:
+            self._read(envelope, self._at)
+        else:
+            assert record is not None
+            assert envelope.timestamp is not None
+            place = (envelope.topic, envelope.partition, envelope.offset, envelope.timestamp)
+            self._at.outcome = "dead"
+            self._at.dead_letter = MemoryRecord(*place, record[3], record[4], tuple(record[5]))
+            self.dead.append(self._at.dead_letter)
+        answer(None)
+
+
+class BaseMemoryListener:
+    """What the listeners in memory have in common."""
+
+    def __init__(
+        self,
+        handler: Callable[..., Any],
+        *,
+        topics: Iterable[str] = ("test",),
+        group: str = "test",
+        types: Mapping[str, type] | None = None,
+        wire: str = "kbatch",
+        source: str | None = None,
+        retry: RetryPolicy | None = None,
+        retry_topics: Iterable[float] = (),
+        dead_letter_topic: str | None = None,
+        reject_on: Iterable[type[Exception]] = (),
+    ) -> None:
+        names = topics if isinstance(topics, str) else list(topics)
+        self._handler = handler
+        # It is never run: it checks the options, decodes, and decides what becomes of failures.
+        self._listener = Listener(
+            {"bootstrap.servers": "in-memory:9092", "group.id": group},
+            names,
+            self._call if callable(handler) else handler,
+            types=types,
+            wire=wire,
+            retry=retry,
+            retry_topics=retry_topics,
+            dead_letter_topic=dead_letter_topic,
+            reject_on=reject_on,
+        )
+        self._topic = names[0]
+        self._memory = _Memory(self._listener, wire, source)
+
+    def _call(self, envelope: ReceivedEnvelope[Any]) -> object:
+        return self._handler(envelope)
+
+    @property
+    def dead_letters(self) -> tuple[MemoryRecord, ...]:
+        """What was sent to the dead letter topic, as a consumer would see it."""
+        return tuple(self._memory.dead)
+
+    def stats(self) -> dict[str, int]:
+        """``attempts_failed``, ``to_retry`` and ``dead``, as of `kbatch.Listener.stats`."""
+        return self._memory.failing.stats()
+
+
+class MemoryListener(BaseMemoryListener):
+    """Hands envelopes to a handler as a `kbatch.Listener` does, and tells what became of them.
+
+    No broker, no threads, and no time: what a listener waits for comes at once, in the same order. Envelopes are
+    written in the wire format and read again, so that the handler sees what it would see of a record. The same code as
+    a listener's decides what is tried again, and where it goes then.
+
+    Args:
+        handler, types, wire, retry, retry_topics, dead_letter_topic, reject_on: As `kbatch.Listener` takes them.
+        topics: What it reads; envelopes without a topic are in the first.
+        group: Its ``group.id``.
+        source: As `kbatch.Producer` takes it.
+
+    Raises:
+        ConfigError: A wrong option.
+    """
+
+    def send(self, *envelopes: Envelope[Any], topic: str | None = None) -> list[MemoryOutcome]:
+        """Has them handled, as records of one partition, and returns the outcome of each.
+
+        An envelope whose ``deliver_by`` has passed is not sent, and has no outcome.
+
+        Raises:
+            SerializationError: An envelope could not be written.
+            BaseException: What a handler raises that is no `Exception`, such as ``pytest.fail``.
+        """
+        memory, listener = self._memory, self._listener
+        outcomes = memory.take_in(envelopes, topic or self._topic)
+        for work, outcome in memory.works():
+            try:
+                listener._handle(work.envelope)
+            except Exception as error:
+                outcome.errors.append(error)
+                memory.failing.failed(memory, work, error)
+            else:
+                memory.failing.handled(memory, work)
+        return outcomes
