@@ -140,3 +140,9 @@ def test_wrong_options_are_refused_as_a_listener_refuses_them() -> None:
         MemoryListener(print, topics="orders")
     with pytest.raises(kbatch.ConfigError, match="retry_topics must be seconds"):
         MemoryListener(print, retry_topics="5")
+
+
+def test_the_plugin_gives_doubles(memory_producer: Any, memory_listener: Any, sqlite_outbox: Any) -> None:
+    assert memory_producer.send_batch("orders", [Envelope({})]).ok
+    assert memory_listener(lambda _: None).send(Envelope({}))[0].outcome == "handled"
+    assert sqlite_outbox.status().waiting == 0

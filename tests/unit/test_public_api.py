@@ -36,7 +36,7 @@ LAYERS = [
     {"_base_producer"},
     {"_producer", "_recovery"},
     {"_batch_sender", "_options"},
-    {"_outbox"},
+    {"_outbox", "_receiving"},
     {"_sending"},
     {"aio"},
     {"testing"},
@@ -53,6 +53,11 @@ LAYERS_WITHIN = {
         {"_postgres_admin", "_postgres_store", "_sqlite_admin", "_sqlite_store", "_sqlite_writer"},
         {"_postgres", "_relay", "_sqlite"},
         {"_shared"},
+    ],
+    "_receiving": [
+        {"_config", "_copies", "_delayed", "_failures", "_lanes", "_positions"},
+        {"_failing"},
+        {"_listener"},
     ],
     "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
     "_sending": [
