@@ -307,6 +307,9 @@ class Batch(MappedBatch):
 
 WIRE_NAMES: tuple[str, ...]
 
+def receive(
+    record: ConsumedRecord, *, wire: str | WireReader = "kbatch", regular: bool = True
+) -> ReceivedEnvelope[Any] | None: ...
 def read_envelope(record: ConsumedRecord | RecordFields, *, wire: str | WireReader = "kbatch") -> Envelope[Any]: ...
 
 # (topic, partition, timestamp, key, value, headers)

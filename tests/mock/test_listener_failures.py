@@ -60,6 +60,11 @@ def run(listener: kbatch.Listener, seconds: float = 40.0) -> None:
         end.cancel()
 
 
+def counts(listener: kbatch.Listener) -> dict[str, int]:
+    names = ("handled", "attempts_failed", "to_retry", "dead", "in_flight")
+    return {name: listener.stats()[name] for name in names}
+
+
 class Running:
     """A listener in a thread of its own."""
 
@@ -173,7 +178,7 @@ def test_a_record_goes_through_all_retry_topics_to_the_dead_letters(cluster: Moc
     ) as running:
         until(lambda: running.listener.stats()["dead"] == 1, "the listener has done it")
     assert running.error is None
-    assert running.listener.stats() == {"handled": 4, "attempts_failed": 3, "to_retry": 2, "dead": 1, "in_flight": 0}
+    assert counts(running.listener) == {"handled": 4, "attempts_failed": 3, "to_retry": 2, "dead": 1, "in_flight": 0}
     assert sorted(tries) == [("billing.retry.0.3", 1), ("billing.retry.0.6", 2), ("orders", 0), ("orders", 0)]
     original = read_back(cluster.bootstrap_servers, "orders")[0]
     for topic, attempts, delay in (("billing.retry.0.3", 1, 300), ("billing.retry.0.6", 2, 600), ("dead", 3, None)):
@@ -316,7 +321,7 @@ def test_an_outage_of_the_database_fills_no_topic_and_counts_no_attempt(cluster:
     send(cluster, *numbered(0, 1))
     with Running(made(cluster, handle, retry=ONCE, retry_topics=[0.3], dead_letter_topic="dead")) as running:
         until(lambda: running.listener.stats()["handled"] == 2, "the listener has done it")
-    assert running.listener.stats() == {"handled": 2, "attempts_failed": 0, "to_retry": 0, "dead": 0, "in_flight": 0}
+    assert counts(running.listener) == {"handled": 2, "attempts_failed": 0, "to_retry": 0, "dead": 0, "in_flight": 0}
     assert tries == [0, 0, 0, 0, 0, 1]
 
 

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch._receiving._consumer import received
 from kbatch._receiving._copies import shared_config
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import FAILURE_HEADERS, Failures, Origin, origin_of
-from kbatch._receiving._lanes import Lanes, Work
+from kbatch._receiving._lanes import BatchLanes, Lanes, Work
+from kbatch._receiving._positions import Positions
+from kbatch.testing import MemoryRecord
+from kbatch.testing._memory_listener import received
 
 WALL = 1_700_000_000.25
 ID = ("id", b"0192f0c1-2345-7abc-8def-0123456789ab")
@@ -24,7 +26,14 @@ def record(
     key: bytes | None = b"k",
     wire: str = "kbatch",
 ) -> kbatch.ReceivedEnvelope[Any]:
-    return received(topic, 3, 17, 1_690_000_000_000, key, value, headers, wire)
+    return received(MemoryRecord(topic, 3, 17, 1_690_000_000_000, key, value, headers), wire)
+
+
+def work_of(*envelopes: kbatch.ReceivedEnvelope[Any], lane: object = None) -> Work:
+    positions = Positions()
+    positions.give([("orders", 3)])
+    places = [positions.begin(("orders", 3), n) for n in range(len(envelopes))]
+    return Work(("orders", 3), envelopes, tuple(place for place in places if place is not None), 0, lane)
 
 
 def failures(**options: Any) -> Failures:
@@ -175,16 +184,47 @@ def test_what_waits_behind_a_record_that_is_not_due_waits_with_it() -> None:
 
 def test_the_lane_of_what_is_put_off_waits_and_others_do_not() -> None:
     lanes = Lanes()
-    works = {name: Work(record(), name[0], None) for name in ("a1", "a2", "b1")}
+    works = {name: work_of(record(), lane=name[0]) for name in ("a1", "a2", "b1")}
     for work in works.values():
-        lanes.add(work)
+        lanes.add(work, 0.0)
     assert lanes.take(0.0) is works["a1"]
     lanes.put_off(works["a1"], 5.0)
     assert lanes.take(1.0) is works["b1"]
-    assert (lanes.take(1.0), lanes.next_due()) == (None, 5.0)
-    assert lanes.take(5.0) is works["a1"]
-    lanes.end(works["a1"])
+    assert (lanes.ripen(1.0), lanes.take(1.0)) == (5.0, None)
+    assert (lanes.ripen(5.0), len(lanes), lanes.take(5.0)) == (None, 1, works["a1"])
+    lanes.end(works["a1"], 5.0)
     assert lanes.take(5.0) is works["a2"]
+
+
+@pytest.mark.parametrize("is_due", [False, True])
+def test_what_was_put_off_of_a_partition_that_is_taken_is_dropped_with_what_is_behind_it(is_due: bool) -> None:
+    for lanes in (Lanes(), BatchLanes(1, 0.0)):
+        first, second = work_of(record(), lane="a"), work_of(record(), lane="a")
+        lanes.add(first, 0.0)
+        lanes.add(second, 0.0)
+        begun = lanes.take(0.0)
+        assert begun is not None
+        lanes.put_off(begun, 5.0)
+        lanes.ripen(9.0 if is_due else 1.0)
+        assert lanes.drop([("other", 0)]) == []
+        assert len(lanes.drop([("orders", 3)])) == 2
+        assert (lanes.ripen(9.0), len(lanes), lanes.take(9.0)) == (None, 0, None)
+        lanes.add(work_of(record(), lane="a"), 9.0)
+        assert lanes.take(9.0) is not None
+
+
+def test_the_next_batch_of_a_partition_waits_for_one_that_was_put_off() -> None:
+    lanes = BatchLanes(2, 0.0)
+    for _ in range(4):
+        lanes.add(work_of(record()), 0.0)
+    batch = lanes.take(0.0)
+    assert batch is not None
+    lanes.put_off(batch, 5.0)
+    assert (lanes.ripen(1.0), lanes.take(1.0)) == (5.0, None)
+    lanes.ripen(5.0)
+    assert lanes.take(5.0) is batch
+    lanes.end(batch, 5.0)
+    assert lanes.take(5.0) is not None
 
 
 def test_a_consumers_own_keys_are_none_of_its_producers(caplog: pytest.LogCaptureFixture) -> None:
@@ -223,8 +263,7 @@ def test_of_a_batch_that_fails_only_the_record_that_is_to_blame_is_dead() -> Non
     recorder = Recorder()
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=2), dead_letter_topic="dead")
     failing = Failing(policy, recorder, lambda: 0.0, lambda: WALL)
-    work = Work(record(), None, None)
-    work.envelopes = tuple(received("orders", 3, n, 0, b"k", b"{}", (), "kbatch") for n in range(3))
+    work = work_of(*(received(MemoryRecord("orders", 3, n, 0, b"k", b"{}"), "kbatch") for n in range(3)))
     for _ in range(2):  # as one
         failing.failed(recorder, work, ValueError("which?"))
     assert recorder.told == [("again", None), ("again", 0)]
@@ -250,7 +289,7 @@ def test_a_copy_that_is_not_stored_is_sent_again_and_counts_no_attempt() -> None
     recorder = Slow()
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
     failing = Failing(policy, recorder, lambda: 0.0, lambda: WALL)
-    work = Work(record(), None, None)
+    work = work_of(record())
     failing.failed(recorder, work, ValueError())
     for _ in range(2):
         assert not failing.goes_on(recorder, work)
@@ -268,5 +307,5 @@ def test_a_copy_that_its_topic_never_takes_ends_the_listener() -> None:
 
     recorder = Refusing()
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
-    Failing(policy, recorder).failed(recorder, Work(record(), None, None), ValueError())
+    Failing(policy, recorder).failed(recorder, work_of(record()), ValueError())
     assert recorder.told == ["fail"]

@@ -248,7 +248,7 @@ def test_the_map_of_the_design_has_each_file_and_no_other():
     package = ROOT / "src" / "kbatch"
     files = {
         path.relative_to(package)
-        for folder in (".", "_outbox", "_recovery", "_sending", "native", "testing")
+        for folder in (".", "_outbox", "_receiving", "_recovery", "_sending", "native", "testing")
         for path in package.joinpath(folder).glob("*.*")
         if path.suffix in {".py", ".pyx", ".pxi", ".h"}
     }

@@ -16,6 +16,7 @@ from kbatch._recovery._handle import ProducerHandle
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from kbatch._base_producer import BaseProducer
     from kbatch._fastmap import Envelope
     from kbatch._report import DeliveryReport
 
@@ -53,16 +54,25 @@ class Copies:
     """
 
     def __init__(self, config: Mapping[str, Any], producer: Producer | None) -> None:
+        self._given = producer
+        self._prototype: Producer | None = None  # not used: each run has a twin
+        self._handle: ProducerHandle | None = None  # of a run
         if producer is None:
-            self._handle = ProducerHandle(Producer(shared_config(config), wire="raw"), given=False)
+            self._prototype = Producer(shared_config(config), wire="raw")
         elif not isinstance(producer, Producer):
             raise ConfigError(f"producer must be a kbatch.Producer, not {type_name(producer)}")
         elif producer._transactions is not None:
             raise ConfigError("producer must have no transactional.id: copies are sent one by one")
-        else:
-            self._handle = ProducerHandle.of(producer)
-        self._handle.acquire()
         self._mapper = Mapper("raw", msgspec.json.Encoder(), None, None, _LARGEST, _LARGEST)
+
+    def open(self) -> None:
+        """Begins a run."""
+        if self._prototype is not None:
+            self._handle = ProducerHandle(self._prototype._twin(), given=False)
+        else:
+            assert self._given is not None
+            self._handle = ProducerHandle.of(self._given)
+        self._handle.acquire()
 
     def send(self, copy: Envelope[Any], answer: Callable[[KbatchError | None], object]) -> None:
         """Sends it and returns; `answer` is called once, with ``None`` when it is stored.
@@ -72,32 +82,43 @@ class Copies:
         pool = RecordPool()
         (packed,) = pool.pack(pool.map(self._mapper, None, [copy]))
         assert packed is not None
-        self._send(self._handle.producer, packed, answer, is_alone=False)
+        assert self._handle is not None
+        self._send(self._handle, self._handle.producer, packed, answer, is_alone=False)
 
     def _send(
-        self, producer: Any, packed: bytes, answer: Callable[[KbatchError | None], object], *, is_alone: bool
+        self,
+        handle: ProducerHandle,
+        producer: BaseProducer,
+        packed: bytes,
+        answer: Callable[[KbatchError | None], object],
+        *,
+        is_alone: bool,
     ) -> None:
         def settled(report: DeliveryReport) -> None:
             error = report.errors.get(0)
             # A broker refuses it with the whole record batch that it was in.
-            solo = self._handle.solo() if error is not None and is_for_whole_batch(error) and not is_alone else None
+            solo = handle.solo() if error is not None and is_for_whole_batch(error) and not is_alone else None
             if solo is None:
                 answer(error)
             else:
-                self._send(solo, packed, answer, is_alone=True)
+                self._send(handle, solo, packed, answer, is_alone=True)
 
         pending = PendingBatch(producer._core)
         try:
             producer._core.map_packed(pending, [packed])
             pending.add_done_callback(lambda batch: settled(batch.report))
-            producer._core.send(pending, wait=False)
+            producer._send_detached(pending)
         except ProducerError as error:
-            if self._handle.fate(producer, error) == "replace":
-                self._handle.replace(producer)
+            if is_alone:
+                handle.drop_solo(producer)
+            elif handle.fate(producer, error) == "replace":
+                handle.replace(producer)
             answer(error)
         except KbatchError as error:
             answer(error)
 
     def close(self, timeout_s: float) -> None:
-        """Ends the producer, unless it was given."""
-        self._handle.release(timeout_s)
+        """Ends a run, and its producer, unless it was given."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.release(timeout_s)

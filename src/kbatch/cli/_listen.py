@@ -50,6 +50,8 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
             with screen.live("listen") as bar, _watched(listener, log, connection, interrupt, bar):
                 try:
                     listener.run()
+                except kbatch.ConfigError as raised:  # what librdkafka sees only when it starts
+                    raise Failure(str(raised), USAGE) from None
                 except Exception as raised:  # a handler's, or kbatch's
                     error = raised
         if error is not None:
@@ -107,10 +109,6 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
         listener = kbatch.Listener(config, topics, _named(name, "--handler"), **options)
     except kbatch.ConfigError as error:
         raise Failure(job.settings.explain(str(error)), USAGE) from None
-    try:
-        listener._core.start()  # what librdkafka sees only when it starts
-    except kbatch.ConfigError as error:
-        raise Failure(str(error), USAGE) from None
     return listener, topics
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from kbatch._fastmap import Mapper, RecordPool, wall_time
-from kbatch._receiving._consumer import received
+from kbatch._fastmap import Mapper, RecordPool, receive, wall_time
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._lanes import Lanes, Work
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope, ReceivedEnvelope
+    from kbatch._receiving._base import BaseListener
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["BaseMemoryListener", "MemoryListener", "MemoryOutcome"]
@@ -55,10 +55,19 @@ class MemoryOutcome:
         return len(self.topics)
 
 
+def received(record: MemoryRecord, wire: str) -> ReceivedEnvelope[Any]:
+    """The envelope that a listener makes of a record."""
+    envelope = receive(record, wire=wire)
+    if envelope is None:
+        envelope = receive(record, wire=wire, regular=False)
+    assert envelope is not None
+    return envelope
+
+
 class _Memory:
     """A log, lanes and a clock that leaps: what a `Failing` works on in place of a broker and threads."""
 
-    def __init__(self, listener: Listener, wire: str, source: str | None) -> None:
+    def __init__(self, listener: BaseListener, wire: str, source: str | None) -> None:
         encoder = msgspec.json.Encoder()
         self._mapper = Mapper(wire, encoder, source, None, _LARGEST, _LARGEST, carry_scheduled_time=True)
         self._raw = Mapper("raw", encoder, None, None, _LARGEST, _LARGEST)
@@ -96,7 +105,8 @@ class _Memory:
         offset = self._offsets[topic]
         self._offsets[topic] = offset + 1
         timestamp = timestamp or int(self._wall() * 1000)
-        return received(topic, max(partition, 0), offset, timestamp, key, value, tuple(headers), self._wire)
+        stored = MemoryRecord(topic, max(partition, 0), offset, timestamp, key, value, tuple(headers))
+        return received(stored, self._wire)
 
     def _read(self, envelope: ReceivedEnvelope[Any], outcome: MemoryOutcome) -> None:
         self._outcomes[envelope.topic, envelope.offset] = outcome
@@ -108,8 +118,8 @@ class _Memory:
             self._add(envelope)
 
     def _add(self, envelope: ReceivedEnvelope[Any]) -> None:
-        key = envelope.key
-        self._lanes.add(Work(envelope, None if key is None else (envelope.topic, envelope.partition, key), None))
+        key, partition = envelope.key, (envelope.topic, envelope.partition)
+        self._lanes.add(Work(partition, (envelope,), (), 0, None if key is None else (*partition, key)), self._now)
 
     def works(self) -> Iterator[tuple[Work, MemoryOutcome]]:
         """What is to be handled next, until nothing is left."""
@@ -117,9 +127,10 @@ class _Memory:
             for envelope in self._delayed.take_due(self._now, sys.maxsize):
                 self._add(envelope)
             self._delayed.take_empty()
+            next_due = self._lanes.ripen(self._now)
             work = self._lanes.take(self._now)
             if work is None:
-                dues = [due for due in (self._lanes.next_due(), self._delayed.next_due()) if due is not None]
+                dues = [due for due in (next_due, self._delayed.next_due()) if due is not None]
                 if not dues:
                     return
                 self._now = max(self._now, min(dues))
@@ -136,7 +147,7 @@ class _Memory:
         if not self._is_moved:
             self._at.outcome = "handled"
         self._is_moved = False
-        self._lanes.end(work)
+        self._lanes.end(work, self._now)
 
     def fail(self, work: Work, error: BaseException) -> None:
         assert self._at is not None
@@ -171,13 +182,15 @@ class _Memory:
 class BaseMemoryListener:
     """What the listeners in memory have in common."""
 
+    _listener_type: ClassVar[type[Any]] = Listener
+
     def __init__(
         self,
         handler: Callable[..., Any],
         *,
         topics: Iterable[str] = ("test",),
         group: str = "test",
-        types: Mapping[str, type] | None = None,
+        types: Mapping[str, Any] | None = None,
         wire: str = "kbatch",
         source: str | None = None,
         retry: RetryPolicy | None = None,
@@ -186,12 +199,11 @@ class BaseMemoryListener:
         reject_on: Iterable[type[Exception]] = (),
     ) -> None:
         names = topics if isinstance(topics, str) else list(topics)
-        self._handler = handler
         # It is never run: it checks the options, decodes, and decides what becomes of failures.
-        self._listener = Listener(
+        self._listener = self._listener_type(
             {"bootstrap.servers": "in-memory:9092", "group.id": group},
             names,
-            self._call if callable(handler) else handler,
+            handler,
             types=types,
             wire=wire,
             retry=retry,
@@ -201,9 +213,6 @@ class BaseMemoryListener:
         )
         self._topic = names[0]
         self._memory = _Memory(self._listener, wire, source)
-
-    def _call(self, envelope: ReceivedEnvelope[Any]) -> object:
-        return self._handler(envelope)
 
     @property
     def dead_letters(self) -> tuple[MemoryRecord, ...]:
@@ -245,7 +254,7 @@ class MemoryListener(BaseMemoryListener):
         outcomes = memory.take_in(envelopes, topic or self._topic)
         for work, outcome in memory.works():
             try:
-                listener._handle(work.envelope)
+                listener._handle(work)
             except Exception as error:
                 outcome.errors.append(error)
                 memory.failing.failed(memory, work, error)

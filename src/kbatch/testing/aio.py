@@ -6,7 +6,7 @@ Not imported by `kbatch.testing`: tests without asyncio need none of it.
 from typing import Any
 
 from kbatch._fastmap import Envelope
-from kbatch.aio import Producer
+from kbatch.aio import Listener, Producer
 from kbatch.testing._memory import BaseMemoryProducer
 from kbatch.testing._memory_listener import BaseMemoryListener, MemoryOutcome
 
@@ -16,14 +16,15 @@ __all__ = ["MemoryListener", "MemoryProducer"]
 class MemoryListener(BaseMemoryListener):
     """Awaits a handler with envelopes: the `kbatch.testing.MemoryListener` of asyncio, which takes the same."""
 
+    _listener_type = Listener
+
     async def send(self, *envelopes: Envelope[Any], topic: str | None = None) -> list[MemoryOutcome]:
         """As that of `kbatch.testing.MemoryListener`; one call of the handler is awaited after the other."""
         memory, listener = self._memory, self._listener
         outcomes = memory.take_in(envelopes, topic or self._topic)
         for work, outcome in memory.works():
             try:
-                listener._decode(work.envelope)
-                await self._handler(work.envelope)
+                await listener._handle(work)
             except Exception as error:
                 outcome.errors.append(error)
                 memory.failing.failed(memory, work, error)
