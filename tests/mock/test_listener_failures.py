@@ -1,5 +1,6 @@
 """A listener's failures on the mock cluster: what fails is tried again, sent on, and read back by confluent-kafka."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 import kbatch
+from kbatch import aio
 from kbatch.testing import MockCluster
 from tests.waiting import until
 
@@ -389,3 +391,66 @@ def test_a_kill_between_copy_and_commit_doubles_copies_and_loses_none() -> None:
         assert len(offsets) == len(first) + 10
         assert committed(cluster) == 30
         assert os.getpid() != process.pid
+
+
+def test_of_a_batch_only_the_record_that_is_to_blame_is_dead(cluster: MockCluster) -> None:
+    calls: list[list[int]] = []
+
+    def handle(listener: kbatch.Listener, envelopes: Any) -> None:
+        calls.append([each.message["n"] for each in envelopes])
+        if 2 in calls[-1]:
+            raise ValueError("poison")
+
+    send(cluster, *numbered(*range(5)))
+    listener = made(cluster, handle, retry=ONCE, dead_letter_topic="dead", batch_size=5, batch_timeout_ms=5_000)
+    with Running(listener) as running:
+        until(lambda: running.listener.stats()["handled"] == 5, "all is done")
+    assert running.error is None
+    assert calls == [[0, 1, 2, 3, 4], [0], [1], [2], [3], [4]]
+    (letter,) = read_back(cluster.bootstrap_servers, "dead")
+    assert dict(letter.headers)["original-offset"] == b"2"
+    assert committed(cluster) == 5
+
+
+def test_a_listener_of_a_loop_does_the_same(cluster: MockCluster) -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append((envelope.topic, envelope.message["n"]))
+        if envelope.message["n"] == 1:
+            raise ValueError("poison")
+
+    async def listen() -> dict[str, int]:
+        config = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", **QUICK}
+        async with aio.Listener(
+            config, ["orders"], handle, types={"order": dict[str, int]}, retry=BRIEFLY, retry_topics=[0.3],
+            dead_letter_topic="dead", concurrency=2,
+        ) as listener:  # fmt: skip
+            task = asyncio.create_task(listener.run())
+            async with asyncio.timeout(60):
+                while listener.stats()["dead"] < 1 or listener.stats()["handled"] < 4:
+                    await asyncio.sleep(0.01)
+            listener.stop()
+            await task
+            return listener.stats()
+
+    send(cluster, *numbered(0, 1, 2))
+    stats = asyncio.run(listen())
+    assert (stats["handled"], stats["attempts_failed"], stats["to_retry"], stats["dead"]) == (4, 4, 1, 1)
+    assert [n for topic, n in seen if topic == "orders"] == [0, 1, 1, 1, 2]
+    assert [each for each in seen if each[0] != "orders"] == [("billing.retry.0.3", 1)]
+    assert len(read_back(cluster.bootstrap_servers, "dead")) == 1
+    assert committed(cluster) == 3
+
+
+def test_a_listener_that_runs_again_sends_on_again(cluster: MockCluster) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError("poison")
+
+    listener = made(cluster, handle, retry=ONCE, dead_letter_topic="dead")
+    for n in range(2):
+        send(cluster, *numbered(n))
+        with Running(listener) as running:
+            until(lambda: listener.stats()["dead"] == 1, "a dead letter")
+        assert running.error is None
+    assert len(read_back(cluster.bootstrap_servers, "dead")) == 2

@@ -101,9 +101,9 @@ PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
     ConfigError ConsumedRecord DeadLetter DeadLetterCount DeadLetters DeliveryError DeliveryReport
     DeserializationError DurableSender Envelope ForkError InlineSender KafkaSender KafkaTopic KbatchError
-    KeptMessage Listener ListenerError NotYetDueError OutboxError OutboxQuery OutboxStatus OutboxTimeoutError OutgoingBatch PendingBatch
-    PostgresOutbox Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay
-    RetryPolicy ScheduledMessage ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError
+    KeptMessage Listener ListenerError NotYetDueError OutboxError OutboxQuery OutboxStatus OutboxTimeoutError
+    OutgoingBatch PendingBatch PostgresOutbox Producer ProducerClosedError ProducerError ProducerFatalError
+    ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledMessage ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError
     SenderMode SenderProtocol SendingAgent SerializationContext SerializationError SqliteOutbox Tombstone
     TransactionUnknownError UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version
     read_envelope uuid7

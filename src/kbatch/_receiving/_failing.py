@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from kbatch._errors import KbatchError, spares_brokers
@@ -66,14 +65,13 @@ class Failing:
         self._failures = failures
         self._copies = copies
         self._now, self._wall = now, wall
-        self._lock = threading.Lock()
-        self._counts: Counter[str] = Counter()
+        self._lock = threading.RLock()  # re-entrant: a signal handler may come from within
+        self._counts = {"attempts_failed": 0, "to_retry": 0, "dead": 0}
         self._outage_told_at: float | None = None
 
     def stats(self) -> dict[str, int]:
         """``attempts_failed``, ``to_retry`` and ``dead``."""
-        with self._lock:
-            return {name: self._counts[name] for name in ("attempts_failed", "to_retry", "dead")}
+        return self._counts.copy()
 
     # -- after each time that work was taken
 

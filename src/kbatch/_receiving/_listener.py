@@ -44,13 +44,14 @@ class Listener(BaseListener):
             come one after the other, in order; those without a key in any order. With a `concurrency` of 1 all records
             of a partition come in order. It must not be a coroutine function: `kbatch.aio.Listener` takes those.
         types: By message type, what its data are decoded to by msgspec, from JSON, or from msgpack if the content type
-            says so. What cannot be decoded is a `DeserializationError`, and counts as if its handler had raised it. Of
-            other message types ``envelope.message`` is ``msgspec.UNSET``: the handler has ``envelope.data``.
+            says so. What cannot be decoded is a `DeserializationError`, and is tried no more. Of other message types
+            ``envelope.message`` is ``msgspec.UNSET``: the handler has ``envelope.data``.
         wire: The format of the records, as for `Producer`.
         concurrency: How many calls of the handler run at a time.
         batch_size: The handler is called with a list of up to so many envelopes of one partition, in the order of the
             log. One batch of a partition is handled at a time, so keys are in order, and `concurrency` is how many
-            partitions are. A batch is done as a whole, or fails as a whole.
+            partitions are. A batch is done as a whole, or fails as a whole; then each of its records is handled
+            alone.
         batch_timeout_ms: How long the first record of a batch waits for others. By default a batch is what is there
             when a handler has time.
         max_in_flight, max_in_flight_bytes: How many records, and about how many bytes, are read and not handled yet. A
