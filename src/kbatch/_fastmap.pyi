@@ -226,12 +226,52 @@ class ReceivedEnvelope(Envelope[_T_co]):
     @property
     def is_tombstone(self) -> bool: ...
     @property
-    def error(self) -> DeserializationError | None: ...
-    @property
     def raw_value(self) -> bytes | None: ...
     @property
     def raw_headers(self) -> tuple[tuple[str, bytes | None], ...]: ...
+    @property
+    def error(self) -> DeserializationError | None: ...
     def decode(self, decoder: Callable[[bytes], object], /) -> None: ...
+
+@final
+class ReceivedRecord:
+    def topic(self) -> str: ...
+    def partition(self) -> int: ...
+    def offset(self) -> int: ...
+    def timestamp(self) -> tuple[int, int]: ...
+    def key(self) -> bytes | None: ...
+    def value(self) -> bytes | None: ...
+    def headers(self) -> list[tuple[str, bytes | None]]: ...
+    def error(self) -> None: ...
+
+_RawHeaders: TypeAlias = Iterable[tuple[str | bytes, str | bytes | None]]
+
+@overload
+def received(
+    topic: str,
+    partition: int,
+    offset: int,
+    timestamp: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: _RawHeaders,
+    wire: str | WireReader = "kbatch",
+    *,
+    regular: None = None,
+) -> ReceivedEnvelope[Any]: ...
+@overload
+def received(
+    topic: str,
+    partition: int,
+    offset: int,
+    timestamp: int,
+    key: bytes | None,
+    value: bytes | None,
+    headers: _RawHeaders,
+    wire: str | WireReader = "kbatch",
+    *,
+    regular: bool,
+) -> ReceivedEnvelope[Any] | None: ...
 
 class _NullValue:
     def __reduce__(self) -> str: ...
@@ -307,9 +347,6 @@ class Batch(MappedBatch):
 
 WIRE_NAMES: tuple[str, ...]
 
-def receive(
-    record: ConsumedRecord, *, wire: str | WireReader = "kbatch", regular: bool = True
-) -> ReceivedEnvelope[Any] | None: ...
 def read_envelope(record: ConsumedRecord | RecordFields, *, wire: str | WireReader = "kbatch") -> Envelope[Any]: ...
 
 # (topic, partition, timestamp, key, value, headers)

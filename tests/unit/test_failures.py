@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 
 import kbatch
+from kbatch._fastmap import received
 from kbatch._receiving._copies import shared_config
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import FAILURE_HEADERS, Failures, Origin, origin_of
 from kbatch._receiving._lanes import BatchLanes, Lanes, Work
 from kbatch._receiving._positions import Positions
-from kbatch.testing import MemoryRecord
-from kbatch.testing._memory_listener import received
 
 WALL = 1_700_000_000.25
 ID = ("id", b"0192f0c1-2345-7abc-8def-0123456789ab")
@@ -26,7 +25,7 @@ def record(
     key: bytes | None = b"k",
     wire: str = "kbatch",
 ) -> kbatch.ReceivedEnvelope[Any]:
-    return received(MemoryRecord(topic, 3, 17, 1_690_000_000_000, key, value, headers), wire)
+    return received(topic, 3, 17, 1_690_000_000_000, key, value, headers, wire)
 
 
 def work_of(*envelopes: kbatch.ReceivedEnvelope[Any], lane: object = None) -> Work:
@@ -263,7 +262,7 @@ def test_of_a_batch_that_fails_only_the_record_that_is_to_blame_is_dead() -> Non
     recorder = Recorder()
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=2), dead_letter_topic="dead")
     failing = Failing(policy, recorder, lambda: 0.0, lambda: WALL)
-    work = work_of(*(received(MemoryRecord("orders", 3, n, 0, b"k", b"{}"), "kbatch") for n in range(3)))
+    work = work_of(*(received("orders", 3, n, 0, b"k", b"{}", ()) for n in range(3)))
     for _ in range(2):  # as one
         failing.failed(recorder, work, ValueError("which?"))
     assert recorder.told == [("again", None), ("again", 0)]

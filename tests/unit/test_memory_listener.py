@@ -1,6 +1,7 @@
 """Listeners in memory: the very decisions of a listener, without a broker, threads or time."""
 
 import asyncio
+import sqlite3
 from typing import Any
 
 import msgspec
@@ -146,3 +147,23 @@ def test_the_plugin_gives_doubles(memory_producer: Any, memory_listener: Any, sq
     assert memory_producer.send_batch("orders", [Envelope({})]).ok
     assert memory_listener(lambda _: None).send(Envelope({}))[0].outcome == "handled"
     assert sqlite_outbox.status().waiting == 0
+
+
+def test_an_inbox_leaves_out_what_was_handled_and_commits_with_the_mark(tmp_path: Any) -> None:
+    inbox = kbatch.SqliteInbox(tmp_path / "shop.db")
+    inbox.create()
+    calls: list[int] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any], connection: Any) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS invoices (number)")
+        connection.execute("INSERT INTO invoices VALUES (?)", (envelope.message["n"],))
+        calls.append(envelope.message["n"])
+        if len(calls) == 1:
+            raise ValueError("rolled back")
+
+    envelope = Envelope({"n": 7}, message_type="order")
+    listener = MemoryListener(handle, types={"order": dict[str, int]}, inbox=inbox)
+    assert [each.outcome for each in listener.send(envelope, envelope)] == ["handled", "handled"]
+    assert calls == [7, 7]  # the first one was not committed, the copy is not handled
+    with sqlite3.connect(tmp_path / "shop.db") as connection:
+        assert connection.execute("SELECT number FROM invoices").fetchall() == [(7,)]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._inbox._base import ListenersInbox
     from kbatch._producer import Producer
     from kbatch._recovery._retry import RetryPolicy
 
@@ -61,11 +62,15 @@ class BaseListener:
         dead_letter_topic: str | None,
         reject_on: Iterable[type[Exception]],
         producer: Producer | None,
+        inbox: ListenersInbox | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigError("topics must be a list of names, with one at least")
-        fault = call_fault(handler, "envelope") or self._handler_fault(handler)
+        if inbox is not None and not callable(getattr(inbox, "open_session", None)):
+            raise ConfigError(f"inbox must be a kbatch.SqliteInbox or kbatch.PostgresInbox, not {type_name(inbox)}")
+        given = ("envelope",) if inbox is None else ("envelope", "connection")
+        fault = call_fault(handler, *given) or self._handler_fault(handler)
         if fault is not None:
             raise ConfigError(f"handler {fault}")
         if wire not in WIRE_NAMES:
@@ -95,6 +100,7 @@ class BaseListener:
         self._failing = Failing(self._failures, self._copies)  # of the last run
         self._topics = names
         self._handler = handler
+        self._inbox = inbox
         self._wire = wire
         self._concurrency = concurrency
         self._batch_size = batch_size

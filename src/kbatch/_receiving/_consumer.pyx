@@ -39,6 +39,7 @@ from kbatch._fastmap cimport (
 from kbatch._librdkafka cimport *
 
 from kbatch._errors import ConfigError
+from kbatch._fastmap import received
 from kbatch._librdkafka import error_text, version_text
 
 cdef extern from *:
@@ -194,7 +195,7 @@ cdef rd_kafka_topic_partition_list_t *make_list(object items) except NULL:
     cdef tuple parts
     cdef bytes topic
     cdef int32_t partition
-    cdef int64_t offset
+    cdef int64_t offset = 0
     try:
         for item in given:
             parts = tuple(item)
@@ -243,6 +244,7 @@ cdef class ConsumerCore(Core):
     cdef Header *headers     # owned: of the record that is being read
     cdef Py_ssize_t header_room
     cdef dict topics         # by the address of librdkafka's: its name
+    cdef str topic           # of the run of records that is being given out
     cdef bint polls
     cdef dict parts          # by (topic, partition): the address of its Part
     cdef int64_t look_ns     # when their queues are asked for again
@@ -697,7 +699,6 @@ cdef class ConsumerCore(Core):
         cdef Received *block
         cdef Raw raw
         cdef ReceivedEnvelope envelope
-        cdef object topic = None
         while c.given_out < c.taken:
             message, block = c.messages[c.given_out], c.blocks[c.given_out]
             if message != NULL and message.err:
@@ -705,16 +706,15 @@ cdef class ConsumerCore(Core):
                 c.given_out += 1
                 continue
             if message != NULL:
-                topic = self._topic(message)
-            elif topic is None:
-                topic = self.envelopes[-1].topic  # of the same run, before the interruption
+                self.topic = self._topic(message)
             if block != NULL:
-                envelope = regular_envelope(block, topic, <const char *> message.payload if message != NULL else NULL)
+                envelope = regular_envelope(
+                    block, self.topic, <const char *> message.payload if message != NULL else NULL)
                 c.blocks[c.given_out] = NULL
             else:
                 if not self._begin_raw(message, &raw) and raw.count != -1:
                     raise MemoryError("no memory for the headers of a record")
-                envelope = read_irregular(&raw, topic, self.wire, self.custom)
+                envelope = read_irregular(&raw, self.topic, self.wire, self.custom)
             if PyList_Append(self.envelopes, envelope) < 0:  # an exception is set
                 envelope._block, c.blocks[c.given_out] = NULL, block
                 return -1

@@ -8,6 +8,7 @@ import typer
 
 import kbatch
 from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._inbox_app import inbox_app
 from kbatch.cli._outbox_app import outbox_app, relay
 from kbatch.cli._receiving_app import consume, dead_topic_app, listen, replay
 from kbatch.cli._screen import Screen
@@ -156,3 +157,4 @@ app.command()(consume)
 app.command()(replay)
 app.add_typer(dead_topic_app, name="dead-topic")
 app.add_typer(outbox_app, name="outbox")
+app.add_typer(inbox_app, name="inbox")

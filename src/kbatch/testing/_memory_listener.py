@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from kbatch._fastmap import Mapper, RecordPool, receive, wall_time
+from kbatch._fastmap import Mapper, RecordPool, received, wall_time
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._lanes import Lanes, Work
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope, ReceivedEnvelope
+    from kbatch._inbox._base import ListenersInbox
     from kbatch._receiving._base import BaseListener
+    from kbatch._receiving._failing import Steps
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["BaseMemoryListener", "MemoryListener", "MemoryOutcome"]
@@ -37,7 +39,8 @@ class MemoryOutcome:
     Attributes:
         envelope: As the handler saw it last.
         outcome: ``"handled"``; ``"dead"``, sent to the dead letter topic; ``"failed"``, a listener would have ended;
-            ``"waiting"``, not tried because the one before has failed, or tried 1,000 times in vain.
+            ``"waiting"``, not tried because the one before has failed, or tried 1,000 times in vain, or its inbox does
+            not answer.
         errors: What the handler has raised, and why it could not be read, in this order.
         topics: Where it was tried, once for each attempt.
         dead_letter: The record in the dead letter topic.
@@ -55,13 +58,17 @@ class MemoryOutcome:
         return len(self.topics)
 
 
-def received(record: MemoryRecord, wire: str) -> ReceivedEnvelope[Any]:
-    """The envelope that a listener makes of a record."""
-    envelope = receive(record, wire=wire)
-    if envelope is None:
-        envelope = receive(record, wire=wire, regular=False)
-    assert envelope is not None
-    return envelope
+class _Noting(Failing):
+    """Notes what failed, in the outcome of the envelope."""
+
+    memory: _Memory
+
+    def failed(self, steps: Steps, work: Work, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            raise error  # to the test
+        assert self.memory.at is not None
+        self.memory.at.errors.append(error)
+        super().failed(steps, work, error)
 
 
 class _Memory:
@@ -73,7 +80,9 @@ class _Memory:
         self._raw = Mapper("raw", encoder, None, None, _LARGEST, _LARGEST)
         self._wire = wire
         self._failures = listener._failures
-        self.failing = Failing(self._failures, self, lambda: self._now, self._wall)
+        self.failing = _Noting(self._failures, self, lambda: self._now, self._wall)
+        self.failing.memory = self
+        listener._failing = self.failing
         self.dead: list[MemoryRecord] = []
         self._now = 0.0  # seconds that back-offs would have taken
         self._offsets: defaultdict[str, int] = defaultdict(int)
@@ -82,7 +91,7 @@ class _Memory:
     def _clear(self) -> None:
         self._lanes, self._delayed = Lanes(), Delayed()
         self._outcomes: dict[tuple[str, int], MemoryOutcome] = {}  # by topic and offset
-        self._at: MemoryOutcome | None = None  # whose work was taken
+        self.at: MemoryOutcome | None = None  # whose work was taken
         self._is_moved = False  # it goes on as another record
         self._has_ended = False
 
@@ -105,8 +114,7 @@ class _Memory:
         offset = self._offsets[topic]
         self._offsets[topic] = offset + 1
         timestamp = timestamp or int(self._wall() * 1000)
-        stored = MemoryRecord(topic, max(partition, 0), offset, timestamp, key, value, tuple(headers))
-        return received(stored, self._wire)
+        return received(topic, max(partition, 0), offset, timestamp, key, value, headers, self._wire)
 
     def _read(self, envelope: ReceivedEnvelope[Any], outcome: MemoryOutcome) -> None:
         self._outcomes[envelope.topic, envelope.offset] = outcome
@@ -121,7 +129,7 @@ class _Memory:
         key, partition = envelope.key, (envelope.topic, envelope.partition)
         self._lanes.add(Work(partition, (envelope,), (), 0, None if key is None else (*partition, key)), self._now)
 
-    def works(self) -> Iterator[tuple[Work, MemoryOutcome]]:
+    def works(self) -> Iterator[Work]:
         """What is to be handled next, until nothing is left."""
         while not self._has_ended:
             for envelope in self._delayed.take_due(self._now, sys.maxsize):
@@ -135,47 +143,55 @@ class _Memory:
                     return
                 self._now = max(self._now, min(dues))
                 continue
-            outcome = self._at = self._outcomes[work.envelope.topic, work.envelope.offset]
+            outcome = self.at = self._outcomes[work.envelope.topic, work.envelope.offset]
             outcome.envelope = work.envelope
             outcome.topics.append(work.envelope.topic)
-            yield work, outcome
+            yield work
 
     # -- as `Steps`
 
     def done(self, work: Work) -> None:
-        assert self._at is not None
+        assert self.at is not None
         if not self._is_moved:
-            self._at.outcome = "handled"
+            self.at.outcome = "handled"
         self._is_moved = False
         self._lanes.end(work, self._now)
 
     def fail(self, work: Work, error: BaseException) -> None:
-        assert self._at is not None
-        self._at.outcome = "failed"
+        assert self.at is not None
+        self.at.outcome = "failed"
         self._has_ended = True
 
+    def abandon(self, work: Work) -> None:
+        """Its inbox does not answer."""
+        self._has_ended = True
+
+    def is_given_up(self, work: Work) -> bool:
+        """Nobody waits for an inbox."""
+        return True
+
     def put_off(self, work: Work, due: float) -> None:
-        assert self._at is not None
-        if self._at.attempts < _ENOUGH:
+        assert self.at is not None
+        if self.at.attempts < _ENOUGH:
             self._lanes.put_off(work, due)
 
     # -- as `CopyTaker`
 
     def send(self, copy: Envelope[Any], answer: Callable[[KbatchError | None], object]) -> None:
-        assert self._at is not None
+        assert self.at is not None
         pool = RecordPool()
         (record,) = pool.records(pool.map(self._raw, None, [copy]))
         envelope = self._store(record)
         self._is_moved = True
         if envelope.topic in self._failures.delays:
-            self._read(envelope, self._at)
+            self._read(envelope, self.at)
         else:
             assert record is not None
             assert envelope.timestamp is not None
             place = (envelope.topic, envelope.partition, envelope.offset, envelope.timestamp)
-            self._at.outcome = "dead"
-            self._at.dead_letter = MemoryRecord(*place, record[3], record[4], tuple(record[5]))
-            self.dead.append(self._at.dead_letter)
+            self.at.outcome = "dead"
+            self.at.dead_letter = MemoryRecord(*place, record[3], record[4], tuple(record[5]))
+            self.dead.append(self.at.dead_letter)
         answer(None)
 
 
@@ -197,6 +213,7 @@ class BaseMemoryListener:
         retry_topics: Iterable[float] = (),
         dead_letter_topic: str | None = None,
         reject_on: Iterable[type[Exception]] = (),
+        inbox: ListenersInbox | None = None,
     ) -> None:
         names = topics if isinstance(topics, str) else list(topics)
         # It is never run: it checks the options, decodes, and decides what becomes of failures.
@@ -210,7 +227,9 @@ class BaseMemoryListener:
             retry_topics=retry_topics,
             dead_letter_topic=dead_letter_topic,
             reject_on=reject_on,
+            **({} if inbox is None else {"inbox": inbox}),
         )
+        self._inbox, self._group = inbox, group
         self._topic = names[0]
         self._memory = _Memory(self._listener, wire, source)
 
@@ -232,7 +251,7 @@ class MemoryListener(BaseMemoryListener):
     a listener's decides what is tried again, and where it goes then.
 
     Args:
-        handler, types, wire, retry, retry_topics, dead_letter_topic, reject_on: As `kbatch.Listener` takes them.
+        handler, types, wire, retry, retry_topics, dead_letter_topic, reject_on, inbox: As `kbatch.Listener` takes them.
         topics: What it reads; envelopes without a topic are in the first.
         group: Its ``group.id``.
         source: As `kbatch.Producer` takes it.
@@ -252,12 +271,12 @@ class MemoryListener(BaseMemoryListener):
         """
         memory, listener = self._memory, self._listener
         outcomes = memory.take_in(envelopes, topic or self._topic)
-        for work, outcome in memory.works():
-            try:
-                listener._handle(work)
-            except Exception as error:
-                outcome.errors.append(error)
-                memory.failing.failed(memory, work, error)
-            else:
-                memory.failing.handled(memory, work)
+        session = None if self._inbox is None else self._inbox.open_session(self._group)
+        listener._of_thread.session, listener._of_thread.reading = session, memory
+        try:
+            for work in memory.works():
+                listener._attempt(memory, work)
+        finally:
+            if session is not None:
+                session.close()
         return outcomes

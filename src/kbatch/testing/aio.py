@@ -22,11 +22,10 @@ class MemoryListener(BaseMemoryListener):
         """As that of `kbatch.testing.MemoryListener`; one call of the handler is awaited after the other."""
         memory, listener = self._memory, self._listener
         outcomes = memory.take_in(envelopes, topic or self._topic)
-        for work, outcome in memory.works():
+        for work in memory.works():
             try:
                 await listener._handle(work)
             except Exception as error:
-                outcome.errors.append(error)
                 memory.failing.failed(memory, work, error)
             else:
                 memory.failing.handled(memory, work)
