@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import msgspec
 
 from kbatch._callbacks import call_fault
 from kbatch._checks import check_close_timeout, is_number, is_whole
-from kbatch._errors import ConfigError, DeserializationError, exception_text, type_name
+from kbatch._errors import ConfigError, DeserializationError, InboxError, exception_text, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._inbox._base import ListenersInbox
 
 __all__ = ["BaseListener"]
 
+_logger = logging.getLogger("kbatch")
+
+_REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
 _COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
 
@@ -34,6 +39,8 @@ class BaseListener:
     """The options of a listener, checked as a whole, and its run. Whatever changes while it runs is the run's."""
 
     _name = "kbatch.Listener"
+    _first_wait_s, _longest_wait_s = 0.1, 5.0  # for an inbox whose database is away
+    _look_s = 0.02  # whether what waits is still wanted
 
     def __init__(
         self,
@@ -50,11 +57,15 @@ class BaseListener:
         max_in_flight_bytes: int,
         commit_interval_s: float,
         close_timeout_s: float,
+        inbox: ListenersInbox | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigError("topics must be a list of names, with one at least")
-        fault = call_fault(handler, "envelope") or self._handler_fault(handler)
+        if inbox is not None and not callable(getattr(inbox, "open_session", None)):
+            raise ConfigError(f"inbox must be a kbatch.SqliteInbox or kbatch.PostgresInbox, not {type_name(inbox)}")
+        given = ("envelope",) if inbox is None else ("envelope", "connection")
+        fault = call_fault(handler, *given) or self._handler_fault(handler)
         if fault is not None:
             raise ConfigError(f"handler {fault}")
         if wire not in WIRE_NAMES:
@@ -80,6 +91,8 @@ class BaseListener:
         self._parsed = ConsumerConfig.parse(config)
         self._topics = names
         self._handler = handler
+        self._inbox = inbox
+        self._told_of_outage = float("-inf")
         self._wire = wire
         self._concurrency = concurrency
         self._batch_size = batch_size
@@ -185,6 +198,20 @@ class BaseListener:
     def _wait_until_over(self, end: float) -> None:
         while self._runs_here() and monotonic() < end:
             threading.Event().wait(min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic())))
+
+    def _check_inbox(self) -> None:
+        if self._inbox is not None:
+            try:
+                self._inbox._check()
+            except InboxError as error:
+                if not error.is_outage:  # else it is waited for
+                    raise
+
+    def _tell_of_outage(self, error: InboxError) -> None:
+        now = monotonic()
+        if now >= self._told_of_outage + _REMIND_EVERY_S:
+            self._told_of_outage = now
+            _logger.warning("a listener of %s waits for its inbox: %s", ", ".join(self._topics), error)
 
     # -- at the end of the interpreter
 

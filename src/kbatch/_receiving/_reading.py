@@ -159,7 +159,24 @@ class Reading:
             return {}
         return {partition: max(0, end - reached[partition]) for partition, end in ends.items()}
 
+    def offsets(self) -> dict[Partition, tuple[int, int]]:
+        """Of the partitions that are read, what the group has committed, and the end of the log as it was told."""
+        with self.lock:
+            partitions = self._positions.partitions()
+        try:
+            ends = self.core.ends(partitions)
+            committed = self.core.committed(ends, _COMMIT_TIMEOUT_S) if ends else {}
+        except ProducerClosedError:
+            return {}
+        return {each: (committed[each], end) for each, end in ends.items() if each in committed}
+
     # -- for those who handle
+
+    def is_given_up(self, work: Work) -> bool:
+        """Whether what handles it should rather end than wait for something."""
+        with self.lock:
+            leaving = self._leaving is not None and work.partition in self._leaving
+            return self.is_stopping or leaving or work.partition not in self._positions
 
     def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""

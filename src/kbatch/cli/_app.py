@@ -8,6 +8,7 @@ import typer
 
 import kbatch
 from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._inbox_app import inbox_app
 from kbatch.cli._outbox_app import outbox_app, relay
 from kbatch.cli._screen import Screen
 from kbatch.cli._work import Wire, exit_with, typed
@@ -151,3 +152,4 @@ def produce(
 
 app.command(context_settings={"allow_extra_args": True})(relay)
 app.add_typer(outbox_app, name="outbox")
+app.add_typer(inbox_app, name="inbox")
