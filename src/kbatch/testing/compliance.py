@@ -60,7 +60,7 @@ def _send(
     """By a sender of its own, which is closed when all is acknowledged."""
     config = {"bootstrap.servers": servers}
     options: dict[str, Any] = {"config": config}
-    mapping = {"wire": wire, "source": "compliance"}
+    mapping: dict[str, Any] = {"wire": wire, "source": "compliance"}
     if mode is kbatch.SenderMode.DURABLE:
         outbox = kbatch.SqliteOutbox(str(Path(folder, "outbox.db")), **mapping)
         outbox.create()
@@ -220,7 +220,9 @@ class TransportCompliance:
             transport.send(kbatch.Envelope(_Order(n)), topic=topic)
         with transport.listening(*topics) as listening:
             listening.until(lambda: len(listening.received) == 3)
-        assert sorted((each.topic, each.message.number) for each in listening.received) == list(zip(topics, range(3)))
+        assert sorted((each.topic, each.message.number) for each in listening.received) == [
+            (topic, n) for n, topic in enumerate(topics)
+        ]
 
     def test_stop_and_restart_listeners(self, transport: _Transport) -> None:
         transport.send(*(kbatch.Envelope(_Order(n), key="a") for n in range(5)))
@@ -374,7 +376,7 @@ class TransportCompliance:
                 raise _Refused
 
         transport.send(kbatch.Envelope(_Order(1)))
-        options = {"retry": kbatch.RetryPolicy(max_attempts=1), "retry_topics": [0.1, 0.2]}
+        options: dict[str, Any] = {"retry": kbatch.RetryPolicy(max_attempts=1), "retry_topics": [0.1, 0.2]}
         with transport.listening(handler=handler, dead_letter_topic=f"{transport.topic}.dead", **options) as listening:
             listening.until(lambda: len(listening.received) == 1)
         assert attempts == [0, 1, 2]
@@ -388,7 +390,7 @@ class TransportCompliance:
                 raise _Refused
 
         transport.send(kbatch.Envelope(_Order(1), key="a"))
-        options = {"retry": kbatch.RetryPolicy(max_attempts=1), "retry_topics": [1]}
+        options: dict[str, Any] = {"retry": kbatch.RetryPolicy(max_attempts=1), "retry_topics": [1]}
         with transport.listening(handler=handler, dead_letter_topic=f"{transport.topic}.dead", **options) as listening:
             listening.until(lambda: len(listening.received) == 1)
         assert begun[1] - begun[0] >= 0.99
@@ -427,7 +429,9 @@ class TransportCompliance:
 
         dead = f"{transport.topic}.dead"
         transport.send(kbatch.Envelope(_Order(1)))
-        with transport.listening(handler=handler, dead_letter_topic=dead, reject_on=[_Refused]):
-            with transport.listening(dead, group=f"{transport.group}-dead") as letters:
-                letters.until(lambda: len(letters.received) == 1)
+        with (
+            transport.listening(handler=handler, dead_letter_topic=dead, reject_on=[_Refused]),
+            transport.listening(dead, group=f"{transport.group}-dead") as letters,
+        ):
+            letters.until(lambda: len(letters.received) == 1)
         assert (len(attempts), letters.messages()) == (1, [_Order(1)])
