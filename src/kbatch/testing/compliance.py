@@ -1,7 +1,7 @@
 """What every way to send and to receive promises, as tests that pytest runs against a cluster of yours.
 
-Subclass `TransportCompliance`, give it the brokers, and pytest collects each test for each mode of sending, with threads
-and with asyncio::
+Subclass `TransportCompliance`, give it the brokers, and pytest collects each test for each mode of sending, with
+threads and with asyncio::
 
     class TestTransport(TransportCompliance):
         @pytest.fixture
