@@ -1,5 +1,6 @@
 """The public compliance suite, on the mock cluster."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,3 +18,7 @@ class TestMockCluster(TransportCompliance):
     def consumer_settings(self) -> dict[str, Any]:
         # Who comes after the last member has left waits for nearly a session.
         return {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300}
+
+    @pytest.fixture
+    def create_topic(self, kafka_cluster: MockCluster) -> Callable[[str], object]:
+        return lambda name: kafka_cluster.create_topic(name, partitions=3)

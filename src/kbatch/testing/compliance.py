@@ -136,7 +136,14 @@ class _Transport:
     """One topic of a test's own, one way to send to it, one way to listen."""
 
     def __init__(
-        self, servers: str, folder: Path, mode: kbatch.SenderMode, style: str, wire: str, settings: dict[str, Any]
+        self,
+        servers: str,
+        folder: Path,
+        mode: kbatch.SenderMode,
+        style: str,
+        wire: str,
+        settings: dict[str, Any],
+        create_topic: Callable[[str], object],
     ) -> None:
         self.topic = f"compliance-{uuid.uuid4().hex[:12]}"
         self.group = f"{self.topic}-group"
@@ -144,11 +151,11 @@ class _Transport:
         self._arguments = servers, str(folder), mode, style, wire
         self._wire = wire
         self._style = style
+        self.create_topic = create_topic
+        create_topic(self.topic)
         self._config = {
             "bootstrap.servers": servers,
             "group.id": self.group,
-            "topic.metadata.refresh.interval.ms": 500,  # topics come into being while it listens
-            "allow.auto.create.topics": True,
             **settings,
         }
 
@@ -176,12 +183,24 @@ class _Transport:
 class TransportCompliance:
     """Each test runs for INLINE, BUFFERED and DURABLE, with threads and asyncio; some for each wire format.
 
-    A subclass has the fixture ``bootstrap_servers``. Its brokers make topics that are first written to.
+    A subclass has the fixture ``bootstrap_servers``; ``create_topic`` and ``consumer_settings`` may be overridden, too.
     """
 
     @pytest.fixture
     def bootstrap_servers(self) -> str:
         raise NotImplementedError("a subclass of TransportCompliance has a fixture `bootstrap_servers`")
+
+    @pytest.fixture
+    def create_topic(self, bootstrap_servers: str) -> Callable[[str], object]:
+        """Makes a topic, by default by a request to the brokers."""
+
+        def create(name: str) -> None:
+            from confluent_kafka.admin import AdminClient, NewTopic  # type: ignore[attr-defined]
+
+            client = AdminClient({"bootstrap.servers": bootstrap_servers})
+            client.create_topics([NewTopic(name, num_partitions=3)])[name].result(_LONGEST_S)
+
+        return create
 
     @pytest.fixture
     def consumer_settings(self) -> dict[str, Any]:
@@ -205,18 +224,20 @@ class TransportCompliance:
         self,
         bootstrap_servers: str,
         consumer_settings: dict[str, Any],
+        create_topic: Callable[[str], object],
         tmp_path: Path,
         mode: kbatch.SenderMode,
         style: str,
         wire: str,
     ) -> _Transport:
-        return _Transport(bootstrap_servers, tmp_path, mode, style, wire, consumer_settings)
+        return _Transport(bootstrap_servers, tmp_path, mode, style, wire, consumer_settings, create_topic)
 
     # -- listeners
 
     def test_all_listeners_accept_on_startup(self, transport: _Transport) -> None:
         topics = [f"{transport.topic}-{n}" for n in range(3)]
         for n, topic in enumerate(topics):
+            transport.create_topic(topic)
             transport.send(kbatch.Envelope(_Order(n)), topic=topic)
         with transport.listening(*topics) as listening:
             listening.until(lambda: len(listening.received) == 3)
@@ -268,6 +289,7 @@ class TransportCompliance:
 
     def test_send_from_one_node_to_another_by_rule(self, transport: _Transport) -> None:
         other = f"{transport.topic}-other"
+        transport.create_topic(other)
         transport.send_from_another_process(kbatch.Envelope(_Order(1)), kbatch.Envelope(_Order(2), topic=other))
         with transport.listening(transport.topic, other) as listening:
             listening.until(lambda: len(listening.received) == 2)
@@ -377,6 +399,8 @@ class TransportCompliance:
 
         transport.send(kbatch.Envelope(_Order(1)))
         options: dict[str, Any] = {"retry": kbatch.RetryPolicy(max_attempts=1), "retry_topics": [0.1, 0.2]}
+        for topic in (f"{transport.group}.retry.0.1", f"{transport.group}.retry.0.2"):
+            transport.create_topic(topic)
         with transport.listening(handler=handler, dead_letter_topic=f"{transport.topic}.dead", **options) as listening:
             listening.until(lambda: len(listening.received) == 1)
         assert attempts == [0, 1, 2]
@@ -391,6 +415,7 @@ class TransportCompliance:
 
         transport.send(kbatch.Envelope(_Order(1), key="a"))
         options: dict[str, Any] = {"retry": kbatch.RetryPolicy(max_attempts=1), "retry_topics": [1]}
+        transport.create_topic(f"{transport.group}.retry.1")
         with transport.listening(handler=handler, dead_letter_topic=f"{transport.topic}.dead", **options) as listening:
             listening.until(lambda: len(listening.received) == 1)
         assert begun[1] - begun[0] >= 0.99
@@ -406,6 +431,7 @@ class TransportCompliance:
                 raise _Refused("no")
 
         dead = f"{transport.topic}.dead"
+        transport.create_topic(dead)
         transport.send(*(kbatch.Envelope(_Order(n), key="a", headers={"h": "v"}) for n in range(3)))
         retry = kbatch.RetryPolicy(max_attempts=2, initial_backoff_s=0.01)
         with transport.listening(handler=handler, dead_letter_topic=dead, retry=retry) as listening:
@@ -428,6 +454,7 @@ class TransportCompliance:
             raise _Refused
 
         dead = f"{transport.topic}.dead"
+        transport.create_topic(dead)
         transport.send(kbatch.Envelope(_Order(1)))
         with (
             transport.listening(handler=handler, dead_letter_topic=dead, reject_on=[_Refused]),
