@@ -471,6 +471,8 @@ cdef class ReceivedEnvelope(Envelope):
     with its data. `replace` gives an ordinary envelope.
     """
 
+    __signature__ = _ConstructorSignature()
+
     def __init__(self, *_, **__):
         raise TypeError("a ReceivedEnvelope is what a listener hands out; make an Envelope")
 
