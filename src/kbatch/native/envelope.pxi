@@ -631,6 +631,11 @@ cdef class ReceivedEnvelope(Envelope):
             return _EMPTY if self._given_headers is None else self._given_headers
         return block_headers(self._block, True)
 
+    @property
+    def error(self):
+        """The `DeserializationError` that says why the record could not be read, or ``None``."""
+        return self._error
+
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""
         decoded = decoder(self.data)

@@ -354,7 +354,7 @@ cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object cu
     except DeserializationError as error:
         record.count = _with_names(raw.headers, record.count)
         e = <ReceivedEnvelope> envelope_of(&record, WIRE_RAW, ReceivedEnvelope.__new__(ReceivedEnvelope))
-        e.error = error
+        e._error = error
     e._offset, e._given_value, e._given_headers = raw.offset, value, given
     return e
 
