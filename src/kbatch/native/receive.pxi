@@ -352,6 +352,8 @@ cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object cu
         else:
             e = <ReceivedEnvelope> envelope_of(&record, wire, ReceivedEnvelope.__new__(ReceivedEnvelope))
     except DeserializationError as error:
+        if not str(error):
+            raise MemoryError("no memory to say what is wrong with a record") from None
         record.count = _with_names(raw.headers, record.count)
         e = <ReceivedEnvelope> envelope_of(&record, WIRE_RAW, ReceivedEnvelope.__new__(ReceivedEnvelope))
         e._error = error
