@@ -110,7 +110,7 @@ cdef class ReceivedEnvelope(Envelope):
     cdef Received *_block         # owned, to the end: another thread may read it while `fill` runs. NULL: none
     cdef object _decoded          # what `message` shows; UNSET: nobody has decoded it
     cdef int64_t _offset
-    cdef readonly object error    # why it could not be read, or None
+    cdef object _error            # why it could not be read, or None
     cdef object _given_value      # without a block, the value of the record
     cdef tuple _given_headers     # and all its headers
     cdef object _text(self, int field)

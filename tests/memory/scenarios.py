@@ -19,10 +19,20 @@ from confluent_kafka import KafkaError
 
 import kbatch
 from kbatch import Envelope, KafkaSender, OutgoingBatch, SenderCallback, Tombstone, aio
-from kbatch._fastmap import Accumulator, RecordPool, pinned_buffers, read_packed, set_oauth_token, unpack_record
+from kbatch._fastmap import (
+    Accumulator,
+    RecordPool,
+    pinned_buffers,
+    read_packed,
+    received,
+    set_oauth_token,
+    unpack_record,
+)
 from kbatch._pending import PendingBatch
+from kbatch._receiving._consumer import BEGINNING
 from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
+from tests.mock.test_consumer_core import make_core
 from tests.records import Consumed
 
 from ..loops import beside
@@ -249,6 +259,64 @@ def packing(world: World) -> Step:
         checked(attempt(sent))
         world.book(None)
         settled()
+
+    return step
+
+
+RECEIVED = [("tenant-id", b"t"), ("größe", b"1"), ("x", None), ("id", b"01934a2b-3c4d-7e5f-8a9b-0c1d2e3f4a5b")]
+ASKED_FOR = ("data", "key", "headers", "id", "message_type", "tenant_id", "raw_headers", "raw_value", "offset", "topic")
+
+
+def everything(envelope: Any) -> Any:
+    hash(envelope)
+    return [getattr(envelope, name) for name in ASKED_FOR], str(envelope.error), envelope.replace()
+
+
+def received_records(world: World) -> Step:
+    """Records that a listener reads, and those that cannot be read; what was asked for once is not damaged by it."""
+    place = ("orders", 3, 17, 1)
+    records = [
+        (*place, b"k", b"x", RECEIVED[:1] + RECEIVED[2:], "kbatch"),
+        (*place, b"k", b"x" * 5_000, RECEIVED, "kbatch"),
+        (*place, None, b"x", [*RECEIVED, ("sent-at", b"yesterday"), (b"\xff", b"1")], "kbatch"),
+        (*place, b"k", None, [], "raw"),
+    ]
+    expected = [everything(received(*record)) for record in records]
+
+    def step(attempt: Attempt) -> None:
+        for record, whole in zip(records, expected, strict=True):
+            read = checked(attempt(functools.partial(received, *record)))
+            if read.error is None:
+                checked(attempt(functools.partial(everything, read.value)))
+                assert everything(read.value) == whole
+
+    return step
+
+
+def polled(world: World) -> Step:
+    """A poll that had no memory has lost nothing: the next one goes on where it was."""
+    with kbatch.Producer(world.config()) as producer:
+        batch = [Envelope(data=b"%d" % n, partition=0) for n in range(20)]
+        producer.send_batch("polled", batch).raise_for_errors()
+    core = make_core(world.cluster)
+    world.at_end.append(lambda: core.close(10.0))
+    core.assign([("polled", 0, BEGINNING)])
+
+    def step(attempt: Attempt) -> None:
+        found: list[bytes] = []
+        first = checked(attempt(lambda: core.poll(3, 5.0)))
+        if first.error is None:
+            found.extend(envelope.data for envelope in first.value[0])
+
+        def enough() -> bool:
+            found.extend(envelope.data for envelope in core.poll(3, 0.05)[0])
+            return len(found) >= 20
+
+        until(enough, "20 records")
+        assert found == [b"%d" % n for n in range(20)]
+        checked(attempt(lambda: core.commit([("polled", 0, 1), ("polled", 0, 2)], 0.0)))
+        checked(attempt(lambda: core.read([("polled", 0)])))
+        assert core.seek([("polled", 0, BEGINNING)], 10.0) == []
 
     return step
 
@@ -1100,6 +1168,8 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "reading": reading,
     "packing": packing,
     "refused": refused,
+    "received": received_records,
+    "polled": polled,
     "refused events": refused_events,
     "sending": sending,
     "sending fresh": sending_fresh,

@@ -39,7 +39,7 @@ from kbatch._fastmap cimport (
 from kbatch._librdkafka cimport *
 
 from kbatch._errors import ConfigError
-from kbatch._fastmap import received
+from kbatch._fastmap import received  # no-cython-lint
 from kbatch._librdkafka import error_text, version_text
 
 cdef extern from *:

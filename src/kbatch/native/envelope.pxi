@@ -471,6 +471,8 @@ cdef class ReceivedEnvelope(Envelope):
     with its data. `replace` gives an ordinary envelope.
     """
 
+    __signature__ = _ConstructorSignature()
+
     def __init__(self, *_, **__):
         raise TypeError("a ReceivedEnvelope is what a listener hands out; make an Envelope")
 
@@ -628,6 +630,11 @@ cdef class ReceivedEnvelope(Envelope):
         if self._block == NULL:
             return _EMPTY if self._given_headers is None else self._given_headers
         return block_headers(self._block, True)
+
+    @property
+    def error(self):
+        """The `DeserializationError` that says why the record could not be read, or ``None``."""
+        return self._error
 
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""

@@ -352,9 +352,11 @@ cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object cu
         else:
             e = <ReceivedEnvelope> envelope_of(&record, wire, ReceivedEnvelope.__new__(ReceivedEnvelope))
     except DeserializationError as error:
+        if not str(error):
+            raise MemoryError("no memory to say what is wrong with a record") from None
         record.count = _with_names(raw.headers, record.count)
         e = <ReceivedEnvelope> envelope_of(&record, WIRE_RAW, ReceivedEnvelope.__new__(ReceivedEnvelope))
-        e.error = error
+        e._error = error
     e._offset, e._given_value, e._given_headers = raw.offset, value, given
     return e
 
