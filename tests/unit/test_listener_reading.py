@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from kbatch import ListenerError
+from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import Lanes, Work
 from kbatch._receiving._reading import Limits, Reading
 
@@ -67,8 +68,9 @@ def record(offset: int, partition: int = 0, key: bytes | None = None) -> Any:
 def reading_of(
     consumer: Consumer, *partitions: tuple[str, int], records: int = 100, close_timeout_s: float = 60
 ) -> Any:
+    failures = Failures("billing", ["orders"], "kbatch")
     limits = Limits(records, 1_000_000, 0.0, close_timeout_s, 300.0)
-    reading: Any = Reading(consumer, ["orders"], Lanes(), limits, lambda each: each.key, lambda count: None)  # type: ignore[arg-type]
+    reading: Any = Reading(consumer, ["orders"], Lanes(), limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
     consumer.change = (True, list(partitions))
     reading._turn()
     assert consumer.answered == 1
