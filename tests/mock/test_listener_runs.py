@@ -300,12 +300,12 @@ def test_a_commit_that_fails_is_made_again() -> None:
 
 def test_a_partition_that_hangs_does_not_keep_the_others_from_flowing() -> None:
     release = threading.Event()
-    seen: Counter[int] = Counter()
+    seen: list[Any] = []
 
     def handle(envelope: Received) -> None:
         if envelope.partition == 0:
             release.wait(60)
-        seen[envelope.partition] += 1
+        seen.append(envelope.partition)
 
     with MockCluster() as cluster:
         cluster.create_topic("orders", partitions=2)
@@ -314,25 +314,25 @@ def test_a_partition_that_hangs_does_not_keep_the_others_from_flowing() -> None:
         listener = listener_of(cluster, handle, concurrency=9, max_in_flight=100)
         with running(listener):
             try:
-                until(lambda: seen[1] == 3000, "all of the other partition")
-                assert seen[0] == 0
+                until(lambda: seen.count(1) == 3000, "all of the other partition")
+                assert seen.count(0) == 0
                 stats = listener.stats()
                 assert stats["full_partitions"] == 1
                 assert stats["in_flight"] <= 100
             finally:
                 release.set()
-            until(lambda: seen[0] == 3000, "the partition is read again")
-    assert seen == {0: 3000, 1: 3000}
+            until(lambda: seen.count(0) == 3000, "the partition is read again")
+    assert Counter(seen) == {0: 3000, 1: 3000}
 
 
 def test_a_key_that_hangs_does_not_keep_other_keys_from_flowing() -> None:
     release = threading.Event()
-    seen: Counter[Any] = Counter()
+    seen: list[Any] = []
 
     def handle(envelope: Received) -> None:
         if envelope.key == b"3":
             release.wait(60)
-        seen[envelope.key] += 1
+        seen.append(envelope.key)
 
     with MockCluster() as cluster:
         cluster.create_topic("orders", partitions=1)
@@ -340,21 +340,21 @@ def test_a_key_that_hangs_does_not_keep_other_keys_from_flowing() -> None:
         listener = listener_of(cluster, handle, concurrency=2, max_in_flight=700)
         with running(listener):
             try:
-                until(lambda: sum(seen.values()) == 600, "all of the others")
+                until(lambda: len(seen) == 600, "all of the others")
                 assert b"3" not in seen
             finally:
                 release.set()
-            until(lambda: sum(seen.values()) == 700, "the rest")
+            until(lambda: len(seen) == 700, "the rest")
 
 
 def test_what_is_done_behind_one_that_hangs_does_not_grow_without_end() -> None:
     release = threading.Event()
-    seen: Counter[Any] = Counter()
+    seen: list[Any] = []
 
     def handle(envelope: Received) -> None:
         if envelope.message.number == 0:
             release.wait(60)
-        seen[envelope.key] += 1
+        seen.append(envelope.key)
 
     with MockCluster() as cluster:
         cluster.create_topic("orders", partitions=1)
@@ -364,10 +364,10 @@ def test_what_is_done_behind_one_that_hangs_does_not_grow_without_end() -> None:
             try:
                 until(lambda: listener.stats()["full_partitions"] == 1, "the partition is not read further")
                 until(lambda: listener.stats()["in_flight"] == 1, "what was read is handled")
-                assert sum(seen.values()) <= 200
+                assert len(seen) <= 200
             finally:
                 release.set()
-            until(lambda: sum(seen.values()) == 1000, "the rest")
+            until(lambda: len(seen) == 1000, "the rest")
 
 
 def test_bytes_in_flight_are_bounded() -> None:
@@ -393,10 +393,10 @@ def test_bytes_in_flight_are_bounded() -> None:
 
 
 def test_a_thousand_partitions() -> None:
-    seen: Counter[int] = Counter()
+    seen: list[Any] = []
 
     def handle(envelope: Received) -> None:
-        seen[envelope.partition] += 1
+        seen.append(envelope.partition)
 
     with MockCluster() as cluster:
         cluster.create_topic("orders", partitions=1000)
@@ -405,10 +405,10 @@ def test_a_thousand_partitions() -> None:
             producer.send_batch("orders", orders).raise_for_errors()
         listener = listener_of(cluster, handle, concurrency=4, max_in_flight=200)
         with running(listener) as raised:
-            until(lambda: sum(seen.values()) >= 5000 or raised, "all records", patience_s=120)
+            until(lambda: len(seen) >= 5000 or raised, "all records", patience_s=120)
         assert raised == []
         assert len(committed(cluster, partitions=1000)) == 1000
-    assert set(seen.values()) == {5}
+    assert set(Counter(seen).values()) == {5}
 
 
 def test_one_at_a_time_is_the_order_of_each_partition() -> None:

@@ -2253,7 +2253,7 @@ MUTANTS = (
     ),
     Mutant(
         "a partition that hangs takes all the room",
-        "Reading._accept",
+        "Reading._begin",
         "            self.core.read(full, False)\n",
         "            pass\n",
         "tests/mock/test_listener_runs.py",
@@ -2282,8 +2282,8 @@ MUTANTS = (
     Mutant(
         "a batch waits for what will not be read",
         "BatchLanes.hurry",
-        "                line.is_ready = True\n",
-        "                line.is_ready = False\n",
+        "list(self._lines) if partition is None else (partition,)",
+        "list(self._lines) if partition is None else ()",
         "tests/unit/test_listener_lanes.py",
     ),
     Mutant(

@@ -525,11 +525,10 @@ class Reading:
             self._drop(set(partitions))  # nothing of them begins any more
             for partition in partitions:
                 self._full.pop(partition, None)
+                self._reopened = [each for each in self._reopened if each != partition]
         if is_lost:
             # They are another's already: nothing of them may be committed.
-            with self.lock:
-                self._positions.take(partitions)
-            self.core.answer()
+            self._take_away(set(partitions))
             return
         limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
         with self.lock:
@@ -553,9 +552,13 @@ class Reading:
                 "; ".join(_shown(work) for work in left[:10]),
             )
         self._commit_and_wait(leaving, _COMMIT_TIMEOUT_S)
+        self._take_away(leaving)
+        self._leaving = None
+
+    def _take_away(self, partitions: set[Partition]) -> None:
         with self.lock:
-            self._positions.take(leaving)
-            self._leaving = None
+            self._drop(partitions)  # a record may have come by the group's queue since they began to leave
+            self._positions.take(partitions)
         self.core.answer()
 
     def _drop(self, partitions: set[Partition] | None) -> None:

@@ -2,7 +2,8 @@
 # enqueue, drainer.
 #
 # Lock: client.mu guards every field of Client and BatchState that is not marked atomic or const. It is never held
-# while librdkafka is called, except for the yield of a queue. Nothing in these files touches a Python object.
+# while librdkafka is called, except for the yield of the main queue: events of a consumer's other queues take it under
+# librdkafka's lock of the queue. Nothing in these files touches a Python object.
 
 cdef Client *client_make() noexcept nogil:
     cdef Client *c = <Client *> kb_calloc(1, sizeof(Client))

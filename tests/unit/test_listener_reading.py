@@ -1,0 +1,220 @@
+"""One run of a listener without librdkafka: what a consumer tells it, step by step."""
+
+import types
+from typing import Any
+
+import pytest
+
+from kbatch import ListenerError
+from kbatch._receiving._failures import Failures
+from kbatch._receiving._lanes import Lanes, Work
+from kbatch._receiving._reading import Limits, Reading
+
+P, Q = ("orders", 0), ("orders", 1)
+
+
+class Consumer:
+    """Answers as it was told to."""
+
+    def __init__(self) -> None:
+        self.records: list[Any] = []
+        self.errors: list[Any] = []
+        self.change: tuple[bool, list[tuple[str, int]]] | None = None
+        self.is_lost = False
+        self.commits: list[list[tuple[str, int, int]]] = []
+        self.answers: list[int] = []
+        self.answered = 0
+        self.reads: list[tuple[list[tuple[str, int]], bool]] = []
+        self.most: list[int] = []
+
+    def poll(self, most: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        self.most.append(most)
+        records, self.records = self.records, []
+        errors, self.errors = self.errors, []
+        return records, errors
+
+    def rebalance(self) -> tuple[bool, list[tuple[str, int]]] | None:
+        return self.change
+
+    def answer(self) -> None:
+        self.change = None
+        self.answered += 1
+
+    def assignment_lost(self) -> bool:
+        return self.is_lost
+
+    def commit(self, offsets: list[tuple[str, int, int]], timeout: float) -> list[Any]:
+        self.commits.append(offsets)
+        return []
+
+    def begin_commit(self, offsets: list[tuple[str, int, int]]) -> int:
+        self.commits.append(offsets)
+        return 0
+
+    def commit_answer(self) -> int | None:
+        return self.answers.pop() if self.answers else None
+
+    def read(self, partitions: list[tuple[str, int]], wanted: bool = True) -> None:
+        self.reads.append((partitions, wanted))
+
+    def wake(self) -> None:
+        pass
+
+
+def record(offset: int, partition: int = 0, key: bytes | None = None) -> Any:
+    return types.SimpleNamespace(topic="orders", partition=partition, offset=offset, key=key, data=b"x")
+
+
+def reading_of(
+    consumer: Consumer, *partitions: tuple[str, int], records: int = 100, close_timeout_s: float = 60
+) -> Any:
+    failures = Failures("billing", ["orders"], "kbatch")
+    limits = Limits(records, 1_000_000, 0.0, close_timeout_s, 300.0)
+    reading: Any = Reading(consumer, ["orders"], Lanes(), limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
+    consumer.change = (True, list(partitions))
+    reading._turn()
+    assert consumer.answered == 1
+    return reading
+
+
+def take(reading: Any, count: int) -> list[Work]:
+    works = [reading.take() for _ in range(count)]
+    assert None not in works
+    return works
+
+
+def test_a_rebalance_waits_for_what_runs_and_commits_it() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, Q)
+    consumer.records = [record(0), record(1), record(0, 1)]
+    reading._turn()
+    first, _, other = take(reading, 3)
+    consumer.change = (False, [P])
+    reading.done(first)
+    reading._turn()
+    assert consumer.answered == 1
+    reading.done(other)
+    reading._turn()
+    assert consumer.answered == 1  # the second record of the partition still runs
+    assert ("orders", 0, 2) not in [offset for commit in consumer.commits for offset in commit]
+    reading.done(_)
+    reading._turn()
+    assert consumer.answered == 2
+    assert ("orders", 0, 2) in consumer.commits[-1]
+
+
+def test_what_waits_of_a_partition_that_leaves_does_not_begin() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, Q)
+    consumer.records = [record(0), record(1), record(0, 1)]
+    reading._turn()
+    (running,) = take(reading, 1)
+    consumer.change = (False, [P])
+    reading._turn()
+    consumer.records = [record(2)]  # by the group's queue
+    reading._turn()
+    reading.done(running)
+    reading._turn()
+    assert consumer.answered == 2
+    assert [work.partition for work in take(reading, 1)] == [Q]
+    assert reading.take() is None
+    assert reading.stats()["in_flight"] == 1
+
+
+def test_a_partition_that_was_lost_is_given_up_at_once_and_not_committed() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.records = [record(0), record(1)]
+    reading._turn()
+    first, second = take(reading, 2)
+    reading.done(first)
+    consumer.commits.clear()
+    consumer.change, consumer.is_lost = (False, [P]), True
+    reading._look(0, 0.0)
+    assert consumer.answered == 2
+    reading.done(second)
+    reading._turn()
+    assert consumer.commits == []
+
+
+def test_a_rebalance_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, close_timeout_s=0)
+    consumer.records = [record(7)]
+    reading._turn()
+    take(reading, 1)
+    consumer.change = (False, [P])
+    reading._turn()
+    assert consumer.answered == 2
+    assert "orders [0] at offset 7" in caplog.text
+
+
+def test_a_full_partition_is_read_again_when_half_of_it_is_done() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, Q)
+    consumer.records = [record(offset) for offset in range(40)]
+    reading._turn()
+    assert consumer.reads == [([P], False)]
+    works = take(reading, 40)
+    for work in works[:19]:
+        reading.done(work)
+    reading._turn()
+    assert len(consumer.reads) == 1
+    reading.done(works[19])
+    reading._turn()
+    assert consumer.reads[1:] == [([P], True)]
+
+
+def test_without_room_nothing_is_read() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, records=3)
+    consumer.records = [record(offset) for offset in range(3)]
+    reading._turn()
+    reading._turn()
+    assert consumer.most[-1] == 0
+    reading.done(take(reading, 1)[0])
+    reading._turn()
+    assert consumer.most[-1] == 1
+
+
+def test_a_commit_that_fails_is_collected_again_and_one_that_a_rebalance_has_overtaken_is_not_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.records = [record(0)]
+    reading._turn()
+    reading.done(take(reading, 1)[0])
+    for code in (27, 28, 28):  # REBALANCE_IN_PROGRESS, INVALID_COMMIT_OFFSET_SIZE
+        reading._turn()
+        consumer.answers = [code]
+        reading._turn()
+    reading._turn()
+    assert consumer.commits.count([("orders", 0, 1)]) >= 3
+    assert len(caplog.records) == 1
+    consumer.answers = [0]
+    reading._turn()
+    count = len(consumer.commits)
+    reading._turn()
+    assert len(consumer.commits) == count
+
+
+@pytest.mark.parametrize("code", [-150, -140, 29, 30, 82])
+def test_what_nobody_can_go_on_after_ends_the_run(code: int) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.errors = [(code, "no", "orders", 0, -1)]
+    reading._turn()
+    assert reading.is_stopping
+    assert isinstance(reading.error, ListenerError)
+    assert reading.error.code == code
+
+
+def test_other_errors_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    for _ in range(50):
+        consumer.errors = [(3, "unknown", "orders", -1, -1), (-191, "the end", "orders", 0, 5)]
+        reading._turn()
+    assert not reading.is_stopping
+    assert len(caplog.records) == 1
