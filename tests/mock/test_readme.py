@@ -99,5 +99,5 @@ def test_a_block_runs(
         for name in re.findall(r"^def (test_\w+)\(kafka_cluster\)", block, re.MULTILINE):
             names[name](kafka_cluster)
     assert [report.acked for report in told] == [10] * block.count("callback=on_report")
-    if ".send" in block and "MemoryProducer" not in block:
+    if ".send" in block and "testing.Memory" not in block:
         assert end_offsets(servers, "orders")[0] > 0

@@ -64,9 +64,9 @@ LAYERS_WITHIN = {
         {"_shared"},
     ],
     "_receiving": [
-        {"_config", "_consumer", "_positions"},
+        {"_config", "_consumer", "_copies", "_delayed", "_failures", "_positions"},
         {"_lanes"},
-        {"_reading"},
+        {"_failing", "_reading"},
         {"_base"},
         {"_listener"},
     ],

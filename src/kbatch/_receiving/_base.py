@@ -17,6 +17,9 @@ from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
+from kbatch._receiving._copies import Copies
+from kbatch._receiving._failing import Failing
+from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import ReceivedEnvelope
     from kbatch._inbox._base import ListenersInbox
+    from kbatch._producer import Producer
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["BaseListener"]
 
@@ -32,6 +37,7 @@ _logger = logging.getLogger("kbatch")
 
 _REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
+_CLOSE_COPIES_S = 1.0  # what is not answered then is not committed
 _COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
 
 
@@ -57,6 +63,11 @@ class BaseListener:
         max_in_flight_bytes: int,
         commit_interval_s: float,
         close_timeout_s: float,
+        retry: RetryPolicy | None,
+        retry_topics: Iterable[float],
+        dead_letter_topic: str | None,
+        reject_on: Iterable[type[Exception]],
+        producer: Producer | None,
         inbox: ListenersInbox | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
@@ -89,6 +100,10 @@ class BaseListener:
         check_close_timeout(close_timeout_s)
         self._decoders = {name: _Decoders(name, type_) for name, type_ in _checked_types(types)}
         self._parsed = ConsumerConfig.parse(config)
+        group = self._parsed.group
+        self._failures = Failures(group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
+        self._copies = Copies(config, producer) if self._failures.sends else None
+        self._failing = Failing(self._failures, self._copies)  # of the last run
         self._topics = names
         self._handler = handler
         self._inbox = inbox
@@ -129,12 +144,15 @@ class BaseListener:
     def stats(self) -> dict[str, int]:
         """Counters of the last run, of records: ``handled``; ``failed``; ``in_flight``, that were read and are not
         handled, of which ``running`` are in handlers; ``in_flight_bytes``, about; ``abandoned``, whose handlers still
-        ran at its end. And ``partitions``, that it has, of which ``full_partitions`` are not read further until some of
-        their records are handled; ``rebalances``, in which it was given some."""
+        ran at its end. ``attempts_failed``, times that a handler raised or a record could not be read; ``to_retry`` and
+        ``dead``, records that were stored in a retry topic and in the dead letter topic; both count as handled. And
+        ``partitions``, that it has, of which ``full_partitions`` are not read further until some of their records are
+        handled; ``rebalances``, in which it was given some."""
         reading = self._reading
         if reading is None or self._pid != os.getpid():
-            return dict.fromkeys((*_COUNTS, "rebalances", "abandoned"), 0)
-        return reading.stats()
+            counts = dict.fromkeys((*_COUNTS, "rebalances", "abandoned"), 0)
+            return {**counts, **Failing(self._failures, None).stats()}
+        return {**reading.stats(), **self._failing.stats()}
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Of each partition, how many offsets are not handled, as the last answer of its broker told. Those of which
@@ -168,7 +186,12 @@ class BaseListener:
             waiting: Lanes | BatchLanes = (
                 Lanes() if self._batch_size is None else BatchLanes(self._batch_size, self._batch_timeout_s)
             )
-            self._reading = Reading(core, self._topics, waiting, self._limits, self._lane, wake, give_up)
+            if self._copies is not None:
+                self._copies.open()
+            self._failing = Failing(self._failures, self._copies)
+            self._reading = Reading(
+                core, self._topics, waiting, self._limits, self._lane, self._failures, wake, give_up
+            )
             CORES.add(core)
             SENDERS.add(self)
             if self._is_to_stop:
@@ -180,6 +203,8 @@ class BaseListener:
 
     def _over(self) -> None:
         SENDERS.discard(self)
+        if self._copies is not None:
+            self._copies.close(_CLOSE_COPIES_S)
         self._is_to_stop = self._is_running = False
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:

@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kbatch._inbox._base import ListenersInbox
+    from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Listener"]
 
@@ -33,7 +35,7 @@ class Listener(BaseListener):
 
     As `kbatch.Listener`. It reads on a thread of its own, and each call of the handler is a task of the event loop on
     which `run` is awaited; a handler that blocks the loop does not lose the member. A handler that is cancelled has
-    failed.
+    failed, and ends the listener.
 
     Args:
         handler: A coroutine function. At most `concurrency` calls of it run at a time.
@@ -42,6 +44,8 @@ class Listener(BaseListener):
         inbox: The same; also a `kbatch.aio.PostgresInbox`. The handler's connection is a ``psycopg.AsyncConnection``,
             or one of ``sqlite3``, whose statements block the loop.
         close_timeout_s: The same; the tasks that still run then are cancelled.
+        retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
+            threads.
 
     Raises:
         ConfigError: A wrong option.
@@ -65,6 +69,11 @@ class Listener(BaseListener):
         inbox: ListenersInbox | None = None,
         commit_interval_s: float = 1.0,
         close_timeout_s: float = 30.0,
+        retry: RetryPolicy | None = None,
+        retry_topics: Iterable[float] = (),
+        dead_letter_topic: str | None = None,
+        reject_on: Iterable[type[Exception]] = (),
+        producer: Producer | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -80,6 +89,11 @@ class Listener(BaseListener):
             commit_interval_s=commit_interval_s,
             close_timeout_s=close_timeout_s,
             inbox=inbox,
+            retry=retry,
+            retry_topics=retry_topics,
+            dead_letter_topic=dead_letter_topic,
+            reject_on=reject_on,
+            producer=producer,
         )
         self._sessions: list[AioInboxSession] = []  # that no handler uses
 
@@ -173,9 +187,9 @@ class Listener(BaseListener):
         await self.close()
 
     async def _handle(self, work: Work) -> None:
-        for envelope in work.envelopes:
+        for envelope in work.handled:
             self._decode(envelope)
-        handled = work.envelope if self._batch_size is None else list(work.envelopes)
+        handled = work.envelope if self._batch_size is None else list(work.handled)
         if self._inbox is None:
             await self._call(handled)
         else:
@@ -218,7 +232,7 @@ class Listener(BaseListener):
             session.close()
 
     async def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
-        reading.fail(work, error)
+        self._failing.failed(reading, work, error)
 
 
 class _Handlers:
@@ -276,6 +290,8 @@ class _Handlers:
 
     async def _work(self, work: Work) -> None:
         _handled_by.set(self._listener)
+        if not self._listener._failing.goes_on(self.reading, work):
+            return
         try:
             await self._listener._handle(work)
         except asyncio.CancelledError as error:
@@ -287,7 +303,7 @@ class _Handlers:
                     f"offset {work.places[0].offset}"
                 )
                 cancelled.__cause__ = error
-                await self._listener._fail(self.reading, work, cancelled)
+                self.reading.fail(work, cancelled)
         except InboxError as error:
             # No fault of the record: no attempt is counted, and it is sent nowhere.
             if error.is_outage:
@@ -297,7 +313,7 @@ class _Handlers:
         except BaseException as error:
             await self._listener._fail(self.reading, work, error)
         else:
-            self.reading.done(work)
+            self._listener._failing.handled(self.reading, work)
 
 
 _handled_by: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kbatch_handled_by", default=None)
