@@ -144,6 +144,30 @@ def test_a_record_whose_handler_raises_is_not_marked_and_comes_again(
     check(inbox, effects, 50)
 
 
+def test_a_record_that_is_tried_again_has_one_effect_and_one_that_never_succeeds_has_none(
+    cluster: MockCluster, inbox: Inbox, effects: str
+) -> None:
+    send(cluster, orders(50))
+    failed: list[int] = []
+
+    def handle(envelope: Any, connection: Any) -> None:
+        writer(effects)(envelope, connection)
+        number = int(envelope.data)
+        if number == 49 or (number == 30 and failed.count(30) < 2):
+            failed.append(number)
+            raise KeyError("a fault of the handler")
+
+    policy = kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.01)
+    of = listener(cluster, inbox, handle, retry=policy, dead_letter_topic="dead", concurrency=3)
+    with running(of) as raised:
+        until(lambda: of.stats()["handled"] == 50, "all of them")
+        assert of.stats()["dead"] == 1
+    assert raised == []
+    assert sorted(failed) == [30, 30, 49, 49, 49]
+    check(inbox, effects, 49)
+    assert handled(inbox) == 49
+
+
 @in_sqlite
 def test_a_locked_database_is_waited_for_and_counts_as_no_failure(
     cluster: MockCluster, inbox: Inbox, effects: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -2225,9 +2225,9 @@ MUTANTS = (
     ),
     Mutant(
         "what was not handled since the inbox is away is committed",
-        "Listener._work",
-        "                        reading.abandon(work)\n",
-        "                        reading.done(work)\n",
+        "Listener._attempt",
+        "                reading.abandon(work)\n",
+        "                reading.done(work)\n",
         "tests/mock/test_listener_inbox.py",
     ),
     Mutant(

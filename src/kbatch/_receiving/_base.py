@@ -45,7 +45,7 @@ class BaseListener:
     """The options of a listener, checked as a whole, and its run. Whatever changes while it runs is the run's."""
 
     _name = "kbatch.Listener"
-    _first_wait_s, _longest_wait_s = 0.1, 5.0  # for an inbox whose database is away
+    _first_wait_s, _longest_wait_s = 0.2, 5.0  # for an inbox whose database is away
     _look_s = 0.02  # whether what waits is still wanted
 
     def __init__(
