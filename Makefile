@@ -94,6 +94,10 @@ test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 
 test-kafka: build $(STAMPS)/test-group ## Run the tests on Apache Kafka, which they start (Java, Maven)
 	$(PYTEST) -n 2 --dist loadfile tests/kafka $(ARGS)
 
+.PHONY: compliance
+compliance: build $(STAMPS)/test-group ## Run the compliance suite, put its results into docs/compliance.md; KAFKA=1: on Apache Kafka, too
+	$(BIN)/python -m tools.compliance mock $(if $(KAFKA),kafka)
+
 .PHONY: test-all
 test-all: test test-kafka ## Run both
 

@@ -168,14 +168,18 @@ class SqliteDatabase:
     # -- connections of kbatch's own
 
     @contextlib.contextmanager
-    def _connection(self, *, create: bool = False, keep: bool = False) -> Iterator[sqlite3.Connection]:
+    def _connection(
+        self, *, create: bool = False, keep: bool = False, of_many_threads: bool = False
+    ) -> Iterator[sqlite3.Connection]:
         connection = None
         try:
             if not create and not os.path.exists(self._path):  # else SQLite would make an empty one
                 raise self._tables.error(
                     f"there is no database {self._path}; call create() of the {self._tables.what} once"
                 )
-            connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
+            connection = sqlite3.connect(
+                self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=not of_many_threads
+            )
             connection.execute("PRAGMA synchronous=FULL")
             connection.execute("PRAGMA mmap_size=0")
             connection.execute(f"PRAGMA journal_size_limit={_LONGEST_WAL}")

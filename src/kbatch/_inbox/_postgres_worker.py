@@ -43,11 +43,28 @@ class PostgresInboxSession(InboxSession):
     def __init__(self, inbox: BasePostgresInbox, group: str) -> None:
         super().__init__(group)
         self._inbox = inbox
+        self._of_loop: psycopg.AsyncConnection[Any] | None = None
 
     def _open(self) -> OwnConnection:
         with self._inbox._checked_connection() as connection:
             self._literal = sql.Literal(self.group).as_string(connection)
             return connection
+
+    def _for_loop(self) -> psycopg.AsyncConnection[Any]:
+        of_loop = self._of_loop
+        if of_loop is None or of_loop.pgconn is not self._connection.pgconn:
+            # One connection of libpq with two faces, which are used by turns.
+            of_loop = psycopg.AsyncConnection(self._connection.pgconn)
+            of_loop._autocommit = True
+            of_loop.prepare_threshold = None
+            self._of_loop = of_loop
+        return of_loop
+
+    def _is_lost(self) -> bool:
+        """The connection is closed, and not by the handler."""
+        of_loop = self._of_loop
+        by_loop = of_loop is not None and of_loop.pgconn is self._connection.pgconn and not of_loop.broken
+        return self._connection.broken and not by_loop
 
     def _close(self, connection: OwnConnection) -> None:
         with contextlib.suppress(psycopg.Error):
@@ -111,21 +128,21 @@ class PostgresInboxSession(InboxSession):
 
     def _check_open(self) -> None:
         connection = self._connection
-        if connection.closed and connection.broken:
+        if self._is_lost():
             lost = psycopg.OperationalError("the connection is lost")
             raise self._inbox._tables.as_inbox_error(lost) from lost
         if connection.closed or connection.info.transaction_status is TransactionStatus.IDLE:
             raise ended_by_handler()
 
     def _is_outage(self, error: BaseException) -> bool:
-        return self._connection.broken or (
+        return self._is_lost() or (
             isinstance(error, psycopg.Error) and bool(error.sqlstate) and self._inbox._tables.is_outage(error)
         )
 
     def _after(self, error: BaseException) -> InboxError | None:
         connection = self._connection
         connection.is_given = False
-        if connection.broken:
+        if self._is_lost():
             return self._inbox._tables.as_inbox_error(error)
         if connection.closed or connection.info.transaction_status is TransactionStatus.IDLE:
             return ended_by_handler()

@@ -26,6 +26,7 @@ class InboxSession:
     def __init__(self, group: str) -> None:
         self.group = check_group(group)
         self._connection: Any = None
+        self._is_shared = False  # with an event loop, whose tasks use the connection between two steps
         self._known: set[Partition] = set()  # that the inbox knows that this group handles
 
     def handle(self, envelope: Envelope[Any], handler: Callable[[Any, Any], object]) -> bool:
@@ -51,25 +52,31 @@ class InboxSession:
             self._close(connection)
 
     def _handle(self, envelopes: Sequence[Envelope[Any]], handler: Callable[[list[Any], Any], object]) -> int:
-        if not envelopes:
-            return 0
-        partitions = partitions_of(envelopes) - self._known
         try:
-            if self._connection is None:
-                self._connection = self._open()
-            marks = self._begin(envelopes, sorted(partitions))
-            new = [envelope for envelope, is_new in zip(envelopes, marks, strict=True) if is_new]
+            new = self._prepare(envelopes)
             if new:
                 self._give(new, handler)
-                self._commit()
-            else:
-                self._roll_back()
+                self._finish(envelopes)
         except BaseException:
             self._clean_up()
             raise
-        if new:
-            self._known |= partitions
         return len(new)
+
+    def _prepare(self, envelopes: Sequence[Envelope[Any]]) -> list[Envelope[Any]]:
+        """Those that are new, and for them a transaction that is open."""
+        if not envelopes:
+            return []
+        if self._connection is None:
+            self._connection = self._open()
+        marks = self._begin(envelopes, sorted(partitions_of(envelopes) - self._known))
+        new = [envelope for envelope, is_new in zip(envelopes, marks, strict=True) if is_new]
+        if not new:
+            self._roll_back()
+        return new
+
+    def _finish(self, envelopes: Sequence[Envelope[Any]]) -> None:
+        self._commit()
+        self._known |= partitions_of(envelopes)
 
     def _give(self, new: list[Envelope[Any]], handler: Callable[[list[Any], Any], object]) -> None:
         try:
@@ -95,6 +102,10 @@ class InboxSession:
 
     def _close(self, connection: Any) -> None:
         raise NotImplementedError
+
+    def _for_loop(self) -> Any:
+        """What a handler on an event loop gets as its connection. Called there."""
+        return self._connection
 
     def _begin(self, envelopes: Sequence[Envelope[Any]], partitions: Sequence[Partition]) -> Sequence[bool]:
         """Begins the transaction and marks the ids of envelopes; which of them are new."""

@@ -267,7 +267,7 @@ class SqliteInboxSession(InboxSession):
         )
 
     def _open(self) -> sqlite3.Connection:
-        with self._inbox._connection(keep=True) as connection:
+        with self._inbox._connection(keep=True, of_many_threads=self._is_shared) as connection:
             self._inbox._check_tables(connection)
             return connection
 

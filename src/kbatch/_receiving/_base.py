@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import msgspec
 
 from kbatch._callbacks import call_fault
 from kbatch._checks import check_close_timeout, is_number, is_whole
-from kbatch._errors import ConfigError, DeserializationError, exception_text, type_name
+from kbatch._errors import ConfigError, DeserializationError, InboxError, exception_text, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseListener"]
 
+_logger = logging.getLogger("kbatch")
+
+_REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
 _CLOSE_COPIES_S = 1.0  # what is not answered then is not committed
 _COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
@@ -41,6 +45,8 @@ class BaseListener:
     """The options of a listener, checked as a whole, and its run. Whatever changes while it runs is the run's."""
 
     _name = "kbatch.Listener"
+    _first_wait_s, _longest_wait_s = 0.1, 5.0  # for an inbox whose database is away
+    _look_s = 0.02  # whether what waits is still wanted
 
     def __init__(
         self,
@@ -101,6 +107,7 @@ class BaseListener:
         self._topics = names
         self._handler = handler
         self._inbox = inbox
+        self._told_of_outage = float("-inf")
         self._wire = wire
         self._concurrency = concurrency
         self._batch_size = batch_size
@@ -216,6 +223,20 @@ class BaseListener:
     def _wait_until_over(self, end: float) -> None:
         while self._runs_here() and monotonic() < end:
             threading.Event().wait(min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic())))
+
+    def _check_inbox(self) -> None:
+        if self._inbox is not None:
+            try:
+                self._inbox._check()
+            except InboxError as error:
+                if not error.is_outage:  # else it is waited for
+                    raise
+
+    def _tell_of_outage(self, error: InboxError) -> None:
+        now = monotonic()
+        if now >= self._told_of_outage + _REMIND_EVERY_S:
+            self._told_of_outage = now
+            _logger.warning("a listener of %s waits for its inbox: %s", ", ".join(self._topics), error)
 
     # -- at the end of the interpreter
 

@@ -129,11 +129,25 @@ cdef Part *next_ready(Client *c) noexcept nogil:
     return part
 
 
-cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most, Py_ssize_t quota) noexcept nogil:
-    # Partitions take turns.
-    cdef Py_ssize_t count = 0, taken, wanted
+cdef Py_ssize_t count_ready(Client *c) noexcept nogil:
+    cdef Py_ssize_t count = 0
     cdef Part *part
-    while count < most:
+    kb_mutex_lock(&c.mu)
+    part = c.ready_first
+    while part != NULL:
+        count, part = count + 1, part.next_ready
+    kb_mutex_unlock(&c.mu)
+    return count
+
+
+cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most) noexcept nogil:
+    # Each partition has one turn, and half of what is wanted at most: who polls looks whether one has become full.
+    cdef Py_ssize_t count = 0, taken, wanted
+    cdef Py_ssize_t quota = most if c.parts == NULL or c.parts.next == NULL else max(1, most // 2)
+    cdef Py_ssize_t turns = count_ready(c)
+    cdef Part *part
+    while count < most and turns > 0:
+        turns -= 1
         part = next_ready(c)
         if part == NULL:
             break
@@ -667,7 +681,7 @@ cdef class ConsumerCore(Core):
         kb_mutex_unlock(&c.mu)
         count = max(0, api.consume_batch_queue(c.group_queue, 0, c.messages, max(most, 1)))
         if c.rebalance == NULL and count < most:
-            count += take_ready(c, c.messages + count, most - count, max(1, most // 4))
+            count += take_ready(c, c.messages + count, most - count)
         return count
 
     cdef void _copy(self, Py_ssize_t count) noexcept nogil:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -27,12 +26,6 @@ if TYPE_CHECKING:
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Listener"]
-
-_logger = logging.getLogger("kbatch")
-
-_WAIT_FOR_INBOX_S, _LONGEST_WAIT_FOR_INBOX_S = 0.1, 5.0
-_LOOK_S = 0.02  # whether what waits is still wanted
-_REMIND_EVERY_S = 60.0
 
 
 class Listener(BaseListener):
@@ -133,7 +126,6 @@ class Listener(BaseListener):
             inbox=inbox,
         )
         self._of_thread = threading.local()  # of handlers: `session` and `reading`
-        self._told_of_outage = float("-inf")
         self._idle: list[Flag] = []  # of handlers' threads that wait; under the lock of the run
 
     @staticmethod
@@ -255,14 +247,14 @@ class Listener(BaseListener):
             self._call(handled)
             return
         handle: Callable[..., object] = session.handle if self._batch_size is None else session.handle_batch
-        wait_s = _WAIT_FOR_INBOX_S
+        wait_s = self._first_wait_s
         while True:
             try:
                 handle(handled, self._call)
             except InboxError as error:
                 if not error.is_outage or not self._waits(work, error, wait_s):
                     raise
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_FOR_INBOX_S)
+                wait_s = min(2 * wait_s, self._longest_wait_s)
             else:
                 return
 
@@ -272,23 +264,13 @@ class Listener(BaseListener):
     def _waits(self, work: Work, error: InboxError, wait_s: float) -> bool:
         """Waits for an inbox whose database does not answer; whether the work is still wanted then."""
         reading: Reading = self._of_thread.reading
-        now = monotonic()
-        if now >= self._told_of_outage + _REMIND_EVERY_S:
-            self._told_of_outage = now
-            _logger.warning("a listener of %s waits for its inbox: %s", ", ".join(self._topics), error)
-        while monotonic() < now + wait_s:
+        self._tell_of_outage(error)
+        end = monotonic() + wait_s
+        while monotonic() < end:
             if reading.is_given_up(work):
                 return False
-            time.sleep(_LOOK_S)
+            time.sleep(self._look_s)
         return True
-
-    def _check_inbox(self) -> None:
-        if self._inbox is not None:
-            try:
-                self._inbox._check()
-            except InboxError as error:
-                if not error.is_outage:  # else it is waited for
-                    raise
 
     def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
         self._failing.failed(reading, work, error)
