@@ -335,6 +335,32 @@ def test_listen_hands_records_to_a_handler_until_a_signal(
     assert sorted(kinds) == [b"LookupError", b"shop.Sold"]
 
 
+def test_listen_with_an_inbox_gives_its_connection_to_the_handler(cluster: MockCluster, topic: str, shop: Any) -> None:
+    kbatch.SqliteInbox(shop / "shop.db").create()
+    handler = (
+        'def handle(envelope, connection):\n    print(type(connection).__name__, envelope.message["n"], flush=True)\n'
+    )
+    (shop / "shop.py").write_text(handler)
+    settings = f"""
+handler = "shop:handle"
+topics = ["{topic}"]
+inbox = "shop.db"
+[types]
+order = "builtins:dict"
+[kafka]
+bootstrap.servers = "{cluster.bootstrap_servers}"
+group.id = "g-{topic}"
+"""
+    (shop / "listen.toml").write_text(settings)
+    send(cluster, topic, 7)
+    with listening(shop) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "Connection 7\n"
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+
+
 def test_listen_that_cannot_go_on_says_why(cluster: MockCluster, topic: str, shop: Any) -> None:
     text = (shop / "listen.toml").read_text().replace(f'dead_letter_topic = "{topic}.dead"', "")
     (shop / "listen.toml").write_text(text)

@@ -119,7 +119,7 @@ def test_a_tombstone_and_a_null_value_travel_as_what_they_are() -> None:
 def test_an_outage_is_waited_for_however_often_it_comes() -> None:
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), retry_topics=[5], dead_letter_topic="dead")
     for outages in (1, 10, 10_000):
-        fate = policy.judge(record(), DatabaseGone(), 0, outages, WALL, lambda: 0.0)
+        fate = policy.judge(record(), DatabaseGone(), 3, outages, WALL, lambda: 0.0)
         assert fate.copy is None
         assert fate.after_s <= 5.0
 

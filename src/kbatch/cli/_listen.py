@@ -18,6 +18,7 @@ from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._listen_file import ListenFile
 from kbatch.cli._log import Log
+from kbatch.cli._outbox_place import Place
 from kbatch.cli._screen import Bar, Screen
 from kbatch.cli._settings import Settings
 
@@ -98,6 +99,9 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
         options["types"] = {type_: _named(where, f"[types] {type_}") for type_, where in file.table("types").items()}
     if "reject_on" in file.values:
         options["reject_on"] = [_named(where, "reject_on") for where in file.values["reject_on"]]
+    if "inbox" in file.values:
+        place = Place(file.values["inbox"], file.values.get("prefix", "kbatch_"), schema=file.values.get("schema"))
+        options["inbox"] = place.open_inbox()
     if file.retry:
         own: dict[str, Any] = {"max_attempts": 3, "initial_backoff_s": 0.1, "max_backoff_s": 1.0, **file.retry}
         try:

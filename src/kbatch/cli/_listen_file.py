@@ -14,10 +14,12 @@ LISTEN_OPTIONS = [name for name in inspect.signature(kbatch.Listener.__init__).p
 
 
 class ListenFile(TomlFile):
-    """What a file says: ``handler``, ``topics`` and ``reject_on``, and the tables ``types``, ``listener``, ``retry``
-    and ``kafka``."""
+    """What a file says: ``handler``, ``topics``, ``reject_on``, where the inbox is, and the tables ``types``,
+    ``listener``, ``retry`` and ``kafka``."""
 
-    top: ClassVar[Mapping[str, type]] = {"handler": str, "topics": list, "reject_on": list}
+    top: ClassVar[Mapping[str, type]] = {
+        "handler": str, "topics": list, "reject_on": list, "inbox": str, "prefix": str, "schema": str
+    }  # fmt: skip
     tables: ClassVar[Mapping[str, Sequence[str] | None]] = {
         "types": None,
         "listener": LISTEN_OPTIONS,

@@ -39,18 +39,29 @@ class Place:
 
     def open(self) -> Outbox:
         """The outbox; nothing is read yet."""
+        found: Outbox = self._open(kbatch.SqliteOutbox, kbatch.PostgresOutbox, {"wire": self.wire}, "an outbox")
+        return found
+
+    def open_inbox(self) -> kbatch.SqliteInbox | kbatch.PostgresInbox:
+        """The inbox in the same place; nothing is read yet."""
+        found: kbatch.SqliteInbox | kbatch.PostgresInbox = self._open(
+            kbatch.SqliteInbox, kbatch.PostgresInbox, {}, "an inbox"
+        )
+        return found
+
+    def _open(self, in_sqlite: Any, in_postgres: Any, given: dict[str, Any], what: str) -> Any:
         kind, rest = self._split()
-        options: dict[str, Any] = {"prefix": self.prefix, "wire": self.wire}
+        options = {"prefix": self.prefix, **given}
         try:
             if kind in _POSTGRES:
-                return kbatch.PostgresOutbox(f"postgresql://{rest}", schema=self.schema or "public", **options)
+                return in_postgres(f"postgresql://{rest}", schema=self.schema or "public", **options)
             if kind not in ("", _SQLITE):
                 raise Failure(
-                    "an outbox is a path of a SQLite file, or a URL that begins with sqlite:/// or postgresql://", USAGE
+                    f"{what} is a path of a SQLite file, or a URL that begins with sqlite:/// or postgresql://", USAGE
                 )
             if self.schema is not None:
                 raise Failure("--schema is for PostgreSQL: a SQLite file has none", USAGE)
-            return kbatch.SqliteOutbox(_path(rest) if kind else rest, **options)
+            return in_sqlite(_path(rest) if kind else rest, **options)
         except kbatch.ConfigError as error:
             raise Failure(str(error), USAGE) from None
 

@@ -65,7 +65,7 @@ def listen(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Settings, TOML: handler, topics, reject_on, and the tables types, listener, retry and kafka.",
+            help="Settings, TOML: handler, topics, reject_on, inbox, and the tables types, listener, retry and kafka.",
         ),
     ] = None,
     setting: Setting = None,
