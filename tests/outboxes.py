@@ -5,7 +5,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 
@@ -32,6 +32,12 @@ def where(outbox: Outbox) -> dict[str, str]:
     if isinstance(outbox, kbatch.SqliteOutbox):
         return {"path": outbox._path}
     return {"conninfo": outbox._conninfo, "schema": outbox._tables.schema}
+
+
+def same(outbox: Outbox, **options: Any) -> Outbox:
+    """Another object for it."""
+    kind: Any = type(outbox)
+    return cast("Outbox", kind(**where(outbox), **options))
 
 
 def named(outbox: Outbox) -> list[str]:

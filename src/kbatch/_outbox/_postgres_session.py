@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["PostgresSession", "connect"]
+__all__ = ["SETTINGS", "PostgresSession", "connect"]
 
 _CONNECT_S = 10
 _STATEMENT_S = 20  # the server ends what takes longer
@@ -32,14 +32,14 @@ _SILENCE_S = 25  # and this end what has no answer then
 
 # Statements go by the primary key, however wrong the statistics are: a table that was analysed while it was empty, or
 # full, has others. The settings end with the transaction, so that a pool between may give the connection to others.
-_SETTINGS = f"""
+SETTINGS = f"""
 SET LOCAL statement_timeout = '{_STATEMENT_S}s'; SET LOCAL lock_timeout = '{_STATEMENT_S // 2}s';
 SET LOCAL idle_in_transaction_session_timeout = '{_STATEMENT_S}s'; SET LOCAL synchronous_commit = on;
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off;
 """
-_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
-_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
+_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{SETTINGS}"
+_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{SETTINGS}"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
 
@@ -119,10 +119,13 @@ class PostgresSession:
                 yield self._run, self._run(begin)
                 self._connection.execute("COMMIT")
             except BaseException:
-                with contextlib.suppress(psycopg.Error):
-                    if not self._connection.closed:
-                        self._connection.execute("ROLLBACK")
+                self._roll_back()
                 raise
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            if not self._connection.closed:
+                self._connection.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

@@ -11,7 +11,8 @@ __all__ = ["PostgresTables"]
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
 
 # Rows of the hot table are added and deleted, and never updated. What was deleted must be gone from the index soon,
-# however many rows there are: so a threshold, and no share of the table.
+# however many rows there are: so a threshold, and no share of the table. One index of `later` has what is scheduled
+# apart, so that a look at what waits for its next attempt never walks over that.
 _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one smallint PRIMARY KEY CHECK (one = 1),
@@ -46,9 +47,11 @@ CREATE TABLE IF NOT EXISTS {later} (
     attempts integer NOT NULL,
     last_error text NOT NULL,
     key_hash bigint,
+    scheduled smallint NOT NULL DEFAULT 0 CHECK (scheduled IN (0, 1)),
     PRIMARY KEY (bucket, seq)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX IF NOT EXISTS {later_due} ON {later} (due_at);
+CREATE INDEX IF NOT EXISTS {later_at} ON {later} (scheduled, due_at, seq);
 CREATE INDEX IF NOT EXISTS {later_key} ON {later} (bucket, key_hash, seq);
 CREATE TABLE IF NOT EXISTS {dead} (
     bucket smallint NOT NULL,
@@ -89,7 +92,7 @@ INSERT INTO {lease} (bucket, owner, token, until, length)
 NOW_MS = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
 
 _TABLES = ("outbox", "meta", "later", "dead", "lease", "relay")
-_INDEXES = ("later_due", "later_key", "dead_died")
+_INDEXES = ("later_due", "later_at", "later_key", "dead_died")
 
 # What to do, by the beginning of PostgreSQL's code.
 _HINTS = {
@@ -127,7 +130,11 @@ class PostgresTables(OutboxTables):
                 )
         names = {name: f"{_quoted(schema)}.{_quoted(bare[name])}" for name in _TABLES}
         # An index is in the schema of its table.
-        super().__init__({**names, **{name: _quoted(bare[name]) for name in _INDEXES}}, now=NOW_MS)
+        values = {**names, **{name: _quoted(bare[name]) for name in _INDEXES}}
+        # Identity columns have sequences of any name.
+        owner = names["outbox"].replace("'", "''")
+        values["next_number"] = f"nextval((SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass))"
+        super().__init__(values, now=NOW_MS)
         self.schema = schema
         self.bare = bare
 
