@@ -132,9 +132,10 @@ def literal(outbox: Outbox, value: bytes) -> str:
     return f"X'{value.hex()}'" if isinstance(outbox, kbatch.SqliteOutbox) else f"'\\x{value.hex()}'::bytea"
 
 
-def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None) -> None:
-    """Has inserts into one of its tables fail, or those of the row of this number."""
+def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None, deliver_by: bool = False) -> None:
+    """Has inserts into one of its tables fail, or those of the row of this number, or of rows with a `deliver_by`."""
     when = "" if number is None else f"WHEN (NEW.seq = {number}) "
+    when = "WHEN (NEW.deliver_by IS NOT NULL) " if deliver_by else when
     if isinstance(outbox, kbatch.SqliteOutbox):
         query(
             outbox,
