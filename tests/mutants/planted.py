@@ -1829,6 +1829,13 @@ MUTANTS = (
         "tests/mock/test_relay_database_faults.py",
     ),
     Mutant(
+        "who adds notifies relays that have much to do",
+        "BasePostgresOutbox.__init__",
+        "WHERE listens = 1 AND",
+        "WHERE",
+        "tests/mock/test_relay_postgres.py",
+    ),
+    Mutant(
         "a COMMIT whose answer was lost is told as not added",
         "PostgresWriter._commit",
         "            was_committed = self._was_committed(number)\n",
@@ -1930,8 +1937,8 @@ MUTANTS = (
     Mutant(
         "many rows of PostgreSQL have their numbers before their transaction has one",
         "BasePostgresOutbox.__init__",
-        "pg_current_xact_id()::text FROM {meta}",
-        "'0' FROM {meta}",
+        'looked = "version, buckets, pg_current_xact_id()::text"',
+        'looked = "version, buckets, 0"',
         "tests/unit/test_outbox_late_rows.py",
     ),
     Mutant(

@@ -50,7 +50,15 @@ LAYERS_WITHIN = {
         {"_flight", "_group", "_kept", "_positions", "_tables"},
         {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
         {"_base", "_postgres_session", "_sqlite_session"},
-        {"_postgres_admin", "_postgres_store", "_postgres_writer", "_sqlite_admin", "_sqlite_store", "_sqlite_writer"},
+        {
+            "_postgres_admin",
+            "_postgres_listener",
+            "_postgres_store",
+            "_postgres_writer",
+            "_sqlite_admin",
+            "_sqlite_store",
+            "_sqlite_writer",
+        },
         {"_postgres", "_relay", "_sqlite"},
         {"_shared"},
     ],
@@ -283,7 +291,13 @@ def test_private_modules_declare_what_they_export() -> None:
             for node in ast.parse(path.read_text(encoding="utf-8")).body
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__"
         )
-        needs_psycopg = {"_postgres_admin.py", "_postgres_session.py", "_postgres_store.py", "_postgres_writer.py"}
+        needs_psycopg = {
+            "_postgres_admin.py",
+            "_postgres_listener.py",
+            "_postgres_session.py",
+            "_postgres_store.py",
+            "_postgres_writer.py",
+        }
         if path.name in needs_psycopg and importlib.util.find_spec("psycopg") is None:
             continue  # it is imported by who has psycopg
         module = importlib.import_module(".".join(["kbatch", *path.relative_to(PACKAGE).with_suffix("").parts]))

@@ -24,6 +24,7 @@ __all__ = ["PostgresStore"]
 
 _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
+_FEW_ROWS = 200  # between two renewals, which are a second apart. With more, polling finds them as soon
 
 # age() counts to the number that the next transaction will have.
 _SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid)"
@@ -39,11 +40,14 @@ class PostgresStore(PostgresSession):
 
     Args:
         connection: In autocommit mode. It is the store's from now on.
+        listens: Transactions that add are to tell of themselves, as long as few rows come.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], tables: PostgresTables) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], tables: PostgresTables, *, listens: bool = False) -> None:
         super().__init__(connection, tables)
         self._gaps = Gaps()
+        self._listens = listens
+        self._rows_read = 0  # since the last renewal
         sql = tables.sql
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
@@ -111,11 +115,13 @@ class PostgresStore(PostgresSession):
             run(sql(f"DELETE FROM {{relay}} WHERE owner IN (SELECT owner FROM {{relay}} WHERE NOT {{lives}} {others})"))
             run(
                 sql(
-                    "INSERT INTO {relay} (owner, until, length) VALUES ($1, {now} + $2::bigint, $2) "
-                    "ON CONFLICT (owner) DO UPDATE SET until = excluded.until, length = excluded.length"
+                    "INSERT INTO {relay} (owner, until, length, listens) VALUES ($1, {now} + $2::bigint, $2, $3) "
+                    "ON CONFLICT (owner) DO UPDATE SET until = excluded.until, length = excluded.length, "
+                    "listens = excluded.listens"
                 ),
-                (owner, length),
+                (owner, length, int(self._listens and self._rows_read < _FEW_ROWS)),
             )
+            self._rows_read = 0
             ((relays,),) = run(sql("SELECT count(*) FROM {relay} WHERE {lives}"))
             share = -(-BUCKETS // relays)
             self._give_up(run, owner, release)
@@ -198,6 +204,7 @@ class PostgresStore(PostgresSession):
                         del left[bucket]
                     if is_last:
                         break
+        self._rows_read += len(rows)
         return Reading(rows, new_floors, ended)
 
     def _take(

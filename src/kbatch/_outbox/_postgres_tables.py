@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from kbatch._errors import ConfigError, OutboxError, exception_text, shown
 from kbatch._outbox._tables import OutboxTables
 from kbatch._text import printable
@@ -79,7 +81,8 @@ CREATE TABLE IF NOT EXISTS {lease} (
 CREATE TABLE IF NOT EXISTS {relay} (
     owner text PRIMARY KEY,
     until bigint NOT NULL,
-    length bigint NOT NULL
+    length bigint NOT NULL,
+    listens smallint NOT NULL DEFAULT 0
 ) WITH (
     fillfactor = 30,
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0
@@ -136,6 +139,7 @@ class PostgresTables(OutboxTables):
         values["next_number"] = f"nextval((SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass))"
         super().__init__(values, now=NOW_MS)
         self.schema = schema
+        self.channel = f"kbatch_{hashlib.sha256(owner.encode()).hexdigest()[:16]}"  # a name may be too long for one
         self.bare = bare
 
     def ddl(self) -> str:

@@ -54,7 +54,7 @@ class PostgresWriter(PostgresSession):
         tables: PostgresTables,
         connected: Callable[[], contextlib.AbstractContextManager[psycopg.Connection[Any]]],
         insert: Callable[[psycopg.Connection[Any], Sequence[MappedBatch]], object],
-        tell: Callable[[], object],
+        tell: Callable[[bool], object],
     ) -> None:
         super().__init__(connection, tables)
         self._connected = connected
@@ -76,7 +76,7 @@ class PostgresWriter(PostgresSession):
                 self._roll_back()
                 raise
         self._commit(number)
-        self._tell()
+        self._tell(True)
         return True
 
     def _commit(self, number: str) -> None:

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
         """What a relay asks of an outbox."""
 
         def open_store(self) -> OutboxStore: ...
-        def watch(self, watcher: Callable[[], object], /) -> None: ...
-        def unwatch(self, watcher: Callable[[], object], /) -> None: ...
+        def watch(self, watcher: Callable[[bool], object], /) -> None: ...
+        def unwatch(self, watcher: Callable[[bool], object], /) -> None: ...
 
 
 __all__ = ["Relay", "relay_producer"]
@@ -199,7 +199,7 @@ class Relay:
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
         self._poll_s = _SHORTEST_POLL_S
-        self._is_hinted = False
+        self._hint_s: float | None = None  # after which it looks again
         self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0  # of the last run
@@ -411,20 +411,21 @@ class Relay:
             self._owner = f"{socket.gethostname()}:{self._pid}:{uuid7()}"
         self._outbox.watch(self._on_add)
 
-    def _on_add(self) -> None:
-        # In a thread of the application, which will commit soon. While there is much to do it costs nothing.
+    def _on_add(self, is_committed: bool) -> None:
+        # In a thread of the application, which has committed or will do so soon. While there is much to do it costs
+        # nothing.
         if self._poll_s > _SHORTEST_POLL_S and self._pid == os.getpid():  # else the flag's lock may be held for ever
             self._poll_s = _SHORTEST_POLL_S
-            self._is_hinted = True
+            self._hint_s = 0.0 if is_committed else _SHORTEST_POLL_S
             self._flag.set()
 
     def _round(self) -> float:
         """Does what is to be done now. Returns the seconds until there will be more, if nothing happens."""
         gate = self._gate
         now = monotonic()
-        if self._is_hinted:
-            self._is_hinted = False
-            self._read_at = min(self._read_at, now + _SHORTEST_POLL_S)
+        hint_s, self._hint_s = self._hint_s, None
+        if hint_s is not None:
+            self._read_at = min(self._read_at, now + hint_s)
         self._take_settled()
         if gate.death is not None:
             raise gate.refusal()
