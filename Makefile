@@ -11,6 +11,8 @@ VENV ?= .venv
 ARGS ?=
 # Processes of pytest: most tests wait for something, so twelve are not too many for two cores.
 WORKERS ?= 12
+# Each of them imports all tests, and tests start hundreds of interpreters: what one has compiled, the others read.
+PYTEST = PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -81,11 +83,12 @@ run-outbox: build ## Run the demo of the outbox: 100,000 orders in SQLite, relay
 
 .PHONY: test
 test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (4 minutes)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
+	$(PYTEST) --collect-only -qq --ignore=tests/kafka $(ARGS) > $(STAMPS)/collected || { cat $(STAMPS)/collected; exit 1; }
+	$(PYTEST) -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
 
 .PHONY: test-kafka
 test-kafka: build $(STAMPS)/test-group ## Run the tests on Apache Kafka, which they start (Java, Maven)
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/kafka $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile tests/kafka $(ARGS)
 
 .PHONY: test-all
 test-all: test test-kafka ## Run both

@@ -89,10 +89,8 @@ _HARMLESS = frozenset(
         *("auto.offset.reset", "check.crcs", "coordinator.query.interval.ms", "enable.auto.commit"),
         *("enable.auto.offset.store", "enable.partition.eof", "fetch.error.backoff.ms", "fetch.max.bytes"),
         *("fetch.message.max.bytes", "fetch.min.bytes", "fetch.queue.backoff.ms", "fetch.wait.max.ms"),
-        *("group.id", "group.instance.id", "group.protocol", "group.protocol.type", "group.remote.assignor"),
-        *("heartbeat.interval.ms", "isolation.level", "max.poll.interval.ms", "offset.store.method"),
-        *("partition.assignment.strategy", "queued.max.messages.kbytes", "queued.min.messages"),
-        *("session.timeout.ms",),
+        *("group.protocol", "heartbeat.interval.ms", "isolation.level", "max.poll.interval.ms", "offset.store.method"),
+        *("queued.max.messages.kbytes", "queued.min.messages", "session.timeout.ms"),
         *("opaque", "interceptors", "open_cb", "socket_cb", "connect_cb", "closesocket_cb", "resolve_cb"),  # no text
     )
 )

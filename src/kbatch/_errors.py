@@ -20,6 +20,7 @@
      │   └─ ForkError             it was used before a fork, and this is the child
      ├─ OutboxError               an outbox cannot take rows, or its database does not answer
      │   └─ OutboxTimeoutError    the time of a DURABLE send was over (also a TimeoutError)
+     ├─ ListenerError             a listener cannot go on: refused, replaced, or closed
      └─ SenderError               a sender cannot take an envelope, or did not send it
          ├─ SenderClosedError     it is closed, or was closed first
          ├─ SenderFullError       no room within the time (also a TimeoutError)
@@ -65,6 +66,7 @@ __all__ = [
     "DeserializationError",
     "ForkError",
     "KbatchError",
+    "ListenerError",
     "NotYetDueError",
     "OutboxError",
     "OutboxTimeoutError",
@@ -445,6 +447,18 @@ class OutboxError(KbatchError):
 class OutboxTimeoutError(OutboxError, TimeoutError):
     """The envelope was not committed to the outbox within the time of its `send`. Unless it is ``possibly_persisted``,
     it will not be."""
+
+
+class ListenerError(KbatchError):
+    """A listener cannot go on: its group or a topic is refused to it, another has taken its place, it was closed.
+
+    Attributes:
+        code: librdkafka's error code, or ``None``.
+    """
+
+    def __init__(self, *args: object, code: int | None = None) -> None:
+        super().__init__(*args)
+        self.code = code
 
 
 class SenderError(KbatchError):

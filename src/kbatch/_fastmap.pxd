@@ -10,6 +10,7 @@ from kbatch._librdkafka cimport (
     rd_kafka_conf_t,
     rd_kafka_event_t,
     rd_kafka_headers_t,
+    rd_kafka_message_t,
     rd_kafka_queue_t,
     rd_kafka_t,
     rd_kafka_topic_partition_list_t,
@@ -27,6 +28,7 @@ cdef enum BodyKind:
     BODY_TOMBSTONE = 3  # a null value
     BODY_BUILDING = 4   # a constructor runs, or has failed
     BODY_NULL = 5       # a null value that is no tombstone: `_body` is None
+    BODY_UNREAD = 6     # of a ReceivedEnvelope: objects are made of its `_block` when they are asked for
 
 
 cdef class Envelope:
@@ -48,7 +50,7 @@ cdef class Envelope:
     cdef int64_t _deliver_by
     cdef int32_t _partition   # -1: the partitioner's choice
     cdef int32_t _attempts
-    cdef int _kind            # BodyKind; the last that a constructor sets, and never changed after that
+    cdef int _kind            # BodyKind; the last that a constructor sets, and after that `fill` alone
     cdef unsigned char[16] _id
     cdef int _check_new(self) except -1
     cdef int _set_common(self, object key, object topic, object partition, object timestamp, object headers, object id,
@@ -56,10 +58,60 @@ cdef class Envelope:
     cdef dict _arguments(self)
 
 
+cdef enum:
+    # Header.value_len when the value is made while the header is added, from the field that `value` points at
+    VALUE_NULL = -1
+    VALUE_UUID = -2
+    VALUE_TIME_KBATCH = -3
+    VALUE_TIME_WOLVERINE = -4
+    VALUE_INT32 = -5
+
+
+cdef struct Header:
+    const char *name    # static, or the UTF-8 of a str that the batch's envelopes keep alive
+    const char *value   # the same, or a field of the envelope (see VALUE_…)
+    int32_t name_len
+    int32_t value_len
+
+
+cdef enum:
+    RECEIVED_TEXTS = 8  # as many as are declared as one in `wire.pxi`
+
+
+cdef struct Text:
+    const char *chars   # NULL: none
+    Py_ssize_t length
+
+
+cdef struct Received:
+    # A record that was read without the GIL: one allocation, with all that the pointers point at behind it. Nothing
+    # of librdkafka's is left in it.
+    int64_t offset
+    int64_t timestamp     # ms; 0: none
+    int64_t sent_at       # µs, as the next two; or NO_TIME
+    int64_t scheduled_time
+    int64_t deliver_by
+    int32_t partition
+    int32_t attempts
+    int kind              # BodyKind
+    int seen              # bits of the fields that headers have given
+    int makes_id          # of topic, partition and offset, when it is asked for
+    unsigned char[16] id
+    Text[RECEIVED_TEXTS] texts
+    Text key
+    Text value            # without `chars`, of BODY_DATA: it is the envelope's `_body` from the first
+    Header *headers       # the user's, as on the wire
+    Py_ssize_t count      # of these
+
+
 cdef class ReceivedEnvelope(Envelope):
+    cdef Received *_block         # owned, to the end: another thread may read it while `fill` runs. NULL: none
     cdef object _decoded          # what `message` shows; UNSET: nobody has decoded it
     cdef int64_t _offset
     cdef readonly object error    # why it could not be read, or None
+    cdef object _text(self, int field)
+    cdef int _fill(self) except -1
+    cdef int _make_id(self) except -1
     cdef Envelope _plain(self)
 
 
@@ -71,15 +123,6 @@ cdef enum:
     ACKED = 1
     FAILED = 2
     EXPIRED = 3   # deliver_by had passed; never sent, not a failure
-
-
-cdef enum:
-    # Header.value_len when the value is made while the header is added, from the field that `value` points at
-    VALUE_NULL = -1
-    VALUE_UUID = -2
-    VALUE_TIME_KBATCH = -3
-    VALUE_TIME_WOLVERINE = -4
-    VALUE_INT32 = -5
 
 
 cdef enum:
@@ -99,13 +142,6 @@ cdef struct Outcome:
     uint8_t persistence  # rd_kafka_message_status: not, possibly, persisted
 
 
-cdef struct Header:
-    const char *name    # static, or the UTF-8 of a str that the batch's envelopes keep alive
-    const char *value   # the same, or a field of the envelope (see VALUE_…)
-    int32_t name_len
-    int32_t value_len
-
-
 cdef struct Consumed:
     # A record to read. All of it is borrowed, and stays where it is for as long as it is read.
     PyObject *topic       # as errors name it and ids are made of it, and so the next two
@@ -117,6 +153,17 @@ cdef struct Consumed:
     PyObject *pairs       # a tuple of pairs (name, value): the headers; or NULL
     const Header *headers  # or these, with their values as they are on the wire
     Py_ssize_t count      # of headers
+
+
+cdef struct Raw:
+    # A record as librdkafka has it. All of it is borrowed.
+    int64_t offset
+    int64_t timestamp     # ms; 0: none
+    int32_t partition
+    Text key
+    Text value
+    Header *headers       # with their values as they are on the wire. `read_regular` overwrites them
+    Py_ssize_t count      # of headers; -1: there is one that is larger than 2 GiB
 
 
 cdef struct Topic:
@@ -356,6 +403,15 @@ cdef struct ListPool:
     int32_t hand           # the bucket in which the next shape to drop is looked for
 
 
+cdef struct Part:
+    # A partition that a consumer reads. librdkafka keeps its records apart, so one that is full holds up no other.
+    void *client
+    rd_kafka_queue_t *queue  # owned; destroyed when the partition is taken, or before librdkafka is
+    Part *next
+    Part *next_ready
+    int is_ready
+    int wanted
+
 cdef struct Client:
     int pid                 # const once started; 0 before
     int32_t references      # atomic: the Core, the dispatcher, the drainer
@@ -420,10 +476,20 @@ cdef struct Client:
     int64_t lists_used_ns   # when the last one was taken; of the batch that has the turn
     # of a consumer; its main queue is `queue`
     rd_kafka_queue_t *group_queue  # owned: what its group tells it, and errors
-    rd_kafka_queue_t *data_queue   # owned: records of all partitions that are read
+    rd_kafka_queue_t *commit_queue  # owned: answers to commits that nobody waits for
+    Part *parts             # owned; those of the partitions that it was given, of the thread that polls
+    Part *ready_first       # of those the ones that may have records
+    Part *ready_last
+    kb_cond data_cond       # one is ready, `group_is_ready` or `woken`
+    int group_is_ready
+    int woken               # who polls is to return
     rd_kafka_topic_partition_list_t *rebalance  # owned: partitions that are given or taken, until it is answered
     int rebalance_code
     int rebalances_itself   # nobody is left who would answer
+    rd_kafka_message_t **messages  # owned; what a poll has taken and has not given out yet. Of the thread that polls,
+    Received **blocks              # of the drainer when nobody is left. Owned, as each; or NULL: of a message
+    Py_ssize_t taken        # so many
+    Py_ssize_t given_out    # of these
     # counters for stats()
     int64_t acked
     int64_t failed
@@ -617,6 +683,15 @@ cdef class _Lot:
 cdef bint settle_unsent(Outcome *outcome, Record *record, int error) noexcept nogil
 cdef void settle_whole(Client *c, BatchState *batch, int64_t acked, int64_t failed) noexcept nogil
 cdef void drop_records(BatchState *batch) noexcept nogil
+cdef void drop_part(Part *part) noexcept nogil
 cdef void release_idle(Client *c, bint long_ones=*) noexcept
-cdef Envelope envelope_of(const Consumed *record, int wire, Envelope empty)
+cdef enum:
+    WIRE_OF_USER = 4  # WIRE_CUSTOM of `wire.pxi`
+
+
+cdef int64_t deadline_after(object timeout) except? -2
+cdef Received *read_regular(Raw *raw, int wire) noexcept nogil
+cdef ReceivedEnvelope regular_envelope(Received *block, object topic, const char *value)
+cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object custom)
+cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil
 cdef int wire_number(str name, str others) except -1

@@ -5,8 +5,8 @@ reports become outcomes, and each thread or loop that waits is woken once.
 
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
 ``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
-``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``read`` and ``pack`` stand beside ``map`` and
-share ``wire``. ``accumulator`` stands before it all: single envelopes become batches. Structures and classes are
+``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``read``, ``receive`` and ``pack`` stand beside
+``map`` and share ``wire``. ``accumulator`` stands before it all: single envelopes become batches. Structures and classes are
 declared in ``_fastmap.pxd``.
 """
 
@@ -67,7 +67,7 @@ from cpython.pythread cimport PyThread_get_thread_ident
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.math cimport NAN
 from libc.stdint cimport INT32_MAX, INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memchr, memcmp, memcpy, strcmp, strcpy, strlen
+from libc.string cimport memchr, memcmp, memcpy, memset, strcmp, strcpy, strlen
 
 from kbatch._librdkafka cimport *
 from kbatch._librdkafka import error_text
@@ -88,6 +88,7 @@ cdef extern from *:
     int PyUnicode_CompareWithASCIIString(object text, const char *ascii) noexcept
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
+    int PyObject_GenericSetAttr(object owner, object name, object value) except -1
 
 cdef object _logger = logging.getLogger("kbatch")
 
@@ -103,6 +104,7 @@ include "native/batch.pxi"
 include "native/wire.pxi"
 include "native/map.pxi"
 include "native/read.pxi"
+include "native/receive.pxi"
 include "native/pack.pxi"
 include "native/client.pxi"
 include "native/reports.pxi"

@@ -109,6 +109,7 @@ cdef extern from * nogil:
     ctypedef struct rd_kafka_metadata_broker_t:
         int32_t id
     ctypedef struct rd_kafka_metadata_partition_t:
+        int32_t id
         int32_t leader  # -1: none
     ctypedef struct rd_kafka_metadata_topic_t:
         char *topic
@@ -209,6 +210,7 @@ ctypedef int (*request_sent_t)(rd_kafka_t *rk, int sockfd, const char *broker_na
                                int16_t api_key, int16_t api_version, int32_t correlation_id, size_t size,
                                void *opaque) noexcept nogil
 
+ctypedef void (*queue_event_cb_t)(rd_kafka_t *rk, void *opaque) noexcept nogil
 ctypedef void (*rebalance_cb_t)(rd_kafka_t *rk, int err, rd_kafka_topic_partition_list_t *partitions,
                                 void *opaque) noexcept nogil
 
@@ -293,6 +295,7 @@ cdef struct Api:
     int (*event_log)(rd_kafka_event_t *event, const char **fac, const char **text, int *level) noexcept nogil
     const char *(*event_stats)(rd_kafka_event_t *event) noexcept nogil
     const char *(*event_config_string)(rd_kafka_event_t *event) noexcept nogil
+    const rd_kafka_topic_partition_list_t *(*event_list)(rd_kafka_event_t *event) noexcept nogil  # the event's
     # consuming; lists are the caller's, but for those that a callback is given
     void (*conf_set_rebalance_cb)(rd_kafka_conf_t *conf, rebalance_cb_t cb) noexcept nogil
     rd_kafka_topic_partition_list_t *(*list_new)(int size) noexcept nogil
@@ -319,6 +322,9 @@ cdef struct Api:
     int (*resume_partitions)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *partitions) noexcept nogil
     int (*query_watermark_offsets)(rd_kafka_t *rk, const char *topic, int32_t partition, int64_t *low, int64_t *high,
                                    int timeout_ms) noexcept nogil
+    # as the last answers told; nothing is asked
+    int (*get_watermark_offsets)(rd_kafka_t *rk, const char *topic, int32_t partition, int64_t *low,
+                                 int64_t *high) noexcept nogil
     int (*offsets_for_times)(rd_kafka_t *rk, rd_kafka_topic_partition_list_t *offsets, int timeout_ms) noexcept nogil
     char *(*memberid)(const rd_kafka_t *rk) noexcept nogil
     void (*mem_free)(rd_kafka_t *rk, void *memory) noexcept nogil
@@ -330,6 +336,8 @@ cdef struct Api:
     rd_kafka_queue_t *(*queue_get_consumer)(rd_kafka_t *rk) noexcept nogil
     rd_kafka_queue_t *(*queue_get_partition)(rd_kafka_t *rk, const char *topic, int32_t partition) noexcept nogil
     void (*queue_forward)(rd_kafka_queue_t *source, rd_kafka_queue_t *target) noexcept nogil
+    # called when something comes to an empty queue, under the queue's lock; not any more once this has set another
+    void (*queue_cb_event_enable)(rd_kafka_queue_t *queue, queue_event_cb_t cb, void *opaque) noexcept nogil
     ssize_t (*consume_batch_queue)(rd_kafka_queue_t *queue, int timeout_ms, rd_kafka_message_t **messages,
                                    size_t size) noexcept nogil
     void (*message_destroy)(rd_kafka_message_t *message) noexcept nogil

@@ -173,6 +173,8 @@ cdef void _fill() except *:
     api.event_stats = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol("rd_kafka_event_stats")
     api.event_config_string = <const char *(*)(rd_kafka_event_t *) noexcept nogil> symbol(
         "rd_kafka_event_config_string")
+    api.event_list = <const rd_kafka_topic_partition_list_t *(*)(rd_kafka_event_t *) noexcept nogil> symbol(
+        "rd_kafka_event_topic_partition_list")
     api.conf_set_rebalance_cb = <void (*)(rd_kafka_conf_t *, rebalance_cb_t) noexcept nogil> symbol(
         "rd_kafka_conf_set_rebalance_cb")
     api.list_new = <rd_kafka_topic_partition_list_t *(*)(int) noexcept nogil> symbol(
@@ -213,6 +215,9 @@ cdef void _fill() except *:
     api.query_watermark_offsets = <int (*)(rd_kafka_t *, const char *, int32_t, int64_t *, int64_t *,
                                            int) noexcept nogil> symbol(
         "rd_kafka_query_watermark_offsets")
+    api.get_watermark_offsets = <int (*)(rd_kafka_t *, const char *, int32_t, int64_t *,
+                                         int64_t *) noexcept nogil> symbol(
+        "rd_kafka_get_watermark_offsets")
     api.offsets_for_times = <int (*)(rd_kafka_t *, rd_kafka_topic_partition_list_t *, int) noexcept nogil> symbol(
         "rd_kafka_offsets_for_times")
     api.memberid = <char *(*)(const rd_kafka_t *) noexcept nogil> symbol("rd_kafka_memberid")
@@ -230,6 +235,8 @@ cdef void _fill() except *:
         "rd_kafka_queue_get_partition")
     api.queue_forward = <void (*)(rd_kafka_queue_t *, rd_kafka_queue_t *) noexcept nogil> symbol(
         "rd_kafka_queue_forward")
+    api.queue_cb_event_enable = <void (*)(rd_kafka_queue_t *, queue_event_cb_t, void *) noexcept nogil> symbol(
+        "rd_kafka_queue_cb_event_enable")
     api.consume_batch_queue = <ssize_t (*)(rd_kafka_queue_t *, int, rd_kafka_message_t **,
                                            size_t) noexcept nogil> symbol(
         "rd_kafka_consume_batch_queue")

@@ -173,8 +173,10 @@ def test_on_an_event_loop(one_broker: KafkaCluster) -> None:
             with pytest.raises(kbatch.ProducerError, match="submit is not possible"):
                 await producer.submit(topic, envelopes(6, 1))
             cancelled = asyncio.create_task(producer.send_batch(topic, envelopes(7, 200)))
-            await asyncio.sleep(0.005)
-            cancelled.cancel()
+            while not producer.stats()["in_flight"]:
+                assert not cancelled.done()
+                await asyncio.sleep(0)
+            assert cancelled.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await cancelled
             assert (await producer.send_batch(topic, envelopes(8, 3))).ok

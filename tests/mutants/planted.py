@@ -194,7 +194,7 @@ MUTANTS = (
     ),
     Mutant(
         "a value that librdkafka quotes is shown",
-        "_set",
+        "set_key",
         "str(error).strip() if is_harmless(key) else 'not a valid value'",
         "str(error).strip()",
         "tests/unit/test_secrets.py",
@@ -208,8 +208,8 @@ MUTANTS = (
     ),
     Mutant(
         "unsecured tokens are not renewed",
-        "_choose_tokens",
-        '        _set(native, "enable_sasl_queue", "true")\n',
+        "choose_tokens",
+        '        set_key(native, "enable_sasl_queue", "true")\n',
         "        pass\n",
         "tests/unit/test_event_callback_thread.py",
     ),

@@ -535,6 +535,13 @@ def test_those_that_wait_are_told_when_it_is_closed() -> None:
 # -- called from within
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """What earlier tests of the process have left is looked at no more: some of these collect hundreds of times."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def collecting_at_once() -> Iterator[None]:
     """The garbage collector runs, and with it finalizers, whenever something is made that it tracks."""

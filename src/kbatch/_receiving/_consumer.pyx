@@ -2,49 +2,69 @@
 """A consumer of librdkafka on the table of functions that the producer uses, and its records as envelopes."""
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.mem cimport PyMem_Free, PyMem_Realloc
-from cpython.ref cimport PyObject
-from libc.stdint cimport INT32_MAX, int32_t
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport INT32_MAX, int32_t, int64_t
+from libc.string cimport memcpy, strcmp, strlen
 
 from kbatch._fastmap cimport (
+    KB_LOAD32,
+    RUNNING,
     VALUE_NULL,
+    WIRE_OF_USER,
     Client,
     Config,
-    Consumed,
     Core,
     Dispatcher,
     Header,
+    Part,
+    Raw,
+    Received,
     ReceivedEnvelope,
-    envelope_of,
+    answer_rebalance,
+    deadline_after,
+    drop_part,
+    kb_calloc,
+    kb_cond_signal,
+    kb_cond_wait_until,
+    kb_free,
+    kb_malloc,
     kb_mutex_lock,
     kb_mutex_unlock,
+    kb_now_ns,
+    read_irregular,
+    read_regular,
+    regular_envelope,
     wire_number,
 )
 from kbatch._librdkafka cimport *
 
-from kbatch._errors import DeserializationError
-from kbatch._librdkafka import error_text
+from kbatch._errors import ConfigError
+from kbatch._librdkafka import error_text, version_text
+
+cdef extern from *:
+    const char *PyUnicode_AsUTF8(object text) except NULL
+    int PyList_Append(object items, object item) noexcept
 
 cdef enum:
-    MOST = 10_000  # records that one call takes
+    MOST = 10_000       # records that one call takes
+    MOST_NAMES = 4_096  # of topics, that are kept
+    OLDEST = 0x020d02ff
+
+cdef int64_t MS = 1_000_000
+cdef int64_t LOOK_EVERY = 250 * MS
+cdef int64_t SLICE = 50 * MS  # after so long in a call signals, the group and the end are looked at
+
+BEGINNING = -2  # in place of an offset
+END = -1
+COMMITTED = -1000
 
 
-cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil:
-    # Takes what is given, gives back what is taken; each way of a group to share partitions has its own calls.
-    cdef const char *protocol = api.rebalance_protocol(rk)
-    cdef rd_kafka_error_t *error = NULL
-    cdef bint cooperative = protocol[0] == c'C'
-    if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
-        if cooperative:
-            error = api.incremental_assign(rk, partitions)
-        else:
-            api.assign(rk, partitions)
-    elif cooperative and partitions.cnt and code == RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS:
-        error = api.incremental_unassign(rk, partitions)
-    else:
-        api.assign(rk, NULL)
-    if error != NULL:
-        api.error_destroy(error)
+def check_version(int version, str text) -> None:
+    """Raises ConfigError unless librdkafka may be read with."""
+    if version < OLDEST:
+        raise ConfigError(
+            f"librdkafka {text} is too old for a listener: before 2.13.2 an error of one partition may lose records of "
+            "another. Install a newer one with: pip install 'confluent-kafka>=2.13.2'")
 
 
 cdef void on_rebalance(rd_kafka_t *rk, int code, rd_kafka_topic_partition_list_t *partitions,
@@ -64,23 +84,131 @@ cdef void on_rebalance(rd_kafka_t *rk, int code, rd_kafka_topic_partition_list_t
         answer_rebalance(rk, code, partitions)
 
 
-cdef void forward_partition(rd_kafka_t *rk, const char *topic, int32_t partition,
-                            rd_kafka_queue_t *target) noexcept nogil:
-    cdef rd_kafka_queue_t *queue = api.queue_get_partition(rk, topic, partition)
-    if queue != NULL:
-        api.queue_forward(queue, target)
-        api.queue_destroy(queue)
+cdef void set_ready(Part *part) noexcept nogil:
+    # Under the lock: records may have come.
+    cdef Client *c = <Client *> part.client
+    if part.is_ready or not part.wanted:
+        return
+    part.is_ready, part.next_ready = 1, NULL
+    if c.ready_last == NULL:
+        c.ready_first = part
+    else:
+        c.ready_last.next_ready = part
+    c.ready_last = part
+
+
+cdef void on_records(rd_kafka_t *rk, void *opaque) noexcept nogil:
+    # On a thread of librdkafka, which holds the lock of the partition's queue.
+    cdef Part *part = <Part *> opaque
+    cdef Client *c = <Client *> part.client
+    kb_mutex_lock(&c.mu)
+    set_ready(part)
+    kb_cond_signal(&c.data_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef void on_group(rd_kafka_t *rk, void *opaque) noexcept nogil:
+    cdef Client *c = <Client *> opaque
+    kb_mutex_lock(&c.mu)
+    c.group_is_ready = 1
+    kb_cond_signal(&c.data_cond)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef Part *next_ready(Client *c) noexcept nogil:
+    cdef Part *part
+    kb_mutex_lock(&c.mu)
+    part = c.ready_first
+    if part != NULL:
+        c.ready_first = part.next_ready
+        if c.ready_first == NULL:
+            c.ready_last = NULL
+        part.is_ready = 0  # before its records are taken: those that come now make it ready again
+    kb_mutex_unlock(&c.mu)
+    return part
+
+
+cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most, Py_ssize_t quota) noexcept nogil:
+    # Partitions take turns.
+    cdef Py_ssize_t count = 0, taken, wanted
+    cdef Part *part
+    while count < most:
+        part = next_ready(c)
+        if part == NULL:
+            break
+        if not part.wanted:
+            continue
+        wanted = min(quota, most - count)
+        taken = api.consume_batch_queue(part.queue, 0, messages + count, wanted)
+        if taken > 0:
+            count += taken
+        if taken == wanted:
+            kb_mutex_lock(&c.mu)
+            set_ready(part)
+            kb_mutex_unlock(&c.mu)
+    return count
+
+
+cdef void wait_for_records(Client *c, bint for_records, int64_t deadline) noexcept nogil:
+    kb_mutex_lock(&c.mu)
+    if not (c.woken or c.group_is_ready or for_records and c.ready_first != NULL):
+        kb_cond_wait_until(&c.data_cond, &c.mu, deadline)
+    kb_mutex_unlock(&c.mu)
+
+
+cdef int take_wake(Client *c) noexcept nogil:
+    cdef int woken
+    kb_mutex_lock(&c.mu)
+    woken, c.woken = c.woken, 0
+    kb_mutex_unlock(&c.mu)
+    return woken
+
+
+cdef void unlink_part(Client *c, Part *part) noexcept nogil:
+    cdef Part **place = &c.parts
+    cdef Part *before = NULL
+    cdef Part *each
+    while place[0] != part:
+        place = &place[0].next
+    place[0] = part.next
+    kb_mutex_lock(&c.mu)
+    part.wanted = 0  # an event that comes now does not put it into the list
+    if part.is_ready:
+        each = c.ready_first
+        while each != part:
+            before, each = each, each.next_ready
+        if before == NULL:
+            c.ready_first = part.next_ready
+        else:
+            before.next_ready = part.next_ready
+        if c.ready_last == part:
+            c.ready_last = before
+    kb_mutex_unlock(&c.mu)
 
 
 cdef rd_kafka_topic_partition_list_t *make_list(object items) except NULL:
     # Of (topic, partition) or (topic, partition, offset).
-    cdef rd_kafka_topic_partition_list_t *made = api.list_new(<int> len(items))
+    cdef list given = list(items)
+    cdef rd_kafka_topic_partition_list_t *made = api.list_new(<int> len(given))
     cdef rd_kafka_topic_partition_t *added
+    cdef tuple parts
+    cdef bytes topic
+    cdef int32_t partition
+    cdef int64_t offset
     try:
-        for item in items:
-            added = api.list_add(made, (<str?> item[0]).encode(), item[1])
-            if len(item) > 2:
-                added.offset = item[2]
+        for item in given:
+            parts = tuple(item)
+            if not 2 <= len(parts) <= 3:  # indices are not checked
+                raise ValueError(f"a partition must be (topic, number) or (topic, number, offset), not {item!r}")
+            topic = (<str?> parts[0]).encode()
+            if b"\0" in topic:
+                raise ValueError(f"topic {parts[0]!r}: a name must not contain a NUL character")
+            partition = parts[1]
+            if len(parts) == 3:
+                offset = parts[2]
+            added = api.list_add(made, topic, partition)
+            if len(parts) == 3:
+                added.offset = offset
     except BaseException:
         api.list_destroy(made)
         raise
@@ -95,31 +223,58 @@ cdef list list_items(const rd_kafka_topic_partition_list_t *partitions):
     return items
 
 
+cdef list list_errors(const rd_kafka_topic_partition_list_t *partitions, int code):
+    # (topic, partition, code) of those that failed, with `code` for those that do not say why.
+    cdef list errors = []
+    cdef int i, own
+    for i in range(partitions.cnt):
+        own = partitions.elems[i].err or code
+        if own:
+            errors.append((partitions.elems[i].topic.decode(), partitions.elems[i].partition, own))
+    return errors
+
+
 cdef class ConsumerCore(Core):
-    """A consumer, started at its first use. One thread polls it; the others may call what says so."""
+    """A consumer, started at its first use. One thread at a time polls it and answers its rebalances; the others may
+    call the rest."""
 
     cdef int wire
-    cdef rd_kafka_message_t **messages
-    cdef Header *headers
+    cdef object custom       # the wire object, for WIRE_CUSTOM
+    cdef Header *headers     # owned: of the record that is being read
     cdef Py_ssize_t header_room
-    cdef dict topics         # by the address of librdkafka's: its name, and the object that holds it
+    cdef dict topics         # by the address of librdkafka's: its name
+    cdef bint polls
+    cdef dict parts          # by (topic, partition): the address of its Part
+    cdef int64_t look_ns     # when their queues are asked for again
+    cdef list envelopes      # what `poll` will answer
+    cdef list errors
     cdef readonly int assignments  # so many rebalances were answered
 
     def __cinit__(self):
         self.kind, self.what = RD_KAFKA_CONSUMER, "consumer"
         self.topics = {}
+        self.envelopes, self.errors = [], []
+        self.parts = {}
 
-    def __init__(self, Config config not None, Dispatcher dispatcher not None, str wire not None, *, on_start=None):
+    def __init__(self, Config config not None, Dispatcher dispatcher not None, wire="kbatch", *, on_start=None):
+        cdef Client *c = self.c
+        check_version(api.version(), version_text())
+        if isinstance(wire, str):
+            self.wire = wire_number(wire, " or an object with read()")
+        elif callable(getattr(wire, "read", None)):
+            self.wire, self.custom = WIRE_OF_USER, wire
+        else:
+            raise ConfigError(f"wire must be a name or an object with a read() method, not {type(wire).__name__}")
         Core.__init__(self, config, None, dispatcher, max_in_flight=1, queue_max_messages=1, queue_max_bytes=1,
                       delivery_timeout_s=1.0, on_start=on_start)
-        self.wire = wire_number(wire, "")
-        self.messages = <rd_kafka_message_t **> PyMem_Realloc(NULL, MOST * sizeof(rd_kafka_message_t *))
-        if self.messages == NULL:
-            raise MemoryError()
+        c.messages = <rd_kafka_message_t **> kb_malloc(MOST * sizeof(rd_kafka_message_t *))
+        c.blocks = <Received **> kb_malloc(MOST * sizeof(Received *))
+        if c.messages == NULL or c.blocks == NULL:
+            self.close(0)  # what is half made takes nothing
+            raise MemoryError("no memory for a consumer")
 
     def __dealloc__(self):
-        PyMem_Free(self.messages)
-        PyMem_Free(self.headers)
+        kb_free(self.headers)
 
     cdef void _configure(self, rd_kafka_conf_t *conf) noexcept:
         api.conf_set_events(conf, self.dispatcher.events)
@@ -128,39 +283,50 @@ cdef class ConsumerCore(Core):
     cdef void _begin_reading(self) noexcept:
         self.c.rebalances_itself = 0
         self.c.group_queue = api.queue_get_consumer(self.c.rk)
-        self.c.data_queue = api.queue_new(self.c.rk)
+        self.c.commit_queue = api.queue_new(self.c.rk)
+        if self.c.group_queue != NULL:
+            api.queue_cb_event_enable(self.c.group_queue, on_group, self.c)
 
     # -- the group
 
     def subscribe(self, topics) -> None:
         """Joins the group for these topics; a name that begins with ``^`` is a pattern."""
+        cdef list names = []
         cdef rd_kafka_topic_partition_list_t *wanted
         cdef int code
+        for topic in topics:
+            names.append((topic, -1))
         self._enter()
         try:
-            wanted = make_list([(topic, -1) for topic in topics])
-            code = api.subscribe(self.c.rk, wanted)
-            api.list_destroy(wanted)
+            wanted = make_list(names)
+            with nogil:
+                code = api.subscribe(self.c.rk, wanted)
+                api.list_destroy(wanted)
         finally:
             self._leave()
         self._check(code)
 
+    def unsubscribe(self) -> None:
+        """Leaves the group. Its partitions are taken by a rebalance, as others are."""
+        cdef int code
+        self._enter()
+        with nogil:
+            code = api.unsubscribe(self.c.rk)
+            self._leave()
+        self._check(code)
+
     def rebalance(self) -> tuple | None:
-        """What the group wants and nobody has answered yet: ``(gives, partitions)`` of pairs (topic, partition)."""
+        """What the group wants and nobody has answered yet: ``(gives, partitions)`` of pairs (topic, partition). For
+        the thread that polls."""
         cdef Client *c = self.c
-        cdef list partitions
-        cdef bint gives
-        if c.rebalance == NULL:  # set by this thread's polls alone
-            return None
-        kb_mutex_lock(&c.mu)
+        self._enter()
         try:
+            # Entered, so only this thread changes it: by its polls, and by its answer.
             if c.rebalance == NULL:
                 return None
-            partitions = list_items(c.rebalance)
-            gives = c.rebalance_code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS
+            return c.rebalance_code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS, list_items(c.rebalance)
         finally:
-            kb_mutex_unlock(&c.mu)
-        return gives, partitions
+            self._leave()
 
     def assignment_lost(self) -> bool:
         """Whether the partitions that are taken belong to others already."""
@@ -169,11 +335,28 @@ cdef class ConsumerCore(Core):
         self._leave()
         return lost
 
+    def member_id(self) -> str:
+        """By which the group knows it; empty before it has joined."""
+        cdef char *text
+        self._enter()
+        try:
+            text = api.memberid(self.c.rk)
+            if text == NULL:
+                return ""
+            try:
+                return text.decode("utf-8", "replace")
+            finally:
+                api.mem_free(self.c.rk, text)
+        finally:
+            self._leave()
+
     def answer(self) -> None:
-        """Agrees to the rebalance. Records of partitions that were given come from the next polls on."""
+        """Agrees to the rebalance. Records of partitions that were given come from the next polls on. For the thread
+        that polls."""
         cdef Client *c = self.c
         cdef rd_kafka_topic_partition_list_t *partitions
-        cdef int code, i
+        cdef list items
+        cdef int code
         self._enter()
         try:
             kb_mutex_lock(&c.mu)
@@ -181,68 +364,370 @@ cdef class ConsumerCore(Core):
             code = c.rebalance_code
             kb_mutex_unlock(&c.mu)
             if partitions != NULL:
-                with nogil:
+                try:
+                    items = list_items(partitions)
                     if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
-                        for i in range(partitions.cnt):
-                            forward_partition(c.rk, partitions.elems[i].topic, partitions.elems[i].partition,
-                                              c.data_queue)
-                    answer_rebalance(c.rk, code, partitions)
+                        for item in items:
+                            self._take_part(item)
+                    with nogil:
+                        answer_rebalance(c.rk, code, partitions)
+                    if code != RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+                        for item in items:
+                            self._drop_part(item)
+                finally:
                     api.list_destroy(partitions)
                 self.assignments += 1
         finally:
             self._leave()
 
-    def read(self, partitions, bint wanted=True) -> None:
-        """Reads these partitions, or leaves what is fetched of them where it is until they are wanted again.
+    cdef int _take_part(self, tuple item) except -1:
+        # Its queue is asked for each time: librdkafka may have made another for it.
+        cdef Client *c = self.c
+        cdef bytes topic = (<str?> item[0]).encode()
+        cdef object address = self.parts.get(item)
+        cdef Part *part = NULL
+        cdef rd_kafka_queue_t *before
+        cdef rd_kafka_queue_t *queue = api.queue_get_partition(c.rk, topic, item[1])
+        if queue == NULL:
+            return 0  # its records come by the group's queue
+        if address is not None:
+            part = <Part *> <size_t> address
+            before, part.queue = part.queue, queue
+            api.queue_cb_event_enable(before, NULL, NULL)
+            api.queue_destroy(before)
+        else:
+            part = <Part *> kb_calloc(1, sizeof(Part))
+            if part == NULL:
+                api.queue_destroy(queue)
+                raise MemoryError()
+            part.client, part.queue, part.next = c, queue, c.parts
+            c.parts = part
+            self.parts[item] = <size_t> part
+        api.queue_forward(queue, NULL)
+        api.queue_cb_event_enable(queue, on_records, part)
+        kb_mutex_lock(&c.mu)
+        part.wanted = 1
+        set_ready(part)
+        kb_mutex_unlock(&c.mu)
+        return 0
 
-        To be called now and then for those that are wanted: when a partition comes back soon after it was taken,
-        librdkafka may forget where its records go.
-        """
-        cdef bytes topic
+    cdef int _drop_part(self, tuple item) except -1:
+        cdef Part *part
+        cdef object address = self.parts.pop(item, None)
+        if address is not None:
+            part = <Part *> <size_t> address
+            unlink_part(self.c, part)
+            drop_part(part)
+        return 0
+
+    # -- which partitions, without a group
+
+    def assign(self, partitions) -> None:
+        """Reads these ``(topic, partition, offset)`` and no others, without joining a group. In place of an offset may
+        stand `BEGINNING`, `END`, or `COMMITTED`, by the group's name; after that ``auto.offset.reset`` decides. For the
+        thread that polls."""
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef int code
         self._enter()
         try:
-            for name, partition in partitions:
-                topic = (<str?> name).encode()
-                forward_partition(self.c.rk, topic, partition, self.c.data_queue if wanted else NULL)
+            items = make_list(partitions)
+            try:
+                given = list_items(items)
+                for item in given:
+                    self._take_part(item)
+                with nogil:
+                    code = api.assign(self.c.rk, items)
+                for item in set(self.parts).difference(given):
+                    self._drop_part(item)
+            finally:
+                api.list_destroy(items)
         finally:
             self._leave()
+        self._check(code)
+
+    def read(self, partitions, bint wanted=True) -> None:
+        """Reads these of its partitions, or leaves what is fetched of them where it is until they are wanted again. For
+        the thread that polls."""
+        cdef rd_kafka_topic_partition_list_t *items
+        self._enter()
+        try:
+            items = make_list(partitions)
+            try:
+                given = list_items(items)
+            finally:
+                api.list_destroy(items)
+            for item in given:
+                if item not in self.parts:
+                    continue
+                if wanted:
+                    self._take_part(item)
+                else:
+                    kb_mutex_lock(&self.c.mu)
+                    (<Part *> <size_t> self.parts[item]).wanted = 0
+                    kb_mutex_unlock(&self.c.mu)
+        finally:
+            self._leave()
+
+    cdef int _look_for_queues(self) except -1:
+        # When a partition comes back soon after it was taken, librdkafka may have made another queue for it.
+        cdef int64_t now = kb_now_ns()
+        if now < self.look_ns:
+            return 0
+        self.look_ns = now + LOOK_EVERY
+        for item, address in self.parts.items():
+            if (<Part *> <size_t> address).wanted:
+                self._take_part(item)
+        return 0
+
+    def pause(self, partitions) -> list:
+        """Fetches no more of these, and drops what was fetched of them: it is fetched again after `resume`. What is
+        paused remains so over rebalances in which it is kept. Returns what cannot be, as ``(topic, partition, code)``.
+        """
+        return self._pause(partitions, True)
+
+    def resume(self, partitions) -> list:
+        """Fetches these again, from where `poll` has come to. Returns as `pause`."""
+        return self._pause(partitions, False)
+
+    cdef list _pause(self, object partitions, bint paused):
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef int code
+        self._enter()
+        try:
+            items = make_list(partitions)
+            with nogil:
+                if paused:
+                    code = api.pause_partitions(self.c.rk, items)
+                else:
+                    code = api.resume_partitions(self.c.rk, items)
+            try:
+                return list_errors(items, code)
+            finally:
+                api.list_destroy(items)
+        finally:
+            self._leave()
+
+    def seek(self, partitions, double timeout) -> list:
+        """Goes on from these ``(topic, partition, offset)``, which must be assigned, for the next polls. Blocks until
+        it is so. Returns what cannot be, as ``(topic, partition, code)``. For the thread that polls."""
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef rd_kafka_error_t *error
+        cdef int code = 0, timeout_ms = as_ms(timeout)
+        self._enter()
+        try:
+            items = make_list(partitions)
+            with nogil:
+                error = api.seek_partitions(self.c.rk, items, timeout_ms)
+                if error != NULL:
+                    code = api.error_code(error)
+                    api.error_destroy(error)
+            try:
+                return list_errors(items, code)
+            finally:
+                api.list_destroy(items)
+        finally:
+            self._leave()
+
+    def partitions(self, str topic not None, double timeout) -> list:
+        """The numbers of a topic's partitions. Raises `ConsumerCallError`, also if there is no such topic."""
+        cdef const rd_kafka_metadata_t *metadata = NULL
+        cdef rd_kafka_topic_t *handle
+        cdef bytes name = topic.encode()
+        cdef const char *name_p = name
+        cdef int code, i, timeout_ms = as_ms(timeout)
+        cdef list found = []
+        self._enter()
+        try:
+            with nogil:
+                handle = api.topic_new(self.c.rk, name_p, NULL)
+                code = api.last_error() if handle == NULL else api.metadata(
+                    self.c.rk, 0, handle, &metadata, timeout_ms)
+                if handle != NULL:
+                    api.topic_destroy(handle)
+        finally:
+            self._leave()
+        self._check(code)
+        try:
+            if metadata.topic_cnt:
+                code = metadata.topics[0].err
+                for i in range(metadata.topics[0].partition_cnt):
+                    found.append(metadata.topics[0].partitions[i].id)
+        finally:
+            api.metadata_destroy(metadata)
+        self._check(code)
+        found.sort()
+        return found
+
+    def watermarks(self, str topic not None, int32_t partition, double timeout) -> tuple:
+        """The offsets of a partition's first record and of the one that comes next, as its leader tells them. Raises as
+        `subscribe`."""
+        cdef bytes name = topic.encode()
+        cdef const char *name_p = name
+        cdef int64_t low = 0, high = 0
+        cdef int code, timeout_ms = as_ms(timeout)
+        self._enter()
+        with nogil:
+            code = api.query_watermark_offsets(self.c.rk, name_p, partition, &low, &high, timeout_ms)
+            self._leave()
+        self._check(code)
+        return low, high
+
+    def offsets_for_times(self, times, double timeout) -> dict:
+        """Of each ``(topic, partition, ms)`` the offset of the first record that is not older than that, by its
+        timestamp in ms since 1970; `END` if there is none. What fails is left out. Raises as `subscribe`."""
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef int code, i, timeout_ms = as_ms(timeout)
+        cdef dict found = {}
+        self._enter()
+        try:
+            items = make_list(times)
+            with nogil:
+                code = api.offsets_for_times(self.c.rk, items, timeout_ms)
+            try:
+                for i in range(items.cnt):
+                    if not items.elems[i].err:
+                        found[items.elems[i].topic.decode(), items.elems[i].partition] = items.elems[i].offset
+            finally:
+                api.list_destroy(items)
+        finally:
+            self._leave()
+        self._check(code)
+        return found
+
+    def wake(self) -> None:
+        """Has `poll` return soon, the next one if none waits. For any thread, and for a signal handler."""
+        kb_mutex_lock(&self.c.mu)
+        self.c.woken = 1
+        kb_cond_signal(&self.c.data_cond)
+        kb_mutex_unlock(&self.c.mu)
 
     # -- records
 
     def poll(self, int most, double timeout) -> tuple:
         """Up to `most` records, as soon as there is one, else none after `timeout` seconds: ``(envelopes, errors)``.
 
-        With `most` 0 it takes none, but is told of rebalances and errors. An error is ``(code, text, topic, partition,
-        offset)``. A record that cannot be read is an envelope of the format "raw" with its ``error``.
+        With `most` 0 it waits for none, but is told of rebalances and errors; it also returns when there is a
+        rebalance. An error is ``(code, text, topic, partition, offset)``; the end of a partition is one, with
+        ``enable.partition.eof``. A record that cannot be read is an envelope of the format "raw" with its ``error``.
+
+        What it raises (MemoryError, Ctrl-C, what a wire object lets out that is no `Exception`) loses no record: the
+        next call begins with those that were taken.
         """
         cdef Client *c = self.c
-        cdef Py_ssize_t i, count = 0, more
-        cdef int timeout_ms = <int> (timeout * 1000)
-        cdef list envelopes = [], errors = []
-        most = min(most, MOST - 1)
-        self._enter()
+        cdef int64_t deadline = deadline_after(timeout)
+        cdef int64_t now
+        self._check_fork()  # before what a thread of the parent may have set
+        if self.polls:
+            raise RuntimeError("one thread at a time polls a consumer")
+        self.polls = True
         try:
-            with nogil:
-                count = max(0, api.consume_batch_queue(c.group_queue, 0, self.messages, max(most, 1)))
-                if c.rebalance == NULL and count < most:
-                    more = api.consume_batch_queue(c.data_queue, timeout_ms, self.messages + count, 1)
-                    if more > 0:
-                        count += more
-                        if count < most:
-                            # With a time-out it would wait until all are there.
-                            count += max(0, api.consume_batch_queue(
-                                c.data_queue, 0, self.messages + count, most - count))
-            for i in range(count):
-                if self.messages[i].err:
-                    errors.append(self._error(self.messages[i]))
-                else:
-                    envelopes.append(self._envelope(self.messages[i]))
+            self._enter()
+            try:
+                while True:
+                    self._look_for_queues()
+                    with nogil:
+                        now = kb_now_ns()
+                        self._fetch(min(most, MOST), max(0, min(deadline - now, SLICE)))
+                    if (c.taken or c.rebalance != NULL or take_wake(c) or kb_now_ns() >= deadline
+                            or KB_LOAD32(&c.life) != RUNNING):
+                        break
+                    PyErr_CheckSignals()
+                self._give_out()
+            finally:
+                with nogil:
+                    if c.given_out == c.taken:
+                        self._drop_messages()
+                    self._leave()
+            envelopes, errors = self.envelopes, self.errors
+            self.envelopes, self.errors = [], []
         finally:
-            with nogil:
-                for i in range(count):
-                    api.message_destroy(self.messages[i])
-                self._leave()
+            self.polls = False
         return envelopes, errors
+
+    cdef void _fetch(self, int most, int64_t ns) noexcept nogil:
+        # First what its group has for it, which may be records, too. What was left comes before all.
+        cdef Client *c = self.c
+        cdef Py_ssize_t count
+        cdef int64_t deadline = kb_now_ns() + ns
+        if c.taken:
+            return
+        count = self._fetch_now(most)
+        if c.rebalance == NULL and not count and ns:
+            wait_for_records(c, most > 0, deadline)
+            count = self._fetch_now(most)
+        self._copy(count)
+
+    cdef Py_ssize_t _fetch_now(self, int most) noexcept nogil:
+        cdef Client *c = self.c
+        cdef Py_ssize_t count
+        kb_mutex_lock(&c.mu)
+        c.group_is_ready = 0  # before the queue is looked at: what comes now sets it again
+        kb_mutex_unlock(&c.mu)
+        count = max(0, api.consume_batch_queue(c.group_queue, 0, c.messages, max(most, 1)))
+        if c.rebalance == NULL and count < most:
+            count += take_ready(c, c.messages + count, most - count, max(1, most // 4))
+        return count
+
+    cdef void _copy(self, Py_ssize_t count) noexcept nogil:
+        # All that need not be a Python object. A message that nothing more is wanted of is given back at once.
+        cdef Client *c = self.c
+        cdef rd_kafka_message_t *message
+        cdef rd_kafka_topic_t *topic = NULL
+        cdef Raw raw
+        cdef Py_ssize_t i
+        for i in range(count):
+            message = c.messages[i]
+            c.blocks[i] = NULL
+            if message.err:
+                continue
+            if self.wire != WIRE_OF_USER and self._begin_raw(message, &raw):
+                c.blocks[i] = read_regular(&raw, self.wire)
+            # The first of each run of a topic keeps its name; a longer value is copied from its message.
+            if c.blocks[i] != NULL and message.rkt == topic and (
+                    c.blocks[i].value.chars != NULL or message.payload == NULL):
+                api.message_destroy(message)
+                c.messages[i] = NULL
+            topic = message.rkt if c.messages[i] != NULL else topic
+        c.given_out, c.taken = 0, count
+
+    cdef int _give_out(self) except -1:
+        # From where the last call was interrupted.
+        cdef Client *c = self.c
+        cdef rd_kafka_message_t *message
+        cdef Received *block
+        cdef Raw raw
+        cdef ReceivedEnvelope envelope
+        cdef object topic = None
+        while c.given_out < c.taken:
+            message, block = c.messages[c.given_out], c.blocks[c.given_out]
+            if message != NULL and message.err:
+                self.errors.append(self._error(message))
+                c.given_out += 1
+                continue
+            if message != NULL:
+                topic = self._topic(message)
+            elif topic is None:
+                topic = self.envelopes[-1].topic  # of the same run, before the interruption
+            if block != NULL:
+                envelope = regular_envelope(block, topic, <const char *> message.payload if message != NULL else NULL)
+                c.blocks[c.given_out] = NULL
+            else:
+                if not self._begin_raw(message, &raw) and raw.count != -1:
+                    raise MemoryError("no memory for the headers of a record")
+                envelope = read_irregular(&raw, topic, self.wire, self.custom)
+            if PyList_Append(self.envelopes, envelope) < 0:  # an exception is set
+                envelope._block, c.blocks[c.given_out] = NULL, block
+                return -1
+            c.given_out += 1
+        return 0
+
+    cdef void _drop_messages(self) noexcept nogil:
+        cdef Client *c = self.c
+        cdef Py_ssize_t i
+        for i in range(c.taken):
+            if c.messages[i] != NULL:
+                api.message_destroy(c.messages[i])
+        c.taken = c.given_out = 0
 
     cdef tuple _error(self, rd_kafka_message_t *message):
         cdef bytes text = PyBytes_FromStringAndSize(<const char *> message.payload, message.len)
@@ -254,54 +739,26 @@ cdef class ConsumerCore(Core):
         cdef object name = self.topics.get(key)
         cdef const char *text = api.topic_name(message.rkt)
         # librdkafka may drop a topic and make another at the same address.
-        if name is None or name.encode() != text:
+        if name is None or strcmp(PyUnicode_AsUTF8(name), text) != 0:
+            if len(self.topics) >= MOST_NAMES:
+                self.topics.clear()
             name = self.topics[key] = text.decode()
         return name
 
-    cdef ReceivedEnvelope _envelope(self, rd_kafka_message_t *message):
-        cdef Consumed record
-        cdef ReceivedEnvelope envelope
-        cdef object topic = self._topic(message), partition = message.partition, offset = message.offset
-        cdef object key = None, value = None
+    cdef bint _begin_raw(self, rd_kafka_message_t *message, Raw *out) noexcept nogil:
+        # False: there is no memory for its headers, or `count` is -1.
         cdef int kind = 0
-        if message.key != NULL:
-            key = PyBytes_FromStringAndSize(<const char *> message.key, message.key_len)
-        if message.payload != NULL:
-            value = PyBytes_FromStringAndSize(<const char *> message.payload, message.len)
-        record.topic, record.partition = <PyObject *> topic, <PyObject *> partition
-        record.offset = <PyObject *> offset
-        record.key, record.value = <PyObject *> key, <PyObject *> value
-        record.timestamp = max(0, api.message_timestamp(message, &kind))
-        record.pairs = NULL
-        record.count = self._read_headers(message)
-        record.headers = self.headers
-        envelope = ReceivedEnvelope.__new__(ReceivedEnvelope)
-        try:
-            envelope_of(&record, self.wire, envelope)
-        except DeserializationError as error:
-            envelope = self._unreadable(&record, error)
-        envelope._offset = message.offset
-        return envelope
+        out.offset, out.partition = message.offset, message.partition
+        out.timestamp = max(0, api.message_timestamp(message, &kind))
+        out.key.chars, out.key.length = <const char *> message.key, message.key_len
+        out.value.chars, out.value.length = <const char *> message.payload, message.len
+        out.count = self._read_headers(message)
+        out.headers = self.headers
+        return out.count >= 0
 
-    cdef ReceivedEnvelope _unreadable(self, Consumed *record, object error):
-        # As what it is; of its headers those whose names are text.
-        cdef ReceivedEnvelope envelope = ReceivedEnvelope.__new__(ReceivedEnvelope)
-        cdef Py_ssize_t i, count = 0
-        for i in range(record.count):
-            try:
-                record.headers[i].name[:record.headers[i].name_len].decode()
-            except UnicodeDecodeError:
-                continue
-            self.headers[count] = self.headers[i]
-            count += 1
-        record.count = count
-        envelope_of(record, wire_number("raw", ""), envelope)
-        envelope.error = error
-        return envelope
-
-    cdef Py_ssize_t _read_headers(self, rd_kafka_message_t *message) except -1:
+    cdef Py_ssize_t _read_headers(self, rd_kafka_message_t *message) noexcept nogil:
+        # -1: one is larger than 2 GiB. -2: no memory.
         cdef rd_kafka_headers_t *given = NULL
-        cdef Header *larger
         cdef const char *name
         cdef const void *value
         cdef size_t size
@@ -309,17 +766,27 @@ cdef class ConsumerCore(Core):
         if api.message_headers(message, &given) != 0:
             return 0
         while api.header_get_all(given, count, &name, &value, &size) == 0:
-            if count == self.header_room:
-                larger = <Header *> PyMem_Realloc(self.headers, (2 * count + 16) * sizeof(Header))
-                if larger == NULL:
-                    raise MemoryError()
-                self.headers, self.header_room = larger, 2 * count + 16
+            if size > INT32_MAX:
+                return -1
+            if count == self.header_room and not self._grow():
+                return -2
             self.headers[count].name = name
-            self.headers[count].name_len = <int32_t> length_of(name)
+            self.headers[count].name_len = <int32_t> strlen(name)
             self.headers[count].value = <const char *> value
-            self.headers[count].value_len = VALUE_NULL if value == NULL else <int32_t> min(size, <size_t> INT32_MAX)
+            self.headers[count].value_len = VALUE_NULL if value == NULL else <int32_t> size
             count += 1
         return count
+
+    cdef bint _grow(self) noexcept nogil:
+        cdef Py_ssize_t room = 2 * self.header_room + 16
+        cdef Header *larger = <Header *> kb_malloc(room * sizeof(Header))
+        if larger == NULL:
+            return False
+        if self.header_room:
+            memcpy(larger, self.headers, self.header_room * sizeof(Header))
+        kb_free(self.headers)
+        self.headers, self.header_room = larger, room
+        return True
 
     # -- offsets
 
@@ -332,48 +799,106 @@ cdef class ConsumerCore(Core):
         cdef rd_kafka_topic_partition_list_t *items
         cdef rd_kafka_queue_t *answers = NULL
         cdef rd_kafka_event_t *event = NULL
-        cdef int code, timeout_ms
+        cdef int64_t deadline = deadline_after(timeout)
+        cdef int code
         if not offsets:
             return []
         self._enter()
         try:
             items = make_list(offsets)
-            if timeout is None:
-                code = api.commit(self.c.rk, items, 1)
-                api.list_destroy(items)
-                return None
-            timeout_ms = <int> (1000 * <double> timeout)
-            answers = api.queue_new(self.c.rk)
-            with nogil:
-                code = api.commit_queue(self.c.rk, items, answers, NULL, NULL)
-                if code == 0:
-                    event = api.queue_poll(answers, timeout_ms)
-                    code = RD_KAFKA_RESP_ERR__TIMED_OUT if event == NULL else api.event_error(event)
-                    if event != NULL:
-                        api.event_destroy(event)
-                api.queue_destroy(answers)
+            try:
+                if timeout is None:
+                    with nogil:
+                        code = api.commit(self.c.rk, items, 1)
+                    return None
+                answers = api.queue_new(self.c.rk)
+                with nogil:
+                    code = api.commit_queue(self.c.rk, items, answers, NULL, NULL)
+                if code:
+                    return list_errors(items, code)
+                while True:
+                    with nogil:
+                        event = api.queue_poll(answers, as_wait(deadline))
+                    if event != NULL or kb_now_ns() >= deadline:
+                        break
+                    PyErr_CheckSignals()
+                if event == NULL:
+                    return list_errors(items, RD_KAFKA_RESP_ERR__TIMED_OUT)
+                if api.event_list(event) == NULL:
+                    return list_errors(items, api.event_error(event))
+                return list_errors(api.event_list(event), api.event_error(event))
+            finally:
+                if event != NULL:
+                    api.event_destroy(event)
+                if answers != NULL:
+                    api.queue_destroy(answers)
                 api.list_destroy(items)
         finally:
             self._leave()
-        return [] if code == 0 else [(topic, partition, code) for topic, partition, _ in offsets]
 
     def committed(self, partitions, double timeout) -> dict:
         """The offsets that the group has committed; those without one are left out. Raises as `subscribe`."""
         cdef rd_kafka_topic_partition_list_t *items
-        cdef int code, i, timeout_ms = <int> (timeout * 1000)
+        cdef int code, i, timeout_ms = as_ms(timeout)
         found = {}
         self._enter()
         try:
             items = make_list(partitions)
             with nogil:
                 code = api.committed(self.c.rk, items, timeout_ms)
-            for i in range(items.cnt):
-                if items.elems[i].offset >= 0:
-                    found[items.elems[i].topic.decode(), items.elems[i].partition] = items.elems[i].offset
-            api.list_destroy(items)
+            try:
+                for i in range(items.cnt):
+                    if items.elems[i].offset >= 0:
+                        found[items.elems[i].topic.decode(), items.elems[i].partition] = items.elems[i].offset
+            finally:
+                api.list_destroy(items)
         finally:
             self._leave()
         self._check(code)
+        return found
+
+    def begin_commit(self, offsets) -> int:
+        """Commits ``(topic, partition, offset)`` each, and waits for nothing: `commit_answer` tells what came of it.
+
+        Returns a code of librdkafka: unless it is 0, nothing was begun.
+        """
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef int code
+        self._enter()
+        try:
+            items = make_list(offsets)
+            with nogil:
+                code = api.commit_queue(self.c.rk, items, self.c.commit_queue, NULL, NULL)
+                api.list_destroy(items)
+        finally:
+            self._leave()
+        return code
+
+    def commit_answer(self) -> int | None:
+        """The code that one commit was answered with; None: there is no answer yet."""
+        cdef rd_kafka_event_t *event
+        cdef object code = None
+        self._enter()
+        event = api.queue_poll(self.c.commit_queue, 0)
+        if event != NULL:
+            code = api.event_error(event)
+            api.event_destroy(event)
+        self._leave()
+        return code
+
+    def ends(self, partitions) -> dict:
+        """Of partitions that are read, the offset behind their last record, as the last answer of a broker told."""
+        cdef int64_t low, high
+        cdef bytes topic
+        found = {}
+        self._enter()
+        try:
+            for item in partitions:
+                low, high, topic = -1, -1, (<str?> item[0]).encode()
+                if api.get_watermark_offsets(self.c.rk, topic, item[1], &low, &high) == 0 and high >= 0:
+                    found[item] = high
+        finally:
+            self._leave()
         return found
 
     cdef int _check(self, int code) except -1:
@@ -382,9 +907,14 @@ cdef class ConsumerCore(Core):
         return 0
 
 
+cdef int as_wait(int64_t deadline) noexcept nogil:
+    # ms of a slice.
+    return <int> ((max(0, min(deadline - kb_now_ns(), SLICE)) + MS - 1) // MS)
+
+
+cdef int as_ms(double seconds) noexcept:
+    return <int> (max(0.0, min(seconds, 2e6)) * 1000)
+
+
 class ConsumerCallError(Exception):
     """librdkafka has refused a call: its code, name and description."""
-
-
-cdef extern from "string.h" nogil:
-    size_t length_of "strlen"(const char *text)

@@ -1,72 +1,219 @@
-"""Who is handled next: records of one key one after the other, others side by side. No threads."""
+"""Who is handled next: records of one key one after the other, others side by side. No threads, no clocks."""
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Collection, Hashable
 
     from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._receiving._positions import Partition, Place
 
-__all__ = ["Lanes", "Work"]
+__all__ = ["BatchLanes", "Lanes", "Waiting", "Work"]
 
 
 class Work:
-    """One record on its way through a handler."""
+    """What one call of a handler gets: one record, or several of one partition in the order of the log."""
 
-    __slots__ = ("envelope", "lane", "position")
+    __slots__ = ("begun_at", "envelopes", "is_told", "lane", "partition", "places", "size")
 
-    def __init__(self, envelope: ReceivedEnvelope, lane: Hashable, position: object) -> None:
-        self.envelope = envelope
+    def __init__(
+        self,
+        partition: Partition,
+        envelopes: tuple[ReceivedEnvelope[Any], ...],
+        places: tuple[Place, ...],
+        size: int,
+        lane: Hashable = None,
+    ) -> None:
+        self.partition = partition
+        self.envelopes = envelopes
+        self.places = places
+        self.size = size  # bytes
         self.lane = lane  # None: it waits for nobody
-        self.position = position
+        self.begun_at = 0.0
+        self.is_told = False  # that it takes long
+
+    @property
+    def envelope(self) -> ReceivedEnvelope[Any]:
+        """The first."""
+        return self.envelopes[0]
+
+
+class Waiting(Protocol):
+    """Records that wait for a handler. What is under way is known by its `Work`, until `end`."""
+
+    def __len__(self) -> int:
+        """How many calls may begin."""
+
+    def add(self, work: Work, now: float) -> None: ...
+    def take(self, now: float) -> Work | None: ...
+    def end(self, work: Work, now: float) -> None: ...
+
+    def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
+        """Forgets what waits of these partitions, or of all, and returns it."""
+
+    def ripen(self, now: float) -> float | None:
+        """When it is to be called again: something waits for its time. What has waited long enough may begin."""
+
+    def hurry(self, partition: Partition | None = None) -> None:
+        """Nothing more will come of this partition, or of all, until some of it is done."""
 
 
 class Lanes:
-    """Work that waits, and the keys that are being handled."""
+    """One record at a time. Those of one lane come one after the other."""
 
     def __init__(self) -> None:
         self._ready: deque[Work] = deque()
-        self._lanes: dict[Hashable, deque[Work]] = {}  # of keys with work under way: what waits behind it
+        self._lanes: dict[Hashable, deque[Work]] = {}  # of keys with work under way or ready: what waits behind it
 
     def __len__(self) -> int:
         return len(self._ready)
 
-    def add(self, work: Work) -> bool:
-        """Whether it is ready: nothing of its lane is under way."""
+    def add(self, work: Work, now: float) -> None:
         if work.lane is not None:
-            waiting = self._lanes.get(work.lane)
-            if waiting is not None:
-                waiting.append(work)
-                return False
+            behind = self._lanes.get(work.lane)
+            if behind is not None:
+                behind.append(work)
+                return
             self._lanes[work.lane] = deque()
         self._ready.append(work)
-        return True
 
-    def take(self) -> Work | None:
+    def take(self, now: float) -> Work | None:
         return self._ready.popleft() if self._ready else None
 
-    def end(self, work: Work) -> bool:
-        """It is done, whatever came of it. Whether another of its lane is ready now."""
+    def end(self, work: Work, now: float) -> None:
         if work.lane is None:
-            return False
-        waiting = self._lanes[work.lane]
-        if not waiting:
+            return
+        behind = self._lanes[work.lane]
+        if behind:
+            self._ready.append(behind.popleft())
+        else:
             del self._lanes[work.lane]
-            return False
-        self._ready.append(waiting.popleft())
-        return True
 
-    def clear(self) -> list[Work]:
-        """Forgets what nobody has begun, and returns it."""
-        dropped = list(self._ready)
-        for work in dropped:
-            if work.lane is not None:
-                dropped.extend(self._lanes.pop(work.lane))
-        for waiting in self._lanes.values():
-            dropped.extend(waiting)
-            waiting.clear()
-        self._ready.clear()
+    def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
+        dropped = []
+        kept: deque[Work] = deque()
+        for work in self._ready:
+            if partitions is None or work.partition in partitions:
+                dropped.append(work)
+                if work.lane is not None:
+                    dropped.extend(self._lanes.pop(work.lane))
+            else:
+                kept.append(work)
+        self._ready = kept
+        for behind in self._lanes.values():  # of what is under way, or stays
+            if behind and (partitions is None or behind[0].partition in partitions):
+                dropped.extend(behind)
+                behind.clear()
         return dropped
+
+    def ripen(self, now: float) -> float | None:
+        return None
+
+    def hurry(self, partition: Partition | None = None) -> None:
+        pass
+
+
+class _Line:
+    """What waits of one partition."""
+
+    __slots__ = ("is_busy", "is_ready", "waiting")
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[Work, float]] = deque()  # single records, and when each is late
+        self.is_busy = False  # a batch of it is under way
+        self.is_ready = False
+
+
+class BatchLanes:
+    """Several records of one partition at a time, one batch of a partition after the other.
+
+    A batch begins when it is full, or when its first record has waited for `wait_s`.
+    """
+
+    def __init__(self, size: int, wait_s: float) -> None:
+        self._size = size
+        self._wait_s = wait_s
+        self._lines: dict[Partition, _Line] = {}
+        self._ready: deque[Partition] = deque()
+        self._timers: list[tuple[float, int, Partition]] = []
+        self._numbers = itertools.count()
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    def add(self, work: Work, now: float) -> None:
+        line = self._lines.get(work.partition)
+        if line is None:
+            line = self._lines[work.partition] = _Line()
+        line.waiting.append((work, now + self._wait_s))
+        self._look(work.partition, line, now)
+
+    def _look(self, partition: Partition, line: _Line, now: float) -> None:
+        if line.is_busy or line.is_ready or not line.waiting:
+            return
+        due = line.waiting[0][1]
+        if len(line.waiting) >= self._size or due <= now:
+            line.is_ready = True
+            self._ready.append(partition)
+        elif len(line.waiting) == 1:
+            heapq.heappush(self._timers, (due, next(self._numbers), partition))
+
+    def take(self, now: float) -> Work | None:
+        if not self._ready:
+            return None
+        partition = self._ready.popleft()
+        line = self._lines[partition]
+        line.is_ready, line.is_busy = False, True
+        singles = [line.waiting.popleft()[0] for _ in range(min(self._size, len(line.waiting)))]
+        return Work(
+            partition,
+            tuple(work.envelopes[0] for work in singles),
+            tuple(work.places[0] for work in singles),
+            sum(work.size for work in singles),
+            lane=partition,
+        )
+
+    def end(self, work: Work, now: float) -> None:
+        line = self._lines[work.partition]
+        line.is_busy = False
+        if not line.waiting:
+            del self._lines[work.partition]
+            return
+        self._look(work.partition, line, now)
+        if not line.is_ready:
+            heapq.heappush(self._timers, (line.waiting[0][1], next(self._numbers), work.partition))
+
+    def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
+        dropped: list[Work] = []
+        for partition in list(self._lines) if partitions is None else partitions:
+            line = self._lines.get(partition)
+            if line is None:
+                continue
+            dropped.extend(work for work, _ in line.waiting)
+            line.waiting.clear()
+            if line.is_ready:
+                line.is_ready = False
+                self._ready.remove(partition)
+            if not line.is_busy:
+                del self._lines[partition]
+        return dropped
+
+    def ripen(self, now: float) -> float | None:
+        while self._timers and self._timers[0][0] <= now:
+            partition = heapq.heappop(self._timers)[2]
+            line = self._lines.get(partition)
+            if line is not None:
+                self._look(partition, line, now)
+        return self._timers[0][0] if self._timers else None
+
+    def hurry(self, partition: Partition | None = None) -> None:
+        for each in list(self._lines) if partition is None else (partition,):
+            line = self._lines.get(each)
+            if line is not None and line.waiting and not (line.is_busy or line.is_ready):
+                line.is_ready = True
+                self._ready.append(each)

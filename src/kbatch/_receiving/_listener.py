@@ -1,57 +1,61 @@
-"""What hands the records of topics to a handler."""
+"""What hands the records of topics to a handler, on threads."""
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from kbatch._checks import check_close_timeout, is_number, is_whole
-from kbatch._errors import ConfigError, type_name
-from kbatch._events import make_dispatcher
-from kbatch._exit import CORES, watch_multiprocessing_child
-from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
-from kbatch._receiving._config import ConsumerConfig
-from kbatch._receiving._consumer import ConsumerCore
-from kbatch._receiving._lanes import Lanes, Work
-from kbatch._receiving._positions import Positions
+from kbatch._callbacks import is_coroutine_function, refuse_coroutine
+from kbatch._fastmap import Flag, monotonic
+from kbatch._receiving._base import BaseListener
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
 
     from kbatch._fastmap import ReceivedEnvelope
-    from kbatch._receiving._positions import Partition
+    from kbatch._receiving._lanes import Work
+    from kbatch._receiving._reading import Reading
 
 __all__ = ["Listener"]
 
-_logger = logging.getLogger("kbatch")
 
-_POLL_S = 0.05  # after so long without a record the group is asked what is new
-_READ_AGAIN_S = 1.0
-_COMMIT_TIMEOUT_S = 5.0
-
-
-class Listener:
+class Listener(BaseListener):
     """Reads topics as a member of a group, and calls a handler with each envelope, in order of keys.
 
-    The offset of a record is committed when it and all before it in its partition were handled. After a crash records
-    may be handled again: an inbox removes those copies.
+    The offset of a record is committed when it and all before it in its partition were handled. After a crash, and
+    when partitions change hands, records may be handled again: an inbox removes those copies. A handler that raises
+    ends the listener: `run` raises its exception, and the record is read again.
+
+    `run` reads on the thread that calls it, and handlers run on threads of their own. So the group does not lose the
+    member, however long a handler takes. When a partition is to be given to another member, what runs of it gets
+    ``close_timeout_s`` to end, at most half of ``max.poll.interval.ms``.
 
     Args:
         config: librdkafka's configuration, with ``group.id``. ``auto.offset.reset`` is ``earliest`` by default, and
             ``partition.assignment.strategy`` ``cooperative-sticky``.
         topics: Their names; one that begins with ``^`` is a regular expression.
         handler: Called with each `ReceivedEnvelope`, on one of `concurrency` threads. Records of one key of a partition
-            come one after the other, in order; those without a key in any order, unless `concurrency` is 1.
-        types: By message type, what its data are decoded to by msgspec.
+            come one after the other, in order; those without a key in any order. With a `concurrency` of 1 all records
+            of a partition come in order. It must not be a coroutine function: `kbatch.aio.Listener` takes those.
+        types: By message type, what its data are decoded to by msgspec, from JSON, or from msgpack if the content type
+            says so. What cannot be decoded is a `DeserializationError`, and counts as if its handler had raised it. Of
+            other message types ``envelope.message`` is ``msgspec.UNSET``: the handler has ``envelope.data``.
         wire: The format of the records, as for `Producer`.
-        concurrency: How many records are handled at a time.
-        max_in_flight: How many records are taken from librdkafka and not handled yet.
+        concurrency: How many calls of the handler run at a time.
+        batch_size: The handler is called with a list of up to so many envelopes of one partition, in the order of the
+            log. One batch of a partition is handled at a time, so keys are in order, and `concurrency` is how many
+            partitions are. A batch is done as a whole, or fails as a whole.
+        batch_timeout_ms: How long the first record of a batch waits for others. By default a batch is what is there
+            when a handler has time.
+        max_in_flight, max_in_flight_bytes: How many records, and about how many bytes, are read and not handled yet. A
+            partition that takes more than its share of them is not read further until half of its records are handled,
+            so that the others flow.
         commit_interval_s: Seconds between two commits.
-        close_timeout_s: Seconds that the end of `run` waits for handlers.
+        close_timeout_s: Seconds that the end of `run` waits for handlers. What they still handle then is logged,
+            counted as ``abandoned``, and read again.
 
     Raises:
         ConfigError: A wrong option.
@@ -63,222 +67,128 @@ class Listener:
         topics: Iterable[str],
         handler: Callable[..., object],
         *,
-        types: Mapping[str, type] | None = None,
+        types: Mapping[str, Any] | None = None,
         wire: str = "kbatch",
         concurrency: int = 1,
-        max_in_flight: int = 1_000,
+        batch_size: int | None = None,
+        batch_timeout_ms: float = 0.0,
+        max_in_flight: int = 2_000,
+        max_in_flight_bytes: int = 64 * 1024 * 1024,
         commit_interval_s: float = 1.0,
         close_timeout_s: float = 30.0,
     ) -> None:
-        if isinstance(topics, str) or not (names := list(topics)) or not all(isinstance(name, str) for name in names):
-            raise ConfigError("topics must be a list of names, with one at least")
-        if not callable(handler):
-            raise ConfigError(f"handler must be callable, not {type_name(handler)}")
-        if wire not in WIRE_NAMES:
-            raise ConfigError(f"wire must be one of {', '.join(WIRE_NAMES)}, not {wire!r}")
-        for name, value in (("concurrency", concurrency), ("max_in_flight", max_in_flight)):
-            if not (is_whole(value) and 1 <= value <= 100_000):
-                raise ConfigError(f"{name} must be an int from 1 to 100,000, not {value!r}")
-        if not (is_number(commit_interval_s) and 0 < commit_interval_s < 1e6):
-            raise ConfigError(f"commit_interval_s must be seconds above 0, not {commit_interval_s!r}")
-        check_close_timeout(close_timeout_s)
-        parsed = ConsumerConfig.parse(config)
-        self._topics = names
-        self._handler = handler
-        self._decoders: dict[str | None, msgspec.json.Decoder[Any]] = {
-            name: msgspec.json.Decoder(type_) for name, type_ in (types or {}).items()
-        }
-        self._concurrency = concurrency
-        self._max_in_flight = max_in_flight
-        self._commit_interval_s = commit_interval_s
-        self._close_timeout_s = close_timeout_s
-        self._max_wait_s = parsed.max_poll_interval_s / 2
-        self._callback_thread = CallbackThread("kbatch-callbacks")
-        self._core = ConsumerCore(
-            parsed.native,
-            make_dispatcher(parsed, self._callback_thread, lambda: self._core),
-            wire,
-            on_start=watch_multiprocessing_child,
+        super().__init__(
+            config,
+            topics,
+            handler,
+            types=types,
+            wire=wire,
+            concurrency=concurrency,
+            batch_size=batch_size,
+            batch_timeout_ms=batch_timeout_ms,
+            max_in_flight=max_in_flight,
+            max_in_flight_bytes=max_in_flight_bytes,
+            commit_interval_s=commit_interval_s,
+            close_timeout_s=close_timeout_s,
         )
-        CORES.add(self._core)
-        # Under the lock of `_changed`, all below.
-        self._changed = threading.Condition()
-        self._lanes = Lanes()
-        self._positions = Positions()
-        self._running: Counter[Partition] = Counter()
-        self._leaving: set[Partition] = set()  # nothing of them is begun any more
-        self._in_flight = 0
-        self._stopping = False
-        self._workers_end = False
-        self._error: BaseException | None = None
-        self._handled = 0
+        self._idle: list[Flag] = []  # of handlers' threads that wait; under the lock of the run
 
-    # -- for any thread
-
-    def stop(self) -> None:
-        """Lets `run` end when the handlers that run are done. For any thread, and for a signal handler."""
-        self._stopping = True
-
-    # -- the thread that polls
+    @staticmethod
+    def _handler_fault(handler: object) -> str | None:
+        if is_coroutine_function(handler):
+            return "must not be a coroutine function, which nothing awaits on a thread: kbatch.aio.Listener takes it"
+        return None
 
     def run(self) -> None:
-        """Reads and handles until `stop` is called.
+        """Reads and handles until `stop` is called. It may be called again after its end.
 
         Raises:
             Exception: What a handler has raised. Its record is not committed.
+            ListenerError: The group, or a topic, is refused, or another member with the same ``group.instance.id`` has
+                taken its place.
+            ConfigError: librdkafka refuses the configuration.
+            RuntimeError: It runs already, or there are no threads to be had.
         """
-        workers = [
-            threading.Thread(target=self._work, name=f"kbatch-handler-{n}", daemon=True)
-            for n in range(self._concurrency)
-        ]
-        for worker in workers:
-            worker.start()
+        reading = self._begin(self._wake)
+        self._idle = []
+        workers: list[threading.Thread] = []
         try:
-            self._core.subscribe(self._topics)
-            self._poll()
+            try:
+                for number in range(self._concurrency):
+                    worker = threading.Thread(
+                        target=self._work, args=(reading,), name=f"kbatch-handler-{number}", daemon=True
+                    )
+                    worker.start()
+                    workers.append(worker)
+            except BaseException:
+                reading.stop()
+                raise
+            finally:
+                reading.run()  # it ends at once if it is stopped
         finally:
-            self._stopping = True
-            self._end(workers)
-        if self._error is not None:
-            raise self._error
+            self._over()
+            end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
+            for worker in workers:
+                worker.join(max(0.0, end - monotonic()))
+        if reading.error is not None:
+            raise reading.error
 
-    def _poll(self) -> None:
-        next_commit = monotonic() + self._commit_interval_s
-        next_read = monotonic() + _READ_AGAIN_S
-        while not self._stopping:
-            room = self._max_in_flight - self._in_flight
-            if room <= 0:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._in_flight < self._max_in_flight, _POLL_S)
-                room = max(0, self._max_in_flight - self._in_flight)
-            self._look(room, _POLL_S)
-            now = monotonic()
-            if now >= next_commit:
-                next_commit = now + self._commit_interval_s
-                with self._changed:
-                    offsets = self._positions.collect()
-                self._core.commit(offsets)
-            if now >= next_read:
-                next_read = now + _READ_AGAIN_S
-                self._core.read(self._positions.partitions())
+    def close(self) -> None:
+        """Stops it, and waits until `run` has ended.
 
-    def _look(self, most: int, timeout: float) -> None:
-        envelopes, errors = self._core.poll(most, timeout)
-        if envelopes:
-            self._accept(envelopes)
-        for code, text, topic, partition, _ in errors:
-            _logger.warning(
-                "the consumer of %s: %s (%s, %s, %s)", ", ".join(self._topics), text, code, topic, partition
-            )
-        change = self._core.rebalance()
-        if change is not None:
-            self._rebalance(*change)
+        Raises:
+            RuntimeError: It is called within `run` or by a handler, which call `stop`.
+        """
+        if self._runs_here() and (self._runner == threading.get_ident() or _is_handlers_thread()):
+            raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
+        if self._runs_here():
+            self.stop()
+            self._wait_until_over(float("inf"))
 
-    def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
-        with self._changed:
-            for envelope in envelopes:
-                partition = (envelope.topic, envelope.partition)
-                position = self._positions.begin(partition, envelope.offset)
-                if position is None:
-                    continue
-                self._in_flight += 1
-                lane = (*partition, envelope.key) if envelope.key is not None or self._concurrency == 1 else None
-                self._lanes.add(Work(envelope, lane, position))
-            self._changed.notify_all()
+    def __enter__(self) -> Self:
+        return self
 
-    def _rebalance(self, gives: bool, partitions: list[Partition]) -> None:
-        if gives:
-            with self._changed:
-                self._positions.give(partitions)
-            self._core.answer()
-            return
-        is_lost = self._core.assignment_lost()
-        with self._changed:
-            if not is_lost:
-                # Nothing of them begins any more; what runs may end, and is committed with the rest.
-                self._leaving.update(partitions)
-                self._changed.wait_for(
-                    lambda: not any(self._running[partition] for partition in partitions),
-                    min(self._close_timeout_s, self._max_wait_s),
-                )
-                self._leaving.clear()
-            offsets = self._positions.collect(partitions)
-            self._positions.take(partitions)
-        if not is_lost:
-            self._core.commit(offsets, _COMMIT_TIMEOUT_S)
-        self._core.answer()
-
-    def _end(self, workers: list[threading.Thread]) -> None:
-        deadline = monotonic() + self._close_timeout_s
-        while monotonic() < deadline:
-            with self._changed:
-                self._changed.notify_all()
-                if not sum(self._running.values()):
-                    break
-                self._changed.wait(_POLL_S)
-            self._look(0, 0.0)
-        with self._changed:
-            self._workers_end = True
-            self._changed.notify_all()
-            offsets = self._positions.collect()
-        self._core.commit(offsets, max(1.0, deadline - monotonic()))
-        self._core.close(max(1.0, deadline - monotonic()))
-        for worker in workers:
-            worker.join(max(0.0, deadline - monotonic()))
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
 
     # -- handlers' threads
 
-    def _work(self) -> None:
-        while (work := self._next()) is not None:
-            try:
-                self._handle(work.envelope)
-            except BaseException as error:
-                self._fail(work, error)
-            else:
-                self._done(work)
+    def _wake(self, count: int) -> None:
+        for _ in range(min(count, len(self._idle))):
+            self._idle.pop().set()
 
-    def _next(self) -> Work | None:
-        with self._changed:
-            while True:
-                if self._workers_end:
-                    return None
-                work = None if self._stopping else self._lanes.take()
+    def _work(self, reading: Reading) -> None:
+        flag = Flag()
+        try:
+            while not reading.is_over():
+                work = reading.take(lambda: self._idle.append(flag))
                 if work is None:
-                    self._changed.wait()
+                    if not reading.is_over():
+                        flag.wait(interruptible=False)
                     continue
-                partition = (work.envelope.topic, work.envelope.partition)
-                if partition in self._leaving or not self._positions.holds(partition, work.position):
-                    self._forget(work)
-                    continue
-                self._running[partition] += 1
-                return work
+                try:
+                    self._handle(work)
+                except BaseException as error:
+                    self._fail(reading, work, error)
+                else:
+                    reading.done(work)
+                del work
+        except BaseException as error:  # no memory
+            reading.end_with(error)
 
-    def _handle(self, envelope: ReceivedEnvelope) -> None:
-        if envelope.error is not None:
-            raise envelope.error
-        decoder = self._decoders.get(envelope.message_type)
-        if decoder is not None and envelope.data is not None:
-            envelope.decode(decoder.decode)
-        self._handler(envelope)
+    def _handle(self, work: Work) -> None:
+        for envelope in work.envelopes:
+            self._decode(envelope)
+        self._call(work.envelope if self._batch_size is None else list(work.envelopes))
 
-    def _done(self, work: Work) -> None:
-        with self._changed:
-            self._positions.end(work.position, work.envelope.offset)
-            self._handled += 1
-            self._leave(work)
+    def _call(self, handled: ReceivedEnvelope[Any] | list[ReceivedEnvelope[Any]]) -> None:
+        refuse_coroutine(self._handler(handled))
 
-    def _fail(self, work: Work, error: BaseException) -> None:
-        with self._changed:
-            if self._error is None:
-                self._error = error
-            self._stopping = True
-            self._leave(work)
+    def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
+        reading.fail(work, error)
 
-    def _leave(self, work: Work) -> None:
-        self._running[work.envelope.topic, work.envelope.partition] -= 1
-        self._forget(work)
 
-    def _forget(self, work: Work) -> None:
-        self._in_flight -= 1
-        if self._lanes.end(work) or self._in_flight < self._max_in_flight:
-            self._changed.notify_all()
+def _is_handlers_thread() -> bool:
+    return threading.current_thread().name.startswith("kbatch-handler-")

@@ -22,6 +22,7 @@ from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._dead_letters import DeadLetters
 from kbatch.aio._durable import DurableSender
 from kbatch.aio._inline import InlineSender
+from kbatch.aio._listener import Listener
 from kbatch.aio._postgres import PostgresOutbox
 from kbatch.aio._producer import Producer
 from kbatch.aio._relay import Relay
@@ -35,6 +36,7 @@ __all__ = [
     "InlineSender",
     "KafkaSender",
     "KafkaTopic",
+    "Listener",
     "PendingBatch",
     "PostgresOutbox",
     "Producer",

@@ -238,6 +238,8 @@ cdef class Accumulator:
     cdef int64_t _measure(self, Envelope envelope) noexcept:
         # Runs no Python code.
         cdef int64_t size = 0, seen
+        if envelope._kind == BODY_UNREAD:
+            return received_bytes(<ReceivedEnvelope> envelope)
         if envelope._key is not None:
             size = max(0, kb_leaf_bytes(<PyObject *> envelope._key))
         if envelope._headers is not _EMPTY:

@@ -14,6 +14,7 @@ cdef Client *client_make() noexcept nogil:
     kb_cond_init(&c.drainer_cond)
     kb_cond_init(&c.dispatcher_cond)
     kb_cond_init(&c.life_cond)
+    kb_cond_init(&c.data_cond)
     return c
 
 
@@ -22,10 +23,13 @@ cdef void client_drop(Client *c) noexcept nogil:
     if KB_ADD32(&c.references, -1) != 0:
         return
     pool_end(&c.pool)
+    kb_free(c.messages)
+    kb_free(c.blocks)
     drop_notices(c.notice_first)
     kb_cond_destroy(&c.drainer_cond)
     kb_cond_destroy(&c.dispatcher_cond)
     kb_cond_destroy(&c.life_cond)
+    kb_cond_destroy(&c.data_cond)
     kb_mutex_destroy(&c.mu)
     kb_free(c)
 

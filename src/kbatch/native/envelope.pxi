@@ -419,6 +419,7 @@ cdef class Envelope:
         return self._arguments() == (<Envelope> other)._arguments()
 
     def __hash__(self):
+        fill(self)
         return hash(PyBytes_FromStringAndSize(<const char *> self._id, 16))
 
     def __repr__(self):
@@ -461,8 +462,9 @@ cdef class Tombstone(Envelope):
 cdef class ReceivedEnvelope(Envelope):
     """An envelope that a `Listener` or a consumer has read. Nobody else makes one.
 
-    `data` is the value of the record, its own copy; `message` what the listener has decoded it to. Sent on, it is
-    written with its data. `replace` gives an ordinary envelope.
+    It is a copy of the record: nothing that librdkafka has fetched is kept for it. Its objects are made when they are
+    asked for. `data` is the value of the record; `message` what the listener has decoded it to. Sent on, it is written
+    with its data. `replace` gives an ordinary envelope.
     """
 
     def __init__(self, *_, **__):
@@ -472,10 +474,136 @@ cdef class ReceivedEnvelope(Envelope):
         self._decoded = UNSET
         self._offset = -1
 
+    def __dealloc__(self):
+        kb_free(self._block)
+
+    cdef object _text(self, int field):
+        # Made anew, if it is not None.
+        if self._block == NULL or self._block.texts[field].chars == NULL:
+            return None
+        return PyUnicode_DecodeUTF8(self._block.texts[field].chars, self._block.texts[field].length, NULL)
+
+    cdef int _fill(self) except -1:
+        # All that is made when it is asked for. The same objects whoever comes first.
+        cdef object _
+        self._make_id()
+        for _ in (self.data, self.key, self.headers, self.message_type, self.content_type, self.source,
+                  self.correlation_id, self.conversation_id, self.parent_id, self.tenant_id, self.user_name):
+            pass
+        self._kind = self._block.kind
+        return 0
+
+    cdef int _make_id(self) except -1:
+        if self._block != NULL and self._block.makes_id:
+            set_made_id(self, f"{self._topic}/{self._partition}/{self._offset}")
+            self._block.makes_id = 0
+        return 0
+
     @property
     def message(self):
         """What the listener has decoded the data to; ``None`` without a value, ``msgspec.UNSET`` if it does not."""
-        return None if self._kind == BODY_TOMBSTONE or self._kind == BODY_NULL else self._decoded
+        cdef int kind = self._block.kind if self._kind == BODY_UNREAD else self._kind
+        return None if kind == BODY_TOMBSTONE or kind == BODY_NULL else self._decoded
+
+    @property
+    def data(self):
+        """The value of the record, or ``None``."""
+        if self._kind != BODY_UNREAD:
+            return self._body if self._kind == BODY_DATA else None
+        if self._body is None and self._block.value.chars != NULL:
+            self._body = PyBytes_FromStringAndSize(self._block.value.chars, self._block.value.length)
+        return self._body
+
+    @property
+    def key(self):
+        """The key of the record, as bytes, or ``None``."""
+        if self._key is None and self._block != NULL and self._block.key.chars != NULL:
+            self._key = PyBytes_FromStringAndSize(self._block.key.chars, self._block.key.length)
+        return self._key
+
+    @property
+    def headers(self):
+        """Pairs of name and value, in order: those that are no fields of the envelope."""
+        cdef Py_ssize_t i
+        cdef list pairs
+        if self._headers is _EMPTY and self._block != NULL and self._block.count:
+            pairs = []
+            for i in range(self._block.count):
+                pairs.append((
+                    PyUnicode_DecodeUTF8(self._block.headers[i].name, self._block.headers[i].name_len, NULL),
+                    None if self._block.headers[i].value_len == VALUE_NULL else PyBytes_FromStringAndSize(
+                        self._block.headers[i].value, self._block.headers[i].value_len)))
+            if self._headers is _EMPTY:  # another thread may have come first
+                self._headers = tuple(pairs)
+        return self._headers
+
+    @property
+    def id(self):
+        """The id, a ``uuid.UUID``: the record's, or made of its topic, partition and offset."""
+        self._make_id()
+        return uuid_object(self._id)
+
+    @property
+    def message_type(self):
+        """The type that the record names; ``bytes`` if it names none and has a value."""
+        cdef int kind
+        if self._message_type is None:
+            self._message_type = self._text(KB_MESSAGE_TYPE)
+            if self._message_type is None:
+                kind = self._block.kind if self._kind == BODY_UNREAD else self._kind
+                if kind == BODY_DATA:
+                    return "bytes"
+                return message_type_of(type(self._body)) if kind == BODY_MESSAGE else None
+        return self._message_type
+
+    @property
+    def content_type(self):
+        """The type of the data that the record names, or ``None``."""
+        if self._content_type is None:
+            self._content_type = self._text(KB_CONTENT_TYPE)
+        return self._content_type
+
+    @property
+    def source(self):
+        """The source that the record names, or ``None``."""
+        if self._source is None:
+            self._source = self._text(KB_SOURCE)
+        return self._source
+
+    @property
+    def correlation_id(self):
+        """The correlation id as text, or ``None``."""
+        if self._correlation_id is None:
+            self._correlation_id = self._text(KB_CORRELATION_ID)
+        return self._correlation_id
+
+    @property
+    def conversation_id(self):
+        """The conversation id as text, or ``None``."""
+        if self._conversation_id is None:
+            self._conversation_id = self._text(KB_CONVERSATION_ID)
+        return self._conversation_id
+
+    @property
+    def parent_id(self):
+        """The id of the parent as text, or ``None``."""
+        if self._parent_id is None:
+            self._parent_id = self._text(KB_PARENT_ID)
+        return self._parent_id
+
+    @property
+    def tenant_id(self):
+        """The id of the tenant as text, or ``None``."""
+        if self._tenant_id is None:
+            self._tenant_id = self._text(KB_TENANT_ID)
+        return self._tenant_id
+
+    @property
+    def user_name(self):
+        """The name of the user, or ``None``."""
+        if self._user_name is None:
+            self._user_name = self._text(KB_USER_NAME)
+        return self._user_name
 
     @property
     def offset(self):
@@ -484,15 +612,19 @@ cdef class ReceivedEnvelope(Envelope):
 
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""
-        self._decoded = decoder(self._body)
+        self._decoded = decoder(self.data)
 
     @property
     def is_tombstone(self):
         """Whether it deletes its key from a compacted topic."""
-        return self._kind == BODY_TOMBSTONE
+        return (self._block.kind if self._kind == BODY_UNREAD else self._kind) == BODY_TOMBSTONE
 
     def replace(self, **changes):
         return self._plain().replace(**changes)
+
+    cdef dict _arguments(self):
+        fill(self)
+        return Envelope._arguments(self)
 
     cdef Envelope _plain(self):
         cdef dict arguments = self._arguments()

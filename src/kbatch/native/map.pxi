@@ -776,8 +776,10 @@ cdef class _Mapping:
             self.envelope = None
             raise self._error("envelope", f"expected a kbatch.Envelope, not {type_name(item)}")
         self.envelope = e = <Envelope> item
-        if e._kind == BODY_NONE or e._kind == BODY_BUILDING:
-            raise self._error("envelope", f"{type_name(item)} was made without Envelope.__init__")
+        if e._kind == BODY_NONE or e._kind == BODY_BUILDING or e._kind == BODY_UNREAD:
+            if e._kind != BODY_UNREAD:
+                raise self._error("envelope", f"{type_name(item)} was made without Envelope.__init__")
+            fill(e)
         record.flags = 0
         record.partition = e._partition
         record.timestamp = e._timestamp if e._timestamp else self.now_us // 1000

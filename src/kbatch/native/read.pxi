@@ -73,7 +73,7 @@ cdef inline char _lower(char c) noexcept nogil:
     return c + 32 if c'A' <= c <= c'Z' else c
 
 
-cdef bint is_named(const Given *given, const OwnHeader *own, bint any_case) noexcept nogil:
+cdef inline bint is_named(const Given *given, const OwnHeader *own, bint any_case) noexcept nogil:
     cdef Py_ssize_t i
     if given.name_len != own.name_len:
         return False
@@ -99,6 +99,24 @@ cdef bint is_read_as_attribute(const Given *given) noexcept nogil:
     return given.name_len > 3
 
 
+cdef inline const OwnHeader *find_own(const OwnHeader *own, int count, bint any_case, int *next_own,
+                                      const Given *given) noexcept nogil:
+    # The format's header of this name, or NULL. Headers mostly come in the order in which they are written.
+    cdef int i, at = next_own[0]
+    if given.name == NULL:
+        return NULL
+    for i in range(count):
+        if at == count:
+            at = 0
+        if is_named(given, own + at, any_case):
+            next_own[0] = at + 1
+            if own[at].rules & KB_ALIAS:
+                return own + at - 1
+            return own + at if own[at].field != KB_RESERVED else NULL
+        at += 1
+    return NULL
+
+
 @cython.final
 @cython.freelist(8)
 cdef class _Reading:
@@ -108,7 +126,7 @@ cdef class _Reading:
     cdef int wire
     cdef const OwnHeader *own
     cdef int own_count
-    cdef int next_own         # headers mostly come in the order in which they are written
+    cdef int next_own
     cdef int seen             # bits of the fields that headers have given
     cdef Envelope envelope
     cdef object event_id      # text of CloudEvents
@@ -132,22 +150,8 @@ cdef class _Reading:
 
     # -- headers
 
-    cdef const OwnHeader *_find(self, const Given *given) noexcept:
-        # The format's header of this name, or NULL.
-        cdef int i, at = self.next_own
-        cdef bint any_case = self.wire == WIRE_CLOUDEVENTS
-        if given.name == NULL:
-            return NULL
-        for i in range(self.own_count):
-            if at == self.own_count:
-                at = 0
-            if is_named(given, self.own + at, any_case):
-                self.next_own = at + 1
-                if self.own[at].rules & KB_ALIAS:
-                    return self.own + at - 1
-                return self.own + at if self.own[at].field != KB_RESERVED else NULL
-            at += 1
-        return NULL
+    cdef inline const OwnHeader *_find(self, const Given *given) noexcept:
+        return find_own(self.own, self.own_count, self.wire == WIRE_CLOUDEVENTS, &self.next_own, given)
 
     cdef int _read_headers(self) except -1:
         cdef Given given

@@ -9,6 +9,8 @@ KEPT_BYTES = MOST_KEPT_BYTES
 
 def envelope_bytes(Envelope envelope not None) -> int:
     """What an envelope holds in memory, about."""
+    if envelope._kind == BODY_UNREAD:
+        return received_bytes(<ReceivedEnvelope> envelope)
     cdef int64_t size = kb_pairs_bytes(<PyObject *> envelope._headers) + text_bytes(envelope._key)
     if envelope._body is None:
         return size

@@ -1,0 +1,257 @@
+"""What a listener for threads and one for asyncio have in common."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kbatch._callbacks import call_fault
+from kbatch._checks import check_close_timeout, is_number, is_whole
+from kbatch._errors import ConfigError, DeserializationError, exception_text, type_name
+from kbatch._events import make_dispatcher
+from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
+from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
+from kbatch._receiving._config import ConsumerConfig
+from kbatch._receiving._consumer import ConsumerCore
+from kbatch._receiving._lanes import BatchLanes, Lanes
+from kbatch._receiving._reading import Limits, Reading
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping
+
+    from kbatch._fastmap import ReceivedEnvelope
+
+__all__ = ["BaseListener"]
+
+_LOOK_WHETHER_OVER_S = 0.02
+_COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
+
+
+class BaseListener:
+    """The options of a listener, checked as a whole, and its run. Whatever changes while it runs is the run's."""
+
+    _name = "kbatch.Listener"
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        topics: Iterable[str],
+        handler: Callable[..., object],
+        *,
+        types: Mapping[str, Any] | None,
+        wire: str,
+        concurrency: int,
+        batch_size: int | None,
+        batch_timeout_ms: float,
+        max_in_flight: int,
+        max_in_flight_bytes: int,
+        commit_interval_s: float,
+        close_timeout_s: float,
+    ) -> None:
+        names = [] if isinstance(topics, (str, bytes)) else list(topics)
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise ConfigError("topics must be a list of names, with one at least")
+        fault = call_fault(handler, "envelope") or self._handler_fault(handler)
+        if fault is not None:
+            raise ConfigError(f"handler {fault}")
+        if wire not in WIRE_NAMES:
+            raise ConfigError(f"wire must be one of {', '.join(WIRE_NAMES)}, not {wire!r}")
+        for name, value, most in (
+            ("concurrency", concurrency, 10_000),
+            ("max_in_flight", max_in_flight, 1_000_000),
+            ("max_in_flight_bytes", max_in_flight_bytes, 2**40),
+            ("batch_size", 1 if batch_size is None else batch_size, 100_000),
+        ):
+            if not (is_whole(value) and 1 <= value <= most):
+                raise ConfigError(f"{name} must be an int from 1 to {most:,}, not {value!r}")
+        if batch_size is not None and batch_size > max_in_flight:
+            raise ConfigError(f"{batch_size=} is larger than {max_in_flight=}: no batch would be full")
+        if not (is_number(batch_timeout_ms) and 0 <= batch_timeout_ms < 1e9):
+            raise ConfigError(f"batch_timeout_ms must be milliseconds, 0 or more, not {batch_timeout_ms!r}")
+        if batch_timeout_ms and batch_size is None:
+            raise ConfigError("batch_timeout_ms is for a handler of batches: give a batch_size, too")
+        if not (is_number(commit_interval_s) and 0 < commit_interval_s < 1e6):
+            raise ConfigError(f"commit_interval_s must be seconds above 0, not {commit_interval_s!r}")
+        check_close_timeout(close_timeout_s)
+        self._decoders = {name: _Decoders(name, type_) for name, type_ in _checked_types(types)}
+        self._parsed = ConsumerConfig.parse(config)
+        self._topics = names
+        self._handler = handler
+        self._wire = wire
+        self._concurrency = concurrency
+        self._batch_size = batch_size
+        self._batch_timeout_s = batch_timeout_ms / 1000
+        self._limits = Limits(
+            max_in_flight, max_in_flight_bytes, commit_interval_s, close_timeout_s, self._parsed.max_poll_interval_s
+        )
+        # Of the last run.
+        self._reading: Reading | None = None
+        self._is_running = False
+        self._runner: int | None = None  # its thread
+        self._pid = os.getpid()
+        self._is_to_stop = False  # the next run, at once
+        self._claims = threading.RLock()  # re-entrant: a signal handler may come here from within
+
+    @staticmethod
+    def _handler_fault(handler: object) -> str | None:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        state = "running" if self._runs_here() else "not running"
+        return f"<{self._name} of {', '.join(self._topics)} for {self._parsed.group}, {state}>"
+
+    # -- for any thread
+
+    def stop(self) -> None:
+        """Has `run` end when the handlers that run are done. Any thread may call it, a handler, and a signal handler.
+        If it does not run yet, the next `run` ends at once."""
+        self._is_to_stop = True
+        reading = self._reading
+        if reading is not None and self._runs_here():
+            reading.stop()
+
+    def stats(self) -> dict[str, int]:
+        """Counters of the last run, of records: ``handled``; ``failed``; ``in_flight``, that were read and are not
+        handled, of which ``running`` are in handlers; ``in_flight_bytes``, about; ``abandoned``, whose handlers still
+        ran at its end. And ``partitions``, that it has, of which ``full_partitions`` are not read further until some of
+        their records are handled; ``rebalances``, in which it was given some."""
+        reading = self._reading
+        if reading is None or self._pid != os.getpid():
+            return dict.fromkeys((*_COUNTS, "rebalances", "abandoned"), 0)
+        return reading.stats()
+
+    def lag(self) -> dict[tuple[str, int], int]:
+        """Of each partition, how many offsets are not handled, as the last answer of its broker told. Those of which
+        nothing was read yet are left out."""
+        reading = self._reading
+        return reading.lag() if reading is not None and self._runs_here() else {}
+
+    def _runs_here(self) -> bool:
+        return self._is_running and self._pid == os.getpid()
+
+    # -- a run
+
+    def _begin(self, wake: Callable[[int], object], give_up: Callable[[], object] | None = None) -> Reading:
+        if self._pid != os.getpid():  # a forked child: what its parent runs is not here
+            self._claims = threading.RLock()
+            self._is_running = self._is_to_stop = False
+            self._pid = os.getpid()
+        with self._claims:
+            if self._is_running:
+                raise RuntimeError("this listener runs already")
+            self._is_running = True
+            self._runner = threading.get_ident()
+        try:
+            callbacks = CallbackThread("kbatch-callbacks")
+            core = ConsumerCore(
+                self._parsed.native,
+                make_dispatcher(self._parsed, callbacks, lambda: core),
+                self._wire,
+                on_start=watch_multiprocessing_child,
+            )
+            waiting: Lanes | BatchLanes = (
+                Lanes() if self._batch_size is None else BatchLanes(self._batch_size, self._batch_timeout_s)
+            )
+            self._reading = Reading(core, self._topics, waiting, self._limits, self._lane, wake, give_up)
+            CORES.add(core)
+            SENDERS.add(self)
+            if self._is_to_stop:
+                self._reading.stop()
+        except BaseException:
+            self._over()
+            raise
+        return self._reading
+
+    def _over(self) -> None:
+        SENDERS.discard(self)
+        self._is_to_stop = self._is_running = False
+
+    def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
+        if self._concurrency == 1:
+            return envelope.topic, envelope.partition
+        key = envelope.key
+        return None if key is None else (envelope.topic, envelope.partition, key)
+
+    def _decode(self, envelope: ReceivedEnvelope[Any]) -> None:
+        if envelope.error is not None:
+            raise envelope.error
+        decoders = self._decoders.get(envelope.message_type or "")
+        if decoders is not None and envelope.data is not None:
+            decoders.decode(envelope)
+
+    def _wait_until_over(self, end: float) -> None:
+        while self._runs_here() and monotonic() < end:
+            threading.Event().wait(min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic())))
+
+    # -- at the end of the interpreter
+
+    def _flush(self, timeout: float) -> int:
+        return 0
+
+    def _drain(self, timeout: float) -> int:
+        self.stop()
+        self._wait_until_over(monotonic() + timeout)
+        return 0
+
+    def _begin_end(self) -> None:
+        reading = self._reading
+        if reading is not None and self._runs_here():
+            reading.stop(hurried=True)
+
+    def _await_end(self, end: float) -> int:
+        self._wait_until_over(end)
+        return 0
+
+
+class _Decoders:
+    """What decodes the data of one message type."""
+
+    __slots__ = ("_json", "_msgpack", "_name")
+
+    def __init__(self, name: str, type_: Any) -> None:
+        self._name = name
+        try:
+            self._json: Callable[[bytes], Any] = msgspec.json.Decoder(type_).decode
+            self._msgpack: Callable[[bytes], Any] = msgspec.msgpack.Decoder(type_).decode
+        except Exception as error:
+            raise ConfigError(f"types[{name!r}]: msgspec cannot decode to this: {exception_text(error)}") from error
+
+    def decode(self, envelope: ReceivedEnvelope[Any]) -> None:
+        content_type = envelope.content_type
+        # The second is what a producer says that was given bytes and no type.
+        if content_type is None or content_type == "application/octet-stream" or "json" in content_type:
+            decoder = self._json
+        elif "msgpack" in content_type:
+            decoder = self._msgpack
+        else:
+            raise _undecodable(
+                envelope,
+                f"its content type {content_type!r} is neither JSON nor msgpack, and types "
+                f"has {self._name!r}: decode envelope.data in the handler",
+            )
+        try:
+            envelope.decode(decoder)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise _undecodable(
+                envelope, f"its data cannot be decoded as {self._name!r}: {exception_text(error)}"
+            ) from error
+
+
+def _undecodable(envelope: ReceivedEnvelope[Any], reason: str) -> DeserializationError:
+    return DeserializationError(
+        reason, topic=envelope.topic, partition=envelope.partition, offset=envelope.offset, header=None
+    )
+
+
+def _checked_types(types: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
+    try:
+        items = list((types or {}).items())
+    except AttributeError:
+        raise ConfigError(f"types must be a mapping of message types to types, not {type_name(types)}") from None
+    for name, _ in items:
+        if not isinstance(name, str):
+            raise ConfigError(f"types: a message type must be str, not {type_name(name)}")
+    return items

@@ -1,0 +1,575 @@
+"""One run of a listener: what is read, what is under way, what is committed. One thread polls, any may handle."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections import Counter
+from typing import TYPE_CHECKING, NamedTuple
+
+from kbatch import _codes
+from kbatch._errors import ListenerError, ProducerClosedError
+from kbatch._fastmap import Flag, monotonic
+from kbatch._librdkafka import error_text
+from kbatch._receiving._consumer import ConsumerCallError
+from kbatch._receiving._lanes import Work
+from kbatch._receiving._positions import Positions
+from kbatch._text import counted, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable
+
+    from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._receiving._consumer import ConsumerCore
+    from kbatch._receiving._lanes import Waiting
+    from kbatch._receiving._positions import Partition
+
+__all__ = ["Limits", "Reading"]
+
+_logger = logging.getLogger("kbatch")
+
+_POLL_S = 0.05  # after so long without a record the group is asked what is new
+_GATHER_S = 0.005  # for more room than a little
+_COMMIT_POLL_S = 0.002
+_LOOK_S = 1.0  # between two looks at handlers that take long
+_REMIND_EVERY_S = 60.0
+_COMMIT_TIMEOUT_S = 5.0
+_LAST_COMMIT_S = 1.0  # also when the time to close is over
+_RECORD_BYTES = 300  # that an envelope takes, besides what its record has
+
+_FATAL, _AUTO_OFFSET_RESET, _PARTITION_EOF, _NO_OFFSET = -150, -140, -191, -168
+_FENCED_INSTANCE_ID, _ILLEGAL_GENERATION, _UNKNOWN_MEMBER_ID, _REBALANCE_IN_PROGRESS = 82, 22, 25, 27
+_STALE_MEMBER_EPOCH = 113
+_ENDING = frozenset(
+    (
+        _FATAL,
+        _AUTO_OFFSET_RESET,  # auto.offset.reset=error: somebody has to decide
+        _FENCED_INSTANCE_ID,
+        _codes.TOPIC_AUTHORIZATION_FAILED,
+        _codes.GROUP_AUTHORIZATION_FAILED,
+        _codes.CLUSTER_AUTHORIZATION_FAILED,
+    )
+)
+# A commit that a rebalance has overtaken: whoever has the partition now reads the records again.
+_OVERTAKEN = frozenset(
+    (_ILLEGAL_GENERATION, _UNKNOWN_MEMBER_ID, _REBALANCE_IN_PROGRESS, _STALE_MEMBER_EPOCH, _NO_OFFSET)
+)
+
+
+class Limits(NamedTuple):
+    """What bounds a run."""
+
+    records: int
+    size: int  # bytes
+    commit_interval_s: float
+    close_timeout_s: float
+    max_poll_interval_s: float
+
+
+class Reading:
+    """One run of a listener.
+
+    Args:
+        core: Its consumer; this run closes it.
+        lane: What the records of one lane have in common, of an envelope; ``None``: it waits for nobody.
+        wake: Called under the lock with how many calls of handlers may begin.
+        give_up: Called when the time to close is over, if handlers still run.
+    """
+
+    def __init__(
+        self,
+        core: ConsumerCore,
+        topics: list[str],
+        waiting: Waiting,
+        limits: Limits,
+        lane: Callable[[ReceivedEnvelope], Hashable],
+        wake: Callable[[int], object],
+        give_up: Callable[[], object] | None = None,
+    ) -> None:
+        self.core = core
+        self._topics = topics
+        self._limits = limits
+        self._lane = lane
+        self._wake = wake
+        self._give_up = give_up
+        self._flag = Flag()  # the thread that polls waits for it while a rebalance does
+        self.is_stopping = False
+        self._is_hurried = False  # it ends without waiting for handlers
+        self.error: BaseException | None = None  # the first
+        # Under the lock, all below. The lock is C's: Ctrl-C leaves it as it is.
+        self.lock = threading.RLock()
+        self._waiting = waiting
+        self._positions = Positions()
+        self._running: set[Work] = set()
+        self._running_of: Counter[Partition] = Counter()
+        self._in_flight = 0
+        self._size = 0
+        self._counts: Counter[Partition] = Counter()  # in flight, of each partition
+        self._sizes: Counter[Partition] = Counter()
+        self._full: dict[Partition, tuple[int, int]] = {}  # not read until no more records, and bytes, are in flight
+        self._reopened: list[Partition] = []
+        self._waits_for_room = False
+        self._is_over = False
+        self.handled = self.failed = self.rebalances = self.abandoned = 0
+        # Of the thread that polls.
+        self._leaving: set[Partition] | None = None  # a rebalance waits for their handlers
+        self._leave_at = 0.0
+        self._committing: list[tuple[str, int, int]] = []  # on their way
+        self._next_commit = self._next_look = 0.0
+        self._has_gathered = False
+        self._mean_size = 1_000_000.0  # bytes of a record, until one has come
+        self._complaints: dict[tuple[object, ...], float] = {}
+
+    # -- for any thread, and for a signal handler
+
+    def stop(self, *, hurried: bool = False) -> None:
+        """Lets the run end: no handler begins any more."""
+        self.is_stopping = True
+        if hurried:
+            self._is_hurried = True
+        self._nudge()
+
+    def _nudge(self) -> None:
+        self._flag.set()
+        self.core.wake()
+
+    def stats(self) -> dict[str, int]:
+        with self.lock:
+            return {
+                "handled": self.handled,
+                "failed": self.failed,
+                "in_flight": self._in_flight,
+                "in_flight_bytes": self._size,
+                "running": sum(len(work.places) for work in self._running),
+                "partitions": len(self._positions.partitions()),
+                "full_partitions": len(self._full),
+                "rebalances": self.rebalances,
+                "abandoned": self.abandoned,
+            }
+
+    def lag(self) -> dict[Partition, int]:
+        with self.lock:
+            reached = self._positions.reached()
+        if not reached:
+            return {}
+        try:
+            ends = self.core.ends(reached)
+        except ProducerClosedError:
+            return {}
+        return {partition: max(0, end - reached[partition]) for partition, end in ends.items()}
+
+    # -- for those who handle
+
+    def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
+        """What is to be handled now; without it, under the lock, `otherwise` is called."""
+        with self.lock:
+            work = None if self.is_stopping else self._waiting.take(monotonic())
+            if work is not None:
+                work.begun_at = monotonic()
+                self._running.add(work)
+                self._running_of[work.partition] += len(work.places)
+            elif otherwise is not None and not self._is_over:
+                otherwise()
+            return work
+
+    def is_over(self) -> bool:
+        return self._is_over
+
+    def done(self, work: Work) -> None:
+        """It was handled: its offsets may be committed."""
+        with self.lock:
+            for place in work.places:
+                self._positions.end(place)
+            self.handled += len(work.places)
+            self._end(work)
+
+    def fail(self, work: Work, error: BaseException) -> None:
+        """It was not handled, and never will be by this run, which ends."""
+        with self.lock:
+            self.failed += len(work.places)
+            self.end_with(error)
+            self._end(work)
+
+    def abandon(self, work: Work) -> None:
+        """Its handler was ended when the time to close was over."""
+        with self.lock:
+            self.abandoned += len(work.places)
+            self._end(work)
+
+    def end_with(self, error: BaseException) -> None:
+        if self.error is None:
+            self.error = error
+        elif self.error is not error:
+            _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
+        self.stop()
+
+    def _end(self, work: Work) -> None:
+        self._running.discard(work)
+        self._running_of[work.partition] -= len(work.places)
+        if not self._running_of[work.partition]:
+            del self._running_of[work.partition]
+            if self._leaving is not None or (self.is_stopping and not self._running):
+                self._nudge()
+        self._waiting.end(work, monotonic())
+        self._release(work)
+
+    def _release(self, work: Work) -> None:
+        partition, records, limits = work.partition, len(work.places), self._limits
+        self._in_flight -= records
+        self._size -= work.size
+        self._counts[partition] -= records
+        self._sizes[partition] -= work.size
+        marks = self._full.get(partition)
+        if marks is not None and self._is_open_again(partition, marks):
+            del self._full[partition]
+            self._reopened.append(partition)
+            self._nudge()
+        if not self._counts[partition]:
+            del self._counts[partition], self._sizes[partition]
+        if self._waits_for_room and self._in_flight <= limits.records * 7 // 8 and self._size <= limits.size * 7 // 8:
+            self._waits_for_room = False
+            self._nudge()
+
+    def _is_open_again(self, partition: Partition, marks: tuple[int, int]) -> bool:
+        return (
+            self._counts[partition] <= marks[0]
+            and self._sizes[partition] <= marks[1]
+            and self._positions.spread(partition) <= self._most_spread() // 2
+        )
+
+    def _most_spread(self) -> int:
+        return 10 * self._limits.records
+
+    # -- the thread that polls
+
+    def run(self) -> None:
+        """Reads until `stop`, or an error. Waits for handlers, commits, and closes the consumer."""
+        try:
+            try:
+                self._poll()
+            finally:
+                self.is_stopping = True
+                self._drain()
+        finally:
+            try:
+                self._finish()
+            finally:
+                with self.lock:
+                    self._is_over = True
+                    self._wake(sys.maxsize)  # all that wait: nothing will come
+                self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+
+    def _poll(self) -> None:
+        if self.is_stopping:
+            return
+        now = monotonic()
+        self._next_commit, self._next_look = now + self._limits.commit_interval_s, now + _LOOK_S
+        try:
+            self.core.subscribe(self._topics)
+        except ConsumerCallError as error:
+            raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
+        try:
+            while not self.is_stopping:
+                self._turn()
+        except ProducerClosedError:  # at the end of the interpreter
+            raise ListenerError("the listener's consumer was closed under it") from None
+
+    def _drain(self) -> None:
+        """Waits for the handlers that run. The group goes on to be polled."""
+        deadline = monotonic() + self._limits.close_timeout_s
+        with self.lock:
+            self._drop(None)
+        is_given_up = False
+        while self._running:
+            if monotonic() >= deadline or self._is_hurried:
+                if is_given_up or self._give_up is None:
+                    break
+                is_given_up, self._is_hurried = True, False
+                self._give_up()
+                deadline = monotonic() + _LAST_COMMIT_S
+            self._turn()
+
+    def _finish(self) -> None:
+        """Commits what was done, and says what was not."""
+        with self.lock:
+            left = sorted(self._running, key=lambda work: work.begun_at)
+            self.abandoned += sum(len(work.places) for work in left)
+        if left:
+            _logger.warning(
+                "a listener of %s has ended while handlers still ran, and did not commit what they handle: it is read "
+                "again (%s)",
+                ", ".join(self._topics),
+                "; ".join(_shown(work) for work in left[:10]) + ("; …" if len(left) > 10 else ""),
+            )
+        if self.core.started() and not self.core.closed():
+            self._commit_and_wait(None, _LAST_COMMIT_S if left or self._is_hurried else _COMMIT_TIMEOUT_S)
+            if self._leaving is not None:
+                self.core.answer()
+
+    def _turn(self) -> None:
+        """One look at everything."""
+        now = monotonic()
+        with self.lock:
+            due = self._waiting.ripen(now)
+            room = 0 if self.is_stopping else self._room()
+            if room <= 0:
+                self._waiting.hurry()
+            # Rather some records at a time than one by one.
+            gathers = 0 < room < self._limits.records // 8 and not self._has_gathered
+            self._has_gathered = gathers
+            self._waits_for_room = room <= 0 or gathers
+            reopened, self._reopened = self._reopened, []
+            ready = len(self._waiting)
+            if ready:
+                self._wake(ready)
+        if reopened:
+            self.core.read([partition for partition in reopened if partition in self._positions])
+        timeout = _POLL_S if due is None else min(_POLL_S, max(0.0, due - now))
+        if self._committing:
+            timeout = min(timeout, 10 * _COMMIT_POLL_S)
+        if gathers:
+            room, timeout = 0, min(timeout, _GATHER_S)
+        if self._leaving is not None:
+            self._flag.wait(timeout)
+            self._look(0, 0.0)
+            self._leave_when_drained()
+        else:
+            self._look(room, timeout)
+        now = monotonic()
+        self._take_commit_answer()
+        if now >= self._next_commit and not self._committing:
+            self._next_commit = now + self._limits.commit_interval_s
+            self._begin_commit()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self._tell_of_long_ones(now)
+
+    def _room(self) -> int:
+        limits = self._limits
+        records, size = limits.records - self._in_flight, limits.size - self._size
+        if records <= 0 or size <= 0:
+            return 0
+        return min(records, max(1, int(size / 4 / self._mean_size)))
+
+    def _look(self, most: int, timeout: float) -> None:
+        envelopes, errors = self.core.poll(most, timeout)
+        if envelopes:
+            self._accept(envelopes)
+        for error in errors:
+            self._hear(*error)
+        change = self.core.rebalance()
+        if change is not None and self._leaving is None:
+            self._rebalance(*change)
+
+    def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
+        now = monotonic()
+        touched = set()
+        size = 0
+        with self.lock:
+            for envelope in envelopes:
+                partition = (envelope.topic, envelope.partition)
+                place = self._positions.begin(partition, envelope.offset)
+                if place is None:
+                    continue
+                own = _size(envelope)
+                size += own
+                work = Work(partition, (envelope,), (place,), own, self._lane(envelope))
+                self._counts[partition] += 1
+                self._sizes[partition] += own
+                touched.add(partition)
+                self._in_flight += 1
+                self._size += own
+                if self.is_stopping:
+                    self._release(work)
+                else:
+                    self._waiting.add(work, now)
+            full = [] if self.is_stopping else self._fill(touched)
+            ready = len(self._waiting)
+            if ready:
+                self._wake(ready)
+        self._mean_size = max(1.0, (self._mean_size + size / len(envelopes)) / 2)
+        if full:
+            self.core.read(full, False)
+
+    def _fill(self, touched: Iterable[Partition]) -> list[Partition]:
+        """Those that are not to be read further: one alone may not take all the room."""
+        limits = self._limits
+        if len(self._positions) < 2:
+            touched = [each for each in touched if self._positions.spread(each) >= self._most_spread()]
+        free = max(1, (limits.records - self._in_flight) // 2)
+        free_size = max(1, (limits.size - self._size) // 2)
+        full = []
+        for partition in touched:
+            count, size = self._counts[partition], self._sizes[partition]
+            is_wide = self._positions.spread(partition) >= self._most_spread()
+            if (count >= free or size >= free_size or is_wide) and partition not in self._full:
+                self._full[partition] = (count // 2, size // 2)
+                self._waiting.hurry(partition)
+                full.append(partition)
+        return full
+
+    def _hear(self, code: int, text: str, topic: str | None, partition: int, offset: int) -> None:
+        if code == _PARTITION_EOF:
+            return
+        name, _ = error_text(code)
+        text = printable(text)
+        if code in _ENDING:
+            where = "" if topic is None else f" ({topic}" + (f" [{partition}])" if partition >= 0 else ")")
+            self.end_with(ListenerError(f"the consumer cannot go on: {text}{where} ({name})", code=code))
+        else:
+            place = "" if topic is None else f" ({topic})"
+            self._complain((code, topic), "a consumer of %s: %s%s (%s)", ", ".join(self._topics), text, place, name)
+
+    def _complain(self, what: tuple[object, ...], *message: object) -> None:
+        """Logs a warning, but not the same one again and again."""
+        now = monotonic()
+        if now >= self._complaints.get(what, 0.0):
+            if len(self._complaints) > 1_000:
+                self._complaints.clear()
+            self._complaints[what] = now + _REMIND_EVERY_S
+            _logger.warning(*message)
+
+    def _tell_of_long_ones(self, now: float) -> None:
+        with self.lock:
+            long = [
+                work
+                for work in self._running
+                if not work.is_told and now - work.begun_at >= self._limits.max_poll_interval_s / 2
+            ]
+        for work in long:
+            work.is_told = True
+            _logger.warning(
+                "a handler has run for %d s: %s. What comes behind it is not committed, and if its partition is to be "
+                "given to another member, that one handles the record, too",
+                now - work.begun_at,
+                _shown(work),
+            )
+
+    # -- rebalances
+
+    def _rebalance(self, gives: bool, partitions: list[Partition]) -> None:
+        if gives:
+            with self.lock:
+                self._positions.give(partitions)
+            self.rebalances += 1
+            self.core.answer()
+            return
+        is_lost = self.core.assignment_lost()
+        with self.lock:
+            self._drop(set(partitions))  # nothing of them begins any more
+            for partition in partitions:
+                self._full.pop(partition, None)
+        if is_lost:
+            # They are another's already: nothing of them may be committed.
+            with self.lock:
+                self._positions.take(partitions)
+            self.core.answer()
+            return
+        limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
+        with self.lock:
+            self._leaving = set(partitions)
+        self._leave_at = monotonic() + limit
+        self._leave_when_drained()
+
+    def _leave_when_drained(self) -> None:
+        """What runs of the partitions may end, and is committed with the rest; then they are another's."""
+        leaving = self._leaving
+        if leaving is None:
+            return
+        with self.lock:
+            left = [work for work in self._running if work.partition in leaving]
+        if left and monotonic() < self._leave_at:
+            return
+        if left:
+            _logger.warning(
+                "a listener gives partitions to another member while handlers still run: their records are handled "
+                "again (%s)",
+                "; ".join(_shown(work) for work in left[:10]),
+            )
+        self._commit_and_wait(leaving, _COMMIT_TIMEOUT_S)
+        with self.lock:
+            self._positions.take(leaving)
+            self._leaving = None
+        self.core.answer()
+
+    def _drop(self, partitions: set[Partition] | None) -> None:
+        """Forgets what waits. It is read again, here or elsewhere."""
+        for work in self._waiting.drop(partitions):
+            self._release(work)
+
+    # -- commits
+
+    def _begin_commit(self) -> None:
+        with self.lock:
+            offsets = self._positions.collect()
+        if offsets:
+            self._committing = offsets
+            code = self.core.begin_commit(offsets)
+            if code:
+                self._take_failed_commit(code)
+
+    def _take_commit_answer(self) -> None:
+        if self._committing:
+            code = self.core.commit_answer()
+            if code:
+                self._take_failed_commit(code)
+            elif code == 0:
+                self._committing = []
+
+    def _take_failed_commit(self, code: int) -> None:
+        offsets, self._committing = self._committing, []
+        with self.lock:
+            self._positions.give_back(offsets)
+        name, text = error_text(code)
+        if code in _ENDING:
+            self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
+        elif code not in _OVERTAKEN:
+            self._complain(
+                ("commit", code),
+                "a consumer of %s could not commit %s, and tries again: %s (%s)",
+                ", ".join(self._topics),
+                counted(len(offsets), "offset"),
+                text,
+                name,
+            )
+
+    def _commit_and_wait(self, partitions: Iterable[Partition] | None, timeout: float) -> None:
+        """Commits what is done of these partitions, or of all, and waits for the answer."""
+        deadline = monotonic() + timeout
+        while self._committing and monotonic() < deadline:
+            self._take_commit_answer()
+            if self._committing:
+                self._flag.wait(_COMMIT_POLL_S)
+        with self.lock:
+            self._positions.give_back(self._committing)
+            offsets = self._positions.collect(partitions)
+        if not offsets:
+            return
+        failed = self.core.commit(offsets, max(0.1, deadline - monotonic()))
+        if failed:
+            with self.lock:
+                self._positions.give_back(offsets)
+            code = failed[0][2]
+            if code not in _OVERTAKEN:
+                name, text = error_text(code)
+                _logger.warning(
+                    "a consumer of %s could not commit %s: what was handled is read again: %s (%s)",
+                    ", ".join(self._topics),
+                    counted(len(failed), "offset"),
+                    text,
+                    name,
+                )
+
+
+def _size(envelope: ReceivedEnvelope) -> int:
+    data, key = envelope.data, envelope.key
+    assert data is None or isinstance(data, bytes)
+    assert key is None or isinstance(key, bytes)
+    return len(data or b"") + len(key or b"") + _RECORD_BYTES
+
+
+def _shown(work: Work) -> str:
+    topic, partition = work.partition
+    first, last = work.places[0].offset, work.places[-1].offset
+    return f"{topic} [{partition}] at offset {first}" + (f" to {last}" if last != first else "")

@@ -1,0 +1,244 @@
+"""What hands the records of topics to a handler, on an event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from typing import TYPE_CHECKING, Any
+
+from kbatch._callbacks import callback_name, is_coroutine_function
+from kbatch._errors import ListenerError
+from kbatch._fastmap import LoopWaker
+from kbatch._loop import in_thread
+from kbatch._receiving._base import BaseListener
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from kbatch._receiving._lanes import Work
+    from kbatch._receiving._reading import Reading
+
+__all__ = ["Listener"]
+
+
+class Listener(BaseListener):
+    """Reads topics as a member of a group, and awaits a handler with each envelope, in order of keys.
+
+    As `kbatch.Listener`. It reads on a thread of its own, and each call of the handler is a task of the event loop on
+    which `run` is awaited; a handler that blocks the loop does not lose the member. A handler that is cancelled has
+    failed.
+
+    Args:
+        handler: A coroutine function. At most `concurrency` calls of it run at a time.
+        config, topics, types, wire, concurrency, batch_size, batch_timeout_ms, max_in_flight, max_in_flight_bytes,
+            commit_interval_s: As for `kbatch.Listener`.
+        close_timeout_s: The same; the tasks that still run then are cancelled.
+
+    Raises:
+        ConfigError: A wrong option.
+    """
+
+    _name = "kbatch.aio.Listener"
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        topics: Iterable[str],
+        handler: Callable[..., Awaitable[object]],
+        *,
+        types: Mapping[str, Any] | None = None,
+        wire: str = "kbatch",
+        concurrency: int = 1,
+        batch_size: int | None = None,
+        batch_timeout_ms: float = 0.0,
+        max_in_flight: int = 2_000,
+        max_in_flight_bytes: int = 64 * 1024 * 1024,
+        commit_interval_s: float = 1.0,
+        close_timeout_s: float = 30.0,
+    ) -> None:
+        super().__init__(
+            config,
+            topics,
+            handler,
+            types=types,
+            wire=wire,
+            concurrency=concurrency,
+            batch_size=batch_size,
+            batch_timeout_ms=batch_timeout_ms,
+            max_in_flight=max_in_flight,
+            max_in_flight_bytes=max_in_flight_bytes,
+            commit_interval_s=commit_interval_s,
+            close_timeout_s=close_timeout_s,
+        )
+
+    @staticmethod
+    def _handler_fault(handler: object) -> str | None:
+        if not is_coroutine_function(handler):
+            return (
+                f"must be a coroutine function, and {callback_name(handler)} is none: kbatch.Listener takes it, and "
+                "runs it on threads"
+            )
+        return None
+
+    async def run(self) -> None:
+        """Reads and handles until `stop` is called. It may be called again after its end. If the task is cancelled, it
+        ends as after `stop`. Cancelled once more, it ends at once, and its thread does the rest.
+
+        Raises:
+            Exception: What a handler has raised. Its record is not committed.
+            ListenerError, ConfigError, RuntimeError: As `kbatch.Listener.run`; also if a handler was cancelled.
+        """
+        ended = LoopWaker()
+        handlers = _Handlers(self, ended.loop)
+        reading = self._begin(handlers.wake, handlers.give_up)
+        handlers.reading = reading
+        errors: list[BaseException] = []
+        waits = [ended]
+
+        def run() -> None:
+            try:
+                reading.run()
+            except BaseException as error:
+                errors.append(error)
+            self._over()
+            handlers.is_over = True
+            for waker in waits:
+                waker()
+
+        thread = threading.Thread(
+            target=contextvars.copy_context().run, args=(run,), name="kbatch-listener", daemon=True
+        )
+        try:
+            thread.start()
+        except BaseException:
+            self._over()
+            raise
+        try:
+            await ended.future
+        except BaseException:
+            reading.stop()
+            waits.append(again := LoopWaker())
+            if handlers.is_over:  # it may have called what there was before
+                again()
+            try:
+                await again.future
+            except BaseException:
+                reading.stop(hurried=True)
+                handlers.cancel()
+                raise
+            raise
+        if errors:
+            raise errors.pop()  # this frame is in its traceback
+        if reading.error is not None:
+            raise reading.error
+
+    async def close(self) -> None:
+        """Stops it, and waits until `run` has ended.
+
+        Raises:
+            RuntimeError: A handler calls it, which calls `stop`.
+        """
+        if self._runs_here():
+            if _handled_by.get() is self:
+                raise RuntimeError("close waits for the end of handlers, so none must call it; call stop")
+            self.stop()
+            await in_thread("kbatch-close", lambda: self._wait_until_over(float("inf")))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _handle(self, work: Work) -> None:
+        for envelope in work.envelopes:
+            self._decode(envelope)
+        await self._call(work.envelope if self._batch_size is None else list(work.envelopes))
+
+    async def _call(self, handled: object) -> None:
+        await self._handler(handled)  # type: ignore[misc]
+
+    async def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
+        reading.fail(work, error)
+
+
+class _Handlers:
+    """The tasks of one run, on its loop."""
+
+    reading: Reading
+
+    def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+        self._listener = listener
+        self._loop = loop
+        self._context = contextvars.copy_context()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_called = False  # to begin, soon
+        self._gave_up = False
+        self.is_over = False
+
+    # -- on the thread that polls
+
+    def wake(self, count: int) -> None:
+        if not self._is_called and len(self._tasks) < self._listener._concurrency:
+            self._is_called = True
+            self._on_loop(self._begin)
+
+    def give_up(self) -> None:
+        self._on_loop(self.cancel)
+
+    def _on_loop(self, function: Callable[[], object]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed
+            self.reading.stop(hurried=True)
+
+    # -- on the loop
+
+    def cancel(self) -> None:
+        self._gave_up = True
+        for task in self._tasks:
+            task.cancel()
+
+    def _begin(self) -> None:
+        self._is_called = False
+        while len(self._tasks) < self._listener._concurrency:
+            work = self.reading.take()
+            if work is None:
+                return
+            task = self._context.copy().run(self._loop.create_task, self._work(work))
+            self._tasks.add(task)
+            task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._is_called:
+            self._is_called = True
+            self._loop.call_soon(self._begin)
+
+    async def _work(self, work: Work) -> None:
+        _handled_by.set(self._listener)
+        try:
+            await self._listener._handle(work)
+        except asyncio.CancelledError as error:
+            if self._gave_up:
+                self.reading.abandon(work)
+            else:
+                cancelled = ListenerError(
+                    f"a handler was cancelled, of {work.partition[0]} [{work.partition[1]}] at "
+                    f"offset {work.places[0].offset}"
+                )
+                cancelled.__cause__ = error
+                await self._listener._fail(self.reading, work, cancelled)
+        except BaseException as error:
+            await self._listener._fail(self.reading, work, error)
+        else:
+            self.reading.done(work)
+
+
+_handled_by: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kbatch_handled_by", default=None)
