@@ -306,6 +306,25 @@ def test_a_dead_letter_is_edited_and_sent_again(dead, tmp_path):
     assert here(dead, "dead", "edit", 2, "--to", "a b")[0] == 1
 
 
+def test_a_file_says_whether_relays_are_notified(outbox, kafka_cluster: MockCluster, tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text("notify = true\n")
+    _, name, *schema = named(outbox)
+    arguments = ("relay", "--config", config, *schema, "-X", servers(kafka_cluster))
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        result = run_here(*arguments, "--drain", KBATCH_OUTBOX=name)
+        assert_one_line(result, 2, "notify is for PostgreSQL: SQLite has no NOTIFY")
+        return
+    with relaying(*arguments, KBATCH_OUTBOX=name) as process:
+        asks = "SELECT listens FROM {relay}"
+        until(lambda: outboxes.query(outbox, asks) == [(1,)] or process.poll() is not None, "that it listens")
+        assert process.poll() is None, process.communicate()
+        process.terminate()
+        process.communicate(timeout=30)
+    config.write_text("notify = 1\n")
+    assert_one_line(run_here(*arguments, KBATCH_OUTBOX=name), 2, "notify must be true or false")
+
+
 # -- relay
 
 
@@ -419,7 +438,7 @@ def test_relay_says_that_the_time_is_over(file_outbox):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1", "there is no setting 'x'; there are outbox, prefix, schema, [relay], [retry], [kafka]"),
+        ("x = 1", "there is no setting 'x'; there are outbox, prefix, schema, notify, [relay], [retry]"),
         ("outbox = 1", "outbox must be text"),
         ("kafka = 1", "kafka must be a table, [kafka]"),
         ("[relay]\nowner = 1", "[relay] has no 'owner'; it has batch_size, "),

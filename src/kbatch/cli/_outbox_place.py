@@ -30,6 +30,7 @@ class Place:
     prefix: str = "kbatch_"
     wire: str = "kbatch"
     schema: str | None = None
+    notify: bool = False
 
     @property
     def shown(self) -> str:
@@ -43,11 +44,14 @@ class Place:
         options: dict[str, Any] = {"prefix": self.prefix, "wire": self.wire}
         try:
             if kind in _POSTGRES:
+                options["notify"] = self.notify
                 return kbatch.PostgresOutbox(f"postgresql://{rest}", schema=self.schema or "public", **options)
             if kind not in ("", _SQLITE):
                 raise Failure(
                     "an outbox is a path of a SQLite file, or a URL that begins with sqlite:/// or postgresql://", USAGE
                 )
+            if self.notify:
+                raise Failure("notify is for PostgreSQL: SQLite has no NOTIFY", USAGE)
             if self.schema is not None:
                 raise Failure("--schema is for PostgreSQL: a SQLite file has none", USAGE)
             return kbatch.SqliteOutbox(_path(rest) if kind else rest, **options)
@@ -87,5 +91,9 @@ def find_place(
         raise Failure(f"no outbox is named: give --outbox PATH, {VARIABLE}, or outbox in a --config FILE", USAGE)
     in_schema = schema or file.get("schema")
     return Place(
-        str(found), str(prefix or file.get("prefix") or "kbatch_"), wire, None if in_schema is None else str(in_schema)
+        str(found),
+        str(prefix or file.get("prefix") or "kbatch_"),
+        wire,
+        None if in_schema is None else str(in_schema),
+        bool(file.get("notify")),
     )

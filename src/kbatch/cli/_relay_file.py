@@ -26,7 +26,7 @@ _TEXTS = ("outbox", "prefix", "schema")
 
 
 class RelayFile:
-    """What a file says: ``outbox``, ``prefix`` and ``schema``, and the tables ``relay``, ``retry`` and ``kafka``."""
+    """What a file says: ``outbox``, ``prefix``, ``schema``, ``notify``; tables ``relay``, ``retry``, ``kafka``."""
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
@@ -35,9 +35,12 @@ class RelayFile:
             if name in _TEXTS:
                 if not isinstance(value, str):
                     raise self._wrong(f"{name} must be text")
+            elif name == "notify":
+                if not isinstance(value, bool):
+                    raise self._wrong("notify must be true or false")
             elif name not in _TABLES:
                 raise self._wrong(
-                    f"there is no setting {name!r}; there are outbox, prefix, schema, [relay], [retry], [kafka]"
+                    f"there is no setting {name!r}; there are outbox, prefix, schema, notify, [relay], [retry], [kafka]"
                 )
             elif not isinstance(value, dict):
                 raise self._wrong(f"{name} must be a table, [{name}]")
