@@ -81,6 +81,10 @@ run: build ## Run the demo: 200,000 orders into an embedded Kafka and back
 run-outbox: build ## Run the demo of the outbox: 100,000 orders in SQLite, relays that are killed, all of it in Kafka (40 s)
 	$(BIN)/kbatch outbox demo $(ARGS)
 
+.PHONY: run-inbox
+run-inbox: build ## Run the demo of the inbox: 100,000 orders through outbox, relay, Kafka, listener and inbox, which are killed (45 s)
+	$(BIN)/kbatch inbox demo $(ARGS)
+
 .PHONY: test
 test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (4 minutes)
 	$(PYTEST) --collect-only -qq --ignore=tests/kafka $(ARGS) > $(STAMPS)/collected || { cat $(STAMPS)/collected; exit 1; }
@@ -89,6 +93,10 @@ test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 
 .PHONY: test-kafka
 test-kafka: build $(STAMPS)/test-group ## Run the tests on Apache Kafka, which they start (Java, Maven)
 	$(PYTEST) -n 2 --dist loadfile tests/kafka $(ARGS)
+
+.PHONY: compliance
+compliance: build $(STAMPS)/test-group ## Run the compliance suite, put its results into docs/compliance.md; KAFKA=1: on Apache Kafka, too
+	$(BIN)/python -m tools.compliance mock $(if $(KAFKA),kafka)
 
 .PHONY: test-all
 test-all: test test-kafka ## Run both

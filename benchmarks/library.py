@@ -56,12 +56,13 @@ def compiler() -> str:
     sys.exit("benchmarks need a C compiler: none of $CC, cc, gcc, clang was found")
 
 
-def build(name: str) -> Path:
-    """The program made from `name`.c, compiled if the source is newer."""
-    source, program = HERE / f"{name}.c", BUILD / name
+def build(name: str, *, shared: bool = False) -> Path:
+    """The program, or the shared library, made from `name`.c, compiled if the source is newer."""
+    source, program = HERE / f"{name}.c", BUILD / (f"{name}.so" if shared else name)
     if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
         BUILD.mkdir(exist_ok=True)
         command = [*compiler().split(), "-O3", "-std=gnu11", "-Wall", "-Wextra", "-pthread", "-o", str(program)]
+        command += ["-shared", "-fPIC"] if shared else []
         subprocess.run([*command, str(source), "-ldl"], check=True)
     return program
 

@@ -7,8 +7,10 @@ from typing import Any
 
 from benchmarks import senders
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us, standing_still
+from benchmarks.inbox import inboxes
 from benchmarks.outbox import outboxes
 from benchmarks.plan import TRIAL, Plan
+from benchmarks.reading import readings
 from benchmarks.recovery import recoveries
 from benchmarks.requests import send_batches
 from benchmarks.rivals import BATCH, WINDOW, config, rivals
@@ -595,12 +597,16 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "cold": cold_envelopes,
     "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
     "outbox": lambda plan: outboxes(plan.effort.rounds * plan.effort.turns, plan.open_broker),
+    "reading": lambda plan: readings(plan.effort.rounds * plan.effort.turns, plan.memory_envelopes, plan.open_broker),
+    "inbox": lambda plan: inboxes(plan.effort.rounds * plan.effort.turns, plan.open_broker),
     "requests": requests,
     "memory": memory,
 }
 #: Those of a run without --only: not what a default was chosen by. On a real broker: not what needs the mock cluster's
 #: faults or counts, priorities that a process cannot have back, or gigabytes of disk; nor what sends nothing.
 _CHOICES = ("in-flight-requests",)
-_MOCK_ALONE = ("recovery", "asyncio", "gil", "senders-gil", "serializers", "outbox", "memory", "requests", "cold")
+_DATABASES = ("outbox", "inbox")
+_PROCESSES = ("gil", "senders-gil", "memory", "requests")
+_MOCK_ALONE = ("recovery", "asyncio", "serializers", "reading", "cold", *_PROCESSES, *_DATABASES)
 ON_MOCK = tuple(name for name in MEASURES if name not in (*_CHOICES, "codecs", "linger"))
 ON_KAFKA = tuple(name for name in MEASURES if name not in (*_CHOICES, *_MOCK_ALONE))

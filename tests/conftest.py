@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     pytest.exit(f"the tests need kbatch and its compiled modules (make build): {error}", returncode=3)
 
-from tests import outboxes
+from tests import inboxes, outboxes
 
 pytest_plugins = ["pytester"]
 
@@ -172,6 +172,26 @@ def new_outbox(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., 
         return functools.partial(outboxes.made, tmp_path)
     make: Callable[..., outboxes.Outbox] = request.getfixturevalue("in_postgres")
     return make
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_inbox(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., inboxes.Inbox]]:
+    """Makes inboxes whose tables are there, of each kind of database in turn."""
+    if request.param == "sqlite":
+        yield functools.partial(inboxes.made, tmp_path)
+        return
+    postgres: str = request.getfixturevalue("postgres")
+    with contextlib.ExitStack() as undo:
+
+        def make(**options: Any) -> kbatch.PostgresInbox:
+            if "schema" not in options:
+                options["schema"] = outboxes.new_schema(postgres)
+                undo.callback(outboxes.drop_schema, postgres, options["schema"])
+            inbox = kbatch.PostgresInbox(postgres, **options)
+            inbox.create()
+            return inbox
+
+        yield make
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -15,6 +15,7 @@ from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._sqlite_store import SqliteStore
 
 Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
+Database: TypeAlias = Outbox | kbatch.SqliteInbox | kbatch.PostgresInbox
 
 # What concerns one kind of database only; other tests that use `new_outbox` run for each.
 in_sqlite = pytest.mark.parametrize("new_outbox", ["sqlite"], indirect=True)
@@ -68,7 +69,7 @@ def _sql(statement: str, name: str) -> Any:
 
 def connected(where: Any) -> contextlib.AbstractContextManager[Any]:
     """A connection in autocommit mode, closed at the end."""
-    if isinstance(where, kbatch.SqliteOutbox):
+    if isinstance(where, (kbatch.SqliteOutbox, kbatch.SqliteInbox)):
         return contextlib.closing(sqlite3.connect(where._path, isolation_level=None, timeout=30))
     import psycopg
 
@@ -90,7 +91,7 @@ def add(outbox: Outbox, envelopes: Iterable[Envelope], topic: str | None = "orde
         return outbox.add(connection, envelopes, topic=topic)
 
 
-def query(outbox: Outbox, sql: str, *before: str) -> list[Any]:
+def query(outbox: Database, sql: str, *before: str) -> list[Any]:
     """The rows of a query on its database, after others, in which ``{outbox}``, ``{later}``, … are its tables."""
     with connected(outbox) as connection:
         for statement in before:
@@ -99,7 +100,7 @@ def query(outbox: Outbox, sql: str, *before: str) -> list[Any]:
         return cursor.fetchall() if cursor.description is not None else []
 
 
-def has_table(outbox: Outbox, name: str) -> bool:
+def has_table(outbox: Database, name: str) -> bool:
     """Whether one of its tables is there."""
     if isinstance(outbox, kbatch.SqliteOutbox):
         return bool(query(outbox, f"SELECT 1 FROM sqlite_master WHERE name = 'kbatch_outbox_{name}'"))
@@ -108,21 +109,21 @@ def has_table(outbox: Outbox, name: str) -> bool:
     return found is not None
 
 
-def run(outbox: Outbox, *statements: str) -> None:
+def run(outbox: Database, *statements: str) -> None:
     """Executes statements as they are."""
     with connected(outbox) as connection:
         for statement in statements:
             connection.execute(statement)
 
 
-def rows(outbox: Outbox, statement: str) -> list[Any]:
+def rows(outbox: Database, statement: str) -> list[Any]:
     """The rows of a statement that is executed as it is."""
     with connected(outbox) as connection:
         found: list[Any] = connection.execute(statement).fetchall()
     return found
 
 
-def in_schema(outbox: kbatch.PostgresOutbox, name: str) -> str:
+def in_schema(outbox: kbatch.PostgresOutbox | kbatch.PostgresInbox, name: str) -> str:
     """The quoted name of something in its schema."""
     return f"{_quoted(outbox._tables.schema)}.{_quoted(name)}"
 

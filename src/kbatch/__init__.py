@@ -18,6 +18,7 @@ from kbatch._errors import (
     DeliveryError,
     DeserializationError,
     ForkError,
+    InboxError,
     KbatchError,
     ListenerError,
     NotYetDueError,
@@ -36,6 +37,9 @@ from kbatch._errors import (
     UnknownTopicError,
 )
 from kbatch._fastmap import Envelope, ReceivedEnvelope, Tombstone, read_envelope, uuid7
+from kbatch._inbox._base import InboxStatus
+from kbatch._inbox._postgres import PostgresInbox
+from kbatch._inbox._sqlite import SqliteInbox
 from kbatch._librdkafka import version as librdkafka_version
 from kbatch._outbox._base import OutboxStatus
 from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetters
@@ -78,6 +82,8 @@ __all__ = [
     "DurableSender",
     "Envelope",
     "ForkError",
+    "InboxError",
+    "InboxStatus",
     "InlineSender",
     "KafkaSender",
     "KafkaTopic",
@@ -92,6 +98,7 @@ __all__ = [
     "OutboxTimeoutError",
     "OutgoingBatch",
     "PendingBatch",
+    "PostgresInbox",
     "PostgresOutbox",
     "Producer",
     "ProducerClosedError",
@@ -112,6 +119,7 @@ __all__ = [
     "SendingAgent",
     "SerializationContext",
     "SerializationError",
+    "SqliteInbox",
     "SqliteOutbox",
     "Tombstone",
     "TransactionUnknownError",

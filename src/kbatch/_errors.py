@@ -20,6 +20,7 @@
      │   └─ ForkError             it was used before a fork, and this is the child
      ├─ OutboxError               an outbox cannot take rows, or its database does not answer
      │   └─ OutboxTimeoutError    the time of a DURABLE send was over (also a TimeoutError)
+     ├─ InboxError                an inbox cannot be used, or its database does not answer
      ├─ ListenerError             a listener cannot go on: refused, replaced, or closed
      └─ SenderError               a sender cannot take an envelope, or did not send it
          ├─ SenderClosedError     it is closed, or was closed first
@@ -65,6 +66,7 @@ __all__ = [
     "DeliveryError",
     "DeserializationError",
     "ForkError",
+    "InboxError",
     "KbatchError",
     "ListenerError",
     "NotYetDueError",
@@ -447,6 +449,22 @@ class OutboxError(KbatchError):
 class OutboxTimeoutError(OutboxError, TimeoutError):
     """The envelope was not committed to the outbox within the time of its `send`. Unless it is ``possibly_persisted``,
     it will not be."""
+
+
+class InboxError(KbatchError):
+    """An inbox cannot be used by this connection, its tables are not there or another version's, its database does not
+    answer, or a handler has ended the transaction that it was called in. What the database said is the ``__cause__``.
+
+    Attributes:
+        is_outage: The database takes nothing now, and may do so later: a listener waits for it.
+    """
+
+    is_outage: bool = False
+
+    def __init__(self, *args: object, is_outage: bool = False) -> None:
+        super().__init__(*args)
+        if is_outage:
+            self.is_outage = True
 
 
 class ListenerError(KbatchError):

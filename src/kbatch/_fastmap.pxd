@@ -96,12 +96,14 @@ cdef struct Received:
     int kind              # BodyKind
     int seen              # bits of the fields that headers have given
     int makes_id          # of topic, partition and offset, when it is asked for
+    int is_event          # of CloudEvents
     unsigned char[16] id
     Text[RECEIVED_TEXTS] texts
     Text key
     Text value            # without `chars`, of BODY_DATA: it is the envelope's `_body` from the first
-    Header *headers       # the user's, as on the wire
+    Header *headers       # all, as on the wire. Of those that are not the user's the length of the name is inverted
     Py_ssize_t count      # of these
+    Py_ssize_t users      # of the user's
 
 
 cdef class ReceivedEnvelope(Envelope):
@@ -109,6 +111,8 @@ cdef class ReceivedEnvelope(Envelope):
     cdef object _decoded          # what `message` shows; UNSET: nobody has decoded it
     cdef int64_t _offset
     cdef readonly object error    # why it could not be read, or None
+    cdef object _given_value      # without a block, the value of the record
+    cdef tuple _given_headers     # and all its headers
     cdef object _text(self, int field)
     cdef int _fill(self) except -1
     cdef int _make_id(self) except -1

@@ -6,8 +6,8 @@ reports become outcomes, and each thread or loop that waits is woken once.
 The parts stand in ``native/``, in the order in which a batch meets them: ``envelope``; ``pool``, ``record`` and
 ``batch`` (who owns what); ``map`` (phase 1); without the GIL ``client``, ``reports``, ``waiting``, ``line``,
 ``enqueue`` and ``drainer``; and where Python meets the client ``core``. ``read``, ``receive`` and ``pack`` stand beside
-``map`` and share ``wire``. ``accumulator`` stands before it all: single envelopes become batches. Structures and classes are
-declared in ``_fastmap.pxd``.
+``map`` and share ``wire``. ``accumulator`` stands before it all: single envelopes become batches. Structures and
+classes are declared in ``_fastmap.pxd``.
 """
 
 import asyncio
@@ -88,7 +88,9 @@ cdef extern from *:
     int PyUnicode_CompareWithASCIIString(object text, const char *ascii) noexcept
     object PyObject_Vectorcall(object callable, PyObject **args, size_t nargsf, PyObject *names)
     size_t PY_VECTORCALL_ARGUMENTS_OFFSET
-    int PyObject_GenericSetAttr(object owner, object name, object value) except -1
+    void PyObject_GC_UnTrack(object item) noexcept
+    void PyObject_GC_Track(object item) noexcept
+    bint PyObject_GC_IsTracked(object item) noexcept
 
 cdef object _logger = logging.getLogger("kbatch")
 

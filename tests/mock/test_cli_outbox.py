@@ -315,7 +315,7 @@ def test_a_file_says_whether_relays_are_notified(outbox, kafka_cluster: MockClus
         result = run_here(*arguments, "--drain", KBATCH_OUTBOX=name)
         assert_one_line(result, 2, "notify is for PostgreSQL: SQLite has no NOTIFY")
         return
-    with relaying(*arguments, KBATCH_OUTBOX=name) as process:
+    with relaying(*arguments[1:], KBATCH_OUTBOX=name) as process:
         asks = "SELECT listens FROM {relay}"
         until(lambda: outboxes.query(outbox, asks) == [(1,)] or process.poll() is not None, "that it listens")
         assert process.poll() is None, process.communicate()

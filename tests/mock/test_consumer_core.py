@@ -202,6 +202,43 @@ def test_what_is_not_wanted_waits_where_it_is(kafka_cluster: MockCluster) -> Non
         assert bodies(take(core, 10)) == list(range(10, 20))
 
 
+def test_a_poll_takes_no_more_than_half_of_what_it_may_from_one_of_several(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=2)
+    send(kafka_cluster, 300, partition=0)
+    with consumer(kafka_cluster) as core:
+        core.assign([("orders", 0, BEGINNING), ("orders", 1, BEGINNING)])
+        polls: list[int] = []
+        until(lambda: polls.append(len(core.poll(100, 0.1)[0])) or sum(polls) == 300, "all of them")
+        assert max(polls) == 50
+
+
+def test_one_that_waits_is_woken(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders")
+    with consumer(kafka_cluster) as core:
+        core.assign([("orders", 0, BEGINNING)])
+        with later(0.2, core.wake):
+            assert core.poll(100, 600.0) == ([], [])
+        core.wake()  # before it waits
+        assert core.poll(100, 600.0) == ([], [])
+
+
+def test_a_commit_that_nobody_waits_for_is_answered(kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders")
+    send(kafka_cluster, 3)
+    with consumer(kafka_cluster) as core:
+        core.assign([("orders", 0, BEGINNING)])
+        take(core, 3)
+        codes: list[int | None] = []
+        for wanted in (0, 28):
+            if wanted:
+                kafka_cluster.push_request_errors(ApiKey.OFFSET_COMMIT, [wanted])
+            assert core.commit_answer() is None
+            assert core.begin_commit([("orders", 0, 3 - wanted % 2)]) == 0
+            until(lambda: codes.append(core.commit_answer()) or codes[-1] is not None, "an answer")
+            assert codes[-1] == wanted
+        assert core.ends([("orders", 0)]) == {("orders", 0): 3}
+
+
 # -- records
 
 

@@ -4,6 +4,7 @@ import ast
 import asyncio
 import inspect
 import re
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,8 @@ def test_a_block_runs(
             "kbatch": kbatch,
             "producer": producer,
             "outbox": outbox,
+            "Order": Order,
+            "stop_soon": lambda listener: threading.Timer(1.0, listener.stop).start(),
             "order": orders[0],
             "orders": orders,
             "envelopes": [kbatch.Envelope(order, key=str(order.id)) for order in orders],
@@ -87,6 +90,7 @@ def test_a_block_runs(
             "schema": '"long"',
         }
         text = block.replace("localhost:9092", servers)
+        text = text.replace("listener.run()", "stop_soon(listener); listener.run()")
         code = compile(text, "README.md", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         if code.co_flags & inspect.CO_COROUTINE:
             asyncio.run(eval(code, names))
@@ -95,5 +99,5 @@ def test_a_block_runs(
         for name in re.findall(r"^def (test_\w+)\(kafka_cluster\)", block, re.MULTILINE):
             names[name](kafka_cluster)
     assert [report.acked for report in told] == [10] * block.count("callback=on_report")
-    if ".send" in block and "MemoryProducer" not in block:
+    if ".send" in block and "testing.Memory" not in block:
         assert end_offsets(servers, "orders")[0] > 0

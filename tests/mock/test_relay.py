@@ -502,7 +502,7 @@ def test_an_answer_whose_wake_up_was_lost_is_found(outbox: Outbox, cluster: Mock
 def test_a_database_that_is_locked_for_long_is_waited_for(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._sqlite._BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("kbatch._database._sqlite._BUSY_TIMEOUT_S", 0.05)
     outboxes.add(outbox, numbered(range(100)))
     with running(make(outbox, cluster)) as relay:
         assert relay.drain(30) == 0

@@ -48,7 +48,7 @@ def stored(cluster: MockCluster, topic: str = "orders") -> list[Any]:
 def test_a_writer_that_locks_the_database_for_longer_than_a_lease(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._sqlite._BUSY_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("kbatch._database._sqlite._BUSY_TIMEOUT_S", 0.5)
     outboxes.add(outbox, numbered(range(500)))
     options = {"batch_size": 50, "max_in_flight_batches": 2, "lease_s": 5.0}
     with running(make(outbox, cluster, {"delivery.timeout.ms": 500}, **options)) as relay:
@@ -245,7 +245,7 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_messages_are_sent_on
 def test_threads_that_add_and_a_writer_that_holds_the_lock_again_and_again(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._sqlite._BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("kbatch._database._sqlite._BUSY_TIMEOUT_S", 0.05)
     over = threading.Event()
 
     def lock() -> None:

@@ -218,8 +218,8 @@ def test_a_silent_connection_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._postgres_session._SILENCE_S", 0.3)
-    monkeypatch.setattr("kbatch._outbox._postgres_session._CONNECT_S", 2)
+    monkeypatch.setattr("kbatch._database._postgres_connection._SILENCE_S", 0.3)
+    monkeypatch.setattr("kbatch._database._postgres_connection._CONNECT_S", 2)
     outbox = made(server.conninfo)
     proxy = FaultProxy(server.port)
     try:

@@ -101,6 +101,7 @@ ERRORS = [
     kbatch.ForkError("a"),
     kbatch.OutboxError("a"),
     kbatch.OutboxTimeoutError("a", possibly_persisted=True),
+    kbatch.InboxError("a", is_outage=True),
     kbatch.ListenerError("a", code=30),
     kbatch.SenderError("a"),
     kbatch.SenderClosedError("a"),

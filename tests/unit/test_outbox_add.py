@@ -17,8 +17,8 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, SerializationError, SqliteOutbox, Tombstone
+from kbatch._database._sqlite import tell_of_fault
 from kbatch._fastmap import packed_key_hash, unpack_record
-from kbatch._outbox._sqlite import _tell_of_fault
 from tests import outboxes
 from tests.injection import Injector
 from tests.outboxes import Outbox, in_sqlite
@@ -572,7 +572,7 @@ def test_a_file_system_without_wal_mode_is_refused(tmp_path: Path, monkeypatch: 
 def test_the_log_of_the_database_is_cut_after_a_reader_had_kept_it_growing(
     outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._sqlite._LONGEST_WAL", 100_000)
+    monkeypatch.setattr("kbatch._database._sqlite._LONGEST_WAL", 100_000)
     store = outbox.open_store()
     reader = sqlite3.connect(outbox._path, isolation_level=None)
     reader.execute("BEGIN")
@@ -648,9 +648,9 @@ def test_threads_add_at_the_same_time(outbox: Outbox) -> None:
 def test_a_version_of_sqlite_that_may_damage_the_database_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, version: str, is_told: bool
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._sqlite._told_of_fault", False)
+    monkeypatch.setattr("kbatch._database._sqlite._told_of_fault", False)
     for _ in range(2):
-        _tell_of_fault(version)
+        tell_of_fault(version)
     assert len(caplog.records) == (1 if is_told else 0)
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import kbatch
 from kbatch import _version
-from kbatch.cli import _app, _outbox_app
+from kbatch.cli import _app, _inbox_app, _outbox_app
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +58,13 @@ def test_make_run_outbox_adds_as_many_orders_as_the_readme_says():
     assert (options["count"].default, options["kills"].default) == (100_000, 2)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(r"^run-outbox: .*\n\t\$\(BIN\)/kbatch outbox demo \$\(ARGS\)$", makefile, re.MULTILINE)
+
+
+def test_make_run_inbox_adds_as_many_orders_as_the_readme_says():
+    options = inspect.signature(_inbox_app.demo).parameters
+    assert options["count"].default == 100_000
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(r"^run-inbox: .*\n\t\$\(BIN\)/kbatch inbox demo \$\(ARGS\)$", makefile, re.MULTILINE)
 
 
 def test_all_is_exact():
@@ -248,7 +255,17 @@ def test_the_map_of_the_design_has_each_file_and_no_other():
     package = ROOT / "src" / "kbatch"
     files = {
         path.relative_to(package)
-        for folder in (".", "_outbox", "_receiving", "_recovery", "_sending", "native", "testing")
+        for folder in (
+            ".",
+            "_database",
+            "_inbox",
+            "_outbox",
+            "_receiving",
+            "_recovery",
+            "_sending",
+            "native",
+            "testing",
+        )
         for path in package.joinpath(folder).glob("*.*")
         if path.suffix in {".py", ".pyx", ".pxi", ".h"}
     }

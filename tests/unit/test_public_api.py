@@ -36,7 +36,8 @@ LAYERS = [
     {"_base_producer"},
     {"_producer", "_recovery"},
     {"_batch_sender", "_options"},
-    {"_outbox"},
+    {"_database"},
+    {"_inbox", "_outbox"},
     {"_receiving", "_sending"},
     {"aio"},
     {"testing"},
@@ -45,6 +46,14 @@ LAYERS = [
 ]
 # The same within packages.
 LAYERS_WITHIN = {
+    "_database": [{"_postgres_connection", "_tables"}, {"_postgres", "_sqlite"}],
+    "_inbox": [
+        {"_base", "_slots"},
+        {"_tables"},
+        {"_keeper", "_postgres_marks", "_postgres_purge", "_session"},
+        {"_postgres_worker"},
+        {"_postgres", "_sqlite"},
+    ],
     "_outbox": [
         {"_leases", "_postgres_rows", "_snapshots", "_store"},
         {"_flight", "_group", "_kept", "_positions", "_tables"},
@@ -63,9 +72,9 @@ LAYERS_WITHIN = {
         {"_shared"},
     ],
     "_receiving": [
-        {"_config", "_consumer", "_positions"},
+        {"_config", "_consumer", "_copies", "_delayed", "_failures", "_positions"},
         {"_lanes"},
-        {"_reading"},
+        {"_failing", "_reading"},
         {"_base"},
         {"_listener"},
     ],
@@ -108,13 +117,13 @@ def run(code: str) -> str:
 PUBLIC = """
     BatchError BatchInterruptedError BatchPendingError BatchTimeoutError BatchedSender CircuitOpenError CircuitState
     ConfigError ConsumedRecord DeadLetter DeadLetterCount DeadLetters DeliveryError DeliveryReport
-    DeserializationError DurableSender Envelope ForkError InlineSender KafkaSender KafkaTopic KbatchError
-    KeptMessage Listener ListenerError NotYetDueError OutboxError OutboxQuery OutboxStatus OutboxTimeoutError OutgoingBatch PendingBatch
-    PostgresOutbox Producer ProducerClosedError ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay
-    RetryPolicy ScheduledMessage ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError
-    SenderMode SenderProtocol SendingAgent SerializationContext SerializationError SqliteOutbox Tombstone
-    TransactionUnknownError UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version
-    read_envelope uuid7
+    DeserializationError DurableSender Envelope ForkError InboxError InboxStatus InlineSender KafkaSender KafkaTopic
+    KbatchError KeptMessage Listener ListenerError NotYetDueError OutboxError OutboxQuery OutboxStatus
+    OutboxTimeoutError OutgoingBatch PendingBatch PostgresInbox PostgresOutbox Producer ProducerClosedError
+    ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledMessage
+    ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
+    SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone TransactionUnknownError
+    UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 
 
@@ -300,9 +309,12 @@ def test_private_modules_declare_what_they_export() -> None:
         )
         needs_psycopg = {
             "_postgres_admin.py",
+            "_postgres_connection.py",
             "_postgres_listener.py",
+            "_postgres_purge.py",
             "_postgres_session.py",
             "_postgres_store.py",
+            "_postgres_worker.py",
             "_postgres_writer.py",
         }
         if path.name in needs_psycopg and importlib.util.find_spec("psycopg") is None:

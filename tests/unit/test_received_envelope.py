@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import kbatch
 from kbatch import DeserializationError, Envelope, ReceivedEnvelope, Tombstone, read_envelope
-from kbatch._fastmap import envelope_bytes, read_packed, receive
+from kbatch._fastmap import envelope_bytes, read_packed
+from kbatch._fastmap import received as received_by_fields
 from tests import mapping, vectors
 from tests.records import Consumed, consumed
 from tests.reference import Record
@@ -42,6 +43,20 @@ HEADERS = [
     ("x", None),
     ("empty", b""),
 ]
+
+
+def receive(record: Consumed, *, wire: Any = "kbatch", regular: bool = True) -> ReceivedEnvelope[Any] | None:
+    """By both ways, as `regular` says; None for what is not read without the GIL."""
+    kind, time = record.a_timestamp
+    assert record.a_topic is not None
+    assert record.a_partition is not None
+    assert record.a_offset is not None
+    return received_by_fields(
+        *(record.a_topic, record.a_partition, record.a_offset, time if kind else 0, record.a_key, record.a_value),
+        record.a_headers,
+        wire,
+        regular=regular,
+    )
 
 
 def fields(envelope: Envelope[Any], names: tuple[str, ...] = FIELDS) -> dict[str, Any]:
@@ -77,6 +92,8 @@ def received(record: Consumed, wire: str, regular: bool) -> Any:
     if envelope is None:
         return None
     assert envelope.offset == record.a_offset
+    assert envelope.raw_headers == tuple((name, value) for name, value in record.a_headers)
+    assert envelope.raw_value == record.a_value
     if envelope.error is not None:
         assert fields(envelope) == fields(receive(record, wire="raw", regular=False))
         return str(envelope.error), envelope.error.header
@@ -271,7 +288,7 @@ def test_one_in_a_cycle_is_collected() -> None:
     envelope = envelope_of()
     kept = Kept()
     kept.envelope = envelope  # type: ignore[attr-defined]
-    envelope.decode(lambda _: kept)
+    envelope.decode(lambda _, kept=kept: kept)
     seen = weakref.ref(kept)
     del envelope, kept
     gc.collect()

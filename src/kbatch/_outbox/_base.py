@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,9 @@ import msgspec
 
 from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
+from kbatch._database._tables import now_us
 from kbatch._errors import ConfigError, NotYetDueError, OutboxError
-from kbatch._fastmap import Mapper, RecordPool, wall_time
+from kbatch._fastmap import Mapper, RecordPool
 from kbatch._outbox._dead_letters import DeadLetters
 from kbatch._outbox._kept import Keeper
 from kbatch._outbox._scheduled import ScheduledMessages
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import NewRow, OutboxAdmin
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxStatus", "age_s", "now_us"]
+__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxStatus"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, SQLite's for a value, and below PostgreSQL's
 
@@ -131,26 +131,6 @@ class BaseOutbox:
         bucket, seq, id_bytes, packed, _, deliver_by = rows[0]
         return bucket, seq, id_bytes, packed, created_us, deliver_by
 
-    def _as_outbox_error(self, error: BaseException) -> OutboxError:
-        raise NotImplementedError
-
-    def _driver_of(self, connection: Any) -> Any:
-        """What SQLAlchemy's `Connection` or `Session` uses, once its transaction has begun; anything else as it is."""
-        sqlalchemy = sys.modules.get("sqlalchemy")
-        orm = sys.modules.get("sqlalchemy.orm")
-        if sqlalchemy is None:
-            return connection
-        try:
-            if orm is not None and isinstance(connection, orm.Session):
-                connection = connection.connection()
-            if isinstance(connection, sqlalchemy.Connection):
-                if not connection.in_transaction():
-                    connection.begin()
-                return connection.connection.driver_connection
-        except sqlalchemy.exc.SQLAlchemyError as error:
-            raise self._as_outbox_error(error) from error
-        return connection
-
     def _tell_watchers(self, is_committed: bool = False) -> None:
         for watcher in tuple(self._watchers):
             watcher(is_committed)
@@ -168,13 +148,3 @@ class BlockingOutbox(BaseOutbox):
     def scheduled(self) -> ScheduledMessages:
         """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
         return self._scheduled()
-
-
-def now_us() -> int:
-    """Microseconds since 1970."""
-    return int(wall_time() * 1e6)
-
-
-def age_s(created_at: int | None) -> float:
-    """Seconds since a row was added; 0.0 for none."""
-    return 0.0 if created_at is None else max(0.0, wall_time() - created_at / 1e6)

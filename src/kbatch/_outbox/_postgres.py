@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import sys
 import threading
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from kbatch._errors import ConfigError, OutboxError, shown, type_name
+from kbatch._database._postgres import PostgresDatabase
+from kbatch._database._tables import age_s, now_us
+from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import packed_key_hash
-from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus, age_s, now_us
+from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus
 from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, NewRows, array_text, copy_stream, joined, pieces
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
@@ -29,13 +28,15 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import OutboxAdmin, OutboxStore, OutboxWriter
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BasePostgresOutbox", "PostgresOutbox", "not_taken"]
+__all__ = ["BasePostgresOutbox", "PostgresOutbox"]
 
 
-class BasePostgresOutbox(BaseOutbox):
+class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
     """What the outboxes for threads and for asyncio have in common."""
 
     _shown = "kbatch.PostgresOutbox"
+    _added = "messages"
+    _tables: PostgresTables
 
     def __init__(
         self,
@@ -51,16 +52,12 @@ class BasePostgresOutbox(BaseOutbox):
         notify: bool = False,
     ) -> None:
         super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
-        if not isinstance(conninfo, str) or "\0" in conninfo:
-            what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
-            raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
-        _check_url(conninfo)
+        self._set_conninfo(conninfo)
         if not isinstance(notify, bool):
             raise ConfigError(f"notify must be bool, not {type_name(notify)}")
         self._notify = notify
         self._listener: PostgresListener | None = None
         self._listening = threading.RLock()
-        self._conninfo = conninfo
         self._tables = PostgresTables(schema, prefix)
         sql = self._tables.sql
         # A transaction has its number before a row of it has one: else a relay could not know below which numbers
@@ -88,16 +85,12 @@ class BasePostgresOutbox(BaseOutbox):
             "substr($5::bytea, row.place + 16, row.size), row.deliver_by, $6::bigint, row.due_at, 0, '', 1 "
             f"FROM unnest({arrays}, $7::text::bigint[]) AS row (bucket, place, size, deliver_by, due_at), {right}"
         )
-        self._meta = sql("SELECT version, buckets FROM {meta} WHERE one = 1")
         looked = "version, buckets, pg_current_xact_id()::text" + (f", {told}" if notify else "")
         self._look = sql(f"SELECT {looked} FROM {{meta}} WHERE one = 1")
         # In one order, so that no two transactions wait for each other. A lock has the number of a topic and key.
         numbers = "SELECT DISTINCT number FROM unnest($1::text::bigint[]) AS number ORDER BY number OFFSET 0"
         self._lock_keys = f"SELECT pg_advisory_xact_lock(number) FROM ({numbers}) AS sorted"
         self._copy = sql(f"COPY {{outbox}} ({COPIED}) FROM STDIN (FORMAT binary)")
-
-    def __repr__(self) -> str:
-        return f"<{self._shown} {self._tables!r}>"
 
     def ddl(self) -> str:
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
@@ -157,56 +150,6 @@ class BasePostgresOutbox(BaseOutbox):
 
             return PostgresAdmin(connection, self._tables)
 
-    # -- with a connection of its own
-
-    @contextlib.contextmanager
-    def _checked_connection(self) -> Iterator[psycopg.Connection[Any]]:
-        """It stays open unless this ends by an exception."""
-        with self._connection(keep=True) as connection:
-            self._check_tables(connection)
-            yield connection
-
-    def _create(self) -> None:
-        with self._connection() as connection:
-            run = connection.execute
-            run("BEGIN")
-            # Of two who make them at the same time the second one would fail.
-            run("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (self._tables.names["outbox"],))
-            if self._lacks_any(connection):
-                run("SET LOCAL lock_timeout = '10s'")
-                self._refuse_other_tables(connection)
-                run(self._tables.ddl().encode())
-            self._check_tables(connection)
-            run("COMMIT")
-
-    def _lacks_any(self, connection: psycopg.Connection[Any]) -> bool:
-        # So that it waits for no lock when nothing is to be made.
-        tables = self._tables
-        statement = (
-            "SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
-            "WHERE nspname = %s AND relname = ANY(%s)"
-        )
-        row = connection.execute(statement, (tables.schema, list(tables.bare.values()))).fetchone()
-        assert row is not None
-        return bool(row[0] < len(tables.bare))
-
-    def _refuse_other_tables(self, connection: psycopg.Connection[Any]) -> None:
-        name = self._tables.names["meta"]
-        row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
-        assert row is not None
-        if row[0]:
-            found = connection.execute(self._meta.encode()).fetchone()
-            if found is not None:
-                self._tables.check_meta(*found)
-
-    def _check_tables(self, connection: psycopg.Connection[Any]) -> None:
-        self._check_look(connection.execute(self._meta.encode()).fetchone())
-
-    def _check_look(self, found: Any) -> None:
-        if found is None:
-            raise self._tables.lacks_meta()
-        self._tables.check_meta(found[0], found[1])
-
     def _status(self, count_up_to: int) -> OutboxStatus:
         statement = self._tables.sql(
             "SELECT (SELECT count(*) FROM (SELECT FROM {outbox} LIMIT $1) AS waiting), "
@@ -230,34 +173,7 @@ class BasePostgresOutbox(BaseOutbox):
             waiting, later, dead, age_s(oldest), relays, unvacuumed=unvacuumed or 0, scheduled=scheduled
         )
 
-    @contextlib.contextmanager
-    def _connection(self, *, keep: bool = False) -> Iterator[psycopg.Connection[Any]]:
-        try:
-            import psycopg
-
-            from kbatch._outbox._postgres_session import connect
-        except ImportError as error:
-            raise OutboxError(
-                f"the outbox {self._tables!r} needs psycopg for a connection of its own: pip install "
-                f"'kbatch-kafka[postgres]' ({error})"
-            ) from error
-        connection = None
-        try:
-            connection = connect(self._conninfo)
-            yield connection
-        except BaseException as error:
-            if connection is not None:
-                connection.close()
-            if isinstance(error, psycopg.Error):
-                raise self._tables.as_outbox_error(error) from error
-            raise
-        if not keep:
-            connection.close()
-
     # -- with a connection of the application
-
-    def _as_outbox_error(self, error: BaseException) -> OutboxError:
-        return self._tables.as_outbox_error(error)
 
     def _rows(self, batches: Sequence[MappedBatch]) -> NewRows:
         rows = NewRows([], [])
@@ -317,24 +233,6 @@ class BasePostgresOutbox(BaseOutbox):
                 self._check_count(cursor.rowcount, len(rows.hot))
         except psycopg.Error as error:
             raise self._tables.as_outbox_error(error) from error
-
-    def _check_psycopg(self, connection: Any) -> None:
-        from psycopg.pq import PipelineStatus, TransactionStatus
-
-        status = connection.info.transaction_status
-        if connection.closed or status is TransactionStatus.UNKNOWN:
-            raise OutboxError("the connection is closed: give one that is open")
-        if status is TransactionStatus.INERROR:
-            raise OutboxError("a statement of the connection's transaction has failed before: roll back")
-        if status is TransactionStatus.ACTIVE:
-            raise OutboxError("the connection is in the middle of another statement: wait for its end")
-        if status is TransactionStatus.IDLE and connection.autocommit:
-            raise OutboxError(
-                "the connection is in no transaction, so that the messages would not be committed together with the "
-                "data: add them within its `with connection.transaction():`"
-            )
-        if connection.pgconn.pipeline_status != PipelineStatus.OFF:
-            raise OutboxError("the connection is in pipeline mode, which tells of errors later: add outside of it")
 
 
 class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
@@ -416,13 +314,6 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
         self._tell_watchers()
         return rows.total
 
-    def _driver(self, connection: Any) -> psycopg.Connection[Any]:
-        driver = self._driver_of(connection)
-        module = sys.modules.get("psycopg")
-        if module is not None and isinstance(driver, module.Connection):
-            return cast("psycopg.Connection[Any]", driver)
-        raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
-
     def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
         """What is in the outbox.
 
@@ -433,21 +324,3 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
         return self._status(count_up_to)
-
-
-def not_taken(given: object, driver: object, what: str) -> TypeError:
-    text = f"connection must be {what}, not {type_name(given)}"
-    return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
-
-
-def _check_url(conninfo: str) -> None:
-    """Raises ConfigError for a URL of which libpq would take a part of the password for a host or a database, which
-    its errors show."""
-    scheme, separator, rest = conninfo.partition("://")
-    if separator and scheme in ("postgresql", "postgres"):
-        place = re.sub("^[^/@]*@", "", rest).partition("?")[0]
-        if "@" in place:
-            raise ConfigError(
-                "conninfo has an @ where a host or a database is: in a URL, special characters of a user's name or "
-                "password are written as %XX: @ is %40, / is %2F"
-            )

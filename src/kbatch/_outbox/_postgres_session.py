@@ -6,84 +6,37 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import psycopg
-from psycopg.conninfo import conninfo_to_dict
 
-from kbatch._errors import OutboxError
-from kbatch._fastmap import monotonic
+from kbatch._database._postgres_connection import run_raw
 from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._store import RefusedWriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterator, Sequence
-    from typing import TypeAlias, TypeVar
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import TypeAlias
 
     from kbatch._outbox._postgres_tables import PostgresTables
     from kbatch._outbox._store import Place, Table
 
-    _T = TypeVar("_T")
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["SETTINGS", "PostgresSession", "connect"]
+__all__ = ["BEGIN_WRITING", "PostgresSession"]
 
-_CONNECT_S = 10
 _STATEMENT_S = 20  # the server ends what takes longer
-_SILENCE_S = 25  # and this end what has no answer then
 
 # Statements go by the primary key, however wrong the statistics are: a table that was analysed while it was empty, or
 # full, has others. The settings end with the transaction, so that a pool between may give the connection to others.
-SETTINGS = f"""
+_SETTINGS = f"""
 SET LOCAL statement_timeout = '{_STATEMENT_S}s'; SET LOCAL lock_timeout = '{_STATEMENT_S // 2}s';
 SET LOCAL idle_in_transaction_session_timeout = '{_STATEMENT_S}s'; SET LOCAL synchronous_commit = on;
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off;
 """
-_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{SETTINGS}"
-_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{SETTINGS}"
+BEGIN_WRITING = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
+_BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
-
-
-class _Connection(psycopg.Connection[Any]):
-    """One on which no call waits for ever: a server, or what is between, may be silent."""
-
-    def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
-        return super().wait(_until(gen, monotonic() + _SILENCE_S), *arguments, **keywords)
-
-
-def _until(steps: Generator[Any, Any, _T], end: float) -> Generator[Any, Any, _T]:
-    """The same steps, until a time."""
-    try:
-        state = next(steps)
-        while True:
-            ready = yield state
-            if not ready and monotonic() >= end:
-                raise psycopg.OperationalError(f"no answer for {_SILENCE_S} s")
-            state = steps.send(ready)
-    except StopIteration as stop:
-        result: _T = stop.value
-        return result
-
-
-def connect(conninfo: str) -> psycopg.Connection[Any]:
-    """A connection in autocommit mode.
-
-    Raises:
-        OutboxError: libpq does not understand `conninfo`.
-        psycopg.Error: There is none to be had.
-    """
-    own: dict[str, Any] = {"fallback_application_name": "kbatch", "client_encoding": "utf8"}
-    try:
-        given = conninfo_to_dict(conninfo)
-    except psycopg.ProgrammingError:
-        # Not libpq's text, which shows what it does not understand: it may be a part of a password.
-        raise OutboxError(
-            "is conninfo right? It is neither a URL, as postgresql://user@host/database, in which special characters "
-            "are written as %XX, nor text as host=… dbname=…"
-        ) from None
-    own.update({name: value for name, value in (("connect_timeout", _CONNECT_S),) if name not in given})
-    # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
-    return _Connection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
 
 
 class PostgresSession:
@@ -109,7 +62,7 @@ class PostgresSession:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Run]:
-        with self._transaction(_BEGIN) as (run, _):
+        with self._transaction(BEGIN_WRITING) as (run, _):
             yield run
 
     @contextlib.contextmanager
@@ -151,9 +104,4 @@ class PostgresSession:
             )
 
     def _run(self, statement: str, parameters: Sequence[Any] | None = None) -> Rows:
-        """The rows of a statement, or of the last one of several without parameters."""
-        cursor = psycopg.RawCursor(self._connection)
-        cursor.execute(statement.encode(), parameters, binary=parameters is not None)
-        while cursor.nextset():
-            pass
-        return cursor.fetchall() if cursor.description is not None else []
+        return run_raw(self._connection, statement, parameters)

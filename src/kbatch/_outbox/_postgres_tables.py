@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING, cast
 
-from kbatch._errors import ConfigError, OutboxError, exception_text, shown
+from kbatch._database._postgres import PostgresNames
 from kbatch._outbox._tables import OutboxTables
-from kbatch._text import printable
+
+if TYPE_CHECKING:
+    from kbatch._errors import OutboxError
 
 __all__ = ["PostgresTables"]
-
-_LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
 
 # Rows of the hot table are added and deleted, and never updated. What was deleted must be gone from the index soon,
 # however many rows there are: so a threshold, and no share of the table. One index of `later` has what is scheduled
@@ -91,88 +92,24 @@ INSERT INTO {lease} (bucket, owner, token, until, length)
     SELECT each, NULL, 0, 0, 0 FROM generate_series(0, {buckets} - 1) AS each ON CONFLICT DO NOTHING;
 """
 
-# The database's clock, in milliseconds since 1970: asked once for each statement, so that an index may be used.
-NOW_MS = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
-
 _TABLES = ("outbox", "meta", "later", "dead", "lease", "relay")
 _INDEXES = ("later_due", "later_at", "later_key", "dead_died")
 
-# What to do, by the beginning of PostgreSQL's code.
-_HINTS = {
-    "42P01": "call create() of the outbox once, or have its ddl() executed; the connection must be to its database",
-    "42703": "its tables are not those that create() makes: use other tables by prefix=",
-    "3F000": "make the schema first, or name another one by schema=",
-    "3D000": "make the database first",
-    "42501": "the user must be granted to read and write the outbox's tables, and to use its schema and sequence",
-    "25006": "give a connection that may write, to the primary server",
-    "25P02": "a statement of this transaction has failed before: roll back",
-    "53300": "the server has no connection left; give it more, or a pool in front of it",
-    "53100": "make room on the server's disk",
-    "57014": "a statement took too long, or was cancelled",
-    "55P03": "another session has held a lock for long; transactions should be short",
-    "40": "roll the transaction back, and do it again",
-    "28": "look at the user and the password of conninfo",
-}
 
-
-class PostgresTables(OutboxTables):
+class PostgresTables(OutboxTables, PostgresNames):
     """The tables of one outbox, by their quoted names."""
 
     def __init__(self, schema: str, prefix: str) -> None:
-        for name, value in (("schema", schema), ("prefix", prefix)):
-            if not isinstance(value, str) or not value or "\0" in value or not _is_utf_8(value):
-                raise ConfigError(f"{name} must be the text of a name, without NUL characters, not {shown(value)}")
-        bare = {name: f"{prefix}outbox_{name}" for name in (*_TABLES[1:], *_INDEXES)}
-        bare["outbox"] = f"{prefix}outbox"
-        for what, of in (("schema", schema), ("prefix", max(bare.values(), key=len))):
-            length = len(of.encode())
-            if length > _LONGEST_NAME:
-                value = schema if what == "schema" else prefix
-                raise ConfigError(
-                    f"{what}={shown(value)} makes names of {length} bytes, and PostgreSQL allows {_LONGEST_NAME}"
-                )
-        names = {name: f"{_quoted(schema)}.{_quoted(bare[name])}" for name in _TABLES}
-        # An index is in the schema of its table.
-        values = {**names, **{name: _quoted(bare[name]) for name in _INDEXES}}
+        super().__init__(schema, prefix, _TABLES[1:], _INDEXES, self.values(self.now_ms))
         # Identity columns have sequences of any name.
-        owner = names["outbox"].replace("'", "''")
-        values["next_number"] = f"nextval((SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass))"
-        super().__init__(values, now=NOW_MS)
-        self.schema = schema
+        owner = self.names["outbox"].replace("'", "''")
+        self._values["next_number"] = f"nextval((SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass))"
         self.channel = f"kbatch_{hashlib.sha256(owner.encode()).hexdigest()[:16]}"  # a name may be too long for one
-        self.bare = bare
 
     def ddl(self) -> str:
         """The statements that make what is missing."""
         return self.sql(_DDL)
 
-    def __repr__(self) -> str:
-        return printable(self.names["outbox"])
-
     def as_outbox_error(self, error: BaseException) -> OutboxError:
-        """What to do about an error of a driver, of any."""
-        cause = getattr(error, "orig", None) or error  # SQLAlchemy wraps it
-        code = getattr(cause, "sqlstate", None) or ""
-        text = exception_text(cause).split("\\n")[0]  # the lines after it show the statement
-        hint = _HINTS.get(code) or _HINTS.get(code[:2])
-        if "is closed" in text:
-            hint = "give a connection that is open"
-        elif hint is None and (not code or code.startswith(("08", "57P"))):
-            hint = "the connection is lost, or was not made: is the server there, and is conninfo right?"
-        return OutboxError(f"the outbox {self!r}: {text}" + (f"; {hint}" if hint else ""))
-
-    def lacks_meta(self) -> OutboxError:
-        """What to do about tables without their one line."""
-        return OutboxError(f"the outbox {self!r} has no line in its table meta: call create()")
-
-
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _is_utf_8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        """As `as_error`."""
+        return cast("OutboxError", self.as_error(error))

@@ -10,7 +10,7 @@ import psycopg
 
 from kbatch._errors import OutboxError
 from kbatch._fastmap import monotonic
-from kbatch._outbox._postgres_session import SETTINGS, PostgresSession
+from kbatch._outbox._postgres_session import BEGIN_WRITING, PostgresSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,9 +25,7 @@ _LOOK_UP_S = 20.0  # for what became of a transaction: longer than that
 _LOOK_AGAIN_S = 0.1
 
 _BEGIN = (
-    f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{SETTINGS}"
-    f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_S}s';"
-    "SELECT pg_current_xact_id()::text"
+    f"{BEGIN_WRITING}SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_S}s';SELECT pg_current_xact_id()::text"
 )
 # A number means another transaction, or none, on a server that goes on from elsewhere. A standby that was promoted, and
 # a backup that was restored, have another timeline.

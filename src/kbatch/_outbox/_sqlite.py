@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import sqlite3
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
-from kbatch._errors import ConfigError, OutboxError, exception_text, type_name
-from kbatch._outbox._base import BlockingOutbox, OutboxStatus, age_s, now_us
+from kbatch._database._sqlite import SqliteDatabase, lacks_tables, take_back, tell_of_fault
+from kbatch._database._tables import age_s, now_us
+from kbatch._outbox._base import BlockingOutbox, OutboxStatus
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
-from kbatch._outbox._sqlite_tables import SqliteTables, lacks_tables
+from kbatch._outbox._sqlite_tables import SqliteTables
 from kbatch._outbox._sqlite_writer import SqliteWriter
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    import os
+    from collections.abc import Callable, Iterable, Sequence
 
     import msgspec
     import sqlalchemy.orm
@@ -30,14 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SqliteOutbox"]
 
-_BUSY_TIMEOUT_S = 5.0
-_LONGEST_WAL = 16_000_000  # what the file is cut to when SQLite begins it anew, after a reader had kept it growing
 
-_logger = logging.getLogger("kbatch")
-_told_of_fault = False
-
-
-class SqliteOutbox(BlockingOutbox):
+class SqliteOutbox(SqliteDatabase, BlockingOutbox):
     """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
 
     An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
@@ -54,6 +48,9 @@ class SqliteOutbox(BlockingOutbox):
         ConfigError: A value out of its range, or of the wrong type.
     """
 
+    _added = "messages"
+    _tables: SqliteTables
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -66,16 +63,8 @@ class SqliteOutbox(BlockingOutbox):
         max_message_bytes: int = 1_000_000,
     ) -> None:
         super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
-        if not isinstance(path, (str, os.PathLike)):
-            raise ConfigError(f"path must be the path of a database file, not {type_name(path)}")
-        name = os.fsdecode(path)
-        self._path = os.path.abspath(name)
-        if "\0" in name:
-            raise ConfigError(f"path must have no NUL character: {printable(name)}")
-        if name in ("", ":memory:"):
-            raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
+        self._set_path(path)
         self._tables = SqliteTables(prefix)
-        self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         sql = self._tables.sql
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
         # CAST, since a connection may convert what comes from a column of a type.
@@ -96,53 +85,7 @@ class SqliteOutbox(BlockingOutbox):
     def __repr__(self) -> str:
         return f"<kbatch.SqliteOutbox {printable(self._path)}>"
 
-    # -- tables
-
-    def ddl(self) -> str:
-        """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
-
-        The database should be in WAL mode, as `create` sets it: else a relay that reads stops whoever writes.
-        """
-        return self._tables.ddl()
-
-    def create(self) -> None:
-        """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
-
-        Raises:
-            OutboxError: The file is no database, or cannot be written; the tables are another version's; the file
-                system has no WAL mode. Then no table was made.
-        """
-        with self._connection(create=True) as connection:
-            (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
-            if mode != "wal":
-                raise OutboxError(
-                    f"the outbox in {self._path}: SQLite cannot use WAL mode there, and stays in {mode!r}; put the "
-                    "file on a local disk"
-                )
-            connection.execute("BEGIN IMMEDIATE")
-            self._refuse_other_tables(connection)
-            for statement in self._tables.ddl().split(";\n")[:-1]:
-                connection.execute(statement)
-            connection.execute("COMMIT")
-            self._check_tables(connection)
-
-    def _refuse_other_tables(self, connection: sqlite3.Connection) -> None:
-        try:
-            found = connection.execute(self._tables.sql("SELECT version, buckets FROM {meta}")).fetchone()
-        except sqlite3.OperationalError as error:
-            if not lacks_tables(error):
-                raise
-        else:
-            if found is not None:
-                self._tables.check_meta(*found)
-
     # -- adding
-
-    def _as_outbox_error(self, error: BaseException) -> OutboxError:
-        cause = getattr(error, "orig", None)  # SQLAlchemy wraps it
-        if isinstance(cause, sqlite3.Error):
-            return self._tables.as_outbox_error(cause, self._path)
-        return OutboxError(f"the outbox in {self._path}: {exception_text(error)}")
 
     def add(
         self,
@@ -176,8 +119,7 @@ class SqliteOutbox(BlockingOutbox):
             OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
                 are missing or another version's; the database takes no writes.
         """
-        driver: sqlite3.Connection = self._driver_of(connection)
-        self._check_connection(driver)
+        driver = self._driver(connection)
         batch = self._pool.map(self._mapper, topic, envelopes)
         self._check_connection(driver)  # an encoder or a generator may have ended the transaction
         try:
@@ -192,21 +134,6 @@ class SqliteOutbox(BlockingOutbox):
     def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
         self._write(connection.cursor(), batches, sum(map(self._pool.count, batches)))
 
-    def _check_connection(self, connection: sqlite3.Connection) -> None:
-        if not isinstance(connection, sqlite3.Connection):
-            raise TypeError(f"connection must be a sqlite3.Connection, not {type_name(connection)}")
-        try:
-            connection.total_changes  # noqa: B018 it asks whether the connection is open, and this thread's
-            in_transaction = connection.in_transaction
-        except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path) from error
-        if not in_transaction:
-            raise OutboxError(
-                "the connection is in no transaction, so that the messages would not be committed together with the "
-                'data: add them after the first statement that writes the data, or after connection.execute("BEGIN '
-                'IMMEDIATE")'
-            )
-
     def _insert_batch(self, connection: sqlite3.Connection, batch: MappedBatch) -> int:
         count = self._pool.count(batch)
         if not count:
@@ -220,11 +147,10 @@ class SqliteOutbox(BlockingOutbox):
         cursor.execute(self._take_numbers, (count,))
         meta = cursor.execute(self._look).fetchone()
         if meta is None:
-            raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
+            raise self._tables.lacks_meta(self._path)
         last_seq, version, buckets, file = meta
         self._tables.check_meta(version, buckets)
-        if file not in self._own_files:
-            self._check_file(file)
+        self._check_file(file)
         first_seq, created_us = last_seq - count + 1, now_us()
         rows: list[NewRow] = []
         scheduled: list[ScheduledRow] = []
@@ -263,29 +189,8 @@ class SqliteOutbox(BlockingOutbox):
                 cursor.executemany(self._delete_scheduled, [row[:2] for row in scheduled])
         except BaseException:
             # Half of them must not be committed.
-            if getattr(cursor.connection, "autocommit", None) is True:  # then rollback() does nothing
-                cursor.execute("ROLLBACK")
-            else:
-                cursor.connection.rollback()
+            take_back(cursor.connection)
             raise
-
-    def _check_file_of(self, connection: sqlite3.Connection) -> None:
-        cursor = connection.cursor()
-        cursor.row_factory = None
-        (file,) = cursor.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()
-        self._check_file(file)
-
-    def _check_file(self, file: str | None) -> None:
-        try:
-            same = bool(file) and os.path.samefile(file or "", self._path)
-        except OSError:
-            same = False
-        if not same:
-            raise OutboxError(
-                f"the connection is to {file or 'a database in memory'}, and the outbox is in {self._path}: give a "
-                "connection to that file"
-            )
-        self._own_files.add(file or "")
 
     # -- looking
 
@@ -324,7 +229,7 @@ class SqliteOutbox(BlockingOutbox):
         Raises:
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
-        _tell_of_fault(sqlite3.sqlite_version)
+        tell_of_fault(sqlite3.sqlite_version)
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
@@ -336,7 +241,7 @@ class SqliteOutbox(BlockingOutbox):
         Raises:
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
-        _tell_of_fault(sqlite3.sqlite_version)
+        tell_of_fault(sqlite3.sqlite_version)
         with contextlib.ExitStack() as undo:
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
@@ -348,47 +253,3 @@ class SqliteOutbox(BlockingOutbox):
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
             return SqliteAdmin(connection, self._tables, self._path)
-
-    @contextlib.contextmanager
-    def _connection(self, *, create: bool = False, keep: bool = False) -> Iterator[sqlite3.Connection]:
-        connection = None
-        try:
-            if not create and not os.path.exists(self._path):  # else SQLite would make an empty one
-                raise OutboxError(f"there is no database {self._path}; call create() of the outbox once")
-            connection = sqlite3.connect(self._path, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
-            connection.execute("PRAGMA synchronous=FULL")
-            connection.execute("PRAGMA mmap_size=0")
-            connection.execute(f"PRAGMA journal_size_limit={_LONGEST_WAL}")
-            yield connection
-        except BaseException as error:
-            if connection is not None:
-                connection.close()
-            if isinstance(error, sqlite3.Error):
-                raise self._tables.as_outbox_error(error, self._path, own=True) from error
-            raise
-        if not keep:
-            connection.close()
-
-    def _check_tables(self, connection: sqlite3.Connection) -> None:
-        found = connection.execute(self._tables.sql("SELECT version, buckets FROM {meta}")).fetchone()
-        if found is None:
-            raise OutboxError(f"the outbox in {self._path} has no line in its table meta: call create()")
-        self._tables.check_meta(*found)
-
-
-def _tell_of_fault(version: str) -> None:
-    """Logs, once, that this version of SQLite may damage a database in WAL mode (its WAL-reset fault)."""
-    global _told_of_fault
-    is_faulty = _numbers("3.7.0") <= _numbers(version) <= _numbers("3.51.2") and version not in ("3.44.6", "3.50.7")
-    if _told_of_fault or not is_faulty:
-        return
-    _told_of_fault = True
-    _logger.warning(
-        "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections write; "
-        "3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
-        version,
-    )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")))

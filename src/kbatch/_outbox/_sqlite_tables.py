@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import re
 import sqlite3
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
-from kbatch._errors import ConfigError, OutboxError, shown
+from kbatch._database._sqlite import NOW_MS, SqliteNames
+from kbatch._errors import OutboxError
 from kbatch._outbox._store import BUCKETS, RefusedWriteError
 from kbatch._outbox._tables import OutboxTables
 
 if TYPE_CHECKING:
     import os
 
-__all__ = ["SqliteTables", "is_locked", "lacks_tables"]
-
-_LONGEST_NAME = 63  # PostgreSQL's, so that a prefix fits everywhere
-_PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+__all__ = ["SqliteTables"]
 
 # Without rowid the row lies in the primary key's tree, so that what a relay reads is in one place. Numbers are given by
 # `meta.last_seq` and never again: a relay that is late must not delete another row of the same number.
@@ -85,30 +82,13 @@ CREATE TABLE IF NOT EXISTS {relay} (
 ) WITHOUT ROWID;
 """
 
-# The database's clock, in milliseconds since 1970.
-NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
-
-class SqliteTables(OutboxTables):
+class SqliteTables(OutboxTables, SqliteNames):
     """The tables of one outbox, by their quoted names."""
 
     def __init__(self, prefix: str) -> None:
-        if not isinstance(prefix, str) or not _PREFIX.fullmatch(prefix):
-            raise ConfigError(f"prefix must begin a table's name, of a-z A-Z 0-9 and _ only, not {shown(prefix)}")
-        if prefix.lower().startswith("sqlite_"):
-            raise ConfigError(f"prefix={shown(prefix)} makes names that SQLite keeps for itself")
-        longest = prefix + "outbox_later_due"
-        if len(longest) > _LONGEST_NAME:
-            raise ConfigError(
-                f"prefix={shown(prefix)} makes names of {len(longest)} characters, and {_LONGEST_NAME} are allowed"
-            )
-        # With the schema, so that a temporary table of the same name is not meant.
         names = ("meta", "later", "dead", "lease", "relay", "later_due", "later_at", "later_key", "dead_died")
-        quoted = {name: f'main."{prefix}outbox_{name}"' for name in names}
-        quoted["outbox"] = f'main."{prefix}outbox"'
-        for name in ("later", "dead"):  # an index says which schema by its own name
-            quoted[f"{name}_bare"] = f'"{prefix}outbox_{name}"'
-        super().__init__(quoted, now=NOW_MS)
+        super().__init__(prefix, names, ("later", "dead"), self.values(NOW_MS))
         self._first_buckets = ",".join(f"({bucket}, NULL, 0, 0, 0)" for bucket in range(BUCKETS))
 
     def ddl(self) -> str:
@@ -118,39 +98,10 @@ class SqliteTables(OutboxTables):
         )
         return self.sql(_DDL + leases)
 
-    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str], *, own: bool = False) -> OutboxError:
-        """What to do about an error of SQLite; `own` of a connection that is not the caller's."""
-        text = str(error)
-        if lacks_tables(error):
-            hint = "call create() of the outbox once, or have its ddl() executed"
-        elif "not a database" in text or "malformed" in text:
-            hint = "give the path of a SQLite database, or of none yet"
-        elif "is full" in text:
-            hint = "make room on the disk; SQLite may have ended the transaction"
-        elif is_locked(error) and own:
-            hint = "another connection has written for long; transactions that write should be short"
-        elif is_locked(error):
-            hint = "another connection writes; wait longer (sqlite3.connect(timeout=…)) and begin with BEGIN IMMEDIATE"
-        elif "readonly" in text or "read-only" in text:
-            hint = "open the database for writing; the file and its folder must be writable"
-        elif "unable to open" in text:
-            hint = "the folder must be there and writable"
-        elif "thread" in text:
-            hint = "use the connection in the thread that made it"
-        elif "closed" in text:
-            hint = "give a connection that is open"
-        else:
-            hint = ""
+    def _made(self, error: sqlite3.Error, text: str, own: bool) -> OutboxError:
         is_refused = own and (isinstance(error, sqlite3.IntegrityError) or "is full" in text)
-        kind = RefusedWriteError if is_refused else OutboxError
-        return kind(f"the outbox in {path}: {text}" + (f"; {hint}" if hint else ""))
+        return RefusedWriteError(text) if is_refused else OutboxError(text)
 
-
-def lacks_tables(error: sqlite3.Error) -> bool:
-    """Whether a statement failed since a table is not there, or is another one."""
-    return any(told in str(error) for told in ("no such table", "no such column", "has no column"))
-
-
-def is_locked(error: sqlite3.Error) -> bool:
-    """Whether a statement failed since another connection reads or writes."""
-    return "locked" in str(error) or "busy" in str(error)
+    def as_outbox_error(self, error: sqlite3.Error, path: str | os.PathLike[str], *, own: bool = False) -> OutboxError:
+        """As `as_error`."""
+        return cast("OutboxError", self.as_error(error, path, own=own))

@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 from typing import TYPE_CHECKING
 
-from kbatch._outbox._sqlite_tables import is_locked
+from kbatch._database._sqlite import is_locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

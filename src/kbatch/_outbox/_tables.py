@@ -2,41 +2,36 @@
 
 from __future__ import annotations
 
+from kbatch._database._tables import Tables
 from kbatch._errors import OutboxError
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
 
 __all__ = ["OutboxTables"]
 
-_VERSION = 1
 
+class OutboxTables(Tables):
+    """The tables of one outbox, by their quoted names."""
 
-class OutboxTables:
-    """The tables of one outbox, by their quoted names.
+    what = "outbox"
+    error = OutboxError
+    meta = ("version", "buckets")
 
-    Args:
-        names: What stands for ``{outbox}``, ``{meta}``, … in a statement.
-        now: The database's clock, in milliseconds since 1970.
-    """
+    @staticmethod
+    def values(now: str) -> dict[str, str]:
+        """What ``{now}``, ``{lives}`` and ``{buckets}`` are in a statement.
 
-    def __init__(self, names: dict[str, str], *, now: str) -> None:
-        self.names = names
+        Args:
+            now: The database's clock, in milliseconds since 1970.
+        """
         # Of a line in `lease` or `relay`. One that ends too late is of before the clock was set back; a small step is
         # borne.
         lives = f"(until > {now} AND until <= {now} + 2 * length)"
-        self._values = {**names, "now": now, "lives": lives, "version": str(_VERSION), "buckets": str(BUCKETS)}
+        return {"now": now, "lives": lives, "buckets": str(BUCKETS)}
 
-    def sql(self, statement: str) -> str:
-        """A statement with the names of the tables in place of ``{outbox}``, ``{later}``, …; ``{now}``; ``{lives}``."""
-        return statement.format_map(self._values)
-
-    def check_meta(self, version: int, buckets: int) -> None:
+    def check_meta(self, version: int, buckets: int = BUCKETS) -> None:
         """Raises OutboxError for tables that are another release's."""
-        if version != _VERSION:
-            raise OutboxError(
-                f"the outbox {self.names['outbox']} has tables of version {version}, and this kbatch knows version "
-                f"{_VERSION}: use the kbatch that made them, or other tables by prefix="
-            )
+        super().check_meta(version)
         if buckets != BUCKETS:
             raise OutboxError(
                 f"the outbox {self.names['outbox']} has {counted(buckets, 'bucket')}, and this kbatch counts with "

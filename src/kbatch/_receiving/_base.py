@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ import msgspec
 
 from kbatch._callbacks import call_fault
 from kbatch._checks import check_close_timeout, is_number, is_whole
-from kbatch._errors import ConfigError, DeserializationError, exception_text, type_name
+from kbatch._errors import ConfigError, DeserializationError, InboxError, exception_text, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
+from kbatch._receiving._copies import Copies
+from kbatch._receiving._failing import Failing
+from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
 
@@ -23,10 +27,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._inbox._base import ListenersInbox
+    from kbatch._producer import Producer
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["BaseListener"]
 
+_logger = logging.getLogger("kbatch")
+
+_REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
+_CLOSE_COPIES_S = 1.0  # what is not answered then is not committed
 _COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
 
 
@@ -34,6 +45,8 @@ class BaseListener:
     """The options of a listener, checked as a whole, and its run. Whatever changes while it runs is the run's."""
 
     _name = "kbatch.Listener"
+    _first_wait_s, _longest_wait_s = 0.1, 5.0  # for an inbox whose database is away
+    _look_s = 0.02  # whether what waits is still wanted
 
     def __init__(
         self,
@@ -50,11 +63,20 @@ class BaseListener:
         max_in_flight_bytes: int,
         commit_interval_s: float,
         close_timeout_s: float,
+        retry: RetryPolicy | None,
+        retry_topics: Iterable[float],
+        dead_letter_topic: str | None,
+        reject_on: Iterable[type[Exception]],
+        producer: Producer | None,
+        inbox: ListenersInbox | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigError("topics must be a list of names, with one at least")
-        fault = call_fault(handler, "envelope") or self._handler_fault(handler)
+        if inbox is not None and not callable(getattr(inbox, "open_session", None)):
+            raise ConfigError(f"inbox must be a kbatch.SqliteInbox or kbatch.PostgresInbox, not {type_name(inbox)}")
+        given = ("envelope",) if inbox is None else ("envelope", "connection")
+        fault = call_fault(handler, *given) or self._handler_fault(handler)
         if fault is not None:
             raise ConfigError(f"handler {fault}")
         if wire not in WIRE_NAMES:
@@ -78,8 +100,14 @@ class BaseListener:
         check_close_timeout(close_timeout_s)
         self._decoders = {name: _Decoders(name, type_) for name, type_ in _checked_types(types)}
         self._parsed = ConsumerConfig.parse(config)
+        group = self._parsed.group
+        self._failures = Failures(group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
+        self._copies = Copies(config, producer) if self._failures.sends else None
+        self._failing = Failing(self._failures, self._copies)  # of the last run
         self._topics = names
         self._handler = handler
+        self._inbox = inbox
+        self._told_of_outage = float("-inf")
         self._wire = wire
         self._concurrency = concurrency
         self._batch_size = batch_size
@@ -116,12 +144,15 @@ class BaseListener:
     def stats(self) -> dict[str, int]:
         """Counters of the last run, of records: ``handled``; ``failed``; ``in_flight``, that were read and are not
         handled, of which ``running`` are in handlers; ``in_flight_bytes``, about; ``abandoned``, whose handlers still
-        ran at its end. And ``partitions``, that it has, of which ``full_partitions`` are not read further until some of
-        their records are handled; ``rebalances``, in which it was given some."""
+        ran at its end. ``attempts_failed``, times that a handler raised or a record could not be read; ``to_retry`` and
+        ``dead``, records that were stored in a retry topic and in the dead letter topic; both count as handled. And
+        ``partitions``, that it has, of which ``full_partitions`` are not read further until some of their records are
+        handled; ``rebalances``, in which it was given some."""
         reading = self._reading
         if reading is None or self._pid != os.getpid():
-            return dict.fromkeys((*_COUNTS, "rebalances", "abandoned"), 0)
-        return reading.stats()
+            counts = dict.fromkeys((*_COUNTS, "rebalances", "abandoned"), 0)
+            return {**counts, **Failing(self._failures, None).stats()}
+        return {**reading.stats(), **self._failing.stats()}
 
     def lag(self) -> dict[tuple[str, int], int]:
         """Of each partition, how many offsets are not handled, as the last answer of its broker told. Those of which
@@ -155,7 +186,12 @@ class BaseListener:
             waiting: Lanes | BatchLanes = (
                 Lanes() if self._batch_size is None else BatchLanes(self._batch_size, self._batch_timeout_s)
             )
-            self._reading = Reading(core, self._topics, waiting, self._limits, self._lane, wake, give_up)
+            if self._copies is not None:
+                self._copies.open()
+            self._failing = Failing(self._failures, self._copies)
+            self._reading = Reading(
+                core, self._topics, waiting, self._limits, self._lane, self._failures, wake, give_up
+            )
             CORES.add(core)
             SENDERS.add(self)
             if self._is_to_stop:
@@ -167,6 +203,8 @@ class BaseListener:
 
     def _over(self) -> None:
         SENDERS.discard(self)
+        if self._copies is not None:
+            self._copies.close(_CLOSE_COPIES_S)
         self._is_to_stop = self._is_running = False
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
@@ -185,6 +223,20 @@ class BaseListener:
     def _wait_until_over(self, end: float) -> None:
         while self._runs_here() and monotonic() < end:
             threading.Event().wait(min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic())))
+
+    def _check_inbox(self) -> None:
+        if self._inbox is not None:
+            try:
+                self._inbox._check()
+            except InboxError as error:
+                if not error.is_outage:  # else it is waited for
+                    raise
+
+    def _tell_of_outage(self, error: InboxError) -> None:
+        now = monotonic()
+        if now >= self._told_of_outage + _REMIND_EVERY_S:
+            self._told_of_outage = now
+            _logger.warning("a listener of %s waits for its inbox: %s", ", ".join(self._topics), error)
 
     # -- at the end of the interpreter
 

@@ -39,6 +39,7 @@ from kbatch._fastmap cimport (
 from kbatch._librdkafka cimport *
 
 from kbatch._errors import ConfigError
+from kbatch._fastmap import received
 from kbatch._librdkafka import error_text, version_text
 
 cdef extern from *:
@@ -128,11 +129,25 @@ cdef Part *next_ready(Client *c) noexcept nogil:
     return part
 
 
-cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most, Py_ssize_t quota) noexcept nogil:
-    # Partitions take turns.
-    cdef Py_ssize_t count = 0, taken, wanted
+cdef Py_ssize_t count_ready(Client *c) noexcept nogil:
+    cdef Py_ssize_t count = 0
     cdef Part *part
-    while count < most:
+    kb_mutex_lock(&c.mu)
+    part = c.ready_first
+    while part != NULL:
+        count, part = count + 1, part.next_ready
+    kb_mutex_unlock(&c.mu)
+    return count
+
+
+cdef Py_ssize_t take_ready(Client *c, rd_kafka_message_t **messages, Py_ssize_t most) noexcept nogil:
+    # Each partition has one turn, and half of what is wanted at most: who polls looks whether one has become full.
+    cdef Py_ssize_t count = 0, taken, wanted
+    cdef Py_ssize_t quota = most if c.parts == NULL or c.parts.next == NULL else max(1, most // 2)
+    cdef Py_ssize_t turns = count_ready(c)
+    cdef Part *part
+    while count < most and turns > 0:
+        turns -= 1
         part = next_ready(c)
         if part == NULL:
             break
@@ -194,7 +209,7 @@ cdef rd_kafka_topic_partition_list_t *make_list(object items) except NULL:
     cdef tuple parts
     cdef bytes topic
     cdef int32_t partition
-    cdef int64_t offset
+    cdef int64_t offset = 0
     try:
         for item in given:
             parts = tuple(item)
@@ -243,6 +258,7 @@ cdef class ConsumerCore(Core):
     cdef Header *headers     # owned: of the record that is being read
     cdef Py_ssize_t header_room
     cdef dict topics         # by the address of librdkafka's: its name
+    cdef str topic           # of the run of records that is being given out
     cdef bint polls
     cdef dict parts          # by (topic, partition): the address of its Part
     cdef int64_t look_ns     # when their queues are asked for again
@@ -665,7 +681,7 @@ cdef class ConsumerCore(Core):
         kb_mutex_unlock(&c.mu)
         count = max(0, api.consume_batch_queue(c.group_queue, 0, c.messages, max(most, 1)))
         if c.rebalance == NULL and count < most:
-            count += take_ready(c, c.messages + count, most - count, max(1, most // 4))
+            count += take_ready(c, c.messages + count, most - count)
         return count
 
     cdef void _copy(self, Py_ssize_t count) noexcept nogil:
@@ -697,7 +713,6 @@ cdef class ConsumerCore(Core):
         cdef Received *block
         cdef Raw raw
         cdef ReceivedEnvelope envelope
-        cdef object topic = None
         while c.given_out < c.taken:
             message, block = c.messages[c.given_out], c.blocks[c.given_out]
             if message != NULL and message.err:
@@ -705,16 +720,15 @@ cdef class ConsumerCore(Core):
                 c.given_out += 1
                 continue
             if message != NULL:
-                topic = self._topic(message)
-            elif topic is None:
-                topic = self.envelopes[-1].topic  # of the same run, before the interruption
+                self.topic = self._topic(message)
             if block != NULL:
-                envelope = regular_envelope(block, topic, <const char *> message.payload if message != NULL else NULL)
+                envelope = regular_envelope(
+                    block, self.topic, <const char *> message.payload if message != NULL else NULL)
                 c.blocks[c.given_out] = NULL
             else:
                 if not self._begin_raw(message, &raw) and raw.count != -1:
                     raise MemoryError("no memory for the headers of a record")
-                envelope = read_irregular(&raw, topic, self.wire, self.custom)
+                envelope = read_irregular(&raw, self.topic, self.wire, self.custom)
             if PyList_Append(self.envelopes, envelope) < 0:  # an exception is set
                 envelope._block, c.blocks[c.given_out] = NULL, block
                 return -1

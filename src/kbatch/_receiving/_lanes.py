@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
 
-    from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._fastmap import Envelope, ReceivedEnvelope
     from kbatch._receiving._positions import Partition, Place
 
 __all__ = ["BatchLanes", "Lanes", "Waiting", "Work"]
@@ -19,7 +19,9 @@ __all__ = ["BatchLanes", "Lanes", "Waiting", "Work"]
 class Work:
     """What one call of a handler gets: one record, or several of one partition in the order of the log."""
 
-    __slots__ = ("begun_at", "envelopes", "is_told", "lane", "partition", "places", "size")
+    __slots__ = (
+        "begun_at", "copy", "envelopes", "failures", "is_told", "lane", "outages", "part", "partition", "places", "size"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -36,11 +38,35 @@ class Work:
         self.lane = lane  # None: it waits for nobody
         self.begun_at = 0.0
         self.is_told = False  # that it takes long
+        self.part: int | None = None  # which of the envelopes is handled alone; None: all together
+        self.failures = 0  # how often handling that has failed
+        self.outages = 0  # how often since, for no fault of its own
+        self.copy: Envelope[Any] | None = None  # what is to be sent in place of handling it again
 
     @property
     def envelope(self) -> ReceivedEnvelope[Any]:
-        """The first."""
-        return self.envelopes[0]
+        """The one that is handled alone, else the first."""
+        return self.envelopes[self.part or 0]
+
+    @property
+    def handled(self) -> tuple[ReceivedEnvelope[Any], ...]:
+        """What the next call of the handler gets."""
+        return self.envelopes if self.part is None else (self.envelope,)
+
+    def split(self) -> bool:
+        """From now on each envelope is handled alone. Whether that is new."""
+        if self.part is not None or len(self.envelopes) == 1:
+            return False
+        self.part, self.failures = 0, 0
+        return True
+
+    def next_part(self) -> bool:
+        """What was to be handled is done. Whether another part is left."""
+        if self.part is None or self.part + 1 == len(self.envelopes):
+            return False
+        self.part += 1
+        self.failures = self.outages = 0
+        return True
 
 
 class Waiting(Protocol):
@@ -53,6 +79,9 @@ class Waiting(Protocol):
     def take(self, now: float) -> Work | None: ...
     def end(self, work: Work, now: float) -> None: ...
 
+    def put_off(self, work: Work, due: float) -> None:
+        """What was taken may begin once more at this time, after `ripen`. What is behind it waits for it."""
+
     def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
         """Forgets what waits of these partitions, or of all, and returns it."""
 
@@ -63,12 +92,44 @@ class Waiting(Protocol):
         """Nothing more will come of this partition, or of all, until some of it is done."""
 
 
+class _Later:
+    """Work that begins once more at its time."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Work]] = []
+        self._numbers = itertools.count()
+
+    def add(self, work: Work, due: float) -> None:
+        heapq.heappush(self._heap, (due, next(self._numbers), work))
+
+    def take_due(self, now: float) -> list[Work]:
+        due = []
+        while self._heap and self._heap[0][0] <= now:
+            due.append(heapq.heappop(self._heap)[2])
+        return due
+
+    def next_due(self) -> float | None:
+        return self._heap[0][0] if self._heap else None
+
+    def drop(self, partitions: Collection[Partition] | None) -> list[Work]:
+        dropped, kept = [], []
+        for each in self._heap:
+            if partitions is None or each[2].partition in partitions:
+                dropped.append(each[2])
+            else:
+                kept.append(each)
+        heapq.heapify(kept)
+        self._heap = kept
+        return dropped
+
+
 class Lanes:
     """One record at a time. Those of one lane come one after the other."""
 
     def __init__(self) -> None:
         self._ready: deque[Work] = deque()
         self._lanes: dict[Hashable, deque[Work]] = {}  # of keys with work under way or ready: what waits behind it
+        self._later = _Later()
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -85,6 +146,9 @@ class Lanes:
     def take(self, now: float) -> Work | None:
         return self._ready.popleft() if self._ready else None
 
+    def put_off(self, work: Work, due: float) -> None:
+        self._later.add(work, due)
+
     def end(self, work: Work, now: float) -> None:
         if work.lane is None:
             return
@@ -95,7 +159,10 @@ class Lanes:
             del self._lanes[work.lane]
 
     def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
-        dropped = []
+        dropped = self._later.drop(partitions)
+        for work in dropped[:]:
+            if work.lane is not None:
+                dropped.extend(self._lanes.pop(work.lane))
         kept: deque[Work] = deque()
         for work in self._ready:
             if partitions is None or work.partition in partitions:
@@ -112,7 +179,8 @@ class Lanes:
         return dropped
 
     def ripen(self, now: float) -> float | None:
-        return None
+        self._ready.extend(self._later.take_due(now))
+        return self._later.next_due()
 
     def hurry(self, partition: Partition | None = None) -> None:
         pass
@@ -142,9 +210,11 @@ class BatchLanes:
         self._ready: deque[Partition] = deque()
         self._timers: list[tuple[float, int, Partition]] = []
         self._numbers = itertools.count()
+        self._later = _Later()
+        self._again: deque[Work] = deque()  # what was put off, and is due
 
     def __len__(self) -> int:
-        return len(self._ready)
+        return len(self._ready) + len(self._again)
 
     def add(self, work: Work, now: float) -> None:
         line = self._lines.get(work.partition)
@@ -164,6 +234,8 @@ class BatchLanes:
             heapq.heappush(self._timers, (due, next(self._numbers), partition))
 
     def take(self, now: float) -> Work | None:
+        if self._again:
+            return self._again.popleft()
         if not self._ready:
             return None
         partition = self._ready.popleft()
@@ -178,6 +250,9 @@ class BatchLanes:
             lane=partition,
         )
 
+    def put_off(self, work: Work, due: float) -> None:
+        self._later.add(work, due)
+
     def end(self, work: Work, now: float) -> None:
         line = self._lines[work.partition]
         line.is_busy = False
@@ -189,7 +264,13 @@ class BatchLanes:
             heapq.heappush(self._timers, (line.waiting[0][1], next(self._numbers), work.partition))
 
     def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
-        dropped: list[Work] = []
+        dropped = self._later.drop(partitions)
+        again = [work for work in self._again if partitions is None or work.partition in partitions]
+        for work in again:
+            self._again.remove(work)
+        dropped += again
+        for work in dropped:
+            self._lines[work.partition].is_busy = False
         for partition in list(self._lines) if partitions is None else partitions:
             line = self._lines.get(partition)
             if line is None:
@@ -209,7 +290,10 @@ class BatchLanes:
             line = self._lines.get(partition)
             if line is not None:
                 self._look(partition, line, now)
-        return self._timers[0][0] if self._timers else None
+        self._again.extend(self._later.take_due(now))
+        times = [self._timers[0][0]] if self._timers else []
+        due = self._later.next_due()
+        return min(times if due is None else [*times, due], default=None)
 
     def hurry(self, partition: Partition | None = None) -> None:
         for each in list(self._lines) if partition is None else (partition,):

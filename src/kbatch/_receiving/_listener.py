@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from kbatch._callbacks import is_coroutine_function, refuse_coroutine
+from kbatch._errors import InboxError
 from kbatch._fastmap import Flag, monotonic
+from kbatch._inbox._keeper import Keeper
 from kbatch._receiving._base import BaseListener
 
 if TYPE_CHECKING:
@@ -15,9 +18,12 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._fastmap import ReceivedEnvelope
+    from kbatch._inbox._base import ListenersInbox
+    from kbatch._inbox._session import InboxSession
+    from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Listener"]
 
@@ -26,8 +32,9 @@ class Listener(BaseListener):
     """Reads topics as a member of a group, and calls a handler with each envelope, in order of keys.
 
     The offset of a record is committed when it and all before it in its partition were handled. After a crash, and
-    when partitions change hands, records may be handled again: an inbox removes those copies. A handler that raises
-    ends the listener: `run` raises its exception, and the record is read again.
+    when partitions change hands, records may be handled again: an inbox removes those copies. A record whose
+    handler raises is tried again, then goes to other topics. Without those `run` raises the handler's exception, and
+    the record is read again.
 
     `run` reads on the thread that calls it, and handlers run on threads of their own. So the group does not lose the
     member, however long a handler takes. When a partition is to be given to another member, what runs of it gets
@@ -41,21 +48,36 @@ class Listener(BaseListener):
             come one after the other, in order; those without a key in any order. With a `concurrency` of 1 all records
             of a partition come in order. It must not be a coroutine function: `kbatch.aio.Listener` takes those.
         types: By message type, what its data are decoded to by msgspec, from JSON, or from msgpack if the content type
-            says so. What cannot be decoded is a `DeserializationError`, and counts as if its handler had raised it. Of
-            other message types ``envelope.message`` is ``msgspec.UNSET``: the handler has ``envelope.data``.
+            says so. What cannot be decoded is a `DeserializationError`, and is tried no more. Of other message types
+            ``envelope.message`` is ``msgspec.UNSET``: the handler has ``envelope.data``.
         wire: The format of the records, as for `Producer`.
         concurrency: How many calls of the handler run at a time.
         batch_size: The handler is called with a list of up to so many envelopes of one partition, in the order of the
             log. One batch of a partition is handled at a time, so keys are in order, and `concurrency` is how many
-            partitions are. A batch is done as a whole, or fails as a whole.
+            partitions are. A batch is done as a whole, or fails as a whole; then each of its records is handled
+            alone.
         batch_timeout_ms: How long the first record of a batch waits for others. By default a batch is what is there
             when a handler has time.
         max_in_flight, max_in_flight_bytes: How many records, and about how many bytes, are read and not handled yet. A
             partition that takes more than its share of them is not read further until half of its records are handled,
             so that the others flow.
+        inbox: A `SqliteInbox` or `PostgresInbox`. The handler is called with an envelope, or a list of them, and a
+            connection: what it writes there is committed together with the mark that these ids were handled, and an
+            envelope that the group has handled before is left out. The handler must not end the transaction. While the
+            database does not answer, the listener waits for it.
         commit_interval_s: Seconds between two commits.
         close_timeout_s: Seconds that the end of `run` waits for handlers. What they still handle then is logged,
             counted as ``abandoned``, and read again.
+        retry: How often a record whose handler raises is tried again at once, while later ones of its key wait; by
+            default three attempts within a second. ``docs/failures.md`` says what becomes of it then.
+        retry_topics: Seconds, such as ``[5, 60, 600]``. What has failed so often goes to the topic
+            ``<group.id>.retry.5``, which the listener reads as well, is tried again once after 5 seconds, then goes to
+            the next one.
+        dead_letter_topic: Where a record goes that has failed everywhere. Without one the listener ends with the
+            handler's error, and does not commit the record.
+        reject_on: Exceptions after which a record goes to the dead letter topic at once, as it does when it cannot be
+            read or decoded.
+        producer: What sends to these topics. By default the listener makes one of its own configuration.
 
     Raises:
         ConfigError: A wrong option.
@@ -74,8 +96,14 @@ class Listener(BaseListener):
         batch_timeout_ms: float = 0.0,
         max_in_flight: int = 2_000,
         max_in_flight_bytes: int = 64 * 1024 * 1024,
+        inbox: ListenersInbox | None = None,
         commit_interval_s: float = 1.0,
         close_timeout_s: float = 30.0,
+        retry: RetryPolicy | None = None,
+        retry_topics: Iterable[float] = (),
+        dead_letter_topic: str | None = None,
+        reject_on: Iterable[type[Exception]] = (),
+        producer: Producer | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -90,7 +118,14 @@ class Listener(BaseListener):
             max_in_flight_bytes=max_in_flight_bytes,
             commit_interval_s=commit_interval_s,
             close_timeout_s=close_timeout_s,
+            retry=retry,
+            retry_topics=retry_topics,
+            dead_letter_topic=dead_letter_topic,
+            reject_on=reject_on,
+            producer=producer,
+            inbox=inbox,
         )
+        self._of_thread = threading.local()  # of handlers: `session` and `reading`
         self._idle: list[Flag] = []  # of handlers' threads that wait; under the lock of the run
 
     @staticmethod
@@ -107,9 +142,12 @@ class Listener(BaseListener):
             ListenerError: The group, or a topic, is refused, or another member with the same ``group.instance.id`` has
                 taken its place.
             ConfigError: librdkafka refuses the configuration.
+            InboxError: The inbox has no tables, or another version's; or a handler has ended its transaction.
             RuntimeError: It runs already, or there are no threads to be had.
         """
+        self._check_inbox()
         reading = self._begin(self._wake)
+        keeper = None if self._inbox is None else Keeper(self._inbox, self._parsed.group, reading.offsets)
         self._idle = []
         workers: list[threading.Thread] = []
         try:
@@ -120,12 +158,16 @@ class Listener(BaseListener):
                     )
                     worker.start()
                     workers.append(worker)
+                if keeper is not None:
+                    keeper.start()
             except BaseException:
                 reading.stop()
                 raise
             finally:
                 reading.run()  # it ends at once if it is stopped
         finally:
+            if keeper is not None:
+                keeper.stop()
             self._over()
             end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
             for worker in workers:
@@ -161,33 +203,77 @@ class Listener(BaseListener):
 
     def _work(self, reading: Reading) -> None:
         flag = Flag()
+        session = None
         try:
+            if self._inbox is not None:
+                session = self._inbox.open_session(self._parsed.group)
+            self._of_thread.session, self._of_thread.reading = session, reading
             while not reading.is_over():
                 work = reading.take(lambda: self._idle.append(flag))
                 if work is None:
                     if not reading.is_over():
                         flag.wait(interruptible=False)
                     continue
-                try:
-                    self._handle(work)
-                except BaseException as error:
-                    self._fail(reading, work, error)
-                else:
-                    reading.done(work)
+                self._attempt(reading, work)
                 del work
         except BaseException as error:  # no memory
             reading.end_with(error)
+        finally:
+            if session is not None:
+                session.close()
+
+    def _attempt(self, reading: Reading, work: Work) -> None:
+        if not self._failing.goes_on(reading, work):
+            return
+        try:
+            self._handle(work)
+        except InboxError as error:
+            # No fault of the record: no attempt is counted, and it is sent nowhere.
+            if error.is_outage:
+                reading.abandon(work)
+            else:
+                reading.fail(work, error)
+        except BaseException as error:
+            self._fail(reading, work, error)
+        else:
+            self._failing.handled(reading, work)
 
     def _handle(self, work: Work) -> None:
-        for envelope in work.envelopes:
+        for envelope in work.handled:
             self._decode(envelope)
-        self._call(work.envelope if self._batch_size is None else list(work.envelopes))
+        handled = work.envelope if self._batch_size is None else list(work.handled)
+        session: InboxSession | None = self._of_thread.session
+        if session is None:
+            self._call(handled)
+            return
+        handle: Callable[..., object] = session.handle if self._batch_size is None else session.handle_batch
+        wait_s = self._first_wait_s
+        while True:
+            try:
+                handle(handled, self._call)
+            except InboxError as error:
+                if not error.is_outage or not self._waits(work, error, wait_s):
+                    raise
+                wait_s = min(2 * wait_s, self._longest_wait_s)
+            else:
+                return
 
-    def _call(self, handled: ReceivedEnvelope[Any] | list[ReceivedEnvelope[Any]]) -> None:
-        refuse_coroutine(self._handler(handled))
+    def _call(self, *handled: object) -> None:
+        refuse_coroutine(self._handler(*handled))
+
+    def _waits(self, work: Work, error: InboxError, wait_s: float) -> bool:
+        """Waits for an inbox whose database does not answer; whether the work is still wanted then."""
+        reading: Reading = self._of_thread.reading
+        self._tell_of_outage(error)
+        end = monotonic() + wait_s
+        while monotonic() < end:
+            if reading.is_given_up(work):
+                return False
+            time.sleep(self._look_s)
+        return True
 
     def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
-        reading.fail(work, error)
+        self._failing.failed(reading, work, error)
 
 
 def _is_handlers_thread() -> bool:

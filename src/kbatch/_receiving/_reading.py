@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch import _codes
 from kbatch._errors import ListenerError, ProducerClosedError
-from kbatch._fastmap import Flag, monotonic
+from kbatch._fastmap import Flag, monotonic, wall_time
 from kbatch._librdkafka import error_text
 from kbatch._receiving._consumer import ConsumerCallError
+from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
 from kbatch._receiving._positions import Positions
 from kbatch._text import counted, printable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import ReceivedEnvelope
     from kbatch._receiving._consumer import ConsumerCore
+    from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Waiting
     from kbatch._receiving._positions import Partition
 
@@ -73,6 +75,7 @@ class Reading:
     Args:
         core: Its consumer; this run closes it.
         lane: What the records of one lane have in common, of an envelope; ``None``: it waits for nobody.
+        failures: Which records are to wait for their time, and the topics that they are read from besides.
         wake: Called under the lock with how many calls of handlers may begin.
         give_up: Called when the time to close is over, if handlers still run.
     """
@@ -84,11 +87,13 @@ class Reading:
         waiting: Waiting,
         limits: Limits,
         lane: Callable[[ReceivedEnvelope], Hashable],
+        failures: Failures,
         wake: Callable[[int], object],
         give_up: Callable[[], object] | None = None,
     ) -> None:
         self.core = core
-        self._topics = topics
+        self._topics = [*topics, *failures.delays]
+        self._failures = failures
         self._limits = limits
         self._lane = lane
         self._wake = wake
@@ -118,6 +123,7 @@ class Reading:
         self._committing: list[tuple[str, int, int]] = []  # on their way
         self._next_commit = self._next_look = 0.0
         self._has_gathered = False
+        self._delayed = Delayed()
         self._mean_size = 1_000_000.0  # bytes of a record, until one has come
         self._complaints: dict[tuple[object, ...], float] = {}
 
@@ -159,7 +165,24 @@ class Reading:
             return {}
         return {partition: max(0, end - reached[partition]) for partition, end in ends.items()}
 
+    def offsets(self) -> dict[Partition, tuple[int, int]]:
+        """Of the partitions that are read, what the group has committed, and the end of the log as it was told."""
+        with self.lock:
+            partitions = self._positions.partitions()
+        try:
+            ends = self.core.ends(partitions)
+            committed = self.core.committed(ends, _COMMIT_TIMEOUT_S) if ends else {}
+        except ProducerClosedError:
+            return {}
+        return {each: (committed[each], end) for each, end in ends.items() if each in committed}
+
     # -- for those who handle
+
+    def is_given_up(self, work: Work) -> bool:
+        """Whether what handles it should rather end than wait for something."""
+        with self.lock:
+            leaving = self._leaving is not None and work.partition in self._leaving
+            return self.is_stopping or leaving or work.partition not in self._positions
 
     def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
@@ -191,6 +214,20 @@ class Reading:
             self.end_with(error)
             self._end(work)
 
+    def put_off(self, work: Work, due: float) -> None:
+        """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
+        now = monotonic()
+        with self.lock:
+            is_leaving = self._leaving is not None and work.partition in self._leaving
+            if self.is_stopping or is_leaving or not self._positions.holds(work.partition, work.places[0]):
+                self._end(work)  # it is read again, here or elsewhere
+                return
+            self._leave_running(work)
+            self._waiting.put_off(work, due)
+            if due <= now:
+                self._waiting.ripen(now)
+                self._wake(1)
+
     def abandon(self, work: Work) -> None:
         """Its handler was ended when the time to close was over."""
         with self.lock:
@@ -205,14 +242,17 @@ class Reading:
         self.stop()
 
     def _end(self, work: Work) -> None:
+        self._leave_running(work)
+        self._waiting.end(work, monotonic())
+        self._release(work)
+
+    def _leave_running(self, work: Work) -> None:
         self._running.discard(work)
         self._running_of[work.partition] -= len(work.places)
         if not self._running_of[work.partition]:
             del self._running_of[work.partition]
             if self._leaving is not None or (self.is_stopping and not self._running):
                 self._nudge()
-        self._waiting.end(work, monotonic())
-        self._release(work)
 
     def _release(self, work: Work) -> None:
         partition, records, limits = work.partition, len(work.places), self._limits
@@ -324,8 +364,10 @@ class Reading:
             if ready:
                 self._wake(ready)
         if reopened:
-            self.core.read([partition for partition in reopened if partition in self._positions])
+            self.core.read([each for each in reopened if each in self._positions and each not in self._delayed])
         timeout = _POLL_S if due is None else min(_POLL_S, max(0.0, due - now))
+        if room > 0 and self._leaving is None:
+            self._accept_due(now, room)
         if self._committing:
             timeout = min(timeout, 10 * _COMMIT_POLL_S)
         if gathers:
@@ -362,8 +404,30 @@ class Reading:
         if change is not None and self._leaving is None:
             self._rebalance(*change)
 
+    def _puts_off(self, envelope: ReceivedEnvelope, now: float) -> bool:
+        """Whether it waits for its time, or behind one that does."""
+        left_s = self._failures.due_in_s(envelope, wall_time())
+        partition = (envelope.topic, envelope.partition)
+        if not left_s and partition not in self._delayed:
+            return False
+        if self._delayed.add(partition, envelope, now + left_s):
+            self.core.read([partition], False)
+        return True
+
+    def _accept_due(self, now: float, most: int) -> None:
+        due = self._delayed.take_due(now, most)
+        if due:
+            self._begin(due, now)
+            self.core.read([each for each in self._delayed.take_empty() if each not in self._full])
+
     def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
         now = monotonic()
+        if self._failures.delays:
+            envelopes = [envelope for envelope in envelopes if not self._puts_off(envelope, now)]
+        if envelopes:
+            self._begin(envelopes, now)
+
+    def _begin(self, envelopes: list[ReceivedEnvelope], now: float) -> None:
         touched = set()
         size = 0
         with self.lock:
@@ -455,6 +519,7 @@ class Reading:
             self.rebalances += 1
             self.core.answer()
             return
+        self._delayed.forget(partitions)
         is_lost = self.core.assignment_lost()
         with self.lock:
             self._drop(set(partitions))  # nothing of them begins any more

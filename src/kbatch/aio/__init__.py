@@ -21,6 +21,7 @@ from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._dead_letters import DeadLetters
 from kbatch.aio._durable import DurableSender
+from kbatch.aio._inbox import PostgresInbox
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._listener import Listener
 from kbatch.aio._postgres import PostgresOutbox
@@ -38,6 +39,7 @@ __all__ = [
     "KafkaTopic",
     "Listener",
     "PendingBatch",
+    "PostgresInbox",
     "PostgresOutbox",
     "Producer",
     "Relay",

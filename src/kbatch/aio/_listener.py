@@ -8,10 +8,12 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._callbacks import callback_name, is_coroutine_function
-from kbatch._errors import ListenerError
-from kbatch._fastmap import LoopWaker
+from kbatch._errors import InboxError, ListenerError
+from kbatch._fastmap import LoopWaker, monotonic
+from kbatch._inbox._keeper import Keeper
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
+from kbatch.aio._inbox_session import AioInboxSession
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -19,8 +21,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from kbatch._inbox._base import ListenersInbox
+    from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
+    from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Listener"]
 
@@ -30,13 +35,17 @@ class Listener(BaseListener):
 
     As `kbatch.Listener`. It reads on a thread of its own, and each call of the handler is a task of the event loop on
     which `run` is awaited; a handler that blocks the loop does not lose the member. A handler that is cancelled has
-    failed.
+    failed, and ends the listener.
 
     Args:
         handler: A coroutine function. At most `concurrency` calls of it run at a time.
         config, topics, types, wire, concurrency, batch_size, batch_timeout_ms, max_in_flight, max_in_flight_bytes,
             commit_interval_s: As for `kbatch.Listener`.
+        inbox: The same; also a `kbatch.aio.PostgresInbox`. The handler's connection is a ``psycopg.AsyncConnection``,
+            or one of ``sqlite3``, whose statements block the loop.
         close_timeout_s: The same; the tasks that still run then are cancelled.
+        retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
+            threads.
 
     Raises:
         ConfigError: A wrong option.
@@ -57,8 +66,14 @@ class Listener(BaseListener):
         batch_timeout_ms: float = 0.0,
         max_in_flight: int = 2_000,
         max_in_flight_bytes: int = 64 * 1024 * 1024,
+        inbox: ListenersInbox | None = None,
         commit_interval_s: float = 1.0,
         close_timeout_s: float = 30.0,
+        retry: RetryPolicy | None = None,
+        retry_topics: Iterable[float] = (),
+        dead_letter_topic: str | None = None,
+        reject_on: Iterable[type[Exception]] = (),
+        producer: Producer | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -73,7 +88,14 @@ class Listener(BaseListener):
             max_in_flight_bytes=max_in_flight_bytes,
             commit_interval_s=commit_interval_s,
             close_timeout_s=close_timeout_s,
+            inbox=inbox,
+            retry=retry,
+            retry_topics=retry_topics,
+            dead_letter_topic=dead_letter_topic,
+            reject_on=reject_on,
+            producer=producer,
         )
+        self._sessions: list[AioInboxSession] = []  # that no handler uses
 
     @staticmethod
     def _handler_fault(handler: object) -> str | None:
@@ -92,10 +114,13 @@ class Listener(BaseListener):
             Exception: What a handler has raised. Its record is not committed.
             ListenerError, ConfigError, RuntimeError: As `kbatch.Listener.run`; also if a handler was cancelled.
         """
+        if self._inbox is not None:
+            await in_thread("kbatch-inbox", self._check_inbox)
         ended = LoopWaker()
         handlers = _Handlers(self, ended.loop)
         reading = self._begin(handlers.wake, handlers.give_up)
         handlers.reading = reading
+        keeper = None if self._inbox is None else Keeper(self._inbox, self._parsed.group, reading.offsets)
         errors: list[BaseException] = []
         waits = [ended]
 
@@ -104,6 +129,9 @@ class Listener(BaseListener):
                 reading.run()
             except BaseException as error:
                 errors.append(error)
+            if keeper is not None:
+                keeper.stop()
+            self._close_sessions()
             self._over()
             handlers.is_over = True
             for waker in waits:
@@ -117,6 +145,8 @@ class Listener(BaseListener):
         except BaseException:
             self._over()
             raise
+        if keeper is not None:
+            keeper.start()
         try:
             await ended.future
         except BaseException:
@@ -157,15 +187,52 @@ class Listener(BaseListener):
         await self.close()
 
     async def _handle(self, work: Work) -> None:
-        for envelope in work.envelopes:
+        for envelope in work.handled:
             self._decode(envelope)
-        await self._call(work.envelope if self._batch_size is None else list(work.envelopes))
+        handled = work.envelope if self._batch_size is None else list(work.handled)
+        if self._inbox is None:
+            await self._call(handled)
+        else:
+            await self._call_in(work, self._inbox, handled)
 
-    async def _call(self, handled: object) -> None:
-        await self._handler(handled)  # type: ignore[misc]
+    async def _call(self, *handled: object) -> None:
+        await self._handler(*handled)  # type: ignore[misc]
+
+    async def _call_in(self, work: Work, inbox: ListenersInbox, handled: Any) -> None:
+        session = self._sessions.pop() if self._sessions else AioInboxSession(inbox.open_session(self._parsed.group))
+        try:
+            handle: Callable[..., Awaitable[object]] = session.handle
+            if self._batch_size is not None:
+                handle = session.handle_batch
+            wait_s = self._first_wait_s
+            reading = self._reading
+            while True:
+                try:
+                    await handle(handled, self._call)
+                except InboxError as error:
+                    if not error.is_outage:
+                        raise
+                    self._tell_of_outage(error)
+                    end = monotonic() + wait_s
+                    while monotonic() < end:
+                        if reading is None or reading.is_given_up(work):
+                            raise
+                        await asyncio.sleep(self._look_s)
+                    wait_s = min(2 * wait_s, self._longest_wait_s)
+                else:
+                    return
+        finally:
+            self._sessions.append(session)
+            if not self._runs_here():  # its run has ended without it
+                self._close_sessions()
+
+    def _close_sessions(self) -> None:
+        sessions, self._sessions = self._sessions, []
+        for session in sessions:
+            session.close()
 
     async def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
-        reading.fail(work, error)
+        self._failing.failed(reading, work, error)
 
 
 class _Handlers:
@@ -223,6 +290,8 @@ class _Handlers:
 
     async def _work(self, work: Work) -> None:
         _handled_by.set(self._listener)
+        if not self._listener._failing.goes_on(self.reading, work):
+            return
         try:
             await self._listener._handle(work)
         except asyncio.CancelledError as error:
@@ -234,11 +303,17 @@ class _Handlers:
                     f"offset {work.places[0].offset}"
                 )
                 cancelled.__cause__ = error
-                await self._listener._fail(self.reading, work, cancelled)
+                self.reading.fail(work, cancelled)
+        except InboxError as error:
+            # No fault of the record: no attempt is counted, and it is sent nowhere.
+            if error.is_outage:
+                self.reading.abandon(work)
+            else:
+                self.reading.fail(work, error)
         except BaseException as error:
             await self._listener._fail(self.reading, work, error)
         else:
-            self.reading.done(work)
+            self._listener._failing.handled(self.reading, work)
 
 
 _handled_by: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kbatch_handled_by", default=None)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
-from kbatch._errors import OutboxError
+from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
 from kbatch._loop import in_thread
-from kbatch._outbox._postgres import BasePostgresOutbox, not_taken
+from kbatch._outbox._postgres import BasePostgresOutbox
 from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream
 from kbatch.aio._dead_letters import DeadLetters
 from kbatch.aio._scheduled import ScheduledMessages
@@ -22,13 +21,14 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope
     from kbatch._outbox._base import OutboxStatus
     from kbatch._outbox._postgres_rows import NewRows
+    from kbatch._outbox._postgres_tables import PostgresTables
 
 __all__ = ["PostgresOutbox"]
 
 _THREAD = "kbatch-outbox"
 
 
-class PostgresOutbox(BasePostgresOutbox):
+class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
     """Takes envelopes within transactions of the application, in tables of its PostgreSQL database.
 
     Takes what `kbatch.PostgresOutbox` takes. A `kbatch.aio.Relay` sends them, or a `kbatch.Relay` in a thread or a
@@ -36,6 +36,7 @@ class PostgresOutbox(BasePostgresOutbox):
     """
 
     _shown = "kbatch.aio.PostgresOutbox"
+    _tables: PostgresTables
 
     async def create(self) -> None:
         """As `kbatch.PostgresOutbox.create`, on a thread, with psycopg."""
@@ -73,54 +74,14 @@ class PostgresOutbox(BasePostgresOutbox):
         one of them. The envelopes are mapped at once, without a pause for other tasks. If the task is cancelled, all
         of them may have been added: roll back.
         """
-        driver = await self._driver(connection)
-        self._check(driver)
+        driver = await self._driver_aio(connection)
+        self._check_aio(driver)
         rows = self._rows((self._pool.map(self._mapper, topic, envelopes),))
-        self._check(driver)  # an encoder or a generator may have ended the transaction
+        self._check_aio(driver)  # an encoder or a generator may have ended the transaction
         if rows.total:
-            await (self._write_asyncpg if _is_asyncpg(driver) else self._write_psycopg)(driver, rows, serialize_keys)
+            await (self._write_asyncpg if is_asyncpg(driver) else self._write_psycopg)(driver, rows, serialize_keys)
         self._tell_watchers()
         return rows.total
-
-    async def _driver(self, connection: Any) -> Any:
-        driver = connection
-        sqlalchemy = sys.modules.get("sqlalchemy.ext.asyncio")
-        if sqlalchemy is not None and isinstance(driver, (sqlalchemy.AsyncSession, sqlalchemy.AsyncConnection)):
-            try:
-                driver = await self._driver_of_sqlalchemy(driver, sqlalchemy)
-            except sys.modules["sqlalchemy"].exc.SQLAlchemyError as error:
-                raise self._tables.as_outbox_error(error) from error
-        psycopg = sys.modules.get("psycopg")
-        if _is_asyncpg(driver) or (psycopg is not None and isinstance(driver, psycopg.AsyncConnection)):
-            return driver
-        raise not_taken(
-            connection,
-            driver,
-            "one of psycopg.AsyncConnection, asyncpg.Connection, or SQLAlchemy's AsyncConnection or AsyncSession over "
-            "them",
-        )
-
-    async def _driver_of_sqlalchemy(self, connection: Any, sqlalchemy: Any) -> Any:
-        if isinstance(connection, sqlalchemy.AsyncSession):
-            connection = await connection.connection()
-        if not connection.in_transaction():
-            await connection.begin()
-        driver = (await connection.get_raw_connection()).driver_connection
-        if _is_asyncpg(driver) and not driver.is_in_transaction():
-            await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy begins asyncpg's transaction with a statement
-        return driver
-
-    def _check(self, driver: Any) -> None:
-        if not _is_asyncpg(driver):
-            self._check_psycopg(driver)
-            return
-        if driver.is_closed():
-            raise OutboxError("the connection is closed: give one that is open")
-        if not driver.is_in_transaction():
-            raise OutboxError(
-                "the connection is in no transaction, so that the messages would not be committed together with the "
-                "data: add them within its `async with connection.transaction():`"
-            )
 
     async def _write_psycopg(
         self, connection: psycopg.AsyncConnection[Any], rows: NewRows, serialize_keys: bool
@@ -180,8 +141,3 @@ class PostgresOutbox(BasePostgresOutbox):
 def _told(tag: str) -> int:
     """How many rows a statement has inserted, by what the server says."""
     return int(tag.rpartition(" ")[2])
-
-
-def _is_asyncpg(driver: object) -> bool:
-    asyncpg = sys.modules.get("asyncpg")
-    return asyncpg is not None and isinstance(driver, (asyncpg.Connection, asyncpg.pool.PoolConnectionProxy))

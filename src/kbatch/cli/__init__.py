@@ -1,4 +1,5 @@
-"""The command line: ``kbatch demo``, ``produce``, ``relay``, ``outbox``. Needs the extra ``kbatch-kafka[cli]``."""
+"""The command line: ``kbatch demo``, ``produce``, ``consume``, ``listen``, ``replay``, ``dead-topic``,
+``relay``, ``outbox``. Needs the extra ``kbatch-kafka[cli]``."""
 
 import os
 import sys

@@ -8,7 +8,9 @@ import typer
 
 import kbatch
 from kbatch.cli._failure import USAGE, Failure
+from kbatch.cli._inbox_app import inbox_app
 from kbatch.cli._outbox_app import outbox_app, relay
+from kbatch.cli._receiving_app import consume, dead_topic_app, listen, replay
 from kbatch.cli._screen import Screen
 from kbatch.cli._work import Wire, exit_with, typed
 
@@ -150,4 +152,9 @@ def produce(
 
 
 app.command(context_settings={"allow_extra_args": True})(relay)
+app.command()(listen)
+app.command()(consume)
+app.command()(replay)
+app.add_typer(dead_topic_app, name="dead-topic")
 app.add_typer(outbox_app, name="outbox")
+app.add_typer(inbox_app, name="inbox")

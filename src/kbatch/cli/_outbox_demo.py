@@ -253,6 +253,9 @@ class Demo:
         relay.check()
         if monotonic() - self._began > _PATIENCE_S:
             raise Failure(f"nothing more was sent within {_PATIENCE_S:g} s")
+        self._wait_a_little()
+
+    def _wait_a_little(self) -> None:
         time.sleep(_LOOK_EVERY_S)
 
     def _left(self) -> int:
@@ -264,7 +267,7 @@ class Demo:
 
 def run_outbox_demo(plan: OutboxPlan, screen: Screen) -> int:
     """Runs the demo and returns its exit status."""
-    with _folder() as folder, MockCluster(process=True) as cluster:
+    with demo_folder() as folder, MockCluster(process=True) as cluster:
         cluster.create_topic(_TOPIC, PARTITIONS)
         demo = Demo(plan, folder, cluster.bootstrap_servers)
         with contextlib.closing(demo):
@@ -295,7 +298,8 @@ def run_outbox_demo(plan: OutboxPlan, screen: Screen) -> int:
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[Path]:
+def demo_folder() -> Iterator[Path]:
+    """A folder for the files of a demo, gone at its end."""
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 

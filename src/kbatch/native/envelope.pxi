@@ -459,6 +459,10 @@ cdef class Tombstone(Envelope):
         self._kind = BODY_TOMBSTONE
 
 
+# Of each text field the one that was made last: types and sources are few.
+cdef list _last_texts = [""] * RECEIVED_TEXTS
+
+
 cdef class ReceivedEnvelope(Envelope):
     """An envelope that a `Listener` or a consumer has read. Nobody else makes one.
 
@@ -478,10 +482,19 @@ cdef class ReceivedEnvelope(Envelope):
         kb_free(self._block)
 
     cdef object _text(self, int field):
-        # Made anew, if it is not None.
+        # Made anew, unless it is that of the last envelope that was asked.
+        cdef const Text *text
+        cdef object last
         if self._block == NULL or self._block.texts[field].chars == NULL:
             return None
-        return PyUnicode_DecodeUTF8(self._block.texts[field].chars, self._block.texts[field].length, NULL)
+        text = &self._block.texts[field]
+        last = _last_texts[field]
+        if kb_plain_length(<PyObject *> last) == text.length and memcmp(
+                kb_plain_text(<PyObject *> last), text.chars, text.length) == 0:
+            return last
+        last = PyUnicode_DecodeUTF8(text.chars, text.length, NULL)
+        _last_texts[field] = last
+        return last
 
     cdef int _fill(self) except -1:
         # All that is made when it is asked for. The same objects whoever comes first.
@@ -524,17 +537,11 @@ cdef class ReceivedEnvelope(Envelope):
     @property
     def headers(self):
         """Pairs of name and value, in order: those that are no fields of the envelope."""
-        cdef Py_ssize_t i
-        cdef list pairs
-        if self._headers is _EMPTY and self._block != NULL and self._block.count:
-            pairs = []
-            for i in range(self._block.count):
-                pairs.append((
-                    PyUnicode_DecodeUTF8(self._block.headers[i].name, self._block.headers[i].name_len, NULL),
-                    None if self._block.headers[i].value_len == VALUE_NULL else PyBytes_FromStringAndSize(
-                        self._block.headers[i].value, self._block.headers[i].value_len)))
+        cdef tuple pairs
+        if self._headers is _EMPTY and self._block != NULL and self._block.users:
+            pairs = block_headers(self._block, False)
             if self._headers is _EMPTY:  # another thread may have come first
-                self._headers = tuple(pairs)
+                self._headers = pairs
         return self._headers
 
     @property
@@ -610,9 +617,25 @@ cdef class ReceivedEnvelope(Envelope):
         """The record's offset in its partition."""
         return self._offset
 
+    @property
+    def raw_value(self):
+        """The value of the record as it came: `data`, unless the record is a structured CloudEvent."""
+        return self._given_value if self._block == NULL else self.data
+
+    @property
+    def raw_headers(self):
+        """All headers of the record as they came, those of the wire format among them: pairs of name and value."""
+        if self._block == NULL:
+            return _EMPTY if self._given_headers is None else self._given_headers
+        return block_headers(self._block, True)
+
     def decode(self, decoder) -> None:
         """Lets `message` show what `decoder` makes of the data."""
-        self._decoded = decoder(self.data)
+        decoded = decoder(self.data)
+        # Only now it may be part of a cycle.
+        if not PyObject_GC_IsTracked(self):
+            PyObject_GC_Track(self)
+        self._decoded = decoded
 
     @property
     def is_tombstone(self):
@@ -620,6 +643,7 @@ cdef class ReceivedEnvelope(Envelope):
         return (self._block.kind if self._kind == BODY_UNREAD else self._kind) == BODY_TOMBSTONE
 
     def replace(self, **changes):
+        """An ordinary `Envelope`, or `Tombstone`, with these fields changed."""
         return self._plain().replace(**changes)
 
     cdef dict _arguments(self):

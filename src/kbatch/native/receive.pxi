@@ -1,5 +1,5 @@
-# Records of librdkafka become envelopes. One that is as it should be is read and copied without the GIL, and its objects
-# are made when they are asked for. For the others there is `_Reading`, which tells what is wrong with them.
+# Records of librdkafka become envelopes. One that is as it should be is read and copied without the GIL, and its
+# objects are made when they are asked for. For the others there is `_Reading`, which tells what is wrong with them.
 
 cdef extern from *:
     """
@@ -84,36 +84,48 @@ cdef Received *read_regular(Raw *raw, int wire) noexcept nogil:
     cdef Received out
     cdef Received *block
     cdef Given given
+    cdef Header *header
     cdef const OwnHeader *own
     cdef int own_count, next_own = 0, k
+    cdef Py_ssize_t[RECEIVED_TEXTS] text_at  # the header that each text is
     cdef bint is_event = wire == WIRE_CLOUDEVENTS
     cdef const OwnHeader *table = own_headers(wire, &own_count)
-    cdef Py_ssize_t i, j, users = 0
+    cdef Py_ssize_t i
     cdef size_t size = 0
     cdef char *at
-    cdef char *name
     if wire == WIRE_CUSTOM or raw.count < 0:
         return NULL
     memset(&out, 0, sizeof(out))
     out.sent_at = out.scheduled_time = out.deliver_by = NO_TIME
     for i in range(raw.count):
-        _give_header(raw.headers + i, &given)
+        header = raw.headers + i
+        _give_header(header, &given)
+        if given.bytes != NULL:
+            size += given.length
         own = find_own(table, own_count, is_event, &next_own, &given)
-        if own != NULL:
-            if given.bytes != NULL and not _take_own(&out, own, given.bytes, given.length):
+        if own == NULL:
+            if not is_ascii(given.name, given.name_len):
                 return NULL
+            size += given.name_len
+            if is_event and given.bytes == NULL and is_read_as_attribute(&given):
+                header.name_len = ~header.name_len
+            else:
+                out.users += 1
             continue
-        if not is_ascii(given.name, given.name_len):
-            return NULL
-        if is_event and given.bytes == NULL and is_read_as_attribute(&given):
-            continue
-        size += given.name_len + (given.length if given.bytes != NULL else 0)
-        raw.headers[users] = raw.headers[i]
-        users += 1
+        if given.bytes != NULL:
+            if not _take_own(&out, own, given.bytes, given.length):
+                return NULL
+            if own.field <= KB_LAST_TEXT:
+                text_at[own.field] = i
+        if is_event:
+            size += given.name_len  # in any case
+        else:
+            header.name = own.name
+        header.name_len = ~header.name_len
     if is_event and not _is_regular_event(&out, raw.value.chars != NULL):
         return NULL
     out.offset, out.timestamp, out.partition = raw.offset, raw.timestamp, raw.partition
-    out.key, out.value, out.count = raw.key, raw.value, users
+    out.key, out.value, out.count, out.is_event = raw.key, raw.value, raw.count, is_event
     out.makes_id = not out.seen & 1 << KB_ID
     if raw.value.chars != NULL:
         out.kind = BODY_DATA
@@ -121,40 +133,56 @@ cdef Received *read_regular(Raw *raw, int wire) noexcept nogil:
         out.kind = BODY_TOMBSTONE
     else:
         out.kind = BODY_NULL
-    for k in range(RECEIVED_TEXTS):
-        if out.texts[k].chars != NULL:
-            size += out.texts[k].length
     if out.value.chars != NULL and out.value.length > LONGEST_IN_BLOCK:
         out.value.chars = NULL
     if out.value.chars != NULL:
         size += out.value.length
     if out.key.chars != NULL:
         size += out.key.length
-    block = <Received *> kb_malloc(sizeof(Received) + users * sizeof(Header) + size)
+    block = <Received *> kb_malloc(sizeof(Received) + raw.count * sizeof(Header) + size)
     if block == NULL:
         return NULL
     block[0] = out
     block.headers = <Header *> (block + 1)
-    at = <char *> (block.headers + users)
-    for k in range(RECEIVED_TEXTS):
-        if out.texts[k].chars != NULL:
-            block.texts[k].chars = _copied_text(&at, out.texts[k].chars, out.texts[k].length)
+    at = <char *> (block.headers + raw.count)
     if out.key.chars != NULL:
         block.key.chars = _copied_text(&at, out.key.chars, out.key.length)
     if out.value.chars != NULL:
         block.value.chars = _copied_text(&at, out.value.chars, out.value.length)
-    for i in range(users):
-        block.headers[i] = raw.headers[i]
-        name = at
-        block.headers[i].name = _copied_text(&at, raw.headers[i].name, raw.headers[i].name_len)
-        if raw.headers[i].value_len != VALUE_NULL:
-            block.headers[i].value = _copied_text(&at, raw.headers[i].value, raw.headers[i].value_len)
-        if is_event:
-            _give_header(raw.headers + i, &given)
-            if is_read_as_attribute(&given):
-                for j in range(given.name_len):
-                    name[j] = _lower(name[j])
+    for i in range(raw.count):
+        header = block.headers + i
+        header[0] = raw.headers[i]
+        if is_event or header.name_len >= 0:
+            header.name = _copied_text(&at, header.name, true_length(header))
+        if header.value_len != VALUE_NULL:
+            header.value = _copied_text(&at, header.value, header.value_len)
+    for k in range(RECEIVED_TEXTS):
+        if out.texts[k].chars != NULL:
+            block.texts[k].chars = block.headers[text_at[k]].value
     return block
+
+
+cdef inline Py_ssize_t true_length(const Header *header) noexcept nogil:
+    # Of the name. It is inverted of what is no header of the user's.
+    return header.name_len if header.name_len >= 0 else ~header.name_len
+
+
+cdef tuple block_headers(const Received *block, bint all_of_them):
+    cdef const Header *header
+    cdef Given given
+    cdef list pairs = []
+    cdef Py_ssize_t i
+    for i in range(block.count):
+        header = block.headers + i
+        if header.name_len < 0 and not all_of_them:
+            continue
+        _give_header(header, &given)
+        given.name_len = true_length(header)
+        name = name_object(&given)
+        if block.is_event and not all_of_them and is_read_as_attribute(&given):
+            name = name.lower()
+        pairs.append((name, value_object(&given)))
+    return tuple(pairs)
 
 
 cdef ReceivedEnvelope regular_envelope(Received *block, object topic, const char *value):
@@ -169,6 +197,7 @@ cdef ReceivedEnvelope regular_envelope(Received *block, object topic, const char
     memcpy(e._id, block.id, 16)
     e._block = block
     e._kind = BODY_UNREAD
+    PyObject_GC_UnTrack(e)  # nothing that it holds can lead back to it, until it is decoded
     return e
 
 
@@ -178,9 +207,7 @@ cdef int64_t received_bytes(ReceivedEnvelope envelope) noexcept:
     cdef int64_t size = sizeof(Received) + block.count * sizeof(Header) + block.value.length + block.key.length
     cdef Py_ssize_t i
     for i in range(block.count):
-        size += block.headers[i].name_len + max(0, block.headers[i].value_len)
-    for i in range(RECEIVED_TEXTS):
-        size += block.texts[i].length
+        size += true_length(block.headers + i) + max(0, block.headers[i].value_len)
     return size
 
 
@@ -297,11 +324,23 @@ cdef Py_ssize_t _with_names(Header *headers, Py_ssize_t count) except -1:
     return kept
 
 
+cdef tuple raw_pairs(const Raw *raw):
+    # As they came, but for names that are no text.
+    cdef list pairs = []
+    cdef Given given
+    cdef Py_ssize_t i
+    for i in range(max(raw.count, 0)):
+        _give_header(raw.headers + i, &given)
+        pairs.append((PyUnicode_DecodeUTF8(given.name, given.name_len, "replace"), value_object(&given)))
+    return tuple(pairs)
+
+
 cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object custom):
     """The envelope of any record. What cannot be read is one of the format "raw" with its ``error``."""
     cdef Consumed record
     cdef ReceivedEnvelope e
     cdef object partition = raw.partition, offset = raw.offset
+    cdef tuple given = raw_pairs(raw)
     cdef object key = _bytes_of(&raw.key), value = _bytes_of(&raw.value)
     _begin_consumed(&record, raw, topic, partition, offset, key, value)
     try:
@@ -316,53 +355,57 @@ cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object cu
         record.count = _with_names(raw.headers, record.count)
         e = <ReceivedEnvelope> envelope_of(&record, WIRE_RAW, ReceivedEnvelope.__new__(ReceivedEnvelope))
         e.error = error
-    e._offset = raw.offset
+    e._offset, e._given_value, e._given_headers = raw.offset, value, given
     return e
 
 
-def receive(record, *, wire="kbatch", bint regular=True):
-    """The envelope that a `Listener` makes of a record, for tests: by both ways, as `regular` says, if it can be read
-    by both. Names of headers may be bytes; the rest is as `read_envelope` takes it."""
+def received(str topic not None, int partition, int64_t offset, int64_t timestamp, bytes key, bytes value, headers not
+             None, wire="kbatch", *, regular=None):
+    """The envelope that a consumer would make of such a record, without one. Names of headers may be bytes.
+
+    For tests: with `regular` true None for what is not read without the GIL, with false read with it all the same.
+    """
     cdef Raw raw
     cdef Received *block = NULL
-    cdef ReceivedEnvelope envelope
-    cdef bytes key = record.key(), value = record.value()
-    cdef str topic = record.topic()
     cdef list kept = []
-    cdef Header *headers
+    cdef Header *given
     cdef Py_ssize_t i
-    cdef int number = WIRE_CUSTOM if not isinstance(wire, str) else wire_number(wire, "")
-    given = record.headers() or []
-    raw.partition, raw.offset = record.partition(), record.offset()
-    raw.timestamp = max(0, record.timestamp()[1]) if record.timestamp()[0] else 0
-    raw.key.chars = NULL if key is None else PyBytes_AS_STRING(key)
-    raw.key.length = 0 if key is None else len(key)
-    raw.value.chars = NULL if value is None else PyBytes_AS_STRING(value)
-    raw.value.length = 0 if value is None else len(value)
-    headers = <Header *> kb_malloc((len(given) + 1) * sizeof(Header))
-    if headers == NULL:
+    cdef int number = wire_number(wire, " or an object with read()") if isinstance(wire, str) else WIRE_CUSTOM
+    raw.partition, raw.offset, raw.timestamp = partition, offset, max(0, timestamp)
+    raw.key.chars, raw.key.length = NULL, 0
+    if key is not None:
+        raw.key.chars, raw.key.length = PyBytes_AS_STRING(key), PyBytes_GET_SIZE(key)
+    raw.value.chars, raw.value.length = NULL, 0
+    if value is not None:
+        raw.value.chars, raw.value.length = PyBytes_AS_STRING(value), PyBytes_GET_SIZE(value)
+    for name, content in headers:
+        kept.append((name.encode() if isinstance(name, str) else bytes(name),
+                     content.encode() if isinstance(content, str) else content))
+    given = <Header *> kb_malloc((len(kept) + 1) * sizeof(Header))
+    if given == NULL:
         raise MemoryError()
     try:
-        raw.headers, raw.count = headers, len(given)
+        raw.headers, raw.count = given, len(kept)
         for i in range(raw.count):
-            name, content = given[i]
-            name = name.encode() if isinstance(name, str) else bytes(name)
-            content = content.encode() if isinstance(content, str) else content
-            kept.append((name, content))
-            headers[i].name, headers[i].name_len = PyBytes_AS_STRING(name), <int32_t> len(name)
-            headers[i].value = NULL if content is None else PyBytes_AS_STRING(content)
-            headers[i].value_len = VALUE_NULL if content is None else <int32_t> len(content)
-        if not regular:
-            return read_irregular(&raw, topic, number, wire)
-        with nogil:
-            block = read_regular(&raw, number)
-        if block == NULL:
-            return None
-        try:
-            envelope = regular_envelope(block, topic, raw.value.chars)
-        except BaseException:
-            kb_free(block)
-            raise
-        return envelope
+            name, content = kept[i]
+            given[i].name, given[i].name_len = PyBytes_AS_STRING(<bytes?> name), <int32_t> PyBytes_GET_SIZE(name)
+            given[i].value, given[i].value_len = NULL, VALUE_NULL
+            if content is not None:
+                given[i].value = PyBytes_AS_STRING(<bytes?> content)
+                given[i].value_len = <int32_t> PyBytes_GET_SIZE(content)
+        if regular is None or regular:
+            with nogil:
+                block = read_regular(&raw, number)
+            if block != NULL:
+                try:
+                    return regular_envelope(block, topic, raw.value.chars)
+                except BaseException:
+                    kb_free(block)
+                    raise
+            if regular:
+                return None
+            for i in range(raw.count):
+                given[i].name_len = <int32_t> true_length(given + i)
+        return read_irregular(&raw, topic, number, wire)
     finally:
-        kb_free(headers)
+        kb_free(given)

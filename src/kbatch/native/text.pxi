@@ -45,34 +45,38 @@ cdef bint is_canonical_uuid(const char *text, Py_ssize_t length) noexcept nogil:
     return not zero
 
 
-cdef inline int _hex_digit(char c) noexcept nogil:
-    # -1 if it is none.
-    if c'0' <= c <= c'9':
-        return c - c'0'
-    if c'a' <= c <= c'f':
-        return c - c'a' + 10
-    if c'A' <= c <= c'F':
-        return c - c'A' + 10
-    return -1
+cdef signed char[256] _hex_values  # -1 for what is no digit
+
+
+cdef void _fill_hex_values() noexcept nogil:
+    cdef int i
+    for i in range(256):
+        _hex_values[i] = -1
+    for i in range(10):
+        _hex_values[c'0' + i] = i
+    for i in range(6):
+        _hex_values[c'a' + i] = _hex_values[c'A' + i] = 10 + i
+
+_fill_hex_values()
 
 
 cdef bint parse_uuid(const char *text, Py_ssize_t length, unsigned char *out) noexcept nogil:
     # 8-4-4-4-12 hexadecimal digits, or 32 of them, in either case. `out` is written even if the text is no UUID.
-    cdef int i, high, low
-    cdef bint dashes = length == UUID_TEXT
-    if not dashes and length != 32:
+    cdef const unsigned char *p = <const unsigned char *> text
+    cdef int i, high, low, wrong = 0
+    if length == UUID_TEXT:
+        if p[8] != c'-' or p[13] != c'-' or p[18] != c'-' or p[23] != c'-':
+            return False
+    elif length != 32:
         return False
     for i in range(16):
-        if dashes and (i == 4 or i == 6 or i == 8 or i == 10):
-            if text[0] != c'-':
-                return False
-            text += 1
-        high, low = _hex_digit(text[0]), _hex_digit(text[1])
-        if high < 0 or low < 0:
-            return False
-        out[i] = <unsigned char> (high << 4 | low)
-        text += 2
-    return True
+        if length == UUID_TEXT and (i == 4 or i == 6 or i == 8 or i == 10):
+            p += 1
+        high, low = _hex_values[p[0]], _hex_values[p[1]]
+        wrong |= high | low  # negative, if one of them is
+        out[i] = <unsigned char> (<uint32_t> high << 4 | <uint32_t> low)
+        p += 2
+    return wrong >= 0
 
 
 cdef inline void _write_digits(char *out, int64_t value, int width) noexcept nogil:
@@ -293,41 +297,62 @@ def uuid7() -> uuid.UUID:
     return uuid_object(raw)
 
 
-cdef uint64_t _big_endian(const unsigned char *raw) noexcept nogil:
-    cdef uint64_t value = 0
-    cdef int i
-    for i in range(8):
-        value = value << 8 | raw[i]
-    return value
+cdef extern from *:
+    """
+    #include <structmember.h>
+    /* Where a class keeps what its __slots__ name; -1: not as it was. */
+    static Py_ssize_t kb_slot_offset(PyObject *member) {
+        PyMemberDef *found;
+        if (!Py_IS_TYPE(member, &PyMemberDescr_Type))
+            return -1;
+        found = ((PyMemberDescrObject *)member)->d_member;
+        return found->type == T_OBJECT_EX ? found->offset : -1;
+    }
+    /* Of an object that was just made. */
+    static inline void kb_set_slot(PyObject *o, Py_ssize_t offset, PyObject *value) {
+        Py_INCREF(value);
+        *(PyObject **)((char *)o + offset) = value;
+    }
+    """
+    Py_ssize_t kb_slot_offset(object member) noexcept
+    void kb_set_slot(object o, Py_ssize_t offset, object value) noexcept
+    object _PyLong_FromByteArray(const unsigned char *bytes, size_t n, int little_endian, int is_signed)
 
 
 cdef object _UUID = uuid.UUID
 cdef object _UNKNOWN = uuid.SafeUUID.unknown
-cdef object _64 = 64
+cdef Py_ssize_t _uuid_int = -1      # where a UUID has its number; -1: not known
+cdef Py_ssize_t _uuid_is_safe = -1
 
 
 cdef object quick_uuid(const unsigned char *raw):
-    # What UUID.__init__ does, which is 1 µs of Python. UUID refuses attributes; object does not.
+    # What UUID.__init__ does in 1 µs of Python.
+    cdef object number = _PyLong_FromByteArray(raw, 16, 0, 0)
     cdef object made = (<type> _UUID).__new__(_UUID)
-    PyObject_GenericSetAttr(made, "int", (<object> _big_endian(raw) << _64) | <object> _big_endian(raw + 8))
-    PyObject_GenericSetAttr(made, "is_safe", _UNKNOWN)
+    kb_set_slot(made, _uuid_int, number)
+    kb_set_slot(made, _uuid_is_safe, _UNKNOWN)
     return made
 
 
-cdef bint _uuids_are_as_expected() noexcept:
+cdef int _learn_uuids() except -1:
+    # Only if a UUID that is made so is one like any other.
+    global _uuid_int, _uuid_is_safe
     cdef bytes raw = bytes(range(0xF0, 0x100))
-    try:
+    expected = uuid.UUID(bytes=raw)
+    _uuid_int = kb_slot_offset(getattr(_UUID, "int", None))
+    _uuid_is_safe = kb_slot_offset(getattr(_UUID, "is_safe", None))
+    if _uuid_int > 0 and _uuid_is_safe > 0:
         made = quick_uuid(<const unsigned char *> PyBytes_AS_STRING(raw))
-        return made == uuid.UUID(bytes=raw) and str(made) == str(uuid.UUID(bytes=raw)) and made.is_safe is _UNKNOWN
-    except Exception:
-        return False
+        if made == expected and str(made) == str(expected) and made.is_safe is expected.is_safe:
+            return 0
+    _uuid_int = -1
+    return 0
 
-
-cdef bint _quick_uuids = _uuids_are_as_expected()
+_learn_uuids()
 
 
 cdef object uuid_object(const unsigned char *raw):
-    if _quick_uuids and uuid.UUID is _UUID:
+    if _uuid_int > 0 and uuid.UUID is _UUID:
         return quick_uuid(raw)
     return uuid.UUID(bytes=PyBytes_FromStringAndSize(<const char *> raw, 16))
 

@@ -1,9 +1,35 @@
-"""Producers without Kafka for asyncio. Not imported by `kbatch.testing`: tests without asyncio need none of it."""
+"""Producers and listeners without Kafka for asyncio.
 
-from kbatch.aio import Producer
+Not imported by `kbatch.testing`: tests without asyncio need none of it.
+"""
+
+from typing import Any
+
+from kbatch._fastmap import Envelope
+from kbatch.aio import Listener, Producer
 from kbatch.testing._memory import BaseMemoryProducer
+from kbatch.testing._memory_listener import BaseMemoryListener, MemoryOutcome
 
-__all__ = ["MemoryProducer"]
+__all__ = ["MemoryListener", "MemoryProducer"]
+
+
+class MemoryListener(BaseMemoryListener):
+    """Awaits a handler with envelopes: the `kbatch.testing.MemoryListener` of asyncio, which takes the same."""
+
+    _listener_type = Listener
+
+    async def send(self, *envelopes: Envelope[Any], topic: str | None = None) -> list[MemoryOutcome]:
+        """As that of `kbatch.testing.MemoryListener`; one call of the handler is awaited after the other."""
+        memory, listener = self._memory, self._listener
+        outcomes = memory.take_in(envelopes, topic or self._topic)
+        for work in memory.works():
+            try:
+                await listener._handle(work)
+            except Exception as error:
+                memory.failing.failed(memory, work, error)
+            else:
+                memory.failing.handled(memory, work)
+        return outcomes
 
 
 class MemoryProducer(BaseMemoryProducer, Producer):

@@ -1,0 +1,284 @@
+"""What reading costs the thread that does it: kbatch's native consumer beside a C loop and confluent-kafka.
+
+All records are in librdkafka's queues before a turn begins, so what is measured is what the application's thread does:
+it takes them off, reads id, message type, key and value of each, and gives them back.
+"""
+
+import ctypes
+import gc
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from statistics import median
+from typing import Any
+
+import confluent_kafka
+
+import kbatch
+from benchmarks.broker import Broker, OpenBroker
+from benchmarks.data import kbatch_envelopes
+from benchmarks.figures import Section, figure
+from benchmarks.library import build, librdkafka_path
+from kbatch._events import make_dispatcher
+from kbatch._fastmap import CallbackThread
+from kbatch._receiving._config import ConsumerConfig
+from kbatch._receiving._consumer import BEGINNING, ConsumerCore
+
+RECORDS = 40_000
+PARTITIONS = 16  # the mock cluster keeps 5 MiB of each
+BATCH = 1_000
+HEADERS = 8
+OVER_C_LOOP_US, TIMES_READ_ENVELOPE = 0.6, 8.0
+QUIET_S = 0.15
+
+#: reads so many records and returns how many bytes it saw
+Read = Callable[[int], int]
+
+
+def settings(broker: Broker) -> dict[str, str]:
+    return {
+        "bootstrap.servers": broker.bootstrap_servers,
+        "group.id": "readers",
+        "enable.auto.commit": "false",
+        "auto.offset.reset": "earliest",
+        "queued.min.messages": "1000000",
+        "queued.max.messages.kbytes": "1000000",
+        "fetch.wait.max.ms": "10",
+        "log_level": "0",
+    }
+
+
+@contextmanager
+def c_loop(broker: Broker, topic: str) -> Iterator[Read]:
+    library = ctypes.CDLL(str(build("readloop", shared=True)))
+    library.open_reader.restype = ctypes.c_void_p
+    library.read_all.restype = ctypes.c_int64
+    library.read_all.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_long)
+    library.close_reader.argtypes = (ctypes.c_void_p,)
+    texts = [text.encode() for pair in settings(broker).items() for text in pair]
+    pairs = (ctypes.c_char_p * (len(texts) + 1))(*texts, None)
+    reader = library.open_reader(librdkafka_path().encode(), pairs, topic.encode(), PARTITIONS)
+    if not reader:
+        raise RuntimeError("the C loop cannot be opened")
+    try:
+        yield lambda count: int(library.read_all(reader, count, BATCH))
+    finally:
+        library.close_reader(reader)
+
+
+@contextmanager
+def core_of(broker: Broker, topic: str) -> Iterator[ConsumerCore]:
+    config = ConsumerConfig.parse(settings(broker))
+    core = ConsumerCore(config.native, make_dispatcher(config, CallbackThread("callbacks"), lambda: None), "kbatch")
+    core.assign([(topic, n, BEGINNING) for n in range(PARTITIONS)])
+    try:
+        yield core
+    finally:
+        core.close(10.0)
+
+
+@contextmanager
+def kbatch_side(broker: Broker, topic: str) -> Iterator[Read]:
+    with core_of(broker, topic) as core:
+
+        def read(count: int) -> int:
+            size = 0
+            while count > 0:
+                envelopes, _ = core.poll(min(BATCH, count), 1.0)
+                count -= len(envelopes)
+                for envelope in envelopes:
+                    assert envelope.id is not None
+                    assert envelope.message_type is not None
+                    size += len(envelope.key) + len(envelope.data)  # type: ignore[arg-type]
+            return size
+
+        yield read
+
+
+@contextmanager
+def kbatch_polls(broker: Broker, topic: str) -> Iterator[Read]:
+    with core_of(broker, topic) as core:
+
+        def read(count: int) -> int:
+            while count > 0:
+                count -= len(core.poll(min(BATCH, count), 1.0)[0])
+            return 0
+
+        yield read
+
+
+@contextmanager
+def confluent(broker: Broker, topic: str, take: Callable[[Any], int]) -> Iterator[Read]:
+    consumer = confluent_kafka.Consumer(settings(broker))
+    consumer.assign([confluent_kafka.TopicPartition(topic, n, BEGINNING) for n in range(PARTITIONS)])
+
+    def read(count: int) -> int:
+        size = 0
+        while count > 0:
+            messages = consumer.consume(min(BATCH, count), 1.0)
+            count -= len(messages)
+            for message in messages:
+                size += take(message)
+        return size
+
+    try:
+        yield read
+    finally:
+        consumer.close()
+
+
+def by_hand(message: Any) -> int:
+    headers = dict(message.headers())
+    uuid.UUID(headers["id"].decode())
+    headers["message-type"].decode()
+    return len(message.key()) + len(message.value())
+
+
+def by_read_envelope(message: Any) -> int:
+    envelope = kbatch.read_envelope(message)
+    assert envelope.id is not None
+    assert envelope.message_type is not None
+    return len(envelope.key) + len(envelope.data)  # type: ignore[arg-type]
+
+
+Open = Callable[[Broker, str], AbstractContextManager[Read]]
+SIDES: dict[str, Open] = {
+    "C loop": c_loop,
+    "kbatch": kbatch_side,
+    "kbatch, nothing asked for": kbatch_polls,
+    "confluent-kafka, headers read in Python": lambda broker, topic: confluent(broker, topic, by_hand),
+    "read_envelope of confluent-kafka's messages": lambda broker, topic: confluent(broker, topic, by_read_envelope),
+}
+
+
+def readings(turns: int, memory_records: int, open_broker: OpenBroker) -> Iterator[Section]:
+    """The sections of reading: its cost, and its memory."""
+    with open_broker() as broker:
+        topic = broker.new_topic("reading", PARTITIONS)
+        _fill(broker, topic)
+        yield _cost(turns, broker, topic)
+        yield _memory(memory_records, broker, topic)
+
+
+def _fill(broker: Broker, topic: str) -> None:
+    envelopes = [
+        envelope.replace(partition=n % PARTITIONS) for n, envelope in enumerate(kbatch_envelopes(RECORDS, HEADERS))
+    ]
+    with kbatch.Producer({"bootstrap.servers": broker.bootstrap_servers}) as producer:
+        for at in range(0, RECORDS, 5_000):
+            producer.send_batch(topic, envelopes[at : at + 5_000]).raise_for_errors()
+
+
+def _await_quiet() -> None:
+    # Until librdkafka has fetched all there is.
+    before = -1.0
+    while (now := time.process_time()) - before > 0.1 * QUIET_S:
+        before = now
+        time.sleep(QUIET_S)
+
+
+class _Other:
+    """A thread of Python that wants the GIL all the time, and counts what it gets done."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.stopping = False
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self.stopping:
+            self.count += 1
+
+    def __enter__(self) -> "_Other":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping = True
+        self._thread.join()
+
+
+def _turn(broker: Broker, topic: str, open_side: Open) -> float:
+    """µs of this thread for each record."""
+    with open_side(broker, topic) as read:
+        read(1_000)
+        _await_quiet()
+        gc.collect()
+        began = time.thread_time()
+        read(RECORDS - 1_000)
+        return (time.thread_time() - began) / (RECORDS - 1_000) * 1e6
+
+
+def _cost(turns: int, broker: Broker, topic: str) -> Section:
+    section = Section(
+        f"Reading: processor time of the thread that reads, for each record of {HEADERS} headers, {BATCH:,} at a time",
+        "reading",
+    )
+    spent: dict[str, list[float]] = {name: [] for name in SIDES}
+    for turn in range(turns + 1):
+        for name, open_side in SIDES.items():
+            if (took := _turn(broker, topic, open_side)) and turn:  # the first warms up
+                spent[name].append(took)
+    for name, values in spent.items():
+        section.figures.append(figure(name, values, unit=" µs"))
+    section.figures += [
+        figure(
+            "kbatch over the C loop",
+            [mine - its for mine, its in zip(spent["kbatch"], spent["C loop"], strict=True)],
+            unit=" µs",
+            target=OVER_C_LOOP_US,
+            at_most=True,
+        ),
+        figure(
+            "read_envelope / kbatch",
+            [
+                other / mine
+                for mine, other in zip(
+                    spent["kbatch"], spent["read_envelope of confluent-kafka's messages"], strict=True
+                )
+            ],
+            target=TIMES_READ_ENVELOPE,
+        ),
+        figure(
+            "confluent-kafka in Python / kbatch",
+            [
+                other / mine
+                for mine, other in zip(spent["kbatch"], spent["confluent-kafka, headers read in Python"], strict=True)
+            ],
+        ),
+    ]
+    section.details["records"] = RECORDS
+    return section
+
+
+def _resident_mib() -> float:
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+def _memory(records: int, broker: Broker, topic: str) -> Section:
+    """The records are read again and again, by one consumer, with the last 1,000 envelopes kept."""
+    section = Section(f"Reading: memory over {records:,} records", "reading")
+    kept: list[Any] = []
+    samples: list[float] = []
+    with core_of(broker, topic) as core:
+        left = records
+        in_round = 0
+        while left > 0:
+            envelopes, _ = core.poll(BATCH, 1.0)
+            left -= len(envelopes)
+            in_round += len(envelopes)
+            kept = [*kept, *envelopes][-1_000:]
+            if in_round >= RECORDS:
+                in_round = 0
+                core.assign([(topic, n, BEGINNING) for n in range(PARTITIONS)])
+                samples.append(_resident_mib())
+    quarter = max(1, len(samples) // 4)
+    section.figures += [
+        figure("resident, first quarter", samples[:quarter], unit=" MiB", digits=1),
+        figure("resident, last quarter", samples[-quarter:], unit=" MiB", digits=1),
+        figure("growth", [median(samples[-quarter:]) - median(samples[:quarter])], unit=" MiB", digits=1),
+    ]
+    return section

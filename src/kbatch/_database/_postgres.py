@@ -1,0 +1,313 @@
+"""A PostgreSQL database with tables of kbatch, and connections to it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from typing import TYPE_CHECKING, Any, cast
+
+from kbatch._database._tables import Tables, driver_of
+from kbatch._errors import ConfigError, exception_text, shown, type_name
+from kbatch._text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import psycopg
+
+    from kbatch._database._postgres_connection import OwnConnection
+    from kbatch._errors import KbatchError
+
+__all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
+
+_LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
+
+# What to do, by the beginning of PostgreSQL's code.
+_HINTS = {
+    "42P01": "call create() of the {what} once, or have its ddl() executed; the connection must be to its database",
+    "42703": "its tables are not those that create() makes: use other tables by prefix=",
+    "3F000": "make the schema first, or name another one by schema=",
+    "3D000": "make the database first",
+    "42501": "the user must be granted to read and write the {what}'s tables, and to use its schema and sequence",
+    "25006": "give a connection that may write, to the primary server",
+    "25P02": "a statement of this transaction has failed before: roll back",
+    "53300": "the server has no connection left; give it more, or a pool in front of it",
+    "53100": "make room on the server's disk",
+    "57014": "a statement took too long, or was cancelled",
+    "55P03": "another session has held a lock for long; transactions should be short",
+    "40": "roll the transaction back, and do it again",
+    "28": "look at the user and the password of conninfo",
+}
+
+
+class PostgresNames(Tables):
+    """Tables in PostgreSQL, by their quoted names.
+
+    Args:
+        names: Of the tables but the first.
+        indexes: Of the indexes.
+
+    Attributes:
+        now_ms: The database's clock, in milliseconds since 1970: asked once for each statement, so that an index may be
+            used.
+        bare: The names without schema and quotes.
+    """
+
+    now_ms = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
+
+    def __init__(
+        self, schema: str, prefix: str, names: Sequence[str], indexes: Sequence[str], values: dict[str, str]
+    ) -> None:
+        for name, value in (("schema", schema), ("prefix", prefix)):
+            if not isinstance(value, str) or not value or "\0" in value or not _is_utf_8(value):
+                raise ConfigError(f"{name} must be the text of a name, without NUL characters, not {shown(value)}")
+        bare = {name: f"{prefix}{self.what}_{name}" for name in (*names, *indexes)}
+        bare[self.what] = f"{prefix}{self.what}"
+        for what, of in (("schema", schema), ("prefix", max(bare.values(), key=len))):
+            length = len(of.encode())
+            if length > _LONGEST_NAME:
+                value = schema if what == "schema" else prefix
+                raise ConfigError(
+                    f"{what}={shown(value)} makes names of {length} bytes, and PostgreSQL allows {_LONGEST_NAME}"
+                )
+        quoted = {name: f"{_quoted(schema)}.{_quoted(bare[name])}" for name in (self.what, *names)}
+        # An index is in the schema of its table.
+        super().__init__({**quoted, **{name: _quoted(bare[name]) for name in indexes}}, values)
+        self.schema = schema
+        self.bare = bare
+
+    def ddl(self) -> str:
+        """The statements that make what is missing."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return printable(self.names[self.what])
+
+    def as_error(self, error: BaseException) -> KbatchError:
+        """What to do about an error of a driver, of any."""
+        cause = getattr(error, "orig", None) or error  # SQLAlchemy wraps it
+        code = getattr(cause, "sqlstate", None) or ""
+        text = exception_text(cause).split("\\n")[0]  # the lines after it show the statement
+        hint = _HINTS.get(code) or _HINTS.get(code[:2])
+        if "is closed" in text:
+            hint = "give a connection that is open"
+        elif hint is None and (not code or code.startswith(("08", "57P"))):
+            hint = "the connection is lost, or was not made: is the server there, and is conninfo right?"
+        text = f"the {self.what} {self!r}: {text}" + (f"; {hint.format(what=self.what)}" if hint else "")
+        return self._made(cause, text)
+
+    def _made(self, error: BaseException, text: str) -> KbatchError:
+        return self.error(text)
+
+    def lacks_meta(self) -> KbatchError:
+        """What to do about tables without their one line."""
+        return self.error(f"the {self.what} {self!r} has no line in its table meta: call create()")
+
+
+class PostgresDatabase:
+    """What an outbox and an inbox know of their database.
+
+    Attributes:
+        _added: What an application adds, for messages.
+    """
+
+    _tables: PostgresNames
+    _added: str
+    _shown: str
+
+    def _set_conninfo(self, conninfo: str) -> None:
+        if not isinstance(conninfo, str) or "\0" in conninfo:
+            what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
+            raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
+        _check_url(conninfo)
+        self._conninfo = conninfo
+
+    def __repr__(self) -> str:
+        return f"<{self._shown} {self._tables!r}>"
+
+    # -- with a connection of its own
+
+    def _meta(self) -> str:
+        return self._tables.sql(f"SELECT {', '.join(self._tables.meta)} FROM {{meta}} WHERE one = 1")
+
+    @contextlib.contextmanager
+    def _checked_connection(self) -> Iterator[OwnConnection]:
+        """It stays open unless this ends by an exception."""
+        with self._connection(keep=True) as connection:
+            self._check_tables(connection)
+            yield connection
+
+    def _create(self) -> None:
+        with self._connection() as connection:
+            run = connection.execute
+            run("BEGIN")
+            # Of two who make them at the same time the second one would fail.
+            name = self._tables.names[self._tables.what]
+            run("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (name,))
+            if self._lacks_any(connection):
+                run("SET LOCAL lock_timeout = '10s'")
+                self._refuse_other_tables(connection)
+                run(self._tables.ddl().encode())
+            self._check_tables(connection)
+            run("COMMIT")
+
+    def _lacks_any(self, connection: psycopg.Connection[Any]) -> bool:
+        # So that it waits for no lock when nothing is to be made.
+        tables = self._tables
+        statement = (
+            "SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
+            "WHERE nspname = %s AND relname = ANY(%s)"
+        )
+        row = connection.execute(statement, (tables.schema, list(tables.bare.values()))).fetchone()
+        assert row is not None
+        return bool(row[0] < len(tables.bare))
+
+    def _refuse_other_tables(self, connection: psycopg.Connection[Any]) -> None:
+        name = self._tables.names["meta"]
+        row = connection.execute("SELECT to_regclass(%s) IS NOT NULL", (name,)).fetchone()
+        assert row is not None
+        if row[0]:
+            found = connection.execute(self._meta().encode()).fetchone()
+            if found is not None:
+                self._tables.check_meta(*found)
+
+    def _check_tables(self, connection: psycopg.Connection[Any]) -> None:
+        self._check_look(connection.execute(self._meta().encode()).fetchone())
+
+    def _check_look(self, found: Any) -> None:
+        if found is None:
+            raise self._tables.lacks_meta()
+        self._tables.check_meta(*(found[at] for at in range(len(self._tables.meta))))
+
+    @contextlib.contextmanager
+    def _connection(self, *, keep: bool = False) -> Iterator[OwnConnection]:
+        try:
+            import psycopg
+
+            from kbatch._database._postgres_connection import connect
+        except ImportError as error:
+            raise self._tables.error(
+                f"the {self._tables.what} {self._tables!r} needs psycopg for a connection of its own: pip install "
+                f"'kbatch-kafka[postgres]' ({error})"
+            ) from error
+        connection = None
+        try:
+            connection = connect(self._conninfo, self._tables.error)
+            yield connection
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, psycopg.Error):
+                raise self._tables.as_error(error) from error
+            raise
+        if not keep:
+            connection.close()
+
+    # -- with a connection of the application
+
+    def _driver(self, connection: Any) -> psycopg.Connection[Any]:
+        driver = driver_of(connection, self._tables.as_error)
+        module = sys.modules.get("psycopg")
+        if module is not None and isinstance(driver, module.Connection):
+            return cast("psycopg.Connection[Any]", driver)
+        raise _not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
+
+    def _check_psycopg(self, connection: Any) -> None:
+        from psycopg.pq import PipelineStatus, TransactionStatus
+
+        status = connection.info.transaction_status
+        error = self._tables.error
+        if connection.closed or status is TransactionStatus.UNKNOWN:
+            raise error("the connection is closed: give one that is open")
+        if status is TransactionStatus.INERROR:
+            raise error("a statement of the connection's transaction has failed before: roll back")
+        if status is TransactionStatus.ACTIVE:
+            raise error("the connection is in the middle of another statement: wait for its end")
+        if status is TransactionStatus.IDLE and connection.autocommit:
+            raise error(
+                f"the connection is in no transaction, so that the {self._added} would not be committed together with "
+                "the data: add them within its `with connection.transaction():`"
+            )
+        if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+            raise error("the connection is in pipeline mode, which tells of errors later: add outside of it")
+
+
+class AioPostgresDatabase(PostgresDatabase):
+    """The same for connections of asyncio."""
+
+    async def _driver_aio(self, connection: Any) -> Any:
+        driver = connection
+        sqlalchemy = sys.modules.get("sqlalchemy.ext.asyncio")
+        if sqlalchemy is not None and isinstance(driver, (sqlalchemy.AsyncSession, sqlalchemy.AsyncConnection)):
+            try:
+                driver = await self._driver_of_sqlalchemy(driver, sqlalchemy)
+            except sys.modules["sqlalchemy"].exc.SQLAlchemyError as error:
+                raise self._tables.as_error(error) from error
+        psycopg = sys.modules.get("psycopg")
+        if is_asyncpg(driver) or (psycopg is not None and isinstance(driver, psycopg.AsyncConnection)):
+            return driver
+        raise _not_taken(
+            connection,
+            driver,
+            "one of psycopg.AsyncConnection, asyncpg.Connection, or SQLAlchemy's AsyncConnection or AsyncSession over "
+            "them",
+        )
+
+    async def _driver_of_sqlalchemy(self, connection: Any, sqlalchemy: Any) -> Any:
+        if isinstance(connection, sqlalchemy.AsyncSession):
+            connection = await connection.connection()
+        if not connection.in_transaction():
+            await connection.begin()
+        driver = (await connection.get_raw_connection()).driver_connection
+        if is_asyncpg(driver) and not driver.is_in_transaction():
+            await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy begins asyncpg's transaction with a statement
+        return driver
+
+    def _check_aio(self, driver: Any) -> None:
+        if not is_asyncpg(driver):
+            self._check_psycopg(driver)
+            return
+        if driver.is_closed():
+            raise self._tables.error("the connection is closed: give one that is open")
+        if not driver.is_in_transaction():
+            raise self._tables.error(
+                f"the connection is in no transaction, so that the {self._added} would not be committed together with "
+                "the data: add them within its `async with connection.transaction():`"
+            )
+
+
+def is_asyncpg(driver: object) -> bool:
+    """Whether a driver's connection is one of asyncpg, or of its pool."""
+    asyncpg = sys.modules.get("asyncpg")
+    return asyncpg is not None and isinstance(driver, (asyncpg.Connection, asyncpg.pool.PoolConnectionProxy))
+
+
+def _not_taken(given: object, driver: object, what: str) -> TypeError:
+    text = f"connection must be {what}, not {type_name(given)}"
+    return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
+
+
+def _check_url(conninfo: str) -> None:
+    """Raises ConfigError for a URL of which libpq would take a part of the password for a host or a database, which
+    its errors show."""
+    scheme, separator, rest = conninfo.partition("://")
+    if separator and scheme in ("postgresql", "postgres"):
+        place = re.sub("^[^/@]*@", "", rest).partition("?")[0]
+        if "@" in place:
+            raise ConfigError(
+                "conninfo has an @ where a host or a database is: in a URL, special characters of a user's name or "
+                "password are written as %XX: @ is %40, / is %2F"
+            )
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _is_utf_8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

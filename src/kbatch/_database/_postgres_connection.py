@@ -1,0 +1,84 @@
+"""A connection of kbatch's own to PostgreSQL. It needs psycopg."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
+
+from kbatch._fastmap import monotonic
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import TypeVar
+
+    from kbatch._errors import KbatchError
+
+    _T = TypeVar("_T")
+
+__all__ = ["OwnConnection", "connect", "run_raw"]
+
+_CONNECT_S = 10
+_SILENCE_S = 25  # no answer of the server comes later: it ends what takes longer
+
+
+class OwnConnection(psycopg.Connection[Any]):
+    """One on which no call waits for ever: a server, or what is between, may be silent.
+
+    Attributes:
+        is_given: User code has it now, whose statements may take as long as they do.
+    """
+
+    is_given = False
+
+    def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
+        if self.is_given:
+            return super().wait(gen, *arguments, **keywords)
+        return super().wait(_until(gen, monotonic() + _SILENCE_S), *arguments, **keywords)
+
+
+def _until(steps: Generator[Any, Any, _T], end: float) -> Generator[Any, Any, _T]:
+    """The same steps, until a time."""
+    try:
+        state = next(steps)
+        while True:
+            ready = yield state
+            if not ready and monotonic() >= end:
+                raise psycopg.OperationalError(f"no answer for {_SILENCE_S} s")
+            state = steps.send(ready)
+    except StopIteration as stop:
+        result: _T = stop.value
+        return result
+
+
+def connect(conninfo: str, error: type[KbatchError]) -> OwnConnection:
+    """A connection in autocommit mode.
+
+    Raises:
+        error: libpq does not understand `conninfo`.
+        psycopg.Error: There is none to be had.
+    """
+    own: dict[str, Any] = {"fallback_application_name": "kbatch", "client_encoding": "utf8"}
+    try:
+        given = conninfo_to_dict(conninfo)
+    except psycopg.ProgrammingError:
+        # Not libpq's text, which shows what it does not understand: it may be a part of a password.
+        raise error(
+            "is conninfo right? It is neither a URL, as postgresql://user@host/database, in which special characters "
+            "are written as %XX, nor text as host=… dbname=…"
+        ) from None
+    # A peer that is gone without a word is noticed, also while user code waits for it.
+    wanted = {"connect_timeout": _CONNECT_S, "keepalives_idle": 30, "keepalives_interval": 10, "keepalives_count": 3}
+    own.update({name: value for name, value in wanted.items() if name not in given})
+    # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
+    return OwnConnection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
+
+
+def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any = None) -> list[tuple[Any, ...]]:
+    """The rows of a statement with ``$1``, or of the last one of several without parameters."""
+    cursor = psycopg.RawCursor(connection)
+    cursor.execute(statement.encode(), parameters, binary=parameters is not None)
+    while cursor.nextset():
+        pass
+    return cursor.fetchall() if cursor.description is not None else []

@@ -1,0 +1,121 @@
+"""What inboxes of all databases have in common."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, Protocol
+
+from kbatch._checks import is_number
+from kbatch._errors import ConfigError, type_name
+from kbatch._fastmap import Envelope, Tombstone
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import TypeAlias
+
+    from kbatch._inbox._session import InboxSession
+
+    Partition: TypeAlias = tuple[str, int]
+
+    class ListenersInbox(Protocol):
+        """What a listener asks of an inbox."""
+
+        retention_s: float | None
+
+        def open_session(self, group: str, /) -> InboxSession: ...
+        def _check(self) -> None: ...
+        def _clock_us(self) -> int: ...
+        def _note(self, group: str, asked_at: int, offsets: Mapping[Partition, tuple[int, int]], /) -> None: ...
+        def _purge(self, older_than_s: float | None, committed: Mapping[str, datetime] | None, /) -> int: ...
+
+
+__all__ = [
+    "BaseInbox",
+    "InboxStatus",
+    "check_group",
+    "id_of",
+    "limits_of",
+    "partitions_of",
+    "time_of",
+]
+
+_RETENTION_S = 7 * 86_400.0
+
+
+@dataclass(frozen=True)
+class InboxStatus:
+    """What is in an inbox.
+
+    Attributes:
+        handled: How many ids it knows, of all groups; at most as many as were to be counted.
+        safe_until: By group that a listener reads: up to when all that it had handled was committed, as far as is
+            known. What it handled later is not purged. ``None``: nothing of it yet.
+    """
+
+    handled: int
+    safe_until: Mapping[str, datetime | None] = field(default_factory=dict)
+
+
+class BaseInbox:
+    """Which ids a consumer group has handled.
+
+    Attributes:
+        retention_s: How old an id is before a listener purges it; ``None``: a listener purges nothing.
+    """
+
+    def __init__(self, retention_s: float | None) -> None:
+        if retention_s is not None and not (is_number(retention_s) and 0 < retention_s < 1e10):
+            raise ConfigError(f"retention_s must be seconds above 0, or None, not {retention_s!r}")
+        self.retention_s = retention_s
+
+    def _age_us(self, older_than_s: float | None) -> int:
+        if older_than_s is None:
+            older_than_s = self.retention_s or _RETENTION_S
+        if not (is_number(older_than_s) and 0 <= older_than_s < 1e10):
+            raise ValueError(f"older_than_s must be seconds, 0 or more, not {older_than_s!r}")
+        return int(older_than_s * 1e6)
+
+
+def check_group(group: object) -> str:
+    """Raises for what is no name of a consumer group."""
+    if not isinstance(group, str):
+        raise TypeError(f"group must be str, not {type_name(group)}")
+    if not group or "\0" in group:
+        raise ValueError("group must be the name of a consumer group, without NUL characters")
+    return group
+
+
+def id_of(envelope: object) -> uuid.UUID:
+    """The id of an envelope."""
+    if not isinstance(envelope, (Envelope, Tombstone)):
+        raise TypeError(f"envelope must be a kbatch.Envelope, not {type_name(envelope)}")
+    return envelope.id
+
+
+def partitions_of(envelopes: Iterable[Any]) -> set[Partition]:
+    """Where envelopes were read from."""
+    return {
+        (envelope.topic, envelope.partition)
+        for envelope in envelopes
+        if envelope.topic is not None and envelope.partition is not None
+    }
+
+
+def limits_of(
+    age_us: int, now_us: int, safe_until: Mapping[str, int], committed: Mapping[str, datetime] | None
+) -> dict[str, int]:
+    """By group, before when what it has handled may be purged; of the others nothing."""
+    newest = now_us - age_us
+    limits = {group: min(newest, until) for group, until in safe_until.items()}
+    for group, time in (committed or {}).items():
+        if not isinstance(time, datetime) or time.tzinfo is None:
+            raise TypeError(f"committed must have a datetime with a time zone for the group {check_group(group)!r}")
+        limits[group] = min(newest, int(time.timestamp() * 1e6))
+    return limits
+
+
+def time_of(time_us: int) -> datetime | None:
+    """A time of a table ``position``."""
+    return datetime.fromtimestamp(time_us / 1e6, timezone.utc) if time_us else None

@@ -1,0 +1,75 @@
+"""Tells an inbox how far a group has committed, and has it purge, while a listener runs."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from kbatch._errors import named_exception_text
+from kbatch._fastmap import Flag, monotonic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kbatch._inbox._base import ListenersInbox, Partition
+
+__all__ = ["Keeper"]
+
+_logger = logging.getLogger("kbatch")
+
+_NOTE_EVERY_S = 60.0
+_PURGE_EVERY_S = 3600.0
+# The end of a log, as a member knows it, may be older than what another has handled by now.
+_MARGIN_US = 60_000_000
+
+
+class Keeper:
+    """A thread of a listener, which waits for nothing that the keeper does. What fails is logged, and done again.
+
+    Args:
+        offsets: Of the listener's partitions, what the group has committed and where the log ends.
+    """
+
+    def __init__(
+        self, inbox: ListenersInbox, group: str, offsets: Callable[[], Mapping[Partition, tuple[int, int]]]
+    ) -> None:
+        self._inbox = inbox
+        self._group = group
+        self._offsets = offsets
+        self._flag = Flag()
+        self._is_over = False
+
+    def start(self) -> None:
+        """Begins. Nothing is purged at the start."""
+        threading.Thread(target=self._run, name="kbatch-inbox", daemon=True).start()
+
+    def stop(self) -> None:
+        """Has it end, and does not wait for it."""
+        self._is_over = True
+        self._flag.set()
+
+    def _run(self) -> None:
+        next_purge = monotonic() + _PURGE_EVERY_S
+        while not self._is_over:
+            self._flag.wait(_NOTE_EVERY_S, interruptible=False)
+            if self._is_over:
+                return
+            try:
+                self.note()
+                if monotonic() >= next_purge:
+                    next_purge = monotonic() + _PURGE_EVERY_S
+                    if self._inbox.retention_s is not None:
+                        self._inbox._purge(None, None)
+            except Exception as error:
+                if not self._is_over:
+                    _logger.warning(
+                        "%r could not be looked after, and is again soon: %s", self._inbox, named_exception_text(error)
+                    )
+
+    def note(self) -> None:
+        """Tells it once."""
+        asked_at = self._inbox._clock_us() - _MARGIN_US  # before the offsets are asked for
+        offsets = self._offsets()
+        if offsets:
+            self._inbox._note(self._group, asked_at, offsets)

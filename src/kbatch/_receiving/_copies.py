@@ -1,0 +1,124 @@
+"""Sends copies of records to other topics, as they came."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kbatch._config import canonical
+from kbatch._errors import ConfigError, KbatchError, ProducerError, is_for_whole_batch, type_name
+from kbatch._fastmap import Mapper, RecordPool
+from kbatch._pending import PendingBatch
+from kbatch._producer import Producer
+from kbatch._recovery._handle import ProducerHandle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from kbatch._base_producer import BaseProducer
+    from kbatch._fastmap import Envelope
+    from kbatch._report import DeliveryReport
+
+__all__ = ["Copies", "shared_config"]
+
+# Those that say how a group reads. A producer would warn of them, or take them for its own.
+_CONSUMERS_OWN = frozenset(
+    (
+        *("auto.commit.interval.ms", "auto.offset.reset", "check.crcs", "client.rack", "consume.callback.max.messages"),
+        *("coordinator.query.interval.ms", "enable.auto.commit", "enable.auto.offset.store", "enable.partition.eof"),
+        *("fetch.error.backoff.ms", "fetch.max.bytes", "fetch.message.max.bytes", "fetch.min.bytes"),
+        *("fetch.queue.backoff.ms", "fetch.wait.max.ms", "group.id", "group.instance.id", "group.protocol"),
+        *("group.protocol.type", "group.remote.assignor", "heartbeat.interval.ms", "isolation.level"),
+        *("max.poll.interval.ms", "offset.store.method", "offset.store.path", "offset.store.sync.interval.ms"),
+        *("partition.assignment.strategy", "queued.max.messages.kbytes", "queued.min.messages", "session.timeout.ms"),
+    )
+)
+_LARGEST = 1_000_000_000  # librdkafka's upper limit; what a broker takes is the topic's affair
+
+
+def shared_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a consumer's configuration a producer for its cluster has as well."""
+    shared = {key: value for key, value in config.items() if canonical(key) not in _CONSUMERS_OWN}
+    if not any(canonical(key) == "message.max.bytes" for key in shared):
+        shared["message.max.bytes"] = _LARGEST  # a record that has been stored with it, and its headers more
+    return shared
+
+
+class Copies:
+    """One producer for what a listener sends on. `send` is for any thread.
+
+    Args:
+        config: The listener's; of its keys a producer is made, unless `producer` is given.
+        producer: A `kbatch.Producer`, which stays the caller's. Its own wire format does not count.
+    """
+
+    def __init__(self, config: Mapping[str, Any], producer: Producer | None) -> None:
+        self._given = producer
+        self._prototype: Producer | None = None  # not used: each run has a twin
+        self._handle: ProducerHandle | None = None  # of a run
+        if producer is None:
+            self._prototype = Producer(shared_config(config), wire="raw")
+        elif not isinstance(producer, Producer):
+            raise ConfigError(f"producer must be a kbatch.Producer, not {type_name(producer)}")
+        elif producer._transactions is not None:
+            raise ConfigError("producer must have no transactional.id: copies are sent one by one")
+        self._mapper = Mapper("raw", msgspec.json.Encoder(), None, None, _LARGEST, _LARGEST)
+
+    def open(self) -> None:
+        """Begins a run."""
+        if self._prototype is not None:
+            self._handle = ProducerHandle(self._prototype._twin(), given=False)
+        else:
+            assert self._given is not None
+            self._handle = ProducerHandle.of(self._given)
+        self._handle.acquire()
+
+    def send(self, copy: Envelope[Any], answer: Callable[[KbatchError | None], object]) -> None:
+        """Sends it and returns; `answer` is called once, with ``None`` when it is stored.
+
+        That may be within this call, or later on a thread of the producer.
+        """
+        pool = RecordPool()
+        (packed,) = pool.pack(pool.map(self._mapper, None, [copy]))
+        assert packed is not None
+        assert self._handle is not None
+        self._send(self._handle, self._handle.producer, packed, answer, is_alone=False)
+
+    def _send(
+        self,
+        handle: ProducerHandle,
+        producer: BaseProducer,
+        packed: bytes,
+        answer: Callable[[KbatchError | None], object],
+        *,
+        is_alone: bool,
+    ) -> None:
+        def settled(report: DeliveryReport) -> None:
+            error = report.errors.get(0)
+            # A broker refuses it with the whole record batch that it was in.
+            solo = handle.solo() if error is not None and is_for_whole_batch(error) and not is_alone else None
+            if solo is None:
+                answer(error)
+            else:
+                self._send(handle, solo, packed, answer, is_alone=True)
+
+        pending = PendingBatch(producer._core)
+        try:
+            producer._core.map_packed(pending, [packed])
+            pending.add_done_callback(lambda batch: settled(batch.report))
+            producer._send_detached(pending)
+        except ProducerError as error:
+            if is_alone:
+                handle.drop_solo(producer)
+            elif handle.fate(producer, error) == "replace":
+                handle.replace(producer)
+            answer(error)
+        except KbatchError as error:
+            answer(error)
+
+    def close(self, timeout_s: float) -> None:
+        """Ends a run, and its producer, unless it was given."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.release(timeout_s)

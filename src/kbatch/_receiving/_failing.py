@@ -1,0 +1,162 @@
+"""Carries out what `Failures` decides: again later, sent on, or the end. For the listeners of threads and of loops."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from kbatch._errors import KbatchError, spares_brokers
+from kbatch._fastmap import monotonic, wall_time
+from kbatch._receiving._failures import is_outage
+from kbatch._recovery._retry import RetryPolicy, entropy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from kbatch._fastmap import Envelope
+    from kbatch._receiving._failures import Failures
+    from kbatch._receiving._lanes import Work
+
+__all__ = ["CopyTaker", "Failing", "Steps"]
+
+_logger = logging.getLogger("kbatch")
+
+_COPY_AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.2, max_backoff_s=5.0)
+_TOLD_EVERY_S = 30.0  # of an outage
+
+
+class Steps(Protocol):
+    """What becomes of work that was taken: one of these, each time that it is taken. For any thread."""
+
+    def done(self, work: Work) -> None:
+        """It was handled, or stored elsewhere: its offsets may be committed."""
+
+    def fail(self, work: Work, error: BaseException) -> None:
+        """It is not done, and never will be by this run, which ends with the error."""
+
+    def put_off(self, work: Work, due: float) -> None:
+        """It is to be taken again at this time. What is behind it in its lane waits."""
+
+
+class CopyTaker(Protocol):
+    """Where copies go: `Copies`, or a test's own."""
+
+    def send(self, copy: Envelope, answer: Callable[[KbatchError | None], object]) -> None: ...
+
+
+class Failing:
+    """What a listener does when handling has failed. For any number of threads.
+
+    Args:
+        failures: Decides.
+        copies: Takes what is sent on; ``None`` where nothing is.
+        now, wall: A test's own clocks.
+    """
+
+    def __init__(
+        self,
+        failures: Failures,
+        copies: CopyTaker | None,
+        now: Callable[[], float] = monotonic,
+        wall: Callable[[], float] = wall_time,
+    ) -> None:
+        self._failures = failures
+        self._copies = copies
+        self._now, self._wall = now, wall
+        self._lock = threading.RLock()  # re-entrant: a signal handler may come from within
+        self._counts = {"attempts_failed": 0, "to_retry": 0, "dead": 0}
+        self._outage_told_at: float | None = None
+
+    def stats(self) -> dict[str, int]:
+        """``attempts_failed``, ``to_retry`` and ``dead``."""
+        return self._counts.copy()
+
+    # -- after each time that work was taken
+
+    def goes_on(self, steps: Steps, work: Work) -> bool:
+        """Sends what is to be sent in place of handling it. Whether there is nothing of that kind: it is handled."""
+        if work.copy is None:
+            return True
+        self._send_on(steps, work)
+        return False
+
+    def handled(self, steps: Steps, work: Work) -> None:
+        """The handler has returned."""
+        if work.next_part():
+            steps.put_off(work, self._now())
+        else:
+            steps.done(work)
+
+    def failed(self, steps: Steps, work: Work, error: BaseException) -> None:
+        """The handler has raised, or the record could not be read."""
+        if is_outage(error):
+            work.outages += 1
+        else:
+            work.failures += 1
+            work.outages = 0
+            self._count("attempts_failed")
+        fate = self._failures.judge(work.envelope, error, work.failures, work.outages, self._wall(), entropy)
+        if fate.after_s is None and isinstance(error, Exception) and work.split():
+            # One of a batch may be to blame, so each is handled alone.
+            self._tell(work, f"a batch failed, and each of its records is handled alone: {fate.told}", error)
+            steps.put_off(work, self._now())
+            return
+        if not fate.is_outage or self._may_tell_outage():
+            self._tell(work, fate.told, error if fate.after_s is None else None)
+        if fate.copy is not None:
+            work.copy, work.failures = fate.copy, 0
+            self._send_on(steps, work)
+        elif fate.after_s is not None:
+            steps.put_off(work, self._now() + fate.after_s)
+        else:
+            steps.fail(work, error)
+
+    def _send_on(self, steps: Steps, work: Work) -> None:
+        assert self._copies is not None
+        assert work.copy is not None
+        try:
+            self._copies.send(work.copy, functools.partial(self._sent_on, steps, work))
+        except BaseException as error:  # no memory
+            steps.fail(work, error)
+
+    def _sent_on(self, steps: Steps, work: Work, error: KbatchError | None) -> None:
+        # On a thread of the producer, or on the one that sends.
+        copy = work.copy
+        assert copy is not None
+        if error is None:
+            self._count("to_retry" if copy.topic in self._failures.delays else "dead")
+            work.copy = None
+            self.handled(steps, work)
+        elif spares_brokers(error) and not getattr(error, "retriable", False):
+            self._tell(work, f"the listener ends, since {copy.topic} does not take it: {error}", None)
+            steps.fail(work, error)
+        else:
+            work.failures += 1
+            if self._may_tell_outage():
+                self._tell(work, f"not stored in {copy.topic} yet, and sent again until it is: {error}", None)
+            steps.put_off(work, self._now() + _COPY_AGAIN.delay_s(work.failures, entropy))
+
+    # -- what is told
+
+    def _count(self, name: str) -> None:
+        with self._lock:
+            self._counts[name] += 1
+
+    def _may_tell_outage(self) -> bool:
+        # Each record meets it.
+        now = self._now()
+        with self._lock:
+            if self._outage_told_at is not None and now - self._outage_told_at < _TOLD_EVERY_S:
+                return False
+            self._outage_told_at = now
+            return True
+
+    def _tell(self, work: Work, told: str, error: BaseException | None) -> None:
+        envelope = work.envelope
+        place = (envelope.topic, envelope.partition, envelope.offset)
+        try:
+            _logger.warning("record %s [%d] at offset %d: %s", *place, told, exc_info=error)
+        except Exception:  # whatever a handler of logs does
+            return

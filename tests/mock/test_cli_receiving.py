@@ -1,0 +1,366 @@
+"""``kbatch listen``, ``consume``, ``replay`` and ``dead-topic``, read back by confluent-kafka's consumer."""
+
+import contextlib
+import json
+import re
+import signal
+import subprocess
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+import kbatch
+from kbatch.testing import MockCluster
+
+from .clients import produce, read_back
+from .test_cli import COMMAND, assert_one_line, environment, run, run_here
+
+SHOP = """
+import sys
+import msgspec
+
+class Order(msgspec.Struct):
+    n: int
+
+class Sold(Exception):
+    pass
+
+def handle(envelope):
+    sys.stdout.write(f"handled {envelope.message.n}\\n")  # in one piece: there are two threads
+    sys.stdout.flush()
+    if envelope.message.n == 1:
+        raise LookupError("no stock")
+    if envelope.message.n == 2:
+        raise Sold("out")
+
+broken = 7
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Any:
+    with MockCluster(process=True) as made:
+        yield made
+
+
+@pytest.fixture
+def servers(cluster: MockCluster) -> tuple[str, str]:
+    return "-X", f"bootstrap.servers={cluster.bootstrap_servers}"
+
+
+@pytest.fixture
+def topic(cluster: MockCluster, request: pytest.FixtureRequest) -> str:
+    name = re.sub(r"\W", "-", request.node.name)[:150]
+    cluster.create_topic(name, 1)
+    cluster.create_topic(f"{name}.dead", 1)
+    return name
+
+
+def send(cluster: MockCluster, topic: str, *numbers: int, headers: Any = ()) -> None:
+    with kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers}) as producer:
+        orders = [
+            kbatch.Envelope({"n": n}, key=f"k{n % 2}", message_type="order", timestamp=1_700_000_000_000 + n * 60_000,
+                            headers=headers)
+            for n in numbers
+        ]  # fmt: skip
+        producer.send_batch(topic, orders).raise_for_errors()
+
+
+def rows(out: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def numbers(out: str) -> list[int]:
+    return [json.loads(line)["n"] for line in out.splitlines()]
+
+
+def bury(cluster: MockCluster, topic: str, count: int) -> None:
+    """Dead letters as a listener sends them."""
+    letters = []
+    for n in range(count):
+        failure = {
+            "attempts": "3",
+            "exception-type": "LookupError",
+            "exception-message": "no stock" if n % 2 else "[red]gone",
+            "failed-at": "1700000000250",
+            "failed-group": "billing",
+            "original-destination": f"kafka://topic/{topic}",
+            "original-partition": "0",
+            "original-offset": str(n),
+            "original-timestamp": "1690000000000",
+        }
+        own = [("h", b"\xff"), ("h", None), ("message-type", b"order")]
+        headers = own + [(name, text.encode()) for name, text in failure.items()]
+        letters.append({"value": b'{"n": %d}' % n, "key": b"k%d" % (n % 2), "headers": headers})
+    assert produce(cluster.bootstrap_servers, f"{topic}.dead", letters) == [None] * count
+
+
+# -- consume
+
+
+def test_consume_prints_records_with_their_headers(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    send(cluster, topic, 0, headers=[("h", b"\xff")])
+    status, out, err = run_here("consume", topic, *servers)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"{topic} [0] at offset 0, 2023-11-14T22:13:20.000Z, key k0, order"
+    assert "  message-type: order" in out.splitlines()
+    assert "  h: hex ff" in out.splitlines()
+    assert out.splitlines()[-1] == '  {"n":0}'
+    (row,) = rows(run_here("consume", topic, *servers, "--json")[1])
+    (stored,) = read_back(cluster.bootstrap_servers, topic)
+    assert row.pop("id") == dict(stored.headers)["id"].decode()
+    headers = row.pop("headers")
+    assert {"name": "h", "value_base64": "/w=="} in headers
+    assert len(headers) == len(stored.headers)
+    assert row == {
+        "topic": topic, "partition": 0, "offset": 0, "time": "2023-11-14T22:13:20.000Z", "key": "k0",
+        "message_type": "order", "attempts": 0, "value": {"n": 0},
+    }  # fmt: skip
+
+
+def test_consume_begins_and_ends_where_it_is_told(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    send(cluster, topic, *range(6))
+
+    def consumed(*options: Any) -> list[int]:
+        status, out, err = run_here("consume", topic, *servers, "--values", *options)
+        assert (status, err) == (0, "")
+        return numbers(out)
+
+    assert consumed() == [0, 1, 2, 3, 4, 5]
+    assert consumed("--from", 4) == [4, 5]
+    assert consumed("--from", 2, "--until", 4) == [2, 3]
+    assert consumed("--count", 2) == [0, 1]
+    assert consumed("--key", "k1") == [1, 3, 5]
+    assert consumed("--key", "k1", "-n", 2) == [1, 3]
+    assert consumed("--from", "end") == []
+    assert consumed("--partition", 0, "--from", 5) == [5]
+    at = datetime.fromtimestamp(1_700_000_000 + 180, timezone.utc)
+    assert consumed("--from", "1s") == []
+    # The mock cluster answers questions for times with the end, whatever the time.
+    assert set(consumed("--from", at.isoformat())) <= {3, 4, 5}
+
+
+def test_what_consume_prints_as_values_produce_reads(
+    cluster: MockCluster, topic: str, servers: tuple[str, str]
+) -> None:
+    produce(cluster.bootstrap_servers, topic, [{"value": b'{"n": 1,\n "k": "a"}'}, {"value": b'{"n": 2, "k": "b"}'}])
+    status, out, _ = run("consume", topic, *servers, "--values")
+    assert (status, len(out.splitlines())) == (0, 2)
+    status, _, err = run("produce", "-", "-t", f"{topic}.dead", "-k", "k", *servers, input=out)
+    assert status == 0, err
+    copies = read_back(cluster.bootstrap_servers, f"{topic}.dead")
+    assert [(each.key, json.loads(each.value or b"")) for each in copies] == [
+        (b"a", {"n": 1, "k": "a"}), (b"b", {"n": 2, "k": "b"})
+    ]  # fmt: skip
+
+
+def test_consume_commits_for_a_group_only_when_it_is_asked_to(
+    cluster: MockCluster, topic: str, servers: tuple[str, str]
+) -> None:
+    send(cluster, topic, *range(4))
+    asks = ("consume", topic, *servers, "--values", "--group", f"g-{topic}", "--from", "committed")
+
+    def committed() -> int:
+        consumer = Consumer({"bootstrap.servers": cluster.bootstrap_servers, "group.id": f"g-{topic}"})
+        try:
+            return int(consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset)
+        finally:
+            consumer.close()
+
+    assert numbers(run_here(*asks)[1]) == [0, 1, 2, 3]
+    assert committed() < 0
+    assert numbers(run_here(*asks, "--count", 3, "--commit")[1]) == [0, 1, 2]
+    assert committed() == 3
+    assert numbers(run_here(*asks)[1]) == [3]
+
+
+def test_consume_follows_until_it_is_interrupted(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    send(cluster, topic, 0)
+    command = [*COMMAND, "consume", topic, *servers, "--values", "--follow"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == {"n": 0}
+        send(cluster, topic, 1)
+        assert json.loads(process.stdout.readline()) == {"n": 1}
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("consume", "t"), "no broker is named"),
+        (("consume", "t", "--from", "soon"), "--from takes beginning, end, an offset, an age"),
+        (("consume", "t", "--until", "beginning"), "--until takes end, an offset"),
+        (("consume", "t", "--from", "committed"), "--from committed needs --group"),
+        (("consume", "t", "--json", "--values"), "two forms"),
+        (("consume", "t", "--commit"), "--commit is for a --group"),
+        (("dead-topic", "replay", "t"), "say which: PARTITION:OFFSET"),
+        (("dead-topic", "replay", "t", "0:1", "--all"), "say which: PARTITION:OFFSET"),
+        (("dead-topic", "show", "t", "7"), "a record is named by PARTITION:OFFSET"),
+        (("listen", "t"), "no handler is named"),
+        (("listen", "--handler", "json:loads"), "no topic is named"),
+        (("listen", "t", "--handler", "json"), "--handler takes MODULE:NAME"),
+        (("listen", "t", "--handler", "nowhere:handle"), "cannot import nowhere:handle: ModuleNotFoundError"),
+    ],
+)
+def test_what_is_wrong_in_a_command_line_is_said_in_one_line(arguments: tuple[str, ...], message: str) -> None:
+    servers = () if message.startswith("no broker") else ("-X", "bootstrap.servers=localhost:1")
+    assert_one_line(run_here(*arguments, *servers), 2, message)
+
+
+# -- dead letters
+
+
+def test_dead_letters_are_listed_and_shown(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    bury(cluster, topic, 3)
+    found = rows(run_here("dead-topic", "list", f"{topic}.dead", *servers, "--json")[1])
+    assert found[1] == {
+        "place": "0:1", "failed_at": "2023-11-14T22:13:20Z", "origin": f"{topic} [0] 1", "key": "k1", "attempts": "3",
+        "error": "LookupError: no stock",
+    }  # fmt: skip
+    assert [each["place"] for each in found] == ["0:0", "0:1", "0:2"]
+    status, out, _ = run_here("dead-topic", "list", f"{topic}.dead", *servers, "--error", "[red]", "--limit", 1)
+    assert status == 0
+    assert "0:0" in out
+    assert "0:2" not in out
+    assert rows(run_here("dead-topic", "list", f"{topic}.dead", *servers, "--json", "--origin", "other")[1]) == []
+    status, out, err = run_here("dead-topic", "show", f"{topic}.dead", "0:1", *servers)
+    assert (status, err) == (0, "")
+    assert "  exception-message: no stock" in out
+    assert '  {"n": 1}' in out
+    assert_one_line(run_here("dead-topic", "show", f"{topic}.dead", "0:9", *servers), 1, "1 record not found")
+
+
+def test_replay_sends_records_back_as_they_were(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    bury(cluster, topic, 3)
+    dead = f"{topic}.dead"
+    status, out, _ = run_here("replay", dead, *servers, "--dry-run")
+    assert (status, out) == (0, f"would be replayed: 3 to {topic}\n")
+    asked = f"replay 3 records (3 to {topic})? Say so by --yes"
+    assert_one_line(run_here("replay", dead, *servers), 2, asked)
+    assert read_back(cluster.bootstrap_servers, topic) == []
+    status, out, err = run_here("replay", dead, *servers, "--yes", "--key", "k0")
+    assert (status, out, err) == (0, f"2 records replayed: 2 to {topic}\n", "")
+    copies = read_back(cluster.bootstrap_servers, topic)
+    assert [(each.key, each.value) for each in copies] == [(b"k0", b'{"n": 0}'), (b"k0", b'{"n": 2}')]
+    own = [("h", b"\xff"), ("h", None), ("message-type", b"order")]
+    assert [each.headers for each in copies] == [own] * 2
+    status, out, _ = run_here("dead-topic", "replay", dead, "0:1", *servers, "--yes", "--json")
+    assert (status, rows(out)) == (0, [{"replayed": 1, "found": 1, "dry_run": False}])
+    assert read_back(cluster.bootstrap_servers, topic)[2].value == b'{"n": 1}'
+    assert len(read_back(cluster.bootstrap_servers, dead)) == 3
+
+
+def test_replay_of_a_topic_onto_itself_ends(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    send(cluster, topic, *range(5))
+    told = "5 records do not say which topic was the first; give --to TOPIC"
+    assert_one_line(run_here("replay", topic, *servers, "--yes"), 2, told)
+    status, out, _ = run_here("replay", topic, *servers, "--yes", "--to", topic, "--from", 1, "--until", 3)
+    assert (status, out) == (0, f"2 records replayed: 2 to {topic}\n")
+    stored = read_back(cluster.bootstrap_servers, topic)
+    assert [json.loads(each.value or b"")["n"] for each in stored] == [0, 1, 2, 3, 4, 1, 2]
+    assert stored[5].headers == stored[1].headers
+    status, out, _ = run_here("replay", topic, *servers, "--to", topic, "--from", "end")
+    assert (status, out) == (0, "nothing is there to be replayed\n")
+
+
+# -- listen
+
+
+@pytest.fixture
+def shop(cluster: MockCluster, topic: str, tmp_path: Any) -> Any:
+    (tmp_path / "shop.py").write_text(SHOP)
+    (tmp_path / "listen.toml").write_text(f"""
+handler = "shop:handle"
+topics = ["{topic}"]
+reject_on = ["shop:Sold"]
+
+[types]
+order = "shop:Order"
+
+[listener]
+dead_letter_topic = "{topic}.dead"
+concurrency = 2
+
+[retry]
+max_attempts = 2
+
+[kafka]
+bootstrap.servers = "{cluster.bootstrap_servers}"
+group.id = "g-{topic}"
+session.timeout.ms = 1500
+heartbeat.interval.ms = 300
+""")
+    return tmp_path
+
+
+@contextlib.contextmanager
+def listening(shop: Any, *options: str) -> "Iterator[subprocess.Popen[str]]":
+    command = [*COMMAND, "listen", "--config", "listen.toml", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=shop, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_listen_hands_records_to_a_handler_until_a_signal(
+    cluster: MockCluster, topic: str, shop: Any, number: int, status: int
+) -> None:
+    send(cluster, topic, *range(6))
+    with listening(shop, "--json") as process:
+        assert process.stdout is not None
+        seen = []
+        while len(seen) < 7:  # one of them twice
+            line = process.stdout.readline()
+            assert line, process.communicate(timeout=60)
+            seen.append(int(line.split()[1]))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert sorted(seen) == [0, 1, 1, 2, 3, 4, 5]
+    told = [json.loads(line) for line in err.splitlines()]
+    assert told[0]["message"] == f"listener of {topic} begins"
+    assert told[-1]["message"].startswith("stopped by a signal; 6 done, 3 failed attempts, 2 dead")
+    (counted,) = rows(out)
+    assert (counted["exit_status"], counted["dead"], counted["in_flight"]) == (status, 2, 0)
+    letters = read_back(cluster.bootstrap_servers, f"{topic}.dead")
+    kinds = [dict(each.headers)["exception-type"] for each in letters]
+    assert sorted(kinds) == [b"LookupError", b"shop.Sold"]
+
+
+def test_listen_that_cannot_go_on_says_why(cluster: MockCluster, topic: str, shop: Any) -> None:
+    text = (shop / "listen.toml").read_text().replace(f'dead_letter_topic = "{topic}.dead"', "")
+    (shop / "listen.toml").write_text(text)
+    send(cluster, topic, *range(6))
+    with listening(shop) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "it cannot go on: " in err.splitlines()[-1]
+    assert re.search("no stock|out", err.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("concurrency = 2", "concurrency = 0", "concurrency must be an int from 1"),
+        ("concurrency = 2", "color = 2", "[listener] has no 'color'; it has wire, concurrency"),
+        ("max_attempts = 2", "max_attempts = 0", "[retry] max_attempts must be 1 or more"),
+        ("shop:handle", "shop:broken", "handler must be callable, not int"),
+        ("shop:Order", "shop:Nothing", "[types] order: cannot import shop:Nothing: AttributeError"),
+        ("topics =", "topic =", "there is no setting 'topic'; there are handler, topics"),
+        ("group.id =", "group.x =", "group.x is not a configuration key of librdkafka"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_said_in_one_line(shop: Any, old: str, new: str, message: str) -> None:
+    file = shop / "listen.toml"
+    file.write_text(file.read_text().replace(old, new))
+    with listening(shop) as process:
+        out, err = process.communicate(timeout=60)
+    assert_one_line((process.returncode, out, err), 2, message)

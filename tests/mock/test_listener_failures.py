@@ -1,0 +1,456 @@
+"""A listener's failures on the mock cluster: what fails is tried again, sent on, and read back by confluent-kafka."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from confluent_kafka import Consumer, TopicPartition
+
+import kbatch
+from kbatch import aio
+from kbatch.testing import MockCluster
+from tests.waiting import until
+
+from .clients import read_back
+
+QUICK = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "topic.metadata.refresh.interval.ms": 500}
+ONCE = kbatch.RetryPolicy(max_attempts=1)
+BRIEFLY = kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.05, max_backoff_s=0.05)
+Handler = Callable[[kbatch.Listener, kbatch.ReceivedEnvelope[Any]], object]
+
+
+@pytest.fixture
+def cluster() -> Any:
+    with MockCluster() as made:
+        for topic in ("orders", "dead", "billing.retry.0.3", "billing.retry.0.6"):
+            made.create_topic(topic, 1)
+        yield made
+
+
+def send(cluster: MockCluster, *envelopes: kbatch.Envelope[Any], wire: str = "kbatch") -> None:
+    with kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers}, wire=wire) as producer:
+        producer.send_batch("orders", envelopes).raise_for_errors()
+
+
+def numbered(*numbers: int, key: str = "k") -> list[kbatch.Envelope[Any]]:
+    return [kbatch.Envelope({"n": n}, key=key, message_type="order", headers=[("h", b"\xff")]) for n in numbers]
+
+
+def made(cluster: MockCluster, handle: Handler, **options: Any) -> kbatch.Listener:
+    def handler(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        handle(listener, envelope)
+
+    config = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", **QUICK}
+    options = {"types": {"order": dict[str, int]}, "commit_interval_s": 0.1, "close_timeout_s": 10.0, **options}
+    listener = kbatch.Listener(config, ["orders"], handler, **options)
+    return listener
+
+
+def run(listener: kbatch.Listener, seconds: float = 40.0) -> None:
+    end = threading.Timer(seconds, listener.stop)
+    end.start()
+    try:
+        listener.run()
+    finally:
+        end.cancel()
+
+
+def counts(listener: kbatch.Listener) -> dict[str, int]:
+    names = ("handled", "attempts_failed", "to_retry", "dead", "in_flight")
+    return {name: listener.stats()[name] for name in names}
+
+
+class Running:
+    """A listener in a thread of its own."""
+
+    def __init__(self, listener: kbatch.Listener) -> None:
+        self.listener = listener
+        self.error: Exception | None = None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.listener.run()
+        except Exception as error:
+            self.error = error
+
+    def __enter__(self) -> "Running":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.listener.stop()
+        self.thread.join()
+
+
+def committed(cluster: MockCluster, topic: str = "orders") -> int:
+    consumer = Consumer({"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing"})
+    try:
+        return int(consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset)
+    finally:
+        consumer.close()
+
+
+@pytest.mark.parametrize("poison", [0, 2, 4], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_poison_goes_to_the_dead_letters_and_stops_no_partition(
+    cluster: MockCluster, poison: int, concurrency: int
+) -> None:
+    seen: list[int] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.message["n"] == poison:
+            raise ValueError(f"poison {poison}")
+        seen.append(envelope.message["n"])
+
+    send(cluster, *numbered(*range(5)))
+    with Running(made(cluster, handle, retry=BRIEFLY, dead_letter_topic="dead", concurrency=concurrency)) as running:
+        until(
+            lambda: running.listener.stats()["handled"] == 5 and running.listener.stats()["dead"] == 1,
+            "the listener has done it",
+        )
+    assert running.error is None
+    assert seen == [n for n in range(5) if n != poison]
+    assert committed(cluster) == 5
+    (letter,) = read_back(cluster.bootstrap_servers, "dead")
+    (original,) = [each for each in read_back(cluster.bootstrap_servers, "orders") if each.offset == poison]
+    assert (letter.key, letter.value) == (original.key, original.value)
+    own = len(original.headers)
+    assert letter.headers[:own] == original.headers
+    added = dict(letter.headers[own:])
+    assert abs(int(added.pop("failed-at") or b"") / 1000 - time.time()) < 600
+    assert added == {
+        "attempts": b"3",
+        "exception-type": b"ValueError",
+        "exception-message": f"poison {poison}".encode(),
+        "failed-group": b"billing",
+        "original-destination": b"kafka://topic/orders",
+        "original-partition": b"0",
+        "original-offset": str(poison).encode(),
+        "original-timestamp": str(original.timestamp).encode(),
+    }
+
+
+def test_a_key_waits_for_its_retries_in_place_and_others_do_not(cluster: MockCluster) -> None:
+    seen: list[tuple[bytes, int]] = []
+    tries = 0
+    others_done = threading.Event()
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        nonlocal tries
+        if envelope.key == b"slow" and envelope.message["n"] == 0:
+            tries += 1
+            if not others_done.is_set():
+                raise ValueError("not yet")
+        seen.append((envelope.key, envelope.message["n"]))
+        if seen.count((b"fast", 2)):
+            others_done.set()
+
+    send(cluster, *numbered(0, 1, 2, key="slow"), *numbered(0, 1, 2, key="fast"))
+    policy = kbatch.RetryPolicy(max_attempts=None, initial_backoff_s=0.2, max_backoff_s=0.2)
+    # Two lanes and one thread would be told apart by nobody, so two: neither may sleep for the slow one.
+    with Running(made(cluster, handle, retry=policy, concurrency=2)) as running:
+        until(lambda: running.listener.stats()["handled"] == 6, "the listener has done it")
+    assert running.error is None
+    assert [n for key, n in seen if key == b"slow"] == [0, 1, 2]
+    assert [n for key, n in seen if key == b"fast"] == [0, 1, 2]
+    assert seen[:3] == [(b"fast", n) for n in range(3)]
+    assert tries >= 2
+    assert committed(cluster) == 6
+
+
+def test_a_record_goes_through_all_retry_topics_to_the_dead_letters(cluster: MockCluster) -> None:
+    tries: list[tuple[str, int]] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        tries.append((envelope.topic, envelope.attempts))
+        if envelope.message["n"] == 0:
+            raise LookupError("no stock")
+
+    send(cluster, *numbered(0, 1))
+    with Running(
+        made(cluster, handle, retry=ONCE, retry_topics=[0.3, 0.6], dead_letter_topic="dead", concurrency=2)
+    ) as running:
+        until(lambda: running.listener.stats()["dead"] == 1, "the listener has done it")
+    assert running.error is None
+    assert counts(running.listener) == {"handled": 4, "attempts_failed": 3, "to_retry": 2, "dead": 1, "in_flight": 0}
+    assert sorted(tries) == [("billing.retry.0.3", 1), ("billing.retry.0.6", 2), ("orders", 0), ("orders", 0)]
+    original = read_back(cluster.bootstrap_servers, "orders")[0]
+    for topic, attempts, delay in (("billing.retry.0.3", 1, 300), ("billing.retry.0.6", 2, 600), ("dead", 3, None)):
+        (copy,) = read_back(cluster.bootstrap_servers, topic)
+        assert (copy.key, copy.value) == (original.key, original.value)
+        assert copy.headers[: len(original.headers)] == original.headers
+        added = dict(copy.headers[len(original.headers) :])
+        failed_at, due = int(added.pop("failed-at") or b""), added.pop("retry-due-at", None)
+        assert due is None if delay is None else abs(int(due or b"") - failed_at - delay) <= 1
+        assert added == {
+            "attempts": str(attempts).encode(),
+            "exception-type": b"LookupError",
+            "exception-message": b"no stock",
+            "failed-group": b"billing",
+            "original-destination": b"kafka://topic/orders",
+            "original-partition": b"0",
+            "original-offset": b"0",
+            "original-timestamp": str(original.timestamp).encode(),
+        }
+    for topic in ("orders", "billing.retry.0.3", "billing.retry.0.6"):
+        assert committed(cluster, topic) == (2 if topic == "orders" else 1)
+
+
+def test_a_record_that_waits_for_its_time_holds_up_no_other_topic(cluster: MockCluster) -> None:
+    handled: list[int] = []
+    cluster.create_topic("billing.retry.1000", 1)
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.message["n"] < 5:
+            raise ValueError
+        handled.append(envelope.message["n"])
+
+    send(cluster, *numbered(*range(5)))
+    with Running(made(cluster, handle, retry=ONCE, retry_topics=[1000], max_in_flight=2)) as running:
+        until(lambda: running.listener.stats()["to_retry"] == 5, "the listener has done it")
+        send(cluster, *numbered(*range(5, 50)))
+        until(lambda: running.listener.stats()["handled"] == 50, "the listener has done it")
+    assert running.error is None
+    assert handled == list(range(5, 50))
+    assert committed(cluster, "billing.retry.1000") < 0  # nothing of it is done
+    assert len(read_back(cluster.bootstrap_servers, "billing.retry.1000")) == 5
+
+
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "cloudevents"])
+def test_what_cannot_be_decoded_goes_to_the_dead_letters_at_once(cluster: MockCluster, wire: str) -> None:
+    handled: list[object] = []
+    good, bad = numbered(1, 2)
+    bad = bad.replace(data=b'{"n": "secret"}')
+    envelopes = [each.replace(source="shop") for each in (bad, good)]
+    send(cluster, *envelopes, wire=wire)
+    listener = made(cluster, lambda _, each: handled.append(each.message), retry_topics=[0.3], wire=wire,
+                    dead_letter_topic="dead")  # fmt: skip
+    with Running(listener) as running:
+        until(
+            lambda: running.listener.stats()["handled"] == 2 and running.listener.stats()["dead"] == 1,
+            "the listener has done it",
+        )
+    assert (running.error, handled) == (None, [{"n": 1}])
+    (letter,) = read_back(cluster.bootstrap_servers, "dead")
+    original = read_back(cluster.bootstrap_servers, "orders")[0]
+    assert letter.value == original.value
+    counter = "ce_attempts" if wire == "cloudevents" else "attempts"
+    kept = [pair for pair in original.headers if pair[0] != counter]
+    assert letter.headers[: len(kept)] == kept
+    assert dict(letter.headers)[counter] == b"1"
+    assert dict(letter.headers)["exception-type"] == b"kbatch.DeserializationError"
+
+
+def test_without_a_dead_letter_topic_the_listener_ends_and_does_not_commit_the_record(cluster: MockCluster) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.message["n"] == 2:
+            raise ZeroDivisionError("of the handler")
+
+    send(cluster, *numbered(*range(5)))
+    with pytest.raises(ZeroDivisionError, match="of the handler"):
+        run(made(cluster, handle, retry=BRIEFLY))
+    assert committed(cluster) == 2
+
+
+def test_while_no_broker_takes_a_dead_letter_the_record_waits_and_is_not_lost(cluster: MockCluster) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.message["n"] == 1:
+            down.set()
+            assert is_down.wait(30)
+            raise ValueError("poison")
+
+    down, is_down = threading.Event(), threading.Event()
+    send(cluster, *numbered(*range(3)))
+    producer = kbatch.Producer(
+        {"bootstrap.servers": cluster.bootstrap_servers, "delivery.timeout.ms": 500, "reconnect.backoff.max.ms": 100}
+    )
+    with producer, Running(made(cluster, handle, retry=ONCE, dead_letter_topic="dead", producer=producer)) as running:
+        assert down.wait(30)
+        cluster.set_broker_down(1)
+        is_down.set()
+        until(lambda: producer.stats()["failed"] >= 1, "the listener has done it", 30)
+        assert running.listener.stats()["dead"] == 0
+        cluster.set_broker_up(1)
+        until(
+            lambda: running.listener.stats()["dead"] == 1 and running.listener.stats()["handled"] == 3,
+            "the listener has done it",
+            60,
+        )
+    assert running.error is None
+    letters = read_back(cluster.bootstrap_servers, "dead")
+    assert {dict(each.headers)["attempts"] for each in letters} == {b"1"}
+    assert committed(cluster) == 3
+
+
+def test_stopping_waits_for_no_back_off_and_commits_nothing_of_it(cluster: MockCluster) -> None:
+    failed = threading.Event()
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.message["n"] == 1:
+            failed.set()
+            raise ValueError
+
+    send(cluster, *numbered(*range(3)))
+    policy = kbatch.RetryPolicy(max_attempts=5, initial_backoff_s=1000, max_backoff_s=1000)
+    with Running(made(cluster, handle, retry=policy, dead_letter_topic="dead", close_timeout_s=1000)) as running:
+        assert failed.wait(30)
+        running.listener.stop()
+        running.thread.join(60)
+        assert not running.thread.is_alive()
+    assert running.error is None
+    assert committed(cluster) == 1
+
+
+def test_an_outage_of_the_database_fills_no_topic_and_counts_no_attempt(cluster: MockCluster) -> None:
+    class DatabaseGoneError(Exception):
+        is_outage = True
+
+    tries: list[int] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        tries.append(envelope.message["n"])
+        if len(tries) < 5:
+            raise DatabaseGoneError
+
+    send(cluster, *numbered(0, 1))
+    with Running(made(cluster, handle, retry=ONCE, retry_topics=[0.3], dead_letter_topic="dead")) as running:
+        until(lambda: running.listener.stats()["handled"] == 2, "the listener has done it")
+    assert counts(running.listener) == {"handled": 2, "attempts_failed": 0, "to_retry": 0, "dead": 0, "in_flight": 0}
+    assert tries == [0, 0, 0, 0, 0, 1]
+
+
+def test_each_failed_attempt_is_logged_once_and_its_payload_never(
+    cluster: MockCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError("why")
+
+    send(cluster, kbatch.Envelope({"n": 40417}, key="k", message_type="order"))
+    with Running(made(cluster, handle, retry=BRIEFLY, dead_letter_topic="dead")) as running:
+        until(lambda: running.listener.stats()["dead"] == 1, "the listener has done it")
+    lines = [each.getMessage() for each in caplog.records if "record orders" in each.getMessage()]
+    assert [line.partition(": ")[2][:20] for line in lines] == [
+        "attempt 1 failed, th", "attempt 2 failed, th", "sent to dead letter "
+    ]  # fmt: skip
+    assert all(line.startswith("record orders [0] at offset 0") and "ValueError: why" in line for line in lines)
+    assert "40417" not in caplog.text
+
+
+PROGRAM = """
+import sys, kbatch
+def handle(envelope):
+    if envelope.message["n"] % 3 == 0:
+        raise ValueError("poison")
+    print("handled", envelope.message["n"], flush=True)
+listener = kbatch.Listener(
+    {"bootstrap.servers": sys.argv[1], "group.id": "billing", "session.timeout.ms": 1500, "heartbeat.interval.ms": 300},
+    ["orders"], handle, types={"order": dict[str, int]}, dead_letter_topic="dead", commit_interval_s=3600.0,
+    retry=kbatch.RetryPolicy(max_attempts=1),
+)
+listener.run()
+"""
+
+
+def test_a_kill_between_copy_and_commit_doubles_copies_and_loses_none() -> None:
+    with MockCluster(process=True) as cluster:
+        for topic in ("orders", "dead"):
+            cluster.create_topic(topic, 1)
+        send(cluster, *numbered(*range(30)))
+        command = [sys.executable, "-c", PROGRAM, cluster.bootstrap_servers]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout is not None
+                while "29" not in process.stdout.readline():  # the next commit is an hour away
+                    assert process.poll() is None
+            finally:
+                process.send_signal(signal.SIGKILL)
+        assert committed(cluster) < 0
+        first = [each.headers for each in read_back(cluster.bootstrap_servers, "dead")]
+
+        def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+            if envelope.message["n"] % 3 == 0:
+                raise ValueError("poison")
+
+        with Running(made(cluster, handle, retry=ONCE, dead_letter_topic="dead")) as running:
+            until(
+                lambda: running.listener.stats()["handled"] == 30 and running.listener.stats()["dead"] == 10,
+                "the listener has done it",
+                60,
+            )
+        letters = [dict(each.headers) for each in read_back(cluster.bootstrap_servers, "dead")]
+        offsets = sorted(int(each["original-offset"] or b"") for each in letters)
+        assert set(offsets) == set(range(0, 30, 3))
+        assert len(offsets) == len(first) + 10
+        assert committed(cluster) == 30
+        assert os.getpid() != process.pid
+
+
+def test_of_a_batch_only_the_record_that_is_to_blame_is_dead(cluster: MockCluster) -> None:
+    calls: list[list[int]] = []
+
+    def handle(listener: kbatch.Listener, envelopes: Any) -> None:
+        calls.append([each.message["n"] for each in envelopes])
+        if 2 in calls[-1]:
+            raise ValueError("poison")
+
+    send(cluster, *numbered(*range(5)))
+    listener = made(cluster, handle, retry=ONCE, dead_letter_topic="dead", batch_size=5, batch_timeout_ms=5_000)
+    with Running(listener) as running:
+        until(lambda: running.listener.stats()["handled"] == 5, "all is done")
+    assert running.error is None
+    assert calls == [[0, 1, 2, 3, 4], [0], [1], [2], [3], [4]]
+    (letter,) = read_back(cluster.bootstrap_servers, "dead")
+    assert dict(letter.headers)["original-offset"] == b"2"
+    assert committed(cluster) == 5
+
+
+def test_a_listener_of_a_loop_does_the_same(cluster: MockCluster) -> None:
+    seen: list[tuple[str, int]] = []
+
+    async def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append((envelope.topic, envelope.message["n"]))
+        if envelope.message["n"] == 1:
+            raise ValueError("poison")
+
+    async def listen() -> dict[str, int]:
+        config = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", **QUICK}
+        async with aio.Listener(
+            config, ["orders"], handle, types={"order": dict[str, int]}, retry=BRIEFLY, retry_topics=[0.3],
+            dead_letter_topic="dead", concurrency=2,
+        ) as listener:  # fmt: skip
+            task = asyncio.create_task(listener.run())
+            async with asyncio.timeout(60):
+                while listener.stats()["dead"] < 1 or listener.stats()["handled"] < 4:
+                    await asyncio.sleep(0.01)
+            listener.stop()
+            await task
+            return listener.stats()
+
+    send(cluster, *numbered(0, 1, 2))
+    stats = asyncio.run(listen())
+    assert (stats["handled"], stats["attempts_failed"], stats["to_retry"], stats["dead"]) == (4, 4, 1, 1)
+    assert [n for topic, n in seen if topic == "orders"] == [0, 1, 1, 1, 2]
+    assert [each for each in seen if each[0] != "orders"] == [("billing.retry.0.3", 1)]
+    assert len(read_back(cluster.bootstrap_servers, "dead")) == 1
+    assert committed(cluster) == 3
+
+
+def test_a_listener_that_runs_again_sends_on_again(cluster: MockCluster) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError("poison")
+
+    listener = made(cluster, handle, retry=ONCE, dead_letter_topic="dead")
+    for n in range(2):
+        send(cluster, *numbered(n))
+        with Running(listener) as running:
+            until(lambda: listener.stats()["dead"] == 1, "a dead letter")
+        assert running.error is None
+    assert len(read_back(cluster.bootstrap_servers, "dead")) == 2

@@ -1,0 +1,280 @@
+"""Marking within the transactions of each driver, and of ``sqlite3`` in each of its modes."""
+
+import asyncio
+import contextlib
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import kbatch
+from kbatch import Envelope, InboxError, PostgresInbox, SqliteInbox, aio
+from tests import inboxes
+from tests.inboxes import GROUP
+from tests.outboxes import in_schema, rows, run
+
+ISOLATION = ["", "DEFERRED", "IMMEDIATE", "EXCLUSIVE", None]
+COUNTS = [1, 3, 100]
+
+
+@pytest.fixture
+def of_postgres(new_inbox: Callable[..., Any]) -> PostgresInbox:
+    inbox: PostgresInbox = new_inbox()
+    run(inbox, f"CREATE TABLE {in_schema(inbox, 'orders')} (n integer)")
+    return inbox
+
+
+@pytest.fixture
+def of_sqlite(tmp_path: Path) -> SqliteInbox:
+    inbox = inboxes.made(tmp_path)
+    run(inbox, "CREATE TABLE orders (n)")
+    return inbox
+
+
+in_postgres = pytest.mark.parametrize("new_inbox", ["postgres"], indirect=True)
+
+
+def given(count: int) -> list[Envelope]:
+    return [Envelope(data=b"%d" % n) for n in range(count)]
+
+
+def found(inbox: Any) -> tuple[int, int]:
+    """How many orders and how many marks there are, for others."""
+    table = "orders" if isinstance(inbox, SqliteInbox) else in_schema(inbox, "orders")
+    ((orders,),) = rows(inbox, f"SELECT count(*) FROM {table}")
+    return orders, len(inboxes.ids(inbox))
+
+
+# -- sqlite3
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("isolation_level", ISOLATION)
+def test_it_joins_the_transaction_of_each_isolation_level(
+    of_sqlite: SqliteInbox, isolation_level: Any, commits: bool
+) -> None:
+    connection = sqlite3.connect(of_sqlite._path, isolation_level=isolation_level)
+    if isolation_level is None:
+        connection.execute("BEGIN")
+    connection.execute("INSERT INTO orders VALUES (1)")
+    assert of_sqlite.accept_many(connection, given(3), group=GROUP) == [True] * 3
+    assert connection.in_transaction
+    assert found(of_sqlite) == (0, 0)
+    connection.commit() if commits else connection.rollback()
+    connection.close()
+    assert found(of_sqlite) == ((1, 3) if commits else (0, 0))
+
+
+@pytest.mark.parametrize("isolation_level", ISOLATION)
+def test_no_transaction(of_sqlite: SqliteInbox, isolation_level: Any) -> None:
+    connection = sqlite3.connect(of_sqlite._path, isolation_level=isolation_level)
+    with pytest.raises(InboxError, match="BEGIN IMMEDIATE"):
+        of_sqlite.accept(connection, given(1)[0], group=GROUP)
+    assert not connection.in_transaction
+    connection.close()
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="platform: sqlite3.connect(autocommit=…) is of Python 3.12")
+@pytest.mark.parametrize("autocommit", [True, False])
+def test_it_joins_the_transaction_of_each_autocommit(of_sqlite: SqliteInbox, autocommit: bool) -> None:
+    connection = sqlite3.connect(of_sqlite._path, autocommit=autocommit)  # type: ignore[call-arg, unused-ignore]
+    if autocommit:
+        connection.execute("BEGIN")
+    connection.execute("INSERT INTO orders VALUES (1)")
+    assert of_sqlite.accept(connection, given(1)[0], group=GROUP)
+    assert found(of_sqlite) == (0, 0)
+    connection.execute("COMMIT") if autocommit else connection.commit()
+    connection.close()
+    assert found(of_sqlite) == (1, 1)
+
+
+def test_a_connection_with_factories_and_converters_of_its_own(of_sqlite: SqliteInbox) -> None:
+    sqlite3.register_converter("INTEGER", lambda value: b"converted " + value)
+    try:
+        connection = sqlite3.connect(of_sqlite._path, isolation_level=None, detect_types=sqlite3.PARSE_DECLTYPES)
+        connection.row_factory = sqlite3.Row
+        connection.text_factory = bytes
+        connection.execute("CREATE TEMP TABLE kbatch_inbox (x)")
+        connection.execute("BEGIN")
+        assert of_sqlite.accept_many(connection, given(2), group=GROUP) == [True, True]
+        connection.execute("COMMIT")
+        connection.close()
+    finally:
+        sqlite3.converters.pop("INTEGER")  # type: ignore[attr-defined]
+
+
+def test_a_connection_to_another_database(of_sqlite: SqliteInbox, tmp_path: Path) -> None:
+    other = inboxes.made(tmp_path, "other.db")
+    with inboxes.transaction(other) as connection, pytest.raises(InboxError, match="give a connection to that file"):
+        of_sqlite.accept_many(connection, given(3), group=GROUP)
+    assert inboxes.ids(other) == set()
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    connection.execute("BEGIN")
+    with pytest.raises(InboxError, match="give a connection to that file"):
+        of_sqlite.accept_many(connection, given(3), group=GROUP)
+    connection.close()
+
+
+def test_a_row_that_sqlite_refuses_leaves_no_mark_of_its_batch(of_sqlite: SqliteInbox) -> None:
+    some = given(5)
+    run(
+        of_sqlite,
+        f"CREATE TRIGGER refuses BEFORE INSERT ON kbatch_inbox WHEN NEW.id = X'{some[3].id.hex}' "
+        "BEGIN SELECT raise(ABORT, 'no room'); END",
+    )
+    with inboxes.transaction(of_sqlite) as connection:
+        connection.execute("INSERT INTO orders VALUES (1)")
+        with pytest.raises(InboxError, match="no room"):
+            of_sqlite.accept_many(connection, some, group=GROUP)
+    assert found(of_sqlite) == (1, 0)
+
+
+def test_a_connection_that_only_reads(of_sqlite: SqliteInbox) -> None:
+    connection = sqlite3.connect(f"file:{of_sqlite._path}?mode=ro", uri=True, isolation_level=None)
+    connection.execute("BEGIN")
+    with pytest.raises(InboxError, match="open the database for writing"):
+        of_sqlite.accept(connection, given(1)[0], group=GROUP)
+    connection.close()
+
+
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("session", [True, False])
+def test_it_joins_the_transaction_of_sqlalchemy(of_sqlite: SqliteInbox, session: bool, commits: bool) -> None:
+    sqlalchemy = pytest.importorskip("sqlalchemy", reason="platform: it has no wheel here")
+    orm = pytest.importorskip("sqlalchemy.orm")
+    engine = sqlalchemy.create_engine(f"sqlite:///{of_sqlite._path}")
+    with orm.Session(engine) if session else engine.connect() as connection:
+        connection.execute(sqlalchemy.text("INSERT INTO orders VALUES (1)"))
+        assert of_sqlite.accept(connection, given(1)[0], group=GROUP)
+        assert found(of_sqlite) == (0, 0)
+        connection.commit() if commits else connection.rollback()
+    engine.dispose()
+    assert found(of_sqlite) == ((1, 1) if commits else (0, 0))
+
+
+# -- PostgreSQL
+
+
+@in_postgres
+@pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("how", ["implicit", "block", "nested", "begin", "serializable"])
+def test_it_joins_the_transaction_of_psycopg(of_postgres: PostgresInbox, how: str, count: int, commits: bool) -> None:
+    import psycopg
+    from psycopg.rows import dict_row
+
+    some = given(count)
+    insert = f"INSERT INTO {in_schema(of_postgres, 'orders')} VALUES (1)"
+    with contextlib.closing(
+        psycopg.connect(of_postgres._conninfo, autocommit=how in ("block", "begin"), row_factory=dict_row)
+    ) as connection:
+        if how == "serializable":
+            connection.isolation_level = psycopg.IsolationLevel.SERIALIZABLE
+        with contextlib.suppress(KeyError), contextlib.ExitStack() as blocks:
+            for _ in range({"block": 1, "nested": 2}.get(how, 0)):
+                blocks.enter_context(connection.transaction())
+            if how == "begin":
+                connection.execute("BEGIN")
+            connection.execute(insert)
+            assert of_postgres.accept_many(connection, some, group=GROUP) == [True] * count
+            assert of_postgres.accept_many(connection, some, group=GROUP) == [False] * count
+            assert found(of_postgres) == (0, 0)
+            if how in ("block", "nested") and not commits:
+                raise KeyError
+        connection.commit() if commits else connection.rollback()
+    assert found(of_postgres) == ((1, count) if commits else (0, 0))
+
+
+@contextlib.asynccontextmanager
+async def connected(inbox: PostgresInbox, driver: str) -> AsyncIterator[tuple[Any, Any, Any]]:
+    """A connection in a transaction, how it executes a statement, and how it commits."""
+    url = inbox._conninfo
+    async with contextlib.AsyncExitStack() as undo:
+        if driver == "psycopg":
+            import psycopg
+
+            connection: Any = await psycopg.AsyncConnection.connect(url)
+            undo.push_async_callback(connection.close)
+            yield connection, connection.execute, connection.commit
+        elif driver == "asyncpg":
+            import asyncpg
+
+            connection = await asyncpg.connect(url)
+            undo.push_async_callback(connection.close)
+            transaction = connection.transaction()
+            await transaction.start()
+            yield connection, connection.execute, transaction.commit
+        else:
+            import sqlalchemy.ext.asyncio
+
+            _, name, kind = driver.split()
+            base = url.replace("postgresql:", f"postgresql+{name}:")
+            engine = sqlalchemy.ext.asyncio.create_async_engine(
+                base.replace("sslmode=", "ssl=") if name == "asyncpg" else base
+            )
+            undo.push_async_callback(engine.dispose)
+            made = sqlalchemy.ext.asyncio.AsyncSession(engine) if kind == "session" else engine.connect()
+            connection = await undo.enter_async_context(made)
+
+            async def execute(statement: str) -> None:
+                await connection.execute(sqlalchemy.text(statement.replace(":", "\\:")))
+
+            yield connection, execute, connection.commit
+
+
+DRIVERS = [
+    "psycopg",
+    "asyncpg",
+    *(f"sqlalchemy {name} {kind}" for name in ("psycopg", "asyncpg") for kind in ("session", "connection")),
+]
+
+
+@in_postgres
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_it_joins_the_transaction_of_each_driver_of_asyncio(
+    of_postgres: PostgresInbox, driver: str, count: int
+) -> None:
+    inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema)
+    some = given(count)
+    insert = f"INSERT INTO {in_schema(of_postgres, 'orders')} VALUES (1)"
+
+    async def work() -> None:
+        async with connected(of_postgres, driver) as (connection, execute, _):
+            await execute(insert)
+            assert await inbox.accept_many(connection, some, group=GROUP) == [True] * count
+        assert found(of_postgres) == (0, 0)
+        async with connected(of_postgres, driver) as (connection, execute, commit):
+            assert await inbox.accept(connection, some[0], group=GROUP)
+            await execute(insert)
+            expected = [False] + [True] * (count - 1)
+            assert await inbox.accept_many(connection, some, group=GROUP) == expected
+            assert await inbox.accept_many(connection, some * 2, group=GROUP) == [False] * count * 2
+            await commit()
+        assert found(of_postgres) == (1, count)
+
+    asyncio.run(work())
+
+
+@in_postgres
+def test_the_inbox_for_asyncio_makes_tables_tells_its_status_and_purges(of_postgres: PostgresInbox) -> None:
+    inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema, prefix="aio_")
+
+    async def work() -> None:
+        with pytest.raises(InboxError, match=r"call create\(\)"):
+            await inbox.status()
+        await inbox.create()
+        assert await inbox.status() == kbatch.InboxStatus(0)
+        assert await inbox.purge() == 0
+        async with connected(of_postgres, "asyncpg") as (connection, execute, _):
+            await execute("ROLLBACK")
+            with pytest.raises(InboxError, match="in no transaction"):
+                await inbox.accept(connection, given(1)[0], group=GROUP)
+        with pytest.raises(TypeError, match=r"psycopg\.AsyncConnection"):
+            await inbox.accept("shop.db", given(1)[0], group=GROUP)  # type: ignore[arg-type]
+
+    asyncio.run(work())
+    assert repr(inbox).startswith("<kbatch.aio.PostgresInbox ")

@@ -1,0 +1,169 @@
+"""Listeners in memory: the very decisions of a listener, without a broker, threads or time."""
+
+import asyncio
+import sqlite3
+from typing import Any
+
+import msgspec
+import pytest
+
+import kbatch
+from kbatch import Envelope, testing
+from kbatch.testing import MemoryListener
+from kbatch.testing import aio as testing_aio
+
+
+class Order(msgspec.Struct):
+    number: int
+
+
+ONCE = kbatch.RetryPolicy(max_attempts=1)
+
+
+@pytest.fixture(params=["threads", "asyncio"])
+def send(request: pytest.FixtureRequest) -> Any:
+    """Hands envelopes to a handler by both kinds of listeners; returns what became of them, and the listener."""
+
+    def call(handler: Any, *envelopes: Envelope[Any], **options: Any) -> tuple[list[testing.MemoryOutcome], Any]:
+        if request.param == "threads":
+            listener = MemoryListener(handler, **options)
+            return listener.send(*envelopes), listener
+
+        async def awaited(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+            await asyncio.sleep(0)
+            handler(envelope)
+
+        of_loop = testing_aio.MemoryListener(awaited, **options)
+        return asyncio.run(of_loop.send(*envelopes)), of_loop
+
+    return call
+
+
+def test_a_handler_sees_what_it_would_see_of_a_record(send: Any) -> None:
+    seen: list[kbatch.ReceivedEnvelope[Order]] = []
+    envelope = Envelope(Order(7), key="k", headers=[("h", b"\xff")], attempts=2)
+    for wire in ("kbatch", "wolverine", "cloudevents"):
+        (outcome,), _ = send(seen.append, envelope, types={"Order": Order}, wire=wire, source="shop")
+        assert (outcome.outcome, outcome.attempts, outcome.errors) == ("handled", 1, [])
+        assert isinstance(seen[-1], kbatch.ReceivedEnvelope)
+        assert (seen[-1].message, seen[-1].key, seen[-1].topic, seen[-1].offset) == (Order(7), b"k", "test", 0)
+        assert (seen[-1].id, seen[-1].attempts) == (envelope.id, 2)
+        assert ("h", b"\xff") in seen[-1].headers
+
+
+def test_keys_are_in_order_while_one_is_tried_again_and_others_go_on(send: Any) -> None:
+    seen: list[tuple[bytes, int]] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Order]) -> None:
+        seen.append((envelope.key, envelope.message.number))
+        if envelope.message.number == 0 and seen.count(seen[-1]) < 3:
+            raise ValueError
+
+    envelopes = [Envelope(Order(0), key="a"), Envelope(Order(1), key="a"), Envelope(Order(2), key="b")]
+    outcomes, listener = send(handle, *envelopes, types={"Order": Order})
+    assert [(each.outcome, each.attempts) for each in outcomes] == [("handled", 3), ("handled", 1), ("handled", 1)]
+    assert seen == [(b"a", 0), (b"b", 2), (b"a", 0), (b"a", 0), (b"a", 1)]
+    assert listener.stats() == {"attempts_failed": 2, "to_retry": 0, "dead": 0}
+
+
+def test_what_fails_goes_through_the_retry_topics_to_the_dead_letters(send: Any) -> None:
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.key == b"bad":
+            raise LookupError("no stock")
+
+    options = {"retry": ONCE, "retry_topics": [5, 600], "dead_letter_topic": "dead", "group": "g"}
+    (bad, good), listener = send(handle, Envelope({}, key="bad"), Envelope({}, key="good"), **options)
+    assert (good.outcome, good.topics) == ("handled", ["test"])
+    assert (bad.outcome, bad.topics) == ("dead", ["test", "g.retry.5", "g.retry.600"])
+    assert [str(error) for error in bad.errors] == ["no stock"] * 3
+    assert listener.dead_letters == (bad.dead_letter,)
+    letter = kbatch.read_envelope(bad.dead_letter)
+    assert (letter.key, letter.data, letter.attempts) == (b"bad", b"{}", 3)
+    headers = dict(letter.headers)
+    assert headers["original-destination"] == b"kafka://topic/test"
+    assert headers["exception-message"] == b"no stock"
+
+
+def test_a_record_that_succeeds_in_a_retry_topic_is_handled(send: Any) -> None:
+    tries: list[str] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        tries.append(envelope.topic)
+        if len(tries) < 2:
+            raise ValueError
+
+    (outcome,), listener = send(handle, Envelope({}), retry=ONCE, retry_topics=[5])
+    assert (outcome.outcome, outcome.topics, listener.dead_letters) == ("handled", ["test", "test.retry.5"], ())
+    assert tries == ["test", "test.retry.5"]
+
+
+def test_where_a_listener_would_end_the_rest_waits(send: Any) -> None:
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ZeroDivisionError
+
+    outcomes, _ = send(handle, Envelope({}, key="k"), Envelope({}, key="k"), retry=ONCE)
+    assert [each.outcome for each in outcomes] == ["failed", "waiting"]
+    assert [type(error) for error in outcomes[0].errors] == [ZeroDivisionError]
+
+
+def test_what_cannot_be_decoded_is_dead_at_once(send: Any) -> None:
+    called: list[object] = []
+    envelope = Envelope(data=b'{"number": "x"}', message_type="Order")
+    (outcome,), _ = send(called.append, envelope, types={"Order": Order}, dead_letter_topic="dead", retry_topics=[5])
+    assert (outcome.outcome, outcome.attempts, called) == ("dead", 1, [])
+    assert isinstance(outcome.errors[0], kbatch.DeserializationError)
+
+
+def test_a_database_that_never_answers_ends_no_test_and_no_record(send: Any) -> None:
+    class GoneError(Exception):
+        is_outage = True
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise GoneError
+
+    (outcome,), listener = send(handle, Envelope({}), retry=ONCE, retry_topics=[5], dead_letter_topic="dead")
+    assert (outcome.outcome, listener.dead_letters) == ("waiting", ())
+    assert outcome.attempts == 1000
+
+
+def test_what_is_no_exception_of_a_program_comes_out(send: Any) -> None:
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        pytest.fail("of the test")
+
+    with pytest.raises(pytest.fail.Exception, match="of the test"):
+        send(handle, Envelope({}))
+
+
+def test_wrong_options_are_refused_as_a_listener_refuses_them() -> None:
+    with pytest.raises(kbatch.ConfigError, match="handler "):
+        MemoryListener(None)  # type: ignore[arg-type]
+    with pytest.raises(kbatch.ConfigError, match="topics must be a list"):
+        MemoryListener(print, topics="orders")
+    with pytest.raises(kbatch.ConfigError, match="retry_topics must be seconds"):
+        MemoryListener(print, retry_topics="5")
+
+
+def test_the_plugin_gives_doubles(memory_producer: Any, memory_listener: Any, sqlite_outbox: Any) -> None:
+    assert memory_producer.send_batch("orders", [Envelope({})]).ok
+    assert memory_listener(lambda _: None).send(Envelope({}))[0].outcome == "handled"
+    assert sqlite_outbox.status().waiting == 0
+
+
+def test_an_inbox_leaves_out_what_was_handled_and_commits_with_the_mark(tmp_path: Any) -> None:
+    inbox = kbatch.SqliteInbox(tmp_path / "shop.db")
+    inbox.create()
+    calls: list[int] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any], connection: Any) -> None:
+        connection.execute("CREATE TABLE IF NOT EXISTS invoices (number)")
+        connection.execute("INSERT INTO invoices VALUES (?)", (envelope.message["n"],))
+        calls.append(envelope.message["n"])
+        if len(calls) == 1:
+            raise ValueError("rolled back")
+
+    envelope = Envelope({"n": 7}, message_type="order")
+    listener = MemoryListener(handle, types={"order": dict[str, int]}, inbox=inbox)
+    assert [each.outcome for each in listener.send(envelope, envelope)] == ["handled", "handled"]
+    assert calls == [7, 7]  # the first one was not committed, the copy is not handled
+    with sqlite3.connect(tmp_path / "shop.db") as connection:
+        assert connection.execute("SELECT number FROM invoices").fetchall() == [(7,)]
