@@ -17,6 +17,7 @@ import kbatch
 from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
+from benchmarks.outbox_postgres import postgres_outboxes
 
 BULK = 1_000
 SINGLES = 200  # adds of one envelope in a turn, in one transaction
@@ -33,11 +34,12 @@ _INSERT = "INSERT INTO kbatch_outbox (bucket, seq, id, packed, created_at, deliv
 
 
 def outboxes(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
-    """The sections of an outbox: adding; relaying and latency."""
+    """The sections of an outbox: adding; relaying and latency; and those of one in PostgreSQL."""
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-") as folder:
         yield _adding(turns, Path(folder))
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-") as folder, open_broker() as broker:
         yield _relaying(max(3, turns // 3), Path(folder), broker)
+    yield from postgres_outboxes(turns, open_broker)
 
 
 class _Shop:

@@ -5,7 +5,7 @@ import sqlite3
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import pytest
 
@@ -33,6 +33,12 @@ def where(outbox: Outbox) -> dict[str, str]:
     if isinstance(outbox, kbatch.SqliteOutbox):
         return {"path": outbox._path}
     return {"conninfo": outbox._conninfo, "schema": outbox._tables.schema}
+
+
+def same(outbox: Outbox, **options: Any) -> Outbox:
+    """Another object for it."""
+    kind: Any = type(outbox)
+    return cast("Outbox", kind(**where(outbox), **options))
 
 
 def named(outbox: Outbox) -> list[str]:
@@ -127,9 +133,10 @@ def literal(outbox: Outbox, value: bytes) -> str:
     return f"X'{value.hex()}'" if isinstance(outbox, kbatch.SqliteOutbox) else f"'\\x{value.hex()}'::bytea"
 
 
-def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None) -> None:
-    """Has inserts into one of its tables fail, or those of the row of this number."""
+def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None, deliver_by: bool = False) -> None:
+    """Has inserts into one of its tables fail, or those of the row of this number, or of rows with a `deliver_by`."""
     when = "" if number is None else f"WHEN (NEW.seq = {number}) "
+    when = "WHEN (NEW.deliver_by IS NOT NULL) " if deliver_by else when
     if isinstance(outbox, kbatch.SqliteOutbox):
         query(
             outbox,

@@ -189,7 +189,7 @@ class SerializationError(KbatchError, ValueError):
 class NotYetDueError(KbatchError):
     """The ``scheduled_time`` of an envelope is in the future, by this machine's clock. Nothing of its batch was sent.
 
-    The same envelope is accepted later. A BUFFERED sender waits until then by itself, and so does a `SqliteOutbox`.
+    The same envelope is accepted later. A BUFFERED sender waits until then by itself, and so do outboxes.
 
     Attributes:
         reason: What is wrong, without the place.

@@ -19,6 +19,10 @@ so that it is in the log once, and besides as often as it was possibly persisted
 good or failed too often, never for an outage (unexplained), and never what stands beside a record that a broker
 refuses (innocent). The circuit opens for an outage only (outage). In strict order no message comes after a later one
 of its key; else that holds if nothing was sent again (I4). ``max_buffered`` is kept (bounded).
+
+Of an outbox (`OutboxHistory`): what was committed, by the application's data or as its sender was told, is in the log
+(I1), and nothing else is (stranger). What was told is in the data (settled). The first copies of a key are in the order
+of its transactions (I4). There are no more copies than the killed relays had in flight (I6).
 """
 
 from collections import Counter, defaultdict
@@ -34,6 +38,7 @@ from tests.faults.history import (
     Answer,
     History,
     Message,
+    OutboxHistory,
     Outcome,
     Read,
     Sent,
@@ -88,6 +93,32 @@ def check(history: History) -> list[Violation]:
     found += [Violation("runner", finding) for finding in history.findings]
     order = ("settled", "I2", "I1", "I4", "I5", "I6")
     return sorted(found, key=lambda v: order.index(v.invariant) if v.invariant in order else len(order))
+
+
+def check_outbox(history: OutboxHistory) -> list[Violation]:
+    """Every violation of an outbox's history."""
+    found = [Violation("runner", finding) for finding in history.findings]
+    numbers = Counter(number for _, number in history.log)
+    committed = history.committed | history.told
+    for name, wrong, what in (
+        ("settled", history.told - history.committed - history.possible, "told as committed, and have no data"),
+        ("I1", committed - set(numbers), "committed, and not in the log"),
+        ("stranger", set(numbers) - committed - history.possible, "in the log, and not committed"),
+    ):
+        if wrong:
+            found.append(Violation(name, f"{len(wrong)} {what}, such as {sorted(wrong)[:5]}"))
+    latest: dict[str, int] = {}
+    seen: set[int] = set()
+    for key, number in history.log:
+        if number not in seen and number < latest.get(key, -1):
+            found.append(Violation("I4", f"{number} of key {key!r} comes after {latest[key]}"))
+        if number not in seen:
+            latest[key] = max(number, latest.get(key, -1))
+        seen.add(number)
+    copies = sum(count - 1 for count in numbers.values())
+    if copies > history.relay_kills * history.in_flight:
+        found.append(Violation("I6", f"{copies} copies, and {history.relay_kills} relays were killed"))
+    return found
 
 
 def _outcomes(sent: Sent) -> tuple[Outcome, ...] | None:

@@ -164,3 +164,22 @@ def seen(history: History) -> Counter[str]:
     copies = Counter(record.token for records in history.logs.values() for record in records)
     counts["stored twice"] = sum(count > 1 for count in copies.values())
     return +counts
+
+
+@dataclass
+class OutboxHistory:
+    """What happened to an outbox: numbers, which of a key grow in the order of their transactions."""
+
+    #: How many records a relay has in flight at most.
+    in_flight: int
+    #: By the application's own data, and as it was told.
+    committed: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+    #: Sent through a durable sender, which leaves no data: what was not told may be committed.
+    possible: set[int] = field(default_factory=set)
+    #: Key and number of each record, those of a partition in their order.
+    log: list[tuple[str, int]] = field(default_factory=list)
+    application_kills: int = 0
+    relay_kills: int = 0
+    #: What the runner itself saw go wrong.
+    findings: list[str] = field(default_factory=list)

@@ -72,6 +72,11 @@ class Plan:
     def taken(self) -> list[tuple[int, Send | Fault]]:
         return [(index, self.steps[index]) for index in self.keep]
 
+    @property
+    def command(self) -> tuple[str, str]:
+        """The target of `make` that runs plans like it, and its arguments."""
+        return "soak-kafka" if self.kafka else "soak", ""
+
     def only(self, keep: tuple[int, ...]) -> "Plan":
         return replace(self, keep=keep)
 

@@ -1,38 +1,61 @@
 """Runs many plans, makes those that fail shorter, and prints the shortest: ``make soak ARGS="--seeds 0:3000"``.
 
-With ``--kafka`` on real brokers instead of the mock cluster, with plans of their own.
+With ``--kafka`` on real brokers instead of the mock cluster, with ``--outbox`` of an outbox and its relays; both have
+plans of their own.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Any
 
+from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan
 from tests.faults.plan import Plan, make_plan
 from tests.faults.worker import Result, Worker
 
 _PATIENCE_S = 300.0  # a plan that hangs takes its time at each try
 
 
+class Kind:
+    """Which plans are run, and by what.
+
+    Args:
+        database: Of an outbox, "sqlite" or "postgres"; "" for a producer.
+        conninfo: Where that is, if it is PostgreSQL.
+    """
+
+    def __init__(self, *, kafka: bool = False, database: str = "", conninfo: str = "") -> None:
+        self.kafka, self.database, self.conninfo = kafka, database, conninfo
+
+    def plan(self, seed: int) -> Plan | OutboxPlan:
+        return make_outbox_plan(seed, self.database) if self.database else make_plan(seed, kafka=self.kafka)
+
+    def worker(self) -> Worker:
+        place = [self.conninfo] if self.conninfo else []
+        return Worker(kafka=self.kafka, outbox=[self.database, *place] if self.database else [])
+
+
 def run_many(
-    seeds: Iterator[int], jobs: int, told: Callable[[Result], None], enough: Callable[[], bool], *, kafka: bool = False
+    seeds: Iterator[int], jobs: int, told: Callable[[Result], None], enough: Callable[[], bool], kind: Kind
 ) -> None:
     """Runs the plans of `seeds` in `jobs` processes until they are through or `enough`."""
     lock = threading.Lock()
 
     def work() -> None:
-        worker = Worker(kafka=kafka)
+        worker = kind.worker()
         try:
             while True:
                 with lock:
                     seed = None if enough() else next(seeds, None)
                 if seed is None:
                     return
-                result = worker.run(make_plan(seed, kafka=kafka))
+                result = worker.run(kind.plan(seed))
                 with lock:
                     told(result)
         finally:
@@ -45,11 +68,11 @@ def run_many(
         thread.join()
 
 
-def shorten(result: Result, run: Callable[[Plan], Result], patience_s: float = _PATIENCE_S, tries: int = 2) -> Result:
+def shorten(result: Result, run: Callable[[Any], Result], patience_s: float = _PATIENCE_S, tries: int = 2) -> Result:
     """Drops steps as long as what is left violates one of the same invariants, for `patience_s` at most."""
     deadline = time.monotonic() + patience_s
 
-    def fails(plan: Plan) -> Result | None:
+    def fails(plan: Any) -> Result | None:
         for _ in range(tries):  # what fails may not fail each time
             again = run(plan)
             if again.invariants & result.invariants:
@@ -85,6 +108,7 @@ def _steps(text: str) -> tuple[int, ...]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--kafka", action="store_true", help="on real brokers; 0:100, one at a time")
+    parser.add_argument("--outbox", choices=("sqlite", "postgres"), help="of an outbox in this database")
     parser.add_argument("--seeds", type=_range, metavar="FIRST:END", help="default 0:3000")
     parser.add_argument("--seed", type=int, help="run this one and print its plan")
     parser.add_argument("--keep", type=_steps, metavar="0,3,5", help="with --seed: the steps to take")
@@ -93,19 +117,29 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no plan after this time")
     parser.add_argument("--failures", type=int, default=5, help="stop after so many, default 5")
     options = parser.parse_args(arguments)
-    if options.seed is not None:
-        plan = make_plan(options.seed, kafka=options.kafka)
-        if options.keep is not None:
-            plan = plan.only(options.keep)
-        return _one(plan, options.repeat, shorter=options.keep is None)
-    seeds = options.seeds or range(100 if options.kafka else 3_000)
-    jobs = options.jobs or (1 if options.kafka else 3)
-    return _many(seeds, jobs, options.seconds, options.failures, kafka=options.kafka)
+    with contextlib.ExitStack() as undo:
+        conninfo = ""
+        if options.outbox == "postgres":
+            from tests.postgres import EXTERNAL, Server
+
+            if not (conninfo := EXTERNAL or ""):
+                server = undo.enter_context(contextlib.closing(Server()))
+                server.start()
+                conninfo = server.conninfo
+        kind = Kind(kafka=options.kafka, database=options.outbox or "", conninfo=conninfo)
+        if options.seed is not None:
+            plan = kind.plan(options.seed)
+            if options.keep is not None:
+                plan = plan.only(options.keep)
+            return _one(kind, plan, options.repeat, shorter=options.keep is None)
+        seeds = options.seeds or range(100 if options.kafka else 3_000)
+        jobs = options.jobs or (1 if options.kafka else 3)
+        return _many(seeds, jobs, options.seconds, options.failures, kind)
 
 
-def _one(plan: Plan, repeat: int, *, shorter: bool) -> int:
+def _one(kind: Kind, plan: Plan | OutboxPlan, repeat: int, *, shorter: bool) -> int:
     print(plan, flush=True)
-    worker = Worker(kafka=plan.kafka)
+    worker = kind.worker()
     try:
         for _ in range(repeat):
             result = worker.run(plan)
@@ -118,7 +152,7 @@ def _one(plan: Plan, repeat: int, *, shorter: bool) -> int:
     return 0
 
 
-def _many(seeds: range, jobs: int, seconds: float, failures: int, *, kafka: bool = False) -> int:
+def _many(seeds: range, jobs: int, seconds: float, failures: int, kind: Kind) -> int:
     began = time.monotonic()
     failed: list[Result] = []
     kinds: Counter[str] = Counter()
@@ -133,19 +167,19 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int, *, kafka: bool
             failed.append(result)
             print(result, flush=True)
         plans += 1
-        if plans % (10 if kafka else 250) == 0:
+        if plans % (10 if kind.kafka else 250) == 0:
             print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed", flush=True)
 
     def enough() -> bool:
         return len(failed) >= failures or time.monotonic() - began > seconds
 
-    run_many(iter(seeds), jobs, told, enough, kafka=kafka)
+    run_many(iter(seeds), jobs, told, enough, kind)
     print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed")
     print(f"each kind of fault {min(kinds.values(), default=0)} to {max(kinds.values(), default=0)} times")
     print("outcomes:", ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     if not failed:
         return 0
-    worker = Worker(kafka=kafka)
+    worker = kind.worker()
     try:
         shortened = [shorten(result, worker.run, _PATIENCE_S / len(failed)) for result in failed]
     finally:

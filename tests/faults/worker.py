@@ -1,7 +1,7 @@
 """A process that runs plans, so that a crash or a hang is the result of a seed and not the end of the run.
 
-``python -m tests.faults.worker [kafka]`` reads ``[seed, kept steps]`` from standard input and answers each with a line
-of JSON; `Worker` is the other end.
+``python -m tests.faults.worker [kafka | sqlite | postgres CONNINFO]`` reads ``[seed, kept steps]`` from standard input
+and answers each with a line of JSON; `Worker` is the other end.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from tests.faults.checker import Violation
+from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan
 from tests.faults.plan import Plan, make_plan
 
 #: A plan that takes longer hangs. The longest take a few seconds.
@@ -32,7 +33,7 @@ _TAIL = 6_000
 
 
 class Result(NamedTuple):
-    plan: Plan
+    plan: Plan | OutboxPlan
     violations: tuple[str, ...]
     seconds: float
     seen: dict[str, int]
@@ -44,7 +45,8 @@ class Result(NamedTuple):
     @property
     def command(self) -> str:
         keep = "" if len(self.plan.keep) == len(self.plan.steps) else f" --keep {','.join(map(str, self.plan.keep))}"
-        return f'make soak{"-kafka" if self.plan.kafka else ""} ARGS="--seed {self.plan.seed}{keep}"'
+        target, own = self.plan.command
+        return f'make {target} ARGS="{own}--seed {self.plan.seed}{keep}"'
 
     def __str__(self) -> str:
         shown = [f"  {violation}" for violation in self.violations[:6]]
@@ -55,13 +57,14 @@ class Result(NamedTuple):
 class Worker:
     """Runs one plan at a time in a process, which is started anew after a crash, a hang, or a failure."""
 
-    def __init__(self, *, kafka: bool = False) -> None:
+    def __init__(self, *, kafka: bool = False, outbox: Sequence[str] = ()) -> None:
         self._kafka = kafka
+        self._arguments = ["kafka"] if kafka else list(outbox)
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
 
-    def run(self, plan: Plan) -> Result:
+    def run(self, plan: Plan | OutboxPlan) -> Result:
         if self._process is None:
             self._start()
         process = self._process
@@ -97,7 +100,7 @@ class Worker:
         self._errors.truncate()
         self._replies = replies = queue.SimpleQueue()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.faults.worker", *(["kafka"] if self._kafka else [])],
+            [sys.executable, "-W", "error", "-m", "tests.faults.worker", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -135,19 +138,31 @@ class Worker:
 
 
 def main() -> None:
-    kafka = sys.argv[1:] == ["kafka"]
-    run_plan: Callable[[Any, Plan], tuple[list[Violation], Counter[str]]]
-    cluster: Any
-    if kafka:
-        from tests.kafka.cluster import KafkaCluster
-        from tests.kafka.scenario import run_plan
+    kind, *place = sys.argv[1:] or ["mock"]
+    run: Callable[[int, tuple[int, ...]], tuple[list[Violation], Counter[str]]]
+    cluster: Any = contextlib.nullcontext()
+    if kind in ("sqlite", "postgres"):
+        from tests.faults.outbox_runner import run_outbox_plan
 
-        cluster = KafkaCluster(3)
+        def run(seed: int, keep: tuple[int, ...]) -> tuple[list[Violation], Counter[str]]:
+            return run_outbox_plan(make_outbox_plan(seed, kind).only(keep), "".join(place))
+
     else:
-        from kbatch.testing import MockCluster
-        from tests.faults.runner import BROKERS, run_plan
+        run_plan: Callable[[Any, Plan], tuple[list[Violation], Counter[str]]]
+        if kind == "kafka":
+            from tests.kafka.cluster import KafkaCluster
+            from tests.kafka.scenario import run_plan
 
-        cluster = MockCluster(BROKERS)
+            cluster = KafkaCluster(3)
+        else:
+            from kbatch.testing import MockCluster
+            from tests.faults.runner import BROKERS, run_plan
+
+            cluster = MockCluster(BROKERS)
+
+        def run(seed: int, keep: tuple[int, ...]) -> tuple[list[Violation], Counter[str]]:
+            return run_plan(cluster, make_plan(seed, kafka=kind == "kafka").only(keep))
+
     faulthandler.enable()
     # Replies have a descriptor to themselves: whatever else prints, goes to standard error.
     replies = os.fdopen(os.dup(1), "w")
@@ -155,7 +170,7 @@ def main() -> None:
     with cluster:
         for line in sys.stdin:
             seed, keep = json.loads(line)
-            violations, seen = run_plan(cluster, make_plan(seed, kafka=kafka).only(tuple(keep)))
+            violations, seen = run(seed, tuple(keep))
             replies.write(json.dumps([[str(violation) for violation in violations], seen]) + "\n")
             replies.flush()
             if violations:  # nothing that was left behind shall disturb the next plan

@@ -54,14 +54,23 @@ class Writer:
         self.writer.close()
 
 
-class Outbox(kbatch.SqliteOutbox):
+class Steps:
     def open_writer(self) -> Any:
         step()
-        return Writer(super().open_writer())
+        return Writer(super().open_writer())  # type: ignore[misc]
+
+
+class InSqlite(Steps, kbatch.SqliteOutbox):
+    pass
+
+
+class InPostgres(Steps, kbatch.PostgresOutbox):
+    pass
 
 
 def main() -> None:
-    outbox = Outbox(SETTINGS["path"], wire="raw")
+    place = SETTINGS["where"]
+    outbox = (InSqlite if "path" in place else InPostgres)(**place, wire="raw")
     options = {"config": SETTINGS["config"]} if SETTINGS["relay"] else {}
     lanes = [
         range(first, SETTINGS["end"], SETTINGS["lanes"])

@@ -7,12 +7,13 @@ import re
 import signal
 import subprocess
 import uuid
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
 import kbatch
 from kbatch import Envelope
+from kbatch._fastmap import unpack_record
 from kbatch.cli import _outbox_demo
 from kbatch.testing import MockCluster
 from tests import outboxes
@@ -265,6 +266,65 @@ def test_what_waits_is_listed(outbox):
     assert here(outbox, "later", "list", "--topic", "x") == (0, "no messages\n", "")
 
 
+def test_what_waits_is_rescheduled(outbox):
+    outboxes.add(outbox, numbered(range(3), scheduled_time=datetime.now(timezone.utc) + timedelta(days=1)))
+    assert here(outbox, "later", "reschedule", 1, "--at", "2030-01-31T12:00:00Z")[:2] == (
+        0,
+        "1 message due 2030-01-31 12:00:00Z\n",
+    )
+    due = {each["number"]: each["due_at"] for each in rows(here(outbox, "later", "list", "--json")[1])}
+    assert due[1] == "2030-01-31T12:00:00+00:00"
+    assert rows(here(outbox, "later", "reschedule", "--all", "--in", "0s", "--json")[1]) == [{"rescheduled": 3}]
+    due_at = [datetime.fromisoformat(each["due_at"]) for each in rows(here(outbox, "later", "list", "--json")[1])]
+    assert max(due_at) <= datetime.now(timezone.utc)
+    assert here(outbox, "later", "reschedule", 77, "--in", "0s")[0] == 1
+    for options, message in (
+        (["--all"], "say when: --at TIME or --in AGE"),
+        (["--all", "--at", "2030-01-31T12:00:00Z", "--in", "1s"], "say when: --at TIME or --in AGE"),
+        (["--all", "--at", "2030-01-31"], "--at takes a time with its zone, such as 2030-01-31T12:00:00Z"),
+        (["--all", "--in", "soon"], "--in takes a number and s, m, h or d, such as 90s, 15m, 2h, 7d"),
+    ):
+        assert_one_line(here(outbox, "later", "reschedule", *options), 2, message)
+
+
+def test_a_dead_letter_is_edited_and_sent_again(dead, tmp_path):
+    (before,) = dead.dead_letters.find(kbatch.OutboxQuery(numbers=[1]))
+    (tmp_path / "body").write_bytes(b'{"mended": true}')
+    assert here(dead, "dead", "edit", 1, "--body", tmp_path / "body", "--to", "mended", "--key", "k")[:2] == (
+        0,
+        "dead letter 1 will be sent again, changed\n",
+    )
+    ((packed,),) = outboxes.query(dead, "SELECT packed FROM {outbox}")
+    topic, _, _, key, value, headers = unpack_record(packed)
+    assert (topic, key, value) == ("mended", b"k", b'{"mended": true}')
+    assert dict(headers)["id"] == str(before.id).encode()
+    assert dead.status().dead == 4
+    assert_one_line(here(dead, "dead", "edit", 1, "--to", "x"), 1, "there is no dead letter 1")
+    assert_one_line(here(dead, "dead", "edit", 2), 2, "say what is changed: --body FILE, --to TOPIC or --key KEY")
+    missing = tmp_path / "none"
+    assert_one_line(here(dead, "dead", "edit", 2, "--body", missing), 2, f"--body {missing}: No such file or directory")
+    assert here(dead, "dead", "edit", 2, "--to", "a b")[0] == 1
+
+
+def test_a_file_says_whether_relays_are_notified(outbox, kafka_cluster: MockCluster, tmp_path):
+    config = tmp_path / "relay.toml"
+    config.write_text("notify = true\n")
+    _, name, *schema = named(outbox)
+    arguments = ("relay", "--config", config, *schema, "-X", servers(kafka_cluster))
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        result = run_here(*arguments, "--drain", KBATCH_OUTBOX=name)
+        assert_one_line(result, 2, "notify is for PostgreSQL: SQLite has no NOTIFY")
+        return
+    with relaying(*arguments[1:], KBATCH_OUTBOX=name) as process:
+        asks = "SELECT listens FROM {relay}"
+        until(lambda: outboxes.query(outbox, asks) == [(1,)] or process.poll() is not None, "that it listens")
+        assert process.poll() is None, process.communicate()
+        process.terminate()
+        process.communicate(timeout=30)
+    config.write_text("notify = 1\n")
+    assert_one_line(run_here(*arguments, KBATCH_OUTBOX=name), 2, "notify must be true or false")
+
+
 # -- relay
 
 
@@ -378,7 +438,7 @@ def test_relay_says_that_the_time_is_over(file_outbox):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x = 1", "there is no setting 'x'; there are outbox, prefix, schema, [relay], [retry], [kafka]"),
+        ("x = 1", "there is no setting 'x'; there are outbox, prefix, schema, notify, [relay], [retry]"),
         ("outbox = 1", "outbox must be text"),
         ("kafka = 1", "kafka must be a table, [kafka]"),
         ("[relay]\nowner = 1", "[relay] has no 'owner'; it has batch_size, "),

@@ -210,7 +210,6 @@ def test_what_expires_in_the_outbox_is_not_sent(outbox: Outbox, cluster: MockClu
 # -- what is scheduled
 
 
-@outboxes.in_sqlite
 def test_what_is_scheduled_is_sent_at_its_time_and_holds_back_nothing(outbox: Outbox, cluster: MockCluster) -> None:
     soon = datetime.now(timezone.utc) + timedelta(seconds=1.5)
     outboxes.add(outbox, numbered(range(20), scheduled_time=soon))
@@ -228,7 +227,6 @@ def test_what_is_scheduled_is_sent_at_its_time_and_holds_back_nothing(outbox: Ou
     assert outbox.status().scheduled == 5
 
 
-@outboxes.in_sqlite
 def test_what_is_scheduled_and_then_refused_waits_as_others_do(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     soon = datetime.now(timezone.utc) + timedelta(seconds=0.3)
@@ -243,7 +241,6 @@ def test_what_is_scheduled_and_then_refused_waits_as_others_do(outbox: Outbox, c
     check_history(range(6), stored(cluster, "refused"))
 
 
-@outboxes.in_sqlite
 def test_what_is_scheduled_outlives_a_relay(outbox: Outbox, cluster: MockCluster) -> None:
     soon = datetime.now(timezone.utc) + timedelta(seconds=0.5)
     outboxes.add(outbox, numbered(range(5), scheduled_time=soon))

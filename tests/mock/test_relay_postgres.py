@@ -16,6 +16,7 @@ import pytest
 
 import kbatch
 from kbatch import PostgresOutbox, Relay
+from kbatch._fastmap import monotonic
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.kafka.proxy import Direction, FaultProxy
@@ -345,3 +346,101 @@ def test_transactions_of_many_threads_that_overlap(
         assert relay.drain(30) == 0
     numbers = [writer * 1000 + n for writer in range(8) for n in range(400)]
     check_history(numbers, read_back(cluster.bootstrap_servers, "orders"))
+
+
+# -- NOTIFY
+
+
+def notifying(outbox: PostgresOutbox) -> PostgresOutbox:
+    return PostgresOutbox(outbox._conninfo, schema=outbox._tables.schema, wire="raw", notify=True)
+
+
+def listens(outbox: PostgresOutbox) -> list[Any]:
+    return outboxes.query(outbox, "SELECT listens FROM {relay}")
+
+
+@pytest.mark.parametrize("count", [1, 70])
+def test_a_commit_of_another_process_wakes_an_idle_relay(
+    in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._LONGEST_POLL_S", 3600.0)  # it does not find it by itself
+    outbox = notifying(in_postgres(wire="raw"))
+    with running(notifying(outbox), cluster) as relay:
+        for first in range(0, 5 * count, count):
+            until(lambda: listens(outbox) == [(1,)], "that it is idle")
+            relay._poll_s = 3600.0
+            until(lambda: relay._read_at > monotonic() + 100, "that it polls no more")
+            outboxes.add(outbox, numbered(range(first, first + count)))
+            until(lambda: relay.stats()["acked"] == first + count, "that it is woken")  # noqa: B023
+    check_history(range(5 * count), read_back(cluster.bootstrap_servers, "orders"))
+
+
+def test_a_relay_that_has_much_to_do_asks_nobody_to_notify_it(
+    in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster
+) -> None:
+    outbox = notifying(in_postgres(wire="raw"))
+    with running(notifying(outbox), cluster) as relay:
+        until(lambda: listens(outbox) == [(1,)], "that it is idle")
+        first = 0
+        while listens(outbox) == [(1,)]:
+            outboxes.add(outbox, numbered(range(first, first + 300)))
+            first += 300
+        assert relay.drain(30) == 0
+        until(lambda: listens(outbox) == [(1,)], "that it is idle again")
+
+
+def test_without_notify_nobody_tells_and_a_transaction_that_is_rolled_back_tells_nobody(
+    in_postgres: Callable[..., PostgresOutbox],
+) -> None:
+    outbox = in_postgres(wire="raw")
+    outboxes.query(
+        outbox,
+        "INSERT INTO {relay} (owner, until, length, listens) VALUES ('x', {now} + 60000, 60000, 1)",
+    )
+    with connected(outbox) as listener:
+        listener.execute(f"LISTEN {outbox._tables.channel}")
+
+        def told() -> int:
+            return len(list(listener.notifies(timeout=0.2)))
+
+        outboxes.add(outbox, numbered(range(1)))
+        assert told() == 0
+        with outboxes.transaction(outbox) as connection:
+            notifying(outbox).add(connection, numbered(range(2)), topic="orders")
+            connection.execute("ROLLBACK")
+            connection.execute("BEGIN")
+        assert told() == 0
+        with outboxes.transaction(outbox) as connection:
+            for count in (1, 2, 60):
+                notifying(outbox).add(connection, numbered(range(count)), topic="orders")
+        assert told() == 1
+        outboxes.query(outbox, "UPDATE {relay} SET listens = 0")
+        outboxes.add(notifying(outbox), numbered(range(1)))
+        assert told() == 0
+
+
+def test_a_relay_whose_listening_connection_is_cut_listens_again_and_polls_meanwhile(
+    in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._postgres_listener._TRY_AGAIN_S", 0.05)
+    outbox = notifying(in_postgres(wire="raw"))
+    cut = f"FROM pg_stat_activity WHERE query = 'LISTEN {outbox._tables.channel}'"
+    with running(outbox, cluster) as relay:
+        until(lambda: outboxes.rows(outbox, f"SELECT 1 {cut}"), "that it listens")
+        (before,) = outboxes.rows(outbox, f"SELECT pid {cut}")
+        outboxes.rows(outbox, f"SELECT pg_terminate_backend(pid) {cut}")
+        outboxes.add(outbox, numbered(range(5)))
+        assert relay.drain(30) == 0
+        until(lambda: outboxes.rows(outbox, f"SELECT pid {cut}") not in ([], [before]), "that it listens again")
+    until(lambda: not outboxes.rows(outbox, f"SELECT pid {cut}"), "the end of its listening")
+
+
+def test_a_relay_behind_a_pool_in_transaction_mode_polls(server: Any, cluster: MockCluster) -> None:
+    outbox = made(server.conninfo)
+    with (
+        pool_before(server) as conninfo,
+        running(PostgresOutbox(conninfo, wire="raw", notify=True), cluster) as relay,
+    ):
+        outboxes.add(PostgresOutbox(server.conninfo, wire="raw", notify=True), numbered(range(5)))
+        until(lambda: relay.stats()["acked"] == 5, "what it finds by itself")
+    assert outbox.status().waiting == 0

@@ -191,7 +191,6 @@ def test_a_message_that_is_scheduled_anew_is_sent_then_and_its_key_after_it(
     check_history(range(5), stored(cluster))
 
 
-@outboxes.in_sqlite  # PostgresOutbox takes none yet
 def test_a_scheduled_message_is_cancelled_or_sent_when_it_is_scheduled_anew(
     outbox: Outbox, cluster: MockCluster
 ) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import Envelope, KafkaTopic, Relay, SenderMode, SqliteOutbox, aio
+from kbatch import Envelope, KafkaTopic, Relay, SenderMode, aio
 from kbatch._outbox import _shared
 from kbatch.testing import MockCluster
 from tests import outboxes
+from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
 from tests.waiting import until
 
@@ -33,19 +35,19 @@ LANES = 8
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> SqliteOutbox:
-    return outboxes.made(tmp_path, wire="raw")
+def outbox(new_outbox: Callable[..., Outbox]) -> Outbox:
+    return new_outbox(wire="raw")
 
 
 def config(cluster: MockCluster) -> dict[str, Any]:
     return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
 
 
-def durable(outbox: SqliteOutbox, cluster: MockCluster, kind: Any = KafkaTopic, **options: Any) -> Any:
+def durable(outbox: Outbox, cluster: MockCluster, kind: Any = KafkaTopic, **options: Any) -> Any:
     return kind("orders", SenderMode.DURABLE, outbox=outbox, config=config(cluster), **options)
 
 
-def test_a_relay_of_its_own_forwards_what_is_sent(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_a_relay_of_its_own_forwards_what_is_sent(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(10)))  # by an earlier process
     with durable(outbox, kafka_cluster).create_sender() as sender:
         for envelope in numbered(range(10, 100)):
@@ -55,7 +57,7 @@ def test_a_relay_of_its_own_forwards_what_is_sent(outbox: SqliteOutbox, kafka_cl
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
 
 
-def test_a_relay_of_its_own_under_asyncio(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_a_relay_of_its_own_under_asyncio(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     async def main() -> None:
         async with durable(outbox, kafka_cluster, aio.KafkaTopic).create_sender() as sender:
             assert await asyncio.gather(*(sender.send(envelope) for envelope in numbered(range(200)))) == [True] * 200
@@ -66,7 +68,7 @@ def test_a_relay_of_its_own_under_asyncio(outbox: SqliteOutbox, kafka_cluster: M
     check_history(range(200), read_back(kafka_cluster.bootstrap_servers, "orders"))
 
 
-def test_without_a_config_another_relay_forwards_it(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_without_a_config_another_relay_forwards_it(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     with KafkaTopic("orders", SenderMode.DURABLE, outbox=outbox).create_sender() as sender:
         for envelope in numbered(range(20)):
             sender.send(envelope)
@@ -76,7 +78,7 @@ def test_without_a_config_another_relay_forwards_it(outbox: SqliteOutbox, kafka_
     check_history(range(20), read_back(kafka_cluster.bootstrap_servers, "orders"))
 
 
-def test_what_its_relay_has_not_sent_stays_for_the_next_one(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_what_its_relay_has_not_sent_stays_for_the_next_one(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     kafka_cluster.set_broker_down()
     with durable(outbox, kafka_cluster, close_timeout_s=0.2).create_sender() as sender:
         for envelope in numbered(range(20)):
@@ -90,7 +92,7 @@ def test_what_its_relay_has_not_sent_stays_for_the_next_one(outbox: SqliteOutbox
     check_history(range(21), read_back(kafka_cluster.bootstrap_servers, "orders"), copies=None)
 
 
-def test_close_sends_what_is_in_the_outbox(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_close_sends_what_is_in_the_outbox(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     later = datetime.now(timezone.utc) + timedelta(days=1)
     outboxes.add(outbox, numbered(range(3000)))
     outboxes.add(outbox, numbered(range(5000, 5003), scheduled_time=later))
@@ -100,7 +102,7 @@ def test_close_sends_what_is_in_the_outbox(outbox: SqliteOutbox, kafka_cluster: 
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0, scheduled=3)
 
 
-def test_close_does_not_wait_for_what_waits(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_close_does_not_wait_for_what_waits(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     kafka_cluster.set_topic_error("orders", "TOPIC_AUTHORIZATION_FAILED")
     with durable(outbox, kafka_cluster, close_timeout_s=3600.0).create_sender() as sender:
@@ -111,7 +113,7 @@ def test_close_does_not_wait_for_what_waits(outbox: SqliteOutbox, kafka_cluster:
 
 
 def test_a_relay_that_fails_begins_again(
-    outbox: SqliteOutbox,
+    outbox: Outbox,
     kafka_cluster: MockCluster,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -133,9 +135,9 @@ def test_a_relay_that_fails_begins_again(
     assert told == ["the relay of DURABLE senders has failed, and begins again: OutboxError: no answer"]
 
 
-def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     code = f"""
-        outbox = kbatch.SqliteOutbox({outbox._path!r}, wire="raw")
+        outbox = kbatch.{type(outbox).__name__}(**{outboxes.where(outbox)!r}, wire="raw")
         topic = kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, config=CONFIG)
         sender = topic.create_sender()
         for envelope in envelopes(20):
@@ -155,7 +157,7 @@ def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: SqliteOutbox,
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_an_application_that_is_killed_at_any_step_loses_nothing_that_send_has_returned_for(
-    outbox: SqliteOutbox, kafka_cluster: MockCluster, tmp_path: Path, seed: int
+    outbox: Outbox, kafka_cluster: MockCluster, tmp_path: Path, seed: int
 ) -> None:
     seeded = random.Random(seed)
     kafka_cluster.create_topic("orders", partitions=3)
@@ -165,7 +167,7 @@ def test_an_application_that_is_killed_at_any_step_loses_nothing_that_send_has_r
     for _ in range(4):
         end = begin + 400
         settings = {
-            "path": outbox._path,
+            "where": outboxes.where(outbox),
             "config": config(kafka_cluster),
             "lanes": LANES,
             "begin": begin,

@@ -29,12 +29,12 @@ from kbatch import (
     SenderClosedError,
     SenderMode,
     SerializationError,
-    SqliteOutbox,
     aio,
 )
 from kbatch._outbox import _group, _shared
 from tests import outboxes
 from tests.injection import Injector
+from tests.outboxes import Outbox, in_sqlite
 from tests.waiting import later, until
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
@@ -42,8 +42,8 @@ PAST = datetime.now(timezone.utc) - timedelta(days=1)
 
 
 @pytest.fixture
-def outbox(tmp_path: Path) -> SqliteOutbox:
-    return outboxes.made(tmp_path, wire="raw")
+def outbox(new_outbox: Callable[..., Outbox]) -> Outbox:
+    return new_outbox(wire="raw")
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def threads() -> list[str]:
 
 
 @pytest.fixture
-def sender(outbox: SqliteOutbox) -> Iterator[DurableSender]:
+def sender(outbox: Outbox) -> Iterator[DurableSender]:
     with DurableSender(outbox, "orders") as sender:
         yield sender
 
@@ -68,14 +68,14 @@ def envelope(number: int, **options: Any) -> Envelope:
     return Envelope(data=b"%d" % number, key=f"k{number % 5}", **options)
 
 
-def numbers(outbox: SqliteOutbox) -> list[int]:
+def numbers(outbox: Outbox) -> list[int]:
     return [int(body or b"") for body in outboxes.bodies(outbox)]
 
 
 class Slow:
     """An outbox whose writers wait before they commit, until they may go on."""
 
-    def __init__(self, outbox: SqliteOutbox) -> None:
+    def __init__(self, outbox: Outbox) -> None:
         self.outbox = outbox
         self.waits = threading.Event()
         self.goes_on = threading.Event()
@@ -111,7 +111,7 @@ class SlowWriter:
 
 
 @pytest.fixture
-def slow(outbox: SqliteOutbox) -> Iterator[Slow]:
+def slow(outbox: Outbox) -> Iterator[Slow]:
     slow = Slow(outbox)
     yield slow
     slow.goes_on.set()
@@ -135,13 +135,13 @@ def in_thread(function: Callable[[], object]) -> tuple[threading.Thread, list[An
 # -- what is added
 
 
-def test_what_send_has_returned_for_is_committed(outbox: SqliteOutbox, sender: DurableSender) -> None:
+def test_what_send_has_returned_for_is_committed(outbox: Outbox, sender: DurableSender) -> None:
     for number in range(5):
         assert sender.send(envelope(number)) is True
         assert numbers(outbox) == list(range(number + 1))
 
 
-def test_what_threads_send_at_once_shares_transactions_and_loses_nothing(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_what_threads_send_at_once_shares_transactions_and_loses_nothing(slow: Slow, outbox: Outbox) -> None:
     slow.goes_on.set()
     with DurableSender(slow, "orders") as sender:
 
@@ -175,9 +175,7 @@ def test_senders_of_one_outbox_share_a_thread_and_its_transactions(slow: Slow) -
     assert slow.groups == [1, 2]
 
 
-def test_an_envelope_that_cannot_be_mapped_is_told_to_its_caller_alone(
-    outbox: SqliteOutbox, sender: DurableSender
-) -> None:
+def test_an_envelope_that_cannot_be_mapped_is_told_to_its_caller_alone(outbox: Outbox, sender: DurableSender) -> None:
     with pytest.raises(SerializationError, match="message"):
         sender.send(Envelope(object()))
     with pytest.raises(SerializationError, match=r"max_message_bytes|more than"):
@@ -188,42 +186,36 @@ def test_an_envelope_that_cannot_be_mapped_is_told_to_its_caller_alone(
     assert numbers(outbox) == [1]
 
 
-def test_one_whose_deliver_by_has_passed_is_not_added(outbox: SqliteOutbox, sender: DurableSender) -> None:
+def test_one_whose_deliver_by_has_passed_is_not_added(outbox: Outbox, sender: DurableSender) -> None:
     assert sender.send(envelope(1, deliver_by=PAST)) is False
     assert numbers(outbox) == []
 
 
-def test_one_that_is_scheduled_waits_in_the_outbox(outbox: SqliteOutbox, sender: DurableSender) -> None:
+def test_one_that_is_scheduled_waits_in_the_outbox(outbox: Outbox, sender: DurableSender) -> None:
     assert sender.send(envelope(1, scheduled_time=datetime.now(timezone.utc) + timedelta(days=1)))
     assert (outbox.status().waiting, outbox.status().scheduled) == (0, 1)
 
 
-def test_with_a_connection_it_joins_the_callers_transaction(outbox: SqliteOutbox, sender: DurableSender) -> None:
-    outboxes.query(outbox, "CREATE TABLE orders (n)")
-    connection = sqlite3.connect(outbox._path)
-    with contextlib.suppress(KeyError), connection:
-        connection.execute("INSERT INTO orders VALUES (1)")
+def test_with_a_connection_it_joins_the_callers_transaction(outbox: Outbox, sender: DurableSender) -> None:
+    with contextlib.suppress(KeyError), outboxes.transaction(outbox) as connection:
         assert sender.send(envelope(1), connection=connection)
         raise KeyError
     assert numbers(outbox) == []
-    with connection:
-        connection.execute("INSERT INTO orders VALUES (2)")
+    with outboxes.transaction(outbox) as connection:
         assert sender.send(envelope(2), connection=connection) is True
         assert sender.send(envelope(3, deliver_by=PAST), connection=connection) is False
         assert numbers(outbox) == []  # for others
     assert numbers(outbox) == [2]
-    with pytest.raises(OutboxError, match="in no transaction"):
+    with outboxes.connected(outbox) as connection, pytest.raises(OutboxError, match="in no transaction"):
         sender.send(envelope(3), connection=connection)
-    connection.close()
     assert threads() == []
 
 
 # -- what is refused
 
 
-def test_a_timeout_while_another_connection_writes_adds_nothing_ever(
-    outbox: SqliteOutbox, sender: DurableSender
-) -> None:
+@in_sqlite
+def test_a_timeout_while_another_connection_writes_adds_nothing_ever(outbox: Outbox, sender: DurableSender) -> None:
     with outboxes.transaction(outbox), pytest.raises(OutboxTimeoutError, match="it was not added") as caught:
         sender.send(envelope(1), timeout=0.3)
     assert caught.value.possibly_persisted is False
@@ -232,7 +224,7 @@ def test_a_timeout_while_another_connection_writes_adds_nothing_ever(
     assert numbers(outbox) == [2]
 
 
-def test_a_timeout_during_the_transaction_may_have_added_it(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_a_timeout_during_the_transaction_may_have_added_it(slow: Slow, outbox: Outbox) -> None:
     with DurableSender(slow, "orders") as sender:
         with pytest.raises(OutboxTimeoutError, match="may be added all the same") as caught:
             sender.send(envelope(1), timeout=0.3)
@@ -242,8 +234,9 @@ def test_a_timeout_during_the_transaction_may_have_added_it(slow: Slow, outbox: 
     assert numbers(outbox) == [1, 2]
 
 
+@in_sqlite
 def test_a_database_that_is_locked_is_waited_for_as_long_as_the_caller_says(
-    outbox: SqliteOutbox, sender: DurableSender, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, sender: DurableSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_group, "_PATIENCE_S", 0.5)
     with outboxes.transaction(outbox) as connection:
@@ -261,7 +254,7 @@ def test_a_database_that_is_locked_is_waited_for_as_long_as_the_caller_says(
     assert sorted(numbers(outbox)) == list(range(10))
 
 
-def test_an_error_of_the_database_is_told_to_all_of_the_group(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_an_error_of_the_database_is_told_to_all_of_the_group(slow: Slow, outbox: Outbox) -> None:
     slow.fails = OutboxError("the disk is gone")
     with DurableSender(slow, "orders") as sender:
         first = in_thread(lambda: sender.send(envelope(0)))
@@ -277,7 +270,8 @@ def test_an_error_of_the_database_is_told_to_all_of_the_group(slow: Slow, outbox
     assert numbers(outbox) == [7]
 
 
-def test_a_full_disk_is_told_and_adds_nothing(outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_sqlite
+def test_a_full_disk_is_told_and_adds_nothing(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
     connect = sqlite3.connect
     is_full = True
 
@@ -298,11 +292,12 @@ def test_a_full_disk_is_told_and_adds_nothing(outbox: SqliteOutbox, monkeypatch:
     assert numbers(outbox) == [1]
 
 
+@in_sqlite
 @pytest.mark.parametrize(
     ("says", "possibly"), [("disk I/O error", True), ("database or disk is full", False), ("database is locked", False)]
 )
 def test_an_error_of_the_commit_itself(
-    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch, says: str, possibly: bool
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, says: str, possibly: bool
 ) -> None:
     class Failing(sqlite3.Connection):
         def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
@@ -323,7 +318,7 @@ def test_an_error_of_the_commit_itself(
 
 
 def test_tables_that_are_missing_are_told_and_later_found(tmp_path: Path) -> None:
-    outbox = SqliteOutbox(tmp_path / "none.db", wire="raw")
+    outbox = kbatch.SqliteOutbox(tmp_path / "none.db", wire="raw")
     with DurableSender(outbox, "orders") as sender:
         with pytest.raises(OutboxError, match=r"call create\(\)"):
             sender.send(envelope(1))
@@ -332,7 +327,7 @@ def test_tables_that_are_missing_are_told_and_later_found(tmp_path: Path) -> Non
     assert numbers(outbox) == [2]
 
 
-def test_a_file_that_is_taken_away_is_told(outbox: SqliteOutbox, sender: DurableSender) -> None:
+def test_a_file_that_is_taken_away_is_told(outbox: Outbox, sender: DurableSender) -> None:
     sender.send(envelope(1))
     outboxes.query(outbox, "DROP TABLE {outbox}")
     with pytest.raises(OutboxError, match=r"call create\(\)"):
@@ -345,13 +340,13 @@ def test_a_file_that_is_taken_away_is_told(outbox: SqliteOutbox, sender: Durable
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (("shop.db", "orders"), {}, "outbox must be a kbatch.SqliteOutbox, not str"),
+        (("shop.db", "orders"), {}, "outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not str"),
         ((None, "orders"), {}, "outbox must be"),
         (("outbox", "a b"), {}, "topic must be 1 to 249 letters"),
         (("outbox", "orders"), {"close_timeout_s": -1}, "close_timeout_s must be seconds"),
     ],
 )
-def test_wrong_options(outbox: SqliteOutbox, arguments: Any, options: dict[str, Any], says: str) -> None:
+def test_wrong_options(outbox: Outbox, arguments: Any, options: dict[str, Any], says: str) -> None:
     given = [outbox if value == "outbox" else value for value in arguments]
     for kind in (DurableSender, aio.DurableSender):
         with pytest.raises(ConfigError, match=says):
@@ -368,16 +363,16 @@ def test_a_negative_time_is_refused(sender: DurableSender) -> None:
 
 
 @pytest.mark.parametrize("kind", [KafkaTopic, aio.KafkaTopic])
-def test_a_topic_makes_them(outbox: SqliteOutbox, kind: Any) -> None:
+def test_a_topic_makes_them(outbox: Outbox, kind: Any) -> None:
     topic = kind("orders", SenderMode.DURABLE, outbox=outbox, close_timeout_s=7.0)
     assert topic == kind("orders", SenderMode.DURABLE, outbox=outbox, close_timeout_s=7.0)
-    assert topic != kind("orders", SenderMode.DURABLE, outbox=SqliteOutbox("other.db"), close_timeout_s=7.0)
+    assert topic != kind("orders", SenderMode.DURABLE, outbox=kbatch.SqliteOutbox("other.db"), close_timeout_s=7.0)
     assert topic != kind("orders", SenderMode.DURABLE, outbox=outbox, config=SERVERS, close_timeout_s=7.0)
     assert topic.batch_size is None
     sender = topic.create_sender()
     assert type(sender) is (DurableSender if kind is KafkaTopic else aio.DurableSender)
     assert (sender.topic, sender._close_timeout) == ("orders", 7.0)
-    assert "<kbatch.SqliteOutbox" in repr(sender)
+    assert repr(outbox) in repr(sender)
     sender._close(0)
     assert "closed" in repr(sender)
 
@@ -386,7 +381,7 @@ def test_a_topic_makes_them(outbox: SqliteOutbox, kind: Any) -> None:
     ("options", "says"),
     [
         ({"outbox": None}, "outbox is missing: SenderMode.DURABLE sends through one"),
-        ({"outbox": "shop.db"}, "outbox must be a kbatch.SqliteOutbox, not str"),
+        ({"outbox": "shop.db"}, "outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not str"),
         ({"producer": kbatch.Producer(SERVERS)}, "producer: not with SenderMode.DURABLE"),
         ({"batch_size": 7, "strict_order": True}, "batch_size, strict_order: not with SenderMode.DURABLE"),
         ({"wire": "raw"}, "wire: not with SenderMode.DURABLE: the outbox maps"),
@@ -397,13 +392,13 @@ def test_a_topic_makes_them(outbox: SqliteOutbox, kind: Any) -> None:
         ({"mode": SenderMode.INLINE, "config": SERVERS}, "outbox: not with SenderMode.INLINE"),
     ],
 )
-def test_what_a_topic_does_not_take(outbox: SqliteOutbox, options: dict[str, Any], says: str) -> None:
+def test_what_a_topic_does_not_take(outbox: Outbox, options: dict[str, Any], says: str) -> None:
     for kind in (KafkaTopic, aio.KafkaTopic):
         with pytest.raises(ConfigError, match=says):
             kind("orders", **{"mode": SenderMode.DURABLE, "outbox": outbox, **options})
 
 
-def test_senders_of_one_outbox_share_a_relay_and_another_configuration_is_refused(outbox: SqliteOutbox) -> None:
+def test_senders_of_one_outbox_share_a_relay_and_another_configuration_is_refused(outbox: Outbox) -> None:
     def topic(name: str, **config: Any) -> Any:
         return KafkaTopic(name, SenderMode.DURABLE, outbox=outbox, config={**SERVERS, **config}, close_timeout_s=0.0)
 
@@ -432,7 +427,7 @@ def test_senders_of_one_outbox_share_a_relay_and_another_configuration_is_refuse
 # -- their life
 
 
-def test_one_that_was_never_used_starts_nothing(outbox: SqliteOutbox) -> None:
+def test_one_that_was_never_used_starts_nothing(outbox: Outbox) -> None:
     for options in ({}, {"config": SERVERS}):
         with KafkaTopic("orders", SenderMode.DURABLE, outbox=outbox, **options).create_sender() as sender:  # type: ignore[call-overload]
             assert sender.flush() == 0
@@ -440,7 +435,7 @@ def test_one_that_was_never_used_starts_nothing(outbox: SqliteOutbox) -> None:
     assert threads() == []
 
 
-def test_a_closed_one_refuses(outbox: SqliteOutbox) -> None:
+def test_a_closed_one_refuses(outbox: Outbox) -> None:
     with DurableSender(outbox, "orders") as sender:
         sender.send(envelope(1))
         assert not sender.closed
@@ -454,8 +449,9 @@ def test_a_closed_one_refuses(outbox: SqliteOutbox) -> None:
     assert numbers(outbox) == [1, 3]
 
 
+@in_sqlite
 def test_close_waits_for_callers_and_refuses_those_whose_transaction_has_not_begun(
-    outbox: SqliteOutbox,
+    outbox: Outbox,
 ) -> None:
     sender = DurableSender(outbox, "orders")
     with outboxes.transaction(outbox):
@@ -470,7 +466,7 @@ def test_close_waits_for_callers_and_refuses_those_whose_transaction_has_not_beg
     assert numbers(outbox) == []
 
 
-def test_close_lets_callers_have_their_answers(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_close_lets_callers_have_their_answers(slow: Slow, outbox: Outbox) -> None:
     sender = DurableSender(slow, "orders")
     callers = [in_thread(lambda n=n: sender.send(envelope(n))) for n in range(5)]  # type: ignore[misc]
     until(lambda: len(sender._waiting) == 5, "all of them")
@@ -482,7 +478,7 @@ def test_close_lets_callers_have_their_answers(slow: Slow, outbox: SqliteOutbox)
     assert sorted(numbers(outbox)) == list(range(5))
 
 
-def test_flush_waits_for_the_calls_of_other_threads(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_flush_waits_for_the_calls_of_other_threads(slow: Slow, outbox: Outbox) -> None:
     with DurableSender(slow, "orders") as sender:
         thread, _ = in_thread(lambda: sender.send(envelope(1)))
         assert slow.waits.wait(30)
@@ -493,7 +489,7 @@ def test_flush_waits_for_the_calls_of_other_threads(slow: Slow, outbox: SqliteOu
         thread.join()
 
 
-def test_one_that_is_forgotten_ends_its_thread(outbox: SqliteOutbox) -> None:
+def test_one_that_is_forgotten_ends_its_thread(outbox: Outbox) -> None:
     sender = DurableSender(outbox, "orders")
     sender.send(envelope(1))
     end = weakref.ref(sender)
@@ -524,8 +520,9 @@ def test_an_error_does_not_hold_the_envelope(slow: Slow) -> None:
             gc.enable()
 
 
+@in_sqlite
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="platform: no signals to threads")
-def test_ctrl_c_ends_the_wait(outbox: SqliteOutbox, sender: DurableSender) -> None:
+def test_ctrl_c_ends_the_wait(outbox: Outbox, sender: DurableSender) -> None:
     with outboxes.transaction(outbox):
         with later(0.3, lambda: signal.raise_signal(signal.SIGINT)), pytest.raises(KeyboardInterrupt):
             sender.send(envelope(1), timeout=60)
@@ -534,7 +531,8 @@ def test_ctrl_c_ends_the_wait(outbox: SqliteOutbox, sender: DurableSender) -> No
     assert numbers(outbox) == [2]  # its transaction had not begun
 
 
-def test_a_signal_handler_may_send_and_close(outbox: SqliteOutbox) -> None:
+@in_sqlite
+def test_a_signal_handler_may_send_and_close(outbox: Outbox) -> None:
     sender = DurableSender(outbox, "orders")
     answers: list[Any] = []
 
@@ -562,7 +560,7 @@ def test_a_signal_handler_may_send_and_close(outbox: SqliteOutbox) -> None:
     assert sorted(numbers(outbox)) == [1, 2]
 
 
-def test_an_exception_at_any_line_of_send_adds_it_or_does_not_and_leaves_nothing_behind(outbox: SqliteOutbox) -> None:
+def test_an_exception_at_any_line_of_send_adds_it_or_does_not_and_leaves_nothing_behind(outbox: Outbox) -> None:
     places = 0
     with DurableSender(outbox, "orders") as sender:
         sender.send(envelope(0))
@@ -587,10 +585,11 @@ def no_finalizers() -> Iterator[None]:
     gc.enable()
 
 
-# A thread that dies on the way out leaves its connection to the garbage collector, of which CPython 3.13 warns.
+# A thread that dies on the way out leaves its connection to the garbage collector, of which its driver warns.
 @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.* was deleted while still open:ResourceWarning")
 def test_an_exception_at_any_line_of_the_writers_thread_acknowledges_nothing_that_is_not_there(
-    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch, no_finalizers: None
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, no_finalizers: None
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     monkeypatch.setattr("kbatch._sending._durable._LOOK_AT_THREAD_S", 0.02)
@@ -629,7 +628,7 @@ def test_an_exception_at_any_line_of_the_writers_thread_acknowledges_nothing_tha
     assert places > 15
 
 
-def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOutbox) -> None:
+def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: Outbox) -> None:
     places = 0
     for nth in range(1, 1000):
         sender = DurableSender(outbox, "orders")
@@ -646,8 +645,9 @@ def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOu
     assert places > 15
 
 
+@in_sqlite
 def test_what_waits_behind_an_add_of_the_application_is_committed_after_it(
-    outbox: SqliteOutbox, sender: DurableSender
+    outbox: Outbox, sender: DurableSender
 ) -> None:
     with outboxes.transaction(outbox) as connection:
         outbox.add(connection, [envelope(1)], topic="orders")
@@ -659,8 +659,8 @@ def test_what_waits_behind_an_add_of_the_application_is_committed_after_it(
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
-def test_a_child_refuses_what_the_parent_has_used_and_may_use_what_was_not(outbox: SqliteOutbox) -> None:
-    used, unused = DurableSender(outbox, "orders"), DurableSender(SqliteOutbox(outbox._path, wire="raw"), "orders")
+def test_a_child_refuses_what_the_parent_has_used_and_may_use_what_was_not(outbox: Outbox) -> None:
+    used, unused = DurableSender(outbox, "orders"), DurableSender(outboxes.same(outbox, wire="raw"), "orders")
     used.send(envelope(1))
     child = os.fork()
     if child == 0:
@@ -695,7 +695,7 @@ def test_a_child_refuses_what_the_parent_has_used_and_may_use_what_was_not(outbo
 # -- asyncio
 
 
-def test_tasks_share_a_transaction_and_each_has_its_answer(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_tasks_share_a_transaction_and_each_has_its_answer(slow: Slow, outbox: Outbox) -> None:
     async def main() -> None:
         async with aio.DurableSender(slow, "orders") as sender:
             first = asyncio.create_task(sender.send(envelope(0)))
@@ -714,7 +714,7 @@ def test_tasks_share_a_transaction_and_each_has_its_answer(slow: Slow, outbox: S
     assert slow.groups == [1, 59]
 
 
-def test_threads_and_loops_share_one_thread(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_threads_and_loops_share_one_thread(slow: Slow, outbox: Outbox) -> None:
     slow.goes_on.set()
 
     async def main(sender: aio.DurableSender, first: int) -> None:
@@ -735,9 +735,7 @@ def test_threads_and_loops_share_one_thread(slow: Slow, outbox: SqliteOutbox) ->
     assert len(numbers(outbox)) == len(set(numbers(outbox))) == 120
 
 
-def test_a_cancelled_task_adds_nothing_before_its_transaction_and_may_add_it_within(
-    slow: Slow, outbox: SqliteOutbox
-) -> None:
+def test_a_cancelled_task_adds_nothing_before_its_transaction_and_may_add_it_within(slow: Slow, outbox: Outbox) -> None:
     async def main() -> None:
         async with aio.DurableSender(slow, "orders") as sender:
             within = asyncio.create_task(sender.send(envelope(1)))
@@ -757,7 +755,7 @@ def test_a_cancelled_task_adds_nothing_before_its_transaction_and_may_add_it_wit
     assert numbers(outbox) == [1, 3]
 
 
-def test_a_timeout_on_a_loop(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_a_timeout_on_a_loop(slow: Slow, outbox: Outbox) -> None:
     async def main() -> None:
         async with aio.DurableSender(slow, "orders") as sender:
             with pytest.raises(OutboxTimeoutError) as within:
@@ -774,7 +772,7 @@ def test_a_timeout_on_a_loop(slow: Slow, outbox: SqliteOutbox) -> None:
     assert numbers(outbox) == [1, 3]
 
 
-def test_a_loop_that_ends_while_it_waits(slow: Slow, outbox: SqliteOutbox) -> None:
+def test_a_loop_that_ends_while_it_waits(slow: Slow, outbox: Outbox) -> None:
     sender = aio.DurableSender(slow, "orders")
     loop = asyncio.new_event_loop()
     task = loop.create_task(sender.send(envelope(1)))
@@ -794,7 +792,7 @@ def test_a_loop_that_ends_while_it_waits(slow: Slow, outbox: SqliteOutbox) -> No
     task._log_destroy_pending = False  # type: ignore[attr-defined]
 
 
-def test_a_connection_on_a_loop(outbox: SqliteOutbox) -> None:
+def test_a_connection_on_a_loop(outbox: Outbox) -> None:
     async def main() -> None:
         async with aio.DurableSender(outbox, "orders") as sender:
             with outboxes.transaction(outbox) as connection:
@@ -808,10 +806,11 @@ def test_a_connection_on_a_loop(outbox: SqliteOutbox) -> None:
     assert numbers(outbox) == [1]
 
 
-# A thread that dies on the way out leaves its connection to the garbage collector, of which CPython 3.13 warns.
+# A thread that dies on the way out leaves its connection to the garbage collector, of which its driver warns.
 @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+@pytest.mark.filterwarnings("ignore:.* was deleted while still open:ResourceWarning")
 def test_a_thread_that_dies_without_a_word_keeps_nobody_waiting(
-    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     monkeypatch.setattr(_group.Waiting, "settle", lambda self, error: (_ for _ in ()).throw(SystemExit))

@@ -124,7 +124,6 @@ def scheduled(outbox: Outbox) -> list[Any]:
     )
 
 
-@outboxes.in_sqlite
 @pytest.mark.parametrize("count", [1, 3])
 def test_what_is_scheduled_waits_apart_until_its_time(outbox: Outbox, count: int) -> None:
     later = [Envelope(data=b"%d" % n, key="k", scheduled_time=FUTURE + timedelta(seconds=n)) for n in range(count)]
@@ -140,7 +139,6 @@ def test_what_is_scheduled_waits_apart_until_its_time(outbox: Outbox, count: int
     assert (outbox.status().waiting, outbox.status().later, outbox.status().scheduled) == (len(now), 0, count)
 
 
-@outboxes.in_sqlite
 def test_a_record_that_is_scheduled_has_the_timestamp_of_its_time_unless_it_has_one(outbox: Outbox) -> None:
     outboxes.add(outbox, [Envelope(data=b"", scheduled_time=FUTURE)])
     outboxes.add(outbox, [Envelope(data=b"", scheduled_time=FUTURE, timestamp=7, deliver_by=FUTURE)])
@@ -152,7 +150,6 @@ def test_a_record_that_is_scheduled_has_the_timestamp_of_its_time_unless_it_has_
     assert unpack_record(packed)[2] > PAST.timestamp() * 1000 + 1
 
 
-@outboxes.in_sqlite
 def test_what_is_scheduled_is_rolled_back_with_the_rest(outbox: Outbox) -> None:
     with outboxes.transaction(outbox) as connection:
         outbox.add(connection, [Envelope(data=b"", scheduled_time=FUTURE)], topic="orders")
@@ -368,8 +365,6 @@ def test_bad_envelopes_add_nothing_and_the_transaction_goes_on(outbox: Outbox) -
         assert "envelope 1" in refused(outbox, connection, [Envelope(data=b""), Envelope(data=b"x" * 1_000_001)])
         assert "no topic" in refused(outbox, connection, [Envelope(data=b"")], topic=None)
         assert "envelope 1" in refused(outbox, connection, [Envelope(data=b""), object()])
-        if not isinstance(outbox, SqliteOutbox):
-            assert "scheduled_time" in refused(outbox, connection, [Envelope(data=b"", scheduled_time=FUTURE)])
         assert "iterable of kbatch.Envelope" in refused(outbox, connection, Envelope(data=b""))
         with pytest.raises(KeyError, match="in the middle"):
             outbox.add(connection, failing(), topic="orders")

@@ -822,7 +822,7 @@ def test_status_tells_what_autovacuum_has_left(outbox: PostgresOutbox) -> None:
 @pytest.fixture
 def watched(outbox: PostgresOutbox) -> Iterator[list[str]]:
     told: list[str] = []
-    watcher = lambda: told.append("told")  # noqa: E731
+    watcher = lambda committed: told.append("told")  # noqa: E731
     outbox.watch(watcher)
     yield told
     outbox.unwatch(watcher)

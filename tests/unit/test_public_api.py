@@ -59,7 +59,15 @@ LAYERS_WITHIN = {
         {"_flight", "_group", "_kept", "_positions", "_tables"},
         {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
         {"_base", "_postgres_session", "_sqlite_session"},
-        {"_postgres_admin", "_postgres_store", "_sqlite_admin", "_sqlite_store", "_sqlite_writer"},
+        {
+            "_postgres_admin",
+            "_postgres_listener",
+            "_postgres_store",
+            "_postgres_writer",
+            "_sqlite_admin",
+            "_sqlite_store",
+            "_sqlite_writer",
+        },
         {"_postgres", "_relay", "_sqlite"},
         {"_shared"},
     ],
@@ -302,10 +310,12 @@ def test_private_modules_declare_what_they_export() -> None:
         needs_psycopg = {
             "_postgres_admin.py",
             "_postgres_connection.py",
+            "_postgres_listener.py",
             "_postgres_purge.py",
             "_postgres_session.py",
             "_postgres_store.py",
             "_postgres_worker.py",
+            "_postgres_writer.py",
         }
         if path.name in needs_psycopg and importlib.util.find_spec("psycopg") is None:
             continue  # it is imported by who has psycopg

@@ -83,14 +83,14 @@ class BaseOutbox:
         )
         self._pool = RecordPool()
         self._wire = wire if isinstance(wire, str) else "raw"  # by which what was packed is read
-        self._watchers: list[Callable[[], object]] = []
+        self._watchers: list[Callable[[bool], object]] = []
 
-    def watch(self, watcher: Callable[[], object]) -> None:
-        """Calls `watcher` after each `add` to this object, when the transaction is still open, and after each commit of
-        its writers. It must be quick."""
+    def watch(self, watcher: Callable[[bool], object]) -> None:
+        """Calls ``watcher(False)`` after each `add` to this object, when the transaction is still open, and
+        ``watcher(True)`` after commits that it knows of, such as those of its writers. It must be quick."""
         self._watchers.append(watcher)
 
-    def unwatch(self, watcher: Callable[[], object]) -> None:
+    def unwatch(self, watcher: Callable[[bool], object]) -> None:
         """Calls it no more, if it does."""
         with contextlib.suppress(ValueError):
             self._watchers.remove(watcher)
@@ -131,9 +131,9 @@ class BaseOutbox:
         bucket, seq, id_bytes, packed, _, deliver_by = rows[0]
         return bucket, seq, id_bytes, packed, created_us, deliver_by
 
-    def _tell_watchers(self) -> None:
+    def _tell_watchers(self, is_committed: bool = False) -> None:
         for watcher in tuple(self._watchers):
-            watcher()
+            watcher(is_committed)
 
 
 class BlockingOutbox(BaseOutbox):

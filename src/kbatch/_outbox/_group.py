@@ -210,6 +210,7 @@ class GroupCommit:
                 self._queue.popleft()
             return batches
 
+        was_open = writer is not None
         try:
             if writer is None:
                 writer = self._outbox.open_writer()
@@ -223,7 +224,8 @@ class GroupCommit:
                 waiting.withdraw()
                 if not waiting.is_over:
                     waiting.settle(_as_told(error, was_taken=True))
-            if not group:
+            # A connection may have been cut since the last commit: another one is tried first.
+            if not (group or (was_open and isinstance(error, OutboxError))):
                 self._refuse_up_to(last, error)
             if writer is not None:
                 _close(writer)  # it may have the lock for writing

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import PostgresDatabase
 from kbatch._database._tables import age_s, now_us
-from kbatch._errors import OutboxError
+from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus
-from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, array_text, copy_stream, joined
+from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, NewRows, array_text, copy_stream, joined, pieces
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import msgspec
     import psycopg
     import sqlalchemy.orm
 
     from kbatch._fastmap import Envelope, MappedBatch
+    from kbatch._outbox._postgres_listener import PostgresListener
     from kbatch._outbox._postgres_rows import Row
-    from kbatch._outbox._store import OutboxAdmin, OutboxStore
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore, OutboxWriter
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BasePostgresOutbox", "PostgresOutbox"]
@@ -47,27 +49,44 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
         source: str | None = None,
         header_hook: Callable[[], HeadersLike | None] | None = None,
         max_message_bytes: int = 1_000_000,
+        notify: bool = False,
     ) -> None:
-        super().__init__(wire, encoder, source, header_hook, max_message_bytes)
+        super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
         self._set_conninfo(conninfo)
+        if not isinstance(notify, bool):
+            raise ConfigError(f"notify must be bool, not {type_name(notify)}")
+        self._notify = notify
+        self._listener: PostgresListener | None = None
+        self._listening = threading.RLock()
         self._tables = PostgresTables(schema, prefix)
         sql = self._tables.sql
         # A transaction has its number before a row of it has one: else a relay could not know below which numbers
         # rows may come to light. PostgreSQL looks at what no row decides before it looks at any row.
         right = "{meta} AS meta WHERE one = 1 AND version = {version} AND buckets = {buckets}"
         right += " AND pg_current_xact_id() IS NOT NULL"
+        # Once for each statement, in the same way; PostgreSQL sends one for each transaction.
+        told = f"(SELECT count(pg_notify('{self._tables.channel}', '')) FROM {{relay}} WHERE listens = 1 AND {{lives}})"
+        if notify:
+            right += f" AND {told} >= 0"
         into = "INSERT INTO {outbox} (bucket, id, packed, deliver_by, created_at) SELECT "
         self._insert_one = sql(
             f"{into} $1::smallint, encode($2::bytea, 'hex')::uuid, $3::bytea, $4::bigint, $5::bigint FROM {right}"
         )
         # Through text, since some drivers ask for lists where a parameter is an array.
-        unnested = "unnest($1::text::smallint[], $2::text::integer[], $3::text::integer[], $4::text::bigint[])"
+        arrays = "$1::text::smallint[], $2::text::integer[], $3::text::integer[], $4::text::bigint[]"
         self._insert = sql(
             f"{into} row.bucket, encode(substr($5::bytea, row.place, 16), 'hex')::uuid, "
             f"substr($5::bytea, row.place + 16, row.size), row.deliver_by, $6::bigint "
-            f"FROM {unnested} AS row (bucket, place, size, deliver_by), {right}"
+            f"FROM unnest({arrays}) AS row (bucket, place, size, deliver_by), {right}"
         )
-        self._look = sql("SELECT version, buckets, pg_current_xact_id()::text FROM {meta} WHERE one = 1")
+        self._insert_scheduled = sql(
+            "INSERT INTO {later} (bucket, seq, id, packed, deliver_by, created_at, due_at, attempts, last_error, "
+            "scheduled) SELECT row.bucket, {next_number}, encode(substr($5::bytea, row.place, 16), 'hex')::uuid, "
+            "substr($5::bytea, row.place + 16, row.size), row.deliver_by, $6::bigint, row.due_at, 0, '', 1 "
+            f"FROM unnest({arrays}, $7::text::bigint[]) AS row (bucket, place, size, deliver_by, due_at), {right}"
+        )
+        looked = "version, buckets, pg_current_xact_id()::text" + (f", {told}" if notify else "")
+        self._look = sql(f"SELECT {looked} FROM {{meta}} WHERE one = 1")
         # In one order, so that no two transactions wait for each other. A lock has the number of a topic and key.
         numbers = "SELECT DISTINCT number FROM unnest($1::text::bigint[]) AS number ORDER BY number OFFSET 0"
         self._lock_keys = f"SELECT pg_advisory_xact_lock(number) FROM ({numbers}) AS sorted"
@@ -77,8 +96,8 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
         The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
-        ``SELECT`` on ``outbox_meta``; relays, and who looks after dead
-        letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        ``SELECT`` on ``outbox_meta``, and ``INSERT`` on ``outbox_later`` for what is scheduled; relays, and who looks
+        after dead letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
         """
         return self._tables.ddl()
 
@@ -92,7 +111,37 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
         with self._checked_connection() as connection:
             from kbatch._outbox._postgres_store import PostgresStore
 
-            return PostgresStore(connection, self._tables)
+            return PostgresStore(connection, self._tables, listens=self._notify)
+
+    def open_writer(self) -> OutboxWriter:
+        """The connection of this process's DURABLE senders, who close it.
+
+        Raises:
+            OutboxError: As of `open_store`.
+        """
+        with self._checked_connection() as connection:
+            from kbatch._outbox._postgres_writer import PostgresWriter
+
+            return PostgresWriter(connection, self._tables, self._connection, self._insert_all, self._tell_watchers)
+
+    def watch(self, watcher: Callable[[bool], object]) -> None:
+        """As `BaseOutbox.watch`. With ``notify=True`` it knows of the commits of other processes."""
+        super().watch(watcher)
+        if self._notify:
+            from kbatch._outbox._postgres_listener import PostgresListener
+
+            with self._listening:
+                if self._listener is None or not self._listener.is_alive():
+                    self._listener = PostgresListener(self._connection, self._tables, self._tell_watchers)
+                    self._listener.start()
+
+    def unwatch(self, watcher: Callable[[bool], object]) -> None:
+        """As `BaseOutbox.unwatch`."""
+        super().unwatch(watcher)
+        with self._listening:
+            if not self._watchers and self._listener is not None:
+                self._listener.stop()
+                self._listener = None
 
     def open_admin(self) -> OutboxAdmin:
         """As `BaseOutbox.open_admin`."""
@@ -104,8 +153,9 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
     def _status(self, count_up_to: int) -> OutboxStatus:
         statement = self._tables.sql(
             "SELECT (SELECT count(*) FROM (SELECT FROM {outbox} LIMIT $1) AS waiting), "
-            "(SELECT count(*) FROM (SELECT FROM {later} LIMIT $1) AS later), "
+            "(SELECT count(*) FROM (SELECT FROM {later} WHERE scheduled = 0 LIMIT $1) AS later), "
             "(SELECT count(*) FROM (SELECT FROM {dead} LIMIT $1) AS dead), "
+            "(SELECT count(*) FROM (SELECT FROM {later} WHERE scheduled = 1 LIMIT $1) AS scheduled), "
             "(SELECT min(created_at) FROM generate_series(0, {buckets} - 1) AS each, LATERAL ("
             "SELECT created_at FROM {outbox} WHERE bucket = each::smallint ORDER BY seq LIMIT 1) AS oldest), "
             "(SELECT count(*) FROM {relay} WHERE {lives}), "
@@ -118,32 +168,71 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
             cursor = psycopg.RawCursor(connection)
             named = (self._tables.schema, self._tables.bare["outbox"])
             cursor.execute(statement.encode(), (count_up_to, *named))
-            waiting, later, dead, oldest, relays, unvacuumed = cursor.fetchall()[0]
-        return OutboxStatus(waiting, later, dead, age_s(oldest), relays, unvacuumed=unvacuumed or 0)
+            waiting, later, dead, scheduled, oldest, relays, unvacuumed = cursor.fetchall()[0]
+        return OutboxStatus(
+            waiting, later, dead, age_s(oldest), relays, unvacuumed=unvacuumed or 0, scheduled=scheduled
+        )
 
     # -- with a connection of the application
 
-    def _rows(self, batch: MappedBatch) -> list[Row]:
-        return self._pool.rows(batch, 0, BUCKETS, now_us())
+    def _rows(self, batches: Sequence[MappedBatch]) -> NewRows:
+        rows = NewRows([], [])
+        created_us = now_us()
+        for batch in batches:
+            rows.hot.extend(self._pool.rows(batch, 0, BUCKETS, created_us, rows.scheduled))
+        return rows
 
-    def _keys_of(self, rows: list[Row]) -> str:
-        numbers = (packed_key_hash(row[3]) for row in rows)
+    def _keys_of(self, rows: NewRows) -> str:
+        numbers = (packed_key_hash(row[3]) for row in rows.hot)
         return array_text(number for number in numbers if number is not None)
 
+    def _inserts(self, rows: NewRows) -> Iterator[tuple[str, tuple[Any, ...], int]]:
+        """The statements that insert rows but for those that are copied, and how many rows each has. None is inserted
+        if the tables are another version's."""
+        if 0 < len(rows.hot) < FEWEST_TO_COPY:
+            yield (*self._statement(rows.hot), len(rows.hot))
+        for some in pieces(rows.scheduled):
+            due_at = array_text(row[6] for row in some)
+            yield self._insert_scheduled, (*joined(some), some[0][4], due_at), len(some)
+
     def _statement(self, rows: list[Row]) -> tuple[str, tuple[Any, ...]]:
-        """How a few rows are inserted. None of them is, if the tables are another version's."""
         created_at = rows[0][4]
         if len(rows) == 1:
             bucket, _, id_bytes, packed, _, deliver_by = rows[0]
             return self._insert_one, (bucket, id_bytes, packed, deliver_by, created_at)
         return self._insert, (*joined(rows), created_at)
 
-    def _check_count(self, count: int, rows: list[Row]) -> None:
-        if count != len(rows):
+    def _check_count(self, count: int, given: int) -> None:
+        if count != given:
             raise OutboxError(
-                f"the outbox {self._tables!r} has taken {count} of {counted(len(rows), 'row')}: a trigger or a rule of "
+                f"the outbox {self._tables!r} has taken {count} of {counted(given, 'row')}: a trigger or a rule of "
                 "the table keeps the others out; roll back"
             )
+
+    def _insert_all(self, connection: psycopg.Connection[Any], batches: Sequence[MappedBatch]) -> None:
+        self._write(connection, self._rows(batches), False)
+
+    def _write(self, connection: psycopg.Connection[Any], rows: NewRows, serialize_keys: bool) -> None:
+        import psycopg
+        from psycopg.rows import tuple_row
+
+        try:
+            cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
+            if serialize_keys:
+                cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
+            for statement, parameters, given in self._inserts(rows):
+                count = cursor.execute(statement.encode(), parameters).rowcount
+                if not count:
+                    self._check_look(cursor.execute(self._look.encode()).fetchone())
+                self._check_count(count, given)
+            if len(rows.hot) >= FEWEST_TO_COPY:
+                self._check_look(cursor.execute(self._look.encode()).fetchone())
+                with cursor.copy(self._copy.encode()) as copy:
+                    for piece in copy_stream(rows.hot):
+                        copy.write(piece)
+                self._check_count(cursor.rowcount, len(rows.hot))
+        except psycopg.Error as error:
+            raise self._tables.as_outbox_error(error) from error
 
 
 class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
@@ -162,6 +251,10 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
         wire, encoder, source, header_hook: As for `Producer`.
         max_message_bytes: The largest record that is taken. It should be the relay's ``message.max.bytes`` at most, and
             the ``max.message.bytes`` of the topics.
+        notify: What is added tells relays that are idle, by ``NOTIFY``, so that they look at once and not within 0.1 s.
+            Both the application's outbox and the relay's need it; whoever adds needs ``SELECT`` on ``outbox_relay``.
+            A relay has one more connection for it, which a pool in transaction mode cannot give: then it polls.
+            PostgreSQL lets transactions that tell commit one at a time, so more than 200 rows a second tell nobody.
 
     Raises:
         ConfigError: A value out of its range, or of the wrong type.
@@ -186,6 +279,9 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
     ) -> int:
         """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
 
+        One with a future ``scheduled_time`` is sent then, by the database's clock, as if it was added at that time: it
+        holds back no other of its key until then.
+
         All of them are mapped before anything is written: if that raises, the transaction can go on. After an error of
         the database it must be rolled back, as after any statement that fails.
 
@@ -206,41 +302,17 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
 
         Raises:
             SerializationError: An envelope could not be mapped, or is too large.
-            NotYetDueError: The ``scheduled_time`` of an envelope is in the future.
             OutboxError: The connection is in autocommit mode, closed or in a transaction that has failed; the tables
                 are missing or another version's; the database takes no writes.
         """
         driver = self._driver(connection)
         self._check_psycopg(driver)
-        rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
+        rows = self._rows((self._pool.map(self._mapper, topic, envelopes),))
         self._check_psycopg(driver)  # an encoder or a generator may have ended the transaction
-        if rows:
+        if rows.total:
             self._write(driver, rows, serialize_keys)
         self._tell_watchers()
-        return len(rows)
-
-    def _write(self, connection: psycopg.Connection[Any], rows: list[Row], serialize_keys: bool) -> None:
-        import psycopg
-        from psycopg.rows import tuple_row
-
-        try:
-            cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
-            if serialize_keys:
-                cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
-            if len(rows) < FEWEST_TO_COPY:
-                statement, parameters = self._statement(rows)
-                count = cursor.execute(statement.encode(), parameters).rowcount
-                if not count:
-                    self._check_look(cursor.execute(self._look.encode()).fetchone())
-            else:
-                self._check_look(cursor.execute(self._look.encode()).fetchone())
-                with cursor.copy(self._copy.encode()) as copy:
-                    for piece in copy_stream(rows):
-                        copy.write(piece)
-                count = cursor.rowcount
-            self._check_count(count, rows)
-        except psycopg.Error as error:
-            raise self._tables.as_outbox_error(error) from error
+        return rows.total
 
     def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
         """What is in the outbox.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["COPIED", "FEWEST_TO_COPY", "Row", "array_text", "copy_stream", "joined"]
+    from kbatch._outbox._store import ScheduledRow
+
+__all__ = ["COPIED", "FEWEST_TO_COPY", "NewRows", "Row", "array_text", "copy_stream", "joined", "pieces"]
 
 Row: TypeAlias = tuple[
     int, int, bytes, bytes, int, "int | None"
@@ -24,12 +26,37 @@ _TRAILER = struct.pack(">h", -1)
 _ROW = struct.Struct(">hihiqiqi16si")
 _ROW_WITHOUT_DELIVER_BY = struct.Struct(">hihiqii16si")
 _CHUNK_BYTES = 256 * 1024
+_MOST_JOINED, _MOST_BYTES_JOINED = 1_000, 16_000_000
 
 
-def joined(rows: Sequence[Row]) -> tuple[str, str, str, str, bytes]:
+class NewRows(NamedTuple):
+    """What is added: rows of the hot table, and those that are scheduled."""
+
+    hot: list[Row]
+    scheduled: list[ScheduledRow]
+
+    @property
+    def total(self) -> int:
+        """How many there are."""
+        return len(self.hot) + len(self.scheduled)
+
+
+def pieces(rows: Sequence[ScheduledRow]) -> Iterator[Sequence[ScheduledRow]]:
+    """So many at a time as one statement should have."""
+    begin = size = 0
+    for at, row in enumerate(rows):
+        if at - begin == _MOST_JOINED or (at > begin and size + len(row[3]) > _MOST_BYTES_JOINED):
+            yield rows[begin:at]
+            begin, size = at, 0
+        size += len(row[3])
+    if begin < len(rows):
+        yield rows[begin:]
+
+
+def joined(rows: Sequence[Row] | Sequence[ScheduledRow]) -> tuple[str, str, str, str, bytes]:
     """Arrays, as text, of buckets, places, sizes and times; and the bytes that have at each place an id and behind it
     so many packed bytes. Drivers take long for arrays of bytes."""
-    buckets, _, ids, packed, _, deliver_by = zip(*rows, strict=True)
+    buckets, _, ids, packed, _, deliver_by, *_ = zip(*rows, strict=True)
     sizes = list(map(len, packed))
     places = accumulate((size + 16 for size in sizes[:-1]), initial=1)  # the first byte is number 1
     together = b"".join(chain.from_iterable(zip(ids, packed, strict=True)))

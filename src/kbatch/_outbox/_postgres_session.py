@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["PostgresSession"]
+__all__ = ["BEGIN_WRITING", "PostgresSession"]
 
 _STATEMENT_S = 20  # the server ends what takes longer
 
@@ -33,7 +33,7 @@ SET LOCAL idle_in_transaction_session_timeout = '{_STATEMENT_S}s'; SET LOCAL syn
 SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off; SET LOCAL enable_sort = off;
 SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit = off;
 """
-_BEGIN = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
+BEGIN_WRITING = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
 _BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
@@ -62,7 +62,7 @@ class PostgresSession:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Run]:
-        with self._transaction(_BEGIN) as (run, _):
+        with self._transaction(BEGIN_WRITING) as (run, _):
             yield run
 
     @contextlib.contextmanager
@@ -72,10 +72,13 @@ class PostgresSession:
                 yield self._run, self._run(begin)
                 self._connection.execute("COMMIT")
             except BaseException:
-                with contextlib.suppress(psycopg.Error):
-                    if not self._connection.closed:
-                        self._connection.execute("ROLLBACK")
+                self._roll_back()
                 raise
+
+    def _roll_back(self) -> None:
+        with contextlib.suppress(psycopg.Error):
+            if not self._connection.closed:
+                self._connection.execute("ROLLBACK")
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:

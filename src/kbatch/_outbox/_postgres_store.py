@@ -24,6 +24,7 @@ __all__ = ["PostgresStore"]
 
 _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
+_FEW_ROWS = 200  # between two renewals, which are a second apart. With more, polling finds them as soon
 
 # age() counts to the number that the next transaction will have.
 _SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid)"
@@ -39,11 +40,14 @@ class PostgresStore(PostgresSession):
 
     Args:
         connection: In autocommit mode. It is the store's from now on.
+        listens: Transactions that add are to tell of themselves, as long as few rows come.
     """
 
-    def __init__(self, connection: psycopg.Connection[Any], tables: PostgresTables) -> None:
+    def __init__(self, connection: psycopg.Connection[Any], tables: PostgresTables, *, listens: bool = False) -> None:
         super().__init__(connection, tables)
         self._gaps = Gaps()
+        self._listens = listens
+        self._rows_read = 0  # since the last renewal
         sql = tables.sql
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
@@ -84,6 +88,14 @@ class PostgresStore(PostgresSession):
         self._to_later = moves("{outbox}", *to_later)
         self._to_dead = moves("{outbox}", *to_dead)
         self._later_to_dead = moves("{later}", *to_dead)
+        # Its age is that of a row that was added when it was due. What was cancelled or put off meanwhile stays.
+        self._admit = sql(
+            f"WITH due AS (DELETE FROM {{later}} AS gone USING {places} "
+            f"WHERE {at} AND gone.scheduled = 1 AND gone.due_at <= {{now}} RETURNING {gone}, gone.due_at) "
+            f"INSERT INTO {{outbox}} ({_KEPT}) SELECT bucket, {{next_number}}, id, packed, "
+            "greatest(created_at, due_at * 1000), deliver_by FROM (SELECT * FROM due ORDER BY due_at, seq) AS sorted "
+            "RETURNING 1"
+        )
         self._put_off = sql(
             "UPDATE {later} AS gone SET due_at = {now} + due_in_ms, attempts = place.attempts, last_error = error "
             f"FROM {failed} WHERE {at}"
@@ -103,11 +115,13 @@ class PostgresStore(PostgresSession):
             run(sql(f"DELETE FROM {{relay}} WHERE owner IN (SELECT owner FROM {{relay}} WHERE NOT {{lives}} {others})"))
             run(
                 sql(
-                    "INSERT INTO {relay} (owner, until, length) VALUES ($1, {now} + $2::bigint, $2) "
-                    "ON CONFLICT (owner) DO UPDATE SET until = excluded.until, length = excluded.length"
+                    "INSERT INTO {relay} (owner, until, length, listens) VALUES ($1, {now} + $2::bigint, $2, $3) "
+                    "ON CONFLICT (owner) DO UPDATE SET until = excluded.until, length = excluded.length, "
+                    "listens = excluded.listens"
                 ),
-                (owner, length),
+                (owner, length, int(self._listens and self._rows_read < _FEW_ROWS)),
             )
+            self._rows_read = 0
             ((relays,),) = run(sql("SELECT count(*) FROM {relay} WHERE {lives}"))
             share = -(-BUCKETS // relays)
             self._give_up(run, owner, release)
@@ -190,6 +204,7 @@ class PostgresStore(PostgresSession):
                         del left[bucket]
                     if is_last:
                         break
+        self._rows_read += len(rows)
         return Reading(rows, new_floors, ended)
 
     def _take(
@@ -224,8 +239,9 @@ class PostgresStore(PostgresSession):
             # What is due too late was put off before the clock was set back.
             for due in ("due_at <= {now}", "due_at > {now} + $4::bigint"):
                 statement = self._tables.sql(
-                    f"SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {{later}} AS mine WHERE {due} "
-                    "AND bucket = ANY($1::smallint[]) AND NOT EXISTS (SELECT FROM {later} AS earlier WHERE "
+                    "SELECT bucket, seq, packed, deliver_by, attempts, key_hash FROM {later} AS mine "
+                    f"WHERE scheduled = 0 AND {due} AND bucket = ANY($1::smallint[]) "
+                    "AND NOT EXISTS (SELECT FROM {later} AS earlier WHERE "
                     "earlier.bucket = mine.bucket AND earlier.key_hash = mine.key_hash AND earlier.seq < mine.seq) "
                     "AND (bucket, seq) NOT IN (SELECT * FROM unnest($2::smallint[], $3::bigint[])) "
                     "ORDER BY due_at LIMIT $5"
@@ -234,6 +250,17 @@ class PostgresStore(PostgresSession):
                 found = run(statement, (array_text(buckets), *avoided, int(longest_s * 1000), limit - len(rows)))
                 rows += [DueRow(*row) for row in found]
         return rows
+
+    def due_scheduled(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[Place]:
+        """As `OutboxStore.due_scheduled`."""
+        statement = self._tables.sql(
+            "SELECT bucket, seq FROM {later} WHERE scheduled = 1 AND due_at <= {now} AND bucket = ANY($1::smallint[]) "
+            "AND (bucket, seq) NOT IN (SELECT * FROM unnest($2::smallint[], $3::bigint[])) ORDER BY due_at, seq "
+            "LIMIT $4"
+        )
+        avoided = (array_text(bucket for bucket, _ in avoid), array_text(seq for _, seq in avoid))
+        with self._reading() as (run, _):
+            return cast("list[Place]", run(statement, (array_text(buckets), *avoided, limit)))
 
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """As `OutboxStore.held_keys`."""
@@ -254,16 +281,35 @@ class PostgresStore(PostgresSession):
         """As `OutboxStore.left`."""
         statement = self._tables.sql(
             "SELECT (SELECT count(*) FROM (SELECT FROM {outbox} LIMIT $1) AS waiting) + "
-            "(SELECT count(*) FROM (SELECT FROM {later} LIMIT $1) AS later)"
+            "(SELECT count(*) FROM (SELECT FROM {later} WHERE scheduled = 0 LIMIT $1) AS later) + "
+            "(SELECT count(*) FROM (SELECT FROM {later} WHERE scheduled = 1 AND due_at <= {now} LIMIT $1) AS due)"
         )
         with self._reading() as (run, _):
             return int(run(statement, (_MOST_LEFT,))[0][0])
 
     # -- writing
 
-    def admit_scheduled(self, leases: Mapping[int, int], *, limit: int) -> int:
-        """As `OutboxStore.admit_scheduled`: nothing, since `PostgresOutbox` refuses what is scheduled."""
-        return 0
+    def admit_scheduled(self, leases: Mapping[int, int], places: Sequence[Place]) -> int:
+        """As `OutboxStore.admit_scheduled`."""
+        with self._writing() as run:
+            valid = self._valid(run, leases)
+            mine = [place for place in places if place[0] in valid]
+            if not mine:
+                return 0
+            self._lock(run, "later", mine)
+            return len(run(self._admit, tuple(map(array_text, zip(*mine, strict=True)))))
+
+    def _valid(self, run: Run, leases: Mapping[int, int]) -> set[int]:
+        """The buckets whose leases hold, until the transaction ends."""
+        # Who takes a bucket passes over those whose lease is under this lock.
+        holding = run(
+            self._tables.sql(
+                "SELECT bucket, token FROM {lease} WHERE bucket = ANY($1::smallint[]) AND {lives} "
+                "AND owner IS NOT NULL FOR SHARE"
+            ),
+            (array_text(sorted(leases)),),
+        )
+        return {bucket for bucket, token in holding if leases.get(bucket) == token}
 
     def settle(
         self,
@@ -276,15 +322,7 @@ class PostgresStore(PostgresSession):
     ) -> set[int]:
         """As `OutboxStore.settle`."""
         with self._writing() as run:
-            # Who takes a bucket passes over those whose lease is under this lock.
-            holding = run(
-                self._tables.sql(
-                    "SELECT bucket, token FROM {lease} WHERE bucket = ANY($1::smallint[]) AND {lives} "
-                    "AND owner IS NOT NULL FOR SHARE"
-                ),
-                (array_text(sorted(leases)),),
-            )
-            valid = {bucket for bucket, token in holding if leases.get(bucket) == token}
+            valid = self._valid(run, leases)
             of_later = [*done_later, *((failure.bucket, failure.seq) for failure in failures_later)]
             self._lock(run, "later", [place for place in of_later if place[0] in valid])
             for statement, places in ((self._delete, done), (self._delete_later, done_later)):

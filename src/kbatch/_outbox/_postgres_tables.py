@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, cast
 
 from kbatch._database._postgres import PostgresNames
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["PostgresTables"]
 
 # Rows of the hot table are added and deleted, and never updated. What was deleted must be gone from the index soon,
-# however many rows there are: so a threshold, and no share of the table.
+# however many rows there are: so a threshold, and no share of the table. One index of `later` has what is scheduled
+# apart, so that a look at what waits for its next attempt never walks over that.
 _DDL = """\
 CREATE TABLE IF NOT EXISTS {meta} (
     one smallint PRIMARY KEY CHECK (one = 1),
@@ -48,9 +50,11 @@ CREATE TABLE IF NOT EXISTS {later} (
     attempts integer NOT NULL,
     last_error text NOT NULL,
     key_hash bigint,
+    scheduled smallint NOT NULL DEFAULT 0 CHECK (scheduled IN (0, 1)),
     PRIMARY KEY (bucket, seq)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
 CREATE INDEX IF NOT EXISTS {later_due} ON {later} (due_at);
+CREATE INDEX IF NOT EXISTS {later_at} ON {later} (scheduled, due_at, seq);
 CREATE INDEX IF NOT EXISTS {later_key} ON {later} (bucket, key_hash, seq);
 CREATE TABLE IF NOT EXISTS {dead} (
     bucket smallint NOT NULL,
@@ -78,7 +82,8 @@ CREATE TABLE IF NOT EXISTS {lease} (
 CREATE TABLE IF NOT EXISTS {relay} (
     owner text PRIMARY KEY,
     until bigint NOT NULL,
-    length bigint NOT NULL
+    length bigint NOT NULL,
+    listens smallint NOT NULL DEFAULT 0
 ) WITH (
     fillfactor = 30,
     autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0
@@ -88,7 +93,7 @@ INSERT INTO {lease} (bucket, owner, token, until, length)
 """
 
 _TABLES = ("outbox", "meta", "later", "dead", "lease", "relay")
-_INDEXES = ("later_due", "later_key", "dead_died")
+_INDEXES = ("later_due", "later_at", "later_key", "dead_died")
 
 
 class PostgresTables(OutboxTables, PostgresNames):
@@ -96,6 +101,10 @@ class PostgresTables(OutboxTables, PostgresNames):
 
     def __init__(self, schema: str, prefix: str) -> None:
         super().__init__(schema, prefix, _TABLES[1:], _INDEXES, self.values(self.now_ms))
+        # Identity columns have sequences of any name.
+        owner = self.names["outbox"].replace("'", "''")
+        self._values["next_number"] = f"nextval((SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass))"
+        self.channel = f"kbatch_{hashlib.sha256(owner.encode()).hexdigest()[:16]}"  # a name may be too long for one
 
     def ddl(self) -> str:
         """The statements that make what is missing."""

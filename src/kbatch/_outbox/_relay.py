@@ -46,8 +46,8 @@ if TYPE_CHECKING:
         """What a relay asks of an outbox."""
 
         def open_store(self) -> OutboxStore: ...
-        def watch(self, watcher: Callable[[], object], /) -> None: ...
-        def unwatch(self, watcher: Callable[[], object], /) -> None: ...
+        def watch(self, watcher: Callable[[bool], object], /) -> None: ...
+        def unwatch(self, watcher: Callable[[bool], object], /) -> None: ...
 
 
 __all__ = ["Relay", "relay_producer"]
@@ -184,6 +184,7 @@ class Relay:
         self._done_later: list[Place] = []
         self._failures: list[Failure] = []
         self._failures_later: list[Failure] = []
+        self._not_admitted: set[Place] = set()  # what is scheduled and due, and the database has refused to move
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
         self._claims = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
         self._closing = threading.RLock()
@@ -198,7 +199,7 @@ class Relay:
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
         self._poll_s = _SHORTEST_POLL_S
-        self._is_hinted = False
+        self._hint_s: float | None = None  # after which it looks again
         self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0  # of the last run
@@ -403,26 +404,28 @@ class Relay:
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
+        self._not_admitted.clear()
         self._failures_at = 0.0
         if self._pid != os.getpid():  # two children of a process that made it are two relays
             self._pid = os.getpid()
             self._owner = f"{socket.gethostname()}:{self._pid}:{uuid7()}"
         self._outbox.watch(self._on_add)
 
-    def _on_add(self) -> None:
-        # In a thread of the application, which will commit soon. While there is much to do it costs nothing.
+    def _on_add(self, is_committed: bool) -> None:
+        # In a thread of the application, which has committed or will do so soon. While there is much to do it costs
+        # nothing.
         if self._poll_s > _SHORTEST_POLL_S and self._pid == os.getpid():  # else the flag's lock may be held for ever
             self._poll_s = _SHORTEST_POLL_S
-            self._is_hinted = True
+            self._hint_s = 0.0 if is_committed else _SHORTEST_POLL_S
             self._flag.set()
 
     def _round(self) -> float:
         """Does what is to be done now. Returns the seconds until there will be more, if nothing happens."""
         gate = self._gate
         now = monotonic()
-        if self._is_hinted:
-            self._is_hinted = False
-            self._read_at = min(self._read_at, now + _SHORTEST_POLL_S)
+        hint_s, self._hint_s = self._hint_s, None
+        if hint_s is not None:
+            self._read_at = min(self._read_at, now + hint_s)
         self._take_settled()
         if gate.death is not None:
             raise gate.refusal()
@@ -482,6 +485,7 @@ class Relay:
         if now >= self._look_at_all_at:
             # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+            self._not_admitted.clear()
             self._positions.start_again()
             self._let_go()
         if monotonic() >= self._admit_at and self._may_send():
@@ -500,15 +504,33 @@ class Relay:
         assert self._store is not None
         now = monotonic()
         buckets = self._leases.to_read()
-        try:
-            admitted = self._store.admit_scheduled(self._tokens_of(buckets), limit=_MOST_SCHEDULED) if buckets else 0
-        except RefusedWriteError as error:  # it stops nothing else
-            self._admit_at = now + _TRY_STORE_AGAIN_S
-            self._tell_of_refusal("admit what is scheduled", error)
-            return
-        self._admit_at = now if admitted == _MOST_SCHEDULED else now + _LOOK_AT_SCHEDULED_EVERY_S
-        if admitted:
+        places: list[Place] = []
+        if buckets:
+            places = self._store.due_scheduled(buckets, avoid=self._not_admitted, limit=_MOST_SCHEDULED)
+        self._admit_at = now if len(places) == _MOST_SCHEDULED else now + _LOOK_AT_SCHEDULED_EVERY_S
+        is_refused = bool(places) and not self._admit(places)
+        if places:
             self._read_at = now
+        elif self._not_admitted:  # all others are through: these have their turn again
+            self._not_admitted.clear()
+            is_refused = True
+        if is_refused:
+            self._admit_at = now + _TRY_STORE_AGAIN_S
+
+    def _admit(self, places: list[Place]) -> bool:
+        """Whether the database takes these rows. The first one that it refuses is found by halves, and left out for a
+        while, so that it stops no other."""
+        assert self._store is not None
+        try:
+            self._store.admit_scheduled(self._tokens_of({bucket for bucket, _ in places}), places)
+        except RefusedWriteError as error:
+            self._tell_of_refusal("admit what is scheduled", error)
+            if len(places) == 1:
+                self._not_admitted.update(places)
+                return False
+            half = len(places) // 2
+            return self._admit(places[:half]) and self._admit(places[half:])
+        return True
 
     def _send_due_if_time(self) -> None:
         now = monotonic()

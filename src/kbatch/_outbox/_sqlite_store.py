@@ -58,10 +58,12 @@ class SqliteStore(SqliteSession):
         self._later_to_dead = sql(f"{dead} {{later}} {row}")
         self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
         self._last_number = sql("SELECT last_seq FROM {meta}")
-        # Its age is that of a row that was added when it was due.
+        # Its age is that of a row that was added when it was due. What was cancelled or put off meanwhile stays.
+        is_due = f"{row} AND scheduled = 1 AND due_at <= ?"
+        self._delete_admitted = sql(f"DELETE FROM {{later}} {is_due}")
         self._admit = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) SELECT bucket, ?, id, packed, "
-            f"max(created_at, due_at * 1000), deliver_by FROM {{later}} {row}"
+            f"max(created_at, due_at * 1000), deliver_by FROM {{later}} {is_due}"
         )
         self._put_off = sql(f"UPDATE {{later}} SET due_at = ?, attempts = ?, last_error = ? {row}")
 
@@ -168,6 +170,16 @@ class SqliteStore(SqliteSession):
                 rows += [DueRow(*row) for row in found if row[:2] not in avoid]
         return rows[:limit]
 
+    def due_scheduled(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[Place]:
+        """As `OutboxStore.due_scheduled`."""
+        statement = self._tables.sql(
+            "SELECT bucket, seq FROM {later} WHERE scheduled = 1 AND due_at <= {now} AND "
+            f"+bucket IN ({_marks(buckets)}) ORDER BY due_at, seq LIMIT ?"
+        )
+        with self._reading() as run:
+            found = run(statement, (*buckets, limit + len(avoid))).fetchall()
+        return [place for place in found if place not in avoid][:limit]
+
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """As `OutboxStore.held_keys`."""
         statement = self._tables.sql(
@@ -191,24 +203,19 @@ class SqliteStore(SqliteSession):
 
     # -- writing
 
-    def admit_scheduled(self, leases: Mapping[int, int], *, limit: int) -> int:
+    def admit_scheduled(self, leases: Mapping[int, int], places: Sequence[Place]) -> int:
         """As `OutboxStore.admit_scheduled`."""
-        find = self._tables.sql(
-            "SELECT bucket, seq FROM {later} WHERE scheduled = 1 AND due_at <= {now} AND "
-            f"+bucket IN ({_marks(leases)}) ORDER BY due_at, seq LIMIT ?"
-        )
-        with self._reading() as run:
-            if run(find, (*leases, 1)).fetchone() is None:
-                return 0
         with self._writing() as run:
             valid = self._valid(run, leases)
-            due = [place for place in run(find, (*leases, limit)).fetchall() if place[0] in valid]
-            if due:
-                run(self._take_numbers, (len(due),))
-                first = run(self._last_number).fetchone()[0] - len(due) + 1
-                self._connection.executemany(self._admit, [(first + n, *place) for n, place in enumerate(due)])
-                self._connection.executemany(self._delete_later, due)
-        return len(due)
+            mine = [place for place in places if place[0] in valid]
+            if not mine:
+                return 0
+            now = run(self._now).fetchone()[0]
+            run(self._take_numbers, (len(mine),))
+            first = run(self._last_number).fetchone()[0] - len(mine) + 1
+            numbered = [(first + n, *place, now) for n, place in enumerate(mine)]
+            self._connection.executemany(self._admit, numbered)
+            return self._connection.executemany(self._delete_admitted, [row[1:] for row in numbered]).rowcount
 
     def _valid(self, run: Run, leases: Mapping[int, int]) -> set[int]:
         """The buckets whose leases hold."""

@@ -34,7 +34,7 @@ class SqliteWriter:
         tables: SqliteTables,
         path: str,
         insert: Callable[[sqlite3.Connection, Sequence[MappedBatch]], object],
-        tell: Callable[[], object],
+        tell: Callable[[bool], object],
     ) -> None:
         self._connection = connection
         self._tables = tables
@@ -70,7 +70,7 @@ class SqliteWriter:
             # what ends a transaction in the log is missing.
             told.possibly_persisted = is_committing and not (is_locked(error) or "is full" in str(error))
             raise told from error
-        self._tell()
+        self._tell(True)
         return True
 
     def close(self) -> None:

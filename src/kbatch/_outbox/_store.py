@@ -186,10 +186,14 @@ class OutboxStore(Protocol):
     def held_keys(self, buckets: Collection[int]) -> list[HeldKey]:
         """Which keys have rows that wait for their next attempt."""
 
-    def admit_scheduled(self, leases: Mapping[int, int], *, limit: int) -> int:
-        """Moves rows whose ``scheduled_time`` has come, by the database's clock, into the hot table, the earliest
-        first, as far as the leases hold. They get new numbers, above all that were given: each is as one that was
-        added when it was due.
+    def due_scheduled(self, buckets: Collection[int], *, avoid: Collection[Place], limit: int) -> list[Place]:
+        """Rows whose ``scheduled_time`` has come, by the database's clock, the earliest first, but none of `avoid`."""
+
+    def admit_scheduled(self, leases: Mapping[int, int], places: Sequence[Place]) -> int:
+        """Moves such rows into the hot table, as far as the leases hold and they are still due. They get new numbers,
+        above all that were given, in the order of `places`: each is as one that was added when it was due.
+
+        Raises a `RefusedWriteError` as `settle` does. Then none was moved.
 
         Returns:
             How many.

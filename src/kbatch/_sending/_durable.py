@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -189,7 +190,8 @@ class DurableSender(BaseDurableSender):
     The threads start with the first envelope. The sender must be closed, by a ``with`` block or `close`.
 
     Args:
-        outbox: A `SqliteOutbox`, whose tables are there. A relay, of this process or another, sends what is in it.
+        outbox: A `SqliteOutbox` or `PostgresOutbox`, whose tables are there. A relay, of this process or another, sends
+            what is in it.
         topic: Where envelopes without a topic of their own go; ``None`` if each has one.
         close_timeout_s: Seconds that leaving a ``with`` block waits for calls that are under way, and for a relay of
             its own to send what is left.
@@ -204,11 +206,11 @@ class DurableSender(BaseDurableSender):
         After Ctrl-C it is not added if its transaction had not begun, and may be added otherwise.
 
         Args:
-            envelope: As for `SqliteOutbox.add`.
-            connection: Adds it within the transaction that this connection is in instead, as `SqliteOutbox.add` does,
+            envelope: As for the outbox's ``add``.
+            connection: Adds it within the transaction that this connection is in instead, as the outbox's ``add`` does,
                 and commits nothing.
-            timeout: Seconds to wait, as long as another connection writes; ``None`` waits for 5 seconds then, and else
-                for as long as the database takes.
+            timeout: Seconds to wait, also while another connection writes to a SQLite file; ``None`` waits for 5
+                seconds then, and else for as long as the database takes.
 
         Returns:
             True; False if its ``deliver_by`` has passed, so that it was not added.
@@ -218,14 +220,17 @@ class DurableSender(BaseDurableSender):
             OutboxTimeoutError: `timeout` has passed. It was not added, and will not be, unless the error's
                 ``possibly_persisted`` says that its transaction was being committed.
             OutboxError: The database refused the transaction, or does not answer, also to the other callers whose
-                envelopes were in it. It was not added, unless ``possibly_persisted``. Of `connection`, as
-                `SqliteOutbox.add` raises it.
+                envelopes were in it. It was not added, unless ``possibly_persisted``. Of `connection`, as the outbox's
+                ``add`` raises it.
             SenderClosedError, ForkError: It was not added.
         """
         check_timeout(timeout)
         if connection is not None:
             self._begin_use()
-            return bool(self._shared.outbox.add(connection, (envelope,), topic=self.topic))
+            outbox = self._shared.outbox
+            if inspect.iscoroutinefunction(outbox.add):
+                raise TypeError(f"{outbox!r} adds by await: use kbatch.aio.DurableSender, or a kbatch.PostgresOutbox")
+            return bool(outbox.add(connection, (envelope,), topic=self.topic))
         batch = self._map(envelope)
         if batch is None:
             return False
@@ -282,4 +287,4 @@ class DurableSender(BaseDurableSender):
 def check_outbox(outbox: Any) -> None:
     """Raises ConfigError for what is no outbox."""
     if not callable(getattr(outbox, "open_writer", None)):
-        raise ConfigError(f"outbox must be a kbatch.SqliteOutbox, not {type_name(outbox)}")
+        raise ConfigError(f"outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not {type_name(outbox)}")

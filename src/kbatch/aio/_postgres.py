@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Envelope
     from kbatch._outbox._base import OutboxStatus
-    from kbatch._outbox._postgres_rows import Row
+    from kbatch._outbox._postgres_rows import NewRows
     from kbatch._outbox._postgres_tables import PostgresTables
 
 __all__ = ["PostgresOutbox"]
@@ -76,14 +76,16 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
         """
         driver = await self._driver_aio(connection)
         self._check_aio(driver)
-        rows = self._rows(self._pool.map(self._mapper, topic, envelopes))
+        rows = self._rows((self._pool.map(self._mapper, topic, envelopes),))
         self._check_aio(driver)  # an encoder or a generator may have ended the transaction
-        if rows:
-            await (self._write_asyncpg if is_asyncpg(driver) else self._write)(driver, rows, serialize_keys)
+        if rows.total:
+            await (self._write_asyncpg if is_asyncpg(driver) else self._write_psycopg)(driver, rows, serialize_keys)
         self._tell_watchers()
-        return len(rows)
+        return rows.total
 
-    async def _write(self, connection: psycopg.AsyncConnection[Any], rows: list[Row], serialize_keys: bool) -> None:
+    async def _write_psycopg(
+        self, connection: psycopg.AsyncConnection[Any], rows: NewRows, serialize_keys: bool
+    ) -> None:
         import psycopg
         from psycopg.rows import tuple_row
 
@@ -91,39 +93,38 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
             cursor = psycopg.AsyncRawCursor(connection, row_factory=tuple_row)
             if serialize_keys:
                 await cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
-            if len(rows) < FEWEST_TO_COPY:
-                statement, parameters = self._statement(rows)
+            for statement, parameters, given in self._inserts(rows):
                 count = (await cursor.execute(statement.encode(), parameters)).rowcount
                 if not count:
                     await cursor.execute(self._look.encode())
                     self._check_look(await cursor.fetchone())
-            else:
+                self._check_count(count, given)
+            if len(rows.hot) >= FEWEST_TO_COPY:
                 await cursor.execute(self._look.encode())
                 self._check_look(await cursor.fetchone())
                 async with cursor.copy(self._copy.encode()) as copy:
-                    for piece in copy_stream(rows):
+                    for piece in copy_stream(rows.hot):
                         await copy.write(piece)
-                count = cursor.rowcount
-            self._check_count(count, rows)
+                self._check_count(cursor.rowcount, len(rows.hot))
         except psycopg.Error as error:
             raise self._tables.as_outbox_error(error) from error
 
-    async def _write_asyncpg(self, connection: asyncpg.Connection[Any], rows: list[Row], serialize_keys: bool) -> None:
+    async def _write_asyncpg(self, connection: asyncpg.Connection[Any], rows: NewRows, serialize_keys: bool) -> None:
         import asyncpg
 
         async def pieces() -> AsyncIterator[bytes]:
-            for piece in copy_stream(rows):
+            for piece in copy_stream(rows.hot):
                 yield piece
 
         try:
             if serialize_keys:
                 await connection.execute(self._lock_keys, self._keys_of(rows))
-            if len(rows) < FEWEST_TO_COPY:
-                statement, parameters = self._statement(rows)
-                told = await connection.execute(statement, *parameters)
-                if told.endswith(" 0"):
+            for statement, parameters, given in self._inserts(rows):
+                count = _told(await connection.execute(statement, *parameters))
+                if not count:
                     self._check_look(await connection.fetchrow(self._look))
-            else:
+                self._check_count(count, given)
+            if len(rows.hot) >= FEWEST_TO_COPY:
                 self._check_look(await connection.fetchrow(self._look))
                 told = await connection.copy_to_table(
                     self._tables.bare["outbox"],
@@ -132,6 +133,11 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
                     source=pieces(),
                     format="binary",
                 )
-            self._check_count(int(told.rpartition(" ")[2]), rows)
+                self._check_count(_told(told), len(rows.hot))
         except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
             raise self._tables.as_outbox_error(error) from error
+
+
+def _told(tag: str) -> int:
+    """How many rows a statement has inserted, by what the server says."""
+    return int(tag.rpartition(" ")[2])

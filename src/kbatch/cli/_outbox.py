@@ -5,9 +5,11 @@ import dataclasses
 import datetime
 import json
 import re
+import sys
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -176,6 +178,36 @@ def discard_dead(place: Place, selection: Selection, yes: bool, as_json: bool, s
     return 0 if discarded >= _named(query) else 1
 
 
+def edit_dead(
+    place: Place, number: int, body: Path | None, topic: str | None, key: str | None, as_json: bool, screen: Screen
+) -> int:
+    """Has one sent again, changed."""
+    if body is None and topic is None and key is None:
+        raise Failure("say what is changed: --body FILE, --to TOPIC or --key KEY", USAGE)
+    letters = place.open().dead_letters
+    found = letters.find(kbatch.OutboxQuery(numbers=[number]))
+    if not found:
+        raise Failure(f"there is no dead letter {number}")
+    changes: dict[str, Any] = {} if topic is None else {"topic": topic}
+    if key is not None:
+        changes["key"] = key
+    if body is not None:
+        changes["data"] = _content(body)
+    try:
+        letters.replay_edited(number, found[0].envelope.replace(**changes))
+    except (kbatch.SerializationError, kbatch.DeserializationError, TypeError, ValueError) as error:
+        raise Failure(str(error)) from None
+    screen.say(json.dumps({"replayed": 1}) if as_json else f"dead letter {number} will be sent again, changed")
+    return 0
+
+
+def _content(body: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if str(body) == "-" else body.read_bytes()
+    except OSError as error:
+        raise Failure(f"--body {printable(str(body))}: {error.strerror}", USAGE) from None
+
+
 # -- what waits
 
 
@@ -195,6 +227,30 @@ def cancel_later(place: Place, selection: Selection, yes: bool, as_json: bool, s
     cancelled = scheduled.cancel(query)
     screen.say(json.dumps({"cancelled": cancelled}) if as_json else f"{counted(cancelled, *_MESSAGE)} cancelled")
     return 0 if cancelled >= _named(query) else 1
+
+
+def reschedule_later(
+    place: Place, selection: Selection, at: str | None, within: str | None, as_json: bool, screen: Screen
+) -> int:
+    """Has it sent at another time."""
+    if (at is None) == (within is None):
+        raise Failure("say when: --at TIME or --in AGE", USAGE)
+    due_at = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
+    due_at = _time(at) if within is None else due_at + _age("--in", within)
+    query = selection.query(needed=True)
+    moved = place.open().scheduled.reschedule(query, due_at)
+    screen.say(json.dumps({"rescheduled": moved}) if as_json else f"{counted(moved, *_MESSAGE)} due {_when(due_at)}")
+    return 0 if moved >= _named(query) else 1
+
+
+def _time(text: str | None) -> datetime.datetime:
+    try:
+        time = datetime.datetime.fromisoformat((text or "").replace("Z", "+00:00"))
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise Failure("--at takes a time with its zone, such as 2030-01-31T12:00:00Z", USAGE)
+    return time.astimezone(datetime.timezone.utc)
 
 
 # -- parts

@@ -263,6 +263,37 @@ def dead_discard(
     exit_with(work, screen)
 
 
+@dead_app.command("edit")
+def dead_edit(
+    number: Annotated[int, typer.Argument(metavar="NUMBER", help="Which message, by its number.")],
+    body: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its new body, as it goes to Kafka; - is standard input.")
+    ] = None,
+    to: Annotated[str | None, typer.Option(metavar="TOPIC", help="Its new topic.")] = None,
+    key: Annotated[str | None, typer.Option(help="Its new key.")] = None,
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    schema: Schema = None,
+    config: Config = None,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """Have a dead letter sent again with another body, topic or key; the rest of it stays.
+
+    It takes its old place, as by dead replay. `dead show --json` has the old body.
+
+    Exit status: 0 if it will be sent; 1 if not; 2 if an option is wrong.
+    """
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import edit_dead
+
+        return edit_dead(_place(outbox, prefix, schema, config, wire), number, body, to, key, json, screen)
+
+    exit_with(work, screen)
+
+
 @later_app.command("list")
 def later_list(
     outbox: Outbox = None,
@@ -318,6 +349,42 @@ def later_cancel(
 
         selection = Selection(which or (), topic, type, error, is_all=all)
         return cancel_later(_place(outbox, prefix, schema, config, wire), selection, yes, json, screen)
+
+    exit_with(work, screen)
+
+
+@later_app.command("reschedule")
+def later_reschedule(
+    at: Annotated[
+        str | None, typer.Option(metavar="TIME", help="When: as 2030-01-31T12:00:00Z, with a time zone.")
+    ] = None,
+    within: Annotated[str | None, typer.Option("--in", metavar="AGE", help="Or in how long: 0s, 15m, 2h, 7d.")] = None,
+    outbox: Outbox = None,
+    prefix: Prefix = None,
+    schema: Schema = None,
+    config: Config = None,
+    which: Which = None,
+    topic: Topic = None,
+    type: Type = None,
+    error: Error = None,
+    all: All = False,
+    wire: WireOption = Wire.KBATCH,
+    json: Json = False,
+) -> None:
+    """Have messages that wait sent at another time, by the database's clock; --in 0s is at once.
+
+    What waits for its next attempt should not be put off longer than the relays' longest back-off: they send it at
+    once then.
+
+    Exit status: 0 if all that was named is rescheduled; 1 if not; 2 if an option is wrong.
+    """
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._outbox import Selection, reschedule_later
+
+        selection = Selection(which or (), topic, type, error, is_all=all)
+        return reschedule_later(_place(outbox, prefix, schema, config, wire), selection, at, within, json, screen)
 
     exit_with(work, screen)
 

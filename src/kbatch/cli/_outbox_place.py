@@ -1,5 +1,6 @@
 """Which outbox a command is about: its name on the command line, in the environment or in a file of settings."""
 
+import functools
 import os
 import re
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ class Place:
     prefix: str = "kbatch_"
     wire: str = "kbatch"
     schema: str | None = None
+    notify: bool = False
 
     @property
     def shown(self) -> str:
@@ -39,7 +41,8 @@ class Place:
 
     def open(self) -> Outbox:
         """The outbox; nothing is read yet."""
-        found: Outbox = self._open(kbatch.SqliteOutbox, kbatch.PostgresOutbox, {"wire": self.wire}, "an outbox")
+        in_postgres = functools.partial(kbatch.PostgresOutbox, notify=self.notify)
+        found: Outbox = self._open(kbatch.SqliteOutbox, in_postgres, {"wire": self.wire}, "an outbox")
         return found
 
     def open_inbox(self) -> kbatch.SqliteInbox | kbatch.PostgresInbox:
@@ -59,6 +62,8 @@ class Place:
                 raise Failure(
                     f"{what} is a path of a SQLite file, or a URL that begins with sqlite:/// or postgresql://", USAGE
                 )
+            if self.notify:
+                raise Failure("notify is for PostgreSQL: SQLite has no NOTIFY", USAGE)
             if self.schema is not None:
                 raise Failure("--schema is for PostgreSQL: a SQLite file has none", USAGE)
             return in_sqlite(_path(rest) if kind else rest, **options)
@@ -98,5 +103,9 @@ def find_place(
         raise Failure(f"no outbox is named: give --outbox PATH, {VARIABLE}, or outbox in a --config FILE", USAGE)
     in_schema = schema or file.get("schema")
     return Place(
-        str(found), str(prefix or file.get("prefix") or "kbatch_"), wire, None if in_schema is None else str(in_schema)
+        str(found),
+        str(prefix or file.get("prefix") or "kbatch_"),
+        wire,
+        None if in_schema is None else str(in_schema),
+        bool(file.get("notify")),
     )

@@ -15,9 +15,9 @@ RETRY_OPTIONS = [each.name for each in dataclasses.fields(kbatch.RetryPolicy)]
 
 
 class RelayFile(TomlFile):
-    """What a file says: ``outbox``, ``prefix`` and ``schema``, and the tables ``relay``, ``retry`` and ``kafka``."""
+    """What a file says: ``outbox``, ``prefix``, ``schema``, ``notify``; tables ``relay``, ``retry``, ``kafka``."""
 
-    top: ClassVar[Mapping[str, type]] = {"outbox": str, "prefix": str, "schema": str}
+    top: ClassVar[Mapping[str, type]] = {"outbox": str, "prefix": str, "schema": str, "notify": bool}
     tables: ClassVar[Mapping[str, Sequence[str] | None]] = {
         "relay": RELAY_OPTIONS,
         "retry": RETRY_OPTIONS,

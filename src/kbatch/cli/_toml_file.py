@@ -21,7 +21,7 @@ class TomlFile:
     #: Names at the top, and of what kind they are.
     top: ClassVar[Mapping[str, type]]
     tables: ClassVar[Mapping[str, Sequence[str] | None]]
-    _KINDS: ClassVar[Mapping[type, str]] = {str: "text", list: "a list"}
+    _KINDS: ClassVar[Mapping[type, str]] = {str: "text", list: "a list", bool: "true or false"}
 
     def __init__(self, path: Path | None) -> None:
         self._path = path

@@ -1,0 +1,190 @@
+"""Applications and relays of a plan, each in a process of its own that may be killed at each of its steps.
+
+A server that has imported this module forks them: a process that imports kbatch anew takes half a second.
+"""
+
+import multiprocessing
+import os
+import signal
+import sqlite3
+import threading
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import kbatch
+from tests import outboxes
+from tests.relays import WatchedOutbox
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["tests.faults.outbox_processes"])
+
+
+class Steps:
+    """Kills this process when it comes to a step for the nth time."""
+
+    def __init__(self, kill: tuple[str, int] | None) -> None:
+        self._step, self._left = kill or ("", 0)
+        self._lock = threading.Lock()
+
+    def __call__(self, step: str) -> None:
+        if step != self._step:
+            return
+        with self._lock:
+            self._left -= 1
+            if self._left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def opened(place: dict[str, Any]) -> outboxes.Outbox:
+    kind: Any = kbatch.SqliteOutbox if "path" in place else kbatch.PostgresOutbox
+    return kind(**place, wire="raw")
+
+
+def _envelope(number: int, lane: int, scheduled: bool) -> kbatch.Envelope:
+    moment = datetime.now(timezone.utc) + timedelta(milliseconds=20 + number % 3) if scheduled else None
+    key = f"scheduled {number}" if scheduled else f"lane {lane}, {number % 3}"  # what is scheduled has no order
+    return kbatch.Envelope(data=b"%d" % number, key=key, scheduled_time=moment)
+
+
+class _Told:
+    """Numbers that were committed as this process knows it; they outlive it."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def __call__(self, numbers: Sequence[int]) -> None:
+        os.write(self._file, b"".join(b"%d\n" % number for number in numbers))
+
+
+def add(place: dict[str, Any], table: str, told: str, lane: int, first: int, application: Any) -> None:
+    """Data and messages in each transaction."""
+    outbox, step, tell = opened(place), Steps(application.kill), _Told(told)
+    is_postgres = "path" not in place
+    with outboxes.connected(outbox) as connection:
+        for index, size in enumerate(application.sizes):
+            numbers = range(first, first + size)
+            first += size
+            step("begin")
+            connection.execute("BEGIN" if is_postgres else "BEGIN IMMEDIATE")
+            step("data")
+            values = ", ".join(f"({number})" for number in numbers)
+            connection.execute(f"INSERT INTO {table} VALUES {values}")
+            step("add")
+            outbox.add(
+                connection, [_envelope(number, lane, application.scheduled) for number in numbers], topic="orders"
+            )
+            step("commit")
+            connection.execute("ROLLBACK" if index in application.rolled_back else "COMMIT")
+            if index not in application.rolled_back:
+                step("committed")
+                tell(numbers)
+
+
+class _Writer:
+    def __init__(self, writer: Any, step: Steps) -> None:
+        self._writer, self._step = writer, step
+
+    def commit(self, take: Callable[[], Sequence[Any]]) -> bool:
+        def taken() -> Sequence[Any]:
+            self._step("take")
+            group = take()
+            self._step("taken")
+            return group
+
+        self._step("begin")
+        done: bool = self._writer.commit(taken)
+        self._step("committed")
+        return done
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def send(place: dict[str, Any], table: str, told: str, lane: int, first: int, application: Any) -> None:
+    """Threads send through a durable sender, each the numbers of a key."""
+    outbox: Any = opened(place)
+    step, tell = Steps(application.kill), _Told(told)
+    open_writer = outbox.open_writer
+
+    def watched() -> _Writer:
+        step("open")
+        return _Writer(open_writer(), step)
+
+    outbox.open_writer = watched
+    numbers = range(first, first + sum(application.sizes))
+    with kbatch.DurableSender(outbox, "orders") as sender:
+
+        def work(of: int) -> None:
+            for number in numbers:
+                if number % 3 == of:
+                    sender.send(_envelope(number, lane, application.scheduled), timeout=60)
+                    tell([number])
+
+        threads = [threading.Thread(target=work, args=(of,)) for of in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+class _Committing:
+    """A connection that tells of each COMMIT."""
+
+    def __init__(self, connection: sqlite3.Connection, step: Steps) -> None:
+        self._connection, self._step = connection, step
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._connection, name)
+
+    def execute(self, sql: str, *arguments: Any) -> Any:
+        if sql != "COMMIT":
+            return self._connection.execute(sql, *arguments)
+        self._step("before COMMIT")
+        found = self._connection.execute(sql)
+        self._step("after COMMIT")
+        return found
+
+
+class _Outbox(WatchedOutbox):
+    def __init__(self, outbox: outboxes.Outbox, step: Steps) -> None:
+        super().__init__(outbox, before=lambda name: step(f"before {name}"), after=lambda name: step(f"after {name}"))
+        self._step = step
+
+    def open_store(self) -> Any:
+        store = super().open_store()
+        inner = store._store
+        committing = _Committing(inner._connection, self._step)
+        if isinstance(self.outbox, kbatch.SqliteOutbox):
+            inner._connection = committing
+        else:
+            plain = inner._connection.execute
+            committing._connection = type("Plain", (), {"execute": staticmethod(plain)})()
+            inner._connection.execute = committing.execute
+        self._step("after open_store")
+        return store
+
+
+class _Relay(kbatch.Relay):
+    def __init__(self, outbox: _Outbox, *arguments: Any, **options: Any) -> None:
+        super().__init__(outbox, *arguments, **options)
+        self._step = outbox._step
+
+    def _may_hand_over(self) -> bool:
+        self._step("mapped")
+        return super()._may_hand_over()
+
+    def _hand_over(self, *arguments: Any) -> None:
+        super()._hand_over(*arguments)
+        self._step("handed over")
+
+    def _settle(self, flight: Any) -> None:
+        super()._settle(flight)
+        self._step("answered")
+
+
+def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], kill: tuple[str, int] | None) -> None:
+    """Sends until SIGTERM."""
+    with _Relay(_Outbox(opened(place), Steps(kill)), config, **options) as running:
+        signal.signal(signal.SIGTERM, lambda *_: running.stop())
+        running.run()
