@@ -6,7 +6,6 @@ it takes them off, reads id, message type, key and value of each, and gives them
 
 import ctypes
 import gc
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -177,27 +176,6 @@ def _await_quiet() -> None:
     while (now := time.process_time()) - before > 0.1 * QUIET_S:
         before = now
         time.sleep(QUIET_S)
-
-
-class _Other:
-    """A thread of Python that wants the GIL all the time, and counts what it gets done."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.stopping = False
-        self._thread = threading.Thread(target=self._run)
-
-    def _run(self) -> None:
-        while not self.stopping:
-            self.count += 1
-
-    def __enter__(self) -> "_Other":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stopping = True
-        self._thread.join()
 
 
 def _turn(broker: Broker, topic: str, open_side: Open) -> float:
