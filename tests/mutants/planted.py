@@ -1028,8 +1028,8 @@ MUTANTS = (
     Mutant(
         "every run of pytest imports kbatch",
         "",
-        "import pytest\n",
-        "import pytest\n\nimport kbatch\n",
+        "import pytest\n\nif",
+        "import pytest\n\nimport kbatch\n\nif",
         "tests/unit/test_pytest_plugin.py",
     ),
     # -- what users give
@@ -1091,9 +1091,9 @@ MUTANTS = (
     ),
     Mutant(
         "a header that stands where another was expected is the user's",
-        "_Reading._find",
-        "for i in range(self.own_count):",
-        "for i in range(self.own_count - self.next_own):",
+        "find_own",
+        "for i in range(count):",
+        "for i in range(count - next_own[0]):",
         "tests/unit/test_read_envelope.py",
     ),
     # -- packed records
