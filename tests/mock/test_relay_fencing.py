@@ -14,7 +14,7 @@ import kbatch.aio
 from kbatch import ConfigError, Envelope, Relay, SqliteOutbox
 from kbatch._outbox import _fences
 from kbatch._outbox._fences import initialize
-from kbatch.testing import MockCluster
+from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.outboxes import Outbox
 from tests.relays import WatchedOutbox, check_history, numbered
@@ -165,6 +165,34 @@ def test_brokers_know_its_name_before_it_has_a_lease(outbox: Outbox, cluster: Mo
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(30) == 0
     assert set(known) == {True}
+
+
+def test_what_it_is_not_allowed_to_name_is_told_and_tried_again(
+    outbox: Outbox, cluster: MockCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster.push_request_errors(ApiKey.INIT_PRODUCER_ID, 2 * ["TRANSACTIONAL_ID_AUTHORIZATION_FAILED"])
+    outboxes.add(outbox, numbered(range(100)))
+    with make(outbox, cluster) as relay:
+        assert relay.drain(60) == 0
+    assert "brokers do not let it have the transactional id kbatch-relay-" in caplog.text
+    check_history(range(100), stored(cluster))
+
+
+@pytest.mark.parametrize("api", [ApiKey.ADD_PARTITIONS_TO_TXN, ApiKey.PRODUCE, ApiKey.END_TXN])
+def test_a_transaction_that_is_fenced_at_any_request_counts_no_attempt(
+    outbox: Outbox, cluster: MockCluster, api: ApiKey
+) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    with make(outbox, cluster) as relay:
+        assert relay.drain(30) == 0
+        before = relay._owner
+        cluster.push_request_errors(api, ["INVALID_PRODUCER_EPOCH" if api == ApiKey.PRODUCE else "PRODUCER_FENCED"])
+        outboxes.add(outbox, numbered(range(100, 200)))
+        assert relay.drain(60) == 0
+        stats = relay.stats()
+        assert relay._owner != before or api == ApiKey.PRODUCE  # there librdkafka asks for another epoch
+    assert (stats["refused"], stats["put_off"], stats["dead"]) == (0, 0, 0)
+    assert {int(record.value) for record in stored(cluster)} == set(range(200))
 
 
 def test_a_record_that_is_refused_is_sent_alone_and_the_rest_at_once(outbox: Outbox, cluster: MockCluster) -> None:

@@ -432,13 +432,13 @@ class Relay:
         self._not_admitted.clear()
         self._failures_at = 0.0
         if self._pid != os.getpid():  # two children of a process that made it are two relays
-            self._pid = os.getpid()
             self._owner = _new_owner()
             if self._is_fencing:
                 self._handle.name(transactional_id(self._owner))
                 self._fences = Fences(self._flag.set, self._prober.put)
                 self._naming = None
                 self._former.clear()
+            self._pid = os.getpid()  # last: who was interrupted does it again, since owner and producer must match
         self._outbox.watch(self._on_add)
 
     def _on_add(self, is_committed: bool) -> None:
@@ -466,7 +466,7 @@ class Relay:
             elif not self._has_answers():
                 self._start_over()
         if self._fences is not None:
-            is_named = self._naming is not None and self._naming.done()
+            is_named = self._naming is not None and is_initialized(self._handle.producer)
             if self._fences.look() or is_named:
                 self._renew_at = now
         if now >= self._store_at:
@@ -658,10 +658,9 @@ class Relay:
         """Goes on as another relay, since its producer is fenced, or can send no more."""
         self._former.add(self._owner)
         self._lose(self._leases.forget())
-        self._owner = _new_owner()
+        self._owner = _new_owner()  # before the producer: what is not of this name must be one that can send no more
         self._naming = None
         self._gate.replace(transactional_id=transactional_id(self._owner))
-        self._renew_at = monotonic()
 
     def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
         if self._is_fencing and isinstance(error, ProducerFencedError):
