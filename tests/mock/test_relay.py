@@ -644,11 +644,11 @@ def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
     with running(make(outbox, cluster, batch_size=200)) as first:
         until(lambda: first.stats()["buckets"] == 64, "all buckets")
 
-        def watched(store: Any, owner: str, lease_s: float, *, release: Any, avoid: Any) -> Any:
+        def watched(store: Any, owner: str, lease_s: float, *, release: Any, **others: Any) -> Any:
             if owner == first._owner and release:
                 in_flight = {bucket for flight in list(first._flights) for bucket in flight.tokens}
                 given_up.append((set(release), in_flight))
-            return renew(store, owner, lease_s, release=release, avoid=avoid)
+            return renew(store, owner, lease_s, release=release, **others)
 
         monkeypatch.setattr(store_class, "renew", watched)
         numbers = iter(range(10**6))
