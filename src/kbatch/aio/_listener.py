@@ -145,9 +145,9 @@ class Listener(BaseListener):
         except BaseException:
             self._over()
             raise
-        if keeper is not None:
-            keeper.start()
         try:
+            if keeper is not None:
+                keeper.start()
             await ended.future
         except BaseException:
             reading.stop()
@@ -231,9 +231,6 @@ class Listener(BaseListener):
         for session in sessions:
             session.close()
 
-    async def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
-        self._failing.failed(reading, work, error)
-
 
 class _Handlers:
     """The tasks of one run, on its loop."""
@@ -304,14 +301,8 @@ class _Handlers:
                 )
                 cancelled.__cause__ = error
                 self.reading.fail(work, cancelled)
-        except InboxError as error:
-            # No fault of the record: no attempt is counted, and it is sent nowhere.
-            if error.is_outage:
-                self.reading.abandon(work)
-            else:
-                self.reading.fail(work, error)
         except BaseException as error:
-            await self._listener._fail(self.reading, work, error)
+            self._listener._fail(self.reading, work, error)
         else:
             self._listener._failing.handled(self.reading, work)
 
