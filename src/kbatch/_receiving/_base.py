@@ -205,9 +205,11 @@ class BaseListener:
 
     def _over(self) -> None:
         SENDERS.discard(self)
-        if self._copies is not None:
-            self._copies.close(_CLOSE_COPIES_S)
-        self._is_to_stop = self._is_running = False
+        try:
+            if self._copies is not None:
+                self._copies.close(_CLOSE_COPIES_S)
+        finally:
+            self._is_to_stop = self._is_running = False
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
         if self._concurrency == 1:

@@ -126,13 +126,15 @@ class Listener(BaseListener):
 
         def run() -> None:
             try:
-                reading.run()
+                try:
+                    reading.run()
+                finally:
+                    if keeper is not None:
+                        keeper.stop()
+                    self._close_sessions()
+                    self._over()
             except BaseException as error:
                 errors.append(error)
-            if keeper is not None:
-                keeper.stop()
-            self._close_sessions()
-            self._over()
             handlers.is_over = True
             for waker in waits:
                 waker()
@@ -149,7 +151,7 @@ class Listener(BaseListener):
             if keeper is not None:
                 keeper.start()
             await ended.future
-        except BaseException:
+        except BaseException as cancelled:
             reading.stop()
             waits.append(again := LoopWaker())
             if handlers.is_over:  # it may have called what there was before
@@ -160,6 +162,7 @@ class Listener(BaseListener):
                 reading.stop(hurried=True)
                 handlers.cancel()
                 raise
+            reading.tell_unless(cancelled)
             raise
         if errors:
             raise errors.pop()  # this frame is in its traceback
