@@ -1,6 +1,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from typing_extensions import disjoint_base
+
 from kbatch._fastmap import Config, Core, Dispatcher, ReceivedEnvelope
 from kbatch._fastmap import received as received
 from kbatch._wire import WireReader
@@ -16,6 +18,7 @@ class ConsumerCallError(Exception): ...
 
 def check_version(version: int, text: str) -> None: ...
 
+@disjoint_base
 class ConsumerCore(Core):
     assignments: int
     def __init__(
