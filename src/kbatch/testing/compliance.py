@@ -29,6 +29,7 @@ import pytest
 
 import kbatch
 import kbatch.aio
+from kbatch._fastmap import monotonic, wall_time
 
 __all__ = ["TransportCompliance"]
 
@@ -119,10 +120,10 @@ class _Listening:
         return [envelope.message for envelope in self.received]
 
     def until(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + _LONGEST_S
+        end = monotonic() + _LONGEST_S
         while not condition():
             assert self.error is None, self.error
-            assert time.monotonic() < end, f"received so far: {self.messages()}"
+            assert monotonic() < end, f"received so far: {self.messages()}"
             time.sleep(0.01)
 
     def stop(self) -> None:
@@ -409,7 +410,7 @@ class TransportCompliance:
         begun: list[float] = []
 
         def handler(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
-            begun.append(time.time())
+            begun.append(wall_time())
             if len(begun) == 1:
                 raise _Refused
 
