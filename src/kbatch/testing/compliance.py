@@ -55,6 +55,10 @@ class _Refused(Exception):
     pass
 
 
+def _now() -> datetime:
+    return datetime.fromtimestamp(wall_time(), timezone.utc)
+
+
 def _send(
     servers: str, folder: str, mode: kbatch.SenderMode, style: str, wire: str, envelopes: list[Any], topic: str
 ) -> None:
@@ -345,17 +349,17 @@ class TransportCompliance:
         }
 
     def test_schedule_send(self, transport: _Transport) -> None:
-        due = datetime.now(timezone.utc) + timedelta(seconds=2)
+        due = _now() + timedelta(seconds=2)
         later = kbatch.Envelope(_Order(1), scheduled_time=due)
         if transport.mode is kbatch.SenderMode.INLINE:  # which waits for nothing
             with pytest.raises(kbatch.NotYetDueError):
                 transport.send(later)
             return
         came: list[datetime] = []
-        with transport.listening(handler=lambda _: came.append(datetime.now(timezone.utc))) as listening:
+        with transport.listening(handler=lambda _: came.append(_now())) as listening:
             transport.send(later, kbatch.Envelope(_Order(2)))
             if transport.mode is kbatch.SenderMode.DURABLE:  # its relay ended with the sender: another comes later
-                time.sleep(max(0.0, (due - datetime.now(timezone.utc)).total_seconds()))
+                time.sleep(max(0.0, (due - _now()).total_seconds()))
                 transport.send(kbatch.Envelope(_Order(3)))
                 listening.until(lambda: len(listening.received) >= 3)
             listening.until(lambda: 1 in [message.number for message in listening.messages()])
