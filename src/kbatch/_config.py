@@ -196,6 +196,12 @@ class ProducerConfig(ClientConfig):
             set_key(native, key, value)
         return replace(self, native=native)
 
+    def with_transactional_id(self, transactional_id: str) -> ProducerConfig:
+        """The same, but for another ``transactional.id`` in place of one."""
+        native = self.native.copy()
+        set_key(native, "transactional.id", transactional_id)
+        return replace(self, native=native)
+
 
 def begin_config(
     config: Mapping[str, Any], refused: Mapping[str, str]
