@@ -13,6 +13,8 @@ import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 import kbatch
+from kbatch import _transactions
+from kbatch._transactions import Transactions
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.transactional_listener import STEPS
 from tests.listening import Order, committed, config_of, running, send
@@ -61,8 +63,10 @@ def topics(one_broker: KafkaCluster) -> tuple[str, str]:
 
 
 def forward(out: str) -> Any:
-    def handle(envelope: Received, transaction: kbatch.Transaction) -> None:
-        transaction.send(out, [kbatch.Envelope(data=envelope.data, key=envelope.key.decode(), message_type="Order")])
+    def handle(given: Any, transaction: kbatch.Transaction) -> None:
+        for envelope in given if isinstance(given, list) else (given,):
+            sent = kbatch.Envelope(data=envelope.data, key=envelope.key.decode(), message_type="Order")
+            transaction.send(out, [sent])
 
     return handle
 
@@ -245,9 +249,44 @@ def test_a_member_that_lost_its_partition_while_it_handled_commits_nothing(
     assert output(one_broker, out) == {"0": [0]}
 
 
-def test_a_broker_that_restarts_is_waited_for(one_broker: KafkaCluster, topics: tuple[str, str]) -> None:
+@pytest.mark.parametrize("is_made", [True, False])
+def test_after_a_commit_without_an_answer_the_group_tells_whether_it_was_made(
+    one_broker: KafkaCluster, topics: tuple[str, str], is_made: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     topic, out = topics
-    listener = listener_of(one_broker, topic, forward(out), transaction_timeout_ms=60_000)
+    call, conclude = Transactions._call, Transactions._commit
+    lost: list[int] = []
+
+    def unanswered(self: Transactions, which: int) -> Any:
+        if which != _transactions._COMMIT or self._timeout_s:
+            return call(self, which)
+        lost.append(which)
+        if is_made:
+            assert call(self, which) is None
+        return _transactions._Error(-185, "timed out", False, True, False)
+
+    def commit(self: Transactions, batch: Any) -> None:
+        if len(batch) and len(lost) < 3:
+            self._timeout_s = 0.0
+        conclude(self, batch)
+
+    monkeypatch.setattr(Transactions, "_call", unanswered)
+    monkeypatch.setattr(Transactions, "_commit", commit)
+    send(one_broker, 30, topic=topic)
+    listener = listener_of(one_broker, topic, forward(out), concurrency=4, batch_size=4)
+    with running(listener) as raised:
+        until(lambda: listener.stats()["handled"] == 30, "the records", patience_s=90)
+    assert raised == []
+    assert len(lost) >= 3
+    assert output(one_broker, out) == expected(30)
+
+
+@pytest.mark.parametrize("timeout_ms", [5_000, 60_000])  # with the first the producer's end is fatal
+def test_a_broker_that_restarts_is_waited_for(
+    one_broker: KafkaCluster, topics: tuple[str, str], timeout_ms: int
+) -> None:
+    topic, out = topics
+    listener = listener_of(one_broker, topic, forward(out), transaction_timeout_ms=timeout_ms)
     with running(listener) as raised:
         send(one_broker, 30, topic=topic)
         until(lambda: listener.stats()["handled"] == 30, "those from before", patience_s=60)

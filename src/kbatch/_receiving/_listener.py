@@ -153,7 +153,7 @@ class Listener(BaseListener):
                 taken its place.
             ConfigError: librdkafka refuses the configuration.
             ProducerFencedError: Another with the same `transactional_id` has begun.
-            ProducerFatalError, TransactionUnknownError: The producer of its transactions can go on no more.
+            ProducerFatalError: The producer of its transactions is refused, as one that may not have the id.
             InboxError: The inbox has no tables, or another version's; or a handler has ended its transaction.
             RuntimeError: It runs already, or there are no threads to be had.
         """

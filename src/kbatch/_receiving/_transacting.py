@@ -22,7 +22,9 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import Mapper, RecordPool, monotonic
 from kbatch._producer import Producer
+from kbatch._receiving._consumer import ConsumerCallError
 from kbatch._receiving._copies import LARGEST, shared_config
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._text import counted
 from kbatch._transactions import BatchWithOffsets
@@ -30,6 +32,7 @@ from kbatch._transactions import BatchWithOffsets
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from kbatch._base_producer import BaseProducer
     from kbatch._fastmap import Core, Envelope
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
@@ -39,6 +42,10 @@ __all__ = ["CannotCommitError", "OvertakenError", "Transacting", "Transaction"]
 _logger = logging.getLogger("kbatch")
 
 _AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.05, max_backoff_s=5.0)
+# rd_kafka_send_offsets_to_transaction heeds no timeout: if the group's coordinator has gone, it waits for the next
+# change of a broker's state (librdkafka's issues 5456, 5511). The end of an idle connection is one.
+_WAKES = {"connections.max.idle.ms": "5000"}
+_COMMITTED_S = 5.0  # for the group's answer
 _LOOK_S = 0.02  # whether what waits is still wanted
 _TOLD_EVERY_S = 30.0
 
@@ -115,8 +122,10 @@ class Transacting:
             raise ConfigError(f"producer must be a kbatch.Producer, not {type_name(producer)}")
         elif producer._parsed.native.get("transactional.id") != transactional_id:
             raise ConfigError(f"producer must have transactional.id={transactional_id}, as the listener has")
-        self._prototype = producer  # not used: each run has a twin
-        self._producer: Producer | None = None
+        self._prototype = producer._twin()  # not used: each run has a twin
+        if self._prototype._parsed.native.get("connections.max.idle.ms") in (None, "0"):
+            self._prototype._parsed = producer._parsed.changed(_WAKES)
+        self._handle: ProducerHandle | None = None  # of a run
         self._reading: Reading | None = None
         self._raw = Mapper("raw", msgspec.json.Encoder(), None, None, LARGEST, LARGEST)
         self._told_at = float("-inf")
@@ -124,7 +133,8 @@ class Transacting:
     # -- a run
 
     def open(self) -> None:
-        self._producer = self._prototype._twin()
+        self._handle = ProducerHandle(self._prototype._twin(), given=False)
+        self._handle.acquire()
 
     def begin(self, reading: Reading) -> None:
         """Waits until the coordinator has ended what another with this id has left open, and fences that one.
@@ -132,26 +142,41 @@ class Transacting:
         Before the group is joined: committed offsets are not told while a transaction about them is open.
 
         Raises:
-            KbatchError: The producer is refused.
+            ProducerError: The producer is refused.
         """
         self._reading = reading
         failures = 0
         while not reading.is_stopping:
-            batch = self._send([], None)
-            while not batch._wait(_LOOK_S):
-                if reading.is_stopping:
-                    assert self._producer is not None
-                    self._producer._core.abandon(batch)
-            if batch.is_committed:
-                return
+            handle = self._running_handle()
+            producer = handle.producer
+            try:
+                batch = _send(producer, [], None)
+            except ProducerError as error:
+                if handle.fate(producer, error) == "end":
+                    raise
+                handle.replace(producer)
+                reason = str(error)
+            else:
+                while not batch._wait(_LOOK_S):
+                    if reading.is_stopping:
+                        producer._core.abandon(batch)
+                if batch.is_committed:
+                    return
+                reason = batch.reason
             failures += 1
-            self._tell("a listener waits for the coordinator of its transactions: %s", batch.reason)
+            self._tell("a listener waits for the coordinator of its transactions: %s", reason)
             self._wait(_AGAIN.delay_s(failures, entropy), lambda: reading.is_stopping)
 
     def close(self, timeout_s: float) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            producer._close(timeout_s)
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            handle.release(timeout_s)
+
+    def _running_handle(self) -> ProducerHandle:
+        handle = self._handle
+        if handle is None:
+            raise ProducerClosedError("the listener has ended")
+        return handle
 
     # -- handlers' threads
 
@@ -167,27 +192,53 @@ class Transacting:
             CannotCommitError: The listener has to end.
         """
         failures = 0
+        used: BaseProducer | None = None
+        is_unknown = False  # what was sent before may have been committed
         while True:
+            producer = None
             try:
-                batch = self._send(packed, functools.partial(_send_offsets, reading, work))
-            except KbatchError as error:
-                raise CannotCommitError(error) from error
-            batch._wait(None)
-            if batch.is_committed:
-                return
-            for failed in batch.report.errors.values():
-                if failed.code == ABORTED_CODE:
-                    continue
-                batch.reason = str(failed)
-                if spares_brokers(failed) and not failed.retriable:
-                    raise failed
+                handle = self._running_handle()
+                producer = handle.producer
+                # In place of one that could send no more: the last transaction of that may be the one of this work.
+                is_unknown |= used is not None and producer is not used
+                used = producer
+                if is_unknown:
+                    was_committed = self._was_committed(producer, reading, work)
+                    if was_committed:
+                        return
+                    is_unknown = was_committed is None
+                reason = "the group does not tell what it has committed"
+                if not is_unknown:
+                    batch = _send(producer, packed, functools.partial(_send_offsets, reading, work))
+                    batch._wait(None)
+                    if batch.is_committed:
+                        return
+                    reason = _cause_of(batch)
+            except ProducerError as error:
+                if producer is None or handle.fate(producer, error) == "end":
+                    raise CannotCommitError(error) from error
+                handle.replace(producer)
+                reason = str(error)
             failures += 1
             if reading.holds(work):
-                self._tell("a transaction of a listener was not committed, and is tried again: %s", batch.reason)
-            if not self._wait(_AGAIN.delay_s(failures, entropy), lambda: reading.is_given_up(work)):
+                self._tell("a transaction of a listener was not committed, and is tried again: %s", reason)
+            is_waited = self._wait(_AGAIN.delay_s(failures, entropy), lambda: reading.is_given_up(work))
+            if not (is_waited and reading.holds(work)):
                 raise OvertakenError
-            if not reading.holds(work):
-                raise OvertakenError
+
+    def _was_committed(self, producer: BaseProducer, reading: Reading, work: Work) -> bool | None:
+        """Whether a transaction of a producer before this one has committed it; ``None``: nobody tells yet."""
+        batch = _send(producer, [], None)  # the coordinator ends that one first
+        batch._wait(None)
+        if not batch.is_committed:
+            return None
+        try:
+            committed = reading.core.committed([work.partition], _COMMITTED_S)
+        except ProducerClosedError:
+            raise OvertakenError from None
+        except ConsumerCallError:
+            return None
+        return committed.get(work.partition, -1) >= work.next_offset
 
     def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
         assert work.copy is not None
@@ -206,18 +257,6 @@ class Transacting:
         else:
             answer(None)
 
-    def _send(
-        self, packed: list[bytes], send_offsets: Callable[[Core, int], tuple[int, str, bool, bool, bool] | None] | None
-    ) -> BatchWithOffsets:
-        producer = self._producer
-        if producer is None:
-            raise ProducerClosedError("the listener has ended")
-        batch = BatchWithOffsets(producer._core)
-        batch.send_offsets = send_offsets
-        producer._core.map_packed(batch, packed)
-        producer._send_detached(batch)
-        return batch
-
     def _wait(self, seconds: float, is_over: Callable[[], bool]) -> bool:
         end = monotonic() + seconds
         while not is_over():
@@ -232,6 +271,29 @@ class Transacting:
         if now >= self._told_at + _TOLD_EVERY_S:
             self._told_at = now
             _logger.warning(message, reason)
+
+
+def _send(
+    producer: BaseProducer,
+    packed: list[bytes],
+    send_offsets: Callable[[Core, int], tuple[int, str, bool, bool, bool] | None] | None,
+) -> BatchWithOffsets:
+    batch = BatchWithOffsets(producer._core)
+    batch.send_offsets = send_offsets
+    producer._core.map_packed(batch, packed)
+    producer._send_detached(batch)
+    return batch
+
+
+def _cause_of(batch: BatchWithOffsets) -> str:
+    """Why it was not committed. Raises what is the fault of one of its envelopes."""
+    reason = batch.reason
+    for failed in batch.report.errors.values():
+        if failed.code != ABORTED_CODE:
+            reason = str(failed)
+            if spares_brokers(failed) and not failed.retriable:
+                raise failed
+    return reason
 
 
 def _send_offsets(
