@@ -2413,4 +2413,18 @@ MUTANTS = (
         "            pass\n",
         "tests/mock/test_aio_listener.py",
     ),
+    Mutant(
+        "a transaction commits offsets of a partition that another has",
+        "_send_offsets",
+        "        if not reading.holds(work):\n",
+        "        if False:\n",
+        "tests/mock/test_transactional_listener.py",
+    ),
+    Mutant(
+        "what a handler sends after its end goes into the next transaction",
+        "Transaction._end",
+        "            packed, self._packed = self._packed, None\n",
+        "            packed, self._packed = self._packed, []\n",
+        "tests/mock/test_transactional_listener.py",
+    ),
 )

@@ -60,6 +60,7 @@ class Reading:
         failures: Which records are to wait for their time, and the topics that they are read from besides.
         wake: Called under the lock with how many calls of handlers may begin.
         give_up: Called when the time to close is over, if handlers still run.
+        commits: Whether it commits what is done; else whoever handles it has done so.
     """
 
     def __init__(
@@ -72,8 +73,11 @@ class Reading:
         failures: Failures,
         wake: Callable[[int], object],
         give_up: Callable[[], object] | None = None,
+        *,
+        commits: bool = True,
     ) -> None:
         self.core = core
+        self._commits = commits
         self._topics = [*topics, *failures.delays]
         self._failures = failures
         self._limits = limits
@@ -165,6 +169,11 @@ class Reading:
         with self.lock:
             leaving = self._leaving is not None and work.partition in self._leaving
             return self.is_stopping or leaving or work.partition not in self._positions
+
+    def holds(self, work: Work) -> bool:
+        """Whether its partition is still the member's as it was when its records came."""
+        with self.lock:
+            return self._positions.holds(work.partition, work.places[0])
 
     def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
@@ -563,6 +572,8 @@ class Reading:
     # -- commits
 
     def _begin_commit(self) -> None:
+        if not self._commits:
+            return
         with self.lock:
             offsets = self._positions.collect()
         if offsets:
@@ -598,6 +609,8 @@ class Reading:
 
     def _commit_and_wait(self, partitions: Iterable[Partition] | None, timeout: float) -> None:
         """Commits what is done of these partitions, or of all, and waits for the answer."""
+        if not self._commits:
+            return
         deadline = monotonic() + timeout
         while self._committing and monotonic() < deadline:
             self._take_commit_answer()
