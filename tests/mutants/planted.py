@@ -2345,7 +2345,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was not handled since the inbox is away is committed",
-        "Listener._attempt",
+        "BaseListener._fail",
         "                reading.abandon(work)\n",
         "                reading.done(work)\n",
         "tests/mock/test_listener_inbox.py",
@@ -2412,5 +2412,19 @@ MUTANTS = (
         "            task.cancel()\n",
         "            pass\n",
         "tests/mock/test_aio_listener.py",
+    ),
+    Mutant(
+        "a transaction commits offsets of a partition that another has",
+        "_send_offsets",
+        "        if not reading.holds(work):\n",
+        "        if False:\n",
+        "tests/mock/test_transactional_listener.py",
+    ),
+    Mutant(
+        "what a handler sends after its end goes into the next transaction",
+        "Transaction._end",
+        "            packed, self._packed = self._packed, None\n",
+        "            packed, self._packed = self._packed, []\n",
+        "tests/mock/test_transactional_listener.py",
     ),
 )
