@@ -175,6 +175,7 @@ def test_what_it_is_not_allowed_to_name_is_told_and_tried_again(
     with make(outbox, cluster) as relay:
         assert relay.drain(60) == 0
     assert "brokers do not let it have the transactional id kbatch-relay-" in caplog.text
+    assert "authorization failed" in caplog.text
     check_history(range(100), stored(cluster))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ProducerError
-from kbatch._pending import PendingBatch
+from kbatch._transactions import BatchWithOffsets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -20,10 +20,10 @@ def transactional_id(owner: str) -> str:
     return f"kbatch-relay-{owner}"
 
 
-def initialize(producer: BaseProducer, waker: Callable[[], object]) -> PendingBatch:
+def initialize(producer: BaseProducer, waker: Callable[[], object]) -> BatchWithOffsets:
     """Begins to have brokers listen to no earlier producer with this ``transactional.id``. What it had not committed is
-    aborted. The batch, an empty transaction, is done when that is over."""
-    pending = PendingBatch(producer._core)
+    aborted. The batch, an empty transaction, is done when that is over; if it failed, its `reason` says why."""
+    pending = BatchWithOffsets(producer._core)
     producer._core.map_packed(pending, [], [])
     producer._send_detached(pending, waker=waker)
     return pending
@@ -51,7 +51,7 @@ class Fences:
         self.fenced: set[str] = set()
         self._waker = waker
         self._put = put
-        self._under_way: dict[str, tuple[BaseProducer, PendingBatch]] = {}
+        self._under_way: dict[str, tuple[BaseProducer, BatchWithOffsets]] = {}
 
     def want(self, owners: Collection[str], prototype: BaseProducer) -> None:
         """Fences these, and forgets others."""

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from kbatch._fastmap import Trial
     from kbatch._outbox._store import Failure, OutboxStore, Place
+    from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
@@ -184,7 +185,7 @@ class Relay:
         self._owner = ""
         self._former: set[str] = set()  # owners that it was, and whose leases nobody may take yet
         self._fences: Fences | None = None
-        self._naming: PendingBatch | None = None  # has the producer's transactional id initialised
+        self._naming: BatchWithOffsets | None = None  # has the producer's transactional id initialised
         self._naming_failed_at: float | None = None
         self._calls = UserCalls()
         self._prober = CallQueue(PROBES)
@@ -637,7 +638,9 @@ class Relay:
             ):
                 self._naming_failed_at = now
                 _logger.warning(
-                    "a relay waits: brokers do not let it have the transactional id %s", transactional_id(self._owner)
+                    "a relay waits: brokers do not let it have the transactional id %s: %s",
+                    transactional_id(self._owner),
+                    self._naming.reason,
                 )
             self._naming = None
             try:
