@@ -198,8 +198,8 @@ class OutboxRun:
         process = self._running.get((step.who, step.slot))
         if process is None:
             return
-        os.kill(process.pid, signal.SIGSTOP)
         try:
+            os.kill(process.pid, signal.SIGSTOP)
             if step.who == "relay":
                 self.history.relays_disturbed += 1
                 try:
@@ -210,8 +210,11 @@ class OutboxRun:
                 time.sleep(_LEASE_IS_TAKEN_S)
             else:
                 time.sleep(_SESSION_S)
+        except ProcessLookupError:
+            return  # it has killed itself
         finally:
-            os.kill(process.pid, signal.SIGCONT)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
 
     def _lock(self, seconds: float) -> None:
         with contextlib.ExitStack() as stack:
