@@ -15,11 +15,10 @@ from kbatch._recovery._retry import RetryPolicy, entropy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kbatch._fastmap import Envelope
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Work
 
-__all__ = ["CopyTaker", "Failing", "Steps"]
+__all__ = ["CopyTaker", "Failing", "Steps", "TakenFrom"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -40,10 +39,21 @@ class Steps(Protocol):
         """It is to be taken again at this time. What is behind it in its lane waits."""
 
 
-class CopyTaker(Protocol):
-    """Where copies go: `Copies`, or a test's own."""
+class TakenFrom(Steps, Protocol):
+    """A run, to those who wait for its inbox."""
 
-    def send(self, copy: Envelope, answer: Callable[[KbatchError | None], object]) -> None: ...
+    def is_given_up(self, work: Work) -> bool:
+        """Whether what handles it should rather end than wait for something."""
+
+    def abandon(self, work: Work) -> None:
+        """Nobody goes on with it, here."""
+
+
+class CopyTaker(Protocol):
+    """Where copies go: `Copies`, `Transacting`, or a test's own."""
+
+    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+        """Stores `work.copy`; `answer` is called once."""
 
 
 class Failing:
@@ -115,10 +125,9 @@ class Failing:
 
     def _send_on(self, steps: Steps, work: Work) -> None:
         assert self._copies is not None
-        assert work.copy is not None
         try:
-            self._copies.send(work.copy, functools.partial(self._sent_on, steps, work))
-        except BaseException as error:  # no memory
+            self._copies.send(work, functools.partial(self._sent_on, steps, work))
+        except BaseException as error:  # no memory, or transactions have ended
             steps.fail(work, error)
 
     def _sent_on(self, steps: Steps, work: Work, error: KbatchError | None) -> None:

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from kbatch import _codes
+from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, monotonic, wall_time
 from kbatch._librdkafka import error_text
@@ -40,24 +40,6 @@ _COMMIT_TIMEOUT_S = 5.0
 _LAST_COMMIT_S = 1.0  # also when the time to close is over
 _RECORD_BYTES = 300  # that an envelope takes, besides what its record has
 
-_FATAL, _AUTO_OFFSET_RESET, _PARTITION_EOF, _NO_OFFSET = -150, -140, -191, -168
-_FENCED_INSTANCE_ID, _ILLEGAL_GENERATION, _UNKNOWN_MEMBER_ID, _REBALANCE_IN_PROGRESS = 82, 22, 25, 27
-_STALE_MEMBER_EPOCH = 113
-_ENDING = frozenset(
-    (
-        _FATAL,
-        _AUTO_OFFSET_RESET,  # auto.offset.reset=error: somebody has to decide
-        _FENCED_INSTANCE_ID,
-        _codes.TOPIC_AUTHORIZATION_FAILED,
-        _codes.GROUP_AUTHORIZATION_FAILED,
-        _codes.CLUSTER_AUTHORIZATION_FAILED,
-    )
-)
-# A commit that a rebalance has overtaken: whoever has the partition now reads the records again.
-_OVERTAKEN = frozenset(
-    (_ILLEGAL_GENERATION, _UNKNOWN_MEMBER_ID, _REBALANCE_IN_PROGRESS, _STALE_MEMBER_EPOCH, _NO_OFFSET)
-)
-
 
 class Limits(NamedTuple):
     """What bounds a run."""
@@ -78,6 +60,7 @@ class Reading:
         failures: Which records are to wait for their time, and the topics that they are read from besides.
         wake: Called under the lock with how many calls of handlers may begin.
         give_up: Called when the time to close is over, if handlers still run.
+        commits: Whether it commits what is done; else whoever handles it has done so.
     """
 
     def __init__(
@@ -90,8 +73,11 @@ class Reading:
         failures: Failures,
         wake: Callable[[int], object],
         give_up: Callable[[], object] | None = None,
+        *,
+        commits: bool = True,
     ) -> None:
         self.core = core
+        self._commits = commits
         self._topics = [*topics, *failures.delays]
         self._failures = failures
         self._limits = limits
@@ -184,6 +170,11 @@ class Reading:
             leaving = self._leaving is not None and work.partition in self._leaving
             return self.is_stopping or leaving or work.partition not in self._positions
 
+    def holds(self, work: Work) -> bool:
+        """Whether its partition is still the member's as it was when its records came."""
+        with self.lock:
+            return self._positions.holds(work.partition, work.places[0])
+
     def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
         with self.lock:
@@ -238,8 +229,13 @@ class Reading:
         if self.error is None:
             self.error = error
         elif self.error is not error:
-            _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
+            _tell_of_another(error)
         self.stop()
+
+    def tell_unless(self, raised: BaseException) -> None:
+        """Tells what it has ended for, if something else is raised."""
+        if self.error is not None and self.error is not raised:
+            _tell_of_another(self.error)
 
     def _end(self, work: Work) -> None:
         self._leave_running(work)
@@ -286,6 +282,17 @@ class Reading:
     def run(self) -> None:
         """Reads until `stop`, or an error. Waits for handlers, commits, and closes the consumer."""
         try:
+            self._run()
+        except ProducerClosedError:  # at the end of the interpreter
+            closed = ListenerError("the listener's consumer was closed under it")
+            self.tell_unless(closed)
+            raise closed from None
+        except BaseException as error:
+            self.tell_unless(error)
+            raise
+
+    def _run(self) -> None:
+        try:
             try:
                 self._poll()
             finally:
@@ -309,11 +316,8 @@ class Reading:
             self.core.subscribe(self._topics)
         except ConsumerCallError as error:
             raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
-        try:
-            while not self.is_stopping:
-                self._turn()
-        except ProducerClosedError:  # at the end of the interpreter
-            raise ListenerError("the listener's consumer was closed under it") from None
+        while not self.is_stopping:
+            self._turn()
 
     def _drain(self) -> None:
         """Waits for the handlers that run. The group goes on to be polled."""
@@ -474,11 +478,11 @@ class Reading:
         return full
 
     def _hear(self, code: int, text: str, topic: str | None, partition: int, offset: int) -> None:
-        if code == _PARTITION_EOF:
+        if code in END_CODES:
             return
         name, _ = error_text(code)
         text = printable(text)
-        if code in _ENDING:
+        if code in LISTENER_CODES:
             where = "" if topic is None else f" ({topic}" + (f" [{partition}])" if partition >= 0 else ")")
             self.end_with(ListenerError(f"the consumer cannot go on: {text}{where} ({name})", code=code))
         else:
@@ -519,17 +523,8 @@ class Reading:
             self.rebalances += 1
             self.core.answer()
             return
-        self._delayed.forget(partitions)
-        is_lost = self.core.assignment_lost()
         with self.lock:
             self._drop(set(partitions))  # nothing of them begins any more
-            for partition in partitions:
-                self._full.pop(partition, None)
-                self._reopened = [each for each in self._reopened if each != partition]
-        if is_lost:
-            # They are another's already: nothing of them may be committed.
-            self._take_away(set(partitions))
-            return
         limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
         with self.lock:
             self._leaving = set(partitions)
@@ -540,6 +535,10 @@ class Reading:
         """What runs of the partitions may end, and is committed with the rest; then they are another's."""
         leaving = self._leaving
         if leaving is None:
+            return
+        if self.core.assignment_lost():  # also since they began to leave
+            # They are another's already: nothing of them may be committed.
+            self._take_away(leaving)
             return
         with self.lock:
             left = [work for work in self._running if work.partition in leaving]
@@ -553,22 +552,28 @@ class Reading:
             )
         self._commit_and_wait(leaving, _COMMIT_TIMEOUT_S)
         self._take_away(leaving)
-        self._leaving = None
 
     def _take_away(self, partitions: set[Partition]) -> None:
         with self.lock:
             self._drop(partitions)  # a record may have come by the group's queue since they began to leave
             self._positions.take(partitions)
         self.core.answer()
+        self._leaving = None
 
     def _drop(self, partitions: set[Partition] | None) -> None:
-        """Forgets what waits. It is read again, here or elsewhere."""
+        """Forgets what waits, of these partitions or of all. It is read again, here or elsewhere."""
         for work in self._waiting.drop(partitions):
             self._release(work)
+        for partition in self._positions.partitions() if partitions is None else partitions:
+            self._full.pop(partition, None)
+        self._reopened = [each for each in self._reopened if partitions is not None and each not in partitions]
+        self._delayed.forget(self._positions.partitions() if partitions is None else partitions)
 
     # -- commits
 
     def _begin_commit(self) -> None:
+        if not self._commits:
+            return
         with self.lock:
             offsets = self._positions.collect()
         if offsets:
@@ -590,9 +595,9 @@ class Reading:
         with self.lock:
             self._positions.give_back(offsets)
         name, text = error_text(code)
-        if code in _ENDING:
+        if code in LISTENER_CODES:
             self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
-        elif code not in _OVERTAKEN:
+        elif code not in OVERTAKEN_CODES:
             self._complain(
                 ("commit", code),
                 "a consumer of %s could not commit %s, and tries again: %s (%s)",
@@ -604,6 +609,8 @@ class Reading:
 
     def _commit_and_wait(self, partitions: Iterable[Partition] | None, timeout: float) -> None:
         """Commits what is done of these partitions, or of all, and waits for the answer."""
+        if not self._commits:
+            return
         deadline = monotonic() + timeout
         while self._committing and monotonic() < deadline:
             self._take_commit_answer()
@@ -618,8 +625,8 @@ class Reading:
         if failed:
             with self.lock:
                 self._positions.give_back(offsets)
-            code = failed[0][2]
-            if code not in _OVERTAKEN:
+            *_, code = failed[0]
+            if code not in OVERTAKEN_CODES:
                 name, text = error_text(code)
                 _logger.warning(
                     "a consumer of %s could not commit %s: what was handled is read again: %s (%s)",
@@ -628,6 +635,10 @@ class Reading:
                     text,
                     name,
                 )
+
+
+def _tell_of_another(error: BaseException) -> None:
+    _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
 
 
 def _size(envelope: ReceivedEnvelope) -> int:
