@@ -106,7 +106,7 @@ mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whe
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 .PHONY: soak
-soak: build $(STAMPS)/test-group ## Run 3,000 seeded fault plans, shorten one that fails (ARGS="--seeds 0:100000 --jobs 4", "--outbox sqlite")
+soak: build $(STAMPS)/test-group ## Run 3,000 seeded fault plans, shorten one that fails (ARGS="--seeds 0:100000 --jobs 4", "--outbox sqlite", "--whole sqlite")
 	$(BIN)/python -m tests.faults.soak $(ARGS)
 
 .PHONY: soak-kafka
@@ -114,10 +114,12 @@ soak-kafka: build $(STAMPS)/test-group ## Run 100 seeded fault plans on real bro
 	$(BIN)/python -m tests.faults.soak --kafka $(ARGS)
 
 .PHONY: nightly
-nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 48 seeds; 3,000 plans of outboxes
+nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 48 seeds; 5,500 plans of outboxes and inboxes
 	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka tests/mock/test_relay_database_faults.py $(ARGS)
 	$(BIN)/python -m tests.faults.soak --outbox sqlite --seeds 0:2000
 	$(BIN)/python -m tests.faults.soak --outbox postgres --seeds 0:1000
+	$(BIN)/python -m tests.faults.soak --whole sqlite --seeds 0:2000 --jobs 8
+	$(BIN)/python -m tests.faults.soak --whole postgres --seeds 0:500 --jobs 8
 
 .PHONY: bench
 bench: build $(STAMPS)/bench-group ## Run the benchmarks, print their ratios, draw plots; KAFKA=1: on a real Kafka (Java, Maven)

@@ -22,11 +22,14 @@ of its key; else that holds if nothing was sent again (I4). ``max_buffered`` is 
 
 Of an outbox (`OutboxHistory`): what was committed, by the application's data or as its sender was told, is in the log
 (I1), and nothing else is (stranger). What was told is in the data (settled). The first copies of a key are in the order
-of its transactions (I4). There are no more copies than the killed relays had in flight (I6).
+of its transactions (I4). There are no more copies than the killed relays had in flight (I6). Of a whole history every
+order has exactly one effect, in order per key: what is in the log has an effect (I1), once (I6), and nothing else has
+one (stranger); the effects of a key are in the order of its transactions, but for what came from a retry topic (I4).
+What no handler takes has no effect, and is in the dead letter topic (I1), where nothing else is (stranger).
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from tests.faults.history import (
@@ -107,18 +110,42 @@ def check_outbox(history: OutboxHistory) -> list[Violation]:
     ):
         if wrong:
             found.append(Violation(name, f"{len(wrong)} {what}, such as {sorted(wrong)[:5]}"))
-    latest: dict[str, int] = {}
-    seen: set[int] = set()
+    firsts: dict[int, str] = {}
     for key, number in history.log:
-        if number not in seen and number < latest.get(key, -1):
-            found.append(Violation("I4", f"{number} of key {key!r} comes after {latest[key]}"))
-        if number not in seen:
-            latest[key] = max(number, latest.get(key, -1))
-        seen.add(number)
+        firsts.setdefault(number, key)
+    found += _in_order([(key, number) for number, key in firsts.items()], "record")
     copies = sum(count - 1 for count in numbers.values())
-    if copies > history.relay_kills * history.in_flight:
-        found.append(Violation("I6", f"{copies} copies, and {history.relay_kills} relays were killed"))
+    disturbed = history.relay_kills + history.relays_disturbed
+    if copies > disturbed * history.in_flight:
+        found.append(Violation("I6", f"{copies} copies, and {disturbed} relays were killed or disturbed"))
+    if history.effects is not None:
+        found += _effects(history, history.effects, firsts)
     return found
+
+
+def _in_order(numbered: Iterable[tuple[str, int]], what: str) -> Iterator[Violation]:
+    latest: dict[str, int] = {}
+    for key, number in numbered:
+        if number < latest.get(key, -1):
+            yield Violation("I4", f"the {what} of {number}, of key {key!r}, comes after that of {latest[key]}")
+        latest[key] = max(number, latest.get(key, -1))
+
+
+def _effects(history: OutboxHistory, effects: list[int], keys: dict[int, str]) -> Iterator[Violation]:
+    """Every order has exactly one effect, in order per key."""
+    counts = Counter(effects)
+    wanted = set(keys)
+    for name, wrong, what in (
+        ("I1", wanted - history.poison - set(counts), "in the log, and without an effect"),
+        ("I1", (wanted & history.poison) - history.dead, "poison, and not in the dead letter topic"),
+        ("I6", {number for number, count in counts.items() if count > 1}, "with more than one effect"),
+        ("stranger", set(counts) - (wanted - history.poison), "with an effect that nobody has ordered"),
+        ("stranger", history.dead - history.poison, "in the dead letter topic, and not poison"),
+    ):
+        if wrong:
+            yield Violation(name, f"{len(wrong)} {what}, such as {sorted(wrong)[:5]}")
+    known = [number for number in effects if number in keys and number not in history.late]
+    yield from _in_order([(keys[number], number) for number in known], "effect")
 
 
 def _outcomes(sent: Sent) -> tuple[Outcome, ...] | None:

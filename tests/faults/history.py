@@ -181,5 +181,14 @@ class OutboxHistory:
     log: list[tuple[str, int]] = field(default_factory=list)
     application_kills: int = 0
     relay_kills: int = 0
+    #: How often a relay may have sent again what it had in flight, for an outage or since it hung.
+    relays_disturbed: int = 0
+    listener_kills: int = 0
+    #: Of a whole history: the number of each effect, in the order in which handlers wrote them; else None.
+    effects: list[int] | None = None
+    #: Numbers in the dead letter topic; those that belong there; those that later ones of their key may overtake.
+    dead: set[int] = field(default_factory=set)
+    poison: set[int] = field(default_factory=set)
+    late: set[int] = field(default_factory=set)
     #: What the runner itself saw go wrong.
     findings: list[str] = field(default_factory=list)

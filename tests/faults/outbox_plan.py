@@ -1,5 +1,5 @@
-"""A plan of an outbox: applications that add, relays that send, and which of them is killed at which of its steps. The
-same seed makes the same plan, whatever it meets."""
+"""A plan of an outbox: applications that add, relays that send, and which of them is killed at which of its steps. A
+whole history has listeners with an inbox as well, and outages. The same seed makes the same plan, whatever it meets."""
 
 import random
 from dataclasses import dataclass, replace
@@ -23,8 +23,22 @@ STEPS_OF_RELAY = (
     ),
     *("before COMMIT", "after COMMIT", "mapped", "handed over", "answered"),
 )
-#: A process comes there once.
-ONCE = frozenset(("open", "before open_store", "after open_store", "before leave", "after leave"))
+#: Of a listener: its sessions with the inbox, its offsets, rebalances, and copies of what fails.
+STEPS_OF_LISTENER = tuple(
+    f"{when} {name}"
+    for name in (
+        *("connect", "mark", "handle", "commit", "done"),
+        *("begin_commit", "commit_and_wait", "rebalance", "take_away", "finish", "send_copy", "copy_stored"),
+    )
+    for when in ("before", "after")
+)
+#: A process comes there once, or a few times.
+ONCE = frozenset(
+    (
+        *("open", "before open_store", "after open_store", "before leave", "after leave"),
+        *(f"{when} {name}" for name in ("connect", "take_away", "finish") for when in ("before", "after")),
+    )
+)
 
 
 class Kill(NamedTuple):
@@ -67,14 +81,75 @@ class Relay(NamedTuple):
         return f"relay {self.slot} begins{f', {self.kill}' if self.kill else ''}"
 
 
+class Listen(NamedTuple):
+    """A listener begins in a slot, in place of the one there, which must have ended; else that goes on."""
+
+    slot: int
+    concurrency: int
+    batch_size: int | None
+    max_in_flight: int
+    commit_interval_s: float
+    kill: Kill | None
+
+    def __str__(self) -> str:
+        handler = "single messages" if self.batch_size is None else f"batches of {self.batch_size}"
+        of = f"{handler}, {self.concurrency} at a time, {self.max_in_flight} in flight"
+        return f"listener {self.slot} of {of} begins{f', {self.kill}' if self.kill else ''}"
+
+
 class End(NamedTuple):
-    """Ends a relay: by SIGTERM, or by SIGKILL."""
+    """Ends a process: by SIGTERM, or by SIGKILL."""
 
     slot: int
     is_killed: bool
+    who: str = "relay"  # "listener"
 
     def __str__(self) -> str:
-        return f"relay {self.slot} {'is killed' if self.is_killed else 'is told to end'}"
+        return f"{self.who} {self.slot} {'is killed' if self.is_killed else 'is told to end'}"
+
+
+class Hang(NamedTuple):
+    """Stops a process by SIGSTOP until its lease, or its session with the group, is another's; then it goes on."""
+
+    slot: int
+    who: str
+
+    def __str__(self) -> str:
+        return f"{self.who} {self.slot} hangs, loses what it holds, and goes on"
+
+
+class Pass(NamedTuple):
+    """Time passes."""
+
+    ms: int
+
+    def __str__(self) -> str:
+        return f"{self.ms} ms pass"
+
+
+class Brokers(NamedTuple):
+    """All brokers are away, or are back."""
+
+    are_up: bool
+
+    def __str__(self) -> str:
+        return f"the brokers are {'back' if self.are_up else 'away'}"
+
+
+class Locked(NamedTuple):
+    """Somebody holds a lock of all tables for some time."""
+
+    ms: int
+
+    def __str__(self) -> str:
+        return f"the database is locked for {self.ms} ms"
+
+
+class Severed(NamedTuple):
+    """A PostgreSQL ends all connections."""
+
+    def __str__(self) -> str:
+        return "the database ends its connections"
 
 
 class RunOut(NamedTuple):
@@ -93,7 +168,30 @@ class RoundTrip(NamedTuple):
         return f"brokers take {self.ms} ms"
 
 
-Step = Application | Relay | End | RunOut | RoundTrip
+Step = Application | Relay | Listen | End | Hang | Pass | Brokers | Locked | Severed | RunOut | RoundTrip
+
+
+class Handling(NamedTuple):
+    """What a handler makes of a number: of so many one is poison, one fails until it comes from a retry topic, and one
+    fails once or twice. 0: none does."""
+
+    poison: int
+    late: int
+    flaky: int
+
+    def is_poison(self, number: int) -> bool:
+        return self.poison > 0 and number % self.poison == 1
+
+    def is_late(self, number: int) -> bool:
+        return self.late > 0 and number % self.late == 2 and not self.is_poison(number)
+
+    def failures(self, number: int) -> int:
+        """How often it fails in place, in a process."""
+        return 1 + number % 2 if self.flaky and number % self.flaky == 3 else 0
+
+    def __str__(self) -> str:
+        kinds = zip(("poison", "handled from a retry topic", "handled in place at last"), self, strict=True)
+        return ", ".join(f"one of {of} {what}" for what, of in kinds if of) or "no handler fails"
 
 
 @dataclass(frozen=True)
@@ -105,6 +203,8 @@ class OutboxPlan:
     strict_order: bool
     kinds: tuple[str, ...]
     steps: tuple[Step, ...]
+    #: Of a whole history, with listeners.
+    handling: Handling | None
     #: The indices of the steps that are taken, for a plan that was made shorter.
     keep: tuple[int, ...]
 
@@ -118,14 +218,15 @@ class OutboxPlan:
     @property
     def command(self) -> tuple[str, str]:
         """The target of `make` that runs plans like it, and its arguments."""
-        return "soak", f"--outbox {self.database} "
+        return "soak", f"--{'outbox' if self.handling is None else 'whole'} {self.database} "
 
     def __str__(self) -> str:
         strict = ", in strict order" if self.strict_order else ""
         lines = [
-            f"seed {self.seed}: an outbox in {self.database}",
+            f"seed {self.seed}: {'an outbox' if self.handling is None else 'outbox and inbox'} in {self.database}",
             f"  {self.partitions} partitions, relays with batches of {self.batch_size}{strict}",
         ]
+        lines += [] if self.handling is None else [f"  {self.handling}"]
         lines += [f"  {index:>3}. {step}" for index, step in self.taken]
         return "\n".join(lines)
 
@@ -164,7 +265,72 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         strict_order=rng.random() < 0.15,
         kinds=tuple(sorted(kills)),
         steps=tuple(steps),
+        handling=None,
         keep=tuple(range(len(steps))),
+    )
+
+
+def make_whole_plan(seed: int, database: str) -> OutboxPlan:
+    """The plan of an outbox with this seed, listeners and outages among its steps."""
+    plan = make_outbox_plan(seed, database)
+    rng = random.Random(f"whole {seed}")
+    steps = list(plan.steps)
+    # Each step of a listener has its turn as the first that is killed.
+    first = STEPS_OF_LISTENER[seed % len(STEPS_OF_LISTENER)]
+    begun = [_listen(rng, slot, _of_listener(rng)) for slot in range(1, rng.randint(1, 3))]
+    steps[:0] = [_listen(rng, 0, _at(rng, first)), *begun, Pass(300)]
+    for _ in range(rng.randint(6, 12)):
+        added: list[Step] = [_step_of_whole(rng, database)]
+        at = rng.randint(len(begun) + 2, len(steps))
+        if added == [Brokers(False)]:
+            added.append(Pass(rng.choice((50, 500))))
+            steps.insert(rng.randint(at, len(steps)), Brokers(True))
+        steps[at:at] = added
+    kills = {str(step.kill.step) for step in steps if isinstance(step, (Application, Relay, Listen)) and step.kill}
+    others = {type(step).__name__.lower() for step in steps if isinstance(step, (Hang, Brokers, Locked, Severed))}
+    handling = Handling(rng.choice((0, 17, 40)), rng.choice((0, 0, 23)), rng.choice((0, 11, 50)))
+    if "copy" in first:
+        handling = handling._replace(poison=17)
+    return replace(
+        plan,
+        kinds=tuple(sorted(kills | others)),
+        steps=tuple(steps),
+        handling=handling,
+        keep=tuple(range(len(steps))),
+    )
+
+
+def _step_of_whole(rng: random.Random, database: str) -> Step:
+    what = rng.random()
+    if what < 0.2:
+        return _application(rng, "add", None)
+    if what < 0.25:
+        return Relay(rng.randrange(SLOTS), None)
+    if what < 0.5:
+        return _listen(rng, rng.randrange(SLOTS), _of_listener(rng))
+    if what < 0.57:
+        return End(rng.randrange(SLOTS), rng.random() < 0.5, "listener")
+    if what < 0.62:
+        return Hang(rng.randrange(SLOTS), rng.choice(("relay", "listener")))
+    if what < 0.82:
+        return Pass(rng.choice((20, 200, 700)))
+    if what < 0.9:
+        return Brokers(False)
+    return Severed() if database == "postgres" and what < 0.95 else Locked(rng.choice((50, 400)))
+
+
+def _of_listener(rng: random.Random) -> Kill | None:
+    return _at(rng, rng.choice(STEPS_OF_LISTENER)) if rng.random() < 0.5 else None
+
+
+def _listen(rng: random.Random, slot: int, kill: Kill | None) -> Listen:
+    return Listen(
+        slot=slot,
+        concurrency=rng.choice((1, 4)),
+        batch_size=rng.choice((None, None, 5, 50)),
+        max_in_flight=rng.choice((50, 2_000)),
+        commit_interval_s=rng.choice((0.02, 0.3)),
+        kill=kill,
     )
 
 

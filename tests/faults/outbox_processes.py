@@ -1,19 +1,26 @@
-"""Applications and relays of a plan, each in a process of its own that may be killed at each of its steps.
+"""Applications, relays and listeners of a plan, each in a process of its own that may be killed at each of its steps.
 
 A server that has imported this module forks them: a process that imports kbatch anew takes half a second.
 """
 
+import logging
 import multiprocessing
 import os
 import signal
 import sqlite3
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import kbatch
+from kbatch._inbox._session import InboxSession
+from kbatch._receiving._copies import Copies
+from kbatch._receiving._failing import Failing
+from kbatch._receiving._reading import Reading
 from tests import outboxes
+from tests.faults.outbox_plan import Handling, Listen
 from tests.relays import WatchedOutbox
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -38,7 +45,7 @@ class Steps:
 
 def opened(place: dict[str, Any]) -> outboxes.Outbox:
     kind: Any = kbatch.SqliteOutbox if "path" in place else kbatch.PostgresOutbox
-    return kind(**place, wire="raw")
+    return kind(**place)  # with its wire format
 
 
 def _envelope(number: int, lane: int, scheduled: bool) -> kbatch.Envelope:
@@ -188,3 +195,82 @@ def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any]
     with _Relay(_Outbox(opened(place), Steps(kill)), config, **options) as running:
         signal.signal(signal.SIGTERM, lambda *_: running.stop())
         running.run()
+
+
+#: What a listener does, whose steps `Steps` may kill before and after.
+_OF_SESSION = {"_open": "connect", "_begin": "mark", "_give": "handle", "_commit": "commit"}
+_OF_READING = {
+    name: name.strip("_")
+    for name in ("done", "_begin_commit", "_commit_and_wait", "_rebalance", "_take_away", "_finish")
+}
+
+
+def _watch(owner: Any, names: dict[str, str], step: Steps) -> None:
+    def watched(method: Callable[..., Any], name: str) -> Any:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            step(f"before {name}")
+            answer = method(*arguments, **keywords)
+            step(f"after {name}")
+            return answer
+
+        return call
+
+    for method, name in names.items():
+        setattr(owner, method, watched(getattr(owner, method), name))
+
+
+class Refused(Exception):
+    """The handler does not take a message."""
+
+
+def listen(
+    place: dict[str, Any],
+    table: str,
+    config: dict[str, Any],
+    retry_topics: list[float],
+    handling: Handling,
+    plan: Listen,
+) -> None:
+    """Handles until SIGTERM."""
+    logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # of what fails on purpose
+    step = Steps(plan.kill)
+    kind: Any = kbatch.SqliteInbox if "path" in place else kbatch.PostgresInbox
+    inbox = kind(**place)
+    open_session = inbox.open_session
+
+    def opened(group: str) -> InboxSession:
+        session: InboxSession = open_session(group)
+        _watch(session, _OF_SESSION, step)
+        return session
+
+    inbox.open_session = opened
+    _watch(Reading, _OF_READING, step)
+    _watch(Copies, {"send": "send_copy"}, step)
+    _watch(Failing, {"_sent_on": "copy_stored"}, step)
+    failures: Counter[int] = Counter()
+
+    def handle(given: Any, connection: Any) -> None:
+        for envelope in given if isinstance(given, list) else (given,):
+            number = int(envelope.data)
+            connection.execute(f"INSERT INTO {table} (n) VALUES ({number})")  # and what fails then, is rolled back
+            if handling.is_poison(number) or (handling.is_late(number) and envelope.topic == "orders"):
+                raise Refused(number)
+            if not handling.is_late(number) and failures[number] < handling.failures(number):
+                failures[number] += 1
+                raise Refused(number)
+
+    listener = kbatch.Listener(
+        config,
+        ["orders"],
+        handle,
+        inbox=inbox,
+        concurrency=plan.concurrency,
+        batch_size=plan.batch_size,
+        max_in_flight=plan.max_in_flight,
+        commit_interval_s=plan.commit_interval_s,
+        retry=kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.005, max_backoff_s=0.02),
+        retry_topics=retry_topics,
+        dead_letter_topic="dead",
+    )
+    signal.signal(signal.SIGTERM, lambda *_: listener.stop())
+    listener.run()

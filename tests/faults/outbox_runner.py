@@ -1,38 +1,70 @@
-"""Carries out the plans of an outbox, and writes down what was committed and what a consumer reads back."""
+"""Carries out the plans of an outbox, and writes down what was committed, what a consumer reads back, and of a whole
+history what handlers have done."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sqlite3
 import tempfile
+import time
 import uuid
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import confluent_kafka
+
 import kbatch
 from kbatch.testing import MockCluster
-from tests import outboxes
+from tests import inboxes, outboxes
 from tests.faults import outbox_processes as processes
 from tests.faults.checker import Violation, check_outbox
 from tests.faults.history import OutboxHistory
-from tests.faults.outbox_plan import Application, End, OutboxPlan, Relay, RoundTrip, RunOut
+from tests.faults.outbox_plan import (
+    Application,
+    Brokers,
+    End,
+    Hang,
+    Listen,
+    Locked,
+    OutboxPlan,
+    Pass,
+    Relay,
+    RoundTrip,
+    RunOut,
+    Severed,
+)
 from tests.mock.clients import read_back
 
 IN_FLIGHT_BATCHES = 2
 _LANE = 1_000_000  # numbers of each
 _PATIENCE_S = 40.0
+_RETRY_S = 0.2
+_SESSION_S = 1.8  # after so long the group gives a member's partitions away
+_LEASE_IS_TAKEN_S = 0.3
+_LAST_SLOT = 99  # of a listener that is not killed
+_LAST = Listen(_LAST_SLOT, concurrency=4, batch_size=None, max_in_flight=2_000, commit_interval_s=0.05, kill=None)
+_SEVER = (
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE application_name = current_setting('application_name') AND pid <> pg_backend_pid()"
+)
 
 
 class OutboxRun:
-    """One plan. `place` is a folder for SQLite files, or the conninfo of a PostgreSQL server."""
+    """One plan.
 
-    def __init__(self, cluster: MockCluster, plan: OutboxPlan, place: str, outbox: Any) -> None:
-        self.cluster, self.plan, self.place, self.outbox = cluster, plan, place, outbox
-        self.topic = f"orders-{uuid.uuid4().hex[:8]}"
+    Args:
+        place: "" for SQLite files, or the conninfo of a PostgreSQL server.
+    """
+
+    def __init__(self, cluster: MockCluster, plan: OutboxPlan, place: str, outbox: Any, inbox: Any) -> None:
+        self.cluster, self.plan, self.place, self.outbox, self.inbox = cluster, plan, place, outbox, inbox
         self.history = OutboxHistory(in_flight=plan.batch_size * IN_FLIGHT_BATCHES)
-        self._relays: dict[int, Any] = {}
-        self._dead: list[int] = []  # processes whose leases have not run out
+        self._running: dict[tuple[str, int], Any] = {}  # "relay" or "listener", and its slot
+        self._dead: list[int] = []  # relays whose leases have not run out
         self._next = [lane * _LANE for lane in range(10)]
         is_sqlite = isinstance(outbox, kbatch.SqliteOutbox)
         self._table = "orders" if is_sqlite else outboxes.in_schema(outbox, "orders")
@@ -42,42 +74,159 @@ class OutboxRun:
             "max_in_flight_batches": IN_FLIGHT_BATCHES,
             "strict_order": plan.strict_order,
         }
+        self._place = {**outboxes.where(outbox), "wire": _wire(plan)}
+        self._effects = ""
+        self._retry_topics = [_RETRY_S] if plan.handling is not None and plan.handling.late else []
 
     def run(self, folder: Path) -> OutboxHistory:
         outboxes.run(self.outbox, f"CREATE TABLE {self._table} (n INTEGER PRIMARY KEY)")
         self.cluster.create_topic("orders", partitions=self.plan.partitions)
+        if self.inbox is not None:
+            self._effects = inboxes.effects(self.inbox)
+            self.cluster.create_topic("dead")
+            for delay in self._retry_topics:
+                self.cluster.create_topic(f"{inboxes.GROUP}.retry.{delay:g}", partitions=self.plan.partitions)
         try:
             for _, step in self.plan.taken:
                 self._take(step, folder)
         finally:
+            self.cluster.set_broker_up()
             self.cluster.set_rtt(-1, 0)
-            for slot in list(self._relays):
-                self._end(slot, is_killed=False)
+            try:
+                self._relay_the_rest()
+                if self.inbox is not None:
+                    self._handle_the_rest()
+            finally:
+                for who, slot in list(self._running):
+                    self._end(who, slot, is_killed=False)
+        self.history.committed.update(n for (n,) in outboxes.rows(self.outbox, f"SELECT n FROM {self._table}"))
+        self.history.log = [(record.key.decode(), int(record.value)) for record in self._read("orders")]
+        if self.inbox is not None:
+            self._look_at_effects()
+        return self.history
+
+    def _read(self, topic: str) -> list[Any]:
+        return read_back(self.cluster.bootstrap_servers, topic)
+
+    def _relay_the_rest(self) -> None:
+        for who, slot in list(self._running):
+            if who == "relay":
+                self._end(who, slot, is_killed=False)
         self._run_out()
         with kbatch.Relay(self.outbox, self._config, **self._options) as relay:
             left = relay.drain(_PATIENCE_S)
         if left:
             self.history.findings.append(f"{left} rows are left at the end: {self.outbox.status()}")
-        self.history.committed.update(n for (n,) in outboxes.rows(self.outbox, f"SELECT n FROM {self._table}"))
-        records = read_back(self.cluster.bootstrap_servers, "orders")
-        self.history.log = [(record.key.decode(), int(record.value)) for record in records]
-        return self.history
+
+    def _handle_the_rest(self) -> None:
+        """Until the group has committed all that there is."""
+        self._begin("listener", _LAST_SLOT, processes.listen, self._of_listener(_LAST))
+        left: dict[str, str] = {}
+        with contextlib.closing(confluent_kafka.Consumer({**self._config, "group.id": inboxes.GROUP})) as group:
+            end = time.monotonic() + _PATIENCE_S
+            while time.monotonic() < end:
+                time.sleep(0.05)
+                self._bury()
+                left = self._uncommitted(group)
+                if not left or ("listener", _LAST_SLOT) not in self._running:
+                    break
+        if left:
+            self.history.findings.append(f"not committed at the end: {left}")
+
+    def _uncommitted(self, group: confluent_kafka.Consumer) -> dict[str, str]:
+        topics = ["orders", *(f"{inboxes.GROUP}.retry.{delay:g}" for delay in self._retry_topics)]
+        asked = [confluent_kafka.TopicPartition(each, n) for each in topics for n in range(self.plan.partitions)]
+        found = {}
+        for each in group.committed(asked, timeout=10):
+            _, end = group.get_watermark_offsets(each, timeout=10)
+            if max(0, each.offset) < end:
+                found[f"{each.topic} [{each.partition}]"] = f"{max(0, each.offset)} of {end}"
+        return found
+
+    def _look_at_effects(self) -> None:
+        handling, history = self.plan.handling, self.history
+        assert handling is not None
+        history.effects = inboxes.numbers(self.inbox, self._effects)
+        history.dead = {int(record.value) for record in self._read("dead")}
+        numbers = {number for _, number in history.log}
+        history.poison = {number for number in numbers if handling.is_poison(number)}
+        history.late = {number for number in numbers if handling.is_late(number)}
 
     def _take(self, step: Any, folder: Path) -> None:
         self._bury()
         if isinstance(step, Application):
             self._run_application(step, folder)
         elif isinstance(step, Relay):
-            if step.slot not in self._relays:
-                arguments = (outboxes.where(self.outbox), self._config, self._options, step.kill)
-                self._relays[step.slot] = processes.SERVER.Process(target=processes.relay, args=arguments)
-                self._relays[step.slot].start()
+            arguments = (self._place, self._config, self._options, step.kill)
+            self._begin("relay", step.slot, processes.relay, arguments)
+        elif isinstance(step, Listen):
+            self._begin("listener", step.slot, processes.listen, self._of_listener(step))
         elif isinstance(step, End):
-            self._end(step.slot, step.is_killed)
+            self._end(step.who, step.slot, step.is_killed)
+        elif isinstance(step, Hang):
+            self._hang(step)
+        elif isinstance(step, Pass):
+            time.sleep(step.ms / 1000)
+        elif isinstance(step, Brokers):
+            self._disturb_relays()
+            (self.cluster.set_broker_up if step.are_up else self.cluster.set_broker_down)()
+        elif isinstance(step, Locked):
+            self._lock(step.ms / 1000)
+        elif isinstance(step, Severed):
+            self._disturb_relays()
+            outboxes.rows(self.place, _SEVER)
         elif isinstance(step, RunOut):
             self._run_out()
         elif isinstance(step, RoundTrip):
             self.cluster.set_rtt(-1, step.ms)
+
+    def _of_listener(self, step: Listen) -> tuple[Any, ...]:
+        config = {**inboxes.consumer(self.cluster), "fetch.wait.max.ms": 20}
+        where = inboxes.where(self.inbox)
+        return where, self._effects, config, self._retry_topics, self.plan.handling, step
+
+    def _begin(self, who: str, slot: int, target: Any, arguments: tuple[Any, ...]) -> None:
+        if (who, slot) not in self._running:
+            process = self._running[who, slot] = processes.SERVER.Process(target=target, args=arguments)
+            process.start()
+
+    def _disturb_relays(self) -> None:
+        """Each may send again what it has in flight."""
+        self.history.relays_disturbed += sum(who == "relay" for who, _ in self._running)
+
+    def _hang(self, step: Hang) -> None:
+        process = self._running.get((step.who, step.slot))
+        if process is None:
+            return
+        try:
+            os.kill(process.pid, signal.SIGSTOP)
+            if step.who == "relay":
+                self.history.relays_disturbed += 1
+                try:
+                    self._run_out([process.pid], wait_s=1)
+                except Exception as error:  # it may hang in a transaction
+                    if not isinstance(error, sqlite3.OperationalError) and getattr(error, "sqlstate", "") != "55P03":
+                        raise
+                time.sleep(_LEASE_IS_TAKEN_S)
+            else:
+                time.sleep(_SESSION_S)
+        except ProcessLookupError:
+            return  # it has killed itself
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
+
+    def _lock(self, seconds: float) -> None:
+        with contextlib.ExitStack() as stack:
+            for each in (self.outbox, self.inbox):
+                connection = stack.enter_context(outboxes.connected(each))
+                if isinstance(self.outbox, kbatch.SqliteOutbox):
+                    connection.execute("BEGIN EXCLUSIVE")
+                else:
+                    connection.execute("BEGIN")
+                    name = each._tables.names["outbox" if each is self.outbox else "inbox"]
+                    connection.execute(f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE")
+            time.sleep(seconds)
 
     def _run_application(self, step: Application, folder: Path) -> None:
         first = self._next[step.lane]
@@ -85,7 +234,7 @@ class OutboxRun:
         self._next[step.lane] += count
         told = folder / f"told-{first}"
         target = processes.add if step.way == "add" else processes.send
-        arguments = (outboxes.where(self.outbox), self._table, str(told), step.lane, first, step)
+        arguments = (self._place, self._table, str(told), step.lane, first, step)
         process: Any = processes.SERVER.Process(target=target, args=arguments)
         process.start()
         process.join(step.kill_after_s if step.kill_after_s is not None else _PATIENCE_S)
@@ -102,8 +251,8 @@ class OutboxRun:
         if step.way == "send":  # what was not told may be committed
             self.history.possible.update(range(first, first + count))
 
-    def _end(self, slot: int, is_killed: bool) -> None:
-        process = self._relays.get(slot)
+    def _end(self, who: str, slot: int, is_killed: bool) -> None:
+        process = self._running.get((who, slot))
         if process is None:
             return
         if is_killed:
@@ -112,53 +261,81 @@ class OutboxRun:
             process.terminate()
         process.join(_PATIENCE_S)
         if process.exitcode is None:
-            self.history.findings.append(f"relay {slot} does not end")
+            self.history.findings.append(f"{who} {slot} does not end")
             process.kill()
             process.join()
         self._bury()
 
     def _bury(self) -> None:
-        for slot, process in list(self._relays.items()):
+        for (who, slot), process in list(self._running.items()):
             if process.exitcode is None:
                 continue
-            del self._relays[slot]
-            if process.exitcode == -signal.SIGKILL:
+            del self._running[who, slot]
+            if process.exitcode == -signal.SIGKILL and who == "listener":
+                self.history.listener_kills += 1
+            elif process.exitcode == -signal.SIGKILL:
                 self.history.relay_kills += 1
                 self._dead.append(process.pid)
             elif process.exitcode not in (0, -signal.SIGTERM):  # the latter before it began
-                self.history.findings.append(f"exit status {process.exitcode} of relay {slot}")
+                self.history.findings.append(f"exit status {process.exitcode} of {who} {slot}")
 
-    def _run_out(self) -> None:
-        for pid in self._dead:
+    def _run_out(self, pids: Sequence[int] = (), wait_s: int = 30) -> None:
+        is_sqlite = isinstance(self.outbox, kbatch.SqliteOutbox)
+        waits = f"PRAGMA busy_timeout = {wait_s * 1000}" if is_sqlite else f"SET lock_timeout = '{wait_s}s'"
+        for pid in pids or self._dead:
             for table in ("lease", "relay"):
-                outboxes.query(self.outbox, f"UPDATE {{{table}}} SET until = 0 WHERE owner LIKE '%:{pid}:%'")
-        self._dead.clear()
+                outboxes.query(self.outbox, f"UPDATE {{{table}}} SET until = 0 WHERE owner LIKE '%:{pid}:%'", waits)
+        if not pids:
+            self._dead.clear()
+
+
+def _wire(plan: OutboxPlan) -> str:
+    """Inboxes know messages by their ids, which the raw format does not carry."""
+    return "raw" if plan.handling is None else "kbatch"
 
 
 @contextlib.contextmanager
-def _outbox_of(plan: OutboxPlan, place: str, folder: Path) -> Any:
+def _databases_of(plan: OutboxPlan, place: str, folder: Path) -> Iterator[tuple[Any, Any]]:
+    """The outbox, and the inbox of a whole history."""
     if plan.database == "sqlite":
-        yield outboxes.made(folder, wire="raw")
+        yield (
+            outboxes.made(folder, wire=_wire(plan)),
+            None if plan.handling is None else inboxes.made(folder, "billing.db"),
+        )
         return
     schema = outboxes.new_schema(place)
     try:
-        outbox = kbatch.PostgresOutbox(place, schema=schema, wire="raw")
+        outbox = kbatch.PostgresOutbox(place, schema=schema, wire=_wire(plan))
         outbox.create()
-        yield outbox
+        inbox = None
+        if plan.handling is not None:
+            inbox = kbatch.PostgresInbox(place, schema=schema)
+            inbox.create()
+        yield outbox, inbox
     finally:
         outboxes.drop_schema(place, schema)
 
 
 def run_outbox_plan(plan: OutboxPlan, place: str) -> tuple[list[Violation], Counter[str]]:
     """Runs a plan with a cluster and an outbox of its own."""
-    with tempfile.TemporaryDirectory() as name, MockCluster() as cluster, _outbox_of(plan, place, Path(name)) as outbox:
-        history = OutboxRun(cluster, plan, place, outbox).run(Path(name))
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        cluster = stack.enter_context(MockCluster())
+        if plan.handling is not None and place:
+            from psycopg.conninfo import make_conninfo
+
+            place = make_conninfo(place, application_name=f"plan {uuid.uuid4().hex}")  # whom `_SEVER` cuts off
+        outbox, inbox = stack.enter_context(_databases_of(plan, place, folder))
+        history = OutboxRun(cluster, plan, place, outbox, inbox).run(folder)
     seen = Counter(
         {
             "committed": len(history.committed | history.told),
             "applications killed": history.application_kills,
             "relays killed": history.relay_kills,
+            "listeners killed": history.listener_kills,
             "stored twice": len(history.log) - len({number for _, number in history.log}),
+            "effects": len(history.effects or ()),
+            "dead letters": len(history.dead),
         }
     )
     return check_outbox(history), +seen

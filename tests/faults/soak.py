@@ -1,7 +1,7 @@
 """Runs many plans, makes those that fail shorter, and prints the shortest: ``make soak ARGS="--seeds 0:3000"``.
 
-With ``--kafka`` on real brokers instead of the mock cluster, with ``--outbox`` of an outbox and its relays; both have
-plans of their own.
+With ``--kafka`` on real brokers instead of the mock cluster, with ``--outbox`` of an outbox and its relays, with
+``--whole`` of listeners with an inbox as well; each has plans of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan
+from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan, make_whole_plan
 from tests.faults.plan import Plan, make_plan
 from tests.faults.worker import Result, Worker
 
@@ -28,17 +28,21 @@ class Kind:
     Args:
         database: Of an outbox, "sqlite" or "postgres"; "" for a producer.
         conninfo: Where that is, if it is PostgreSQL.
+        whole: With listeners.
     """
 
-    def __init__(self, *, kafka: bool = False, database: str = "", conninfo: str = "") -> None:
-        self.kafka, self.database, self.conninfo = kafka, database, conninfo
+    def __init__(self, *, kafka: bool = False, database: str = "", conninfo: str = "", whole: bool = False) -> None:
+        self.kafka, self.database, self.conninfo, self.whole = kafka, database, conninfo, whole
 
     def plan(self, seed: int) -> Plan | OutboxPlan:
-        return make_outbox_plan(seed, self.database) if self.database else make_plan(seed, kafka=self.kafka)
+        if not self.database:
+            return make_plan(seed, kafka=self.kafka)
+        return (make_whole_plan if self.whole else make_outbox_plan)(seed, self.database)
 
     def worker(self) -> Worker:
         place = [self.conninfo] if self.conninfo else []
-        return Worker(kafka=self.kafka, outbox=[self.database, *place] if self.database else [])
+        outbox = [*(["whole"] if self.whole else []), self.database, *place] if self.database else []
+        return Worker(kafka=self.kafka, outbox=outbox)
 
 
 def run_many(
@@ -109,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make soak", description=__doc__)
     parser.add_argument("--kafka", action="store_true", help="on real brokers; 0:100, one at a time")
     parser.add_argument("--outbox", choices=("sqlite", "postgres"), help="of an outbox in this database")
+    parser.add_argument("--whole", choices=("sqlite", "postgres"), help="of outbox, Kafka and inbox, in this database")
     parser.add_argument("--seeds", type=_range, metavar="FIRST:END", help="default 0:3000")
     parser.add_argument("--seed", type=int, help="run this one and print its plan")
     parser.add_argument("--keep", type=_steps, metavar="0,3,5", help="with --seed: the steps to take")
@@ -119,14 +124,15 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with contextlib.ExitStack() as undo:
         conninfo = ""
-        if options.outbox == "postgres":
+        database = options.whole or options.outbox or ""
+        if database == "postgres":
             from tests.postgres import EXTERNAL, Server
 
             if not (conninfo := EXTERNAL or ""):
                 server = undo.enter_context(contextlib.closing(Server()))
                 server.start()
                 conninfo = server.conninfo
-        kind = Kind(kafka=options.kafka, database=options.outbox or "", conninfo=conninfo)
+        kind = Kind(kafka=options.kafka, database=database, conninfo=conninfo, whole=bool(options.whole))
         if options.seed is not None:
             plan = kind.plan(options.seed)
             if options.keep is not None:
@@ -178,6 +184,8 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int, kind: Kind) ->
     print(f"each kind of fault {min(kinds.values(), default=0)} to {max(kinds.values(), default=0)} times")
     print("outcomes:", ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
     if not failed:
+        if kind.whole:
+            print("every order has exactly one effect, in order per key")
         return 0
     worker = kind.worker()
     try:

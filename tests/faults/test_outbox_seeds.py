@@ -1,4 +1,5 @@
-"""The first plans of outboxes; `make soak ARGS="--outbox sqlite"` runs more of them and makes a failing one shorter."""
+"""The first plans of outboxes, and of whole histories: outbox, relays, Kafka, listeners, inbox. `make soak
+ARGS="--outbox sqlite"`, or `--whole sqlite`, runs more of them and makes a failing one shorter."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -7,23 +8,36 @@ import pytest
 
 from tests.faults.checker import check_outbox
 from tests.faults.history import OutboxHistory
-from tests.faults.outbox_plan import STEPS_OF_ADD, STEPS_OF_RELAY, STEPS_OF_SEND, make_outbox_plan
+from tests.faults.outbox_plan import (
+    STEPS_OF_ADD,
+    STEPS_OF_LISTENER,
+    STEPS_OF_RELAY,
+    STEPS_OF_SEND,
+    make_outbox_plan,
+    make_whole_plan,
+)
 from tests.faults.worker import Result, Worker
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
 
 # Each step of a relay is once the first that is killed.
 SEEDS = range(30)
+WHOLE_SEEDS = range(12)  # a second and a half of a processor each
+
+Run = Callable[[str, int, str], Result]
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Callable[[int, str, str], Result]]:
-    workers: dict[str, Worker] = {}
+def run(request: pytest.FixtureRequest) -> Iterator[Run]:
+    workers: dict[tuple[str, str], Worker] = {}
 
-    def run_one(seed: int, database: str, conninfo: str) -> Result:
-        if database not in workers:
-            workers[database] = Worker(outbox=[database, *([conninfo] if conninfo else [])])
-        return workers[database].run(make_outbox_plan(seed, database))
+    def run_one(kind: str, seed: int, database: str) -> Result:
+        """`kind` is "outbox" or "whole"."""
+        if (kind, database) not in workers:
+            place = [request.getfixturevalue("postgres")] if database == "postgres" else []
+            workers[kind, database] = Worker(outbox=[*(["whole"] if kind == "whole" else []), database, *place])
+        make = make_whole_plan if kind == "whole" else make_outbox_plan
+        return workers[kind, database].run(make(seed, database))
 
     yield run_one
     for worker in workers.values():
@@ -32,10 +46,23 @@ def run() -> Iterator[Callable[[int, str, str], Result]]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_seed(seed: int, run: Callable[[int, str, str], Result], request: pytest.FixtureRequest) -> None:
-    database = "postgres" if seed % 3 == 2 else "sqlite"
-    result = run(seed, database, request.getfixturevalue("postgres") if database == "postgres" else "")
+def test_seed(seed: int, run: Run) -> None:
+    result = run("outbox", seed, "postgres" if seed % 3 == 2 else "sqlite")
     assert not result.violations, f"\n{result}"
+
+
+@pytest.mark.timeout(450)
+@pytest.mark.parametrize("seed", WHOLE_SEEDS)
+def test_every_order_has_exactly_one_effect_in_order_per_key(seed: int, run: Run) -> None:
+    result = run("whole", seed, "postgres" if seed % 3 == 2 else "sqlite")
+    assert not result.violations, f"\n{result}"
+
+
+def test_each_step_of_a_listener_and_each_outage_has_its_turn() -> None:
+    plans = [make_whole_plan(seed, "postgres") for seed in range(len(STEPS_OF_LISTENER))]
+    kinds = {kind for plan in plans for kind in plan.kinds}
+    assert {*STEPS_OF_LISTENER, "hang", "brokers", "locked", "severed"} <= kinds
+    assert [str(plan) for plan in plans] == [str(make_whole_plan(plan.seed, "postgres")) for plan in plans]
 
 
 def test_each_step_is_killed_and_a_seed_makes_the_same_plan_each_time() -> None:
@@ -64,6 +91,16 @@ def history(**values: object) -> OutboxHistory:
         ({"log": [("a", 1), ("a", 2), ("a", 1), ("b", 3)], "relay_kills": 1}, []),
         ({"log": [("a", 1), ("a", 2), ("b", 3), *[("b", 3)] * 11], "relay_kills": 1}, ["I6"]),
         ({"findings": ["hangs"]}, ["runner"]),
+        ({"effects": [1, 3, 2]}, []),
+        ({"effects": [1, 2]}, ["I1"]),
+        ({"effects": [1, 2, 3, 1]}, ["I6", "I4"]),
+        ({"effects": [2, 1, 3]}, ["I4"]),
+        ({"effects": [2, 1, 3], "late": {1}}, []),
+        ({"effects": [1, 2, 3, 4]}, ["stranger"]),
+        ({"effects": [1, 2], "poison": {3}, "dead": {3}}, []),
+        ({"effects": [1, 2], "poison": {3}}, ["I1"]),
+        ({"effects": [1, 2, 3], "poison": {3}, "dead": {3}}, ["stranger"]),
+        ({"effects": [1, 2], "dead": {3}}, ["I1", "stranger"]),
     ],
 )
 def test_the_checker_finds_what_is_wrong(values: dict[str, object], violated: list[str]) -> None:

@@ -1,7 +1,7 @@
 """A process that runs plans, so that a crash or a hang is the result of a seed and not the end of the run.
 
-``python -m tests.faults.worker [kafka | sqlite | postgres CONNINFO]`` reads ``[seed, kept steps]`` from standard input
-and answers each with a line of JSON; `Worker` is the other end.
+``python -m tests.faults.worker [kafka | [whole] sqlite | [whole] postgres CONNINFO]`` reads ``[seed, kept steps]`` from
+standard input and answers each with a line of JSON; `Worker` is the other end.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from tests.faults.checker import Violation
-from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan
+from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan, make_whole_plan
 from tests.faults.plan import Plan, make_plan
 
 #: A plan that takes longer hangs. The longest take a few seconds.
 DEADLINE_S = 90.0
-KAFKA_DEADLINE_S = 400.0
+KAFKA_DEADLINE_S = WHOLE_DEADLINE_S = 400.0
 _TAIL = 6_000
 
 
@@ -76,6 +76,8 @@ class Worker:
             process.stdin.flush()
         violations: list[str] = []
         deadline_s = KAFKA_DEADLINE_S if self._kafka else DEADLINE_S
+        if "whole" in self._arguments:
+            deadline_s = WHOLE_DEADLINE_S  # its members' sessions end one after the other
         seen: dict[str, int] = {}
         try:
             line = self._replies.get(timeout=deadline_s)
@@ -139,13 +141,16 @@ class Worker:
 
 def main() -> None:
     kind, *place = sys.argv[1:] or ["mock"]
+    make = make_outbox_plan
+    if kind == "whole":
+        make, (kind, *place) = make_whole_plan, place
     run: Callable[[int, tuple[int, ...]], tuple[list[Violation], Counter[str]]]
     cluster: Any = contextlib.nullcontext()
     if kind in ("sqlite", "postgres"):
         from tests.faults.outbox_runner import run_outbox_plan
 
         def run(seed: int, keep: tuple[int, ...]) -> tuple[list[Violation], Counter[str]]:
-            return run_outbox_plan(make_outbox_plan(seed, kind).only(keep), "".join(place))
+            return run_outbox_plan(make(seed, kind).only(keep), "".join(place))
 
     else:
         run_plan: Callable[[Any, Plan], tuple[list[Violation], Counter[str]]]

@@ -2330,6 +2330,22 @@ MUTANTS = (
         "tests/unit/test_inbox_store.py",
     ),
     Mutant(
+        "a listener's offset may be committed before its handler",
+        "Reading.take",
+        "                self._running.add(work)\n",
+        "                self._running.add(work)\n"
+        "                for place in work.places:\n"
+        "                    self._positions.end(place)\n",
+        "tests/faults/test_outbox_seeds.py",
+    ),
+    Mutant(
+        "a message is marked in another transaction than its handler's",
+        "SqliteInboxSession._begin",
+        '            run("SAVEPOINT kbatch_inbox")',
+        '            run("COMMIT")\n            run("BEGIN IMMEDIATE")\n            run("SAVEPOINT kbatch_inbox")',
+        "tests/faults/test_outbox_seeds.py",
+    ),
+    Mutant(
         "an outage of the inbox ends the listener",
         "Listener._handle",
         "                if not error.is_outage or not self._waits(work, error, wait_s):\n",
