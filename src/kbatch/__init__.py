@@ -51,6 +51,7 @@ from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._receiving._listener import Listener
+from kbatch._receiving._transacting import Transaction
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._retry import RetryPolicy
 from kbatch._report import DeliveryReport
@@ -122,6 +123,7 @@ __all__ = [
     "SqliteInbox",
     "SqliteOutbox",
     "Tombstone",
+    "Transaction",
     "TransactionUnknownError",
     "UndeliveredError",
     "UnknownTopicError",

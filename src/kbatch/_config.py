@@ -191,9 +191,19 @@ class ProducerConfig(ClientConfig):
 
     def solo(self) -> ProducerConfig:
         """The same, but with one record in each record batch: a broker that refuses it means this record."""
+        return self.changed({"batch.num.messages": "1", "linger.ms": "0"})
+
+    def changed(self, keys: Mapping[str, str]) -> ProducerConfig:
+        """The same with these keys."""
         native = self.native.copy()
-        for key, value in (("batch.num.messages", "1"), ("linger.ms", "0")):
+        for key, value in keys.items():
             set_key(native, key, value)
+        return replace(self, native=native)
+
+    def with_transactional_id(self, transactional_id: str) -> ProducerConfig:
+        """The same, but for another ``transactional.id`` in place of one."""
+        native = self.native.copy()
+        set_key(native, "transactional.id", transactional_id)
         return replace(self, native=native)
 
 

@@ -8,6 +8,7 @@ from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t
 from kbatch._librdkafka cimport (
     addrinfo,
     rd_kafka_conf_t,
+    rd_kafka_error_t,
     rd_kafka_event_t,
     rd_kafka_headers_t,
     rd_kafka_message_t,
@@ -699,3 +700,4 @@ cdef ReceivedEnvelope regular_envelope(Received *block, object topic, const char
 cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object custom)
 cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil
 cdef int wire_number(str name, str others) except -1
+cdef object transaction_error(Client *c, rd_kafka_error_t *error)

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from kbatch._codes import ABORTED_CODE, PURGE_INFLIGHT, PURGE_QUEUE, TIMED_OUT
 from kbatch._errors import TransactionUnknownError
 from kbatch._fastmap import HeldBatches, monotonic
+from kbatch._pending import PendingBatch
 from kbatch._text import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kbatch._fastmap import CallbackThread, Core
-    from kbatch._pending import PendingBatch
 
-__all__ = ["Transactions"]
+__all__ = ["BatchWithOffsets", "Transactions"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -25,7 +25,10 @@ _INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # HeldBatches.transaction_call
 
 # librdkafka goes on with a call that timed out, and the next one takes it up. With -1 a call may never end.
 _SLICE_MS = 500
+_OFFSETS_MS = 5_000  # the one call that begins anew: with less, a broker that is slower would never be heard
 _PAUSE_S = 0.05  # before what is retriable is tried again
+
+_Answer = tuple[int, str, bool, bool, bool]  # of `HeldBatches.transaction_call`
 
 
 class _Error(NamedTuple):
@@ -38,6 +41,17 @@ class _Error(NamedTuple):
     requires_abort: bool
 
 
+class BatchWithOffsets(PendingBatch):
+    """A batch whose transaction commits offsets of a consumer, too. It may have no envelopes."""
+
+    #: Called before the commit, with the producer and milliseconds, on the thread of its transactions. It answers as
+    #: `HeldBatches.transaction_call` does, and must not raise.
+    send_offsets: Callable[[Core, int], _Answer | None] | None = None
+    is_committed = False
+    #: Why not.
+    reason = "the producer was closed"
+
+
 class Transactions:
     """The transactions of one producer, one at a time, first come, first served, on a thread of their own.
 
@@ -48,11 +62,22 @@ class Transactions:
     """
 
     def __init__(self, core: Core, thread: CallbackThread, timeout_s: float) -> None:
+        self._core = core
         self._held = HeldBatches(core)
         self._thread = thread
         self._timeout_s = timeout_s
         self._initialized = False
         self._undecided: str | None = None  # why the last one has no known end: none can follow
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether brokers listen to no earlier producer with this ``transactional.id``, whose transaction has ended."""
+        return self._initialized
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a transaction may still be committed, or aborted, by brokers alone."""
+        return self._undecided is not None
 
     def send(self, batch: PendingBatch, timeout: float | None, waker: Callable[[], object] | None = None) -> None:
         """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent.
@@ -91,9 +116,27 @@ class Transactions:
             return
         self._held.enqueue_held(batch)
         if self._held.wait_for_decision(batch):
-            self._commit(batch)
+            code = self._send_offsets(batch)
+            if code:
+                self._abort(batch, code)
+            else:
+                self._commit(batch)
         else:
             self._abort(batch, ABORTED_CODE)
+
+    def _send_offsets(self, batch: PendingBatch) -> int:
+        """0, or the code of why the transaction cannot be committed."""
+        if not isinstance(batch, BatchWithOffsets) or batch.send_offsets is None:
+            return 0
+        end = monotonic() + self._timeout_s
+        while not self._held.is_finishing():
+            error = _error_of(batch.send_offsets(self._core, _OFFSETS_MS))
+            if error is None:
+                return 0
+            batch.reason = error.text
+            if not self._again(error) or monotonic() > end:
+                return error.code
+        return PURGE_INFLIGHT
 
     def _begin(self, batch: PendingBatch) -> int:
         """0, or the code of why nothing of the batch can be sent."""
@@ -102,11 +145,13 @@ class Transactions:
         while not (refusal := self._held.refusal(batch)) and not self._initialized:
             error = self._call(_INIT)
             self._initialized = error is None
+            _note(batch, error)
             if error is not None and not self._again(error):
                 return error.code
         if refusal:
             return refusal
         error = self._call(_BEGIN)
+        _note(batch, error)
         return 0 if error is None else error.code
 
     def _commit(self, batch: PendingBatch) -> None:
@@ -116,8 +161,11 @@ class Transactions:
             asked = True
             error = self._call(_COMMIT)
             if error is None:
+                if isinstance(batch, BatchWithOffsets):
+                    batch.is_committed = True
                 self._held.conclude(batch)
                 return
+            _note(batch, error)
             if error.requires_abort:
                 _logger.warning("a transaction of %s is aborted: %s", counted(len(batch), "envelope"), error.text)
                 self._abort(batch, error.code, asked=True)
@@ -151,11 +199,19 @@ class Transactions:
         self._held.conclude(batch, code, unknown=asked and not aborted)
 
     def _call(self, call: int) -> _Error | None:
-        error = self._held.transaction_call(call, _SLICE_MS)
-        return None if error is None else _Error(*error)._replace(text=printable(error[1]))
+        return _error_of(self._held.transaction_call(call, _SLICE_MS))
 
     def _again(self, error: _Error, also: bool = False) -> bool:
         again = error.retriable or also
         if again and error.code != TIMED_OUT:  # which has waited
             time.sleep(_PAUSE_S)
         return again
+
+
+def _error_of(answer: _Answer | None) -> _Error | None:
+    return None if answer is None else _Error(*answer)._replace(text=printable(answer[1]))
+
+
+def _note(batch: PendingBatch, error: _Error | None) -> None:
+    if error is not None and isinstance(batch, BatchWithOffsets):
+        batch.reason = error.text

@@ -253,8 +253,8 @@ class Recorder:
     def put_off(self, work: Work, due: float) -> None:
         self.told.append(("again", work.part))
 
-    def send(self, copy: Any, answer: Any) -> None:
-        self.told.append(("copy", dict(copy.headers)["original-offset"]))
+    def send(self, work: Any, answer: Any) -> None:
+        self.told.append(("copy", dict(work.copy.headers)["original-offset"]))
         answer(None)
 
 
@@ -281,8 +281,8 @@ def test_a_copy_that_is_not_stored_is_sent_again_and_counts_no_attempt() -> None
     sent: list[Any] = []
 
     class Slow(Recorder):
-        def send(self, copy: Any, answer: Any) -> None:
-            sent.append(copy)
+        def send(self, work: Any, answer: Any) -> None:
+            sent.append(work.copy)
             answer(answers[len(sent) - 1])
 
     recorder = Slow()
@@ -301,7 +301,7 @@ def test_a_copy_that_its_topic_never_takes_ends_the_listener() -> None:
     refusal = kbatch.DeliveryError(29, possibly_persisted=False)
 
     class Refusing(Recorder):
-        def send(self, copy: Any, answer: Any) -> None:
+        def send(self, work: Any, answer: Any) -> None:
             answer(refusal)
 
     recorder = Refusing()

@@ -56,7 +56,7 @@ LAYERS_WITHIN = {
     ],
     "_outbox": [
         {"_leases", "_postgres_rows", "_snapshots", "_store"},
-        {"_flight", "_group", "_kept", "_positions", "_tables"},
+        {"_fences", "_flight", "_group", "_kept", "_positions", "_tables"},
         {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
         {"_base", "_postgres_session", "_sqlite_session"},
         {
@@ -73,7 +73,7 @@ LAYERS_WITHIN = {
     ],
     "_receiving": [
         {"_config", "_consumer", "_copies", "_delayed", "_failures", "_positions"},
-        {"_lanes"},
+        {"_lanes", "_transacting"},
         {"_failing", "_reading"},
         {"_base"},
         {"_listener"},
@@ -122,7 +122,8 @@ PUBLIC = """
     OutboxTimeoutError OutgoingBatch PendingBatch PostgresInbox PostgresOutbox Producer ProducerClosedError
     ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledMessage
     ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
-    SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone TransactionUnknownError
+    SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone Transaction
+    TransactionUnknownError
     UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
 

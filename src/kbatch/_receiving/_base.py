@@ -22,6 +22,7 @@ from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
+from kbatch._receiving._transacting import Transacting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["BaseListener"]
+
+COMMIT_INTERVAL_S = 1.0
 
 _logger = logging.getLogger("kbatch")
 
@@ -71,13 +74,15 @@ class BaseListener:
         reject_on: Iterable[type[Exception]],
         producer: Producer | None,
         inbox: ListenersInbox | None = None,
+        transactional_id: str | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigError("topics must be a list of names, with one at least")
         if inbox is not None and not callable(getattr(inbox, "open_session", None)):
             raise ConfigError(f"inbox must be a kbatch.SqliteInbox or kbatch.PostgresInbox, not {type_name(inbox)}")
-        given = ("envelope",) if inbox is None else ("envelope", "connection")
+        options = {"connection": inbox, "transaction": transactional_id}
+        given = ["envelope", *(name for name, option in options.items() if option is not None)]
         fault = call_fault(handler, *given) or self._handler_fault(handler)
         if fault is not None:
             raise ConfigError(f"handler {fault}")
@@ -104,7 +109,13 @@ class BaseListener:
         self._parsed = ConsumerConfig.parse(config)
         group = self._parsed.group
         self._failures = Failures(group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
-        self._copies = Copies(config, producer) if self._failures.sends else None
+        self._transacting: Transacting | None = None
+        self._copies: Copies | Transacting | None = None
+        if transactional_id is not None:
+            _check_transactional(self._parsed, inbox, commit_interval_s)
+            self._copies = self._transacting = Transacting(config, transactional_id, wire, producer)
+        elif self._failures.sends:
+            self._copies = Copies(config, producer)
         self._failing = Failing(self._failures, self._copies)  # of the last run
         self._topics = names
         self._handler = handler
@@ -192,7 +203,15 @@ class BaseListener:
                 self._copies.open()
             self._failing = Failing(self._failures, self._copies)
             self._reading = Reading(
-                core, self._topics, waiting, self._limits, self._lane, self._failures, wake, give_up
+                core,
+                self._topics,
+                waiting,
+                self._limits,
+                self._lane,
+                self._failures,
+                wake,
+                give_up,
+                commits=self._transacting is None,
             )
             CORES.add(core)
             SENDERS.add(self)
@@ -212,7 +231,7 @@ class BaseListener:
             self._is_to_stop = self._is_running = False
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
-        if self._concurrency == 1:
+        if self._concurrency == 1 or self._transacting is not None:  # offsets are committed one after the other
             return envelope.topic, envelope.partition
         key = envelope.key
         return None if key is None else (envelope.topic, envelope.partition, key)
@@ -311,6 +330,19 @@ def _undecodable(envelope: ReceivedEnvelope[Any], reason: str) -> Deserializatio
     return DeserializationError(
         reason, topic=envelope.topic, partition=envelope.partition, offset=envelope.offset, header=None
     )
+
+
+def _check_transactional(parsed: ConsumerConfig, inbox: ListenersInbox | None, commit_interval_s: float) -> None:
+    if inbox is not None:
+        raise ConfigError(
+            "transactional_id contradicts inbox: a transaction of Kafka and one of a database do not commit together"
+        )
+    if commit_interval_s != COMMIT_INTERVAL_S:
+        raise ConfigError("transactional_id contradicts commit_interval_s: each transaction commits its offsets")
+    if parsed.native.get("isolation.level") == "read_uncommitted":
+        raise ConfigError(
+            "transactional_id contradicts isolation.level=read_uncommitted: offsets of open transactions would be read"
+        )
 
 
 def _checked_types(types: Mapping[str, Any] | None) -> list[tuple[str, Any]]:

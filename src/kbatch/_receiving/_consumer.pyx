@@ -1,6 +1,7 @@
 # cython: autotestdict=False
 """A consumer of librdkafka on the table of functions that the producer uses, and its records as envelopes."""
 
+cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport INT32_MAX, int32_t, int64_t
@@ -34,11 +35,12 @@ from kbatch._fastmap cimport (
     read_irregular,
     read_regular,
     regular_envelope,
+    transaction_error,
     wire_number,
 )
 from kbatch._librdkafka cimport *
 
-from kbatch._errors import ConfigError
+from kbatch._errors import ConfigError, ProducerClosedError
 from kbatch._fastmap import received  # no-cython-lint
 from kbatch._librdkafka import error_text, version_text
 
@@ -249,6 +251,35 @@ cdef list list_errors(const rd_kafka_topic_partition_list_t *partitions, int cod
     return errors
 
 
+@cython.final
+cdef class Membership:
+    """A consumer's place in its group as it was at one time. A coordinator refuses offsets of one that is over."""
+
+    cdef rd_kafka_consumer_group_metadata_t *group  # owned
+
+    def __init__(self):
+        raise TypeError("ConsumerCore.membership() makes it")
+
+    def __dealloc__(self):
+        if self.group != NULL:
+            api.group_metadata_destroy(self.group)
+
+    def send_offsets(self, Core producer not None, offsets, int timeout_ms) -> tuple | None:
+        """Has the transaction of a producer commit ``(topic, partition, offset)`` each, while a batch is on hold.
+
+        Returns what `HeldBatches.transaction_call` does. It blocks, without the GIL, and is not continued by another.
+        """
+        cdef rd_kafka_topic_partition_list_t *items
+        cdef rd_kafka_error_t *error
+        if producer.c.rk == NULL:
+            raise ProducerClosedError("the producer is not started, or closed")
+        items = make_list(offsets)
+        with nogil:
+            error = api.send_offsets(producer.c.rk, items, self.group, timeout_ms)
+            api.list_destroy(items)
+        return transaction_error(producer.c, error)
+
+
 cdef class ConsumerCore(Core):
     """A consumer, started at its first use. One thread at a time polls it and answers its rebalances; the others may
     call the rest."""
@@ -365,6 +396,17 @@ cdef class ConsumerCore(Core):
                 api.mem_free(self.c.rk, text)
         finally:
             self._leave()
+
+    def membership(self) -> Membership:
+        """Its place in the group as it is now. For any thread."""
+        cdef Membership found = Membership.__new__(Membership)
+        self._enter()
+        with nogil:
+            found.group = api.group_metadata(self.c.rk)
+            self._leave()
+        if found.group == NULL:
+            raise ProducerClosedError("the consumer is in no group")
+        return found
 
     def answer(self) -> None:
         """Agrees to the rebalance. Records of partitions that were given come from the next polls on. For the thread

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from kbatch._base_producer import BaseProducer
-    from kbatch._fastmap import Envelope
+    from kbatch._receiving._lanes import Work
     from kbatch._report import DeliveryReport
 
 __all__ = ["Copies", "shared_config"]
@@ -34,14 +34,14 @@ _CONSUMERS_OWN = frozenset(
         *("partition.assignment.strategy", "queued.max.messages.kbytes", "queued.min.messages", "session.timeout.ms"),
     )
 )
-_LARGEST = 1_000_000_000  # librdkafka's upper limit; what a broker takes is the topic's affair
+LARGEST = 1_000_000_000  # librdkafka's upper limit; what a broker takes is the topic's affair
 
 
 def shared_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What of a consumer's configuration a producer for its cluster has as well."""
     shared = {key: value for key, value in config.items() if canonical(key) not in _CONSUMERS_OWN}
     if not any(canonical(key) == "message.max.bytes" for key in shared):
-        shared["message.max.bytes"] = _LARGEST  # a record that has been stored with it, and its headers more
+        shared["message.max.bytes"] = LARGEST  # a record that has been stored with it, and its headers more
     return shared
 
 
@@ -63,7 +63,7 @@ class Copies:
             raise ConfigError(f"producer must be a kbatch.Producer, not {type_name(producer)}")
         elif producer._transactions is not None:
             raise ConfigError("producer must have no transactional.id: copies are sent one by one")
-        self._mapper = Mapper("raw", msgspec.json.Encoder(), None, None, _LARGEST, _LARGEST)
+        self._mapper = Mapper("raw", msgspec.json.Encoder(), None, None, LARGEST, LARGEST)
 
     def open(self) -> None:
         """Begins a run."""
@@ -74,13 +74,14 @@ class Copies:
             self._handle = ProducerHandle.of(self._given)
         self._handle.acquire()
 
-    def send(self, copy: Envelope[Any], answer: Callable[[KbatchError | None], object]) -> None:
-        """Sends it and returns; `answer` is called once, with ``None`` when it is stored.
+    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+        """Sends the copy that the work has, and returns; `answer` is called once, with ``None`` when it is stored.
 
         That may be within this call, or later on a thread of the producer.
         """
+        assert work.copy is not None
         pool = RecordPool()
-        (packed,) = pool.pack(pool.map(self._mapper, None, [copy]))
+        (packed,) = pool.pack(pool.map(self._mapper, None, [work.copy]))
         assert packed is not None
         assert self._handle is not None
         self._send(self._handle, self._handle.producer, packed, answer, is_alone=False)

@@ -15,7 +15,6 @@ from kbatch._recovery._retry import RetryPolicy, entropy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from kbatch._fastmap import Envelope
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Work
 
@@ -51,9 +50,10 @@ class TakenFrom(Steps, Protocol):
 
 
 class CopyTaker(Protocol):
-    """Where copies go: `Copies`, or a test's own."""
+    """Where copies go: `Copies`, `Transacting`, or a test's own."""
 
-    def send(self, copy: Envelope, answer: Callable[[KbatchError | None], object]) -> None: ...
+    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+        """Stores `work.copy`; `answer` is called once."""
 
 
 class Failing:
@@ -125,10 +125,9 @@ class Failing:
 
     def _send_on(self, steps: Steps, work: Work) -> None:
         assert self._copies is not None
-        assert work.copy is not None
         try:
-            self._copies.send(work.copy, functools.partial(self._sent_on, steps, work))
-        except BaseException as error:  # no memory
+            self._copies.send(work, functools.partial(self._sent_on, steps, work))
+        except BaseException as error:  # no memory, or transactions have ended
             steps.fail(work, error)
 
     def _sent_on(self, steps: Steps, work: Work, error: KbatchError | None) -> None:

@@ -53,6 +53,11 @@ class Work:
         """What the next call of the handler gets."""
         return self.envelopes if self.part is None else (self.envelope,)
 
+    @property
+    def next_offset(self) -> int:
+        """The offset behind what is handled."""
+        return self.places[-1 if self.part is None else self.part].offset + 1
+
     def split(self) -> bool:
         """From now on each envelope is handled alone. Whether that is new."""
         if self.part is not None or len(self.envelopes) == 1:

@@ -10,7 +10,8 @@ from kbatch._callbacks import is_coroutine_function, refuse_coroutine
 from kbatch._errors import InboxError
 from kbatch._fastmap import Flag, monotonic
 from kbatch._inbox._keeper import Keeper
-from kbatch._receiving._base import BaseListener
+from kbatch._receiving._base import COMMIT_INTERVAL_S, BaseListener
+from kbatch._receiving._transacting import CannotCommitError, OvertakenError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -77,7 +78,14 @@ class Listener(BaseListener):
             handler's error, and does not commit the record.
         reject_on: Exceptions after which a record goes to the dead letter topic at once, as it does when it cannot be
             read or decoded.
-        producer: What sends to these topics. By default the listener makes one of its own configuration.
+        producer: What sends to these topics. By default the listener makes one of its own configuration. With a
+            `transactional_id` it must have that one; the listener does not use it, but a new one with its
+            configuration and options in each run.
+        transactional_id: The handler is called with an envelope, or a list of them, and a `Transaction`. What it sends
+            by that, and the offsets of what it was given, are committed in one transaction of Kafka; so are copies that
+            go to retry topics and the dead letter topic. Each process needs an id of its own, the same after a restart.
+            Records of one partition come one after the other; `concurrency` is how many partitions are handled at a
+            time. ``docs/listener.md`` says what is promised.
 
     Raises:
         ConfigError: A wrong option.
@@ -97,13 +105,14 @@ class Listener(BaseListener):
         max_in_flight: int = 2_000,
         max_in_flight_bytes: int = 64 * 1024 * 1024,
         inbox: ListenersInbox | None = None,
-        commit_interval_s: float = 1.0,
+        commit_interval_s: float = COMMIT_INTERVAL_S,
         close_timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
         retry_topics: Iterable[float] = (),
         dead_letter_topic: str | None = None,
         reject_on: Iterable[type[Exception]] = (),
         producer: Producer | None = None,
+        transactional_id: str | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -124,6 +133,7 @@ class Listener(BaseListener):
             reject_on=reject_on,
             producer=producer,
             inbox=inbox,
+            transactional_id=transactional_id,
         )
         self._of_thread = threading.local()  # of handlers: `session` and `reading`
         self._idle: list[Flag] = []  # of handlers' threads that wait; under the lock of the run
@@ -142,6 +152,8 @@ class Listener(BaseListener):
             ListenerError: The group, or a topic, is refused, or another member with the same ``group.instance.id`` has
                 taken its place.
             ConfigError: librdkafka refuses the configuration.
+            ProducerFencedError: Another with the same `transactional_id` has begun.
+            ProducerFatalError: The producer of its transactions is refused, as one that may not have the id.
             InboxError: The inbox has no tables, or another version's; or a handler has ended its transaction.
             RuntimeError: It runs already, or there are no threads to be had.
         """
@@ -152,6 +164,8 @@ class Listener(BaseListener):
         workers: list[threading.Thread] = []
         try:
             try:
+                if self._transacting is not None:
+                    self._transacting.begin(reading)
                 for number in range(self._concurrency):
                     worker = threading.Thread(
                         target=self._work, args=(reading,), name=f"kbatch-handler-{number}", daemon=True
@@ -227,6 +241,10 @@ class Listener(BaseListener):
             return
         try:
             self._handle(work)
+        except OvertakenError:
+            reading.put_off(work, monotonic())
+        except CannotCommitError as error:
+            reading.fail(work, error.error)
         except BaseException as error:
             self._fail(reading, work, error)
         else:
@@ -236,6 +254,14 @@ class Listener(BaseListener):
         for envelope in work.handled:
             self._decode(envelope)
         handled = work.envelope if self._batch_size is None else list(work.handled)
+        if self._transacting is not None:
+            transaction = self._transacting.transaction()
+            try:
+                self._call(handled, transaction)
+            finally:
+                packed = transaction._end()
+            self._transacting.commit(self._of_thread.reading, work, packed)
+            return
         session: InboxSession | None = self._of_thread.session
         if session is None:
             self._call(handled)

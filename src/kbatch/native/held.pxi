@@ -8,6 +8,21 @@ cdef enum:
     ABORT_TRANSACTION = 3
 
 
+cdef object transaction_error(Client *c, rd_kafka_error_t *error):
+    # What a call about a transaction was answered with, as `HeldBatches.transaction_call` returns it. Takes the error.
+    if error == NULL:
+        return None
+    try:
+        if api.error_is_fatal(error):
+            look_for_fatal(c)
+        return (
+            KB_LOAD32(&c.fatal) or api.error_code(error), api.error_string(error).decode("utf-8", "replace"),
+            bool(api.error_is_fatal(error)), bool(api.error_is_retriable(error)),
+            bool(api.error_txn_requires_abort(error)))
+    finally:
+        api.error_destroy(error)
+
+
 cdef class HeldBatches:
     """The batches of a Core that are one transaction each.
 
@@ -181,14 +196,4 @@ cdef class HeldBatches:
             kb_mutex_lock(&c.mu)
             c.eager -= 1
             kb_mutex_unlock(&c.mu)
-        if error == NULL:
-            return None
-        try:
-            if api.error_is_fatal(error):
-                look_for_fatal(c)
-            return (
-                KB_LOAD32(&c.fatal) or api.error_code(error), api.error_string(error).decode("utf-8", "replace"),
-                bool(api.error_is_fatal(error)), bool(api.error_is_retriable(error)),
-                bool(api.error_txn_requires_abort(error)))
-        finally:
-            api.error_destroy(error)
+        return transaction_error(c, error)

@@ -177,10 +177,11 @@ class _Memory:
 
     # -- as `CopyTaker`
 
-    def send(self, copy: Envelope[Any], answer: Callable[[KbatchError | None], object]) -> None:
+    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
         assert self.at is not None
+        assert work.copy is not None
         pool = RecordPool()
-        (record,) = pool.records(pool.map(self._raw, None, [copy]))
+        (record,) = pool.records(pool.map(self._raw, None, [work.copy]))
         envelope = self._store(record)
         self._is_moved = True
         if envelope.topic in self._failures.delays:
