@@ -2374,6 +2374,27 @@ MUTANTS = (
         "tests/unit/test_inbox_store.py",
     ),
     Mutant(
+        "offsets are committed over what is read again",
+        "Positions.end",
+        "                position.next = min(position.next, position.places[0].offset)\n",
+        "                pass\n",
+        "tests/unit/test_listener_positions.py",
+    ),
+    Mutant(
+        "partitions that were lost while they left are committed",
+        "Reading._leave_when_drained",
+        "        if self.core.assignment_lost():  # also since they began to leave\n",
+        "        if False:\n",
+        "tests/unit/test_listener_reading.py",
+    ),
+    Mutant(
+        "what came of a partition while it left stays",
+        "Reading._drop",
+        "        self._delayed.forget(self._positions.partitions() if partitions is None else partitions)\n",
+        "",
+        "tests/unit/test_listener_reading.py",
+    ),
+    Mutant(
         "offsets are committed over a record that is under way",
         "Positions.end",
         "        while position.places and position.places[0].done:\n",
