@@ -23,11 +23,21 @@ def run(path: str) -> dict[str, dict[tuple[str, str], list[bool]]]:
     found: dict[str, dict[tuple[str, str], list[bool]]] = defaultdict(lambda: defaultdict(list))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "4", f"--junitxml={report}", path]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "2" if "kafka" in path else "4",
+            f"--junitxml={report}",
+            path,
+        ]
         subprocess.run(command, cwd=ROOT, check=False)
         for case in ElementTree.parse(report).iter("testcase"):
             match = re.fullmatch(r"test_(\w+)\[(\w+)-(\w+)(?:-(\w+))?\]", case.get("name", ""))
-            assert match is not None, case.get("name")
+            if match is None:  # of the page
+                continue
             failed = any(child.tag in ("failure", "error", "skipped") for child in case)
             found[match[1]][match[2], match[3]].append(not failed)
     return found

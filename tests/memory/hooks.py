@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kbatch import _fastmap
+from kbatch._receiving import _consumer
 from kbatch.testing import _mock
 
 
@@ -29,27 +30,35 @@ class Outcome:
 
 
 class NativeHook:
-    """The nth of kbatch's own allocations fails, in whatever thread it is made."""
+    """The nth of kbatch's own allocations fails, in whatever thread it is made.
 
-    def __init__(self, module: Any = _fastmap) -> None:
-        self._library = ctypes.PyDLL(module.__file__)
-        self._library.kb_fail_allocation.argtypes = [ctypes.c_int64]
-        self._library.kb_failed_allocations.restype = ctypes.c_int64
-        self._library.kb_live_allocations.restype = ctypes.c_int64
+    Each module counts its own, and what one has allocated another may free.
+    """
+
+    def __init__(self, *modules: Any) -> None:
+        self._libraries = [ctypes.PyDLL(module.__file__) for module in modules or (_fastmap, _consumer)]
+        for library in self._libraries:
+            library.kb_fail_allocation.argtypes = [ctypes.c_int64]
+            library.kb_failed_allocations.restype = ctypes.c_int64
+            library.kb_live_allocations.restype = ctypes.c_int64
         self.nth = 0
 
     def failures(self) -> int:
-        return self._library.kb_failed_allocations()
+        return sum(library.kb_failed_allocations() for library in self._libraries)
 
     def live(self) -> int:
-        return self._library.kb_live_allocations()
+        return sum(library.kb_live_allocations() for library in self._libraries)
+
+    def _fail(self, nth: int) -> None:
+        for library in self._libraries:
+            library.kb_fail_allocation(nth)
 
     def __call__(self, function: Callable[[], Any]) -> Outcome:
-        self._library.kb_fail_allocation(self.nth)
+        self._fail(self.nth)
         try:
             return Outcome(function)
         finally:
-            self._library.kb_fail_allocation(0)
+            self._fail(0)
 
 
 CALLER, OTHERS = 1, 2

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -317,6 +318,34 @@ def polled(world: World) -> Step:
         checked(attempt(lambda: core.commit([("polled", 0, 1), ("polled", 0, 2)], 0.0)))
         checked(attempt(lambda: core.read([("polled", 0)])))
         assert core.seek([("polled", 0, BEGINNING)], 10.0) == []
+
+    return step
+
+
+def rebalanced(world: World) -> Step:
+    """An answer to a rebalance that had no memory is owed still: the next one gives it, and records come."""
+    groups = (f"group {n}" for n in itertools.count())
+    world.cluster.create_topic("shared", partitions=2)
+    with kbatch.Producer(world.config()) as producer:
+        producer.send_batch("shared", [Envelope(data=b"x", partition=n) for n in range(2)]).raise_for_errors()
+
+    def step(attempt: Attempt) -> None:
+        core = make_core(world.cluster, group=next(groups))
+        world.at_end.append(lambda: core.close(10.0))
+        core.subscribe(["shared"])
+        until(lambda: core.poll(0, 0.05) and core.rebalance() is not None, "a rebalance")
+        if checked(attempt(core.answer)).error is not None:
+            assert core.rebalance() is not None
+            core.answer()
+        found: list[int] = []
+
+        def enough() -> bool:
+            found.extend(envelope.partition for envelope in core.poll(3, 0.05)[0])
+            return len(found) >= 2
+
+        until(enough, "2 records")
+        assert sorted(found) == [0, 1]
+        world.at_end.pop()()
 
     return step
 
@@ -1170,6 +1199,7 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "refused": refused,
     "received": received_records,
     "polled": polled,
+    "rebalanced": rebalanced,
     "refused events": refused_events,
     "sending": sending,
     "sending fresh": sending_fresh,

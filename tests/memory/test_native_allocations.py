@@ -39,6 +39,8 @@ ALLOCATIONS = {
     "in memory": 1,
     "statistics": 1,
     "errors": 1,
+    "polled": 3,
+    "rebalanced": 2,
     "tokens": 1,
     "setting a token": 1,
 }

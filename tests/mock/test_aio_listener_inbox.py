@@ -149,7 +149,7 @@ def test_a_locked_database_is_waited_for_and_a_stop_ends_the_waiting(
     async def work() -> None:
         with inboxes.transaction(inbox):
             async with running(cluster, inbox, handle, concurrency=3) as (listener, task):
-                await until(lambda: "waits for its inbox" in caplog.text)
+                await until(lambda: "waits for its inbox" in caplog.text and listener.stats()["running"] == 3)
             assert task.exception() is None
             assert listener.stats()["abandoned"] == 3
         async with running(cluster, inbox, handle, concurrency=3) as (listener, _):

@@ -309,16 +309,18 @@ def test_stopping_waits_for_no_back_off_and_commits_nothing_of_it(cluster: MockC
     assert committed(cluster) == 1
 
 
-def test_an_outage_of_the_database_fills_no_topic_and_counts_no_attempt(cluster: MockCluster) -> None:
-    class DatabaseGoneError(Exception):
-        is_outage = True
+class DatabaseGoneError(Exception):
+    is_outage = True
 
+
+@pytest.mark.parametrize("error", [DatabaseGoneError(), kbatch.InboxError("of the handler's own", is_outage=True)])
+def test_an_outage_of_the_database_fills_no_topic_and_counts_no_attempt(cluster: MockCluster, error: Exception) -> None:
     tries: list[int] = []
 
     def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
         tries.append(envelope.message["n"])
         if len(tries) < 5:
-            raise DatabaseGoneError
+            raise error
 
     send(cluster, *numbered(0, 1))
     with Running(made(cluster, handle, retry=ONCE, retry_topics=[0.3], dead_letter_topic="dead")) as running:

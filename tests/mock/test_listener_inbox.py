@@ -195,7 +195,7 @@ def test_a_listener_that_waits_for_its_inbox_can_be_stopped(
     send(cluster, orders(100))
     with inboxes.transaction(inbox):
         with running(of := listener(cluster, inbox, writer(effects), concurrency=3, close_timeout_s=3600)) as raised:
-            until(lambda: "waits for its inbox" in caplog.text, "that it waits")
+            until(lambda: "waits for its inbox" in caplog.text and of.stats()["running"] == 3, "that it waits")
         assert raised == []
         assert of.stats()["abandoned"] == 3
     with running(listener(cluster, inbox, writer(effects), concurrency=3)):

@@ -2324,7 +2324,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was not handled since the inbox is away is committed",
-        "Listener._attempt",
+        "BaseListener._fail",
         "                reading.abandon(work)\n",
         "                reading.done(work)\n",
         "tests/mock/test_listener_inbox.py",

@@ -153,6 +153,15 @@ def test_a_seek_back_over_what_is_under_way_ends_with_all_of_it() -> None:
     assert positions.spread(P) == 0
 
 
+def test_what_was_under_way_before_a_seek_back_is_not_stored_over_what_is_read_again() -> None:
+    positions = given()
+    before, again, _ = begin(positions, 100, 3, 4)
+    positions.end(before)
+    assert positions.collect() == [("orders", 0, 3)]
+    positions.end(again)
+    assert positions.collect() == [("orders", 0, 4)]
+
+
 class Model(RuleBasedStateMachine):
     """Beside `Positions`: of each partition a list of (offset, done), from where it was given on."""
 

@@ -1,11 +1,13 @@
 """One run of a listener without librdkafka: what a consumer tells it, step by step."""
 
+import time
 import types
 from typing import Any
+from unittest import mock
 
 import pytest
 
-from kbatch import ListenerError
+from kbatch import ListenerError, ProducerClosedError
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import Lanes, Work
 from kbatch._receiving._reading import Limits, Reading
@@ -60,15 +62,30 @@ class Consumer:
     def wake(self) -> None:
         pass
 
+    def started(self) -> bool:
+        return False
 
-def record(offset: int, partition: int = 0, key: bytes | None = None) -> Any:
-    return types.SimpleNamespace(topic="orders", partition=partition, offset=offset, key=key, data=b"x")
+    def close(self, timeout: float) -> None:
+        pass
+
+
+def record(
+    offset: int, partition: int = 0, key: bytes | None = None, topic: str = "orders", due: float | None = None
+) -> Any:
+    headers = () if due is None else (("retry-due-at", b"%d" % (due * 1000)),)
+    return types.SimpleNamespace(
+        topic=topic, partition=partition, offset=offset, key=key, data=b"x", raw_headers=headers
+    )
 
 
 def reading_of(
-    consumer: Consumer, *partitions: tuple[str, int], records: int = 100, close_timeout_s: float = 60
+    consumer: Consumer,
+    *partitions: tuple[str, int],
+    records: int = 100,
+    close_timeout_s: float = 60,
+    retry_topics: tuple[float, ...] = (),
 ) -> Any:
-    failures = Failures("billing", ["orders"], "kbatch")
+    failures = Failures("billing", ["orders"], "kbatch", retry_topics=retry_topics)
     limits = Limits(records, 1_000_000, 0.0, close_timeout_s, 300.0)
     reading: Any = Reading(consumer, ["orders"], Lanes(), limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
     consumer.change = (True, list(partitions))
@@ -135,6 +152,66 @@ def test_a_partition_that_was_lost_is_given_up_at_once_and_not_committed() -> No
     reading.done(second)
     reading._turn()
     assert consumer.commits == []
+
+
+def test_a_partition_that_is_lost_while_its_handlers_are_waited_for_is_not_committed() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.records = [record(0), record(1)]
+    reading._turn()
+    first, _ = take(reading, 2)
+    consumer.change = (False, [P])
+    reading._turn()
+    consumer.is_lost = True
+    reading.done(first)
+    reading._turn()
+    assert (consumer.answered, consumer.commits) == (2, [])
+
+
+def test_what_came_while_a_partition_left_is_forgotten_when_it_comes_back() -> None:
+    consumer = Consumer()
+    topic, later = "billing.retry.5", time.time() + 5
+    reading = reading_of(consumer, (topic, 0), retry_topics=(5,))
+    consumer.records = [record(0, topic=topic)]
+    reading._turn()
+    (running,) = take(reading, 1)
+    consumer.change = (False, [(topic, 0)])
+    reading._turn()
+    consumer.records = [record(7, topic=topic, due=later)]  # by the group's queue
+    reading._turn()
+    reading.done(running)
+    reading._turn()
+    consumer.change = (True, [(topic, 0)])
+    reading._turn()
+    consumer.records = [record(1, topic=topic)]
+    reading._turn()
+    assert [work.places[0].offset for work in take(reading, 1)] == [1]
+
+
+def test_a_handlers_error_is_told_if_something_else_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.records = [record(0), record(1)]
+    reading._turn()
+    first, _ = take(reading, 2)
+    reading.fail(first, ValueError("of a handler"))
+    with mock.patch.object(consumer, "poll", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        reading.run()
+    assert "of a handler" in caplog.text
+
+
+def test_a_consumer_that_is_closed_while_handlers_are_waited_for_is_one_of_a_listener() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.records = [record(0)]
+    reading._turn()
+    take(reading, 1)
+    reading.stop()
+    with (
+        mock.patch.object(consumer, "poll", side_effect=ProducerClosedError("the consumer is closed")),
+        pytest.raises(ListenerError, match="the listener's consumer was closed under it"),
+    ):
+        reading.run()
 
 
 def test_a_rebalance_does_not_wait_for_ever(caplog: pytest.LogCaptureFixture) -> None:

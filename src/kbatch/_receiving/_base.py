@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from kbatch._fastmap import ReceivedEnvelope
     from kbatch._inbox._base import ListenersInbox
     from kbatch._producer import Producer
+    from kbatch._receiving._failing import TakenFrom
+    from kbatch._receiving._lanes import Work
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["BaseListener"]
@@ -222,9 +224,11 @@ class BaseListener:
 
     def _over(self) -> None:
         SENDERS.discard(self)
-        if self._copies is not None:
-            self._copies.close(_CLOSE_COPIES_S)
-        self._is_to_stop = self._is_running = False
+        try:
+            if self._copies is not None:
+                self._copies.close(_CLOSE_COPIES_S)
+        finally:
+            self._is_to_stop = self._is_running = False
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
         if self._concurrency == 1 or self._transacting is not None:  # offsets are committed one after the other
@@ -250,6 +254,17 @@ class BaseListener:
             except InboxError as error:
                 if not error.is_outage:  # else it is waited for
                     raise
+
+    def _fail(self, reading: TakenFrom, work: Work, error: BaseException) -> None:
+        if isinstance(error, InboxError):
+            # No fault of the record: no attempt is counted, and it is sent nowhere.
+            if not error.is_outage:
+                reading.fail(work, error)
+                return
+            if self._inbox is not None and reading.is_given_up(work):
+                reading.abandon(work)
+                return
+        self._failing.failed(reading, work, error)
 
     def _tell_of_outage(self, error: InboxError) -> None:
         now = monotonic()

@@ -1,6 +1,8 @@
 from collections.abc import Callable, Iterable
 from typing import Any, final
 
+from typing_extensions import disjoint_base
+
 from kbatch._fastmap import Config, Core, Dispatcher, ReceivedEnvelope
 from kbatch._fastmap import received as received
 from kbatch._wire import WireReader
@@ -18,10 +20,12 @@ def check_version(version: int, text: str) -> None: ...
 
 @final
 class Membership:
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def send_offsets(
         self, producer: Core, offsets: Iterable[_Place], timeout_ms: int
     ) -> tuple[int, str, bool, bool, bool] | None: ...
 
+@disjoint_base
 class ConsumerCore(Core):
     assignments: int
     def __init__(

@@ -417,16 +417,18 @@ cdef class ConsumerCore(Core):
         cdef int code
         self._enter()
         try:
-            kb_mutex_lock(&c.mu)
-            partitions, c.rebalance = c.rebalance, NULL
-            code = c.rebalance_code
-            kb_mutex_unlock(&c.mu)
-            if partitions != NULL:
+            # Entered, so only this thread changes it. It is taken when nothing can raise any more: what raises before
+            # leaves it to the next call, or to the end.
+            if c.rebalance != NULL:
+                code = c.rebalance_code
+                items = list_items(c.rebalance)
+                if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+                    for item in items:
+                        self._take_part(item)
+                kb_mutex_lock(&c.mu)
+                partitions, c.rebalance = c.rebalance, NULL
+                kb_mutex_unlock(&c.mu)
                 try:
-                    items = list_items(partitions)
-                    if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
-                        for item in items:
-                            self._take_part(item)
                     with nogil:
                         answer_rebalance(c.rk, code, partitions)
                     if code != RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:

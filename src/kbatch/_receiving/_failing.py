@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Work
 
-__all__ = ["CopyTaker", "Failing", "Steps"]
+__all__ = ["CopyTaker", "Failing", "Steps", "TakenFrom"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -37,6 +37,16 @@ class Steps(Protocol):
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. What is behind it in its lane waits."""
+
+
+class TakenFrom(Steps, Protocol):
+    """A run, to those who wait for its inbox."""
+
+    def is_given_up(self, work: Work) -> bool:
+        """Whether what handles it should rather end than wait for something."""
+
+    def abandon(self, work: Work) -> None:
+        """Nobody goes on with it, here."""
 
 
 class CopyTaker(Protocol):

@@ -241,12 +241,6 @@ class Listener(BaseListener):
             return
         try:
             self._handle(work)
-        except InboxError as error:
-            # No fault of the record: no attempt is counted, and it is sent nowhere.
-            if error.is_outage:
-                reading.abandon(work)
-            else:
-                reading.fail(work, error)
         except OvertakenError:
             reading.put_off(work, monotonic())
         except CannotCommitError as error:
@@ -297,9 +291,6 @@ class Listener(BaseListener):
                 return False
             time.sleep(self._look_s)
         return True
-
-    def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
-        self._failing.failed(reading, work, error)
 
 
 def _is_handlers_thread() -> bool:

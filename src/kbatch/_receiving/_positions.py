@@ -89,6 +89,8 @@ class Positions:
         position = place.position
         while position.places and position.places[0].done:
             position.next = position.places.popleft().offset + 1
+            if position.places:  # lower, if the log is read again from there
+                position.next = min(position.next, position.places[0].offset)
 
     def spread(self, partition: Partition) -> int:
         """How many records there are from the lowest that is not done, with those behind it that are."""

@@ -247,8 +247,13 @@ class Reading:
         if self.error is None:
             self.error = error
         elif self.error is not error:
-            _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
+            _tell_of_another(error)
         self.stop()
+
+    def tell_unless(self, raised: BaseException) -> None:
+        """Tells what it has ended for, if something else is raised."""
+        if self.error is not None and self.error is not raised:
+            _tell_of_another(self.error)
 
     def _end(self, work: Work) -> None:
         self._leave_running(work)
@@ -295,6 +300,17 @@ class Reading:
     def run(self) -> None:
         """Reads until `stop`, or an error. Waits for handlers, commits, and closes the consumer."""
         try:
+            self._run()
+        except ProducerClosedError:  # at the end of the interpreter
+            closed = ListenerError("the listener's consumer was closed under it")
+            self.tell_unless(closed)
+            raise closed from None
+        except BaseException as error:
+            self.tell_unless(error)
+            raise
+
+    def _run(self) -> None:
+        try:
             try:
                 self._poll()
             finally:
@@ -318,11 +334,8 @@ class Reading:
             self.core.subscribe(self._topics)
         except ConsumerCallError as error:
             raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
-        try:
-            while not self.is_stopping:
-                self._turn()
-        except ProducerClosedError:  # at the end of the interpreter
-            raise ListenerError("the listener's consumer was closed under it") from None
+        while not self.is_stopping:
+            self._turn()
 
     def _drain(self) -> None:
         """Waits for the handlers that run. The group goes on to be polled."""
@@ -528,17 +541,8 @@ class Reading:
             self.rebalances += 1
             self.core.answer()
             return
-        self._delayed.forget(partitions)
-        is_lost = self.core.assignment_lost()
         with self.lock:
             self._drop(set(partitions))  # nothing of them begins any more
-            for partition in partitions:
-                self._full.pop(partition, None)
-                self._reopened = [each for each in self._reopened if each != partition]
-        if is_lost:
-            # They are another's already: nothing of them may be committed.
-            self._take_away(set(partitions))
-            return
         limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
         with self.lock:
             self._leaving = set(partitions)
@@ -549,6 +553,10 @@ class Reading:
         """What runs of the partitions may end, and is committed with the rest; then they are another's."""
         leaving = self._leaving
         if leaving is None:
+            return
+        if self.core.assignment_lost():  # also since they began to leave
+            # They are another's already: nothing of them may be committed.
+            self._take_away(leaving)
             return
         with self.lock:
             left = [work for work in self._running if work.partition in leaving]
@@ -562,18 +570,22 @@ class Reading:
             )
         self._commit_and_wait(leaving, _COMMIT_TIMEOUT_S)
         self._take_away(leaving)
-        self._leaving = None
 
     def _take_away(self, partitions: set[Partition]) -> None:
         with self.lock:
             self._drop(partitions)  # a record may have come by the group's queue since they began to leave
             self._positions.take(partitions)
         self.core.answer()
+        self._leaving = None
 
     def _drop(self, partitions: set[Partition] | None) -> None:
-        """Forgets what waits. It is read again, here or elsewhere."""
+        """Forgets what waits, of these partitions or of all. It is read again, here or elsewhere."""
         for work in self._waiting.drop(partitions):
             self._release(work)
+        for partition in self._positions.partitions() if partitions is None else partitions:
+            self._full.pop(partition, None)
+        self._reopened = [each for each in self._reopened if partitions is not None and each not in partitions]
+        self._delayed.forget(self._positions.partitions() if partitions is None else partitions)
 
     # -- commits
 
@@ -641,6 +653,10 @@ class Reading:
                     text,
                     name,
                 )
+
+
+def _tell_of_another(error: BaseException) -> None:
+    _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
 
 
 def _size(envelope: ReceivedEnvelope) -> int:

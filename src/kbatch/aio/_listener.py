@@ -126,13 +126,15 @@ class Listener(BaseListener):
 
         def run() -> None:
             try:
-                reading.run()
+                try:
+                    reading.run()
+                finally:
+                    if keeper is not None:
+                        keeper.stop()
+                    self._close_sessions()
+                    self._over()
             except BaseException as error:
                 errors.append(error)
-            if keeper is not None:
-                keeper.stop()
-            self._close_sessions()
-            self._over()
             handlers.is_over = True
             for waker in waits:
                 waker()
@@ -145,11 +147,11 @@ class Listener(BaseListener):
         except BaseException:
             self._over()
             raise
-        if keeper is not None:
-            keeper.start()
         try:
+            if keeper is not None:
+                keeper.start()
             await ended.future
-        except BaseException:
+        except BaseException as cancelled:
             reading.stop()
             waits.append(again := LoopWaker())
             if handlers.is_over:  # it may have called what there was before
@@ -160,6 +162,7 @@ class Listener(BaseListener):
                 reading.stop(hurried=True)
                 handlers.cancel()
                 raise
+            reading.tell_unless(cancelled)
             raise
         if errors:
             raise errors.pop()  # this frame is in its traceback
@@ -231,9 +234,6 @@ class Listener(BaseListener):
         for session in sessions:
             session.close()
 
-    async def _fail(self, reading: Reading, work: Work, error: BaseException) -> None:
-        self._failing.failed(reading, work, error)
-
 
 class _Handlers:
     """The tasks of one run, on its loop."""
@@ -304,14 +304,8 @@ class _Handlers:
                 )
                 cancelled.__cause__ = error
                 self.reading.fail(work, cancelled)
-        except InboxError as error:
-            # No fault of the record: no attempt is counted, and it is sent nowhere.
-            if error.is_outage:
-                self.reading.abandon(work)
-            else:
-                self.reading.fail(work, error)
         except BaseException as error:
-            await self._listener._fail(self.reading, work, error)
+            self._listener._fail(self.reading, work, error)
         else:
             self._listener._failing.handled(self.reading, work)
 

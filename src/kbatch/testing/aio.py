@@ -5,7 +5,6 @@ Not imported by `kbatch.testing`: tests without asyncio need none of it.
 
 from typing import Any
 
-from kbatch._errors import InboxError
 from kbatch._fastmap import Envelope
 from kbatch.aio import Listener, Producer
 from kbatch.testing._memory import BaseMemoryProducer
@@ -26,13 +25,8 @@ class MemoryListener(BaseMemoryListener):
         for work in memory.works():
             try:
                 await listener._handle(work)
-            except InboxError as error:
-                if error.is_outage:
-                    memory.abandon(work)
-                else:
-                    memory.fail(work, error)
             except Exception as error:
-                memory.failing.failed(memory, work, error)
+                listener._fail(memory, work, error)
             else:
                 memory.failing.handled(memory, work)
         return outcomes
