@@ -102,16 +102,18 @@ class BaseProducer:
     def _prepare(self) -> None:
         """What a kind of producer needs besides."""
 
-    def _twin(self, *, solo: bool = False) -> Self:
+    def _twin(self, *, solo: bool = False, transactional_id: str | None = None) -> Self:
         """A new producer with the same configuration and options, not started. What this one is doing stays its own.
 
-        With `solo` each of its record batches has one record.
+        With `solo` each of its record batches has one record. With `transactional_id` it has this one.
         """
         # The configuration is librdkafka's object, which each start copies: Python has no password to give again.
         twin = type(self).__new__(type(self))
         vars(twin).update(vars(self))
         if solo:
             twin._parsed = self._parsed.solo()
+        if transactional_id is not None:
+            twin._parsed = twin._parsed.with_transactional_id(transactional_id)
         twin._assemble(self._core.undelivered)  # what is given up by a twin is told where it would have been
         return twin
 

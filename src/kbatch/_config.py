@@ -200,6 +200,10 @@ class ProducerConfig(ClientConfig):
             set_key(native, key, value)
         return replace(self, native=native)
 
+    def with_transactional_id(self, transactional_id: str) -> ProducerConfig:
+        """The same, but for another ``transactional.id`` in place of one."""
+        return self.changed({"transactional.id": transactional_id})
+
 
 def begin_config(
     config: Mapping[str, Any], refused: Mapping[str, str]

@@ -413,6 +413,12 @@ def has_culprit(errors: Collection[KbatchError]) -> bool:
     return any(map(is_abort, errors)) and any(map(aborts, errors))
 
 
+def spare_brokers(errors: Collection[KbatchError]) -> bool:
+    """Whether the failures of a batch say nothing about the brokers: the rest of a transaction is no witness."""
+    guilt = has_culprit(errors)
+    return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
+
+
 def is_outage(error: KbatchError) -> bool:
     """Whether an envelope failed because no broker answered, or because its producer or transaction was given up."""
     if isinstance(error, DeliveryError):

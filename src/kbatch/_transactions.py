@@ -69,6 +69,16 @@ class Transactions:
         self._initialized = False
         self._undecided: str | None = None  # why the last one has no known end: none can follow
 
+    @property
+    def is_initialized(self) -> bool:
+        """Whether brokers listen to no earlier producer with this ``transactional.id``, whose transaction has ended."""
+        return self._initialized
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether a transaction may still be committed, or aborted, by brokers alone."""
+        return self._undecided is not None
+
     def send(self, batch: PendingBatch, timeout: float | None, waker: Callable[[], object] | None = None) -> None:
         """Takes a batch that is mapped; its answer comes. Raises as sending does, and then nothing is sent.
 

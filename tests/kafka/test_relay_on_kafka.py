@@ -3,6 +3,8 @@
 A real broker deduplicates, so nothing is there twice unless the relay gave up a batch and sent it again.
 """
 
+import json
+import os
 import random
 import signal
 import subprocess
@@ -17,13 +19,15 @@ from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy
 from tests import outboxes
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.proxy import Direction
-from tests.mock.clients import read_back, read_back_with_aiokafka
+from tests.mock.clients import read_back, read_back_with_aiokafka, read_committed
 from tests.mock.test_relay import running
+from tests.mock.test_relay_killed import ROOT, let_leases_run_out
 from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
 from tests.waiting import until
 
 BATCH, FLIGHTS = 100, 4
+LEVELS = ("read_committed", "read_uncommitted")
 
 
 @pytest.fixture
@@ -223,3 +227,101 @@ def test_a_message_that_is_too_large_for_its_topic_is_dead_alone_and_may_be_edit
         outbox.dead_letters.replay_edited(letter.number, letter.envelope.replace(data=b"50"))
         assert relay.drain(60) == 0
     check_history(range(100), stored(topic), in_order=False)
+
+
+# -- fencing
+
+
+def fencing(kafka: KafkaCluster) -> dict[str, Any]:
+    return {**config(kafka, 5_000), "transaction.timeout.ms": 5_000}
+
+
+def start_fencing(outbox: Outbox, kafka: KafkaCluster, **settings: Any) -> subprocess.Popen[str]:
+    options = {"batch_size": BATCH, "fencing": "kafka"}
+    given = {**outboxes.where(outbox), "config": fencing(kafka), "options": options, "drain": False, **settings}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.mock.relay_program", json.dumps(given)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_relay_that_fences_sends_everything_once_and_in_order(outbox: Outbox, one_broker: KafkaCluster) -> None:
+    topic = one_broker.create_topic(partitions=3)
+    outboxes.add(outbox, numbered(range(20_000), keys=300), topic=topic)
+    with Relay(outbox, fencing(one_broker), fencing="kafka") as relay:
+        assert relay.drain(60) == 0
+    check_history(range(20_000), read_committed(one_broker.bootstrap_servers, topic))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
+@pytest.mark.parametrize("stops_itself", [True, False], ids=["after-reading", "anywhere"])
+def test_a_relay_that_goes_on_after_its_lease_writes_nothing_to_kafka_if_another_has_its_buckets(
+    outbox: Outbox, one_broker: KafkaCluster, stops_itself: bool
+) -> None:
+    topic = one_broker.create_topic(partitions=3)
+    outboxes.add(outbox, numbered(range(5_000), keys=200), topic=topic)
+    settings: dict[str, Any] = {"stop_at_reading": 5} if stops_itself else {}
+    with start_fencing(outbox, one_broker, **settings) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "begun\n"
+            if stops_itself:
+                assert process.stdout.readline() == "read\n"
+            else:
+                until(lambda: outbox.status(count_up_to=10**6).waiting < 4_000, "its work", 60)
+                os.kill(process.pid, signal.SIGSTOP)
+            unrecorded = {int(body or b"") for body in outboxes.bodies(outbox)}
+            assert unrecorded
+            let_leases_run_out(outbox)  # by the database's clock; by its own it still has them
+            with Relay(outbox, fencing(one_broker), fencing="kafka", batch_size=BATCH) as other:
+                assert other.drain(60) == 0
+            before = {level: read_committed(one_broker.bootstrap_servers, topic, level) for level in LEVELS}
+            os.kill(process.pid, signal.SIGCONT)
+            outboxes.add(outbox, numbered(range(5_000, 5_100), keys=200), topic=topic)
+            until(lambda: outbox.status().waiting == 0, "its work goes on", 60)
+            process.terminate()
+            process.wait(60)
+        finally:
+            process.kill()
+    for level in LEVELS:  # not even what a reader of everything sees
+        after = read_committed(one_broker.bootstrap_servers, topic, level)
+        assert [record for record in after if int(record.value) < 5_000] == before[level]
+    committed = read_committed(one_broker.bootstrap_servers, topic)
+    # At most the batch that it had committed and not deleted, and that is not its doing later.
+    check_history(range(5_100), committed, copies=BATCH)
+    assert outbox.status().later == outbox.status().dead == 0
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
+def test_a_relay_that_fences_is_killed_and_doubles_at_most_the_batch_that_it_had_not_recorded(
+    outbox: Outbox, one_broker: KafkaCluster
+) -> None:
+    topic = one_broker.create_topic(partitions=3)
+    outboxes.add(outbox, numbered(range(5_000), keys=200), topic=topic)
+    for goal in (4_000, 2_500):
+        with start_fencing(outbox, one_broker) as process:
+            try:
+                until(lambda: outbox.status(count_up_to=10**6).waiting < goal, "its work", 60)  # noqa: B023
+            finally:
+                process.kill()
+        let_leases_run_out(outbox)
+    with Relay(outbox, fencing(one_broker), fencing="kafka", batch_size=BATCH) as relay:
+        assert relay.drain(60) == 0
+    check_history(range(5_000), read_committed(one_broker.bootstrap_servers, topic), copies=2 * BATCH)
+
+
+def test_a_message_that_is_too_large_for_its_topic_is_dead_alone_also_in_a_transaction(
+    outbox: Outbox, one_broker: KafkaCluster
+) -> None:
+    topic = one_broker.create_topic(partitions=1, config={"max.message.bytes": "20000"})
+    outboxes.add(outbox, numbered(range(50), keys=5), topic=topic)
+    outboxes.add(outbox, [Envelope(data=b"50".rjust(50_000, b"0"), key="other")], topic=topic)
+    outboxes.add(outbox, numbered(range(50, 100), keys=5), topic=topic)
+    with Relay(outbox, fencing(one_broker), fencing="kafka") as relay:
+        assert relay.drain(60) == 0
+        assert relay.stats()["dead"] == 1
+    (letter,) = outbox.dead_letters.find()
+    assert "MSG_SIZE_TOO_LARGE" in letter.error
+    check_history(range(100), read_committed(one_broker.bootstrap_servers, topic))

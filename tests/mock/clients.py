@@ -167,6 +167,32 @@ def read_many(bootstrap_servers: str, topics: list[str]) -> dict[str, list[Messa
         consumer.close()
 
 
+def read_committed(bootstrap_servers: str, topic: str, isolation: str = "read_committed") -> list[Stored]:
+    """Every record of a topic that a reader sees who asks for committed ones, by partition and offset."""
+    config = {"bootstrap.servers": bootstrap_servers, "group.id": "tests", "log_level": 0, "enable.auto.commit": False}
+    # The mock cluster gives control records no checksum.
+    config |= {"isolation.level": isolation, "enable.partition.eof": True, "fetch.wait.max.ms": 10}
+    consumer = Consumer(config)
+    try:
+        left = set(consumer.list_topics(topic, timeout=10).topics[topic].partitions)
+        consumer.assign([TopicPartition(topic, partition, 0) for partition in left])
+        records: list[Stored] = []
+        deadline = time.monotonic() + 60
+        while left:
+            assert time.monotonic() < deadline, f"the ends of {left} do not come"
+            for message in consumer.consume(10_000, timeout=0.2):
+                error = message.error()
+                if error is not None:
+                    assert error.code() == KafkaError._PARTITION_EOF, error
+                    left.discard(message.partition())
+                    continue
+                where = message.partition(), message.offset(), message.timestamp()[1]
+                records.append(Stored(*where, message.key(), message.value(), message.headers() or []))
+        return sorted(records, key=lambda record: record[:2])
+    finally:
+        consumer.close()
+
+
 def read_back_with_aiokafka(bootstrap_servers: str, topic: str) -> list[Stored]:
     """The same by aiokafka, which shares no code with librdkafka."""
     # here, since other processes than pytest import this module, and not everywhere is there an aiokafka

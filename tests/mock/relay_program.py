@@ -1,6 +1,7 @@
 """A relay in a process of its own: `python -m tests.mock.relay_program SETTINGS`, which is JSON.
 
-It runs until SIGTERM, or until the outbox is empty; with ``kill_at`` it kills itself at that call of its store.
+It runs until SIGTERM, or until the outbox is empty; with ``kill_at`` it kills itself at that call of its store,
+and with ``stop_at_reading`` it stops itself behind that reading, until SIGCONT.
 """
 
 import json
@@ -26,12 +27,22 @@ def main() -> None:
             print(name, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    readings = 0
+
+    def after_reading(name: str) -> None:
+        nonlocal readings
+        readings += name == "read"
+        if name == "read" and readings == settings["stop_at_reading"]:
+            print(name, flush=True)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
     opened = (
         kbatch.PostgresOutbox(settings["conninfo"], schema=settings["schema"])
         if "conninfo" in settings
         else kbatch.SqliteOutbox(settings["path"])
     )
-    outbox = WatchedOutbox(opened, **({"before": step} if before_it else {"after": step}))
+    watch = {"before": step} if before_it else {"after": step}
+    outbox = WatchedOutbox(opened, **({"after": after_reading} if "stop_at_reading" in settings else watch))
     options = {"batch_size": 50, "max_in_flight_batches": 2, **settings.get("options", {})}
     with kbatch.Relay(outbox, settings["config"], **options) as relay:
         signal.signal(signal.SIGTERM, lambda *_: relay.stop())

@@ -21,7 +21,7 @@ from tests.outboxes import named
 from tests.relays import check_history, numbered
 from tests.waiting import until
 
-from .clients import read_back
+from .clients import read_back, read_committed
 from .test_cli import COMMAND, assert_one_line, environment, on_a_terminal, run, run_here
 
 QUICK = ("-X", "delivery.timeout.ms=1000", "-X", "reconnect.backoff.max.ms=100")
@@ -377,6 +377,16 @@ def test_relay_drains_an_outbox_by_a_file_of_settings(outbox, kafka_cluster: Moc
     check_history(range(500), read_back(kafka_cluster.bootstrap_servers, "orders"))
 
 
+def test_relay_fences_by_a_file_of_settings(outbox, kafka_cluster: MockCluster, tmp_path):
+    outboxes.add(outbox, numbered(range(500)))
+    config = tmp_path / "relay.toml"
+    config.write_text('[relay]\nfencing = "kafka"\n')
+    arguments = (*named(outbox), "--config", config, "-X", servers(kafka_cluster))
+    status, _, err = run("relay", *arguments, "--drain")
+    assert status == 0, err
+    check_history(range(500), read_committed(kafka_cluster.bootstrap_servers, "orders"))
+
+
 def test_relay_tells_programs_in_json(outbox, kafka_cluster: MockCluster):
     outboxes.add(outbox, numbered(range(10)))
     status, out, err = run("relay", *named(outbox), "-X", servers(kafka_cluster), "--drain", "--json")
@@ -442,6 +452,7 @@ def test_relay_says_that_the_time_is_over(file_outbox):
         ("outbox = 1", "outbox must be text"),
         ("kafka = 1", "kafka must be a table, [kafka]"),
         ("[relay]\nowner = 1", "[relay] has no 'owner'; it has batch_size, "),
+        ("[relay]\nfencing = 1", "fencing must be 'kafka' or None, not 1"),
         ("[relay]\nbatch_size = 0", "batch_size must be an int from 1 to 100,000, not 0"),
         ("[retry]\nmax_attempts = 0", "[retry] max_attempts must be 1 or more"),
         ("[kafka]\nx = []", "[kafka] has a value that is no text, number, true or false: x"),

@@ -211,7 +211,7 @@ def test_what_expires_in_the_outbox_is_not_sent(outbox: Outbox, cluster: MockClu
 
 
 def test_what_is_scheduled_is_sent_at_its_time_and_holds_back_nothing(outbox: Outbox, cluster: MockCluster) -> None:
-    soon = datetime.now(timezone.utc) + timedelta(seconds=1.5)
+    soon = datetime.now(timezone.utc) + timedelta(seconds=4)
     outboxes.add(outbox, numbered(range(20), scheduled_time=soon))
     outboxes.add(outbox, numbered(range(20, 25), scheduled_time=soon + timedelta(days=1)))
     outboxes.add(outbox, numbered(range(30, 50)))
@@ -242,11 +242,11 @@ def test_what_is_scheduled_and_then_refused_waits_as_others_do(outbox: Outbox, c
 
 
 def test_what_is_scheduled_outlives_a_relay(outbox: Outbox, cluster: MockCluster) -> None:
-    soon = datetime.now(timezone.utc) + timedelta(seconds=0.5)
+    soon = datetime.now(timezone.utc) + timedelta(seconds=4)
     outboxes.add(outbox, numbered(range(5), scheduled_time=soon))
     with make(outbox, cluster) as relay:
         assert relay.drain(0.1) == 0
-    time.sleep(0.6)
+    time.sleep(max(0.0, (soon - datetime.now(timezone.utc)).total_seconds()) + 0.1)
     with make(outbox, cluster, batch_size=2) as relay:
         assert relay.drain(30) == 0
         assert relay.stats()["acked"] == 5

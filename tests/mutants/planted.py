@@ -1493,6 +1493,27 @@ MUTANTS = (
         "tests/unit/test_outbox_store.py",
     ),
     Mutant(
+        "a relay takes buckets of one that is not fenced",
+        "Relay._renew",
+        "fenced=None if self._fences is None else self._fences.fenced,",
+        "fenced=None,",
+        "tests/mock/test_relay_fencing.py",
+    ),
+    Mutant(
+        "a relay has leases before brokers know its transactional id",
+        "Relay._is_named",
+        "        return False\n",
+        "        return True\n",
+        "tests/mock/test_relay_fencing.py",
+    ),
+    Mutant(
+        "a relay that is fenced takes its old transactional id again",
+        "Relay._start_over",
+        "        self._owner = _new_owner()  # before",
+        "        pass  # before",
+        "tests/mock/test_relay_fencing.py",
+    ),
+    Mutant(
         "a lease that is taken again has the same token",
         "SqliteStore.renew",
         "(owner, token + 1, until, length, bucket),",

@@ -55,7 +55,7 @@ async def on_a_loop(order: object, settings: dict[str, str]) -> None:
         assert_type(sender, aio.DurableSender)
         assert_type(await sender.send(kbatch.Envelope(order)), bool)
         assert_type(await sender.close(1.5), int)
-    async with aio.Relay(outbox, settings, strict_order=True) as relay:
+    async with aio.Relay(outbox, settings, strict_order=True, fencing="kafka") as relay:
         assert_type(relay, aio.Relay)
         assert_type(await relay.drain(1.5), int)
         await relay.run()

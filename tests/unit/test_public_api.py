@@ -56,7 +56,7 @@ LAYERS_WITHIN = {
     ],
     "_outbox": [
         {"_leases", "_postgres_rows", "_snapshots", "_store"},
-        {"_flight", "_group", "_kept", "_positions", "_tables"},
+        {"_fences", "_flight", "_group", "_kept", "_positions", "_tables"},
         {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
         {"_base", "_postgres_session", "_sqlite_session"},
         {

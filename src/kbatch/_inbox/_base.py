@@ -109,10 +109,10 @@ def limits_of(
     """By group, before when what it has handled may be purged; of the others nothing."""
     newest = now_us - age_us
     limits = {group: min(newest, until) for group, until in safe_until.items()}
-    for group, time in (committed or {}).items():
-        if not isinstance(time, datetime) or time.tzinfo is None:
+    for group, moment in (committed or {}).items():
+        if not isinstance(moment, datetime) or moment.tzinfo is None:
             raise TypeError(f"committed must have a datetime with a time zone for the group {check_group(group)!r}")
-        limits[group] = min(newest, int(time.timestamp() * 1e6))
+        limits[group] = min(newest, int(moment.timestamp() * 1e6))
     return limits
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kbatch._codes import TIMEOUT_CODES, WHOLE_BATCH_CODES, blamed
-from kbatch._errors import DeliveryError, KbatchError, is_outage, spares_brokers
+from kbatch._errors import DeliveryError, KbatchError, is_outage, spare_brokers
 from kbatch._outbox._store import Failure
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class Judge:
         # What is due is what failed before. If it counted, a topic that refuses everything would stop all others.
         if flight.is_due and flight.trial is None:
             return "nothing"
-        return "nothing" if all(map(spares_brokers, reasons.values())) else "failed"
+        return "nothing" if spare_brokers(reasons.values()) else "failed"
 
     def _failure(self, flight: Flight, index: int, error: KbatchError, is_partial: bool) -> Failure | None:
         """Where a row goes; ``None`` if it stays."""

@@ -104,7 +104,13 @@ class PostgresStore(PostgresSession):
     # -- leases
 
     def renew(
-        self, owner: str, lease_s: float, *, release: Collection[int], avoid: Collection[int]
+        self,
+        owner: str,
+        lease_s: float,
+        *,
+        release: Collection[int],
+        avoid: Collection[int],
+        fenced: Collection[str] | None = None,
     ) -> tuple[list[Lease], int]:
         """As `OutboxStore.renew`."""
         sql = self._tables.sql
@@ -136,11 +142,24 @@ class PostgresStore(PostgresSession):
                 sql(
                     "UPDATE {lease} SET owner = $1, token = token + 1, until = {now} + $2::bigint, length = $2 "
                     "WHERE bucket IN (SELECT bucket FROM {lease} WHERE (owner IS NULL OR NOT {lives}) "
-                    f"AND bucket <> ALL($3::smallint[]) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token"
+                    "AND bucket <> ALL($3::smallint[]) AND (owner IS NULL OR owner = $1 OR $5::text[] IS NULL "
+                    f"OR owner = ANY($5)) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token"
                 ),
-                (owner, length, array_text([*avoid, *release]), max(share - len(found), 0)),
+                (
+                    owner,
+                    length,
+                    array_text([*avoid, *release]),
+                    max(share - len(found), 0),
+                    None if fenced is None else list(fenced),
+                ),
             )
         return [Lease(*row) for row in sorted(found)], share
+
+    def run_out(self) -> set[str]:
+        """As `OutboxStore.run_out`."""
+        with self._reading() as (run, _):
+            found = run(self._tables.sql("SELECT DISTINCT owner FROM {lease} WHERE owner IS NOT NULL AND NOT {lives}"))
+            return {owner for (owner,) in found}
 
     def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """As `OutboxStore.leave`."""

@@ -10,13 +10,22 @@ import os
 import socket
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_timeout, check_whole, is_number, is_whole
 from kbatch._config import inherit
-from kbatch._errors import ConfigError, OutboxError, ProducerError, SenderClosedError, SenderError, type_name
+from kbatch._errors import (
+    ConfigError,
+    OutboxError,
+    ProducerError,
+    ProducerFencedError,
+    SenderClosedError,
+    SenderError,
+    type_name,
+)
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
+from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
@@ -38,6 +47,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from kbatch._fastmap import Trial
     from kbatch._outbox._store import Failure, OutboxStore, Place
 
     _T = TypeVar("_T")
@@ -55,6 +65,8 @@ __all__ = ["Relay", "relay_producer"]
 _logger = logging.getLogger("kbatch")
 
 _DELIVERY_TIMEOUT_MS = 30_000
+_TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
+_UNNAMED = "kbatch-relay"  # the transactional id until there is one
 _MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has come
 _RENEW_EVERY_S = 1.0
 _LOOK_AT_ALL_EVERY_S = 30.0
@@ -98,6 +110,11 @@ class Relay:
             delivery fails. It is slow if there are few keys.
         lease_s: Seconds after which others take the buckets of a relay that has died. It must be longer than the
             producer's `Producer.max_delivery_s` and 2 seconds, and by default it is 5 seconds longer.
+        fencing: With ``"kafka"`` each batch is one transaction of Kafka, one at a time, and brokers take nothing more
+            of a relay whose buckets others take because its lease has run out. All relays of an outbox must have it,
+            and readers ``isolation.level=read_committed``. ``producer`` is then a ``config``, in which
+            ``delivery.timeout.ms`` and ``transaction.timeout.ms`` are 10,000 by default. Transactional ids begin with
+            ``kbatch-relay-``.
         failures_to_open, probe_interval_s, max_probe_interval_s: As for `SendingAgent`.
         close_timeout_s: Seconds that the end of `run` and of the ``with`` block waits for what is in flight.
 
@@ -115,6 +132,7 @@ class Relay:
         max_in_flight_batches: int = 4,
         strict_order: bool = False,
         lease_s: float | None = None,
+        fencing: Literal["kafka"] | None = None,
         failures_to_open: int = 3,
         probe_interval_s: float = 1.0,
         max_probe_interval_s: float = 30.0,
@@ -141,13 +159,16 @@ class Relay:
             raise ConfigError(f"{probe_interval_s=!r} is longer than {max_probe_interval_s=!r}")
         if not isinstance(strict_order, bool):
             raise ConfigError(f"strict_order must be bool, not {type_name(strict_order)}")
+        if fencing not in (None, "kafka"):
+            raise ConfigError(f"fencing must be 'kafka' or None, not {fencing!r}")
         check_whole("batch_size * max_in_flight_batches", batch_size * max_in_flight_batches)
         check_close_timeout(close_timeout_s)
         self._outbox = outbox
         self._batch_size = batch_size
-        self._max_flights = max_in_flight_batches
+        self._is_fencing = fencing is not None
+        self._max_flights = 1 if self._is_fencing else max_in_flight_batches
         self._close_timeout_s = close_timeout_s
-        self._handle = _handle_of(producer, batch_size * max_in_flight_batches)
+        self._handle = _handle_of(producer, batch_size * max_in_flight_batches, is_fencing=self._is_fencing)
         self._max_delivery_s = self._handle.producer.max_delivery_s()
         try:
             if strict_order and self._handle.producer._parsed.native.get("partitioner") == "random":
@@ -161,6 +182,10 @@ class Relay:
             raise
         self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
         self._owner = ""
+        self._former: set[str] = set()  # owners that it was, and whose leases nobody may take yet
+        self._fences: Fences | None = None
+        self._naming: PendingBatch | None = None  # has the producer's transactional id initialised
+        self._naming_failed_at: float | None = None
         self._calls = UserCalls()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
@@ -407,8 +432,13 @@ class Relay:
         self._not_admitted.clear()
         self._failures_at = 0.0
         if self._pid != os.getpid():  # two children of a process that made it are two relays
-            self._pid = os.getpid()
-            self._owner = f"{socket.gethostname()}:{self._pid}:{uuid7()}"
+            self._owner = _new_owner()
+            if self._is_fencing:
+                self._handle.name(transactional_id(self._owner))
+                self._fences = Fences(self._flag.set, self._prober.put)
+                self._naming = None
+                self._former.clear()
+            self._pid = os.getpid()  # last: who was interrupted does it again, since owner and producer must match
         self._outbox.watch(self._on_add)
 
     def _on_add(self, is_committed: bool) -> None:
@@ -431,7 +461,14 @@ class Relay:
             raise gate.refusal()
         gate.probe_if_due(now)
         if gate.must_replace() and not self._flights:
-            gate.replace()
+            if self._fences is None:
+                gate.replace()
+            elif not self._has_answers():
+                self._start_over()
+        if self._fences is not None:
+            is_named = self._naming is not None and is_initialized(self._handle.producer)
+            if self._fences.look() or is_named:
+                self._renew_at = now
         if now >= self._store_at:
             self._guarded(self._use_store, None)
         due = [self._renew_at, self._look_at_all_at]
@@ -547,25 +584,91 @@ class Relay:
         busy = {bucket for flight in self._flights for bucket in flight.tokens}
         busy.update(place[0] for places in (self._done, self._done_later) for place in places)
         busy.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
+        transactions = self._handle.producer._transactions
+        if transactions is not None and transactions.is_undecided:
+            busy.update(self._leases.tokens)
         return busy
 
     def _renew(self) -> None:
         assert self._store is not None
+        if not self._is_named():
+            self._renew_at = monotonic() + self._renew_every_s
+            return
         busy = self._busy()
         release = self._leases.leaving - busy
         asked = _times()
         self._has_asked = True
         # What is still in flight of a lost bucket must have its outcome before it is sent again.
-        leases, share = self._store.renew(self._owner, self._lease_s, release=release, avoid=busy)
+        leases, share = self._store.renew(
+            self._owner,
+            self._lease_s,
+            release=release,
+            avoid=busy,
+            fenced=None if self._fences is None else self._fences.fenced,
+        )
         self._drop(release)
         self._renew_at = asked.monotonic + self._renew_every_s
         self._lose(self._leases.renewed(asked, leases, share))
+        if self._fences is not None:
+            self._fence(self._fences)
         fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
         if fresh:
             if self._changes is None:
                 self._changes = self._store.changes()  # nothing was read before
             self._positions.begin(fresh, self._store.held_keys(fresh))
             self._read_at = self._due_at = monotonic()
+
+    # With fencing each relay has a transactional id of its own. Who takes a bucket whose lease has run out initialises
+    # that of its owner before. So an id must not be initialised once its owner may have lost a lease: it is before the
+    # first lease, and never again. Who needs another producer is another owner.
+
+    def _is_named(self) -> bool:
+        """Whether brokers know its transactional id, so that others can fence it: before, it must have no lease."""
+        if self._fences is None:
+            return True
+        producer = self._handle.producer
+        if is_initialized(producer):
+            self._naming = self._naming_failed_at = None
+            return True
+        if self._naming is None or self._naming.done():
+            now = monotonic()
+            if self._naming is not None and (
+                self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
+            ):
+                self._naming_failed_at = now
+                _logger.warning(
+                    "a relay waits: brokers do not let it have the transactional id %s", transactional_id(self._owner)
+                )
+            self._naming = None
+            try:
+                self._naming = initialize(producer, self._flag.set)
+            except ProducerError as error:
+                self._note_refusal(producer, error, None)
+        return False
+
+    def _fence(self, fences: Fences) -> None:
+        assert self._store is not None
+        fences.want((self._store.run_out() | self._former) - {self._owner}, self._handle.producer)
+        for owner in self._former & fences.fenced:
+            self._store.leave(owner, keep=())
+            self._former.discard(owner)
+            self._renew_at = monotonic()
+
+    def _start_over(self) -> None:
+        """Goes on as another relay, since its producer is fenced, or can send no more."""
+        self._former.add(self._owner)
+        self._lose(self._leases.forget())
+        self._owner = _new_owner()  # before the producer: what is not of this name must be one that can send no more
+        self._naming = None
+        self._gate.replace(transactional_id=transactional_id(self._owner))
+
+    def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
+        if self._is_fencing and isinstance(error, ProducerFencedError):
+            _logger.warning("a relay was taken for dead by another, and begins anew: %s", error)
+            self._gate.give_up(producer)
+            self._gate.note("nothing", trial, monotonic())
+        else:
+            self._gate.note_refusal(producer, error, trial)
 
     def _drop(self, buckets: Collection[int]) -> None:
         self._leases.drop(buckets)
@@ -649,8 +752,12 @@ class Relay:
             return
         hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
         rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
-        producer = self._handle.solo() if rows else None
-        if producer is None:
+        producer: BaseProducer | None
+        if self._is_fencing:  # one that is refused would abort the others
+            rows, producer = rows[:1], self._handle.producer
+        else:
+            producer = self._handle.solo() if rows else None
+        if not rows or producer is None:
             return
         self._hand_over(
             Flight(
@@ -707,11 +814,11 @@ class Relay:
             producer._send_detached(flight.pending, waker=self._flag.set)
         except ProducerError as error:
             self._put_back(flight)
-            if flight.is_due:
+            if flight.is_due and producer is not self._handle.producer:
                 self._handle.drop_solo(producer)
                 gate.note("nothing", flight.trial, monotonic())
             else:
-                gate.note_refusal(producer, error, flight.trial)
+                self._note_refusal(producer, error, flight.trial)
         except BaseException:
             if flight.pending is None or not flight.pending.begun:  # else its answer will come
                 self._put_back(flight)
@@ -747,6 +854,8 @@ class Relay:
         if flight.is_due:
             self._done_later += done
             self._failures_later += failures
+            if self._is_fencing:
+                self._due_at = monotonic()  # it is alone, and others wait
         else:
             self._done += done
             self._failures += failures
@@ -859,6 +968,8 @@ class Relay:
     def _give_back(self) -> None:
         """Gives the buckets back of which nothing is open. Called again it does nothing."""
         self._outbox.unwatch(self._on_add)
+        if self._fences is not None:
+            self._fences.close()
         if self._has_asked and not self._guarded(self._leave, False):
             self._guarded(self._leave, False)  # by another connection
         self._has_asked = False
@@ -898,22 +1009,32 @@ def _never() -> bool:
     return False
 
 
+def _new_owner() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
+
+
 def _times() -> Times:
     return Times(monotonic(), wall_time())
 
 
-def relay_producer(config: Mapping[str, Any], room: int = 10_000) -> Producer:
+def relay_producer(config: Mapping[str, Any], room: int = 10_000, *, is_fencing: bool = False) -> Producer:
     """A producer as a relay needs it. Raises ConfigError for one that may lose or reorder records."""
     own: dict[str, Any] = {"delivery.timeout.ms": _DELIVERY_TIMEOUT_MS}
+    if is_fencing:
+        own = {
+            "delivery.timeout.ms": _TRANSACTION_TIMEOUT_MS,
+            "transaction.timeout.ms": _TRANSACTION_TIMEOUT_MS,
+            "transactional.id": _UNNAMED,
+        }
     made = Producer(inherit(own, config) if isinstance(config, Mapping) else config, max_in_flight=max(10_000, room))
-    _check_producer(made)
+    _check_producer(made, own.get("transactional.id"))
     return made
 
 
-def _check_producer(producer: Producer) -> None:
+def _check_producer(producer: Producer, own_id: str | None = None) -> None:
     native = producer._parsed.native
     wrong = None
-    if native.get("transactional.id"):
+    if native.get("transactional.id") not in (None, "", own_id):
         wrong = "transactional.id, with which each batch would be one transaction"
     elif native.get("enable.idempotence") != "true":
         wrong = "enable.idempotence=false, with which records may be stored twice and in another order"
@@ -921,14 +1042,16 @@ def _check_producer(producer: Producer) -> None:
         raise ConfigError(f"the producer of a relay must not have {wrong}")
 
 
-def _handle_of(producer: Mapping[str, Any] | Producer, room: int) -> ProducerHandle:
+def _handle_of(producer: Mapping[str, Any] | Producer, room: int, *, is_fencing: bool) -> ProducerHandle:
+    if is_fencing and isinstance(producer, BaseProducer):
+        raise ConfigError("fencing='kafka' needs producers of its own: give their configuration")
     if isinstance(producer, Producer):
         _check_producer(producer)
         handle = ProducerHandle.of(producer)
     elif isinstance(producer, BaseProducer):
         raise ConfigError(f"a relay takes no {producer._shown}: give its configuration, or a kbatch.Producer")
     else:
-        handle = ProducerHandle(relay_producer(producer, room), given=False)
+        handle = ProducerHandle(relay_producer(producer, room, is_fencing=is_fencing), given=False)
     handle.acquire()
     return handle
 

@@ -70,7 +70,13 @@ class SqliteStore(SqliteSession):
     # -- leases
 
     def renew(
-        self, owner: str, lease_s: float, *, release: Collection[int], avoid: Collection[int]
+        self,
+        owner: str,
+        lease_s: float,
+        *,
+        release: Collection[int],
+        avoid: Collection[int],
+        fenced: Collection[str] | None = None,
     ) -> tuple[list[Lease], int]:
         """As `OutboxStore.renew`."""
         sql = self._tables.sql
@@ -91,11 +97,13 @@ class SqliteStore(SqliteSession):
             ]
             run(sql("UPDATE {lease} SET until = ?, length = ? WHERE owner = ? AND {lives}"), (until, length, owner))
             free = run(
-                sql("SELECT bucket, token FROM {lease} WHERE owner IS NULL OR NOT {lives} ORDER BY bucket")
+                sql("SELECT bucket, token, owner FROM {lease} WHERE owner IS NULL OR NOT {lives} ORDER BY bucket")
             ).fetchall()
-            for bucket, token in free:
+            for bucket, token, former in free:
                 if len(leases) >= share:
                     break
+                if former not in (None, owner) and fenced is not None and former not in fenced:
+                    continue
                 if bucket not in avoid and bucket not in release:
                     run(
                         sql("UPDATE {lease} SET owner = ?, token = ?, until = ?, length = ? WHERE bucket = ?"),
@@ -103,6 +111,12 @@ class SqliteStore(SqliteSession):
                     )
                     leases.append(Lease(bucket, token + 1))
         return leases, share
+
+    def run_out(self) -> set[str]:
+        """As `OutboxStore.run_out`."""
+        with self._reading() as run:
+            found = run(self._tables.sql("SELECT DISTINCT owner FROM {lease} WHERE owner IS NOT NULL AND NOT {lives}"))
+            return {owner for (owner,) in found}
 
     def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """As `OutboxStore.leave`."""

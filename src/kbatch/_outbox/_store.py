@@ -138,7 +138,13 @@ class OutboxStore(Protocol):
     """
 
     def renew(
-        self, owner: str, lease_s: float, *, release: Collection[int], avoid: Collection[int]
+        self,
+        owner: str,
+        lease_s: float,
+        *,
+        release: Collection[int],
+        avoid: Collection[int],
+        fenced: Collection[str] | None = None,
     ) -> tuple[list[Lease], int]:
         """Tells that `owner` lives, renews its leases for `lease_s` seconds by the database's clock, gives up those of
         the buckets `release` and takes buckets that nobody has, up to its share, but none of `avoid`.
@@ -147,9 +153,15 @@ class OutboxStore(Protocol):
         makes its token another one. One that ends in more than twice its length has run out, too: the clock was set
         back.
 
+        Args:
+            fenced: If it is given, leases that have run out are taken only of these owners and of `owner` itself.
+
         Returns:
             The leases that the owner has now, and how many buckets its share is.
         """
+
+    def run_out(self) -> set[str]:
+        """The owners of leases that have run out."""
 
     def leave(self, owner: str, *, keep: Collection[int]) -> None:
         """Tells that `owner` is gone, and gives up all its leases but those of the buckets `keep`, which run out."""

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from kbatch import _codes
+from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, monotonic, wall_time
 from kbatch._librdkafka import error_text
@@ -39,24 +39,6 @@ _REMIND_EVERY_S = 60.0
 _COMMIT_TIMEOUT_S = 5.0
 _LAST_COMMIT_S = 1.0  # also when the time to close is over
 _RECORD_BYTES = 300  # that an envelope takes, besides what its record has
-
-_FATAL, _AUTO_OFFSET_RESET, _PARTITION_EOF, _NO_OFFSET = -150, -140, -191, -168
-_FENCED_INSTANCE_ID, _ILLEGAL_GENERATION, _UNKNOWN_MEMBER_ID, _REBALANCE_IN_PROGRESS = 82, 22, 25, 27
-_STALE_MEMBER_EPOCH = 113
-_ENDING = frozenset(
-    (
-        _FATAL,
-        _AUTO_OFFSET_RESET,  # auto.offset.reset=error: somebody has to decide
-        _FENCED_INSTANCE_ID,
-        _codes.TOPIC_AUTHORIZATION_FAILED,
-        _codes.GROUP_AUTHORIZATION_FAILED,
-        _codes.CLUSTER_AUTHORIZATION_FAILED,
-    )
-)
-# A commit that a rebalance has overtaken: whoever has the partition now reads the records again.
-_OVERTAKEN = frozenset(
-    (_ILLEGAL_GENERATION, _UNKNOWN_MEMBER_ID, _REBALANCE_IN_PROGRESS, _STALE_MEMBER_EPOCH, _NO_OFFSET)
-)
 
 
 class Limits(NamedTuple):
@@ -496,11 +478,11 @@ class Reading:
         return full
 
     def _hear(self, code: int, text: str, topic: str | None, partition: int, offset: int) -> None:
-        if code == _PARTITION_EOF:
+        if code in END_CODES:
             return
         name, _ = error_text(code)
         text = printable(text)
-        if code in _ENDING:
+        if code in LISTENER_CODES:
             where = "" if topic is None else f" ({topic}" + (f" [{partition}])" if partition >= 0 else ")")
             self.end_with(ListenerError(f"the consumer cannot go on: {text}{where} ({name})", code=code))
         else:
@@ -613,9 +595,9 @@ class Reading:
         with self.lock:
             self._positions.give_back(offsets)
         name, text = error_text(code)
-        if code in _ENDING:
+        if code in LISTENER_CODES:
             self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
-        elif code not in _OVERTAKEN:
+        elif code not in OVERTAKEN_CODES:
             self._complain(
                 ("commit", code),
                 "a consumer of %s could not commit %s, and tries again: %s (%s)",
@@ -643,8 +625,8 @@ class Reading:
         if failed:
             with self.lock:
                 self._positions.give_back(offsets)
-            code = failed[0][2]
-            if code not in _OVERTAKEN:
+            *_, code = failed[0]
+            if code not in OVERTAKEN_CODES:
                 name, text = error_text(code)
                 _logger.warning(
                     "a consumer of %s could not commit %s: what was handled is read again: %s (%s)",

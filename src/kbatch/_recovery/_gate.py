@@ -22,10 +22,8 @@ from kbatch._errors import (
     SenderClosedError,
     SerializationError,
     can_be_replaced,
-    has_culprit,
-    is_abort,
     named_exception_text,
-    spares_brokers,
+    spare_brokers,
 )
 from kbatch._fastmap import Flag, monotonic
 from kbatch._recovery._circuit import CircuitBreaker, CircuitState
@@ -177,14 +175,14 @@ class Gate:
         envelopes = answer.batch.envelopes if verdict == "failed" else ()
         self.note(verdict, answer.trial, self._clock(), envelopes)
         if can_be_replaced(answer.argument):
-            self._give_up(producer)
+            self.give_up(producer)
 
     def note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
         """Learns why a producer took nothing of a batch."""
         fate = self.handle.fate(producer, error)
         if fate == "replace" or (fate == "end" and not isinstance(error, (ProducerClosedError, ProducerFencedError))):
             self._calls.log(logging.WARNING, "a producer can send no more: %s", error)
-            self._give_up(producer)
+            self.give_up(producer)
             self.note("failed", trial, self._clock())
             return
         self.note("nothing", trial, self._clock())
@@ -197,18 +195,19 @@ class Gate:
         """Whether `replace` is to be called, once nothing is in flight."""
         return self.broken is not None and self.is_alive()
 
-    def replace(self) -> None:
-        """Has the producer replaced that can send no more."""
+    def replace(self, *, transactional_id: str | None = None) -> None:
+        """Has the producer replaced that can send no more; with another ``transactional.id``, if one is given."""
         broken, self.broken = self.broken, None
         if broken is None:
             return
         try:
-            self.handle.replace(broken)
+            self.handle.replace(broken, transactional_id=transactional_id)
         except Exception as error:
             self._calls.log(logging.ERROR, "a producer in its fatal state could not be replaced", exc_info=error)
             self.end(ProducerError(f"a producer could not be replaced: {named_exception_text(error)}"))
 
-    def _give_up(self, producer: BaseProducer) -> None:
+    def give_up(self, producer: BaseProducer) -> None:
+        """Learns that a producer can send no more, and is to be replaced."""
         if self.handle.producer is producer:
             self.broken = producer
             self.flag.set()
@@ -337,9 +336,4 @@ def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
     report = told.report if isinstance(told, KbatchError) else told
     if report is not None and (report.acked or not report.failed):
         return "succeeded" if report.acked else "nothing"
-    return "failed" if report is None or not _spare_brokers(list(report.errors.values())) else "nothing"
-
-
-def _spare_brokers(errors: Sequence[KbatchError]) -> bool:
-    guilt = has_culprit(errors)
-    return all(spares_brokers(error) or (guilt and is_abort(error)) for error in errors)
+    return "failed" if report is None or not spare_brokers(list(report.errors.values())) else "nothing"

@@ -149,22 +149,32 @@ class ProducerHandle:
         replaced = self.producer is not producer and isinstance(error, ProducerClosedError)
         return "successor" if replaced else "end"
 
-    def replace(self, dead: BaseProducer) -> None:
+    def replace(self, dead: BaseProducer, *, transactional_id: str | None = None) -> None:
         """Has a producer in its fatal state replaced by a new one with the same settings, unless it was already.
 
         What is in flight of a producer that senders share is given up, so its batches should have settled. Not for one
-        that was fenced by another, which the new one would fence in turn.
+        that was fenced by another, which the new one would fence in turn, unless it gets another ``transactional.id``.
         """
         with _lock:
             if self.producer is not dead or not self._users:
                 return
-            twin = dead._twin()
-            self.producer = twin
-            _handles[id(twin)] = self
+            self._put(dead._twin(transactional_id=transactional_id))
         with contextlib.suppress(Exception):  # whatever a handler of logs does
             _logger.warning("a new producer takes the place of one that can send no more: %r", dead)
         if dead is not self._given:
             _close(dead, 0.0)
+
+    def name(self, transactional_id: str) -> None:
+        """Gives its producer, by which nothing was sent in this process, another ``transactional.id``."""
+        with _lock:
+            unused = self.producer
+            self._put(unused._twin(transactional_id=transactional_id))
+        if _is_usable(unused):
+            _close(unused, 0.0)
+
+    def _put(self, producer: BaseProducer) -> None:
+        self.producer = producer
+        _handles[id(producer)] = self
 
     def __repr__(self) -> str:
         return f"<ProducerHandle of {self.producer!r}, users: {self._users}>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from kbatch._fastmap import LoopWaker
 from kbatch._loop import in_thread
@@ -31,7 +31,7 @@ class Relay:
     As `kbatch.Relay`, in a thread that kbatch starts for each `run` and `drain`.
 
     Args:
-        outbox, producer, retry, batch_size, max_in_flight_batches, strict_order, lease_s, failures_to_open,
+        outbox, producer, retry, batch_size, max_in_flight_batches, strict_order, lease_s, fencing, failures_to_open,
             probe_interval_s, max_probe_interval_s, close_timeout_s: As for `kbatch.Relay`. A producer is a
             `kbatch.Producer`.
     """
@@ -46,6 +46,7 @@ class Relay:
         max_in_flight_batches: int = 4,
         strict_order: bool = False,
         lease_s: float | None = None,
+        fencing: Literal["kafka"] | None = None,
         failures_to_open: int = 3,
         probe_interval_s: float = 1.0,
         max_probe_interval_s: float = 30.0,
@@ -59,6 +60,7 @@ class Relay:
             max_in_flight_batches=max_in_flight_batches,
             strict_order=strict_order,
             lease_s=lease_s,
+            fencing=fencing,
             failures_to_open=failures_to_open,
             probe_interval_s=probe_interval_s,
             max_probe_interval_s=max_probe_interval_s,

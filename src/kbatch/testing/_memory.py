@@ -224,9 +224,9 @@ class BaseMemoryProducer(BaseProducer):
             core.transactional = True
             self._transactions = _CommittedAtOnce(core)
 
-    def _twin(self, *, solo: bool = False) -> Self:
+    def _twin(self, *, solo: bool = False, transactional_id: str | None = None) -> Self:
         """It goes on with what this one has kept, and with the same faults, as on the same cluster."""
-        twin = super()._twin(solo=solo)
+        twin = super()._twin(solo=solo, transactional_id=transactional_id)
         twin._join(self._line)
         return twin
 

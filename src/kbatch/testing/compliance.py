@@ -29,6 +29,7 @@ import pytest
 
 import kbatch
 import kbatch.aio
+from kbatch._fastmap import monotonic, wall_time
 
 __all__ = ["TransportCompliance"]
 
@@ -52,6 +53,10 @@ class _Received(msgspec.Struct):
 
 class _Refused(Exception):
     pass
+
+
+def _now() -> datetime:
+    return datetime.fromtimestamp(wall_time(), timezone.utc)
 
 
 def _send(
@@ -119,10 +124,10 @@ class _Listening:
         return [envelope.message for envelope in self.received]
 
     def until(self, condition: Callable[[], object]) -> None:
-        end = time.monotonic() + _LONGEST_S
+        end = monotonic() + _LONGEST_S
         while not condition():
             assert self.error is None, self.error
-            assert time.monotonic() < end, f"received so far: {self.messages()}"
+            assert monotonic() < end, f"received so far: {self.messages()}"
             time.sleep(0.01)
 
     def stop(self) -> None:
@@ -344,17 +349,17 @@ class TransportCompliance:
         }
 
     def test_schedule_send(self, transport: _Transport) -> None:
-        due = datetime.now(timezone.utc) + timedelta(seconds=2)
+        due = _now() + timedelta(seconds=2)
         later = kbatch.Envelope(_Order(1), scheduled_time=due)
         if transport.mode is kbatch.SenderMode.INLINE:  # which waits for nothing
             with pytest.raises(kbatch.NotYetDueError):
                 transport.send(later)
             return
         came: list[datetime] = []
-        with transport.listening(handler=lambda _: came.append(datetime.now(timezone.utc))) as listening:
+        with transport.listening(handler=lambda _: came.append(_now())) as listening:
             transport.send(later, kbatch.Envelope(_Order(2)))
             if transport.mode is kbatch.SenderMode.DURABLE:  # its relay ended with the sender: another comes later
-                time.sleep(max(0.0, (due - datetime.now(timezone.utc)).total_seconds()))
+                time.sleep(max(0.0, (due - _now()).total_seconds()))
                 transport.send(kbatch.Envelope(_Order(3)))
                 listening.until(lambda: len(listening.received) >= 3)
             listening.until(lambda: 1 in [message.number for message in listening.messages()])
@@ -409,7 +414,7 @@ class TransportCompliance:
         begun: list[float] = []
 
         def handler(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
-            begun.append(time.time())
+            begun.append(wall_time())
             if len(begun) == 1:
                 raise _Refused
 
