@@ -202,9 +202,7 @@ class ProducerConfig(ClientConfig):
 
     def with_transactional_id(self, transactional_id: str) -> ProducerConfig:
         """The same, but for another ``transactional.id`` in place of one."""
-        native = self.native.copy()
-        set_key(native, "transactional.id", transactional_id)
-        return replace(self, native=native)
+        return self.changed({"transactional.id": transactional_id})
 
 
 def begin_config(
