@@ -316,9 +316,9 @@ def test_a_partition_that_hangs_does_not_keep_the_others_from_flowing() -> None:
             try:
                 until(lambda: seen.count(1) == 3000, "all of the other partition")
                 assert seen.count(0) == 0
-                stats = listener.stats()
-                assert stats["full_partitions"] == 1
-                assert stats["in_flight"] <= 100
+                # It has more room when the other one has nothing left, and takes it.
+                until(lambda: listener.stats()["full_partitions"] == 1, "the partition is not read further")
+                assert listener.stats()["in_flight"] <= 100
             finally:
                 release.set()
             until(lambda: seen.count(0) == 3000, "the partition is read again")
