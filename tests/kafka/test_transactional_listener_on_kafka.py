@@ -82,7 +82,13 @@ def total(found: dict[str, list[int]]) -> int:
     return sum(len(each) for each in found.values())
 
 
-@pytest.mark.parametrize("step", STEPS)
+# One before the transaction ends, one after.
+SHORT = ("offsets", "committed")
+
+
+@pytest.mark.parametrize(
+    "step", [step if step in SHORT else pytest.param(step, marks=pytest.mark.nightly) for step in STEPS]
+)
 def test_a_listener_killed_at_a_step_has_each_effect_once(
     one_broker: KafkaCluster, topics: tuple[str, str], step: str
 ) -> None:
@@ -281,6 +287,7 @@ def test_after_a_commit_without_an_answer_the_group_tells_whether_it_was_made(
     assert output(one_broker, out) == expected(30)
 
 
+@pytest.mark.nightly
 def test_a_broker_that_restarts_is_waited_for(one_broker: KafkaCluster, topics: tuple[str, str]) -> None:
     topic, out = topics
     listener = listener_of(one_broker, topic, forward(out), transaction_timeout_ms=60_000)
