@@ -86,7 +86,7 @@ run-inbox: build ## Run the demo of the inbox: 100,000 orders through outbox, re
 	$(BIN)/kbatch inbox demo $(ARGS)
 
 .PHONY: test
-test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (4 minutes)
+test: build $(STAMPS)/test-group ## Run the tests that need no Java, WORKERS=12 processes side by side (6 minutes)
 	$(PYTEST) --collect-only -qq --ignore=tests/kafka $(ARGS) > $(STAMPS)/collected || { cat $(STAMPS)/collected; exit 1; }
 	$(PYTEST) -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
 
@@ -215,7 +215,7 @@ build/tsan/compiled: SWITCHES := SANITIZE=thread
 
 .PHONY: memory
 memory: build/debug/compiled ## Let each allocation fail in turn, ours and Python's, on a debug build
-	PYTHONPATH=build/debug/src $(BIN)/python -m pytest tests/memory $(ARGS)
+	PYTHONPATH=build/debug/src $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/memory $(ARGS)
 
 LEAK_TESTS := tests/memory/test_native_allocations.py \
 	tests/mock/test_stored_records.py::test_sending_leaks_nothing "tests/mock/test_stored_records.py::test_the_error_path_leaks_nothing[kbatch-25]"
