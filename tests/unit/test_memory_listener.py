@@ -1,6 +1,7 @@
 """Listeners in memory: the very decisions of a listener, without a broker, threads or time."""
 
 import asyncio
+import contextlib
 import sqlite3
 from typing import Any
 
@@ -165,5 +166,5 @@ def test_an_inbox_leaves_out_what_was_handled_and_commits_with_the_mark(tmp_path
     listener = MemoryListener(handle, types={"order": dict[str, int]}, inbox=inbox)
     assert [each.outcome for each in listener.send(envelope, envelope)] == ["handled", "handled"]
     assert calls == [7, 7]  # the first one was not committed, the copy is not handled
-    with sqlite3.connect(tmp_path / "shop.db") as connection:
+    with contextlib.closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
         assert connection.execute("SELECT number FROM invoices").fetchall() == [(7,)]

@@ -230,7 +230,8 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             for (topic, partition), (committed, end) in sorted(offsets.items()):
-                connection.execute(statement, (committed, end, asked_at, group, topic, partition))
+                place = {"group": group, "topic": topic, "partition": partition}
+                connection.execute(statement, {"done": committed, "last": end, "now": asked_at, **place})
             connection.execute("COMMIT")
 
     def _check(self) -> None:
@@ -249,10 +250,11 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
 # time is committed, whoever did it. A mark beyond the end is of a topic that was made anew.
 _NOTE = """
 UPDATE {position} SET
-    safe_until = CASE WHEN mark_offset <= ?1 AND ?1 <= ?2 THEN mark_at ELSE safe_until END,
-    mark_at = CASE WHEN mark_offset IS NULL OR mark_offset <= ?1 OR mark_offset > ?2 THEN ?3 ELSE mark_at END,
-    mark_offset = CASE WHEN mark_offset IS NULL OR mark_offset <= ?1 OR mark_offset > ?2 THEN ?2 ELSE mark_offset END
-WHERE group_id = ?4 AND topic = ?5 AND partition = ?6
+    safe_until = CASE WHEN mark_offset <= :done AND :done <= :last THEN mark_at ELSE safe_until END,
+    mark_at = CASE WHEN mark_offset IS NULL OR mark_offset <= :done OR mark_offset > :last THEN :now ELSE mark_at END,
+    mark_offset = CASE
+        WHEN mark_offset IS NULL OR mark_offset <= :done OR mark_offset > :last THEN :last ELSE mark_offset END
+WHERE group_id = :group AND topic = :topic AND partition = :partition
 """
 
 
