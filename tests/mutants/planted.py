@@ -2311,7 +2311,7 @@ MUTANTS = (
     Mutant(
         "a mark counts before the group has committed up to it",
         "",
-        "    safe_until = CASE WHEN mark_offset <= ?1 AND ?1 <= ?2 THEN mark_at ELSE safe_until END,\n",
+        "    safe_until = CASE WHEN mark_offset <= :done AND :done <= :last THEN mark_at ELSE safe_until END,\n",
         "    safe_until = CASE WHEN mark_offset IS NOT NULL THEN mark_at ELSE safe_until END,\n",
         "tests/unit/test_inbox_store.py",
     ),
