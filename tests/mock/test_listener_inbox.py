@@ -1,8 +1,6 @@
 """A listener with an inbox: each message has one effect, whatever the database does; while it is away, it is waited
 for."""
 
-import contextlib
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,6 +13,7 @@ from kbatch import Envelope, InboxError
 from kbatch.testing import MockCluster
 from tests import inboxes, outboxes
 from tests.inboxes import GROUP, Inbox, in_postgres, in_sqlite
+from tests.listening import running
 from tests.waiting import until
 
 
@@ -54,27 +53,6 @@ def writer(effects: str) -> Callable[[Any, Any], None]:
         connection.execute(f"INSERT INTO {effects} (n) VALUES ({int(envelope.data)})")  # type: ignore[arg-type]
 
     return handle
-
-
-@contextlib.contextmanager
-def running(of: kbatch.Listener) -> Iterator[list[BaseException]]:
-    """In `run` on a thread, stopped at the end; what `run` has raised."""
-    raised: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            of.run()
-        except BaseException as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield raised
-    finally:
-        of.stop()
-        thread.join(60)
-        assert not thread.is_alive()
 
 
 def check(inbox: Inbox, effects: str, count: int) -> None:
