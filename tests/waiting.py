@@ -1,9 +1,11 @@
-"""For what happens on another thread."""
+"""For what happens on another thread or in another process."""
 
 import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+
+import psutil
 
 
 def until(condition: Callable[[], object], what: str, patience_s: float = 30.0) -> None:
@@ -24,3 +26,10 @@ def later(seconds: float, function: Callable[[], object]) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP; returns once the process stands still: until then another of its threads may go on."""
+    process = psutil.Process(pid)
+    process.suspend()
+    until(lambda: process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE), "the process stands still")

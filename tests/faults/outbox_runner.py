@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import confluent_kafka
+import psutil
 
 import kbatch
 from kbatch.testing import MockCluster
@@ -38,6 +39,7 @@ from tests.faults.outbox_plan import (
     Severed,
 )
 from tests.mock.clients import read_back
+from tests.waiting import stop
 
 IN_FLIGHT_BATCHES = 2
 _LANE = 1_000_000  # numbers of each
@@ -199,7 +201,7 @@ class OutboxRun:
         if process is None:
             return
         try:
-            os.kill(process.pid, signal.SIGSTOP)
+            stop(process.pid)
             if step.who == "relay":
                 self.history.relays_disturbed += 1
                 try:
@@ -210,7 +212,7 @@ class OutboxRun:
                 time.sleep(_LEASE_IS_TAKEN_S)
             else:
                 time.sleep(_SESSION_S)
-        except ProcessLookupError:
+        except (ProcessLookupError, psutil.NoSuchProcess):
             return  # it has killed itself
         finally:
             with contextlib.suppress(ProcessLookupError):

@@ -36,6 +36,7 @@ from confluent_kafka.cimpl import NewTopic
 from tests.kafka import certificates, install
 from tests.kafka.guard import Guard
 from tests.kafka.proxy import FaultProxy
+from tests.waiting import stop
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -101,7 +102,7 @@ class Broker:
 
     def pause(self) -> None:
         """SIGSTOP: connections stay, nothing answers."""
-        os.kill(self.pid, signal.SIGSTOP)
+        stop(self.pid)
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)

@@ -31,6 +31,7 @@ from kbatch.cli._lines import Block, LineSource, Piece
 from kbatch.cli._orders import Orders
 from kbatch.cli._settings import Settings
 from kbatch.testing import ApiKey, MockCluster
+from tests.waiting import stop
 
 from .clients import Record, read
 
@@ -924,7 +925,7 @@ def test_it_says_that_a_broker_is_silent():
         running = Running("-t", "t", "-X", f"bootstrap.servers={cluster.bootstrap_servers}")
         feed(running, [b"1"])
         wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1)
-        os.kill(cluster.pid, signal.SIGSTOP)
+        stop(cluster.pid)
         feed(running, [b"2"])
         assert running.process.stderr.readline() == b"kbatch: nothing was acknowledged for 10 s; it is waited for\n"
         os.kill(cluster.pid, signal.SIGCONT)
@@ -1025,6 +1026,9 @@ def test_ctrl_c_finishes_what_is_in_flight_and_says_where_it_stopped(name, lines
         feeder = threading.Thread(target=feed, args=(running, lines))
         feeder.start()
         wait_for(lambda: cluster.produce_requests() > 2)
+        cluster.set_rtt(1, 3_000)
+        requests = cluster.produce_requests()
+        wait_for(lambda: cluster.produce_requests() > requests)  # so that something is in flight when the signal comes
         running.interrupt(number)
         status, out, err = running.end()
         feeder.join()

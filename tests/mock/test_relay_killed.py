@@ -19,7 +19,7 @@ from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
-from tests.waiting import until
+from tests.waiting import stop, until
 
 from .clients import read_back
 
@@ -115,7 +115,7 @@ def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_
             kafka_cluster.start_request_tracking()
             outboxes.add(outbox, numbered(range(500)))
             until(lambda: kafka_cluster.produce_requests() >= 1, "something in flight")
-            process.send_signal(signal.SIGSTOP)
+            stop(process.pid)
             outboxes.query(
                 outbox,
                 "UPDATE {lease} SET owner = 'another', token = token + 1, length = 3600000, until = {now} + 3600000",
