@@ -2451,6 +2451,20 @@ MUTANTS = (
         "tests/mock/test_aio_listener.py",
     ),
     Mutant(
+        "what was in the memory of an envelope shows in the next one",
+        "read_regular",
+        "    memset(block, 0, sizeof(Received))\n",
+        "    block.seen = block.users = block.makes_id = block.attempts = 0\n",
+        "tests/unit/test_received_envelope.py",
+    ),
+    Mutant(
+        "memory of an envelope is taken by two",
+        "new_block",
+        "        spare.first[kind] = block.next\n",
+        "",
+        "tests/mock/test_consumer_core.py",
+    ),
+    Mutant(
         "a transaction commits offsets of a partition that another has",
         "_send_offsets",
         "        if not reading.holds(work):\n",
