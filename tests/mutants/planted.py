@@ -1908,8 +1908,8 @@ MUTANTS = (
     Mutant(
         "what is scheduled has the timestamp of its add",
         "stored_rows",
-        "            record.timestamp = envelope._scheduled_time // 1000\n",
-        "            pass\n",
+        "                record.timestamp = envelope._scheduled_time // 1000\n",
+        "                pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(

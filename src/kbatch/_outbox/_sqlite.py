@@ -8,7 +8,7 @@ from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._sqlite import SqliteDatabase, lacks_tables, take_back, tell_of_fault
-from kbatch._database._tables import age_s, now_us
+from kbatch._database._tables import age_s
 from kbatch._outbox._base import BlockingOutbox, OutboxStatus
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
@@ -142,25 +142,18 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
             return 0
         cursor = connection.cursor()
         if count == 1:
-            rows, _ = self._rows(batches, 0)
-            if rows:
+            rows = self._pool.rows(batches, 0, BUCKETS, [])
+            if rows:  # it is not scheduled
                 self._take(cursor, 1)
                 cursor.execute(self._insert_one, rows[0])
                 return 1
         self._take(cursor, count)
         cursor.row_factory = None
         (last_seq,) = cursor.execute(self._last_number).fetchone()
-        rows, scheduled = self._rows(batches, last_seq - count + 1)
+        scheduled: list[ScheduledRow] = []
+        rows = self._pool.rows(batches, last_seq - count + 1, BUCKETS, scheduled)
         self._insert_rows(cursor, rows, scheduled)
         return len(rows) + len(scheduled)
-
-    def _rows(self, batches: Sequence[MappedBatch], first_seq: int) -> tuple[list[NewRow], list[ScheduledRow]]:
-        rows: list[NewRow] = []
-        scheduled: list[ScheduledRow] = []
-        created_us = now_us()
-        for batch in batches:
-            rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, created_us, scheduled)
-        return rows, scheduled
 
     def _take(self, cursor: sqlite3.Cursor, count: int) -> None:
         """Takes numbers, the last of which is then ``meta.last_seq``.
