@@ -1479,6 +1479,27 @@ MUTANTS = (
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
+        "a connection that one outbox knows is known to all",
+        "SqliteDatabase._set_path",
+        "hashlib.sha256(os.fsencode(self._path))",
+        "hashlib.sha256(b'')",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
+        "an outbox asks for a connection's file with each add",
+        "SqliteDatabase._set_known",
+        "        connection.create_function(self._known, 0, int)\n",
+        "        pass\n",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
+        "an outbox adds to tables with another number of buckets",
+        "SqliteOutbox.__init__",
+        'AND version = {version} AND buckets = {buckets}"',
+        'AND version = {version}"',
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
         "a relay deletes by a lease that has run out",
         "SqliteStore._valid",
         "SELECT bucket, token FROM {lease} WHERE {lives} AND",
@@ -1887,8 +1908,8 @@ MUTANTS = (
     Mutant(
         "what is scheduled has the timestamp of its add",
         "stored_rows",
-        "            record.timestamp = envelope._scheduled_time // 1000\n",
-        "            pass\n",
+        "                record.timestamp = envelope._scheduled_time // 1000\n",
+        "                pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
