@@ -46,7 +46,7 @@ _checks: dict[str, Any] = {
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 }
 hypothesis.settings.register_profile("quick", max_examples=40, **_checks)
-hypothesis.settings.register_profile("default", max_examples=150, **_checks)
+hypothesis.settings.register_profile("default", max_examples=75, **_checks)
 hypothesis.settings.register_profile("thorough", max_examples=5000, **_checks)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("quick" if SLOW_BUILD else "default"))
 
