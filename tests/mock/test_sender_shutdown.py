@@ -417,7 +417,7 @@ def test_daemon_threads_send_while_the_interpreter_ends(cluster: MockCluster) ->
             def loop():
                 while True:
                     try:
-                        sender.send(kbatch.Envelope(data=b"x"), timeout=1)
+                        sender.send(kbatch.Envelope(data=b"x"), timeout=60)
                     except kbatch.SenderClosedError:
                         time.sleep(0.001)
                     turns.append(1)
