@@ -377,9 +377,10 @@ def test_a_file_of_another_kind_is_named(data, kind, topic, servers, lines_file)
     # before any broker is asked
     result = run_here("produce", file, "-t", topic, "-X", "bootstrap.servers=127.0.0.1:1")
     assert_one_line(result, 2, f"{file} seems to be {kind}; give JSON lines in UTF-8, such as: ")
-    result = run("produce", "-", *arguments, input=data)
-    assert_one_line(result, 2, f"standard input seems to be {kind}; ")
-    assert result[1] == ""
+    if kind == OTHER_KINDS[0][1]:
+        result = run("produce", "-", *arguments, input=data)
+        assert_one_line(result, 2, f"standard input seems to be {kind}; ")
+        assert result[1] == ""
 
 
 @pytest.mark.parametrize("in_flight", [1, 3])
