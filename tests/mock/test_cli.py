@@ -920,6 +920,7 @@ def test_it_says_that_an_http_server_is_no_broker(lines_file):
     assert "receive.message.max.bytes" not in err
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 def test_it_says_that_a_broker_is_silent():
     with MockCluster(process=True) as cluster:
@@ -1119,6 +1120,7 @@ def test_ctrl_c_before_a_broker_answers():
     assert (status, err) == (130, "kbatch: interrupted\n")
 
 
+@pytest.mark.long
 def test_a_broker_that_is_gone_for_good(tmp_path):
     lines = [line.encode() for line in lines_of(100)]
     rejects = tmp_path / "rejects"
@@ -1253,6 +1255,7 @@ def test_no_bar_in_a_pipe_whatever_the_environment_says(variable, topic, servers
     assert "\x1b" not in out
 
 
+@pytest.mark.long
 @pytest.mark.skipif(os.name == "nt", reason="platform: a POSIX shell")
 @pytest.mark.parametrize("streams", ["2>&-", ">&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full", ">/dev/full"])
 def test_closed_and_full_streams_change_nothing(streams, topic, servers, shared_cluster, lines_file):

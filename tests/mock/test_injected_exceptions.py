@@ -122,6 +122,7 @@ def test_a_sender(cluster: MockCluster, make: Any, transactional: bool) -> None:
         until(lambda: producer.stats()["pinned_buffers"] == 0, "all given back")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("make", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("fresh", [False, True], ids=["trial", "first"])
 def test_an_agent(cluster: MockCluster, make: Any, fresh: bool) -> None:
@@ -184,6 +185,7 @@ def test_an_inline_sender(cluster: MockCluster, make: Any) -> None:
         until(lambda: producer.stats()["pinned_buffers"] == 0, "all given back")
 
 
+@pytest.mark.long
 @NEVER_AWAITED
 @pytest.mark.parametrize("make", [Injected, MemoryError, asyncio.CancelledError], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("way", ["sender", "trial", "first"])

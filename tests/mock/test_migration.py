@@ -341,6 +341,7 @@ def test_django_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Pa
     assert len(ids) == 10
 
 
+@pytest.mark.long
 @needs_posix
 def test_celery_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Path) -> None:
     kafka_cluster.create_topic("orders", partitions=4)

@@ -770,6 +770,7 @@ def test_what_waits_for_run_is_refused_within_it(outbox: Outbox, cluster: MockCl
             timer.join()
 
 
+@pytest.mark.long
 @in_sqlite
 def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_close_to_wait_for(
     outbox: SqliteOutbox,

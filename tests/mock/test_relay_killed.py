@@ -58,6 +58,7 @@ def let_leases_run_out(outbox: Outbox) -> None:
         outboxes.query(outbox, f"UPDATE {{{table}}} SET until = 0")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_a_relay_that_is_killed_at_one_of_its_steps(outbox: Outbox, kafka_cluster: MockCluster, seed: int) -> None:
     seeded = random.Random(seed)
@@ -80,6 +81,7 @@ def test_a_relay_that_is_killed_at_one_of_its_steps(outbox: Outbox, kafka_cluste
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
 
 
+@pytest.mark.long
 def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
     outbox: Outbox, kafka_cluster: MockCluster
 ) -> None:
@@ -104,6 +106,7 @@ def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
     assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_and_sends_nothing_new(
     outbox: Outbox, kafka_cluster: MockCluster

@@ -178,6 +178,7 @@ def test_a_server_that_ends_and_comes_back(
     check(outbox, cluster, copies=0)
 
 
+@pytest.mark.long
 def test_connections_that_the_server_ends_at_any_time(server: Any, cluster: MockCluster) -> None:
     outbox = made(server.conninfo)
     ended = 0
@@ -199,6 +200,7 @@ def test_connections_that_the_server_ends_at_any_time(server: Any, cluster: Mock
     check(outbox, cluster, copies=0)
 
 
+@pytest.mark.long
 def test_connections_that_are_cut_between(server: Any, cluster: MockCluster) -> None:
     outbox = made(server.conninfo)
     proxy = FaultProxy(server.port)
@@ -216,6 +218,7 @@ def test_connections_that_are_cut_between(server: Any, cluster: MockCluster) -> 
         proxy.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("direction", Direction)
 def test_a_silent_connection_is_given_up(
     server: Any,
@@ -247,6 +250,7 @@ def test_a_silent_connection_is_given_up(
 MOST_CONNECTIONS = 8
 
 
+@pytest.mark.long
 def test_a_server_that_has_no_connection_left(server: Any, cluster: MockCluster) -> None:
     import psycopg
 

@@ -158,6 +158,7 @@ def test_gunicorn_with_a_producer_of_its_own_for_each_worker(kafka_cluster: Mock
     assert values(kafka_cluster, "orders") == expected
 
 
+@pytest.mark.long
 def test_celery_with_a_producer_made_before_the_fork(kafka_cluster: MockCluster, tmp_path: Path) -> None:
     kafka_cluster.create_topic("orders", partitions=2)
     kafka_cluster.create_topic("events", partitions=1)

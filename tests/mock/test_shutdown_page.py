@@ -227,6 +227,7 @@ def run_tasks(process: subprocess.Popen[bytes], log: Path, cluster: MockCluster,
     until(lambda: process.poll() is not None or log.read_text().count(" succeeded in ") == TASKS, "the tasks")
 
 
+@pytest.mark.long
 def test_celery_closes_its_senders_in_worker_process_shutdown(
     cluster: MockCluster, tmp_path: Path, celery: dict[str, str], messages: Messages, ending: str
 ) -> None:
@@ -239,6 +240,7 @@ def test_celery_closes_its_senders_in_worker_process_shutdown(
     check(cluster, log, ending, OF_THE_TASKS)
 
 
+@pytest.mark.long
 def test_a_celery_task_that_flushes_is_done_when_kafka_has_its_events(
     cluster: MockCluster, tmp_path: Path, celery: dict[str, str], messages: Messages
 ) -> None:
@@ -253,6 +255,7 @@ def test_a_celery_task_that_flushes_is_done_when_kafka_has_its_events(
     assert sorted(values(cluster, TOPIC)) == sorted(OF_THE_TASKS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["cannot be mapped", "not permitted"])
 def test_a_celery_task_that_flushes_fails_when_an_event_is_given_up(
     cluster: MockCluster, tmp_path: Path, celery: dict[str, str], messages: Messages, what: str

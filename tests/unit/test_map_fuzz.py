@@ -15,6 +15,7 @@ SMALL = 20_000
 A_THIRD = settings(max_examples=settings().max_examples // 3)  # for each of twelve
 
 
+@pytest.mark.long
 @given(data=st.data(), setting=strategies.settings)
 def test_good_batches(data, setting):
     specs = data.draw(st.lists(strategies.specs(setting), max_size=6))
@@ -25,6 +26,7 @@ def test_good_batches(data, setting):
     assert len(got) == len(again) == len(specs)
 
 
+@pytest.mark.long
 @given(data=st.data(), setting=strategies.settings)
 def test_a_bad_envelope_anywhere(data, setting):
     specs = data.draw(st.lists(strategies.specs(setting), max_size=4))
