@@ -1050,7 +1050,7 @@ def test_ctrl_c_finishes_what_is_in_flight_and_says_where_it_stopped(name, lines
 def test_ctrl_c_gives_up_what_does_not_finish(how, tmp_path):
     lines = [line.encode() for line in lines_of(20_000)]
     rejects = tmp_path / "rejects"
-    grace = 0.5 if how == "deadline" else 60
+    grace = 0.5 if how == "deadline" else 3_600
     with MockCluster(process=True) as cluster:
         cluster.create_topic("t", 1)
         servers = f"bootstrap.servers={cluster.bootstrap_servers}"
@@ -1058,16 +1058,16 @@ def test_ctrl_c_gives_up_what_does_not_finish(how, tmp_path):
         feed(running, lines[:1_000])
         wait_for(lambda: len(values(read(cluster.bootstrap_servers, "t", 1))) == 1_000)
         cluster.set_broker_down()
-        feeder = threading.Thread(target=feed, args=(running, lines[1_000:]))
+        written = []
+        feeder = threading.Thread(target=feed, args=(running, (written.append(line) or line for line in lines[1_000:])))
         feeder.start()
-        time.sleep(1)
-        began = time.monotonic()
+        wait_for(lambda: len(written) > 4_000)  # more than a pipe holds, so that some of it was read
         running.interrupt()
+        text = read_lines_until(running.process.stderr, b"stopping: waiting up to ")
         if how == "second":
-            time.sleep(0.5)
             running.interrupt()
-        status, out, err = running.end()
-        assert time.monotonic() - began < 10
+        status, out, err = running.end()  # long before 3,600 s
+        err = text.decode() + err
         feeder.join()
         cluster.set_broker_up()
         got = values(read(cluster.bootstrap_servers, "t", 1_000))
