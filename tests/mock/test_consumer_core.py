@@ -547,8 +547,8 @@ def test_the_end_comes_while_others_are_in_calls(orders: MockCluster) -> None:
     calls: list[Callable[[], object]] = [
         lambda: core.poll(100, 30.0),
         lambda: core.commit([("orders", 0, 3)]),
-        lambda: core.commit([("orders", 0, 3)], 1.0),
-        lambda: core.committed([("orders", 0)], 1.0),
+        lambda: core.commit([("orders", 0, 3)], 15.0),
+        lambda: core.committed([("orders", 0)], 15.0),
         lambda: core.assignment_lost(),
         lambda: core.read([("orders", 0)]),
         lambda: core.member_id(),
@@ -558,7 +558,7 @@ def test_the_end_comes_while_others_are_in_calls(orders: MockCluster) -> None:
         thread.start()
     core.close(20.0)
     for thread in threads:
-        thread.join(20.0)
+        thread.join(60.0)
     assert not errors
     assert not any(thread.is_alive() for thread in threads)
     with pytest.raises(ProducerClosedError, match="the consumer is closed"):
