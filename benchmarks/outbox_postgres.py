@@ -23,7 +23,6 @@ from kbatch import aio
 BULK = 1_000
 SINGLES = 200
 ROWS = 50_000
-BACKLOG = 300_000
 CALLERS = 64
 SENDS = 100  # of each
 COMMITS = 60
@@ -79,7 +78,7 @@ def _timed(call: Callable[[], object]) -> float:
 def _adding(turns: int, conninfo: str) -> Section:
     section = Section(
         "Outbox in PostgreSQL: add, in an open transaction, and statements of psycopg with the same rows of 8 headers",
-        "outbox",
+        "outbox-postgres",
     )
     outbox = _made(conninfo)
     envelopes = kbatch_envelopes(BULK)
@@ -135,7 +134,8 @@ def _adding(turns: int, conninfo: str) -> Section:
 
 def _durable(turns: int, conninfo: str) -> Section:
     section = Section(
-        f"Outbox in PostgreSQL: durable sends of {CALLERS} callers, and a bare group commit of psycopg", "outbox"
+        f"Outbox in PostgreSQL: durable sends of {CALLERS} callers, and a bare group commit of psycopg",
+        "outbox-postgres",
     )
     outbox = _made(conninfo)
     envelopes = kbatch_envelopes(SENDS)
@@ -229,7 +229,7 @@ def _bare_group_commit(conninfo: str, rows: list[tuple[Any, ...]]) -> float:
 def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
     section = Section(
         f"Outbox in PostgreSQL: a relay in this process with {ROWS:,} rows, and psycopg that reads and deletes them",
-        "outbox",
+        "outbox-postgres",
     )
     outbox = _made(conninfo)
     envelopes = kbatch_envelopes(5_000)
@@ -237,8 +237,7 @@ def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
     rates: list[float] = []
     bare: list[float] = []
     pinned: list[float] = []
-    backlog: list[float] = []
-    for turn in range(turns):
+    for _ in range(turns):
         _fill(outbox, envelopes, topic, ROWS)
         rates.append(ROWS / _relay_all(outbox, broker, topic, ROWS))
         _fill(outbox, envelopes, topic, ROWS)
@@ -248,9 +247,6 @@ def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
             other.execute("SELECT count(*) FROM kbatch_outbox")
             _fill(outbox, envelopes, topic, ROWS)
             pinned.append(ROWS / _relay_all(outbox, broker, topic, ROWS))
-        if not turn:
-            _fill(outbox, envelopes, topic, BACKLOG)
-            backlog.append(BACKLOG / _relay_all(outbox, broker, topic, BACKLOG))
         _clear(conninfo)
     section.figures += [
         figure("relay, rows/s", rates, target=RELAY_ROWS_TARGET, digits=0),
@@ -265,7 +261,6 @@ def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
             [one / other for one, other in zip(pinned, rates, strict=True)],
             target=SAME_TARGET,
         ),
-        figure(f"with a backlog of {BACKLOG:,} rows / with {ROWS:,}", [backlog[0] / rates[0]], target=SAME_TARGET),
     ]
     own, plain, notified = outbox, kbatch.PostgresOutbox(conninfo), kbatch.PostgresOutbox(conninfo, notify=True)
     of_relay = kbatch.PostgresOutbox(conninfo, notify=True)
@@ -320,10 +315,13 @@ def _read_and_delete(conninfo: str) -> None:
 
 
 def _latencies(
-    outbox: kbatch.PostgresOutbox, of_relay: kbatch.PostgresOutbox, servers: str, topic: str
+    outbox: kbatch.PostgresOutbox, of_relay: kbatch.PostgresOutbox, servers: str, topic: str, **options: Any
 ) -> Iterator[float]:
     """Seconds from a commit until the broker has answered. Another object is as one of another process."""
-    with kbatch.Relay(of_relay, {"bootstrap.servers": servers}) as relay, _connected(outbox._conninfo) as connection:
+    with (
+        kbatch.Relay(of_relay, {"bootstrap.servers": servers}, **options) as relay,
+        _connected(outbox._conninfo) as connection,
+    ):
         thread = threading.Thread(target=relay.run)
         thread.start()
         try:
