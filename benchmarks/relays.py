@@ -257,4 +257,5 @@ def fencing(turns: int, rows: int, open_broker: OpenBroker) -> Iterator[Section]
                 figure(f"{name}, commit to acknowledgement of one record, p50", [median(found) * 1e3], unit=" ms"),
                 figure("  p99", [found[int(0.99 * len(found))] * 1e3], unit=" ms"),
             ]
+        section.settings["ways"] = list(ways)
         yield section

@@ -135,7 +135,7 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
     )
     document = results.Document(machine, broker, describe_plan(plan), 0.0, [])
     path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}" / f"{broker['kind']}.json"
-    start = time.monotonic()
+    start = before = time.monotonic()
     chosen: Sequence[str] = ON_KAFKA if options.kafka else ON_MOCK
     if options.only:
         chosen = [name for each in options.only.split(",") for name in GROUPS.get(each, (each,))]
@@ -146,6 +146,8 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
         for section in measure(replace(plan, patient=patient)):
             # the state of the machine, which on a shared one changes within minutes
             section.details |= {"line_round_trip_ns": line_round_trip_ns(), "load": load()}
+            before, took = time.monotonic(), time.monotonic() - before
+            section.details["seconds"] = round(took, 1)
             if options.kafka:  # the targets are the mock cluster's, but for those against Kafka's own producer
                 section.figures = [
                     figure if "Java producer" in figure.name else msgspec.structs.replace(figure, target=None)
