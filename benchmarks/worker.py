@@ -42,6 +42,9 @@ class Worker:
             raise RuntimeError(f"{self._name} ended with status {self._process.wait()}")
         return msgspec.json.decode(line, type=answer)
 
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
     def close(self, *, by_force: bool = False) -> None:
         if by_force:
             self._process.kill()
