@@ -604,7 +604,7 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "outbox-fencing": lambda plan: relays.fencing(max(3, plan.all_turns // 3), plan.relay_rows // 3, plan.open_broker),
     "reading": lambda plan: readings(plan.all_turns, plan.open_broker),
     "reading-rates": lambda plan: rates(plan.all_turns, plan.read_records, plan.open_broker),
-    "reading-gil": lambda plan: still(plan.all_turns, plan.read_records, plan.open_broker),
+    "reading-gil": lambda plan: still(plan.all_turns, plan.read_records // 2, plan.open_broker),
     "reading-memory": lambda plan: memory_of_reading(plan.memory_envelopes, plan.open_broker),
     "inbox": lambda plan: inboxes(plan.all_turns, plan.open_broker),
     "inbox-handling": lambda plan: handlings(max(3, plan.all_turns // 3), plan.open_broker),

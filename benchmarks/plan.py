@@ -32,7 +32,7 @@ class Plan:
     #: rows that several relays send
     relay_rows: int = 300_000
     #: of a topic that consumers read in each turn
-    read_records: int = 150_000
+    read_records: int = 100_000
     half_load_s: float = 8.0
     tune: bool = True
     latency: Effort = LATENCY

@@ -79,7 +79,8 @@ def plan_of(options: argparse.Namespace) -> Plan:
     if options.quick:
         brief = Effort(rounds=1, turns=5, seconds=0.2)
         plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False,
-                    backlogs=(50_000, 300_000), relay_rows=150_000, half_load_s=3.0,
+                    backlogs=(50_000, 300_000), relay_rows=150_000, read_records=30_000,
+                    half_load_s=3.0,
                     latency=replace(LATENCY, turns=5), outages=Outages((1.0, 1.6)))  # fmt: skip
     changes: dict[str, Any] = {name: value for name in CHANGES if (value := getattr(options, name)) is not None}
     if options.kafka and not options.quick:
