@@ -10,7 +10,7 @@ kept.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -122,23 +122,28 @@ def machine(document: Document) -> str:
     return "\n".join(parts)
 
 
-def region(document: Document | None, measure: str) -> str:
+def region(document: Document | None, measure: str, plot: str = "") -> str:
     if document is None:
         return "Not measured yet."
     if measure == "machine":
         return machine(document)
     found = [render(section) for section in document.find(measure)]
-    return "\n\n".join(found) if found else "Not measured in this run."
+    if not found:
+        return "Not measured in this run."
+    return "\n\n".join([f"![{measure}](benchmarks/{plot}.svg)", *found] if plot else found)
 
 
-def fill(page: str, documents: Mapping[str, Document]) -> str:
-    """The page with the figures of these documents."""
+def fill(page: str, documents: Mapping[str, Document], drawn: Collection[str] = ()) -> str:
+    """The page with the figures of these documents. What is kept apart has its plots, of those that are drawn, before
+    its tables; of the others the page itself says where they stand."""
 
     def replace(match: re.Match[str]) -> str:
         opening, file, measure, end = match.groups()
         if file not in FILES:
             raise ValueError(f"no such file of results: {file}")
-        return f"{opening}\n{region(documents.get(file), measure)}\n\n{end}"
+        plot = f"{measure}-{file.rpartition('-')[2]}"
+        shown = plot if file not in KINDS and plot in drawn else ""
+        return f"{opening}\n{region(documents.get(file), measure, shown)}\n\n{end}"
 
     return _REGION.sub(replace, page)
 
@@ -172,11 +177,12 @@ def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
     documents = kept(folder)
     for old in folder.glob("*.svg"):
         old.unlink()
-    for file in documents:
-        yield from plots.draw(folder / f"{file}.json", folder)
+    drawn = [path for file in documents for path in plots.draw(folder / f"{file}.json", folder)]
+    yield from drawn
     if all(kind in documents for kind in KINDS):
         yield from plots.draw_summary(folder / "kafka.json", folder / "mock.json", folder)
-    page.write_text(fill(page.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    names = {path.stem for path in drawn}
+    page.write_text(fill(page.read_text(encoding="utf-8"), documents, names), encoding="utf-8")
     yield page
 
 

@@ -166,6 +166,7 @@ def test_outbox_reading_and_inbox_are_kept_apart_and_drawn_from_there(results: P
     written = {path.name for path in docs.write(kept, page)}
     assert written == {"page.md", *(f"{name}-mock.svg" for name in plots.PLOTS)}
     assert "| 50,000 rows, rows/s | 120,000 | 100,000 to 140,000 |" in page.read_text()
+    assert "(benchmarks/outbox-backlog-mock.svg)" in page.read_text()
     assert "5 M" in texts(kept / "outbox-backlog-mock.svg")
     assert "FastStream" in texts(kept / "reading-rates-mock.svg")
 
