@@ -11,7 +11,6 @@ from kbatch._errors import InboxError
 from kbatch._fastmap import Flag, monotonic
 from kbatch._inbox._keeper import Keeper
 from kbatch._receiving._base import COMMIT_INTERVAL_S, BaseListener
-from kbatch._receiving._transacting import CannotCommitError, OvertakenError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -158,36 +157,11 @@ class Listener(BaseListener):
             RuntimeError: It runs already, or there are no threads to be had.
         """
         self._check_inbox()
-        reading = self._begin(self._wake)
-        keeper = None if self._inbox is None else Keeper(self._inbox, self._parsed.group, reading.offsets)
-        self._idle = []
-        workers: list[threading.Thread] = []
+        claim = object()
         try:
-            try:
-                if self._transacting is not None:
-                    self._transacting.begin(reading)
-                for number in range(self._concurrency):
-                    worker = threading.Thread(
-                        target=self._work, args=(reading,), name=f"kbatch-handler-{number}", daemon=True
-                    )
-                    worker.start()
-                    workers.append(worker)
-                if keeper is not None:
-                    keeper.start()
-            except BaseException:
-                reading.stop()
-                raise
-            finally:
-                reading.run()  # it ends at once if it is stopped
+            self._run(claim)
         finally:
-            if keeper is not None:
-                keeper.stop()
-            self._over()
-            end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
-            for worker in workers:
-                worker.join(max(0.0, end - monotonic()))
-        if reading.error is not None:
-            raise reading.error
+            self._over(claim)  # Ctrl-C may have come before the run's own end
 
     def close(self) -> None:
         """Stops it, and waits until `run` has ended.
@@ -208,6 +182,36 @@ class Listener(BaseListener):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run(self, claim: object) -> None:
+        keeper: Keeper | None = None
+        workers: list[threading.Thread] = []
+
+        def prepare() -> None:
+            for number in range(self._concurrency):
+                worker = threading.Thread(
+                    target=self._work, args=(reading,), name=f"kbatch-handler-{number}", daemon=True
+                )
+                worker.start()
+                workers.append(worker)
+            if keeper is not None:
+                keeper.start()
+
+        reading = self._begin(claim, self._wake)
+        try:
+            self._idle = []
+            if self._inbox is not None:
+                keeper = Keeper(self._inbox, self._parsed.group, reading.offsets)
+            self._read(reading, prepare)
+        finally:
+            if keeper is not None:
+                keeper.stop()
+            self._over(claim)
+            end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
+            for worker in workers:
+                worker.join(max(0.0, end - monotonic()))
+        if reading.error is not None:
+            raise reading.error
 
     # -- handlers' threads
 
@@ -237,18 +241,19 @@ class Listener(BaseListener):
                 session.close()
 
     def _attempt(self, reading: Reading, work: Work) -> None:
-        if not self._failing.goes_on(reading, work):
-            return
         try:
-            self._handle(work)
-        except OvertakenError:
-            reading.put_off(work, monotonic())
-        except CannotCommitError as error:
-            reading.fail(work, error.error)
-        except BaseException as error:
-            self._fail(reading, work, error)
-        else:
-            self._failing.handled(reading, work)
+            is_copied = work.copy is not None
+            if not is_copied:
+                try:
+                    self._handle(work)
+                except BaseException as error:
+                    is_copied = self._fail(reading, work, error)
+                else:
+                    self._failing.handled(reading, work)
+            if is_copied:
+                self._failing.send_on(reading, work)
+        except BaseException as error:  # no memory, or transactions have ended
+            reading.fail(work, error)
 
     def _handle(self, work: Work) -> None:
         for envelope in work.handled:

@@ -102,6 +102,7 @@ class Reading:
         self._reopened: list[Partition] = []
         self._waits_for_room = False
         self._is_over = False
+        self._is_ended = False  # its consumer is closed
         self.handled = self.failed = self.rebalances = self.abandoned = 0
         # Of the thread that polls.
         self._leaving: set[Partition] | None = None  # a rebalance waits for their handlers
@@ -201,9 +202,10 @@ class Reading:
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
         with self.lock:
-            self.failed += len(work.places)
             self.end_with(error)
-            self._end(work)
+            if work in self._running:  # no step was taken
+                self.failed += len(work.places)
+                self._end(work)
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
@@ -222,8 +224,9 @@ class Reading:
     def abandon(self, work: Work) -> None:
         """Its handler was ended when the time to close was over."""
         with self.lock:
-            self.abandoned += len(work.places)
-            self._end(work)
+            if work in self._running:
+                self.abandoned += len(work.places)
+                self._end(work)
 
     def end_with(self, error: BaseException) -> None:
         if self.error is None:
@@ -302,10 +305,17 @@ class Reading:
             try:
                 self._finish()
             finally:
-                with self.lock:
-                    self._is_over = True
-                    self._wake(sys.maxsize)  # all that wait: nothing will come
-                self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+                self.end()
+
+    def end(self) -> None:
+        """Nothing is read any more, or ever was. Those who wait for work are told."""
+        if not self._is_ended:
+            self.is_stopping = True
+            with self.lock:
+                self._is_over = True
+                self._wake(sys.maxsize)  # all that wait: nothing will come
+            self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+            self._is_ended = True
 
     def _poll(self) -> None:
         if self.is_stopping:

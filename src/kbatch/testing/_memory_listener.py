@@ -63,12 +63,11 @@ class _Noting(Failing):
 
     memory: _Memory
 
-    def failed(self, steps: Steps, work: Work, error: BaseException) -> None:
-        if not isinstance(error, Exception):
-            raise error  # to the test
+    def failed(self, steps: Steps, work: Work, error: BaseException) -> bool:
         assert self.memory.at is not None
-        self.memory.at.errors.append(error)
-        super().failed(steps, work, error)
+        if isinstance(error, Exception):
+            self.memory.at.errors.append(error)
+        return super().failed(steps, work, error)
 
 
 class _Memory:
@@ -158,6 +157,8 @@ class _Memory:
         self._lanes.end(work, self._now)
 
     def fail(self, work: Work, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            raise error  # to the test
         assert self.at is not None
         self.at.outcome = "failed"
         self._has_ended = True
