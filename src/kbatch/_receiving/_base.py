@@ -15,6 +15,7 @@ from kbatch._errors import ConfigError, DeserializationError, InboxError, except
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
+from kbatch._inbox._keeper import Keeper
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
 from kbatch._receiving._copies import Copies
@@ -130,6 +131,7 @@ class BaseListener:
         )
         # Of the last run.
         self._reading: Reading | None = None
+        self._keeper: Keeper | None = None
         self._claim: object | None = None  # of the run that there is
         self._runner: int | None = None  # its thread
         self._pid = os.getpid()
@@ -215,6 +217,8 @@ class BaseListener:
             give_up,
             commits=self._transacting is None,
         )
+        if self._inbox is not None:
+            self._keeper = Keeper(self._inbox, self._parsed.group, self._reading.offsets)
         CORES.add(core)
         SENDERS.add(self)
         if self._is_to_stop:
@@ -234,19 +238,23 @@ class BaseListener:
         finally:
             reading.run()  # it ends at once if it is stopped
 
-    def _over(self, claim: object) -> None:
-        """Ends the run of this claim, unless it has ended. An exception may have come between any two lines of it."""
+    def _over(self, claim: object, *, is_last: bool) -> None:
+        """Ends the run of this claim, unless it has ended. If it is interrupted, it is called again as the last time."""
         if self._claim is not claim:
             return
-        SENDERS.discard(self)
         try:
+            SENDERS.discard(self)
+            if self._keeper is not None:
+                self._keeper.stop()
             if self._reading is not None:
                 self._reading.end()
             if self._copies is not None:
                 self._copies.close(_CLOSE_COPIES_S)
+            is_last = True
         finally:
-            self._is_to_stop = False
-            self._claim = None
+            if is_last:
+                self._is_to_stop = False
+                self._claim = None
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
         if self._concurrency == 1 or self._transacting is not None:  # offsets are committed one after the other

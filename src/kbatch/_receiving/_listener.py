@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from kbatch._callbacks import is_coroutine_function, refuse_coroutine
 from kbatch._errors import InboxError
 from kbatch._fastmap import Flag, monotonic
-from kbatch._inbox._keeper import Keeper
 from kbatch._receiving._base import COMMIT_INTERVAL_S, BaseListener
 
 if TYPE_CHECKING:
@@ -161,7 +160,7 @@ class Listener(BaseListener):
         try:
             self._run(claim)
         finally:
-            self._over(claim)  # Ctrl-C may have come before the run's own end
+            self._over(claim, is_last=True)  # Ctrl-C may have come before the run's own end, or in it
 
     def close(self) -> None:
         """Stops it, and waits until `run` has ended.
@@ -184,7 +183,6 @@ class Listener(BaseListener):
         self.close()
 
     def _run(self, claim: object) -> None:
-        keeper: Keeper | None = None
         workers: list[threading.Thread] = []
 
         def prepare() -> None:
@@ -194,19 +192,15 @@ class Listener(BaseListener):
                 )
                 worker.start()
                 workers.append(worker)
-            if keeper is not None:
-                keeper.start()
+            if self._keeper is not None:
+                self._keeper.start()
 
         reading = self._begin(claim, self._wake)
         try:
             self._idle = []
-            if self._inbox is not None:
-                keeper = Keeper(self._inbox, self._parsed.group, reading.offsets)
             self._read(reading, prepare)
         finally:
-            if keeper is not None:
-                keeper.stop()
-            self._over(claim)
+            self._over(claim, is_last=False)
             end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
             for worker in workers:
                 worker.join(max(0.0, end - monotonic()))
@@ -221,7 +215,7 @@ class Listener(BaseListener):
 
     def _work(self, reading: Reading) -> None:
         flag = Flag()
-        session = None
+        session = work = None
         try:
             if self._inbox is not None:
                 session = self._inbox.open_session(self._parsed.group)
@@ -233,27 +227,27 @@ class Listener(BaseListener):
                         flag.wait(interruptible=False)
                     continue
                 self._attempt(reading, work)
-                del work
-        except BaseException as error:  # no memory
-            reading.end_with(error)
+                work = None
+        except BaseException as error:  # no memory, or transactions have ended
+            if work is None:
+                reading.end_with(error)
+            else:
+                reading.fail(work, error)
         finally:
             if session is not None:
                 session.close()
 
     def _attempt(self, reading: Reading, work: Work) -> None:
-        try:
-            is_copied = work.copy is not None
-            if not is_copied:
-                try:
-                    self._handle(work)
-                except BaseException as error:
-                    is_copied = self._fail(reading, work, error)
-                else:
-                    self._failing.handled(reading, work)
-            if is_copied:
-                self._failing.send_on(reading, work)
-        except BaseException as error:  # no memory, or transactions have ended
-            reading.fail(work, error)
+        is_copied = work.copy is not None
+        if not is_copied:
+            try:
+                self._handle(work)
+            except BaseException as error:
+                is_copied = self._fail(reading, work, error)
+            else:
+                self._failing.handled(reading, work)
+        if is_copied:
+            self._failing.send_on(reading, work)
 
     def _handle(self, work: Work) -> None:
         for envelope in work.handled:

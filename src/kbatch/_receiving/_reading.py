@@ -180,13 +180,18 @@ class Reading:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
         with self.lock:
             work = None if self.is_stopping else self._waiting.take(monotonic())
-            if work is not None:
+            if work is None:
+                if otherwise is not None and not self._is_over:
+                    otherwise()
+                return None
+            try:
                 work.begun_at = monotonic()
-                self._running.add(work)
                 self._running_of[work.partition] += len(work.places)
-            elif otherwise is not None and not self._is_over:
-                otherwise()
-            return work
+                self._running.add(work)
+                return work
+            except BaseException as error:  # nobody has it
+                self.fail(work, error)
+                raise
 
     def is_over(self) -> bool:
         return self._is_over

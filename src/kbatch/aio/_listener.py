@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from kbatch._callbacks import callback_name, is_coroutine_function
 from kbatch._errors import InboxError, ListenerError
 from kbatch._fastmap import LoopWaker, monotonic
-from kbatch._inbox._keeper import Keeper
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
 from kbatch.aio._inbox_session import AioInboxSession
@@ -128,7 +127,6 @@ class Listener(BaseListener):
         claim = object()
         ended = LoopWaker()
         handlers = _Handlers(self, ended.loop)
-        keeper: Keeper | None = None
         errors: list[BaseException] = []
         waits = [ended]
         is_begun: list[bool] = []
@@ -142,10 +140,8 @@ class Listener(BaseListener):
                 try:
                     self._read(reading)
                 finally:
-                    if keeper is not None:
-                        keeper.stop()
                     self._close_sessions()
-                    self._over(claim)
+                    self._over(claim, is_last=True)
             except BaseException as error:
                 errors.append(error)
             handlers.is_over = True
@@ -154,18 +150,16 @@ class Listener(BaseListener):
 
         try:
             reading = handlers.reading = self._begin(claim, handlers.wake, handlers.give_up)
-            if self._inbox is not None:
-                keeper = Keeper(self._inbox, self._parsed.group, reading.offsets)
             threading.Thread(
                 target=contextvars.copy_context().run, args=(run,), name="kbatch-listener", daemon=True
             ).start()
-            if keeper is not None:
-                keeper.start()
+            if self._keeper is not None:
+                self._keeper.start()
             await ended.future
         except BaseException as cancelled:
             with self._claims:
                 if not is_begun:
-                    self._over(claim)
+                    self._over(claim, is_last=True)
                     raise
             reading.stop()
             waits.append(again := LoopWaker())
@@ -322,6 +316,8 @@ class _Handlers:
         self._tasks.discard(task)
         if task.cancelled():  # before it began
             self._cancelled(work, None)
+        elif (error := task.exception()) is not None:  # an exception came before it could be caught
+            self.reading.fail(work, error)
         if not self._is_called:
             self._loop.call_soon(self._begin)
             self._is_called = True
