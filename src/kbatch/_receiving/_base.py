@@ -239,7 +239,7 @@ class BaseListener:
             reading.run()  # it ends at once if it is stopped
 
     def _over(self, claim: object, *, is_last: bool) -> None:
-        """Ends the run of this claim, unless it has ended. If it is interrupted, it is called again as the last time."""
+        """Ends the run of this claim, unless it has ended. A call that is interrupted is followed by the last one."""
         if self._claim is not claim:
             return
         try:
