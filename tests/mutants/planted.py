@@ -2233,7 +2233,7 @@ MUTANTS = (
     # -- failures of a listener
     Mutant(
         "what failed is done before its copy is stored",
-        "Failing._sent_on",
+        "Failing._judge_copy",
         "        if error is None:\n",
         "        if True:\n",
         "tests/unit/test_failures.py",
@@ -2498,5 +2498,26 @@ MUTANTS = (
         "            packed, self._packed = self._packed, None\n",
         "            packed, self._packed = self._packed, []\n",
         "tests/mock/test_transactional_listener.py",
+    ),
+    Mutant(
+        "a send that a handler has not awaited is lost in silence",
+        "Transaction._check",
+        "        if self._left:\n",
+        "        if False:\n",
+        "tests/mock/test_aio_transactional_listener.py",
+    ),
+    Mutant(
+        "a listener that was interrupted in its end runs already",
+        "Listener.run",
+        "            self._over(claim, is_last=True)  # Ctrl-C",
+        "            pass  # Ctrl-C",
+        "tests/unit/test_listener_interrupted.py",
+    ),
+    Mutant(
+        "a record that cannot be failed for want of memory stays under way",
+        "_Handlers._end",
+        "            self.reading.fail(work, error)\n",
+        "            pass\n",
+        "tests/unit/test_listener_interrupted.py",
     ),
 )

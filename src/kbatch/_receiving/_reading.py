@@ -102,6 +102,7 @@ class Reading:
         self._reopened: list[Partition] = []
         self._waits_for_room = False
         self._is_over = False
+        self._is_ended = False  # its consumer is closed
         self.handled = self.failed = self.rebalances = self.abandoned = 0
         # Of the thread that polls.
         self._leaving: set[Partition] | None = None  # a rebalance waits for their handlers
@@ -179,13 +180,18 @@ class Reading:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
         with self.lock:
             work = None if self.is_stopping else self._waiting.take(monotonic())
-            if work is not None:
+            if work is None:
+                if otherwise is not None and not self._is_over:
+                    otherwise()
+                return None
+            try:
                 work.begun_at = monotonic()
-                self._running.add(work)
                 self._running_of[work.partition] += len(work.places)
-            elif otherwise is not None and not self._is_over:
-                otherwise()
-            return work
+                self._running.add(work)
+                return work
+            except BaseException as error:  # nobody has it
+                self.fail(work, error)
+                raise
 
     def is_over(self) -> bool:
         return self._is_over
@@ -201,9 +207,10 @@ class Reading:
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
         with self.lock:
-            self.failed += len(work.places)
             self.end_with(error)
-            self._end(work)
+            if work in self._running:  # no step was taken
+                self.failed += len(work.places)
+                self._end(work)
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
@@ -222,8 +229,9 @@ class Reading:
     def abandon(self, work: Work) -> None:
         """Its handler was ended when the time to close was over."""
         with self.lock:
-            self.abandoned += len(work.places)
-            self._end(work)
+            if work in self._running:
+                self.abandoned += len(work.places)
+                self._end(work)
 
     def end_with(self, error: BaseException) -> None:
         if self.error is None:
@@ -302,10 +310,17 @@ class Reading:
             try:
                 self._finish()
             finally:
-                with self.lock:
-                    self._is_over = True
-                    self._wake(sys.maxsize)  # all that wait: nothing will come
-                self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+                self.end()
+
+    def end(self) -> None:
+        """Nothing is read any more, or ever was. Those who wait for work are told."""
+        if not self._is_ended:
+            self.is_stopping = True
+            with self.lock:
+                self._is_over = True
+                self._wake(sys.maxsize)  # all that wait: nothing will come
+            self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+            self._is_ended = True
 
     def _poll(self) -> None:
         if self.is_stopping:
