@@ -663,7 +663,10 @@ def test_a_clock_that_was_ahead_is_not_believed_after_it_was_set_back(inbox: Inb
     assert inbox.purge() == 0
 
 
-def test_what_was_handled_while_a_clock_was_ahead_does_not_hold_back_what_came_after(inbox: Inbox) -> None:
+def test_what_was_handled_while_a_clock_was_ahead_does_not_hold_back_what_came_after(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._inbox._sqlite._DELETED_AT_ONCE", 2)
     accept(inbox, orders(3))
     inboxes.handled_at(inbox, NOW + timedelta(days=365))
     accept(inbox, old(9))
