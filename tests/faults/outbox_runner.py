@@ -49,6 +49,7 @@ _PATIENCE_S = 40.0
 _RETRY_S = 0.2
 _SESSION_S = 1.8  # after so long the group gives a member's partitions away
 _LEASE_IS_TAKEN_S = 0.3
+_JUMPS = 200  # of a relay's clock, while a plan runs
 _LAST_SLOT = 99  # of a listener that is not killed
 _LAST = Listen(_LAST_SLOT, concurrency=4, batch_size=None, max_in_flight=2_000, commit_interval_s=0.05, kill=None)
 _SEVER = (
@@ -172,6 +173,8 @@ class OutboxRun:
             self._run_application(step, folder)
         elif isinstance(step, Relay):
             arguments = (self._place, self._of_relay, self._options, step.kill, step.clock_s)
+            if step.clock_s:  # a lease ends by each of two clocks: when one jumps, what is in flight is given up
+                self.history.relays_disturbed += _JUMPS
             self._begin("relay", step.slot, processes.relay, arguments)
         elif isinstance(step, Listen):
             self._begin("listener", step.slot, processes.listen, self._of_listener(step))
