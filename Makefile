@@ -233,7 +233,7 @@ valgrind: build/debug/compiled ## Run the tests of leaks under valgrind: what is
 		$(BIN)/python -m pytest -p no:cacheprovider --timeout 0 $(if $(ARGS),$(ARGS),$(LEAK_TESTS))
 
 .PHONY: tsan
-tsan: build/tsan/compiled ## Let threads do everything at once to a producer, under ThreadSanitizer
+tsan: build/tsan/compiled ## Let threads do everything at once to a producer and a consumer, under ThreadSanitizer
 	$(BIN)/python -m tests.races build/tsan/src $(ARGS)
 
 .PHONY: fuzz

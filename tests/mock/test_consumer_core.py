@@ -3,6 +3,7 @@
 import gc
 import signal
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -414,6 +415,21 @@ def test_a_bad_list_is_an_error(orders: MockCluster) -> None:
 
 
 # -- the group
+
+
+@pytest.mark.parametrize("strategy", ["range", "cooperative-sticky"])
+def test_a_member_that_is_closed_before_it_has_heard_of_its_partitions(orders: MockCluster, strategy: str) -> None:
+    # It has left the group when librdkafka asks it to take them.
+    for number in range(8):
+        core = make_core(orders, group=f"group {number}", partition_assignment_strategy=strategy)
+        orders.start_request_tracking()
+        core.subscribe(["orders"])
+        if number % 2:
+            until(lambda: any(each.api_key == ApiKey.SYNC_GROUP for each in orders.requests()), "that it joins")
+        time.sleep(number * 0.01)
+        core.close(10.0)
+        assert core.name() is None
+        orders.stop_request_tracking()
 
 
 def test_commits_are_told_and_kept(orders: MockCluster) -> None:

@@ -12,7 +12,7 @@ from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, monotonic, wall_time
 from kbatch._librdkafka import error_text
-from kbatch._receiving._consumer import ConsumerCallError
+from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
 from kbatch._receiving._positions import Positions
@@ -153,15 +153,18 @@ class Reading:
         return {partition: max(0, end - reached[partition]) for partition, end in ends.items()}
 
     def offsets(self) -> dict[Partition, tuple[int, int]]:
-        """Of the partitions that are read, what the group has committed, and the end of the log as it was told."""
+        """Of the partitions that are read, what the group has committed, and where the log ends. Brokers are asked for
+        both: what a member knows of a partition may be old, and others may have handled it since."""
         with self.lock:
             partitions = self._positions.partitions()
         try:
-            ends = self.core.ends(partitions)
-            committed = self.core.committed(ends, _COMMIT_TIMEOUT_S) if ends else {}
+            committed = self.core.committed(partitions, _COMMIT_TIMEOUT_S) if partitions else {}
+            # In this order, so that none is behind what was committed.
+            asked = [(*each, END) for each in committed]
+            ends = self.core.offsets_for_times(asked, _COMMIT_TIMEOUT_S) if asked else {}
         except ProducerClosedError:
             return {}
-        return {each: (committed[each], end) for each, end in ends.items() if each in committed}
+        return {each: (committed[each], end) for each, end in ends.items()}
 
     # -- for those who handle
 
