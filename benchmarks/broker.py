@@ -43,6 +43,7 @@ class MockBroker(MockCluster):
     def __init__(self, brokers: int = 1) -> None:
         super().__init__(brokers=brokers, process=True)
         self._topics = 0
+        self.set_group_rebalance_delay(0)  # 3 s before a group of one has its partitions, otherwise
 
     def __enter__(self) -> "MockBroker":
         return self

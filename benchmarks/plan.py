@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks.broker import MockBroker, OpenBroker
 from benchmarks.data import HEADER_COUNTS
 from benchmarks.recovery import Outages
+from benchmarks.relays import BACKLOGS
 from benchmarks.turns import Contender, Effort, Score, take_turns
 
 FULL = Effort(rounds=3, turns=7, seconds=0.25)
@@ -26,6 +27,13 @@ class Plan:
     #: for what is shown for information
     less: Effort = LESS
     memory_envelopes: int = 10_000_000
+    #: rows in outboxes whose first rows a relay sends
+    backlogs: tuple[int, ...] = BACKLOGS
+    #: rows that several relays send
+    relay_rows: int = 300_000
+    #: of a topic that consumers read in each turn
+    read_records: int = 100_000
+    half_load_s: float = 8.0
     tune: bool = True
     latency: Effort = LATENCY
     outages: Outages = OUTAGES
@@ -34,6 +42,11 @@ class Plan:
     class_path: str | None = None
     #: take turns again while other programs are busy
     patient: bool = True
+
+    @property
+    def all_turns(self) -> int:
+        """For what is not started anew in each round."""
+        return self.effort.rounds * self.effort.turns
 
     def take_turns(self, contenders: Sequence[Contender], effort: Effort | None = None, **how: Any) -> dict[str, Score]:
         """`turns.take_turns` where this plan says; `less` effort unless told otherwise."""

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.figures import Figure as Found
 from benchmarks.figures import Line, Section
 from benchmarks.results import Document, fastest, lines_of, linger_ms, read
 
@@ -67,11 +68,18 @@ def _panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]
 
 def _curve(axes: Axes, xs: list[float], lines: list[Line], label: str, color: str, style: str = "-") -> None:
     """Medians with the range of the turns."""
-    rates = [line.rate for line in lines]
-    below = [line.rate - line.lowest for line in lines]
-    above = [line.highest - line.rate for line in lines]
+    _medians(axes, xs, [(line.lowest, line.rate, line.highest) for line in lines], label, color, style)
+
+
+def _medians(
+    axes: Axes, xs: list[float], values: list[tuple[float, float, float]], label: str, color: str, style: str = "-"
+) -> None:
+    """Of lowest, median and highest."""
+    middle = [value for _, value, _ in values]
+    below = [value - lowest for lowest, value, _ in values]
+    above = [highest - value for _, value, highest in values]
     axes.errorbar(
-        xs, rates, yerr=[below, above], label=label, color=color, linestyle=style, marker="o", markersize=4,
+        xs, middle, yerr=[below, above], label=label, color=color, linestyle=style, marker="o", markersize=4,
         linewidth=1.6, elinewidth=0.7, capsize=2,
     )  # fmt: skip
 
@@ -317,6 +325,120 @@ def codecs(document: Document) -> Figure | None:
     return figure
 
 
+def _over(document: Document, measure: str, setting: str, label: str, title: str, *, log: bool) -> Figure | None:
+    """The rates of a section over what it varies, which its first figures are about."""
+    section = next(document.find(measure), None)
+    if section is None:
+        return None
+    xs = [float(each) for each in section.settings[setting]]
+    found = section.figures[: len(xs)]
+    figure, (axes,) = _panels(1, 6.4, 2.8)
+    _medians(axes, xs, [(each.lowest, each.value, each.highest) for each in found], "kbatch", COLORS["kbatch"])
+    if log:
+        axes.set_xscale("log")
+    axes.set_xticks(xs, [_thousands(x) for x in xs])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.set_xlabel(label)
+    _title(figure, f"{title}, {document.broker['name']}")
+    return figure
+
+
+def outbox_backlog(document: Document) -> Figure | None:
+    title = "Rows that a relay sends per second, PostgreSQL"
+    return _over(document, "outbox-backlog", "rows", "rows in the outbox", title, log=True)
+
+
+def outbox_relays(document: Document) -> Figure | None:
+    title = "Rows that all relays send per second, PostgreSQL"
+    return _over(document, "outbox-relays", "relays", "relays, a process each", title, log=False)
+
+
+def _color(name: str) -> str:
+    """Of what a figure is about, by its name."""
+    if "by hand" in name:
+        return COLORS["confluent"]
+    words = {"kbatch": "kbatch", "FastStream": "faststream", "confluent": "confluent", "aiokafka": "aiokafka",
+             "without": "cloop"}  # fmt: skip
+    return COLORS[next((side for word, side in words.items() if word in name), "kbatch")]
+
+
+def _figure_bars(
+    document: Document, measure: str, setting: str, title: str, text: Callable[[float], str]
+) -> Figure | None:
+    """Bars of a section's first figures, which are those of what its setting names."""
+    section = next(document.find(measure), None)
+    if section is None:
+        return None
+    names = section.settings[setting]
+    figure, (axes,) = _panels(1, 6.8, 0.9 + 0.26 * len(names))
+    found: list[tuple[str, Found]] = list(zip(names, section.figures, strict=False))
+    _bars(axes, [(name, each.value, _color(name), text(each.value)) for name, each in found])
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    _title(figure, f"{title}, {document.broker['name']}")
+    return figure
+
+
+def _rounded(value: float) -> str:
+    return _thousands(float(f"{value:.3g}"))
+
+
+def outbox_fencing(document: Document) -> Figure | None:
+    return _figure_bars(document, "outbox-fencing", "ways", "Rows that a relay sends per second", _rounded)
+
+
+def reading_rates(document: Document) -> Figure | None:
+    return _figure_bars(document, "reading-rates", "sides", "Records read and decoded per second", _rounded)
+
+
+def reading_gil(document: Document) -> Figure | None:
+    title = "How long another Python thread stands still for the GIL, per record read (µs)"
+    return _figure_bars(document, "reading-gil", "sides", title, lambda value: f"{value:.2f} µs")
+
+
+def inbox_handling(document: Document) -> Figure | None:
+    return _figure_bars(document, "inbox-handling", "ways", "Messages handled per second", _rounded)
+
+
+def reading_memory(document: Document) -> Figure | None:
+    section = next(document.find("reading-memory"), None)
+    if section is None:
+        return None
+    figure, (axes,) = _panels(1, 6.4, 2.4)
+    values = section.details["resident_mib"]
+    between = section.details["records_between"]
+    axes.plot([between * (n + 1) for n in range(len(values))], values, color=COLORS["kbatch"], linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(FuncFormatter(_thousands))
+    axes.set_xlabel("records read")
+    _title(figure, f"Resident memory while a consumer reads, MiB, {document.broker['name']}")
+    return figure
+
+
+def inbox_half_load(document: Document) -> Figure | None:
+    section = next(document.find("inbox-half-load"), None)
+    if section is None:
+        return None
+    names = list(reversed(section.settings["ways"]))
+    figure, (axes,) = _panels(1, 7.2, 0.9 + 0.3 * len(names))
+    for at, number in enumerate(reversed(range(len(names)))):
+        p50, p99 = (section.figures[3 * number + each].value for each in (0, 1))
+        axes.plot([p50, p99], [at, at], color=COLORS["kbatch"], linewidth=2)
+        axes.plot([p50], [at], marker="o", color=COLORS["kbatch"], linestyle="")
+        axes.plot([p99], [at], marker="|", color=COLORS["kbatch"], linestyle="", markersize=9, markeredgewidth=2)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("ms")
+    _title(figure, f"From sent to handled at half load, p50 (dot) to p99 (bar), {document.broker['name']}")
+    return figure
+
+
 PLOTS: dict[str, Plot] = {
     "batch-size": throughput_by_batch_size,
     "rivals": rivals,
@@ -326,6 +448,14 @@ PLOTS: dict[str, Plot] = {
     "gil": gil,
     "linger": linger,
     "codecs": codecs,
+    "outbox-backlog": outbox_backlog,
+    "outbox-relays": outbox_relays,
+    "outbox-fencing": outbox_fencing,
+    "reading-rates": reading_rates,
+    "reading-gil": reading_gil,
+    "reading-memory": reading_memory,
+    "inbox-handling": inbox_handling,
+    "inbox-half-load": inbox_half_load,
 }
 
 

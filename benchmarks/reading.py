@@ -1,7 +1,10 @@
-"""What reading costs the thread that does it: kbatch's native consumer beside a C loop and confluent-kafka.
+"""What reading costs: its thread, the GIL and memory, and how fast whole programs read.
 
-All records are in librdkafka's queues before a turn begins, so what is measured is what the application's thread does:
-it takes them off, reads id, message type, key and value of each, and gives them back.
+Of the thread: kbatch's native consumer beside a C loop and confluent-kafka. All records are in librdkafka's queues
+before a turn begins, so what is measured is what the application's thread does: it takes them off, reads id, message
+type, key and value of each, and gives them back.
+
+Of whole programs: processes of their own (`reader.py`) read a topic from its beginning, one after the other.
 """
 
 import ctypes
@@ -9,17 +12,22 @@ import gc
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from statistics import median
 from typing import Any
 
 import confluent_kafka
+import msgspec
 
 import kbatch
 from benchmarks.broker import Broker, OpenBroker
 from benchmarks.data import kbatch_envelopes
 from benchmarks.figures import Section, figure
 from benchmarks.library import build, librdkafka_path
+from benchmarks.reader import LISTENERS_BATCH, Options, Read
+from benchmarks.reader import SIDES as READERS
+from benchmarks.sides.competitor import NICE, processors
+from benchmarks.worker import Worker
 from kbatch._events import make_dispatcher
 from kbatch._fastmap import CallbackThread
 from kbatch._receiving._config import ConsumerConfig
@@ -27,13 +35,15 @@ from kbatch._receiving._consumer import BEGINNING, ConsumerCore
 
 RECORDS = 40_000
 PARTITIONS = 16  # the mock cluster keeps 5 MiB of each
+MANY_PARTITIONS = 32
+FILLED_AT_ONCE = 5_000
 BATCH = 1_000
 HEADERS = 8
 OVER_C_LOOP_US, TIMES_READ_ENVELOPE = 0.6, 8.0
 QUIET_S = 0.15
 
 #: reads so many records and returns how many bytes it saw
-Read = Callable[[int], int]
+Reads = Callable[[int], int]
 
 
 def settings(broker: Broker) -> dict[str, str]:
@@ -50,7 +60,7 @@ def settings(broker: Broker) -> dict[str, str]:
 
 
 @contextmanager
-def c_loop(broker: Broker, topic: str) -> Iterator[Read]:
+def c_loop(broker: Broker, topic: str) -> Iterator[Reads]:
     library = ctypes.CDLL(str(build("readloop", shared=True)))
     library.open_reader.restype = ctypes.c_void_p
     library.read_all.restype = ctypes.c_int64
@@ -79,7 +89,7 @@ def core_of(broker: Broker, topic: str) -> Iterator[ConsumerCore]:
 
 
 @contextmanager
-def kbatch_side(broker: Broker, topic: str) -> Iterator[Read]:
+def kbatch_side(broker: Broker, topic: str) -> Iterator[Reads]:
     with core_of(broker, topic) as core:
 
         def read(count: int) -> int:
@@ -97,7 +107,7 @@ def kbatch_side(broker: Broker, topic: str) -> Iterator[Read]:
 
 
 @contextmanager
-def kbatch_polls(broker: Broker, topic: str) -> Iterator[Read]:
+def kbatch_polls(broker: Broker, topic: str) -> Iterator[Reads]:
     with core_of(broker, topic) as core:
 
         def read(count: int) -> int:
@@ -109,7 +119,7 @@ def kbatch_polls(broker: Broker, topic: str) -> Iterator[Read]:
 
 
 @contextmanager
-def confluent(broker: Broker, topic: str, take: Callable[[Any], int]) -> Iterator[Read]:
+def confluent(broker: Broker, topic: str, take: Callable[[Any], int]) -> Iterator[Reads]:
     consumer = confluent_kafka.Consumer(settings(broker))
     consumer.assign([confluent_kafka.TopicPartition(topic, n, BEGINNING) for n in range(PARTITIONS)])
 
@@ -142,7 +152,7 @@ def by_read_envelope(message: Any) -> int:
     return len(envelope.key) + len(envelope.data)  # type: ignore[arg-type]
 
 
-Open = Callable[[Broker, str], AbstractContextManager[Read]]
+Open = Callable[[Broker, str], AbstractContextManager[Reads]]
 SIDES: dict[str, Open] = {
     "C loop": c_loop,
     "kbatch": kbatch_side,
@@ -152,22 +162,84 @@ SIDES: dict[str, Open] = {
 }
 
 
-def readings(turns: int, memory_records: int, open_broker: OpenBroker) -> Iterator[Section]:
-    """The sections of reading: its cost, and its memory."""
+def readings(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
+    """What it costs the thread that reads."""
     with open_broker() as broker:
         topic = broker.new_topic("reading", PARTITIONS)
-        _fill(broker, topic)
+        _fill(broker, topic, RECORDS)
         yield _cost(turns, broker, topic)
-        yield _memory(memory_records, broker, topic)
 
 
-def _fill(broker: Broker, topic: str) -> None:
-    envelopes = [
-        envelope.replace(partition=n % PARTITIONS) for n, envelope in enumerate(kbatch_envelopes(RECORDS, HEADERS))
-    ]
+def memory_of_reading(records: int, open_broker: OpenBroker) -> Iterator[Section]:
+    with open_broker() as broker:
+        topic = broker.new_topic("reading", PARTITIONS)
+        _fill(broker, topic, RECORDS)
+        yield _memory(records, broker, topic)
+
+
+def rates(turns: int, records: int, open_broker: OpenBroker) -> Iterator[Section]:
+    """How fast programs read a topic that is full."""
+    section = Section(
+        f"Reading: a topic of {records:,} orders with 8 headers from its beginning, each decoded", "reading-rates"
+    )
+    found = _read(turns, records, open_broker, competitor=False)
+    for name, reads in found.items():
+        section.figures.append(figure(f"{name}, records/s", [each.rate for each in reads], digits=0))
+    for name, reads in found.items():
+        spent = [each.cpu_s / each.records * 1e6 for each in reads]
+        section.figures.append(figure(f"{name}, processor time of the process", spent, unit=" µs"))
+    mine = f"kbatch.Listener, batches of {LISTENERS_BATCH}", "kbatch.Listener, one at a time"
+    for name, reads in found.items():
+        if name not in mine:
+            own = mine["one at a time" in name or "async for" in name]
+            ratios = [one.rate / other.rate for one, other in zip(found[own], reads, strict=True)]
+            section.figures.append(figure(f"{own} / {name}", ratios))
+    section.settings["sides"] = list(found)
+    yield section
+
+
+def still(turns: int, records: int, open_broker: OpenBroker) -> Iterator[Section]:
+    """For how long another thread has to wait for the GIL."""
+    section = Section(
+        f"GIL for each record read: what a competing thread loses, {records:,} orders with 8 headers, each decoded",
+        "reading-gil",
+    )
+    found = _read(turns, records, open_broker, competitor=True)
+    for name, reads in found.items():
+        section.figures.append(figure(name, [each.still_s / each.records * 1e6 for each in reads], unit=" µs"))
+    section.settings["sides"] = list(found)
+    yield section
+
+
+def _read(turns: int, records: int, open_broker: OpenBroker, *, competitor: bool) -> dict[str, list[Read]]:
+    found: dict[str, list[Read]] = {name: [] for name in READERS}
+    with open_broker() as broker, ExitStack() as stack:
+        topic = broker.new_topic("reading", MANY_PARTITIONS)
+        _fill(broker, topic, records, MANY_PARTITIONS)
+        if competitor:
+            broker.confine(processors()[1], NICE)
+        options = Options("", broker.bootstrap_servers, topic, records, competitor)
+        workers = {
+            name: stack.enter_context(Worker("benchmarks.reader", msgspec.structs.replace(options, side=name)))
+            for name in READERS
+        }
+        names = list(READERS)
+        for turn in range(turns + 1):
+            for name in names:
+                read = workers[name].ask(Read, f"{name}-{turn}".replace(" ", "-"))
+                if turn:  # the first warms up
+                    found[name].append(read)
+            names.reverse()
+    return found
+
+
+def _fill(broker: Broker, topic: str, records: int, partitions: int = PARTITIONS) -> None:
+    envelopes = kbatch_envelopes(min(records, RECORDS), HEADERS)
     with kbatch.Producer({"bootstrap.servers": broker.bootstrap_servers}) as producer:
-        for at in range(0, RECORDS, 5_000):
-            producer.send_batch(topic, envelopes[at : at + 5_000]).raise_for_errors()
+        for at in range(0, records, FILLED_AT_ONCE):
+            some = (envelopes[n % len(envelopes)].replace(partition=n % partitions)
+                    for n in range(at, min(at + FILLED_AT_ONCE, records)))  # fmt: skip
+            producer.send_batch(topic, list(some)).raise_for_errors()
 
 
 def _await_quiet() -> None:
@@ -238,7 +310,7 @@ def _resident_mib() -> float:
 
 def _memory(records: int, broker: Broker, topic: str) -> Section:
     """The records are read again and again, by one consumer, with the last 1,000 envelopes kept."""
-    section = Section(f"Reading: memory over {records:,} records", "reading")
+    section = Section(f"Reading: memory over {records:,} records", "reading-memory")
     kept: list[Any] = []
     samples: list[float] = []
     with core_of(broker, topic) as core:
@@ -253,10 +325,12 @@ def _memory(records: int, broker: Broker, topic: str) -> Section:
                 in_round = 0
                 core.assign([(topic, n, BEGINNING) for n in range(PARTITIONS)])
                 samples.append(_resident_mib())
+    samples = samples or [_resident_mib()]
     quarter = max(1, len(samples) // 4)
     section.figures += [
         figure("resident, first quarter", samples[:quarter], unit=" MiB", digits=1),
         figure("resident, last quarter", samples[-quarter:], unit=" MiB", digits=1),
         figure("growth", [median(samples[-quarter:]) - median(samples[:quarter])], unit=" MiB", digits=1),
     ]
+    section.details |= {"resident_mib": [round(each, 1) for each in samples], "records_between": RECORDS}
     return section

@@ -23,13 +23,16 @@ from benchmarks.data import HEADER_COUNTS, POOL
 from benchmarks.figures import show, summary
 from benchmarks.library import HERE, build, java_program
 from benchmarks.machine import describe, line_round_trip_ns, load
-from benchmarks.measures import MEASURES, ON_KAFKA, ON_MOCK
+from benchmarks.measures import GROUPS, MEASURES, ON_KAFKA, ON_MOCK
 from benchmarks.plan import LATENCY, Plan
 from benchmarks.recovery import Outages
+from benchmarks.relays import FIRST
 from benchmarks.turns import Effort
 
 RESULTS = HERE / "results"
 PATIENCE_MINUTES = 20.0
+#: Options that are the plan's.
+CHANGES = ("sizes", "headers", "partitions", "backlogs", "memory_envelopes")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -40,12 +43,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a few minutes' worth: 8 headers, one round, 5 turns")
     parser.add_argument("--kafka", action="store_true", help="on a real Apache Kafka, which is started for it")
-    parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join(MEASURES)}")
+    parser.add_argument("--only", metavar="NAMES", help=f"some of: {','.join((*MEASURES, *GROUPS))}")
     parser.add_argument("--sizes", type=numbers, metavar="N,…", help="batch sizes (default 100,1000,10000)")
     parser.add_argument("--headers", type=numbers, metavar="N,…", help="headers per message, of 0, 8, 15 (default all)")
     parser.add_argument("--repeats", type=int, metavar="N", help="rounds of 7 turns for each figure with a target (3)")
     parser.add_argument("--seconds", type=float, metavar="S", help="length of a turn (default 0.25)")
     parser.add_argument("--partitions", type=int, metavar="N", help="partitions of each topic (default 4)")
+    parser.add_argument("--backlogs", type=numbers, metavar="N,…",
+                        help="rows of outboxes whose first rows a relay sends; the largest takes a minute to fill "
+                        "(default 50000,300000,1000000,5000000)")  # fmt: skip
+    parser.add_argument("--memory-envelopes", type=int, metavar="N",
+                        help="sent, and read, while memory is watched (default 10000000)")  # fmt: skip
     parser.add_argument("--brokers", type=int, default=1, metavar="N", help="of the mock cluster (default 1)")
     parser.add_argument("--log-folder", type=Path, metavar="DIR", help="where the real Kafka keeps its logs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the JSON goes, with the plots beside it "
@@ -55,8 +63,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--strict", action="store_true", help="exit status 1 if a target is not reached")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a target is missed by a factor of two")
     options = parser.parse_args(arguments)
-    if options.only and (wrong := set(options.only.split(",")) - set(MEASURES)):
+    if options.only and (wrong := set(options.only.split(",")) - set(MEASURES) - set(GROUPS)):
         parser.error(f"--only: no such measure: {', '.join(sorted(wrong))}")
+    if options.backlogs and min(options.backlogs) < FIRST:
+        parser.error(f"--backlogs: {FIRST:,} rows of each are sent in a turn")
     if options.headers and set(options.headers) - set(HEADER_COUNTS):
         parser.error("--headers: choose from 0, 8 and 15")
     if options.sizes and any(size < 1 or POOL % size for size in options.sizes):
@@ -69,10 +79,10 @@ def plan_of(options: argparse.Namespace) -> Plan:
     if options.quick:
         brief = Effort(rounds=1, turns=5, seconds=0.2)
         plan = Plan(headers=(8,), effort=brief, less=brief, memory_envelopes=1_000_000, tune=False,
+                    backlogs=(50_000, 300_000), relay_rows=150_000, read_records=30_000,
+                    half_load_s=3.0,
                     latency=replace(LATENCY, turns=5), outages=Outages((1.0, 1.6)))  # fmt: skip
-    changes: dict[str, Any] = {
-        name: value for name in ("sizes", "headers", "partitions") if (value := getattr(options, name)) is not None
-    }
+    changes: dict[str, Any] = {name: value for name in CHANGES if (value := getattr(options, name)) is not None}
     if options.kafka and not options.quick:
         plan = replace(plan, headers=(8,), effort=replace(plan.effort, rounds=1, turns=9))
     effort, less = plan.effort, plan.less
@@ -86,7 +96,7 @@ def plan_of(options: argparse.Namespace) -> Plan:
 
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
-    names = ("sizes", "headers", "partitions", "effort", "less", "memory_envelopes", "tune", "latency", "outages")
+    names = (*CHANGES, "effort", "less", "tune", "latency", "outages", "relay_rows", "read_records", "half_load_s")
     found: dict[str, Any] = msgspec.to_builtins({name: getattr(plan, name) for name in names})
     return found
 
@@ -126,8 +136,10 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
     )
     document = results.Document(machine, broker, describe_plan(plan), 0.0, [])
     path = options.json or RESULTS / f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}" / f"{broker['kind']}.json"
-    start = time.monotonic()
-    chosen = options.only.split(",") if options.only else ON_KAFKA if options.kafka else ON_MOCK
+    start = before = time.monotonic()
+    chosen: Sequence[str] = ON_KAFKA if options.kafka else ON_MOCK
+    if options.only:
+        chosen = [name for each in options.only.split(",") for name in GROUPS.get(each, (each,))]
     for name, measure in MEASURES.items():
         if name not in chosen:
             continue
@@ -135,6 +147,8 @@ def run(options: argparse.Namespace, plan: Plan, broker: dict[str, Any]) -> int:
         for section in measure(replace(plan, patient=patient)):
             # the state of the machine, which on a shared one changes within minutes
             section.details |= {"line_round_trip_ns": line_round_trip_ns(), "load": load()}
+            before, took = time.monotonic(), time.monotonic() - before
+            section.details["seconds"] = round(took, 1)
             if options.kafka:  # the targets are the mock cluster's, but for those against Kafka's own producer
                 section.figures = [
                     figure if "Java producer" in figure.name else msgspec.structs.replace(figure, target=None)

@@ -1,5 +1,6 @@
 """Plots from results: `make bench-test`. They need matplotlib, so they are no part of the suite."""
 
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -7,7 +8,7 @@ import pytest
 
 from benchmarks import docs, plots
 from benchmarks.figures import Figure, LatencyLine, Line, Section
-from benchmarks.measures import CODECS, LINGERS_MS
+from benchmarks.measures import CODECS, LINGERS_MS, MEASURES
 from benchmarks.results import Document, read, write
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -72,6 +73,18 @@ def results(tmp_path: Path) -> Path:
     sections += [Section("", "linger", {"rtt_ms": ms, "workload": "batches of 10"}, by_linger) for ms in (0, 1)]
     by_codec = [line("", side, {"compression.type": codec}) for codec in CODECS for side in ("kbatch", "cloop")]
     sections += [Section("", "codecs", {"batch": 1_000}, by_codec)]
+    rate = Figure("50,000 rows, rows/s", 120_000.0, 100_000.0, 140_000.0, digits=0)
+    milliseconds = Figure("p50", 3.0, 3.0, 3.0, " ms")
+    sections += [
+        Section("", "outbox-backlog", {"rows": [50_000, 5_000_000]}, figures=[rate, rate]),
+        Section("", "outbox-relays", {"relays": [1, 2, 4]}, figures=3 * [rate]),
+        Section("", "outbox-fencing", {"ways": ["without", "with fencing"]}, figures=2 * [rate]),
+        Section("", "reading-rates", {"sides": ["kbatch.Listener", "FastStream"]}, figures=2 * [rate]),
+        Section("", "reading-gil", {"sides": ["kbatch.Listener", "FastStream"]}, figures=2 * [rate]),
+        Section("", "reading-memory", figures=[rate], details={"resident_mib": [90.0, 91.0], "records_between": 9}),
+        Section("", "inbox-handling", {"ways": ["SQLite: kbatch", "SQLite: by hand"]}, figures=2 * [rate]),
+        Section("", "inbox-half-load", {"ways": ["SQLite"]}, figures=3 * [milliseconds]),
+    ]
     path = tmp_path / "results.json"
     write(path, Document({}, {"kind": "mock", "name": "mock cluster"}, {}, 1.0, sections))
     return path
@@ -141,3 +154,29 @@ def test_page_and_plots_are_made_from_what_is_kept(results: Path, tmp_path: Path
     assert written == {"page.md", *(f"{name}-mock.svg" for name in plots.PLOTS)}
     assert not (kept / "old.svg").exists()
     assert "| 200,000 |" in page.read_text()
+
+
+def test_outbox_reading_and_inbox_are_kept_apart_and_drawn_from_there(results: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    for file, document in docs.parted(read(results)):
+        write(kept / f"{file}.json", document)
+    assert sorted(path.stem for path in kept.iterdir()) == ["inbox-mock", "mock", "outbox-mock", "reading-mock"]
+    page = tmp_path / "page.md"
+    page.write_text("<!-- figures: outbox-mock outbox-backlog -->\n<!-- end -->\n")
+    written = {path.name for path in docs.write(kept, page)}
+    assert written == {"page.md", *(f"{name}-mock.svg" for name in plots.PLOTS)}
+    assert "| 50,000 rows, rows/s | 120,000 | 100,000 to 140,000 |" in page.read_text()
+    assert "(benchmarks/outbox-backlog-mock.svg)" in page.read_text()
+    assert "5 M" in texts(kept / "outbox-backlog-mock.svg")
+    assert "FastStream" in texts(kept / "reading-rates-mock.svg")
+
+
+def test_every_file_and_measure_that_the_page_names_is_there(results: Path) -> None:
+    page = docs.PAGE.read_text(encoding="utf-8")
+    regions = re.findall(r"<!-- figures: ([\w-]+) ([\w-]+) -->", page)
+    assert {file for file, _ in regions} <= set(docs.FILES)
+    for measure in MEASURES:
+        if measure.startswith(docs.PARTS):
+            assert any(each == measure for _, each in regions), measure
+    for name in re.findall(r"\(benchmarks/([\w-]+)\.svg\)", page):
+        assert name == "summary" or name.rpartition("-")[0] in plots.PLOTS, name
