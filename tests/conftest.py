@@ -5,6 +5,7 @@ import ctypes
 import functools
 import gc
 import importlib.machinery
+import itertools
 import os
 import signal
 import sysconfig
@@ -46,7 +47,7 @@ _checks: dict[str, Any] = {
     "suppress_health_check": [hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.data_too_large],
 }
 hypothesis.settings.register_profile("quick", max_examples=40, **_checks)
-hypothesis.settings.register_profile("default", max_examples=150, **_checks)
+hypothesis.settings.register_profile("default", max_examples=75, **_checks)
 hypothesis.settings.register_profile("thorough", max_examples=5000, **_checks)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("quick" if SLOW_BUILD else "default"))
 
@@ -205,9 +206,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "allocator: looks at memory, or counts on it to be used again")
+    config.addinivalue_line("markers", "long: takes many seconds, so it begins before the others")
 
 
+def _begin_with_the_long_ones(items: list[pytest.Item]) -> None:
+    """In each of the parts that xdist's worksteal gives its workers: the others would wait for the one that is last."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return
+    long = [item for item in items if item.get_closest_marker("long")]
+    others = iter([item for item in items if not item.get_closest_marker("long")])
+    left = len(items)
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        size = left // (workers - worker)
+        left -= size
+        mine = long[worker::workers]
+        ordered += [*mine, *itertools.islice(others, max(0, size - len(mine)))]
+    items[:] = [*ordered, *others]
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _begin_with_the_long_ones(items)
     if not SLOW_BUILD:
         return
     for item in items:

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -132,6 +133,19 @@ class Server:
             self._process.send_signal(how)
             self._process.wait()
             self._process = None
+
+    def crash(self) -> None:
+        """Kills all of its processes at once."""
+        assert self._process is not None
+        own = psutil.Process(self._process.pid)
+        own.suspend()  # so that it starts no others meanwhile
+        processes = [own, *own.children(recursive=True)]
+        for each in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.kill()
+        self._process.wait()
+        self._process = None
+        psutil.wait_procs(processes, START_S)  # while one lives, no other begins
 
     def close(self) -> None:
         """Stops it and removes its folder."""

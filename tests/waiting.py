@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import psutil
 
 
-def until(condition: Callable[[], object], what: str, patience_s: float = 30.0) -> None:
+def until(condition: Callable[[], object], what: str, patience_s: float = 90.0) -> None:
     """Waits for something that comes by itself; fails after a time that only a hang reaches."""
     deadline = time.monotonic() + patience_s
     while not condition():

@@ -105,6 +105,19 @@ cdef struct Received:
     Header *headers       # all, as on the wire. Of those that are not the user's the length of the name is inverted
     Py_ssize_t count      # of these
     Py_ssize_t users      # of the user's
+    int size_kind         # of the allocation, by which it is kept; 0: of one that is not
+    Received *next        # of those that are kept
+
+
+cdef enum:
+    BLOCK_KINDS = 17
+
+
+cdef struct Blocks:
+    # Spare memory for received envelopes, by size.
+    Received *first[BLOCK_KINDS]
+    Py_ssize_t[BLOCK_KINDS] count
+    size_t bytes
 
 
 cdef class ReceivedEnvelope(Envelope):
@@ -167,7 +180,7 @@ cdef struct Raw:
     int32_t partition
     Text key
     Text value
-    Header *headers       # with their values as they are on the wire. `read_regular` overwrites them
+    Header *headers       # with their values as they are on the wire
     Py_ssize_t count      # of headers; -1: there is one that is larger than 2 GiB
 
 
@@ -495,6 +508,7 @@ cdef struct Client:
     Received **blocks              # of the drainer when nobody is left. Owned, as each; or NULL: of a message
     Py_ssize_t taken        # so many
     Py_ssize_t given_out    # of these
+    Blocks spare            # for the records of a poll, of whose thread it is
     # counters for stats()
     int64_t acked
     int64_t failed
@@ -695,7 +709,10 @@ cdef enum:
 
 
 cdef int64_t deadline_after(object timeout) except? -2
-cdef Received *read_regular(Raw *raw, int wire) noexcept nogil
+cdef void take_spares(Blocks *own) noexcept
+cdef void begin_reader() noexcept
+cdef void end_reader() noexcept
+cdef Received *read_regular(const Raw *raw, int wire, Blocks *spare) noexcept nogil
 cdef ReceivedEnvelope regular_envelope(Received *block, object topic, const char *value)
 cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object custom)
 cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil

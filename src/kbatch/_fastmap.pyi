@@ -365,11 +365,12 @@ class RecordPool:
     def count(self, batch: MappedBatch) -> int: ...
     def rows(
         self,
-        batch: MappedBatch,
+        batches: Iterable[MappedBatch],
         first_seq: int,
         buckets: int,
-        created_us: int,
         scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] | None = None,
+        *,
+        created_us: int | None = None,
     ) -> list[tuple[int, int, bytes, bytes, int, int | None]]: ...
 
 @final

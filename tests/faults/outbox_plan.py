@@ -76,9 +76,11 @@ class Relay(NamedTuple):
 
     slot: int
     kill: Kill | None
+    #: By how many seconds the clock of its machine jumps, there and back; the database has its own.
+    clock_s: int = 0
 
     def __str__(self) -> str:
-        return f"relay {self.slot} begins{f', {self.kill}' if self.kill else ''}"
+        return f"relay {self.slot} begins{f', {self.kill}' if self.kill else ''}{_jumping(self.clock_s)}"
 
 
 class Listen(NamedTuple):
@@ -90,11 +92,15 @@ class Listen(NamedTuple):
     max_in_flight: int
     commit_interval_s: float
     kill: Kill | None
+    is_aio: bool = False
+    clock_s: int = 0  # as of a relay
 
     def __str__(self) -> str:
         handler = "single messages" if self.batch_size is None else f"batches of {self.batch_size}"
         of = f"{handler}, {self.concurrency} at a time, {self.max_in_flight} in flight"
-        return f"listener {self.slot} of {of} begins{f', {self.kill}' if self.kill else ''}"
+        kind = "asyncio listener" if self.is_aio else "listener"
+        end = f"{f', {self.kill}' if self.kill else ''}{_jumping(self.clock_s)}"
+        return f"{kind} {self.slot} of {of} begins{end}"
 
 
 class End(NamedTuple):
@@ -152,6 +158,15 @@ class Severed(NamedTuple):
         return "the database ends its connections"
 
 
+class Crashed(NamedTuple):
+    """All processes of a PostgreSQL are killed, and it is started again after a while."""
+
+    ms: int
+
+    def __str__(self) -> str:
+        return f"the database is killed, and started again after {self.ms} ms"
+
+
 class RunOut(NamedTuple):
     """The leases of relays that were killed run out."""
 
@@ -168,7 +183,11 @@ class RoundTrip(NamedTuple):
         return f"brokers take {self.ms} ms"
 
 
-Step = Application | Relay | Listen | End | Hang | Pass | Brokers | Locked | Severed | RunOut | RoundTrip
+Step = Application | Relay | Listen | End | Hang | Pass | Brokers | Locked | Severed | Crashed | RunOut | RoundTrip
+
+
+def _jumping(seconds: int) -> str:
+    return f", its clock jumps by {seconds} s" if seconds else ""
 
 
 class Handling(NamedTuple):
@@ -203,8 +222,12 @@ class OutboxPlan:
     strict_order: bool
     kinds: tuple[str, ...]
     steps: tuple[Step, ...]
+    #: Whether each batch of a relay is a transaction of Kafka.
+    fenced: bool
     #: Of a whole history, with listeners.
     handling: Handling | None
+    #: How partitions are given to listeners: all members of a group agree on it.
+    assignment: str
     #: The indices of the steps that are taken, for a plan that was made shorter.
     keep: tuple[int, ...]
 
@@ -216,17 +239,23 @@ class OutboxPlan:
         return replace(self, keep=keep)
 
     @property
+    def crashes(self) -> bool:
+        """Whether it needs a PostgreSQL of its own."""
+        return any(isinstance(step, Crashed) for _, step in self.taken)
+
+    @property
     def command(self) -> tuple[str, str]:
         """The target of `make` that runs plans like it, and its arguments."""
         return "soak", f"--{'outbox' if self.handling is None else 'whole'} {self.database} "
 
     def __str__(self) -> str:
         strict = ", in strict order" if self.strict_order else ""
+        strict += ", fenced by transactions" if self.fenced else ""
         lines = [
             f"seed {self.seed}: {'an outbox' if self.handling is None else 'outbox and inbox'} in {self.database}",
             f"  {self.partitions} partitions, relays with batches of {self.batch_size}{strict}",
         ]
-        lines += [] if self.handling is None else [f"  {self.handling}"]
+        lines += [] if self.handling is None else [f"  {self.handling}; assignment {self.assignment}"]
         lines += [f"  {index:>3}. {step}" for index, step in self.taken]
         return "\n".join(lines)
 
@@ -265,7 +294,9 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         strict_order=rng.random() < 0.15,
         kinds=tuple(sorted(kills)),
         steps=tuple(steps),
+        fenced=rng.random() < 0.2,
         handling=None,
+        assignment="",
         keep=tuple(range(len(steps))),
     )
 
@@ -287,7 +318,17 @@ def make_whole_plan(seed: int, database: str) -> OutboxPlan:
             steps.insert(rng.randint(at, len(steps)), Brokers(True))
         steps[at:at] = added
     kills = {str(step.kill.step) for step in steps if isinstance(step, (Application, Relay, Listen)) and step.kill}
-    others = {type(step).__name__.lower() for step in steps if isinstance(step, (Hang, Brokers, Locked, Severed))}
+    others = {
+        type(step).__name__.lower() for step in steps if isinstance(step, (Hang, Brokers, Locked, Severed, Crashed))
+    }
+    if database == "postgres":  # SQLite's processes have one clock
+        steps = [_with_jumps(rng, step) if isinstance(step, (Relay, Listen)) else step for step in steps]
+    steps = [step._replace(is_aio=rng.random() < 0.3) if isinstance(step, Listen) else step for step in steps]
+    listens = [step for step in steps if isinstance(step, Listen)]
+    others |= {"aio"} if any(step.is_aio for step in listens) else set()
+    others |= {"clock"} if any(step.clock_s for step in steps if isinstance(step, (Relay, Listen))) else set()
+    assignment = rng.choice(("cooperative-sticky", "cooperative-sticky", "range"))
+    others.add(assignment)
     handling = Handling(rng.choice((0, 17, 40)), rng.choice((0, 0, 23)), rng.choice((0, 11, 50)))
     if "copy" in first:
         handling = handling._replace(poison=17)
@@ -295,7 +336,9 @@ def make_whole_plan(seed: int, database: str) -> OutboxPlan:
         plan,
         kinds=tuple(sorted(kills | others)),
         steps=tuple(steps),
+        fenced=False,  # the marker at the end of a partition is never committed, so nobody could tell when all is done
         handling=handling,
+        assignment=assignment,
         keep=tuple(range(len(steps))),
     )
 
@@ -316,7 +359,13 @@ def _step_of_whole(rng: random.Random, database: str) -> Step:
         return Pass(rng.choice((20, 200, 700)))
     if what < 0.9:
         return Brokers(False)
-    return Severed() if database == "postgres" and what < 0.95 else Locked(rng.choice((50, 400)))
+    if database == "postgres" and what < 0.96:
+        return Severed() if what < 0.93 else Crashed(rng.choice((0, 400)))
+    return Locked(rng.choice((50, 400)))
+
+
+def _with_jumps(rng: random.Random, step: Relay | Listen) -> Relay | Listen:
+    return step._replace(clock_s=rng.choice((-3600, 3600, 1_000_000))) if rng.random() < 0.3 else step
 
 
 def _of_listener(rng: random.Random) -> Kill | None:

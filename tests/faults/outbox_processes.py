@@ -3,22 +3,30 @@
 A server that has imported this module forks them: a process that imports kbatch anew takes half a second.
 """
 
+import asyncio
 import logging
 import multiprocessing
 import os
 import signal
 import sqlite3
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import kbatch
+import kbatch.aio
+from kbatch._database import _tables
+from kbatch._fastmap import monotonic, wall_time
 from kbatch._inbox._session import InboxSession
+from kbatch._outbox import _relay
+from kbatch._receiving import _reading
 from kbatch._receiving._copies import Copies
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._reading import Reading
+from kbatch.aio._inbox_session import AioInboxSession
 from tests import outboxes
 from tests.faults.outbox_plan import Handling, Listen
 from tests.relays import WatchedOutbox
@@ -157,9 +165,11 @@ class _Outbox(WatchedOutbox):
     def __init__(self, outbox: outboxes.Outbox, step: Steps) -> None:
         super().__init__(outbox, before=lambda name: step(f"before {name}"), after=lambda name: step(f"after {name}"))
         self._step = step
+        self.was_opened = False
 
     def open_store(self) -> Any:
         store = super().open_store()
+        self.was_opened = True
         inner = store._store
         committing = _Committing(inner._connection, self._step)
         if isinstance(self.outbox, kbatch.SqliteOutbox):
@@ -190,11 +200,50 @@ class _Relay(kbatch.Relay):
         self._step("answered")
 
 
-def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], kill: tuple[str, int] | None) -> None:
+_JUMP_EVERY_S = 0.2
+
+
+def _jump(seconds: int) -> None:
+    """Has the wall clock of this process jump by so much, and back, over and over."""
+    if not seconds:
+        return
+
+    def jumping() -> float:
+        return wall_time() + (seconds if monotonic() // _JUMP_EVERY_S % 2 else 0)
+
+    for module in (_tables, _relay, _reading):
+        vars(module)["wall_time"] = jumping
+    Failing.__init__.__defaults__ = (monotonic, jumping)
+
+
+def relay(
+    place: dict[str, Any],
+    config: dict[str, Any],
+    options: dict[str, Any],
+    kill: tuple[str, int] | None,
+    clock_s: int,
+) -> None:
     """Sends until SIGTERM."""
-    with _Relay(_Outbox(opened(place), Steps(kill)), config, **options) as running:
-        signal.signal(signal.SIGTERM, lambda *_: running.stop())
-        running.run()
+    _jump(clock_s)
+    outbox = _Outbox(opened(place), Steps(kill))
+    is_over = False
+    while not is_over:
+        with _Relay(outbox, config, **options) as running:
+
+            def stop(*_: object, running: kbatch.Relay = running) -> None:
+                nonlocal is_over
+                is_over = True
+                running.stop()
+
+            signal.signal(signal.SIGTERM, stop)
+            try:
+                running.run()
+            except kbatch.OutboxError:
+                if outbox.was_opened:
+                    raise
+                time.sleep(0.05)  # the database was away at its start: whoever watches relays begins another
+            else:
+                return
 
 
 #: What a listener does, whose steps `Steps` may kill before and after.
@@ -206,6 +255,15 @@ _OF_READING = {
 
 
 def _watch(owner: Any, names: dict[str, str], step: Steps) -> None:
+    def awaited(method: Callable[..., Any], name: str) -> Any:
+        async def call(*arguments: Any, **keywords: Any) -> Any:
+            step(f"before {name}")
+            answer = await method(*arguments, **keywords)
+            step(f"after {name}")
+            return answer
+
+        return call
+
     def watched(method: Callable[..., Any], name: str) -> Any:
         def call(*arguments: Any, **keywords: Any) -> Any:
             step(f"before {name}")
@@ -216,7 +274,8 @@ def _watch(owner: Any, names: dict[str, str], step: Steps) -> None:
         return call
 
     for method, name in names.items():
-        setattr(owner, method, watched(getattr(owner, method), name))
+        wrap = awaited if asyncio.iscoroutinefunction(getattr(owner, method)) else watched
+        setattr(owner, method, wrap(getattr(owner, method), name))
 
 
 class Refused(Exception):
@@ -232,6 +291,7 @@ def listen(
     plan: Listen,
 ) -> None:
     """Handles until SIGTERM."""
+    _jump(plan.clock_s)
     logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # of what fails on purpose
     step = Steps(plan.kill)
     kind: Any = kbatch.SqliteInbox if "path" in place else kbatch.PostgresInbox
@@ -244,33 +304,53 @@ def listen(
         return session
 
     inbox.open_session = opened
+    _watch(AioInboxSession, {"_give": "handle"}, step)
     _watch(Reading, _OF_READING, step)
     _watch(Copies, {"send": "send_copy"}, step)
     _watch(Failing, {"_sent_on": "copy_stored"}, step)
     failures: Counter[int] = Counter()
 
+    def statement(number: int) -> str:
+        return f"INSERT INTO {table} (n) VALUES ({number})"  # and what fails then, is rolled back
+
+    def refuse(envelope: Any, number: int) -> None:
+        if handling.is_poison(number) or (handling.is_late(number) and envelope.topic == "orders"):
+            raise Refused(number)
+        if not handling.is_late(number) and failures[number] < handling.failures(number):
+            failures[number] += 1
+            raise Refused(number)
+
     def handle(given: Any, connection: Any) -> None:
         for envelope in given if isinstance(given, list) else (given,):
             number = int(envelope.data)
-            connection.execute(f"INSERT INTO {table} (n) VALUES ({number})")  # and what fails then, is rolled back
-            if handling.is_poison(number) or (handling.is_late(number) and envelope.topic == "orders"):
-                raise Refused(number)
-            if not handling.is_late(number) and failures[number] < handling.failures(number):
-                failures[number] += 1
-                raise Refused(number)
+            connection.execute(statement(number))
+            refuse(envelope, number)
 
-    listener = kbatch.Listener(
-        config,
-        ["orders"],
-        handle,
-        inbox=inbox,
-        concurrency=plan.concurrency,
-        batch_size=plan.batch_size,
-        max_in_flight=plan.max_in_flight,
-        commit_interval_s=plan.commit_interval_s,
-        retry=kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.005, max_backoff_s=0.02),
-        retry_topics=retry_topics,
-        dead_letter_topic="dead",
-    )
+    async def handle_on_loop(given: Any, connection: Any) -> None:
+        for envelope in given if isinstance(given, list) else (given,):
+            number = int(envelope.data)
+            done = connection.execute(statement(number))
+            await (asyncio.sleep(0) if isinstance(connection, sqlite3.Connection) else done)
+            refuse(envelope, number)
+
+    options: dict[str, Any] = {
+        "inbox": inbox,
+        "concurrency": plan.concurrency,
+        "batch_size": plan.batch_size,
+        "max_in_flight": plan.max_in_flight,
+        "commit_interval_s": plan.commit_interval_s,
+        "retry": kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.005, max_backoff_s=0.02),
+        "retry_topics": retry_topics,
+        "dead_letter_topic": "dead",
+    }
+    if plan.is_aio:
+        asyncio.run(_run_on_loop(kbatch.aio.Listener(config, ["orders"], handle_on_loop, **options)))
+        return
+    listener = kbatch.Listener(config, ["orders"], handle, **options)
     signal.signal(signal.SIGTERM, lambda *_: listener.stop())
     listener.run()
+
+
+async def _run_on_loop(listener: kbatch.aio.Listener) -> None:
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, listener.stop)
+    await listener.run()

@@ -27,6 +27,7 @@ from tests.faults.history import OutboxHistory
 from tests.faults.outbox_plan import (
     Application,
     Brokers,
+    Crashed,
     End,
     Hang,
     Listen,
@@ -38,7 +39,8 @@ from tests.faults.outbox_plan import (
     RunOut,
     Severed,
 )
-from tests.mock.clients import read_back
+from tests.mock.clients import read_back, read_committed
+from tests.postgres import Server
 from tests.waiting import stop
 
 IN_FLIGHT_BATCHES = 2
@@ -47,6 +49,7 @@ _PATIENCE_S = 40.0
 _RETRY_S = 0.2
 _SESSION_S = 1.8  # after so long the group gives a member's partitions away
 _LEASE_IS_TAKEN_S = 0.3
+_JUMPS = 200  # of a relay's clock, while a plan runs
 _LAST_SLOT = 99  # of a listener that is not killed
 _LAST = Listen(_LAST_SLOT, concurrency=4, batch_size=None, max_in_flight=2_000, commit_interval_s=0.05, kill=None)
 _SEVER = (
@@ -60,10 +63,14 @@ class OutboxRun:
 
     Args:
         place: "" for SQLite files, or the conninfo of a PostgreSQL server.
+        server: That server, if it is the plan's own.
     """
 
-    def __init__(self, cluster: MockCluster, plan: OutboxPlan, place: str, outbox: Any, inbox: Any) -> None:
+    def __init__(
+        self, cluster: MockCluster, plan: OutboxPlan, place: str, outbox: Any, inbox: Any, server: Server | None = None
+    ) -> None:
         self.cluster, self.plan, self.place, self.outbox, self.inbox = cluster, plan, place, outbox, inbox
+        self._server = server
         self.history = OutboxHistory(in_flight=plan.batch_size * IN_FLIGHT_BATCHES)
         self._running: dict[tuple[str, int], Any] = {}  # "relay" or "listener", and its slot
         self._dead: list[int] = []  # relays whose leases have not run out
@@ -76,6 +83,10 @@ class OutboxRun:
             "max_in_flight_batches": IN_FLIGHT_BATCHES,
             "strict_order": plan.strict_order,
         }
+        self._of_relay = dict(self._config)
+        if plan.fenced:
+            self._options["fencing"] = "kafka"
+            self._of_relay |= {"transaction.timeout.ms": 30_000, "delivery.timeout.ms": 20_000}
         self._place = {**outboxes.where(outbox), "wire": _wire(plan)}
         self._effects = ""
         self._retry_topics = [_RETRY_S] if plan.handling is not None and plan.handling.late else []
@@ -108,6 +119,8 @@ class OutboxRun:
         return self.history
 
     def _read(self, topic: str) -> list[Any]:
+        if self.plan.fenced:  # behind whose records there are markers; the mock cluster shows what was aborted, too
+            return read_committed(self.cluster.bootstrap_servers, topic, "read_uncommitted")
         return read_back(self.cluster.bootstrap_servers, topic)
 
     def _relay_the_rest(self) -> None:
@@ -115,7 +128,7 @@ class OutboxRun:
             if who == "relay":
                 self._end(who, slot, is_killed=False)
         self._run_out()
-        with kbatch.Relay(self.outbox, self._config, **self._options) as relay:
+        with kbatch.Relay(self.outbox, self._of_relay, **self._options) as relay:
             left = relay.drain(_PATIENCE_S)
         if left:
             self.history.findings.append(f"{left} rows are left at the end: {self.outbox.status()}")
@@ -159,7 +172,9 @@ class OutboxRun:
         if isinstance(step, Application):
             self._run_application(step, folder)
         elif isinstance(step, Relay):
-            arguments = (self._place, self._config, self._options, step.kill)
+            arguments = (self._place, self._of_relay, self._options, step.kill, step.clock_s)
+            if step.clock_s:  # a lease ends by each of two clocks: when one jumps, what is in flight is given up
+                self.history.relays_disturbed += _JUMPS
             self._begin("relay", step.slot, processes.relay, arguments)
         elif isinstance(step, Listen):
             self._begin("listener", step.slot, processes.listen, self._of_listener(step))
@@ -177,13 +192,23 @@ class OutboxRun:
         elif isinstance(step, Severed):
             self._disturb_relays()
             outboxes.rows(self.place, _SEVER)
+        elif isinstance(step, Crashed):
+            self._disturb_relays()
+            assert self._server is not None
+            self._server.crash()
+            time.sleep(step.ms / 1000)
+            self._server.start()
         elif isinstance(step, RunOut):
             self._run_out()
         elif isinstance(step, RoundTrip):
             self.cluster.set_rtt(-1, step.ms)
 
     def _of_listener(self, step: Listen) -> tuple[Any, ...]:
-        config = {**inboxes.consumer(self.cluster), "fetch.wait.max.ms": 20}
+        config = {
+            **inboxes.consumer(self.cluster),
+            "fetch.wait.max.ms": 20,
+            "partition.assignment.strategy": self.plan.assignment,
+        }
         where = inboxes.where(self.inbox)
         return where, self._effects, config, self._retry_topics, self.plan.handling, step
 
@@ -323,12 +348,17 @@ def run_outbox_plan(plan: OutboxPlan, place: str) -> tuple[list[Violation], Coun
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         cluster = stack.enter_context(MockCluster())
+        server = None
+        if plan.crashes:
+            server = stack.enter_context(contextlib.closing(Server()))
+            server.start()
+            place = server.conninfo
         if plan.handling is not None and place:
             from psycopg.conninfo import make_conninfo
 
             place = make_conninfo(place, application_name=f"plan {uuid.uuid4().hex}")  # whom `_SEVER` cuts off
         outbox, inbox = stack.enter_context(_databases_of(plan, place, folder))
-        history = OutboxRun(cluster, plan, place, outbox, inbox).run(folder)
+        history = OutboxRun(cluster, plan, place, outbox, inbox, server).run(folder)
     seen = Counter(
         {
             "committed": len(history.committed | history.told),

@@ -53,6 +53,7 @@ PROGRAM = """
     """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="platform: libfaketime is preloaded")
 @pytest.mark.skipif(
     os.environ.get("KBATCH_SLOW_BUILD", "") not in ("", "0"), reason="platform: the sanitizer is preloaded, too"

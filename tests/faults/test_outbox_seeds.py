@@ -61,7 +61,9 @@ def test_every_order_has_exactly_one_effect_in_order_per_key(seed: int, run: Run
 def test_each_step_of_a_listener_and_each_outage_has_its_turn() -> None:
     plans = [make_whole_plan(seed, "postgres") for seed in range(len(STEPS_OF_LISTENER))]
     kinds = {kind for plan in plans for kind in plan.kinds}
-    assert {*STEPS_OF_LISTENER, "hang", "brokers", "locked", "severed"} <= kinds
+    outages = {"hang", "brokers", "locked", "severed", "crashed", "clock"}
+    assert {*STEPS_OF_LISTENER, *outages, "aio", "range", "cooperative-sticky"} <= kinds
+    assert any(make_outbox_plan(seed, "sqlite").fenced for seed in SEEDS)
     assert [str(plan) for plan in plans] == [str(make_whole_plan(plan.seed, "postgres")) for plan in plans]
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
+from random import Random
 from typing import Any
 
 import pytest
@@ -83,29 +84,66 @@ def total(found: dict[str, list[int]]) -> int:
 
 
 # One before the transaction ends, one after.
-SHORT = ("offsets", "committed")
+SHORT = (("threads", "offsets"), ("asyncio", "committed"))
+COMMAND = [sys.executable, "-m", "tests.kafka.transactional_listener"]
+KILLS = [(kind, step) for kind in ("threads", "asyncio") for step in STEPS]
+
+
+def run_until_killed(settings: dict[str, Any]) -> None:
+    child = subprocess.run([*COMMAND, json.dumps(settings)], timeout=90, check=False)
+    assert child.returncode == -signal.SIGKILL
+
+
+def run_until_all_are_committed(cluster: KafkaCluster, settings: dict[str, Any], count: int) -> None:
+    last = subprocess.Popen([*COMMAND, json.dumps(settings)])
+    topic = settings["topic"]
+    try:
+        until(lambda: sum(committed(cluster, topic, topic).values()) == count, "all offsets", patience_s=60)
+    finally:
+        last.terminate()
+        assert last.wait(60) == 0
 
 
 @pytest.mark.parametrize(
-    "step", [step if step in SHORT else pytest.param(step, marks=pytest.mark.nightly) for step in STEPS]
+    ("kind", "step"), [each if each in SHORT else pytest.param(*each, marks=pytest.mark.nightly) for each in KILLS]
 )
 def test_a_listener_killed_at_a_step_has_each_effect_once(
-    one_broker: KafkaCluster, topics: tuple[str, str], step: str
+    one_broker: KafkaCluster, topics: tuple[str, str], kind: str, step: str
 ) -> None:
     topic, out = topics
     send(one_broker, 40, topic=topic)
     settings = {"config": settings_of(one_broker, topic), "topic": topic, "out": out, "id": topic, "batch_size": 3}
-    command = [sys.executable, "-m", "tests.kafka.transactional_listener"]
+    settings["kind"] = kind
     for at in (1, 2, 4):
-        child = subprocess.run([*command, json.dumps({**settings, "step": step, "at": at})], timeout=90, check=False)
-        assert child.returncode == -signal.SIGKILL
-    last = subprocess.Popen([*command, json.dumps(settings)])
-    try:
-        until(lambda: sum(committed(one_broker, topic, topic).values()) == 40, "all offsets", patience_s=60)
-    finally:
-        last.terminate()
-        assert last.wait(60) == 0
+        run_until_killed({**settings, "step": step, "at": at})
+    run_until_all_are_committed(one_broker, settings, 40)
     assert output(one_broker, out) == expected(40)
+
+
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, 12))])
+def test_a_history_of_orders_and_listeners_that_are_killed_has_one_invoice_for_each_order(
+    one_broker: KafkaCluster, topics: tuple[str, str], seed: int
+) -> None:
+    """Orders come while listeners of both kinds are killed at steps, and others take their place. The seed chooses."""
+    topic, out = topics
+    random = Random(seed)
+    count = 0
+    for _ in range(4):
+        orders = random.randrange(30, 90)
+        send(one_broker, orders, first=count, topic=topic)
+        count += orders
+        settings = {
+            "config": settings_of(one_broker, topic),
+            "topic": topic,
+            "out": out,
+            "id": topic,
+            "kind": random.choice(("threads", "asyncio")),
+            "batch_size": random.choice((1, 3, 8)),
+            "concurrency": random.choice((1, 2, 4)),
+        }
+        run_until_killed({**settings, "step": random.choice(STEPS), "at": random.choice((1, 2, 3))})
+    run_until_all_are_committed(one_broker, settings, count)
+    assert output(one_broker, out) == expected(count)
 
 
 def test_a_handler_that_raises_has_sent_nothing_and_its_record_goes_to_the_dead_letter_topic(

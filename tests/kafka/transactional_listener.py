@@ -4,6 +4,7 @@
 Its handler sends on what it gets. SETTINGS is JSON; without ``step`` it runs until SIGTERM.
 """
 
+import asyncio
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 from typing import Any
 
 import kbatch
-from kbatch import _transactions
+from kbatch import _transactions, aio
 from kbatch._receiving import _transacting
 from kbatch._transactions import Transactions
 
@@ -60,23 +61,34 @@ def main() -> None:
             transaction.send(settings["out"], [sent])
         step("handler")
 
-    listener = kbatch.Listener(
+    async def awaited(given: Any, transaction: aio.Transaction) -> None:
+        for envelope in given if isinstance(given, list) else (given,):
+            sent = kbatch.Envelope(data=envelope.data, key=envelope.key.decode(), message_type="Order")
+            await transaction.send(settings["out"], [sent])
+        step("handler")
+
+    is_aio = settings.get("kind") == "asyncio"
+    make: Any = aio.Listener if is_aio else kbatch.Listener
+    listener = make(
         settings["config"],
         [settings["topic"]],
-        handle,
+        awaited if is_aio else handle,
         transactional_id=settings["id"],
         batch_size=settings.get("batch_size"),
         concurrency=settings.get("concurrency", 1),
     )
-    commit = listener._transacting.commit  # type: ignore[union-attr]
+    commit = listener._transacting.commit
 
     def dying_commit(*arguments: Any) -> None:
         commit(*arguments)
         step("done")
 
-    listener._transacting.commit = dying_commit  # type: ignore[method-assign,union-attr]
+    listener._transacting.commit = dying_commit
     signal.signal(signal.SIGTERM, lambda *_: listener.stop())
-    listener.run()
+    if is_aio:
+        asyncio.run(listener.run())
+    else:
+        listener.run()
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def test_a_timeout_bounds_the_wait_only(cluster: MockCluster) -> None:
         async with make_producer(cluster) as producer:
             async with away(cluster):
                 with pytest.raises(kbatch.BatchPendingError, match="a batch of 7 envelopes within") as caught:
-                    await producer.send_batch(TOPIC, envelopes(range(7)), timeout=0.05)
+                    await producer.send_batch(TOPIC, envelopes(range(7)), timeout=0.5)
                 assert isinstance(caught.value, TimeoutError)
                 pending = caught.value.pending
                 del caught  # its traceback has the frame that waited

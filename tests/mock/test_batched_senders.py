@@ -91,6 +91,7 @@ def later(seconds: float) -> datetime:
 # -- no broker answers, under load
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 def test_an_outage_under_load(cluster: MockCluster, opened: Open, strict: bool) -> None:
     """For five times the messages' time no broker answers. Nothing is lost, the order holds, memory is bounded."""

@@ -10,6 +10,7 @@ from kbatch.cli._orders import Orders
 from .test_cli_outbox import run, run_here
 
 
+@pytest.mark.long
 def test_the_demo_of_the_inbox_kills_relays_and_listeners_and_finds_one_invoice_for_each_order() -> None:
     status, out, err = run("inbox", "demo", "--count", 20_000, "--one-at-a-time", 50, timeout=150)
     assert (status, err) == (0, "")

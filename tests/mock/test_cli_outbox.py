@@ -527,6 +527,7 @@ def test_a_relay_on_a_terminal_shows_a_live_line(outbox, kafka_cluster: MockClus
 # -- the demo
 
 
+@pytest.mark.long
 def test_the_demo_of_the_outbox_kills_relays_and_finds_everything():
     status, out, err = run("outbox", "demo", "--count", 20_000, timeout=100)
     assert (status, err) == (0, "")

@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, TopicPartition
 import kbatch
 from kbatch.testing import MockCluster
 
-from .clients import produce, read_back
+from .clients import produce, read, read_back
 from .test_cli import COMMAND, assert_one_line, environment, run, run_here
 
 SHOP = """
@@ -390,3 +390,44 @@ def test_what_is_wrong_in_the_file_is_said_in_one_line(shop: Any, old: str, new:
     with listening(shop) as process:
         out, err = process.communicate(timeout=60)
     assert_one_line((process.returncode, out, err), 2, message)
+
+
+@pytest.mark.parametrize("is_in_file", [True, False])
+def test_listen_sends_in_transactions(cluster: MockCluster, topic: str, shop: Any, is_in_file: bool) -> None:
+    text = (shop / "shop.py").read_text().replace("def handle(", "def other(")
+    text += f"""
+import kbatch
+
+def handle(envelope, transaction):
+    transaction.send("{topic}.dead", [kbatch.Envelope(envelope.message.n)])
+"""
+    (shop / "shop.py").write_text(text)
+    file = (shop / "listen.toml").read_text().replace(f'dead_letter_topic = "{topic}.dead"', "")
+    if is_in_file:
+        file = file.replace("concurrency = 2", 'transactional_id = "billing-1"')
+    (shop / "listen.toml").write_text(file)
+    send(cluster, topic, *range(3))
+    options = () if is_in_file else ("--transactional-id", "billing-1")
+    with listening(shop, "--json", *options) as process:
+        assert process.stderr is not None
+        begins = json.loads(process.stderr.readline())["message"]
+        assert begins == f"listener of {topic} begins, in transactions of billing-1"
+        found: list[Any] = []
+        while len(found) < 3:
+            records = read(cluster.bootstrap_servers, f"{topic}.dead", 0).get(0, [])
+            found = [record.value for record in records if record.headers]
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert found == [b"0", b"1", b"2"]
+    assert json.loads(err.splitlines()[-1])["message"].startswith("stopped by a signal; 3 done")
+
+
+def test_listen_refuses_transactions_with_an_inbox(shop: Any) -> None:
+    text = (shop / "listen.toml").read_text()
+    (shop / "listen.toml").write_text('inbox = "shop.db"\n' + text)
+    (shop / "shop.py").write_text(
+        (shop / "shop.py").read_text().replace("handle(envelope)", "handle(envelope, other, *more)")
+    )
+    with listening(shop, "--transactional-id", "billing-1") as process:
+        out, err = process.communicate(timeout=60)
+    assert_one_line((process.returncode, out, err), 2, "transactional_id contradicts inbox")

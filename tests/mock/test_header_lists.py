@@ -198,6 +198,7 @@ def test_lists_in_a_timed_out_outage_are_used_again(cluster: MockCluster, config
     assert [own_headers(record)["n"] for record in records] == [f"{n:04}".encode() for n in range(500)]
 
 
+@pytest.mark.long
 def test_nothing_grows_with_shapes(cluster: MockCluster, config: dict[str, Any]) -> None:
     def batch(first: int) -> list[Envelope[int]]:
         return [

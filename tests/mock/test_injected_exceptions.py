@@ -32,6 +32,9 @@ def cluster() -> Iterator[MockCluster]:
         yield cluster
 
 
+SOON: Any = {"probe_interval_s": 0.02, "max_probe_interval_s": 0.02}  # the trial after one that an exception has ended
+
+
 class Told(kbatch.SenderCallback):
     def __init__(self) -> None:
         self.told: list[str] = []
@@ -126,19 +129,19 @@ def test_a_sender(cluster: MockCluster, make: Any, transactional: bool) -> None:
 @pytest.mark.parametrize("fresh", [False, True], ids=["trial", "first"])
 def test_an_agent(cluster: MockCluster, make: Any, fresh: bool) -> None:
     with producer_of(cluster) as producer:
-        agents = [kbatch.SendingAgent(producer, "t")]
+        agents = [kbatch.SendingAgent(producer, "t", **SOON)]
         agents[0].send_batch(Told(), batch())
 
         def run(injector: Injector) -> None:
             if fresh:
-                agents.append(kbatch.SendingAgent(producer, "t"))
+                agents.append(kbatch.SendingAgent(producer, "t", **SOON))
             agent = agents[-1]
             if not fresh:
                 half_open(agent)
             told, after, outgoing = Told(), Told(), batch()
             injector.run(lambda: agent.send_batch(told, outgoing))
             until(lambda: told.told, "the callback", 10)
-            until(agent._gate.circuit.may_send, "the end of the trial", 5)
+            until(agent._gate.circuit.may_send, "the end of the trial")
             agent.send_batch(after, batch())
             assert (len(told.told), after.told) == (1, ["successful"]), injector.place
             assert agent.state is CircuitState.CLOSED
@@ -193,7 +196,7 @@ def test_on_an_event_loop(cluster: MockCluster, make: Any, way: str) -> None:
         def run(injector: Injector) -> None:
             loop = asyncio.new_event_loop()
             on_loop = beside(producer)
-            agent = None if way == "sender" else aio.SendingAgent(on_loop, "t")
+            agent = None if way == "sender" else aio.SendingAgent(on_loop, "t", **SOON)
             sender: Any = aio.KafkaSender(on_loop, "t") if agent is None else agent
             if agent is not None and way == "trial":
                 loop.run_until_complete(agent.send_batch(AioTold(), batch()))
@@ -205,7 +208,7 @@ def test_on_an_event_loop(cluster: MockCluster, make: Any, way: str) -> None:
                 loop.run_until_complete(asyncio.sleep(0.002))
             assert len(told.told) == 1, injector.place
             if agent is not None:
-                until(agent._gate.circuit.may_send, f"the end of the trial: {injector.place}", 5)
+                until(agent._gate.circuit.may_send, f"the end of the trial: {injector.place}")
             loop.run_until_complete(asyncio.wait_for(sender.send_batch(after, batch()), 10))
             assert (len(told.told), after.told) == (1, ["successful"]), injector.place
             if agent is not None:

@@ -406,7 +406,7 @@ def test_what_a_former_leader_answered_is_possibly_persisted(kafka_cluster: Mock
     # A leader that has appended and is then deposed answers so as well; librdkafka says: not persisted.
     kafka_cluster.create_topic("orders", partitions=1)
     lost: list[Any] = []
-    with make_producer(kafka_cluster, config={"delivery.timeout.ms": 1500, "error_cb": lost.append}) as producer:
+    with make_producer(kafka_cluster, config={"delivery.timeout.ms": 4000, "error_cb": lost.append}) as producer:
         until(lambda: producer.send_batch("orders", envelopes(1)).ok, "the broker")
         kafka_cluster.push_request_errors(0, ["NOT_LEADER_FOR_PARTITION"] * 1000)
         error = producer.send_batch("orders", envelopes(1)).errors[0]

@@ -50,6 +50,7 @@ def start(inbox: Inbox, cluster: MockCluster, table: str, **settings: Any) -> su
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_a_listener_that_is_killed_at_its_steps(inbox: Inbox, cluster: MockCluster, seed: int) -> None:
     seeded = random.Random(seed)

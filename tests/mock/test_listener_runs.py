@@ -750,3 +750,24 @@ def test_static_members_keep_their_partitions() -> None:
             assert raised == []
             send(cluster, 5)
     assert seen == list(range(10))
+
+
+def test_an_inbox_is_told_the_end_of_a_log_that_the_listener_has_not_read_to() -> None:
+    over = threading.Event()
+
+    def handle(envelope: Received) -> None:
+        if envelope.offset >= 3:
+            over.wait(60)
+
+    with MockCluster() as cluster:
+        cluster.create_topic("orders", partitions=1)
+        send(cluster, 10)
+        # It asks for no more while one that it has fetched is not handled.
+        settings = {"queued_min_messages": 1}
+        with running(of := listener_of(cluster, handle, max_in_flight=1, commit_interval_s=0.05, settings=settings)):
+            try:
+                until(lambda: committed(cluster, partitions=1).get(0) == 3, "the commit of what it has handled")
+                send(cluster, 50, 10)
+                assert of._reading.offsets() == {("orders", 0): (3, 60)}
+            finally:
+                over.set()

@@ -30,6 +30,7 @@ import kbatch
 from kbatch.testing import ApiKey, MockCluster
 
 from ..waiting import until
+from .celery_messages import Messages
 from .clients import Stored, read_back
 from .test_servers import server
 
@@ -340,25 +341,21 @@ def test_django_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Pa
     assert len(ids) == 10
 
 
+@pytest.mark.long
 @needs_posix
 def test_celery_sends_orders(side: str, kafka_cluster: MockCluster, tmp_path: Path) -> None:
     kafka_cluster.create_topic("orders", partitions=4)
-    log, folder = tmp_path / "log", tmp_path / "messages"
-    folder.mkdir()
-    options = {
-        "data_folder_in": str(folder),
-        "data_folder_out": str(folder),
-        "control_folder": str(tmp_path / "control"),
-    }
-    variables = {"CELERY_BROKER": "filesystem://", "CELERY_BROKER_OPTIONS": json.dumps(options)}
+    log, messages = tmp_path / "log", Messages(tmp_path / "messages")
     orders = [{"id": f"order-{i}", "customer": f"Müller {i}"} for i in range(20)]
-    client = Celery("orders", broker="filesystem://", broker_transport_options=options)
+    client = Celery("orders", broker="filesystem://", broker_transport_options=messages.of_who_sends)
     kafka_cluster.push_request_errors(ApiKey.PRODUCE, ["MSG_SIZE_TOO_LARGE"])  # one task is tried again
     command = ("celery", "--workdir", "examples/migration/celery", "-A", side, "worker", "--concurrency", "2")
     no_peers = ("--without-mingle", "--without-gossip", "--loglevel", "INFO")
-    with server(log, *command, *no_peers, KAFKA=kafka_cluster.bootstrap_servers, **variables) as process:
+    variables = {"KAFKA": kafka_cluster.bootstrap_servers, **messages.of_the_worker}
+    with server(log, *command, *no_peers, **variables) as process:
         for order in orders:
             client.send_task("send_order", [order])
+        messages.deliver()
         until(lambda: process.poll() is not None or log.read_text().count(" succeeded in ") == 20, "the tasks")
         process.send_signal(signal.SIGTERM)
     assert contents(kafka_cluster) == sorted((order["id"].encode(), json.dumps(order).encode(), []) for order in orders)

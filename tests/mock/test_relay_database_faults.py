@@ -45,6 +45,7 @@ def stored(cluster: MockCluster, topic: str = "orders") -> list[Any]:
 # -- locked
 
 
+@pytest.mark.long
 def test_a_writer_that_locks_the_database_for_longer_than_a_lease(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,6 +134,7 @@ def fill(outbox: SqliteOutbox, first: int) -> int:
     raise AssertionError("it is not small")
 
 
+@pytest.mark.long
 def test_a_full_disk_loses_what_could_not_be_committed_and_a_relay_goes_on_once_there_is_room(
     tmp_path: Path, cluster: MockCluster, caplog: pytest.LogCaptureFixture
 ) -> None:

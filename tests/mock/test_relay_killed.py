@@ -1,5 +1,6 @@
 """Relays that are killed or stopped at any of their steps lose nothing, invent nothing, and keep the order of a key."""
 
+import itertools
 import json
 import os
 import random
@@ -57,6 +58,7 @@ def let_leases_run_out(outbox: Outbox) -> None:
         outboxes.query(outbox, f"UPDATE {{{table}}} SET until = 0")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_a_relay_that_is_killed_at_one_of_its_steps(outbox: Outbox, kafka_cluster: MockCluster, seed: int) -> None:
     seeded = random.Random(seed)
@@ -79,6 +81,7 @@ def test_a_relay_that_is_killed_at_one_of_its_steps(outbox: Outbox, kafka_cluste
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
 
 
+@pytest.mark.long
 def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
     outbox: Outbox, kafka_cluster: MockCluster
 ) -> None:
@@ -103,6 +106,7 @@ def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
     assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(None,)]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_and_sends_nothing_new(
     outbox: Outbox, kafka_cluster: MockCluster
@@ -186,7 +190,8 @@ def test_an_application_that_is_killed_has_its_data_and_its_messages_or_neither(
     in_sqlite = isinstance(outbox, SqliteOutbox)
     table = "orders" if in_sqlite else outboxes.in_schema(outbox, "orders")
     outboxes.run(outbox, f"CREATE TABLE {table} (n INTEGER PRIMARY KEY)")
-    for _ in range(8):
+    orders: list[int] = []
+    for turn in itertools.count():
         program = APPLICATION if in_sqlite else APPLICATION_OF_POSTGRES
         command = [sys.executable, "-W", "error", "-c", program, *outboxes.where(outbox).values(), table]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -198,7 +203,8 @@ def test_an_application_that_is_killed_has_its_data_and_its_messages_or_neither(
         assert orders == list(range(len(orders)))
         assert len(orders) % 7 == 0
         assert [int(body or b"") for body in outboxes.bodies(outbox)] == orders
-    assert orders
+        if turn >= 7 and orders:  # a busy machine may end many before they have committed anything
+            break
     with Relay(outbox, config(kafka_cluster)) as relay:
         assert relay.drain(60) == 0
     check_history(orders, read_back(kafka_cluster.bootstrap_servers, "orders"))

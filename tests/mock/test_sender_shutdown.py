@@ -125,6 +125,7 @@ TIMEOUTS = (0, 0.002, 0.02, 30)
 WAYS = ("close", "with", "drain", "many close", "flush")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("own_producer", [False, True])
 def test_threads_send_while_the_sender_is_closed(kafka_cluster: MockCluster, own_producer: bool) -> None:
     shared = kbatch.Producer(config_of(kafka_cluster))
@@ -191,6 +192,7 @@ def test_threads_send_while_the_sender_is_closed(kafka_cluster: MockCluster, own
     shared.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loops", [1, 2])
 def test_tasks_send_while_the_sender_is_closed(kafka_cluster: MockCluster, loops: int) -> None:
     shared = aio.Producer(config_of(kafka_cluster))
@@ -417,7 +419,7 @@ def test_daemon_threads_send_while_the_interpreter_ends(cluster: MockCluster) ->
             def loop():
                 while True:
                     try:
-                        sender.send(kbatch.Envelope(data=b"x"), timeout=1)
+                        sender.send(kbatch.Envelope(data=b"x"), timeout=60)
                     except kbatch.SenderClosedError:
                         time.sleep(0.001)
                     turns.append(1)
@@ -562,6 +564,7 @@ def make_aio_sender(cluster: MockCluster, account: Account, **options: Any) -> t
     return producer, aio.BatchedSender(aio.SendingAgent(producer, TOPIC, on_failed=account.on_failed_async), **options)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("state", ["not started", "started", "full"])
 def test_sending_is_cancelled_at_every_await(cluster: MockCluster, state: str) -> None:
     account = Account()
@@ -601,6 +604,7 @@ def test_sending_is_cancelled_at_every_await(cluster: MockCluster, state: str) -
     assert sum(sender.stats()["accepted"] for sender in senders) == len(log)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["flush", "drain", "close", "with"])
 def test_ending_is_cancelled_at_every_await(cluster: MockCluster, how: str) -> None:
     """It goes on without the task, or can be asked for again."""

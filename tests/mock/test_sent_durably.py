@@ -154,6 +154,7 @@ def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: Outbox, kafka
     assert len(read_back(kafka_cluster.bootstrap_servers, "orders")) == 20
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
 @pytest.mark.parametrize("seed", range(ROUNDS))
 def test_an_application_that_is_killed_at_any_step_loses_nothing_that_send_has_returned_for(

@@ -1,6 +1,5 @@
 """The examples for gunicorn and Celery: producers and forks as these servers have them."""
 
-import json
 import os
 import re
 import signal
@@ -20,6 +19,7 @@ import pytest
 from kbatch.testing import MockCluster
 
 from ..waiting import until
+from .celery_messages import Messages
 from .clients import end_offsets, read_back
 from .processes import needs_fork
 
@@ -158,29 +158,23 @@ def test_gunicorn_with_a_producer_of_its_own_for_each_worker(kafka_cluster: Mock
     assert values(kafka_cluster, "orders") == expected
 
 
+@pytest.mark.long
 def test_celery_with_a_producer_made_before_the_fork(kafka_cluster: MockCluster, tmp_path: Path) -> None:
     kafka_cluster.create_topic("orders", partitions=2)
     kafka_cluster.create_topic("events", partitions=1)
     log = tmp_path / "log"
-    folder = str(tmp_path / "messages")
-    options = {"data_folder_in": folder, "data_folder_out": folder, "control_folder": str(tmp_path / "control")}
-    Path(folder).mkdir()
-    variables = {
-        "KAFKA": kafka_cluster.bootstrap_servers,
-        "CELERY_BROKER": "filesystem://",
-        "CELERY_BROKER_OPTIONS": json.dumps(options),
-    }
+    messages = Messages(tmp_path / "messages")
+    servers = kafka_cluster.bootstrap_servers
     tasks, size = 30, 20
     send = f"[send_orders.delay([{{'id': task * {size} + i}} for i in range({size})]) for task in range({tasks})]"
     note = "[note.delay([{'event': i}]) for i in range(4)]"
 
     def call(code: str) -> None:
-        program = f"from celery_tasks import note, send_orders; {code}"
-        subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, env={**os.environ, **variables}, check=True)
+        messages.send_by(f"from celery_tasks import note, send_orders; {code}", EXAMPLES, KAFKA=servers)
 
     command = ["celery", "--workdir", "examples", "-A", "celery_tasks"]
-    command += ["worker", "--concurrency", "2", "--loglevel", "DEBUG"]
-    with server(log, *command, "--without-mingle", "--without-gossip", **variables) as process:
+    command += ["worker", "--concurrency", "2", "--loglevel", "DEBUG", "--without-mingle", "--without-gossip"]
+    with server(log, *command, KAFKA=servers, **messages.of_the_worker) as process:
         call(send)
         until(lambda: process.poll() is not None or log.read_text().count(" succeeded in ") == tasks, "the tasks")
         kafka_cluster.set_broker_down(1)

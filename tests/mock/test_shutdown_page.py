@@ -2,7 +2,6 @@
 
 import fcntl
 import inspect
-import json
 import os
 import re
 import runpy
@@ -28,6 +27,7 @@ import kbatch
 from kbatch.testing import ApiKey, MockCluster
 
 from ..waiting import until
+from .celery_messages import Messages
 from .clients import end_offsets
 from .processes import needs_fork
 from .test_servers import EXAMPLES, post, server, values
@@ -201,20 +201,14 @@ def test_gunicorn_ends_under_load(cluster: MockCluster, tmp_path: Path, signal_n
 
 
 @pytest.fixture
-def celery(cluster: MockCluster, tmp_path: Path) -> dict[str, str]:
-    """The variables of a worker whose messages are files."""
-    folder = tmp_path / "messages"
-    folder.mkdir()
-    options = {
-        "data_folder_in": str(folder),
-        "data_folder_out": str(folder),
-        "control_folder": str(tmp_path / "control"),
-    }
-    return {
-        "KAFKA": cluster.bootstrap_servers,
-        "CELERY_BROKER": "filesystem://",
-        "CELERY_BROKER_OPTIONS": json.dumps(options),
-    }
+def messages(tmp_path: Path) -> Messages:
+    return Messages(tmp_path / "messages")
+
+
+@pytest.fixture
+def celery(cluster: MockCluster, messages: Messages) -> dict[str, str]:
+    """The variables of a worker."""
+    return {"KAFKA": cluster.bootstrap_servers, **messages.of_the_worker}
 
 
 CELERY = ("celery", "--workdir", "examples", "-A", "shutdown_celery", "worker")
@@ -224,33 +218,35 @@ TASKS, TASK_SIZE = 40, 200
 OF_THE_TASKS = [f'"{number}-{i}"' for number in range(TASKS) for i in range(TASK_SIZE)]
 
 
-def run_tasks(process: subprocess.Popen[bytes], log: Path, variables: dict[str, str], task: str) -> None:
+def run_tasks(process: subprocess.Popen[bytes], log: Path, cluster: MockCluster, messages: Messages, task: str) -> None:
     program = (
         f"from shutdown_celery import {task} as task\n"
         f"for number in range({TASKS}): task.delay([f'{{number}}-{{i}}' for i in range({TASK_SIZE})])"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, env={**os.environ, **variables}, check=True)
+    messages.send_by(program, EXAMPLES, KAFKA=cluster.bootstrap_servers)
     until(lambda: process.poll() is not None or log.read_text().count(" succeeded in ") == TASKS, "the tasks")
 
 
+@pytest.mark.long
 def test_celery_closes_its_senders_in_worker_process_shutdown(
-    cluster: MockCluster, tmp_path: Path, celery: dict[str, str], ending: str
+    cluster: MockCluster, tmp_path: Path, celery: dict[str, str], messages: Messages, ending: str
 ) -> None:
     log = tmp_path / "log"
     with server(log, *CELERY, *ALONE, CLOSE_TIMEOUT_S=ENDINGS[ending], **celery) as process:
         until(lambda: process.poll() is not None or " ready." in log.read_text(), "the worker")
         cluster.set_broker_down(1)
-        run_tasks(process, log, celery, "record")
+        run_tasks(process, log, cluster, messages, "record")
         end(process, log, cluster, ending, senders=2)
     check(cluster, log, ending, OF_THE_TASKS)
 
 
+@pytest.mark.long
 def test_a_celery_task_that_flushes_is_done_when_kafka_has_its_events(
-    cluster: MockCluster, tmp_path: Path, celery: dict[str, str]
+    cluster: MockCluster, tmp_path: Path, celery: dict[str, str], messages: Messages
 ) -> None:
     log = tmp_path / "log"
     with server(log, *CELERY, *ALONE, **celery) as process:
-        run_tasks(process, log, celery, "record_safely")
+        run_tasks(process, log, cluster, messages, "record_safely")
         cluster.set_broker_down(1)
         process.send_signal(signal.SIGTERM)
         until(lambda: process.poll() is not None, "the worker's end")
@@ -259,9 +255,10 @@ def test_a_celery_task_that_flushes_is_done_when_kafka_has_its_events(
     assert sorted(values(cluster, TOPIC)) == sorted(OF_THE_TASKS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["cannot be mapped", "not permitted"])
 def test_a_celery_task_that_flushes_fails_when_an_event_is_given_up(
-    cluster: MockCluster, tmp_path: Path, celery: dict[str, str], what: str
+    cluster: MockCluster, tmp_path: Path, celery: dict[str, str], messages: Messages, what: str
 ) -> None:
     log = tmp_path / "log"
     event = "\ud800" if what == "cannot be mapped" else "x"
@@ -269,7 +266,7 @@ def test_a_celery_task_that_flushes_fails_when_an_event_is_given_up(
         cluster.push_request_errors(ApiKey.PRODUCE, ["TOPIC_AUTHORIZATION_FAILED"] * 100)
     program = f"from shutdown_celery import record_safely\nrecord_safely.delay([{event!r}])"
     with server(log, *CELERY, *ALONE, **celery) as process:
-        subprocess.run([sys.executable, "-c", program], cwd=EXAMPLES, env={**os.environ, **celery}, check=True)
+        messages.send_by(program, EXAMPLES, KAFKA=cluster.bootstrap_servers)
         until(lambda: process.poll() is not None or " raised unexpected: " in log.read_text(), "the failure")
         process.send_signal(signal.SIGTERM)
         until(lambda: process.poll() is not None, "the worker's end")

@@ -327,10 +327,13 @@ def test_close_while_the_others_send_wait_and_flush(kafka_cluster: MockCluster, 
                 producer.flush()
 
     def close_now() -> None:
-        try:
-            left.append(producer.close(timeout))
-        except kbatch.UndeliveredError:  # nobody has waited yet for what was submitted
-            left.append(producer.close())
+        patience: tuple[float, ...] = (timeout,)
+        while True:
+            try:
+                left.append(producer.close(*patience))
+                return
+            except kbatch.UndeliveredError:  # nobody has waited yet for what was submitted
+                patience = ()
 
     def close() -> None:
         until(lambda: len(ledger.acked) > batches_before_close * 30, "acknowledgements")

@@ -1,6 +1,7 @@
 """Where a planted defect goes: found by the function that it is in, so that code can move between files."""
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 # What begins a function, a class or a struct, in Python, Cython or C; its name is the first group.
@@ -11,14 +12,20 @@ BEGINS = re.compile(
 SUFFIXES = ("py", "pyx", "pxd", "pxi", "h")
 
 
-def find(root: Path, where: str, old: str) -> list[tuple[Path, int]]:
+def sources(root: Path) -> list[tuple[Path, str]]:
+    """The files below `root`, the folder of the package, and their texts."""
+    files = sorted(path for suffix in SUFFIXES for path in root.rglob(f"*.{suffix}"))
+    return [(file, file.read_text(encoding="utf-8")) for file in files]
+
+
+def find(root: Path, where: str, old: str, texts: Iterable[tuple[Path, str]] | None = None) -> list[tuple[Path, int]]:
     """Each file below `root`, the folder of the package, and index of `old` in a function with this name.
 
-    where="" is what is in no function or class. A class is what its methods leave of it.
+    where="" is what is in no function or class. A class is what its methods leave of it. `texts` are those that
+    `sources` has read before.
     """
     found = []
-    for file in sorted(path for suffix in SUFFIXES for path in root.rglob(f"*.{suffix}")):
-        text = file.read_text(encoding="utf-8")
+    for file, text in sources(root) if texts is None else texts:
         at = text.find(old)
         while at != -1:
             name = name_at(file.relative_to(root), text, at)

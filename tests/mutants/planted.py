@@ -1479,6 +1479,27 @@ MUTANTS = (
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
+        "a connection that one outbox knows is known to all",
+        "SqliteDatabase._set_path",
+        "hashlib.sha256(os.fsencode(self._path))",
+        "hashlib.sha256(b'')",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
+        "an outbox asks for a connection's file with each add",
+        "SqliteDatabase._set_known",
+        "        connection.create_function(self._known, 0, int)\n",
+        "        pass\n",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
+        "an outbox adds to tables with another number of buckets",
+        "SqliteOutbox.__init__",
+        'AND version = {version} AND buckets = {buckets}"',
+        'AND version = {version}"',
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
         "a relay deletes by a lease that has run out",
         "SqliteStore._valid",
         "SELECT bucket, token FROM {lease} WHERE {lives} AND",
@@ -1887,8 +1908,8 @@ MUTANTS = (
     Mutant(
         "what is scheduled has the timestamp of its add",
         "stored_rows",
-        "            record.timestamp = envelope._scheduled_time // 1000\n",
-        "            pass\n",
+        "                record.timestamp = envelope._scheduled_time // 1000\n",
+        "                pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
@@ -2212,7 +2233,7 @@ MUTANTS = (
     # -- failures of a listener
     Mutant(
         "what failed is done before its copy is stored",
-        "Failing._sent_on",
+        "Failing._judge_copy",
         "        if error is None:\n",
         "        if True:\n",
         "tests/unit/test_failures.py",
@@ -2311,9 +2332,30 @@ MUTANTS = (
     Mutant(
         "a mark counts before the group has committed up to it",
         "",
-        "    safe_until = CASE WHEN mark_offset <= :done AND :done <= :last THEN mark_at ELSE safe_until END,\n",
-        "    safe_until = CASE WHEN mark_offset IS NOT NULL THEN mark_at ELSE safe_until END,\n",
+        "        WHEN mark_offset <= :done AND :done <= :last THEN mark_at ELSE safe_until END,\n",
+        "        WHEN mark_offset IS NOT NULL THEN mark_at ELSE safe_until END,\n",
         "tests/unit/test_inbox_store.py",
+    ),
+    Mutant(
+        "a mark of a clock that was set back since is believed",
+        "",
+        "    safe_until = CASE WHEN mark_at > $2 OR safe_until > $2 THEN 0\n        WHEN",
+        "    safe_until = CASE\n        WHEN",
+        "tests/unit/test_inbox_store.py",
+    ),
+    Mutant(
+        "what was handled while a clock was ahead keeps all that came after it",
+        "SqliteInbox._purge",
+        "                if newest <= rows[0][2] <= now:",
+        "                if newest <= rows[0][2]:",
+        "tests/unit/test_inbox_store.py",
+    ),
+    Mutant(
+        "an inbox is told the end of a log as it was when the listener read it",
+        "Reading.offsets",
+        "            ends = self.core.offsets_for_times(asked, _COMMIT_TIMEOUT_S) if asked else {}\n",
+        "            ends = self.core.ends(committed)\n",
+        "tests/mock/test_listener_runs.py",
     ),
     Mutant(
         "a day is emptied by what was seen before its lock",
@@ -2344,6 +2386,13 @@ MUTANTS = (
         '            run("SAVEPOINT kbatch_inbox")',
         '            run("COMMIT")\n            run("BEGIN IMMEDIATE")\n            run("SAVEPOINT kbatch_inbox")',
         "tests/faults/test_outbox_seeds.py",
+    ),
+    Mutant(
+        "a consumer that is closed before it has heard of its partitions ends the interpreter",
+        "answer_rebalance",
+        "    cdef bint cooperative = protocol != NULL and protocol[0] == c'C'\n",
+        "    cdef bint cooperative = protocol[0] == c'C'\n",
+        "tests/mock/test_consumer_core.py",
     ),
     Mutant(
         "an outage of the inbox ends the listener",
@@ -2451,6 +2500,20 @@ MUTANTS = (
         "tests/mock/test_aio_listener.py",
     ),
     Mutant(
+        "what was in the memory of an envelope shows in the next one",
+        "read_regular",
+        "    memset(block, 0, sizeof(Received))\n",
+        "    block.seen = block.users = block.makes_id = block.attempts = 0\n",
+        "tests/unit/test_received_envelope.py",
+    ),
+    Mutant(
+        "memory of an envelope is taken by two",
+        "new_block",
+        "        spare.first[kind] = block.next\n",
+        "",
+        "tests/mock/test_consumer_core.py",
+    ),
+    Mutant(
         "a transaction commits offsets of a partition that another has",
         "_send_offsets",
         "        if not reading.holds(work):\n",
@@ -2463,5 +2526,26 @@ MUTANTS = (
         "            packed, self._packed = self._packed, None\n",
         "            packed, self._packed = self._packed, []\n",
         "tests/mock/test_transactional_listener.py",
+    ),
+    Mutant(
+        "a send that a handler has not awaited is lost in silence",
+        "Transaction._check",
+        "        if self._left:\n",
+        "        if False:\n",
+        "tests/mock/test_aio_transactional_listener.py",
+    ),
+    Mutant(
+        "a listener that was interrupted in its end runs already",
+        "Listener.run",
+        "            self._over(claim, is_last=True)  # Ctrl-C",
+        "            pass  # Ctrl-C",
+        "tests/unit/test_listener_interrupted.py",
+    ),
+    Mutant(
+        "a record that cannot be failed for want of memory stays under way",
+        "_Handlers._end",
+        "            self.reading.fail(work, error)\n",
+        "            pass\n",
+        "tests/unit/test_listener_interrupted.py",
     ),
 )

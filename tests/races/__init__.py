@@ -1,1 +1,1 @@
-"""What many threads do to one producer, for ThreadSanitizer: `make tsan`."""
+"""What many threads do to one producer, and to one consumer, for ThreadSanitizer: `make tsan`."""

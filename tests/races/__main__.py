@@ -28,6 +28,7 @@ def main() -> int:
         f"halt_on_error=0:history_size=4:exitcode={RACE}:suppressions={Path(__file__).parent / 'suppressions.txt'}"
     )
     with MockCluster(brokers=2) as cluster:
+        cluster.set_group_rebalance_delay(0)
         for topic in TOPICS:
             cluster.create_topic(topic, partitions=3)
         watched = {

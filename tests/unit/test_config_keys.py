@@ -121,6 +121,7 @@ def deliberate(key: str, value: Any, theirs: str | None, mine: kbatch.ConfigErro
     return None
 
 
+@pytest.mark.long
 def test_every_key_is_accepted_or_refused_as_by_confluent_kafka(
     keys: list[Key], capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -586,6 +586,7 @@ def no_finalizers() -> Iterator[None]:
 
 
 # A thread that dies on the way out leaves its connection to the garbage collector, of which its driver warns.
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
 @pytest.mark.filterwarnings("ignore:.* was deleted while still open:ResourceWarning")
 def test_an_exception_at_any_line_of_the_writers_thread_acknowledges_nothing_that_is_not_there(

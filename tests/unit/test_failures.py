@@ -269,8 +269,9 @@ def test_of_a_batch_that_fails_only_the_record_that_is_to_blame_is_dead() -> Non
     assert work.envelope.offset == 0
     failing.handled(recorder, work)
     assert work.envelope.offset == 1
-    failing.failed(recorder, work, ValueError("this one"))
-    failing.failed(recorder, work, ValueError("this one"))
+    assert not failing.failed(recorder, work, ValueError("this one"))
+    assert failing.failed(recorder, work, ValueError("this one"))
+    failing.send_on(recorder, work)
     failing.handled(recorder, work)
     assert recorder.told[2:] == [("again", 1), ("again", 1), ("copy", "1"), ("again", 2), "done"]
     assert failing.stats() == {"attempts_failed": 4, "to_retry": 0, "dead": 1}
@@ -289,9 +290,9 @@ def test_a_copy_that_is_not_stored_is_sent_again_and_counts_no_attempt() -> None
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
     failing = Failing(policy, recorder, lambda: 0.0, lambda: WALL)
     work = work_of(record())
-    failing.failed(recorder, work, ValueError())
-    for _ in range(2):
-        assert not failing.goes_on(recorder, work)
+    assert failing.failed(recorder, work, ValueError())
+    for _ in range(3):
+        failing.send_on(recorder, work)
     assert recorder.told == [("again", None), ("again", None), "done"]
     assert sent == [sent[0]] * 3
     assert failing.stats() == {"attempts_failed": 1, "to_retry": 0, "dead": 1}
@@ -306,5 +307,7 @@ def test_a_copy_that_its_topic_never_takes_ends_the_listener() -> None:
 
     recorder = Refusing()
     policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
-    Failing(policy, recorder).failed(recorder, work_of(record()), ValueError())
+    failing, work = Failing(policy, recorder), work_of(record())
+    assert failing.failed(recorder, work, ValueError())
+    failing.send_on(recorder, work)
     assert recorder.told == ["fail"]

@@ -16,7 +16,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, InboxError
-from tests import inboxes
+from tests import inboxes, outboxes
 from tests.inboxes import GROUP, Inbox, accept, ids, in_postgres, in_sqlite, transaction
 from tests.outboxes import in_schema, query, run
 
@@ -626,6 +626,77 @@ def test_a_topic_that_was_made_anew_does_not_wait_for_the_end_of_the_old_one(inb
     assert inbox.status().safe_until == {GROUP: None}
     inbox._note(GROUP, 3_000_000, {partition: (3, 3)})
     assert inbox.status().safe_until == {GROUP: datetime.fromtimestamp(2, timezone.utc)}
+
+
+def test_after_a_clock_was_set_back_nothing_is_purged_until_it_is_known_anew(inbox: Inbox) -> None:
+    def us(days: float) -> int:
+        return int((NOW - timedelta(days=days)).timestamp() * 1e6)
+
+    partition = ("orders", 0)
+    handle_from(inbox, *(read_from("orders", 0, n, id=uuid.uuid4()) for n in range(5)))
+    inboxes.handled_at(inbox, NOW - timedelta(days=9))
+    inbox._note(GROUP, us(10), {partition: (5, 5)})
+    inbox._note(GROUP, us(9), {partition: (5, 5)})
+    assert inbox.status().safe_until[GROUP] == datetime.fromtimestamp(us(10) / 1e6, timezone.utc)
+    # By ten days: what is handled then, and not committed, seems to have been handled before that time.
+    handle_from(inbox, *(read_from("orders", 0, n, id=uuid.uuid4()) for n in range(5, 8)))
+    inboxes.handled_at(inbox, NOW - timedelta(days=19.5), f"handled_at > {at(inbox, NOW - timedelta(days=1))}")
+    inbox._note(GROUP, us(19), {partition: (5, 8)})
+    assert (inbox.purge(), inbox.status().safe_until) == (0, {GROUP: None})
+    inbox._note(GROUP, us(18), {partition: (7, 8)})
+    assert inbox.purge() == 0
+    inbox._note(GROUP, us(8), {partition: (8, 8)})  # it is right again
+    assert inbox.purge() == 3
+    inbox._note(GROUP, us(7.5), {partition: (8, 8)})
+    assert inbox.purge() == 5
+
+
+def test_a_clock_that_was_ahead_is_not_believed_after_it_was_set_back(inbox: Inbox) -> None:
+    partition = ("orders", 0)
+    handle_from(inbox, read_from("orders", 0))
+    ahead = int((NOW + timedelta(days=365)).timestamp() * 1e6)
+    for later in range(2):
+        inbox._note(GROUP, ahead + later, {partition: (1, 1)})
+    inboxes.handled_at(inbox, NOW - timedelta(days=9))
+    inbox._note(GROUP, int(NOW.timestamp() * 1e6), {partition: (1, 2)})
+    assert inbox.status().safe_until == {GROUP: None}
+    assert inbox.purge() == 0
+
+
+def test_what_was_handled_while_a_clock_was_ahead_does_not_hold_back_what_came_after(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._inbox._sqlite._DELETED_AT_ONCE", 2)
+    accept(inbox, orders(3))
+    inboxes.handled_at(inbox, NOW + timedelta(days=365))
+    accept(inbox, old(9))
+    inboxes.handled_at(inbox, NOW - timedelta(days=9), f"handled_at < {at(inbox, NOW + timedelta(days=1))}")
+    later = {GROUP: NOW + timedelta(days=1)}
+    assert inbox.purge(committed=later) == 3
+    assert len(ids(inbox)) == 3
+    if isinstance(inbox, kbatch.SqliteInbox):  # where they would lie before all others for a year
+        assert inbox.purge(0, committed=later) == 3
+
+
+@in_postgres
+def test_names_of_a_schema_and_tables_may_have_any_characters(new_inbox: NewInbox, postgres: str) -> None:
+    schema = "a\"b{x}%s'$4::"
+    with outboxes.connected(postgres) as connection:
+        connection.execute('CREATE SCHEMA "a""b{x}%s\'$4::"')
+    try:
+        inbox = new_inbox(schema=schema, prefix=schema)
+        given = [read_from("orders", n % 2, n, id=uuid.uuid4()) for n in range(4)]
+        session = inbox.open_session(schema)
+        assert session.handle(given[0], lambda envelope, connection: None)
+        assert session.handle_batch(given, lambda envelopes, connection: None) == 3
+        session.close()
+        for _ in range(2):
+            inbox._note(schema, inbox._clock_us(), {("orders", 0): (3, 3), ("orders", 1): (4, 4)})
+        assert inbox.status().safe_until[schema] is not None
+        inboxes.handled_at(inbox, NOW - timedelta(days=9))
+        assert inbox.purge() == 4
+    finally:
+        outboxes.drop_schema(postgres, schema)
 
 
 @in_postgres

@@ -1,7 +1,7 @@
 """Phase 1 against the reference: the same bytes, or the same envelope refused for the same field."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kbatch
@@ -12,8 +12,10 @@ from tests.reference import Setting, Spec, refused_arguments
 
 WIRES = ("kbatch", "wolverine", "cloudevents", "raw")
 SMALL = 20_000
+A_THIRD = settings(max_examples=settings().max_examples // 3)  # for each of twelve
 
 
+@pytest.mark.long
 @given(data=st.data(), setting=strategies.settings)
 def test_good_batches(data, setting):
     specs = data.draw(st.lists(strategies.specs(setting), max_size=6))
@@ -24,6 +26,7 @@ def test_good_batches(data, setting):
     assert len(got) == len(again) == len(specs)
 
 
+@pytest.mark.long
 @given(data=st.data(), setting=strategies.settings)
 def test_a_bad_envelope_anywhere(data, setting):
     specs = data.draw(st.lists(strategies.specs(setting), max_size=4))
@@ -52,6 +55,7 @@ def test_a_batch_that_goes_on_without_bad_envelopes(data, setting):
 
 @pytest.mark.parametrize("wire", WIRES)
 @pytest.mark.parametrize("off", [-1, 0, 1])
+@A_THIRD
 @given(data=st.data())
 def test_at_the_size_limit(wire, off, data):
     setting = Setting(wire=wire, message_max_bytes=SMALL)

@@ -30,9 +30,12 @@ def send(request: pytest.FixtureRequest) -> Any:
             listener = MemoryListener(handler, **options)
             return listener.send(*envelopes), listener
 
-        async def awaited(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        async def awaited(envelope: kbatch.ReceivedEnvelope[Any], transaction: Any = None) -> None:
             await asyncio.sleep(0)
-            handler(envelope)
+            if transaction is None:
+                handler(envelope)
+            else:
+                handler(envelope, transaction._of_threads)
 
         of_loop = testing_aio.MemoryListener(awaited, **options)
         return asyncio.run(of_loop.send(*envelopes)), of_loop
@@ -168,3 +171,67 @@ def test_an_inbox_leaves_out_what_was_handled_and_commits_with_the_mark(tmp_path
     assert calls == [7, 7]  # the first one was not committed, the copy is not handled
     with contextlib.closing(sqlite3.connect(tmp_path / "shop.db")) as connection:
         assert connection.execute("SELECT number FROM invoices").fetchall() == [(7,)]
+
+
+def test_what_is_sent_in_a_transaction_is_seen_when_its_handler_has_returned(send: Any) -> None:
+    during: list[int] = []
+    made: list[Any] = []
+    base = testing._memory_listener.BaseMemoryListener
+    init = base.__init__
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Order], transaction: kbatch.Transaction) -> None:
+        transaction.send("invoices", [Envelope(envelope.message.number, key="k")])
+        during.append(len(made[0].sent))
+        if envelope.message.number == 1:
+            raise ValueError("no such customer")
+
+    def noting(self: Any, *arguments: Any, **options: Any) -> None:
+        init(self, *arguments, **options)
+        made.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "__init__", noting)
+        outcomes, listener = send(
+            handle,
+            *(Envelope(Order(n), key=str(n)) for n in range(3)),
+            types={"Order": Order},
+            retry=ONCE,
+            dead_letter_topic="dead",
+            transactional_id="one",
+        )
+    assert [each.outcome for each in outcomes] == ["handled", "dead", "handled"]
+    assert during == [0, 1, 1]
+    assert [(each.topic(), each.offset(), each.key(), each.value()) for each in listener.sent] == [
+        ("invoices", 0, b"k", b"0"), ("invoices", 1, b"k", b"2")
+    ]  # fmt: skip
+    assert len(listener.dead_letters) == 1
+
+
+def test_what_cannot_be_sent_in_a_transaction_is_the_handlers_failure(send: Any) -> None:
+    def handle(envelope: Any, transaction: kbatch.Transaction) -> None:
+        transaction.send("invoices", [Envelope(1)])
+        transaction.send("invoices", [Envelope(object())])
+
+    (outcome,), listener = send(handle, Envelope(1), retry=ONCE, transactional_id="one")
+    assert outcome.outcome == "failed"
+    assert isinstance(outcome.errors[0], kbatch.SerializationError)
+    assert listener.sent == ()
+
+
+def test_transactions_keep_the_order_of_a_partition(send: Any) -> None:
+    seen: list[int] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Order], transaction: kbatch.Transaction) -> None:
+        seen.append(envelope.message.number)
+        if len(seen) == 1:
+            raise ValueError("again")
+
+    send(handle, *(Envelope(Order(n), key=str(n)) for n in range(3)), types={"Order": Order}, transactional_id="one")
+    assert seen == [0, 0, 1, 2]
+
+
+def test_what_contradicts_transactions_is_refused_in_memory() -> None:
+    with pytest.raises(kbatch.ConfigError, match="contradicts inbox"):
+        MemoryListener(lambda *_: None, inbox=kbatch.SqliteInbox("shop.db"), transactional_id="one")
+    with pytest.raises(kbatch.ConfigError, match="transactional_id must be a name"):
+        MemoryListener(lambda *_: None, transactional_id="")

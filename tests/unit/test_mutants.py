@@ -6,17 +6,22 @@ import pytest
 
 import kbatch
 
-from ..mutants.places import find
+from ..mutants.places import find, sources
 from ..mutants.planted import MUTANTS, Mutant
 
 PACKAGE = Path(kbatch.__file__).parent
 
 
+@pytest.fixture(scope="module")
+def texts() -> list[tuple[Path, str]]:
+    return sources(PACKAGE.parent)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
-def test_a_planted_defect_fits(mutant: Mutant) -> None:
+def test_a_planted_defect_fits(mutant: Mutant, texts: list[tuple[Path, str]]) -> None:
     if not (PACKAGE / "_fastmap.pyx").exists():
         pytest.skip("platform: installed without its sources")
-    assert len(find(PACKAGE.parent, mutant.where, mutant.old)) == 1
+    assert len(find(PACKAGE.parent, mutant.where, mutant.old, texts)) == 1
     assert mutant.new != mutant.old
 
 

@@ -322,6 +322,101 @@ def test_a_connection_by_another_name_of_the_file(outbox: SqliteOutbox, tmp_path
         connection.close()
 
 
+@in_sqlite
+def test_a_connection_where_one_to_the_right_file_was_before(outbox: SqliteOutbox, tmp_path: Path) -> None:
+    other = outboxes.made(tmp_path, "other.db")
+    connection = sqlite3.connect(outbox._path, isolation_level=None)
+    for path in (outbox._path, other._path, outbox._path, other._path):
+        connection.close()
+        connection.__init__(path, isolation_level=None)  # type: ignore[misc]
+        connection.execute("BEGIN")
+        if path == outbox._path:
+            assert outbox.add(connection, envelopes(1), topic="orders") == 1
+            assert "give a connection to that file" in refused(other, connection)
+            connection.execute("COMMIT")
+        else:
+            assert "give a connection to that file" in refused(outbox, connection)
+    connection.close()
+    assert (outbox.status().waiting, other.status().waiting) == (2, 0)
+
+
+@in_sqlite
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="platform: deserialize is of Python 3.11")
+def test_a_connection_that_got_another_database_in_memory(outbox: SqliteOutbox) -> None:
+    with outboxes.transaction(outbox) as connection:
+        outbox.add(connection, envelopes(1), topic="orders")
+        connection.execute("COMMIT")
+        connection.deserialize(connection.serialize())  # type: ignore[attr-defined, unused-ignore]
+        with pytest.raises(sqlite3.OperationalError, match="unable to open"):  # a database in WAL mode cannot be one
+            connection.execute("SELECT * FROM kbatch_outbox")
+        connection.execute("BEGIN")
+        assert "unable to open" in refused(outbox, connection)
+    assert outbox.status().waiting == 1
+
+
+@in_sqlite
+def test_a_connection_that_allows_no_functions(outbox: SqliteOutbox) -> None:
+    def allowed(action: int, *_: Any) -> int:
+        return sqlite3.SQLITE_DENY if action == 31 else sqlite3.SQLITE_OK  # SQLITE_FUNCTION
+
+    with outboxes.transaction(outbox) as connection:
+        connection.set_authorizer(allowed)
+        for n in range(3):
+            assert outbox.add(connection, envelopes(1, first=n), topic="orders") == 1
+    assert outboxes.bodies(outbox) == [b"0", b"1", b"2"]
+
+
+@in_sqlite
+def test_one_envelope_takes_two_statements(outbox: SqliteOutbox) -> None:
+    statements: list[str] = []
+    with outboxes.transaction(outbox) as connection:
+        outbox.add(connection, envelopes(1), topic="orders")
+        connection.set_trace_callback(statements.append)
+        outbox.add(connection, envelopes(1), topic="orders")
+        connection.set_trace_callback(None)
+    assert [statement.split()[0] for statement in statements] == ["UPDATE", "INSERT"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tables_that_change_between_two_adds_of_a_connection(outbox: Outbox, count: int) -> None:
+    with outboxes.transaction(outbox) as connection:
+        outbox.add(connection, envelopes(count), topic="orders")
+        for change, back, says in (
+            ("UPDATE {meta} SET version = 2", "UPDATE {meta} SET version = 1", "tables of version 2"),
+            ("UPDATE {meta} SET buckets = 32", "UPDATE {meta} SET buckets = 64", "has 32 buckets"),
+        ):
+            connection.execute(outbox._tables.sql(change))
+            assert says in refused(outbox, connection, envelopes(count))
+            connection.execute(outbox._tables.sql(back))
+            outbox.add(connection, envelopes(count), topic="orders")
+    outboxes.query(outbox, "DROP TABLE {outbox}")
+    with outboxes.transaction(outbox) as connection:
+        assert "call create()" in refused(outbox, connection, envelopes(count))
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN")
+    outbox.create()
+    outboxes.add(outbox, envelopes(count))
+    assert outbox.status().waiting == count
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_savepoint_that_is_rolled_back_takes_its_rows_alone(outbox: Outbox, count: int) -> None:
+    other = outboxes.same(outbox)
+    with outboxes.transaction(outbox) as connection:
+        connection.execute("SAVEPOINT first")
+        outbox.add(connection, envelopes(count, first=10), topic="orders")  # the first one of this connection
+        connection.execute("ROLLBACK TO first")
+        outbox.add(connection, envelopes(count), topic="orders")
+        connection.execute("SAVEPOINT second")
+        outbox.add(connection, envelopes(count, first=20), topic="orders")
+        connection.execute("ROLLBACK TO second")
+        other.add(connection, envelopes(count, first=count), topic="orders")
+        outbox.add(connection, envelopes(count, first=2 * count), topic="orders")
+    assert outboxes.bodies(outbox) == [b"%d" % n for n in range(3 * count)]
+    numbers = outboxes.query(outbox, "SELECT seq FROM {outbox}")
+    assert len(set(numbers)) == 3 * count
+
+
 def test_tables_that_are_missing(tmp_path: Path) -> None:
     outbox = SqliteOutbox(tmp_path / "shop.db")
     with outboxes.transaction(outbox) as connection:

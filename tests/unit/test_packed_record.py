@@ -6,6 +6,7 @@ import threading
 import time
 import uuid
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import msgspec
@@ -269,6 +270,25 @@ def long_packed() -> list[Any]:
     return packed(Envelope(data=b"x" * 100_000)) * 5_000
 
 
+def test_rows_of_several_batches_are_numbered_through() -> None:
+    pool, mapper = RecordPool(), Mapper("raw", None, None, None, MiB, MiB, carry_scheduled_time=True)
+    later = datetime.now(timezone.utc) + timedelta(days=1)
+    batches = [
+        pool.map(mapper, "orders", [Envelope(data=b"0", id=ID)]),
+        pool.map(mapper, "orders", [Envelope(data=b"-", deliver_by=later - timedelta(days=2))]),
+        pool.map(mapper, "orders", [Envelope(data=b"1", scheduled_time=later), Envelope(data=b"2")]),
+    ]
+    scheduled: list[Any] = []
+    rows = pool.rows(iter(batches), 7, 64, scheduled, created_us=5)
+    assert [(seq, unpack_record(packed)[4]) for _, seq, _, packed, *_ in rows] == [(7, b"0"), (9, b"2")]
+    assert [(seq, unpack_record(packed)[4]) for _, seq, _, packed, *_ in scheduled] == [(8, b"1")]
+    assert [row[4] for row in (*rows, *scheduled)] == [5] * 3
+    assert pool.rows((), 7, 64) == []
+    for wrong in ([None], [7]):
+        with pytest.raises(TypeError):
+            pool.rows(wrong, 7, 64)  # type: ignore[arg-type]
+
+
 def count_turns(turns: list[int], is_over: threading.Event) -> None:
     while not is_over.is_set():
         turns[0] += 1
@@ -279,13 +299,14 @@ def test_other_threads_run_while_packed_records_are_looked_at() -> None:
     stored, turns = long_packed(), [0]
     pool = RecordPool()
     mapped = pool.map(Mapper("raw", None, None, None, MiB, MiB), "orders", [Envelope(data=b"x" * 100_000)] * 500)
+    small = pool.map(Mapper("raw", None, None, None, MiB, MiB), "orders", [Envelope(data=b"x" * 10_000)])
     interval = sys.getswitchinterval()
     with kbatch.Producer(mapping.NOWHERE) as producer:
 
         def map_packed() -> None:
             producer._core.map_packed(PendingBatch(producer._core), stored)
 
-        for work in (map_packed, lambda: pool.pack(mapped)):
+        for work in (map_packed, lambda: pool.pack(mapped), lambda: pool.rows([small] * 5_000, 0, 64)):
             is_over = threading.Event()
             other = threading.Thread(target=count_turns, args=(turns, is_over))
             sys.setswitchinterval(60)  # nobody gets the GIL but by its release

@@ -8,6 +8,7 @@ import sys
 import threading
 import uuid
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,8 +19,11 @@ from hypothesis import strategies as st
 
 import kbatch
 from kbatch import DeserializationError, Envelope, ReceivedEnvelope, Tombstone, read_envelope
-from kbatch._fastmap import envelope_bytes, read_packed
+from kbatch._events import make_dispatcher
+from kbatch._fastmap import CallbackThread, envelope_bytes, read_packed
 from kbatch._fastmap import received as received_by_fields
+from kbatch._receiving._config import ConsumerConfig
+from kbatch._receiving._consumer import ConsumerCore
 from tests import mapping, vectors
 from tests.records import Consumed, consumed
 from tests.reference import Record
@@ -100,13 +104,26 @@ def received(record: Consumed, wire: str, regular: bool) -> Any:
     return fields(envelope)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def reader() -> Iterator[None]:
+    """While there is a consumer, memory of envelopes is used again as it was left."""
+    config = ConsumerConfig.parse({"bootstrap.servers": "127.0.0.1:1", "group.id": "g"})
+    core = ConsumerCore(config.native, make_dispatcher(config, CallbackThread("callbacks"), lambda: None))
+    yield
+    core.close(10.0)
+
+
 # -- the same as read_envelope
+
+
+def consumed_of(vector: vectors.Vector) -> Consumed:
+    assert isinstance(vector.expected, Record)
+    return consumed(mapping.Mapped(*vector.expected[:-1])._replace(topic="orders", partition=3))
 
 
 @pytest.mark.parametrize("vector", VECTORS, ids=[vector.name for vector in VECTORS])
 def test_the_vectors(vector: vectors.Vector) -> None:
-    assert isinstance(vector.expected, Record)
-    record = consumed(mapping.Mapped(*vector.expected[:-1])._replace(topic="orders", partition=3))
+    record = consumed_of(vector)
     wire = vector.setting.wire
     assert received(record, wire, regular=False) == came_of(record, wire)
     quick = received(record, wire, regular=True)
@@ -166,6 +183,32 @@ def test_a_name_that_is_no_text() -> None:
     assert envelope is not None
     assert str(envelope.error) == "record orders [3] at offset 17: the name of one of its headers is not UTF-8"
     assert envelope.headers == (("x", b"2"),)
+
+
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine"])
+def test_a_name_that_differs_in_one_character_is_the_users(wire: str) -> None:
+    names = {name for vector in VECTORS if vector.setting.wire == wire for name, _ in consumed_of(vector).a_headers}
+    found = {name: receive(Consumed(b"x", None, [(name, None)]), wire=wire) for name in names}
+    known = [name for name, envelope in found.items() if envelope is not None and not envelope.headers]
+    assert len(known) > 8
+    for name in known:
+        for at in range(len(name)):
+            other = name[:at] + ("~" if name[at] != "~" else "!") + name[at + 1 :]
+            envelope = receive(Consumed(b"x", None, [(other, b"1")]), wire=wire)
+            assert envelope is not None
+            assert envelope.headers == ((other, b"1"),)
+
+
+def test_nothing_of_a_record_before_shows() -> None:
+    full, plain = Consumed(b"x", b"k", HEADERS), Consumed(None, None, [("x", b"x" * 150)])
+    expected = came_of(plain, "kbatch")
+    for _ in range(10):
+        envelope = receive(full)
+        assert envelope is not None
+        del envelope  # and its memory is taken for the next one
+        envelope = receive(plain)
+        assert envelope is not None
+        assert fields(envelope) == expected
 
 
 def test_many_headers() -> None:

@@ -23,11 +23,11 @@ def make(**options: Any) -> kbatch.Producer:
     return kbatch.Producer(mapping.NOWHERE, **options)
 
 
-@pytest.mark.parametrize("bad", [(), (0,), (2500,), (4999,), (0, 1, 2500, 4999), tuple(range(5000))])
+@pytest.mark.parametrize("bad", [(), (0,), (1000,), (1999,), (0, 1, 1000, 1999), tuple(range(2000))])
 @pytest.mark.parametrize("wire", ["kbatch", "wolverine", "cloudevents", "raw"])
 def test_the_first_a_middle_the_last_and_all(wire: str, bad: tuple[int, ...]) -> None:
     setting = Setting(wire=wire, source="fleet-1")
-    specs = [Spec({"message": {"id": n}, "key": f"order-{n % 97}", "headers": {"n": str(n)}}) for n in range(5000)]
+    specs = [Spec({"message": {"id": n}, "key": f"order-{n % 97}", "headers": {"n": str(n)}}) for n in range(2000)]
     for index in bad:
         # Each fails when the key is written and the body, too.
         specs[index] = Spec({"message": {"id": index}, "key": "k" * 40, "headers": [("a", "b" * 100), ("x", 5)]})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
 
+_IN_TRANSACTION, _NO_PIPELINE = 2, 0  # libpq's PQTRANS_INTRANS and PQ_PIPELINE_OFF
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
 
 # What to do, by the beginning of PostgreSQL's code.
@@ -207,13 +208,19 @@ class PostgresDatabase:
     # -- with a connection of the application
 
     def _driver(self, connection: Any) -> psycopg.Connection[Any]:
-        driver = driver_of(connection, self._tables.as_error)
         module = sys.modules.get("psycopg")
+        driver = connection
+        if module is None or not isinstance(driver, module.Connection):
+            driver = driver_of(connection, self._tables.as_error)
+            module = sys.modules.get("psycopg")
         if module is not None and isinstance(driver, module.Connection):
             return cast("psycopg.Connection[Any]", driver)
         raise _not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
 
     def _check_psycopg(self, connection: Any) -> None:
+        pgconn = connection.pgconn
+        if pgconn.transaction_status == _IN_TRANSACTION and pgconn.pipeline_status == _NO_PIPELINE:
+            return  # as at most times: what follows is slower
         from psycopg.pq import PipelineStatus, TransactionStatus
 
         status = connection.info.transaction_status
@@ -229,7 +236,7 @@ class PostgresDatabase:
                 f"the connection is in no transaction, so that the {self._added} would not be committed together with "
                 "the data: add them within its `with connection.transaction():`"
             )
-        if connection.pgconn.pipeline_status != PipelineStatus.OFF:
+        if pgconn.pipeline_status != PipelineStatus.OFF:
             raise error("the connection is in pipeline mode, which tells of errors later: add outside of it")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -113,6 +114,8 @@ class SqliteDatabase:
         if name in ("", ":memory:"):
             raise ConfigError("path must be a file: a database in memory is gone with its process, and so are its rows")
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
+        # SQL functions are the connection's, and gone with it. One of this name means that its file is this one.
+        self._known = f"kbatch_{hashlib.sha256(os.fsencode(self._path)).hexdigest()[:16]}"
 
     # -- tables
 
@@ -159,7 +162,7 @@ class SqliteDatabase:
             if found is not None:
                 self._tables.check_meta(*found)
 
-    def _check_tables(self, connection: sqlite3.Connection) -> None:
+    def _check_tables(self, connection: sqlite3.Connection | sqlite3.Cursor) -> None:
         found = connection.execute(self._meta()).fetchone()
         if found is None:
             raise self._tables.lacks_meta(self._path)
@@ -202,16 +205,15 @@ class SqliteDatabase:
         return self._tables.error(f"the {self._tables.what} in {self._path}: {exception_text(error)}")
 
     def _driver(self, connection: Any) -> sqlite3.Connection:
-        driver = driver_of(connection, self._as_error)
-        self._check_connection(driver)
-        checked: sqlite3.Connection = driver
-        return checked
+        if not isinstance(connection, sqlite3.Connection):
+            connection = driver_of(connection, self._as_error)
+            if not isinstance(connection, sqlite3.Connection):
+                raise TypeError(f"connection must be a sqlite3.Connection, not {type_name(connection)}")
+        self._check_connection(connection)
+        return connection
 
     def _check_connection(self, connection: sqlite3.Connection) -> None:
-        if not isinstance(connection, sqlite3.Connection):
-            raise TypeError(f"connection must be a sqlite3.Connection, not {type_name(connection)}")
         try:
-            connection.total_changes  # noqa: B018 it asks whether the connection is open, and this thread's
             in_transaction = connection.in_transaction
         except sqlite3.Error as error:
             raise self._tables.as_error(error, self._path) from error
@@ -227,6 +229,15 @@ class SqliteDatabase:
         cursor.row_factory = None
         (file,) = cursor.execute("SELECT file FROM pragma_database_list WHERE name = 'main'").fetchone()
         self._check_file(file)
+
+    def _set_known(self, connection: sqlite3.Connection) -> None:
+        """Checks a connection's file, once for each connection: statements with `_if_known` can be prepared then."""
+        self._check_file_of(connection)
+        connection.create_function(self._known, 0, int)
+
+    def _if_known(self) -> str:
+        """A condition that is true, and that SQLite can prepare only after `_set_known`. It costs nothing later."""
+        return f"(1 OR {self._known}())"
 
     def _check_file(self, file: str | None) -> None:
         if file in self._own_files:

@@ -18,17 +18,19 @@ __all__ = ["Keeper"]
 
 _logger = logging.getLogger("kbatch")
 
+_FIRST_NOTE_S = 5.0  # a listener may run for some seconds only, each time
 _NOTE_EVERY_S = 60.0
 _PURGE_EVERY_S = 3600.0
-# The end of a log, as a member knows it, may be older than what another has handled by now.
-_MARGIN_US = 60_000_000
+# A clock that is set back by more shows in the next note. What is handled until then bears a time before the mark's.
+_MARGIN_US = 120_000_000
 
 
 class Keeper:
     """A thread of a listener, which waits for nothing that the keeper does. What fails is logged, and done again.
 
     Args:
-        offsets: Of the listener's partitions, what the group has committed and where the log ends.
+        offsets: Of the listener's partitions, what the group has committed and where the log ends, as brokers tell
+            it when it is called.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Keeper:
 
     def _run(self) -> None:
         next_purge = monotonic() + _PURGE_EVERY_S
+        wait_s = min(_FIRST_NOTE_S, _NOTE_EVERY_S)
         while not self._is_over:
-            self._flag.wait(_NOTE_EVERY_S, interruptible=False)
+            self._flag.wait(wait_s, interruptible=False)
+            wait_s = _NOTE_EVERY_S
             if self._is_over:
                 return
             try:
@@ -69,7 +73,7 @@ class Keeper:
 
     def note(self) -> None:
         """Tells it once."""
-        asked_at = self._inbox._clock_us() - _MARGIN_US  # before the offsets are asked for
+        asked_at = self._inbox._clock_us() - _MARGIN_US  # before the ends are asked for
         offsets = self._offsets()
         if offsets:
             self._inbox._note(self._group, asked_at, offsets)

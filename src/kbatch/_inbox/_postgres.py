@@ -26,15 +26,18 @@ __all__ = ["BasePostgresInbox", "PostgresInbox"]
 _NOW_US = "(extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
 
 # A mark is the end of the log at some time. Once the group has committed up to there, all that it had handled by that
-# time is committed, whoever did it. A mark beyond the end is of a topic that was made anew.
+# time is committed, whoever did it. A mark beyond the end is of a topic that was made anew. One of the future is of a
+# clock that was set back since: what was handled after it may bear an earlier time, so nothing is known any more.
 _NOTE = """
 UPDATE {position} AS kept SET
-    safe_until = CASE WHEN mark_offset <= committed AND committed <= log_end THEN mark_at ELSE safe_until END,
-    mark_at = CASE WHEN mark_offset IS NULL OR mark_offset <= committed OR mark_offset > log_end
-        THEN $2::bigint ELSE mark_at END,
-    mark_offset = CASE WHEN mark_offset IS NULL OR mark_offset <= committed OR mark_offset > log_end
+    safe_until = CASE WHEN mark_at > $2 OR safe_until > $2 THEN 0
+        WHEN mark_offset <= committed AND committed <= log_end THEN mark_at ELSE safe_until END,
+    mark_at = CASE WHEN mark_offset IS NULL OR mark_offset <= committed OR mark_offset > log_end OR mark_at > $2
+        THEN $2 ELSE mark_at END,
+    mark_offset = CASE WHEN mark_offset IS NULL OR mark_offset <= committed OR mark_offset > log_end OR mark_at > $2
         THEN log_end ELSE mark_offset END
-FROM unnest($3::text[], $4::integer[], $5::bigint[], $6::bigint[]) AS found (name, number, committed, log_end)
+FROM unnest($3::text[], $4::text::integer[], $5::text::bigint[], $6::text::bigint[])
+    AS found (name, number, committed, log_end)
 WHERE group_id = $1 AND topic = name AND partition = number
 """
 
@@ -143,11 +146,8 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
         if found:
             topics, partitions, committed, ends = (list(each) for each in zip(*found, strict=True))
             numbers = [f"{{{','.join(map(str, each))}}}" for each in (partitions, committed, ends)]
-            statement = self._tables.sql(_NOTE)
-            for place in (4, 5, 6):
-                statement = statement.replace(f"${place}::", f"${place}::text::")
             with self._connection() as connection:
-                run_raw(connection, statement, (group, asked_at, topics, *numbers))
+                run_raw(connection, self._tables.sql(_NOTE), (group, asked_at, topics, *numbers))
 
     def _check(self) -> None:
         with self._checked_connection() as connection:

@@ -203,21 +203,26 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         deleted, last = 0, 0
         with self._connection() as connection:
             self._check_tables(connection)
-            limits = limits_of(age_us, now_us(), self._safe_until(connection), committed)
+            now = now_us()
+            limits = limits_of(age_us, now, self._safe_until(connection), committed)
             newest = max(limits.values(), default=0)
             statement = self._tables.sql(
                 "SELECT number, group_id, handled_at FROM {inbox} WHERE number > ? ORDER BY number LIMIT ?"
             )
             delete = self._tables.sql("DELETE FROM {inbox} WHERE number = ?")
+            date_back = self._tables.sql("UPDATE {inbox} SET handled_at = ? WHERE number = ?")
             while rows := connection.execute(statement, (last, _DELETED_AT_ONCE)).fetchall():
                 last = rows[-1][0]
                 old = [(number,) for number, group, handled_at in rows if handled_at < limits.get(group, 0)]
-                if old:
+                # Of a clock that was set back since. It was handled by now, and must not hold back what is behind it.
+                future = [(now, number) for number, _, handled_at in rows if handled_at > now]
+                if old or future:
                     connection.execute("BEGIN IMMEDIATE")
                     connection.executemany(delete, old)
+                    connection.executemany(date_back, future)
                     connection.execute("COMMIT")
                     deleted += len(old)
-                if rows[0][2] >= newest:  # the rows are in the order in which they were handled
+                if newest <= rows[0][2] <= now:  # the rows are in the order in which they were handled
                     break
         return deleted
 
@@ -246,14 +251,15 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         return SqliteInboxSession(self, group)
 
 
-# A mark is the end of the log at some time. Once the group has committed up to there, all that it had handled by that
-# time is committed, whoever did it. A mark beyond the end is of a topic that was made anew.
+# As PostgreSQL's.
 _NOTE = """
 UPDATE {position} SET
-    safe_until = CASE WHEN mark_offset <= :done AND :done <= :last THEN mark_at ELSE safe_until END,
-    mark_at = CASE WHEN mark_offset IS NULL OR mark_offset <= :done OR mark_offset > :last THEN :now ELSE mark_at END,
-    mark_offset = CASE
-        WHEN mark_offset IS NULL OR mark_offset <= :done OR mark_offset > :last THEN :last ELSE mark_offset END
+    safe_until = CASE WHEN mark_at > :now OR safe_until > :now THEN 0
+        WHEN mark_offset <= :done AND :done <= :last THEN mark_at ELSE safe_until END,
+    mark_at = CASE WHEN mark_offset IS NULL OR mark_offset <= :done OR mark_offset > :last OR mark_at > :now
+        THEN :now ELSE mark_at END,
+    mark_offset = CASE WHEN mark_offset IS NULL OR mark_offset <= :done OR mark_offset > :last OR mark_at > :now
+        THEN :last ELSE mark_offset END
 WHERE group_id = :group AND topic = :topic AND partition = :partition
 """
 

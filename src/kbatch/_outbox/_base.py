@@ -10,7 +10,6 @@ import msgspec
 
 from kbatch._base_producer import check_mapping
 from kbatch._checks import is_whole
-from kbatch._database._tables import now_us
 from kbatch._errors import ConfigError, NotYetDueError, OutboxError
 from kbatch._fastmap import Mapper, RecordPool
 from kbatch._outbox._dead_letters import DeadLetters
@@ -122,7 +121,7 @@ class BaseOutbox:
         scheduled: list[tuple[int, int, bytes, bytes, int, int | None, int]] = []
         batch = self._pool.map(self._mapper, None, [envelope])
         # By the time that it is now: what was scheduled may have been added long before.
-        rows = self._pool.rows(batch, number, BUCKETS, now_us(), scheduled)
+        rows = self._pool.rows((batch,), number, BUCKETS, scheduled)
         if scheduled:
             reason = f"what is replayed is sent at once, and scheduled_time is {envelope.scheduled_time}"
             raise NotYetDueError(reason, index=0, envelope_id=envelope.id)

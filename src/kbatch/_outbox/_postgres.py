@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import PostgresDatabase
-from kbatch._database._tables import age_s, now_us
+from kbatch._database._tables import age_s
 from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._outbox._postgres_listener import PostgresListener
     from kbatch._outbox._postgres_rows import Row
-    from kbatch._outbox._store import OutboxAdmin, OutboxStore, OutboxWriter
+    from kbatch._outbox._store import OutboxAdmin, OutboxStore, OutboxWriter, ScheduledRow
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BasePostgresOutbox", "PostgresOutbox"]
@@ -176,31 +176,35 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
     # -- with a connection of the application
 
     def _rows(self, batches: Sequence[MappedBatch]) -> NewRows:
-        rows = NewRows([], [])
-        created_us = now_us()
-        for batch in batches:
-            rows.hot.extend(self._pool.rows(batch, 0, BUCKETS, created_us, rows.scheduled))
-        return rows
+        scheduled: list[ScheduledRow] = []
+        return NewRows(self._pool.rows(batches, 0, BUCKETS, scheduled), scheduled)
 
     def _keys_of(self, rows: NewRows) -> str:
         numbers = (packed_key_hash(row[3]) for row in rows.hot)
         return array_text(number for number in numbers if number is not None)
 
-    def _inserts(self, rows: NewRows) -> Iterator[tuple[str, tuple[Any, ...], int]]:
+    def _inserts(self, rows: NewRows) -> Iterable[tuple[str, tuple[Any, ...], int]]:
         """The statements that insert rows but for those that are copied, and how many rows each has. None is inserted
         if the tables are another version's."""
-        if 0 < len(rows.hot) < FEWEST_TO_COPY:
-            yield (*self._statement(rows.hot), len(rows.hot))
-        for some in pieces(rows.scheduled):
+        hot, scheduled = rows
+        if scheduled:
+            return self._inserts_of_both(hot, scheduled)
+        return (self._statement(hot),) if 0 < len(hot) < FEWEST_TO_COPY else ()
+
+    def _inserts_of_both(
+        self, hot: list[Row], scheduled: list[ScheduledRow]
+    ) -> Iterator[tuple[str, tuple[Any, ...], int]]:
+        if 0 < len(hot) < FEWEST_TO_COPY:
+            yield self._statement(hot)
+        for some in pieces(scheduled):
             due_at = array_text(row[6] for row in some)
             yield self._insert_scheduled, (*joined(some), some[0][4], due_at), len(some)
 
-    def _statement(self, rows: list[Row]) -> tuple[str, tuple[Any, ...]]:
-        created_at = rows[0][4]
+    def _statement(self, rows: list[Row]) -> tuple[str, tuple[Any, ...], int]:
+        bucket, _, id_bytes, packed, created_at, deliver_by = rows[0]
         if len(rows) == 1:
-            bucket, _, id_bytes, packed, _, deliver_by = rows[0]
-            return self._insert_one, (bucket, id_bytes, packed, deliver_by, created_at)
-        return self._insert, (*joined(rows), created_at)
+            return self._insert_one, (bucket, id_bytes, packed, deliver_by, created_at), 1
+        return self._insert, (*joined(rows), created_at), len(rows)
 
     def _check_count(self, count: int, given: int) -> None:
         if count != given:
@@ -214,10 +218,9 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
 
     def _write(self, connection: psycopg.Connection[Any], rows: NewRows, serialize_keys: bool) -> None:
         import psycopg
-        from psycopg.rows import tuple_row
 
         try:
-            cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
+            cursor = psycopg.RawCursor(connection, row_factory=psycopg.rows.tuple_row)
             if serialize_keys:
                 cursor.execute(self._lock_keys.encode(), (self._keys_of(rows),))
             for statement, parameters, given in self._inserts(rows):
@@ -309,10 +312,11 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
         self._check_psycopg(driver)
         rows = self._rows((self._pool.map(self._mapper, topic, envelopes),))
         self._check_psycopg(driver)  # an encoder or a generator may have ended the transaction
-        if rows.total:
+        count = rows.total
+        if count:
             self._write(driver, rows, serialize_keys)
         self._tell_watchers()
-        return rows.total
+        return count
 
     def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
         """What is in the outbox.

@@ -8,7 +8,7 @@ from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._sqlite import SqliteDatabase, lacks_tables, take_back, tell_of_fault
-from kbatch._database._tables import age_s, now_us
+from kbatch._database._tables import age_s
 from kbatch._outbox._base import BlockingOutbox, OutboxStatus
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
@@ -66,11 +66,14 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
         self._set_path(path)
         self._tables = SqliteTables(prefix)
         sql = self._tables.sql
-        self._take_numbers = sql("UPDATE {meta} SET last_seq = last_seq + ? WHERE one = 1")
+        right = "one = 1 AND version = {version} AND buckets = {buckets}"
+        self._take_numbers = sql(f"UPDATE {{meta}} SET last_seq = last_seq + ? WHERE {right}")
+        self._take_numbers_if_known = f"{self._take_numbers} AND {self._if_known()}"
         # CAST, since a connection may convert what comes from a column of a type.
-        self._look = sql(
-            "SELECT CAST(last_seq AS INTEGER), CAST(version AS INTEGER), CAST(buckets AS INTEGER), "
-            "(SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
+        self._last_number = sql("SELECT CAST(last_seq AS INTEGER) FROM {meta} WHERE one = 1")
+        self._insert_one = sql(
+            "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) "
+            "VALUES (?, ? + (SELECT last_seq FROM {meta} WHERE one = 1), ?, ?, ?, ?)"
         )
         self._insert = sql(
             "INSERT INTO {outbox} (bucket, seq, id, packed, created_at, deliver_by) VALUES (?, ?, ?, ?, ?, ?)"
@@ -123,7 +126,7 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
         batch = self._pool.map(self._mapper, topic, envelopes)
         self._check_connection(driver)  # an encoder or a generator may have ended the transaction
         try:
-            count = self._insert_batch(driver, batch)
+            count = self._write(driver, (batch,), self._pool.count(batch))
         except sqlite3.Error as error:
             if lacks_tables(error):
                 self._check_file_of(driver)
@@ -132,41 +135,49 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
         return count
 
     def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
-        self._write(connection.cursor(), batches, sum(map(self._pool.count, batches)))
+        self._write(connection, batches, sum(map(self._pool.count, batches)))
 
-    def _insert_batch(self, connection: sqlite3.Connection, batch: MappedBatch) -> int:
-        count = self._pool.count(batch)
+    def _write(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch], count: int) -> int:
         if not count:
             return 0
         cursor = connection.cursor()
+        if count == 1:
+            rows = self._pool.rows(batches, 0, BUCKETS, [])
+            if rows:  # it is not scheduled
+                self._take(cursor, 1)
+                cursor.execute(self._insert_one, rows[0])
+                return 1
+        self._take(cursor, count)
         cursor.row_factory = None
-        return self._write(cursor, (batch,), count)
-
-    def _write(self, cursor: sqlite3.Cursor, batches: Sequence[MappedBatch], count: int) -> int:
-        # It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
-        cursor.execute(self._take_numbers, (count,))
-        meta = cursor.execute(self._look).fetchone()
-        if meta is None:
-            raise self._tables.lacks_meta(self._path)
-        last_seq, version, buckets, file = meta
-        self._tables.check_meta(version, buckets)
-        self._check_file(file)
-        first_seq, created_us = last_seq - count + 1, now_us()
-        rows: list[NewRow] = []
+        (last_seq,) = cursor.execute(self._last_number).fetchone()
         scheduled: list[ScheduledRow] = []
-        for batch in batches:
-            rows += self._pool.rows(batch, first_seq + len(rows) + len(scheduled), BUCKETS, created_us, scheduled)
+        rows = self._pool.rows(batches, last_seq - count + 1, BUCKETS, scheduled)
         self._insert_rows(cursor, rows, scheduled)
         return len(rows) + len(scheduled)
+
+    def _take(self, cursor: sqlite3.Cursor, count: int) -> None:
+        """Takes numbers, the last of which is then ``meta.last_seq``.
+
+        It writes first: so the transaction has SQLite's one lock for writing, and nobody else takes numbers.
+        """
+        try:
+            taken = cursor.execute(self._take_numbers_if_known, (count,)).rowcount
+        except sqlite3.DatabaseError as error:
+            if self._known not in str(error):
+                raise
+            self._set_known(cursor.connection)
+            taken = cursor.execute(self._take_numbers, (count,)).rowcount
+        if taken != 1:
+            cursor.row_factory = None
+            self._check_tables(cursor)
+            raise self._tables.lacks_meta(self._path)
 
     def _insert_rows(self, cursor: sqlite3.Cursor, rows: list[NewRow], scheduled: list[ScheduledRow]) -> None:
         # All or none. A savepoint would do, and costs a copy of each page that is written.
         of_rows, of_scheduled = iter(rows), iter(scheduled)
         is_scheduled = False  # what is being inserted
         try:
-            if len(rows) == 1:
-                cursor.execute(self._insert, next(of_rows))
-            elif rows:
+            if rows:
                 cursor.executemany(self._insert, of_rows)
             if scheduled:
                 is_scheduled = True

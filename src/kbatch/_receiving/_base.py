@@ -15,6 +15,7 @@ from kbatch._errors import ConfigError, DeserializationError, InboxError, except
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
+from kbatch._inbox._keeper import Keeper
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
 from kbatch._receiving._copies import Copies
@@ -22,7 +23,7 @@ from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
-from kbatch._receiving._transacting import Transacting
+from kbatch._receiving._transacting import CannotCommitError, OvertakenError, Transacting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -130,7 +131,8 @@ class BaseListener:
         )
         # Of the last run.
         self._reading: Reading | None = None
-        self._is_running = False
+        self._keeper: Keeper | None = None
+        self._claim: object | None = None  # of the run that there is
         self._runner: int | None = None  # its thread
         self._pid = os.getpid()
         self._is_to_stop = False  # the next run, at once
@@ -174,61 +176,85 @@ class BaseListener:
         return reading.lag() if reading is not None and self._runs_here() else {}
 
     def _runs_here(self) -> bool:
-        return self._is_running and self._pid == os.getpid()
+        return self._claim is not None and self._pid == os.getpid()
 
     # -- a run
 
-    def _begin(self, wake: Callable[[int], object], give_up: Callable[[], object] | None = None) -> Reading:
+    def _begin(
+        self, claim: object, wake: Callable[[int], object], give_up: Callable[[], object] | None = None
+    ) -> Reading:
+        """A run for who has made the claim, who calls `_over` with it, also if this raises."""
         if self._pid != os.getpid():  # a forked child: what its parent runs is not here
             self._claims = threading.RLock()
-            self._is_running = self._is_to_stop = False
+            self._claim, self._is_to_stop = None, False
             self._pid = os.getpid()
         with self._claims:
-            if self._is_running:
+            if self._claim is not None:
                 raise RuntimeError("this listener runs already")
-            self._is_running = True
+            self._claim = claim
             self._runner = threading.get_ident()
-        try:
-            callbacks = CallbackThread("kbatch-callbacks")
-            core = ConsumerCore(
-                self._parsed.native,
-                make_dispatcher(self._parsed, callbacks, lambda: core),
-                self._wire,
-                on_start=watch_multiprocessing_child,
-            )
-            waiting: Lanes | BatchLanes = (
-                Lanes() if self._batch_size is None else BatchLanes(self._batch_size, self._batch_timeout_s)
-            )
-            if self._copies is not None:
-                self._copies.open()
-            self._failing = Failing(self._failures, self._copies)
-            self._reading = Reading(
-                core,
-                self._topics,
-                waiting,
-                self._limits,
-                self._lane,
-                self._failures,
-                wake,
-                give_up,
-                commits=self._transacting is None,
-            )
-            CORES.add(core)
-            SENDERS.add(self)
-            if self._is_to_stop:
-                self._reading.stop()
-        except BaseException:
-            self._over()
-            raise
+        callbacks = CallbackThread("kbatch-callbacks")
+        core = ConsumerCore(
+            self._parsed.native,
+            make_dispatcher(self._parsed, callbacks, lambda: core),
+            self._wire,
+            on_start=watch_multiprocessing_child,
+        )
+        waiting: Lanes | BatchLanes = (
+            Lanes() if self._batch_size is None else BatchLanes(self._batch_size, self._batch_timeout_s)
+        )
+        if self._copies is not None:
+            self._copies.open()
+        self._failing = Failing(self._failures, self._copies)
+        self._reading = Reading(
+            core,
+            self._topics,
+            waiting,
+            self._limits,
+            self._lane,
+            self._failures,
+            wake,
+            give_up,
+            commits=self._transacting is None,
+        )
+        if self._inbox is not None:
+            self._keeper = Keeper(self._inbox, self._parsed.group, self._reading.offsets)
+        CORES.add(core)
+        SENDERS.add(self)
+        if self._is_to_stop:
+            self._reading.stop()
         return self._reading
 
-    def _over(self) -> None:
-        SENDERS.discard(self)
+    def _read(self, reading: Reading, prepare: Callable[[], object] | None = None) -> None:
+        """Reads until its end, on the thread that polls."""
         try:
+            if self._transacting is not None:
+                self._transacting.begin(reading)
+            if prepare is not None:
+                prepare()
+        except BaseException:
+            reading.stop()
+            raise
+        finally:
+            reading.run()  # it ends at once if it is stopped
+
+    def _over(self, claim: object, *, is_last: bool) -> None:
+        """Ends the run of this claim, unless it has ended. A call that is interrupted is followed by the last one."""
+        if self._claim is not claim:
+            return
+        try:
+            SENDERS.discard(self)
+            if self._keeper is not None:
+                self._keeper.stop()
+            if self._reading is not None:
+                self._reading.end()
             if self._copies is not None:
                 self._copies.close(_CLOSE_COPIES_S)
+            is_last = True
         finally:
-            self._is_to_stop = self._is_running = False
+            if is_last:
+                self._is_to_stop = False
+                self._claim = None
 
     def _lane(self, envelope: ReceivedEnvelope[Any]) -> Hashable:
         if self._concurrency == 1 or self._transacting is not None:  # offsets are committed one after the other
@@ -255,16 +281,23 @@ class BaseListener:
                 if not error.is_outage:  # else it is waited for
                     raise
 
-    def _fail(self, reading: TakenFrom, work: Work, error: BaseException) -> None:
+    def _fail(self, reading: TakenFrom, work: Work, error: BaseException) -> bool:
+        """What becomes of work that could not be handled. Whether no step was taken, since its copy is sent next."""
+        if isinstance(error, OvertakenError):
+            reading.put_off(work, monotonic())
+            return False
+        if isinstance(error, CannotCommitError):
+            reading.fail(work, error.error)
+            return False
         if isinstance(error, InboxError):
             # No fault of the record: no attempt is counted, and it is sent nowhere.
             if not error.is_outage:
                 reading.fail(work, error)
-                return
+                return False
             if self._inbox is not None and reading.is_given_up(work):
                 reading.abandon(work)
-                return
-        self._failing.failed(reading, work, error)
+                return False
+        return self._failing.failed(reading, work, error)
 
     def _tell_of_outage(self, error: InboxError) -> None:
         now = monotonic()

@@ -22,8 +22,10 @@ from kbatch._fastmap cimport (
     Received,
     ReceivedEnvelope,
     answer_rebalance,
+    begin_reader,
     deadline_after,
     drop_part,
+    end_reader,
     kb_calloc,
     kb_cond_signal,
     kb_cond_wait_until,
@@ -35,6 +37,7 @@ from kbatch._fastmap cimport (
     read_irregular,
     read_regular,
     regular_envelope,
+    take_spares,
     transaction_error,
     wire_number,
 )
@@ -291,6 +294,7 @@ cdef class ConsumerCore(Core):
     cdef dict topics         # by the address of librdkafka's: its name
     cdef str topic           # of the run of records that is being given out
     cdef bint polls
+    cdef bint counts         # among those for which memory is kept
     cdef dict parts          # by (topic, partition): the address of its Part
     cdef int64_t look_ns     # when their queues are asked for again
     cdef list envelopes      # what `poll` will answer
@@ -299,6 +303,8 @@ cdef class ConsumerCore(Core):
 
     def __cinit__(self):
         self.kind, self.what = RD_KAFKA_CONSUMER, "consumer"
+        self.counts = True
+        begin_reader()
         self.topics = {}
         self.envelopes, self.errors = [], []
         self.parts = {}
@@ -322,6 +328,8 @@ cdef class ConsumerCore(Core):
 
     def __dealloc__(self):
         kb_free(self.headers)
+        if self.counts:
+            end_reader()
 
     cdef void _configure(self, rd_kafka_conf_t *conf) noexcept:
         api.conf_set_events(conf, self.dispatcher.events)
@@ -685,6 +693,7 @@ cdef class ConsumerCore(Core):
             try:
                 while True:
                     self._look_for_queues()
+                    take_spares(&c.spare)
                     with nogil:
                         now = kb_now_ns()
                         self._fetch(min(most, MOST), max(0, min(deadline - now, SLICE)))
@@ -741,7 +750,7 @@ cdef class ConsumerCore(Core):
             if message.err:
                 continue
             if self.wire != WIRE_OF_USER and self._begin_raw(message, &raw):
-                c.blocks[i] = read_regular(&raw, self.wire)
+                c.blocks[i] = read_regular(&raw, self.wire, &c.spare)
             # The first of each run of a topic keeps its name; a longer value is copied from its message.
             if c.blocks[i] != NULL and message.rkt == topic and (
                     c.blocks[i].value.chars != NULL or message.payload == NULL):

@@ -33,7 +33,8 @@ class Steps(Protocol):
         """It was handled, or stored elsewhere: its offsets may be committed."""
 
     def fail(self, work: Work, error: BaseException) -> None:
-        """It is not done, and never will be by this run, which ends with the error."""
+        """It is not done, and never will be by this run, which ends with the error. If another step has come before, as
+        of one that was interrupted, the run ends and the work stays as it is."""
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. What is behind it in its lane waits."""
@@ -85,13 +86,6 @@ class Failing:
 
     # -- after each time that work was taken
 
-    def goes_on(self, steps: Steps, work: Work) -> bool:
-        """Sends what is to be sent in place of handling it. Whether there is nothing of that kind: it is handled."""
-        if work.copy is None:
-            return True
-        self._send_on(steps, work)
-        return False
-
     def handled(self, steps: Steps, work: Work) -> None:
         """The handler has returned."""
         if work.next_part():
@@ -99,8 +93,9 @@ class Failing:
         else:
             steps.done(work)
 
-    def failed(self, steps: Steps, work: Work, error: BaseException) -> None:
-        """The handler has raised, or the record could not be read."""
+    def failed(self, steps: Steps, work: Work, error: BaseException) -> bool:
+        """The handler has raised, or the record could not be read. Whether no step was taken, since the work has a copy
+        now, which is sent next."""
         if is_outage(error):
             work.outages += 1
         else:
@@ -112,26 +107,31 @@ class Failing:
             # One of a batch may be to blame, so each is handled alone.
             self._tell(work, f"a batch failed, and each of its records is handled alone: {fate.told}", error)
             steps.put_off(work, self._now())
-            return
+            return False
         if not fate.is_outage or self._may_tell_outage():
             self._tell(work, fate.told, error if fate.after_s is None else None)
         if fate.copy is not None:
             work.copy, work.failures = fate.copy, 0
-            self._send_on(steps, work)
-        elif fate.after_s is not None:
+            return True
+        if fate.after_s is not None:
             steps.put_off(work, self._now() + fate.after_s)
         else:
             steps.fail(work, error)
+        return False
 
-    def _send_on(self, steps: Steps, work: Work) -> None:
+    def send_on(self, steps: Steps, work: Work) -> None:
+        """Sends the copy that the work has, in place of handling it."""
         assert self._copies is not None
-        try:
-            self._copies.send(work, functools.partial(self._sent_on, steps, work))
-        except BaseException as error:  # no memory, or transactions have ended
-            steps.fail(work, error)
+        self._copies.send(work, functools.partial(self.sent_on, steps, work))
 
-    def _sent_on(self, steps: Steps, work: Work, error: KbatchError | None) -> None:
-        # On a thread of the producer, or on the one that sends.
+    def sent_on(self, steps: Steps, work: Work, error: KbatchError | None) -> None:
+        """The copy is stored, or why not. On a thread of the producer, or on the one that sends."""
+        try:
+            self._judge_copy(steps, work, error)
+        except BaseException as raised:  # no memory
+            steps.fail(work, raised)
+
+    def _judge_copy(self, steps: Steps, work: Work, error: KbatchError | None) -> None:
         copy = work.copy
         assert copy is not None
         if error is None:

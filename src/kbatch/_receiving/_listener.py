@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._callbacks import is_coroutine_function, refuse_coroutine
 from kbatch._errors import InboxError
 from kbatch._fastmap import Flag, monotonic
-from kbatch._inbox._keeper import Keeper
 from kbatch._receiving._base import COMMIT_INTERVAL_S, BaseListener
-from kbatch._receiving._transacting import CannotCommitError, OvertakenError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -158,36 +156,11 @@ class Listener(BaseListener):
             RuntimeError: It runs already, or there are no threads to be had.
         """
         self._check_inbox()
-        reading = self._begin(self._wake)
-        keeper = None if self._inbox is None else Keeper(self._inbox, self._parsed.group, reading.offsets)
-        self._idle = []
-        workers: list[threading.Thread] = []
+        claim = object()
         try:
-            try:
-                if self._transacting is not None:
-                    self._transacting.begin(reading)
-                for number in range(self._concurrency):
-                    worker = threading.Thread(
-                        target=self._work, args=(reading,), name=f"kbatch-handler-{number}", daemon=True
-                    )
-                    worker.start()
-                    workers.append(worker)
-                if keeper is not None:
-                    keeper.start()
-            except BaseException:
-                reading.stop()
-                raise
-            finally:
-                reading.run()  # it ends at once if it is stopped
+            self._run(claim)
         finally:
-            if keeper is not None:
-                keeper.stop()
-            self._over()
-            end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
-            for worker in workers:
-                worker.join(max(0.0, end - monotonic()))
-        if reading.error is not None:
-            raise reading.error
+            self._over(claim, is_last=True)  # Ctrl-C may have come before the run's own end, or in it
 
     def close(self) -> None:
         """Stops it, and waits until `run` has ended.
@@ -209,6 +182,31 @@ class Listener(BaseListener):
     ) -> None:
         self.close()
 
+    def _run(self, claim: object) -> None:
+        workers: list[threading.Thread] = []
+
+        def prepare() -> None:
+            for number in range(self._concurrency):
+                worker = threading.Thread(
+                    target=self._work, args=(reading,), name=f"kbatch-handler-{number}", daemon=True
+                )
+                worker.start()
+                workers.append(worker)
+            if self._keeper is not None:
+                self._keeper.start()
+
+        reading = self._begin(claim, self._wake)
+        try:
+            self._idle = []
+            self._read(reading, prepare)
+        finally:
+            self._over(claim, is_last=False)
+            end = monotonic() + (0.0 if reading.stats()["running"] else 1.0)
+            for worker in workers:
+                worker.join(max(0.0, end - monotonic()))
+        if reading.error is not None:
+            raise reading.error
+
     # -- handlers' threads
 
     def _wake(self, count: int) -> None:
@@ -217,7 +215,7 @@ class Listener(BaseListener):
 
     def _work(self, reading: Reading) -> None:
         flag = Flag()
-        session = None
+        session = work = None
         try:
             if self._inbox is not None:
                 session = self._inbox.open_session(self._parsed.group)
@@ -229,26 +227,27 @@ class Listener(BaseListener):
                         flag.wait(interruptible=False)
                     continue
                 self._attempt(reading, work)
-                del work
-        except BaseException as error:  # no memory
-            reading.end_with(error)
+                work = None
+        except BaseException as error:  # no memory, or transactions have ended
+            if work is None:
+                reading.end_with(error)
+            else:
+                reading.fail(work, error)
         finally:
             if session is not None:
                 session.close()
 
     def _attempt(self, reading: Reading, work: Work) -> None:
-        if not self._failing.goes_on(reading, work):
-            return
-        try:
-            self._handle(work)
-        except OvertakenError:
-            reading.put_off(work, monotonic())
-        except CannotCommitError as error:
-            reading.fail(work, error.error)
-        except BaseException as error:
-            self._fail(reading, work, error)
-        else:
-            self._failing.handled(reading, work)
+        is_copied = work.copy is not None
+        if not is_copied:
+            try:
+                self._handle(work)
+            except BaseException as error:
+                is_copied = self._fail(reading, work, error)
+            else:
+                self._failing.handled(reading, work)
+        if is_copied:
+            self._failing.send_on(reading, work)
 
     def _handle(self, work: Work) -> None:
         for envelope in work.handled:

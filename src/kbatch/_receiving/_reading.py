@@ -12,7 +12,7 @@ from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, monotonic, wall_time
 from kbatch._librdkafka import error_text
-from kbatch._receiving._consumer import ConsumerCallError
+from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
 from kbatch._receiving._positions import Positions
@@ -102,6 +102,7 @@ class Reading:
         self._reopened: list[Partition] = []
         self._waits_for_room = False
         self._is_over = False
+        self._is_ended = False  # its consumer is closed
         self.handled = self.failed = self.rebalances = self.abandoned = 0
         # Of the thread that polls.
         self._leaving: set[Partition] | None = None  # a rebalance waits for their handlers
@@ -152,15 +153,18 @@ class Reading:
         return {partition: max(0, end - reached[partition]) for partition, end in ends.items()}
 
     def offsets(self) -> dict[Partition, tuple[int, int]]:
-        """Of the partitions that are read, what the group has committed, and the end of the log as it was told."""
+        """Of the partitions that are read, what the group has committed, and where the log ends. Brokers are asked for
+        both: what a member knows of a partition may be old, and others may have handled it since."""
         with self.lock:
             partitions = self._positions.partitions()
         try:
-            ends = self.core.ends(partitions)
-            committed = self.core.committed(ends, _COMMIT_TIMEOUT_S) if ends else {}
+            committed = self.core.committed(partitions, _COMMIT_TIMEOUT_S) if partitions else {}
+            # In this order, so that none is behind what was committed.
+            asked = [(*each, END) for each in committed]
+            ends = self.core.offsets_for_times(asked, _COMMIT_TIMEOUT_S) if asked else {}
         except ProducerClosedError:
             return {}
-        return {each: (committed[each], end) for each, end in ends.items() if each in committed}
+        return {each: (committed[each], end) for each, end in ends.items()}
 
     # -- for those who handle
 
@@ -179,13 +183,18 @@ class Reading:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
         with self.lock:
             work = None if self.is_stopping else self._waiting.take(monotonic())
-            if work is not None:
+            if work is None:
+                if otherwise is not None and not self._is_over:
+                    otherwise()
+                return None
+            try:
                 work.begun_at = monotonic()
-                self._running.add(work)
                 self._running_of[work.partition] += len(work.places)
-            elif otherwise is not None and not self._is_over:
-                otherwise()
-            return work
+                self._running.add(work)
+                return work
+            except BaseException as error:  # nobody has it
+                self.fail(work, error)
+                raise
 
     def is_over(self) -> bool:
         return self._is_over
@@ -201,9 +210,10 @@ class Reading:
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
         with self.lock:
-            self.failed += len(work.places)
             self.end_with(error)
-            self._end(work)
+            if work in self._running:  # no step was taken
+                self.failed += len(work.places)
+                self._end(work)
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
@@ -222,8 +232,9 @@ class Reading:
     def abandon(self, work: Work) -> None:
         """Its handler was ended when the time to close was over."""
         with self.lock:
-            self.abandoned += len(work.places)
-            self._end(work)
+            if work in self._running:
+                self.abandoned += len(work.places)
+                self._end(work)
 
     def end_with(self, error: BaseException) -> None:
         if self.error is None:
@@ -302,10 +313,17 @@ class Reading:
             try:
                 self._finish()
             finally:
-                with self.lock:
-                    self._is_over = True
-                    self._wake(sys.maxsize)  # all that wait: nothing will come
-                self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+                self.end()
+
+    def end(self) -> None:
+        """Nothing is read any more, or ever was. Those who wait for work are told."""
+        if not self._is_ended:
+            self.is_stopping = True
+            with self.lock:
+                self._is_over = True
+                self._wake(sys.maxsize)  # all that wait: nothing will come
+            self.core.close(_LAST_COMMIT_S if self._is_hurried else _COMMIT_TIMEOUT_S)
+            self._is_ended = True
 
     def _poll(self) -> None:
         if self.is_stopping:

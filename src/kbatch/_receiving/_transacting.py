@@ -241,6 +241,10 @@ class Transacting:
         return committed.get(work.partition, -1) >= work.next_offset
 
     def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+        answer(self.store(work))
+
+    def store(self, work: Work) -> KbatchError | None:
+        """Commits the copy that the work has, and the offset of its record; why it is not stored."""
         assert work.copy is not None
         assert self._reading is not None
         pool = RecordPool()
@@ -249,13 +253,12 @@ class Transacting:
         try:
             self.commit(self._reading, work, [packed])
         except DeliveryError as error:
-            answer(error)
+            return error
         except OvertakenError:
-            answer(ProducerError("its record is not the listener's any more"))
+            return ProducerError("its record is not the listener's any more")
         except CannotCommitError as error:
             raise error.error from None
-        else:
-            answer(None)
+        return None
 
     def _wait(self, seconds: float, is_over: Callable[[], bool]) -> bool:
         end = monotonic() + seconds

@@ -29,6 +29,7 @@ from kbatch.aio._producer import Producer
 from kbatch.aio._relay import Relay
 from kbatch.aio._scheduled import ScheduledMessages
 from kbatch.aio._topic import KafkaTopic
+from kbatch.aio._transaction import Transaction
 
 __all__ = [
     "BatchedSender",
@@ -47,4 +48,5 @@ __all__ = [
     "SenderCallback",
     "SenderProtocol",
     "SendingAgent",
+    "Transaction",
 ]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._callbacks import callback_name, is_coroutine_function
 from kbatch._errors import InboxError, ListenerError
 from kbatch._fastmap import LoopWaker, monotonic
-from kbatch._inbox._keeper import Keeper
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
 from kbatch.aio._inbox_session import AioInboxSession
+from kbatch.aio._transaction import Transaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from kbatch._recovery._retry import RetryPolicy
 
 __all__ = ["Listener"]
+
+_THREAD = "kbatch-transaction"  # which waits for the commit of one call
 
 
 class Listener(BaseListener):
@@ -46,6 +49,8 @@ class Listener(BaseListener):
         close_timeout_s: The same; the tasks that still run then are cancelled.
         retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
             threads.
+        transactional_id: The same; the handler gets a `Transaction` whose `send <Transaction.send>` it awaits. A
+            commit that is under way when its task is cancelled is made as a whole, or not at all.
 
     Raises:
         ConfigError: A wrong option.
@@ -74,6 +79,7 @@ class Listener(BaseListener):
         dead_letter_topic: str | None = None,
         reject_on: Iterable[type[Exception]] = (),
         producer: Producer | None = None,
+        transactional_id: str | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -94,6 +100,7 @@ class Listener(BaseListener):
             dead_letter_topic=dead_letter_topic,
             reject_on=reject_on,
             producer=producer,
+            transactional_id=transactional_id,
         )
         self._sessions: list[AioInboxSession] = []  # that no handler uses
 
@@ -113,45 +120,47 @@ class Listener(BaseListener):
         Raises:
             Exception: What a handler has raised. Its record is not committed.
             ListenerError, ConfigError, RuntimeError: As `kbatch.Listener.run`; also if a handler was cancelled.
+            ProducerFencedError, ProducerFatalError: As `kbatch.Listener.run`.
         """
         if self._inbox is not None:
             await in_thread("kbatch-inbox", self._check_inbox)
+        claim = object()
         ended = LoopWaker()
         handlers = _Handlers(self, ended.loop)
-        reading = self._begin(handlers.wake, handlers.give_up)
-        handlers.reading = reading
-        keeper = None if self._inbox is None else Keeper(self._inbox, self._parsed.group, reading.offsets)
         errors: list[BaseException] = []
         waits = [ended]
+        is_begun: list[bool] = []
 
         def run() -> None:
+            with self._claims:
+                if self._claim is not claim:  # who has started this thread was interrupted, and has ended the run
+                    return
+                is_begun.append(True)
             try:
                 try:
-                    reading.run()
+                    self._read(reading)
                 finally:
-                    if keeper is not None:
-                        keeper.stop()
                     self._close_sessions()
-                    self._over()
+                    self._over(claim, is_last=True)
             except BaseException as error:
                 errors.append(error)
             handlers.is_over = True
             for waker in waits:
                 waker()
 
-        thread = threading.Thread(
-            target=contextvars.copy_context().run, args=(run,), name="kbatch-listener", daemon=True
-        )
         try:
-            thread.start()
-        except BaseException:
-            self._over()
-            raise
-        try:
-            if keeper is not None:
-                keeper.start()
+            reading = handlers.reading = self._begin(claim, handlers.wake, handlers.give_up)
+            threading.Thread(
+                target=contextvars.copy_context().run, args=(run,), name="kbatch-listener", daemon=True
+            ).start()
+            if self._keeper is not None:
+                self._keeper.start()
             await ended.future
         except BaseException as cancelled:
+            with self._claims:
+                if not is_begun:
+                    self._over(claim, is_last=True)
+                    raise
             reading.stop()
             waits.append(again := LoopWaker())
             if handlers.is_over:  # it may have called what there was before
@@ -189,26 +198,40 @@ class Listener(BaseListener):
     ) -> None:
         await self.close()
 
-    async def _handle(self, work: Work) -> None:
+    async def _handle(self, reading: Reading, work: Work) -> None:
         for envelope in work.handled:
             self._decode(envelope)
         handled = work.envelope if self._batch_size is None else list(work.handled)
-        if self._inbox is None:
+        if self._transacting is not None:
+            transaction = Transaction(self._transacting.transaction())
+            try:
+                await self._call(handled, transaction)
+                transaction._check()
+            finally:
+                packed = transaction._end()
+            await in_thread(_THREAD, functools.partial(self._transacting.commit, reading, work, packed))
+        elif self._inbox is None:
             await self._call(handled)
         else:
-            await self._call_in(work, self._inbox, handled)
+            await self._call_in(reading, work, self._inbox, handled)
 
     async def _call(self, *handled: object) -> None:
         await self._handler(*handled)  # type: ignore[misc]
 
-    async def _call_in(self, work: Work, inbox: ListenersInbox, handled: Any) -> None:
+    async def _send_on(self, reading: Reading, work: Work) -> None:
+        if self._transacting is None:
+            self._failing.send_on(reading, work)
+        else:
+            error = await in_thread(_THREAD, functools.partial(self._transacting.store, work))
+            self._failing.sent_on(reading, work, error)
+
+    async def _call_in(self, reading: Reading, work: Work, inbox: ListenersInbox, handled: Any) -> None:
         session = self._sessions.pop() if self._sessions else AioInboxSession(inbox.open_session(self._parsed.group))
         try:
             handle: Callable[..., Awaitable[object]] = session.handle
             if self._batch_size is not None:
                 handle = session.handle_batch
             wait_s = self._first_wait_s
-            reading = self._reading
             while True:
                 try:
                     await handle(handled, self._call)
@@ -218,7 +241,7 @@ class Listener(BaseListener):
                     self._tell_of_outage(error)
                     end = monotonic() + wait_s
                     while monotonic() < end:
-                        if reading is None or reading.is_given_up(work):
+                        if reading.is_given_up(work):
                             raise
                         await asyncio.sleep(self._look_s)
                     wait_s = min(2 * wait_s, self._longest_wait_s)
@@ -274,40 +297,61 @@ class _Handlers:
 
     def _begin(self) -> None:
         self._is_called = False
-        while len(self._tasks) < self._listener._concurrency:
-            work = self.reading.take()
+        work: Work | None = None
+        try:
+            while len(self._tasks) < self._listener._concurrency:
+                work = self.reading.take()
+                if work is None:
+                    return
+                task = self._context.copy().run(self._loop.create_task, self._work(work))
+                self._tasks.add(task)
+                task.add_done_callback(functools.partial(self._end, work))
+        except BaseException as error:  # no memory
             if work is None:
-                return
-            task = self._context.copy().run(self._loop.create_task, self._work(work))
-            self._tasks.add(task)
-            task.add_done_callback(self._end)
+                self.reading.end_with(error)
+            else:
+                self.reading.fail(work, error)
 
-    def _end(self, task: asyncio.Task[None]) -> None:
+    def _end(self, work: Work, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if task.cancelled():  # before it began
+            self._cancelled(work, None)
+        elif (error := task.exception()) is not None:  # an exception came before it could be caught
+            self.reading.fail(work, error)
         if not self._is_called:
-            self._is_called = True
             self._loop.call_soon(self._begin)
+            self._is_called = True
 
     async def _work(self, work: Work) -> None:
-        _handled_by.set(self._listener)
-        if not self._listener._failing.goes_on(self.reading, work):
-            return
+        listener, reading = self._listener, self.reading
         try:
-            await self._listener._handle(work)
+            _handled_by.set(listener)
+            is_copied = work.copy is not None
+            if not is_copied:
+                try:
+                    await listener._handle(reading, work)
+                except asyncio.CancelledError:
+                    raise
+                except BaseException as error:
+                    is_copied = listener._fail(reading, work, error)
+                else:
+                    listener._failing.handled(reading, work)
+            if is_copied:
+                await listener._send_on(reading, work)
         except asyncio.CancelledError as error:
-            if self._gave_up:
-                self.reading.abandon(work)
-            else:
-                cancelled = ListenerError(
-                    f"a handler was cancelled, of {work.partition[0]} [{work.partition[1]}] at "
-                    f"offset {work.places[0].offset}"
-                )
-                cancelled.__cause__ = error
-                self.reading.fail(work, cancelled)
-        except BaseException as error:
-            self._listener._fail(self.reading, work, error)
-        else:
-            self._listener._failing.handled(self.reading, work)
+            self._cancelled(work, error)
+        except BaseException as error:  # no memory, or transactions have ended
+            reading.fail(work, error)
+
+    def _cancelled(self, work: Work, error: asyncio.CancelledError | None) -> None:
+        if self._gave_up:
+            self.reading.abandon(work)
+            return
+        cancelled = ListenerError(
+            f"a handler was cancelled, of {work.partition[0]} [{work.partition[1]}] at offset {work.places[0].offset}"
+        )
+        cancelled.__cause__ = error
+        self.reading.fail(work, cancelled)
 
 
 _handled_by: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("kbatch_handled_by", default=None)

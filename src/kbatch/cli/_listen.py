@@ -13,6 +13,7 @@ from typing import Any
 import kbatch
 from kbatch._errors import named_exception_text
 from kbatch._fastmap import monotonic
+from kbatch._text import printable
 from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
@@ -35,6 +36,7 @@ class ListenJob:
     topics: list[str]
     settings: Settings
     file: ListenFile
+    transactional_id: str | None
     grace_s: float
     as_json: bool
 
@@ -43,10 +45,10 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
     """Runs a listener and returns the exit status, which says why it ended."""
     with Log(screen, as_json=job.as_json) as log:
         connection = Connection(log)
-        listener, topics = _listener(job, connection)
+        listener, topics, id_ = _listener(job, connection)
         # What `run` still does when the time for handlers is over takes a moment.
         with Interrupt(lambda: _abort(log, interrupt.status), job.grace_s + _LAST_S) as interrupt:
-            log.tell(f"listener of {', '.join(topics)} begins")
+            log.tell(f"listener of {', '.join(topics)} begins{_told_of_transactions(id_)}")
             error: Exception | None = None
             with screen.live("listen") as bar, _watched(listener, log, connection, interrupt, bar):
                 try:
@@ -72,6 +74,10 @@ def _abort(log: Log, status: int) -> None:
     os._exit(status)
 
 
+def _told_of_transactions(id_: str | None) -> str:
+    return "" if id_ is None else f", in transactions of {printable(id_)}"
+
+
 def _told(listener: kbatch.Listener) -> str:
     stats = listener.stats()
     text = f"{stats['handled']:,} done"
@@ -81,7 +87,7 @@ def _told(listener: kbatch.Listener) -> str:
     return text
 
 
-def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, list[str]]:
+def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, list[str], str | None]:
     file = job.file
     name = job.handler or file.values.get("handler")
     if not name:
@@ -95,6 +101,8 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
     if "" not in sys.path:
         sys.path.insert(0, "")  # the folder that the command is called in, as `python -m` has it
     options: dict[str, Any] = {"close_timeout_s": job.grace_s, **file.table("listener")}
+    if job.transactional_id is not None:
+        options["transactional_id"] = job.transactional_id
     if "types" in file.values:
         options["types"] = {type_: _named(where, f"[types] {type_}") for type_, where in file.table("types").items()}
     if "reject_on" in file.values:
@@ -113,7 +121,7 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
         listener = kbatch.Listener(config, topics, _named(name, "--handler"), **options)
     except kbatch.ConfigError as error:
         raise Failure(job.settings.explain(str(error)), USAGE) from None
-    return listener, topics
+    return listener, topics, options.get("transactional_id")
 
 
 def _named(where: Any, what: str) -> Any:

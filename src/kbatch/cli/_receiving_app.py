@@ -68,6 +68,13 @@ def listen(
             help="Settings, TOML: handler, topics, reject_on, inbox, and the tables types, listener, retry and kafka.",
         ),
     ] = None,
+    transactional_id: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID",
+            help="What the handler sends by its Transaction is committed with its records. Each process has its own.",
+        ),
+    ] = None,
     setting: Setting = None,
     grace: Annotated[
         float, typer.Option(min=0.0, help="Seconds that a signal leaves to handlers; a second one does not wait.")
@@ -97,7 +104,7 @@ def listen(
         file = ListenFile(config)
         settings = Settings.collect([typed("-X", each) for each in setting or []], file.kafka(), os.environ)
         names = [typed("TOPIC", each) for each in topics or []]
-        return run_listener(ListenJob(handler, names, settings, file, grace, json), screen)
+        return run_listener(ListenJob(handler, names, settings, file, transactional_id, grace, json), screen)
 
     exit_with(work, screen)
 

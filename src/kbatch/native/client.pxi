@@ -26,6 +26,7 @@ cdef void client_drop(Client *c) noexcept nogil:
     pool_end(&c.pool)
     kb_free(c.messages)
     kb_free(c.blocks)
+    drop_blocks(&c.spare)
     drop_notices(c.notice_first)
     kb_cond_destroy(&c.drainer_cond)
     kb_cond_destroy(&c.dispatcher_cond)

@@ -200,11 +200,12 @@ cdef void drop_part(Part *part) noexcept nogil:
 
 
 cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil:
-    # Takes what is given, gives back what is taken; each way of a group to share partitions has its own calls.
+    # Takes what is given, gives back what is taken; each way of a group to share partitions has its own calls. One that
+    # has left its group has none, and takes nothing.
     cdef const char *protocol = api.rebalance_protocol(rk)
     cdef rd_kafka_error_t *error = NULL
-    cdef bint cooperative = protocol[0] == c'C'
-    if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
+    cdef bint cooperative = protocol != NULL and protocol[0] == c'C'
+    if protocol != NULL and code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
         if cooperative:
             error = api.incremental_assign(rk, partitions)
         else:

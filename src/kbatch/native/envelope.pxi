@@ -481,7 +481,7 @@ cdef class ReceivedEnvelope(Envelope):
         self._offset = -1
 
     def __dealloc__(self):
-        kb_free(self._block)
+        free_block(self._block)
 
     cdef object _text(self, int field):
         # Made anew, unless it is that of the last envelope that was asked.

@@ -456,11 +456,12 @@ cdef uint64_t _order_hash(const char *topic, Py_ssize_t topic_len, Record *recor
     return _mixed(_hash_bytes(_hash_bytes(hash, mark, 1), id, 16))
 
 
-cdef list stored_rows(MappedBatch batch, int64_t first_seq, int buckets, int64_t created_us, list scheduled):
+cdef list stored_rows(object batches, int64_t first_seq, int buckets, list scheduled, int64_t created_us):
     # What has expired has no row.
     cdef list rows = []
     cdef bytes one
     cdef const char *id
+    cdef MappedBatch batch
     cdef Envelope envelope
     cdef bint is_later
     cdef Record *record
@@ -469,33 +470,36 @@ cdef list stored_rows(MappedBatch batch, int64_t first_seq, int buckets, int64_t
     cdef object deliver_by, row
     if buckets < 1:
         raise ValueError(f"buckets must be 1 or more, not {buckets}")
-    for i in range(batch.state.count):
-        record = &batch.state.records[i]
-        if record.flags:
-            continue
-        envelope = <Envelope> batch.envelopes[i]
-        is_later = scheduled is not None and envelope._scheduled_time > created_us
-        if is_later and not envelope._timestamp:
-            # A topic keeps records by their timestamp: with that of now it might delete what has just been sent.
-            record.timestamp = envelope._scheduled_time // 1000
-        size = packed_size(record)
-        one = PyBytes_FromStringAndSize(NULL, size)
-        pack_record(record, PyBytes_AS_STRING(one))
-        id = <const char *> envelope._id
-        deliver_by = None
-        if batch.state.deliver_by != NULL and batch.state.deliver_by[i]:
-            deliver_by = batch.state.deliver_by[i]
-        bucket = <int64_t> (_order_hash(record.topic.name, record.topic.name_len, record, id) % <uint64_t> buckets)
-        row = (bucket, first_seq, PyBytes_FromStringAndSize(id, 16), one, created_us, deliver_by)
-        if is_later:
-            scheduled.append((*row, (envelope._scheduled_time + 999) // 1000))
-        else:
-            rows.append(row)
-        first_seq += 1
-        unshared += size
-        if unshared >= SHARE_EVERY:
-            unshared = 0
-            share_gil(&offered_ns)
+    for batch in batches:
+        if batch is None:
+            raise TypeError("batches must be MappedBatch, not None")
+        for i in range(batch.state.count):
+            record = &batch.state.records[i]
+            if record.flags:
+                continue
+            envelope = <Envelope> batch.envelopes[i]
+            is_later = scheduled is not None and envelope._scheduled_time > created_us
+            if is_later and not envelope._timestamp:
+                # A topic keeps records by their timestamp: with that of now it might delete what has just been sent.
+                record.timestamp = envelope._scheduled_time // 1000
+            size = packed_size(record)
+            one = PyBytes_FromStringAndSize(NULL, size)
+            pack_record(record, PyBytes_AS_STRING(one))
+            id = <const char *> envelope._id
+            deliver_by = None
+            if batch.state.deliver_by != NULL and batch.state.deliver_by[i]:
+                deliver_by = batch.state.deliver_by[i]
+            bucket = <int64_t> (_order_hash(record.topic.name, record.topic.name_len, record, id) % <uint64_t> buckets)
+            row = (bucket, first_seq, PyBytes_FromStringAndSize(id, 16), one, created_us, deliver_by)
+            if is_later:
+                scheduled.append((*row, (envelope._scheduled_time + 999) // 1000))
+            else:
+                rows.append(row)
+            first_seq += 1
+            unshared += size
+            if unshared >= SHARE_EVERY:
+                unshared = 0
+                share_gil(&offered_ns)
     return rows
 
 

@@ -242,9 +242,13 @@ cdef class RecordPool:
         """Phase 1: all of the envelopes, or it raises as a producer does."""
         cdef MappedBatch batch = MappedBatch.__new__(MappedBatch)
         cdef _Mapping mapping
-        cdef int64_t offered_ns = kb_now_ns()
+        cdef int64_t offered_ns
         batch.state.pool, batch.keeper = &self.pool, self
         mapping = begin_mapping(mapper, batch, topic, envelopes, False)
+        if batch.state.count == 1:  # without a look at the clock
+            mapping._run(INT64_MAX)
+            return batch
+        offered_ns = kb_now_ns()
         while not mapping._run(kb_now_ns() + MAP_SLICE):
             offer_gil(&offered_ns)
         return batch
@@ -264,12 +268,13 @@ cdef class RecordPool:
             count += batch.state.records[i].flags == 0
         return count
 
-    def rows(self, MappedBatch batch not None, int64_t first_seq, int buckets, int64_t created_us,
-             list scheduled=None) -> list:
-        """Its records as rows of an outbox: ``(bucket, seq, id, packed, created_us, deliver_by_us or None)``.
+    def rows(self, batches, int64_t first_seq, int buckets, list scheduled=None, *, created_us=None) -> list:
+        """The records of batches as rows of an outbox: ``(bucket, seq, id, packed, created_us, deliver_by_us or
+        None)``.
 
         Numbers count from `first_seq`. An envelope whose ``deliver_by`` has passed has no row. Those whose
-        ``scheduled_time`` is later than `created_us` go to the list `scheduled`, if there is one, with that time in
-        milliseconds at the end.
+        ``scheduled_time`` is later than `created_us`, by default now, go to the list `scheduled`, if there is one, with
+        that time in milliseconds at the end.
         """
-        return stored_rows(batch, first_seq, buckets, created_us, scheduled)
+        return stored_rows(
+            batches, first_seq, buckets, scheduled, kb_wall_ns() // 1000 if created_us is None else created_us)

@@ -67,7 +67,7 @@ cdef bint _is_regular_event(const Received *out, bint has_value) noexcept nogil:
 
 cdef inline const char *_copied_text(char **at, const char *chars, Py_ssize_t length) noexcept nogil:
     cdef char *copy = at[0]
-    memcpy(copy, chars, length)
+    copy_short(copy, chars, length)
     at[0] += length
     return copy
 
@@ -79,86 +79,79 @@ cdef inline void _give_header(const Header *header, Given *out) noexcept nogil:
     out.length = header.value_len
 
 
-cdef Received *read_regular(Raw *raw, int wire) noexcept nogil:
+cdef Received *read_regular(const Raw *raw, int wire, Blocks *spare) noexcept nogil:
     """A record that can be read without a word, copied; the caller's. NULL: it is to be read by `read_irregular`."""
-    cdef Received out
     cdef Received *block
     cdef Given given
     cdef Header *header
     cdef const OwnHeader *own
-    cdef int own_count, next_own = 0, k
-    cdef Py_ssize_t[RECEIVED_TEXTS] text_at  # the header that each text is
+    cdef int own_count, size_kind, next_own = 0
     cdef bint is_event = wire == WIRE_CLOUDEVENTS
+    cdef bint has_value = raw.value.chars != NULL
     cdef const OwnHeader *table = own_headers(wire, &own_count)
     cdef Py_ssize_t i
-    cdef size_t size = 0
+    cdef size_t size = sizeof(Received)
     cdef char *at
     if wire == WIRE_CUSTOM or raw.count < 0:
         return NULL
-    memset(&out, 0, sizeof(out))
-    out.sent_at = out.scheduled_time = out.deliver_by = NO_TIME
+    # Names of the format's are not copied, and find room all the same: their number is known only later.
     for i in range(raw.count):
-        header = raw.headers + i
-        _give_header(header, &given)
-        if given.bytes != NULL:
-            size += given.length
-        own = find_own(table, own_count, is_event, &next_own, &given)
-        if own == NULL:
-            if not is_ascii(given.name, given.name_len):
-                return NULL
-            size += given.name_len
-            if is_event and given.bytes == NULL and is_read_as_attribute(&given):
-                header.name_len = ~header.name_len
-            else:
-                out.users += 1
-            continue
-        if given.bytes != NULL:
-            if not _take_own(&out, own, given.bytes, given.length):
-                return NULL
-            if own.field <= KB_LAST_TEXT:
-                text_at[own.field] = i
-        if is_event:
-            size += given.name_len  # in any case
-        else:
-            header.name = own.name
-        header.name_len = ~header.name_len
-    if is_event and not _is_regular_event(&out, raw.value.chars != NULL):
-        return NULL
-    out.offset, out.timestamp, out.partition = raw.offset, raw.timestamp, raw.partition
-    out.key, out.value, out.count, out.is_event = raw.key, raw.value, raw.count, is_event
-    out.makes_id = not out.seen & 1 << KB_ID
-    if raw.value.chars != NULL:
-        out.kind = BODY_DATA
-    elif raw.key.chars != NULL and not out.seen & 1 << KB_MESSAGE_TYPE:
-        out.kind = BODY_TOMBSTONE
-    else:
-        out.kind = BODY_NULL
-    if out.value.chars != NULL and out.value.length > LONGEST_IN_BLOCK:
-        out.value.chars = NULL
-    if out.value.chars != NULL:
-        size += out.value.length
-    if out.key.chars != NULL:
-        size += out.key.length
-    block = <Received *> kb_malloc(sizeof(Received) + raw.count * sizeof(Header) + size)
+        size += sizeof(Header) + raw.headers[i].name_len + max(0, raw.headers[i].value_len)
+    if raw.value.chars != NULL and raw.value.length <= LONGEST_IN_BLOCK:
+        size += raw.value.length
+    if raw.key.chars != NULL:
+        size += raw.key.length
+    block = new_block(spare, size)
     if block == NULL:
         return NULL
-    block[0] = out
+    size_kind = block.size_kind
+    memset(block, 0, sizeof(Received))
+    block.size_kind = size_kind
+    block.sent_at = block.scheduled_time = block.deliver_by = NO_TIME
+    block.offset, block.timestamp, block.partition = raw.offset, raw.timestamp, raw.partition
+    block.count, block.is_event = raw.count, is_event
     block.headers = <Header *> (block + 1)
     at = <char *> (block.headers + raw.count)
-    if out.key.chars != NULL:
-        block.key.chars = _copied_text(&at, out.key.chars, out.key.length)
-    if out.value.chars != NULL:
-        block.value.chars = _copied_text(&at, out.value.chars, out.value.length)
     for i in range(raw.count):
         header = block.headers + i
         header[0] = raw.headers[i]
-        if is_event or header.name_len >= 0:
-            header.name = _copied_text(&at, header.name, true_length(header))
         if header.value_len != VALUE_NULL:
             header.value = _copied_text(&at, header.value, header.value_len)
-    for k in range(RECEIVED_TEXTS):
-        if out.texts[k].chars != NULL:
-            block.texts[k].chars = block.headers[text_at[k]].value
+        _give_header(header, &given)
+        own = find_own(table, own_count, is_event, &next_own, &given)
+        if own == NULL:
+            if not is_ascii(given.name, given.name_len):
+                keep_block(spare, block)
+                return NULL
+            header.name = _copied_text(&at, given.name, given.name_len)
+            if is_event and given.bytes == NULL and is_read_as_attribute(&given):
+                header.name_len = ~header.name_len
+            else:
+                block.users += 1
+            continue
+        if given.bytes != NULL and not _take_own(block, own, given.bytes, given.length):
+            keep_block(spare, block)
+            return NULL
+        # The names of an event's attributes may be written in any case.
+        header.name = _copied_text(&at, given.name, given.name_len) if is_event else own.name
+        header.name_len = ~header.name_len
+    if is_event and not _is_regular_event(block, has_value):
+        keep_block(spare, block)
+        return NULL
+    block.makes_id = not block.seen & 1 << KB_ID
+    if has_value:
+        block.kind = BODY_DATA
+    elif raw.key.chars != NULL and not block.seen & 1 << KB_MESSAGE_TYPE:
+        block.kind = BODY_TOMBSTONE
+    else:
+        block.kind = BODY_NULL
+    block.key, block.value = raw.key, raw.value
+    if block.key.chars != NULL:
+        block.key.chars = _copied_text(&at, raw.key.chars, raw.key.length)
+    if block.value.length > LONGEST_IN_BLOCK:
+        block.value.chars = NULL
+    if block.value.chars != NULL:
+        block.value.chars = _copied_text(&at, raw.value.chars, raw.value.length)
     return block
 
 
@@ -373,6 +366,7 @@ def received(str topic not None, int partition, int64_t offset, int64_t timestam
     cdef Header *given
     cdef Py_ssize_t i
     cdef int number = wire_number(wire, " or an object with read()") if isinstance(wire, str) else WIRE_CUSTOM
+    cdef Blocks spare
     raw.partition, raw.offset, raw.timestamp = partition, offset, max(0, timestamp)
     raw.key.chars, raw.key.length = NULL, 0
     if key is not None:
@@ -396,18 +390,18 @@ def received(str topic not None, int partition, int64_t offset, int64_t timestam
                 given[i].value = PyBytes_AS_STRING(<bytes?> content)
                 given[i].value_len = <int32_t> PyBytes_GET_SIZE(content)
         if regular is None or regular:
-            with nogil:
-                block = read_regular(&raw, number)
+            memset(&spare, 0, sizeof(spare))
+            take_spares(&spare)
+            block = read_regular(&raw, number, &spare)
+            drop_blocks(&spare)
             if block != NULL:
                 try:
                     return regular_envelope(block, topic, raw.value.chars)
                 except BaseException:
-                    kb_free(block)
+                    free_block(block)
                     raise
             if regular:
                 return None
-            for i in range(raw.count):
-                given[i].name_len = <int32_t> true_length(given + i)
         return read_irregular(&raw, topic, number, wire)
     finally:
         kb_free(given)

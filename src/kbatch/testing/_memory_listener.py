@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from kbatch._fastmap import Mapper, RecordPool, received, wall_time
+from kbatch._fastmap import Mapper, RecordPool, received, unpack_record, wall_time
+from kbatch._producer import Producer
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._lanes import Lanes, Work
 from kbatch._receiving._listener import Listener
+from kbatch._receiving._transacting import Transacting
 from kbatch.testing._memory_broker import MemoryRecord
 
 if TYPE_CHECKING:
@@ -63,18 +65,28 @@ class _Noting(Failing):
 
     memory: _Memory
 
-    def failed(self, steps: Steps, work: Work, error: BaseException) -> None:
-        if not isinstance(error, Exception):
-            raise error  # to the test
+    def failed(self, steps: Steps, work: Work, error: BaseException) -> bool:
         assert self.memory.at is not None
-        self.memory.at.errors.append(error)
-        super().failed(steps, work, error)
+        if isinstance(error, Exception):
+            self.memory.at.errors.append(error)
+        return super().failed(steps, work, error)
+
+
+class _MemoryTransacting(Transacting):
+    """Commits to a log in memory what the real one would send to brokers. No commit fails."""
+
+    memory: _Memory
+
+    def commit(self, reading: Any, work: Work, packed: list[bytes]) -> None:
+        self.memory.sent += [self.memory.keep(unpack_record(each)) for each in packed]
 
 
 class _Memory:
     """A log, lanes and a clock that leaps: what a `Failing` works on in place of a broker and threads."""
 
-    def __init__(self, listener: BaseListener, wire: str, source: str | None) -> None:
+    def __init__(
+        self, listener: BaseListener, wire: str, source: str | None, transacting: _MemoryTransacting | None
+    ) -> None:
         encoder = msgspec.json.Encoder()
         self._mapper = Mapper(wire, encoder, source, None, _LARGEST, _LARGEST, carry_scheduled_time=True)
         self._raw = Mapper("raw", encoder, None, None, _LARGEST, _LARGEST)
@@ -83,7 +95,12 @@ class _Memory:
         self.failing = _Noting(self._failures, self, lambda: self._now, self._wall)
         self.failing.memory = self
         listener._failing = self.failing
+        self._is_transactional = transacting is not None
+        if transacting is not None:
+            transacting.memory = self
+            listener._transacting = transacting
         self.dead: list[MemoryRecord] = []
+        self.sent: list[MemoryRecord] = []  # in transactions
         self._now = 0.0  # seconds that back-offs would have taken
         self._offsets: defaultdict[str, int] = defaultdict(int)
         self._clear()
@@ -116,6 +133,13 @@ class _Memory:
         timestamp = timestamp or int(self._wall() * 1000)
         return received(topic, max(partition, 0), offset, timestamp, key, value, headers, self._wire)
 
+    def keep(self, record: Any) -> MemoryRecord:
+        """Stores what nobody reads here."""
+        envelope = self._store(record)
+        assert envelope.timestamp is not None
+        place = (envelope.topic, envelope.partition, envelope.offset, envelope.timestamp)
+        return MemoryRecord(*place, record[3], record[4], tuple(record[5]))
+
     def _read(self, envelope: ReceivedEnvelope[Any], outcome: MemoryOutcome) -> None:
         self._outcomes[envelope.topic, envelope.offset] = outcome
         left_s = self._failures.due_in_s(envelope, self._wall())
@@ -127,7 +151,8 @@ class _Memory:
 
     def _add(self, envelope: ReceivedEnvelope[Any]) -> None:
         key, partition = envelope.key, (envelope.topic, envelope.partition)
-        self._lanes.add(Work(partition, (envelope,), (), 0, None if key is None else (*partition, key)), self._now)
+        lane = partition if self._is_transactional else None if key is None else (*partition, key)
+        self._lanes.add(Work(partition, (envelope,), (), 0, lane), self._now)
 
     def works(self) -> Iterator[Work]:
         """What is to be handled next, until nothing is left."""
@@ -158,6 +183,8 @@ class _Memory:
         self._lanes.end(work, self._now)
 
     def fail(self, work: Work, error: BaseException) -> None:
+        if not isinstance(error, Exception):
+            raise error  # to the test
         assert self.at is not None
         self.at.outcome = "failed"
         self._has_ended = True
@@ -182,16 +209,12 @@ class _Memory:
         assert work.copy is not None
         pool = RecordPool()
         (record,) = pool.records(pool.map(self._raw, None, [work.copy]))
-        envelope = self._store(record)
         self._is_moved = True
-        if envelope.topic in self._failures.delays:
-            self._read(envelope, self.at)
+        if work.copy.topic in self._failures.delays:
+            self._read(self._store(record), self.at)
         else:
-            assert record is not None
-            assert envelope.timestamp is not None
-            place = (envelope.topic, envelope.partition, envelope.offset, envelope.timestamp)
             self.at.outcome = "dead"
-            self.at.dead_letter = MemoryRecord(*place, record[3], record[4], tuple(record[5]))
+            self.at.dead_letter = self.keep(record)
             self.dead.append(self.at.dead_letter)
         answer(None)
 
@@ -215,11 +238,22 @@ class BaseMemoryListener:
         dead_letter_topic: str | None = None,
         reject_on: Iterable[type[Exception]] = (),
         inbox: ListenersInbox | None = None,
+        transactional_id: str | None = None,
     ) -> None:
         names = topics if isinstance(topics, str) else list(topics)
+        config = {"bootstrap.servers": "in-memory:9092", "group.id": group}
+        options: dict[str, Any] = {}
+        transacting: _MemoryTransacting | None = None
+        if inbox is not None:
+            options["inbox"] = inbox
+        if transactional_id is not None:
+            sends = {"bootstrap.servers": config["bootstrap.servers"], "transactional.id": transactional_id}
+            producer = Producer(sends, wire=wire, source=source)
+            transacting = _MemoryTransacting(config, transactional_id, wire, producer)
+            options.update(transactional_id=transactional_id, producer=producer)
         # It is never run: it checks the options, decodes, and decides what becomes of failures.
         self._listener = self._listener_type(
-            {"bootstrap.servers": "in-memory:9092", "group.id": group},
+            config,
             names,
             handler,
             types=types,
@@ -228,16 +262,22 @@ class BaseMemoryListener:
             retry_topics=retry_topics,
             dead_letter_topic=dead_letter_topic,
             reject_on=reject_on,
-            **({} if inbox is None else {"inbox": inbox}),
+            **options,
         )
         self._inbox, self._group = inbox, group
         self._topic = names[0]
-        self._memory = _Memory(self._listener, wire, source)
+        self._memory = _Memory(self._listener, wire, source, transacting)
 
     @property
     def dead_letters(self) -> tuple[MemoryRecord, ...]:
         """What was sent to the dead letter topic, as a consumer would see it."""
         return tuple(self._memory.dead)
+
+    @property
+    def sent(self) -> tuple[MemoryRecord, ...]:
+        """What handlers have sent in transactions that were committed, in this order, as a consumer with
+        ``isolation.level=read_committed`` would see it."""
+        return tuple(self._memory.sent)
 
     def stats(self) -> dict[str, int]:
         """``attempts_failed``, ``to_retry`` and ``dead``, as of `kbatch.Listener.stats`."""
@@ -256,6 +296,9 @@ class MemoryListener(BaseMemoryListener):
         topics: What it reads; envelopes without a topic are in the first.
         group: Its ``group.id``.
         source: As `kbatch.Producer` takes it.
+        transactional_id: As `kbatch.Listener` takes it. What a handler sends is in `sent` once it has returned, and
+            nowhere if it has raised. Each commit is made at once: nothing is refused, aborted or fenced, and all that
+            has no partition of its own is in partition 0.
 
     Raises:
         ConfigError: A wrong option.

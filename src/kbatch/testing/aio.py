@@ -20,15 +20,19 @@ class MemoryListener(BaseMemoryListener):
 
     async def send(self, *envelopes: Envelope[Any], topic: str | None = None) -> list[MemoryOutcome]:
         """As that of `kbatch.testing.MemoryListener`; one call of the handler is awaited after the other."""
-        memory, listener = self._memory, self._listener
-        outcomes = memory.take_in(envelopes, topic or self._topic)
+        memory: Any = self._memory
+        listener = self._listener
+        outcomes: list[MemoryOutcome] = memory.take_in(envelopes, topic or self._topic)
         for work in memory.works():
+            is_copied = False
             try:
-                await listener._handle(work)
+                await listener._handle(memory, work)
             except Exception as error:
-                listener._fail(memory, work, error)
+                is_copied = listener._fail(memory, work, error)
             else:
                 memory.failing.handled(memory, work)
+            if is_copied:
+                memory.failing.send_on(memory, work)
         return outcomes
 
 

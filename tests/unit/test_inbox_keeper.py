@@ -1,0 +1,40 @@
+"""What tells an inbox how far its group has committed, with an inbox and a group that are only this test's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from kbatch._inbox._keeper import Keeper
+from tests.waiting import until
+
+
+class FakeInbox:
+    retention_s: float | None = 1.0
+
+    def __init__(self) -> None:
+        self.noted: list[tuple[int, Mapping[Any, Any]]] = []
+        self.purged = 0
+
+    def _clock_us(self) -> int:
+        return 10**15
+
+    def _note(self, group: str, asked_at: int, offsets: Mapping[Any, Any]) -> None:
+        self.noted.append((asked_at, offsets))
+
+    def _purge(self, older_than_s: object, committed: object) -> int:
+        self.purged += 1
+        return 0
+
+
+def test_a_listener_that_runs_for_some_seconds_only_tells_what_is_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kbatch._inbox._keeper._FIRST_NOTE_S", 0.01)
+    inbox: Any = FakeInbox()
+    keeper = Keeper(inbox, "billing", lambda: {("orders", 0): (1, 2)})
+    keeper.start()
+    try:
+        until(lambda: inbox.noted, "the first note")
+    finally:
+        keeper.stop()
+    (asked_at, offsets), purged = inbox.noted[0], inbox.purged
+    assert (asked_at < 10**15, offsets, purged) == (True, {("orders", 0): (1, 2)}, 0)
