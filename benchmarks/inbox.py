@@ -197,7 +197,7 @@ def _marking(turns: int, side: Any) -> Section:
 
 # -- from Kafka to rows
 
-_NOTHING = "a handler that does nothing, no inbox"
+_NOTHING = "no inbox, nothing done"
 
 
 def _ways(sides: list[Any]) -> list[tuple[str, Any, int | None]]:

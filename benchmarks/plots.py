@@ -428,7 +428,7 @@ def inbox_half_load(document: Document) -> Figure | None:
         axes.plot([p50], [at], marker="o", color=COLORS["kbatch"], linestyle="")
         axes.plot([p99], [at], marker="|", color=COLORS["kbatch"], linestyle="", markersize=9, markeredgewidth=2)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_yticks(range(len(names)), names)

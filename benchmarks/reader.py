@@ -118,7 +118,7 @@ def kbatch_batches(turn: Turn) -> None:
         for envelope in envelopes:
             _take(envelope)
 
-    _listen(turn, handle, batch_size=LISTENERS_BATCH, max_in_flight=20_000)
+    _listen(turn, handle, batch_size=LISTENERS_BATCH)
 
 
 def kbatch_single(turn: Turn) -> None:
