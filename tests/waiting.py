@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 
 
 def until(condition: Callable[[], object], what: str, patience_s: float = 90.0) -> None:
