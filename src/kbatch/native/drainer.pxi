@@ -203,7 +203,7 @@ cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partit
     # Takes what is given, gives back what is taken; each way of a group to share partitions has its own calls.
     cdef const char *protocol = api.rebalance_protocol(rk)
     cdef rd_kafka_error_t *error = NULL
-    cdef bint cooperative = protocol[0] == c'C'
+    cdef bint cooperative = protocol != NULL and protocol[0] == c'C'  # NULL from a group that is being left
     if code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
         if cooperative:
             error = api.incremental_assign(rk, partitions)
