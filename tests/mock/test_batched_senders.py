@@ -106,12 +106,12 @@ def test_an_outage_under_load(cluster: MockCluster, opened: Open, strict: bool) 
     with load.running():
         until(lambda: driver.stats()["acked"] > 200, "what is sent before")
         cluster.set_broker_down()
+        until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")  # nothing is acknowledged any more
         until(lambda: len(driver) == bound, "a full buffer")
         assert driver.try_send(Envelope(1)) is False
         with pytest.raises(kbatch.SenderFullError):
             driver.send(Envelope(1), timeout=0.01)
         time.sleep(5)
-        until(lambda: driver.agent.state is CircuitState.OPEN, "an open circuit")
         taken = load.count
         time.sleep(0.2)
         assert load.count == taken  # nobody gets in
