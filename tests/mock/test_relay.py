@@ -216,7 +216,7 @@ def test_what_is_scheduled_is_sent_at_its_time_and_holds_back_nothing(outbox: Ou
     outboxes.add(outbox, numbered(range(20, 25), scheduled_time=soon + timedelta(days=1)))
     outboxes.add(outbox, numbered(range(30, 50)))
     with running(make(outbox, cluster)) as relay:
-        until(lambda: relay.stats()["acked"] == 20, "what is not scheduled")
+        until(lambda: relay.stats()["acked"] >= 20, "what is not scheduled")
         assert relay.drain(30) == 0  # it does not wait for what is due later
         until(lambda: relay.stats()["acked"] == 40, "what is scheduled")
         assert datetime.now(timezone.utc) >= soon

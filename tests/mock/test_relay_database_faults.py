@@ -244,6 +244,31 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_messages_are_sent_on
     check_history(range(100), stored(cluster, "missing"))
 
 
+def test_drain_beside_run_waits_for_the_database_as_run_does(
+    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(make(outbox, cluster)) as relay:
+        outboxes.add(outbox, numbered(range(10)))
+        count, answers = relay._count_left, iter([None] * 3)
+
+        def no_answer_at_first() -> int:
+            if next(answers, count) is None:
+                raise OutboxError("the outbox in shop.db: database is locked")
+            return count()
+
+        monkeypatch.setattr(relay, "_count_left", no_answer_at_first)
+        assert relay.drain(60) == 0
+        assert next(answers, count) is count
+
+        def no_answer() -> int:
+            raise OutboxError("the outbox in shop.db: database is locked")
+
+        monkeypatch.setattr(relay, "_count_left", no_answer)
+        with pytest.raises(OutboxError, match="locked"):
+            relay.drain(0.1)
+    check_history(range(10), stored(cluster))
+
+
 def test_threads_that_add_and_a_writer_that_holds_the_lock_again_and_again(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -165,6 +165,24 @@ def test_what_looks_larger_than_those_before_counts_as_it_is() -> None:
         sender.close()
 
 
+@pytest.mark.parametrize("lots", [[3, 5, 7], [1] * 20, [30, 11, 23, 3, 17]])
+def test_the_mean_of_messages_of_one_size_is_that_size(lots: list[int]) -> None:
+    with MemoryProducer(encoder=lambda message, context: b"x" * 1_000) as producer:
+        sender = sender_of(producer, batch_timeout_ms=1e6)
+        for lot in lots:
+            for n in range(lot):
+                sender.send(Envelope({"n": n}))
+            assert sender.flush() == 0
+        producer.hold()
+        before = sender.stats()["buffered_bytes"]
+        assert sender.try_send(Envelope(data=b""))
+        without = sender.stats()["buffered_bytes"] - before
+        assert sender.try_send(Envelope({"n": 1}))
+        assert sender.stats()["buffered_bytes"] == before + 2 * without + 1_000
+        producer.release()
+        sender.close()
+
+
 def test_what_is_not_encoded_counts_as_the_mean_of_what_was() -> None:
     with MemoryProducer(encoder=lambda message, context: b"x" * 1_000) as producer:
         sender = sender_of(producer, batch_timeout_ms=0)

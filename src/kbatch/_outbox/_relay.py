@@ -339,10 +339,16 @@ class Relay:
 
     def _await_empty(self, end: float | None, given_up: Callable[[], bool]) -> int:
         while True:
-            left = self._count_left()
-            is_over = not self._runs.locked() or (end is not None and monotonic() >= end)
-            if not left or is_over or given_up():
-                return left
+            is_over = not self._runs.locked() or (end is not None and monotonic() >= end) or given_up()
+            try:
+                left = self._count_left()
+            except OutboxError:
+                # Who is in `run` waits until the database answers, or ends for the same reason.
+                if is_over:
+                    raise
+            else:
+                if not left or is_over:
+                    return left
             pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
             threading.Event().wait(pause)
 

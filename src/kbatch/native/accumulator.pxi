@@ -520,7 +520,7 @@ cdef class Accumulator:
         if count:
             self.encoded_bytes = self.encoded_bytes * 0.9 + total
             self.encoded = self.encoded * 0.9 + count
-            self.message_bytes, self.is_guess = max(1, <int64_t> (self.encoded_bytes / self.encoded)), False
+            self.message_bytes, self.is_guess = max(1, <int64_t> (self.encoded_bytes / self.encoded + 0.5)), False
 
     @property
     def _is_used(self) -> bool:
