@@ -106,7 +106,8 @@ class Relay:
             ``delivery.timeout.ms`` is 30,000 by default.
         retry: When a record that was refused is sent again, and when no more. By default 20 attempts, at most a minute
             apart. It has no ``max_age_s``: give envelopes a ``deliver_by``.
-        batch_size, max_in_flight_batches: How many records are sent together, and how often at a time.
+        batch_size, max_in_flight_batches: How many records are sent together, and how often at a time. With `fencing`
+            it is one batch at a time, whatever the second says.
         strict_order: At most one record of a key is in flight, so that none overtakes another of its key, also when a
             delivery fails. It is slow if there are few keys.
         lease_s: Seconds after which others take the buckets of a relay that has died. It must be longer than the
