@@ -307,7 +307,7 @@ def listen(
     _watch(AioInboxSession, {"_give": "handle"}, step)
     _watch(Reading, _OF_READING, step)
     _watch(Copies, {"send": "send_copy"}, step)
-    _watch(Failing, {"_sent_on": "copy_stored"}, step)
+    _watch(Failing, {"sent_on": "copy_stored"}, step)
     failures: Counter[int] = Counter()
 
     def statement(number: int) -> str:

@@ -1936,8 +1936,8 @@ MUTANTS = (
     Mutant(
         "a cancelled drain goes on beside a run",
         "Relay._await_empty",
-        " or given_up():",
-        ":",
+        " or given_up()\n",
+        "\n",
         "tests/mock/test_aio_relay.py",
     ),
     Mutant(
