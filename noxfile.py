@@ -21,7 +21,7 @@ TEST_FILES = ("tests", "examples", "pyproject.toml", "LICENSE")
 ALL_TESTS = ("tests", "--ignore=tests/kafka")
 INSTALLED = ("tests/unit/test_installed.py",)
 # The CPython on which `make test` has run all of them: of its wheel there is left to test what was installed.
-TESTED = os.environ.get("KBATCH_TESTED_CPYTHON")
+TESTED = os.environ.get("TESTED_CPYTHON")
 WORKERS = "4"  # most tests wait for something
 DIST = Path("dist").absolute()
 # The tools of the checks are beside nox. pyenv shows on PATH only the versions that are selected.

@@ -232,7 +232,7 @@ class Accumulators(RuleBasedStateMachine):
         if count:
             self.encoded_bytes = self.encoded_bytes * 0.9 + mean * count
             self.encoded = self.encoded * 0.9 + count
-            self.message_bytes = int(self.encoded_bytes / self.encoded)
+            self.message_bytes = int(self.encoded_bytes / self.encoded + 0.5)
 
     @precondition(lambda self: len(self.accepted) > 10 and not self.refusing)
     @rule()
