@@ -164,8 +164,7 @@ def _take_record(record: Any, decode: Callable[[bytes], object]) -> object:
     return decode(record.value)
 
 
-async def _getmany(turn: Turn) -> None:
-    decode = msgspec.json.Decoder(OrderPlaced).decode
+async def _started(turn: Turn) -> Any:
     consumer = aiokafka.AIOKafkaConsumer(
         turn.topic,
         bootstrap_servers=turn.servers,
@@ -174,6 +173,12 @@ async def _getmany(turn: Turn) -> None:
         fetch_max_wait_ms=10,
     )
     await consumer.start()
+    return consumer
+
+
+async def _getmany(turn: Turn) -> None:
+    decode = msgspec.json.Decoder(OrderPlaced).decode
+    consumer = await _started(turn)
     left = turn.records
     while left > 0:
         for records in (await consumer.getmany(timeout_ms=1_000, max_records=BATCH)).values():
@@ -187,14 +192,7 @@ async def _getmany(turn: Turn) -> None:
 
 async def _iterate(turn: Turn) -> None:
     decode = msgspec.json.Decoder(OrderPlaced).decode
-    consumer = aiokafka.AIOKafkaConsumer(
-        turn.topic,
-        bootstrap_servers=turn.servers,
-        group_id=turn.group,
-        auto_offset_reset="earliest",
-        fetch_max_wait_ms=10,
-    )
-    await consumer.start()
+    consumer = await _started(turn)
     left = turn.records
     async for record in consumer:
         turn.begin()

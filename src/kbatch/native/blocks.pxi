@@ -1,5 +1,5 @@
-# Memory of envelopes that were received is used again by the consumers' next polls. An allocator takes 0.15 µs to give
-# out a thousand blocks and take them back, as much as all copying into them.
+# Memory of envelopes that were received is used again by the consumers' next polls. It saves the thread that polls some
+# 0.05 µs a record: an allocator keeps few blocks of a size at hand, and a poll takes a thousand.
 #
 # `_spare` is guarded by the GIL. A poll takes what it may need out of it before it gives the GIL up.
 

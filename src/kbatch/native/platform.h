@@ -39,27 +39,6 @@ static inline void kb_free(void *p) {
 #define kb_free(p) free(p)
 #endif
 
-/* As memcmp(a, b, n) == 0 and memcpy, without a call for the lengths that names and values of headers mostly have. */
-static inline int kb_same_short(const char *a, const char *b, size_t n) {
-        uint64_t a0, b0, a1, b1;
-        if (n < 8 || n > 16)
-                return memcmp(a, b, n) == 0;
-        memcpy(&a0, a, 8), memcpy(&b0, b, 8);
-        memcpy(&a1, a + n - 8, 8), memcpy(&b1, b + n - 8, 8);
-        return a0 == b0 && a1 == b1;
-}
-static inline void kb_copy_short(char *to, const char *of, size_t n) {
-        struct {
-                uint64_t w[2];
-        } first, last;
-        if (n < 16 || n > 32) {
-                memcpy(to, of, n);
-                return;
-        }
-        memcpy(&first, of, 16), memcpy(&last, of + n - 16, 16);
-        memcpy(to, &first, 16), memcpy(to + n - 16, &last, 16);
-}
-
 /* Memory that nobody may touch until it is unpoisoned: builds with the address sanitizer tell who does. */
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)

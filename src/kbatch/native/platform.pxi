@@ -7,8 +7,6 @@ cdef extern from "platform.h" nogil:
     void kb_unpoison(void *p, size_t size) noexcept
     void *kb_calloc(size_t count, size_t size) noexcept
     void kb_free(void *p) noexcept
-    bint same_short "kb_same_short"(const char *a, const char *b, size_t n) noexcept
-    void copy_short "kb_copy_short"(char *to, const char *of, size_t n) noexcept
     void kb_prefetch(const void *p, size_t size) noexcept
     ctypedef struct kb_mutex:
         pass

@@ -78,7 +78,7 @@ cdef inline bint is_named(const Given *given, const OwnHeader *own, bint any_cas
     if given.name_len != own.name_len:
         return False
     if not any_case:
-        return same_short(given.name, own.name, own.name_len)
+        return memcmp(given.name, own.name, own.name_len) == 0
     for i in range(own.name_len):
         if _lower(given.name[i]) != own.name[i]:
             return False

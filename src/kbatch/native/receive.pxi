@@ -67,7 +67,7 @@ cdef bint _is_regular_event(const Received *out, bint has_value) noexcept nogil:
 
 cdef inline const char *_copied_text(char **at, const char *chars, Py_ssize_t length) noexcept nogil:
     cdef char *copy = at[0]
-    copy_short(copy, chars, length)
+    memcpy(copy, chars, length)
     at[0] += length
     return copy
 
