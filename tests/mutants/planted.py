@@ -2388,13 +2388,6 @@ MUTANTS = (
         "tests/faults/test_outbox_seeds.py",
     ),
     Mutant(
-        "a consumer that is closed before it has heard of its partitions ends the interpreter",
-        "answer_rebalance",
-        "    cdef bint cooperative = protocol != NULL and protocol[0] == c'C'\n",
-        "    cdef bint cooperative = protocol[0] == c'C'\n",
-        "tests/mock/test_consumer_core.py",
-    ),
-    Mutant(
         "an outage of the inbox ends the listener",
         "Listener._handle",
         "                if not error.is_outage or not self._waits(work, error, wait_s):\n",
