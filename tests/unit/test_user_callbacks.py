@@ -283,11 +283,12 @@ def test_a_callback_that_is_cancelled_before_it_began_is_told(caplog: pytest.Log
     async def main() -> None:
         loop = asyncio.get_running_loop()
         create_task = loop.create_task
+        made: list[asyncio.Task[Any]] = []
 
         def cancelled(*arguments: Any, **options: Any) -> asyncio.Task[Any]:
-            task = create_task(*arguments, **options)
-            task.cancel()
-            return task
+            made.append(create_task(*arguments, **options))
+            made[0].cancel()
+            return made[0]
 
         async with AioMemoryProducer() as producer:
             producer.hold()
@@ -295,7 +296,8 @@ def test_a_callback_that_is_cancelled_before_it_began_is_told(caplog: pytest.Log
             loop.create_task = cancelled  # type: ignore[method-assign, assignment]
             producer.release()
             await pending
-            await asyncio.sleep(0.01)
+            while not made or not made[0].done():
+                await asyncio.sleep(0)
             loop.create_task = create_task  # type: ignore[method-assign]
 
     asyncio.run(main())
