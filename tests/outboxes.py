@@ -1,7 +1,10 @@
 """Outboxes in SQLite files and in schemas of PostgreSQL, and what is in their tables."""
 
 import contextlib
+import os
+import signal
 import sqlite3
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import kbatch
 from kbatch import Envelope
 from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._sqlite_store import SqliteStore
+from tests.waiting import stop
 
 Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
 Database: TypeAlias = Outbox | kbatch.SqliteInbox | kbatch.PostgresInbox
@@ -98,6 +102,28 @@ def query(outbox: Database, sql: str, *before: str) -> list[Any]:
             connection.execute(statement)
         cursor = connection.execute(outbox._tables.sql(sql))
         return cursor.fetchall() if cursor.description is not None else []
+
+
+def stop_between_transactions(outbox: Outbox, pid: int) -> None:
+    """Stops a process that works on it where it holds up nobody else: in a transaction it would keep its locks."""
+    stop(pid)
+    while _is_held(outbox):
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+        stop(pid)
+
+
+def _is_held(outbox: Outbox) -> bool:
+    if isinstance(outbox, kbatch.PostgresOutbox):
+        open_ones = "SELECT 1 FROM pg_stat_activity WHERE datname = current_database() AND state LIKE 'idle in trans%'"
+        return bool(query(outbox, open_ones))
+    with contextlib.closing(sqlite3.connect(outbox._path, isolation_level=None, timeout=0)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return True
+        connection.execute("ROLLBACK")
+        return False
 
 
 def has_table(outbox: Database, name: str) -> bool:

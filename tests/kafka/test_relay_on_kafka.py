@@ -24,7 +24,7 @@ from tests.mock.test_relay import running
 from tests.mock.test_relay_killed import ROOT, let_leases_run_out
 from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
-from tests.waiting import stop, until
+from tests.waiting import until
 
 BATCH, FLIGHTS = 100, 4
 LEVELS = ("read_committed", "read_uncommitted")
@@ -271,7 +271,7 @@ def test_a_relay_that_goes_on_after_its_lease_writes_nothing_to_kafka_if_another
                 assert process.stdout.readline() == "read\n"
             else:
                 until(lambda: outbox.status(count_up_to=10**6).waiting < 4_000, "its work", 60)
-                stop(process.pid)
+                outboxes.stop_between_transactions(outbox, process.pid)
             unrecorded = {int(body or b"") for body in outboxes.bodies(outbox)}
             assert unrecorded
             let_leases_run_out(outbox)  # by the database's clock; by its own it still has them

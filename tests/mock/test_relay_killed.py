@@ -20,7 +20,7 @@ from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
-from tests.waiting import stop, until
+from tests.waiting import until
 
 from .clients import read_back
 
@@ -119,7 +119,7 @@ def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_
             kafka_cluster.start_request_tracking()
             outboxes.add(outbox, numbered(range(500)))
             until(lambda: kafka_cluster.produce_requests() >= 1, "something in flight")
-            stop(process.pid)
+            outboxes.stop_between_transactions(outbox, process.pid)
             outboxes.query(
                 outbox,
                 "UPDATE {lease} SET owner = 'another', token = token + 1, length = 3600000, until = {now} + 3600000",
