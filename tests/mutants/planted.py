@@ -1395,7 +1395,7 @@ MUTANTS = (
     ),
     Mutant(
         "a line's encoding is guessed",
-        "cli._second_opinion",
+        "cli.second_opinion",
         "json.loads(line.decode(), ",
         "json.loads(line, ",
         "tests/mock/test_cli.py",
@@ -2290,7 +2290,7 @@ MUTANTS = (
     Mutant(
         "a batch that SQLite refuses in the middle leaves marks of messages that nobody handled",
         "SqliteInbox._mark_all",
-        "                self._take_back(cursor, done, group)\n",
+        "                self._take_back(cursor, new + rows[len(found) : begun])\n",
         "                pass\n",
         "tests/unit/test_inbox_connections.py",
     ),

@@ -132,6 +132,58 @@ def test_a_row_that_sqlite_refuses_leaves_no_mark_of_its_batch(of_sqlite: Sqlite
     assert found(of_sqlite) == (1, 0)
 
 
+class Interrupted(sqlite3.Connection):
+    """Gets Ctrl-C right after it has marked so many ids."""
+
+    marks_left = 0
+
+    def cursor(self, _: Any = None) -> sqlite3.Cursor:  # type: ignore[override]
+        return super().cursor(InterruptedCursor)
+
+
+class InterruptedCursor(sqlite3.Cursor):
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        super().execute(sql, *values)
+        if isinstance(self.connection, Interrupted) and sql.startswith("INSERT"):
+            self.connection.marks_left -= 1
+            if self.connection.marks_left == 0:
+                raise KeyboardInterrupt
+        return self
+
+
+@pytest.mark.parametrize("marks", [1, 2, 3, 4])
+def test_ctrl_c_takes_back_its_own_marks_and_none_of_before(of_sqlite: SqliteInbox, marks: int) -> None:
+    some = given(4)
+    before = {some[0].id, some[2].id}
+    inboxes.accept(of_sqlite, [some[0], some[2]])
+    connection = sqlite3.connect(of_sqlite._path, isolation_level=None, factory=Interrupted)
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("INSERT INTO orders VALUES (1)")
+    connection.marks_left = marks
+    with pytest.raises(KeyboardInterrupt):
+        of_sqlite.accept_many(connection, some, group=GROUP)
+    connection.execute("COMMIT")
+    connection.close()
+    assert found(of_sqlite) == (1, 2)
+    assert inboxes.ids(of_sqlite) == before
+
+
+def test_a_connection_that_is_opened_anew_is_looked_at_again(of_sqlite: SqliteInbox, tmp_path: Path) -> None:
+    connection = sqlite3.connect(of_sqlite._path, isolation_level=None)
+    connection.execute("BEGIN IMMEDIATE")
+    assert of_sqlite.accept_many(connection, given(2), group=GROUP) == [True, True]
+    connection.execute("COMMIT")
+    other = inboxes.made(tmp_path, "other.db")
+    connection.__init__(other._path, isolation_level=None)  # type: ignore[misc]
+    connection.execute("BEGIN IMMEDIATE")
+    with pytest.raises(InboxError, match="give a connection to that file"):
+        of_sqlite.accept(connection, given(1)[0], group=GROUP)
+    connection.execute("COMMIT")
+    connection.close()
+    assert inboxes.ids(other) == set()
+    assert found(of_sqlite) == (0, 2)
+
+
 def test_a_connection_that_only_reads(of_sqlite: SqliteInbox) -> None:
     connection = sqlite3.connect(f"file:{of_sqlite._path}?mode=ro", uri=True, isolation_level=None)
     connection.execute("BEGIN")

@@ -54,14 +54,13 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         self._set_path(path)
         self._tables = SqliteInboxTables(prefix)
         sql = self._tables.sql
-        self._mark = sql(
-            "INSERT INTO {inbox} (group_id, id, handled_at) SELECT ?, ?, ? FROM {meta} "
-            "WHERE one = 1 AND version = {version} ON CONFLICT DO NOTHING"
+        mark = (
+            "INSERT INTO {inbox} (group_id, id, handled_at) "
+            "SELECT ?, ?, ? FROM {meta} WHERE one = 1 AND version = {version}"
         )
-        self._unmark = sql("DELETE FROM {inbox} WHERE group_id = ? AND id = ?")
-        self._look = sql(
-            "SELECT CAST(version AS INTEGER), (SELECT file FROM pragma_database_list WHERE name = 'main') FROM {meta}"
-        )
+        self._mark = sql(f"{mark} ON CONFLICT DO NOTHING")
+        self._mark_if_known = sql(f"{mark} AND {self._if_known()} ON CONFLICT DO NOTHING")
+        self._unmark = sql("DELETE FROM {inbox} WHERE group_id = ? AND id = ? AND handled_at = ?")
 
     def __repr__(self) -> str:
         return f"<kbatch.SqliteInbox {printable(self._path)}>"
@@ -122,31 +121,35 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         cursor = connection.cursor()
         cursor.row_factory = None
         handled_at = now_us()
+        rows = [(group, each.bytes, handled_at) for each in ids]
         found: list[bool] = []
-        is_marking = True
+        begun = 0  # of so many it is not known that they are not marked
         try:
-            for each in ids:
-                found.append(cursor.execute(self._mark, (group, each.bytes, handled_at)).rowcount > 0)
-            is_marking = False
-            meta = cursor.execute(self._look).fetchone()
-            if meta is None:
-                raise self._tables.lacks_meta(self._path)
-            version, file = meta
-            self._tables.check_meta(version)
-            self._check_file(file)
-        except BaseException as error:
+            for row in rows:
+                begun += 1
+                try:
+                    marked = cursor.execute(self._mark_if_known, row).rowcount
+                except sqlite3.DatabaseError as error:
+                    begun -= 1
+                    if self._known not in str(error):
+                        raise
+                    self._set_known(connection)
+                    begun += 1
+                    marked = cursor.execute(self._mark, row).rowcount
+                found.append(marked > 0)
+            if not all(found):  # or the tables are another version's
+                self._check_tables(cursor)
+        except BaseException:
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
-                done = [each for each, is_new in zip(ids, found, strict=False) if is_new]
-                if is_marking and not isinstance(error, sqlite3.Error):
-                    done = list(ids[: len(found) + 1])  # it may be marked, and not in the list
-                self._take_back(cursor, done, group)
+                new = [row for row, is_new in zip(rows, found, strict=False) if is_new]
+                self._take_back(cursor, new + rows[len(found) : begun])
             raise
         return found
 
-    def _take_back(self, cursor: sqlite3.Cursor, ids: Sequence[uuid.UUID], group: str) -> None:
+    def _take_back(self, cursor: sqlite3.Cursor, rows: Sequence[tuple[str, bytes, int]]) -> None:
         try:
-            if ids:
-                cursor.executemany(self._unmark, [(group, each.bytes) for each in ids])
+            if rows:
+                cursor.executemany(self._unmark, rows)
         except BaseException:
             take_back(cursor.connection)
             raise
