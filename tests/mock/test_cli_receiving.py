@@ -7,12 +7,15 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, TopicPartition
 
 import kbatch
+from kbatch.cli._failure import Failure
+from kbatch.cli._topic_reader import TopicReader
 from kbatch.testing import MockCluster
 
 from .clients import produce, read, read_back
@@ -157,6 +160,64 @@ def test_what_consume_prints_as_values_produce_reads(
     ]  # fmt: skip
 
 
+def test_what_consume_prints_as_json_produce_sends_again(
+    cluster: MockCluster, topic: str, servers: tuple[str, str]
+) -> None:
+    values = [
+        b'{"price": 1.00, "n": 123456789012345678901234567890,\n "name": "\xc3\xa9\xc2\x9b", "big": 1e400}',
+        b'"\\ud800"', b'"\xff"', b"no JSON", b"null", b" null", None, b"", b"\x00\xff", b"[" * 2000 + b"]" * 2000,
+    ]  # fmt: skip
+    headers = [("h", b"\xff"), ("h", None), ("h", b""), ("type", "caf\u00e9".encode())]
+    keys = [b"k", b"\xff\x00", b"", None]
+    given = [
+        {"key": keys[n % 4], "value": value, "headers": headers[: n % 5]} for n, value in enumerate(values)
+    ]  # fmt: skip
+    assert produce(cluster.bootstrap_servers, topic, given) == [None] * len(values)
+    status, out, _ = run("consume", topic, *servers, "--json")
+    assert (status, len(out.splitlines()), out.isascii()) == (0, len(values), True)
+    assert '"price":1.00,' in out
+    status, _, err = run("produce", "-", "-t", f"{topic}.dead", "--records", *servers, input=out)
+    assert status == 0, err
+    copies = read_back(cluster.bootstrap_servers, f"{topic}.dead")
+    assert [(each.key, list(each.headers)) for each in copies] == [(each["key"], each["headers"]) for each in given]
+    assert [each.value for each in copies[1:]] == values[1:]
+    price = '{"price":1.00,"n":123456789012345678901234567890,"name":"\\u00e9\\u009b","big":1e400}'
+    assert copies[0].value == price.encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"n": 1}', "it has no `value`"),
+        ("[1]", "Expected `object`, got `array`"),
+        ("{", "not JSON"),
+        ('{"key": 1, "value": 2}', "`$.key`"),
+        ('{"headers": [{"name": "h"}], "value": 2}', "header 'h' has no `value`"),
+        ('{"key_base64": "?", "value": 2}', "Invalid base64"),
+    ],
+)
+def test_a_line_that_is_no_record_is_named_and_kept(
+    cluster: MockCluster, topic: str, servers: tuple[str, str], tmp_path: Path, line: str, says: str
+) -> None:
+    kept = tmp_path / "rejects"
+    asks = ("produce", "-", "-t", topic, "--records", "--rejects", str(kept), *servers)
+    status, _, err = run(*asks, input=f'{{"value": 1}}\n\n{line}\n')
+    assert (status, kept.read_text()) == (1, f"{line}\n")
+    assert says in err
+    assert "line 3: " in err
+    assert [each.value for each in read_back(cluster.bootstrap_servers, topic)] == [b"1"]
+
+
+@pytest.mark.parametrize(
+    "options", [("--key", "n"), ("--message-type", "order"), ("--source", "shop"), ("--wire", "raw")]
+)
+def test_records_have_keys_and_headers_of_their_own(
+    topic: str, servers: tuple[str, str], options: tuple[str, str]
+) -> None:
+    asks = ("produce", "-", "-t", topic, "--records", *options, *servers)
+    assert_one_line(run_here(*asks), 2, f"leave out {options[0]}")
+
+
 def test_consume_commits_for_a_group_only_when_it_is_asked_to(
     cluster: MockCluster, topic: str, servers: tuple[str, str]
 ) -> None:
@@ -175,6 +236,38 @@ def test_consume_commits_for_a_group_only_when_it_is_asked_to(
     assert numbers(run_here(*asks, "--count", 3, "--commit")[1]) == [0, 1, 2]
     assert committed() == 3
     assert numbers(run_here(*asks)[1]) == [3]
+
+
+def test_consume_commits_nothing_that_could_not_be_printed(
+    cluster: MockCluster, topic: str, servers: tuple[str, str]
+) -> None:
+    send(cluster, topic, *range(4))
+    asks = [*COMMAND, "consume", topic, *servers, "--values", "--group", f"g-{topic}", "--commit"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(asks, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (1, "kbatch: cannot write to standard output: No space left on device\n")
+    consumer = Consumer({"bootstrap.servers": cluster.bootstrap_servers, "group.id": f"g-{topic}"})
+    try:
+        assert consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset < 0
+    finally:
+        consumer.close()
+
+
+def test_consume_ends_when_its_reader_is_gone(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    send(cluster, topic, 0)
+    asks = [*COMMAND, "consume", topic, *servers, "--values", "--follow"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(asks, stdout=pipe, stderr=pipe, text=True, env=environment()) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == '{"n":0}\n'
+            process.stdout.close()
+            send(cluster, topic, 1)
+            assert process.wait(timeout=60) == 0
+            assert process.stderr is not None
+            assert process.stderr.read() == ""
+        finally:
+            process.kill()
 
 
 def test_consume_follows_until_it_is_interrupted(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
@@ -268,6 +361,30 @@ def test_replay_of_a_topic_onto_itself_ends(cluster: MockCluster, topic: str, se
     assert (status, out) == (0, "nothing is there to be replayed\n")
 
 
+def test_replay_of_some_sends_those_that_were_counted_whatever_partition_comes_first(
+    cluster: MockCluster, topic: str, servers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = 0
+
+    class Reader(TopicReader):
+        def messages(self, is_over: Any) -> Iterator[Any]:
+            nonlocal passes
+            passes += 1
+            found = [each for each in super().messages(is_over) if each is not None]
+            found.sort(key=lambda each: each.partition(), reverse=passes % 2 == 0)
+            yield from found
+
+    monkeypatch.setattr("kbatch.cli._replay.TopicReader", Reader)
+    both = f"{topic}.both"
+    cluster.create_topic(both, 2)
+    given = [{"value": b"%d" % n, "partition": n % 2} for n in range(8)]
+    assert produce(cluster.bootstrap_servers, both, given) == [None] * 8
+    status, out, err = run_here("replay", both, *servers, "--yes", "--to", topic, "--count", 3)
+    assert (status, out, err) == (0, f"3 records replayed: 3 to {topic}\n", "")
+    assert [each.value for each in read_back(cluster.bootstrap_servers, topic)] == [b"0", b"2", b"4"]
+    assert passes == 2
+
+
 # -- listen
 
 
@@ -333,6 +450,32 @@ def test_listen_hands_records_to_a_handler_until_a_signal(
     letters = read_back(cluster.bootstrap_servers, f"{topic}.dead")
     kinds = [dict(each.headers)["exception-type"] for each in letters]
     assert sorted(kinds) == [b"LookupError", b"shop.Sold"]
+
+
+@pytest.mark.parametrize(("options", "seconds"), [((), 20), (("--grace", "7"), 7)])
+def test_a_signal_leaves_to_handlers_what_the_option_or_the_file_says(
+    shop: Any, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], seconds: float
+) -> None:
+    given: list[Any] = []
+
+    def interrupt(abort: Any, grace_s: float) -> Any:
+        given.append(grace_s)
+        raise Failure("enough")
+
+    made = kbatch.Listener
+
+    def listener(*arguments: Any, **listeners: Any) -> kbatch.Listener:
+        given.append(listeners["close_timeout_s"])
+        return made(*arguments, **listeners)
+
+    monkeypatch.setattr("kbatch.cli._listen.Interrupt", interrupt)
+    monkeypatch.setattr("kbatch.Listener", listener)
+    monkeypatch.chdir(shop)
+    file = shop / "listen.toml"
+    file.write_text(file.read_text().replace("concurrency = 2", "concurrency = 2\nclose_timeout_s = 20"))
+    status, _, err = run_here("listen", "--config", "listen.toml", *options)
+    assert (status, err) == (1, "kbatch: enough\n")
+    assert given == [seconds, seconds + 5]
 
 
 def test_listen_with_an_inbox_gives_its_connection_to_the_handler(cluster: MockCluster, topic: str, shop: Any) -> None:

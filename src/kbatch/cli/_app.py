@@ -72,6 +72,10 @@ def produce(
     key: Annotated[
         str | None, typer.Option("--key", "-k", metavar="FIELD", help="The field of each line that is its record key.")
     ] = None,
+    records: Annotated[
+        bool,
+        typer.Option("--records", help="Lines are what `kbatch consume --json` printed: send their records again."),
+    ] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option("-X", metavar="KEY=VALUE", help="A setting of librdkafka, such as bootstrap.servers. Repeatable."),
@@ -101,7 +105,7 @@ def produce(
     ] = 10.0,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Send every line of a file as a message, its bytes as they are.
+    """Send every line of a file as a message, its bytes as they are; with --records the record that it describes.
 
     Settings come from -X, else from the environment (KBATCH_BOOTSTRAP_SERVERS is bootstrap.servers,
     KBATCH_SASL_PASSWORD is sasl.password; two underscores stand for one), else from --config. librdkafka's aliases are
@@ -124,6 +128,8 @@ def produce(
         if context.args:
             # Not the arguments themselves, as the parser would: one may be a password.
             raise Failure("one FILE is sent at a time, and -X takes KEY=VALUE as one argument, without blanks", USAGE)
+        if records and wire is not Wire.KBATCH:
+            raise Failure("--records sends keys and headers as they are: leave out --wire", USAGE)
         from kbatch.cli._produce import Job
         from kbatch.cli._produce import produce as run
         from kbatch.cli._settings import Settings
@@ -133,11 +139,12 @@ def produce(
                 input=file,
                 topic=topic,
                 key_field=None if key is None else typed("--key", key),
+                records=records,
                 config=config,
                 settings=Settings.collect([typed("-X", each) for each in setting or []], config, os.environ),
                 embedded=embedded,
                 rejects=rejects,
-                wire=wire.value,
+                wire="raw" if records else wire.value,
                 message_type=None if message_type is None else typed("--message-type", message_type),
                 source=None if source is None else typed("--source", source),
                 batch_size=batch_size,

@@ -1,11 +1,10 @@
 """``kbatch consume``: records of a topic, printed."""
 
-import json
 from dataclasses import dataclass
 
 from kbatch.cli._connection import Connection
 from kbatch.cli._interrupt import Interrupt
-from kbatch.cli._record_text import record_object, record_text, value_line
+from kbatch.cli._record_text import record_line, record_text, value_line
 from kbatch.cli._screen import Screen
 from kbatch.cli._settings import Settings
 from kbatch.cli._topic_reader import Range, TopicReader
@@ -27,7 +26,7 @@ class ConsumeJob:
 
 
 def consume(job: ConsumeJob, screen: Screen) -> int:
-    """Prints the records and returns the exit status."""
+    """Prints the records and returns the exit status. What nobody could read is not committed."""
     connection = Connection(screen)
     reader = TopicReader(job.settings, job.range, connection, job.connect_timeout_s, job.group)
     with reader, Interrupt(lambda: None, _GRACE_S) as interrupt:
@@ -36,12 +35,16 @@ def consume(job: ConsumeJob, screen: Screen) -> int:
             if message is None:
                 continue
             if job.form == "json":
-                screen.print(json.dumps(record_object(message, job.wire)) + "\n")
+                screen.print(record_line(message, job.wire))
             elif job.form == "values":
                 screen.print(value_line(message).decode("utf-8", "backslashreplace") + "\n")
             else:
                 screen.print(record_text(message, job.wire))
+            if screen.loss is not None:
+                break
             printed[message.partition() or 0] = (message.offset() or 0) + 1
         if job.commit and printed:
             reader.commit(printed)
+        if screen.loss is not None and not isinstance(screen.loss, BrokenPipeError):
+            return 1
         return interrupt.status if interrupt.requested else 0

@@ -32,7 +32,7 @@ def _reader_without_key() -> Callable[[bytes], None]:
             line.decode()
             skim(line)
         except (ValueError, RecursionError):
-            _second_opinion(line)
+            second_opinion(line)
 
     return read
 
@@ -42,7 +42,7 @@ def _reader_of_key(field: str) -> Callable[[bytes], str]:
     try:
         keyed = msgspec.defstruct("Keyed", [("key", msgspec.Raw, msgspec.field(name=field))])
     except ValueError:  # msgspec has no names with quotation marks, backslashes or control characters
-        return lambda line: _key_of(_second_opinion(line), field)
+        return lambda line: _key_of(second_opinion(line), field)
     decode: Callable[[bytes], Any] = msgspec.json.Decoder(keyed).decode
     decode_text = msgspec.json.Decoder(str).decode
 
@@ -56,7 +56,7 @@ def _reader_of_key(field: str) -> Callable[[bytes], str]:
                 return raw.decode()
         except (ValueError, RecursionError):
             pass
-        return _key_of(_second_opinion(line), field)
+        return _key_of(second_opinion(line), field)
 
     return read
 
@@ -76,7 +76,7 @@ def _key_of(value: Any, field: str) -> str:
     return str(key)
 
 
-def _second_opinion(line: bytes) -> Any:
+def second_opinion(line: bytes) -> Any:
     """What Python's own parser makes of a line that msgspec refused; raises `BadLine` if it refuses it as well.
 
     They agree but for half surrogate pairs in text, which JSON's grammar allows; and it says better what is wrong.

@@ -26,6 +26,7 @@ from kbatch.cli._settings import Settings
 _LOOK_EVERY_S = 0.1
 _TELL_EVERY_S = 60.0
 _LAST_S = 5.0
+_GRACE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ListenJob:
     settings: Settings
     file: ListenFile
     transactional_id: str | None
-    grace_s: float
+    grace_s: float | None
     as_json: bool
 
 
@@ -45,9 +46,11 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
     """Runs a listener and returns the exit status, which says why it ended."""
     with Log(screen, as_json=job.as_json) as log:
         connection = Connection(log)
-        listener, topics, id_ = _listener(job, connection)
+        listener, topics, options = _listener(job, connection)
+        id_ = options.get("transactional_id")
         # What `run` still does when the time for handlers is over takes a moment.
-        with Interrupt(lambda: _abort(log, interrupt.status), job.grace_s + _LAST_S) as interrupt:
+        grace_s = options["close_timeout_s"] + _LAST_S
+        with Interrupt(lambda: _abort(log, interrupt.status), grace_s) as interrupt:
             log.tell(f"listener of {', '.join(topics)} begins{_told_of_transactions(id_)}")
             error: Exception | None = None
             with screen.live("listen") as bar, _watched(listener, log, connection, interrupt, bar):
@@ -87,7 +90,8 @@ def _told(listener: kbatch.Listener) -> str:
     return text
 
 
-def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, list[str], str | None]:
+def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, list[str], dict[str, Any]]:
+    """A listener, its topics and its other options."""
     file = job.file
     name = job.handler or file.values.get("handler")
     if not name:
@@ -100,7 +104,9 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
             raise Failure(job.settings.explain(f"{key} is for programs; a command line has no place for it"), USAGE)
     if "" not in sys.path:
         sys.path.insert(0, "")  # the folder that the command is called in, as `python -m` has it
-    options: dict[str, Any] = {"close_timeout_s": job.grace_s, **file.table("listener")}
+    options: dict[str, Any] = {"close_timeout_s": _GRACE_S, **file.table("listener")}
+    if job.grace_s is not None:
+        options["close_timeout_s"] = job.grace_s
     if job.transactional_id is not None:
         options["transactional_id"] = job.transactional_id
     if "types" in file.values:
@@ -121,7 +127,7 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
         listener = kbatch.Listener(config, topics, _named(name, "--handler"), **options)
     except kbatch.ConfigError as error:
         raise Failure(job.settings.explain(str(error)), USAGE) from None
-    return listener, topics, options.get("transactional_id")
+    return listener, topics, options
 
 
 def _named(where: Any, what: str) -> Any:

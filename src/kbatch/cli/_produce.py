@@ -30,6 +30,8 @@ _BATCH_BYTES = 1024 * 1024
 _BATCHES_IN_FLIGHT = 16
 _EMBEDDED_PARTITIONS = 64
 _STALLED_AFTER_S = 10.0
+# How much longer than its record a line can be: a byte may stand there as \u0001. With room for what else is there.
+_LONGER_RECORD = 8
 # What a producer takes as a Python object.
 _FOR_PROGRAMS = frozenset(("logger", "on_delivery", "key.serializer", "value.serializer", "default.topic.config"))
 
@@ -41,6 +43,8 @@ class Job:
     input: str
     topic: str
     key_field: str | None
+    #: Whether lines are records as ``kbatch consume --json`` prints them.
+    records: bool
     config: Path | None
     settings: Settings
     embedded: bool
@@ -103,7 +107,7 @@ class Sender:
     def __init__(
         self,
         job: Job,
-        key_of: Callable[[bytes], str | None],
+        read: Callable[[bytes], kbatch.Envelope[Any]],
         producer: kbatch.Producer,
         solo: kbatch.Producer,
         rejects: Rejects,
@@ -128,7 +132,7 @@ class Sender:
         self._screen = screen
         self._bar = bar
         self._interrupt = interrupt
-        self._key_of = key_of
+        self._read = read
         self._connection = connection
         self._flights: deque[tuple[kbatch.PendingBatch, Batch]] = deque()
         self._in_flight = 0
@@ -136,7 +140,6 @@ class Sender:
         self._end_offset = 0
         self._named = 0
         self._oversized = 0
-        self._fields = job.fields
 
     def run(self, source: LineSource) -> None:
         """Sends until the input ends, the user stops it, or no more can be sent; then settles what is in flight."""
@@ -205,7 +208,7 @@ class Sender:
         batch.next_number += 1
         batch.size += len(line)
         try:
-            envelope = self._envelope(line)
+            envelope = self._read(line)
         except BadLine as bad:
             if not line.strip():
                 batch.blank += 1
@@ -322,15 +325,12 @@ class Sender:
         numbers = [batch.numbers[index] for index in again]
         alone = Batch(batch.next_number, batch.end_offset, numbers=numbers, lines=lines, alone=True)
         try:
-            pending = self._solo.submit(self._job.topic, [self._envelope(line) for line in lines])
+            pending = self._solo.submit(self._job.topic, [self._read(line) for line in lines])
         except kbatch.ProducerError:
             return set()
         self._flights.append((pending, alone))
         self._in_flight += len(lines)
         return set(again)
-
-    def _envelope(self, line: bytes) -> kbatch.Envelope[Any]:
-        return kbatch.Envelope(data=line, key=self._key_of(line), **self._fields)
 
     def _keep(self, *pieces: bytes) -> None:
         try:
@@ -369,9 +369,8 @@ class Sender:
 def produce(job: Job, screen: Screen) -> int:
     """Runs the job and returns the exit status: 0 only if every line was acknowledged."""
     _check_options(job)
-    key_of = key_reader(job.key_field)
     with contextlib.ExitStack() as stack:
-        source = LineSource(job.input, _max_line(job.settings))
+        source = LineSource(job.input, _max_line(job.settings) * (_LONGER_RECORD if job.records else 1))
         stack.callback(source.close)
         rejects = Rejects(job.rejects, source, job.config)
         stack.callback(rejects.finish)
@@ -389,7 +388,7 @@ def produce(job: Job, screen: Screen) -> int:
         source.start()
         began = monotonic()
         with screen.bar(job.topic, source.size, of_bytes=True) as bar:
-            sender = Sender(job, key_of, producer, solo, rejects, connection, screen, bar, interrupt)
+            sender = Sender(job, _reader(job), producer, solo, rejects, connection, screen, bar, interrupt)
             sender.run(source)
         if sender.failure is not None and sender.failure.status == USAGE:
             raise sender.failure
@@ -402,11 +401,26 @@ def produce(job: Job, screen: Screen) -> int:
         return 0 if sender.stopped is None and not sender.tally.bad and not sender.tally.lost else 1
 
 
+def _reader(job: Job) -> Callable[[bytes], kbatch.Envelope[Any]]:
+    """Makes an envelope of a line, or raises `BadLine`."""
+    if job.records:
+        from kbatch.cli._record_text import read_record
+
+        return read_record
+    key_of, fields = key_reader(job.key_field), job.fields
+    return lambda line: kbatch.Envelope(data=line, key=key_of(line), **fields)
+
+
 def _check_options(job: Job) -> None:
     try:
         check_topic("--topic", job.topic)
     except kbatch.ConfigError as error:
         raise Failure(str(error), USAGE) from None
+    if job.records:
+        given = {"--key": job.key_field, "--message-type": job.message_type, "--source": job.source}
+        for option, value in given.items():
+            if value is not None:
+                raise Failure(f"--records sends keys and headers as they are: leave out {option}", USAGE)
     if job.wire == "cloudevents" and not job.source:
         raise Failure("--wire cloudevents needs --source", USAGE)
     if job.wire == "raw":

@@ -77,8 +77,13 @@ def listen(
     ] = None,
     setting: Setting = None,
     grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a signal leaves to handlers; a second one does not wait.")
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="close_timeout_s of FILE, or 30",
+            help="Seconds that a signal leaves to handlers; a second one does not wait.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live line on a terminal.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="For programs: each line of the log, and the counters at the end, as JSON.")
@@ -92,7 +97,7 @@ def listen(
     Ctrl-C, SIGTERM and SIGHUP wait for the handlers that run, commit what is done and leave the group.
 
     Exit status: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; 0 if the handler's program ended it; 1 if it
-    cannot go on, or handlers did not end in time; 2 if a file, a setting or an option is wrong.
+    cannot go on; 2 if a file, a setting or an option is wrong.
     """
     screen = Screen(quiet=quiet)
 
@@ -135,7 +140,8 @@ def consume(
 
     It ends where the topic ended when it began, unless --follow. Nothing is committed unless --commit.
 
-    Exit status: 0; 1 if the broker does not answer; 2 if an option is wrong; 130 after Ctrl-C.
+    Exit status: 0; 1 if the broker does not answer, or what is printed cannot be written; 2 if an option is wrong; 130
+    after Ctrl-C.
     """
     screen = Screen()
 

@@ -1,20 +1,26 @@
-"""A record as text: for people, and as a JSON object."""
+"""A record as text: for people, and as a JSON object, which is read back."""
 
 import datetime
 import json
+import re
 from typing import Any
 
 import msgspec
 from confluent_kafka import Message
 
 import kbatch
+from kbatch._receiving._failures import raw_copy
 from kbatch._text import printable
+from kbatch.cli._json_line import BadLine, second_opinion
 from kbatch.cli._outbox import _plain, _shown
 
+_NOT_ASCII = re.compile("[^\0-\x7f]")
+_ABSENT = msgspec.Raw()
 
-def record_object(message: Message, wire: str) -> dict[str, Any]:
-    """What ``--json`` prints of a record. A value that is JSON stands in ``value`` as what it is."""
-    value = message.value()
+
+def record_line(message: Message, wire: str) -> str:
+    """What ``--json`` prints of a record, in ASCII. A value that is JSON stands in ``value`` as what it is, its numbers
+    as they are written; other text in ``value_text``, and bytes that are no UTF-8 in ``value_text_base64``."""
     found: dict[str, Any] = {
         "topic": message.topic(),
         "partition": message.partition(),
@@ -24,12 +30,71 @@ def record_object(message: Message, wire: str) -> dict[str, Any]:
         **_fields(message, wire),
         "headers": [{"name": name, **_plain("value", text)} for name, text in headers_of(message)],
     }
-    if value is None:
-        return {**found, "value": None}
+    value = _bytes(message.value())
+    text = "null" if value is None else _as_json(value)
+    if text is None:
+        return json.dumps({**found, **_plain("value_text", value)}) + "\n"
+    return f'{json.dumps(found)[:-1]}, "value": {text}}}\n'
+
+
+def _as_json(value: bytes) -> str | None:
+    """A value that is JSON, but for null, which a record without a value shows."""
     try:
-        return {**found, "value": json.loads(value)}
+        text = msgspec.json.format(value, indent=-1).decode()
     except (ValueError, RecursionError):
-        return {**found, **_plain("value_text", _bytes(value))}
+        return None
+    return None if text == "null" else _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text)
+
+
+class _Header(msgspec.Struct):
+    name: str
+    value: str | msgspec.UnsetType | None = msgspec.UNSET
+    value_base64: bytes | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Line(msgspec.Struct):
+    headers: list[_Header] = []
+    key: str | None = None
+    key_base64: bytes | msgspec.UnsetType = msgspec.UNSET
+    value: msgspec.Raw = _ABSENT
+    value_text: str | msgspec.UnsetType = msgspec.UNSET
+    value_text_base64: bytes | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode = msgspec.json.Decoder(_Line).decode
+
+
+def read_record(line: bytes) -> kbatch.Envelope[Any]:
+    """What `record_line` has written, as the wire format "raw" sends it: key, headers and value.
+
+    Raises:
+        BadLine: It is no such line.
+    """
+    try:
+        line.decode()
+        found = _decode(line)
+    except (ValueError, RecursionError) as error:
+        second_opinion(line)  # says what is wrong with what is no JSON
+        raise BadLine(f"not a record as `kbatch consume --json` prints it: {error}") from None
+    if found.value_text is not msgspec.UNSET:
+        value: bytes | None = found.value_text.encode()
+    elif found.value_text_base64 is not msgspec.UNSET:
+        value = found.value_text_base64
+    elif found.value is _ABSENT:
+        raise BadLine("not a record as `kbatch consume --json` prints it: it has no `value`")
+    else:
+        value = bytes(found.value)
+        value = None if value == b"null" else value
+    key = found.key if found.key_base64 is msgspec.UNSET else found.key_base64
+    return raw_copy(None, key, value, [(each.name, _value_of(each)) for each in found.headers])
+
+
+def _value_of(header: _Header) -> str | bytes | None:
+    if header.value_base64 is not msgspec.UNSET:
+        return header.value_base64
+    if header.value is msgspec.UNSET:
+        raise BadLine(f"header {header.name!r} has no `value`")
+    return header.value
 
 
 def record_text(message: Message, wire: str) -> str:

@@ -5,7 +5,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from confluent_kafka import Message
@@ -20,7 +20,7 @@ from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._outbox import _confirmed, _shown, _text
-from kbatch.cli._record_text import headers_of, record_object, record_text
+from kbatch.cli._record_text import headers_of, record_line, record_text
 from kbatch.cli._screen import Screen
 from kbatch.cli._settings import Settings
 from kbatch.cli._topic_reader import Range, TopicReader
@@ -116,7 +116,7 @@ def replay(job: ReplayJob, screen: Screen) -> int:
             return _tell(job, 0, found, shown if found else "nothing is there to be replayed", screen)
         if not _confirmed(f"replay {counted(found, 'record')} ({shown})?", found, job.yes, screen):
             return 1
-        sent = _send(job, connection, interrupt, ends)
+        sent = _send(job, connection, interrupt, ends, found)
         status = _tell(job, sent, found, shown, screen)
         return interrupt.status if interrupt.requested else status
 
@@ -133,7 +133,7 @@ def _tell(job: ReplayJob, sent: int, found: int, shown: str, screen: Screen) -> 
     return 0 if job.dry_run or sent == found else 1
 
 
-def _send(job: ReplayJob, connection: Connection, interrupt: Interrupt, ends: dict[int, int]) -> int:
+def _send(job: ReplayJob, connection: Connection, interrupt: Interrupt, ends: dict[int, int], found: int) -> int:
     config = {"log_level": "0", **shared_config(job.letters.settings.values), "error_cb": connection}
     try:
         producer = kbatch.Producer(config, wire="raw")
@@ -148,10 +148,13 @@ def _send(job: ReplayJob, connection: Connection, interrupt: Interrupt, ends: di
             batch.clear()
             return acked
 
-        for message in job.letters.read(connection, interrupt):
+        # Partitions may come in another order this time: not the first so many, but those up to the ends.
+        for message in replace(job.letters, count=None).read(connection, interrupt):
             if (message.offset() or 0) > ends.get(message.partition() or 0, -1):
                 continue
             batch.append(_without_failure(message, _target(message, job.to) or ""))
+            if sent + len(batch) == found:
+                break
             if len(batch) == _BATCH:
                 full = len(batch)
                 acked = flush()
@@ -204,7 +207,7 @@ def show_letters(letters: Letters, as_json: bool, screen: Screen) -> int:
         for message in letters.read(Connection(screen), interrupt):
             places.discard((message.partition() or 0, message.offset() or 0))
             if as_json:
-                screen.print(json.dumps(record_object(message, letters.wire)) + "\n")
+                screen.print(record_line(message, letters.wire))
             else:
                 screen.print(record_text(message, letters.wire))
             if letters.which and not places:

@@ -154,6 +154,11 @@ class Screen:
         self._results().write(text)
 
     @property
+    def loss(self) -> OSError | None:
+        """Why results do not arrive any more: the disk is full, or who read them is gone."""
+        return self._results().error
+
+    @property
     def is_asked(self) -> bool:
         """Whether somebody can answer a question: standard input and standard error are a terminal."""
         return sys.stdin is not None and sys.stdin.isatty() and _stream(sys.stderr).isatty()
