@@ -181,7 +181,13 @@ cdef struct Raw:
     Text key
     Text value
     Header *headers       # with their values as they are on the wire
-    Py_ssize_t count      # of headers; -1: there is one that is larger than 2 GiB
+    Py_ssize_t count      # of headers, or why they cannot be had
+
+
+cdef enum:
+    HEADER_TOO_LARGE = -1  # than 2 GiB
+    NO_MEMORY_FOR_HEADERS = -2
+    HEADERS_DAMAGED = -3   # or more than librdkafka reads
 
 
 cdef struct Topic:

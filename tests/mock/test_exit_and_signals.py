@@ -429,6 +429,42 @@ def test_a_producer_is_as_good_as_before_after_ctrl_c(dark_cluster: MockCluster,
     assert values == [b"m%d" % i for i in (*range(on_their_way), *range(5))]
 
 
+def test_a_signal_handler_that_flushes_and_raises_gives_up_what_is_not_on_its_way(dark_cluster: MockCluster) -> None:
+    code = """
+        producer = kbatch.Producer({**CONFIG, "queue.buffering.max.messages": 50})
+        def on_signal(*_):
+            producer.flush(0.3)
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, on_signal)
+        print("begun", flush=True)
+        try:
+            producer.send_batch("orders", envelopes(200))
+        except KeyboardInterrupt:
+            end = time.monotonic() + 10
+            while len(producer) > 32 and time.monotonic() < end:
+                time.sleep(0.01)
+            print("interrupted", len(producer), flush=True)
+        sys.stdin.readline()
+        try:
+            producer.flush()
+        except kbatch.UndeliveredError as error:
+            print("undelivered", error.count)
+        producer.close()
+        print(pinned_buffers())
+        """
+    with start(dark_cluster, code) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        time.sleep(0.5)  # into what is to be interrupted
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted 32\n"
+        dark_cluster.set_broker_up(1)
+        out, errors = process.communicate("go on\n", timeout=60)
+    assert (process.returncode, out) == (0, "undelivered 168\n0\n"), errors
+    values = [record.value for record in read_back(dark_cluster.bootstrap_servers, "orders")]
+    assert values == [b"m%d" % i for i in range(32)]
+
+
 def test_ctrl_c_in_a_block_sends_what_is_in_flight_first(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     kafka_cluster.set_rtt(1, 200)

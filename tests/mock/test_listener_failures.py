@@ -18,7 +18,7 @@ from kbatch import aio
 from kbatch.testing import MockCluster
 from tests.waiting import until
 
-from .clients import read_back
+from .clients import produce, read_back
 
 QUICK = {"session.timeout.ms": 1500, "heartbeat.interval.ms": 300, "topic.metadata.refresh.interval.ms": 500}
 ONCE = kbatch.RetryPolicy(max_attempts=1)
@@ -136,6 +136,43 @@ def test_poison_goes_to_the_dead_letters_and_stops_no_partition(
         "original-offset": str(poison).encode(),
         "original-timestamp": str(original.timestamp).encode(),
     }
+
+
+def test_a_header_without_a_name_goes_with_its_record_to_the_dead_letters(cluster: MockCluster) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.key == b"poison":
+            raise ValueError("poison")
+
+    given = [("", b"x"), ("h", b"y"), ("", None)]
+    poison = {"value": b"1", "key": b"poison", "headers": given}
+    assert produce(cluster.bootstrap_servers, "orders", [poison, {"value": b"2"}]) == [None, None]
+    with Running(made(cluster, handle, retry=ONCE, dead_letter_topic="dead")) as running:
+        until(lambda: running.listener.stats()["handled"] == 2 or running.error, "both are done")
+    assert running.error is None
+    assert committed(cluster) == 2
+    (letter,) = read_back(cluster.bootstrap_servers, "dead")
+    assert letter.headers[:3] == given
+
+
+def test_headers_that_cannot_be_read_are_an_error_and_no_tombstone(cluster: MockCluster) -> None:
+    seen: list[Any] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append(envelope.key)
+
+    many = [("message-type", b"order"), *(("h", b"") for _ in range(100_000))]  # readers take 100,000
+    assert produce(
+        cluster.bootstrap_servers,
+        "orders",
+        [{"value": None, "key": b"many", "headers": many}, {"value": b"2", "key": b"k"}],
+    ) == [None, None]
+    with Running(made(cluster, handle, retry=ONCE, dead_letter_topic="dead")) as running:
+        until(lambda: running.listener.stats()["handled"] == 2 or running.error, "both are done")
+    assert running.error is None
+    assert seen == [b"k"]
+    (letter,) = read_back(cluster.bootstrap_servers, "dead")
+    assert (letter.key, letter.value) == (b"many", None)
+    assert b"headers" in (dict(letter.headers)["exception-message"] or b"")
 
 
 def test_a_key_waits_for_its_retries_in_place_and_others_do_not(cluster: MockCluster) -> None:

@@ -311,3 +311,43 @@ def test_a_copy_that_its_topic_never_takes_ends_the_listener() -> None:
     assert failing.failed(recorder, work, ValueError())
     failing.send_on(recorder, work)
     assert recorder.told == ["fail"]
+
+
+@pytest.mark.parametrize("headers", [(), (("traceparent", b"\xff"), ("h\xe9", None))], ids=["regular", "irregular"])
+@pytest.mark.parametrize("wire", ["kbatch", "wolverine", "raw"])
+def test_a_copy_of_a_record_without_an_id_has_the_id_of_the_first(wire: str, headers: Any) -> None:
+    policy = Failures(
+        "billing",
+        ["orders"],
+        wire,
+        retry=kbatch.RetryPolicy(max_attempts=1),
+        retry_topics=[5, 50],
+        dead_letter_topic="d",
+    )
+    first = record(headers=headers, wire=wire)
+    envelope, ids = first, {first.id}
+    for offset in (4, 40):
+        copy = judge(policy, envelope, ValueError()).copy
+        given = [(name, value.encode() if isinstance(value, str) else value) for name, value in copy.headers]
+        envelope = received(copy.topic, 1, offset, 1, copy.key, copy.data, given, wire)
+        policy.identify(envelope)
+        ids.add(envelope.id)
+    assert ids == {first.id}
+    # Of a record with an id of its own, and in any other topic, it stays as it is.
+    if wire != "raw":
+        own = received("billing.retry.5", 1, 4, 1, b"k", b"", [*given, ID], wire)
+        policy.identify(own)
+        assert str(own.id) == (ID[1] or b"").decode()
+    other = received("others", 1, 4, 1, b"k", b"", given, wire)
+    before = received("others", 1, 4, 1, b"k", b"", given, wire).id
+    policy.identify(other)
+    assert other.id == before != first.id
+
+
+def test_a_copy_has_no_more_headers_than_readers_take() -> None:
+    policy = failures(dead_letter_topic="dead")
+    given = tuple((f"h{n}", b"") for n in range(100_000))
+    copy = judge(policy, record(headers=given), ValueError(), 3).copy
+    assert len(copy.headers) == 100_000
+    assert list(copy.headers[:1000]) == list(given[:1000])
+    assert dict(copy.headers)["original-offset"] == "17"

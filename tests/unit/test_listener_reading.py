@@ -1,13 +1,13 @@
 """One run of a listener without librdkafka: what a consumer tells it, step by step."""
 
 import time
-import types
 from typing import Any
 from unittest import mock
 
 import pytest
 
 from kbatch import ListenerError, ProducerClosedError
+from kbatch._fastmap import received
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import Lanes, Work
 from kbatch._receiving._reading import Limits, Reading
@@ -73,9 +73,7 @@ def record(
     offset: int, partition: int = 0, key: bytes | None = None, topic: str = "orders", due: float | None = None
 ) -> Any:
     headers = () if due is None else (("retry-due-at", b"%d" % (due * 1000)),)
-    return types.SimpleNamespace(
-        topic=topic, partition=partition, offset=offset, key=key, data=b"x", raw_headers=headers
-    )
+    return received(topic, partition, offset, 1, key, b"x", headers)
 
 
 def reading_of(
@@ -295,3 +293,14 @@ def test_other_errors_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         reading._turn()
     assert not reading.is_stopping
     assert len(caplog.records) == 1
+
+
+def test_headers_count_among_the_bytes_in_flight() -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P)
+    consumer.records = [received("orders", 0, n, 1, None, b"x", [("h", bytes(600_000))]) for n in range(2)]
+    reading._turn()
+    assert 1_200_000 < reading.stats()["in_flight_bytes"] < 1_210_000
+    consumer.records = []
+    reading._turn()
+    assert consumer.most[-1] == 0

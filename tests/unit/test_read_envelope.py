@@ -589,8 +589,17 @@ def test_attributes_in_any_case() -> None:
 def test_names_that_are_read_and_not_sent_on(name: str) -> None:
     read = read_envelope(Consumed(a_headers=[(name, b"x")]), wire="raw")
     assert read.headers == ((name, b"x"),)
-    with mapping.producer_of(Setting(wire="raw")) as producer, pytest.raises(kbatch.SerializationError, match="name"):
+    with (
+        mapping.producer_of(Setting(wire="kbatch")) as producer,
+        pytest.raises(kbatch.SerializationError, match="name"),
+    ):
         producer._map(None, [read])
+    with mapping.producer_of(Setting(wire="raw")) as producer:
+        if name:
+            with pytest.raises(kbatch.SerializationError, match="NUL"):
+                producer._map(None, [read])
+        else:
+            producer._map(None, [read])
 
 
 def test_an_empty_content_type_is_none() -> None:

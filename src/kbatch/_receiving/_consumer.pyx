@@ -8,7 +8,10 @@ from libc.stdint cimport INT32_MAX, int32_t, int64_t
 from libc.string cimport memcpy, strcmp, strlen
 
 from kbatch._fastmap cimport (
+    HEADER_TOO_LARGE,
+    HEADERS_DAMAGED,
     KB_LOAD32,
+    NO_MEMORY_FOR_HEADERS,
     RUNNING,
     VALUE_NULL,
     WIRE_OF_USER,
@@ -779,7 +782,7 @@ cdef class ConsumerCore(Core):
                     block, self.topic, <const char *> message.payload if message != NULL else NULL)
                 c.blocks[c.given_out] = NULL
             else:
-                if not self._begin_raw(message, &raw) and raw.count != -1:
+                if not self._begin_raw(message, &raw) and raw.count == NO_MEMORY_FOR_HEADERS:
                     raise MemoryError("no memory for the headers of a record")
                 envelope = read_irregular(&raw, self.topic, self.wire, self.custom)
             if PyList_Append(self.envelopes, envelope) < 0:  # an exception is set
@@ -813,7 +816,7 @@ cdef class ConsumerCore(Core):
         return name
 
     cdef bint _begin_raw(self, rd_kafka_message_t *message, Raw *out) noexcept nogil:
-        # False: there is no memory for its headers, or `count` is -1.
+        # False: `count` says why its headers cannot be had.
         cdef int kind = 0
         out.offset, out.partition = message.offset, message.partition
         out.timestamp = max(0, api.message_timestamp(message, &kind))
@@ -824,19 +827,20 @@ cdef class ConsumerCore(Core):
         return out.count >= 0
 
     cdef Py_ssize_t _read_headers(self, rd_kafka_message_t *message) noexcept nogil:
-        # -1: one is larger than 2 GiB. -2: no memory.
+        # Or why they cannot be had.
         cdef rd_kafka_headers_t *given = NULL
         cdef const char *name
         cdef const void *value
         cdef size_t size
         cdef Py_ssize_t count = 0
-        if api.message_headers(message, &given) != 0:
-            return 0
+        cdef int code = api.message_headers(message, &given)
+        if code != 0:
+            return 0 if code == RD_KAFKA_RESP_ERR__NOENT else HEADERS_DAMAGED
         while api.header_get_all(given, count, &name, &value, &size) == 0:
             if size > INT32_MAX:
-                return -1
+                return HEADER_TOO_LARGE
             if count == self.header_room and not self._grow():
-                return -2
+                return NO_MEMORY_FOR_HEADERS
             self.headers[count].name = name
             self.headers[count].name_len = <int32_t> strlen(name)
             self.headers[count].value = <const char *> value

@@ -34,6 +34,7 @@ FAILURE_HEADERS = frozenset((_TYPE, _MESSAGE, _FAILED_AT, *_ORIGIN, _GROUP, _DUE
 _URI = "kafka://topic/"
 _LONGEST_MESSAGE = 8192
 _LONGEST_DELAY_S = 10_000_000
+_MOST_HEADERS = 100_000  # that readers take
 
 # The lane of a key waits as long as its record is tried in place, so this is short.
 _IN_PLACE = RetryPolicy(max_attempts=3, initial_backoff_s=0.1, max_backoff_s=1.0)
@@ -120,6 +121,13 @@ class Failures:
         # A clock may be wrong, on this machine or on the one that has sent it.
         return 0.0 if due is None else max(0.0, min(due / 1000 - wall, delay))
 
+    def identify(self, envelope: ReceivedEnvelope[Any]) -> None:
+        """Gives a copy that has no id the one that its first record has, which is made of the place of that."""
+        if envelope.topic in self.delays:
+            origin = origin_of(envelope.raw_headers)
+            if origin is not None and origin.partition is not None and origin.offset is not None:
+                envelope._take_id_of(f"{origin.topic}/{origin.partition}/{origin.offset}")
+
     def judge(
         self,
         envelope: ReceivedEnvelope[Any],
@@ -186,12 +194,12 @@ class Failures:
         headers: list[tuple[str, str | bytes | None]] = [
             pair for pair in envelope.raw_headers if pair[0] not in FAILURE_HEADERS and pair[0] != self._attempts
         ]
-        headers.extend(own.items())
+        headers[_MOST_HEADERS - len(own) :] = own.items()
         return raw_copy(topic, envelope.key, envelope.raw_value, headers)
 
 
 def raw_copy(
-    topic: str,
+    topic: str | None,
     key: str | bytes | None,
     value: bytes | None,
     headers: Iterable[tuple[str, str | bytes | None]],

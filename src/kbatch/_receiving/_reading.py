@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
-from kbatch._fastmap import Flag, monotonic, wall_time
+from kbatch._fastmap import Flag, envelope_bytes, monotonic, wall_time
 from kbatch._librdkafka import error_text
 from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
@@ -445,6 +445,8 @@ class Reading:
     def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
         now = monotonic()
         if self._failures.delays:
+            for envelope in envelopes:
+                self._failures.identify(envelope)
             envelopes = [envelope for envelope in envelopes if not self._puts_off(envelope, now)]
         if envelopes:
             self._begin(envelopes, now)
@@ -458,7 +460,7 @@ class Reading:
                 place = self._positions.begin(partition, envelope.offset)
                 if place is None:
                     continue
-                own = _size(envelope)
+                own = envelope_bytes(envelope) + _RECORD_BYTES
                 size += own
                 work = Work(partition, (envelope,), (place,), own, self._lane(envelope))
                 self._counts[partition] += 1
@@ -657,13 +659,6 @@ class Reading:
 
 def _tell_of_another(error: BaseException) -> None:
     _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
-
-
-def _size(envelope: ReceivedEnvelope) -> int:
-    data, key = envelope.data, envelope.key
-    assert data is None or isinstance(data, bytes)
-    assert key is None or isinstance(key, bytes)
-    return len(data or b"") + len(key or b"") + _RECORD_BYTES
 
 
 def _shown(work: Work) -> str:

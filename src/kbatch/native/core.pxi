@@ -402,6 +402,9 @@ cdef class Core:
             if not state.detached and state.in_line:
                 end_enqueueing(c, state, SHUT)
             kb_mutex_lock(&c.mu)
+            if state.thread and state.in_line:  # a signal handler has flushed, so the drainer enqueues it
+                KB_STORE32(&state.abandoned, 1)
+                c.look_ns = 0
             nudge_drainer(c)
             kb_mutex_unlock(&c.mu)
             raise

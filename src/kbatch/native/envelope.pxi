@@ -514,6 +514,17 @@ cdef class ReceivedEnvelope(Envelope):
             self._block.makes_id = 0
         return 0
 
+    def _take_id_of(self, str place not None) -> None:
+        # Of a copy, if its record has no id: that of the record that it is a copy of, ``topic/partition/offset``.
+        cdef char[16] own
+        self._make_id()
+        memcpy(own, self._id, 16)
+        set_made_id(self, f"{self._topic}/{self._partition}/{self._offset}")
+        if memcmp(own, self._id, 16) == 0:
+            set_made_id(self, place)
+        else:
+            memcpy(self._id, own, 16)
+
     @property
     def message(self):
         """What the listener has decoded the data to; ``None`` without a value, ``msgspec.UNSET`` if it does not."""

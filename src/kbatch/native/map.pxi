@@ -320,7 +320,7 @@ cdef class _Mapping:
                 name = PyUnicode_FromObject(name)
             if name_p == NULL:
                 self._not_utf8(f"{where}[{name!r}]")
-            if name_len == 0:
+            if name_len == 0 and self.mapper.wire != WIRE_RAW:  # which carries what others have stored
                 raise self._error(where, f"{where}: a header's name must not be empty")
             if memchr(name_p, 0, name_len) != NULL:
                 raise self._error(

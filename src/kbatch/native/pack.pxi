@@ -241,7 +241,7 @@ cdef PackedFault unpack(const char *packed, Py_ssize_t length, PackedRecord *out
 
 
 cdef inline bint _take_header(const char **at, const char *end, Header *header) noexcept nogil:
-    if not _take_counted(at, end, &header.name, &header.name_len) or header.name_len == 0:
+    if not _take_counted(at, end, &header.name, &header.name_len) or header.name == NULL:
         return False
     if not _take_counted(at, end, &header.value, &header.value_len):
         return False

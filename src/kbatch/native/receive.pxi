@@ -339,7 +339,9 @@ cdef ReceivedEnvelope read_irregular(Raw *raw, object topic, int wire, object cu
     try:
         if raw.count < 0:
             raise DeserializationError(
-                "one of its headers is larger than 2 GiB", topic=topic, partition=partition, offset=offset, header=None)
+                "one of its headers is larger than 2 GiB" if raw.count == HEADER_TOO_LARGE else
+                "its headers are damaged, or more than 100,000",
+                topic=topic, partition=partition, offset=offset, header=None)
         if wire == WIRE_CUSTOM:
             e = _read_by_user(raw, topic, custom)
         else:
