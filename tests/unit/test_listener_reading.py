@@ -8,8 +8,9 @@ from unittest import mock
 import pytest
 
 from kbatch import ListenerError, ProducerClosedError
+from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
-from kbatch._receiving._lanes import Lanes, Work
+from kbatch._receiving._lanes import BatchLanes, Lanes, Waiting, Work
 from kbatch._receiving._reading import Limits, Reading
 
 P, Q = ("orders", 0), ("orders", 1)
@@ -84,10 +85,12 @@ def reading_of(
     records: int = 100,
     close_timeout_s: float = 60,
     retry_topics: tuple[float, ...] = (),
+    waiting: Waiting | None = None,
 ) -> Any:
     failures = Failures("billing", ["orders"], "kbatch", retry_topics=retry_topics)
     limits = Limits(records, 1_000_000, 0.0, close_timeout_s, 300.0)
-    reading: Any = Reading(consumer, ["orders"], Lanes(), limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
+    lanes = Lanes() if waiting is None else waiting
+    reading: Any = Reading(consumer, ["orders"], lanes, limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
     consumer.change = (True, list(partitions))
     reading._turn()
     assert consumer.answered == 1
@@ -166,6 +169,50 @@ def test_a_partition_that_is_lost_while_its_handlers_are_waited_for_is_not_commi
     reading.done(first)
     reading._turn()
     assert (consumer.answered, consumer.commits) == (2, [])
+
+
+@pytest.mark.parametrize("is_leaving", [True, False])
+def test_what_was_handled_of_a_batch_that_was_split_is_committed_when_its_partition_leaves(is_leaving: bool) -> None:
+    consumer = Consumer()
+    reading, batch = split_batch(consumer)
+    if is_leaving:
+        consumer.change = (False, [P])
+        reading._turn()
+    Failing(reading._failures, None).handled(reading, batch)
+    consumer.change = (False, [P])
+    reading._turn()
+    assert consumer.commits == [[("orders", 0, 1)]]
+    assert consumer.answered == 2
+    stats = reading.stats()
+    assert (stats["handled"], stats["in_flight"]) == (1, 0)
+
+
+def test_each_record_of_a_batch_that_was_split_counts_once() -> None:
+    reading, batch = split_batch(Consumer())
+    failing = Failing(reading._failures, None)
+    failing.handled(reading, batch)
+    for _ in range(2):
+        assert take(reading, 1) == [batch]
+        reading.put_off(batch, 0.0)  # its second record fails
+    assert reading.stats()["handled"] == 1
+    for _ in range(2):
+        assert take(reading, 1) == [batch]
+        failing.handled(reading, batch)
+    stats = reading.stats()
+    assert (stats["handled"], stats["in_flight"], stats["running"]) == (3, 0, 0)
+    assert reading._positions.collect() == [("orders", 0, 3)]
+
+
+def split_batch(consumer: Consumer) -> tuple[Any, Work]:
+    """A run that handles the first one of three records alone."""
+    reading = reading_of(consumer, P, waiting=BatchLanes(3, 0.0))
+    consumer.records = [record(0), record(1), record(2)]
+    reading._turn()
+    (batch,) = take(reading, 1)
+    assert batch.split()
+    reading.put_off(batch, 0.0)
+    assert take(reading, 1) == [batch]
+    return reading, batch
 
 
 def test_what_came_while_a_partition_left_is_forgotten_when_it_comes_back() -> None:

@@ -58,6 +58,11 @@ class Work:
         """The offset behind what is handled."""
         return self.places[-1 if self.part is None else self.part].offset + 1
 
+    @property
+    def left(self) -> int:
+        """How many of the envelopes are not done."""
+        return len(self.envelopes) - (self.part or 0)
+
     def split(self) -> bool:
         """From now on each envelope is handled alone. Whether that is new."""
         if self.part is not None or len(self.envelopes) == 1:

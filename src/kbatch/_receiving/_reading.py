@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._consumer import ConsumerCore
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Waiting
-    from kbatch._receiving._positions import Partition
+    from kbatch._receiving._positions import Partition, Place
 
 __all__ = ["Limits", "Reading"]
 
@@ -204,7 +204,7 @@ class Reading:
         with self.lock:
             for place in work.places:
                 self._positions.end(place)
-            self.handled += len(work.places)
+            self.handled += work.left
             self._end(work)
 
     def fail(self, work: Work, error: BaseException) -> None:
@@ -212,13 +212,15 @@ class Reading:
         with self.lock:
             self.end_with(error)
             if work in self._running:  # no step was taken
-                self.failed += len(work.places)
+                self.failed += work.left
                 self._end(work)
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
         now = monotonic()
         with self.lock:
+            if work.part:
+                self._end_part(work.places[work.part - 1])
             is_leaving = self._leaving is not None and work.partition in self._leaving
             if self.is_stopping or is_leaving or not self._positions.holds(work.partition, work.places[0]):
                 self._end(work)  # it is read again, here or elsewhere
@@ -233,7 +235,7 @@ class Reading:
         """Its handler was ended when the time to close was over."""
         with self.lock:
             if work in self._running:
-                self.abandoned += len(work.places)
+                self.abandoned += work.left
                 self._end(work)
 
     def end_with(self, error: BaseException) -> None:
@@ -247,6 +249,12 @@ class Reading:
         """Tells what it has ended for, if something else is raised."""
         if self.error is not None and self.error is not raised:
             _tell_of_another(self.error)
+
+    def _end_part(self, place: Place) -> None:
+        # It comes here again each time that the next one is put off.
+        if not place.done:
+            self._positions.end(place)
+            self.handled += 1
 
     def _end(self, work: Work) -> None:
         self._leave_running(work)
@@ -356,7 +364,7 @@ class Reading:
         """Commits what was done, and says what was not."""
         with self.lock:
             left = sorted(self._running, key=lambda work: work.begun_at)
-            self.abandoned += sum(len(work.places) for work in left)
+            self.abandoned += sum(work.left for work in left)
         if left:
             _logger.warning(
                 "a listener of %s has ended while handlers still ran, and did not commit what they handle: it is read "
