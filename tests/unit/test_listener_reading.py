@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 
+import kbatch
 from kbatch import ListenerError, ProducerClosedError
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
@@ -74,9 +75,11 @@ def record(
     offset: int, partition: int = 0, key: bytes | None = None, topic: str = "orders", due: float | None = None
 ) -> Any:
     headers = () if due is None else (("retry-due-at", b"%d" % (due * 1000)),)
+    value = b"x"
     return types.SimpleNamespace(
-        topic=topic, partition=partition, offset=offset, key=key, data=b"x", raw_headers=headers
-    )
+        topic=topic, partition=partition, offset=offset, timestamp=0, key=key, data=value, raw_value=value,
+        raw_headers=headers,
+    )  # fmt: skip
 
 
 def reading_of(
@@ -169,6 +172,34 @@ def test_a_partition_that_is_lost_while_its_handlers_are_waited_for_is_not_commi
     reading.done(first)
     reading._turn()
     assert (consumer.answered, consumer.commits) == (2, [])
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_record_whose_partition_another_member_has_by_now_is_sent_nowhere(
+    is_lost: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer = Consumer()
+    once = kbatch.RetryPolicy(max_attempts=1)
+    listener = kbatch.Listener(
+        {"bootstrap.servers": "localhost:1", "group.id": "billing"}, ["orders"], print, retry=once,
+        dead_letter_topic="dead",
+    )  # fmt: skip
+    reading = reading_of(consumer, P, close_timeout_s=0)
+    consumer.records = [record(0), record(1)]
+    reading._turn()
+    first, second = take(reading, 2)
+    assert listener._fail(reading, first, ValueError("mine"))  # its copy is sent next
+    reading.done(first)
+    consumer.change, consumer.is_lost = (False, [P]), is_lost
+    reading._turn()
+    caplog.clear()
+    assert not listener._fail(reading, second, ValueError("too late"))
+    assert second.copy is None
+    assert len(caplog.records) == 1
+    assert "ValueError: too late" in caplog.text
+    assert reading.stats()["in_flight"] == 0
+    assert listener._failing.stats()["attempts_failed"] == 2
+    assert not reading.is_stopping
 
 
 @pytest.mark.parametrize("is_leaving", [True, False])

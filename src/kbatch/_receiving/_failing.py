@@ -7,7 +7,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-from kbatch._errors import KbatchError, spares_brokers
+from kbatch._errors import KbatchError, named_exception_text, spares_brokers
 from kbatch._fastmap import monotonic, wall_time
 from kbatch._receiving._failures import is_outage
 from kbatch._recovery._retry import RetryPolicy, entropy
@@ -48,6 +48,9 @@ class TakenFrom(Steps, Protocol):
 
     def abandon(self, work: Work) -> None:
         """Nobody goes on with it, here."""
+
+    def holds(self, work: Work) -> bool:
+        """Whether its partition is still the member's as it was when its records came."""
 
 
 class CopyTaker(Protocol):
@@ -118,6 +121,14 @@ class Failing:
         else:
             steps.fail(work, error)
         return False
+
+    def overtaken(self, steps: Steps, work: Work, error: Exception) -> None:
+        """As `failed`, of work whose partition is this member's no more: it is for another one to judge it."""
+        if not is_outage(error):
+            self._count("attempts_failed")
+        told = f"left alone, since its partition was taken from this member meanwhile: {named_exception_text(error)}"
+        self._tell(work, told, error)
+        steps.put_off(work, self._now())
 
     def send_on(self, steps: Steps, work: Work) -> None:
         """Sends the copy that the work has, in place of handling it."""
