@@ -234,6 +234,22 @@ def test_each_record_of_a_batch_that_was_split_counts_once() -> None:
     assert reading._positions.collect() == [("orders", 0, 3)]
 
 
+def test_what_waits_behind_a_record_is_not_left_to_the_next_poll_when_its_copy_is_stored() -> None:
+    woken: list[int] = []
+    reading = reading_of(Consumer(), P)
+    reading.core.records = [record(n, key=b"k") for n in range(3)]
+    reading._turn()
+    reading._wake = woken.append
+    reading.done(take(reading, 1)[0])
+    assert woken == []  # the thread that has handled it takes the next one
+    for expected in ([1], [1]):
+        (work,) = take(reading, 1)
+        work.copy = kbatch.Envelope(data=b"x", topic="dead")
+        Failing(reading._failures, None).sent_on(reading, work, None)
+        assert woken == expected  # nothing waits behind the last one
+    assert reading.stats()["handled"] == 3
+
+
 def split_batch(consumer: Consumer) -> tuple[Any, Work]:
     """A run that handles the first one of three records alone."""
     reading = reading_of(consumer, P, waiting=BatchLanes(3, 0.0))

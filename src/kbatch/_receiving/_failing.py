@@ -30,7 +30,7 @@ class Steps(Protocol):
     """What becomes of work that was taken: one of these, each time that it is taken. For any thread."""
 
     def done(self, work: Work) -> None:
-        """It was handled, or stored elsewhere: its offsets may be committed."""
+        """It was handled, or its copy was stored: its offsets may be committed."""
 
     def fail(self, work: Work, error: BaseException) -> None:
         """It is not done, and never will be by this run, which ends with the error. If another step has come before, as
@@ -147,8 +147,11 @@ class Failing:
         assert copy is not None
         if error is None:
             self._count("to_retry" if copy.topic in self._failures.delays else "dead")
-            work.copy = None
-            self.handled(steps, work)
+            if work.next_part():
+                work.copy = None
+                steps.put_off(work, self._now())
+            else:
+                steps.done(work)
         elif spares_brokers(error) and not getattr(error, "retriable", False):
             self._tell(work, f"the listener ends, since {copy.topic} does not take it: {error}", None)
             steps.fail(work, error)

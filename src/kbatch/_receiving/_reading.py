@@ -206,6 +206,8 @@ class Reading:
                 self._positions.end(place)
             self.handled += work.left
             self._end(work)
+            if work.copy is not None and len(self._waiting):  # this thread may be the producer's, and takes nothing
+                self._wake(1)
 
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
