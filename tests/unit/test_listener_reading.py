@@ -348,6 +348,19 @@ def test_without_room_nothing_is_read() -> None:
     assert consumer.most[-1] == 1
 
 
+@pytest.mark.parametrize(("due", "room"), [(100, 0), (60, 40), (150, 0)])
+def test_what_comes_due_takes_room_from_what_is_read_next(due: int, room: int) -> None:
+    consumer = Consumer()
+    topic = "billing.retry.5"
+    reading = reading_of(consumer, P, (topic, 0), records=100, retry_topics=(5,))
+    reading._mean_size = 100.0
+    for offset in range(due):
+        reading._delayed.add((topic, 0), record(offset, topic=topic), 0.0)
+    reading._turn()
+    assert consumer.most[-1] == room
+    assert reading.stats()["in_flight"] == 100 - room
+
+
 def test_a_commit_that_fails_is_collected_again_and_one_that_a_rebalance_has_overtaken_is_not_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

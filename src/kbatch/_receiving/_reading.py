@@ -398,8 +398,8 @@ class Reading:
         if reopened:
             self.core.read([each for each in reopened if each in self._positions and each not in self._delayed])
         timeout = _POLL_S if due is None else min(_POLL_S, max(0.0, due - now))
-        if room > 0 and self._leaving is None:
-            self._accept_due(now, room)
+        if room > 0 and self._leaving is None and (taken := self._accept_due(now, room)):
+            room, timeout = room - taken, 0.0  # the next turn looks how much is left
         if self._committing:
             timeout = min(timeout, 10 * _COMMIT_POLL_S)
         if gathers:
@@ -446,11 +446,12 @@ class Reading:
             self.core.read([partition], False)
         return True
 
-    def _accept_due(self, now: float, most: int) -> None:
+    def _accept_due(self, now: float, most: int) -> int:
         due = self._delayed.take_due(now, most)
         if due:
             self._begin(due, now)
             self.core.read([each for each in self._delayed.take_empty() if each not in self._full])
+        return len(due)
 
     def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
         now = monotonic()
