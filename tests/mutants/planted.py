@@ -2360,7 +2360,7 @@ MUTANTS = (
     Mutant(
         "a day is emptied by what was seen before its lock",
         "Purge.empty",
-        "                if self._keeps(slot):\n                    return\n",
+        "                if kept:\n                    return\n",
         "",
         "tests/unit/test_inbox_store.py",
     ),

@@ -7,12 +7,16 @@ import pytest
 
 import kbatch
 from kbatch._fastmap import received
-from kbatch._receiving._copies import shared_config
+from kbatch._pending import PendingBatch
+from kbatch._receiving._copies import Copies, shared_config
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import FAILURE_HEADERS, Failures, Origin, origin_of
 from kbatch._receiving._lanes import BatchLanes, Lanes, Work
 from kbatch._receiving._positions import Positions
+from kbatch._recovery._handle import ProducerHandle
+from kbatch.testing import MemoryProducer
+from tests.waiting import until
 
 WALL = 1_700_000_000.25
 ID = ("id", b"0192f0c1-2345-7abc-8def-0123456789ab")
@@ -351,3 +355,39 @@ def test_a_copy_has_no_more_headers_than_readers_take() -> None:
     assert len(copy.headers) == 100_000
     assert list(copy.headers[:1000]) == list(given[:1000])
     assert dict(copy.headers)["original-offset"] == "17"
+
+
+@pytest.mark.parametrize("lacks", ["thread", "memory"])
+def test_a_copy_that_cannot_be_sent_alone_is_answered_and_sent_again(
+    lacks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[Any] = []
+    batches: list[Any] = []
+
+    def no_thread(handle: ProducerHandle) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def no_memory(core: Any) -> PendingBatch:
+        batches.append(core)
+        if len(batches) == 2:
+            raise MemoryError
+        return PendingBatch(core)
+
+    with MemoryProducer() as producer:
+        producer.fail("MSG_SIZE_TOO_LARGE", times=2)
+        copies, work = Copies({}, producer), work_of(record())
+        work.copy = kbatch.Envelope(data=b"1", topic="dead")
+        copies.open()
+        with monkeypatch.context() as patched:
+            if lacks == "thread":
+                patched.setattr(ProducerHandle, "solo", no_thread)
+            else:
+                patched.setattr("kbatch._receiving._copies.PendingBatch", no_memory)
+            copies.send(work, answers.append)
+            until(lambda: answers, "an answer", 20)
+        assert type(answers[0]) is kbatch.ProducerError
+        copies.send(work, answers.append)
+        until(lambda: len(answers) == 2, "an answer", 20)
+        assert answers[1] is None
+        copies.close(1.0)
+        assert [each.topic() for each in producer.records] == ["dead"]

@@ -117,6 +117,27 @@ def test_what_came_while_a_batch_ran_has_waited_since_then() -> None:
     assert numbers(lanes.take(10.0)) == [2]
 
 
+def test_batches_that_were_full_leave_no_timers_behind() -> None:
+    lanes = BatchLanes(2, 1e6)
+    for number in range(10_000):
+        lanes.add(work(number), 0.0)
+        if number % 2:
+            lanes.end(taken(lanes), 0.0)
+    assert len(lanes._timers) == 1
+
+
+def test_the_timer_of_a_batch_that_was_full_is_followed_by_that_of_the_next() -> None:
+    lanes = BatchLanes(2, 10.0)
+    for number, now in ((0, 0.0), (1, 0.0)):
+        lanes.add(work(number), now)
+    lanes.end(taken(lanes), 1.0)
+    lanes.add(work(2), 4.0)
+    assert lanes.ripen(10.0) == 14.0
+    assert lanes.take(10.0) is None
+    lanes.ripen(14.0)
+    assert numbers(lanes.take(14.0)) == [2]
+
+
 def test_a_batch_does_not_wait_for_what_will_not_be_read() -> None:
     lanes = BatchLanes(3, 10.0)
     lanes.add(work(0), 0.0)

@@ -6,10 +6,12 @@ from unittest import mock
 
 import pytest
 
+import kbatch
 from kbatch import ListenerError, ProducerClosedError
 from kbatch._fastmap import received
+from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
-from kbatch._receiving._lanes import Lanes, Work
+from kbatch._receiving._lanes import BatchLanes, Lanes, Waiting, Work
 from kbatch._receiving._reading import Limits, Reading
 
 P, Q = ("orders", 0), ("orders", 1)
@@ -82,10 +84,12 @@ def reading_of(
     records: int = 100,
     close_timeout_s: float = 60,
     retry_topics: tuple[float, ...] = (),
+    waiting: Waiting | None = None,
 ) -> Any:
     failures = Failures("billing", ["orders"], "kbatch", retry_topics=retry_topics)
     limits = Limits(records, 1_000_000, 0.0, close_timeout_s, 300.0)
-    reading: Any = Reading(consumer, ["orders"], Lanes(), limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
+    lanes = Lanes() if waiting is None else waiting
+    reading: Any = Reading(consumer, ["orders"], lanes, limits, lambda each: each.key, failures, lambda count: None)  # type: ignore[arg-type]
     consumer.change = (True, list(partitions))
     reading._turn()
     assert consumer.answered == 1
@@ -164,6 +168,94 @@ def test_a_partition_that_is_lost_while_its_handlers_are_waited_for_is_not_commi
     reading.done(first)
     reading._turn()
     assert (consumer.answered, consumer.commits) == (2, [])
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_record_whose_partition_another_member_has_by_now_is_sent_nowhere(
+    is_lost: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer = Consumer()
+    once = kbatch.RetryPolicy(max_attempts=1)
+    listener = kbatch.Listener(
+        {"bootstrap.servers": "localhost:1", "group.id": "billing"}, ["orders"], print, retry=once,
+        dead_letter_topic="dead",
+    )  # fmt: skip
+    reading = reading_of(consumer, P, close_timeout_s=0)
+    consumer.records = [record(0), record(1)]
+    reading._turn()
+    first, second = take(reading, 2)
+    assert listener._fail(reading, first, ValueError("mine"))  # its copy is sent next
+    reading.done(first)
+    consumer.change, consumer.is_lost = (False, [P]), is_lost
+    reading._turn()
+    caplog.clear()
+    assert not listener._fail(reading, second, ValueError("too late"))
+    assert second.copy is None
+    assert len(caplog.records) == 1
+    assert "ValueError: too late" in caplog.text
+    assert reading.stats()["in_flight"] == 0
+    assert listener._failing.stats()["attempts_failed"] == 2
+    assert not reading.is_stopping
+
+
+@pytest.mark.parametrize("is_leaving", [True, False])
+def test_what_was_handled_of_a_batch_that_was_split_is_committed_when_its_partition_leaves(is_leaving: bool) -> None:
+    consumer = Consumer()
+    reading, batch = split_batch(consumer)
+    if is_leaving:
+        consumer.change = (False, [P])
+        reading._turn()
+    Failing(reading._failures, None).handled(reading, batch)
+    consumer.change = (False, [P])
+    reading._turn()
+    assert consumer.commits == [[("orders", 0, 1)]]
+    assert consumer.answered == 2
+    stats = reading.stats()
+    assert (stats["handled"], stats["in_flight"]) == (1, 0)
+
+
+def test_each_record_of_a_batch_that_was_split_counts_once() -> None:
+    reading, batch = split_batch(Consumer())
+    failing = Failing(reading._failures, None)
+    failing.handled(reading, batch)
+    for _ in range(2):
+        assert take(reading, 1) == [batch]
+        reading.put_off(batch, 0.0)  # its second record fails
+    assert reading.stats()["handled"] == 1
+    for _ in range(2):
+        assert take(reading, 1) == [batch]
+        failing.handled(reading, batch)
+    stats = reading.stats()
+    assert (stats["handled"], stats["in_flight"], stats["running"]) == (3, 0, 0)
+    assert reading._positions.collect() == [("orders", 0, 3)]
+
+
+def test_what_waits_behind_a_record_is_not_left_to_the_next_poll_when_its_copy_is_stored() -> None:
+    woken: list[int] = []
+    reading = reading_of(Consumer(), P)
+    reading.core.records = [record(n, key=b"k") for n in range(3)]
+    reading._turn()
+    reading._wake = woken.append
+    reading.done(take(reading, 1)[0])
+    assert woken == []  # the thread that has handled it takes the next one
+    for expected in ([1], [1]):
+        (work,) = take(reading, 1)
+        work.copy = kbatch.Envelope(data=b"x", topic="dead")
+        Failing(reading._failures, None).sent_on(reading, work, None)
+        assert woken == expected  # nothing waits behind the last one
+    assert reading.stats()["handled"] == 3
+
+
+def split_batch(consumer: Consumer) -> tuple[Any, Work]:
+    """A run that handles the first one of three records alone."""
+    reading = reading_of(consumer, P, waiting=BatchLanes(3, 0.0))
+    consumer.records = [record(0), record(1), record(2)]
+    reading._turn()
+    (batch,) = take(reading, 1)
+    assert batch.split()
+    reading.put_off(batch, 0.0)
+    assert take(reading, 1) == [batch]
+    return reading, batch
 
 
 def test_what_came_while_a_partition_left_is_forgotten_when_it_comes_back() -> None:
@@ -250,6 +342,19 @@ def test_without_room_nothing_is_read() -> None:
     reading.done(take(reading, 1)[0])
     reading._turn()
     assert consumer.most[-1] == 1
+
+
+@pytest.mark.parametrize(("due", "room"), [(100, 0), (60, 40), (150, 0)])
+def test_what_comes_due_takes_room_from_what_is_read_next(due: int, room: int) -> None:
+    consumer = Consumer()
+    topic = "billing.retry.5"
+    reading = reading_of(consumer, P, (topic, 0), records=100, retry_topics=(5,))
+    reading._mean_size = 100.0
+    for offset in range(due):
+        reading._delayed.add((topic, 0), record(offset, topic=topic), 0.0)
+    reading._turn()
+    assert consumer.most[-1] == room
+    assert reading.stats()["in_flight"] == 100 - room
 
 
 def test_a_commit_that_fails_is_collected_again_and_one_that_a_rebalance_has_overtaken_is_not_told(

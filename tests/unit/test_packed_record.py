@@ -123,7 +123,6 @@ def test_lengths_that_lie_are_an_error() -> None:
         content[14:-5] + b"\xff\xff\xff\xff\xff\x7fbody",
         b"\x07orders\x02k\x02\x02n\x02v\x05body",
         b"\x07orders\x02k\xff\xff\xff\x07\x02n\x02v\x05body",
-        b"\x07orders\x02k\x01\x01\x02v\x05body",
         b"\x07orders\x02k\x01\x00\x02v\x05body",
         b"\x07orders",
         b"",

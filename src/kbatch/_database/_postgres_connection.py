@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-__all__ = ["OwnConnection", "connect", "run_raw"]
+__all__ = ["OwnConnection", "SilentServerError", "connect", "run_raw"]
 
 _CONNECT_S = 10
 _SILENCE_S = 25  # no answer of the server comes later: it ends what takes longer
+
+
+class SilentServerError(psycopg.OperationalError):
+    """No answer has come. It is not known whether the statement was carried out, and the connection is of no use."""
 
 
 class OwnConnection(psycopg.Connection[Any]):
@@ -45,7 +49,7 @@ def _until(steps: Generator[Any, Any, _T], end: float) -> Generator[Any, Any, _T
         while True:
             ready = yield state
             if not ready and monotonic() >= end:
-                raise psycopg.OperationalError(f"no answer for {_SILENCE_S} s")
+                raise SilentServerError(f"no answer for {_SILENCE_S} s")
             state = steps.send(ready)
     except StopIteration as stop:
         result: _T = stop.value

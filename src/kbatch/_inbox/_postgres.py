@@ -268,9 +268,9 @@ class PostgresInbox(BasePostgresInbox):
         and nothing removed, unless `committed` says it.
 
         Ids of UUID version 7 lie in a table for each day of theirs. Such a table is emptied as a whole, once all that
-        it has may go: others that mark ids of that day wait for some milliseconds, and nobody else. What cannot be
-        emptied yet, and other ids, are deleted in batches of a transaction each. An id may stay a day longer than it
-        has to.
+        it has may go: others that mark ids of that day, and `status`, wait while its rows are counted, some tenths of a
+        second for a million. What cannot be emptied yet, and other ids, are deleted in batches of a transaction each.
+        An id may stay a day longer than it has to.
 
         Args:
             older_than_s: By default the inbox's ``retention_s``, or 7 days. Above 29 days ids are deleted in batches.

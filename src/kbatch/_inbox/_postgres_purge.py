@@ -22,6 +22,8 @@ _STATEMENT = "10min"
 
 _LIMITS = "unnest($1::text[], $2::text::bigint[]) AS old (of_group, until)"
 _IS_OLD = "handled_at < timestamptz 'epoch' + until * interval '1 microsecond'"
+_WITH_LIMITS = f"FROM {{%s}} AS kept LEFT JOIN {_LIMITS} ON of_group = group_id"
+_MAY_NOT_GO = f"(until IS NULL OR NOT ({_IS_OLD}))"
 
 
 class Purge:
@@ -57,9 +59,9 @@ class Purge:
                     f"SET LOCAL lock_timeout = {_LOCK_MS}; SET LOCAL statement_timeout = '{_STATEMENT}'",
                 )
                 self._rows("LOCK TABLE {%s} IN ACCESS EXCLUSIVE MODE", slot)
-                if self._keeps(slot):
+                count, kept = self._counts(slot)
+                if kept:
                     return
-                ((count,),) = self._rows("SELECT count(*) FROM {%s}", slot)
                 self._rows("TRUNCATE {%s}", slot)
         except psycopg.errors.LockNotAvailable:
             return  # the next time
@@ -81,11 +83,14 @@ class Purge:
 
     def _keeps(self, slot: str) -> bool:
         """Whether there is anything that may not go."""
-        statement = (
-            f"SELECT 1 FROM {{%s}} AS kept LEFT JOIN {_LIMITS} ON of_group = group_id "
-            f"WHERE until IS NULL OR NOT ({_IS_OLD}) LIMIT 1"
-        )
+        statement = f"SELECT 1 {_WITH_LIMITS} WHERE {_MAY_NOT_GO} LIMIT 1"
         return bool(self._rows(statement, slot, limited=True))
+
+    def _counts(self, slot: str) -> tuple[int, int]:
+        """How many rows there are, and how many of them may not go: in one look, for who holds a lock."""
+        statement = f"SELECT count(*), count(*) FILTER (WHERE {_MAY_NOT_GO}) {_WITH_LIMITS}"
+        ((count, kept),) = self._rows(statement, slot, limited=True)
+        return count, kept
 
     def _rows(self, statement: str, slot: str, *, limited: bool = False) -> list[tuple[Any, ...]]:
         statement = self._tables.sql(statement.replace("%s", slot))

@@ -9,7 +9,7 @@ import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
 
-from kbatch._database._postgres_connection import run_raw
+from kbatch._database._postgres_connection import SilentServerError, run_raw
 from kbatch._inbox._postgres_marks import Marks
 from kbatch._inbox._session import InboxSession, ended_by_handler
 
@@ -135,8 +135,11 @@ class PostgresInboxSession(InboxSession):
             raise ended_by_handler()
 
     def _is_outage(self, error: BaseException) -> bool:
-        return self._is_lost() or (
-            isinstance(error, psycopg.Error) and bool(error.sqlstate) and self._inbox._tables.is_outage(error)
+        # Others without a code are of psycopg itself, about what the handler did.
+        return (
+            self._is_lost()
+            or isinstance(error, SilentServerError)
+            or (isinstance(error, psycopg.Error) and bool(error.sqlstate) and self._inbox._tables.is_outage(error))
         )
 
     def _after(self, error: BaseException) -> InboxError | None:

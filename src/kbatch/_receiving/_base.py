@@ -297,6 +297,9 @@ class BaseListener:
             if self._inbox is not None and reading.is_given_up(work):
                 reading.abandon(work)
                 return False
+        if isinstance(error, Exception) and not reading.holds(work):
+            self._failing.overtaken(reading, work, error)
+            return False
         return self._failing.failed(reading, work, error)
 
     def _tell_of_outage(self, error: InboxError) -> None:

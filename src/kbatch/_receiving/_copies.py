@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbatch._config import canonical
-from kbatch._errors import ConfigError, KbatchError, ProducerError, is_for_whole_batch, type_name
+from kbatch._errors import (
+    ConfigError,
+    KbatchError,
+    ProducerError,
+    is_for_whole_batch,
+    named_exception_text,
+    type_name,
+)
 from kbatch._fastmap import Mapper, RecordPool
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
@@ -18,7 +25,6 @@ if TYPE_CHECKING:
 
     from kbatch._base_producer import BaseProducer
     from kbatch._receiving._lanes import Work
-    from kbatch._report import DeliveryReport
 
 __all__ = ["Copies", "shared_config"]
 
@@ -95,19 +101,23 @@ class Copies:
         *,
         is_alone: bool,
     ) -> None:
-        def settled(report: DeliveryReport) -> None:
-            error = report.errors.get(0)
-            # A broker refuses it with the whole record batch that it was in.
-            solo = handle.solo() if error is not None and is_for_whole_batch(error) and not is_alone else None
+        def settled(batch: PendingBatch) -> None:
+            try:
+                error = batch.report.errors.get(0)
+                # A broker refuses it with the whole record batch that it was in.
+                solo = handle.solo() if error is not None and is_for_whole_batch(error) and not is_alone else None
+            except Exception as raised:  # no thread to be had, or no memory
+                answer(_not_now(raised))
+                return
             if solo is None:
                 answer(error)
             else:
                 self._send(handle, solo, packed, answer, is_alone=True)
 
-        pending = PendingBatch(producer._core)
         try:
+            pending = PendingBatch(producer._core)
             producer._core.map_packed(pending, [packed])
-            pending.add_done_callback(lambda batch: settled(batch.report))
+            pending.add_done_callback(settled)
             producer._send_detached(pending)
         except ProducerError as error:
             if is_alone:
@@ -117,9 +127,18 @@ class Copies:
             answer(error)
         except KbatchError as error:
             answer(error)
+        except Exception as error:
+            if not is_alone:
+                raise
+            answer(_not_now(error))  # nobody would hear of it: it is a callback of the batch before
 
     def close(self, timeout_s: float) -> None:
         """Ends a run, and its producer, unless it was given."""
         handle, self._handle = self._handle, None
         if handle is not None:
             handle.release(timeout_s)
+
+
+def _not_now(error: Exception) -> ProducerError:
+    """What is tried again."""
+    return ProducerError(f"it cannot be sent now: {named_exception_text(error)}")

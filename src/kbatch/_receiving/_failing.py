@@ -7,7 +7,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Protocol
 
-from kbatch._errors import KbatchError, spares_brokers
+from kbatch._errors import KbatchError, named_exception_text, spares_brokers
 from kbatch._fastmap import monotonic, wall_time
 from kbatch._receiving._failures import is_outage
 from kbatch._recovery._retry import RetryPolicy, entropy
@@ -30,7 +30,7 @@ class Steps(Protocol):
     """What becomes of work that was taken: one of these, each time that it is taken. For any thread."""
 
     def done(self, work: Work) -> None:
-        """It was handled, or stored elsewhere: its offsets may be committed."""
+        """It was handled, or its copy was stored: its offsets may be committed."""
 
     def fail(self, work: Work, error: BaseException) -> None:
         """It is not done, and never will be by this run, which ends with the error. If another step has come before, as
@@ -48,6 +48,9 @@ class TakenFrom(Steps, Protocol):
 
     def abandon(self, work: Work) -> None:
         """Nobody goes on with it, here."""
+
+    def holds(self, work: Work) -> bool:
+        """Whether its partition is still the member's as it was when its records came."""
 
 
 class CopyTaker(Protocol):
@@ -119,6 +122,14 @@ class Failing:
             steps.fail(work, error)
         return False
 
+    def overtaken(self, steps: Steps, work: Work, error: Exception) -> None:
+        """As `failed`, of work whose partition is this member's no more: it is for another one to judge it."""
+        if not is_outage(error):
+            self._count("attempts_failed")
+        told = f"left alone, since its partition was taken from this member meanwhile: {named_exception_text(error)}"
+        self._tell(work, told, error)
+        steps.put_off(work, self._now())
+
     def send_on(self, steps: Steps, work: Work) -> None:
         """Sends the copy that the work has, in place of handling it."""
         assert self._copies is not None
@@ -136,8 +147,11 @@ class Failing:
         assert copy is not None
         if error is None:
             self._count("to_retry" if copy.topic in self._failures.delays else "dead")
-            work.copy = None
-            self.handled(steps, work)
+            if work.next_part():
+                work.copy = None
+                steps.put_off(work, self._now())
+            else:
+                steps.done(work)
         elif spares_brokers(error) and not getattr(error, "retriable", False):
             self._tell(work, f"the listener ends, since {copy.topic} does not take it: {error}", None)
             steps.fail(work, error)

@@ -58,6 +58,11 @@ class Work:
         """The offset behind what is handled."""
         return self.places[-1 if self.part is None else self.part].offset + 1
 
+    @property
+    def left(self) -> int:
+        """How many of the envelopes are not done."""
+        return len(self.envelopes) - (self.part or 0)
+
     def split(self) -> bool:
         """From now on each envelope is handled alone. Whether that is new."""
         if self.part is not None or len(self.envelopes) == 1:
@@ -213,7 +218,9 @@ class BatchLanes:
         self._wait_s = wait_s
         self._lines: dict[Partition, _Line] = {}
         self._ready: deque[Partition] = deque()
+        # One of a partition at most, which may be of a batch that has begun: then it is too early, and sets another.
         self._timers: list[tuple[float, int, Partition]] = []
+        self._timed: set[Partition] = set()
         self._numbers = itertools.count()
         self._later = _Later()
         self._again: deque[Work] = deque()  # what was put off, and is due
@@ -235,8 +242,9 @@ class BatchLanes:
         if len(line.waiting) >= self._size or due <= now:
             line.is_ready = True
             self._ready.append(partition)
-        elif len(line.waiting) == 1:
+        elif partition not in self._timed:
             heapq.heappush(self._timers, (due, next(self._numbers), partition))
+            self._timed.add(partition)
 
     def take(self, now: float) -> Work | None:
         if self._again:
@@ -265,8 +273,6 @@ class BatchLanes:
             del self._lines[work.partition]
             return
         self._look(work.partition, line, now)
-        if not line.is_ready:
-            heapq.heappush(self._timers, (line.waiting[0][1], next(self._numbers), work.partition))
 
     def drop(self, partitions: Collection[Partition] | None = None) -> list[Work]:
         dropped = self._later.drop(partitions)
@@ -292,6 +298,7 @@ class BatchLanes:
     def ripen(self, now: float) -> float | None:
         while self._timers and self._timers[0][0] <= now:
             partition = heapq.heappop(self._timers)[2]
+            self._timed.discard(partition)
             line = self._lines.get(partition)
             if line is not None:
                 self._look(partition, line, now)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._consumer import ConsumerCore
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Waiting
-    from kbatch._receiving._positions import Partition
+    from kbatch._receiving._positions import Partition, Place
 
 __all__ = ["Limits", "Reading"]
 
@@ -204,21 +204,25 @@ class Reading:
         with self.lock:
             for place in work.places:
                 self._positions.end(place)
-            self.handled += len(work.places)
+            self.handled += work.left
             self._end(work)
+            if work.copy is not None and len(self._waiting):  # this thread may be the producer's, and takes nothing
+                self._wake(1)
 
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
         with self.lock:
             self.end_with(error)
             if work in self._running:  # no step was taken
-                self.failed += len(work.places)
+                self.failed += work.left
                 self._end(work)
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
         now = monotonic()
         with self.lock:
+            if work.part:
+                self._end_part(work.places[work.part - 1])
             is_leaving = self._leaving is not None and work.partition in self._leaving
             if self.is_stopping or is_leaving or not self._positions.holds(work.partition, work.places[0]):
                 self._end(work)  # it is read again, here or elsewhere
@@ -233,7 +237,7 @@ class Reading:
         """Its handler was ended when the time to close was over."""
         with self.lock:
             if work in self._running:
-                self.abandoned += len(work.places)
+                self.abandoned += work.left
                 self._end(work)
 
     def end_with(self, error: BaseException) -> None:
@@ -247,6 +251,12 @@ class Reading:
         """Tells what it has ended for, if something else is raised."""
         if self.error is not None and self.error is not raised:
             _tell_of_another(self.error)
+
+    def _end_part(self, place: Place) -> None:
+        # It comes here again each time that the next one is put off.
+        if not place.done:
+            self._positions.end(place)
+            self.handled += 1
 
     def _end(self, work: Work) -> None:
         self._leave_running(work)
@@ -356,7 +366,7 @@ class Reading:
         """Commits what was done, and says what was not."""
         with self.lock:
             left = sorted(self._running, key=lambda work: work.begun_at)
-            self.abandoned += sum(len(work.places) for work in left)
+            self.abandoned += sum(work.left for work in left)
         if left:
             _logger.warning(
                 "a listener of %s has ended while handlers still ran, and did not commit what they handle: it is read "
@@ -388,8 +398,8 @@ class Reading:
         if reopened:
             self.core.read([each for each in reopened if each in self._positions and each not in self._delayed])
         timeout = _POLL_S if due is None else min(_POLL_S, max(0.0, due - now))
-        if room > 0 and self._leaving is None:
-            self._accept_due(now, room)
+        if room > 0 and self._leaving is None and (taken := self._accept_due(now, room)):
+            room, timeout = room - taken, 0.0  # the next turn looks how much is left
         if self._committing:
             timeout = min(timeout, 10 * _COMMIT_POLL_S)
         if gathers:
@@ -436,11 +446,12 @@ class Reading:
             self.core.read([partition], False)
         return True
 
-    def _accept_due(self, now: float, most: int) -> None:
+    def _accept_due(self, now: float, most: int) -> int:
         due = self._delayed.take_due(now, most)
         if due:
             self._begin(due, now)
             self.core.read([each for each in self._delayed.take_empty() if each not in self._full])
+        return len(due)
 
     def _accept(self, envelopes: list[ReceivedEnvelope]) -> None:
         now = monotonic()

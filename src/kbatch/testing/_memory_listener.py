@@ -197,6 +197,10 @@ class _Memory:
         """Nobody waits for an inbox."""
         return True
 
+    def holds(self, work: Work) -> bool:
+        """No partition is taken."""
+        return True
+
     def put_off(self, work: Work, due: float) -> None:
         assert self.at is not None
         if self.at.attempts < _ENOUGH:
