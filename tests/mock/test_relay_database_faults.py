@@ -179,6 +179,31 @@ def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
     check_history(range(300), stored(cluster))
 
 
+def test_a_row_that_cannot_be_moved_does_not_keep_its_bucket_from_another_relay(
+    new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster
+) -> None:
+    outbox = new_outbox(wire="raw")
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(40), keys=40, topic="refused"), topic=None)
+    bucket, number = max(outboxes.query(outbox, "SELECT bucket, seq FROM {outbox}"))  # one that the first gives up
+    outboxes.refuse_rows(outbox, "later", number=number)
+    with running(make(outbox, cluster)) as first:
+        until(lambda: outbox.status().dead == 39, "the others that were refused")
+        assert first.stats()["buckets"] == 64
+        with running(make(outbox, cluster)) as second:
+            until(lambda: (first.stats()["buckets"], second.stats()["buckets"]) == (32, 32), "half for each")
+            with outboxes.transaction(outbox) as connection:
+                outbox.add(connection, numbered(range(200), keys=200), topic="orders")
+                found = connection.execute(outbox._tables.sql("SELECT DISTINCT bucket FROM {outbox}")).fetchall()
+                assert (bucket,) in found
+            until(lambda: outboxes.query(outbox, "SELECT seq FROM {outbox}") == [(number,)], "what came later")
+            outboxes.take_rows(outbox, "later")
+            assert second.drain(30) == 0
+        assert first.stats()["lost_buckets"] == second.stats()["lost_buckets"] == 0
+    assert outbox.status().dead == 40
+    check_history(range(200), stored(cluster))
+
+
 def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

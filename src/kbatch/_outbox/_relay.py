@@ -588,10 +588,12 @@ class Relay:
     # -- leases
 
     def _busy(self) -> set[int]:
-        """Buckets of which something is in flight, or not written yet."""
+        """Buckets of which something is in flight, or not written yet. What the database refuses keeps no bucket that
+        leaves: the next relay sends it again."""
         busy = {bucket for flight in self._flights for bucket in flight.tokens}
         busy.update(place[0] for places in (self._done, self._done_later) for place in places)
-        busy.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
+        failed = {failure.bucket for failures in (self._failures, self._failures_later) for failure in failures}
+        busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed
         transactions = self._handle.producer._transactions
         if transactions is not None and transactions.is_undecided:
             busy.update(self._leases.tokens)
@@ -683,6 +685,13 @@ class Relay:
     def _drop(self, buckets: Collection[int]) -> None:
         self._leases.drop(buckets)
         self._positions.end(buckets)
+        self._forget_answers(buckets)
+
+    def _forget_answers(self, buckets: Collection[int]) -> None:
+        self._done = [place for place in self._done if place[0] not in buckets]
+        self._done_later = [place for place in self._done_later if place[0] not in buckets]
+        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
+        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
 
     def _lose(self, buckets: Collection[int]) -> None:
         """What is in flight of these buckets is another relay's now: it is given up, and nothing is written of it."""
@@ -695,10 +704,7 @@ class Relay:
         )
         self._positions.end(buckets)
         self._judge.forget()
-        self._done = [place for place in self._done if place[0] not in buckets]
-        self._done_later = [place for place in self._done_later if place[0] not in buckets]
-        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
-        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
+        self._forget_answers(buckets)
         if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
             self._purge()
 
