@@ -502,12 +502,12 @@ class Relay:
             self._store_at = now + _TRY_STORE_AGAIN_S
             if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
                 self._trouble_at = now
-                _logger.warning("a relay cannot use its outbox, and tries again: %s", error)
+                _warn("a relay cannot use its outbox, and tries again: %s", error)
             self._close_store()
             return otherwise
         if self._trouble_at is not None:
             self._trouble_at = None
-            _logger.warning("a relay can use its outbox again")
+            _warn("a relay can use its outbox again")
         return result
 
     def _close_store(self) -> None:
@@ -646,7 +646,7 @@ class Relay:
                 self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
             ):
                 self._naming_failed_at = now
-                _logger.warning(
+                _warn(
                     "a relay waits: brokers do not let it have the transactional id %s: %s",
                     transactional_id(self._owner),
                     self._naming.reason,
@@ -676,7 +676,7 @@ class Relay:
 
     def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
         if self._is_fencing and isinstance(error, ProducerFencedError):
-            _logger.warning("a relay was taken for dead by another, and begins anew: %s", error)
+            _warn("a relay was taken for dead by another, and begins anew: %s", error)
             self._gate.give_up(producer)
             self._gate.note("nothing", trial, monotonic())
         else:
@@ -698,7 +698,7 @@ class Relay:
         if not buckets:
             return
         self._counts["lost_buckets"] += len(buckets)
-        _logger.warning(
+        _warn(
             "a relay has lost the leases of %s: others may send what it had in flight once more",
             counted(len(buckets), "bucket"),
         )
@@ -923,7 +923,7 @@ class Relay:
         now = monotonic()
         if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
             self._refusal_at = now
-            _logger.warning("a relay cannot %s, and tries again: %s", what, error)
+            _warn("a relay cannot %s, and tries again: %s", what, error)
 
     def _record(
         self,
@@ -1019,6 +1019,11 @@ class Relay:
                     return True
                 self._flag.wait(max(0.0, min(end, self._store_at) - now))
         return True
+
+
+def _warn(text: str, *arguments: object) -> None:
+    with contextlib.suppress(Exception):  # whatever a handler of logs does
+        _logger.warning(text, *arguments)
 
 
 def _never() -> bool:
