@@ -17,6 +17,7 @@ import pytest
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
 from kbatch._fastmap import monotonic, packed_key_hash
+from kbatch._outbox._leases import Times
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.injection import Injector
@@ -787,6 +788,37 @@ def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_clos
             break
         places += 1
     assert places > 20
+
+
+@in_sqlite
+@pytest.mark.parametrize("call", ["_use_store", "_give_back"])
+def test_an_exception_at_any_line_where_it_loses_its_leases_leaves_no_floor_and_writes_nothing(
+    outbox: SqliteOutbox, call: str
+) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    places, injector = 0, Injector(0)
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
+        for nth in range(1, 10**6):
+            relay._begin()
+            relay._renew()
+            assert relay._store is not None
+            floors = relay._positions.floors(relay._leases.to_read())
+            assert set(floors.values()) == {0}, injector.place
+            reading = relay._store.read(floors, limit=1000, max_bytes=10**6, in_flight=set)
+            assert len(relay._positions.taken(reading, set)) == 100
+            relay._done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
+            relay._leases._asked = Times(-1e6, -1e6)  # its leases are over
+            relay._stopping = True
+            injector = Injector(nth)
+            injector.run(getattr(relay, call))
+            if call == "_use_store":
+                relay._end()
+            relay._give_back()
+            if injector.place is None:
+                break
+            places += 1
+    assert places > 10
+    assert outbox.status().waiting == 100
 
 
 @in_sqlite

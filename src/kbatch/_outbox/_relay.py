@@ -29,7 +29,7 @@ from kbatch._outbox._fences import Fences, initialize, is_initialized, transacti
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
-from kbatch._outbox._store import HeldKey, RefusedWriteError
+from kbatch._outbox._store import BUCKETS, HeldKey, RefusedWriteError
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -431,6 +431,7 @@ class Relay:
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
+        self._positions.end(range(BUCKETS))  # what an interrupted end has left: each is read from its beginning
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
@@ -697,16 +698,16 @@ class Relay:
         """What is in flight of these buckets is another relay's now: it is given up, and nothing is written of it."""
         if not buckets:
             return
+        self._forget_answers(buckets)  # first, and the log last: whatever comes in between finds nothing to write
+        self._positions.end(buckets)
+        self._judge.forget()
         self._counts["lost_buckets"] += len(buckets)
+        if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
+            self._purge()
         _warn(
             "a relay has lost the leases of %s: others may send what it had in flight once more",
             counted(len(buckets), "bucket"),
         )
-        self._positions.end(buckets)
-        self._judge.forget()
-        self._forget_answers(buckets)
-        if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
-            self._purge()
 
     def _purge(self) -> None:
         for flight in list(self._flights):
@@ -801,7 +802,8 @@ class Relay:
         return True
 
     def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
-        return {bucket: self._leases.tokens[bucket] for bucket in buckets}
+        # Who was interrupted when leases were lost may still have answers of theirs: no lease has the token 0.
+        return {bucket: self._leases.tokens.get(bucket, 0) for bucket in buckets}
 
     def _in_flight(self) -> set[Place]:
         """The rows that must not be sent now: in flight, or not written yet."""
