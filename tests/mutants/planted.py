@@ -2106,7 +2106,7 @@ MUTANTS = (
     ),
     Mutant(
         "a replay tells no relay",
-        "SqliteAdmin._changing",
+        "SqliteAdmin._tell_relays",
         "SET changes = changes + 1",
         "SET changes = changes",
         "tests/unit/test_dead_letters.py",
