@@ -532,7 +532,7 @@ class Relay:
             # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
             self._not_admitted.clear()
-            self._positions.start_again()
+            self._positions.start_ended_again()
             self._let_go()
         if monotonic() >= self._admit_at and self._may_send():
             self._admit_scheduled()
