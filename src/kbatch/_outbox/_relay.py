@@ -264,6 +264,9 @@ class Relay:
             0 if it is empty, else about how many records are left.
 
         Raises:
+            OutboxError: At its start, the outbox cannot be opened; or at its end, the database does not answer how many
+                records are left.
+            SenderClosedError: As for `run`.
             RuntimeError: It is called within `run`, as by a signal handler.
         """
         return self._drain(timeout, _never)
