@@ -1831,7 +1831,7 @@ MUTANTS = (
     Mutant(
         "a durable sender's time is over and nobody takes it back",
         "BaseDurableSender._leave",
-        "            waiting.withdraw()\n",
+        "        waiting.withdraw()\n",
         "",
         "tests/unit/test_durable_sender.py",
     ),

@@ -59,7 +59,9 @@ class Writer:
 
 def put(group: GroupCommit, what: Any, *, patient: bool = False) -> tuple[Waiting, Flag]:
     done = Flag()
-    return group.put(what, done.set, patient=patient), done
+    waiting = Waiting(what, done.set, patient=patient)
+    group.put(waiting)
+    return waiting, done
 
 
 def added(group: GroupCommit, *numbers: Any) -> list[Any]:
@@ -278,7 +280,8 @@ def test_a_thread_that_dies_takes_nothing_of_the_next_ones_queue() -> None:
             raise SystemExit
         if at == "close":
             outbox.fault = lambda step: None
-            group.put(1, wake, patient=True)
+            batch: Any = 1
+            group.put(Waiting(batch, wake, patient=True))
 
     outbox.fault = fault
     _, first_done = put(group, 0)
@@ -300,7 +303,9 @@ def test_a_wake_up_that_fails_keeps_no_answer_from_the_others() -> None:
     def fail() -> None:
         raise RuntimeError("its loop is gone")
 
-    bad = group.put(1, fail, patient=True)  # type: ignore[arg-type]
+    batch: Any = 1
+    bad = Waiting(batch, fail, patient=True)
+    group.put(bad)
     good = put(group, 2, patient=True)
     outbox.busy.clear()
     assert good[1].wait(30)
