@@ -485,7 +485,9 @@ class Relay:
             self._guarded(self._use_store, None)
         due = [self._renew_at, self._look_at_all_at]
         if self._may_send():
-            due += [self._read_at, self._due_at, self._admit_at]
+            due += [self._due_at, self._admit_at]
+            if self._has_room(self._failures):
+                due.append(self._read_at)
         probe_at = gate.probe_at()
         if probe_at is not None:
             due.append(probe_at)
@@ -544,7 +546,7 @@ class Relay:
         if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
             self._send_due_if_time()
         for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
-            if not self._may_send() or monotonic() < self._read_at:
+            if not (self._may_send() and self._has_room(self._failures)) or monotonic() < self._read_at:
                 break
             self._send_next()
         self._send_due_if_time()
@@ -586,7 +588,8 @@ class Relay:
         if now >= self._due_at and self._may_send():
             self._due_at = now + _LOOK_AT_DUE_EVERY_S
             # What failed before may fail again, which takes long: it leaves room, and a turn, for the others.
-            if sum(flight.is_due for flight in self._flights) < max(self._max_flights // 2, 1):
+            flights = sum(flight.is_due for flight in self._flights)
+            if flights < max(self._max_flights // 2, 1) and self._has_room(self._failures_later):
                 self._send_due()
 
     # -- leases
@@ -727,6 +730,10 @@ class Relay:
             and self._gate.may_send()
             and self._may_hand_over()
         )
+
+    def _has_room(self, failures: Collection[Failure]) -> bool:
+        # The database may refuse to move all that a broker refuses: then they would become more and more.
+        return len(failures) < self._batch_size * self._max_flights
 
     def _may_hand_over(self) -> bool:
         # A relay that was stopped in between must not send late: what it hands over has its outcome within the lease.
@@ -911,18 +918,27 @@ class Relay:
             self._record_apart()
 
     def _record_apart(self) -> None:
-        """What is done first, then each failure alone: a row that the database lets nobody move stops no other."""
+        """What is done first, then failures by halves: a row that the database lets nobody move stops no other."""
         self._record(self._done, self._done_later, [], [])
         for is_due in (False, True):
-            while failures := self._failures_later if is_due else self._failures:
-                one = failures[:1]
-                try:
-                    self._record([], [], [] if is_due else one, one if is_due else [])
-                except RefusedWriteError as error:
-                    failures.append(failures.pop(0))  # the others have their turn first
-                    self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
-                    self._tell_of_refusal("move what a broker has refused", error)
-                    break
+            failures = self._failures_later if is_due else self._failures
+            if failures:
+                self._move(failures, is_due)
+
+    def _move(self, failures: list[Failure], is_due: bool) -> bool:
+        """Whether the database lets these be moved. The first one that it refuses is found by halves."""
+        try:
+            self._record([], [], [] if is_due else failures, failures if is_due else [])
+        except RefusedWriteError as error:
+            if len(failures) == 1:
+                waiting = self._failures_later if is_due else self._failures
+                waiting.append(waiting.pop(waiting.index(failures[0])))  # the others have their turn first
+                self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
+                self._tell_of_refusal("move what a broker has refused", error)
+                return False
+            half = len(failures) // 2
+            return self._move(failures[:half], is_due) and self._move(failures[half:], is_due)
+        return True
 
     def _tell_of_refusal(self, what: str, error: RefusedWriteError) -> None:
         now = monotonic()
