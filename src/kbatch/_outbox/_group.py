@@ -239,10 +239,8 @@ class GroupCommit:
         return writer
 
     def _refuse_impatient(self) -> None:
-        while self._queue and self._queue[0].is_taken:  # withdrawn
-            self._queue.popleft()
         now = monotonic()
-        for waiting in self._queue.copy():  # they keep their places: withdrawn ones are skipped
+        for waiting in self._queue.copy():
             if waiting.impatient_at is not None and now >= waiting.impatient_at:
                 waiting.refuse(
                     OutboxError(
@@ -250,6 +248,8 @@ class GroupCommit:
                         "transactions that write should be short, or give send a timeout that is longer"
                     )
                 )
+            if waiting.is_taken:  # refused or withdrawn: it would stay for as long as a patient one before it
+                self._queue.remove(waiting)
 
     def _refuse_up_to(self, last: Waiting, error: BaseException) -> None:
         """Those that waited when the attempt began; who came later has an attempt of its own."""
