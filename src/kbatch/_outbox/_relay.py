@@ -475,7 +475,7 @@ class Relay:
         if gate.must_replace() and not self._flights:
             if self._fences is None:
                 gate.replace()
-            elif not self._has_answers():
+            elif not self._has_answers() or self._write_at() > now:  # what cannot be moved its next owner sends again
                 self._start_over()
         if self._fences is not None:
             is_named = self._naming is not None and is_initialized(self._handle.producer)
