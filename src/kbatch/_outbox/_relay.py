@@ -434,7 +434,7 @@ class Relay:
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
-        self._positions.end(range(BUCKETS))  # what an interrupted end has left: each is read from its beginning
+        self._positions.end(range(BUCKETS))  # what an interrupted end has left
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
