@@ -390,7 +390,7 @@ def spares_brokers(error: KbatchError) -> bool:
     """Whether an envelope failed for a reason of its own or of its topic, which says nothing about the brokers."""
     if isinstance(error, DeliveryError):
         return blamed(error.code) in ("envelope", "topic")
-    return isinstance(error, SerializationError)
+    return isinstance(error, (SerializationError, DeserializationError))
 
 
 def is_for_whole_batch(error: KbatchError) -> bool:

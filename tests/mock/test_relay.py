@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import ConfigError, Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch import ConfigError, Envelope, OutboxError, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
 from kbatch._fastmap import monotonic, packed_key_hash
+from kbatch._outbox._leases import Times
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.injection import Injector
@@ -349,6 +350,24 @@ def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(outbox
         cluster.set_topic_error("refused", 0)
         assert relay.drain(60) == 0
     check_history(range(60), stored(cluster, "refused"))
+
+
+def test_a_row_behind_many_of_a_held_key_is_reached_however_often_all_are_looked_at_again(
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._LOOK_AT_ALL_EVERY_S", 0.0)
+    outboxes.add(outbox, numbered(range(1000, 1200), keys=1))
+    outboxes.move_to_later(outbox, 1, 1)
+    outbox.scheduled.reschedule(OutboxQuery(), datetime.now(timezone.utc) + timedelta(hours=1))
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"other{n}") for n in range(300)])
+    ((bucket,),) = outboxes.query(outbox, "SELECT bucket FROM {later}")
+    ((behind,),) = outboxes.query(outbox, f"SELECT count(*) FROM {{outbox}} WHERE bucket = {bucket} AND seq > 200")
+    assert behind
+    not_soon = RetryPolicy(initial_backoff_s=3600.0, max_backoff_s=3600.0)
+    with running(make(outbox, cluster, retry=not_soon, batch_size=10, max_in_flight_batches=2)) as relay:
+        until(lambda: relay.stats()["acked"] == 300, "the others")
+    check_history(range(300), stored(cluster))
+    assert outbox.status().waiting == 199
 
 
 def test_a_row_that_waits_is_sent_after_the_earlier_ones_of_its_key_and_before_the_later_ones(
@@ -787,6 +806,37 @@ def test_an_exception_at_any_line_of_a_run_leaves_no_bucket_and_nothing_for_clos
             break
         places += 1
     assert places > 20
+
+
+@in_sqlite
+@pytest.mark.parametrize("call", ["_use_store", "_give_back"])
+def test_an_exception_at_any_line_where_it_loses_its_leases_leaves_no_floor_and_writes_nothing(
+    outbox: SqliteOutbox, call: str
+) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    places, injector = 0, Injector(0)
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
+        for nth in range(1, 10**6):
+            relay._begin()
+            relay._renew()
+            assert relay._store is not None
+            floors = relay._positions.floors(relay._leases.to_read())
+            assert set(floors.values()) == {0}, injector.place
+            reading = relay._store.read(floors, limit=1000, max_bytes=10**6, in_flight=set)
+            assert len(relay._positions.taken(reading, set)) == 100
+            relay._done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
+            relay._leases._asked = Times(-1e6, -1e6)  # its leases are over
+            relay._stopping = True
+            injector = Injector(nth)
+            injector.run(getattr(relay, call))
+            if call == "_use_store":
+                relay._end()
+            relay._give_back()
+            if injector.place is None:
+                break
+            places += 1
+    assert places > 10
+    assert outbox.status().waiting == 100
 
 
 @in_sqlite

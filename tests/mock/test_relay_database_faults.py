@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from kbatch import Envelope, OutboxError, RetryPolicy, SqliteOutbox
+from kbatch import Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch._outbox._store import Failure
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.relays import WatchedOutbox, check_history, numbered
@@ -177,6 +178,77 @@ def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
         assert relay.stats()["dead"] == 5  # it was not sent again meanwhile
         assert relay.drain(30) == 0
     check_history(range(300), stored(cluster))
+
+
+def test_a_row_that_cannot_be_moved_does_not_keep_its_bucket_from_another_relay(
+    new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster
+) -> None:
+    outbox = new_outbox(wire="raw")
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(40), keys=40, topic="refused"), topic=None)
+    bucket, number = max(outboxes.query(outbox, "SELECT bucket, seq FROM {outbox}"))  # one that the first gives up
+    outboxes.refuse_rows(outbox, "later", number=number)
+    with running(make(outbox, cluster)) as first:
+        until(lambda: outbox.status().dead == 39, "the others that were refused")
+        assert first.stats()["buckets"] == 64
+        with running(make(outbox, cluster)) as second:
+            until(lambda: (first.stats()["buckets"], second.stats()["buckets"]) == (32, 32), "half for each")
+            with outboxes.transaction(outbox) as connection:
+                outbox.add(connection, numbered(range(200), keys=200), topic="orders")
+                found = connection.execute(outbox._tables.sql("SELECT DISTINCT bucket FROM {outbox}")).fetchall()
+                assert (bucket,) in found
+            until(lambda: outboxes.query(outbox, "SELECT seq FROM {outbox}") == [(number,)], "what came later")
+            outboxes.take_rows(outbox, "later")
+            assert second.drain(30) == 0
+        assert first.stats()["lost_buckets"] == second.stats()["lost_buckets"] == 0
+    assert outbox.status().dead == 40
+    check_history(range(200), stored(cluster))
+
+
+def test_a_row_that_cannot_be_moved_is_found_among_many_by_halves(
+    new_outbox: Callable[..., outboxes.Outbox],
+) -> None:
+    outbox = new_outbox(wire="raw")
+    outboxes.add(outbox, numbered(range(256), keys=256))
+    outboxes.refuse_rows(outbox, "dead", number=100)
+    found = outboxes.query(outbox, "SELECT bucket, seq FROM {outbox} ORDER BY seq")
+    calls: list[str] = []
+    watched = WatchedOutbox(outbox, before=calls.append)
+    with Relay(watched, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
+        relay._begin()
+        relay._renew()
+        relay._failures = [Failure(*place, None, 1, "refused", None) for place in found]
+        relay._write_answers()
+        assert outbox.status().dead == 99
+        relay._failures_at = 0.0  # its time has come
+        relay._write_answers()
+        assert outbox.status().dead == 255
+        assert [failure.seq for failure in relay._failures] == [100]
+        relay._end()
+    assert calls.count("settle") < 50
+
+
+def test_a_relay_that_cannot_move_what_is_refused_reads_no_more_of_it_than_it_may_have_in_flight(
+    new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = new_outbox(wire="raw")
+    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.01)
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.refuse_rows(outbox, "later")
+    outboxes.add(outbox, numbered(range(100), keys=100, topic="refused"), topic=None)
+    tries: list[int] = []
+
+    def before(name: str) -> None:
+        if name == "settle" and len(relay._failures) >= 10:
+            tries.append(len(relay._failures))
+
+    relay = make(WatchedOutbox(outbox, before=before), cluster, batch_size=5, max_in_flight_batches=2)
+    with running(relay):
+        until(lambda: len(tries) >= 50, "that it has tried again and again")
+        assert max(tries) < 20
+        outboxes.take_rows(outbox, "later")
+        assert relay.drain(60) == 0
+    assert outbox.status().dead == 100
 
 
 def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(

@@ -242,6 +242,25 @@ def test_a_producer_in_its_fatal_state_is_replaced_by_one_with_another_name(
     check_history(range(200), stored(cluster))
 
 
+def test_a_row_that_cannot_be_moved_does_not_keep_its_producer_from_being_replaced(
+    outbox: Outbox, cluster: MockCluster
+) -> None:
+    outboxes.refuse_rows(outbox, "dead")
+    outboxes.add(outbox, numbered(range(11)))
+    outboxes.query(outbox, "UPDATE {outbox} SET packed = substr(packed, 1, 5) WHERE seq = 11")
+    with running(make(outbox, cluster)) as relay:
+        until(lambda: outbox.status().waiting == 1, "one row that the database refuses to move")
+        before = relay._owner
+        relay._handle.producer._core.inject_fatal_error(45, "as a broker would")
+        outboxes.add(outbox, numbered(range(20, 100)))
+        until(lambda: outbox.status().waiting == 1, "the others")
+        assert relay._owner != before
+        outboxes.take_rows(outbox, "dead")
+        assert relay.drain(30) == 0
+    assert outbox.status().dead == 1
+    check_history([*range(10), *range(20, 100)], stored(cluster))
+
+
 @pytest.mark.parametrize(
     ("producer", "options", "says"),
     [

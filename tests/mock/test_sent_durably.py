@@ -135,6 +135,59 @@ def test_a_relay_that_fails_begins_again(
     assert told == ["the relay of DURABLE senders has failed, and begins again: OutboxError: no answer"]
 
 
+class Raising(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        raise RuntimeError("a handler of logs")
+
+
+def test_a_relay_that_fails_begins_again_whatever_a_handler_of_logs_raises(
+    outbox: Outbox, kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_shared, "_BEGIN_AGAIN_S", 0.05)
+    monkeypatch.setattr(logging.getLogger("kbatch"), "handlers", [Raising()])
+    monkeypatch.setattr("kbatch._database._sqlite._told_of_fault", False)
+    open_store: Callable[[], Any] = outbox.open_store
+    opened: list[Any] = []
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise kbatch.OutboxError("no answer")
+
+    def failing() -> Any:
+        opened.append(None)
+        if len(opened) == 1:
+            fail()
+        store = open_store()
+        if len(opened) == 2:
+            store.renew = fail
+        return store
+
+    monkeypatch.setattr(outbox, "open_store", failing)
+    with durable(outbox, kafka_cluster).create_sender() as sender:
+        sender.send(Envelope(data=b"0"))
+        until(lambda: outbox.status().waiting == 0, "it in Kafka")
+    assert len(opened) >= 3
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_relay_whose_thread_has_died_begins_again_with_the_next_message(
+    outbox: Outbox, kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, runs = Relay.run, []
+
+    def dying(relay: Relay) -> None:
+        runs.append(relay)
+        if len(runs) == 1:
+            raise SystemExit
+        run(relay)
+
+    monkeypatch.setattr(Relay, "run", dying)
+    with durable(outbox, kafka_cluster).create_sender() as sender:
+        sender.send(Envelope(data=b"0"))
+        until(lambda: runs and not sender._shared.relay._has_thread(), "its end")
+        sender.send(Envelope(data=b"1"))
+        until(lambda: outbox.status().waiting == 0, "both in Kafka")
+
+
 def test_the_end_of_the_interpreter_gives_the_buckets_back(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     code = f"""
         outbox = kbatch.{type(outbox).__name__}(**{outboxes.where(outbox)!r}, wire="raw")

@@ -577,6 +577,23 @@ def test_an_exception_at_any_line_of_send_adds_it_or_does_not_and_leaves_nothing
     assert places > 25
 
 
+@in_sqlite
+def test_an_exception_at_any_line_of_send_before_its_transaction_begins_adds_nothing_ever(outbox: Outbox) -> None:
+    places: dict[int, str | None] = {}
+    with DurableSender(outbox, "orders") as sender:
+        sender.send(envelope(0))
+        with outboxes.transaction(outbox):
+            while None not in places.values():
+                nth = len(places) + 1
+                injector = Injector(nth)
+                injector.run(lambda nth=nth: sender.send(envelope(nth), timeout=0.02))  # type: ignore[misc]
+                places[nth] = injector.place
+        assert sender.send(envelope(0))
+        assert sender.flush(0.0) == 0  # nor does anybody wait for it
+    assert len(places) > 25
+    assert [places[number] for number in numbers(outbox) if number] == []
+
+
 @pytest.fixture
 def no_finalizers() -> Iterator[None]:
     """None runs in a thread that is traced."""

@@ -59,7 +59,9 @@ class Writer:
 
 def put(group: GroupCommit, what: Any, *, patient: bool = False) -> tuple[Waiting, Flag]:
     done = Flag()
-    return group.put(what, done.set, patient=patient), done
+    waiting = Waiting(what, done.set, patient=patient)
+    group.put(waiting)
+    return waiting, done
 
 
 def added(group: GroupCommit, *numbers: Any) -> list[Any]:
@@ -196,6 +198,24 @@ def test_while_another_writes_the_patient_wait_and_others_are_refused_after_thei
     ended(group)
 
 
+def test_what_was_refused_or_withdrawn_does_not_stay_behind_one_who_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_group, "_PATIENCE_S", 0.05)
+    outbox = Outbox()
+    group = GroupCommit(outbox)
+    outbox.busy.set()
+    first = put(group, 0, patient=True)
+    rest = [put(group, number, patient=number % 2 == 0) for number in range(1, 20)]
+    last = put(group, 20, patient=True)
+    assert all(each.withdraw() for each, _ in rest[1::2])
+    assert all(done.wait(30) for _, done in rest[::2])
+    until(lambda: len(group._queue) == 2, "only those who wait")
+    outbox.busy.clear()
+    assert first[1].wait(30)
+    assert last[1].wait(30)
+    assert [number for each in outbox.groups for number in each] == [0, 20]
+    ended(group)
+
+
 def test_its_end_commits_what_waits_and_takes_nothing_more() -> None:
     outbox = Outbox()
     group = GroupCommit(outbox)
@@ -278,7 +298,8 @@ def test_a_thread_that_dies_takes_nothing_of_the_next_ones_queue() -> None:
             raise SystemExit
         if at == "close":
             outbox.fault = lambda step: None
-            group.put(1, wake, patient=True)
+            batch: Any = 1
+            group.put(Waiting(batch, wake, patient=True))
 
     outbox.fault = fault
     _, first_done = put(group, 0)
@@ -300,7 +321,9 @@ def test_a_wake_up_that_fails_keeps_no_answer_from_the_others() -> None:
     def fail() -> None:
         raise RuntimeError("its loop is gone")
 
-    bad = group.put(1, fail, patient=True)  # type: ignore[arg-type]
+    batch: Any = 1
+    bad = Waiting(batch, fail, patient=True)
+    group.put(bad)
     good = put(group, 2, patient=True)
     outbox.busy.clear()
     assert good[1].wait(30)

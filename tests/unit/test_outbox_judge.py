@@ -107,6 +107,15 @@ def test_what_cannot_be_read_is_dead_at_once() -> None:
     assert (failure.due_in_s, failure.key_hash, "damaged" in failure.error) == (None, None, True)
 
 
+def test_what_cannot_be_read_says_nothing_about_the_brokers() -> None:
+    damaged = flight(1, {0: -161})
+    damaged.packed[0] = b"damaged"
+    reason = DeserializationError("damaged", topic=None, partition=None, offset=None, header=None)
+    damaged.rejected.append((0, reason))
+    answers = judge().answers(damaged)
+    assert (answers.moved["dead"], answers.verdict) == (1, "nothing")
+
+
 @pytest.mark.parametrize("code", [TIMED_OUT, TRANSPORT, CLUSTER])
 def test_what_was_due_and_is_not_answered_is_due_again_later_without_an_attempt(code: int) -> None:
     (failure,) = judge().answers(flight(1, {0: code}, is_due=True, attempts=[2])).failures

@@ -54,6 +54,21 @@ def test_all_are_looked_at_again_and_what_comes_to_light_late_is_found() -> None
     assert taken(positions, 0, 1, 2, 3, 4, in_flight=(1, 3, 4)) == [2]
 
 
+def test_only_buckets_that_were_read_to_their_end_are_looked_at_again_from_time_to_time() -> None:
+    positions = begun(held=(HeldKey(0, 2, 2),))
+    assert taken(positions, 0, 12, 22, ended=False) == []
+    positions.start_ended_again()
+    assert positions.floors([0]) == {0: 22}
+    assert taken(positions, 0, 32, 33) == [33]
+    positions.start_ended_again()
+    assert positions.floors([0]) == {0: 0}
+    assert taken(positions, 0, 3, 12, ended=False, in_flight=(33,)) == [3]
+    positions.start_ended_again()
+    assert positions.floors([0]) == {0: 12}
+    positions.start_again()
+    assert positions.floors([0]) == {0: 0}
+
+
 def test_rows_of_a_held_key_wait_and_go_on_in_order_once_it_is_let_go() -> None:
     positions = begun(held=(HeldKey(0, 2, 2),))
     assert taken(positions, 0, 1, 3, 10, 12) == [1, 3, 10]

@@ -899,3 +899,20 @@ def test_two_relays_that_remove_those_that_are_gone_do_not_wait_for_each_other(o
     assert errors == []
     assert query(outbox, "SELECT count(*) FROM {relay}") == [(5,)]
     assert query(outbox, "SELECT count(DISTINCT bucket) FROM {lease} WHERE owner IS NOT NULL") == [(64,)]
+
+
+def test_a_large_step_of_the_servers_clock_during_a_renewal_leaves_a_share(
+    outbox: PostgresOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(outbox.open_store()) as store:
+        run: Any = store._run
+
+        def stepping(statement: str, parameters: Any = None) -> Any:
+            found = run(statement, parameters)
+            if statement.startswith("INSERT INTO") and "listens" in statement:
+                run(outbox._tables.sql("UPDATE {relay} SET until = 0"))
+            return found
+
+        monkeypatch.setattr(store, "_run", stepping)
+        leases, share = store.renew("relay", 60.0, release=(), avoid=())
+    assert (len(leases), share) == (64, 64)

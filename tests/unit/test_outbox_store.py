@@ -14,7 +14,7 @@ from kbatch import Envelope, OutboxError
 from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore, Reading, RefusedWriteError
 from tests import outboxes
-from tests.outboxes import Outbox
+from tests.outboxes import Outbox, in_sqlite
 from tests.relays import numbered
 
 NOTHING: dict[str, Any] = {"done": [], "done_later": [], "failures": [], "failures_later": []}
@@ -81,6 +81,27 @@ def test_a_lease_that_ran_out_is_another_one_when_it_is_taken_again(outbox: Outb
     outboxes.query(outbox, "UPDATE {lease} SET until = 0 WHERE bucket < 2")
     mine, _ = renew(store, "first", avoid=(1,))
     assert (mine[0], 1 in mine, mine[2]) == (2, False, 1)
+
+
+@in_sqlite
+def test_a_lease_that_runs_out_while_it_is_renewed_is_not_told(outbox: Outbox) -> None:
+    store: Any = outbox.open_store()
+    renew(store, "first")
+    connection = store._connection
+    expire = outbox._tables.sql("UPDATE {lease} SET until = 0 WHERE bucket = 5")
+
+    class Late:
+        in_transaction = property(lambda self: connection.in_transaction)
+
+        def execute(self, sql: str, *arguments: Any) -> Any:
+            if sql.startswith("UPDATE") and "SET until = ?, length" in sql:
+                connection.execute(expire)
+            return connection.execute(sql, *arguments)
+
+    store._connection = Late()
+    mine, _ = renew(store, "first", avoid=(5,))
+    connection.close()
+    assert set(mine) == set(range(64)) - {5}
 
 
 def test_a_relay_that_is_gone_counts_until_its_lease_ran_out(outbox: Outbox, store: OutboxStore) -> None:

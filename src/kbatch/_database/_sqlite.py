@@ -279,11 +279,12 @@ def tell_of_fault(version: str) -> None:
     if _told_of_fault or not is_faulty:
         return
     _told_of_fault = True
-    _logger.warning(
-        "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections write; "
-        "3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
-        version,
-    )
+    with contextlib.suppress(Exception):  # whatever a handler of logs does
+        _logger.warning(
+            "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections "
+            "write; 3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
+            version,
+        )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

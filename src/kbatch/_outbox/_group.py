@@ -34,18 +34,22 @@ _LOCK_S = 1.0
 class Waiting:
     """What one caller adds, until it is committed or refused.
 
+    Args:
+        wake: Called once it is committed or refused, unless it was withdrawn.
+        patient: It waits for as long as another connection writes, else for `_PATIENCE_S`.
+
     Attributes:
         is_over: Whether it has its answer: `error`, or none.
     """
 
     __slots__ = ("_batch", "_taker", "_ticket", "_wake", "error", "impatient_at", "is_over")
 
-    def __init__(self, batch: MappedBatch, wake: Callable[[], object], impatient_at: float | None) -> None:
+    def __init__(self, batch: MappedBatch, wake: Callable[[], object], *, patient: bool) -> None:
         self._batch: MappedBatch | None = batch
         self._wake = wake
         self._ticket = threading.Lock()  # who takes it, the writer's thread or another, has the say
         self._taker: threading.Thread | None = None
-        self.impatient_at = impatient_at
+        self.impatient_at = None if patient else monotonic() + _PATIENCE_S
         self.is_over = False
         self.error: KbatchError | None = None
 
@@ -59,6 +63,11 @@ class Waiting:
     def is_taken(self) -> bool:
         """Whether it is in a transaction, or was, or was withdrawn."""
         return self._ticket.locked()
+
+    @property
+    def is_withdrawn(self) -> bool:
+        """Whether it was not taken, and nobody waits for it any more."""
+        return self._batch is None and not self.is_over
 
     def take(self) -> MappedBatch | None:
         """For the transaction; ``None`` if it was withdrawn."""
@@ -111,23 +120,18 @@ class GroupCommit:
         self._thread: threading.Thread | None = None
         self._is_ending = False
 
-    def put(self, batch: MappedBatch, wake: Callable[[], object], *, patient: bool) -> Waiting:
-        """Has a batch committed. `wake` is called once it is, or is refused, unless it was withdrawn.
-
-        Args:
-            patient: It waits for as long as another connection writes, else for `_PATIENCE_S`.
+    def put(self, waiting: Waiting) -> None:
+        """Has it committed. Interrupted, it may have been put: the caller withdraws it.
 
         Raises:
             SenderClosedError: Nothing is taken any more.
         """
-        while True:
+        self._start()
+        self._queue.append(waiting)
+        self._flag.set()
+        # The thread may have ended since. If nobody has refused this one, nobody will: another thread begins.
+        while not (self.has_thread() or waiting.is_taken):
             self._start()
-            waiting = Waiting(batch, wake, None if patient else monotonic() + _PATIENCE_S)
-            self._queue.append(waiting)
-            self._flag.set()
-            # The thread may have ended since. If nobody has refused this one, nobody will: another thread begins.
-            if self.has_thread() or not waiting.withdraw():
-                return waiting
 
     def has_thread(self) -> bool:
         """Whether somebody commits what is put."""
@@ -235,10 +239,8 @@ class GroupCommit:
         return writer
 
     def _refuse_impatient(self) -> None:
-        while self._queue and self._queue[0].is_taken:  # withdrawn
-            self._queue.popleft()
         now = monotonic()
-        for waiting in self._queue.copy():  # they keep their places: withdrawn ones are skipped
+        for waiting in self._queue.copy():
             if waiting.impatient_at is not None and now >= waiting.impatient_at:
                 waiting.refuse(
                     OutboxError(
@@ -246,6 +248,8 @@ class GroupCommit:
                         "transactions that write should be short, or give send a timeout that is longer"
                     )
                 )
+            if waiting.is_taken:  # refused or withdrawn: it would stay for as long as a patient one before it
+                self._queue.remove(waiting)
 
     def _refuse_up_to(self, last: Waiting, error: BaseException) -> None:
         """Those that waited when the attempt began; who came later has an attempt of its own."""

@@ -24,10 +24,11 @@ class _Held:
 
 
 class _Position:
-    __slots__ = ("floor", "flying", "held", "highest", "known")
+    __slots__ = ("floor", "flying", "has_ended", "held", "highest", "known")
 
     def __init__(self) -> None:
         self.floor = 0  # what is read next lies above
+        self.has_ended = False  # it was read to its end since it was begun again
         self.highest = 0  # what lies above was never read
         self.known = 0  # up to here no row has to be sent but for those in flight and those of held keys
         self.held: dict[int, _Held] = {}  # by the number of a key
@@ -90,7 +91,9 @@ class Positions:
             position.highest = max(position.highest, floor)
             position.known = max(position.known, floor)
         for bucket in ended:
-            self._of[bucket].known = _ALL  # what comes to light later has a higher number than any row that failed
+            position = self._of[bucket]
+            position.has_ended = True
+            position.known = _ALL  # what comes to light later has a higher number than any row that failed
         return rows
 
     def _filtered(self, rows: list[StoredRow], in_flight: Callable[[], Collection[Place]]) -> list[StoredRow]:
@@ -175,12 +178,24 @@ class Positions:
     def start_again(self) -> None:
         """All rows are to be looked at again."""
         for position in self._of.values():
-            position.floor = 0
+            self._begin_again(position)
+
+    def start_ended_again(self) -> None:
+        """The same for buckets that were read to their end since the last time. The others are on their way there:
+        what lies behind more rows of held keys than are read in between would never be reached."""
+        for position in self._of.values():
+            if position.has_ended:
+                self._begin_again(position)
+
+    def _begin_again(self, position: _Position) -> None:
+        position.floor = 0
+        position.has_ended = False
 
     def look_again(self) -> None:
         """The same, and any row may have to be sent before those that wait in `later`."""
         for position in self._of.values():
             self._read_again(position, 1)
+            position.has_ended = False
 
     def hold(self, bucket: int, key_hash: int | None, seq: int) -> None:
         """Later rows of a key wait behind this one."""

@@ -74,13 +74,16 @@ class PostgresAdmin(PostgresSession):
 
     def delete(self, table: Table, places: Sequence[Place]) -> int:
         """As `OutboxAdmin.delete`."""
-        return self._change(table, places, f"DELETE FROM {{{table}}} AS kept USING {_PLACES} WHERE {_IS_THERE}")
+        # What holds back no key, such as what is scheduled, makes no relay look again.
+        holds = "kept.key_hash IS NOT NULL" if table == "later" else "false"
+        statement = f"DELETE FROM {{{table}}} AS kept USING {_PLACES} WHERE {_IS_THERE} RETURNING {holds}"
+        return self._change(table, places, statement)
 
     def replay(self, places: Sequence[Place], now_us: int) -> int:
         """As `OutboxAdmin.replay`."""
         statement = (
             f"WITH gone AS (DELETE FROM {{dead}} AS kept USING {_PLACES} WHERE {_IS_THERE} AND {_LIVES} "
-            f"RETURNING kept.*) INSERT INTO {{outbox}} ({_HOT}) SELECT {_HOT} FROM gone {_INTO_HOT}"
+            f"RETURNING kept.*) INSERT INTO {{outbox}} ({_HOT}) SELECT {_HOT} FROM gone {_INTO_HOT} RETURNING true"
         )
         return self._change("dead", places, statement, now_us)
 
@@ -91,25 +94,26 @@ class PostgresAdmin(PostgresSession):
         statement = (
             f"WITH gone AS (DELETE FROM {{dead}} AS kept USING {_PLACES} WHERE {_IS_THERE} RETURNING kept.seq) "
             f"INSERT INTO {{outbox}} ({_HOT}) SELECT $3::smallint, $4::bigint, encode($5::bytea, 'hex')::uuid, "
-            f"$6::bytea, $7::bigint, $8::bigint FROM gone {_INTO_HOT}"
+            f"$6::bytea, $7::bigint, $8::bigint FROM gone {_INTO_HOT} RETURNING true"
         )
         return bool(self._change("dead", [place], statement, bucket, seq, id_bytes, packed, created_at, deliver_by))
 
     def reschedule(self, places: Sequence[Place], due_at_ms: int) -> int:
         """As `OutboxAdmin.reschedule`."""
-        statement = f"UPDATE {{later}} AS kept SET due_at = $3::bigint FROM {_PLACES} WHERE {_IS_THERE}"
+        statement = f"UPDATE {{later}} AS kept SET due_at = $3::bigint FROM {_PLACES} WHERE {_IS_THERE} RETURNING false"
         return self._change("later", places, statement, due_at_ms)
 
     def _change(self, table: Table, places: Sequence[Place], statement: str, *values: Any) -> int:
-        """Does to rows what a statement says, and returns to how many."""
-        statement = self._tables.sql(f"{statement} RETURNING 1")
+        """How many rows a statement has changed, which returns of each whether relays must look again."""
+        statement = self._tables.sql(statement)
         ordered = sorted(places)
-        count = 0
+        told: list[bool] = []
         with self._writing() as run:
             for begin in range(0, len(ordered), _MOST_AT_ONCE):
                 some = ordered[begin : begin + _MOST_AT_ONCE]
                 self._lock(run, table, some)
-                count += len(run(statement, (*map(array_text, zip(*some, strict=True)), *values)))
-            # Last: whoever has the lock of this line waits for nothing more. Relays and `add` only read it.
-            run(self._tables.sql("UPDATE {meta} SET changes = changes + 1 WHERE one = 1"))
-        return count
+                told += [is_told for (is_told,) in run(statement, (*map(array_text, zip(*some, strict=True)), *values))]
+            if any(told):
+                # Last: whoever has the lock of this line waits for nothing more. Relays and `add` only read it.
+                run(self._tables.sql("UPDATE {meta} SET changes = changes + 1 WHERE one = 1"))
+        return len(told)

@@ -29,7 +29,7 @@ from kbatch._outbox._fences import Fences, initialize, is_initialized, transacti
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
-from kbatch._outbox._store import HeldKey, RefusedWriteError
+from kbatch._outbox._store import BUCKETS, HeldKey, RefusedWriteError
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
@@ -264,6 +264,9 @@ class Relay:
             0 if it is empty, else about how many records are left.
 
         Raises:
+            OutboxError: At its start, the outbox cannot be opened; or at its end, the database does not answer how many
+                records are left.
+            SenderClosedError: As for `run`.
             RuntimeError: It is called within `run`, as by a signal handler.
         """
         return self._drain(timeout, _never)
@@ -431,6 +434,7 @@ class Relay:
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
+        self._positions.end(range(BUCKETS))  # what an interrupted end has left
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
@@ -471,7 +475,7 @@ class Relay:
         if gate.must_replace() and not self._flights:
             if self._fences is None:
                 gate.replace()
-            elif not self._has_answers():
+            elif not self._has_answers() or self._write_at() > now:  # what cannot be moved its next owner sends again
                 self._start_over()
         if self._fences is not None:
             is_named = self._naming is not None and is_initialized(self._handle.producer)
@@ -481,7 +485,9 @@ class Relay:
             self._guarded(self._use_store, None)
         due = [self._renew_at, self._look_at_all_at]
         if self._may_send():
-            due += [self._read_at, self._due_at, self._admit_at]
+            due += [self._due_at, self._admit_at]
+            if self._has_room(self._failures):
+                due.append(self._read_at)
         probe_at = gate.probe_at()
         if probe_at is not None:
             due.append(probe_at)
@@ -502,12 +508,12 @@ class Relay:
             self._store_at = now + _TRY_STORE_AGAIN_S
             if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
                 self._trouble_at = now
-                _logger.warning("a relay cannot use its outbox, and tries again: %s", error)
+                _warn("a relay cannot use its outbox, and tries again: %s", error)
             self._close_store()
             return otherwise
         if self._trouble_at is not None:
             self._trouble_at = None
-            _logger.warning("a relay can use its outbox again")
+            _warn("a relay can use its outbox again")
         return result
 
     def _close_store(self) -> None:
@@ -531,7 +537,7 @@ class Relay:
             # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
             self._not_admitted.clear()
-            self._positions.start_again()
+            self._positions.start_ended_again()
             self._let_go()
         if monotonic() >= self._admit_at and self._may_send():
             self._admit_scheduled()
@@ -540,7 +546,7 @@ class Relay:
         if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
             self._send_due_if_time()
         for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
-            if not self._may_send() or monotonic() < self._read_at:
+            if not (self._may_send() and self._has_room(self._failures)) or monotonic() < self._read_at:
                 break
             self._send_next()
         self._send_due_if_time()
@@ -582,16 +588,19 @@ class Relay:
         if now >= self._due_at and self._may_send():
             self._due_at = now + _LOOK_AT_DUE_EVERY_S
             # What failed before may fail again, which takes long: it leaves room, and a turn, for the others.
-            if sum(flight.is_due for flight in self._flights) < max(self._max_flights // 2, 1):
+            flights = sum(flight.is_due for flight in self._flights)
+            if flights < max(self._max_flights // 2, 1) and self._has_room(self._failures_later):
                 self._send_due()
 
     # -- leases
 
     def _busy(self) -> set[int]:
-        """Buckets of which something is in flight, or not written yet."""
+        """Buckets of which something is in flight, or not written yet. What the database refuses keeps no bucket that
+        leaves: the next relay sends it again."""
         busy = {bucket for flight in self._flights for bucket in flight.tokens}
         busy.update(place[0] for places in (self._done, self._done_later) for place in places)
-        busy.update(failure.bucket for failures in (self._failures, self._failures_later) for failure in failures)
+        failed = {failure.bucket for failures in (self._failures, self._failures_later) for failure in failures}
+        busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed
         transactions = self._handle.producer._transactions
         if transactions is not None and transactions.is_undecided:
             busy.update(self._leases.tokens)
@@ -644,7 +653,7 @@ class Relay:
                 self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
             ):
                 self._naming_failed_at = now
-                _logger.warning(
+                _warn(
                     "a relay waits: brokers do not let it have the transactional id %s: %s",
                     transactional_id(self._owner),
                     self._naming.reason,
@@ -674,7 +683,7 @@ class Relay:
 
     def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
         if self._is_fencing and isinstance(error, ProducerFencedError):
-            _logger.warning("a relay was taken for dead by another, and begins anew: %s", error)
+            _warn("a relay was taken for dead by another, and begins anew: %s", error)
             self._gate.give_up(producer)
             self._gate.note("nothing", trial, monotonic())
         else:
@@ -683,24 +692,28 @@ class Relay:
     def _drop(self, buckets: Collection[int]) -> None:
         self._leases.drop(buckets)
         self._positions.end(buckets)
+        self._forget_answers(buckets)
+
+    def _forget_answers(self, buckets: Collection[int]) -> None:
+        self._done = [place for place in self._done if place[0] not in buckets]
+        self._done_later = [place for place in self._done_later if place[0] not in buckets]
+        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
+        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
 
     def _lose(self, buckets: Collection[int]) -> None:
         """What is in flight of these buckets is another relay's now: it is given up, and nothing is written of it."""
         if not buckets:
             return
+        self._forget_answers(buckets)  # first, and the log last: whatever comes in between finds nothing to write
+        self._positions.end(buckets)
+        self._judge.forget()
         self._counts["lost_buckets"] += len(buckets)
-        _logger.warning(
+        if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
+            self._purge()
+        _warn(
             "a relay has lost the leases of %s: others may send what it had in flight once more",
             counted(len(buckets), "bucket"),
         )
-        self._positions.end(buckets)
-        self._judge.forget()
-        self._done = [place for place in self._done if place[0] not in buckets]
-        self._done_later = [place for place in self._done_later if place[0] not in buckets]
-        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
-        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
-        if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
-            self._purge()
 
     def _purge(self) -> None:
         for flight in list(self._flights):
@@ -717,6 +730,10 @@ class Relay:
             and self._gate.may_send()
             and self._may_hand_over()
         )
+
+    def _has_room(self, failures: Collection[Failure]) -> bool:
+        # The database may refuse to move all that a broker refuses: then they would become more and more.
+        return len(failures) < self._batch_size * self._max_flights
 
     def _may_hand_over(self) -> bool:
         # A relay that was stopped in between must not send late: what it hands over has its outcome within the lease.
@@ -795,7 +812,8 @@ class Relay:
         return True
 
     def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
-        return {bucket: self._leases.tokens[bucket] for bucket in buckets}
+        # Who was interrupted when leases were lost may still have answers of theirs: no lease has the token 0.
+        return {bucket: self._leases.tokens.get(bucket, 0) for bucket in buckets}
 
     def _in_flight(self) -> set[Place]:
         """The rows that must not be sent now: in flight, or not written yet."""
@@ -900,24 +918,33 @@ class Relay:
             self._record_apart()
 
     def _record_apart(self) -> None:
-        """What is done first, then each failure alone: a row that the database lets nobody move stops no other."""
+        """What is done first, then failures by halves: a row that the database lets nobody move stops no other."""
         self._record(self._done, self._done_later, [], [])
         for is_due in (False, True):
-            while failures := self._failures_later if is_due else self._failures:
-                one = failures[:1]
-                try:
-                    self._record([], [], [] if is_due else one, one if is_due else [])
-                except RefusedWriteError as error:
-                    failures.append(failures.pop(0))  # the others have their turn first
-                    self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
-                    self._tell_of_refusal("move what a broker has refused", error)
-                    break
+            failures = self._failures_later if is_due else self._failures
+            if failures:
+                self._move(failures, is_due)
+
+    def _move(self, failures: list[Failure], is_due: bool) -> bool:
+        """Whether the database lets these be moved. The first one that it refuses is found by halves."""
+        try:
+            self._record([], [], [] if is_due else failures, failures if is_due else [])
+        except RefusedWriteError as error:
+            if len(failures) == 1:
+                waiting = self._failures_later if is_due else self._failures
+                waiting.append(waiting.pop(waiting.index(failures[0])))  # the others have their turn first
+                self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
+                self._tell_of_refusal("move what a broker has refused", error)
+                return False
+            half = len(failures) // 2
+            return self._move(failures[:half], is_due) and self._move(failures[half:], is_due)
+        return True
 
     def _tell_of_refusal(self, what: str, error: RefusedWriteError) -> None:
         now = monotonic()
         if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
             self._refusal_at = now
-            _logger.warning("a relay cannot %s, and tries again: %s", what, error)
+            _warn("a relay cannot %s, and tries again: %s", what, error)
 
     def _record(
         self,
@@ -1013,6 +1040,11 @@ class Relay:
                     return True
                 self._flag.wait(max(0.0, min(end, self._store_at) - now))
         return True
+
+
+def _warn(text: str, *arguments: object) -> None:
+    with contextlib.suppress(Exception):  # whatever a handler of logs does
+        _logger.warning(text, *arguments)
 
 
 def _never() -> bool:

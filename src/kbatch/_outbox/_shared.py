@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -109,13 +110,16 @@ class OwnRelay:
             thread.join(max(0.0, end - monotonic()))
 
     def _has_thread(self) -> bool:
-        return self._thread is not None and self._thread.ident is not None
+        # One that has died before its end was wanted is replaced.
+        thread = self._thread
+        return thread is not None and (thread.is_alive() or self._is_finishing or self._is_stopping)
 
     def _run(self) -> None:
         told_at: float | None = None
         while self._thread is threading.current_thread() and not self._is_stopping:
-            producer = self._prototype._twin()
+            producer: Producer | None = None
             try:
+                producer = self._prototype._twin()
                 with Relay(self._outbox, producer, close_timeout_s=self.close_timeout_s) as relay:
                     self._relay = relay
                     if self._is_finishing:
@@ -128,16 +132,19 @@ class OwnRelay:
                 now = monotonic()
                 if told_at is None or now - told_at >= _REMIND_EVERY_S:
                     told_at = now
-                    _logger.warning(
-                        "the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error)
-                    )
+                    with contextlib.suppress(Exception):  # whatever a handler of logs does
+                        _logger.warning(
+                            "the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error)
+                        )
                 if self._is_finishing:
                     return
                 if not self._is_stopping:
                     self._flag.wait(_BEGIN_AGAIN_S, interruptible=False)
             finally:
                 self._relay = None
-                producer._core.close(0.0)
+                if producer is not None:
+                    with contextlib.suppress(Exception):  # the next one is another
+                        producer._core.close(0.0)
 
 
 class SharedOutbox:

@@ -11,6 +11,7 @@ from kbatch._outbox._store import BUCKETS, KeptRow
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
+    from kbatch._outbox._sqlite_session import Run
     from kbatch._outbox._store import NewRow, Place, Position, Table
 
 __all__ = ["SqliteAdmin"]
@@ -66,8 +67,15 @@ class SqliteAdmin(SqliteSession):
 
     def delete(self, table: Table, places: Sequence[Place]) -> int:
         """As `OutboxAdmin.delete`."""
-        with self._changing():
-            return self._many(f"DELETE FROM {{{table}}} {_ROW}", places)
+        with self._writing() as run:
+            if table == "dead":
+                return self._many(f"DELETE FROM {{dead}} {_ROW}", places)
+            # First those that hold back no key, such as what is scheduled: relays need not look again.
+            others = self._many(f"DELETE FROM {{later}} {_ROW} AND key_hash IS NULL", places)
+            holding = self._many(f"DELETE FROM {{later}} {_ROW}", places)
+            if holding:
+                self._tell_relays(run)
+        return others + holding
 
     def replay(self, places: Sequence[Place], now_us: int) -> int:
         """As `OutboxAdmin.replay`."""
@@ -86,7 +94,7 @@ class SqliteAdmin(SqliteSession):
 
     def reschedule(self, places: Sequence[Place], due_at_ms: int) -> int:
         """As `OutboxAdmin.reschedule`."""
-        with self._changing():
+        with self._writing():
             return self._many(f"UPDATE {{later}} SET due_at = ? {_ROW}", [(due_at_ms, *place) for place in places])
 
     def _many(self, statement: str, rows: Sequence[tuple[object, ...]]) -> int:
@@ -96,4 +104,7 @@ class SqliteAdmin(SqliteSession):
     def _changing(self) -> Iterator[None]:
         with self._writing() as run:
             yield
-            run(self._tables.sql("UPDATE {meta} SET changes = changes + 1"))
+            self._tell_relays(run)
+
+    def _tell_relays(self, run: Run) -> None:
+        run(self._tables.sql("UPDATE {meta} SET changes = changes + 1"))

@@ -89,13 +89,10 @@ class SqliteStore(SqliteSession):
             relays = run(sql("SELECT count(*) FROM {relay}")).fetchone()[0]
             share = -(-BUCKETS // relays)
             self._give_up(run, owner, release)
-            leases = [
-                Lease(*found)
-                for found in run(
-                    sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND {lives}"), (owner,)
-                ).fetchall()
-            ]
+            # In this order: each statement has a time of its own, and a lease that runs out in between is not told.
             run(sql("UPDATE {lease} SET until = ?, length = ? WHERE owner = ? AND {lives}"), (until, length, owner))
+            renewed = run(sql("SELECT bucket, token FROM {lease} WHERE owner = ? AND until = ?"), (owner, until))
+            leases = [Lease(*found) for found in renewed.fetchall()]
             free = run(
                 sql("SELECT bucket, token, owner FROM {lease} WHERE owner IS NULL OR NOT {lives} ORDER BY bucket")
             ).fetchall()

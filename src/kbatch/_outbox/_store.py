@@ -234,8 +234,8 @@ class OutboxStore(Protocol):
         """
 
     def changes(self) -> int:
-        """Another number after others than relays have put rows back into the hot table, or have changed what waits in
-        `later`. What was read before must be looked at again."""
+        """Another number after others than relays have put rows back into the hot table, or have deleted rows of
+        `later` that held a key. What was read before must be looked at again."""
 
     def left(self) -> int:
         """0 if the outbox is empty but for the dead and what is scheduled for later, else a number of rows: all that
@@ -268,8 +268,9 @@ class OutboxWriter(Protocol):
 class OutboxAdmin(Protocol):
     """What those who look after an outbox ask of its database. One thread uses it.
 
-    Each method is one transaction; what it raises is an `OutboxError`. Each that changes something makes
-    `OutboxStore.changes` another number within its transaction, so that relays notice.
+    Each method is one transaction; what it raises is an `OutboxError`. One that puts rows into the hot table, or that
+    deletes rows that held a key, makes `OutboxStore.changes` another number within its transaction, so that relays
+    notice.
     """
 
     def page(

@@ -10,16 +10,15 @@ from kbatch._checks import check_close_timeout, check_timeout, check_topic
 from kbatch._errors import ConfigError, OutboxError, OutboxTimeoutError, SenderClosedError, type_name
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Flag, monotonic
+from kbatch._outbox._group import Waiting
 from kbatch._outbox._shared import OutboxUse
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import TracebackType
 
     from typing_extensions import Self
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._group import Waiting
     from kbatch._outbox._shared import DurableOutbox
 
 __all__ = ["BaseDurableSender", "DurableSender", "check_outbox"]
@@ -79,10 +78,9 @@ class BaseDurableSender:
         if self._closed:
             raise SenderClosedError("the sender is closed")
 
-    def _put(self, batch: MappedBatch, wake: Callable[[], object], timeout: float | None) -> Waiting:
-        waiting = self._shared.group.put(batch, wake, patient=timeout is not None)
+    def _put(self, waiting: Waiting) -> None:
         self._waiting[waiting] = None
-        return waiting
+        self._shared.group.put(waiting)
 
     def _pause(self, end: float | None) -> float:
         """Until somebody who waits looks again."""
@@ -115,11 +113,10 @@ class BaseDurableSender:
             possibly_persisted=True,
         )
 
-    def _leave(self, waiting: Waiting | None) -> None:
+    def _leave(self, waiting: Waiting) -> None:
         """The caller goes. What is in no transaction yet is not added."""
-        if waiting is not None:
-            waiting.withdraw()
-            self._waiting.pop(waiting, None)
+        waiting.withdraw()
+        self._waiting.pop(waiting, None)
 
     # -- blocking; kbatch.aio has them in a thread
 
@@ -132,7 +129,8 @@ class BaseDurableSender:
     def _await_answers(self, waiting: list[Waiting], end: float | None) -> int:
         """How many have none by then."""
         while True:
-            waiting = [each for each in waiting if not each.is_over and each in self._waiting]
+            # One that was interrupted when it had been withdrawn may still be there.
+            waiting = [each for each in waiting if not (each.is_over or each.is_withdrawn) and each in self._waiting]
             if not waiting or (end is not None and monotonic() >= end):
                 return len(waiting)
             threading.Event().wait(_LOOK_WHETHER_OVER_S)
@@ -235,10 +233,11 @@ class DurableSender(BaseDurableSender):
         if batch is None:
             return False
         done = Flag()
-        waiting = None
+        # Made before it is put: interrupted there, it is withdrawn.
+        waiting = Waiting(batch, done.set, patient=timeout is not None)
+        del batch  # else an error has it with this frame
         try:
-            waiting = self._put(batch, done.set, timeout)
-            del batch  # else an error has it with this frame
+            self._put(waiting)
             end = None if timeout is None else monotonic() + timeout
             while not self._is_answered(waiting, end):
                 done.wait(self._pause(end))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._checks import check_timeout
 from kbatch._fastmap import LoopWaker, monotonic
 from kbatch._loop import in_thread
+from kbatch._outbox._group import Waiting
 from kbatch._sending._durable import BaseDurableSender
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kbatch._fastmap import Envelope
-    from kbatch._outbox._group import Waiting
 
 __all__ = ["DurableSender"]
 
@@ -45,10 +45,11 @@ class DurableSender(BaseDurableSender):
             return False
         waker = LoopWaker()
         end = None if timeout is None else monotonic() + timeout
-        waiting = look = None
+        waiting = Waiting(batch, waker, patient=timeout is not None)
+        del batch  # else an error has it with this frame
+        look = None
         try:
-            waiting = self._put(batch, waker, timeout)
-            del batch  # else an error has it with this frame
+            self._put(waiting)
             look = _Look(self, waiting, waker, end)
             await waker.future
             self._answer(waiting, timeout)
