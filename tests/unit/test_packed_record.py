@@ -335,8 +335,8 @@ def test_a_signal_ends_a_long_batch_of_packed_records() -> None:
     with kbatch.Producer(mapping.NOWHERE) as producer:
         batch = PendingBatch(producer._core)
         try:
-            signal.setitimer(signal.ITIMER_REAL, 0.001)
             with pytest.raises(InterruptedError):
+                signal.setitimer(signal.ITIMER_REAL, 0.001)
                 producer._core.map_packed(batch, stored)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
