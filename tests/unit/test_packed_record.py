@@ -330,14 +330,17 @@ def test_a_signal_ends_a_long_batch_of_packed_records() -> None:
         outcomes.append(batch.outcomes)
         raise InterruptedError
 
+    def map_with_a_signal(producer: kbatch.Producer, batch: PendingBatch) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
+        producer._core.map_packed(batch, stored)
+
     stored = long_packed()
     before = signal.signal(signal.SIGALRM, interrupt)
     with kbatch.Producer(mapping.NOWHERE) as producer:
         batch = PendingBatch(producer._core)
         try:
             with pytest.raises(InterruptedError):
-                signal.setitimer(signal.ITIMER_REAL, 0.001)
-                producer._core.map_packed(batch, stored)
+                map_with_a_signal(producer, batch)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
