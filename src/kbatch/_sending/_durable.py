@@ -262,8 +262,8 @@ class DurableSender(BaseDurableSender):
         called again.
 
         If it is the last sender of the outbox that has a relay of its own, that relay sends within the same time what
-        is in the outbox, but for what waits or is scheduled, and ends. When no broker answers, or when the time is
-        over, what it has not sent stays in the outbox, for the next relay.
+        is in the outbox, but for what waits or is scheduled, and ends. When no broker answers, the database fails, or
+        the time is over, what it has not sent stays in the outbox, for the next relay.
 
         Args:
             timeout: Seconds; ``None`` is the ``close_timeout_s``. Whoever still waits then for a transaction to begin
