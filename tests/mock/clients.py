@@ -2,6 +2,7 @@
 
 import asyncio
 import sysconfig
+import threading
 import time
 from collections import defaultdict
 from typing import NamedTuple
@@ -43,6 +44,12 @@ def produce(bootstrap_servers: str, topic: str, messages: list[dict], **config) 
         producer.produce(topic, on_delivery=on_delivery, **message)
         producer.poll(0)
     assert producer.flush(30) == 0
+    # librdkafka may wait for ever for its broker's thread, once in thousands of times, after a connection was cut.
+    last = [producer]
+    del producer
+    end = threading.Thread(target=last.clear, daemon=True)
+    end.start()
+    end.join(20)
     return outcomes
 
 
