@@ -38,6 +38,15 @@ SENDERS: weakref.WeakSet[_Sender] = weakref.WeakSet()
 CORES: weakref.WeakSet[Core] = weakref.WeakSet()
 
 
+def _listed(items: weakref.WeakSet[_T]) -> list[_T]:
+    """Threads that still run may add to them meanwhile."""
+    while True:
+        try:
+            return list(items)
+        except RuntimeError:
+            continue
+
+
 def _each(items: list[_T], call: Callable[[_T], object]) -> None:
     for item in items:
         with contextlib.suppress(Exception):  # the interpreter is ending; there is nobody to tell
@@ -51,7 +60,7 @@ def _seconds_until(end: float) -> float:
 @atexit.register
 def _close_all() -> None:
     end = monotonic() + _TIMEOUT_S
-    senders = list(SENDERS)
+    senders = _listed(SENDERS)
     try:
         _each(senders, lambda sender: sender._drain(0))  # all of them send at once
         _each(senders, lambda sender: sender._drain(_seconds_until(end)))
@@ -60,8 +69,8 @@ def _close_all() -> None:
     _each(senders, lambda sender: sender._begin_end())
     told = monotonic() + _LAST_WORDS_S
     _each(senders, lambda sender: sender._await_end(told))
-    _each(list(CORES), lambda core: core.close(_seconds_until(end)))
-    _each(list(CORES), lambda core: core.undelivered.log_all(reachable=True))
+    _each(_listed(CORES), lambda core: core.close(_seconds_until(end)))
+    _each(_listed(CORES), lambda core: core.undelivered.log_all(reachable=True))
 
 
 def _end_multiprocessing_child() -> None:
@@ -71,11 +80,11 @@ def _end_multiprocessing_child() -> None:
         _close_all()
         return
     end = monotonic() + _TIMEOUT_S
-    senders = list(SENDERS)
+    senders = _listed(SENDERS)
     _each(senders, lambda sender: sender._flush(0))
     _each(senders, lambda sender: sender._flush(_seconds_until(end)))
-    _each(list(CORES), lambda core: core.flush(_seconds_until(end)))
-    _each(list(CORES), lambda core: core.undelivered.log_all())
+    _each(_listed(CORES), lambda core: core.flush(_seconds_until(end)))
+    _each(_listed(CORES), lambda core: core.undelivered.log_all())
 
 
 _finalized_pid = 0

@@ -1021,8 +1021,8 @@ MUTANTS = (
     Mutant(
         "a clock that a test has frozen stops a sender",
         "Flights.send",
-        "queue.settled(flight, failures, monotonic(), again=not gate.closed)",
-        "queue.settled(flight, failures, __import__('time').monotonic(), again=not gate.closed)",
+        "queue.settled(flight, failures, monotonic(), again=again)",
+        "queue.settled(flight, failures, __import__('time').monotonic(), again=again)",
         "tests/unit/test_frozen_clock.py",
     ),
     Mutant(
@@ -2610,5 +2610,26 @@ MUTANTS = (
         "            if screen.loss is not None:\n                break\n",
         "",
         "tests/mock/test_cli_receiving.py",
+    ),
+    Mutant(
+        "a clock that is set back ends a sender",
+        "_verdict",
+        "if isinstance(error, NotYetDueError) or spares_brokers(error)",
+        "if spares_brokers(error)",
+        "tests/unit/test_sending_agent.py",
+    ),
+    Mutant(
+        "a clock that jumps ahead makes old what was never tried",
+        "SendQueue._call_all_scheduled",
+        "max(entry.accepted_at, now - (wall - due))",
+        "now - (wall - due)",
+        "tests/unit/test_send_queue.py",
+    ),
+    Mutant(
+        "an event loop waits for itself to call a callback",
+        "LoopCalls.call",
+        "if _runs_here(loop):",
+        "if False:",
+        "tests/unit/test_sender_callbacks.py",
     ),
 )

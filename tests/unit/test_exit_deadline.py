@@ -1,5 +1,6 @@
 """The end of the interpreter has one deadline for all senders and producers; on a clock of its own."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -54,6 +55,24 @@ def test_senders_that_never_end_share_the_time(calls: list[tuple[str, float]]) -
         *[("await_end", _exit._LAST_WORDS_S), ("await_end", 0), ("await_end", 0)],
         *[("close", 0)] * 2,
     ]
+
+
+def test_a_thread_that_makes_a_sender_meanwhile_keeps_none_from_its_end(
+    calls: list[tuple[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Changing(list[Any]):
+        looks = 0
+
+        def __iter__(self) -> Iterator[Any]:
+            self.looks += 1
+            if self.looks == 1:
+                raise RuntimeError("Set changed size during iteration")
+            return super().__iter__()
+
+    for name in ("SENDERS", "CORES"):
+        monkeypatch.setattr(_exit, name, Changing(getattr(_exit, name)))
+    _exit._close_all()
+    assert [name for name, _ in calls] == ["drain"] * 6 + ["begin_end"] * 3 + ["await_end"] * 3 + ["close"] * 2
 
 
 def test_those_of_a_child_of_multiprocessing_do_too(

@@ -762,6 +762,16 @@ def test_what_is_due_grows_old_while_nothing_is_sent() -> None:
     assert queue.oldest() is None
 
 
+def test_a_clock_that_jumps_ahead_makes_nothing_older_than_it_is() -> None:
+    queue = make_queue(RetryPolicy(max_age_s=60))
+    batch = Batch([Envelope(data=b"", scheduled_time=at(WALL + 60))], scheduled=True)
+    assert queue.take(batch, NOW, WALL) is None
+    flight = queue.next_flight(NOW + 1, WALL + 3600)
+    assert flight is not None
+    assert list(flight.seqs) == [0]
+    assert queue.ended == []
+
+
 # -- transactions
 
 

@@ -12,6 +12,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, aio
+from kbatch.aio._batched import LoopCalls
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
@@ -292,3 +293,45 @@ def test_what_came_by_try_send_from_a_thread_first_is_told_on_the_loop_that_come
         await sender.close()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_a_callbacks_task_that_cannot_be_made_holds_nothing_up() -> None:
+    """Its envelope is told otherwise, and the callbacks go on."""
+    told: list[Any] = []
+
+    async def on_failed(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
+        told.append(envelope.message)
+
+    async def run() -> None:
+        refused = [1]
+
+        def make(loop: Any, coroutine: Any, **more: Any) -> Any:
+            if refused[0] and coroutine.__qualname__.startswith("LoopCalls.call"):
+                refused[0] -= 1
+                raise MemoryError
+            return asyncio.Task(coroutine, loop=loop, **more)
+
+        asyncio.get_running_loop().set_task_factory(make)
+        async with AioMemoryProducer() as producer:
+            agent = aio.SendingAgent(producer, "orders", on_failed=on_failed)
+            async with aio.BatchedSender(agent, batch_timeout_ms=0) as sender:
+                await sender.send(Envelope(UNMAPPABLE))
+                with pytest.raises(kbatch.UndeliveredError):  # which on_failed was not told of
+                    await sender.flush(20)
+                assert len(agent.recent_failures) == 1
+                await sender.send(Envelope(UNMAPPABLE))
+                assert await sender.flush(20) == 0
+        assert refused == [0]
+        assert len(told) == 1
+
+    asyncio.run(run())
+
+
+def test_a_loop_does_not_wait_for_itself_when_no_thread_can_be_had() -> None:
+    async def run() -> None:
+        calls = LoopCalls()
+        calls.loop = asyncio.get_running_loop()
+        with pytest.raises(RuntimeError, match="no thread"):
+            calls.call(print)
+
+    asyncio.run(run())

@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
@@ -375,3 +375,84 @@ def test_a_start_that_fails_leaves_the_thread_that_a_handler_has_started(monkeyp
         sender.send(Envelope("another"))
         assert sender.close() == 0
     assert [each.message for each in producer.envelopes] == ["handler's", "another"]
+
+
+@pytest.mark.parametrize("jumps_at_once", [False, True])
+def test_a_clock_that_is_set_back_after_an_envelope_was_due_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, jumps_at_once: bool
+) -> None:
+    """The sender's thread sees it due, and the mapper does not."""
+    ahead_s = [10.0 if jumps_at_once else 0.0]
+    monkeypatch.setattr("kbatch._sending._send_loop.wall_time", lambda: time.time() + ahead_s[0])
+    with MemoryProducer() as producer:
+        changes: list[Any] = []
+        agent = SendingAgent(
+            producer, "orders", failures_to_open=1, on_state_change=lambda *states: changes.append(states)
+        )
+        with kbatch.BatchedSender(agent, batch_timeout_ms=0) as sender:
+            due = datetime.now(timezone.utc) + timedelta(seconds=2)
+            sender.send(Envelope(1, scheduled_time=due))
+            if not jumps_at_once:
+                until(lambda: sender.stats()["scheduled"] == 1, "it waits")
+                ahead_s[0] = 10.0
+                agent._gate.flag.set()
+            until(lambda: isinstance(agent.last_error, kbatch.NotYetDueError), "it was refused")
+            ahead_s[0] = 0.0
+            until(lambda: sender.stats()["acked"] == 1, "it is sent when it is due")
+        assert (changes, agent._gate.death) == ([], None)
+        assert [record.value() for record in producer.records] == [b"1"]
+
+
+def test_a_batch_that_the_producer_does_not_take_counts_as_a_failure_that_is_told() -> None:
+    failures = [2]
+
+    def header_hook() -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise LookupError("no request")
+
+    policy = kbatch.RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.01)
+    with MemoryProducer(header_hook=header_hook) as producer:
+        agent = SendingAgent(producer, "orders", retry=policy)
+        with kbatch.BatchedSender(agent, batch_timeout_ms=0) as sender:
+            sender.send(Envelope(1))
+            assert sender.flush(20) == 0
+        assert "no request" in str(agent.last_error)
+        assert (sender.stats()["retried"], sender.stats()["acked"]) == (2, 1)
+
+
+def test_a_line_of_the_log_for_which_there_is_no_memory_ends_no_sender() -> None:
+    with MemoryProducer() as producer:
+        agent = SendingAgent(producer, "orders")
+
+        def no_memory(*_: Any) -> None:
+            raise MemoryError
+
+        agent._calls.put = no_memory  # type: ignore[method-assign]
+        agent._calls.log(30, "a line")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_fails_tells_what_waits_whatever_else_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    crash = SendLoop._crash
+
+    def without_memory(loop: Any, error: BaseException) -> None:
+        def no_memory(*_: Any, **__: Any) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(loop._calls, "log", no_memory)
+        crash(loop, error)
+
+    def fails(loop: Any) -> float:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(SendLoop, "_crash", without_memory)
+    with MemoryProducer() as producer:
+        agent = SendingAgent(producer, "orders", on_failed=lambda envelope, _: told.append(envelope.message))
+        with kbatch.BatchedSender(agent, batch_timeout_ms=60_000) as sender:
+            for n in range(3):
+                sender.send(Envelope(n))
+            monkeypatch.setattr(SendLoop, "_step", fails)
+            agent._gate.flag.set()
+            until(lambda: sorted(told) == [0, 1, 2], "they are told")

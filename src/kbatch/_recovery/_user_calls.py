@@ -43,7 +43,8 @@ class UserCalls:
     def log(self, level: int, text: str, *arguments: object, exc_info: BaseException | None = None) -> None:
         """Logs within these calls: a handler may send by this very sender, and wait for room."""
         if not self.are_of_caller():
-            self.put(_log, level, text, arguments, exc_info)
+            with contextlib.suppress(Exception):  # no memory, no thread: a line of the log is no reason to end
+                self.put(_log, level, text, arguments, exc_info)
             return
         with contextlib.suppress(BaseException):  # whatever a handler raises
             _log(level, text, arguments, exc_info)

@@ -248,10 +248,12 @@ class BaseSendingAgent:
             self._gate.close()
             first, self._released = not self._released, True
         if first:
-            # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
-            self._handle.release(timeout)
-            self._news.append(self._give_up_flights)
-            self._gate.flag.set()
+            try:
+                # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
+                self._handle.release(timeout)
+            finally:
+                self._news.append(self._give_up_flights)
+                self._gate.flag.set()
 
     def _give_up_flights(self) -> None:
         assert self._send_loop is not None

@@ -101,8 +101,12 @@ class Flights:
                 reason = SenderError(f"the producer could not take the batch: {named_exception_text(error)}")
                 reason.__cause__ = error
             gate.note("nothing", flight.trial, monotonic())
+            gate.last_error = reason
             failures = [(index, reason) for index in range(len(flight.envelopes))]
-            queue.settled(flight, failures, monotonic(), again=not gate.closed)
+            ended, again = len(queue.ended), not gate.closed
+            queue.settled(flight, failures, monotonic(), again=again)
+            if again:
+                self._counts["retried"] += len(failures) - (len(queue.ended) - ended)
 
     def _on_settled(
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
@@ -175,7 +179,8 @@ def _verdict(flight: Flight, acked: int, failures: list[tuple[int, KbatchError]]
         return "succeeded"
     guilt = has_culprit([error for _, error in failures])
     for index, error in failures:
-        if spares_brokers(error) or (guilt and is_abort(error)):
+        # A clock that was set back refuses what was due, and never failed.
+        if isinstance(error, NotYetDueError) or spares_brokers(error) or (guilt and is_abort(error)):
             continue
         entry = None if flight.entries is None else flight.entries[index]
         if entry is None:

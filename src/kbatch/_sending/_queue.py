@@ -612,7 +612,8 @@ class SendQueue:
     def _call_all_scheduled(self, now: float, wall: float) -> None:
         while self._scheduled and self._scheduled[0][0] <= wall:
             due, _, entry = heapq.heappop(self._scheduled)
-            entry.accepted_at = now - (wall - due)  # its age counts from when it could be sent
+            # Its age counts from when it could be sent. A clock that jumped ahead makes it no older than it is.
+            entry.accepted_at = max(entry.accepted_at, now - (wall - due))
             self._call_scheduled(self._opened(entry))
 
     def _line_up_ready(self) -> None:

@@ -224,13 +224,15 @@ class SendLoop:
     def _crash(self, error: BaseException) -> None:
         """After a defect, or without memory: nothing is taken any more, and as far as possible all is told."""
         self._gate.death = ProducerError(f"a sender's thread failed: {type_name(error)}")
-        if self._buffer is not None:
-            self._buffer._stop_accepting()
         with contextlib.suppress(BaseException):
-            self._calls.log(logging.CRITICAL, "a sender's thread failed; nothing more is sent", exc_info=error)
+            if self._buffer is not None:
+                self._buffer._stop_accepting()
+        with contextlib.suppress(BaseException):
             self.endings.end_all_that_wait()
             self.endings.see_off(monotonic(), wall_time())
             self._wake_watchers()
         with contextlib.suppress(BaseException):
             self.flights.give_up()
             self.endings.see_off(monotonic(), wall_time())
+        with contextlib.suppress(BaseException):
+            self._calls.log(logging.CRITICAL, "a sender's thread failed; nothing more is sent", exc_info=error)

@@ -49,6 +49,8 @@ class LoopCalls(UserCalls):
         loop = self.loop
         if loop is None:
             raise RuntimeError("no event loop for the callback: nothing was awaited on one yet")
+        if _runs_here(loop):  # it would wait for itself
+            raise RuntimeError("no thread to call the callback from could be had")
         ended = threading.Event()
         errors: list[Exception] = []
 
@@ -70,8 +72,15 @@ class LoopCalls(UserCalls):
         coroutine = run()
 
         def start() -> None:
-            self._task = loop.create_task(coroutine)
-            self._task.add_done_callback(has_ended)
+            try:
+                self._task = loop.create_task(coroutine)
+                self._task.add_done_callback(has_ended)
+            except BaseException as error:  # no memory, or a task factory of the application
+                coroutine.close()
+                errors.append(RuntimeError(f"no task could be made for the callback: {named_exception_text(error)}"))
+                ended.set()
+                if not isinstance(error, Exception):
+                    raise
 
         def has_ended(_: asyncio.Task[None]) -> None:
             if not ended.is_set():  # cancelled before its first step
@@ -89,6 +98,13 @@ class LoopCalls(UserCalls):
                 raise RuntimeError("the event loop was closed before the callback had ended")
         if errors:
             raise errors.pop()  # this frame is in its traceback
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return running_loop() is loop
+    except RuntimeError:
+        return False
 
 
 class SendingAgent(AioAnsweringSender, BaseSendingAgent):
