@@ -388,7 +388,7 @@ def test_an_exception_at_any_line_of_its_thread_leaves_no_caller_without_an_answ
             if injector.place is None:
                 ended(group)
                 break
-            # On a slow machine what came before was one group, so that it dies only now; it refuses who comes meanwhile.
+            # On a slow machine what came before was one group: it dies only now, and refuses who comes meanwhile.
             until(lambda group=group: added(group, 10) == [None], f"what comes after {injector.place}")  # type: ignore[misc]
             ended(group)
             places += 1
