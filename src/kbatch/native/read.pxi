@@ -561,9 +561,9 @@ def read_envelope(record, *, wire="kbatch"):
 
     The value is the envelope's ``data``, not decoded. Headers of the format are its fields (of several with one name
     the last, as Kafka has it), all others its ``headers``, as bytes, in order. A header whose name is empty, or has a
-    NUL character, is read, and refused when the envelope is sent on; ``raw`` sends an empty one. Topic, partition and timestamp are the
-    record's: to send it somewhere else, change them with `Envelope.replace`. A record without an id gets one made of
-    its topic, partition and offset, the same each time that it is read.
+    NUL character, is read, and refused when the envelope is sent on; ``raw`` sends an empty one. Topic, partition and
+    timestamp are the record's: to send it somewhere else, change them with `Envelope.replace`. A record without an id
+    gets one made of its topic, partition and offset, the same each time that it is read.
 
     A null value is a `Tombstone`, with the id, ``sent-at`` and timestamp of the record; if the record names a message
     type, or has no key to delete, it is an envelope whose message is ``None``, and which is sent on with a null value.
