@@ -67,7 +67,8 @@ class _Database:
             count -= SEED
 
     def settle(self, prefix: str) -> None:
-        """What autovacuum would do after so many rows."""
+        """What autovacuum and the checkpointer do after so many rows. Else the first statements that change a page
+        write all of it into the log, and only those that find it changed already do not."""
         with _connected(self.conninfo, autocommit=True) as connection:
             connection.execute(f"VACUUM (ANALYZE) {prefix}outbox")
             connection.execute("CHECKPOINT")
@@ -136,7 +137,7 @@ class _Relays:
 
 
 def backlogs(turns: int, sizes: Sequence[int], open_broker: OpenBroker) -> Iterator[Section]:
-    """Each backlog is in an outbox of its own. What a turn took is put back after it."""
+    """Each backlog is in an outbox of its own. What a turn took is put back after it, and the outbox is settled."""
     with _database(open_broker) as opened:
         if opened is None:
             return
@@ -151,11 +152,11 @@ def backlogs(turns: int, sizes: Sequence[int], open_broker: OpenBroker) -> Itera
             database.make(f"of{size}_")
             with _connected(database.conninfo) as connection:
                 database.insert(connection, f"of{size}_", size)
-            database.settle(f"of{size}_")
         section.notes.append(f"the outboxes were filled in {time.perf_counter() - began:.0f} s")
         rates: dict[int, list[float]] = {size: [] for size in sizes}
         for turn in range(turns + 1):
             for size in sizes:
+                database.settle(f"of{size}_")
                 rate = _first_rows(database, f"of{size}_", broker)
                 if turn:  # the first warms up
                     rates[size].append(rate)

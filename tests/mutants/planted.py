@@ -1563,6 +1563,20 @@ MUTANTS = (
         "tests/unit/test_outbox_positions.py",
     ),
     Mutant(
+        "buckets are read by turns alone",
+        "Positions.floors",
+        "*sorted(known, key=floors.__getitem__)",
+        "*known[first:], *known",
+        "tests/unit/test_outbox_positions.py",
+    ),
+    Mutant(
+        "the same buckets come first each time",
+        "Positions.floors",
+        "self._first + _BY_TURNS\n",
+        "self._first\n",
+        "tests/unit/test_outbox_positions.py",
+    ),
+    Mutant(
         "what is in flight is read again",
         "Positions._filtered",
         "                if (bucket, seq) in known:\n",

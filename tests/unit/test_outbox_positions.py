@@ -1,5 +1,8 @@
 """What a relay reads next: nothing twice, nothing left out, nothing of a key that is held."""
 
+import random
+from bisect import bisect
+
 from kbatch._outbox._positions import Positions
 from kbatch._outbox._store import DueRow, HeldKey, Reading
 
@@ -160,12 +163,45 @@ def test_a_damaged_row_is_held_by_nobody() -> None:
     assert [row[1] for row in sent] == [2]
 
 
-def test_each_reading_begins_with_another_bucket() -> None:
+def test_each_reading_begins_with_other_buckets() -> None:
+    buckets = range(16)
+    positions = begun(*buckets)
+    orders = [list(positions.floors(buckets)) for _ in range(8)]
+    assert all(sorted(order) == list(buckets) for order in orders)
+    assert sorted(bucket for order in orders for bucket in order[:4]) == sorted([*buckets, *buckets])
     positions = begun(1, 2, 3)
     firsts = [next(iter(positions.floors([1, 2, 3]))) for _ in range(6)]
     assert sorted(firsts) == [1, 1, 2, 2, 3, 3]
     assert list(positions.floors([1, 9])) == [1]
     assert positions.floors([]) == {}
+
+
+def test_then_come_the_buckets_that_are_furthest_behind() -> None:
+    buckets = range(16)
+    positions = begun(*buckets)
+    floors = {bucket: 1 + 7 * bucket % 16 for bucket in buckets}
+    positions.taken(Reading([], floors, set()), set)
+    for _ in range(5):
+        order = positions.floors(buckets)
+        assert order == floors
+        assert list(order)[4:] == sorted(list(order)[4:], key=floors.__getitem__)
+
+
+def test_buckets_of_unlike_sizes_are_read_side_by_side() -> None:
+    owners = [random.Random(seq).choice((*range(16), *range(8))) for seq in range(40_000)]
+    numbers = {bucket: [seq for seq, owner in enumerate(owners, 1) if owner == bucket] for bucket in range(16)}
+    positions = begun(*numbers)
+    for _ in range(100):  # 200 rows, 20 of a bucket, as a store does it
+        floors, left = {}, 200
+        for bucket, floor in positions.floors(numbers).items():
+            at = bisect(numbers[bucket], floor)
+            found = numbers[bucket][at : at + min(20, left)]
+            floors[bucket], left = found[-1], left - len(found)
+            if not left:
+                break
+        positions.taken(Reading([], floors, set()), set)
+    lowest, *_, highest = sorted(positions.floors(numbers).values())
+    assert lowest > 0.9 * highest
 
 
 def test_a_bucket_that_comes_back_is_read_from_its_beginning() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ __all__ = ["Positions"]
 
 
 _ALL = 2**63
+_BY_TURNS = 4
 
 
 class _Held:
@@ -71,12 +73,19 @@ class Positions:
             self._of.pop(bucket, None)
 
     def floors(self, buckets: Collection[int]) -> dict[int, int]:
-        """The floors of buckets, beginning with another one each time, so that none waits behind a full one."""
-        known = [bucket for bucket in buckets if bucket in self._of]
-        if not known:
+        """The floors of buckets, in the order in which they are to be read.
+
+        The first few are others each time, so that none waits for long behind full ones. Then come those whose floors
+        are lowest: the oldest rows first. So buckets of unlike sizes are read side by side, and what is read and
+        deleted together lies on few pages.
+        """
+        floors = {bucket: self._of[bucket].floor for bucket in buckets if bucket in self._of}
+        if not floors:
             return {}
-        self._first = (self._first + 1) % len(known)
-        return {bucket: self._of[bucket].floor for bucket in known[self._first :] + known[: self._first]}
+        known = list(floors)
+        first, self._first = self._first % len(known), self._first + _BY_TURNS
+        by_turns = itertools.islice(itertools.cycle(known), first, first + min(_BY_TURNS, len(known)))
+        return {bucket: floors[bucket] for bucket in (*by_turns, *sorted(known, key=floors.__getitem__))}
 
     def taken(self, reading: Reading, in_flight: Callable[[], Collection[Place]]) -> list[StoredRow]:
         """Learns what was read. The rows that are to be sent: not in flight, and behind no row of their key that waits
