@@ -1316,6 +1316,13 @@ MUTANTS = (
         "tests/unit/test_gate.py",
     ),
     Mutant(
+        "a producer whose closing was interrupted is never closed",
+        "ProducerHandle._release",
+        "            closing = () if self._users else tuple(self._closing)\n",
+        "            closing, self._closing = () if self._users else tuple(self._closing), []\n",
+        "tests/unit/test_shared_producers.py",
+    ),
+    Mutant(
         "a closed producer ends its senders though another took its place",
         "ProducerHandle.fate",
         "replaced = self.producer is not producer and",
@@ -1324,8 +1331,8 @@ MUTANTS = (
     ),
     Mutant(
         "a sender that was never used keeps its producer",
-        "BaseSendingAgent.__del__",
-        "            self._handle.forget()\n",
+        "ProducerUse.__del__",
+        "            handle._users.discard(self._user)\n",
         "            pass\n",
         "tests/unit/test_forgotten_senders.py",
     ),
