@@ -1316,6 +1316,13 @@ MUTANTS = (
         "tests/unit/test_gate.py",
     ),
     Mutant(
+        "events behind a callback that hangs become more and more",
+        "_Events.put",
+        "self._callbacks.waiting >= most_waiting",
+        "self._callbacks.waiting < 0",
+        "tests/mock/test_event_callbacks_served.py",
+    ),
+    Mutant(
         "a producer whose closing was interrupted is never closed",
         "ProducerHandle._release",
         "            closing = () if self._users else tuple(self._closing)\n",
