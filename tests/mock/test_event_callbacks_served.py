@@ -277,4 +277,3 @@ def test_what_has_no_room_behind_a_callback_that_hangs_is_dropped_and_counted(
     assert [number for (number,) in others.arguments] == list(range(20))
     (line, *_) = [record.getMessage() for record in caplog.records if "had no room" in record.getMessage()]
     assert re.fullmatch(r"[\d,]+ events? of librdkafka had no room behind slow callbacks and were dropped", line)
-
