@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "an inline sender closes in the producer's time and not in its own",
         "_close",
-        "handle.release(self._close_timeout if timeout is None else timeout)",
-        "handle.release(timeout)",
+        "self._use.release(self._close_timeout if timeout is None else timeout)",
+        "self._use.release(timeout)",
         "tests/mock/test_inline_sender.py",
     ),
     # -- delivery reports
