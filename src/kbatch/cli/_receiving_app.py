@@ -35,7 +35,11 @@ From = Annotated[
 ]
 Until = Annotated[
     str,
-    typer.Option("--until", metavar="POINT", help="The same: what is there is left out. By default what is there now."),
+    typer.Option(
+        "--until",
+        metavar="POINT",
+        help="end, an offset, an age or a time: what is there is left out. By default what is there now.",
+    ),
 ]
 Partition = Annotated[int | None, typer.Option(min=0, help="Only this partition.")]
 Key = Annotated[str | None, typer.Option("--key", "-k", help="Only records with this key.")]
