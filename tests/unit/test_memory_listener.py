@@ -64,10 +64,29 @@ def test_keys_are_in_order_while_one_is_tried_again_and_others_go_on(send: Any) 
             raise ValueError
 
     envelopes = [Envelope(Order(0), key="a"), Envelope(Order(1), key="a"), Envelope(Order(2), key="b")]
-    outcomes, listener = send(handle, *envelopes, types={"Order": Order})
+    outcomes, listener = send(handle, *envelopes, types={"Order": Order}, concurrency=2)
     assert [(each.outcome, each.attempts) for each in outcomes] == [("handled", 3), ("handled", 1), ("handled", 1)]
     assert seen == [(b"a", 0), (b"b", 2), (b"a", 0), (b"a", 0), (b"a", 1)]
     assert listener.stats() == {"attempts_failed": 2, "to_retry": 0, "dead": 0}
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "order"), [(None, ["bad", "bad", "other", None]), (2, ["bad", "other", None, "bad"])]
+)
+def test_by_default_all_of_a_partition_wait_for_a_record_that_is_tried_again(
+    send: Any, concurrency: int | None, order: list[str | None]
+) -> None:
+    seen: list[bytes | None] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append(envelope.key)
+        if seen == [b"bad"]:
+            raise ValueError
+
+    options = {} if concurrency is None else {"concurrency": concurrency}
+    outcomes, _ = send(handle, *(Envelope({}, key=key) for key in ("bad", "other", None)), **options)
+    assert [each.outcome for each in outcomes] == ["handled"] * 3
+    assert seen == [None if key is None else key.encode() for key in order]
 
 
 def test_what_fails_goes_through_the_retry_topics_to_the_dead_letters(send: Any) -> None:
