@@ -287,7 +287,7 @@ def test_consume_follows_until_it_is_interrupted(cluster: MockCluster, topic: st
     [
         (("consume", "t"), "no broker is named"),
         (("consume", "t", "--from", "soon"), "--from takes beginning, end, an offset, an age"),
-        (("consume", "t", "--group", "g", "--from", "soon"), "--from takes beginning, end, committed, an offset, an age"),
+        (("consume", "t", "--group", "g", "--from", "soon"), "--from takes beginning, end, committed, an offset"),
         (("consume", "t", "--until", "beginning"), "--until takes end, an offset"),
         (("consume", "t", "--group", "g", "--until", "committed"), "--until takes end, an offset"),
         (("consume", "t", "--until", "soon"), "--until takes end, an offset"),

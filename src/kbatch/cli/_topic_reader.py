@@ -48,7 +48,8 @@ def _point(option: str, text: str, *names: str) -> tuple[str, int]:
             at = at.replace(tzinfo=datetime.timezone.utc)
         return "time", int(at.timestamp() * 1000)
     raise Failure(
-        f"{option} takes {', '.join(names)}, an offset, an age (90s, 15m, 2h, 7d) or a time (2026-11-30T08:00:00Z)", USAGE
+        f"{option} takes {', '.join(names)}, an offset, an age (90s, 15m, 2h, 7d) or a time (2026-11-30T08:00:00Z)",
+        USAGE,
     )
 
 
