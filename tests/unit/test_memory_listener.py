@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import sqlite3
 from typing import Any
 
@@ -135,6 +136,21 @@ def test_what_cannot_be_decoded_is_dead_at_once(send: Any) -> None:
     (outcome,), _ = send(called.append, envelope, types={"Order": Order}, dead_letter_topic="dead", retry_topics=[5])
     assert (outcome.outcome, outcome.attempts, called) == ("dead", 1, [])
     assert isinstance(outcome.errors[0], kbatch.DeserializationError)
+
+
+@pytest.mark.parametrize("wire", ["raw", "kbatch"])
+def test_a_record_that_names_no_type_has_the_type_bytes(send: Any, wire: str) -> None:
+    seen: list[Any] = []
+    for types in ({"Order": Order}, {"bytes": Order}):
+        send(lambda envelope: seen.append(envelope.message), Envelope(data=b'{"number":7}'), types=types, wire=wire)
+    assert seen == [msgspec.UNSET, Order(7)]
+
+
+def test_what_is_scheduled_is_handed_out_at_once(send: Any) -> None:
+    later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
+    seen: list[Any] = []
+    send(lambda envelope: seen.append(envelope.scheduled_time), Envelope({}, scheduled_time=later))
+    assert seen == [later]
 
 
 def test_a_database_that_never_answers_ends_no_test_and_no_record(send: Any) -> None:
