@@ -152,8 +152,8 @@ cdef class Envelope:
         id: By default a new UUID version 7.
         message_type: By default the message class's ``__message_type__``, else its qualified name; ``bytes`` with
             ``data``.
-        content_type: By default ``application/json`` or ``application/msgpack`` if the producer encodes with msgspec,
-            else ``application/octet-stream``, as with ``data``.
+        content_type: By default what the producer's encoder writes. One of msgspec writes ``application/json`` or
+            ``application/msgpack``; another one, and ``data``, have ``application/octet-stream``.
         source: By default the producer's.
         correlation_id, conversation_id, parent_id, tenant_id, user_name: Text that travels as headers;
             ``conversation_id`` may be a ``uuid.UUID``.
