@@ -105,7 +105,8 @@ class Relay:
             must be idempotent with ``acks=all``, without a ``transactional.id``. With a ``config``,
             ``delivery.timeout.ms`` is 30,000 by default.
         retry: When a record that was refused is sent again, and when no more. By default 20 attempts, at most a minute
-            apart. It has no ``max_age_s``: give envelopes a ``deliver_by``.
+            apart; a `RetryPolicy` that is given has its own defaults, with pauses of at most 10 seconds. It has no
+            ``max_age_s``: give envelopes a ``deliver_by``.
         batch_size, max_in_flight_batches: How many records are sent together, and how often at a time. With `fencing`
             it is one batch at a time, whatever the second says.
         strict_order: At most one record of a key is in flight, so that none overtakes another of its key, also when a
@@ -248,6 +249,7 @@ class Relay:
         Raises:
             OutboxError: At its start, the outbox cannot be opened.
             SenderClosedError: The relay is closed, or its producer cannot send any more and cannot be replaced.
+            ConfigError: librdkafka refuses the configuration, which shows at the first use.
             RuntimeError: It runs already.
         """
         self._run(until_empty=False, end=None, given_up=_never)
@@ -267,7 +269,7 @@ class Relay:
         Raises:
             OutboxError: At its start, the outbox cannot be opened; or at its end, the database does not answer how many
                 records are left.
-            SenderClosedError: As for `run`.
+            SenderClosedError, ConfigError: As for `run`.
             RuntimeError: It is called within `run`, as by a signal handler.
         """
         return self._drain(timeout, _never)

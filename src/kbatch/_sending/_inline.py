@@ -135,6 +135,7 @@ class InlineSender(BaseInlineSender):
             NotYetDueError: Its ``scheduled_time`` is in the future. Nothing was sent.
             BatchPendingError: `timeout` has passed. The error carries what is pending, which goes on.
             SenderClosedError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent.
+            ConfigError: librdkafka refuses the configuration, which shows at the first use.
         """
         if self._closed:
             self._refuse()
