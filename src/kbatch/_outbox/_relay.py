@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import os
 import socket
 import threading
@@ -25,6 +24,7 @@ from kbatch._errors import (
     type_name,
 )
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
+from kbatch._logs import tell
 from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
@@ -62,8 +62,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Relay", "relay_producer"]
-
-_logger = logging.getLogger("kbatch")
 
 _DELIVERY_TIMEOUT_MS = 30_000
 _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
@@ -508,12 +506,12 @@ class Relay:
             self._store_at = now + _TRY_STORE_AGAIN_S
             if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
                 self._trouble_at = now
-                _warn("a relay cannot use its outbox, and tries again: %s", error)
+                tell("a relay cannot use its outbox, and tries again: %s", error)
             self._close_store()
             return otherwise
         if self._trouble_at is not None:
             self._trouble_at = None
-            _warn("a relay can use its outbox again")
+            tell("a relay can use its outbox again")
         return result
 
     def _close_store(self) -> None:
@@ -653,7 +651,7 @@ class Relay:
                 self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
             ):
                 self._naming_failed_at = now
-                _warn(
+                tell(
                     "a relay waits: brokers do not let it have the transactional id %s: %s",
                     transactional_id(self._owner),
                     self._naming.reason,
@@ -683,7 +681,7 @@ class Relay:
 
     def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
         if self._is_fencing and isinstance(error, ProducerFencedError):
-            _warn("a relay was taken for dead by another, and begins anew: %s", error)
+            tell("a relay was taken for dead by another, and begins anew: %s", error)
             self._gate.give_up(producer)
             self._gate.note("nothing", trial, monotonic())
         else:
@@ -710,7 +708,7 @@ class Relay:
         self._counts["lost_buckets"] += len(buckets)
         if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
             self._purge()
-        _warn(
+        tell(
             "a relay has lost the leases of %s: others may send what it had in flight once more",
             counted(len(buckets), "bucket"),
         )
@@ -944,7 +942,7 @@ class Relay:
         now = monotonic()
         if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
             self._refusal_at = now
-            _warn("a relay cannot %s, and tries again: %s", what, error)
+            tell("a relay cannot %s, and tries again: %s", what, error)
 
     def _record(
         self,
@@ -1040,11 +1038,6 @@ class Relay:
                     return True
                 self._flag.wait(max(0.0, min(end, self._store_at) - now))
         return True
-
-
-def _warn(text: str, *arguments: object) -> None:
-    with contextlib.suppress(Exception):  # whatever a handler of logs does
-        _logger.warning(text, *arguments)
 
 
 def _never() -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from typing import TYPE_CHECKING, Protocol
 
 from kbatch._errors import KbatchError, named_exception_text, spares_brokers
 from kbatch._fastmap import monotonic, wall_time
+from kbatch._logs import tell
 from kbatch._receiving._failures import is_outage
 from kbatch._recovery._retry import RetryPolicy, entropy
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from kbatch._receiving._lanes import Work
 
 __all__ = ["CopyTaker", "Failing", "Steps", "TakenFrom"]
-
-_logger = logging.getLogger("kbatch")
 
 _COPY_AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.2, max_backoff_s=5.0)
 _TOLD_EVERY_S = 30.0  # of an outage
@@ -179,7 +177,4 @@ class Failing:
     def _tell(self, work: Work, told: str, error: BaseException | None) -> None:
         envelope = work.envelope
         place = (envelope.topic, envelope.partition, envelope.offset)
-        try:
-            _logger.warning("record %s [%d] at offset %d: %s", *place, told, exc_info=error)
-        except Exception:  # whatever a handler of logs does
-            return
+        tell("record %s [%d] at offset %d: %s", *place, told, exc_info=error)

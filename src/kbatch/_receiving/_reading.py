@@ -12,6 +12,7 @@ from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, envelope_bytes, monotonic, wall_time
 from kbatch._librdkafka import error_text
+from kbatch._logs import tell
 from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from kbatch._receiving._positions import Partition, Place
 
 __all__ = ["Limits", "Reading"]
-
-_logger = logging.getLogger("kbatch")
 
 _POLL_S = 0.05  # after so long without a record the group is asked what is new
 _GATHER_S = 0.005  # for more room than a little
@@ -193,7 +192,7 @@ class Reading:
                 self._running.add(work)
                 return work
             except BaseException as error:  # nobody has it
-                self.fail(work, error)
+                self._fail(work, error)
                 raise
 
     def is_over(self) -> bool:
@@ -212,10 +211,16 @@ class Reading:
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
         with self.lock:
-            self.end_with(error)
-            if work in self._running:  # no step was taken
-                self.failed += work.left
-                self._end(work)
+            is_first = self._fail(work, error)
+        if not is_first:  # a handler of logs may wait for the lock
+            _tell_of_another(error)
+
+    def _fail(self, work: Work, error: BaseException) -> bool:
+        is_first = self._end_with(error)
+        if work in self._running:  # no step was taken
+            self.failed += work.left
+            self._end(work)
+        return is_first
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
@@ -241,11 +246,15 @@ class Reading:
                 self._end(work)
 
     def end_with(self, error: BaseException) -> None:
+        if not self._end_with(error):
+            _tell_of_another(error)
+
+    def _end_with(self, error: BaseException) -> bool:
+        """Whether it ends for no other error."""
         if self.error is None:
             self.error = error
-        elif self.error is not error:
-            _tell_of_another(error)
         self.stop()
+        return self.error is error
 
     def tell_unless(self, raised: BaseException) -> None:
         """Tells what it has ended for, if something else is raised."""
@@ -368,7 +377,7 @@ class Reading:
             left = sorted(self._running, key=lambda work: work.begun_at)
             self.abandoned += sum(work.left for work in left)
         if left:
-            _logger.warning(
+            tell(
                 "a listener of %s has ended while handlers still ran, and did not commit what they handle: it is read "
                 "again (%s)",
                 ", ".join(self._topics),
@@ -520,14 +529,14 @@ class Reading:
             place = "" if topic is None else f" ({topic})"
             self._complain((code, topic), "a consumer of %s: %s%s (%s)", ", ".join(self._topics), text, place, name)
 
-    def _complain(self, what: tuple[object, ...], *message: object) -> None:
+    def _complain(self, what: tuple[object, ...], text: str, *arguments: object) -> None:
         """Logs a warning, but not the same one again and again."""
         now = monotonic()
         if now >= self._complaints.get(what, 0.0):
             if len(self._complaints) > 1_000:
                 self._complaints.clear()
             self._complaints[what] = now + _REMIND_EVERY_S
-            _logger.warning(*message)
+            tell(text, *arguments)
 
     def _tell_of_long_ones(self, now: float) -> None:
         with self.lock:
@@ -538,7 +547,7 @@ class Reading:
             ]
         for work in long:
             work.is_told = True
-            _logger.warning(
+            tell(
                 "a handler has run for %d s: %s. What comes behind it is not committed, and if its partition is to be "
                 "given to another member, that one handles the record, too",
                 now - work.begun_at,
@@ -576,7 +585,7 @@ class Reading:
         if left and monotonic() < self._leave_at:
             return
         if left:
-            _logger.warning(
+            tell(
                 "a listener gives partitions to another member while handlers still run: their records are handled "
                 "again (%s)",
                 "; ".join(_shown(work) for work in left[:10]),
@@ -659,7 +668,7 @@ class Reading:
             *_, code = failed[0]
             if code not in OVERTAKEN_CODES:
                 name, text = error_text(code)
-                _logger.warning(
+                tell(
                     "a consumer of %s could not commit %s: what was handled is read again: %s (%s)",
                     ", ".join(self._topics),
                     counted(len(failed), "offset"),
@@ -669,7 +678,7 @@ class Reading:
 
 
 def _tell_of_another(error: BaseException) -> None:
-    _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
+    tell("a listener ends for another error already; this one came, too", level=logging.ERROR, exc_info=error)
 
 
 def _shown(work: Work) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from kbatch._errors import (
     type_name,
 )
 from kbatch._fastmap import Mapper, RecordPool, monotonic
+from kbatch._logs import tell
 from kbatch._producer import Producer
 from kbatch._receiving._consumer import ConsumerCallError
 from kbatch._receiving._copies import LARGEST, shared_config
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from kbatch._receiving._reading import Reading
 
 __all__ = ["CannotCommitError", "OvertakenError", "Transacting", "Transaction"]
-
-_logger = logging.getLogger("kbatch")
 
 _AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.05, max_backoff_s=5.0)
 # rd_kafka_send_offsets_to_transaction heeds no timeout: if the group's coordinator has gone, it waits for the next
@@ -273,7 +271,7 @@ class Transacting:
         now = monotonic()
         if now >= self._told_at + _TOLD_EVERY_S:
             self._told_at = now
-            _logger.warning(message, reason)
+            tell(message, reason)
 
 
 def _send(
