@@ -251,6 +251,25 @@ def test_a_relay_that_cannot_move_what_is_refused_reads_no_more_of_it_than_it_ma
     assert outbox.status().dead == 100
 
 
+@pytest.mark.parametrize("batch_size", [100, 5])
+def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
+    new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, batch_size: int
+) -> None:
+    outbox = new_outbox(wire="raw")
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.refuse_rows(outbox, "later")
+    outboxes.add(outbox, numbered(range(10)))
+    with running(make(outbox, cluster, batch_size=batch_size, max_in_flight_batches=1)) as relay:
+        until(lambda: relay.stats()["acked"] == 10, "the others")
+        outboxes.add(outbox, numbered(range(20), keys=20, topic="refused"), topic=None)
+        most = min(batch_size, 20)  # it reads no more then
+        until(lambda: relay._refusal_at is not None and len(relay._failures) >= most, "that they cannot be moved")
+        relay._finish()
+        until(lambda: not relay._runs.locked(), "its end", 10)
+    check_history(range(10), stored(cluster))
+    assert outbox.status().waiting == 20
+
+
 def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

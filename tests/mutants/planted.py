@@ -21,6 +21,13 @@ MUTANTS = (
         "tests/unit/test_batch_formation.py",
     ),
     Mutant(
+        "a handler of logs ends the thread that tells something",
+        "tell",
+        "    with contextlib.suppress(Exception):\n",
+        "    if True:\n",
+        "tests/unit/test_logs.py",
+    ),
+    Mutant(
         "the program's own random numbers are drawn",
         "",
         "entropy = random.SystemRandom().random",
@@ -1999,8 +2006,8 @@ MUTANTS = (
     Mutant(
         "a relay that is to finish waits for what was refused",
         "Relay._is_idle",
-        "return self._has_read_all or not can_send",
-        "return not can_send",
+        "return self._has_read_all or not (can_send",
+        "return not (can_send",
         "tests/mock/test_sent_durably.py",
     ),
     Mutant(

@@ -425,10 +425,10 @@ class Relay:
         self._flag.set()
 
     def _is_idle(self) -> bool:
-        if self._flights or self._has_answers():
-            return False
+        if self._flights or (self._has_answers() and self._write_at() <= monotonic()):
+            return False  # what the database has refused keeps nobody waiting
         can_send = self._gate.may_send() and self._leases.tokens and self._trouble_at is None
-        return self._has_read_all or not can_send
+        return self._has_read_all or not (can_send and self._has_room(self._failures))
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
