@@ -1,6 +1,7 @@
 """What a relay does when its SQLite database is locked for long, is full or refuses a row, and with many topics."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sqlite3
@@ -335,29 +336,64 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_messages_are_sent_on
     check_history(range(100), stored(cluster, "missing"))
 
 
-def test_drain_beside_run_waits_for_the_database_as_run_does(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with running(make(outbox, cluster)) as relay:
-        outboxes.add(outbox, numbered(range(10)))
-        count, answers = relay._count_left, iter([None] * 3)
+def test_drain_beside_run_waits_for_the_database_as_run_does(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    failures = iter(range(3))
 
-        def no_answer_at_first() -> int:
-            if next(answers, count) is None:
-                raise OutboxError("the outbox in shop.db: database is locked")
-            return count()
-
-        monkeypatch.setattr(relay, "_count_left", no_answer_at_first)
-        assert relay.drain(60) == 0
-        assert next(answers, count) is count
-
-        def no_answer() -> int:
+    def before(name: str) -> None:
+        if name == "left" and next(failures, None) is not None:
             raise OutboxError("the outbox in shop.db: database is locked")
 
-        monkeypatch.setattr(relay, "_count_left", no_answer)
+    watched = WatchedOutbox(outbox, before=before)
+    with running(make(watched, cluster)) as relay:
+        outboxes.add(outbox, numbered(range(10)))
+        assert relay.drain(60) == 0
+        assert next(failures, None) is None
+        failures = itertools.count()  # type: ignore[assignment]
         with pytest.raises(OutboxError, match="locked"):
             relay.drain(0.1)
     check_history(range(10), stored(cluster))
+
+
+@contextlib.contextmanager
+def run_by_another(outbox: Any) -> Iterator[Relay]:
+    """A relay to which it seems that another thread is in `run`."""
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay, relay._runs:
+        yield relay
+
+
+def test_drain_beside_run_keeps_one_connection_while_the_database_answers(outbox: SqliteOutbox) -> None:
+    calls: list[str] = []
+    answers = iter([1, 1, None, 1, 0])
+
+    def before(name: str) -> None:
+        calls.append(name)
+        if name == "left":
+            answer = next(answers)
+            if answer is None:
+                raise OutboxError("cut")
+            if not answer:
+                outboxes.query(outbox, "DELETE FROM {outbox}")
+
+    outboxes.add(outbox, numbered(range(10)))
+    with run_by_another(WatchedOutbox(outbox, before=before)) as relay:
+        assert relay.drain(60) == 0
+    one = ["open_store", "left"]
+    assert calls == [*one, "left", "left", "close", *one, "left", "close"]
+
+
+def test_drain_beside_run_does_not_ask_again_when_the_answer_has_taken_all_its_time(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("kbatch._outbox._relay.monotonic", lambda: now[0])
+
+    def before(name: str) -> None:
+        now[0] += 10.0
+        raise OutboxError("no answer")
+
+    with run_by_another(WatchedOutbox(outbox, before=before)) as relay, pytest.raises(OutboxError, match="no answer"):
+        relay.drain(1)
+    assert now == [10.0]
 
 
 def test_threads_that_add_and_a_writer_that_holds_the_lock_again_and_again(

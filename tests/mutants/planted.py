@@ -1992,8 +1992,8 @@ MUTANTS = (
     Mutant(
         "a cancelled drain goes on beside a run",
         "Relay._await_empty",
-        " or given_up()\n",
-        "\n",
+        "if not left or has_ended or _is_over(end, given_up):\n",
+        "if not left or has_ended or _is_over(end, lambda: False):\n",
         "tests/mock/test_aio_relay.py",
     ),
     Mutant(

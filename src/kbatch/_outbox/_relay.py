@@ -340,19 +340,27 @@ class Relay:
         self.close()
 
     def _await_empty(self, end: float | None, given_up: Callable[[], bool]) -> int:
-        while True:
-            is_over = not self._runs.locked() or (end is not None and monotonic() >= end) or given_up()
-            try:
-                left = self._count_left()
-            except OutboxError:
-                # Who is in `run` waits until the database answers, or ends for the same reason.
-                if is_over:
-                    raise
-            else:
-                if not left or is_over:
-                    return left
-            pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
-            threading.Event().wait(pause)
+        store: OutboxStore | None = None
+        try:
+            while True:
+                has_ended = not self._runs.locked()  # before the count: nobody sends what that finds
+                try:
+                    if store is None:
+                        store = self._outbox.open_store()
+                    left = store.left()
+                except OutboxError:
+                    # Who is in `run` waits until the database answers, or ends for the same reason.
+                    if has_ended or _is_over(end, given_up):
+                        raise
+                    _close(store)
+                    store = None
+                else:
+                    if not left or has_ended or _is_over(end, given_up):
+                        return left
+                pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
+                threading.Event().wait(pause)
+        finally:
+            _close(store)
 
     def _count_left(self) -> int:
         store = self._outbox.open_store()
@@ -516,9 +524,7 @@ class Relay:
 
     def _close_store(self) -> None:
         store, self._store = self._store, None
-        if store is not None:
-            with contextlib.suppress(OutboxError):
-                store.close()
+        _close(store)
 
     def _use_store(self) -> None:
         if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
@@ -1042,6 +1048,16 @@ class Relay:
 
 def _never() -> bool:
     return False
+
+
+def _is_over(end: float | None, given_up: Callable[[], bool]) -> bool:
+    return (end is not None and monotonic() >= end) or given_up()
+
+
+def _close(store: OutboxStore | None) -> None:
+    if store is not None:
+        with contextlib.suppress(OutboxError):
+            store.close()
 
 
 def _new_owner() -> str:
