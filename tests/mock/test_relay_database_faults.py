@@ -337,7 +337,7 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_messages_are_sent_on
 
 
 def test_drain_beside_run_waits_for_the_database_as_run_does(outbox: SqliteOutbox, cluster: MockCluster) -> None:
-    failures = iter(range(3))
+    failures: Iterator[int] = iter(range(3))
 
     def before(name: str) -> None:
         if name == "left" and next(failures, None) is not None:
@@ -348,7 +348,7 @@ def test_drain_beside_run_waits_for_the_database_as_run_does(outbox: SqliteOutbo
         outboxes.add(outbox, numbered(range(10)))
         assert relay.drain(60) == 0
         assert next(failures, None) is None
-        failures = itertools.count()  # type: ignore[assignment]
+        failures = itertools.count()
         with pytest.raises(OutboxError, match="locked"):
             relay.drain(0.1)
     check_history(range(10), stored(cluster))
