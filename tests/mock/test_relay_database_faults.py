@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from kbatch import Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
-from kbatch._outbox._store import Failure
+from kbatch._outbox._store import Failure, RefusedWriteError
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.relays import WatchedOutbox, check_history, numbered
@@ -227,6 +227,33 @@ def test_a_row_that_cannot_be_moved_is_found_among_many_by_halves(
         assert [failure.seq for failure in relay._failures] == [100]
         relay._end()
     assert calls.count("settle") < 50
+
+
+def test_a_lease_that_is_lost_while_failures_are_moved_by_halves_counts_once(
+    outbox: SqliteOutbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    outboxes.add(outbox, numbered(range(8), keys=1))
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
+        relay._begin()
+        relay._renew()
+        bucket = outboxes.query(outbox, "SELECT bucket FROM {outbox} LIMIT 1")[0][0]
+        relay._failures = [Failure(bucket, seq, None, 1, "refused", None) for seq in range(1, 8)]
+        relay._failures.append(Failure((bucket + 1) % 64, 8, None, 1, "refused", None))
+        store = relay._store
+
+        class Store:
+            def settle(self, tokens: Any, *, failures: Any, **_: Any) -> set[int]:
+                if any(failure.seq == 8 for failure in failures):
+                    raise RefusedWriteError("no room")
+                return set(tokens)
+
+        relay._store = Store()  # type: ignore[assignment]
+        relay._write_answers()
+        assert [failure.seq for failure in relay._failures] == [8]
+        relay._store = store
+        assert (relay.stats()["lost_buckets"], relay.stats()["buckets"]) == (1, 63)
+        assert caplog.text.count("lost the leases of 1 bucket") == 1
+        relay._end()
 
 
 def test_a_relay_that_cannot_move_what_is_refused_reads_no_more_of_it_than_it_may_have_in_flight(

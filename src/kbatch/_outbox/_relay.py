@@ -976,8 +976,9 @@ class Relay:
         self._failures = [failure for failure in self._failures if failure not in written]
         self._failures_later = [failure for failure in self._failures_later if failure not in written]
         if lost:
-            self._leases.drop(lost)
-            self._lose(lost)
+            held = self._leases.tokens.keys() & lost  # the others were lost before
+            self._drop(lost)
+            self._lose(held)
 
     def _let_go(self) -> None:
         if self._positions.has_held():
