@@ -19,11 +19,11 @@ from kbatch._logs import tell
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
 from kbatch._receiving._copies import Copies
-from kbatch._receiving._failing import Failing
+from kbatch._receiving._failing import Failing, OvertakenError
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
-from kbatch._receiving._transacting import CannotCommitError, OvertakenError, Transacting
+from kbatch._receiving._transacting import CannotCommitError, Transacting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
