@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._consumer import ConsumerCore
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Waiting
-    from kbatch._receiving._positions import Partition, Place
+    from kbatch._receiving._positions import Partition
 
 __all__ = ["Limits", "Reading"]
 
@@ -94,6 +94,7 @@ class Reading:
         self._running: set[Work] = set()
         self._running_of: Counter[Partition] = Counter()
         self._in_flight = 0
+        self._kept = 0  # of these are done, and held until the rest of their batch is
         self._size = 0
         self._counts: Counter[Partition] = Counter()  # in flight, of each partition
         self._sizes: Counter[Partition] = Counter()
@@ -131,9 +132,9 @@ class Reading:
             return {
                 "handled": self.handled,
                 "failed": self.failed,
-                "in_flight": self._in_flight,
+                "in_flight": self._in_flight - self._kept,
                 "in_flight_bytes": self._size,
-                "running": sum(len(work.places) for work in self._running),
+                "running": sum(work.left for work in self._running),
                 "partitions": len(self._positions.partitions()),
                 "full_partitions": len(self._full),
                 "rebalances": self.rebalances,
@@ -226,8 +227,7 @@ class Reading:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
         now = monotonic()
         with self.lock:
-            if work.part:
-                self._end_part(work.places[work.part - 1])
+            self._end_parts(work)
             is_leaving = self._leaving is not None and work.partition in self._leaving
             if self.is_stopping or is_leaving or not self._positions.holds(work.partition, work.places[0]):
                 self._end(work)  # it is read again, here or elsewhere
@@ -261,11 +261,13 @@ class Reading:
         if self.error is not None and self.error is not raised:
             _tell_of_another(self.error)
 
-    def _end_part(self, place: Place) -> None:
+    def _end_parts(self, work: Work) -> None:
         # It comes here again each time that the next one is put off.
-        if not place.done:
-            self._positions.end(place)
+        while work.ended < (work.part or 0):
+            self._positions.end(work.places[work.ended])
+            work.ended += 1
             self.handled += 1
+            self._kept += 1
 
     def _end(self, work: Work) -> None:
         self._leave_running(work)
@@ -283,6 +285,7 @@ class Reading:
     def _release(self, work: Work) -> None:
         partition, records, limits = work.partition, len(work.places), self._limits
         self._in_flight -= records
+        self._kept -= work.ended
         self._size -= work.size
         self._counts[partition] -= records
         self._sizes[partition] -= work.size
