@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._codes import ABORTED_CODE, PURGE_INFLIGHT, PURGE_QUEUE, TIMED_OUT
 from kbatch._errors import TransactionUnknownError
 from kbatch._fastmap import HeldBatches, monotonic
+from kbatch._logs import tell
 from kbatch._pending import PendingBatch
 from kbatch._text import counted, printable
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from kbatch._fastmap import CallbackThread, Core
 
 __all__ = ["BatchWithOffsets", "Transactions"]
-
-_logger = logging.getLogger("kbatch")
 
 _INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # HeldBatches.transaction_call
 
@@ -167,7 +165,7 @@ class Transactions:
                 return
             _note(batch, error)
             if error.requires_abort:
-                _logger.warning("a transaction of %s is aborted: %s", counted(len(batch), "envelope"), error.text)
+                tell("a transaction of %s is aborted: %s", counted(len(batch), "envelope"), error.text)
                 self._abort(batch, error.code, asked=True)
                 return
             if not self._again(error) or monotonic() > end:

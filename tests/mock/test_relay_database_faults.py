@@ -1,6 +1,7 @@
 """What a relay does when its SQLite database is locked for long, is full or refuses a row, and with many topics."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sqlite3
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from kbatch import Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
-from kbatch._outbox._store import Failure
+from kbatch._outbox._store import Failure, RefusedWriteError
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.relays import WatchedOutbox, check_history, numbered
@@ -228,6 +229,33 @@ def test_a_row_that_cannot_be_moved_is_found_among_many_by_halves(
     assert calls.count("settle") < 50
 
 
+def test_a_lease_that_is_lost_while_failures_are_moved_by_halves_counts_once(
+    outbox: SqliteOutbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    outboxes.add(outbox, numbered(range(8), keys=1))
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
+        relay._begin()
+        relay._renew()
+        bucket = outboxes.query(outbox, "SELECT bucket FROM {outbox} LIMIT 1")[0][0]
+        relay._failures = [Failure(bucket, seq, None, 1, "refused", None) for seq in range(1, 8)]
+        relay._failures.append(Failure((bucket + 1) % 64, 8, None, 1, "refused", None))
+        store = relay._store
+
+        class Store:
+            def settle(self, tokens: Any, *, failures: Any, **_: Any) -> set[int]:
+                if any(failure.seq == 8 for failure in failures):
+                    raise RefusedWriteError("no room")
+                return set(tokens)
+
+        relay._store = Store()  # type: ignore[assignment]
+        relay._write_answers()
+        assert [failure.seq for failure in relay._failures] == [8]
+        relay._store = store
+        assert (relay.stats()["lost_buckets"], relay.stats()["buckets"]) == (1, 63)
+        assert caplog.text.count("lost the leases of 1 bucket") == 1
+        relay._end()
+
+
 def test_a_relay_that_cannot_move_what_is_refused_reads_no_more_of_it_than_it_may_have_in_flight(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +277,25 @@ def test_a_relay_that_cannot_move_what_is_refused_reads_no_more_of_it_than_it_ma
         outboxes.take_rows(outbox, "later")
         assert relay.drain(60) == 0
     assert outbox.status().dead == 100
+
+
+@pytest.mark.parametrize("batch_size", [100, 5])
+def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
+    new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, batch_size: int
+) -> None:
+    outbox = new_outbox(wire="raw")
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.refuse_rows(outbox, "later")
+    outboxes.add(outbox, numbered(range(10)))
+    with running(make(outbox, cluster, batch_size=batch_size, max_in_flight_batches=1)) as relay:
+        until(lambda: relay.stats()["acked"] == 10, "the others")
+        outboxes.add(outbox, numbered(range(20), keys=20, topic="refused"), topic=None)
+        most = min(batch_size, 20)  # it reads no more then
+        until(lambda: relay._refusal_at is not None and len(relay._failures) >= most, "that they cannot be moved")
+        relay._finish()
+        until(lambda: not relay._runs.locked(), "its end", 10)
+    check_history(range(10), stored(cluster))
+    assert outbox.status().waiting == 20
 
 
 def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(
@@ -316,29 +363,64 @@ def test_a_topic_that_does_not_exist_stops_no_other_and_its_messages_are_sent_on
     check_history(range(100), stored(cluster, "missing"))
 
 
-def test_drain_beside_run_waits_for_the_database_as_run_does(
-    outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with running(make(outbox, cluster)) as relay:
-        outboxes.add(outbox, numbered(range(10)))
-        count, answers = relay._count_left, iter([None] * 3)
+def test_drain_beside_run_waits_for_the_database_as_run_does(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+    failures: Iterator[int] = iter(range(3))
 
-        def no_answer_at_first() -> int:
-            if next(answers, count) is None:
-                raise OutboxError("the outbox in shop.db: database is locked")
-            return count()
-
-        monkeypatch.setattr(relay, "_count_left", no_answer_at_first)
-        assert relay.drain(60) == 0
-        assert next(answers, count) is count
-
-        def no_answer() -> int:
+    def before(name: str) -> None:
+        if name == "left" and next(failures, None) is not None:
             raise OutboxError("the outbox in shop.db: database is locked")
 
-        monkeypatch.setattr(relay, "_count_left", no_answer)
+    watched = WatchedOutbox(outbox, before=before)
+    with running(make(watched, cluster)) as relay:
+        outboxes.add(outbox, numbered(range(10)))
+        assert relay.drain(60) == 0
+        assert next(failures, None) is None
+        failures = itertools.count()
         with pytest.raises(OutboxError, match="locked"):
             relay.drain(0.1)
     check_history(range(10), stored(cluster))
+
+
+@contextlib.contextmanager
+def run_by_another(outbox: Any) -> Iterator[Relay]:
+    """A relay to which it seems that another thread is in `run`."""
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay, relay._runs:
+        yield relay
+
+
+def test_drain_beside_run_keeps_one_connection_while_the_database_answers(outbox: SqliteOutbox) -> None:
+    calls: list[str] = []
+    answers = iter([1, 1, None, 1, 0])
+
+    def before(name: str) -> None:
+        calls.append(name)
+        if name == "left":
+            answer = next(answers)
+            if answer is None:
+                raise OutboxError("cut")
+            if not answer:
+                outboxes.query(outbox, "DELETE FROM {outbox}")
+
+    outboxes.add(outbox, numbered(range(10)))
+    with run_by_another(WatchedOutbox(outbox, before=before)) as relay:
+        assert relay.drain(60) == 0
+    one = ["open_store", "left"]
+    assert calls == [*one, "left", "left", "close", *one, "left", "close"]
+
+
+def test_drain_beside_run_does_not_ask_again_when_the_answer_has_taken_all_its_time(
+    outbox: SqliteOutbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("kbatch._outbox._relay.monotonic", lambda: now[0])
+
+    def before(name: str) -> None:
+        now[0] += 10.0
+        raise OutboxError("no answer")
+
+    with run_by_another(WatchedOutbox(outbox, before=before)) as relay, pytest.raises(OutboxError, match="no answer"):
+        relay.drain(1)
+    assert now == [10.0]
 
 
 def test_threads_that_add_and_a_writer_that_holds_the_lock_again_and_again(

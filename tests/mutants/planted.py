@@ -21,6 +21,13 @@ MUTANTS = (
         "tests/unit/test_batch_formation.py",
     ),
     Mutant(
+        "a handler of logs ends the thread that tells something",
+        "tell",
+        "    with contextlib.suppress(Exception):\n",
+        "    if True:\n",
+        "tests/unit/test_logs.py",
+    ),
+    Mutant(
         "the program's own random numbers are drawn",
         "",
         "entropy = random.SystemRandom().random",
@@ -1997,10 +2004,24 @@ MUTANTS = (
         "tests/mock/test_relay.py",
     ),
     Mutant(
+        "of two rows of a key that wait the last one told holds the others back",
+        "Positions.let_go",
+        "min(seq, waiting.get((bucket, key_hash), seq))",
+        "seq",
+        "tests/unit/test_outbox_positions.py",
+    ),
+    Mutant(
+        "the end of a relay waits for rows that the database does not let be moved",
+        "Relay._is_idle",
+        "(self._has_answers() and self._write_at() <= monotonic())",
+        "self._has_answers()",
+        "tests/mock/test_relay_database_faults.py",
+    ),
+    Mutant(
         "a cancelled drain goes on beside a run",
         "Relay._await_empty",
-        " or given_up()\n",
-        "\n",
+        "if not left or has_ended or _is_over(end, given_up):\n",
+        "if not left or has_ended or _is_over(end, lambda: False):\n",
         "tests/mock/test_aio_relay.py",
     ),
     Mutant(
@@ -2013,8 +2034,8 @@ MUTANTS = (
     Mutant(
         "a relay that is to finish waits for what was refused",
         "Relay._is_idle",
-        "return self._has_read_all or not can_send",
-        "return not can_send",
+        "return self._has_read_all or not (can_send",
+        "return not (can_send",
         "tests/mock/test_sent_durably.py",
     ),
     Mutant(
@@ -2354,6 +2375,13 @@ MUTANTS = (
         "a batch that SQLite refuses in the middle leaves marks of messages that nobody handled",
         "SqliteInbox._mark_all",
         "                self._take_back(cursor, new + rows[len(found) : begun])\n",
+        "                pass\n",
+        "tests/unit/test_inbox_connections.py",
+    ),
+    Mutant(
+        "the first mark of a connection ends the application's transaction when SQLite refuses it",
+        "SqliteInbox._mark_all",
+        "                begun = len(found)  # SQLite has refused the last one\n",
         "                pass\n",
         "tests/unit/test_inbox_connections.py",
     ),

@@ -2,6 +2,7 @@
 
 import logging
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -10,10 +11,11 @@ from kbatch._fastmap import received
 from kbatch._pending import PendingBatch
 from kbatch._receiving._copies import Copies, shared_config
 from kbatch._receiving._delayed import Delayed
-from kbatch._receiving._failing import Failing
+from kbatch._receiving._failing import Failing, OvertakenError
 from kbatch._receiving._failures import FAILURE_HEADERS, Failures, Origin, origin_of
 from kbatch._receiving._lanes import BatchLanes, Lanes, Work
 from kbatch._receiving._positions import Positions
+from kbatch._receiving._transacting import Transacting
 from kbatch._recovery._handle import ProducerHandle
 from kbatch.testing import MemoryProducer
 from tests.waiting import until
@@ -324,6 +326,23 @@ def test_a_copy_that_its_topic_never_takes_ends_the_listener() -> None:
     assert failing.failed(recorder, work, ValueError())
     failing.send_on(recorder, work)
     assert recorder.told == ["fail"]
+
+
+def test_of_a_copy_whose_record_is_anothers_nothing_is_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transacting: Any = Transacting({"bootstrap.servers": "localhost:1", "group.id": "g"}, "one", "kbatch", None)
+    transacting._reading = mock.Mock()  # of the run
+    monkeypatch.setattr(transacting, "commit", mock.Mock(side_effect=OvertakenError))
+    recorder = Recorder()
+    policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
+    failing, work = Failing(policy, transacting), work_of(record())
+    assert failing.failed(recorder, work, ValueError())
+    caplog.clear()
+    failing.send_on(recorder, work)
+    assert (recorder.told, caplog.text) == ([("again", None)], "")
+    failing.sent_on(recorder, work, kbatch.ProducerError("down"))
+    assert "sent again until it is: down" in caplog.text
 
 
 @pytest.mark.parametrize("headers", [(), (("traceparent", b"\xff"), ("h\xe9", None))], ids=["regular", "irregular"])

@@ -189,7 +189,26 @@ def test_a_connection_that_only_reads(of_sqlite: SqliteInbox) -> None:
     connection.execute("BEGIN")
     with pytest.raises(InboxError, match="open the database for writing"):
         of_sqlite.accept(connection, given(1)[0], group=GROUP)
+    assert connection.in_transaction
     connection.close()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_transaction_goes_on_when_another_has_the_lock(of_sqlite: SqliteInbox, is_first: bool) -> None:
+    connection = sqlite3.connect(of_sqlite._path, isolation_level=None, timeout=0)
+    connection.execute("BEGIN")
+    if not is_first:
+        of_sqlite.accept(connection, given(1)[0], group=GROUP)
+        connection.execute("ROLLBACK")
+        connection.execute("BEGIN")
+    connection.execute("SELECT * FROM orders").fetchall()
+    with inboxes.transaction(of_sqlite), pytest.raises(InboxError, match="locked"):
+        of_sqlite.accept_many(connection, given(2), group=GROUP)
+    assert connection.in_transaction
+    assert of_sqlite.accept_many(connection, given(2), group=GROUP) == [True, True]
+    connection.execute("COMMIT")
+    connection.close()
+    assert found(of_sqlite) == (0, 2)
 
 
 @pytest.mark.parametrize("commits", [True, False])

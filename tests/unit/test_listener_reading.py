@@ -215,18 +215,24 @@ def test_what_was_handled_of_a_batch_that_was_split_is_committed_when_its_partit
 
 
 def test_each_record_of_a_batch_that_was_split_counts_once() -> None:
+    def counts() -> tuple[int, int, int]:
+        stats = reading.stats()
+        return stats["handled"], stats["in_flight"], stats["running"]
+
     reading, batch = split_batch(Consumer())
     failing = Failing(reading._failures, None)
+    assert counts() == (0, 3, 3)
     failing.handled(reading, batch)
+    assert counts() == (1, 2, 0)
     for _ in range(2):
         assert take(reading, 1) == [batch]
+        assert counts() == (1, 2, 2)
         reading.put_off(batch, 0.0)  # its second record fails
-    assert reading.stats()["handled"] == 1
+    assert counts() == (1, 2, 0)
     for _ in range(2):
         assert take(reading, 1) == [batch]
         failing.handled(reading, batch)
-    stats = reading.stats()
-    assert (stats["handled"], stats["in_flight"], stats["running"]) == (3, 0, 0)
+    assert counts() == (3, 0, 0)
     assert reading._positions.collect() == [("orders", 0, 3)]
 
 

@@ -121,6 +121,20 @@ def test_a_record_that_succeeds_in_a_retry_topic_is_handled(send: Any) -> None:
     assert tries == ["test", "test.retry.5"]
 
 
+def test_a_record_without_an_id_has_the_same_one_in_a_retry_topic(send: Any) -> None:
+    ids: list[Any] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        ids.append(envelope.id)
+        if envelope.topic != "test.retry.5":
+            raise ValueError
+
+    retry_topics = [1.0, 5.0]
+    outcomes, _ = send(handle, Envelope(b"1"), Envelope(b"2"), wire="raw", retry=ONCE, retry_topics=retry_topics)
+    assert [outcome.outcome for outcome in outcomes] == ["handled", "handled"]
+    assert sorted(ids.count(each) for each in set(ids)) == [3, 3]
+
+
 def test_where_a_listener_would_end_the_rest_waits(send: Any) -> None:
     def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
         raise ZeroDivisionError

@@ -3,6 +3,8 @@
 import random
 from bisect import bisect
 
+import pytest
+
 from kbatch._outbox._positions import Positions
 from kbatch._outbox._store import DueRow, HeldKey, Reading
 
@@ -110,6 +112,16 @@ def test_rows_between_two_that_wait_go_on_when_the_first_of_them_is_gone() -> No
     assert taken(positions, 0, 12, 22, 42) == [12, 22]
     positions.let_go([])
     assert taken(positions, 0, 42) == [42]
+
+
+@pytest.mark.parametrize("rows_that_wait", [[2, 32], [32, 2]])
+def test_of_two_rows_of_a_key_that_wait_the_first_holds_it(rows_that_wait: list[int]) -> None:
+    positions = begun(held=(HeldKey(0, 2, 2),))
+    assert taken(positions, 0, 12, 22) == []
+    positions.let_go([HeldKey(0, 2, seq) for seq in rows_that_wait])
+    assert taken(positions, 0, 12, 22) == []
+    positions.let_go([HeldKey(0, 2, 32)])
+    assert taken(positions, 0, 12, 22) == [12, 22]
 
 
 def due(*numbers: int, bucket: int = 0, key_hash: int | None = 2) -> list[DueRow]:

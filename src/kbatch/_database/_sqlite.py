@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import logging
 import os
 import re
 import sqlite3
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._database._tables import Tables, driver_of
 from kbatch._errors import ConfigError, exception_text, shown, type_name
+from kbatch._logs import tell
 from kbatch._text import printable
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ _PREFIX = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # The database's clock, in milliseconds since 1970.
 NOW_MS = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
 
-_logger = logging.getLogger("kbatch")
 _told_of_fault = False
 
 
@@ -279,12 +278,11 @@ def tell_of_fault(version: str) -> None:
     if _told_of_fault or not is_faulty:
         return
     _told_of_fault = True
-    with contextlib.suppress(Exception):  # whatever a handler of logs does
-        _logger.warning(
-            "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections "
-            "write; 3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
-            version,
-        )
+    tell(
+        "SQLite %s has a fault that may, very rarely, damage a database in WAL mode that several connections "
+        "write; 3.51.3 and later are without it, and so are 3.50.7 and 3.44.6",
+        version,
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

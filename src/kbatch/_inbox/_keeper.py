@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from typing import TYPE_CHECKING
 
 from kbatch._errors import named_exception_text
 from kbatch._fastmap import Flag, monotonic
+from kbatch._logs import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from kbatch._inbox._base import ListenersInbox, Partition
 
 __all__ = ["Keeper"]
-
-_logger = logging.getLogger("kbatch")
 
 _FIRST_NOTE_S = 5.0  # a listener may run for some seconds only, each time
 _NOTE_EVERY_S = 60.0
@@ -67,7 +65,7 @@ class Keeper:
                         self._inbox._purge(None, None)
             except Exception as error:
                 if not self._is_over:
-                    _logger.warning(
+                    tell(
                         "%r could not be looked after, and is again soon: %s", self._inbox, named_exception_text(error)
                     )
 

@@ -130,16 +130,16 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
                 try:
                     marked = cursor.execute(self._mark_if_known, row).rowcount
                 except sqlite3.DatabaseError as error:
-                    begun -= 1
                     if self._known not in str(error):
                         raise
                     self._set_known(connection)
-                    begun += 1
                     marked = cursor.execute(self._mark, row).rowcount
                 found.append(marked > 0)
             if not all(found):  # or the tables are another version's
                 self._check_tables(cursor)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, sqlite3.Error):
+                begun = len(found)  # SQLite has refused the last one
             if connection.in_transaction:  # SQLite may have ended it, as when the disk is full
                 new = [row for row, is_new in zip(rows, found, strict=False) if is_new]
                 self._take_back(cursor, new + rows[len(found) : begun])

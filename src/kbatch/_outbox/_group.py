@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from kbatch._errors import OutboxError, SenderClosedError, named_exception_text
 from kbatch._fastmap import Flag, monotonic
+from kbatch._logs import tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["GroupCommit", "Waiting"]
-
-_logger = logging.getLogger("kbatch")
 
 _PATIENCE_S = 5.0  # of a caller without a time of its own, when another connection writes
 _MOST_OF_GROUP = 10_000
@@ -285,4 +283,4 @@ def _close(writer: OutboxWriter) -> None:
     try:
         writer.close()
     except Exception as error:
-        _logger.warning("the connection to an outbox did not close: %s", named_exception_text(error))
+        tell("the connection to an outbox did not close: %s", named_exception_text(error))

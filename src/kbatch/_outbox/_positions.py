@@ -215,7 +215,9 @@ class Positions:
 
     def let_go(self, still_held: Collection[HeldKey]) -> None:
         """Rows of other keys go on, and of these keys those below the row that waits now."""
-        waiting = {(bucket, key_hash): seq for bucket, key_hash, seq in still_held}
+        waiting: dict[tuple[int, int], int] = {}  # of a key the lowest row
+        for bucket, key_hash, seq in still_held:
+            waiting[bucket, key_hash] = min(seq, waiting.get((bucket, key_hash), seq))
         for bucket, position in self._of.items():
             for key_hash, held in list(position.held.items()):
                 behind = waiting.get((bucket, key_hash))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import logging
 import os
 import socket
 import threading
@@ -25,6 +24,7 @@ from kbatch._errors import (
     type_name,
 )
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
+from kbatch._logs import tell
 from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
@@ -62,8 +62,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Relay", "relay_producer"]
-
-_logger = logging.getLogger("kbatch")
 
 _DELIVERY_TIMEOUT_MS = 30_000
 _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
@@ -345,19 +343,27 @@ class Relay:
         self.close()
 
     def _await_empty(self, end: float | None, given_up: Callable[[], bool]) -> int:
-        while True:
-            is_over = not self._runs.locked() or (end is not None and monotonic() >= end) or given_up()
-            try:
-                left = self._count_left()
-            except OutboxError:
-                # Who is in `run` waits until the database answers, or ends for the same reason.
-                if is_over:
-                    raise
-            else:
-                if not left or is_over:
-                    return left
-            pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
-            threading.Event().wait(pause)
+        store: OutboxStore | None = None
+        try:
+            while True:
+                has_ended = not self._runs.locked()  # before the count: nobody sends what that finds
+                try:
+                    if store is None:
+                        store = self._outbox.open_store()
+                    left = store.left()
+                except OutboxError:
+                    # Who is in `run` waits until the database answers, or ends for the same reason.
+                    if has_ended or _is_over(end, given_up):
+                        raise
+                    _close(store)
+                    store = None
+                else:
+                    if not left or has_ended or _is_over(end, given_up):
+                        return left
+                pause = _LOOK_WHETHER_OVER_S if end is None else min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic()))
+                threading.Event().wait(pause)
+        finally:
+            _close(store)
 
     def _count_left(self) -> int:
         store = self._outbox.open_store()
@@ -430,10 +436,10 @@ class Relay:
         self._flag.set()
 
     def _is_idle(self) -> bool:
-        if self._flights or self._has_answers():
-            return False
+        if self._flights or (self._has_answers() and self._write_at() <= monotonic()):
+            return False  # what the database has refused keeps nobody waiting
         can_send = self._gate.may_send() and self._leases.tokens and self._trouble_at is None
-        return self._has_read_all or not can_send
+        return self._has_read_all or not (can_send and self._has_room(self._failures))
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
@@ -511,19 +517,17 @@ class Relay:
             self._store_at = now + _TRY_STORE_AGAIN_S
             if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
                 self._trouble_at = now
-                _warn("a relay cannot use its outbox, and tries again: %s", error)
+                tell("a relay cannot use its outbox, and tries again: %s", error)
             self._close_store()
             return otherwise
         if self._trouble_at is not None:
             self._trouble_at = None
-            _warn("a relay can use its outbox again")
+            tell("a relay can use its outbox again")
         return result
 
     def _close_store(self) -> None:
         store, self._store = self._store, None
-        if store is not None:
-            with contextlib.suppress(OutboxError):
-                store.close()
+        _close(store)
 
     def _use_store(self) -> None:
         if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
@@ -656,7 +660,7 @@ class Relay:
                 self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
             ):
                 self._naming_failed_at = now
-                _warn(
+                tell(
                     "a relay waits: brokers do not let it have the transactional id %s: %s",
                     transactional_id(self._owner),
                     self._naming.reason,
@@ -686,7 +690,7 @@ class Relay:
 
     def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
         if self._is_fencing and isinstance(error, ProducerFencedError):
-            _warn("a relay was taken for dead by another, and begins anew: %s", error)
+            tell("a relay was taken for dead by another, and begins anew: %s", error)
             self._gate.give_up(producer)
             self._gate.note("nothing", trial, monotonic())
         else:
@@ -713,7 +717,7 @@ class Relay:
         self._counts["lost_buckets"] += len(buckets)
         if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
             self._purge()
-        _warn(
+        tell(
             "a relay has lost the leases of %s: others may send what it had in flight once more",
             counted(len(buckets), "bucket"),
         )
@@ -947,7 +951,7 @@ class Relay:
         now = monotonic()
         if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
             self._refusal_at = now
-            _warn("a relay cannot %s, and tries again: %s", what, error)
+            tell("a relay cannot %s, and tries again: %s", what, error)
 
     def _record(
         self,
@@ -975,8 +979,9 @@ class Relay:
         self._failures = [failure for failure in self._failures if failure not in written]
         self._failures_later = [failure for failure in self._failures_later if failure not in written]
         if lost:
-            self._leases.drop(lost)
-            self._lose(lost)
+            held = self._leases.tokens.keys() & lost  # the others were lost before
+            self._drop(lost)
+            self._lose(held)
 
     def _let_go(self) -> None:
         if self._positions.has_held():
@@ -1045,13 +1050,18 @@ class Relay:
         return True
 
 
-def _warn(text: str, *arguments: object) -> None:
-    with contextlib.suppress(Exception):  # whatever a handler of logs does
-        _logger.warning(text, *arguments)
-
-
 def _never() -> bool:
     return False
+
+
+def _is_over(end: float | None, given_up: Callable[[], bool]) -> bool:
+    return (end is not None and monotonic() >= end) or given_up()
+
+
+def _close(store: OutboxStore | None) -> None:
+    if store is not None:
+        with contextlib.suppress(OutboxError):
+            store.close()
 
 
 def _new_owner() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import threading
 import weakref
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kbatch._errors import ConfigError, ForkError, named_exception_text
 from kbatch._fastmap import Flag, monotonic
+from kbatch._logs import tell
 from kbatch._outbox._group import GroupCommit
 from kbatch._outbox._relay import Relay
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["OutboxUse"]
-
-_logger = logging.getLogger("kbatch")
 
 _BEGIN_AGAIN_S = 1.0
 _REMIND_EVERY_S = 60.0
@@ -132,10 +130,7 @@ class OwnRelay:
                 now = monotonic()
                 if told_at is None or now - told_at >= _REMIND_EVERY_S:
                     told_at = now
-                    with contextlib.suppress(Exception):  # whatever a handler of logs does
-                        _logger.warning(
-                            "the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error)
-                        )
+                    tell("the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error))
                 if self._is_finishing:
                     return
                 if not self._is_stopping:

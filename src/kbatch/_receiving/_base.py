@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,15 @@ from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
 from kbatch._inbox._keeper import Keeper
+from kbatch._logs import tell
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
 from kbatch._receiving._copies import Copies
-from kbatch._receiving._failing import Failing
+from kbatch._receiving._failing import Failing, OvertakenError
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
-from kbatch._receiving._transacting import CannotCommitError, OvertakenError, Transacting
+from kbatch._receiving._transacting import CannotCommitError, Transacting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["BaseListener"]
 
 COMMIT_INTERVAL_S = 1.0
-
-_logger = logging.getLogger("kbatch")
 
 _REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
@@ -306,7 +304,7 @@ class BaseListener:
         now = monotonic()
         if now >= self._told_of_outage + _REMIND_EVERY_S:
             self._told_of_outage = now
-            _logger.warning("a listener of %s waits for its inbox: %s", ", ".join(self._topics), error)
+            tell("a listener of %s waits for its inbox: %s", ", ".join(self._topics), error)
 
     # -- at the end of the interpreter
 

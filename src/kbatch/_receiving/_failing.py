@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 from typing import TYPE_CHECKING, Protocol
 
 from kbatch._errors import KbatchError, named_exception_text, spares_brokers
 from kbatch._fastmap import monotonic, wall_time
+from kbatch._logs import tell
 from kbatch._receiving._failures import is_outage
 from kbatch._recovery._retry import RetryPolicy, entropy
 
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Work
 
-__all__ = ["CopyTaker", "Failing", "Steps", "TakenFrom"]
-
-_logger = logging.getLogger("kbatch")
+__all__ = ["CopyTaker", "Failing", "OvertakenError", "Steps", "TakenFrom"]
 
 _COPY_AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.2, max_backoff_s=5.0)
 _TOLD_EVERY_S = 30.0  # of an outage
+
+
+class OvertakenError(Exception):
+    """Nothing was committed, and the records are another's now, or the listener stops."""
 
 
 class Steps(Protocol):
@@ -56,7 +58,7 @@ class TakenFrom(Steps, Protocol):
 class CopyTaker(Protocol):
     """Where copies go: `Copies`, `Transacting`, or a test's own."""
 
-    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+    def send(self, work: Work, answer: Callable[[KbatchError | OvertakenError | None], object]) -> None:
         """Stores `work.copy`; `answer` is called once."""
 
 
@@ -135,14 +137,14 @@ class Failing:
         assert self._copies is not None
         self._copies.send(work, functools.partial(self.sent_on, steps, work))
 
-    def sent_on(self, steps: Steps, work: Work, error: KbatchError | None) -> None:
+    def sent_on(self, steps: Steps, work: Work, error: KbatchError | OvertakenError | None) -> None:
         """The copy is stored, or why not. On a thread of the producer, or on the one that sends."""
         try:
             self._judge_copy(steps, work, error)
         except BaseException as raised:  # no memory
             steps.fail(work, raised)
 
-    def _judge_copy(self, steps: Steps, work: Work, error: KbatchError | None) -> None:
+    def _judge_copy(self, steps: Steps, work: Work, error: KbatchError | OvertakenError | None) -> None:
         copy = work.copy
         assert copy is not None
         if error is None:
@@ -152,6 +154,8 @@ class Failing:
                 steps.put_off(work, self._now())
             else:
                 steps.done(work)
+        elif isinstance(error, OvertakenError):
+            steps.put_off(work, self._now())  # dropped: it is for another one to send it on
         elif spares_brokers(error) and not getattr(error, "retriable", False):
             self._tell(work, f"the listener ends, since {copy.topic} does not take it: {error}", None)
             steps.fail(work, error)
@@ -179,7 +183,4 @@ class Failing:
     def _tell(self, work: Work, told: str, error: BaseException | None) -> None:
         envelope = work.envelope
         place = (envelope.topic, envelope.partition, envelope.offset)
-        try:
-            _logger.warning("record %s [%d] at offset %d: %s", *place, told, exc_info=error)
-        except Exception:  # whatever a handler of logs does
-            return
+        tell("record %s [%d] at offset %d: %s", *place, told, exc_info=error)

@@ -20,7 +20,8 @@ class Work:
     """What one call of a handler gets: one record, or several of one partition in the order of the log."""
 
     __slots__ = (
-        "begun_at", "copy", "envelopes", "failures", "is_told", "lane", "outages", "part", "partition", "places", "size"
+        "begun_at", "copy", "ended", "envelopes", "failures", "is_told", "lane", "outages", "part", "partition",
+        "places", "size",
     )  # fmt: skip
 
     def __init__(
@@ -39,6 +40,7 @@ class Work:
         self.begun_at = 0.0
         self.is_told = False  # that it takes long
         self.part: int | None = None  # which of the envelopes is handled alone; None: all together
+        self.ended = 0  # how many are done, as its run has noted
         self.failures = 0  # how often handling that has failed
         self.outages = 0  # how often since, for no fault of its own
         self.copy: Envelope[Any] | None = None  # what is to be sent in place of handling it again
@@ -61,7 +63,7 @@ class Work:
     @property
     def left(self) -> int:
         """How many of the envelopes are not done."""
-        return len(self.envelopes) - (self.part or 0)
+        return len(self.envelopes) - self.ended
 
     def split(self) -> bool:
         """From now on each envelope is handled alone. Whether that is new."""

@@ -12,6 +12,7 @@ from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, envelope_bytes, monotonic, wall_time
 from kbatch._librdkafka import error_text
+from kbatch._logs import tell
 from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
@@ -25,11 +26,9 @@ if TYPE_CHECKING:
     from kbatch._receiving._consumer import ConsumerCore
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Waiting
-    from kbatch._receiving._positions import Partition, Place
+    from kbatch._receiving._positions import Partition
 
 __all__ = ["Limits", "Reading"]
-
-_logger = logging.getLogger("kbatch")
 
 _POLL_S = 0.05  # after so long without a record the group is asked what is new
 _GATHER_S = 0.005  # for more room than a little
@@ -95,6 +94,7 @@ class Reading:
         self._running: set[Work] = set()
         self._running_of: Counter[Partition] = Counter()
         self._in_flight = 0
+        self._kept = 0  # of these are done, and held until the rest of their batch is
         self._size = 0
         self._counts: Counter[Partition] = Counter()  # in flight, of each partition
         self._sizes: Counter[Partition] = Counter()
@@ -132,9 +132,9 @@ class Reading:
             return {
                 "handled": self.handled,
                 "failed": self.failed,
-                "in_flight": self._in_flight,
+                "in_flight": self._in_flight - self._kept,
                 "in_flight_bytes": self._size,
-                "running": sum(len(work.places) for work in self._running),
+                "running": sum(work.left for work in self._running),
                 "partitions": len(self._positions.partitions()),
                 "full_partitions": len(self._full),
                 "rebalances": self.rebalances,
@@ -193,7 +193,7 @@ class Reading:
                 self._running.add(work)
                 return work
             except BaseException as error:  # nobody has it
-                self.fail(work, error)
+                self._fail(work, error)
                 raise
 
     def is_over(self) -> bool:
@@ -212,17 +212,22 @@ class Reading:
     def fail(self, work: Work, error: BaseException) -> None:
         """It was not handled, and never will be by this run, which ends."""
         with self.lock:
-            self.end_with(error)
-            if work in self._running:  # no step was taken
-                self.failed += work.left
-                self._end(work)
+            is_first = self._fail(work, error)
+        if not is_first:  # a handler of logs may wait for the lock
+            _tell_of_another(error)
+
+    def _fail(self, work: Work, error: BaseException) -> bool:
+        is_first = self._end_with(error)
+        if work in self._running:  # no step was taken
+            self.failed += work.left
+            self._end(work)
+        return is_first
 
     def put_off(self, work: Work, due: float) -> None:
         """It is to be taken again at this time. No thread waits for it, and what is behind it in its lane does."""
         now = monotonic()
         with self.lock:
-            if work.part:
-                self._end_part(work.places[work.part - 1])
+            self._end_parts(work)
             is_leaving = self._leaving is not None and work.partition in self._leaving
             if self.is_stopping or is_leaving or not self._positions.holds(work.partition, work.places[0]):
                 self._end(work)  # it is read again, here or elsewhere
@@ -241,22 +246,28 @@ class Reading:
                 self._end(work)
 
     def end_with(self, error: BaseException) -> None:
+        if not self._end_with(error):
+            _tell_of_another(error)
+
+    def _end_with(self, error: BaseException) -> bool:
+        """Whether it ends for no other error."""
         if self.error is None:
             self.error = error
-        elif self.error is not error:
-            _tell_of_another(error)
         self.stop()
+        return self.error is error
 
     def tell_unless(self, raised: BaseException) -> None:
         """Tells what it has ended for, if something else is raised."""
         if self.error is not None and self.error is not raised:
             _tell_of_another(self.error)
 
-    def _end_part(self, place: Place) -> None:
+    def _end_parts(self, work: Work) -> None:
         # It comes here again each time that the next one is put off.
-        if not place.done:
-            self._positions.end(place)
+        while work.ended < (work.part or 0):
+            self._positions.end(work.places[work.ended])
+            work.ended += 1
             self.handled += 1
+            self._kept += 1
 
     def _end(self, work: Work) -> None:
         self._leave_running(work)
@@ -274,6 +285,7 @@ class Reading:
     def _release(self, work: Work) -> None:
         partition, records, limits = work.partition, len(work.places), self._limits
         self._in_flight -= records
+        self._kept -= work.ended
         self._size -= work.size
         self._counts[partition] -= records
         self._sizes[partition] -= work.size
@@ -368,7 +380,7 @@ class Reading:
             left = sorted(self._running, key=lambda work: work.begun_at)
             self.abandoned += sum(work.left for work in left)
         if left:
-            _logger.warning(
+            tell(
                 "a listener of %s has ended while handlers still ran, and did not commit what they handle: it is read "
                 "again (%s)",
                 ", ".join(self._topics),
@@ -520,14 +532,14 @@ class Reading:
             place = "" if topic is None else f" ({topic})"
             self._complain((code, topic), "a consumer of %s: %s%s (%s)", ", ".join(self._topics), text, place, name)
 
-    def _complain(self, what: tuple[object, ...], *message: object) -> None:
+    def _complain(self, what: tuple[object, ...], text: str, *arguments: object) -> None:
         """Logs a warning, but not the same one again and again."""
         now = monotonic()
         if now >= self._complaints.get(what, 0.0):
             if len(self._complaints) > 1_000:
                 self._complaints.clear()
             self._complaints[what] = now + _REMIND_EVERY_S
-            _logger.warning(*message)
+            tell(text, *arguments)
 
     def _tell_of_long_ones(self, now: float) -> None:
         with self.lock:
@@ -538,7 +550,7 @@ class Reading:
             ]
         for work in long:
             work.is_told = True
-            _logger.warning(
+            tell(
                 "a handler has run for %d s: %s. What comes behind it is not committed, and if its partition is to be "
                 "given to another member, that one handles the record, too",
                 now - work.begun_at,
@@ -576,7 +588,7 @@ class Reading:
         if left and monotonic() < self._leave_at:
             return
         if left:
-            _logger.warning(
+            tell(
                 "a listener gives partitions to another member while handlers still run: their records are handled "
                 "again (%s)",
                 "; ".join(_shown(work) for work in left[:10]),
@@ -659,7 +671,7 @@ class Reading:
             *_, code = failed[0]
             if code not in OVERTAKEN_CODES:
                 name, text = error_text(code)
-                _logger.warning(
+                tell(
                     "a consumer of %s could not commit %s: what was handled is read again: %s (%s)",
                     ", ".join(self._topics),
                     counted(len(failed), "offset"),
@@ -669,7 +681,7 @@ class Reading:
 
 
 def _tell_of_another(error: BaseException) -> None:
-    _logger.error("a listener ends for another error already; this one came, too", exc_info=error)
+    tell("a listener ends for another error already; this one came, too", level=logging.ERROR, exc_info=error)
 
 
 def _shown(work: Work) -> str:

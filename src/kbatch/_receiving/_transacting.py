@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -21,9 +20,11 @@ from kbatch._errors import (
     type_name,
 )
 from kbatch._fastmap import Mapper, RecordPool, monotonic
+from kbatch._logs import tell
 from kbatch._producer import Producer
 from kbatch._receiving._consumer import ConsumerCallError
 from kbatch._receiving._copies import LARGEST, shared_config
+from kbatch._receiving._failing import OvertakenError
 from kbatch._recovery._handle import ProducerHandle, ProducerUse
 from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._text import counted
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
 
-__all__ = ["CannotCommitError", "OvertakenError", "Transacting", "Transaction"]
-
-_logger = logging.getLogger("kbatch")
+__all__ = ["CannotCommitError", "Transacting", "Transaction"]
 
 _AGAIN = RetryPolicy(max_attempts=None, initial_backoff_s=0.05, max_backoff_s=5.0)
 # rd_kafka_send_offsets_to_transaction heeds no timeout: if the group's coordinator has gone, it waits for the next
@@ -48,10 +47,6 @@ _WAKES = {"connections.max.idle.ms": "5000"}
 _COMMITTED_S = 5.0  # for the group's answer
 _LOOK_S = 0.02  # whether what waits is still wanted
 _TOLD_EVERY_S = 30.0
-
-
-class OvertakenError(Exception):
-    """Nothing was committed, and the records are another's now, or the listener stops."""
 
 
 class CannotCommitError(Exception):
@@ -242,10 +237,10 @@ class Transacting:
             return None
         return committed.get(work.partition, -1) >= work.next_offset
 
-    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+    def send(self, work: Work, answer: Callable[[KbatchError | OvertakenError | None], object]) -> None:
         answer(self.store(work))
 
-    def store(self, work: Work) -> KbatchError | None:
+    def store(self, work: Work) -> KbatchError | OvertakenError | None:
         """Commits the copy that the work has, and the offset of its record; why it is not stored."""
         assert work.copy is not None
         assert self._reading is not None
@@ -254,10 +249,8 @@ class Transacting:
         assert packed is not None
         try:
             self.commit(self._reading, work, [packed])
-        except DeliveryError as error:
+        except (DeliveryError, OvertakenError) as error:
             return error
-        except OvertakenError:
-            return ProducerError("its record is not the listener's any more")
         except CannotCommitError as error:
             raise error.error from None
         return None
@@ -275,7 +268,7 @@ class Transacting:
         now = monotonic()
         if now >= self._told_at + _TOLD_EVERY_S:
             self._told_at = now
-            _logger.warning(message, reason)
+            tell(message, reason)
 
 
 def _send(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Literal
 
 from kbatch._errors import ForkError, ProducerClosedError, can_be_replaced
+from kbatch._logs import tell
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Undelivered
 
 __all__ = ["ProducerHandle", "ProducerUse"]
-
-_logger = logging.getLogger("kbatch")
 
 # Of every handle and both tables, for a few instructions at a time. A fork waits for it, so that a child finds them
 # whole and the lock free. Re-entrant: a signal handler may fork, and a finalizer may release.
@@ -153,8 +150,7 @@ class ProducerHandle:
             if self.producer is not dead or not self._users:
                 return
             self._put(dead._twin(transactional_id=transactional_id))
-        with contextlib.suppress(Exception):  # whatever a handler of logs does
-            _logger.warning("a new producer takes the place of one that can send no more: %r", dead)
+        tell("a new producer takes the place of one that can send no more: %r", dead)
         if dead is not self._given:
             _close(dead, 0.0)
 

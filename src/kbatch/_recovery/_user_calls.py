@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from typing import TYPE_CHECKING
 
 from kbatch._callbacks import refuse_coroutine
 from kbatch._fastmap import CallQueue, comes_from
+from kbatch._logs import tell
 from kbatch._threads import CALLBACKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["UserCalls"]
-
-_logger = logging.getLogger("kbatch")
 
 
 class UserCalls:
@@ -59,4 +57,4 @@ class UserCalls:
 
 
 def _log(level: int, text: str, arguments: tuple[object, ...], exc_info: BaseException | None) -> None:
-    _logger.log(level, text, *arguments, exc_info=exc_info)
+    tell(text, *arguments, level=level, exc_info=exc_info)

@@ -83,7 +83,7 @@ class Relay:
         """As `kbatch.Relay.drain`. If the task is cancelled, it ends as `run` does, unless `run` goes on beside it.
 
         Raises:
-            OutboxError, SenderClosedError, ConfigError: As `kbatch.Relay.run`.
+            OutboxError, SenderClosedError, ConfigError, RuntimeError: As `kbatch.Relay.drain`.
         """
         return await self._in_thread(lambda given_up: self._relay._drain(timeout, given_up))
 

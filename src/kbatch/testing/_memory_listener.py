@@ -141,6 +141,7 @@ class _Memory:
         return MemoryRecord(*place, record[3], record[4], tuple(record[5]))
 
     def _read(self, envelope: ReceivedEnvelope[Any], outcome: MemoryOutcome) -> None:
+        self._failures.identify(envelope)
         self._outcomes[envelope.topic, envelope.offset] = outcome
         left_s = self._failures.due_in_s(envelope, self._wall())
         partition = (envelope.topic, envelope.partition)
