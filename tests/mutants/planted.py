@@ -1584,6 +1584,20 @@ MUTANTS = (
         "tests/unit/test_outbox_positions.py",
     ),
     Mutant(
+        "a relay that reaches no broker keeps its buckets",
+        "Relay._stand_aside",
+        "        self._store.leave(self._owner, keep=())\n",
+        "",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "a relay that reaches brokers again asks for no leases",
+        "Gate.open_for_s",
+        "if self.circuit.state is CircuitState.OPEN else 0.0",
+        "if self.circuit.state is not CircuitState.CLOSED else 0.0",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
         "buckets are read by turns alone",
         "Positions.floors",
         "*sorted(known, key=floors.__getitem__)",
