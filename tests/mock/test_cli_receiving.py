@@ -296,6 +296,9 @@ def test_consume_commits_nothing_that_could_not_be_printed(
     with open("/dev/full", "w") as full:
         done = subprocess.run(asks, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
     assert (done.returncode, done.stderr) == (1, "kbatch: cannot write to standard output: No space left on device\n")
+    without = ["sh", "-c", '"$@" >&-', "sh", *asks]
+    done = subprocess.run(without, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (1, "kbatch: there is no standard output to print to\n")
     consumer = Consumer({"bootstrap.servers": cluster.bootstrap_servers, "group.id": f"g-{topic}"})
     try:
         assert consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset < 0
