@@ -15,6 +15,7 @@ import kbatch
 from kbatch import Envelope
 from kbatch._fastmap import unpack_record
 from kbatch.cli import _outbox_demo
+from kbatch.cli._failure import Failure
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.outboxes import named
@@ -466,6 +467,31 @@ def test_a_signal_ends_a_relay_with_its_work_recorded_and_its_buckets_handed_bac
 
 
 @pytest.mark.skipif(os.name == "nt", reason="platform: no such signals")
+@pytest.mark.parametrize(("options", "seconds"), [((), 120), (("--grace", "7"), 7)])
+def test_a_signal_leaves_to_what_is_in_flight_what_the_option_or_the_file_says(
+    file_outbox, tmp_path, monkeypatch, options, seconds
+):
+    given = []
+
+    def interrupt(abort, grace_s):
+        given.append(grace_s)
+        raise Failure("enough")
+
+    made = kbatch.Relay
+
+    def relay(*arguments, **relays):
+        given.append(relays["close_timeout_s"])
+        return made(*arguments, **relays)
+
+    monkeypatch.setattr("kbatch.cli._relay.Interrupt", interrupt)
+    monkeypatch.setattr("kbatch.Relay", relay)
+    config = tmp_path / "relay.toml"
+    config.write_text("[relay]\nclose_timeout_s = 120\n[kafka]\nbootstrap.servers = 'localhost:1'\n")
+    status, _, err = run_here("relay", "--config", config, *named(file_outbox), *options)
+    assert (status, err) == (1, "kbatch: enough\n")
+    assert given == [seconds, seconds]
+
+
 def test_a_second_signal_gives_up_what_is_in_flight_at_once(outbox, kafka_cluster: MockCluster):
     outboxes.add(outbox, numbered(range(1)))
     arguments = (*named(outbox), "-X", servers(kafka_cluster), "-X", "delivery.timeout.ms=600000", "--grace", 600)

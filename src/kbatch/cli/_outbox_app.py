@@ -414,8 +414,13 @@ def relay(
         float | None, typer.Option(min=0.0, help="With --drain: seconds after which it ends anyway.")
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a signal leaves to what is in flight; a second one ends them.")
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="close_timeout_s of FILE, or 30",
+            help="Seconds that a signal leaves to what is in flight; a second one ends them.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live line on a terminal.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="For programs: each line of the log, and the counters at the end, as JSON.")
