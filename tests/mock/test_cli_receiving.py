@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -333,6 +334,22 @@ def test_consume_follows_until_it_is_interrupted(cluster: MockCluster, topic: st
         assert json.loads(process.stdout.readline()) == {"n": 1}
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: signals")
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_can_lose_nothing_ends_at_the_second_signal_whatever_it_waits_for(signals: int) -> None:
+    program = f"""if True:
+        import signal, time
+        from kbatch.cli._interrupt import Interrupt
+
+        with Interrupt(None, {0.05 if signals == 1 else 1000}):
+            for _ in range({signals}):
+                signal.raise_signal(signal.SIGTERM)
+            while True:
+                time.sleep(60)
+    """
+    assert subprocess.run([sys.executable, "-c", program], env=environment(), timeout=60).returncode == 143
 
 
 @pytest.mark.parametrize(
