@@ -157,7 +157,7 @@ def _rebuild(cls: type[KbatchError], args: tuple[Any, ...], state: dict[str, Any
 
 
 class ConfigError(KbatchError, ValueError):
-    """A producer's configuration: an unknown key, a bad value, a contradiction. Values of secrets are never shown."""
+    """A configuration or an option: an unknown key, a bad value, a contradiction. Values of secrets are never shown."""
 
 
 class SerializationError(KbatchError, ValueError):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from kbatch._fastmap import CallbackThread, Dispatcher, TokenRefresh
-from kbatch._text import printable
+from kbatch._text import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Core
 
 __all__ = ["make_dispatcher"]
+
+_logger = logging.getLogger("kbatch")
+
+# Behind a callback that takes long, or hangs, so many calls wait at most.
+_MOST_WAITING = 1_000
+_MOST_WAITING_BEFORE_STATS = 100  # they may be of a megabyte each, and the next ones say more
 
 
 def make_dispatcher(
@@ -27,19 +34,20 @@ def make_dispatcher(
     `others` end with the producer, too.
     """
     on_error = on_stats = on_log = on_oauth = on_throttle = None
+    events = _Events(callbacks)
     if config.error_cb is not None:
         error_cb = config.error_cb
 
         def on_error(code: int, reason: str, fatal: bool) -> None:
             from confluent_kafka import KafkaError
 
-            callbacks.put(error_cb, KafkaError(code, reason, fatal=fatal))
+            events.put(error_cb, KafkaError(code, reason, fatal=fatal))
 
     if config.stats_cb is not None:
         stats_cb = config.stats_cb
 
         def on_stats(json: str) -> None:
-            callbacks.put(stats_cb, json)
+            events.put(stats_cb, json, most_waiting=_MOST_WAITING_BEFORE_STATS)
 
     if config.throttle_cb is not None:
         throttle_cb = config.throttle_cb
@@ -47,13 +55,13 @@ def make_dispatcher(
         def on_throttle(broker: str, broker_id: int, throttle_ms: int) -> None:
             from confluent_kafka import ThrottleEvent
 
-            callbacks.put(throttle_cb, ThrottleEvent(broker, broker_id, throttle_ms / 1000))
+            events.put(throttle_cb, ThrottleEvent(broker, broker_id, throttle_ms / 1000))
 
     if config.logger is not None:
         logger = config.logger
 
         def on_log(level: int, facility: str, name: str, text: str) -> None:
-            callbacks.put(logger.log, _LEVELS[level], "%s [%s] %s", facility, name, printable(text))
+            events.put(logger.log, _LEVELS[level], "%s [%s] %s", facility, name, printable(text))
 
     if config.oauth_cb is not None:
         oauth_cb = config.oauth_cb
@@ -72,6 +80,24 @@ def make_dispatcher(
         on_oauth=on_oauth,
         throttle_cb=on_throttle,
     )
+
+
+class _Events:
+    """Puts events behind what waits for the callback thread already, unless that is too much: then they are dropped."""
+
+    def __init__(self, callbacks: CallbackThread) -> None:
+        self._callbacks = callbacks
+        self._dropped = 0  # the dispatcher's
+
+    def put(self, callback: Callable[..., object], *arguments: object, most_waiting: int = _MOST_WAITING) -> None:
+        if self._callbacks.waiting >= most_waiting:
+            self._dropped += 1
+            return
+        if self._dropped:
+            text = "%s of librdkafka had no room behind slow callbacks and were dropped"
+            self._callbacks.put(_logger.warning, text, counted(self._dropped, "event"))
+            self._dropped = 0
+        self._callbacks.put(callback, *arguments)
 
 
 # syslog's levels as Python's

@@ -631,6 +631,7 @@ cdef class CallbackThread:
     cdef Flag begun
     cdef bint stopping
     cdef int promised          # jobs that come for certain, or calls that will say that they do not
+    cdef readonly int waiting  # jobs
     cdef void _append(self, Job job) noexcept
     cdef void _append_surely(self, Job job) noexcept
     cdef bint _start(self) except -1

@@ -81,6 +81,7 @@ class Producer(BaseProducer):
                 to librdkafka is settled as failed.
             ProducerClosedError, ProducerFatalError, TransactionUnknownError, ForkError: The producer cannot send.
                 Nothing was sent.
+            ConfigError: librdkafka refuses the configuration, which shows at the first use.
         """
         check_timeout(timeout)
         batch = PendingBatch(self._core)
@@ -110,8 +111,8 @@ class Producer(BaseProducer):
                 No coroutine function: `kbatch.aio` takes those.
 
         Raises:
-            SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
-                is not called.
+            SerializationError, NotYetDueError, ProducerClosedError, ProducerFatalError, ForkError, ConfigError: As of
+                `send_batch`. Nothing was sent, and `callback` is not called.
             ProducerError: The producer has a ``transactional.id``.
             TypeError: `callback` cannot be called with one argument, is a coroutine function, or asyncio's own, such as
                 ``asyncio.Queue().put_nowait``, which wakes nobody when a thread calls it. Nothing was sent.
@@ -150,7 +151,8 @@ class Producer(BaseProducer):
             How many messages still have no outcome, or are in a transaction that is not decided.
 
         Raises:
-            UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch`.
+            UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch` or keeps it. Of
+                one that somebody keeps `close` tells.
         """
         check_timeout(timeout)
         left = self._core.flush(timeout)

@@ -357,8 +357,12 @@ def test_what_can_lose_nothing_ends_at_the_second_signal_whatever_it_waits_for(s
     [
         (("consume", "t"), "no broker is named"),
         (("consume", "t", "--from", "soon"), "--from takes beginning, end, an offset, an age"),
+        (("consume", "t", "--group", "g", "--from", "soon"), "--from takes beginning, end, committed, an offset"),
         (("consume", "t", "--until", "beginning"), "--until takes end, an offset"),
+        (("consume", "t", "--group", "g", "--until", "committed"), "--until takes end, an offset"),
+        (("consume", "t", "--until", "soon"), "--until takes end, an offset"),
         (("consume", "t", "--from", "committed"), "--from committed needs --group"),
+        (("replay", "t", "--from", "committed"), "--from committed needs --group, which consume has"),
         (("consume", "t", "--json", "--values"), "two forms"),
         (("consume", "t", "--commit"), "--commit is for a --group"),
         (("dead-topic", "replay", "t"), "say which: PARTITION:OFFSET"),

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 from confluent_kafka import KafkaError, ThrottleEvent
 
 import kbatch
+from kbatch import _events
 from kbatch.testing import MockCluster
 
 from ..waiting import until
@@ -246,3 +248,32 @@ def test_a_close_does_not_wait_for_events_without_end(kafka_cluster: MockCluster
         assert producer.send_batch("orders", [kbatch.Envelope(data=b"x")] * 1_000).ok
         began = threading.active_count()
     assert threading.active_count() < began
+
+
+def test_what_has_no_room_behind_a_callback_that_hangs_is_dropped_and_counted(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_events, "_MOST_WAITING_BEFORE_STATS", 5)
+    goes_on = threading.Event()
+    told: list[str] = []
+
+    def stats_cb(json: str) -> None:
+        told.append(json)
+        goes_on.wait(90)
+
+    config = {"bootstrap.servers": NOBODY, "log_level": 0, "statistics.interval.ms": 1, "stats_cb": stats_cb}
+    with kbatch.Producer(config) as producer:
+        producer._core.start()
+        callbacks = producer._callback_thread
+        until(lambda: callbacks.waiting >= 5, "statistics that wait")
+        others = Calls()
+        for number in range(20):
+            callbacks.put(others, number)  # such as answers of batches: they are told, however many wait
+        assert callbacks.waiting == 25
+        goes_on.set()
+        until(lambda: "had no room" in caplog.text, "word of what was dropped")
+        began_again = len(told)
+        until(lambda: len(told) > began_again, "later statistics")
+    assert [number for (number,) in others.arguments] == list(range(20))
+    (line, *_) = [record.getMessage() for record in caplog.records if "had no room" in record.getMessage()]
+    assert re.fullmatch(r"[\d,]+ events? of librdkafka had no room behind slow callbacks and were dropped", line)

@@ -559,11 +559,16 @@ async def _coroutine(envelope: object) -> None:
         ({"types": [Order]}, "types must be a mapping"),
         ({"wire": "avro"}, "wire must be"),
         ({"close_timeout_s": -1}, "close_timeout_s"),
-        ({"config": {"bootstrap.servers": "localhost:9"}}, r"group\.id"),
+        ({"config": {"group.id": ""}}, r"group\.id"),
+        ({"config": {"enable.auto.commit": True}}, "a listener commits by itself"),
+        ({"config": {"enable.auto.offset.store": True}}, "a listener commits by itself"),
+        ({"config": {"on_commit": print}}, "on_commit is refused"),
+        ({"config": {"key.deserializer": bytes}}, r"key\.deserializer is refused"),
+        ({"config": {"value.deserializer": bytes}}, r"value\.deserializer is refused"),
     ],
 )
 def test_a_wrong_option_is_an_error(options: dict[str, Any], text: str) -> None:
-    config = options.pop("config", {"bootstrap.servers": "localhost:9", "group.id": "g"})
+    config = {"bootstrap.servers": "localhost:9", "group.id": "g", **options.pop("config", {})}
     handler = options.pop("handler", lambda envelope: None)
     with pytest.raises(kbatch.ConfigError, match=text):
         kbatch.Listener(config, options.pop("topics", ["orders"]), handler, **options)

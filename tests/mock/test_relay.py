@@ -851,7 +851,7 @@ def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOu
         again.start()
         again.join()
         assert producer.closed, injector.place
-        assert relay._handle._users == 0
+        assert not relay._handle._users
         if injector.place is None:
             break
         places += 1

@@ -21,7 +21,7 @@ def test_the_successor_sends_as_its_predecessor_did(cluster: MockCluster) -> Non
     names = ["x-trace"]
     with kbatch.Producer(config, wire="wolverine", source="shop", header_hook=lambda: [(names[0], "7")]) as given:
         handle = ProducerHandle.of(given)
-        handle.acquire()
+        use = handle.acquire()
         given._core.inject_fatal_error(45, "made up")
         with pytest.raises(kbatch.ProducerFatalError):
             given.send_batch("orders", [kbatch.Envelope(data=b"lost")])
@@ -29,7 +29,7 @@ def test_the_successor_sends_as_its_predecessor_did(cluster: MockCluster) -> Non
         assert isinstance(handle.producer, kbatch.Producer)
         handle.producer.send_batch("orders", [kbatch.Envelope(data=b"sent")]).raise_for_errors()
         assert "shop" in repr(handle.producer)
-        handle.release(30)
+        use.release(30)
     (record,) = read_back(cluster.bootstrap_servers, "orders")
     assert record.value == b"sent"
     assert {"x-trace": b"7", "source": b"shop", "wolverine-protocol-version": b"1.0"}.items() <= dict(
@@ -50,16 +50,17 @@ class TestFork:
             prototype = kbatch.Producer(CONFIG)
             parents = ProducerHandle.shared("settings", prototype)
             if used:
-                parents.producer.send_batch("orders", envelopes(1)).raise_for_errors()
+                parents.handle.producer.send_batch("orders", envelopes(1)).raise_for_errors()
             child = os.fork()
             if child == 0:
                 own = ProducerHandle.shared("settings", prototype)
-                assert (own is parents) == (not used), (own, parents)
-                assert ProducerHandle.shared("settings", prototype) is own
-                own.producer.send_batch("orders", envelopes(2)).raise_for_errors()
+                assert (own.handle is parents.handle) == (not used), (own.handle, parents.handle)
+                second = ProducerHandle.shared("settings", prototype)
+                assert second.handle is own.handle
+                own.handle.producer.send_batch("orders", envelopes(2)).raise_for_errors()
                 if used:
                     try:
-                        parents.producer.send_batch("orders", envelopes(1))
+                        parents.handle.producer.send_batch("orders", envelopes(1))
                     except kbatch.ForkError:
                         pass
                     else:
@@ -67,16 +68,16 @@ class TestFork:
                     assert parents.release(5) == 0
                 else:
                     assert parents.release(5) == 0
-                    assert not own.producer.closed
+                    assert not own.handle.producer.closed
                 assert own.release(5) == 0
-                assert own.release(5) == 0
-                assert own.producer.closed
+                assert second.release(5) == 0
+                assert own.handle.producer.closed
                 sys.stdout.flush()
                 os._exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            parents.producer.send_batch("orders", envelopes(4)).raise_for_errors()
+            parents.handle.producer.send_batch("orders", envelopes(4)).raise_for_errors()
             assert parents.release(5) == 0
-            assert parents.producer.closed
+            assert parents.handle.producer.closed
             print("done")
             """
         result = run(cluster, code)
@@ -106,7 +107,7 @@ class TestForkInTheMiddle:
                 child = os.fork()
                 if child == 0:
                     faulthandler.dump_traceback_later(20, exit=True)
-                    handle = ProducerHandle.shared("settings", prototype)
+                    handle = ProducerHandle.shared("settings", prototype).handle
                     handle.replace(handle.producer)
                     os._exit(0)
                 statuses.append(os.waitpid(child, 0)[1])

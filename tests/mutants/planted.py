@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "an inline sender closes in the producer's time and not in its own",
         "_close",
-        "handle.release(self._close_timeout if timeout is None else timeout)",
-        "handle.release(timeout)",
+        "self._use.release(self._close_timeout if timeout is None else timeout)",
+        "self._use.release(timeout)",
         "tests/mock/test_inline_sender.py",
     ),
     # -- delivery reports
@@ -1316,6 +1316,20 @@ MUTANTS = (
         "tests/unit/test_gate.py",
     ),
     Mutant(
+        "events behind a callback that hangs become more and more",
+        "_Events.put",
+        "self._callbacks.waiting >= most_waiting",
+        "self._callbacks.waiting < 0",
+        "tests/mock/test_event_callbacks_served.py",
+    ),
+    Mutant(
+        "a producer whose closing was interrupted is never closed",
+        "ProducerHandle._release",
+        "            closing = () if self._users else tuple(self._closing)\n",
+        "            closing, self._closing = () if self._users else tuple(self._closing), []\n",
+        "tests/unit/test_shared_producers.py",
+    ),
+    Mutant(
         "a closed producer ends its senders though another took its place",
         "ProducerHandle.fate",
         "replaced = self.producer is not producer and",
@@ -1324,8 +1338,8 @@ MUTANTS = (
     ),
     Mutant(
         "a sender that was never used keeps its producer",
-        "BaseSendingAgent.__del__",
-        "            self._handle.forget()\n",
+        "ProducerUse.__del__",
+        "            handle._users.discard(self._user)\n",
         "            pass\n",
         "tests/unit/test_forgotten_senders.py",
     ),

@@ -167,6 +167,13 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
         failures(**options)
 
 
+def test_each_delay_in_whole_seconds_makes_the_name_of_a_topic() -> None:
+    policy = failures(retry_topics=[0.25, 5.0, 999_999, 1_000_000, 1_000_001.0, 10_000_000])
+    group = next(iter(policy.delays)).partition(".retry.")[0]
+    seconds = ("0.25", "5", "999999", "1000000", "1000001", "10000000")
+    assert list(policy.delays) == [f"{group}.retry.{each}" for each in seconds]
+
+
 def test_a_group_whose_name_is_none_of_a_topic_has_no_retry_topics() -> None:
     with pytest.raises(kbatch.ConfigError, match=r"retry topic of group\.id='a b'"):
         Failures("a b", ["orders"], "kbatch", retry_topics=[5])
@@ -275,6 +282,8 @@ def test_of_a_batch_that_fails_only_the_record_that_is_to_blame_is_dead() -> Non
     assert work.envelope.offset == 1
     assert not failing.failed(recorder, work, ValueError("this one"))
     assert failing.failed(recorder, work, ValueError("this one"))
+    assert work.copy is not None
+    assert dict(work.copy.headers)["attempts"] == "2"  # those of the batch do not count
     failing.send_on(recorder, work)
     failing.handled(recorder, work)
     assert recorder.told[2:] == [("again", 1), ("again", 1), ("copy", "1"), ("again", 2), "done"]

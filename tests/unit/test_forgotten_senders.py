@@ -125,7 +125,7 @@ def test_one_that_was_closed_gives_its_producer_back_once(mode: kbatch.SenderMod
     closed.close()
     del closed
     gc.collect()
-    assert handle._users == 1
+    assert len(handle._users) == 1
     assert not handle.producer.closed
     other.close()
     assert handle.producer.closed

@@ -51,7 +51,7 @@ class Scene:
         self.now = 1000.0
         self.producer: Any = MemoryProducer()
         self.handle = ProducerHandle.of(self.producer)
-        self.handle.acquire()
+        self.use = self.handle.acquire()
         self.calls = CallsAtOnce()
         self.probes = Probes()
         self.changes: list[tuple[CircuitState, CircuitState]] = []
@@ -213,7 +213,7 @@ def test_a_producer_in_its_fatal_state_is_replaced_once() -> None:
     assert not gate.must_replace()
     gate.replace()
     assert scene.handle.producer is successor
-    scene.handle.release(0)
+    scene.use.release(0)
 
 
 @pytest.mark.parametrize(

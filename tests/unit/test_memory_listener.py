@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import datetime
 import sqlite3
 from typing import Any
 
@@ -64,10 +65,29 @@ def test_keys_are_in_order_while_one_is_tried_again_and_others_go_on(send: Any) 
             raise ValueError
 
     envelopes = [Envelope(Order(0), key="a"), Envelope(Order(1), key="a"), Envelope(Order(2), key="b")]
-    outcomes, listener = send(handle, *envelopes, types={"Order": Order})
+    outcomes, listener = send(handle, *envelopes, types={"Order": Order}, concurrency=2)
     assert [(each.outcome, each.attempts) for each in outcomes] == [("handled", 3), ("handled", 1), ("handled", 1)]
     assert seen == [(b"a", 0), (b"b", 2), (b"a", 0), (b"a", 0), (b"a", 1)]
     assert listener.stats() == {"attempts_failed": 2, "to_retry": 0, "dead": 0}
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "order"), [(None, ["bad", "bad", "other", None]), (2, ["bad", "other", None, "bad"])]
+)
+def test_by_default_all_of_a_partition_wait_for_a_record_that_is_tried_again(
+    send: Any, concurrency: int | None, order: list[str | None]
+) -> None:
+    seen: list[bytes | None] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append(envelope.key)
+        if seen == [b"bad"]:
+            raise ValueError
+
+    options = {} if concurrency is None else {"concurrency": concurrency}
+    outcomes, _ = send(handle, *(Envelope({}, key=key) for key in ("bad", "other", None)), **options)
+    assert [each.outcome for each in outcomes] == ["handled"] * 3
+    assert seen == [None if key is None else key.encode() for key in order]
 
 
 def test_what_fails_goes_through_the_retry_topics_to_the_dead_letters(send: Any) -> None:
@@ -116,6 +136,21 @@ def test_what_cannot_be_decoded_is_dead_at_once(send: Any) -> None:
     (outcome,), _ = send(called.append, envelope, types={"Order": Order}, dead_letter_topic="dead", retry_topics=[5])
     assert (outcome.outcome, outcome.attempts, called) == ("dead", 1, [])
     assert isinstance(outcome.errors[0], kbatch.DeserializationError)
+
+
+@pytest.mark.parametrize("wire", ["raw", "kbatch"])
+def test_a_record_that_names_no_type_has_the_type_bytes(send: Any, wire: str) -> None:
+    seen: list[Any] = []
+    for types in ({"Order": Order}, {"bytes": Order}):
+        send(lambda envelope: seen.append(envelope.message), Envelope(data=b'{"number":7}'), types=types, wire=wire)
+    assert seen == [msgspec.UNSET, Order(7)]
+
+
+def test_what_is_scheduled_is_handed_out_at_once(send: Any) -> None:
+    later = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(days=1)
+    seen: list[Any] = []
+    send(lambda envelope: seen.append(envelope.scheduled_time), Envelope({}, scheduled_time=later))
+    assert seen == [later]
 
 
 def test_a_database_that_never_answers_ends_no_test_and_no_record(send: Any) -> None:

@@ -1296,7 +1296,7 @@ def test_a_twin_goes_on_with_what_was_kept() -> None:
     producer.fail(times=None, when=lambda envelope: envelope.message == 5)
     producer.fatal()
     handle = ProducerHandle.of(producer)
-    handle.acquire()
+    use = handle.acquire()
     handle.replace(producer)
     twin = handle.producer
     assert type(twin) is MemoryProducer
@@ -1314,7 +1314,7 @@ def test_a_twin_goes_on_with_what_was_kept() -> None:
     waiting.join(30)
     assert values(producer) == [b"0", b"0", b"1", b"0"]
     assert producer.records == twin.records
-    assert handle.release(None) == 0
+    assert use.release(None) == 0
     assert twin.closed
 
 

@@ -34,7 +34,7 @@ from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
-from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle, ProducerUse
 from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._text import counted
@@ -105,7 +105,8 @@ class Relay:
             must be idempotent with ``acks=all``, without a ``transactional.id``. With a ``config``,
             ``delivery.timeout.ms`` is 30,000 by default.
         retry: When a record that was refused is sent again, and when no more. By default 20 attempts, at most a minute
-            apart. It has no ``max_age_s``: give envelopes a ``deliver_by``.
+            apart; a `RetryPolicy` that is given has its own defaults, with pauses of at most 10 seconds. It has no
+            ``max_age_s``: give envelopes a ``deliver_by``.
         batch_size, max_in_flight_batches: How many records are sent together, and how often at a time. With `fencing`
             it is one batch at a time, whatever the second says.
         strict_order: At most one record of a key is in flight, so that none overtakes another of its key, also when a
@@ -170,7 +171,8 @@ class Relay:
         self._is_fencing = fencing is not None
         self._max_flights = 1 if self._is_fencing else max_in_flight_batches
         self._close_timeout_s = close_timeout_s
-        self._handle = _handle_of(producer, batch_size * max_in_flight_batches, is_fencing=self._is_fencing)
+        self._use = _use_of(producer, batch_size * max_in_flight_batches, is_fencing=self._is_fencing)
+        self._handle = self._use.handle
         self._max_delivery_s = self._handle.producer.max_delivery_s()
         try:
             if strict_order and self._handle.producer._parsed.native.get("partitioner") == "random":
@@ -180,7 +182,7 @@ class Relay:
                 )
             self._lease_s = _lease_s(lease_s, self._max_delivery_s)
         except ConfigError:
-            self._handle.release(0.0)
+            self._use.release(0.0)
             raise
         self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
         self._owner = ""
@@ -247,6 +249,7 @@ class Relay:
         Raises:
             OutboxError: At its start, the outbox cannot be opened.
             SenderClosedError: The relay is closed, or its producer cannot send any more and cannot be replaced.
+            ConfigError: librdkafka refuses the configuration, which shows at the first use.
             RuntimeError: It runs already.
         """
         self._run(until_empty=False, end=None, given_up=_never)
@@ -266,7 +269,7 @@ class Relay:
         Raises:
             OutboxError: At its start, the outbox cannot be opened; or at its end, the database does not answer how many
                 records are left.
-            SenderClosedError: As for `run`.
+            SenderClosedError, ConfigError: As for `run`.
             RuntimeError: It is called within `run`, as by a signal handler.
         """
         return self._drain(timeout, _never)
@@ -327,7 +330,7 @@ class Relay:
             return
         try:
             self._gate.close()
-            self._handle.release(self._close_timeout_s)
+            self._use.release(self._close_timeout_s)
         finally:
             self._prober.stop()
             self._calls.stop()
@@ -1084,18 +1087,15 @@ def _check_producer(producer: Producer, own_id: str | None = None) -> None:
         raise ConfigError(f"the producer of a relay must not have {wrong}")
 
 
-def _handle_of(producer: Mapping[str, Any] | Producer, room: int, *, is_fencing: bool) -> ProducerHandle:
+def _use_of(producer: Mapping[str, Any] | Producer, room: int, *, is_fencing: bool) -> ProducerUse:
     if is_fencing and isinstance(producer, BaseProducer):
         raise ConfigError("fencing='kafka' needs producers of its own: give their configuration")
     if isinstance(producer, Producer):
         _check_producer(producer)
-        handle = ProducerHandle.of(producer)
-    elif isinstance(producer, BaseProducer):
+        return ProducerHandle.of(producer).acquire()
+    if isinstance(producer, BaseProducer):
         raise ConfigError(f"a relay takes no {producer._shown}: give its configuration, or a kbatch.Producer")
-    else:
-        handle = ProducerHandle(relay_producer(producer, room, is_fencing=is_fencing), given=False)
-    handle.acquire()
-    return handle
+    return ProducerHandle(relay_producer(producer, room, is_fencing=is_fencing), given=False).acquire()
 
 
 def _lease_s(lease_s: float | None, max_delivery_s: float) -> float:

@@ -18,7 +18,7 @@ from kbatch._errors import (
 from kbatch._fastmap import Mapper, RecordPool
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
-from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle, ProducerUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +63,7 @@ class Copies:
         self._given = producer
         self._prototype: Producer | None = None  # not used: each run has a twin
         self._handle: ProducerHandle | None = None  # of a run
+        self._use: ProducerUse | None = None
         if producer is None:
             self._prototype = Producer(shared_config(config), wire="raw")
         elif not isinstance(producer, Producer):
@@ -74,11 +75,12 @@ class Copies:
     def open(self) -> None:
         """Begins a run."""
         if self._prototype is not None:
-            self._handle = ProducerHandle(self._prototype._twin(), given=False)
+            handle = ProducerHandle(self._prototype._twin(), given=False)
         else:
             assert self._given is not None
-            self._handle = ProducerHandle.of(self._given)
-        self._handle.acquire()
+            handle = ProducerHandle.of(self._given)
+        self._use = handle.acquire()
+        self._handle = handle
 
     def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
         """Sends the copy that the work has, and returns; `answer` is called once, with ``None`` when it is stored.
@@ -134,9 +136,10 @@ class Copies:
 
     def close(self, timeout_s: float) -> None:
         """Ends a run, and its producer, unless it was given."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            handle.release(timeout_s)
+        self._handle = None
+        if self._use is not None:
+            self._use.release(timeout_s)
+            self._use = None
 
 
 def _not_now(error: Exception) -> ProducerError:

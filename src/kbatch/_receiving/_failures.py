@@ -94,7 +94,7 @@ class Failures:
         self._group = group
         self._attempts = attempts_header(wire)
         #: The group's own topics, which its listener reads as well: a name and seconds each.
-        self.delays = {f"{group}.retry.{delay:g}": delay for delay in delays}
+        self.delays = {f"{group}.retry.{_seconds(delay)}": delay for delay in delays}
         for name in self.delays:
             check_topic(f"the retry topic of group.id={group!r}", name)
         self._stages = list(self.delays)
@@ -165,7 +165,7 @@ class Failures:
         copy = self._copy(envelope, error, failures, topic, wall)
         if topic == self._dead:
             return Fate(f"sent to dead letter topic {topic}: {text}", copy=copy)
-        return Fate(f"sent to {topic}, to be tried again in {self.delays[topic]:g} s: {text}", copy=copy)
+        return Fate(f"sent to {topic}, to be tried again in {_seconds(self.delays[topic])} s: {text}", copy=copy)
 
     def _next_topic(self, topic: str) -> str | None:
         stage = self._stages.index(topic) + 1 if topic in self.delays else 0
@@ -242,9 +242,14 @@ def _delays(given: Iterable[float]) -> list[float]:
     for each in delays:
         if not (is_number(each) and 0 < each <= _LONGEST_DELAY_S):
             raise ConfigError(f"retry_topics must be seconds above 0, such as [5, 60, 600], not {each!r}")
-    if len({f"{each:g}" for each in delays}) < len(delays):
+    if len(set(map(_seconds, delays))) < len(delays):
         raise ConfigError("retry_topics has the same delay twice: each has a topic of its own")
     return delays
+
+
+def _seconds(delay: float) -> str:
+    """As names of topics have it, which take no ``1e+06``."""
+    return f"{delay:.0f}" if delay == int(delay) else f"{delay:g}"
 
 
 def _matches(topic: str, name: str) -> bool:

@@ -47,9 +47,10 @@ class Listener(BaseListener):
             come one after the other, in order; those without a key in any order. With a `concurrency` of 1 all records
             of a partition come in order. It must not be a coroutine function: `kbatch.aio.Listener` takes those.
         types: By message type, what its data are decoded to by msgspec, from JSON, or from msgpack if the content type
-            says so. What cannot be decoded is a `DeserializationError`, and is tried no more. Of other message types
-            ``envelope.message`` is ``msgspec.UNSET``: the handler has ``envelope.data``.
-        wire: The format of the records, as for `Producer`.
+            says so. What cannot be decoded is a `DeserializationError`, and is tried no more. A record that names no
+            type has the type ``bytes``. Of other message types ``envelope.message`` is ``msgspec.UNSET``: the handler
+            has ``envelope.data``.
+        wire: The format of the records: one of the names that `Producer` takes, and no object.
         concurrency: How many calls of the handler run at a time.
         batch_size: The handler is called with a list of up to so many envelopes of one partition, in the order of the
             log. One batch of a partition is handled at a time, so keys are in order, and `concurrency` is how many
@@ -67,8 +68,11 @@ class Listener(BaseListener):
         commit_interval_s: Seconds between two commits.
         close_timeout_s: Seconds that the end of `run` waits for handlers. What they still handle then is logged,
             counted as ``abandoned``, and read again.
-        retry: How often a record whose handler raises is tried again at once, while later ones of its key wait; by
-            default three attempts within a second. ``docs/failures.md`` says what becomes of it then.
+        retry: How often a record whose handler raises is tried again at once. Later ones of its key wait meanwhile;
+            with a `concurrency` of 1, the default, with `batch_size` and with `transactional_id` all later ones of its
+            partition. By default three attempts within a second; a `RetryPolicy` that is given has its own defaults,
+            with pauses of up to 10 seconds. It has no ``max_age_s``. ``docs/failures.md`` says what becomes of the
+            record then.
         retry_topics: Seconds, such as ``[5, 60, 600]``. What has failed so often goes to the topic
             ``<group.id>.retry.5``, which the listener reads as well, is tried again once after 5 seconds, then goes to
             the next one.
@@ -147,6 +151,8 @@ class Listener(BaseListener):
 
         Raises:
             Exception: What a handler has raised. Its record is not committed.
+            DeserializationError: A record cannot be decoded, and there is no dead letter topic.
+            DeliveryError: A retry topic, or the dead letter topic, will never take a copy.
             ListenerError: The group, or a topic, is refused, or another member with the same ``group.instance.id`` has
                 taken its place.
             ConfigError: librdkafka refuses the configuration.

@@ -24,7 +24,7 @@ from kbatch._fastmap import Mapper, RecordPool, monotonic
 from kbatch._producer import Producer
 from kbatch._receiving._consumer import ConsumerCallError
 from kbatch._receiving._copies import LARGEST, shared_config
-from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle, ProducerUse
 from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._text import counted
 from kbatch._transactions import BatchWithOffsets
@@ -126,6 +126,7 @@ class Transacting:
         if self._prototype._parsed.native.get("connections.max.idle.ms") in (None, "0"):
             self._prototype._parsed = producer._parsed.changed(_WAKES)
         self._handle: ProducerHandle | None = None  # of a run
+        self._use: ProducerUse | None = None
         self._reading: Reading | None = None
         self._raw = Mapper("raw", msgspec.json.Encoder(), None, None, LARGEST, LARGEST)
         self._told_at = float("-inf")
@@ -133,8 +134,8 @@ class Transacting:
     # -- a run
 
     def open(self) -> None:
-        self._handle = ProducerHandle(self._prototype._twin(), given=False)
-        self._handle.acquire()
+        self._use = ProducerHandle(self._prototype._twin(), given=False).acquire()
+        self._handle = self._use.handle
 
     def begin(self, reading: Reading) -> None:
         """Waits until the coordinator has ended what another with this id has left open, and fences that one.
@@ -168,9 +169,10 @@ class Transacting:
             self._wait(_AGAIN.delay_s(failures, entropy), lambda: reading.is_stopping)
 
     def close(self, timeout_s: float) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            handle.release(timeout_s)
+        self._handle = None
+        if self._use is not None:
+            self._use.release(timeout_s)
+            self._use = None
 
     def _running_handle(self) -> ProducerHandle:
         handle = self._handle

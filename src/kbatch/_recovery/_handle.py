@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kbatch._base_producer import BaseProducer
     from kbatch._fastmap import Undelivered
 
-__all__ = ["ProducerHandle"]
+__all__ = ["ProducerHandle", "ProducerUse"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -39,14 +39,16 @@ class ProducerHandle:
         producer: The current one. It may change between two looks at it.
     """
 
-    __slots__ = ("__weakref__", "_given", "_key", "_solo", "_users", "producer")
+    __slots__ = ("__weakref__", "_closing", "_given", "_key", "_over", "_solo", "_users", "producer")
 
     def __init__(self, producer: BaseProducer, *, given: bool, key: Hashable = None) -> None:
         self.producer = producer
         self._given = producer if given else None  # the caller's, who closes it
         self._key = key
-        self._users = 0
+        self._users: set[object] = set()
         self._solo: BaseProducer | None = None  # ours
+        self._closing: list[BaseProducer] = []  # ours: without a user, and not closed to the end yet
+        self._over: BaseProducer | None = None  # ours: the last one, closed
         _handles[id(producer)] = self
 
     @classmethod
@@ -63,8 +65,8 @@ class ProducerHandle:
             return cls(producer, given=True)
 
     @classmethod
-    def shared(cls, key: Hashable, prototype: BaseProducer) -> ProducerHandle:
-        """The handle of the producer of these settings in this process, acquired. It is closed with its last user.
+    def shared(cls, key: Hashable, prototype: BaseProducer) -> ProducerUse:
+        """A use of the producer of these settings in this process. It is closed with its last user.
 
         Args:
             key: The same where the settings are. It must hold no secret.
@@ -74,42 +76,34 @@ class ProducerHandle:
             handle = _shared.get(key)
             if handle is None or not _is_usable(handle.producer):
                 handle = _shared[key] = cls(prototype._twin(), given=False, key=key)
-            handle._users += 1
-            return handle
+            return ProducerUse(handle)
 
-    def acquire(self) -> None:
-        """One more user."""
+    def acquire(self) -> ProducerUse:
+        """One more user, until the use is released or forgotten."""
+        return ProducerUse(self)
+
+    def _release(self, user: object, timeout: float | None) -> int:
+        # Interrupted at any line it may be called again, and goes on: what is to be closed is kept until it is.
         with _lock:
-            self._users += 1
-
-    def release(self, timeout: float | None) -> int:
-        """One user less. The last one closes the producer, unless it is the caller's; interrupted, it may call again.
-
-        Args:
-            timeout: Seconds; ``None`` is the producer's ``close_timeout_s``.
-
-        Returns:
-            How many messages ended without an acknowledgement since closing began; 0 if nothing is closed.
-        """
-        with _lock:
-            self._users = max(self._users - 1, 0)
-            producer = self.producer
-            if self._users > 0:
-                return 0
-            solo, self._solo = self._solo, None
-            if self._given is not None:
-                self.producer = self._given  # who comes later begins with it, as the first one did
-            elif _shared.get(self._key) is self:
-                del _shared[self._key]
-        left = 0 if solo is None else _close(solo, timeout)
-        return left if producer is self._given else left + _close(producer, timeout)
-
-    def forget(self) -> None:
-        """As `release`, by a finalizer, which must not wait: a producer of ours ends when nothing holds it any more."""
-        with _lock:
-            self._users -= 1
-            if not self._users and self._given is None and _shared.get(self._key) is self:
-                del _shared[self._key]
+            self._users.discard(user)
+            if not self._users:
+                for each in (self._solo, self.producer):
+                    if each is not None and each not in (self._given, self._over, *self._closing):
+                        self._closing.append(each)
+                self._solo = None
+                if self._given is not None:
+                    self.producer = self._given  # who comes later begins with it, as the first one did
+                elif _shared.get(self._key) is self:
+                    del _shared[self._key]
+            closing = () if self._users else tuple(self._closing)
+        left = 0
+        for producer in closing:
+            left += _close(producer, timeout)
+            with _lock:
+                self._over = producer
+                if producer in self._closing:
+                    self._closing.remove(producer)
+        return left
 
     def undelivered(self) -> Undelivered | None:
         """What producers that their last user has closed gave up; ``None`` of those that others use, or the caller."""
@@ -177,7 +171,41 @@ class ProducerHandle:
         _handles[id(producer)] = self
 
     def __repr__(self) -> str:
-        return f"<ProducerHandle of {self.producer!r}, users: {self._users}>"
+        return f"<ProducerHandle of {self.producer!r}, users: {len(self._users)}>"
+
+
+class ProducerUse:
+    """A user's hold on a handle, until it is released. One that is forgotten ends too, without waiting: a producer of
+    ours then ends when nothing holds it any more."""
+
+    __slots__ = ("_user", "handle")
+
+    def __init__(self, handle: ProducerHandle) -> None:
+        self._user = object()
+        self.handle = handle
+        with _lock:
+            handle._users.add(self._user)
+
+    def release(self, timeout: float | None) -> int:
+        """One user less. The last one closes the producer, unless it is the caller's. Called again it does nothing, or
+        what is left to do if it was interrupted.
+
+        Args:
+            timeout: Seconds; ``None`` is the producer's ``close_timeout_s``.
+
+        Returns:
+            How many messages ended without an acknowledgement since closing began; 0 if nothing is closed.
+        """
+        return self.handle._release(self._user, timeout)
+
+    def __del__(self) -> None:
+        if not hasattr(self, "handle"):
+            return  # the constructor has raised
+        handle = self.handle
+        with _lock:
+            handle._users.discard(self._user)
+            if not handle._users and handle._given is None and _shared.get(handle._key) is handle:
+                del _shared[handle._key]
 
 
 def _is_usable(producer: BaseProducer) -> bool:

@@ -19,7 +19,7 @@ from kbatch._options import AgentOptions, shows, taken
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
-from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle, ProducerUse
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._sending._given_up import GivenUp
 from kbatch._sending._send_loop import OVER, SendLoop
@@ -54,7 +54,7 @@ class BaseSendingAgent:
     @shows(AgentOptions)
     def __init__(
         self,
-        producer: BaseProducer | ProducerHandle,
+        producer: BaseProducer | ProducerUse,
         topic: str | None,
         **keywords: Unpack[AgentKeywords[Never]],
     ) -> None:
@@ -64,17 +64,14 @@ class BaseSendingAgent:
             check_topic("topic", topic)
             if options.dead_letter_topic == topic:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {topic!r}")
-        if not isinstance(producer, (self._producer_class, ProducerHandle)):
+        if not isinstance(producer, (self._producer_class, ProducerUse)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
         if options.strict_order:
-            _check_strict(producer.producer if isinstance(producer, ProducerHandle) else producer)
+            _check_strict(producer.handle.producer if isinstance(producer, ProducerUse) else producer)
         self.topic = topic
-        if isinstance(producer, ProducerHandle):
-            self._handle = producer  # acquired for this agent
-        else:
-            self._handle = ProducerHandle.of(producer)
-            self._handle.acquire()
+        self._use = producer if isinstance(producer, ProducerUse) else ProducerHandle.of(producer).acquire()
+        self._handle = self._use.handle
         self._options = options
         self._calls = self._calls_class()
         self._prober = CallQueue(PROBES)
@@ -96,7 +93,7 @@ class BaseSendingAgent:
         self._send_loop: SendLoop | None = None  # the thread's
         self._thread: threading.Thread | None = None
         self._pid: int | None = None  # where it was started
-        self._released = False
+        self._ending = False
 
     @property
     def state(self) -> CircuitState:
@@ -163,7 +160,7 @@ class BaseSendingAgent:
 
             thread = threading.Thread(
                 target=_run,
-                args=(weakref.ref(self, wake), flag, self._handle, (self._calls, self._prober)),
+                args=(weakref.ref(self, wake), flag, self._use, (self._calls, self._prober)),
                 name="kbatch-sender",
                 daemon=True,
             )
@@ -246,12 +243,12 @@ class BaseSendingAgent:
             return  # what was taken is the parent's
         with self._gate.lock:
             self._gate.close()
-            first, self._released = not self._released, True
-        if first:
-            try:
-                # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
-                self._handle.release(timeout)
-            finally:
+            self._ending = True
+        try:
+            # If the producer is ours, what is in flight has its outcome when this returns; else it goes on.
+            self._use.release(timeout)
+        finally:
+            if self._thread is not None and self._thread.is_alive():  # else nobody takes it, and it keeps the agent
                 self._news.append(self._give_up_flights)
                 self._gate.flag.set()
 
@@ -281,19 +278,16 @@ class BaseSendingAgent:
         return {**counts, "scheduled": scheduled, "in_flight_batches": in_flight}
 
     def __del__(self, warn: Callable[..., None] = warnings.warn) -> None:
-        if getattr(self, "_released", True):  # the constructor may have raised
+        if getattr(self, "_ending", True):  # the constructor may have raised
             return
-        if not self._has_thread():
-            self._released = True
-            self._handle.forget()
-        elif not self._is_forked():  # its thread releases the producer
+        if self._has_thread() and not self._is_forked():  # its thread releases the producer
             warn(f"unclosed {self if self._buffer is None else self._buffer!r}", ResourceWarning, source=self)
 
 
 def _run(
     reference: weakref.ref[BaseSendingAgent],
     flag: Flag,
-    handle: ProducerHandle,
+    use: ProducerUse,
     calls: tuple[UserCalls | CallQueue, ...],
 ) -> None:
     """An agent's thread. It holds only a weak reference while nothing depends on it: a forgotten agent is collected."""
@@ -312,7 +306,7 @@ def _run(
             del loop
             if pause != 0.0:
                 flag.wait(pause, interruptible=False)
-    handle.release(0.0)
+    use.release(0.0)
     for each in calls:
         each.stop()
 

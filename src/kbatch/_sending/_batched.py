@@ -227,7 +227,7 @@ class BatchedSender(BaseBatchedSender):
 
     def drain(self, timeout: float | None = None) -> int:
         """Takes no more envelopes, and waits until those that were taken are acknowledged or given up, the scheduled
-        ones, too.
+        ones, too. From now on retries and probes are at most a second apart, so attempts are used up sooner.
 
         Args:
             timeout: Seconds; ``None`` waits as long as it takes.
@@ -243,8 +243,7 @@ class BatchedSender(BaseBatchedSender):
         return left
 
     def close(self, timeout: float | None = None) -> int:
-        """As `drain`, with retries and probes at most a second apart; then gives up what is left, and tells
-        ``on_failed`` of each with `SenderClosedError`, or raises.
+        """As `drain`; then gives up what is left, and tells ``on_failed`` of each with `SenderClosedError`, or raises.
 
         What may have been stored, by an earlier attempt or because it is still in flight by a producer that others go
         on using, is a `DeliveryError` with ``possibly_persisted``. Ctrl-C ends the wait, and gives up at once. May be

@@ -18,7 +18,7 @@ from kbatch._errors import (
 )
 from kbatch._fastmap import monotonic
 from kbatch._producer import Producer
-from kbatch._recovery._handle import ProducerHandle
+from kbatch._recovery._handle import ProducerHandle, ProducerUse
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -45,22 +45,18 @@ class BaseInlineSender:
     _producer_class: type[BaseProducer] = Producer
 
     def __init__(
-        self, producer: BaseProducer | ProducerHandle, topic: str | None, *, close_timeout_s: float = 30.0
+        self, producer: BaseProducer | ProducerUse, topic: str | None, *, close_timeout_s: float = 30.0
     ) -> None:
         check_close_timeout(close_timeout_s)
-        if not isinstance(producer, (self._producer_class, ProducerHandle)):
+        if not isinstance(producer, (self._producer_class, ProducerUse)):
             shown = getattr(producer, "_shown", type(producer).__name__)
             raise ConfigError(f"producer must be a {self._producer_class._shown}, not {shown}")
         if topic is not None:
             check_topic("topic", topic)
         self.topic = topic
         self._close_timeout = close_timeout_s
-        if isinstance(producer, ProducerHandle):
-            self._handle = producer  # acquired for this sender
-        else:
-            self._handle = ProducerHandle.of(producer)
-            self._handle.acquire()
-        self._unreleased = [self._handle]  # empty once it is closed: the call of `close` that takes it out releases it
+        self._use = producer if isinstance(producer, ProducerUse) else ProducerHandle.of(producer).acquire()
+        self._handle = self._use.handle
         self._closed = False
 
     @property
@@ -86,17 +82,8 @@ class BaseInlineSender:
             raise _with_report(report.errors[0], report)
         return report
 
-    def _begin_closing(self) -> ProducerHandle | None:
-        """What is to be released, the first time."""
+    def _begin_closing(self) -> None:
         self._closed = True
-        try:
-            return self._unreleased.pop()
-        except IndexError:
-            return None
-
-    def __del__(self) -> None:
-        for handle in getattr(self, "_unreleased", ()):  # the constructor may have raised
-            handle.forget()
 
     def _check_delivered(self, error: BaseException | None) -> None:
         # Of sends that were given up before they had an answer. `error` ends a `with` block, and comes first.
@@ -148,6 +135,7 @@ class InlineSender(BaseInlineSender):
             NotYetDueError: Its ``scheduled_time`` is in the future. Nothing was sent.
             BatchPendingError: `timeout` has passed. The error carries what is pending, which goes on.
             SenderClosedError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent.
+            ConfigError: librdkafka refuses the configuration, which shows at the first use.
         """
         if self._closed:
             self._refuse()
@@ -197,8 +185,8 @@ class InlineSender(BaseInlineSender):
 
     def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
-        handle = self._begin_closing()
-        return 0 if handle is None else handle.release(self._close_timeout if timeout is None else timeout)
+        self._begin_closing()
+        return self._use.release(self._close_timeout if timeout is None else timeout)
 
     def __enter__(self) -> Self:
         return self

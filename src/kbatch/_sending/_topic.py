@@ -225,16 +225,15 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             return self._create_durable(self._outbox)
         assert self._producer is not None
         if self._is_given:
-            handle = ProducerHandle.of(self._producer)
-            handle.acquire()
+            use = ProducerHandle.of(self._producer).acquire()
         else:
-            handle = ProducerHandle.shared(self._settings, self._producer)
+            use = ProducerHandle.shared(self._settings, self._producer)
         try:
             if self.mode is SenderMode.INLINE:
-                return self._inline_class(handle, self.name, close_timeout_s=self.close_timeout_s)
-            agent = self._agent_class(handle, self.name, **self._options_of(AgentOptions))
+                return self._inline_class(use, self.name, close_timeout_s=self.close_timeout_s)
+            agent = self._agent_class(use, self.name, **self._options_of(AgentOptions))
         except BaseException:
-            handle.release(0)
+            use.release(0)
             raise
         # From here on the agent releases it, or does so when it is forgotten.
         batching = self._options_of(BatchingOptions)

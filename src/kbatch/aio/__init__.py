@@ -7,7 +7,7 @@ async with aio.Producer({"bootstrap.servers": "localhost:9092"}) as producer:
     report = await producer.send_batch("orders", [kbatch.Envelope(order, key=order.id) for order in orders])
     report.raise_for_errors()
 
-Nothing here holds the event loop up: long batches are mapped in slices, a thread without the GIL hands them to
+Sending does not hold the event loop up: long batches are mapped in slices, a thread without the GIL hands them to
 librdkafka, and no thread waits for a batch. A producer belongs to no loop; each call
 answers the one it was made on.
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kbatch._fastmap import Envelope
-    from kbatch._recovery._handle import ProducerHandle
     from kbatch._report import DeliveryReport
 
 __all__ = ["InlineSender"]
@@ -78,12 +77,7 @@ class InlineSender(BaseInlineSender):
     async def _close(self, timeout: float | None) -> int:
         check_timeout(timeout)
         left = self._close_timeout if timeout is None else timeout
-        begun: list[ProducerHandle | None] = []
-
-        def release() -> int:
-            return sum(handle.release(left) for handle in begun if handle is not None)
-
-        return await in_thread("kbatch-close", release, begin=lambda: begun.append(self._begin_closing()))
+        return await in_thread("kbatch-close", lambda: self._use.release(left), begin=self._begin_closing)
 
     async def __aenter__(self) -> Self:
         return self

@@ -118,8 +118,8 @@ class Producer(BaseProducer):
                 from it is logged, `CancelledError` too.
 
         Raises:
-            SerializationError, ProducerClosedError, ProducerFatalError, ForkError: Nothing was sent, and `callback`
-                is not called.
+            SerializationError, NotYetDueError, ProducerClosedError, ProducerFatalError, ForkError, ConfigError: As of
+                `send_batch`. Nothing was sent, and `callback` is not called.
             ProducerError: The producer has a ``transactional.id``.
             TypeError: `callback` cannot be called with one argument. Nothing was sent.
         """

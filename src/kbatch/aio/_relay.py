@@ -75,7 +75,7 @@ class Relay:
         in flight, and gives its buckets back. Cancelled once more, it ends at once, and the thread does the rest.
 
         Raises:
-            OutboxError, SenderClosedError, RuntimeError: As `kbatch.Relay.run`.
+            OutboxError, SenderClosedError, ConfigError, RuntimeError: As `kbatch.Relay.run`.
         """
         await self._in_thread(lambda given_up: self._relay._run(until_empty=False, end=None, given_up=given_up))
 
@@ -83,7 +83,7 @@ class Relay:
         """As `kbatch.Relay.drain`. If the task is cancelled, it ends as `run` does, unless `run` goes on beside it.
 
         Raises:
-            OutboxError, SenderClosedError: As `kbatch.Relay.run`.
+            OutboxError, SenderClosedError, ConfigError: As `kbatch.Relay.run`.
         """
         return await self._in_thread(lambda given_up: self._relay._drain(timeout, given_up))
 

@@ -74,7 +74,11 @@ def produce(
     ] = None,
     records: Annotated[
         bool,
-        typer.Option("--records", help="Lines are what `kbatch consume --json` printed: send their records again."),
+        typer.Option(
+            "--records",
+            help="Lines are what `kbatch consume --json` printed: send their records again. Partition and time are not "
+            "kept.",
+        ),
     ] = False,
     setting: Annotated[
         list[str] | None,
@@ -116,7 +120,8 @@ def produce(
     a line that the broker refuses. The broker refuses it with its whole record batch, so the lines of that are sent
     again one by one, after those already on their way. Blank lines are skipped.
 
-    When no broker answers, librdkafka's reason is shown, and it is tried again until message.timeout.ms is over.
+    When no broker answers, librdkafka's reason is shown. Before the first line it ends after --connect-timeout; later
+    it is tried again until message.timeout.ms is over.
     Ctrl-C, SIGTERM and SIGHUP wait for what is in flight, keep what was rejected and say where to go on.
 
     Exit status: 0 if every line was acknowledged; 1 if not; 2 if a file, a setting or an option is wrong; 130 after

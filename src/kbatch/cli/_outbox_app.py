@@ -397,7 +397,8 @@ def relay(
     config: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Settings, TOML: outbox, prefix, schema, and the tables relay, retry and kafka."
+            metavar="FILE",
+            help="Settings, TOML: outbox, prefix, schema, notify, and the tables relay, retry and kafka.",
         ),
     ] = None,
     setting: Annotated[

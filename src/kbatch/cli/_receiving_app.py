@@ -35,7 +35,11 @@ From = Annotated[
 ]
 Until = Annotated[
     str,
-    typer.Option("--until", metavar="POINT", help="The same: what is there is left out. By default what is there now."),
+    typer.Option(
+        "--until",
+        metavar="POINT",
+        help="end, an offset, an age or a time: what is there is left out. By default what is there now.",
+    ),
 ]
 Partition = Annotated[int | None, typer.Option(min=0, help="Only this partition.")]
 Key = Annotated[str | None, typer.Option("--key", "-k", help="Only records with this key.")]
@@ -65,7 +69,8 @@ def listen(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Settings, TOML: handler, topics, reject_on, inbox, and the tables types, listener, retry and kafka.",
+            help="Settings, TOML: handler, topics, reject_on, inbox, prefix, schema, and the tables types, listener, "
+            "retry and kafka.",
         ),
     ] = None,
     transactional_id: Annotated[
@@ -141,7 +146,7 @@ def consume(
     It ends where the topic ended when it began, unless --follow. Nothing is committed unless --commit.
 
     Exit status: 0; 1 if the broker does not answer, or what is printed cannot be written; 2 if an option is wrong; 130
-    after Ctrl-C.
+    after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     screen = Screen()
 
@@ -190,7 +195,8 @@ def replay(
     one does not wait.
 
     Exit status: 0 if each record was acknowledged; 1 if not, or if one is left out or not there; 2 if an option is
-    wrong, or nobody can be asked and --yes is missing; 130 after Ctrl-C.
+    wrong, if nobody can be asked and --yes is missing, or if a record does not say where it came from and --to is
+    missing; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     screen = Screen()
 

@@ -33,9 +33,9 @@ class Range:
     follow: bool = False
 
 
-def _point(option: str, text: str) -> tuple[str, int]:
+def _point(option: str, text: str, *names: str) -> tuple[str, int]:
     """What ``--from`` and ``--until`` take: its kind, and an offset or milliseconds since 1970."""
-    if text in ("beginning", "end", "committed"):
+    if text in names:
         return text, 0
     if re.fullmatch("[0-9]{1,18}", text):
         return "offset", int(text)
@@ -48,7 +48,8 @@ def _point(option: str, text: str) -> tuple[str, int]:
             at = at.replace(tzinfo=datetime.timezone.utc)
         return "time", max(0, int(at.timestamp() * 1000))
     raise Failure(
-        f"{option} takes beginning, end, an offset, an age (90s, 15m, 2h, 7d) or a time (2026-11-30T08:00:00Z)", USAGE
+        f"{option} takes {', '.join(names)}, an offset, an age (90s, 15m, 2h, 7d) or a time (2026-11-30T08:00:00Z)",
+        USAGE,
     )
 
 
@@ -69,9 +70,10 @@ class TopicReader:
                 USAGE,
             )
         self._wanted, self._connection = wanted, connection
-        self._begin, self._until = _point("--from", wanted.begin), _point("--until", wanted.end)
-        if self._until[0] in ("beginning", "committed") or (self._begin[0] == "committed" and group is None):
-            raise Failure("--until takes end, an offset, an age or a time; --from committed needs --group", USAGE)
+        if wanted.begin == "committed" and group is None:
+            raise Failure("--from committed needs --group, which consume has", USAGE)
+        self._begin = _point("--from", wanted.begin, "beginning", "end", *([] if group is None else ["committed"]))
+        self._until = _point("--until", wanted.end, "end")
         config: Any = {
             "log_level": "0",
             **settings.values,

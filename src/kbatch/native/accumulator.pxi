@@ -180,6 +180,7 @@ cdef class Accumulator:
             SenderFullError: `timeout` has passed; the envelope was not taken.
             SenderClosedError: The sender is closed.
             ForkError: It was used before a fork, and this is the child.
+            ConfigError: librdkafka refuses the configuration, which shows at the first use.
         """
         if timeout is not None:
             check_timeout(timeout)

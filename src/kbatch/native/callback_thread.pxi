@@ -49,7 +49,11 @@ cdef class Jobs:
 
 @cython.final
 cdef class CallbackThread:
-    """Runs what it is given, in order, one at a time, on a thread that starts when there is something to run."""
+    """Runs what it is given, in order, one at a time, on a thread that starts when there is something to run.
+
+    Attributes:
+        waiting: How many calls have not begun.
+    """
 
     def __cinit__(self, str name):
         self.name = name
@@ -84,6 +88,7 @@ cdef class CallbackThread:
 
     cdef void _append(self, Job job) noexcept:
         self.jobs.append(job)
+        self.waiting += 1
         self.changed.set()
 
     cdef void _append_surely(self, Job job) noexcept:
@@ -149,6 +154,7 @@ cdef class CallbackThread:
         while self.token is token or token is None:
             job = self.jobs.pop()
             if job is not None:
+                self.waiting -= 1
                 job._run()
                 job = None
             elif token is None:

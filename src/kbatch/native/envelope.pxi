@@ -150,8 +150,10 @@ cdef class Envelope:
             duplicates are kept. ``None`` is no headers. The names that the wire format writes are refused, but for
             ``ce_id`` with CloudEvents, which is then the event's id.
         id: By default a new UUID version 7.
-        message_type: By default the message class's ``__message_type__``, else its qualified name.
-        content_type: By default what the producer's encoder writes.
+        message_type: By default the message class's ``__message_type__``, else its qualified name; ``bytes`` with
+            ``data``.
+        content_type: By default what the producer's encoder writes. One of msgspec writes ``application/json`` or
+            ``application/msgpack``; another one, and ``data``, have ``application/octet-stream``.
         source: By default the producer's.
         correlation_id, conversation_id, parent_id, tenant_id, user_name: Text that travels as headers;
             ``conversation_id`` may be a ``uuid.UUID``.

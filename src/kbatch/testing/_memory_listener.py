@@ -95,7 +95,7 @@ class _Memory:
         self.failing = _Noting(self._failures, self, lambda: self._now, self._wall)
         self.failing.memory = self
         listener._failing = self.failing
-        self._is_transactional = transacting is not None
+        self._lane = listener._lane
         if transacting is not None:
             transacting.memory = self
             listener._transacting = transacting
@@ -150,9 +150,8 @@ class _Memory:
             self._add(envelope)
 
     def _add(self, envelope: ReceivedEnvelope[Any]) -> None:
-        key, partition = envelope.key, (envelope.topic, envelope.partition)
-        lane = partition if self._is_transactional else None if key is None else (*partition, key)
-        self._lanes.add(Work(partition, (envelope,), (), 0, lane), self._now)
+        partition = (envelope.topic, envelope.partition)
+        self._lanes.add(Work(partition, (envelope,), (), 0, self._lane(envelope)), self._now)
 
     def works(self) -> Iterator[Work]:
         """What is to be handled next, until nothing is left."""
@@ -237,6 +236,7 @@ class BaseMemoryListener:
         types: Mapping[str, Any] | None = None,
         wire: str = "kbatch",
         source: str | None = None,
+        concurrency: int = 1,
         retry: RetryPolicy | None = None,
         retry_topics: Iterable[float] = (),
         dead_letter_topic: str | None = None,
@@ -262,6 +262,7 @@ class BaseMemoryListener:
             handler,
             types=types,
             wire=wire,
+            concurrency=concurrency,
             retry=retry,
             retry_topics=retry_topics,
             dead_letter_topic=dead_letter_topic,
@@ -291,12 +292,15 @@ class BaseMemoryListener:
 class MemoryListener(BaseMemoryListener):
     """Hands envelopes to a handler as a `kbatch.Listener` does, and tells what became of them.
 
-    No broker, no threads, and no time: what a listener waits for comes at once, in the same order. Envelopes are
+    No broker, no threads, and no time: what a listener waits for comes at once, in the same order. One call of the
+    handler comes after the other. It takes no ``batch_size``: handlers of batches are not for it. Envelopes are
     written in the wire format and read again, so that the handler sees what it would see of a record. The same code as
     a listener's decides what is tried again, and where it goes then.
 
     Args:
         handler, types, wire, retry, retry_topics, dead_letter_topic, reject_on, inbox: As `kbatch.Listener` takes them.
+        concurrency: As `kbatch.Listener` takes it. While a record waits for its next attempt, all behind it wait with
+            1, which is the default; with more only those of its key do.
         topics: What it reads; envelopes without a topic are in the first.
         group: Its ``group.id``.
         source: As `kbatch.Producer` takes it.
