@@ -65,7 +65,7 @@ cdef class TaskStarter:
                 nap()
             except Exception:  # a task factory of the application: the next time it would raise as well
                 self._give_up()
-                _logger.exception("a callback was not called: no task could be made for it")
+                log_raised("a callback was not called: no task could be made for it")
                 return
             except BaseException:  # Ctrl-C within asyncio's own code
                 self.loop.call_soon(self._start)
