@@ -79,6 +79,9 @@ def history(**values: object) -> OutboxHistory:
     return OutboxHistory(**{"in_flight": 10, "committed": {1, 2, 3}, "told": {1, 2}, "log": log, **values})  # type: ignore[arg-type]
 
 
+DOUBLED: dict[str, object] = {"log": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)], "relay_kills": 1}
+
+
 @pytest.mark.parametrize(
     ("values", "violated"),
     [
@@ -103,6 +106,22 @@ def history(**values: object) -> OutboxHistory:
         ({"effects": [1, 2], "poison": {3}}, ["I1"]),
         ({"effects": [1, 2, 3], "poison": {3}, "dead": {3}}, ["stranger"]),
         ({"effects": [1, 2], "dead": {3}}, ["I1", "stranger"]),
+        ({"outputs": [("b", 3), ("a", 1), ("a", 2)]}, []),
+        ({"outputs": [("b", 3), ("a", 1)]}, ["I1"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("a", 2)]}, ["I6"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("b", 4)]}, ["stranger"]),
+        ({"outputs": [("a", 2), ("a", 1), ("b", 3)]}, ["I4"]),
+        ({"outputs": [("a", 2), ("a", 1), ("b", 3)], "late": {1}}, []),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3)]}, []),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}}, ["I1"]),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3), ("b", 3)]}, ["I6"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3)], "letters": [("b", 3)]}, ["stranger"]),
+        (
+            {**DOUBLED, "outputs": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)]},
+            [],  # a copy is a record
+        ),
+        ({**DOUBLED, "outputs": [("a", 1), ("a", 1), ("a", 2), ("a", 2), ("b", 3)]}, ["I4"]),
+        ({**DOUBLED, "outputs": [("a", 1), ("a", 2), ("b", 3)]}, ["I1"]),
     ],
 )
 def test_the_checker_finds_what_is_wrong(values: dict[str, object], violated: list[str]) -> None:

@@ -1,0 +1,118 @@
+"""The runner of whole histories on a real broker: the same plans, processes and checker, with topics of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+from typing import TYPE_CHECKING, Any
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
+
+from tests.faults.outbox_plan import BROKERS_DECIDE, Brokers, OutboxPlan
+from tests.faults.outbox_processes import Names
+from tests.faults.outbox_runner import OutboxRun, run_outbox_plan
+from tests.kafka.proxy import Direction
+from tests.mock.clients import read_committed
+
+if TYPE_CHECKING:
+    from collections import Counter
+
+    import confluent_kafka
+
+    from tests.faults.checker import Violation
+    from tests.kafka.cluster import KafkaCluster
+
+#: A group that has not heard of a member for so long gives its partitions away.
+_SESSION_MS = 3_000
+#: A listener's transaction that is left open holds those up who come after it. A broker is back before.
+_TRANSACTION_MS = 20_000
+_numbers = itertools.count()
+
+
+def run_history(cluster: KafkaCluster, plan: OutboxPlan, place: str) -> tuple[list[Violation], Counter[str]]:
+    """What the plan's run has violated, and what it met. The cluster is left as it was."""
+    return run_outbox_plan(plan, place, functools.partial(KafkaOutboxRun, cluster))
+
+
+class KafkaOutboxRun(OutboxRun):
+    """A run through the proxies of a real cluster."""
+
+    session_s = _SESSION_MS / 1000 + 0.5
+    patience_s = 90.0
+    transaction_ms, delivery_ms = _TRANSACTION_MS, 15_000
+
+    def __init__(self, *arguments: Any) -> None:
+        of = f"{os.getpid()}-{next(_numbers)}"
+        names = Names(*(f"{name}-{of}" for name in Names()))
+        super().__init__(*arguments, names=names)
+
+    def client_config(self) -> dict[str, Any]:
+        return {
+            "bootstrap.servers": self.cluster.proxied_servers,
+            "reconnect.backoff.max.ms": 300,
+            "socket.timeout.ms": 5_000,
+        }
+
+    def listener_config(self) -> dict[str, Any]:
+        found = {**self._config, "group.id": self.names.group}
+        if self.plan.transactional:
+            found["transaction.timeout.ms"] = _TRANSACTION_MS
+        if self.plan.assignment == BROKERS_DECIDE:
+            return found | {"group.protocol": "consumer"}
+        strategy = {"partition.assignment.strategy": self.plan.assignment}
+        return found | strategy | {"session.timeout.ms": _SESSION_MS, "heartbeat.interval.ms": _SESSION_MS // 6}
+
+    def create_topics(self) -> None:
+        for name, partitions in self.topics().items():
+            self.cluster.create_topic(name, partitions=partitions)
+        if self.plan.assignment == BROKERS_DECIDE:
+            self._set_session()
+
+    def _set_session(self) -> None:
+        times = {"consumer.session.timeout.ms": _SESSION_MS, "consumer.heartbeat.interval.ms": _SESSION_MS // 6}
+        entries = [
+            ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET) for name, value in times.items()
+        ]
+        group = ConfigResource(ResourceType.GROUP, self.names.group, incremental_configs=entries)
+        self.cluster.admin.incremental_alter_configs([group])[group].result(30)
+
+    def heal(self) -> None:
+        self.cluster.heal()
+
+    def set_brokers(self, step: Brokers) -> None:
+        if step.are_up:
+            self.cluster.heal()
+        for broker in () if step.are_up else self.cluster.brokers:
+            if step.how == "refuses":
+                broker.proxy.refuse()
+            elif step.how == "does not answer":
+                broker.proxy.drop(Direction.TO_CLIENT)
+            elif not broker.runs:
+                pass
+            elif step.how == "stands still":
+                broker.pause()
+            else:
+                broker.kill()
+
+    def set_round_trip(self, ms: int) -> None:
+        for proxy in self.cluster.proxies:
+            proxy.delay(ms / 2_000)
+
+    def end_of(self, group: confluent_kafka.Consumer, partition: confluent_kafka.TopicPartition) -> int:
+        """What is behind the last record is a transaction's marker, which nobody commits."""
+        offsets = [record.offset for record in self.read(partition.topic) if record.partition == partition.partition]
+        return max(offsets, default=-1) + 1
+
+    def read(self, topic: str) -> list[Any]:
+        return read_committed(self.cluster.bootstrap_servers, topic)
+
+    def run(self, folder: Any) -> Any:
+        try:
+            return super().run(folder)
+        finally:
+            for topic in self.topics():
+                with contextlib.suppress(KafkaException):
+                    self.cluster.delete_topic(topic)
