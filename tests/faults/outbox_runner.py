@@ -173,9 +173,13 @@ class OutboxRun:
             return read_committed(self.cluster.bootstrap_servers, topic, "read_uncommitted")
         return read_back(self.cluster.bootstrap_servers, topic)
 
+    def wait_until_readable(self, topic: str) -> None:
+        """Until a reader sees all that there is."""
+
     # -- a plan
 
     def _numbered(self, topic: str) -> list[tuple[str, int]]:
+        self.wait_until_readable(topic)
         return [(record.key.decode(), int(record.value)) for record in self.read(topic)]
 
     def _relay_the_rest(self) -> None:

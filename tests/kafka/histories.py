@@ -8,7 +8,7 @@ import itertools
 import os
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import KafkaException
+from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from tests.faults.outbox_plan import BROKERS_DECIDE, Brokers, OutboxPlan
@@ -16,19 +16,18 @@ from tests.faults.outbox_processes import Names
 from tests.faults.outbox_runner import OutboxRun, run_outbox_plan
 from tests.kafka.proxy import Direction
 from tests.mock.clients import read_committed
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections import Counter
-
-    import confluent_kafka
 
     from tests.faults.checker import Violation
     from tests.kafka.cluster import KafkaCluster
 
 #: A group that has not heard of a member for so long gives its partitions away.
 _SESSION_MS = 3_000
-#: A listener's transaction that is left open holds those up who come after it. A broker is back before.
-_TRANSACTION_MS = 20_000
+#: A listener's transaction that a killed one has left open holds those up who come after it, and hides what is behind.
+_TRANSACTION_MS = 6_000
 _numbers = itertools.count()
 
 
@@ -42,7 +41,7 @@ class KafkaOutboxRun(OutboxRun):
 
     session_s = _SESSION_MS / 1000 + 0.5
     patience_s = 90.0
-    transaction_ms, delivery_ms = _TRANSACTION_MS, 15_000
+    transaction_ms, delivery_ms = 20_000, 15_000
 
     def __init__(self, *arguments: Any) -> None:
         of = f"{os.getpid()}-{next(_numbers)}"
@@ -101,13 +100,23 @@ class KafkaOutboxRun(OutboxRun):
         for proxy in self.cluster.proxies:
             proxy.delay(ms / 2_000)
 
-    def end_of(self, group: confluent_kafka.Consumer, partition: confluent_kafka.TopicPartition) -> int:
+    def end_of(self, group: Consumer, partition: TopicPartition) -> int:
         """What is behind the last record is a transaction's marker, which nobody commits."""
         offsets = [record.offset for record in self.read(partition.topic) if record.partition == partition.partition]
         return max(offsets, default=-1) + 1
 
     def read(self, topic: str) -> list[Any]:
         return read_committed(self.cluster.bootstrap_servers, topic)
+
+    def wait_until_readable(self, topic: str) -> None:
+        """Until no transaction is open: that of a process that was killed hides all behind it until it times out."""
+        until(lambda: self._ends(topic, "read_committed") == self._ends(topic, "read_uncommitted"), "the last marker")
+
+    def _ends(self, topic: str, isolation: str) -> list[int]:
+        config = {**self._config, "group.id": self.names.group, "isolation.level": isolation}
+        with contextlib.closing(Consumer(config)) as consumer:
+            partitions = [TopicPartition(topic, number) for number in range(self.topics()[topic])]
+            return [consumer.get_watermark_offsets(each, timeout=10)[1] for each in partitions]
 
     def run(self, folder: Any) -> Any:
         try:
