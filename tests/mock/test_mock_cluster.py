@@ -381,6 +381,36 @@ def test_a_new_group_waits_for_more_members_as_long_as_was_set(cluster):
         assert waits.assignment() == []
 
 
+_MEMBER = """
+import sys
+from confluent_kafka import Consumer
+consumer = Consumer({"bootstrap.servers": sys.argv[1], "group.id": "tests", "group.protocol": "consumer"})
+consumer.subscribe(["t"])
+while not consumer.assignment():
+    consumer.poll(0.1)
+print(flush=True)
+consumer.poll(60)
+"""
+
+
+def test_of_the_new_protocol_a_member_is_missed_and_others_learn_of_it_as_soon_as_was_set(cluster):
+    cluster.create_topic("t", partitions=4)
+    cluster.set_group_session(timeout_ms=600, heartbeat_interval_ms=50)
+    command = [sys.executable, "-c", _MEMBER, cluster.bootstrap_servers]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as lost:
+        lost.stdout.readline()  # it has all partitions
+        with consumer_of(cluster, **{"group.protocol": "consumer"}) as stays:
+            stays.subscribe(["t"])
+            until(lambda: stays.poll(0.01) or len(stays.assignment()) == 2, "its partitions")
+            lost.kill()
+            until(
+                lambda: stays.poll(0.01) or len(stays.assignment()) == 4, "those of the other, not in half a minute", 20
+            )
+    for timeout_ms, interval_ms in ((0, 1), (1, 0), (2**31, 1)):
+        with pytest.raises(ValueError, match=r"timeout_ms|heartbeat_interval_ms"):
+            cluster.set_group_session(timeout_ms, interval_ms)
+
+
 # -- its limits; one that is gone with a newer librdkafka can be taken out of the docstring
 
 
