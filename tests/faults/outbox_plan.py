@@ -92,9 +92,11 @@ class Relay(NamedTuple):
     kill: Kill | None
     #: By how many seconds the clock of its machine jumps, there and back; the database has its own.
     clock_s: int = 0
+    is_aio: bool = False
 
     def __str__(self) -> str:
-        return f"relay {self.slot} begins{f', {self.kill}' if self.kill else ''}{_jumping(self.clock_s)}"
+        kind = "asyncio relay" if self.is_aio else "relay"
+        return f"{kind} {self.slot} begins{f', {self.kill}' if self.kill else ''}{_jumping(self.clock_s)}"
 
 
 class Listen(NamedTuple):
@@ -310,7 +312,7 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         else:
             steps.append(RoundTrip(rng.choice((0, 5, 40))))
     kills = {str(step.kill.step) for step in steps if isinstance(step, (Application, Relay)) and step.kill}
-    return OutboxPlan(
+    plan = OutboxPlan(
         seed=seed,
         database=database,
         partitions=rng.choice((1, 3)),
@@ -323,6 +325,11 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         assignment="",
         keep=tuple(range(len(steps))),
     )
+    return replace(plan, steps=tuple(_on_a_loop(rng, step) if isinstance(step, Relay) else step for step in plan.steps))
+
+
+def _on_a_loop(rng: random.Random, step: Relay) -> Relay:
+    return step._replace(is_aio=rng.random() < 0.3)
 
 
 def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxPlan:
@@ -365,6 +372,8 @@ def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxP
         assignment = (BROKERS_DECIDE, assignment)[seed // 2 % 2]
         steps = [_on_kafka(rng, step) for step in steps]
         others |= {step.how for step in steps if isinstance(step, Brokers) and step.how}
+    elif rng.random() < 0.25:
+        assignment = BROKERS_DECIDE
     others.add(assignment)
     return replace(
         plan,

@@ -31,7 +31,7 @@ from kbatch._receiving._transacting import Transacting
 from kbatch._transactions import Transactions
 from kbatch.aio._inbox_session import AioInboxSession
 from tests import inboxes, outboxes
-from tests.faults.outbox_plan import Application, Handling, Listen
+from tests.faults.outbox_plan import Application, Handling, Listen, Relay
 from tests.relays import WatchedOutbox
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -215,6 +215,7 @@ class _Relay(kbatch.Relay):
 
 
 _JUMP_EVERY_S = 0.2
+_PAUSE_S = 0.05  # the database was away at the start of a relay: whoever watches relays begins another
 
 
 def _jump(seconds: int) -> None:
@@ -230,16 +231,13 @@ def _jump(seconds: int) -> None:
     Failing.__init__.__defaults__ = (monotonic, jumping)
 
 
-def relay(
-    place: dict[str, Any],
-    config: dict[str, Any],
-    options: dict[str, Any],
-    kill: tuple[str, int] | None,
-    clock_s: int,
-) -> None:
+def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], plan: Relay) -> None:
     """Sends until SIGTERM."""
-    _jump(clock_s)
-    outbox = _Outbox(opened(place), Steps(kill))
+    _jump(plan.clock_s)
+    outbox = _Outbox(opened(place), Steps(plan.kill))
+    if plan.is_aio:
+        asyncio.run(_relay_on_loop(outbox, config, options))
+        return
     is_over = False
     while not is_over:
         with _Relay(outbox, config, **options) as running:
@@ -255,7 +253,28 @@ def relay(
             except kbatch.OutboxError:
                 if outbox.was_opened:
                     raise
-                time.sleep(0.05)  # the database was away at its start: whoever watches relays begins another
+                time.sleep(_PAUSE_S)
+            else:
+                return
+
+
+async def _relay_on_loop(outbox: _Outbox, config: dict[str, Any], options: dict[str, Any]) -> None:
+    over = asyncio.Event()
+    while not over.is_set():
+        async with kbatch.aio.Relay(outbox, config, **options) as running:
+            running._relay = _Relay(outbox, config, **options)
+
+            def stop(running: kbatch.aio.Relay = running) -> None:
+                over.set()
+                running.stop()
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+            try:
+                await running.run()
+            except kbatch.OutboxError:
+                if outbox.was_opened:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
             else:
                 return
 

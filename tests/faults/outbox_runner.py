@@ -26,6 +26,7 @@ from tests.faults import outbox_processes as processes
 from tests.faults.checker import Violation, check_outbox
 from tests.faults.history import OutboxHistory
 from tests.faults.outbox_plan import (
+    BROKERS_DECIDE,
     Application,
     Brokers,
     Crashed,
@@ -67,7 +68,7 @@ class OutboxRun:
         server: That server, if it is the plan's own.
     """
 
-    session_s = 1.8  # after so long the group gives a member's partitions away
+    session_ms = 1_500  # after so long the group gives a member's partitions away
     patience_s = 40.0
     #: What a transaction of a relay may take, and a record of it.
     transaction_ms = 30_000
@@ -112,6 +113,8 @@ class OutboxRun:
     def run(self, folder: Path) -> OutboxHistory:
         outboxes.run(self.outbox, f"CREATE TABLE {self._table} (n INTEGER PRIMARY KEY)")
         self.create_topics()
+        if self.plan.assignment == BROKERS_DECIDE:
+            self.set_session()
         if self.inbox is not None:
             self._effects = inboxes.effects(self.inbox)
         try:
@@ -138,7 +141,15 @@ class OutboxRun:
         return {"bootstrap.servers": self.cluster.bootstrap_servers}
 
     def listener_config(self) -> dict[str, Any]:
-        return {**inboxes.consumer(self.cluster), "partition.assignment.strategy": self.plan.assignment}
+        found = {**self._config, "group.id": self.names.group}
+        if self.plan.assignment == BROKERS_DECIDE:
+            return found | {"group.protocol": "consumer"}
+        times = {"session.timeout.ms": self.session_ms, "heartbeat.interval.ms": self.session_ms // 5}
+        return found | times | {"partition.assignment.strategy": self.plan.assignment}
+
+    def set_session(self) -> None:
+        """As `listener_config` says it, where brokers decide."""
+        self.cluster.set_group_session(self.session_ms, self.session_ms // 5)
 
     def topics(self) -> dict[str, int]:
         """All that are read or written, and their partitions."""
@@ -235,7 +246,7 @@ class OutboxRun:
         if isinstance(step, Application):
             self._run_application(step, folder)
         elif isinstance(step, Relay):
-            arguments = (self._place, self._of_relay, self._options, step.kill, step.clock_s)
+            arguments = (self._place, self._of_relay, self._options, step)
             if step.clock_s:  # a lease ends by each of two clocks: when one jumps, what is in flight is given up
                 self.history.relays_disturbed += _JUMPS
             self._begin("relay", step.slot, processes.relay, arguments)
@@ -295,7 +306,7 @@ class OutboxRun:
                         raise
                 time.sleep(_LEASE_IS_TAKEN_S)
             else:
-                time.sleep(self.session_s)
+                time.sleep(self.session_ms / 1000 + 0.3)
         except (ProcessLookupError, psutil.NoSuchProcess):
             return  # it has killed itself
         finally:

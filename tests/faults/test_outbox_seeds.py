@@ -9,10 +9,12 @@ import pytest
 from tests.faults.checker import check_outbox
 from tests.faults.history import OutboxHistory
 from tests.faults.outbox_plan import (
+    BROKERS_DECIDE,
     STEPS_OF_ADD,
     STEPS_OF_LISTENER,
     STEPS_OF_RELAY,
     STEPS_OF_SEND,
+    Relay,
     make_outbox_plan,
     make_whole_plan,
 )
@@ -62,8 +64,12 @@ def test_each_step_of_a_listener_and_each_outage_has_its_turn() -> None:
     plans = [make_whole_plan(seed, "postgres") for seed in range(len(STEPS_OF_LISTENER))]
     kinds = {kind for plan in plans for kind in plan.kinds}
     outages = {"hang", "brokers", "locked", "severed", "crashed", "clock"}
-    assert {*STEPS_OF_LISTENER, *outages, "aio", "range", "cooperative-sticky"} <= kinds
-    assert any(make_outbox_plan(seed, "sqlite").fenced for seed in SEEDS)
+    assert {*STEPS_OF_LISTENER, *outages, "aio", "range", "cooperative-sticky", BROKERS_DECIDE} <= kinds
+    named = {make_whole_plan(seed, "postgres" if seed % 3 == 2 else "sqlite").assignment for seed in WHOLE_SEEDS}
+    assert named == {"range", "cooperative-sticky", BROKERS_DECIDE}
+    fenced = [make_outbox_plan(seed, "sqlite") for seed in SEEDS if make_outbox_plan(seed, "sqlite").fenced]
+    relays = [step for plan in fenced for step in plan.steps if isinstance(step, Relay)]
+    assert {relay.is_aio for relay in relays} == {True, False}
     assert [str(plan) for plan in plans] == [str(make_whole_plan(plan.seed, "postgres")) for plan in plans]
 
 

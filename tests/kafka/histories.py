@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from tests.faults.outbox_plan import BROKERS_DECIDE, Brokers, OutboxPlan
+from tests.faults.outbox_plan import Brokers, OutboxPlan
 from tests.faults.outbox_processes import Names
 from tests.faults.outbox_runner import OutboxRun, run_outbox_plan
 from tests.kafka.proxy import Direction
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tests.faults.checker import Violation
     from tests.kafka.cluster import KafkaCluster
 
-#: A group that has not heard of a member for so long gives its partitions away.
-_SESSION_MS = 3_000
 #: A listener's transaction that a killed one has left open holds those up who come after it, and hides what is behind.
 _TRANSACTION_MS = 6_000
 _numbers = itertools.count()
@@ -39,7 +37,7 @@ def run_history(cluster: KafkaCluster, plan: OutboxPlan, place: str) -> tuple[li
 class KafkaOutboxRun(OutboxRun):
     """A run through the proxies of a real cluster."""
 
-    session_s = _SESSION_MS / 1000 + 0.5
+    session_ms = 3_000
     patience_s = 90.0
     transaction_ms, delivery_ms = 20_000, 15_000
 
@@ -56,22 +54,15 @@ class KafkaOutboxRun(OutboxRun):
         }
 
     def listener_config(self) -> dict[str, Any]:
-        found = {**self._config, "group.id": self.names.group}
-        if self.plan.transactional:
-            found["transaction.timeout.ms"] = _TRANSACTION_MS
-        if self.plan.assignment == BROKERS_DECIDE:
-            return found | {"group.protocol": "consumer"}
-        strategy = {"partition.assignment.strategy": self.plan.assignment}
-        return found | strategy | {"session.timeout.ms": _SESSION_MS, "heartbeat.interval.ms": _SESSION_MS // 6}
+        limit = {"transaction.timeout.ms": _TRANSACTION_MS} if self.plan.transactional else {}
+        return super().listener_config() | limit
 
     def create_topics(self) -> None:
         for name, partitions in self.topics().items():
             self.cluster.create_topic(name, partitions=partitions)
-        if self.plan.assignment == BROKERS_DECIDE:
-            self._set_session()
 
-    def _set_session(self) -> None:
-        times = {"consumer.session.timeout.ms": _SESSION_MS, "consumer.heartbeat.interval.ms": _SESSION_MS // 6}
+    def set_session(self) -> None:
+        times = {"consumer.session.timeout.ms": self.session_ms, "consumer.heartbeat.interval.ms": self.session_ms // 5}
         entries = [
             ConfigEntry(name, str(value), incremental_operation=AlterConfigOpType.SET) for name, value in times.items()
         ]
