@@ -37,6 +37,7 @@ class MockCluster:
       single batch is acknowledged and lost, at the latest when the next one comes, which is lost with it. Spread larger
       data over more partitions.
     - It does not deduplicate: a retried idempotent produce request whose first copy was written is written twice.
+    - Of a transaction it takes the offsets and does not commit them, and it shows each reader what was aborted.
     - A topic that does not exist is created with 4 partitions when a client first asks for it. There is no request that
       creates one (CreateTopics, the AdminClient): use `create_topic`.
     - No TLS, SASL or ACLs, no quotas, no compaction, no retention by time. Brokers do not fail over by themselves:
