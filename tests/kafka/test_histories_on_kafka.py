@@ -10,6 +10,7 @@ from tests.faults.outbox_plan import (
     STEPS_OF_TRANSACTIONAL,
     make_whole_plan,
 )
+from tests.faults.worker import Result
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.conftest import NIGHTLY
 from tests.kafka.histories import run_history
@@ -26,7 +27,7 @@ def test_every_order_has_exactly_one_effect_in_order_per_key(
     place = request.getfixturevalue("postgres") if database == "postgres" else ""
     plan = make_whole_plan(seed, database, kafka=True)
     violations, _ = run_history(one_broker, plan, place)
-    assert not violations, "\n".join([str(plan), *map(str, violations[:6])])
+    assert not violations, f"\n{Result(plan, tuple(map(str, violations)), 0.0, {})}"
 
 
 def test_each_step_of_a_listener_and_each_outage_has_its_turn() -> None:
