@@ -471,6 +471,27 @@ def test_a_database_that_is_not_there_is_no_outage(inbox: Inbox, tmp_path: Any) 
 
 
 @in_postgres
+@pytest.mark.parametrize("factory", ["dict_row", "scalar_row", "namedtuple_row"])
+def test_what_a_handler_sets_for_its_rows_changes_nothing_for_later_messages(
+    inbox: Inbox, effects: str, factory: str
+) -> None:
+    from psycopg import rows
+
+    session = inbox.open_session(GROUP)
+
+    def handle(envelopes: list[Envelope], connection: Any) -> None:
+        connection.row_factory = getattr(rows, factory)
+        for envelope in envelopes:
+            writer(effects)(envelope, connection)
+
+    given = orders(6)
+    assert [session.handle_batch(given[:n], handle) for n in (2, 4, 4)] == [2, 2, 0]
+    assert [session.handle(order, writer(effects)) for order in given[3:]] == [False, True, True]
+    session.close()
+    assert inboxes.numbers(inbox, effects) == [0, 1, 2, 3, 4, 5]
+
+
+@in_postgres
 def test_a_connection_that_is_cut_is_an_outage_and_the_next_call_has_another(inbox: Inbox, effects: str) -> None:
     session = inbox.open_session(GROUP)
     given = orders(4)

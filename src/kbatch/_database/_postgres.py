@@ -174,7 +174,9 @@ class PostgresDatabase:
                 self._tables.check_meta(*found)
 
     def _check_tables(self, connection: psycopg.Connection[Any]) -> None:
-        self._check_look(connection.execute(self._meta().encode()).fetchone())
+        from kbatch._database._postgres_connection import run_raw
+
+        self._check_look(next(iter(run_raw(connection, self._meta())), None))
 
     def _check_look(self, found: Any) -> None:
         if found is None:

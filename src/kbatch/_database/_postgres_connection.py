@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import tuple_row
 
 from kbatch._fastmap import monotonic
 
@@ -81,7 +82,7 @@ def connect(conninfo: str, error: type[KbatchError]) -> OwnConnection:
 
 def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any = None) -> list[tuple[Any, ...]]:
     """The rows of a statement with ``$1``, or of the last one of several without parameters."""
-    cursor = psycopg.RawCursor(connection)
+    cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
     cursor.execute(statement.encode(), parameters, binary=parameters is not None)
     while cursor.nextset():
         pass

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from kbatch._database._postgres_connection import SilentServerError, run_raw
 from kbatch._inbox._postgres_marks import Marks
@@ -80,7 +81,7 @@ class PostgresInboxSession(InboxSession):
         connection = self._connection
         count, marked = 0, None
         try:
-            cursor = connection.cursor()
+            cursor = psycopg.RawCursor(connection, row_factory=tuple_row)  # whatever a handler has set
             cursor.execute((_BEGIN + statement + _GO_ON).encode())
             while True:
                 if cursor.description is not None:
