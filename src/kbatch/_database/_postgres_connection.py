@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 from kbatch._fastmap import monotonic
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-__all__ = ["OwnConnection", "SilentServerError", "connect", "run_raw"]
+__all__ = ["OwnConnection", "SilentServerError", "connect", "not_begun", "run_raw"]
 
 _CONNECT_S = 10
 _SILENCE_S = 25  # no answer of the server comes later: it ends what takes longer
@@ -87,3 +88,10 @@ def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any
     while cursor.nextset():
         pass
     return cursor.fetchall() if cursor.description is not None else []
+
+
+def not_begun(connection: psycopg.Connection[Any], error: psycopg.Error) -> psycopg.Error:
+    """What an error means of statements the first of which begins a transaction that writes. A standby refuses that by
+    the code for what PostgreSQL does not support."""
+    is_standby = error.sqlstate == "0A000" and connection.info.transaction_status is TransactionStatus.IDLE
+    return psycopg.errors.ReadOnlySqlTransaction(str(error)) if is_standby else error

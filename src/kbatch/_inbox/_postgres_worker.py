@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
-from kbatch._database._postgres_connection import SilentServerError, run_raw
+from kbatch._database._postgres_connection import SilentServerError, not_begun, run_raw
 from kbatch._inbox._postgres_marks import Marks
 from kbatch._inbox._session import InboxSession, ended_by_handler
 
@@ -96,7 +96,7 @@ class PostgresInboxSession(InboxSession):
             if partitions:
                 self._note(partitions)
         except psycopg.Error as error:
-            raise self._inbox._tables.as_inbox_error(error) from error
+            raise self._inbox._tables.as_inbox_error(not_begun(connection, error)) from error
         connection.is_given = True
         return marks.found(count, marked)
 

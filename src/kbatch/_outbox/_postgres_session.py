@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from kbatch._database._postgres_connection import run_raw
+from kbatch._database._postgres_connection import not_begun, run_raw
 from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._store import RefusedWriteError
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["BEGIN_WRITING", "PostgresSession"]
+__all__ = ["BEGIN_WRITING", "SERVER", "PostgresSession"]
 
 _STATEMENT_S = 20  # the server ends what takes longer
 
@@ -35,6 +35,10 @@ SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit
 """
 BEGIN_WRITING = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
 _BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
+# The number of a transaction, or of a row, may mean another one, or none, on a server that goes on from elsewhere. A
+# standby that was promoted, and a backup that was restored, have another timeline.
+SERVER = "(SELECT system_identifier FROM pg_control_system())::text || ' ' || "
+SERVER += "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
 
@@ -69,11 +73,17 @@ class PostgresSession:
     def _transaction(self, begin: str) -> Iterator[tuple[Run, Rows]]:
         with self._errors():
             try:
-                yield self._run, self._run(begin)
+                yield self._run, self._begun(begin)
                 self._connection.execute("COMMIT")
             except BaseException:
                 self._roll_back()
                 raise
+
+    def _begun(self, begin: str) -> Rows:
+        try:
+            return self._run(begin)
+        except psycopg.Error as error:
+            raise not_begun(self._connection, error) from error
 
     def _roll_back(self) -> None:
         with contextlib.suppress(psycopg.Error):
