@@ -4,6 +4,7 @@ attempts, which the listener counts."""
 
 import contextlib
 import random
+import select
 import threading
 import time
 import uuid
@@ -524,6 +525,59 @@ def test_a_connection_that_is_cut_is_an_outage_and_the_next_call_has_another(inb
     assert session.handle(given[1], writer(effects))
     assert inboxes.numbers(inbox, effects) == [0, 1]
     session.close()
+
+
+class Late:
+    """A handler for which the server does not wait."""
+
+    def __init__(self, ends: str, table: str) -> None:
+        self._ends = ends
+        self._table = table
+
+    def __call__(self, envelope: Envelope, connection: Any) -> None:
+        writer(self._table)(envelope, connection)
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = 1")
+        ended = select.select([connection.fileno()], [], [], 60)[0]  # the server says that it has ended the connection
+        assert ended
+        if self._ends == "executes":
+            writer(self._table)(envelope, connection)
+        elif self._ends == "raises":
+            raise KeyError("a fault of its own")
+
+
+@in_postgres
+@pytest.mark.parametrize("ends", ["returns", "executes", "raises"])
+def test_a_handler_that_takes_longer_than_the_server_lets_it_has_failed(inbox: Inbox, effects: str, ends: str) -> None:
+    import psycopg
+
+    session = inbox.open_session(GROUP)
+    (order,) = orders(1)
+    kind = KeyError if ends == "raises" else psycopg.errors.IdleInTransactionSessionTimeout
+    with pytest.raises(kind):
+        session.handle(order, Late(ends, effects))
+    assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
+    assert session.handle(order, writer(effects))
+    session.close()
+    assert inboxes.numbers(inbox, effects) == [0]
+
+
+@in_postgres
+def test_an_error_of_another_database_is_an_outage_if_the_connection_is_lost(inbox: Inbox, effects: str) -> None:
+    import psycopg
+
+    session = inbox.open_session(GROUP)
+    (order,) = orders(1)
+
+    def fail(envelope: Envelope, connection: Any) -> None:
+        run(inbox, f"SELECT pg_terminate_backend({connection.info.backend_pid})")
+        with contextlib.suppress(psycopg.Error):
+            writer(effects)(envelope, connection)
+        raise psycopg.errors.UniqueViolation("of another database")
+
+    with pytest.raises(InboxError, match="the connection is lost") as caught:
+        session.handle(order, fail)
+    session.close()
+    assert caught.value.is_outage
 
 
 @in_postgres

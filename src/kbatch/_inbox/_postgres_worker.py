@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["PostgresInboxSession"]
 
 _LOCK_S = 10  # for another session that marks the same id
+# The handler has left its transaction idle, or open, for longer than the server's own settings let it.
+_TOOK_TOO_LONG = ("25P03", "25P04")
 
 # A setting that ends with the transaction tells whether it is still the same one.
 _BEGIN = (
@@ -124,8 +126,8 @@ class PostgresInboxSession(InboxSession):
             raise ended_by_handler() from None
         except psycopg.Error as error:
             if self._is_outage(error):
-                raise self._inbox._tables.as_inbox_error(error) from error
-            raise  # a constraint that is looked at now: the handler's work
+                raise self._outage(error) from error
+            raise  # a constraint that is looked at now, or it took too long: the handler's work
 
     def _check_open(self) -> None:
         connection = self._connection
@@ -136,6 +138,8 @@ class PostgresInboxSession(InboxSession):
             raise ended_by_handler()
 
     def _is_outage(self, error: BaseException) -> bool:
+        if _took_too_long(error):
+            return False
         # Others without a code are of psycopg itself, about what the handler did.
         return (
             self._is_lost()
@@ -143,11 +147,17 @@ class PostgresInboxSession(InboxSession):
             or (isinstance(error, psycopg.Error) and bool(error.sqlstate) and self._inbox._tables.is_outage(error))
         )
 
+    def _outage(self, error: BaseException) -> InboxError:
+        """What is told when the connection was lost, and an error was raised that may be about something else."""
+        tables = self._inbox._tables
+        told = tables.as_inbox_error(error)
+        return told if told.is_outage else tables.as_inbox_error(psycopg.OperationalError("the connection is lost"))
+
     def _after(self, error: BaseException) -> InboxError | None:
         connection = self._connection
         connection.is_given = False
         if self._is_lost():
-            return self._inbox._tables.as_inbox_error(error)
+            return None if _took_too_long(error) else self._outage(error)
         if connection.closed or connection.info.transaction_status is TransactionStatus.IDLE:
             return ended_by_handler()
         if connection.info.transaction_status is TransactionStatus.INTRANS:
@@ -156,7 +166,7 @@ class PostgresInboxSession(InboxSession):
             except psycopg.errors.DivisionByZero:
                 return ended_by_handler()
             except psycopg.Error as lost:
-                return self._inbox._tables.as_inbox_error(lost)
+                return None if _took_too_long(lost) else self._outage(lost)
         return None
 
     def _roll_back(self) -> None:
@@ -164,3 +174,7 @@ class PostgresInboxSession(InboxSession):
         connection.is_given = False
         if connection.info.transaction_status is not TransactionStatus.IDLE or connection.closed:
             connection.execute("ROLLBACK")
+
+
+def _took_too_long(error: BaseException) -> bool:
+    return getattr(error, "sqlstate", None) in _TOOK_TOO_LONG
