@@ -19,7 +19,7 @@ import kbatch
 from kbatch import Envelope, InboxError
 from tests import inboxes, outboxes
 from tests.inboxes import GROUP, Inbox, accept, ids, in_postgres, in_sqlite, transaction
-from tests.outboxes import in_schema, query, run
+from tests.outboxes import granted, in_schema, query, run
 
 NOW = datetime.now(timezone.utc)
 NewInbox = Callable[..., Inbox]
@@ -806,6 +806,25 @@ def test_names_of_a_schema_and_tables_may_have_any_characters(new_inbox: NewInbo
         assert inbox.purge() == 4
     finally:
         outboxes.drop_schema(postgres, schema)
+
+
+@in_postgres
+def test_grants_that_ddl_tells_of_are_enough_to_handle_and_to_purge(inbox: Inbox) -> None:
+    assert isinstance(inbox, kbatch.PostgresInbox)
+    slots = ["other", *(f"day_{day:02}" for day in range(32))]
+    rights = [("INSERT, SELECT", "inbox"), ("SELECT", "meta"), ("SELECT, INSERT, UPDATE", "position")]
+    rights += [("SELECT, UPDATE, DELETE, TRUNCATE", name) for name in slots]
+    with granted(inbox, rights) as conninfo:
+        user = kbatch.PostgresInbox(conninfo, schema=inbox._tables.schema)
+        with inboxes.transaction(user) as connection:
+            assert user.accept_many(connection, orders(3), group="shipping") == [True] * 3
+        given = [*old(9), Envelope(data=b"", id=uuid.uuid4()), *old(10, 1), *orders(1)]
+        handle_from(user, *(envelope.replace(topic="orders", partition=0) for envelope in given))
+        # One day is emptied, and from another one, of which a row stays, a row is deleted.
+        accept(inbox, old(10, 1, 5), "shipping")
+        inboxes.handled_at(inbox, NOW - timedelta(days=8), "group_id = 'billing'")
+        assert user.purge(committed={GROUP: NOW}) == 5
+    assert inbox.status().handled == 5
 
 
 @in_postgres

@@ -636,20 +636,12 @@ def test_a_transaction_that_only_reads_and_a_user_who_may_not_write(outbox: Post
 
 
 def test_grants_that_ddl_tells_of_are_enough_to_add(outbox: PostgresOutbox) -> None:
-    tables = outbox._tables
-    (sequence,) = outboxes.rows(outbox, f"SELECT pg_get_serial_sequence('{tables.names['outbox']}', 'seq')")[0]
-    schema = outboxes.in_schema(outbox, "x").rpartition(".")[0]
-    with outboxes.transaction(outbox) as connection:
-        connection.execute("CREATE ROLE kbatch_adder")
-        connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO kbatch_adder")
-        connection.execute(f"GRANT INSERT ON {tables.names['outbox']} TO kbatch_adder")
-        connection.execute(f"GRANT SELECT ON {tables.names['meta']} TO kbatch_adder")
-        connection.execute(f"GRANT USAGE ON SEQUENCE {sequence} TO kbatch_adder")
-        connection.execute("SET LOCAL ROLE kbatch_adder")
+    rights = [("INSERT", "outbox"), ("USAGE", outboxes.sequence(outbox)), ("SELECT", "meta"), ("INSERT", "later")]
+    with outboxes.granted(outbox, rights) as conninfo:
+        user = PostgresOutbox(conninfo, schema=outbox._tables.schema, wire="raw")
         for count in (1, 3, 100):
-            assert outbox.add(connection, envelopes(count), topic="orders") == count
-        connection.execute("ROLLBACK")
-        connection.execute("BEGIN")
+            assert outboxes.add(user, envelopes(count)) == count
+        assert outboxes.add(user, [Envelope(data=b"", scheduled_time=FUTURE)]) == 1
 
 
 def test_a_server_that_is_not_there_and_a_conninfo_that_is_none() -> None:

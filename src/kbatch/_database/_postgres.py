@@ -30,7 +30,7 @@ _HINTS = {
     "42703": "its tables are not those that create() makes: use other tables by prefix=",
     "3F000": "make the schema first, or name another one by schema=",
     "3D000": "make the database first",
-    "42501": "the user must be granted to read and write the {what}'s tables, and to use its schema and sequence",
+    "42501": "the user must be granted what ddl() of the {what} tells of, on its tables, schema and sequence",
     "25006": "give a connection that may write, to the primary server",
     "25P02": "a statement of this transaction has failed before: roll back",
     "53300": "the server has no connection left; give it more, or a pool in front of it",

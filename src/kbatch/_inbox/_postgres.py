@@ -68,9 +68,11 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
     def ddl(self) -> str:
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
-        The schema must be there. Whoever marks needs ``INSERT`` and ``SELECT`` on ``inbox``, and ``SELECT`` on
-        ``inbox_meta``; listeners need ``SELECT``, ``INSERT`` and ``UPDATE`` on ``inbox_position``, too, and whoever
-        purges ``SELECT``, ``DELETE`` and ``TRUNCATE`` on the tables of the days.
+        The schema must be there, and all need ``USAGE`` on it. Whoever marks needs ``INSERT`` and ``SELECT`` on
+        ``inbox``, and ``SELECT`` on ``inbox_meta``; listeners need ``SELECT``, ``INSERT`` and ``UPDATE`` on
+        ``inbox_position``, too. Whoever purges, as listeners do unless ``retention_s`` is ``None``, needs ``SELECT`` on
+        ``inbox_meta`` and ``inbox_position``, and ``SELECT``, ``UPDATE``, ``DELETE`` and ``TRUNCATE`` on the tables of
+        the days, ``inbox_day_00`` to ``inbox_day_31``, and on ``inbox_other``.
         """
         return self._tables.ddl()
 

@@ -95,9 +95,10 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
     def ddl(self) -> str:
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
-        The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
-        ``SELECT`` on ``outbox_meta``, and ``INSERT`` on ``outbox_later`` for what is scheduled; relays, and who looks
-        after dead letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        The schema must be there, and all need ``USAGE`` on it. Whoever adds needs ``INSERT`` on the table ``outbox``,
+        ``USAGE`` on its sequence and ``SELECT`` on ``outbox_meta``, and ``INSERT`` on ``outbox_later`` for what is
+        scheduled; relays, and who looks after dead letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on
+        all of the tables, and ``USAGE`` on the sequence.
         """
         return self._tables.ddl()
 
