@@ -312,6 +312,31 @@ def test_it_joins_the_transaction_of_each_driver_of_asyncio(
 
 
 @in_postgres
+def test_a_connection_whose_text_is_bytes(of_postgres: PostgresInbox) -> None:
+    ascii_only = "SET client_encoding TO 'SQL_ASCII'"
+    some = given(3)
+    with inboxes.transaction(of_postgres) as connection:
+        connection.execute(ascii_only)
+        assert of_postgres.accept(connection, some[1], group=GROUP)
+        assert of_postgres.accept_many(connection, some, group=GROUP) == [True, False, True]
+    inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema)
+
+    async def work() -> None:
+        async with connected(of_postgres, "psycopg") as (connection, execute, _):
+            await execute(ascii_only)
+            assert await inbox.accept_many(connection, [*some, *given(1)], group=GROUP) == [False] * 3 + [True]
+
+    asyncio.run(work())
+    session = of_postgres.open_session(GROUP)
+
+    def handle(envelopes: list[Envelope], connection: Any) -> None:
+        connection.execute(ascii_only)
+
+    assert [session.handle_batch([*some, *given(n)], handle) for n in (1, 2)] == [1, 2]
+    session.close()
+
+
+@in_postgres
 def test_the_inbox_for_asyncio_makes_tables_tells_its_status_and_purges(of_postgres: PostgresInbox) -> None:
     inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema, prefix="aio_")
 

@@ -96,7 +96,7 @@ class PostgresInbox(AioPostgresDatabase, BasePostgresInbox):
 
     async def _mark_by_psycopg(
         self, connection: psycopg.AsyncConnection[Any], statement: str, parameters: tuple[Any, ...]
-    ) -> tuple[int, str | None]:
+    ) -> tuple[int, str | bytes | None]:
         import psycopg
         from psycopg.rows import tuple_row
 
@@ -113,7 +113,7 @@ class PostgresInbox(AioPostgresDatabase, BasePostgresInbox):
 
     async def _mark_by_asyncpg(
         self, connection: asyncpg.Connection[Any], statement: str, parameters: tuple[Any, ...]
-    ) -> tuple[int, str | None]:
+    ) -> tuple[int, str | bytes | None]:
         import asyncpg
 
         try:
