@@ -411,6 +411,37 @@ def test_a_change_of_many_rows_is_one_transaction(outbox: PostgresOutbox, monkey
     assert (outbox.status().waiting, outbox.status().dead) == (5, 0)
 
 
+@pytest.mark.parametrize(("arrives", "is_refused"), [(True, False), (False, False), (False, True)])
+def test_a_change_whose_commit_has_no_answer_may_be_made_and_says_so(
+    outbox: PostgresOutbox, monkeypatch: pytest.MonkeyPatch, arrives: bool, is_refused: bool
+) -> None:
+    import psycopg
+
+    from kbatch._database._postgres_connection import OwnConnection
+
+    outboxes.add(outbox, envelopes(2))
+    outboxes.move_to_dead(outbox, "true")
+    execute: Any = OwnConnection.execute
+    commits = itertools.count()
+
+    def cut(self: Any, statement: Any, *arguments: Any, **options: Any) -> Any:
+        if statement != "COMMIT" or not next(commits):  # the first one is of the search
+            return execute(self, statement, *arguments, **options)
+        if arrives:
+            execute(self, statement)
+        if is_refused:
+            raise psycopg.errors.RaiseException("by a deferred trigger")
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(OwnConnection, "execute", cut)
+    says = "by a deferred trigger" if is_refused else "whether the transaction was committed is not known"
+    with pytest.raises(OutboxError, match=says) as caught:
+        outbox.dead_letters.replay(OutboxQuery(numbers=[1]))
+    assert caught.value.possibly_persisted is not is_refused
+    monkeypatch.undo()
+    assert outbox.status().waiting == arrives
+
+
 def test_nobody_waits_for_those_who_look_after_dead_letters(outbox: PostgresOutbox) -> None:
     outboxes.add(outbox, envelopes(10))
     outboxes.move_to_dead(outbox, "seq <= 5")

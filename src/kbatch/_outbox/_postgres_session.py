@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from kbatch._database._postgres_connection import not_begun, run_raw
+from kbatch._errors import OutboxError
 from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._store import RefusedWriteError
 
@@ -66,18 +67,32 @@ class PostgresSession:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Run]:
-        with self._transaction(BEGIN_WRITING) as (run, _):
+        with self._transaction(BEGIN_WRITING, writes=True) as (run, _):
             yield run
 
     @contextlib.contextmanager
-    def _transaction(self, begin: str) -> Iterator[tuple[Run, Rows]]:
+    def _transaction(self, begin: str, *, writes: bool = False) -> Iterator[tuple[Run, Rows]]:
         with self._errors():
+            is_committing = False
             try:
                 yield self._run, self._begun(begin)
+                is_committing = writes
                 self._connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
+                is_in_doubt = is_committing and isinstance(error, psycopg.Error) and self._is_in_doubt(error)
                 self._roll_back()
+                if is_in_doubt:
+                    raise self._in_doubt(self._tables.as_outbox_error(error)) from error
                 raise
+
+    def _is_in_doubt(self, error: psycopg.Error) -> bool:
+        """Whether COMMIT has no answer: else the server has refused it, as a deferred constraint does."""
+        return error.sqlstate is None or self._connection.closed
+
+    @staticmethod
+    def _in_doubt(error: OutboxError) -> OutboxError:
+        told = f"{error}; whether the transaction was committed is not known"
+        return OutboxError(told, possibly_persisted=True)
 
     def _begun(self, begin: str) -> Rows:
         try:

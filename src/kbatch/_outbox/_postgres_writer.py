@@ -79,13 +79,12 @@ class PostgresWriter(PostgresSession):
                 tag = self._connection.execute("COMMIT").statusmessage
         except OutboxError as error:
             cause = error.__cause__
-            if isinstance(cause, psycopg.Error) and cause.sqlstate is not None and not self._connection.closed:
-                raise  # the server has refused it, as a deferred constraint does
+            if isinstance(cause, psycopg.Error) and not self._is_in_doubt(cause):
+                raise
             self._connection.close()
             was_committed = self._was_committed(number)
             if was_committed is None:
-                told = f"{error}; whether the transaction was committed is not known"
-                raise OutboxError(told, possibly_persisted=True) from cause
+                raise self._in_doubt(error) from cause
             if not was_committed:
                 raise
         else:
