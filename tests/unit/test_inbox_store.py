@@ -809,6 +809,40 @@ def test_names_of_a_schema_and_tables_may_have_any_characters(new_inbox: NewInbo
 
 
 @in_postgres
+def test_a_purge_works_whatever_transactions_are_by_default_and_is_not_left_open_for_long(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from psycopg.conninfo import make_conninfo
+
+    from kbatch._inbox._postgres_purge import Purge
+
+    assert isinstance(inbox, kbatch.PostgresInbox)
+    names = ("default_transaction_isolation=serializable", "default_transaction_read_only=on")
+    conninfo = make_conninfo(inbox._conninfo, options=" ".join(f"-c {name}" for name in names))
+    user = kbatch.PostgresInbox(conninfo, schema=inbox._tables.schema)
+    counts, rows = Purge._counts, Purge._rows
+    found = []
+
+    def looked(purge: Any, *arguments: Any, **options: Any) -> Any:
+        found.append(purge._connection.execute("SHOW idle_in_transaction_session_timeout").fetchone()[0])
+        return counts(purge, *arguments, **options)
+
+    def meets(purge: Any, statement: str, slot: str, **options: Any) -> Any:
+        if statement.startswith("DELETE") and slot == "other":
+            found.append(purge._connection.execute("SHOW transaction_isolation").fetchone()[0])
+        return rows(purge, statement, slot, **options)
+
+    accept(inbox, [*old(9), Envelope(data=b"", id=uuid.uuid4())])
+    inboxes.handled_at(inbox, NOW - timedelta(days=8))
+    monkeypatch.setattr(Purge, "_counts", looked)
+    monkeypatch.setattr(Purge, "_rows", meets)
+    handle_from(user, read_from("orders", 0))
+    user._note(GROUP, 1_000_000, {("orders", 0): (0, 1)})
+    assert user.purge(committed={GROUP: NOW}) == 4
+    assert found == ["20s", "read committed"]
+
+
+@in_postgres
 def test_grants_that_ddl_tells_of_are_enough_to_handle_and_to_purge(inbox: Inbox) -> None:
     assert isinstance(inbox, kbatch.PostgresInbox)
     slots = ["other", *(f"day_{day:02}" for day in range(32))]

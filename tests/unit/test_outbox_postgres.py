@@ -792,6 +792,29 @@ def test_create_from_many_threads_at_the_same_time(postgres: str, outbox: Postgr
     assert query(others[0], "SELECT count(*), sum(token) FROM {lease}") == [(64, 0)]
 
 
+@pytest.mark.parametrize("default", ["isolation=serializable", "read_only=on"])
+def test_create_works_whatever_transactions_are_by_default(outbox: PostgresOutbox, default: str) -> None:
+    from psycopg.conninfo import make_conninfo
+
+    conninfo = make_conninfo(outbox._conninfo, options=f"-c default_transaction_{default}")
+    other = PostgresOutbox(conninfo, schema=outbox._tables.schema, prefix="new_")
+    name = other._tables.names["outbox"]
+    with connected(outbox) as maker, ThreadPoolExecutor(1) as pool:
+        maker.execute("BEGIN")
+        maker.execute("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (name,))
+        made = pool.submit(other.create)
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s::bigint AND NOT granted"
+        ((key,),) = maker.execute("SELECT hashtext(%s)::bigint & 4294967295", (name,)).fetchall()
+        until(lambda: made.done() or query(outbox, waiting % key) == [(1,)], "the second one")
+        maker.execute(other._tables.ddl())
+        maker.execute("COMMIT")
+        made.result()
+    third = PostgresOutbox(conninfo, schema=outbox._tables.schema, prefix="third_")
+    for each in (other, third):
+        each.create()
+        assert query(each, "SELECT count(*) FROM {lease}") == [(64,)]
+
+
 def test_create_waits_for_nobody_if_nothing_is_to_be_made(outbox: PostgresOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         for table in ("outbox", "later", "dead"):

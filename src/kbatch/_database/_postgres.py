@@ -141,8 +141,15 @@ class PostgresDatabase:
 
     def _create(self) -> None:
         with self._connection() as connection:
-            run = connection.execute
-            run("BEGIN")
+            if self._lacks_any(connection):
+                self._make(connection)
+            self._check_tables(connection)
+
+    def _make(self, connection: OwnConnection) -> None:
+        from kbatch._database._postgres_connection import writing
+
+        run = connection.execute
+        with writing(connection):
             # Of two who make them at the same time the second one would fail.
             name = self._tables.names[self._tables.what]
             run("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (name,))
@@ -150,11 +157,10 @@ class PostgresDatabase:
                 run("SET LOCAL lock_timeout = '10s'")
                 self._refuse_other_tables(connection)
                 run(self._tables.ddl().encode())
-            self._check_tables(connection)
-            run("COMMIT")
+                self._check_tables(connection)
 
     def _lacks_any(self, connection: psycopg.Connection[Any]) -> bool:
-        # So that it waits for no lock when nothing is to be made.
+        # So that it waits for no lock, and may be on a standby, when nothing is to be made.
         tables = self._tables
         statement = (
             "SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
@@ -188,7 +194,7 @@ class PostgresDatabase:
         try:
             import psycopg
 
-            from kbatch._database._postgres_connection import connect
+            from kbatch._database._postgres_connection import connect, not_begun
         except ImportError as error:
             raise self._tables.error(
                 f"the {self._tables.what} {self._tables!r} needs psycopg for a connection of its own: pip install "
@@ -199,10 +205,13 @@ class PostgresDatabase:
             connection = connect(self._conninfo, self._tables.error)
             yield connection
         except BaseException as error:
+            told = error
             if connection is not None:
+                if isinstance(error, psycopg.Error):
+                    told = not_begun(connection, error)
                 connection.close()
             if isinstance(error, psycopg.Error):
-                raise self._tables.as_error(error) from error
+                raise self._tables.as_error(told) from error
             raise
         if not keep:
             connection.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -12,16 +13,17 @@ from psycopg.rows import tuple_row
 from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
     from typing import TypeVar
 
     from kbatch._errors import KbatchError
 
     _T = TypeVar("_T")
 
-__all__ = ["OwnConnection", "SilentServerError", "connect", "not_begun", "run_raw"]
+__all__ = ["OwnConnection", "SilentServerError", "connect", "not_begun", "run_raw", "writing"]
 
 _CONNECT_S = 10
+_IDLE_S = 20  # after which the server rolls back the transaction of a process that was stopped
 _SILENCE_S = 25  # no answer of the server comes later: it ends what takes longer
 
 
@@ -88,6 +90,17 @@ def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any
     while cursor.nextset():
         pass
     return cursor.fetchall() if cursor.description is not None else []
+
+
+@contextlib.contextmanager
+def writing(connection: OwnConnection) -> Iterator[None]:
+    """A transaction that may write, and of which each statement sees what was committed before it, whatever are the
+    defaults of the server."""
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    connection.read_only = False
+    with connection.transaction():
+        connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_S}s'")
+        yield
 
 
 def not_begun(connection: psycopg.Connection[Any], error: psycopg.Error) -> psycopg.Error:

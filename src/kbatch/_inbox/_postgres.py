@@ -142,13 +142,13 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
 
     def _note(self, group: str, asked_at: int, offsets: Mapping[Partition, tuple[int, int]]) -> None:
         """Of partitions, the offset that the group has committed and the end of the log, asked for after `asked_at`."""
-        from kbatch._database._postgres_connection import run_raw
+        from kbatch._database._postgres_connection import run_raw, writing
 
         found = [(*partition, *told) for partition, told in sorted(offsets.items())]
         if found:
             topics, partitions, committed, ends = (list(each) for each in zip(*found, strict=True))
             numbers = [f"{{{','.join(map(str, each))}}}" for each in (partitions, committed, ends)]
-            with self._connection() as connection:
+            with self._connection() as connection, writing(connection):
                 run_raw(connection, self._tables.sql(_NOTE), (group, asked_at, topics, *numbers))
 
     def _check(self) -> None:
