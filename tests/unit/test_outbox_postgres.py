@@ -583,6 +583,33 @@ def test_connections_of_asyncio_that_are_in_no_transaction(outbox: PostgresOutbo
     assert outbox.status().waiting == 0
 
 
+def test_what_a_driver_says_of_its_use_is_not_told_as_a_lost_connection(outbox: PostgresOutbox) -> None:
+    import asyncpg
+
+    async def work() -> list[BaseException | int]:
+        connection = await asyncpg.connect(outbox._conninfo, command_timeout=2)
+        await connection.execute("BEGIN")
+        adds = (of_aio(outbox).add(connection, envelopes(1), topic="orders") for _ in range(2))
+        found = await asyncio.gather(*adds, return_exceptions=True)
+        await connection.execute("ROLLBACK")
+        await connection.execute("BEGIN")
+        with outboxes.transaction(outbox) as holder:
+            holder.execute(outbox._tables.sql("LOCK TABLE {outbox}"))
+            late = of_aio(outbox).add(connection, envelopes(1), topic="orders")
+            found += await asyncio.gather(late, return_exceptions=True)
+        await connection.close()
+        return found
+
+    first, second, late = asyncio.run(work())
+    assert first == 1
+    assert isinstance(second, OutboxError)
+    assert "another operation is in progress" in str(second)
+    assert "conninfo" not in str(second)
+    assert isinstance(late, OutboxError)
+    assert "TimeoutError" in str(late)
+    assert "conninfo" not in str(late)
+
+
 def test_tables_that_are_missing(postgres: str, outbox: PostgresOutbox) -> None:
     missing = PostgresOutbox(postgres, schema=outbox._tables.schema, prefix="missing_")
     for count in (1, 3, 100):

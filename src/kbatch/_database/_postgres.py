@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kbatch._database._postgres_connection import OwnConnection
     from kbatch._errors import KbatchError
 
-__all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
+__all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg", "is_lost"]
 
 _IN_TRANSACTION, _NO_PIPELINE = 2, 0  # libpq's PQTRANS_INTRANS and PQ_PIPELINE_OFF
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
@@ -93,7 +93,9 @@ class PostgresNames(Tables):
         hint = _HINTS.get(code) or _HINTS.get(code[:2])
         if "is closed" in text:
             hint = "give a connection that is open"
-        elif hint is None and (not code or code.startswith(("08", "57P"))):
+        elif _is_timeout(cause):
+            hint = _HINTS["57014"]
+        elif hint is None and (code.startswith(("08", "57P")) if code else is_lost(cause)):
             hint = "the connection is lost, or was not made: is the server there, and is conninfo right?"
         text = f"the {self.what} {self!r}: {text}" + (f"; {hint.format(what=self.what)}" if hint else "")
         return self._made(cause, text)
@@ -293,6 +295,20 @@ class AioPostgresDatabase(PostgresDatabase):
                 f"the connection is in no transaction, so that the {self._added} would not be committed together with "
                 "the data: add them within its `async with connection.transaction():`"
             )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of a driver without a code of PostgreSQL is about the connection; others are about what was done
+    with it, as when two tasks use it at the same time."""
+    if isinstance(error, OSError):
+        return not _is_timeout(error)
+    kinds = (kind.__name__ for kind in type(error).__mro__)
+    return "OperationalError" in kinds or "is closed" in exception_text(error)  # of psycopg and SQLAlchemy; of asyncpg
+
+
+def _is_timeout(error: BaseException) -> bool:
+    """Of asyncpg's ``command_timeout``; what the system calls so has a number."""
+    return isinstance(error, TimeoutError) and error.errno is None
 
 
 def is_asyncpg(driver: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
@@ -124,6 +125,6 @@ class PostgresInbox(AioPostgresDatabase, BasePostgresInbox):
                 count, marked = await connection.fetchrow(statement, *parameters)
             if not count:
                 self._check_look(await connection.fetchrow(self._meta_statement))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, asyncio.TimeoutError) as error:
             raise self._tables.as_inbox_error(error) from error
         return count, marked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
@@ -134,7 +135,7 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
                     format="binary",
                 )
                 self._check_count(_told(told), len(rows.hot))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, asyncio.TimeoutError) as error:
             raise self._tables.as_outbox_error(error) from error
 
 
