@@ -79,6 +79,40 @@ def test_few_rows_and_many_are_stored_alike(outbox: PostgresOutbox, count: int) 
     assert len({row[5] for row in rows}) == 1
 
 
+@pytest.mark.parametrize("by", ["psycopg", "psycopg for asyncio", "asyncpg"])
+def test_a_few_rows_that_are_large_are_copied(outbox: PostgresOutbox, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    monkeypatch.setattr("kbatch._outbox._postgres_rows._MOST_BYTES_JOINED", 1000)
+    each: Any = outbox if by == "psycopg" else of_aio(outbox)
+    monkeypatch.setattr(each, "_statement", None)
+    large = [Envelope(data=b"%d" % n * 500) for n in range(3)]
+    large.append(Envelope(data=b"", scheduled_time=FUTURE))
+    if by == "psycopg":
+        assert outboxes.add(outbox, large) == 4
+    else:
+
+        async def work() -> None:
+            import asyncpg
+            import psycopg
+
+            connect: Any = asyncpg.connect if by == "asyncpg" else psycopg.AsyncConnection.connect
+            connection = await connect(outbox._conninfo)
+            await connection.execute("BEGIN")
+            assert await each.add(connection, large, topic="orders") == 4
+            await connection.execute("COMMIT")
+            await connection.close()
+
+        asyncio.run(work())
+    assert outboxes.bodies(outbox) == [b"%d" % n * 500 for n in range(3)]
+    assert outbox.status().scheduled == 1
+
+
+def test_a_server_without_room_for_locks_says_what_to_do(outbox: PostgresOutbox) -> None:
+    import psycopg
+
+    error = outbox._tables.as_error(psycopg.errors.OutOfMemory("out of shared memory"))
+    assert "raise max_locks_per_transaction" in str(error)
+
+
 def test_a_key_has_the_bucket_that_it_has_in_sqlite(outbox: PostgresOutbox, tmp_path: Any) -> None:
     other = outboxes.made(tmp_path, wire="raw")
     given = [Envelope(data=b"%d" % n, key=f"k{n}", timestamp=7) for n in range(200)]
@@ -950,6 +984,17 @@ def test_a_bucket_does_not_change_hands_while_its_rows_are_written(outbox: Postg
         taken, _ = second.renew("second", 60.0, **options)
         assert len(taken) == 64
     assert outbox.status().waiting == 0
+
+
+def test_a_relay_that_has_lost_leases_does_not_wait_for_the_one_that_has_them(outbox: PostgresOutbox) -> None:
+    nothing: dict[str, Any] = {"done": [], "done_later": [], "failures": [], "failures_later": []}
+    with contextlib.closing(outbox.open_store()) as late, contextlib.closing(outbox.open_store()) as other:
+        old = dict(late.renew("late", 60.0, release=(), avoid=())[0])
+        query(outbox, "UPDATE {lease} SET until = 0 WHERE bucket < 2")
+        other.renew("other", 60.0, release=(), avoid=())
+        with transaction(outbox) as renewing:
+            renewing.execute(outbox._tables.sql("UPDATE {lease} SET until = until + 1 WHERE owner = 'other'"))
+            assert late.settle({bucket: old[bucket] for bucket in (0, 1, 2)}, **nothing) == {0, 1}
 
 
 def test_two_relays_that_remove_those_that_are_gone_do_not_wait_for_each_other(outbox: PostgresOutbox) -> None:

@@ -34,6 +34,7 @@ _HINTS = {
     "25006": "give a connection that may write, to the primary server",
     "25P02": "a statement of this transaction has failed before: roll back",
     "53300": "the server has no connection left; give it more, or a pool in front of it",
+    "53200": "the server has no memory or no locks left: lock fewer keys at a time, or raise max_locks_per_transaction",
     "53100": "make room on the server's disk",
     "57014": "a statement took too long, or was cancelled",
     "55P03": "another session has held a lock for long; transactions should be short",
