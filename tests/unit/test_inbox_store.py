@@ -527,6 +527,23 @@ def test_a_connection_that_is_cut_is_an_outage_and_the_next_call_has_another(inb
     session.close()
 
 
+@in_postgres
+def test_the_first_handler_of_a_partition_holds_up_no_other(inbox: Inbox) -> None:
+    def handle(offset: int, handler: Callable[[Any, Any], object]) -> bool:
+        session = inbox.open_session(GROUP)
+        try:
+            return session.handle(read_from("orders", 0, offset, id=kbatch.uuid7()), handler)
+        finally:
+            session.close()
+
+    def meanwhile(envelope: Envelope, connection: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(handle, 1, lambda envelope, connection: None).result()
+
+    assert handle(0, meanwhile)
+    assert query(inbox, "SELECT topic, partition FROM {position}") == [("orders", 0)]
+
+
 class Late:
     """A handler for which the server does not wait."""
 

@@ -10,7 +10,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
-from kbatch._database._postgres_connection import SilentServerError, not_begun, run_raw
+from kbatch._database._postgres_connection import SilentServerError, not_begun, run_raw, writing
 from kbatch._inbox._postgres_marks import Marks
 from kbatch._inbox._session import InboxSession, ended_by_handler
 
@@ -83,6 +83,8 @@ class PostgresInboxSession(InboxSession):
         connection = self._connection
         count, marked = 0, None
         try:
+            if partitions:
+                self._note(partitions)
             cursor = psycopg.RawCursor(connection, row_factory=tuple_row)  # whatever a handler has set
             cursor.execute((_BEGIN + statement + _GO_ON).encode())
             while True:
@@ -95,21 +97,23 @@ class PostgresInboxSession(InboxSession):
             if not count:
                 self._inbox._check_tables(connection)
                 return [False] * len(marks.ids)
-            if partitions:
-                self._note(partitions)
         except psycopg.Error as error:
             raise self._inbox._tables.as_inbox_error(not_begun(connection, error)) from error
         connection.is_given = True
         return marks.found(count, marked)
 
     def _note(self, partitions: Sequence[Partition]) -> None:
+        """Tells that the group handles these. In a transaction of its own: the others of its first message would wait
+        for the handler."""
         statement = self._inbox._tables.sql(
             "INSERT INTO {position} (group_id, topic, partition) "
             "SELECT $1, name, number FROM unnest($2::text[], $3::text::integer[]) AS new (name, number) "
             "ON CONFLICT DO NOTHING"
         )
         topics, numbers = zip(*partitions, strict=True)
-        run_raw(self._connection, statement, (self.group, list(topics), f"{{{','.join(map(str, numbers))}}}"))
+        with writing(self._connection):
+            run_raw(self._connection, statement, (self.group, list(topics), f"{{{','.join(map(str, numbers))}}}"))
+        self._known.update(partitions)
 
     def _commit(self) -> None:
         connection = self._connection
