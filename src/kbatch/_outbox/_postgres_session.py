@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["BEGIN_WRITING", "SERVER", "PostgresSession"]
+__all__ = ["BEGIN_WRITING", "IDENTITY", "PostgresSession"]
 
 _STATEMENT_S = 20  # the server ends what takes longer
 
@@ -38,8 +38,8 @@ BEGIN_WRITING = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
 _BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
 # The number of a transaction, or of a row, may mean another one, or none, on a server that goes on from elsewhere. A
 # standby that was promoted, and a backup that was restored, have another timeline.
-SERVER = "(SELECT system_identifier FROM pg_control_system())::text || ' ' || "
-SERVER += "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
+IDENTITY = "(SELECT system_identifier FROM pg_control_system())::text || ' ' || "
+IDENTITY += "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
 

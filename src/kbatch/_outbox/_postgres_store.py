@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import psycopg
 
 from kbatch._outbox._postgres_rows import array_text
-from kbatch._outbox._postgres_session import SERVER, PostgresSession
+from kbatch._outbox._postgres_session import IDENTITY, PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
 from kbatch._outbox._store import BIGGEST_NUMBER, BUCKETS, DueRow, HeldKey, Lease, Reading
 
@@ -55,9 +55,9 @@ class PostgresStore(PostgresSession):
         self._gaps = Gaps()
         self._listens = listens
         self._rows_read = 0  # since the last renewal
-        self._server = f"(SELECT {SERVER})"
+        self._server = f"(SELECT {IDENTITY})"
         try:
-            self._run(f"SELECT {SERVER}")
+            self._run(f"SELECT {IDENTITY}")
         except psycopg.errors.ObjectNotInPrerequisiteState:
             pass  # a standby, which writes nothing, or is promoted soon
         except psycopg.Error:

@@ -10,7 +10,7 @@ import psycopg
 
 from kbatch._errors import OutboxError
 from kbatch._fastmap import monotonic
-from kbatch._outbox._postgres_session import BEGIN_WRITING, SERVER, PostgresSession
+from kbatch._outbox._postgres_session import BEGIN_WRITING, IDENTITY, PostgresSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ class PostgresWriter(PostgresSession):
         self._tell = tell
         self._server: str | None = None
         with contextlib.suppress(psycopg.Error):  # some services do not let users ask
-            ((self._server,),) = self._run(f"SELECT {SERVER}")
+            ((self._server,),) = self._run(f"SELECT {IDENTITY}")
 
     def commit(self, take: Callable[[], Sequence[MappedBatch]]) -> bool:
         """As `OutboxWriter.commit`. It waits for nobody."""
@@ -97,7 +97,7 @@ class PostgresWriter(PostgresSession):
         while self._server is not None and monotonic() < end:
             with contextlib.suppress(OutboxError), self._connected() as connection:
                 cursor = psycopg.RawCursor(connection)
-                cursor.execute(f"SELECT pg_xact_status($1::text::xid8), {SERVER}".encode(), (number,))
+                cursor.execute(f"SELECT pg_xact_status($1::text::xid8), {IDENTITY}".encode(), (number,))
                 ((status, server),) = cursor.fetchall()
                 if server != self._server or status is None:
                     break
