@@ -1598,6 +1598,27 @@ MUTANTS = (
         "tests/mock/test_relay.py",
     ),
     Mutant(
+        "the floor of a bucket without rows stays below what was deleted",
+        "PostgresStore._raise_floor",
+        "            new_floors[bucket] = last\n",
+        "",
+        "tests/unit/test_outbox_late_rows.py",
+    ),
+    Mutant(
+        "what comes to light below a raised floor is forgotten",
+        "PostgresStore._raise_floor",
+        "            self._gaps.was_read(bucket, floor, last, now)\n",
+        "",
+        "tests/unit/test_outbox_late_rows.py",
+    ),
+    Mutant(
+        "a look at all that took long comes again at once",
+        "Relay._send_next",
+        "_LOOK_PAUSE * (now - self._look_began_at)",
+        "0.0",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
         "buckets are read by turns alone",
         "Positions.floors",
         "*sorted(known, key=floors.__getitem__)",

@@ -41,7 +41,7 @@ class OutboxStatus:
         relays: How many relays work on it. One that reaches no broker is none.
         unvacuumed: Rows that were deleted and whose room PostgreSQL has not freed yet, by its own count. If it grows,
             autovacuum does not keep up: an old transaction or snapshot keeps it from freeing them, and with millions of
-            them relays stand still. 0 in SQLite.
+            them a relay that begins takes seconds to find what is there. 0 in SQLite.
         scheduled: Records whose ``scheduled_time`` has not come yet; counted likewise.
     """
 

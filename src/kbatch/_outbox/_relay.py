@@ -70,6 +70,7 @@ _MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has 
 _RENEW_EVERY_S = 1.0
 _STAND_ASIDE_AFTER_S = 10.0
 _LOOK_AT_ALL_EVERY_S = 30.0
+_LOOK_PAUSE = 20  # times what a look took, at least: it passes by what was deleted and not vacuumed
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
@@ -224,6 +225,7 @@ class Relay:
         self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
+        self._look_began_at: float | None = None
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
@@ -450,6 +452,7 @@ class Relay:
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+        self._look_began_at = now
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
         self._stands_aside = False
@@ -548,6 +551,7 @@ class Relay:
         if now >= self._look_at_all_at:
             # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+            self._look_began_at = now
             self._not_admitted.clear()
             self._positions.start_ended_again()
             self._let_go()
@@ -779,8 +783,12 @@ class Relay:
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
-            self._read_at = monotonic() + self._poll_s
+            now = monotonic()
+            self._read_at = now + self._poll_s
             self._has_read_all = not reading.rows
+            if self._look_began_at is not None:
+                pause = max(_LOOK_AT_ALL_EVERY_S, _LOOK_PAUSE * (now - self._look_began_at))
+                self._look_at_all_at, self._look_began_at = now + pause, None
         if not rows:
             return
         times = [row[3] for row in rows]

@@ -86,7 +86,7 @@ class Lease(NamedTuple):
 
 class Reading(NamedTuple):
     """Rows, those of a bucket in the order of their numbers; the floor, risen or not, of each bucket of which there are
-    some; and the buckets that were read to their end."""
+    some, and of others whose floor has risen; and the buckets that were read to their end."""
 
     rows: list[StoredRow]
     floors: dict[int, int]
