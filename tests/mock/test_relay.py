@@ -143,12 +143,15 @@ def test_what_is_added_while_it_runs(outbox: Outbox, cluster: MockCluster) -> No
 def test_a_look_at_all_that_took_long_is_not_repeated_soon(outbox: Outbox) -> None:
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
         relay._begin()
-        relay._use_store()
-        assert relay._look_at_all_at - monotonic() < 31
-        relay._look_began_at = monotonic() - 10.0
-        relay._read_at = 0.0
-        relay._use_store()
-        assert relay._look_at_all_at - monotonic() > 150
+        try:
+            relay._use_store()
+            assert relay._look_at_all_at - monotonic() < 31
+            relay._look_began_at = monotonic() - 10.0
+            relay._read_at = 0.0
+            relay._use_store()
+            assert relay._look_at_all_at - monotonic() > 150
+        finally:
+            relay._end()
 
 
 @pytest.mark.parametrize("is_first", [True, False])
