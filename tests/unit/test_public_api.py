@@ -25,7 +25,7 @@ PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_librdkafka", "_text"},
+    {"_version", "_serialization", "_librdkafka", "_text", "_logs"},
     {"_codes"},
     {"_errors"},
     {"_callbacks", "_checks"},
