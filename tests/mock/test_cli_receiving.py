@@ -657,6 +657,19 @@ group.id = "g-{topic}"
     assert process.returncode == 143
 
 
+def test_listen_has_its_inbox_where_the_environment_says_and_names_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = (
+        "handler = 'builtins:print'\ntopics = ['orders']\n[kafka]\ngroup.id = 'g'\nbootstrap.servers = '127.0.0.1:1'\n"
+    )
+    Path("listen.toml").write_text("inbox = 'shop.db'\n" + file)
+    status, out, err = run_here("listen", "--config", "listen.toml", KBATCH_INBOX="other.db")
+    assert (status, out) == (1, "")
+    assert re.search(r"it cannot go on: InboxError: .*other\.db; call create\(\) .* \(kbatch inbox create\)", err)
+
+
 def test_listen_that_cannot_go_on_says_why(cluster: MockCluster, topic: str, shop: Any) -> None:
     text = (shop / "listen.toml").read_text().replace(f'dead_letter_topic = "{topic}.dead"', "")
     (shop / "listen.toml").write_text(text)

@@ -2356,6 +2356,13 @@ MUTANTS = (
         "    if yes or not found or not screen.is_asked:\n",
         "tests/mock/test_cli_outbox.py",
     ),
+    Mutant(
+        "an inbox is purged and nobody is asked",
+        "cli.purge",
+        "    if not (yes or _confirmed(",
+        "    if not (True or _confirmed(",
+        "tests/mock/test_cli_inbox.py",
+    ),
     # -- failures of a listener
     Mutant(
         "what failed is done before its copy is stored",

@@ -99,6 +99,8 @@ def listen(
     Settings of librdkafka, group.id among them, come from -X, else from the environment (KBATCH_GROUP_ID is group.id),
     else from the table kafka of the --config FILE. Keep secrets out of -X: others can see command lines.
 
+    The tables of the FILE's inbox must be there: kbatch inbox create. KBATCH_INBOX, if it is set, says where that is.
+
     Ctrl-C, SIGTERM and SIGHUP wait for the handlers that run, commit what is done and leave the group.
 
     Exit status: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; 0 if the handler's program ended it; 1 if it

@@ -14,7 +14,7 @@ from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._log import Log
-from kbatch.cli._outbox_place import Place
+from kbatch.cli._place import OutboxPlace
 from kbatch.cli._relay_file import RelayFile
 from kbatch.cli._screen import Bar, Screen
 from kbatch.cli._settings import Settings
@@ -34,7 +34,7 @@ _GRACE_S = 30.0
 class RelayJob:
     """What the command line asks for."""
 
-    place: Place
+    place: OutboxPlace
     settings: Settings
     file: RelayFile
     drain: bool

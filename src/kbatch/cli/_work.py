@@ -56,5 +56,11 @@ def exit_with(work: Callable[[], int], screen: Screen, *, prints: bool = False) 
 
 def for_people(error: kbatch.KbatchError) -> str:
     """What an error says, with the command beside the method that it names."""
-    text = str(error)
-    return text + (" (kbatch outbox create)" if isinstance(error, kbatch.OutboxError) and "create()" in text else "")
+    return str(error) + command_of(error)
+
+
+def command_of(error: BaseException) -> str:
+    """The command that does what an error says; nothing where there is none."""
+    kinds: dict[type[kbatch.KbatchError], str] = {kbatch.OutboxError: "outbox", kbatch.InboxError: "inbox"}
+    what = next((what for kind, what in kinds.items() if isinstance(error, kind)), None)
+    return f" (kbatch {what} create)" if what and "create()" in str(error) else ""
