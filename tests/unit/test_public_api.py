@@ -73,8 +73,8 @@ LAYERS_WITHIN = {
     ],
     "_receiving": [
         {"_config", "_consumer", "_copies", "_delayed", "_failures", "_positions"},
-        {"_lanes", "_transacting"},
-        {"_failing", "_reading"},
+        {"_failing", "_lanes"},
+        {"_reading", "_transacting"},
         {"_base"},
         {"_listener"},
     ],
