@@ -10,6 +10,8 @@ from types import ModuleType
 import kbatch
 from kbatch import _version
 from kbatch.cli import _app, _inbox_app, _outbox_app
+from kbatch.testing.compliance import TransportCompliance
+from tools import compliance
 
 ROOT = Path(__file__).parents[2]
 
@@ -274,3 +276,25 @@ def test_the_map_of_the_design_has_each_file_and_no_other():
     # What says nothing about itself, and the plugin beside the package.
     silent = {"__init__.py", "_version.py"}
     assert {path.name for path in files} - silent == named - {"pytest_kbatch.py"} - silent
+
+
+def test_the_page_of_compliance_has_each_test_as_it_is_now_and_none_that_failed():
+    page = compliance.PAGE.read_text(encoding="utf-8")
+    assert len(compliance.names()) > 15
+    ways = [f"{mode}, {style}" for mode, style in compliance.COLUMNS]
+    for cluster in compliance.CLUSTERS:
+        table = page.split(f"<!-- results: {cluster} -->\n")[1].split("<!-- end -->")[0]
+        says = re.search(
+            r"^kbatch \S+, commit [0-9a-f]{10}\b.*, \d{4}-\d{2}-\d{2}, tests `(\w+)`\.$", table, re.MULTILINE
+        )
+        assert says is not None
+        assert says[1] == compliance.fingerprint(), f"the table {cluster!r} is of other tests: make compliance KAFKA=1"
+        heading, _, *rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+        ]
+        assert heading == ["test", *ways]
+        assert [name for name, *_ in rows] == compliance.names()
+        for name, *cells in rows:
+            test = getattr(TransportCompliance, f"test_{name.replace(' ', '_')}")
+            all_ways = any(mark.args[0] == "wire" for mark in getattr(test, "pytestmark", ()))
+            assert cells == ["passed (3)" if all_ways or way == "BUFFERED, threads" else "passed" for way in ways], name
