@@ -100,8 +100,9 @@ def main(clusters: list[str]) -> int:
     """The number of cells that have failed."""
     failed = 0
     for cluster in clusters:
+        of = origin()
         found = run(CLUSTERS[cluster][1])
-        write(cluster, f"{origin()}\n\n{table(found)}")
+        write(cluster, f"{of}\n\n{table(found)}")
         failed += sum(not all(tried) for results in found.values() for tried in results.values())
     return failed
 
