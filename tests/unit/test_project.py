@@ -1,5 +1,6 @@
 """What must agree between files that no compiler compares."""
 
+import ast
 import inspect
 import itertools
 import re
@@ -90,6 +91,22 @@ def test_no_two_files_of_tests_have_the_same_name():
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(names) > 80
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_test_that_a_docstring_of_tests_names_is_there():
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    suites = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src" / "kbatch" / "testing").glob("*.py")}
+    defined = {
+        name for text in (texts | suites).values() for name in re.findall(r"^ *(?:async )?def (\w+)", text, re.M)
+    }
+    files = {path.name for path in texts}
+    named = {
+        name: path.name
+        for path, text in texts.items()
+        for name in re.findall(r"`(?:\w+/)*(test_\w+(?:\.py)?)`", ast.get_docstring(ast.parse(text)) or "")
+    }
+    assert len(named) > 30
+    assert {name: where for name, where in named.items() if name not in defined | files} == {}
 
 
 def test_packages_and_compiled_modules_are_found_not_listed():

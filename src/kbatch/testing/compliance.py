@@ -178,6 +178,7 @@ class _Transport:
         self._config = {
             "bootstrap.servers": servers,
             "group.id": self.group,
+            "topic.metadata.refresh.interval.ms": 1000,  # not each broker knows at once of a topic that was just made
             **settings,
         }
 
