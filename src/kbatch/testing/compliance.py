@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -154,6 +154,32 @@ class _Listening:
         assert self.error is None, self.error
 
 
+def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """In a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    process.join(2 * _LONGEST_S)
+    assert process.exitcode == 0
+
+
+class _Seen(NamedTuple):
+    """What a receiver in another process tells of an envelope."""
+
+    topic: str
+    key: str | bytes
+    message: _Order
+
+
+def _receive(connection: Any, count: int, style: str, config: dict[str, Any], topics: list[str], options: Any) -> None:
+    """As many envelopes, by a listener of this process."""
+    listening = _Listening(style, config, topics, None, options)
+    try:
+        listening.until(lambda: len(listening.received) >= count)
+    finally:
+        listening.stop()
+    connection.send([_Seen(each.topic, each.key or b"", each.message) for each in listening.received])
+
+
 class _Transport:
     """One topic of a test's own, one way to send to it, one way to listen."""
 
@@ -186,17 +212,25 @@ class _Transport:
         _send(*self._arguments, list(envelopes), topic or self.topic)
 
     def send_from_another_process(self, *envelopes: Any, topic: str | None = None) -> None:
-        arguments = (*self._arguments, list(envelopes), topic or self.topic)
-        process = multiprocessing.get_context("spawn").Process(target=_send, args=arguments)
-        process.start()
-        process.join(_LONGEST_S)
-        assert process.exitcode == 0
+        _run(_send, (*self._arguments, list(envelopes), topic or self.topic))
+
+    def received_by_another_process(self, count: int, *topics: str, **options: Any) -> list[_Seen]:
+        ours, theirs = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        with ours, theirs:
+            _run(_receive, (theirs, count, *self._listener(topics, "", options)))
+            assert ours.poll()
+            seen: list[_Seen] = ours.recv()
+        return seen
+
+    def _listener(self, topics: Iterable[str], group: str, options: dict[str, Any]) -> tuple[Any, ...]:
+        """What a listener is made of."""
+        options = {"types": {"compliance.order": _Order}, "wire": self._wire, "commit_interval_s": 0.1, **options}
+        return self._style, {**self._config, "group.id": group or self.group}, list(topics or (self.topic,)), options
 
     @contextlib.contextmanager
     def listening(self, *topics: str, handler: Any = None, group: str = "", **options: Any) -> Iterator[_Listening]:
-        options = {"types": {"compliance.order": _Order}, "wire": self._wire, "commit_interval_s": 0.1, **options}
-        config = {**self._config, "group.id": group or self.group}
-        listening = _Listening(self._style, config, list(topics or (self.topic,)), handler, options)
+        style, config, names, options = self._listener(topics, group, options)
+        listening = _Listening(style, config, names, handler, options)
         try:
             yield listening
         finally:
@@ -322,11 +356,12 @@ class TransportCompliance:
     def test_send_from_one_node_to_another_by_rule(self, transport: _Transport) -> None:
         other = f"{transport.topic}-other"
         transport.create_topic(other)
-        transport.send_from_another_process(kbatch.Envelope(_Order(1)), kbatch.Envelope(_Order(2), topic=other))
-        with transport.listening(transport.topic, other) as listening:
-            listening.until(lambda: len(listening.received) == 2)
-        places = {each.message.number: each.topic for each in listening.received}
-        assert places == {1: transport.topic, 2: other}
+        sent = [kbatch.Envelope(_Order(n), key=f"k{n % 3}", topic=other if n % 2 else None) for n in range(40)]
+        transport.send_from_another_process(*sent)
+        received = transport.received_by_another_process(40, transport.topic, other, concurrency=4)
+        for topic in (None, other):
+            of_topic = [each for each in received if each.topic == (topic or transport.topic)]
+            assert _by_key(of_topic) == _by_key(each for each in sent if each.topic == topic)
 
     def test_send_and_wait(self, transport: _Transport) -> None:
         # What a closed sender has sent is there: a group that begins now, at the beginning, finds it.
