@@ -17,7 +17,7 @@ Of its suite of nodes, which are relays here and whose assignments are buckets:
 - persist one; the only known node leads, and knows all: `test_the_first_relay_gets_all_buckets_and_keeps_its_tokens`
 - write assignments, add one, remove one; a second node is balanced; hand-over between nodes:
   `test_a_second_relay_gets_what_the_first_one_gives_up`
-- a bucket is held by one only: `test_nobody_gives_up_what_another_has`
+- a bucket is held by one only: `test_nobody_gives_up_what_another_has`, `test_take_over_with_racing_nodes`
 - delete one; eject a stale one; every bucket survives the loss of the node that held it:
   `test_a_relay_that_is_gone_counts_until_its_lease_ran_out`,
   `test_a_lease_that_ran_out_is_another_one_when_it_is_taken_again`
