@@ -1,4 +1,33 @@
-"""A relay brings what an outbox has to Kafka: all of it, nothing else, in order per key, whatever fails meanwhile."""
+"""A relay brings what an outbox has to Kafka: all of it, nothing else, in order per key, whatever fails meanwhile.
+
+Of the original's compliance suite of nodes, which are relays here, these are with relays at work;
+`unit/test_outbox_store.py` has the others, and says what is left out:
+
+- the original node knows all, a second node is balanced, hand-over between nodes:
+  `test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back`
+- pausing stops at once: `test_it_stops_with_what_is_in_flight_written_and_may_run_again`,
+  `test_a_stop_before_it_runs_ends_it_at_once`
+- every bucket survives the loss of the node that held it:
+  `test_one_of_three_relays_is_killed_and_the_others_take_its_buckets`
+- start several, take away the first, take away another: `test_start_several_take_away_the_first_take_away_another`
+- eject a stale one, and what becomes of it: `test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing`,
+  `test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_and_sends_nothing_new`
+- registering again after an ejection: `test_a_relay_that_was_ejected_registers_again_as_itself`; one that fences takes
+  another name, `test_one_that_was_taken_for_dead_begins_anew`
+
+Of its suite of recovery:
+
+- dormant messages are recovered: `test_a_relay_that_is_killed_at_one_of_its_steps`,
+  `test_what_is_scheduled_outlives_a_relay`; those of a listener are in Kafka,
+  `test_a_listener_that_is_killed_at_its_steps`
+- an open circuit recovers nothing: `test_an_outage_moves_nothing_and_counts_nothing`
+- the exclusive listener recovers its own inbox end to end: `test_a_listener_that_is_killed_at_its_steps`
+
+Left out of that suite:
+
+- clearing storage empties all tables, is idempotent: nothing clears an outbox, `create` never takes anything away
+- it rebuilds dropped tables: `create` does, `test_tables_that_are_missing`; nothing else makes tables
+"""
 
 import contextlib
 import os
@@ -647,6 +676,22 @@ def test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing(outbox: O
         assert relay.stats()["lost_buckets"] > 0
     assert kept == [120]
     check_history(range(100), stored(cluster), copies=100)
+
+
+def test_a_relay_that_was_ejected_registers_again_as_itself(outbox: Outbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    with running(make(outbox, cluster)) as relay:
+        until(lambda: outbox.status().waiting == 0 and relay.stats()["buckets"] == 64, "all sent, and all buckets")
+        before = relay._owner
+        outboxes.query(outbox, "DELETE FROM {relay}")
+        outboxes.query(outbox, "UPDATE {lease} SET owner = NULL, until = 0, token = token + 1")
+        until(lambda: relay.stats()["lost_buckets"] == 64, "that it knows")
+        until(lambda: relay.stats()["buckets"] == 64, "all buckets")
+        assert outboxes.query(outbox, "SELECT owner FROM {relay}") == [(before,)]
+        assert outboxes.query(outbox, "SELECT DISTINCT owner, token FROM {lease}") == [(before, 3)]
+        outboxes.add(outbox, numbered(range(100, 200)))
+        until(lambda: outbox.status().waiting == 0, "the others")
+    check_history(range(200), stored(cluster))
 
 
 def test_a_relay_that_another_has_followed_writes_nothing(outbox: Outbox, cluster: MockCluster) -> None:

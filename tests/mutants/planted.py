@@ -2766,6 +2766,20 @@ MUTANTS = (
         "tests/unit/test_from_threads_to_a_loop.py",
     ),
     Mutant(
+        "two relays that renew at once take the same buckets",
+        "PostgresStore.renew",
+        "ORDER BY bucket LIMIT $4 {others}) RETURNING",
+        "ORDER BY bucket LIMIT $4) RETURNING",
+        "tests/unit/test_outbox_store.py -k racing_nodes",
+    ),
+    Mutant(
+        "a listener fetches more than it may have in flight",
+        "Reading._room",
+        "limits.records - self._in_flight, limits.size - self._size",
+        "limits.records, limits.size - self._size",
+        "tests/mock/test_compliance.py -k too_busy",
+    ),
+    Mutant(
         "a clock that is set back ends a sender",
         "_verdict",
         "if isinstance(error, NotYetDueError) or spares_brokers(error)",
