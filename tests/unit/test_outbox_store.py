@@ -49,7 +49,7 @@ import kbatch
 from kbatch import Envelope, OutboxError
 from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._leases import Leases, Times
-from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore, Reading, RefusedWriteError
+from kbatch._outbox._store import Failure, HeldKey, OutboxStore, Reading, RefusedWriteError
 from tests import outboxes
 from tests.outboxes import Outbox, in_sqlite
 from tests.relays import numbered
