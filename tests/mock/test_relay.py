@@ -29,6 +29,7 @@ Left out of that suite:
 - it rebuilds dropped tables: `create` does, `test_tables_that_are_missing`; nothing else makes tables
 """
 
+import asyncio
 import contextlib
 import os
 import random
@@ -44,7 +45,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import ConfigError, Envelope, OutboxError, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
+from kbatch import CircuitState, ConfigError, Envelope, OutboxError, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
 from kbatch._fastmap import monotonic, packed_key_hash
 from kbatch._outbox._leases import Times
 from kbatch.testing import ApiKey, MockCluster
@@ -505,7 +506,7 @@ def test_an_outage_moves_nothing_and_counts_nothing(outbox: Outbox, cluster: Moc
     outboxes.add(outbox, numbered(range(300)))
     cluster.set_broker_down()
     with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, batch_size=100, failures_to_open=1)) as relay:
-        until(lambda: not relay._gate.may_send(), "the circuit is open")
+        until(lambda: relay.state is CircuitState.OPEN, "the circuit is open")
         outboxes.add(outbox, numbered(range(300, 400)))
         time.sleep(0.5)
         assert outbox.status().waiting == 400
@@ -514,6 +515,52 @@ def test_an_outage_moves_nothing_and_counts_nothing(outbox: Outbox, cluster: Moc
         cluster.set_broker_up()
         assert relay.drain(60) == 0
     check_history(range(400), stored(cluster), copies=None, in_order=False)
+
+
+def test_its_circuit_and_why_it_is_open_are_told(outbox: Outbox, cluster: MockCluster) -> None:
+    told: list[tuple[CircuitState, CircuitState, str]] = []
+
+    def on_state_change(before: CircuitState, after: CircuitState) -> None:
+        told.append((before, after, threading.current_thread().name))
+
+    outboxes.add(outbox, numbered(range(10)))
+    cluster.set_broker_down()
+    options = {"failures_to_open": 1, "on_state_change": on_state_change}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, **options)) as relay:
+        assert (relay.state, relay.last_error) == (CircuitState.CLOSED, None)
+        until(lambda: told, "that it is open")
+        assert relay.state is not CircuitState.CLOSED
+        assert isinstance(relay.last_error, kbatch.DeliveryError)
+        cluster.set_broker_up()
+        assert relay.drain(60) == 0
+    closed, opened, half_open = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
+    assert [states[:2] for states in (told[0], *told[-2:])] == [
+        (closed, opened),
+        (opened, half_open),
+        (half_open, closed),
+    ]
+    assert {thread for _, _, thread in told} == {"kbatch-sender-callbacks"}
+    assert relay.state is closed
+    assert isinstance(relay.last_error, kbatch.DeliveryError)  # it stays
+
+
+def test_close_waits_until_a_change_is_told(outbox: Outbox, cluster: MockCluster) -> None:
+    begun, goes_on, told = threading.Event(), threading.Event(), []
+
+    def on_state_change(before: CircuitState, after: CircuitState) -> None:
+        begun.set()
+        goes_on.wait(10)
+        told.append(after)
+        relay.close()  # it waits for nothing of its own
+
+    outboxes.add(outbox, numbered(range(1)))
+    cluster.set_broker_down()
+    relay = make(outbox, cluster, {"delivery.timeout.ms": 300}, failures_to_open=1, on_state_change=on_state_change)
+    relay._gate.circuit.hurry(monotonic(), 3600.0)
+    with running(relay):
+        assert begun.wait(30)
+        threading.Timer(0.2, goes_on.set).start()
+    assert told == [CircuitState.OPEN]
 
 
 def test_one_partition_without_a_leader_stops_no_other(outbox: Outbox, cluster: MockCluster) -> None:
@@ -1022,6 +1069,12 @@ def test_a_producer_of_the_callers_stays_open(outbox: Outbox, cluster: MockClust
         ({}, {"probe_interval_s": 0}, "probe_interval_s"),
         ({}, {"probe_interval_s": 60}, "is longer than"),
         ({}, {"close_timeout_s": -1}, "close_timeout_s"),
+        ({}, {"on_state_change": 7}, "on_state_change must be callable, not int"),
+        (
+            {},
+            {"on_state_change": asyncio.sleep},
+            r"on_state_change must not be .*; kbatch\.aio\.Relay takes",
+        ),
         ({}, {"strict_order": 1}, "strict_order must be bool, not int"),
         ({"partitioner": "random"}, {"strict_order": True}, "strict_order=True contradicts partitioner=random"),
     ],

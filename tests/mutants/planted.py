@@ -2067,6 +2067,20 @@ MUTANTS = (
         "tests/mock/test_sent_durably.py",
     ),
     Mutant(
+        "a fencing relay that is to finish ends before brokers know it",
+        "Relay._is_idle",
+        "self._leases.tokens or is_to_have_leases",
+        "self._leases.tokens",
+        "tests/mock/test_sent_durably.py",
+    ),
+    Mutant(
+        "a relay of other options is taken for the same",
+        "BaseTopic._plan_of",
+        "(*self._fingerprint_of(prototype), options)",
+        "self._fingerprint_of(prototype)",
+        "tests/unit/test_durable_sender.py",
+    ),
+    Mutant(
         "a relay that is to finish waits for what was refused",
         "Relay._is_idle",
         "return self._has_read_all or not (can_send",
