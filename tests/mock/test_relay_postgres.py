@@ -2,12 +2,8 @@
 
 import contextlib
 import itertools
-import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +18,7 @@ from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.kafka.proxy import Direction, FaultProxy
 from tests.outboxes import connected
+from tests.pooling import pool_before
 from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
@@ -118,34 +115,6 @@ def check(outbox: PostgresOutbox, cluster: MockCluster, copies: int | None) -> N
 
 def waits_in_vain(caplog: pytest.LogCaptureFixture) -> bool:
     return any("cannot use its outbox" in record.message for record in caplog.records)
-
-
-@contextlib.contextmanager
-def pool_before(server: Any) -> Iterator[str]:
-    """The conninfo of a PgBouncer in transaction mode that has three connections."""
-    program = shutil.which("pgbouncer")
-    if program is None:
-        pytest.skip("platform: no PgBouncer is installed")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    settings = server.directory / "pgbouncer.ini"
-    settings.write_text(
-        f"[databases]\npostgres = host=127.0.0.1 port={server.port} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        "pool_mode = transaction\ndefault_pool_size = 3\n"
-    )
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}
-    with subprocess.Popen([program, "-q", str(settings)], stderr=subprocess.DEVNULL, **user) as process:
-        until(lambda: accepts(port), "PgBouncer")
-        try:
-            yield f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable"
-        finally:
-            process.terminate()
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_pool_in_transaction_mode_between(server: Any, cluster: MockCluster) -> None:
