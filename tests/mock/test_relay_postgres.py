@@ -221,38 +221,19 @@ MOST_CONNECTIONS = 8
 
 @pytest.mark.long
 def test_a_server_that_has_no_connection_left(server: Any, cluster: MockCluster) -> None:
-    import psycopg
-
     outbox = made(server.conninfo)
     server.stop()
     server.start(max_connections=str(MOST_CONNECTIONS), superuser_reserved_connections="0", max_wal_senders="0")
     calls: list[str] = []
-    with running(WatchedOutbox(outbox, before=calls.append), cluster) as relay, contextlib.ExitStack() as undo:
-        held = [undo.enter_context(connected(outbox))]
-
-        def takes_all() -> bool:
-            """The relay may have been faster with one."""
-            ours = [connection.info.backend_pid for connection in held]
-            held[0].execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> ALL (%s) "
-                "AND backend_type = 'client backend'",
-                (ours,),
-            )
-            with contextlib.suppress(psycopg.OperationalError):
-                while True:
-                    held.append(undo.enter_context(connected(outbox)))
-            return len(held) == MOST_CONNECTIONS
-
-        until(takes_all, "all connections")
-        calls.clear()
-        until(lambda: calls.count("open_store") >= 3, "it asks in vain")
-        assert relay._store is None
-        add = held[0]
-        add.execute("BEGIN")
-        add.execute("INSERT INTO orders SELECT generate_series(0, 199)")
-        outbox.add(add, numbered(range(200)), topic="orders")
-        add.execute("COMMIT")
-        undo.close()
+    with running(WatchedOutbox(outbox, before=calls.append), cluster) as relay:
+        with outboxes.holding_all_connections(outbox, MOST_CONNECTIONS) as held:
+            calls.clear()
+            until(lambda: calls.count("open_store") >= 3, "it asks in vain")
+            assert relay._store is None
+            held[0].execute("BEGIN")
+            held[0].execute("INSERT INTO orders SELECT generate_series(0, 199)")
+            outbox.add(held[0], numbered(range(200)), topic="orders")
+            held[0].execute("COMMIT")
         assert relay.drain(60) == 0
     check(outbox, cluster, copies=0)
 
