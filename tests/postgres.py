@@ -134,6 +134,16 @@ class Server:
             self._process.wait()
             self._process = None
 
+    def stand_by(self) -> None:
+        """Stops it, and starts it as a standby, which follows nobody, until `promote`."""
+        self.stop()
+        (self._data / "standby.signal").touch()
+        self.start()
+
+    def promote(self) -> None:
+        """Makes a standby the primary server, as a failover does."""
+        self._run("pg_ctl", "promote", "--wait", "-D", str(self._data))
+
     def crash(self) -> None:
         """Kills all of its processes at once."""
         assert self._process is not None

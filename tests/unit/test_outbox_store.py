@@ -12,7 +12,7 @@ import pytest
 
 from kbatch import Envelope, OutboxError
 from kbatch._fastmap import packed_key_hash
-from kbatch._outbox._store import Failure, HeldKey, Lease, OutboxStore, Reading, RefusedWriteError
+from kbatch._outbox._store import Failure, HeldKey, OutboxStore, Reading, RefusedWriteError
 from tests import outboxes
 from tests.outboxes import Outbox, in_sqlite
 from tests.relays import numbered
@@ -32,8 +32,10 @@ def store(outbox: Outbox) -> Iterator[OutboxStore]:
     store.close()
 
 
-def tokens(leases: list[Lease]) -> dict[int, int]:
-    return dict(leases)
+def hands(renewed: tuple[dict[int, int], int]) -> tuple[dict[int, int], int]:
+    """How often each bucket has changed hands. A token of PostgreSQL says besides on which server."""
+    leases, share = renewed
+    return {bucket: token % 2**63 for bucket, token in leases.items()}, share
 
 
 def renew(store: OutboxStore, owner: str, **options: Any) -> tuple[dict[int, int], int]:
@@ -60,9 +62,9 @@ def placed(outbox: Outbox, table: str = "outbox") -> list[tuple[int, int]]:
 
 
 def test_the_first_relay_gets_all_buckets_and_keeps_its_tokens(store: OutboxStore) -> None:
-    first, share = renew(store, "first")
-    assert (first, share) == (dict.fromkeys(range(64), 1), 64)
-    assert renew(store, "first") == (first, 64)
+    first = renew(store, "first")
+    assert hands(first) == (dict.fromkeys(range(64), 1), 64)
+    assert renew(store, "first") == first
 
 
 def test_a_second_relay_gets_what_the_first_one_gives_up(store: OutboxStore) -> None:
@@ -70,7 +72,7 @@ def test_a_second_relay_gets_what_the_first_one_gives_up(store: OutboxStore) -> 
     assert renew(store, "second") == ({}, 32)
     mine, share = renew(store, "first", release=range(32))
     assert (set(mine), share) == (set(range(32, 64)), 32)  # and takes none of them back
-    assert renew(store, "second") == (dict.fromkeys(range(32), 2), 32)
+    assert hands(renew(store, "second")) == (dict.fromkeys(range(32), 2), 32)
     store.leave("second", keep=(30, 31))
     mine, share = renew(store, "first", avoid=(0, 1))
     assert (set(mine), share) == ({*range(2, 30), *range(32, 64)}, 64)  # 30 and 31 were not given back
@@ -79,7 +81,7 @@ def test_a_second_relay_gets_what_the_first_one_gives_up(store: OutboxStore) -> 
 def test_a_lease_that_ran_out_is_another_one_when_it_is_taken_again(outbox: Outbox, store: OutboxStore) -> None:
     renew(store, "first")
     outboxes.query(outbox, "UPDATE {lease} SET until = 0 WHERE bucket < 2")
-    mine, _ = renew(store, "first", avoid=(1,))
+    mine, _ = hands(renew(store, "first", avoid=(1,)))
     assert (mine[0], 1 in mine, mine[2]) == (2, False, 1)
 
 
@@ -122,7 +124,7 @@ def test_a_lease_of_before_the_clock_was_set_back_has_run_out(
         outboxes.query(outbox, f"UPDATE {{{table}}} SET until = until + {back_s * 1000}")
     assert outbox.status().relays == (0 if is_free else 1)
     assert (store.settle(first, **NOTHING) == set(first)) is is_free
-    assert renew(store, "second") == (dict.fromkeys(range(64), 2), 64) if is_free else ({}, 32)
+    assert hands(renew(store, "second")) == ((dict.fromkeys(range(64), 2), 64) if is_free else ({}, 32))
 
 
 def test_what_was_put_off_before_the_clock_was_set_back_is_due(outbox: Outbox, store: OutboxStore) -> None:

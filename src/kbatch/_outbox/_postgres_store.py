@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, cast
 
+import psycopg
+
 from kbatch._outbox._postgres_rows import array_text
-from kbatch._outbox._postgres_session import PostgresSession
+from kbatch._outbox._postgres_session import IDENTITY, PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
 from kbatch._outbox._store import BIGGEST_NUMBER, BUCKETS, DueRow, HeldKey, Lease, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any
-
-    import psycopg
 
     from kbatch._outbox._postgres_session import Rows, Run
     from kbatch._outbox._postgres_tables import PostgresTables
@@ -31,12 +32,18 @@ _SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current
 
 _KEPT = "bucket, seq, id, packed, created_at, deliver_by"
 
+_TOKEN_BITS = 63
+
 
 class PostgresStore(PostgresSession):
     """A relay's connection to an outbox in PostgreSQL.
 
     Transactions commit in another order than their rows have numbers, so rows come to light below those that were
     read. `Gaps` knows where that may be; a reading is one snapshot, which has all rows of a key up to any that it has.
+
+    A lease's token is another one on another server. A standby that is promoted may lack what the old server had
+    committed, and give the numbers of rows once more: whoever has read a row on one server must not delete its number
+    on the other. So the leases are lost then.
 
     Args:
         connection: In autocommit mode. It is the store's from now on.
@@ -48,6 +55,13 @@ class PostgresStore(PostgresSession):
         self._gaps = Gaps()
         self._listens = listens
         self._rows_read = 0  # since the last renewal
+        self._server = f"(SELECT {IDENTITY})"
+        try:
+            self._run(f"SELECT {IDENTITY}")
+        except psycopg.errors.ObjectNotInPrerequisiteState:
+            pass  # a standby, which writes nothing, or is promoted soon
+        except psycopg.Error:
+            self._server = "''"  # some services do not let users ask
         sql = tables.sql
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
@@ -134,7 +148,7 @@ class PostgresStore(PostgresSession):
             found = run(
                 sql(
                     "UPDATE {lease} SET until = {now} + $2::bigint, length = $2 WHERE owner = $1 AND {lives} "
-                    "RETURNING bucket, token"
+                    f"RETURNING bucket, token, {self._server}"
                 ),
                 (owner, length),
             )
@@ -143,7 +157,8 @@ class PostgresStore(PostgresSession):
                     "UPDATE {lease} SET owner = $1, token = token + 1, until = {now} + $2::bigint, length = $2 "
                     "WHERE bucket IN (SELECT bucket FROM {lease} WHERE (owner IS NULL OR NOT {lives}) "
                     "AND bucket <> ALL($3::smallint[]) AND (owner IS NULL OR owner = $1 OR $5::text[] IS NULL "
-                    f"OR owner = ANY($5)) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token"
+                    f"OR owner = ANY($5)) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token, "
+                    f"{self._server}"
                 ),
                 (
                     owner,
@@ -153,7 +168,7 @@ class PostgresStore(PostgresSession):
                     None if fenced is None else list(fenced),
                 ),
             )
-        return [Lease(*row) for row in sorted(found)], share
+        return [Lease(bucket, _token(*rest)) for bucket, *rest in sorted(found)], share
 
     def run_out(self) -> set[str]:
         """As `OutboxStore.run_out`."""
@@ -323,12 +338,14 @@ class PostgresStore(PostgresSession):
         # Who takes a bucket passes over those whose lease is under this lock.
         holding = run(
             self._tables.sql(
-                "SELECT bucket, token FROM {lease} WHERE bucket = ANY($1::smallint[]) AND {lives} "
-                "AND owner IS NOT NULL FOR SHARE"
+                f"SELECT mine.bucket, mine.token, {self._server} FROM {{lease}} AS lease "
+                "JOIN unnest($1::smallint[], $2::bigint[]) AS mine (bucket, token) "
+                "ON lease.bucket = mine.bucket AND lease.token = mine.token "
+                "WHERE {lives} AND owner IS NOT NULL FOR SHARE OF lease"
             ),
-            (array_text(sorted(leases)),),
+            (array_text(leases), array_text(token & 2**_TOKEN_BITS - 1 for token in leases.values())),
         )
-        return {bucket for bucket, token in holding if leases.get(bucket) == token}
+        return {bucket for bucket, *rest in holding if leases[bucket] == _token(*rest)}
 
     def settle(
         self,
@@ -373,3 +390,7 @@ class PostgresStore(PostgresSession):
         is_utf_8 = self._connection.info.parameter_status("server_encoding") == "UTF8"
         text = text.replace("\0", "\\0")
         return text.encode("utf-8" if is_utf_8 else "ascii", "backslashreplace").decode()
+
+
+def _token(token: int, server: str) -> int:
+    return zlib.crc32(server.encode()) << _TOKEN_BITS | token

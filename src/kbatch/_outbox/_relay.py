@@ -68,6 +68,7 @@ _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: t
 _UNNAMED = "kbatch-relay"  # the transactional id until there is one
 _MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has come
 _RENEW_EVERY_S = 1.0
+_STAND_ASIDE_AFTER_S = 10.0
 _LOOK_AT_ALL_EVERY_S = 30.0
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
@@ -220,6 +221,7 @@ class Relay:
         self._stopping = self._ending = self._finishing = False
         self._has_read_all = False
         self._has_asked = False  # for leases, so that it may have some
+        self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
@@ -450,6 +452,7 @@ class Relay:
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
+        self._stands_aside = False
         self._not_admitted.clear()
         self._failures_at = 0.0
         if self._pid != os.getpid():  # two children of a process that made it are two relays
@@ -481,6 +484,8 @@ class Relay:
         if gate.death is not None:
             raise gate.refusal()
         gate.probe_if_due(now)
+        if self._stands_aside and gate.open_for_s(now) == 0.0:
+            self._renew_at = now
         if gate.must_replace() and not self._flights:
             if self._fences is None:
                 gate.replace()
@@ -619,6 +624,10 @@ class Relay:
             self._renew_at = monotonic() + self._renew_every_s
             return
         busy = self._busy()
+        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not busy:
+            self._stand_aside()
+            return
+        self._stands_aside = False
         release = self._leases.leaving - busy
         asked = _times()
         self._has_asked = True
@@ -641,6 +650,17 @@ class Relay:
                 self._changes = self._store.changes()  # nothing was read before
             self._positions.begin(fresh, self._store.held_keys(fresh))
             self._read_at = self._due_at = monotonic()
+
+    def _stand_aside(self) -> None:
+        """Gives all buckets to relays that reach brokers, as at its end, until a probe finds some."""
+        self._renew_at = monotonic() + self._renew_every_s
+        if self._stands_aside:
+            return
+        assert self._store is not None
+        self._drop(self._leases.forget())  # first: of what others have nothing is read
+        self._store.leave(self._owner, keep=())
+        self._stands_aside = True
+        tell("a relay reaches no broker, and leaves the outbox to others until it does: %r", self._outbox)
 
     # With fencing each relay has a transactional id of its own. Who takes a bucket whose lease has run out initialises
     # that of its owner before. So an id must not be initialised once its owner may have lost a lease: it is before the

@@ -78,7 +78,7 @@ class Failure(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A bucket that a relay has. The token is another one each time that the bucket changes hands."""
+    """A bucket that a relay has. The token is another one whenever the bucket changes hands, or the server does."""
 
     bucket: int
     token: int

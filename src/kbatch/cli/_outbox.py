@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kbatch.cli._screen import Screen
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LETTER = ("dead letter", "dead letters")
 _MESSAGE = ("message", "messages")
+_PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,14 @@ class Selection:
         ids = [_uuid(each) for each in self.which if not re.fullmatch("[0-9]{1,18}", each)]
         if numbers and ids:
             raise Failure("give numbers or ids, not both at a time", USAGE)
-        now = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
         query = kbatch.OutboxQuery(
             numbers=numbers or None,
             ids=ids or None,
             topic=self.topic,
             message_type=self.message_type,
             error=self.error,
-            since=None if self.newer_than is None else now - _age("--newer-than", self.newer_than),
-            until=None if self.older_than is None else now - _age("--older-than", self.older_than),
+            since=None if self.newer_than is None else _from_now("--newer-than", self.newer_than, -1),
+            until=None if self.older_than is None else _from_now("--older-than", self.older_than, -1),
         )
         if needed and query.is_all != self.is_all:
             what = "numbers or ids, --topic, --type or --error"
@@ -68,11 +68,16 @@ def _uuid(text: str) -> uuid.UUID:
         raise Failure("a message is named by its number, or by its id, which is a UUID", USAGE) from None
 
 
-def _age(option: str, text: str) -> datetime.timedelta:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+def _from_now(option: str, age: str, sign: int) -> datetime.datetime:
+    """A time before now, or after it."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", age)
     if match is None:
         raise Failure(f"{option} takes a number and s, m, h or d, such as 90s, 15m, 2h, 7d", USAGE)
-    return datetime.timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+    now = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
+    try:
+        return now + sign * datetime.timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+    except OverflowError:
+        raise Failure(f"{option} is out of range: {age}", USAGE) from None
 
 
 # -- tables
@@ -170,10 +175,10 @@ def discard_dead(place: Place, selection: Selection, yes: bool, as_json: bool, s
     """Deletes them."""
     letters = place.open().dead_letters
     query = selection.query(needed=True)
-    found = sum(each.letters for each in letters.summary(query))
-    if not _confirmed(f"discard {counted(found, *_LETTER)} for good?", found, yes, screen):
+    meant = query if yes else _asked("discard", letters.find, query, _LETTER, screen)
+    if meant is None:
         return 1
-    discarded = letters.discard(query)
+    discarded = letters.discard(meant)
     screen.say(json.dumps({"discarded": discarded}) if as_json else f"{counted(discarded, *_LETTER)} discarded")
     return 0 if discarded >= _named(query) else 1
 
@@ -221,10 +226,10 @@ def cancel_later(place: Place, selection: Selection, yes: bool, as_json: bool, s
     """Deletes it."""
     scheduled = place.open().scheduled
     query = selection.query(needed=True)
-    found = len(scheduled.find(query, limit=None))
-    if not _confirmed(f"cancel {counted(found, *_MESSAGE)} for good?", found, yes, screen):
+    meant = query if yes else _asked("cancel", scheduled.find, query, _MESSAGE, screen)
+    if meant is None:
         return 1
-    cancelled = scheduled.cancel(query)
+    cancelled = scheduled.cancel(meant)
     screen.say(json.dumps({"cancelled": cancelled}) if as_json else f"{counted(cancelled, *_MESSAGE)} cancelled")
     return 0 if cancelled >= _named(query) else 1
 
@@ -235,8 +240,7 @@ def reschedule_later(
     """Has it sent at another time."""
     if (at is None) == (within is None):
         raise Failure("say when: --at TIME or --in AGE", USAGE)
-    due_at = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
-    due_at = _time(at) if within is None else due_at + _age("--in", within)
+    due_at = _time(at) if within is None else _from_now("--in", within, 1)
     query = selection.query(needed=True)
     moved = place.open().scheduled.reschedule(query, due_at)
     screen.say(json.dumps({"rescheduled": moved}) if as_json else f"{counted(moved, *_MESSAGE)} due {_when(due_at)}")
@@ -250,7 +254,10 @@ def _time(text: str | None) -> datetime.datetime:
         time = None
     if time is None or time.tzinfo is None:
         raise Failure("--at takes a time with its zone, such as 2030-01-31T12:00:00Z", USAGE)
-    return time.astimezone(datetime.timezone.utc)
+    try:
+        return time.astimezone(datetime.timezone.utc)
+    except OverflowError:
+        raise Failure(f"--at is out of range: {text}", USAGE) from None
 
 
 # -- parts
@@ -259,6 +266,20 @@ def _time(text: str | None) -> datetime.datetime:
 def _named(query: kbatch.OutboxQuery) -> int:
     """How many messages were named one by one."""
     return len(query.numbers or query.ids or ())
+
+
+def _asked(
+    verb: str, find: Callable[..., list[Any]], query: kbatch.OutboxQuery, nouns: tuple[str, str], screen: Screen
+) -> kbatch.OutboxQuery | None:
+    """The messages that `query` means now, if somebody says yes to them: not what comes while that is thought over."""
+    numbers: list[int] = []
+    last = None
+    while page := find(query, limit=_PAGE, after=last):
+        numbers += [each.number for each in page]
+        last = page[-1]
+    if not _confirmed(f"{verb} {counted(len(numbers), *nouns)} for good?", len(numbers), False, screen):
+        return None
+    return dataclasses.replace(query, numbers=numbers)
 
 
 def _confirmed(question: str, found: int, yes: bool, screen: Screen) -> bool:

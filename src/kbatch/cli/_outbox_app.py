@@ -94,7 +94,7 @@ def ddl(outbox: Outbox = None, prefix: Prefix = None, schema: Schema = None, con
 
         return run(_place(outbox, prefix, schema, config), screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @outbox_app.command()
@@ -114,7 +114,7 @@ def status(
 
         return run(_place(outbox, prefix, schema, config), count_up_to, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @outbox_app.command()
@@ -172,7 +172,7 @@ def dead_list(
             return count_dead(place, selection, json, screen)
         return list_dead(place, selection, limit, offset, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_app.command("show")
@@ -193,7 +193,7 @@ def dead_show(
 
         return show_dead(_place(outbox, prefix, schema, config, wire), Selection(which), json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_app.command("replay")
@@ -318,7 +318,7 @@ def later_list(
         selection = Selection(which or (), topic, type, error)
         return list_later(_place(outbox, prefix, schema, config, wire), selection, limit, offset, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @later_app.command("cancel")
@@ -415,8 +415,13 @@ def relay(
         float | None, typer.Option(min=0.0, help="With --drain: seconds after which it ends anyway.")
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a signal leaves to what is in flight; a second one ends them.")
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="close_timeout_s of FILE, or 30",
+            help="Seconds that a signal leaves to what is in flight; a second one ends them.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live line on a terminal.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="For programs: each line of the log, and the counters at the end, as JSON.")

@@ -166,7 +166,7 @@ def consume(
         job = ConsumeJob(wanted, _settings(setting, config), wire.value, form, group, commit, connect_timeout)
         return run(job, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 def replay(
@@ -191,9 +191,12 @@ def replay(
     Key, value and headers are as they were; the headers of the failure are taken off. No group's offsets change, and
     the records stay where they are: a second replay sends them a second time.
 
-    Exit status: 0 if each record was acknowledged; 1 if not; 2 if an option is wrong, if nobody can be asked and --yes
-    is missing, or if a record does not say where it came from and --to is missing; 130 after Ctrl-C, 143 after SIGTERM,
-    129 after SIGHUP.
+    A record with a header whose name is not UTF-8 is left out. Ctrl-C and SIGTERM wait for what is in flight; a second
+    one does not wait.
+
+    Exit status: 0 if each record was acknowledged; 1 if not, or if one is left out or not there; 2 if an option is
+    wrong, if nobody can be asked and --yes is missing, or if a record does not say where it came from and --to is
+    missing; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     screen = Screen()
 
@@ -231,7 +234,7 @@ def dead_topic_list(
         letters = _letters(topic, begin, until, partition, key, limit, error, origin, setting, config, connect_timeout)
         return list_letters(letters, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_topic_app.command("show")
@@ -255,7 +258,7 @@ def dead_topic_show(
         letters = Letters(Range(typed("TOPIC", topic)), settings, wire.value, which, connect_timeout_s=connect_timeout)
         return show_letters(letters, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_topic_app.command("replay")
