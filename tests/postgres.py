@@ -144,6 +144,20 @@ class Server:
         """Makes a standby the primary server, as a failover does."""
         self._run("pg_ctl", "promote", "--wait", "-D", str(self._data))
 
+    def restored(self) -> "Server":
+        """Another server at the same port, with what a dump of this one had. This one is stopped; close both.
+
+        The numbers of its transactions begin anew.
+        """
+        dump = self.directory / "dump.sql"
+        self._run("pg_dump", "--dbname", self.conninfo, "--file", str(dump))
+        self.stop()
+        other = Server()
+        other.port = self.port
+        other.start()
+        other._run("psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", other.conninfo, "--file", str(dump))
+        return other
+
     def crash(self) -> None:
         """Kills all of its processes at once."""
         assert self._process is not None
