@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
@@ -591,10 +592,20 @@ def test_a_signal_handler_may_send_and_close(outbox: Outbox) -> None:
     assert held.wait(30)
     before = signal.signal(signal.SIGTERM, handle)
     try:
-        with later(0.2, lambda: signal.raise_signal(signal.SIGTERM)), later(0.6, let_go.set):
-            assert sender.send(envelope(2), timeout=60)
+        group = sender._shared.group
+
+        def interrupt() -> None:
+            until(lambda: group._queue or any(each.is_taken for each in sender._waiting), "the envelope")
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.2)  # the handler waits, too
+            let_go.set()
+
+        signaller, _ = in_thread(interrupt)
+        assert sender.send(envelope(2), timeout=60)
+        signaller.join()
     finally:
         signal.signal(signal.SIGTERM, before)
+        let_go.set()
         holder.join()
     assert answers == [True, 0]
     assert sorted(numbers(outbox)) == [1, 2]
