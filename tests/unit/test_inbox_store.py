@@ -626,11 +626,11 @@ def test_what_a_group_has_handled_and_not_committed_is_never_purged(inbox: Inbox
     def us(days: float) -> int:
         return int((NOW - timedelta(days=days)).timestamp() * 1e6)
 
-    inbox._note(GROUP, us(19), {partition: (3, 10)})  # the mark is at 10
+    inbox.note_offsets(GROUP, us(19), {partition: (3, 10)})  # the mark is at 10
     assert inbox.purge() == 0
-    inbox._note(GROUP, us(18), {partition: (9, 50)})
+    inbox.note_offsets(GROUP, us(18), {partition: (9, 50)})
     assert (inbox.purge(), inbox.status().safe_until) == (0, {GROUP: None})
-    inbox._note(GROUP, us(17), {partition: (10, 60)})  # all that it had handled 19 days ago is committed
+    inbox.note_offsets(GROUP, us(17), {partition: (10, 60)})  # all that it had handled 19 days ago is committed
     assert inbox.status().safe_until[GROUP] == datetime.fromtimestamp(us(19) / 1e6, timezone.utc)
     assert inbox.purge() == 10
 
@@ -640,25 +640,25 @@ def test_a_partition_that_is_behind_keeps_what_its_group_has_handled(inbox: Inbo
     handle_from(inbox, read_from("orders", 0), group="another")
     inboxes.handled_at(inbox, NOW - timedelta(days=20))
     for _ in range(3):
-        asked_at = inbox._clock_us()
-        inbox._note(GROUP, asked_at, {("orders", 0): (5, 5), ("orders", 1): (1, 2), ("orders", 2): (0, 9)})
-        inbox._note("another", asked_at, {("orders", 0): (5, 5)})
+        asked_at = inbox.clock_us()
+        inbox.note_offsets(GROUP, asked_at, {("orders", 0): (5, 5), ("orders", 1): (1, 2), ("orders", 2): (0, 9)})
+        inbox.note_offsets("another", asked_at, {("orders", 0): (5, 5)})
     assert inbox.purge(0 if isinstance(inbox, kbatch.SqliteInbox) else 86_400) in (0, 1)
     assert len(ids(inbox)) == 3
     status = inbox.status()
     assert status.safe_until[GROUP] is None
     assert status.safe_until["another"] is not None
-    inbox._note(GROUP, inbox._clock_us(), {("orders", 1): (2, 2)})
+    inbox.note_offsets(GROUP, inbox.clock_us(), {("orders", 1): (2, 2)})
     assert inbox.status().safe_until[GROUP] is not None
 
 
 def test_a_topic_that_was_made_anew_does_not_wait_for_the_end_of_the_old_one(inbox: Inbox) -> None:
     handle_from(inbox, read_from("orders", 0))
     partition = ("orders", 0)
-    inbox._note(GROUP, 1_000_000, {partition: (0, 1000)})
-    inbox._note(GROUP, 2_000_000, {partition: (1000, 3)})  # what was committed is of the old one
+    inbox.note_offsets(GROUP, 1_000_000, {partition: (0, 1000)})
+    inbox.note_offsets(GROUP, 2_000_000, {partition: (1000, 3)})  # what was committed is of the old one
     assert inbox.status().safe_until == {GROUP: None}
-    inbox._note(GROUP, 3_000_000, {partition: (3, 3)})
+    inbox.note_offsets(GROUP, 3_000_000, {partition: (3, 3)})
     assert inbox.status().safe_until == {GROUP: datetime.fromtimestamp(2, timezone.utc)}
 
 
@@ -669,19 +669,19 @@ def test_after_a_clock_was_set_back_nothing_is_purged_until_it_is_known_anew(inb
     partition = ("orders", 0)
     handle_from(inbox, *(read_from("orders", 0, n, id=uuid.uuid4()) for n in range(5)))
     inboxes.handled_at(inbox, NOW - timedelta(days=9))
-    inbox._note(GROUP, us(10), {partition: (5, 5)})
-    inbox._note(GROUP, us(9), {partition: (5, 5)})
+    inbox.note_offsets(GROUP, us(10), {partition: (5, 5)})
+    inbox.note_offsets(GROUP, us(9), {partition: (5, 5)})
     assert inbox.status().safe_until[GROUP] == datetime.fromtimestamp(us(10) / 1e6, timezone.utc)
     # By ten days: what is handled then, and not committed, seems to have been handled before that time.
     handle_from(inbox, *(read_from("orders", 0, n, id=uuid.uuid4()) for n in range(5, 8)))
     inboxes.handled_at(inbox, NOW - timedelta(days=19.5), f"handled_at > {at(inbox, NOW - timedelta(days=1))}")
-    inbox._note(GROUP, us(19), {partition: (5, 8)})
+    inbox.note_offsets(GROUP, us(19), {partition: (5, 8)})
     assert (inbox.purge(), inbox.status().safe_until) == (0, {GROUP: None})
-    inbox._note(GROUP, us(18), {partition: (7, 8)})
+    inbox.note_offsets(GROUP, us(18), {partition: (7, 8)})
     assert inbox.purge() == 0
-    inbox._note(GROUP, us(8), {partition: (8, 8)})  # it is right again
+    inbox.note_offsets(GROUP, us(8), {partition: (8, 8)})  # it is right again
     assert inbox.purge() == 3
-    inbox._note(GROUP, us(7.5), {partition: (8, 8)})
+    inbox.note_offsets(GROUP, us(7.5), {partition: (8, 8)})
     assert inbox.purge() == 5
 
 
@@ -690,9 +690,9 @@ def test_a_clock_that_was_ahead_is_not_believed_after_it_was_set_back(inbox: Inb
     handle_from(inbox, read_from("orders", 0))
     ahead = int((NOW + timedelta(days=365)).timestamp() * 1e6)
     for later in range(2):
-        inbox._note(GROUP, ahead + later, {partition: (1, 1)})
+        inbox.note_offsets(GROUP, ahead + later, {partition: (1, 1)})
     inboxes.handled_at(inbox, NOW - timedelta(days=9))
-    inbox._note(GROUP, int(NOW.timestamp() * 1e6), {partition: (1, 2)})
+    inbox.note_offsets(GROUP, int(NOW.timestamp() * 1e6), {partition: (1, 2)})
     assert inbox.status().safe_until == {GROUP: None}
     assert inbox.purge() == 0
 
@@ -725,7 +725,7 @@ def test_names_of_a_schema_and_tables_may_have_any_characters(new_inbox: NewInbo
         assert session.handle_batch(given, lambda envelopes, connection: None) == 3
         session.close()
         for _ in range(2):
-            inbox._note(schema, inbox._clock_us(), {("orders", 0): (3, 3), ("orders", 1): (4, 4)})
+            inbox.note_offsets(schema, inbox.clock_us(), {("orders", 0): (3, 3), ("orders", 1): (4, 4)})
         assert inbox.status().safe_until[schema] is not None
         inboxes.handled_at(inbox, NOW - timedelta(days=9))
         assert inbox.purge() == 4

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from kbatch._errors import OutboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from kbatch._fastmap import MappedBatch
+    from kbatch._fastmap import Envelope, MappedBatch
 
 __all__ = [
     "BIGGEST_NUMBER",
     "BUCKETS",
     "DueRow",
+    "DurableOutbox",
     "Failure",
     "HeldKey",
     "KeptRow",
@@ -27,6 +28,7 @@ __all__ = [
     "Position",
     "Reading",
     "RefusedWriteError",
+    "RelayOutbox",
     "ScheduledRow",
     "StoredRow",
     "Table",
@@ -299,3 +301,33 @@ class OutboxAdmin(Protocol):
 
     def close(self) -> None:
         """Gives the connection back."""
+
+
+class RelayOutbox(Protocol):
+    """What a `Relay` asks of an outbox. `OutboxBase` has the last two."""
+
+    def open_store(self) -> OutboxStore:
+        """The connection of a relay, which closes it. Raises an `OutboxError` if the tables are missing or the database
+        does not answer."""
+
+    def watch(self, watcher: Callable[[bool], object], /) -> None:
+        """Calls ``watcher(False)`` after each `add` to this object, and ``watcher(True)`` after commits that it knows
+        of. An outbox that never calls it is read after 100 ms at most."""
+
+    def unwatch(self, watcher: Callable[[bool], object], /) -> None:
+        """Calls it no more, if it does."""
+
+
+class DurableOutbox(RelayOutbox, Protocol):
+    """What DURABLE senders, and the relay of theirs, ask of an outbox. `OutboxBase` has `map`."""
+
+    def map(self, topic: str | None, envelope: Envelope[Any], /) -> MappedBatch | None:
+        """What an `OutboxWriter` adds of an envelope; ``None`` if its ``deliver_by`` has passed. Raises a
+        `SerializationError` for one that could not be mapped, or is too large."""
+
+    def open_writer(self) -> OutboxWriter:
+        """The connection of this process's DURABLE senders, who close it. Raises as `open_store` does."""
+
+    def add(self, connection: Any, envelopes: Iterable[Envelope[Any]], /, *, topic: str | None = None) -> Any:
+        """Adds envelopes within the transaction that `connection` is in; how many. Only a sender that is given a
+        ``connection`` calls it."""

@@ -13,7 +13,7 @@ from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
 from kbatch._options import AgentOptions, BatchingOptions, shows, taken
-from kbatch._outbox._relay import relay_producer
+from kbatch._outbox._relay import check_relay_outbox, relay_producer
 from kbatch._outbox._shared import OutboxUse
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kbatch._options import AgentKeywords, BatchingKeywords
-    from kbatch._outbox._shared import DurableOutbox
+    from kbatch._outbox._store import DurableOutbox
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
@@ -164,6 +164,8 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
                 f"{', '.join(options)}: not with SenderMode.DURABLE: the outbox maps envelopes, and its relay sends "
                 "what is in it; give them to these"
             )
+        if config is not None:
+            check_relay_outbox(outbox)
         prototype = None if config is None else relay_producer(config)
         settings = None if prototype is None else self._fingerprint_of(prototype)
         return {
@@ -272,7 +274,8 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         config: librdkafka's keys, of which kbatch makes a `Producer` and closes it. With ``SenderMode.DURABLE`` it may
             be left out: then a `Relay` that is run elsewhere sends what is in the outbox. Else a relay in this process
             does, from the first envelope until the last of these senders is closed; all of one outbox have the same.
-        outbox: What ``SenderMode.DURABLE`` sends through, such as a `SqliteOutbox`; only with it.
+        outbox: What ``SenderMode.DURABLE`` sends through, such as a `SqliteOutbox`, or one of your own, a
+            `kbatch.stores.DurableOutbox`; only with it.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`,
             and not with ``SenderMode.DURABLE``.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._outbox._relay import RelayOutbox
+    from kbatch._outbox._store import RelayOutbox
     from kbatch._producer import Producer
     from kbatch._recovery._retry import RetryPolicy
 
