@@ -30,8 +30,9 @@ import pytest
 import kbatch
 import kbatch.aio
 from kbatch._fastmap import monotonic, wall_time
+from kbatch.testing._outbox_compliance import DeadLetterCompliance, OutboxCompliance
 
-__all__ = ["TransportCompliance"]
+__all__ = ["DeadLetterCompliance", "OutboxCompliance", "TransportCompliance"]
 
 _LONGEST_S = 60.0
 _MODES = tuple(kbatch.SenderMode)
