@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
-from kbatch import KafkaTopic, OutboxQuery, Relay, RetryPolicy, SenderMode, aio
+from kbatch import KafkaTopic, Listener, OutboxQuery, Producer, Relay, RetryPolicy, SenderMode, aio
 from kbatch.testing import MockCluster
-from kbatch.testing.compliance import DeadLetterCompliance, OutboxCompliance
+from kbatch.testing.compliance import DeadLetterCompliance, InboxCompliance, OutboxCompliance
+from tests.inboxes import consumer
+from tests.memory_inbox import MemoryInbox, Tables
 from tests.memory_outbox import MemoryOutbox
 from tests.relays import check_history, numbered
 from tests.waiting import until
@@ -41,6 +43,21 @@ class TestDeadLettersInMemory(InMemory, DeadLetterCompliance):
     pass
 
 
+class TestInboxInMemory(InboxCompliance):
+    @pytest.fixture
+    def inbox(self) -> MemoryInbox:
+        return MemoryInbox()
+
+    def write(self, inbox: MemoryInbox, connection: Tables, number: int) -> None:
+        connection.effects.append(number)
+
+    def written(self, inbox: MemoryInbox) -> list[int]:
+        return inbox.tables.effects
+
+    def let_time_pass(self, inbox: MemoryInbox, seconds: float) -> None:
+        inbox.ahead_us += int(seconds * 1e6)
+
+
 def config(cluster: MockCluster) -> dict[str, Any]:
     return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0, "delivery.timeout.ms": 3000}
 
@@ -48,6 +65,24 @@ def config(cluster: MockCluster) -> dict[str, Any]:
 def add(outbox: MemoryOutbox, *envelopes: Any) -> None:
     with outbox.transaction() as tables:
         outbox.add(tables, envelopes, topic="orders")
+
+
+def test_a_listener_takes_it(kafka_cluster: MockCluster) -> None:
+    inbox = MemoryInbox()
+    orders = numbered(range(20), message_type="order")
+
+    def handle(envelope: Any, tables: Tables) -> None:
+        tables.effects.append(envelope.message)
+
+    with Producer(config(kafka_cluster)) as producer:
+        assert producer.send_batch("orders", [*orders, *orders])
+    listener = Listener(consumer(kafka_cluster), ["orders"], handle, types={"order": int}, inbox=inbox, concurrency=4)
+    thread = threading.Thread(target=listener.run)
+    thread.start()
+    until(lambda: listener.stats()["handled"] == 40, "all of them")
+    listener.stop()
+    thread.join()
+    assert sorted(inbox.tables.effects) == list(range(20))
 
 
 def test_relays_send_from_it_side_by_side(kafka_cluster: MockCluster) -> None:

@@ -1,6 +1,6 @@
-"""What every inbox has to do. The names are those of the original's compliance suite of a message store, where an inbox
-has the thing: what it stores of a message is that it was handled. Left out: what an outbox stores, owners, and
-attempts, which the listener counts."""
+"""What our inboxes have to do: the suite that every inbox has to pass, `accept`, and what is about our databases alone.
+The names are those of the original's compliance suite of a message store; `kbatch.testing.compliance` lists what is
+left out."""
 
 import contextlib
 import random
@@ -16,6 +16,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, InboxError
+from kbatch.testing.compliance import InboxCompliance
 from tests import inboxes, outboxes
 from tests.inboxes import GROUP, Inbox, accept, ids, in_postgres, in_sqlite, transaction
 from tests.outboxes import in_schema, query, run
@@ -254,6 +255,29 @@ def test_tables_are_made_by_several_at_a_time(new_inbox: NewInbox) -> None:
     assert accept(inbox, orders(1)) == [True]
 
 
+# -- what a listener asks
+
+
+class TestInboxStore(InboxCompliance):
+    @pytest.fixture
+    def inbox(self, new_inbox: NewInbox) -> Inbox:
+        inbox = new_inbox()
+        inboxes.effects(inbox)
+        return inbox
+
+    def _table(self, inbox: Inbox) -> str:
+        return "effects" if isinstance(inbox, kbatch.SqliteInbox) else in_schema(inbox, "effects")
+
+    def write(self, inbox: Inbox, connection: Any, number: int) -> None:
+        connection.execute(f"INSERT INTO {self._table(inbox)} (n) VALUES ({number})")
+
+    def written(self, inbox: Inbox) -> list[int]:
+        return inboxes.numbers(inbox, self._table(inbox))
+
+    def let_time_pass(self, inbox: Inbox, seconds: float) -> None:
+        inboxes.let_time_pass(inbox, seconds)
+
+
 # -- sessions
 
 
@@ -264,72 +288,6 @@ def writer(table: str) -> Callable[[Any, Any], None]:
         connection.execute(f"INSERT INTO {table} (n) VALUES ({envelope.message['n']})")
 
     return handle
-
-
-def test_a_handlers_work_and_its_mark_are_committed_together(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    given = orders(3)
-    seen = []
-
-    def handle(envelope: Envelope, connection: Any) -> None:
-        writer(effects)(envelope, connection)
-        seen.append((inboxes.numbers(inbox, effects), inbox.status().handled))  # for others
-
-    assert [session.handle(order, handle) for order in [*given, *given]] == [True] * 3 + [False] * 3
-    session.close()
-    assert seen == [([], 0), ([0], 1), ([0, 1], 2)]
-    assert inboxes.numbers(inbox, effects) == [0, 1, 2]
-    assert ids(inbox) == {order.id for order in given}
-
-
-def test_what_a_handler_raises_rolls_both_back_and_passes_on(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    (order,) = orders(1)
-
-    def fail(envelope: Envelope, connection: Any) -> None:
-        writer(effects)(envelope, connection)
-        raise KeyError("a fault of its own")
-
-    for _ in range(2):
-        with pytest.raises(KeyError, match="a fault of its own"):
-            session.handle(order, fail)
-        assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
-    assert session.handle(order, writer(effects))
-    assert inboxes.numbers(inbox, effects) == [0]
-    session.close()
-
-
-def test_a_batch_has_only_those_that_are_new_each_once(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    given = orders(10)
-    calls: list[list[int]] = []
-
-    def handle(envelopes: list[Envelope], connection: Any) -> None:
-        calls.append([envelope.message["n"] for envelope in envelopes])
-        for envelope in envelopes:
-            writer(effects)(envelope, connection)
-
-    assert session.handle_batch([given[2], given[1], given[2]], handle) == 2
-    assert session.handle_batch(given, handle) == 8
-    assert session.handle_batch(given, handle) == 0
-    assert session.handle_batch([], handle) == 0
-    assert calls == [[2, 1], [0, 3, 4, 5, 6, 7, 8, 9]]
-    assert inboxes.numbers(inbox, effects) == [2, 1, 0, 3, 4, 5, 6, 7, 8, 9]
-    session.close()
-
-
-def test_a_batch_whose_handler_raises_marks_none(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    given = orders(5)
-
-    def fail(envelopes: list[Envelope], connection: Any) -> None:
-        writer(effects)(envelopes[0], connection)
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        session.handle_batch(given, fail)
-    assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
-    session.close()
 
 
 ENDINGS: dict[str, Callable[[Any], object]] = {
@@ -413,21 +371,6 @@ def test_a_handler_that_goes_on_after_an_error_of_the_database_has_failed(inbox:
     assert session.handle(order, writer(effects))
     assert inboxes.numbers(inbox, effects) == [0]
     session.close()
-
-
-def test_sessions_that_handle_the_same_messages_do_so_once(inbox: Inbox, effects: str) -> None:
-    given = orders(40)
-
-    def work(seed: int) -> int:
-        session = inbox.open_session(GROUP)
-        try:
-            return sum(session.handle(order, writer(effects)) for order in random.Random(seed).sample(given, 40))
-        finally:
-            session.close()
-
-    with ThreadPoolExecutor(3) as pool:
-        assert sum(pool.map(work, range(3))) == 40
-    assert sorted(inboxes.numbers(inbox, effects)) == list(range(40))
 
 
 @in_sqlite

@@ -161,7 +161,7 @@ EVERY_NAME = [
     (module, name)
     for module in (kbatch, aio, stores, testing, testing_aio)
     for name in module.__all__
-    if not isinstance(getattr(module, name), GenericAlias)  # one that annotations use
+    if not (isinstance(getattr(module, name), GenericAlias) or name in ("MappedBatch", "Table"))  # for annotations
 ]
 OWN = pytest.mark.parametrize(
     ("module", "name"), EVERY_NAME, ids=[f"{module.__name__}.{name}" for module, name in EVERY_NAME]

@@ -50,7 +50,13 @@ StoredRow: TypeAlias = tuple[int, int, bytes, "int | None"]  # bucket, seq, pack
 
 
 class DueRow(NamedTuple):
-    """A row that waited for its next attempt."""
+    """A row that waited for its next attempt.
+
+    Attributes:
+        bucket, seq, packed, deliver_by: As of a `StoredRow`.
+        attempts: How often it was refused.
+        key_hash: As of the `Failure` that it came from.
+    """
 
     bucket: int
     seq: int
@@ -61,7 +67,12 @@ class DueRow(NamedTuple):
 
 
 class HeldKey(NamedTuple):
-    """A key of which rows wait for their next attempt, and the lowest number of these."""
+    """A key of which rows wait for their next attempt.
+
+    Attributes:
+        bucket, key_hash: What tells it from other keys.
+        seq: The lowest number of its rows that wait.
+    """
 
     bucket: int
     key_hash: int
@@ -69,7 +80,15 @@ class HeldKey(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What becomes of a row that was not acknowledged. With ``due_in_s=None`` it is dead."""
+    """What becomes of a row that was not acknowledged.
+
+    Attributes:
+        bucket, seq: Which row.
+        due_in_s: Seconds until its next attempt; ``None``: it is dead.
+        attempts: How often it was refused.
+        error: The last error.
+        key_hash: A number for its topic and key, of 64 bits with a sign, to be stored; ``None`` without a key.
+    """
 
     bucket: int
     seq: int
@@ -80,15 +99,25 @@ class Failure(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A bucket that a relay has. The token is another one each time that the bucket changes hands."""
+    """A bucket that a relay has.
+
+    Attributes:
+        bucket: Its number.
+        token: Another one each time that the bucket changes hands, and never 0.
+    """
 
     bucket: int
     token: int
 
 
 class Reading(NamedTuple):
-    """Rows, those of a bucket in the order of their numbers; the floor, risen or not, of each bucket of which there are
-    some; and the buckets that were read to their end."""
+    """What was read.
+
+    Attributes:
+        rows: Those of a bucket in the order of their numbers.
+        floors: The floor, risen or not, of each bucket of which there are rows.
+        ended: The buckets that were read to their end.
+    """
 
     rows: list[StoredRow]
     floors: dict[int, int]
@@ -114,6 +143,12 @@ class KeptRow(NamedTuple):
 
     Attributes:
         at_ms: When it died, or when it is due; milliseconds since 1970.
+        bucket, seq: Which row.
+        id: The envelope's id, 16 bytes.
+        packed: The record.
+        created_at, deliver_by: As of a `NewRow`.
+        attempts: How often it was refused.
+        error: The last error.
     """
 
     at_ms: int

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._inbox._base import ListenerInbox
-    from kbatch._inbox._session import InboxSession
+    from kbatch._inbox._base import ListenerInbox, ListenerSession
     from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
@@ -267,7 +266,7 @@ class Listener(BaseListener):
                 packed = transaction._end()
             self._transacting.commit(self._of_thread.reading, work, packed)
             return
-        session: InboxSession | None = self._of_thread.session
+        session: ListenerSession | None = self._of_thread.session
         if session is None:
             self._call(handled)
             return
