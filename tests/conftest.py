@@ -137,6 +137,12 @@ def postgres(postgres_servers: Any, tmp_path_factory: pytest.TempPathFactory) ->
     return conninfo
 
 
+@pytest.fixture(scope="session")
+def postgres_conninfo(postgres: str) -> str:
+    """Where the plugin's fixtures make their tables."""
+    return postgres
+
+
 @pytest.fixture(scope="module")
 def new_postgres(postgres_servers: Any) -> Iterator[Callable[[], Any]]:
     """Starts servers that no other process uses; they are stopped after the module."""

@@ -257,6 +257,32 @@ def explained(store: Any) -> list[str]:
     return plans
 
 
+@contextlib.contextmanager
+def granted(database: kbatch.PostgresOutbox | kbatch.PostgresInbox, rights: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The conninfo of a user who may use the schema, and has these rights on these tables."""
+    from psycopg.conninfo import make_conninfo
+
+    role = f"kbatch_{uuid.uuid4().hex[:12]}"
+    schema = _quoted(database._tables.schema)
+    names = database._tables.names
+    run(
+        database,
+        f"CREATE ROLE {role}",
+        f"GRANT USAGE ON SCHEMA {schema} TO {role}",
+        *(f"GRANT {right} ON {names.get(what, what)} TO {role}" for right, what in rights),
+    )
+    try:
+        yield make_conninfo(database._conninfo, options=f"-c role={role}")
+    finally:
+        run(database, f"DROP OWNED BY {role}", f"DROP ROLE {role}")
+
+
+def sequence(outbox: kbatch.PostgresOutbox) -> str:
+    """The sequence of the numbers, as GRANT takes it."""
+    ((name,),) = rows(outbox, f"SELECT pg_get_serial_sequence('{outbox._tables.names['outbox']}', 'seq')")
+    return f"SEQUENCE {name}"
+
+
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 

@@ -441,7 +441,8 @@ class OutboxError(KbatchError):
 
     Attributes:
         possibly_persisted: Of the `send` of a DURABLE sender: whether the envelope may be in the outbox all the same,
-            since the error came when its transaction was being committed. Sent again it may then arrive twice.
+            since the error came when its transaction was being committed. Sent again it may then arrive twice. Of what
+            changes dead letters and what waits: whether it may be done all the same.
     """
 
     possibly_persisted: bool = False

@@ -26,6 +26,8 @@ of its transactions (I4). There are no more copies than the killed relays had in
 order has exactly one effect, in order per key: what is in the log has an effect (I1), once (I6), and nothing else has
 one (stranger); the effects of a key are in the order of its transactions, but for what came from a retry topic (I4).
 What no handler takes has no effect, and is in the dead letter topic (I1), where nothing else is (stranger).
+Listeners with transactions know no copies: there each record of the log, and a copy is one, has exactly one output, or
+one dead letter, and the outputs of a key are in the order of the log.
 """
 
 from collections import Counter, defaultdict
@@ -120,6 +122,8 @@ def check_outbox(history: OutboxHistory) -> list[Violation]:
         found.append(Violation("I6", f"{copies} copies, and {disturbed} relays were killed or disturbed"))
     if history.effects is not None:
         found += _effects(history, history.effects, firsts)
+    if history.outputs is not None:
+        found += _outputs(history, history.outputs)
     return found
 
 
@@ -146,6 +150,36 @@ def _effects(history: OutboxHistory, effects: list[int], keys: dict[int, str]) -
             yield Violation(name, f"{len(wrong)} {what}, such as {sorted(wrong)[:5]}")
     known = [number for number in effects if number in keys and number not in history.late]
     yield from _in_order([(keys[number], number) for number in known], "effect")
+
+
+def _outputs(history: OutboxHistory, outputs: list[tuple[str, int]]) -> Iterator[Violation]:
+    """Every record has exactly one output, in order per key."""
+    wanted = Counter(record for record in history.log if record[1] not in history.poison)
+    poison = Counter(record for record in history.log if record[1] in history.poison)
+    for due, found, what in ((wanted, Counter(outputs), "outputs"), (poison, Counter(history.letters), "dead letters")):
+        for name, wrong, more in (
+            ("I1", due - found, f"records have no {what} of their own"),
+            ("I6", Counter({record: n for record, n in (found - due).items() if record in due}), f"{what} are doubled"),
+            (
+                "stranger",
+                Counter({record: n for record, n in found.items() if record not in due}),
+                f"{what} of nothing",
+            ),
+        ):
+            if wrong:
+                yield Violation(name, f"{wrong.total()} {more}, such as {sorted(wrong)[:5]}")
+    expected, kept = (_by_key(records, history.late | history.poison) for records in (history.log, outputs))
+    for key, numbers in kept.items():
+        if numbers != expected.get(key) and Counter(numbers) == Counter(expected.get(key)):
+            yield Violation("I4", f"the outputs of key {key!r} are {numbers}, its records {expected[key]}")
+
+
+def _by_key(records: Iterable[tuple[str, int]], left_out: set[int]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = defaultdict(list)
+    for key, number in records:
+        if number not in left_out:
+            found[key].append(number)
+    return found
 
 
 def _outcomes(sent: Sent) -> tuple[Outcome, ...] | None:

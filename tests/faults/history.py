@@ -186,6 +186,10 @@ class OutboxHistory:
     listener_kills: int = 0
     #: Of a whole history: the number of each effect, in the order in which handlers wrote them; else None.
     effects: list[int] | None = None
+    #: Of one with transactions: key and number of each record that handlers have sent, those of a key in their order;
+    #: and of each dead letter. Else None.
+    outputs: list[tuple[str, int]] | None = None
+    letters: list[tuple[str, int]] = field(default_factory=list)
     #: Numbers in the dead letter topic; those that belong there; those that later ones of their key may overtake.
     dead: set[int] = field(default_factory=set)
     poison: set[int] = field(default_factory=set)

@@ -1,12 +1,15 @@
 """A plan of an outbox: applications that add, relays that send, and which of them is killed at which of its steps. A
-whole history has listeners with an inbox as well, and outages. The same seed makes the same plan, whatever it meets."""
+whole history has listeners as well, and outages. The same seed makes the same plan, whatever it meets."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 LANES = 3
 SLOTS = 3
+#: In place of a strategy: a group of the new protocol (KIP-848), whose brokers decide who has which partitions.
+BROKERS_DECIDE = "consumer"
 #: Of an application that adds in transactions of its own, and of one that sends through a durable sender.
 STEPS_OF_ADD = ("begin", "data", "add", "commit", "committed")
 STEPS_OF_SEND = ("open", "begin", "take", "taken", "committed")
@@ -32,13 +35,24 @@ STEPS_OF_LISTENER = tuple(
     )
     for when in ("before", "after")
 )
+#: Of a listener with transactions, which has no inbox.
+STEPS_OF_TRANSACTIONAL = tuple(
+    f"{when} {name}"
+    for name in (
+        *("init", "handle", "begin_transaction", "send_offsets", "commit_transaction", "abort_transaction"),
+        *("transact", "store", "done", "rebalance", "take_away", "finish"),
+    )
+    for when in ("before", "after")
+)
 #: A process comes there once, or a few times.
 ONCE = frozenset(
     (
         *("open", "before open_store", "after open_store", "before leave", "after leave"),
-        *(f"{when} {name}" for name in ("connect", "take_away", "finish") for when in ("before", "after")),
+        *(f"{when} {name}" for name in ("connect", "init", "take_away", "finish") for when in ("before", "after")),
     )
 )
+#: How a real broker is away.
+OUTAGES = ("refuses", "does not answer", "stands still", "is killed")
 
 
 class Kill(NamedTuple):
@@ -78,9 +92,11 @@ class Relay(NamedTuple):
     kill: Kill | None
     #: By how many seconds the clock of its machine jumps, there and back; the database has its own.
     clock_s: int = 0
+    is_aio: bool = False
 
     def __str__(self) -> str:
-        return f"relay {self.slot} begins{f', {self.kill}' if self.kill else ''}{_jumping(self.clock_s)}"
+        kind = "asyncio relay" if self.is_aio else "relay"
+        return f"{kind} {self.slot} begins{f', {self.kill}' if self.kill else ''}{_jumping(self.clock_s)}"
 
 
 class Listen(NamedTuple):
@@ -137,9 +153,12 @@ class Brokers(NamedTuple):
     """All brokers are away, or are back."""
 
     are_up: bool
+    #: One of `OUTAGES`, of real brokers.
+    how: str = ""
 
     def __str__(self) -> str:
-        return f"the brokers are {'back' if self.are_up else 'away'}"
+        how = f": each {self.how}" if self.how else ""
+        return f"the brokers are {'back' if self.are_up else 'away'}{how}"
 
 
 class Locked(NamedTuple):
@@ -230,6 +249,10 @@ class OutboxPlan:
     assignment: str
     #: The indices of the steps that are taken, for a plan that was made shorter.
     keep: tuple[int, ...]
+    #: Run it on real brokers.
+    kafka: bool = False
+    #: Whether listeners commit what handlers send together with the offsets, and have no inbox.
+    transactional: bool = False
 
     @property
     def taken(self) -> list[tuple[int, Step]]:
@@ -246,13 +269,16 @@ class OutboxPlan:
     @property
     def command(self) -> tuple[str, str]:
         """The target of `make` that runs plans like it, and its arguments."""
-        return "soak", f"--{'outbox' if self.handling is None else 'whole'} {self.database} "
+        target = "soak-kafka" if self.kafka else "soak"
+        return target, f"--{'outbox' if self.handling is None else 'whole'} {self.database} "
 
     def __str__(self) -> str:
         strict = ", in strict order" if self.strict_order else ""
         strict += ", fenced by transactions" if self.fenced else ""
+        what = "an outbox" if self.handling is None else "outbox and inbox"
+        what = "an outbox, and listeners with transactions," if self.transactional else what
         lines = [
-            f"seed {self.seed}: {'an outbox' if self.handling is None else 'outbox and inbox'} in {self.database}",
+            f"seed {self.seed}: {what} in {self.database}{', on Kafka' if self.kafka else ''}",
             f"  {self.partitions} partitions, relays with batches of {self.batch_size}{strict}",
         ]
         lines += [] if self.handling is None else [f"  {self.handling}; assignment {self.assignment}"]
@@ -286,7 +312,7 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         else:
             steps.append(RoundTrip(rng.choice((0, 5, 40))))
     kills = {str(step.kill.step) for step in steps if isinstance(step, (Application, Relay)) and step.kill}
-    return OutboxPlan(
+    plan = OutboxPlan(
         seed=seed,
         database=database,
         partitions=rng.choice((1, 3)),
@@ -299,21 +325,31 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         assignment="",
         keep=tuple(range(len(steps))),
     )
+    return replace(plan, steps=tuple(_on_a_loop(rng, step) if isinstance(step, Relay) else step for step in plan.steps))
 
 
-def make_whole_plan(seed: int, database: str) -> OutboxPlan:
-    """The plan of an outbox with this seed, listeners and outages among its steps."""
+def _on_a_loop(rng: random.Random, step: Relay) -> Relay:
+    return step._replace(is_aio=rng.random() < 0.3)
+
+
+def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxPlan:
+    """The plan of an outbox with this seed, listeners and outages among its steps.
+
+    On Kafka listeners have transactions in each second plan; the mock cluster commits no offsets in them.
+    """
     plan = make_outbox_plan(seed, database)
     rng = random.Random(f"whole {seed}")
     steps = list(plan.steps)
+    is_transactional = kafka and seed % 2 == 0
     # Each step of a listener has its turn as the first that is killed.
-    first = STEPS_OF_LISTENER[seed % len(STEPS_OF_LISTENER)]
-    begun = [_listen(rng, slot, _of_listener(rng)) for slot in range(1, rng.randint(1, 3))]
+    of_listener = STEPS_OF_TRANSACTIONAL if is_transactional else STEPS_OF_LISTENER
+    first = of_listener[(seed // 2 if kafka else seed) % len(of_listener)]
+    begun = [_listen(rng, slot, _of_listener(rng, of_listener)) for slot in range(1, rng.randint(1, 3))]
     steps[:0] = [_listen(rng, 0, _at(rng, first)), *begun, Pass(300)]
     for _ in range(rng.randint(6, 12)):
-        added: list[Step] = [_step_of_whole(rng, database)]
+        added: list[Step] = [_step_of_whole(rng, database, of_listener)]
         at = rng.randint(len(begun) + 2, len(steps))
-        if added == [Brokers(False)]:
+        if isinstance(added[0], Brokers):
             added.append(Pass(rng.choice((50, 500))))
             steps.insert(rng.randint(at, len(steps)), Brokers(True))
         steps[at:at] = added
@@ -328,29 +364,46 @@ def make_whole_plan(seed: int, database: str) -> OutboxPlan:
     others |= {"aio"} if any(step.is_aio for step in listens) else set()
     others |= {"clock"} if any(step.clock_s for step in steps if isinstance(step, (Relay, Listen))) else set()
     assignment = rng.choice(("cooperative-sticky", "cooperative-sticky", "range"))
-    others.add(assignment)
     handling = Handling(rng.choice((0, 17, 40)), rng.choice((0, 0, 23)), rng.choice((0, 11, 50)))
-    if "copy" in first:
+    if "copy" in first or "store" in first:
         handling = handling._replace(poison=17)
+    if kafka:
+        # Each way in which partitions are given away has its turn, the one that brokers decide in each second plan.
+        assignment = (BROKERS_DECIDE, assignment)[seed // 2 % 2]
+        steps = [_on_kafka(rng, step) for step in steps]
+        others |= {step.how for step in steps if isinstance(step, Brokers) and step.how}
+    elif rng.random() < 0.25:
+        assignment = BROKERS_DECIDE
+    others.add(assignment)
     return replace(
         plan,
         kinds=tuple(sorted(kills | others)),
         steps=tuple(steps),
-        fenced=False,  # the marker at the end of a partition is never committed, so nobody could tell when all is done
+        # The mock cluster's end of a partition is behind a transaction's marker, which is never committed: nobody could
+        # tell when all is done.
+        fenced=kafka and plan.fenced,
         handling=handling,
         assignment=assignment,
         keep=tuple(range(len(steps))),
+        kafka=kafka,
+        transactional=is_transactional,
     )
 
 
-def _step_of_whole(rng: random.Random, database: str) -> Step:
+def _on_kafka(rng: random.Random, step: Step) -> Step:
+    if isinstance(step, Brokers) and not step.are_up:
+        return step._replace(how=rng.choice(OUTAGES))
+    return step
+
+
+def _step_of_whole(rng: random.Random, database: str, of_listener: Sequence[str]) -> Step:
     what = rng.random()
     if what < 0.2:
         return _application(rng, "add", None)
     if what < 0.25:
         return Relay(rng.randrange(SLOTS), None)
     if what < 0.5:
-        return _listen(rng, rng.randrange(SLOTS), _of_listener(rng))
+        return _listen(rng, rng.randrange(SLOTS), _of_listener(rng, of_listener))
     if what < 0.57:
         return End(rng.randrange(SLOTS), rng.random() < 0.5, "listener")
     if what < 0.62:
@@ -368,8 +421,8 @@ def _with_jumps(rng: random.Random, step: Relay | Listen) -> Relay | Listen:
     return step._replace(clock_s=rng.choice((-3600, 3600, 1_000_000))) if rng.random() < 0.3 else step
 
 
-def _of_listener(rng: random.Random) -> Kill | None:
-    return _at(rng, rng.choice(STEPS_OF_LISTENER)) if rng.random() < 0.5 else None
+def _of_listener(rng: random.Random, steps: Sequence[str]) -> Kill | None:
+    return _at(rng, rng.choice(steps)) if rng.random() < 0.5 else None
 
 
 def _listen(rng: random.Random, slot: int, kill: Kill | None) -> Listen:

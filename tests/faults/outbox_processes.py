@@ -14,25 +14,41 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, NamedTuple
 
 import kbatch
 import kbatch.aio
+from kbatch import _transactions
 from kbatch._database import _tables
 from kbatch._fastmap import monotonic, wall_time
 from kbatch._inbox._session import InboxSession
 from kbatch._outbox import _relay
-from kbatch._receiving import _reading
+from kbatch._receiving import _reading, _transacting
 from kbatch._receiving._copies import Copies
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._reading import Reading
+from kbatch._receiving._transacting import Transacting
+from kbatch._transactions import Transactions
 from kbatch.aio._inbox_session import AioInboxSession
-from tests import outboxes
-from tests.faults.outbox_plan import Handling, Listen
+from tests import inboxes, outboxes
+from tests.faults.outbox_plan import Application, Handling, Listen, Relay
 from tests.relays import WatchedOutbox
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.faults.outbox_processes"])
+
+
+class Names(NamedTuple):
+    """Topics, and the listeners' group."""
+
+    orders: str = "orders"
+    dead: str = "dead"
+    #: What handlers send in transactions.
+    invoices: str = "invoices"
+    group: str = inboxes.GROUP
+
+    def retry(self, delay: float) -> str:
+        return f"{self.group}.retry.{delay:g}"
 
 
 class Steps:
@@ -56,9 +72,9 @@ def opened(place: dict[str, Any]) -> outboxes.Outbox:
     return kind(**place)  # with its wire format
 
 
-def _envelope(number: int, lane: int, scheduled: bool) -> kbatch.Envelope:
-    moment = datetime.now(timezone.utc) + timedelta(milliseconds=20 + number % 3) if scheduled else None
-    key = f"scheduled {number}" if scheduled else f"lane {lane}, {number % 3}"  # what is scheduled has no order
+def _envelope(number: int, of: Application) -> kbatch.Envelope:
+    moment = datetime.now(timezone.utc) + timedelta(milliseconds=20 + number % 3) if of.scheduled else None
+    key = f"scheduled {number}" if of.scheduled else f"lane {of.lane}, {number % 3}"  # what is scheduled has no order
     return kbatch.Envelope(data=b"%d" % number, key=key, scheduled_time=moment)
 
 
@@ -72,7 +88,7 @@ class _Told:
         os.write(self._file, b"".join(b"%d\n" % number for number in numbers))
 
 
-def add(place: dict[str, Any], table: str, told: str, lane: int, first: int, application: Any) -> None:
+def add(place: dict[str, Any], topic: str, table: str, told: str, first: int, application: Application) -> None:
     """Data and messages in each transaction."""
     outbox, step, tell = opened(place), Steps(application.kill), _Told(told)
     is_postgres = "path" not in place
@@ -86,9 +102,7 @@ def add(place: dict[str, Any], table: str, told: str, lane: int, first: int, app
             values = ", ".join(f"({number})" for number in numbers)
             connection.execute(f"INSERT INTO {table} VALUES {values}")
             step("add")
-            outbox.add(
-                connection, [_envelope(number, lane, application.scheduled) for number in numbers], topic="orders"
-            )
+            outbox.add(connection, [_envelope(number, application) for number in numbers], topic=topic)
             step("commit")
             connection.execute("ROLLBACK" if index in application.rolled_back else "COMMIT")
             if index not in application.rolled_back:
@@ -116,7 +130,7 @@ class _Writer:
         self._writer.close()
 
 
-def send(place: dict[str, Any], table: str, told: str, lane: int, first: int, application: Any) -> None:
+def send(place: dict[str, Any], topic: str, table: str, told: str, first: int, application: Application) -> None:
     """Threads send through a durable sender, each the numbers of a key."""
     outbox: Any = opened(place)
     step, tell = Steps(application.kill), _Told(told)
@@ -128,12 +142,12 @@ def send(place: dict[str, Any], table: str, told: str, lane: int, first: int, ap
 
     outbox.open_writer = watched
     numbers = range(first, first + sum(application.sizes))
-    with kbatch.DurableSender(outbox, "orders") as sender:
+    with kbatch.DurableSender(outbox, topic) as sender:
 
         def work(of: int) -> None:
             for number in numbers:
                 if number % 3 == of:
-                    sender.send(_envelope(number, lane, application.scheduled), timeout=60)
+                    sender.send(_envelope(number, application), timeout=60)
                     tell([number])
 
         threads = [threading.Thread(target=work, args=(of,)) for of in range(3)]
@@ -201,6 +215,7 @@ class _Relay(kbatch.Relay):
 
 
 _JUMP_EVERY_S = 0.2
+_PAUSE_S = 0.05  # the database was away at the start of a relay: whoever watches relays begins another
 
 
 def _jump(seconds: int) -> None:
@@ -216,16 +231,13 @@ def _jump(seconds: int) -> None:
     Failing.__init__.__defaults__ = (monotonic, jumping)
 
 
-def relay(
-    place: dict[str, Any],
-    config: dict[str, Any],
-    options: dict[str, Any],
-    kill: tuple[str, int] | None,
-    clock_s: int,
-) -> None:
+def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], plan: Relay) -> None:
     """Sends until SIGTERM."""
-    _jump(clock_s)
-    outbox = _Outbox(opened(place), Steps(kill))
+    _jump(plan.clock_s)
+    outbox = _Outbox(opened(place), Steps(plan.kill))
+    if plan.is_aio:
+        asyncio.run(_relay_on_loop(outbox, config, options))
+        return
     is_over = False
     while not is_over:
         with _Relay(outbox, config, **options) as running:
@@ -241,7 +253,28 @@ def relay(
             except kbatch.OutboxError:
                 if outbox.was_opened:
                     raise
-                time.sleep(0.05)  # the database was away at its start: whoever watches relays begins another
+                time.sleep(_PAUSE_S)
+            else:
+                return
+
+
+async def _relay_on_loop(outbox: _Outbox, config: dict[str, Any], options: dict[str, Any]) -> None:
+    over = asyncio.Event()
+    while not over.is_set():
+        async with kbatch.aio.Relay(outbox, config, **options) as running:
+            running._relay = _Relay(outbox, config, **options)
+
+            def stop(running: kbatch.aio.Relay = running) -> None:
+                over.set()
+                running.stop()
+
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop)
+            try:
+                await running.run()
+            except kbatch.OutboxError:
+                if outbox.was_opened:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
             else:
                 return
 
@@ -254,28 +287,47 @@ _OF_READING = {
 }
 
 
+def _watched(method: Callable[..., Any], name: str, step: Steps) -> Callable[..., Any]:
+    async def awaited(*arguments: Any, **keywords: Any) -> Any:
+        step(f"before {name}")
+        answer = await method(*arguments, **keywords)
+        step(f"after {name}")
+        return answer
+
+    def called(*arguments: Any, **keywords: Any) -> Any:
+        step(f"before {name}")
+        answer = method(*arguments, **keywords)
+        step(f"after {name}")
+        return answer
+
+    return awaited if asyncio.iscoroutinefunction(method) else called
+
+
 def _watch(owner: Any, names: dict[str, str], step: Steps) -> None:
-    def awaited(method: Callable[..., Any], name: str) -> Any:
-        async def call(*arguments: Any, **keywords: Any) -> Any:
-            step(f"before {name}")
-            answer = await method(*arguments, **keywords)
-            step(f"after {name}")
-            return answer
-
-        return call
-
-    def watched(method: Callable[..., Any], name: str) -> Any:
-        def call(*arguments: Any, **keywords: Any) -> Any:
-            step(f"before {name}")
-            answer = method(*arguments, **keywords)
-            step(f"after {name}")
-            return answer
-
-        return call
-
     for method, name in names.items():
-        wrap = awaited if asyncio.iscoroutinefunction(getattr(owner, method)) else watched
-        setattr(owner, method, wrap(getattr(owner, method), name))
+        setattr(owner, method, _watched(getattr(owner, method), name, step))
+
+
+_CALLS = {
+    _transactions._INIT: "init",
+    _transactions._BEGIN: "begin_transaction",
+    _transactions._COMMIT: "commit_transaction",
+    _transactions._ABORT: "abort_transaction",
+}
+
+
+def _watch_transactions(step: Steps) -> None:
+    call = Transactions._call
+
+    def watched(self: Transactions, which: int) -> Any:
+        step(f"before {_CALLS[which]}")
+        error = call(self, which)
+        step(f"after {_CALLS[which]}")
+        return error
+
+    Transactions._call = watched  # type: ignore[method-assign]
+    _watch(_transacting, {"_send_offsets": "send_offsets"}, step)
+    _watch(Transacting, {"commit": "transact", "store": "store"}, step)
 
 
 class Refused(Exception):
@@ -283,17 +335,77 @@ class Refused(Exception):
 
 
 def listen(
-    place: dict[str, Any],
+    place: dict[str, Any] | None,
     table: str,
     config: dict[str, Any],
+    names: Names,
     retry_topics: list[float],
     handling: Handling,
     plan: Listen,
 ) -> None:
-    """Handles until SIGTERM."""
+    """Handles until SIGTERM.
+
+    Args:
+        place: Where the inbox is; without one handlers send in transactions what they would write.
+    """
     _jump(plan.clock_s)
     logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # of what fails on purpose
     step = Steps(plan.kill)
+    options: dict[str, Any] = {
+        "concurrency": plan.concurrency,
+        "batch_size": plan.batch_size,
+        "max_in_flight": plan.max_in_flight,
+        "retry": kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.005, max_backoff_s=0.02),
+        "retry_topics": retry_topics,
+        "dead_letter_topic": names.dead,
+    }
+    if place is None:
+        options["transactional_id"] = f"{names.group} {plan.slot}"
+        _watch_transactions(step)
+    else:
+        options |= {"inbox": _watched_inbox(place, step), "commit_interval_s": plan.commit_interval_s}
+    _watch(Reading, _OF_READING, step)
+    _watch(Copies, {"send": "send_copy"}, step)
+    _watch(Failing, {"sent_on": "copy_stored"}, step)
+    failures: Counter[int] = Counter()
+
+    def write(envelope: Any, into: Any) -> Any:
+        """The effect, of which nothing is left if the handler fails then."""
+        if place is None:
+            return into.send(names.invoices, [kbatch.Envelope(data=envelope.data, key=envelope.key.decode())])
+        return into.execute(f"INSERT INTO {table} (n) VALUES ({int(envelope.data)})")
+
+    def refuse(envelope: Any) -> None:
+        number = int(envelope.data)
+        if handling.is_poison(number) or (handling.is_late(number) and envelope.topic == names.orders):
+            raise Refused(number)
+        if not handling.is_late(number) and failures[number] < handling.failures(number):
+            failures[number] += 1
+            raise Refused(number)
+
+    def handle(given: Any, into: Any) -> None:
+        for envelope in given if isinstance(given, list) else (given,):
+            write(envelope, into)
+            refuse(envelope)
+
+    async def handle_on_loop(given: Any, into: Any) -> None:
+        for envelope in given if isinstance(given, list) else (given,):
+            done = write(envelope, into)
+            await (asyncio.sleep(0) if isinstance(into, sqlite3.Connection) else done)
+            refuse(envelope)
+
+    handler: Any = handle_on_loop if plan.is_aio else handle
+    if place is None:  # else the inbox's session is watched, whose calls of the handler are known
+        handler = _watched(handler, "handle", step)
+    if plan.is_aio:
+        asyncio.run(_run_on_loop(kbatch.aio.Listener(config, [names.orders], handler, **options)))
+        return
+    listener = kbatch.Listener(config, [names.orders], handler, **options)
+    signal.signal(signal.SIGTERM, lambda *_: listener.stop())
+    listener.run()
+
+
+def _watched_inbox(place: dict[str, Any], step: Steps) -> Any:
     kind: Any = kbatch.SqliteInbox if "path" in place else kbatch.PostgresInbox
     inbox = kind(**place)
     open_session = inbox.open_session
@@ -305,50 +417,7 @@ def listen(
 
     inbox.open_session = opened
     _watch(AioInboxSession, {"_give": "handle"}, step)
-    _watch(Reading, _OF_READING, step)
-    _watch(Copies, {"send": "send_copy"}, step)
-    _watch(Failing, {"sent_on": "copy_stored"}, step)
-    failures: Counter[int] = Counter()
-
-    def statement(number: int) -> str:
-        return f"INSERT INTO {table} (n) VALUES ({number})"  # and what fails then, is rolled back
-
-    def refuse(envelope: Any, number: int) -> None:
-        if handling.is_poison(number) or (handling.is_late(number) and envelope.topic == "orders"):
-            raise Refused(number)
-        if not handling.is_late(number) and failures[number] < handling.failures(number):
-            failures[number] += 1
-            raise Refused(number)
-
-    def handle(given: Any, connection: Any) -> None:
-        for envelope in given if isinstance(given, list) else (given,):
-            number = int(envelope.data)
-            connection.execute(statement(number))
-            refuse(envelope, number)
-
-    async def handle_on_loop(given: Any, connection: Any) -> None:
-        for envelope in given if isinstance(given, list) else (given,):
-            number = int(envelope.data)
-            done = connection.execute(statement(number))
-            await (asyncio.sleep(0) if isinstance(connection, sqlite3.Connection) else done)
-            refuse(envelope, number)
-
-    options: dict[str, Any] = {
-        "inbox": inbox,
-        "concurrency": plan.concurrency,
-        "batch_size": plan.batch_size,
-        "max_in_flight": plan.max_in_flight,
-        "commit_interval_s": plan.commit_interval_s,
-        "retry": kbatch.RetryPolicy(max_attempts=3, initial_backoff_s=0.005, max_backoff_s=0.02),
-        "retry_topics": retry_topics,
-        "dead_letter_topic": "dead",
-    }
-    if plan.is_aio:
-        asyncio.run(_run_on_loop(kbatch.aio.Listener(config, ["orders"], handle_on_loop, **options)))
-        return
-    listener = kbatch.Listener(config, ["orders"], handle, **options)
-    signal.signal(signal.SIGTERM, lambda *_: listener.stop())
-    listener.run()
+    return inbox
 
 
 async def _run_on_loop(listener: kbatch.aio.Listener) -> None:

@@ -4,6 +4,7 @@ history what handlers have done."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sqlite3
@@ -11,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tests.faults import outbox_processes as processes
 from tests.faults.checker import Violation, check_outbox
 from tests.faults.history import OutboxHistory
 from tests.faults.outbox_plan import (
+    BROKERS_DECIDE,
     Application,
     Brokers,
     Crashed,
@@ -39,18 +41,18 @@ from tests.faults.outbox_plan import (
     RunOut,
     Severed,
 )
+from tests.faults.outbox_processes import Names
 from tests.mock.clients import read_back, read_committed
 from tests.postgres import Server
 from tests.waiting import stop
 
 IN_FLIGHT_BATCHES = 2
 _LANE = 1_000_000  # numbers of each
-_PATIENCE_S = 40.0
 _RETRY_S = 0.2
-_SESSION_S = 1.8  # after so long the group gives a member's partitions away
 _LEASE_IS_TAKEN_S = 0.3
 _JUMPS = 200  # of a relay's clock, while a plan runs
 _LAST_SLOT = 99  # of a listener that is not killed
+_NAMES = Names()
 _LAST = Listen(_LAST_SLOT, concurrency=4, batch_size=None, max_in_flight=2_000, commit_interval_s=0.05, kill=None)
 _SEVER = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
@@ -66,18 +68,32 @@ class OutboxRun:
         server: That server, if it is the plan's own.
     """
 
+    session_ms = 1_500  # after so long the group gives a member's partitions away
+    patience_s = 40.0
+    #: What a transaction of a relay may take, and a record of it.
+    transaction_ms = 30_000
+    delivery_ms = 20_000
+
     def __init__(
-        self, cluster: MockCluster, plan: OutboxPlan, place: str, outbox: Any, inbox: Any, server: Server | None = None
+        self,
+        cluster: Any,
+        plan: OutboxPlan,
+        place: str,
+        outbox: Any,
+        inbox: Any,
+        server: Server | None = None,
+        names: Names = _NAMES,
     ) -> None:
         self.cluster, self.plan, self.place, self.outbox, self.inbox = cluster, plan, place, outbox, inbox
         self._server = server
+        self.names = names
         self.history = OutboxHistory(in_flight=plan.batch_size * IN_FLIGHT_BATCHES)
         self._running: dict[tuple[str, int], Any] = {}  # "relay" or "listener", and its slot
         self._dead: list[int] = []  # relays whose leases have not run out
         self._next = [lane * _LANE for lane in range(10)]
         is_sqlite = isinstance(outbox, kbatch.SqliteOutbox)
         self._table = "orders" if is_sqlite else outboxes.in_schema(outbox, "orders")
-        self._config = {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
+        self._config = {**self.client_config(), "log_level": 0}
         self._options = {
             "batch_size": plan.batch_size,
             "max_in_flight_batches": IN_FLIGHT_BATCHES,
@@ -86,42 +102,96 @@ class OutboxRun:
         self._of_relay = dict(self._config)
         if plan.fenced:
             self._options["fencing"] = "kafka"
-            self._of_relay |= {"transaction.timeout.ms": 30_000, "delivery.timeout.ms": 20_000}
+            self._of_relay |= {
+                "transaction.timeout.ms": self.transaction_ms,
+                "delivery.timeout.ms": self.delivery_ms,
+            }
         self._place = {**outboxes.where(outbox), "wire": _wire(plan)}
         self._effects = ""
         self._retry_topics = [_RETRY_S] if plan.handling is not None and plan.handling.late else []
 
     def run(self, folder: Path) -> OutboxHistory:
         outboxes.run(self.outbox, f"CREATE TABLE {self._table} (n INTEGER PRIMARY KEY)")
-        self.cluster.create_topic("orders", partitions=self.plan.partitions)
+        self.create_topics()
+        if self.plan.assignment == BROKERS_DECIDE:
+            self.set_session()
         if self.inbox is not None:
             self._effects = inboxes.effects(self.inbox)
-            self.cluster.create_topic("dead")
-            for delay in self._retry_topics:
-                self.cluster.create_topic(f"{inboxes.GROUP}.retry.{delay:g}", partitions=self.plan.partitions)
         try:
             for _, step in self.plan.taken:
                 self._take(step, folder)
         finally:
-            self.cluster.set_broker_up()
-            self.cluster.set_rtt(-1, 0)
+            self.heal()
             try:
                 self._relay_the_rest()
-                if self.inbox is not None:
+                if self.plan.handling is not None:
                     self._handle_the_rest()
             finally:
                 for who, slot in list(self._running):
                     self._end(who, slot, is_killed=False)
         self.history.committed.update(n for (n,) in outboxes.rows(self.outbox, f"SELECT n FROM {self._table}"))
-        self.history.log = [(record.key.decode(), int(record.value)) for record in self._read("orders")]
-        if self.inbox is not None:
+        self.history.log = self._numbered(self.names.orders)
+        if self.plan.handling is not None:
             self._look_at_effects()
         return self.history
 
-    def _read(self, topic: str) -> list[Any]:
+    # -- what is the mock cluster's
+
+    def client_config(self) -> dict[str, Any]:
+        return {"bootstrap.servers": self.cluster.bootstrap_servers}
+
+    def listener_config(self) -> dict[str, Any]:
+        found = {**self._config, "group.id": self.names.group}
+        if self.plan.assignment == BROKERS_DECIDE:
+            return found | {"group.protocol": "consumer"}
+        times = {"session.timeout.ms": self.session_ms, "heartbeat.interval.ms": self.session_ms // 5}
+        return found | times | {"partition.assignment.strategy": self.plan.assignment}
+
+    def set_session(self) -> None:
+        """As `listener_config` says it, where brokers decide."""
+        self.cluster.set_group_session(self.session_ms, self.session_ms // 5)
+
+    def topics(self) -> dict[str, int]:
+        """All that are read or written, and their partitions."""
+        found = {self.names.orders: self.plan.partitions}
+        if self.plan.handling is not None:
+            found |= {
+                self.names.dead: 1,
+                **dict.fromkeys(map(self.names.retry, self._retry_topics), self.plan.partitions),
+            }
+        return found | ({self.names.invoices: 3} if self.plan.transactional else {})
+
+    def create_topics(self) -> None:
+        for name, partitions in self.topics().items():
+            self.cluster.create_topic(name, partitions=partitions)
+
+    def heal(self) -> None:
+        self.cluster.set_broker_up()
+        self.cluster.set_rtt(-1, 0)
+
+    def set_brokers(self, step: Brokers) -> None:
+        (self.cluster.set_broker_up if step.are_up else self.cluster.set_broker_down)()
+
+    def set_round_trip(self, ms: int) -> None:
+        self.cluster.set_rtt(-1, ms)
+
+    def end_of(self, group: confluent_kafka.Consumer, partition: confluent_kafka.TopicPartition) -> int:
+        """What a group has committed that has handled all of a partition."""
+        return int(group.get_watermark_offsets(partition, timeout=10)[1])
+
+    def read(self, topic: str) -> list[Any]:
         if self.plan.fenced:  # behind whose records there are markers; the mock cluster shows what was aborted, too
             return read_committed(self.cluster.bootstrap_servers, topic, "read_uncommitted")
         return read_back(self.cluster.bootstrap_servers, topic)
+
+    def wait_until_readable(self, topic: str) -> None:
+        """Until a reader sees all that there is."""
+
+    # -- a plan
+
+    def _numbered(self, topic: str) -> list[tuple[str, int]]:
+        self.wait_until_readable(topic)
+        return [(record.key.decode(), int(record.value)) for record in self.read(topic)]
 
     def _relay_the_rest(self) -> None:
         for who, slot in list(self._running):
@@ -129,7 +199,7 @@ class OutboxRun:
                 self._end(who, slot, is_killed=False)
         self._run_out()
         with kbatch.Relay(self.outbox, self._of_relay, **self._options) as relay:
-            left = relay.drain(_PATIENCE_S)
+            left = relay.drain(self.patience_s)
         if left:
             self.history.findings.append(f"{left} rows are left at the end: {self.outbox.status()}")
 
@@ -137,8 +207,8 @@ class OutboxRun:
         """Until the group has committed all that there is."""
         self._begin("listener", _LAST_SLOT, processes.listen, self._of_listener(_LAST))
         left: dict[str, str] = {}
-        with contextlib.closing(confluent_kafka.Consumer({**self._config, "group.id": inboxes.GROUP})) as group:
-            end = time.monotonic() + _PATIENCE_S
+        with contextlib.closing(confluent_kafka.Consumer({**self._config, "group.id": self.names.group})) as group:
+            end = time.monotonic() + self.patience_s
             while time.monotonic() < end:
                 time.sleep(0.05)
                 self._bury()
@@ -149,11 +219,11 @@ class OutboxRun:
             self.history.findings.append(f"not committed at the end: {left}")
 
     def _uncommitted(self, group: confluent_kafka.Consumer) -> dict[str, str]:
-        topics = ["orders", *(f"{inboxes.GROUP}.retry.{delay:g}" for delay in self._retry_topics)]
+        topics = [self.names.orders, *map(self.names.retry, self._retry_topics)]
         asked = [confluent_kafka.TopicPartition(each, n) for each in topics for n in range(self.plan.partitions)]
         found = {}
         for each in group.committed(asked, timeout=10):
-            _, end = group.get_watermark_offsets(each, timeout=10)
+            end = self.end_of(group, each)
             if max(0, each.offset) < end:
                 found[f"{each.topic} [{each.partition}]"] = f"{max(0, each.offset)} of {end}"
         return found
@@ -161,8 +231,12 @@ class OutboxRun:
     def _look_at_effects(self) -> None:
         handling, history = self.plan.handling, self.history
         assert handling is not None
-        history.effects = inboxes.numbers(self.inbox, self._effects)
-        history.dead = {int(record.value) for record in self._read("dead")}
+        history.letters = self._numbered(self.names.dead)
+        history.dead = {number for _, number in history.letters}
+        if self.plan.transactional:
+            history.outputs = self._numbered(self.names.invoices)
+        else:
+            history.effects = inboxes.numbers(self.inbox, self._effects)
         numbers = {number for _, number in history.log}
         history.poison = {number for number in numbers if handling.is_poison(number)}
         history.late = {number for number in numbers if handling.is_late(number)}
@@ -172,7 +246,7 @@ class OutboxRun:
         if isinstance(step, Application):
             self._run_application(step, folder)
         elif isinstance(step, Relay):
-            arguments = (self._place, self._of_relay, self._options, step.kill, step.clock_s)
+            arguments = (self._place, self._of_relay, self._options, step)
             if step.clock_s:  # a lease ends by each of two clocks: when one jumps, what is in flight is given up
                 self.history.relays_disturbed += _JUMPS
             self._begin("relay", step.slot, processes.relay, arguments)
@@ -186,7 +260,7 @@ class OutboxRun:
             time.sleep(step.ms / 1000)
         elif isinstance(step, Brokers):
             self._disturb_relays()
-            (self.cluster.set_broker_up if step.are_up else self.cluster.set_broker_down)()
+            self.set_brokers(step)
         elif isinstance(step, Locked):
             self._lock(step.ms / 1000)
         elif isinstance(step, Severed):
@@ -201,16 +275,12 @@ class OutboxRun:
         elif isinstance(step, RunOut):
             self._run_out()
         elif isinstance(step, RoundTrip):
-            self.cluster.set_rtt(-1, step.ms)
+            self.set_round_trip(step.ms)
 
     def _of_listener(self, step: Listen) -> tuple[Any, ...]:
-        config = {
-            **inboxes.consumer(self.cluster),
-            "fetch.wait.max.ms": 20,
-            "partition.assignment.strategy": self.plan.assignment,
-        }
-        where = inboxes.where(self.inbox)
-        return where, self._effects, config, self._retry_topics, self.plan.handling, step
+        config = {**self.listener_config(), "fetch.wait.max.ms": 20}
+        where = None if self.inbox is None else inboxes.where(self.inbox)
+        return where, self._effects, config, self.names, self._retry_topics, self.plan.handling, step
 
     def _begin(self, who: str, slot: int, target: Any, arguments: tuple[Any, ...]) -> None:
         if (who, slot) not in self._running:
@@ -236,7 +306,7 @@ class OutboxRun:
                         raise
                 time.sleep(_LEASE_IS_TAKEN_S)
             else:
-                time.sleep(_SESSION_S)
+                time.sleep(self.session_ms / 1000 + 0.3)
         except (ProcessLookupError, psutil.NoSuchProcess):
             return  # it has killed itself
         finally:
@@ -245,7 +315,7 @@ class OutboxRun:
 
     def _lock(self, seconds: float) -> None:
         with contextlib.ExitStack() as stack:
-            for each in (self.outbox, self.inbox):
+            for each in filter(None, (self.outbox, self.inbox)):
                 connection = stack.enter_context(outboxes.connected(each))
                 if isinstance(self.outbox, kbatch.SqliteOutbox):
                     connection.execute("BEGIN EXCLUSIVE")
@@ -261,10 +331,10 @@ class OutboxRun:
         self._next[step.lane] += count
         told = folder / f"told-{first}"
         target = processes.add if step.way == "add" else processes.send
-        arguments = (self._place, self._table, str(told), step.lane, first, step)
+        arguments = (self._place, self.names.orders, self._table, str(told), first, step)
         process: Any = processes.SERVER.Process(target=target, args=arguments)
         process.start()
-        process.join(step.kill_after_s if step.kill_after_s is not None else _PATIENCE_S)
+        process.join(step.kill_after_s if step.kill_after_s is not None else self.patience_s)
         if process.exitcode is None:
             if step.kill_after_s is None:
                 self.history.findings.append(f"hangs: {step}")
@@ -286,7 +356,7 @@ class OutboxRun:
             process.kill()
         elif process.exitcode is None:
             process.terminate()
-        process.join(_PATIENCE_S)
+        process.join(self.patience_s)
         if process.exitcode is None:
             self.history.findings.append(f"{who} {slot} does not end")
             process.kill()
@@ -321,13 +391,17 @@ def _wire(plan: OutboxPlan) -> str:
     return "raw" if plan.handling is None else "kbatch"
 
 
+def _has_inbox(plan: OutboxPlan) -> bool:
+    return plan.handling is not None and not plan.transactional
+
+
 @contextlib.contextmanager
 def _databases_of(plan: OutboxPlan, place: str, folder: Path) -> Iterator[tuple[Any, Any]]:
-    """The outbox, and the inbox of a whole history."""
+    """The outbox, and the inbox of a whole history that has one."""
     if plan.database == "sqlite":
         yield (
             outboxes.made(folder, wire=_wire(plan)),
-            None if plan.handling is None else inboxes.made(folder, "billing.db"),
+            inboxes.made(folder, "billing.db") if _has_inbox(plan) else None,
         )
         return
     schema = outboxes.new_schema(place)
@@ -335,7 +409,7 @@ def _databases_of(plan: OutboxPlan, place: str, folder: Path) -> Iterator[tuple[
         outbox = kbatch.PostgresOutbox(place, schema=schema, wire=_wire(plan))
         outbox.create()
         inbox = None
-        if plan.handling is not None:
+        if _has_inbox(plan):
             inbox = kbatch.PostgresInbox(place, schema=schema)
             inbox.create()
         yield outbox, inbox
@@ -343,11 +417,14 @@ def _databases_of(plan: OutboxPlan, place: str, folder: Path) -> Iterator[tuple[
         outboxes.drop_schema(place, schema)
 
 
-def run_outbox_plan(plan: OutboxPlan, place: str) -> tuple[list[Violation], Counter[str]]:
-    """Runs a plan with a cluster and an outbox of its own."""
+def run_outbox_plan(
+    plan: OutboxPlan, place: str, make_run: Callable[..., OutboxRun] | None = None
+) -> tuple[list[Violation], Counter[str]]:
+    """Runs a plan with an outbox of its own, and a mock cluster of its own unless `make_run` knows another cluster."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        cluster = stack.enter_context(MockCluster())
+        if make_run is None:
+            make_run = functools.partial(OutboxRun, stack.enter_context(MockCluster()))
         server = None
         if plan.crashes:
             server = stack.enter_context(contextlib.closing(Server()))
@@ -358,7 +435,7 @@ def run_outbox_plan(plan: OutboxPlan, place: str) -> tuple[list[Violation], Coun
 
             place = make_conninfo(place, application_name=f"plan {uuid.uuid4().hex}")  # whom `_SEVER` cuts off
         outbox, inbox = stack.enter_context(_databases_of(plan, place, folder))
-        history = OutboxRun(cluster, plan, place, outbox, inbox, server).run(folder)
+        history = make_run(plan, place, outbox, inbox, server).run(folder)
     seen = Counter(
         {
             "committed": len(history.committed | history.told),
@@ -366,7 +443,7 @@ def run_outbox_plan(plan: OutboxPlan, place: str) -> tuple[list[Violation], Coun
             "relays killed": history.relay_kills,
             "listeners killed": history.listener_kills,
             "stored twice": len(history.log) - len({number for _, number in history.log}),
-            "effects": len(history.effects or ()),
+            "effects": len(history.effects or history.outputs or ()),
             "dead letters": len(history.dead),
         }
     )

@@ -1,7 +1,7 @@
 """Runs many plans, makes those that fail shorter, and prints the shortest: ``make soak ARGS="--seeds 0:3000"``.
 
 With ``--kafka`` on real brokers instead of the mock cluster, with ``--outbox`` of an outbox and its relays, with
-``--whole`` of listeners with an inbox as well; each has plans of its own.
+``--whole`` of listeners as well, also with ``--kafka``; each has plans of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ class Kind:
     def plan(self, seed: int) -> Plan | OutboxPlan:
         if not self.database:
             return make_plan(seed, kafka=self.kafka)
-        return (make_whole_plan if self.whole else make_outbox_plan)(seed, self.database)
+        return (
+            make_whole_plan(seed, self.database, kafka=self.kafka)
+            if self.whole
+            else make_outbox_plan(seed, self.database)
+        )
 
     def worker(self) -> Worker:
         place = [self.conninfo] if self.conninfo else []
@@ -122,6 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no plan after this time")
     parser.add_argument("--failures", type=int, default=5, help="stop after so many, default 5")
     options = parser.parse_args(arguments)
+    if options.kafka and options.outbox:
+        parser.error("--kafka has no plans of an outbox alone: --whole has")
     with contextlib.ExitStack() as undo:
         conninfo = ""
         database = options.whole or options.outbox or ""

@@ -9,10 +9,12 @@ import pytest
 from tests.faults.checker import check_outbox
 from tests.faults.history import OutboxHistory
 from tests.faults.outbox_plan import (
+    BROKERS_DECIDE,
     STEPS_OF_ADD,
     STEPS_OF_LISTENER,
     STEPS_OF_RELAY,
     STEPS_OF_SEND,
+    Relay,
     make_outbox_plan,
     make_whole_plan,
 )
@@ -62,8 +64,12 @@ def test_each_step_of_a_listener_and_each_outage_has_its_turn() -> None:
     plans = [make_whole_plan(seed, "postgres") for seed in range(len(STEPS_OF_LISTENER))]
     kinds = {kind for plan in plans for kind in plan.kinds}
     outages = {"hang", "brokers", "locked", "severed", "crashed", "clock"}
-    assert {*STEPS_OF_LISTENER, *outages, "aio", "range", "cooperative-sticky"} <= kinds
-    assert any(make_outbox_plan(seed, "sqlite").fenced for seed in SEEDS)
+    assert {*STEPS_OF_LISTENER, *outages, "aio", "range", "cooperative-sticky", BROKERS_DECIDE} <= kinds
+    named = {make_whole_plan(seed, "postgres" if seed % 3 == 2 else "sqlite").assignment for seed in WHOLE_SEEDS}
+    assert named == {"range", "cooperative-sticky", BROKERS_DECIDE}
+    fenced = [make_outbox_plan(seed, "sqlite") for seed in SEEDS if make_outbox_plan(seed, "sqlite").fenced]
+    relays = [step for plan in fenced for step in plan.steps if isinstance(step, Relay)]
+    assert {relay.is_aio for relay in relays} == {True, False}
     assert [str(plan) for plan in plans] == [str(make_whole_plan(plan.seed, "postgres")) for plan in plans]
 
 
@@ -77,6 +83,9 @@ def test_each_step_is_killed_and_a_seed_makes_the_same_plan_each_time() -> None:
 def history(**values: object) -> OutboxHistory:
     log = [("a", 1), ("a", 2), ("b", 3)]
     return OutboxHistory(**{"in_flight": 10, "committed": {1, 2, 3}, "told": {1, 2}, "log": log, **values})  # type: ignore[arg-type]
+
+
+DOUBLED: dict[str, object] = {"log": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)], "relay_kills": 1}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +112,22 @@ def history(**values: object) -> OutboxHistory:
         ({"effects": [1, 2], "poison": {3}}, ["I1"]),
         ({"effects": [1, 2, 3], "poison": {3}, "dead": {3}}, ["stranger"]),
         ({"effects": [1, 2], "dead": {3}}, ["I1", "stranger"]),
+        ({"outputs": [("b", 3), ("a", 1), ("a", 2)]}, []),
+        ({"outputs": [("b", 3), ("a", 1)]}, ["I1"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("a", 2)]}, ["I6"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("b", 4)]}, ["stranger"]),
+        ({"outputs": [("a", 2), ("a", 1), ("b", 3)]}, ["I4"]),
+        ({"outputs": [("a", 2), ("a", 1), ("b", 3)], "late": {1}}, []),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3)]}, []),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}}, ["I1"]),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3), ("b", 3)]}, ["I6"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3)], "letters": [("b", 3)]}, ["stranger"]),
+        (
+            {**DOUBLED, "outputs": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)]},
+            [],  # a copy is a record
+        ),
+        ({**DOUBLED, "outputs": [("a", 1), ("a", 1), ("a", 2), ("a", 2), ("b", 3)]}, ["I4"]),
+        ({**DOUBLED, "outputs": [("a", 1), ("a", 2), ("b", 3)]}, ["I1"]),
     ],
 )
 def test_the_checker_finds_what_is_wrong(values: dict[str, object], violated: list[str]) -> None:

@@ -1,11 +1,13 @@
 """What the soak does with plans, against runs that are made up; and that a worker tells a crash and a hang."""
 
+import contextlib
 import os
 import subprocess
 
 import pytest
 
 from tests.faults import soak, worker
+from tests.faults.outbox_plan import OutboxPlan
 from tests.faults.plan import Fault, Plan, make_plan
 from tests.faults.worker import Result, Worker
 
@@ -44,6 +46,24 @@ def test_what_fails_now_and_then_is_tried_again() -> None:
 
 def test_a_whole_plan_has_a_short_command() -> None:
     assert 'make soak ARGS="--seed 7"' in str(result(make_plan(7), "I1: lost"))
+
+
+@pytest.mark.parametrize("kafka", [False, True])
+def test_of_a_whole_history_the_command_and_the_process_are_those_of_its_cluster(kafka: bool) -> None:
+    kind = soak.Kind(kafka=kafka, database="postgres", conninfo="host=here", whole=True)
+    plan = kind.plan(4)
+    assert isinstance(plan, OutboxPlan)
+    assert (plan.kafka, plan.transactional) == (kafka, kafka)
+    target = "soak-kafka" if kafka else "soak"
+    assert f'make {target} ARGS="--whole postgres --seed 4"' in str(Result(plan, ("I1: lost",), 0.1, {}))
+    with contextlib.closing(kind.worker()) as process:
+        assert process._arguments == [*(["kafka"] if kafka else []), "whole", "postgres", "host=here"]
+
+
+def test_an_outbox_alone_has_no_plans_for_kafka(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        soak.main(["--kafka", "--outbox", "sqlite"])
+    assert "--whole has" in capsys.readouterr().err
 
 
 class Failing(Worker):

@@ -1,6 +1,6 @@
 """A process that runs plans, so that a crash or a hang is the result of a seed and not the end of the run.
 
-``python -m tests.faults.worker [kafka | [whole] sqlite | [whole] postgres CONNINFO]`` reads ``[seed, kept steps]`` from
+``python -m tests.faults.worker [kafka] [[whole] sqlite | [whole] postgres CONNINFO]`` reads ``[seed, kept steps]`` from
 standard input and answers each with a line of JSON; `Worker` is the other end.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import queue
@@ -59,7 +60,7 @@ class Worker:
 
     def __init__(self, *, kafka: bool = False, outbox: Sequence[str] = ()) -> None:
         self._kafka = kafka
-        self._arguments = ["kafka"] if kafka else list(outbox)
+        self._arguments = [*(["kafka"] if kafka else []), *outbox]
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -139,26 +140,39 @@ class Worker:
         return f"exit status {status}\n{self._errors.read().decode(errors='replace')}"
 
 
+def _taken(arguments: list[str], word: str) -> bool:
+    found = arguments[:1] == [word]
+    del arguments[: int(found)]
+    return found
+
+
 def main() -> None:
-    kind, *place = sys.argv[1:] or ["mock"]
-    make = make_outbox_plan
-    if kind == "whole":
-        make, (kind, *place) = make_whole_plan, place
+    arguments = sys.argv[1:]
+    on_kafka, is_whole = (_taken(arguments, word) for word in ("kafka", "whole"))
     run: Callable[[int, tuple[int, ...]], tuple[list[Violation], Counter[str]]]
     cluster: Any = contextlib.nullcontext()
-    if kind in ("sqlite", "postgres"):
+    if on_kafka:
+        from tests.kafka.cluster import KafkaCluster
+
+        cluster = KafkaCluster(1 if arguments else 3)
+    if arguments:
         from tests.faults.outbox_runner import run_outbox_plan
 
+        database, place = arguments[0], "".join(arguments[1:])
+        run_one: Callable[[OutboxPlan, str], tuple[list[Violation], Counter[str]]] = run_outbox_plan
+        if on_kafka:
+            from tests.kafka.histories import run_history
+
+            run_one = functools.partial(run_history, cluster)
+
         def run(seed: int, keep: tuple[int, ...]) -> tuple[list[Violation], Counter[str]]:
-            return run_outbox_plan(make(seed, kind).only(keep), "".join(place))
+            make = functools.partial(make_whole_plan, kafka=on_kafka) if is_whole else make_outbox_plan
+            return run_one(make(seed, database).only(keep), place)
 
     else:
         run_plan: Callable[[Any, Plan], tuple[list[Violation], Counter[str]]]
-        if kind == "kafka":
-            from tests.kafka.cluster import KafkaCluster
+        if on_kafka:
             from tests.kafka.scenario import run_plan
-
-            cluster = KafkaCluster(3)
         else:
             from kbatch.testing import MockCluster
             from tests.faults.runner import BROKERS, run_plan
@@ -166,7 +180,7 @@ def main() -> None:
             cluster = MockCluster(BROKERS)
 
         def run(seed: int, keep: tuple[int, ...]) -> tuple[list[Violation], Counter[str]]:
-            return run_plan(cluster, make_plan(seed, kafka=kind == "kafka").only(keep))
+            return run_plan(cluster, make_plan(seed, kafka=on_kafka).only(keep))
 
     faulthandler.enable()
     # Replies have a descriptor to themselves: whatever else prints, goes to standard error.

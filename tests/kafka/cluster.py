@@ -416,6 +416,9 @@ class KafkaCluster(ExternalCluster):
             "controller.quorum.fetch.timeout.ms": 3000,
             "replica.lag.time.max.ms": 6000,
             "group.initial.rebalance.delay.ms": 0,
+            "group.min.session.timeout.ms": 1000,
+            "group.consumer.min.session.timeout.ms": 1000,
+            "group.consumer.min.heartbeat.interval.ms": 100,
             "transaction.abort.timed.out.transaction.cleanup.interval.ms": 1000,
             **settings,
         }

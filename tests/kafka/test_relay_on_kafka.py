@@ -3,6 +3,7 @@
 A real broker deduplicates, so nothing is there twice unless the relay gave up a batch and sent it again.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy
+from kbatch import Envelope, OutboxQuery, Relay, RetryPolicy, aio
 from tests import outboxes
 from tests.kafka.cluster import KafkaCluster
 from tests.kafka.proxy import Direction
@@ -247,6 +248,19 @@ def start_fencing(outbox: Outbox, kafka: KafkaCluster, **settings: Any) -> subpr
     )
 
 
+def drain(outbox: Outbox, kafka: KafkaCluster, is_aio: bool) -> int:
+    options: dict[str, Any] = {"fencing": "kafka", "batch_size": BATCH}
+    if not is_aio:
+        with Relay(outbox, fencing(kafka), **options) as relay:
+            return relay.drain(60)
+
+    async def on_loop() -> int:
+        async with aio.Relay(outbox, fencing(kafka), **options) as relay:
+            return await relay.drain(60)
+
+    return asyncio.run(on_loop())
+
+
 def test_a_relay_that_fences_sends_everything_once_and_in_order(outbox: Outbox, one_broker: KafkaCluster) -> None:
     topic = one_broker.create_topic(partitions=3)
     outboxes.add(outbox, numbered(range(20_000), keys=300), topic=topic)
@@ -257,12 +271,13 @@ def test_a_relay_that_fences_sends_everything_once_and_in_order(outbox: Outbox, 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 @pytest.mark.parametrize("stops_itself", [True, False], ids=["after-reading", "anywhere"])
+@pytest.mark.parametrize("is_aio", [False, True], ids=["threads", "asyncio"])
 def test_a_relay_that_goes_on_after_its_lease_writes_nothing_to_kafka_if_another_has_its_buckets(
-    outbox: Outbox, one_broker: KafkaCluster, stops_itself: bool
+    outbox: Outbox, one_broker: KafkaCluster, is_aio: bool, stops_itself: bool
 ) -> None:
     topic = one_broker.create_topic(partitions=3)
     outboxes.add(outbox, numbered(range(5_000), keys=200), topic=topic)
-    settings: dict[str, Any] = {"stop_at_reading": 5} if stops_itself else {}
+    settings: dict[str, Any] = {"aio": is_aio, **({"stop_at_reading": 5} if stops_itself else {})}
     with start_fencing(outbox, one_broker, **settings) as process:
         try:
             assert process.stdout is not None
@@ -275,8 +290,7 @@ def test_a_relay_that_goes_on_after_its_lease_writes_nothing_to_kafka_if_another
             unrecorded = {int(body or b"") for body in outboxes.bodies(outbox)}
             assert unrecorded
             let_leases_run_out(outbox)  # by the database's clock; by its own it still has them
-            with Relay(outbox, fencing(one_broker), fencing="kafka", batch_size=BATCH) as other:
-                assert other.drain(60) == 0
+            assert drain(outbox, one_broker, is_aio) == 0
             before = {level: read_committed(one_broker.bootstrap_servers, topic, level) for level in LEVELS}
             os.kill(process.pid, signal.SIGCONT)
             outboxes.add(outbox, numbered(range(5_000, 5_100), keys=200), topic=topic)

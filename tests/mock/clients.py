@@ -1,12 +1,14 @@
 """Clients of the mock cluster that are not kbatch: confluent-kafka's own producer and consumer, and aiokafka's."""
 
 import asyncio
+import ctypes
 import sysconfig
 import threading
 import time
 from collections import defaultdict
 from typing import NamedTuple
 
+import confluent_kafka
 from confluent_kafka import (
     TIMESTAMP_CREATE_TIME,
     Consumer,
@@ -51,6 +53,27 @@ def produce(bootstrap_servers: str, topic: str, messages: list[dict], **config) 
     end.start()
     end.join(20)
     return outcomes
+
+
+def produce_named(bootstrap_servers: str, topic: str, header: bytes, value: bytes = b"{}") -> None:
+    """Sends a record whose header has any bytes as its name, as a program in C may: by librdkafka's own functions."""
+    librdkafka = ctypes.CDLL(confluent_kafka.cimpl.__file__)
+    made = {name: getattr(librdkafka, f"rd_kafka_{name}") for name in ("conf_new", "conf_set", "new", "destroy")}
+    for each in ("conf_new", "new"):
+        made[each].restype = ctypes.c_void_p
+    text, size = ctypes.c_char_p, ctypes.c_size_t
+    conf, error = ctypes.c_void_p(made["conf_new"]()), ctypes.create_string_buffer(512)
+    for setting in (b"bootstrap.servers", bootstrap_servers.encode()), (b"log_level", b"0"):
+        assert made["conf_set"](conf, *map(text, setting), error, size(512)) == 0, error.value
+    producer = ctypes.c_void_p(made["new"](0, conf, error, size(512)))
+    assert producer.value is not None, error.value
+    try:
+        # By numbers of rd_kafka_vtype_t: the topic, flags (copy the value), the value, a header, the end.
+        fields = (1, text(topic.encode()), 7, 2, 4, text(value), size(len(value)))
+        assert librdkafka.rd_kafka_producev(producer, *fields, 9, text(header), text(b"v"), size(1), 0) == 0
+        assert librdkafka.rd_kafka_flush(producer, 30_000) == 0
+    finally:
+        made["destroy"](producer)
 
 
 def read(bootstrap_servers: str, topic: str, count: int, timeout_s: float = 30.0) -> dict[int, list[Record]]:

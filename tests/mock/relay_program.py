@@ -1,9 +1,10 @@
 """A relay in a process of its own: `python -m tests.mock.relay_program SETTINGS`, which is JSON.
 
 It runs until SIGTERM, or until the outbox is empty; with ``kill_at`` it kills itself at that call of its store,
-and with ``stop_at_reading`` it stops itself behind that reading, until SIGCONT.
+and with ``stop_at_reading`` it stops itself behind that reading, until SIGCONT. With ``aio`` it runs on an event loop.
 """
 
+import asyncio
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import signal
 import sys
 
 import kbatch
+import kbatch.aio
 from tests.relays import WatchedOutbox
 
 
@@ -44,13 +46,24 @@ def main() -> None:
     watch = {"before": step} if before_it else {"after": step}
     outbox = WatchedOutbox(opened, **({"after": after_reading} if "stop_at_reading" in settings else watch))
     options = {"batch_size": 50, "max_in_flight_batches": 2, **settings.get("options", {})}
+    drains = settings.get("drain", True)
+    if settings.get("aio"):
+        asyncio.run(on_loop(kbatch.aio.Relay(outbox, settings["config"], **options), drains))
+        return
     with kbatch.Relay(outbox, settings["config"], **options) as relay:
         signal.signal(signal.SIGTERM, lambda *_: relay.stop())
         print("begun", flush=True)
-        if settings.get("drain", True):
+        if drains:
             relay.drain()
         else:
             relay.run()
+
+
+async def on_loop(relay: kbatch.aio.Relay, drains: bool) -> None:
+    async with relay:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, relay.stop)
+        print("begun", flush=True)
+        await (relay.drain() if drains else relay.run())
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import kbatch
 from kbatch import Envelope
 from kbatch._fastmap import unpack_record
 from kbatch.cli import _outbox_demo
+from kbatch.cli._failure import Failure
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.outboxes import named
@@ -115,6 +116,26 @@ def test_an_outbox_is_named_by_an_option_else_by_a_variable_else_by_a_file(tmp_p
     assert rows(run_here(*asks)[1])[0]["waiting"] == 4
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="platform: no full device")
+def test_what_only_prints_fails_if_that_cannot_be_written(file_outbox):
+    outboxes.add(file_outbox, numbered(range(2)))
+    outboxes.move_to_dead(file_outbox, "true")
+    asks = ("ddl",), ("dead", "list", "--json"), ("dead", "replay", "--all")
+    for arguments in asks:
+        command = [*COMMAND, "outbox", *arguments, *named(file_outbox)]
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, env=environment(), timeout=60)
+        # What was changed is changed: that is what its status tells.
+        assert done.returncode == (0 if "replay" in arguments else 1), (arguments, done.stderr)
+        assert done.stderr == b"kbatch: cannot write to standard output: No space left on device\n"
+    assert outboxes.bodies(file_outbox) == [b"0", b"1"]
+    piped = " ".join([*COMMAND, "outbox", "ddl", *map(str, named(file_outbox))])
+    done = subprocess.run(
+        ["bash", "-c", f"{piped} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, env=environment(), timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -146,6 +167,8 @@ def test_an_outbox_is_named_by_an_option_else_by_a_variable_else_by_a_file(tmp_p
         (("dead", "show", "-o", "x", "seven"), 2, "a message is named by its number, or by its id"),
         (("dead", "show", "-o", "x", "7", str(uuid.UUID(int=7))), 2, "give numbers or ids, not both at a time"),
         (("dead", "list", "-o", "x", "--older-than", "soon"), 2, "--older-than takes a number and s, m, h or d"),
+        (("dead", "list", "-o", "x", "--older-than", "9999999d"), 2, "--older-than is out of range: 9999999d"),
+        (("dead", "list", "-o", "x", "--newer-than", "999999999d"), 2, "--newer-than is out of range: 999999999d"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(arguments, status, message, tmp_path, monkeypatch):
@@ -255,6 +278,32 @@ def test_a_question_on_a_terminal_is_answered_there(dead, answer, left):
     assert dead.status().dead == left
 
 
+def test_what_comes_while_somebody_thinks_is_not_deleted(outbox, monkeypatch):
+    outboxes.add(outbox, numbered(range(5)))
+    outboxes.move_to_dead(outbox, "seq <= 3")
+    outboxes.move_to_later(outbox, 4, 5)
+    outboxes.add(outbox, numbered(range(5, 7)))
+    asked = []
+
+    def ask(screen, question):
+        asked.append(question)
+        if "dead letters" in question:
+            outboxes.move_to_dead(outbox, "true")
+        else:
+            outboxes.move_to_later(outbox, 8, 8)
+        return True
+
+    monkeypatch.setattr("kbatch.cli._screen.Screen.is_asked", True)
+    monkeypatch.setattr("kbatch.cli._screen.Screen.ask", ask)
+    monkeypatch.setattr("kbatch.cli._outbox._PAGE", 2)
+    assert here(outbox, "dead", "discard", "--all") == (0, "3 dead letters discarded\n", "")
+    assert outbox.status().dead == 2
+    outboxes.add(outbox, numbered(range(1)))
+    assert here(outbox, "later", "cancel", "--topic", "orders") == (0, "2 messages cancelled\n", "")
+    assert asked == ["discard 3 dead letters for good?", "cancel 2 messages for good?"]
+    assert outbox.status().later == 1
+
+
 def test_what_waits_is_listed(outbox):
     outboxes.add(outbox, numbered(range(3)))
     outboxes.move_to_later(outbox, 1, 3)
@@ -283,6 +332,8 @@ def test_what_waits_is_rescheduled(outbox):
         (["--all", "--at", "2030-01-31T12:00:00Z", "--in", "1s"], "say when: --at TIME or --in AGE"),
         (["--all", "--at", "2030-01-31"], "--at takes a time with its zone, such as 2030-01-31T12:00:00Z"),
         (["--all", "--in", "soon"], "--in takes a number and s, m, h or d, such as 90s, 15m, 2h, 7d"),
+        (["--all", "--in", "9999999d"], "--in is out of range: 9999999d"),
+        (["--all", "--at", "0001-01-01T00:00:00+14:00"], "--at is out of range: 0001-01-01T00:00:00+14:00"),
     ):
         assert_one_line(here(outbox, "later", "reschedule", *options), 2, message)
 
@@ -416,6 +467,31 @@ def test_a_signal_ends_a_relay_with_its_work_recorded_and_its_buckets_handed_bac
 
 
 @pytest.mark.skipif(os.name == "nt", reason="platform: no such signals")
+@pytest.mark.parametrize(("options", "seconds"), [((), 120), (("--grace", "7"), 7)])
+def test_a_signal_leaves_to_what_is_in_flight_what_the_option_or_the_file_says(
+    file_outbox, tmp_path, monkeypatch, options, seconds
+):
+    given = []
+
+    def interrupt(abort, grace_s):
+        given.append(grace_s)
+        raise Failure("enough")
+
+    made = kbatch.Relay
+
+    def relay(*arguments, **relays):
+        given.append(relays["close_timeout_s"])
+        return made(*arguments, **relays)
+
+    monkeypatch.setattr("kbatch.cli._relay.Interrupt", interrupt)
+    monkeypatch.setattr("kbatch.Relay", relay)
+    config = tmp_path / "relay.toml"
+    config.write_text("[relay]\nclose_timeout_s = 120\n[kafka]\nbootstrap.servers = 'localhost:1'\n")
+    status, _, err = run_here("relay", "--config", config, *named(file_outbox), *options)
+    assert (status, err) == (1, "kbatch: enough\n")
+    assert given == [seconds, seconds]
+
+
 def test_a_second_signal_gives_up_what_is_in_flight_at_once(outbox, kafka_cluster: MockCluster):
     outboxes.add(outbox, numbered(range(1)))
     arguments = (*named(outbox), "-X", servers(kafka_cluster), "-X", "delivery.timeout.ms=600000", "--grace", 600)

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,8 +20,9 @@ import kbatch
 from kbatch.cli._failure import Failure
 from kbatch.cli._topic_reader import TopicReader
 from kbatch.testing import MockCluster
+from tests.waiting import until
 
-from .clients import produce, read, read_back
+from .clients import produce, produce_named, read, read_back
 from .test_cli import COMMAND, assert_one_line, environment, run, run_here
 
 SHOP = """
@@ -218,6 +222,53 @@ def test_records_have_keys_and_headers_of_their_own(
     assert_one_line(run_here(*asks), 2, f"leave out {options[0]}")
 
 
+def test_a_header_whose_name_is_no_text_stops_nothing(
+    cluster: MockCluster, topic: str, servers: tuple[str, str], tmp_path: Path
+) -> None:
+    produce_named(cluster.bootstrap_servers, topic, b"\xff", b"1")
+    send(cluster, topic, 2, headers=[("original-destination", f"kafka://topic/{topic}.dead")])
+    why = "the name of one of its headers is not UTF-8"
+    status, out, err = run("consume", topic, *servers)  # not here: what goes wrong ends a process
+    assert (status, err) == (0, "")
+    assert out.splitlines()[1:3] == [f"  not readable: {why}", "  1"]
+    assert out.splitlines()[-1] == '  {"n":2}'
+    status, out, err = run("consume", topic, *servers, "--json")
+    assert (status, err) == (0, "")
+    bad, good = rows(out)
+    assert (bad["error"], bad["headers"], bad["value"], bad["key"]) == (why, None, 1, None)
+    assert good["value"] == {"n": 2}
+    again = tmp_path / "again"
+    again.write_text(out.splitlines()[0])
+    told = run_here("produce", again, "-t", topic, "--records", *servers)[2]
+    assert "line 1: not a record as `kbatch consume --json` prints it: Expected `array`, got `null`" in told
+    status, out, err = run("dead-topic", "list", topic, *servers, "--json")
+    assert (status, err) == (0, "")
+    assert [each["error"] for each in rows(out)] == [why, ""]
+    status, out, err = run("dead-topic", "show", topic, "0:0", *servers)
+    assert (status, err) == (0, "")
+    assert out.splitlines()[1:] == [f"  not readable: {why}", "  1"]
+    left_out = "kbatch: 1 record left out: the name of a header is not UTF-8\n"
+    for to in ((), ("--to", f"{topic}.dead")):
+        assert run("replay", topic, *servers, "--dry-run", *to) == (
+            0,
+            f"would be replayed: 1 to {topic}.dead\n",
+            left_out,
+        )
+    assert run("replay", topic, *servers, "--yes") == (1, f"1 record replayed: 1 to {topic}.dead\n", left_out)
+    assert [each.value for each in read_back(cluster.bootstrap_servers, f"{topic}.dead")] == [b'{"n":2}']
+
+
+def test_a_time_of_no_calendar_is_no_time(cluster: MockCluster, topic: str, servers: tuple[str, str]) -> None:
+    late = [253_402_300_799_000, 253_402_300_800_000, 1_700_000_000_000_000]  # the last are microseconds
+    given: list[dict[str, Any]] = [{"value": b"1", "timestamp": each} for each in late]
+    assert produce(cluster.bootstrap_servers, topic, given) == [None] * 3
+    status, out, err = run_here("consume", topic, *servers, "--json")
+    assert (status, err) == (0, "")
+    assert [each["time"] for each in rows(out)] == ["9999-12-31T23:59:59.000Z", None, None]
+    assert ", no time, " in run_here("consume", topic, *servers, "--from", 2)[1]
+    assert run_here("consume", topic, *servers, "--values", "--from", "999999999d")[0] == 0
+
+
 def test_consume_commits_for_a_group_only_when_it_is_asked_to(
     cluster: MockCluster, topic: str, servers: tuple[str, str]
 ) -> None:
@@ -246,6 +297,9 @@ def test_consume_commits_nothing_that_could_not_be_printed(
     with open("/dev/full", "w") as full:
         done = subprocess.run(asks, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
     assert (done.returncode, done.stderr) == (1, "kbatch: cannot write to standard output: No space left on device\n")
+    without = ["sh", "-c", '"$@" >&-', "sh", *asks]
+    done = subprocess.run(without, stderr=subprocess.PIPE, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stderr) == (1, "kbatch: there is no standard output to print to\n")
     consumer = Consumer({"bootstrap.servers": cluster.bootstrap_servers, "group.id": f"g-{topic}"})
     try:
         assert consumer.committed([TopicPartition(topic, 0)], timeout=10)[0].offset < 0
@@ -280,6 +334,22 @@ def test_consume_follows_until_it_is_interrupted(cluster: MockCluster, topic: st
         assert json.loads(process.stdout.readline()) == {"n": 1}
         process.send_signal(signal.SIGINT)
         assert process.wait(30) == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: signals")
+@pytest.mark.parametrize("signals", [1, 2])
+def test_what_can_lose_nothing_ends_at_the_second_signal_whatever_it_waits_for(signals: int) -> None:
+    program = f"""if True:
+        import signal, time
+        from kbatch.cli._interrupt import Interrupt
+
+        with Interrupt(None, {0.05 if signals == 1 else 1000}):
+            for _ in range({signals}):
+                signal.raise_signal(signal.SIGTERM)
+            while True:
+                time.sleep(60)
+    """
+    assert subprocess.run([sys.executable, "-c", program], env=environment(), timeout=60).returncode == 143
 
 
 @pytest.mark.parametrize(
@@ -387,6 +457,85 @@ def test_replay_of_some_sends_those_that_were_counted_whatever_partition_comes_f
     assert (status, out, err) == (0, f"3 records replayed: 3 to {topic}\n", "")
     assert [each.value for each in read_back(cluster.bootstrap_servers, topic)] == [b"0", b"2", b"4"]
     assert passes == 2
+
+
+def test_replay_from_an_age_sends_what_was_counted_however_long_that_took(
+    cluster: MockCluster, topic: str, servers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begins = iter(range(3))
+
+    class Reader(TopicReader):
+        def _offsets_of(self, point: tuple[str, int], marks: dict[int, tuple[int, int]]) -> dict[int, int]:
+            # The cluster knows no times.
+            return {0: next(begins)} if point[0] == "time" else super()._offsets_of(point, marks)
+
+    monkeypatch.setattr("kbatch.cli._replay.TopicReader", Reader)
+    send(cluster, topic, *range(3))
+    status, out, err = run_here("replay", topic, *servers, "--yes", "--to", f"{topic}.dead", "--from", "1h")
+    assert (status, out, err) == (0, f"3 records replayed: 3 to {topic}.dead\n", "")
+
+
+def test_replay_sends_nothing_if_a_record_that_is_named_is_not_there(
+    cluster: MockCluster, topic: str, servers: tuple[str, str]
+) -> None:
+    bury(cluster, topic, 2)
+    for places in (("0:0", "0:7"), ("0:7",), ("0:0", "3:0")):
+        told = run_here("dead-topic", "replay", f"{topic}.dead", *places, *servers, "--yes")
+        assert_one_line(told, 1, "1 record not found")
+    assert read_back(cluster.bootstrap_servers, topic) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="platform: no pseudo-terminals")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_the_question_of_replay(
+    cluster: MockCluster, topic: str, servers: tuple[str, str], number: int, status: int
+) -> None:
+    pty = pytest.importorskip("pty", reason="platform: no pseudo-terminals")
+    bury(cluster, topic, 2)
+    master, slave = pty.openpty()
+    command = [*COMMAND, "replay", f"{topic}.dead", *servers]
+    with subprocess.Popen(command, stdin=slave, stdout=subprocess.PIPE, stderr=slave, env=environment()) as child:
+        try:
+            os.close(slave)
+            shown = b""
+            while b"[y/N]" not in shown:
+                shown += os.read(master, 1000)
+            child.send_signal(number)
+            assert child.wait(60) == status
+        finally:
+            child.kill()
+    os.close(master)
+    assert read_back(cluster.bootstrap_servers, topic) == []
+
+
+def test_a_signal_ends_a_replay_that_no_broker_answers(
+    kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kafka_cluster.create_topic("t")
+    send(kafka_cluster, "t", *range(3))
+    real = kbatch.Producer.send_batch
+    closed = []
+
+    def send_batch(producer: kbatch.Producer, *arguments: Any) -> kbatch.DeliveryReport:
+        kafka_cluster.set_broker_down()
+
+        def interrupt() -> None:
+            until(lambda: len(producer), "something is in flight")
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            return real(producer, *arguments)
+        finally:
+            thread.join()
+            closed.append(producer.closed)
+
+    monkeypatch.setattr("kbatch.Producer.send_batch", send_batch)
+    monkeypatch.setattr("kbatch.cli._replay._GRACE_S", 0.1)  # a second signal would do as well
+    servers = ("-X", f"bootstrap.servers={kafka_cluster.bootstrap_servers}", "-X", "delivery.timeout.ms=20000")
+    status, out, _ = run_here("replay", "t", *servers, "--yes", "--to", "other")
+    assert (status, out, closed) == (130, "0 of 3 replayed\n", [True])
 
 
 # -- listen
@@ -506,6 +655,19 @@ group.id = "g-{topic}"
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert process.returncode == 143
+
+
+def test_listen_has_its_inbox_where_the_environment_says_and_names_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = (
+        "handler = 'builtins:print'\ntopics = ['orders']\n[kafka]\ngroup.id = 'g'\nbootstrap.servers = '127.0.0.1:1'\n"
+    )
+    Path("listen.toml").write_text("inbox = 'shop.db'\n" + file)
+    status, out, err = run_here("listen", "--config", "listen.toml", KBATCH_INBOX="other.db")
+    assert (status, out) == (1, "")
+    assert re.search(r"it cannot go on: InboxError: .*other\.db; call create\(\) .* \(kbatch inbox create\)", err)
 
 
 def test_listen_that_cannot_go_on_says_why(cluster: MockCluster, topic: str, shop: Any) -> None:

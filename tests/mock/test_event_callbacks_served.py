@@ -1,6 +1,7 @@
 """The callbacks of a producer's configuration, side by side with confluent-kafka's, and what raises in them."""
 
 import functools
+import itertools
 import json
 import logging
 import re
@@ -219,6 +220,31 @@ def test_a_logging_filter_that_raises_does_not_end_the_callbacks(
     finally:
         logger.removeFilter(refuse)
     assert len(reports.arguments) == 5
+
+
+def test_a_logging_filter_that_raises_cuts_no_events_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(record: logging.LogRecord) -> bool:
+        raise RuntimeError("a filter")
+
+    put = _events._Events.put
+    given = itertools.count()
+
+    def refuses_each_second(self: Any, *arguments: Any, **options: Any) -> None:
+        if next(given) % 2:
+            raise ZeroDivisionError
+        put(self, *arguments, **options)
+
+    monkeypatch.setattr(_events._Events, "put", refuses_each_second)
+    statistics = Calls()
+    config = {"bootstrap.servers": NOBODY, "log_level": 0, "statistics.interval.ms": 1, "stats_cb": statistics}
+    logger = logging.getLogger("kbatch")
+    logger.addFilter(refuse)
+    try:
+        with kbatch.Producer(config) as producer:
+            producer._core.start()
+            until(lambda: len(statistics.arguments) >= 10, "statistics")
+    finally:
+        logger.removeFilter(refuse)
 
 
 def test_a_fatal_error_before_a_close_is_told_before_it_ends() -> None:

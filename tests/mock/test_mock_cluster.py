@@ -21,7 +21,7 @@ import kbatch.testing._mock  # the suite needs the compiled extension
 from kbatch.testing import ApiKey, MockCluster, MockClusterError, Request
 
 from ..waiting import until
-from .clients import produce, read, read_back
+from .clients import produce, read, read_back, read_committed
 
 since_2_15 = pytest.mark.skipif(
     kbatch.librdkafka_version < "2.15", reason="platform: librdkafka older than 2.15 lacks the functions"
@@ -379,6 +379,55 @@ def test_a_new_group_waits_for_more_members_as_long_as_was_set(cluster):
         until(lambda: waits_not.poll(0.1) or waits_not.assignment(), "the assignment")
         assert waits.poll(0.1) is None
         assert waits.assignment() == []
+
+
+def test_a_transaction_commits_no_offsets_and_hides_nothing(cluster):
+    cluster.create_topic("t")
+    producer = Producer({"bootstrap.servers": cluster.bootstrap_servers, "transactional.id": "one", "log_level": 0})
+    producer.init_transactions(30)
+    with consumer_of(cluster) as consumer:
+        consumer.subscribe(["t"])
+        until(lambda: consumer.poll(0.1) or consumer.assignment(), "the assignment")
+        for end in (producer.commit_transaction, producer.abort_transaction):
+            producer.begin_transaction()
+            producer.produce("t", end.__name__)
+            producer.flush(30)
+            offsets = [TopicPartition("t", 0, 1)]
+            producer.send_offsets_to_transaction(offsets, consumer.consumer_group_metadata(), 30)
+            end(30)
+        assert consumer.committed([TopicPartition("t", 0)], timeout=10)[0].offset < 0
+    found = [record.value for record in read_committed(cluster.bootstrap_servers, "t")]
+    assert found == [b"commit_transaction", b"abort_transaction"]
+
+
+_MEMBER = """
+import sys
+from confluent_kafka import Consumer
+consumer = Consumer({"bootstrap.servers": sys.argv[1], "group.id": "tests", "group.protocol": "consumer"})
+consumer.subscribe(["t"])
+while not consumer.assignment():
+    consumer.poll(0.1)
+print(flush=True)
+consumer.poll(60)
+"""
+
+
+def test_of_the_new_protocol_a_member_is_missed_and_others_learn_of_it_as_soon_as_was_set(cluster):
+    cluster.create_topic("t", partitions=4)
+    cluster.set_group_session(timeout_ms=600, heartbeat_interval_ms=50)
+    command = [sys.executable, "-c", _MEMBER, cluster.bootstrap_servers]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as lost:
+        lost.stdout.readline()  # it has all partitions
+        with consumer_of(cluster, **{"group.protocol": "consumer"}) as stays:
+            stays.subscribe(["t"])
+            until(lambda: stays.poll(0.01) or len(stays.assignment()) == 2, "its partitions")
+            lost.kill()
+            until(
+                lambda: stays.poll(0.01) or len(stays.assignment()) == 4, "those of the other, not in half a minute", 20
+            )
+    for timeout_ms, interval_ms in ((0, 1), (1, 0), (2**31, 1)):
+        with pytest.raises(ValueError, match=r"timeout_ms|heartbeat_interval_ms"):
+            cluster.set_group_session(timeout_ms, interval_ms)
 
 
 # -- its limits; one that is gone with a newer librdkafka can be taken out of the docstring

@@ -15,7 +15,7 @@ import kbatch
 from kbatch import Envelope, Tombstone, read_envelope
 from kbatch.testing import MockCluster
 
-from .clients import produce
+from .clients import produce, produce_named
 
 TOPIC = "orders"
 MOMENT = datetime(2026, 11, 23, 9, 16, 45, 123456, tzinfo=timezone.utc)
@@ -132,3 +132,12 @@ def test_events_go_both_ways(cluster: MockCluster) -> None:
         read = read_envelope(message, wire="cloudevents")
         assert (read.data, read.key, read.source) == (b'{"total": 4}', b"k", "/theirs")
         assert (str(read.id), read.sent_at, read.message_type) == (made.get_id(), MOMENT, "order.v2")
+
+
+def test_a_record_whose_headers_cannot_be_read_may_be_read_twice(cluster: MockCluster) -> None:
+    # confluent-kafka gives pairs without a name when it is asked again.
+    produce_named(cluster.bootstrap_servers, TOPIC, b"\xff")
+    (message,) = messages(cluster, 1)
+    for wire in ("kbatch", "raw", "cloudevents"):
+        with pytest.raises(kbatch.DeserializationError, match="the name of one of its headers is not UTF-8"):
+            read_envelope(message, wire=wire)

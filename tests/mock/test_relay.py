@@ -140,6 +140,45 @@ def test_what_is_added_while_it_runs(outbox: Outbox, cluster: MockCluster) -> No
     check_history(range(2000), stored(cluster))
 
 
+def test_a_look_at_all_that_took_long_is_not_repeated_soon(outbox: Outbox) -> None:
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+        relay._begin()
+        try:
+            relay._use_store()
+            assert relay._look_at_all_at - monotonic() < 31
+            relay._look_began_at = monotonic() - 10.0
+            relay._read_at = 0.0
+            relay._use_store()
+            assert relay._look_at_all_at - monotonic() > 150
+        finally:
+            relay._end()
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_relay_that_reaches_no_broker_leaves_the_outbox_to_one_that_does(
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._STAND_ASIDE_AFTER_S", 0.2)
+    with MockCluster() as unreachable:
+        unreachable.create_topic("orders", partitions=3)
+        cut_off = make(outbox, unreachable, {"delivery.timeout.ms": 500}, failures_to_open=1)
+        other = make(outbox, cluster)
+        with running(cut_off if is_first else other):
+            until(lambda: outbox.status().relays == 1, "its leases")
+            with running(other if is_first else cut_off):
+                until(lambda: other.stats()["buckets"] == cut_off.stats()["buckets"] == 32, "shares")
+                unreachable.set_broker_down()
+                outboxes.add(outbox, numbered(range(1000)))
+                assert other.drain(60) == 0
+                assert cut_off.stats()["acked"] == 0
+                until(lambda: other.stats()["buckets"] == 64, "all buckets")
+                assert cut_off.stats()["buckets"] == 0
+                assert outbox.status().relays == 1
+                unreachable.set_broker_up()
+                until(lambda: other.stats()["buckets"] == cut_off.stats()["buckets"] == 32, "shares again")
+    check_history(range(1000), stored(cluster))
+
+
 def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outbox: Outbox) -> None:
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
         relay._begin()

@@ -11,12 +11,13 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import pytest
 
 import kbatch
-from kbatch import PostgresOutbox, Relay
+from kbatch import OutboxQuery, PostgresOutbox, Relay
 from kbatch._fastmap import monotonic
 from kbatch.testing import MockCluster
 from tests import outboxes
@@ -465,3 +466,23 @@ def test_a_relay_behind_a_pool_in_transaction_mode_polls(server: Any, cluster: M
         outboxes.add(PostgresOutbox(server.conninfo, wire="raw", notify=True), numbered(range(5)))
         until(lambda: relay.stats()["acked"] == 5, "what it finds by itself")
     assert outbox.status().waiting == 0
+
+
+def test_grants_that_ddl_tells_of_are_enough_for_relays_and_those_who_look_after_dead_letters(
+    in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster
+) -> None:
+    outbox = in_postgres(wire="raw")
+    outboxes.add(outbox, numbered(range(4)))
+    outboxes.move_to_dead(outbox, "seq > 2")
+    outboxes.add(outbox, numbered([4], scheduled_time=datetime.now(timezone.utc) + timedelta(seconds=0.3)))
+    rights = [
+        ("SELECT, INSERT, UPDATE, DELETE", name) for name in ("outbox", "meta", "later", "dead", "lease", "relay")
+    ]
+    with outboxes.granted(outbox, [*rights, ("USAGE", outboxes.sequence(outbox))]) as conninfo:
+        user = PostgresOutbox(conninfo, schema=outbox._tables.schema, wire="raw")
+        assert user.dead_letters.replay(OutboxQuery(numbers=[3])) == 1
+        assert user.dead_letters.discard(OutboxQuery(numbers=[4])) == 1
+        with running(user, cluster) as relay:
+            until(lambda: relay.stats()["acked"] == 4, "what is scheduled, too")
+        assert user.status().scheduled == user.status().waiting == 0
+    check_history([0, 1, 2, 4], read_back(cluster.bootstrap_servers, "orders"))

@@ -113,6 +113,11 @@ def test_what_kubernetes_sets_for_a_service_called_kbatch_is_no_setting() -> Non
     assert Settings.collect([], None, of_another).values == {"api.gateway.acks": "all"}
 
 
+def test_what_names_a_database_is_no_setting() -> None:
+    for name in ("KBATCH_OUTBOX", "KBATCH_INBOX", "KBATCH_TEST_POSTGRES"):
+        assert Settings.collect([], None, {name: "postgresql://u:secret@h/d"}).values == {}
+
+
 @pytest.mark.parametrize(
     "name",
     [

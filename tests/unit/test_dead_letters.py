@@ -1,6 +1,8 @@
 """Dead letters, and what waits, in an outbox that no relay works on."""
 
+import functools
 import re
+import sqlite3
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -51,6 +53,31 @@ def numbers(letters: Any) -> list[int]:
 
 def changes(outbox: Outbox) -> int:
     return int(outboxes.query(outbox, "SELECT changes FROM {meta}")[0][0])
+
+
+@outboxes.in_sqlite
+@pytest.mark.parametrize(
+    ("kind", "says", "possibly"),
+    [
+        (sqlite3.OperationalError, "disk I/O error", True),
+        (sqlite3.OperationalError, "database or disk is full", False),
+        (sqlite3.IntegrityError, "FOREIGN KEY constraint failed", False),
+    ],
+)
+def test_a_change_that_may_be_made_when_the_disk_fails_says_so(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, kind: type[sqlite3.Error], says: str, possibly: bool
+) -> None:
+    class Failing(sqlite3.Connection):
+        def execute(self, sql: str, *arguments: Any) -> sqlite3.Cursor:
+            if sql == "COMMIT":
+                raise kind(says)
+            return super().execute(sql, *arguments)
+
+    bury(outbox, *keyed("a"))
+    monkeypatch.setattr(sqlite3, "connect", functools.partial(sqlite3.connect, factory=Failing))
+    with pytest.raises(OutboxError, match=says) as caught:
+        outbox.dead_letters.discard(ALL)
+    assert caught.value.possibly_persisted is possibly
 
 
 # -- finding

@@ -8,7 +8,9 @@ import weakref
 
 import pytest
 
+from kbatch import Envelope
 from kbatch._fastmap import LoopWaker, TaskStarter, Turns
+from kbatch.testing.aio import MemoryProducer
 
 
 class CountingLoop(asyncio.SelectorEventLoop):
@@ -271,3 +273,47 @@ def test_a_task_whose_start_is_interrupted_starts_all_the_same() -> None:
     finally:
         loop.close()
     assert ran == [1]
+
+
+def test_a_task_that_cannot_be_made_is_told_and_leaves_the_loop_at_rest(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        raise AssertionError("it has no task")
+
+    async def main() -> None:
+        def refuse(*args, **kwargs):  # type: ignore[no-untyped-def]
+            asked.append(1)
+            raise RuntimeError("the nursery is closed")
+
+        asyncio.get_running_loop().set_task_factory(refuse)
+        starter = TaskStarter(run, tasks)
+        on_a_thread(starter)
+        while not asked:
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert starter.task is None
+        asyncio.get_running_loop().set_task_factory(None)
+
+    asked: list[int] = []
+    tasks: set[TaskStarter] = set()
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert (asked, tasks) == ([1], set())
+    assert [record.getMessage() for record in caplog.records] == [
+        "a callback was not called: no task could be made for it"
+    ]
+    assert "the nursery is closed" in caplog.text
+
+
+def test_a_producer_closes_when_no_task_can_be_made_for_its_callback() -> None:
+    async def main() -> None:
+        async with MemoryProducer() as producer:
+            asyncio.get_running_loop().set_task_factory(refuse)
+            await producer.submit("t", [Envelope(1)], callback=print)
+            assert await producer.flush(20) == 0
+            await producer.close(20)
+            asyncio.get_running_loop().set_task_factory(None)
+
+    def refuse(*args, **kwargs):  # type: ignore[no-untyped-def]
+        raise RuntimeError("the nursery is closed")
+
+    asyncio.run(asyncio.wait_for(main(), 30))

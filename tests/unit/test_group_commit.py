@@ -2,11 +2,12 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from kbatch import OutboxError, SenderClosedError
+from kbatch import DurableSender, OutboxError, SenderClosedError
 from kbatch._fastmap import Flag
 from kbatch._outbox import _group
 from kbatch._outbox._group import GroupCommit, Waiting
@@ -214,6 +215,20 @@ def test_what_was_refused_or_withdrawn_does_not_stay_behind_one_who_waits(monkey
     assert last[1].wait(30)
     assert [number for each in outbox.groups for number in each] == [0, 20]
     ended(group)
+
+
+def test_what_waits_when_the_thread_ends_with_the_last_sender_is_told_that_it_is_closed() -> None:
+    group = GroupCommit(Outbox())
+    batch: Any = b"x"
+    waiting = Waiting(batch, lambda: None, patient=True)
+    group._queue.append(waiting)  # when its thread had ended, and was about to refuse what is left
+    sender = DurableSender.__new__(DurableSender)
+    shared: Any = SimpleNamespace(group=group, outbox=group._outbox)
+    sender._shared = shared
+    group.end()
+    with pytest.raises(SenderClosedError):
+        sender._answer(waiting, None)
+    assert waiting.is_withdrawn
 
 
 def test_its_end_commits_what_waits_and_takes_nothing_more() -> None:

@@ -331,6 +331,61 @@ def test_it_joins_the_transaction_of_each_driver_of_asyncio(
 
 
 @in_postgres
+def test_what_a_driver_says_of_its_use_is_no_outage_and_a_lost_connection_is(of_postgres: PostgresInbox) -> None:
+    import asyncpg
+
+    inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema)
+    (order,) = given(1)
+
+    async def work() -> list[Any]:
+        connection = await asyncpg.connect(of_postgres._conninfo, command_timeout=2)
+        await connection.execute("BEGIN")
+        both = (inbox.accept(connection, order, group=GROUP) for _ in range(2))
+        found = await asyncio.gather(*both, return_exceptions=True)
+        await connection.execute("ROLLBACK")
+        await connection.execute("BEGIN")
+        with inboxes.transaction(of_postgres) as holder:
+            holder.execute(of_postgres._tables.sql("LOCK TABLE {inbox}"))
+            found += await asyncio.gather(inbox.accept(connection, order, group=GROUP), return_exceptions=True)
+        await connection.execute("ROLLBACK")
+        await connection.execute("BEGIN")
+        run(of_postgres, f"SELECT pg_terminate_backend({connection.get_server_pid()})")
+        found += await asyncio.gather(inbox.accept(connection, order, group=GROUP), return_exceptions=True)
+        await connection.close()
+        return found
+
+    first, *others = asyncio.run(work())
+    assert first is True
+    assert all(isinstance(each, InboxError) for each in others), others
+    assert [each.is_outage for each in others] == [False, False, True]
+
+
+@in_postgres
+def test_a_connection_whose_text_is_bytes(of_postgres: PostgresInbox) -> None:
+    ascii_only = "SET client_encoding TO 'SQL_ASCII'"
+    some = given(3)
+    with inboxes.transaction(of_postgres) as connection:
+        connection.execute(ascii_only)
+        assert of_postgres.accept(connection, some[1], group=GROUP)
+        assert of_postgres.accept_many(connection, some, group=GROUP) == [True, False, True]
+    inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema)
+
+    async def work() -> None:
+        async with connected(of_postgres, "psycopg") as (connection, execute, _):
+            await execute(ascii_only)
+            assert await inbox.accept_many(connection, [*some, *given(1)], group=GROUP) == [False] * 3 + [True]
+
+    asyncio.run(work())
+    session = of_postgres.open_session(GROUP)
+
+    def handle(envelopes: list[Envelope], connection: Any) -> None:
+        connection.execute(ascii_only)
+
+    assert [session.handle_batch([*some, *given(n)], handle) for n in (1, 2)] == [1, 2]
+    session.close()
+
+
+@in_postgres
 def test_the_inbox_for_asyncio_makes_tables_tells_its_status_and_purges(of_postgres: PostgresInbox) -> None:
     inbox = aio.PostgresInbox(of_postgres._conninfo, schema=of_postgres._tables.schema, prefix="aio_")
 

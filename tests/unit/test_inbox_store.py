@@ -4,6 +4,7 @@ left out."""
 
 import contextlib
 import random
+import select
 import threading
 import time
 import uuid
@@ -19,7 +20,7 @@ from kbatch import Envelope, InboxError
 from kbatch.testing.compliance import InboxCompliance
 from tests import inboxes, outboxes
 from tests.inboxes import GROUP, Inbox, accept, ids, in_postgres, in_sqlite, transaction
-from tests.outboxes import in_schema, query, run
+from tests.outboxes import granted, in_schema, query, run
 
 NOW = datetime.now(timezone.utc)
 NewInbox = Callable[..., Inbox]
@@ -414,6 +415,27 @@ def test_a_database_that_is_not_there_is_no_outage(inbox: Inbox, tmp_path: Any) 
 
 
 @in_postgres
+@pytest.mark.parametrize("factory", ["dict_row", "scalar_row", "namedtuple_row"])
+def test_what_a_handler_sets_for_its_rows_changes_nothing_for_later_messages(
+    inbox: Inbox, effects: str, factory: str
+) -> None:
+    from psycopg import rows
+
+    session = inbox.open_session(GROUP)
+
+    def handle(envelopes: list[Envelope], connection: Any) -> None:
+        connection.row_factory = getattr(rows, factory)
+        for envelope in envelopes:
+            writer(effects)(envelope, connection)
+
+    given = orders(6)
+    assert [session.handle_batch(given[:n], handle) for n in (2, 4, 4)] == [2, 2, 0]
+    assert [session.handle(order, writer(effects)) for order in given[3:]] == [False, True, True]
+    session.close()
+    assert inboxes.numbers(inbox, effects) == [0, 1, 2, 3, 4, 5]
+
+
+@in_postgres
 def test_a_connection_that_is_cut_is_an_outage_and_the_next_call_has_another(inbox: Inbox, effects: str) -> None:
     session = inbox.open_session(GROUP)
     given = orders(4)
@@ -446,6 +468,76 @@ def test_a_connection_that_is_cut_is_an_outage_and_the_next_call_has_another(inb
     assert session.handle(given[1], writer(effects))
     assert inboxes.numbers(inbox, effects) == [0, 1]
     session.close()
+
+
+@in_postgres
+def test_the_first_handler_of_a_partition_holds_up_no_other(inbox: Inbox) -> None:
+    def handle(offset: int, handler: Callable[[Any, Any], object]) -> bool:
+        session = inbox.open_session(GROUP)
+        try:
+            return session.handle(read_from("orders", 0, offset, id=kbatch.uuid7()), handler)
+        finally:
+            session.close()
+
+    def meanwhile(envelope: Envelope, connection: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(handle, 1, lambda envelope, connection: None).result()
+
+    assert handle(0, meanwhile)
+    assert query(inbox, "SELECT topic, partition FROM {position}") == [("orders", 0)]
+
+
+class Late:
+    """A handler for which the server does not wait."""
+
+    def __init__(self, ends: str, table: str) -> None:
+        self._ends = ends
+        self._table = table
+
+    def __call__(self, envelope: Envelope, connection: Any) -> None:
+        writer(self._table)(envelope, connection)
+        connection.execute("SET LOCAL idle_in_transaction_session_timeout = 1")
+        ended = select.select([connection.fileno()], [], [], 60)[0]  # the server says that it has ended the connection
+        assert ended
+        if self._ends == "executes":
+            writer(self._table)(envelope, connection)
+        elif self._ends == "raises":
+            raise KeyError("a fault of its own")
+
+
+@in_postgres
+@pytest.mark.parametrize("ends", ["returns", "executes", "raises"])
+def test_a_handler_that_takes_longer_than_the_server_lets_it_has_failed(inbox: Inbox, effects: str, ends: str) -> None:
+    import psycopg
+
+    session = inbox.open_session(GROUP)
+    (order,) = orders(1)
+    kind = KeyError if ends == "raises" else psycopg.errors.IdleInTransactionSessionTimeout
+    with pytest.raises(kind):
+        session.handle(order, Late(ends, effects))
+    assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
+    assert session.handle(order, writer(effects))
+    session.close()
+    assert inboxes.numbers(inbox, effects) == [0]
+
+
+@in_postgres
+def test_an_error_of_another_database_is_an_outage_if_the_connection_is_lost(inbox: Inbox, effects: str) -> None:
+    import psycopg
+
+    session = inbox.open_session(GROUP)
+    (order,) = orders(1)
+
+    def fail(envelope: Envelope, connection: Any) -> None:
+        run(inbox, f"SELECT pg_terminate_backend({connection.info.backend_pid})")
+        with contextlib.suppress(psycopg.Error):
+            writer(effects)(envelope, connection)
+        raise psycopg.errors.UniqueViolation("of another database")
+
+    with pytest.raises(InboxError, match="the connection is lost") as caught:
+        session.handle(order, fail)
+    session.close()
+    assert caught.value.is_outage
 
 
 @in_postgres
@@ -674,6 +766,59 @@ def test_names_of_a_schema_and_tables_may_have_any_characters(new_inbox: NewInbo
         assert inbox.purge() == 4
     finally:
         outboxes.drop_schema(postgres, schema)
+
+
+@in_postgres
+def test_a_purge_works_whatever_transactions_are_by_default_and_is_not_left_open_for_long(
+    inbox: Inbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from psycopg.conninfo import make_conninfo
+
+    from kbatch._inbox._postgres_purge import Purge
+
+    assert isinstance(inbox, kbatch.PostgresInbox)
+    names = ("default_transaction_isolation=serializable", "default_transaction_read_only=on")
+    conninfo = make_conninfo(inbox._conninfo, options=" ".join(f"-c {name}" for name in names))
+    user = kbatch.PostgresInbox(conninfo, schema=inbox._tables.schema)
+    counts, rows = Purge._counts, Purge._rows
+    found = []
+
+    def looked(purge: Any, *arguments: Any, **options: Any) -> Any:
+        found.append(purge._connection.execute("SHOW idle_in_transaction_session_timeout").fetchone()[0])
+        return counts(purge, *arguments, **options)
+
+    def meets(purge: Any, statement: str, slot: str, **options: Any) -> Any:
+        if statement.startswith("DELETE") and slot == "other":
+            found.append(purge._connection.execute("SHOW transaction_isolation").fetchone()[0])
+        return rows(purge, statement, slot, **options)
+
+    accept(inbox, [*old(9), Envelope(data=b"", id=uuid.uuid4())])
+    inboxes.handled_at(inbox, NOW - timedelta(days=8))
+    monkeypatch.setattr(Purge, "_counts", looked)
+    monkeypatch.setattr(Purge, "_rows", meets)
+    handle_from(user, read_from("orders", 0))
+    user.note_offsets(GROUP, 1_000_000, {("orders", 0): (0, 1)})
+    assert user.purge(committed={GROUP: NOW}) == 4
+    assert found == ["20s", "read committed"]
+
+
+@in_postgres
+def test_grants_that_ddl_tells_of_are_enough_to_handle_and_to_purge(inbox: Inbox) -> None:
+    assert isinstance(inbox, kbatch.PostgresInbox)
+    slots = ["other", *(f"day_{day:02}" for day in range(32))]
+    rights = [("INSERT, SELECT", "inbox"), ("SELECT", "meta"), ("SELECT, INSERT, UPDATE", "position")]
+    rights += [("SELECT, UPDATE, DELETE, TRUNCATE", name) for name in slots]
+    with granted(inbox, rights) as conninfo:
+        user = kbatch.PostgresInbox(conninfo, schema=inbox._tables.schema)
+        with inboxes.transaction(user) as connection:
+            assert user.accept_many(connection, orders(3), group="shipping") == [True] * 3
+        given = [*old(9), Envelope(data=b"", id=uuid.uuid4()), *old(10, 1), *orders(1)]
+        handle_from(user, *(envelope.replace(topic="orders", partition=0) for envelope in given))
+        # One day is emptied, and from another one, of which a row stays, a row is deleted.
+        accept(inbox, old(10, 1, 5), "shipping")
+        inboxes.handled_at(inbox, NOW - timedelta(days=8), "group_id = 'billing'")
+        assert user.purge(committed={GROUP: NOW}) == 5
+    assert inbox.status().handled == 5
 
 
 @in_postgres

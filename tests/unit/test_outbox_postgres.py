@@ -79,6 +79,40 @@ def test_few_rows_and_many_are_stored_alike(outbox: PostgresOutbox, count: int) 
     assert len({row[5] for row in rows}) == 1
 
 
+@pytest.mark.parametrize("by", ["psycopg", "psycopg for asyncio", "asyncpg"])
+def test_a_few_rows_that_are_large_are_copied(outbox: PostgresOutbox, monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    monkeypatch.setattr("kbatch._outbox._postgres_rows._MOST_BYTES_JOINED", 1000)
+    each: Any = outbox if by == "psycopg" else of_aio(outbox)
+    monkeypatch.setattr(each, "_statement", None)
+    large = [Envelope(data=b"%d" % n * 500) for n in range(3)]
+    large.append(Envelope(data=b"", scheduled_time=FUTURE))
+    if by == "psycopg":
+        assert outboxes.add(outbox, large) == 4
+    else:
+
+        async def work() -> None:
+            import asyncpg
+            import psycopg
+
+            connect: Any = asyncpg.connect if by == "asyncpg" else psycopg.AsyncConnection.connect
+            connection = await connect(outbox._conninfo)
+            await connection.execute("BEGIN")
+            assert await each.add(connection, large, topic="orders") == 4
+            await connection.execute("COMMIT")
+            await connection.close()
+
+        asyncio.run(work())
+    assert outboxes.bodies(outbox) == [b"%d" % n * 500 for n in range(3)]
+    assert outbox.status().scheduled == 1
+
+
+def test_a_server_without_room_for_locks_says_what_to_do(outbox: PostgresOutbox) -> None:
+    import psycopg
+
+    error = outbox._tables.as_error(psycopg.errors.OutOfMemory("out of shared memory"))
+    assert "raise max_locks_per_transaction" in str(error)
+
+
 def test_a_key_has_the_bucket_that_it_has_in_sqlite(outbox: PostgresOutbox, tmp_path: Any) -> None:
     other = outboxes.made(tmp_path, wire="raw")
     given = [Envelope(data=b"%d" % n, key=f"k{n}", timestamp=7) for n in range(200)]
@@ -411,6 +445,37 @@ def test_a_change_of_many_rows_is_one_transaction(outbox: PostgresOutbox, monkey
     assert (outbox.status().waiting, outbox.status().dead) == (5, 0)
 
 
+@pytest.mark.parametrize(("arrives", "is_refused"), [(True, False), (False, False), (False, True)])
+def test_a_change_whose_commit_has_no_answer_may_be_made_and_says_so(
+    outbox: PostgresOutbox, monkeypatch: pytest.MonkeyPatch, arrives: bool, is_refused: bool
+) -> None:
+    import psycopg
+
+    from kbatch._database._postgres_connection import OwnConnection
+
+    outboxes.add(outbox, envelopes(2))
+    outboxes.move_to_dead(outbox, "true")
+    execute: Any = OwnConnection.execute
+    commits = itertools.count()
+
+    def cut(self: Any, statement: Any, *arguments: Any, **options: Any) -> Any:
+        if statement != "COMMIT" or not next(commits):  # the first one is of the search
+            return execute(self, statement, *arguments, **options)
+        if arrives:
+            execute(self, statement)
+        if is_refused:
+            raise psycopg.errors.RaiseException("by a deferred trigger")
+        raise psycopg.OperationalError("server closed the connection unexpectedly")
+
+    monkeypatch.setattr(OwnConnection, "execute", cut)
+    says = "by a deferred trigger" if is_refused else "whether the transaction was committed is not known"
+    with pytest.raises(OutboxError, match=says) as caught:
+        outbox.dead_letters.replay(OutboxQuery(numbers=[1]))
+    assert caught.value.possibly_persisted is not is_refused
+    monkeypatch.undo()
+    assert outbox.status().waiting == arrives
+
+
 def test_nobody_waits_for_those_who_look_after_dead_letters(outbox: PostgresOutbox) -> None:
     outboxes.add(outbox, envelopes(10))
     outboxes.move_to_dead(outbox, "seq <= 5")
@@ -552,6 +617,33 @@ def test_connections_of_asyncio_that_are_in_no_transaction(outbox: PostgresOutbo
     assert outbox.status().waiting == 0
 
 
+def test_what_a_driver_says_of_its_use_is_not_told_as_a_lost_connection(outbox: PostgresOutbox) -> None:
+    import asyncpg
+
+    async def work() -> list[BaseException | int]:
+        connection = await asyncpg.connect(outbox._conninfo, command_timeout=2)
+        await connection.execute("BEGIN")
+        adds = (of_aio(outbox).add(connection, envelopes(1), topic="orders") for _ in range(2))
+        found = await asyncio.gather(*adds, return_exceptions=True)
+        await connection.execute("ROLLBACK")
+        await connection.execute("BEGIN")
+        with outboxes.transaction(outbox) as holder:
+            holder.execute(outbox._tables.sql("LOCK TABLE {outbox}"))
+            late = of_aio(outbox).add(connection, envelopes(1), topic="orders")
+            found += await asyncio.gather(late, return_exceptions=True)
+        await connection.close()
+        return found
+
+    first, second, late = asyncio.run(work())
+    assert first == 1
+    assert isinstance(second, OutboxError)
+    assert "another operation is in progress" in str(second)
+    assert "conninfo" not in str(second)
+    assert isinstance(late, OutboxError)
+    assert "TimeoutError" in str(late)
+    assert "conninfo" not in str(late)
+
+
 def test_tables_that_are_missing(postgres: str, outbox: PostgresOutbox) -> None:
     missing = PostgresOutbox(postgres, schema=outbox._tables.schema, prefix="missing_")
     for count in (1, 3, 100):
@@ -636,20 +728,12 @@ def test_a_transaction_that_only_reads_and_a_user_who_may_not_write(outbox: Post
 
 
 def test_grants_that_ddl_tells_of_are_enough_to_add(outbox: PostgresOutbox) -> None:
-    tables = outbox._tables
-    (sequence,) = outboxes.rows(outbox, f"SELECT pg_get_serial_sequence('{tables.names['outbox']}', 'seq')")[0]
-    schema = outboxes.in_schema(outbox, "x").rpartition(".")[0]
-    with outboxes.transaction(outbox) as connection:
-        connection.execute("CREATE ROLE kbatch_adder")
-        connection.execute(f"GRANT USAGE ON SCHEMA {schema} TO kbatch_adder")
-        connection.execute(f"GRANT INSERT ON {tables.names['outbox']} TO kbatch_adder")
-        connection.execute(f"GRANT SELECT ON {tables.names['meta']} TO kbatch_adder")
-        connection.execute(f"GRANT USAGE ON SEQUENCE {sequence} TO kbatch_adder")
-        connection.execute("SET LOCAL ROLE kbatch_adder")
+    rights = [("INSERT", "outbox"), ("USAGE", outboxes.sequence(outbox)), ("SELECT", "meta"), ("INSERT", "later")]
+    with outboxes.granted(outbox, rights) as conninfo:
+        user = PostgresOutbox(conninfo, schema=outbox._tables.schema, wire="raw")
         for count in (1, 3, 100):
-            assert outbox.add(connection, envelopes(count), topic="orders") == count
-        connection.execute("ROLLBACK")
-        connection.execute("BEGIN")
+            assert outboxes.add(user, envelopes(count)) == count
+        assert outboxes.add(user, [Envelope(data=b"", scheduled_time=FUTURE)]) == 1
 
 
 def test_a_server_that_is_not_there_and_a_conninfo_that_is_none() -> None:
@@ -769,6 +853,29 @@ def test_create_from_many_threads_at_the_same_time(postgres: str, outbox: Postgr
     assert query(others[0], "SELECT count(*), sum(token) FROM {lease}") == [(64, 0)]
 
 
+@pytest.mark.parametrize("default", ["isolation=serializable", "read_only=on"])
+def test_create_works_whatever_transactions_are_by_default(outbox: PostgresOutbox, default: str) -> None:
+    from psycopg.conninfo import make_conninfo
+
+    conninfo = make_conninfo(outbox._conninfo, options=f"-c default_transaction_{default}")
+    other = PostgresOutbox(conninfo, schema=outbox._tables.schema, prefix="new_")
+    name = other._tables.names["outbox"]
+    with connected(outbox) as maker, ThreadPoolExecutor(1) as pool:
+        maker.execute("BEGIN")
+        maker.execute("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (name,))
+        made = pool.submit(other.create)
+        waiting = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = %s::bigint AND NOT granted"
+        ((key,),) = maker.execute("SELECT hashtext(%s)::bigint & 4294967295", (name,)).fetchall()
+        until(lambda: made.done() or query(outbox, waiting % key) == [(1,)], "the second one")
+        maker.execute(other._tables.ddl())
+        maker.execute("COMMIT")
+        made.result()
+    third = PostgresOutbox(conninfo, schema=outbox._tables.schema, prefix="third_")
+    for each in (other, third):
+        each.create()
+        assert query(each, "SELECT count(*) FROM {lease}") == [(64,)]
+
+
 def test_create_waits_for_nobody_if_nothing_is_to_be_made(outbox: PostgresOutbox) -> None:
     with outboxes.transaction(outbox) as connection:
         for table in ("outbox", "later", "dead"):
@@ -877,6 +984,17 @@ def test_a_bucket_does_not_change_hands_while_its_rows_are_written(outbox: Postg
         taken, _ = second.renew("second", 60.0, **options)
         assert len(taken) == 64
     assert outbox.status().waiting == 0
+
+
+def test_a_relay_that_has_lost_leases_does_not_wait_for_the_one_that_has_them(outbox: PostgresOutbox) -> None:
+    nothing: dict[str, Any] = {"done": [], "done_later": [], "failures": [], "failures_later": []}
+    with contextlib.closing(outbox.open_store()) as late, contextlib.closing(outbox.open_store()) as other:
+        old = dict(late.renew("late", 60.0, release=(), avoid=())[0])
+        query(outbox, "UPDATE {lease} SET until = 0 WHERE bucket < 2")
+        other.renew("other", 60.0, release=(), avoid=())
+        with transaction(outbox) as renewing:
+            renewing.execute(outbox._tables.sql("UPDATE {lease} SET until = until + 1 WHERE owner = 'other'"))
+            assert late.settle({bucket: old[bucket] for bucket in (0, 1, 2)}, **nothing) == {0, 1}
 
 
 def test_two_relays_that_remove_those_that_are_gone_do_not_wait_for_each_other(outbox: PostgresOutbox) -> None:

@@ -26,7 +26,7 @@ PACKAGE = Path(kbatch.__file__).parent
 
 # Imports point down only: each module may import those above it in this list.
 LAYERS = [
-    {"_version", "_serialization", "_librdkafka", "_text"},
+    {"_version", "_serialization", "_librdkafka", "_text", "_logs"},
     {"_codes"},
     {"_errors"},
     {"_callbacks", "_checks"},
@@ -75,8 +75,8 @@ LAYERS_WITHIN = {
     ],
     "_receiving": [
         {"_config", "_consumer", "_copies", "_delayed", "_failures", "_positions"},
-        {"_lanes", "_transacting"},
-        {"_failing", "_reading"},
+        {"_failing", "_lanes"},
+        {"_reading", "_transacting"},
         {"_base"},
         {"_listener"},
     ],

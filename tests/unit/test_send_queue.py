@@ -772,6 +772,39 @@ def test_a_clock_that_jumps_ahead_makes_nothing_older_than_it_is() -> None:
     assert queue.ended == []
 
 
+def test_what_was_long_taken_is_not_too_old_when_the_clock_jumps_past_its_time() -> None:
+    queue = make_queue(RetryPolicy(max_age_s=60))
+    batch = Batch([Envelope(data=b"", scheduled_time=at(WALL + 7200))], scheduled=True)
+    assert queue.take(batch, NOW, WALL) is None
+    queue.expire(NOW + 3600, WALL + 3600)
+    flight = queue.next_flight(NOW + 3601, WALL + 7200 + 120)
+    assert flight is not None
+    assert queue.ended == []
+    fail(queue, flight, {0: OUTAGE})
+    queue.expire(NOW + 3659, WALL + 7378)
+    assert queue.ended == []
+    queue.expire(NOW + 3660, WALL + 7379)  # from here on it is as old as any other
+    assert len(queue.ended) == 1
+
+
+def test_what_waited_in_the_buffer_for_its_time_has_its_own_time_from_then() -> None:
+    queue = make_queue(RetryPolicy(max_age_s=60))
+    times = [at(WALL + 59), at(WALL + 70), at(WALL - 10), None]
+    batch = Batch([Envelope(data=b"", scheduled_time=time) for time in times], scheduled=True)
+    late = SenderError("late")
+    queue.expire(NOW + 60, WALL + 60)
+    queue.expire_batch(batch, NOW + 60, WALL + 60, late)
+    assert [end.entry.seq for end in queue.ended] == [2, 3]
+    queue.ended.clear()
+    queue.expire(NOW + 118.9, WALL + 118.9)
+    assert queue.ended == []
+    queue.expire(NOW + 119, WALL + 119)
+    assert [end.entry.seq for end in queue.ended] == [0]
+    queue.ended.clear()
+    queue.expire(NOW + 130, WALL + 130)
+    assert [end.entry.seq for end in queue.ended] == [1]
+
+
 # -- transactions
 
 

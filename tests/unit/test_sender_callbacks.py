@@ -295,8 +295,17 @@ def test_what_came_by_try_send_from_a_thread_first_is_told_on_the_loop_that_come
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
-def test_a_callbacks_task_that_cannot_be_made_holds_nothing_up() -> None:
+@pytest.mark.parametrize("may_say_why", [True, False])
+def test_a_callbacks_task_that_cannot_be_made_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, may_say_why: bool
+) -> None:
     """Its envelope is told otherwise, and the callbacks go on."""
+    if not may_say_why:
+
+        def no_memory(error: BaseException) -> str:
+            raise MemoryError
+
+        monkeypatch.setattr("kbatch.aio._batched.named_exception_text", no_memory)
     told: list[Any] = []
 
     async def on_failed(envelope: Envelope[Any], error: kbatch.KbatchError) -> None:
@@ -312,6 +321,7 @@ def test_a_callbacks_task_that_cannot_be_made_holds_nothing_up() -> None:
             return asyncio.Task(coroutine, loop=loop, **more)
 
         asyncio.get_running_loop().set_task_factory(make)
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # it is told of the second MemoryError
         async with AioMemoryProducer() as producer:
             agent = aio.SendingAgent(producer, "orders", on_failed=on_failed)
             async with aio.BatchedSender(agent, batch_timeout_ms=0) as sender:
@@ -335,3 +345,27 @@ def test_a_loop_does_not_wait_for_itself_when_no_thread_can_be_had() -> None:
             calls.call(print)
 
     asyncio.run(run())
+
+
+def test_an_agent_of_an_event_loop_refuses_in_a_forked_child_before_it_takes_a_lock() -> None:
+    """A thread of the parent may have held it, so the loop of the child would hang."""
+    told: list[Any] = []
+
+    class Callback(aio.SenderCallback):
+        async def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
+            told.append(report.acked)
+
+        async def mark_processing_failure(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+            told.append(type(error))
+
+    async def run() -> None:
+        async with AioMemoryProducer() as producer:
+            agent = aio.SendingAgent(producer, "orders")
+            await agent.send_batch(Callback(), kbatch.OutgoingBatch([Envelope(1)]))
+            pid, agent._pid = agent._pid, -1  # as if this were a child
+            await agent.send_batch(Callback(), kbatch.OutgoingBatch([Envelope(2)]))
+            agent._pid = pid
+            await agent.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert told == [1, kbatch.ForkError]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kbatch._database._postgres_connection import OwnConnection
     from kbatch._errors import KbatchError
 
-__all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg"]
+__all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_asyncpg", "is_lost"]
 
 _IN_TRANSACTION, _NO_PIPELINE = 2, 0  # libpq's PQTRANS_INTRANS and PQ_PIPELINE_OFF
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
@@ -30,10 +30,11 @@ _HINTS = {
     "42703": "its tables are not those that create() makes: use other tables by prefix=",
     "3F000": "make the schema first, or name another one by schema=",
     "3D000": "make the database first",
-    "42501": "the user must be granted to read and write the {what}'s tables, and to use its schema and sequence",
+    "42501": "the user must be granted what ddl() of the {what} tells of, on its tables, schema and sequence",
     "25006": "give a connection that may write, to the primary server",
     "25P02": "a statement of this transaction has failed before: roll back",
     "53300": "the server has no connection left; give it more, or a pool in front of it",
+    "53200": "the server has no memory or no locks left: lock fewer keys at a time, or raise max_locks_per_transaction",
     "53100": "make room on the server's disk",
     "57014": "a statement took too long, or was cancelled",
     "55P03": "another session has held a lock for long; transactions should be short",
@@ -93,7 +94,9 @@ class PostgresNames(Tables):
         hint = _HINTS.get(code) or _HINTS.get(code[:2])
         if "is closed" in text:
             hint = "give a connection that is open"
-        elif hint is None and (not code or code.startswith(("08", "57P"))):
+        elif _is_timeout(cause):
+            hint = _HINTS["57014"]
+        elif hint is None and (code.startswith(("08", "57P")) if code else is_lost(cause)):
             hint = "the connection is lost, or was not made: is the server there, and is conninfo right?"
         text = f"the {self.what} {self!r}: {text}" + (f"; {hint.format(what=self.what)}" if hint else "")
         return self._made(cause, text)
@@ -141,8 +144,15 @@ class PostgresDatabase:
 
     def _create(self) -> None:
         with self._connection() as connection:
-            run = connection.execute
-            run("BEGIN")
+            if self._lacks_any(connection):
+                self._make(connection)
+            self._check_tables(connection)
+
+    def _make(self, connection: OwnConnection) -> None:
+        from kbatch._database._postgres_connection import writing
+
+        run = connection.execute
+        with writing(connection):
             # Of two who make them at the same time the second one would fail.
             name = self._tables.names[self._tables.what]
             run("SELECT pg_advisory_xact_lock(hashtext('kbatch'), hashtext(%s))", (name,))
@@ -150,11 +160,10 @@ class PostgresDatabase:
                 run("SET LOCAL lock_timeout = '10s'")
                 self._refuse_other_tables(connection)
                 run(self._tables.ddl().encode())
-            self._check_tables(connection)
-            run("COMMIT")
+                self._check_tables(connection)
 
     def _lacks_any(self, connection: psycopg.Connection[Any]) -> bool:
-        # So that it waits for no lock when nothing is to be made.
+        # So that it waits for no lock, and may be on a standby, when nothing is to be made.
         tables = self._tables
         statement = (
             "SELECT count(*) FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace "
@@ -174,7 +183,9 @@ class PostgresDatabase:
                 self._tables.check_meta(*found)
 
     def _check_tables(self, connection: psycopg.Connection[Any]) -> None:
-        self._check_look(connection.execute(self._meta().encode()).fetchone())
+        from kbatch._database._postgres_connection import run_raw
+
+        self._check_look(next(iter(run_raw(connection, self._meta())), None))
 
     def _check_look(self, found: Any) -> None:
         if found is None:
@@ -186,7 +197,7 @@ class PostgresDatabase:
         try:
             import psycopg
 
-            from kbatch._database._postgres_connection import connect
+            from kbatch._database._postgres_connection import connect, not_begun
         except ImportError as error:
             raise self._tables.error(
                 f"the {self._tables.what} {self._tables!r} needs psycopg for a connection of its own: pip install "
@@ -197,10 +208,13 @@ class PostgresDatabase:
             connection = connect(self._conninfo, self._tables.error)
             yield connection
         except BaseException as error:
+            told = error
             if connection is not None:
+                if isinstance(error, psycopg.Error):
+                    told = not_begun(connection, error)
                 connection.close()
             if isinstance(error, psycopg.Error):
-                raise self._tables.as_error(error) from error
+                raise self._tables.as_error(told) from error
             raise
         if not keep:
             connection.close()
@@ -282,6 +296,20 @@ class AioPostgresDatabase(PostgresDatabase):
                 f"the connection is in no transaction, so that the {self._added} would not be committed together with "
                 "the data: add them within its `async with connection.transaction():`"
             )
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error of a driver without a code of PostgreSQL is about the connection; others are about what was done
+    with it, as when two tasks use it at the same time."""
+    if isinstance(error, OSError):
+        return not _is_timeout(error)
+    kinds = (kind.__name__ for kind in type(error).__mro__)
+    return "OperationalError" in kinds or "is closed" in exception_text(error)  # of psycopg and SQLAlchemy; of asyncpg
+
+
+def _is_timeout(error: BaseException) -> bool:
+    """Of asyncpg's ``command_timeout``; what the system calls so has a number."""
+    return isinstance(error, TimeoutError) and error.errno is None
 
 
 def is_asyncpg(driver: object) -> bool:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Iterator
     from typing import TypeVar
 
     from kbatch._errors import KbatchError
 
     _T = TypeVar("_T")
 
-__all__ = ["OwnConnection", "SilentServerError", "connect", "run_raw"]
+__all__ = ["OwnConnection", "SilentServerError", "connect", "not_begun", "run_raw", "writing"]
 
 _CONNECT_S = 10
+_IDLE_S = 20  # after which the server rolls back the transaction of a process that was stopped
 _SILENCE_S = 25  # no answer of the server comes later: it ends what takes longer
 
 
@@ -81,8 +85,26 @@ def connect(conninfo: str, error: type[KbatchError]) -> OwnConnection:
 
 def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any = None) -> list[tuple[Any, ...]]:
     """The rows of a statement with ``$1``, or of the last one of several without parameters."""
-    cursor = psycopg.RawCursor(connection)
+    cursor = psycopg.RawCursor(connection, row_factory=tuple_row)
     cursor.execute(statement.encode(), parameters, binary=parameters is not None)
     while cursor.nextset():
         pass
     return cursor.fetchall() if cursor.description is not None else []
+
+
+@contextlib.contextmanager
+def writing(connection: OwnConnection) -> Iterator[None]:
+    """A transaction that may write, and of which each statement sees what was committed before it, whatever are the
+    defaults of the server."""
+    connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
+    connection.read_only = False
+    with connection.transaction():
+        connection.execute(f"SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_S}s'")
+        yield
+
+
+def not_begun(connection: psycopg.Connection[Any], error: psycopg.Error) -> psycopg.Error:
+    """What an error means of statements the first of which begins a transaction that writes. A standby refuses that by
+    the code for what PostgreSQL does not support."""
+    is_standby = error.sqlstate == "0A000" and connection.info.transaction_status is TransactionStatus.IDLE
+    return psycopg.errors.ReadOnlySqlTransaction(str(error)) if is_standby else error

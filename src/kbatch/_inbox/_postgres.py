@@ -68,9 +68,11 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
     def ddl(self) -> str:
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
-        The schema must be there. Whoever marks needs ``INSERT`` and ``SELECT`` on ``inbox``, and ``SELECT`` on
-        ``inbox_meta``; listeners need ``SELECT``, ``INSERT`` and ``UPDATE`` on ``inbox_position``, too, and whoever
-        purges ``SELECT``, ``DELETE`` and ``TRUNCATE`` on the tables of the days.
+        The schema must be there, and all need ``USAGE`` on it. Whoever marks needs ``INSERT`` and ``SELECT`` on
+        ``inbox``, and ``SELECT`` on ``inbox_meta``; listeners need ``SELECT``, ``INSERT`` and ``UPDATE`` on
+        ``inbox_position``, too. Whoever purges, as listeners do unless ``retention_s`` is ``None``, needs ``SELECT`` on
+        ``inbox_meta`` and ``inbox_position``, and ``SELECT``, ``UPDATE``, ``DELETE`` and ``TRUNCATE`` on the tables of
+        the days, ``inbox_day_00`` to ``inbox_day_31``, and on ``inbox_other``.
         """
         return self._tables.ddl()
 
@@ -142,13 +144,13 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
     def note_offsets(self, group: str, asked_at_us: int, offsets: Mapping[Partition, tuple[int, int]]) -> None:
         """What a listener tells: of partitions, the offset that the group has committed and the end of the log, which
         brokers were asked for after the time `asked_at_us`."""
-        from kbatch._database._postgres_connection import run_raw
+        from kbatch._database._postgres_connection import run_raw, writing
 
         found = [(*partition, *told) for partition, told in sorted(offsets.items())]
         if found:
             topics, partitions, committed, ends = (list(each) for each in zip(*found, strict=True))
             numbers = [f"{{{','.join(map(str, each))}}}" for each in (partitions, committed, ends)]
-            with self._connection() as connection:
+            with self._connection() as connection, writing(connection):
                 run_raw(connection, self._tables.sql(_NOTE), (group, asked_at_us, topics, *numbers))
 
     def check(self) -> None:

@@ -34,10 +34,12 @@ class Marks:
         """The slots and the ids, as PostgreSQL reads arrays."""
         return f"{{{','.join(map(str, self.slots))}}}", f"{{{','.join(self.distinct)}}}"
 
-    def found(self, count: int, marked: str | None) -> list[bool]:
+    def found(self, count: int, marked: str | bytes | None) -> list[bool]:
         """Which of the ids are new: `count` were marked; `marked` says which unless all were."""
         if count == len(self.ids):
             return [True] * count
+        if isinstance(marked, bytes):  # psycopg's text where client_encoding is SQL_ASCII
+            marked = marked.decode()
         left = set(self.distinct) if marked is None else set(marked[1:-1].replace("-", "").split(","))
         found = []
         for each in self.ids:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from kbatch._database._postgres_connection import run_raw
+from kbatch._database._postgres_connection import run_raw, writing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +53,7 @@ class Purge:
             self.delete(slot)
             return
         try:
-            with self._connection.transaction():
+            with writing(self._connection):
                 run_raw(
                     self._connection,
                     f"SET LOCAL lock_timeout = {_LOCK_MS}; SET LOCAL statement_timeout = '{_STATEMENT}'",
@@ -76,7 +76,8 @@ class Purge:
             f"LIMIT {_DELETED_AT_ONCE} FOR UPDATE OF kept SKIP LOCKED)) RETURNING 1"
         )
         while True:
-            found = len(self._rows(statement, slot, limited=True))
+            with writing(self._connection):
+                found = len(self._rows(statement, slot, limited=True))
             self.deleted += found
             if found < _DELETED_AT_ONCE:
                 return

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 from psycopg import sql
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
-from kbatch._database._postgres_connection import SilentServerError, run_raw
+from kbatch._database._postgres_connection import SilentServerError, not_begun, run_raw, writing
 from kbatch._inbox._postgres_marks import Marks
 from kbatch._inbox._session import InboxSession, ended_by_handler
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["PostgresInboxSession"]
 
 _LOCK_S = 10  # for another session that marks the same id
+# The handler has left its transaction idle, or open, for longer than the server's own settings let it.
+_TOOK_TOO_LONG = ("25P03", "25P04")
 
 # A setting that ends with the transaction tells whether it is still the same one.
 _BEGIN = (
@@ -80,7 +83,9 @@ class PostgresInboxSession(InboxSession):
         connection = self._connection
         count, marked = 0, None
         try:
-            cursor = connection.cursor()
+            if partitions:
+                self._note(partitions)
+            cursor = psycopg.RawCursor(connection, row_factory=tuple_row)  # whatever a handler has set
             cursor.execute((_BEGIN + statement + _GO_ON).encode())
             while True:
                 if cursor.description is not None:
@@ -92,21 +97,23 @@ class PostgresInboxSession(InboxSession):
             if not count:
                 self._inbox._check_tables(connection)
                 return [False] * len(marks.ids)
-            if partitions:
-                self._note(partitions)
         except psycopg.Error as error:
-            raise self._inbox._tables.as_inbox_error(error) from error
+            raise self._inbox._tables.as_inbox_error(not_begun(connection, error)) from error
         connection.is_given = True
         return marks.found(count, marked)
 
     def _note(self, partitions: Sequence[Partition]) -> None:
+        """Tells that the group handles these. In a transaction of its own: the others of its first message would wait
+        for the handler."""
         statement = self._inbox._tables.sql(
             "INSERT INTO {position} (group_id, topic, partition) "
             "SELECT $1, name, number FROM unnest($2::text[], $3::text::integer[]) AS new (name, number) "
             "ON CONFLICT DO NOTHING"
         )
         topics, numbers = zip(*partitions, strict=True)
-        run_raw(self._connection, statement, (self.group, list(topics), f"{{{','.join(map(str, numbers))}}}"))
+        with writing(self._connection):
+            run_raw(self._connection, statement, (self.group, list(topics), f"{{{','.join(map(str, numbers))}}}"))
+        self._known.update(partitions)
 
     def _commit(self) -> None:
         connection = self._connection
@@ -123,8 +130,8 @@ class PostgresInboxSession(InboxSession):
             raise ended_by_handler() from None
         except psycopg.Error as error:
             if self._is_outage(error):
-                raise self._inbox._tables.as_inbox_error(error) from error
-            raise  # a constraint that is looked at now: the handler's work
+                raise self._outage(error) from error
+            raise  # a constraint that is looked at now, or it took too long: the handler's work
 
     def _check_open(self) -> None:
         connection = self._connection
@@ -135,6 +142,8 @@ class PostgresInboxSession(InboxSession):
             raise ended_by_handler()
 
     def _is_outage(self, error: BaseException) -> bool:
+        if _took_too_long(error):
+            return False
         # Others without a code are of psycopg itself, about what the handler did.
         return (
             self._is_lost()
@@ -142,11 +151,17 @@ class PostgresInboxSession(InboxSession):
             or (isinstance(error, psycopg.Error) and bool(error.sqlstate) and self._inbox._tables.is_outage(error))
         )
 
+    def _outage(self, error: BaseException) -> InboxError:
+        """What is told when the connection was lost, and an error was raised that may be about something else."""
+        tables = self._inbox._tables
+        told = tables.as_inbox_error(error)
+        return told if told.is_outage else tables.as_inbox_error(psycopg.OperationalError("the connection is lost"))
+
     def _after(self, error: BaseException) -> InboxError | None:
         connection = self._connection
         connection.is_given = False
         if self._is_lost():
-            return self._inbox._tables.as_inbox_error(error)
+            return None if _took_too_long(error) else self._outage(error)
         if connection.closed or connection.info.transaction_status is TransactionStatus.IDLE:
             return ended_by_handler()
         if connection.info.transaction_status is TransactionStatus.INTRANS:
@@ -155,7 +170,7 @@ class PostgresInboxSession(InboxSession):
             except psycopg.errors.DivisionByZero:
                 return ended_by_handler()
             except psycopg.Error as lost:
-                return self._inbox._tables.as_inbox_error(lost)
+                return None if _took_too_long(lost) else self._outage(lost)
         return None
 
     def _roll_back(self) -> None:
@@ -163,3 +178,7 @@ class PostgresInboxSession(InboxSession):
         connection.is_given = False
         if connection.info.transaction_status is not TransactionStatus.IDLE or connection.closed:
             connection.execute("ROLLBACK")
+
+
+def _took_too_long(error: BaseException) -> bool:
+    return getattr(error, "sqlstate", None) in _TOOK_TOO_LONG

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING, cast
 
-from kbatch._database._postgres import PostgresNames
+from kbatch._database._postgres import PostgresNames, is_lost
 from kbatch._database._sqlite import SqliteNames, is_locked
 from kbatch._errors import InboxError
 from kbatch._inbox._slots import OTHER_SLOT, SLOTS, slot_name
@@ -121,7 +121,7 @@ class PostgresInboxTables(PostgresNames):
     def is_outage(error: BaseException) -> bool:
         """Whether the database takes nothing now, and may do so later."""
         code = getattr(error, "sqlstate", None)
-        return not code or code.startswith(_OUTAGES)
+        return bool(code.startswith(_OUTAGES)) if code else is_lost(error)
 
     def as_inbox_error(self, error: BaseException) -> InboxError:
         """As `as_error`."""

@@ -38,9 +38,10 @@ class OutboxStatus:
         later: Records that brokers refused and that wait for their next attempt; counted likewise.
         dead: Records that were given up; counted likewise.
         oldest_age_s: Seconds since the oldest of those that are waiting was added; 0.0 if none is.
-        relays: How many relays work on it.
+        relays: How many relays work on it. One that reaches no broker is none.
         unvacuumed: Rows that were deleted and whose room PostgreSQL has not freed yet, by its own count. If it grows,
-            autovacuum does not keep up: an old transaction or snapshot keeps it from freeing them. 0 in SQLite.
+            autovacuum does not keep up: an old transaction or snapshot keeps it from freeing them, and with millions of
+            them a relay that begins takes seconds to find what is there. 0 in SQLite.
         scheduled: Records whose ``scheduled_time`` has not come yet; counted likewise.
     """
 

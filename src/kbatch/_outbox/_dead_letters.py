@@ -92,7 +92,7 @@ class DeadLetters:
             How many will be sent.
 
         Raises:
-            OutboxError: As for `find`. Then nothing was changed.
+            OutboxError: As for `find`. Then nothing was changed, unless it is ``possibly_persisted``.
         """
         return self._keeper.change(query, lambda store, places: store.replay(places, int(wall_time() * 1e6)))
 
@@ -108,7 +108,7 @@ class DeadLetters:
             SerializationError: It could not be mapped, or is too large.
             NotYetDueError: Its ``scheduled_time`` is in the future.
             OutboxError: As for `find`; or the dead letter is not there, or `envelope` has expired. Then nothing was
-                changed.
+                changed, unless it is ``possibly_persisted``.
         """
         if not isinstance(envelope, Envelope):
             raise TypeError(f"envelope must be a kbatch.Envelope, not {type_name(envelope)}")
@@ -126,6 +126,6 @@ class DeadLetters:
             How many there were.
 
         Raises:
-            OutboxError: As for `find`. Then nothing was changed.
+            OutboxError: As for `find`. Then nothing was changed, unless it is ``possibly_persisted``.
         """
         return self._keeper.change(query, lambda store, places: store.delete("dead", places))

@@ -140,6 +140,11 @@ class GroupCommit:
         """Whether nobody will answer, since the thread died at a place where it could not tell."""
         return waiting.is_lost(self._thread)
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether it takes nothing any more."""
+        return self._is_ending
+
     def end(self) -> None:
         """Takes nothing any more. What was put is committed, then the connection is closed."""
         self._is_ending = True

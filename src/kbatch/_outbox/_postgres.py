@@ -10,7 +10,7 @@ from kbatch._database._tables import age_s
 from kbatch._errors import ConfigError, OutboxError, type_name
 from kbatch._fastmap import packed_key_hash
 from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus
-from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, NewRows, array_text, copy_stream, joined, pieces
+from kbatch._outbox._postgres_rows import COPIED, NewRows, array_text, copy_stream, joined, pieces
 from kbatch._outbox._postgres_tables import PostgresTables
 from kbatch._outbox._store import BUCKETS
 from kbatch._text import counted
@@ -95,9 +95,10 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
     def ddl(self) -> str:
         """The statements that make the tables, for those who do so themselves. Executed again, they change nothing.
 
-        The schema must be there. Whoever adds needs ``INSERT`` on the table ``outbox``, ``USAGE`` on its sequence and
-        ``SELECT`` on ``outbox_meta``, and ``INSERT`` on ``outbox_later`` for what is scheduled; relays, and who looks
-        after dead letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on all of them.
+        The schema must be there, and all need ``USAGE`` on it. Whoever adds needs ``INSERT`` on the table ``outbox``,
+        ``USAGE`` on its sequence and ``SELECT`` on ``outbox_meta``, and ``INSERT`` on ``outbox_later`` for what is
+        scheduled; relays, and who looks after dead letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on
+        all of the tables, and ``USAGE`` on the sequence.
         """
         return self._tables.ddl()
 
@@ -188,13 +189,13 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
         if the tables are another version's."""
         hot, scheduled = rows
         if scheduled:
-            return self._inserts_of_both(hot, scheduled)
-        return (self._statement(hot),) if 0 < len(hot) < FEWEST_TO_COPY else ()
+            return self._inserts_of_both([] if rows.are_copied else hot, scheduled)
+        return (self._statement(hot),) if hot and not rows.are_copied else ()
 
     def _inserts_of_both(
         self, hot: list[Row], scheduled: list[ScheduledRow]
     ) -> Iterator[tuple[str, tuple[Any, ...], int]]:
-        if 0 < len(hot) < FEWEST_TO_COPY:
+        if hot:
             yield self._statement(hot)
         for some in pieces(scheduled):
             due_at = array_text(row[6] for row in some)
@@ -228,7 +229,7 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
                 if not count:
                     self._check_look(cursor.execute(self._look.encode()).fetchone())
                 self._check_count(count, given)
-            if len(rows.hot) >= FEWEST_TO_COPY:
+            if rows.are_copied:
                 self._check_look(cursor.execute(self._look.encode()).fetchone())
                 with cursor.copy(self._copy.encode()) as copy:
                     for piece in copy_stream(rows.hot):
@@ -297,7 +298,8 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
                 each has locked a row of the key's before.
             topic: Where envelopes without a topic of their own go; ``None`` if each has one.
             serialize_keys: Transactions with the same key follow each other: each waits here until the others have
-                ended. For applications in which they would not do so anyway. It takes an advisory lock for each key.
+                ended. For applications in which they would not do so anyway. It takes an advisory lock for each key;
+                by its defaults a server has room for some 6,000 at a time (``max_locks_per_transaction``).
                 A transaction that adds more than once may wait for another that waits for it; PostgreSQL ends one.
 
         Returns:

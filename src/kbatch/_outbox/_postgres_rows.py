@@ -36,6 +36,13 @@ class NewRows(NamedTuple):
     scheduled: list[ScheduledRow]
 
     @property
+    def are_copied(self) -> bool:
+        """Whether those of the hot table are too many, or too large, for one statement."""
+        if len(self.hot) >= FEWEST_TO_COPY:
+            return True
+        return len(self.hot) > 1 and sum(len(row[3]) for row in self.hot) > _MOST_BYTES_JOINED
+
+    @property
     def total(self) -> int:
         """How many there are."""
         return len(self.hot) + len(self.scheduled)

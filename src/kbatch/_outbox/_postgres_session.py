@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from kbatch._database._postgres_connection import run_raw
+from kbatch._database._postgres_connection import not_begun, run_raw
+from kbatch._errors import OutboxError
 from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._store import RefusedWriteError
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     Rows: TypeAlias = list[tuple[Any, ...]]
     Run: TypeAlias = Callable[..., Rows]
 
-__all__ = ["BEGIN_WRITING", "PostgresSession"]
+__all__ = ["BEGIN_WRITING", "IDENTITY", "PostgresSession"]
 
 _STATEMENT_S = 20  # the server ends what takes longer
 
@@ -35,6 +36,10 @@ SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off; SET LOCAL jit
 """
 BEGIN_WRITING = f"BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;{_SETTINGS}"
 _BEGIN_READING = f"BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY;{_SETTINGS}"
+# The number of a transaction, or of a row, may mean another one, or none, on a server that goes on from elsewhere. A
+# standby that was promoted, and a backup that was restored, have another timeline.
+IDENTITY = "(SELECT system_identifier FROM pg_control_system())::text || ' ' || "
+IDENTITY += "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 # What a constraint or a trigger refuses, and a disk that is full.
 _REFUSED = ("23", "P0001", "53100")
 
@@ -62,18 +67,38 @@ class PostgresSession:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Run]:
-        with self._transaction(BEGIN_WRITING) as (run, _):
+        with self._transaction(BEGIN_WRITING, writes=True) as (run, _):
             yield run
 
     @contextlib.contextmanager
-    def _transaction(self, begin: str) -> Iterator[tuple[Run, Rows]]:
+    def _transaction(self, begin: str, *, writes: bool = False) -> Iterator[tuple[Run, Rows]]:
         with self._errors():
+            is_committing = False
             try:
-                yield self._run, self._run(begin)
+                yield self._run, self._begun(begin)
+                is_committing = writes
                 self._connection.execute("COMMIT")
-            except BaseException:
+            except BaseException as error:
+                is_in_doubt = is_committing and isinstance(error, psycopg.Error) and self._is_in_doubt(error)
                 self._roll_back()
+                if is_in_doubt:
+                    raise self._in_doubt(self._tables.as_outbox_error(error)) from error
                 raise
+
+    def _is_in_doubt(self, error: psycopg.Error) -> bool:
+        """Whether COMMIT has no answer: else the server has refused it, as a deferred constraint does."""
+        return error.sqlstate is None or self._connection.closed
+
+    @staticmethod
+    def _in_doubt(error: OutboxError) -> OutboxError:
+        told = f"{error}; whether the transaction was committed is not known"
+        return OutboxError(told, possibly_persisted=True)
+
+    def _begun(self, begin: str) -> Rows:
+        try:
+            return self._run(begin)
+        except psycopg.Error as error:
+            raise not_begun(self._connection, error) from error
 
     def _roll_back(self) -> None:
         with contextlib.suppress(psycopg.Error):

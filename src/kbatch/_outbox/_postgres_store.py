@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import zlib
 from typing import TYPE_CHECKING, cast
 
+import psycopg
+
+from kbatch._fastmap import monotonic
 from kbatch._outbox._postgres_rows import array_text
-from kbatch._outbox._postgres_session import PostgresSession
+from kbatch._outbox._postgres_session import IDENTITY, PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
 from kbatch._outbox._store import BIGGEST_NUMBER, BUCKETS, DueRow, HeldKey, Lease, Reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Any
-
-    import psycopg
 
     from kbatch._outbox._postgres_session import Rows, Run
     from kbatch._outbox._postgres_tables import PostgresTables
@@ -26,10 +29,20 @@ _MOST_LEFT = 1000
 _FEWEST_OF_BUCKET = 50
 _FEW_ROWS = 200  # between two renewals, which are a second apart. With more, polling finds them as soon
 
-# age() counts to the number that the next transaction will have.
-_SNAPSHOT = "SELECT pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid)"
+# age() counts to the number that the next transaction will have. That is asked for last, so whoever has taken a number
+# of a row up to `last` has a lower one.
+_SNAPSHOT = (
+    "WITH taken AS MATERIALIZED (SELECT %s AS last) "
+    "SELECT last, pg_current_snapshot()::text, age(pg_snapshot_xmax(pg_current_snapshot())::xid) FROM taken"
+)
+
+_FEW_BUCKETS = 4  # of a statement, until it is known to be quick
+_SLOW_S, _QUICK_S = 0.5, 0.1
+_MOST_S = 2.0  # of a reading, or what it has found would be too late
 
 _KEPT = "bucket, seq, id, packed, created_at, deliver_by"
+
+_TOKEN_BITS = 63
 
 
 class PostgresStore(PostgresSession):
@@ -37,6 +50,10 @@ class PostgresStore(PostgresSession):
 
     Transactions commit in another order than their rows have numbers, so rows come to light below those that were
     read. `Gaps` knows where that may be; a reading is one snapshot, which has all rows of a key up to any that it has.
+
+    A lease's token is another one on another server. A standby that is promoted may lack what the old server had
+    committed, and give the numbers of rows once more: whoever has read a row on one server must not delete its number
+    on the other. So the leases are lost then.
 
     Args:
         connection: In autocommit mode. It is the store's from now on.
@@ -48,6 +65,19 @@ class PostgresStore(PostgresSession):
         self._gaps = Gaps()
         self._listens = listens
         self._rows_read = 0  # since the last renewal
+        self._server = f"(SELECT {IDENTITY})"
+        try:
+            self._run(f"SELECT {IDENTITY}")
+        except psycopg.errors.ObjectNotInPrerequisiteState:
+            pass  # a standby, which writes nothing, or is promoted soon
+        except psycopg.Error:
+            self._server = "''"  # some services do not let users ask
+        self._at_once = _FEW_BUCKETS
+        self._snapshot = _SNAPSHOT % tables.sql("{last_number}")
+        try:
+            self._run(self._snapshot)
+        except psycopg.Error:
+            self._snapshot = _SNAPSHOT % "NULL::bigint"  # who may not ask passes by what was deleted again and again
         sql = tables.sql
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
@@ -134,7 +164,7 @@ class PostgresStore(PostgresSession):
             found = run(
                 sql(
                     "UPDATE {lease} SET until = {now} + $2::bigint, length = $2 WHERE owner = $1 AND {lives} "
-                    "RETURNING bucket, token"
+                    f"RETURNING bucket, token, {self._server}"
                 ),
                 (owner, length),
             )
@@ -143,7 +173,8 @@ class PostgresStore(PostgresSession):
                     "UPDATE {lease} SET owner = $1, token = token + 1, until = {now} + $2::bigint, length = $2 "
                     "WHERE bucket IN (SELECT bucket FROM {lease} WHERE (owner IS NULL OR NOT {lives}) "
                     "AND bucket <> ALL($3::smallint[]) AND (owner IS NULL OR owner = $1 OR $5::text[] IS NULL "
-                    f"OR owner = ANY($5)) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token"
+                    f"OR owner = ANY($5)) ORDER BY bucket LIMIT $4 {others}) RETURNING bucket, token, "
+                    f"{self._server}"
                 ),
                 (
                     owner,
@@ -153,7 +184,7 @@ class PostgresStore(PostgresSession):
                     None if fenced is None else list(fenced),
                 ),
             )
-        return [Lease(*row) for row in sorted(found)], share
+        return [Lease(bucket, _token(*rest)) for bucket, *rest in sorted(found)], share
 
     def run_out(self) -> set[str]:
         """As `OutboxStore.run_out`."""
@@ -189,7 +220,8 @@ class PostgresStore(PostgresSession):
         new_floors: dict[int, int] = {}
         ended: set[int] = set()
         size = 0
-        with self._reading(_SNAPSHOT) as (run, ((text, ahead),)):
+        began = monotonic()
+        with self._reading(self._snapshot) as (run, ((last, text, ahead),)):
             now = Snapshot.parsed(text, ahead)
             gaps = self._gaps.to_read(floors, now)
             # Of each bucket what is to be read, the last of it without an end.
@@ -198,17 +230,20 @@ class PostgresStore(PostgresSession):
             known: list[str] = []
             if gaps:
                 statement, known = self._read_but, [array_text(seq for _, seq in in_flight())]
-            while left and size < max_bytes and len(rows) < limit:
+            while left and size < max_bytes and len(rows) < limit and monotonic() - began < _MOST_S:
                 most = limit - len(rows)
                 share = max(most // len(left), _FEWEST_OF_BUCKET)
-                ranges = [(bucket, *each) for bucket, of_bucket in left.items() for each in of_bucket]
+                asked = list(itertools.islice(left.items(), self._at_once))
+                ranges = [(bucket, *each) for bucket, of_bucket in asked for each in of_bucket]
+                asked_at = monotonic()
                 found = run(
                     statement, (*map(array_text, zip(*ranges, strict=True)), share, most, max_bytes - size, *known)
                 )
+                self._learn_how_many(monotonic() - asked_at)
                 size_found = sum(len(row[2]) for row in found)
                 is_cut = len(found) == most or size + size_found >= max_bytes
                 at = 0
-                for bucket, of_bucket in list(left.items()):
+                for bucket, of_bucket in asked:
                     begin = at
                     while at < len(found) and found[at][0] == bucket:
                         at += 1
@@ -218,13 +253,32 @@ class PostgresStore(PostgresSession):
                         rows += taken
                         new_floors[bucket] = max(floors[bucket], taken[-1][1])
                         size += sum(len(row[2]) for row in taken)
-                    if not of_bucket:
+                    del left[bucket]
+                    if of_bucket:
+                        left[bucket] = of_bucket  # behind the others
+                    else:
                         ended.add(bucket)
-                        del left[bucket]
+                        self._raise_floor(bucket, new_floors, floors, last, now)
                     if is_last:
                         break
         self._rows_read += len(rows)
         return Reading(rows, new_floors, ended)
+
+    def _raise_floor(
+        self, bucket: int, new_floors: dict[int, int], floors: Mapping[int, int], last: int | None, now: Snapshot
+    ) -> None:
+        """Has what was deleted lie below the floor of a bucket that was read to its end."""
+        floor = new_floors.get(bucket, floors[bucket])
+        if last is not None and last > floor:
+            self._gaps.was_read(bucket, floor, last, now)
+            new_floors[bucket] = last
+
+    def _learn_how_many(self, took_s: float) -> None:
+        # What was deleted and is kept for an old snapshot is passed by, however much it is.
+        if took_s > _SLOW_S:
+            self._at_once = max(self._at_once // 2, 1)
+        elif took_s < _QUICK_S:
+            self._at_once = min(2 * self._at_once, BUCKETS)
 
     def _take(
         self, bucket: int, ranges: list[Range], found: Rows, share: int, is_last: bool, now: Snapshot
@@ -323,12 +377,14 @@ class PostgresStore(PostgresSession):
         # Who takes a bucket passes over those whose lease is under this lock.
         holding = run(
             self._tables.sql(
-                "SELECT bucket, token FROM {lease} WHERE bucket = ANY($1::smallint[]) AND {lives} "
-                "AND owner IS NOT NULL FOR SHARE"
+                f"SELECT mine.bucket, mine.token, {self._server} FROM {{lease}} AS lease "
+                "JOIN unnest($1::smallint[], $2::bigint[]) AS mine (bucket, token) "
+                "ON lease.bucket = mine.bucket AND lease.token = mine.token "
+                "WHERE {lives} AND owner IS NOT NULL FOR SHARE OF lease"
             ),
-            (array_text(sorted(leases)),),
+            (array_text(leases), array_text(token & 2**_TOKEN_BITS - 1 for token in leases.values())),
         )
-        return {bucket for bucket, token in holding if leases.get(bucket) == token}
+        return {bucket for bucket, *rest in holding if leases[bucket] == _token(*rest)}
 
     def settle(
         self,
@@ -373,3 +429,7 @@ class PostgresStore(PostgresSession):
         is_utf_8 = self._connection.info.parameter_status("server_encoding") == "UTF8"
         text = text.replace("\0", "\\0")
         return text.encode("utf-8" if is_utf_8 else "ascii", "backslashreplace").decode()
+
+
+def _token(token: int, server: str) -> int:
+    return zlib.crc32(server.encode()) << _TOKEN_BITS | token

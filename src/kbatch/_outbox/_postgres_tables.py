@@ -103,7 +103,9 @@ class PostgresTables(OutboxTables, PostgresNames):
         super().__init__(schema, prefix, _TABLES[1:], _INDEXES, self.values(self.now_ms))
         # Identity columns have sequences of any name.
         owner = self.names["outbox"].replace("'", "''")
-        self._values["next_number"] = f"nextval((SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass))"
+        sequence = f"(SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass)"
+        self._values["next_number"] = f"nextval({sequence})"
+        self._values["last_number"] = f"pg_sequence_last_value({sequence})"
         self.channel = f"kbatch_{hashlib.sha256(owner.encode()).hexdigest()[:16]}"  # a name may be too long for one
 
     def ddl(self) -> str:

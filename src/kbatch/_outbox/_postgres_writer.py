@@ -10,7 +10,7 @@ import psycopg
 
 from kbatch._errors import OutboxError
 from kbatch._fastmap import monotonic
-from kbatch._outbox._postgres_session import BEGIN_WRITING, PostgresSession
+from kbatch._outbox._postgres_session import BEGIN_WRITING, IDENTITY, PostgresSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,10 +27,6 @@ _LOOK_AGAIN_S = 0.1
 _BEGIN = (
     f"{BEGIN_WRITING}SET LOCAL idle_in_transaction_session_timeout = '{_IDLE_S}s';SELECT pg_current_xact_id()::text"
 )
-# A number means another transaction, or none, on a server that goes on from elsewhere. A standby that was promoted, and
-# a backup that was restored, have another timeline.
-_SERVER = "(SELECT system_identifier FROM pg_control_system())::text || ' ' || "
-_SERVER += "substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8)"
 
 
 class PostgresWriter(PostgresSession):
@@ -60,12 +56,12 @@ class PostgresWriter(PostgresSession):
         self._tell = tell
         self._server: str | None = None
         with contextlib.suppress(psycopg.Error):  # some services do not let users ask
-            ((self._server,),) = self._run(f"SELECT {_SERVER}")
+            ((self._server,),) = self._run(f"SELECT {IDENTITY}")
 
     def commit(self, take: Callable[[], Sequence[MappedBatch]]) -> bool:
         """As `OutboxWriter.commit`. It waits for nobody."""
         with self._errors():
-            ((number,),) = self._run(_BEGIN)
+            ((number,),) = self._begun(_BEGIN)
             try:
                 batches = take()
                 if batches:
@@ -83,13 +79,12 @@ class PostgresWriter(PostgresSession):
                 tag = self._connection.execute("COMMIT").statusmessage
         except OutboxError as error:
             cause = error.__cause__
-            if isinstance(cause, psycopg.Error) and cause.sqlstate is not None and not self._connection.closed:
-                raise  # the server has refused it, as a deferred constraint does
+            if isinstance(cause, psycopg.Error) and not self._is_in_doubt(cause):
+                raise
             self._connection.close()
             was_committed = self._was_committed(number)
             if was_committed is None:
-                told = f"{error}; whether the transaction was committed is not known"
-                raise OutboxError(told, possibly_persisted=True) from cause
+                raise self._in_doubt(error) from cause
             if not was_committed:
                 raise
         else:
@@ -102,7 +97,7 @@ class PostgresWriter(PostgresSession):
         while self._server is not None and monotonic() < end:
             with contextlib.suppress(OutboxError), self._connected() as connection:
                 cursor = psycopg.RawCursor(connection)
-                cursor.execute(f"SELECT pg_xact_status($1::text::xid8), {_SERVER}".encode(), (number,))
+                cursor.execute(f"SELECT pg_xact_status($1::text::xid8), {IDENTITY}".encode(), (number,))
                 ((status, server),) = cursor.fetchall()
                 if server != self._server or status is None:
                     break

@@ -60,7 +60,9 @@ _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: t
 _UNNAMED = "kbatch-relay"  # the transactional id until there is one
 _MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has come
 _RENEW_EVERY_S = 1.0
+_STAND_ASIDE_AFTER_S = 10.0
 _LOOK_AT_ALL_EVERY_S = 30.0
+_LOOK_PAUSE = 20  # times what a look took, at least: it passes by what was deleted and not vacuumed
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
@@ -212,8 +214,10 @@ class Relay:
         self._stopping = self._ending = self._finishing = False
         self._has_read_all = False
         self._has_asked = False  # for leases, so that it may have some
+        self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
+        self._look_began_at: float | None = None
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
@@ -440,8 +444,10 @@ class Relay:
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
         self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+        self._look_began_at = now
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
+        self._stands_aside = False
         self._not_admitted.clear()
         self._failures_at = 0.0
         if self._pid != os.getpid():  # two children of a process that made it are two relays
@@ -473,6 +479,8 @@ class Relay:
         if gate.death is not None:
             raise gate.refusal()
         gate.probe_if_due(now)
+        if self._stands_aside and gate.open_for_s(now) == 0.0:
+            self._renew_at = now
         if gate.must_replace() and not self._flights:
             if self._fences is None:
                 gate.replace()
@@ -535,6 +543,7 @@ class Relay:
         if now >= self._look_at_all_at:
             # Rows that others have put back without telling, and keys that others have let go.
             self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
+            self._look_began_at = now
             self._not_admitted.clear()
             self._positions.start_ended_again()
             self._let_go()
@@ -611,6 +620,10 @@ class Relay:
             self._renew_at = monotonic() + self._renew_every_s
             return
         busy = self._busy()
+        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not busy:
+            self._stand_aside()
+            return
+        self._stands_aside = False
         release = self._leases.leaving - busy
         asked = _times()
         self._has_asked = True
@@ -633,6 +646,17 @@ class Relay:
                 self._changes = self._store.changes()  # nothing was read before
             self._positions.begin(fresh, self._store.held_keys(fresh))
             self._read_at = self._due_at = monotonic()
+
+    def _stand_aside(self) -> None:
+        """Gives all buckets to relays that reach brokers, as at its end, until a probe finds some."""
+        self._renew_at = monotonic() + self._renew_every_s
+        if self._stands_aside:
+            return
+        assert self._store is not None
+        self._drop(self._leases.forget())  # first: of what others have nothing is read
+        self._store.leave(self._owner, keep=())
+        self._stands_aside = True
+        tell("a relay reaches no broker, and leaves the outbox to others until it does: %r", self._outbox)
 
     # With fencing each relay has a transactional id of its own. Who takes a bucket whose lease has run out initialises
     # that of its owner before. So an id must not be initialised once its owner may have lost a lease: it is before the
@@ -751,8 +775,12 @@ class Relay:
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
-            self._read_at = monotonic() + self._poll_s
+            now = monotonic()
+            self._read_at = now + self._poll_s
             self._has_read_all = not reading.rows
+            if self._look_began_at is not None:
+                pause = max(_LOOK_AT_ALL_EVERY_S, _LOOK_PAUSE * (now - self._look_began_at))
+                self._look_at_all_at, self._look_began_at = now + pause, None
         if not rows:
             return
         times = [row[3] for row in rows]

@@ -60,7 +60,7 @@ class ScheduledMessages:
             How many there were.
 
         Raises:
-            OutboxError: As for `find`. Then nothing was changed.
+            OutboxError: As for `find`. Then nothing was changed, unless it is ``possibly_persisted``.
         """
         return self._keeper.change(query, lambda store, places: store.delete("later", places))
 
@@ -78,7 +78,7 @@ class ScheduledMessages:
 
         Raises:
             ConfigError: `due_at` has no time zone.
-            OutboxError: As for `find`. Then nothing was changed.
+            OutboxError: As for `find`. Then nothing was changed, unless it is ``possibly_persisted``.
         """
         if not isinstance(due_at, datetime):
             raise ConfigError(f"due_at must be a datetime, not {type_name(due_at)}")

@@ -6,6 +6,8 @@ import contextlib
 import sqlite3
 from typing import TYPE_CHECKING
 
+from kbatch._database._sqlite import is_locked
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import TypeAlias
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
     Run: TypeAlias = Callable[..., sqlite3.Cursor]
 
-__all__ = ["SqliteSession"]
+__all__ = ["SqliteSession", "may_be_committed"]
 
 
 class SqliteSession:
@@ -46,10 +48,12 @@ class SqliteSession:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Run]:
         run = self._connection.execute
+        is_committing = False
         try:
             try:
                 run("BEGIN IMMEDIATE")
                 yield run
+                is_committing = True
                 run("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):
@@ -57,4 +61,12 @@ class SqliteSession:
                         run("ROLLBACK")
                 raise
         except sqlite3.Error as error:
-            raise self._tables.as_outbox_error(error, self._path, own=True) from error
+            told = self._tables.as_outbox_error(error, self._path, own=True)
+            told.possibly_persisted = is_committing and may_be_committed(error)
+            raise told from error
+
+
+def may_be_committed(error: sqlite3.Error) -> bool:
+    """Whether what COMMIT was to write may be there all the same: what was written when the disk failed may be found at
+    the next start of the database. When it is full, what ends a transaction in the log is missing."""
+    return not (isinstance(error, sqlite3.IntegrityError) or is_locked(error) or "is full" in str(error))

@@ -7,6 +7,7 @@ import sqlite3
 from typing import TYPE_CHECKING
 
 from kbatch._database._sqlite import is_locked
+from kbatch._outbox._sqlite_session import may_be_committed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,9 +67,7 @@ class SqliteWriter:
                 raise
         except sqlite3.Error as error:
             told = self._tables.as_outbox_error(error, self._path, own=True)
-            # What was written when the disk failed may be found at the next start of the database. When it is full,
-            # what ends a transaction in the log is missing.
-            told.possibly_persisted = is_committing and not (is_locked(error) or "is full" in str(error))
+            told.possibly_persisted = is_committing and may_be_committed(error)
             raise told from error
         self._tell(True)
         return True

@@ -103,7 +103,7 @@ class Lease(NamedTuple):
 
     Attributes:
         bucket: Its number.
-        token: Another one each time that the bucket changes hands, and never 0.
+        token: Another one whenever the bucket changes hands, or the server does, and never 0.
     """
 
     bucket: int
@@ -115,7 +115,7 @@ class Reading(NamedTuple):
 
     Attributes:
         rows: Those of a bucket in the order of their numbers.
-        floors: The floor, risen or not, of each bucket of which there are rows.
+        floors: The floor, risen or not, of each bucket of which there are rows, and of others whose floor has risen.
         ended: The buckets that were read to their end.
     """
 

@@ -254,6 +254,11 @@ class Gate:
             self.circuit.probed(False, now)
             raise
 
+    def open_for_s(self, now: float) -> float:
+        """For how long brokers have taken nothing, as far as is known; 0.0 unless the circuit is open."""
+        with self.lock:
+            return now - self._opened_at if self.circuit.state is CircuitState.OPEN else 0.0
+
     def hurry(self, now: float, at_most_s: float) -> None:
         """Probes now if the circuit is open, and from now on at least that often."""
         with self.lock:

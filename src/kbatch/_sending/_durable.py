@@ -99,9 +99,11 @@ class BaseDurableSender:
                 raise waiting.take_error()
             return
         if is_lost:
+            was_taken = not waiting.withdraw()
+            if self._shared.group.is_ending and not was_taken:  # it has ended, and was about to tell
+                raise SenderClosedError("the sender is closed")
             raise OutboxError(
-                f"the thread that commits to {self._shared.outbox!r} has died",
-                possibly_persisted=not waiting.withdraw(),
+                f"the thread that commits to {self._shared.outbox!r} has died", possibly_persisted=was_taken
             )
         if waiting.withdraw():
             raise OutboxTimeoutError(

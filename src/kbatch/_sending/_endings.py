@@ -75,7 +75,7 @@ class Endings:
         if self._gate.circuit.state is not CircuitState.CLOSED:
             error = CircuitOpenError(f"not sent within max_age_s={age}: the circuit breaker is open")
         while (batch := buffer._pop_older(age)) is not None:
-            queue.expire_batch(batch, wall, error)
+            queue.expire_batch(batch, now, wall, error)
 
     def end_all_that_wait(self) -> None:
         """At the end of closing, or when nothing can be sent any more."""

@@ -202,6 +202,7 @@ class SendQueue:
         # due
         self._timers: list[tuple[float, int, Hashable | None, Entry | None]] = []
         self._scheduled: list[tuple[float, int, Entry]] = []  # by time since 1970
+        self._looked = (0.0, 0.0)  # at these, by both clocks: `now` and `wall`
         # Of the entries without an outcome and of flights without entries: the (first) numbers, but not those that are
         # kept for their time; and a heap that has all of them, and others that are dropped when they are met.
         self._open: set[int] = set()
@@ -251,11 +252,12 @@ class SendQueue:
             chosen.append(entry)
         return self._depart(_flight_of(chosen), now) if chosen else None
 
-    def expire_batch(self, batch: Formed, wall: float, error: KbatchError) -> None:
-        """A batch that comes from the buffer too late: ends what of it does not wait for its time."""
+    def expire_batch(self, batch: Formed, now: float, wall: float, error: KbatchError) -> None:
+        """A batch that comes from the buffer too late: ends what of it does not wait for its time, nor did lately."""
         for seq, envelope in enumerate(batch.envelopes, batch.first_seq):
             entry = Entry(envelope, seq, batch.accepted_at, None, batch.sizes[seq - batch.first_seq])
-            if batch.scheduled and self._is_early(envelope, wall):
+            due = envelope.scheduled_time if batch.scheduled and self._keep_scheduled else None
+            if due is not None and not self._is_past(max(entry.accepted_at, now - (wall - due.timestamp())), now):
                 entry.group = self._group(envelope)
                 self._keep_until_due(entry)
             else:
@@ -614,7 +616,11 @@ class SendQueue:
             due, _, entry = heapq.heappop(self._scheduled)
             # Its age counts from when it could be sent. A clock that jumped ahead makes it no older than it is.
             entry.accepted_at = max(entry.accepted_at, now - (wall - due))
+            looked_at, looked_wall = self._looked
+            if due > looked_wall:  # it was not due then
+                entry.accepted_at = max(entry.accepted_at, looked_at)
             self._call_scheduled(self._opened(entry))
+        self._looked = now, wall
 
     def _line_up_ready(self) -> None:
         """What is ready goes to the lane of its group, if there is one, so that it leaves in the order of the group."""
@@ -648,7 +654,10 @@ class SendQueue:
             del self._lanes[group]
 
     def _is_past_max_age(self, entry: Entry, now: float) -> bool:
-        return self._policy.max_age_s is not None and now - entry.accepted_at >= self._policy.max_age_s
+        return self._is_past(entry.accepted_at, now)
+
+    def _is_past(self, since: float, now: float) -> bool:
+        return self._policy.max_age_s is not None and now - since >= self._policy.max_age_s
 
     def _end_if_too_old(self, entry: Entry, now: float, *, owns_lane: bool = True) -> bool:
         if not self._is_past_max_age(entry, now):

@@ -52,7 +52,9 @@ class LoopCalls(UserCalls):
         if _runs_here(loop):  # it would wait for itself
             raise RuntimeError("no thread to call the callback from could be had")
         ended = threading.Event()
-        errors: list[Exception] = []
+        # What it ends with, None if it has called the callback. Made first: later there may be no memory.
+        outcome: list[Any] = [RuntimeError("the callback's task was cancelled")]
+        unmade = RuntimeError("no task could be made for the callback")
 
         async def run() -> None:
             try:
@@ -60,12 +62,12 @@ class LoopCalls(UserCalls):
                     result = callback(*arguments)
                     if inspect.isawaitable(result):
                         await result
+                outcome[0] = None
+            except Exception as error:
+                outcome[0] = error
             except BaseException as error:
-                if isinstance(error, Exception):
-                    errors.append(error)
-                else:
-                    errors.append(RuntimeError(named_exception_text(error)))
-                    raise
+                outcome[0] = RuntimeError(named_exception_text(error))
+                raise
             finally:
                 ended.set()
 
@@ -74,18 +76,16 @@ class LoopCalls(UserCalls):
         def start() -> None:
             try:
                 self._task = loop.create_task(coroutine)
-                self._task.add_done_callback(has_ended)
+                self._task.add_done_callback(lambda _: ended.set())  # it may be cancelled before its first step
             except BaseException as error:  # no memory, or a task factory of the application
-                coroutine.close()
-                errors.append(RuntimeError(f"no task could be made for the callback: {named_exception_text(error)}"))
-                ended.set()
+                outcome[0] = unmade
+                try:
+                    coroutine.close()
+                    outcome[0] = RuntimeError(f"{unmade}: {named_exception_text(error)}")
+                finally:
+                    ended.set()
                 if not isinstance(error, Exception):
                     raise
-
-        def has_ended(_: asyncio.Task[None]) -> None:
-            if not ended.is_set():  # cancelled before its first step
-                errors.append(RuntimeError("the callback's task was cancelled"))
-                ended.set()
 
         if not call_on_loop(loop, functools.partial(_NO_CONTEXT.copy().run, start)):
             coroutine.close()
@@ -96,8 +96,8 @@ class LoopCalls(UserCalls):
                 if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
                     coroutine.close()  # else it would be missed that nobody awaits it
                 raise RuntimeError("the event loop was closed before the callback had ended")
-        if errors:
-            raise errors.pop()  # this frame is in its traceback
+        if outcome[0] is not None:
+            raise outcome.pop()  # this frame is in its traceback
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
@@ -123,7 +123,7 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     async def _send_answered(self, answer: Answer) -> Told:
         producer: Any = self._handle.producer
         self._adopt_loop()
-        if not self._has_thread():
+        if self._is_forked() or not self._has_thread():
             await in_thread("kbatch-start", self._start)
         answer.trial = self._gate.admit()
         answer.then = functools.partial(self._gate.note_answer, producer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
@@ -96,7 +97,7 @@ class PostgresInbox(AioPostgresDatabase, BasePostgresInbox):
 
     async def _mark_by_psycopg(
         self, connection: psycopg.AsyncConnection[Any], statement: str, parameters: tuple[Any, ...]
-    ) -> tuple[int, str | None]:
+    ) -> tuple[int, str | bytes | None]:
         import psycopg
         from psycopg.rows import tuple_row
 
@@ -113,7 +114,7 @@ class PostgresInbox(AioPostgresDatabase, BasePostgresInbox):
 
     async def _mark_by_asyncpg(
         self, connection: asyncpg.Connection[Any], statement: str, parameters: tuple[Any, ...]
-    ) -> tuple[int, str | None]:
+    ) -> tuple[int, str | bytes | None]:
         import asyncpg
 
         try:
@@ -124,6 +125,6 @@ class PostgresInbox(AioPostgresDatabase, BasePostgresInbox):
                 count, marked = await connection.fetchrow(statement, *parameters)
             if not count:
                 self._check_look(await connection.fetchrow(self._meta_statement))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, asyncio.TimeoutError) as error:
             raise self._tables.as_inbox_error(error) from error
         return count, marked

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
 from kbatch._loop import in_thread
 from kbatch._outbox._postgres import BasePostgresOutbox
-from kbatch._outbox._postgres_rows import COPIED, FEWEST_TO_COPY, copy_stream
+from kbatch._outbox._postgres_rows import COPIED, copy_stream
 from kbatch.aio._dead_letters import DeadLetters
 from kbatch.aio._scheduled import ScheduledMessages
 
@@ -99,7 +100,7 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
                     await cursor.execute(self._look.encode())
                     self._check_look(await cursor.fetchone())
                 self._check_count(count, given)
-            if len(rows.hot) >= FEWEST_TO_COPY:
+            if rows.are_copied:
                 await cursor.execute(self._look.encode())
                 self._check_look(await cursor.fetchone())
                 async with cursor.copy(self._copy.encode()) as copy:
@@ -124,7 +125,7 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
                 if not count:
                     self._check_look(await connection.fetchrow(self._look))
                 self._check_count(count, given)
-            if len(rows.hot) >= FEWEST_TO_COPY:
+            if rows.are_copied:
                 self._check_look(await connection.fetchrow(self._look))
                 told = await connection.copy_to_table(
                     self._tables.bare["outbox"],
@@ -134,7 +135,7 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
                     format="binary",
                 )
                 self._check_count(_told(told), len(rows.hot))
-        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, asyncio.TimeoutError) as error:
             raise self._tables.as_outbox_error(error) from error
 
 

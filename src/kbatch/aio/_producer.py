@@ -248,7 +248,9 @@ class Producer(BaseProducer):
         try:
             left = await in_thread("kbatch-close", close, begin=begin)
             callbacks = {
-                each.task for each in self._callbacks.copy() if each.loop is loop and each.call not in self._closers
+                each.task
+                for each in self._callbacks.copy()
+                if each.task is not None and each.loop is loop and each.call not in self._closers
             }
             if callbacks:
                 await asyncio.wait(callbacks, timeout=max(0.0, end - monotonic()))

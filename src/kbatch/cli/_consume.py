@@ -29,7 +29,7 @@ def consume(job: ConsumeJob, screen: Screen) -> int:
     """Prints the records and returns the exit status. What nobody could read is not committed."""
     connection = Connection(screen)
     reader = TopicReader(job.settings, job.range, connection, job.connect_timeout_s, job.group)
-    with reader, Interrupt(lambda: None, _GRACE_S) as interrupt:
+    with reader, Interrupt(None, _GRACE_S) as interrupt:
         printed: dict[int, int] = {}
         for message in reader.messages(lambda: interrupt.requested):
             if message is None:
@@ -45,6 +45,4 @@ def consume(job: ConsumeJob, screen: Screen) -> int:
             printed[message.partition() or 0] = (message.offset() or 0) + 1
         if job.commit and printed:
             reader.commit(printed)
-        if screen.loss is not None and not isinstance(screen.loss, BrokenPipeError):
-            return 1
         return interrupt.status if interrupt.requested else 0

@@ -1,15 +1,17 @@
 """``kbatch inbox``: its options."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kbatch.cli._outbox_app import HELP_NAMES
+from kbatch.cli._outbox_app import HELP_NAMES, Json, Prefix, Schema, Yes
+from kbatch.cli._place import InboxPlace
 from kbatch.cli._screen import Screen
-from kbatch.cli._work import exit_with
+from kbatch.cli._work import exit_with, typed
 
 inbox_app = typer.Typer(
-    help="What a listener's inbox does.",
+    help="Make an inbox's tables, and look after what is in it.",
     no_args_is_help=True,
     context_settings=HELP_NAMES,
     pretty_exceptions_enable=False,
@@ -17,9 +19,110 @@ inbox_app = typer.Typer(
 )
 
 
-@inbox_app.callback()
-def _options() -> None:
-    pass
+Inbox = Annotated[
+    str | None,
+    typer.Option(
+        "--inbox",
+        "-i",
+        metavar="PATH|URL",
+        help="A SQLite file, or a URL: postgresql://user@host/database, sqlite:///shop.db. Else KBATCH_INBOX, or "
+        "inbox in the --config FILE: a password is no secret in a command line.",
+    ),
+]
+Config = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="A listener's settings, TOML: inbox, prefix and schema.")
+]
+
+
+def _place(inbox: str | None, prefix: str | None, schema: str | None, config: Path | None) -> InboxPlace:
+    from kbatch.cli._listen_file import ListenFile
+
+    name = None if inbox is None else typed("--inbox", inbox)
+    return InboxPlace.find(name, prefix, schema, ListenFile(config).values)
+
+
+@inbox_app.command()
+def create(inbox: Inbox = None, prefix: Prefix = None, schema: Schema = None, config: Config = None) -> None:
+    """Make the tables, and a SQLite file, as far as they are missing."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._tables import create as run
+
+        return run(_place(inbox, prefix, schema, config), screen)
+
+    exit_with(work, screen)
+
+
+@inbox_app.command()
+def ddl(inbox: Inbox = None, prefix: Prefix = None, schema: Schema = None, config: Config = None) -> None:
+    """Print the statements that make the tables, for those who execute them themselves. The inbox need not exist."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._tables import ddl as run
+
+        return run(_place(inbox, prefix, schema, config), screen)
+
+    exit_with(work, screen, prints=True)
+
+
+@inbox_app.command()
+def status(
+    inbox: Inbox = None,
+    prefix: Prefix = None,
+    schema: Schema = None,
+    config: Config = None,
+    count_up_to: Annotated[int, typer.Option(min=1, help="Count no more ids.")] = 100_000,
+    json: Json = False,
+) -> None:
+    """Show how many ids it knows, and up to when each group has committed all that it had handled."""
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._inbox import status as run
+
+        return run(_place(inbox, prefix, schema, config), count_up_to, json, screen)
+
+    exit_with(work, screen, prints=True)
+
+
+@inbox_app.command()
+def purge(
+    inbox: Inbox = None,
+    prefix: Prefix = None,
+    schema: Schema = None,
+    config: Config = None,
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Ids that were handled so long ago (90s, 15m, 2h, 7d) or before.")
+    ] = "7d",
+    committed: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GROUP=TIME",
+            help="All that this group had handled by TIME is committed: now, or as 2030-01-31T12:00:00Z, with a time "
+            "zone. This counts more than what listeners have told. Repeatable.",
+        ),
+    ] = None,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Delete old ids for good, after a question. A copy that comes later is handled again.
+
+    An id stays while its record may be read again, as far as listeners have told; of a group of which none has,
+    all stay, unless --committed says what may go.
+
+    Exit status: 0 if it is done; 1 if not; 2 if an option is wrong, or nobody can be asked and --yes is missing.
+    """
+    screen = Screen()
+
+    def work() -> int:
+        from kbatch.cli._inbox import purge as run
+
+        claims = [typed("--committed", each) for each in committed or ()]
+        return run(_place(inbox, prefix, schema, config), older_than, claims, yes, json, screen)
+
+    exit_with(work, screen)
 
 
 @inbox_app.command()

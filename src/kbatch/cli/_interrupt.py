@@ -1,4 +1,5 @@
 import contextlib
+import os
 import queue
 import signal
 import threading
@@ -12,9 +13,10 @@ class Interrupt:
 
     The first signal sets `signal_number`, which the work looks at between its steps. When `grace_s` have passed since,
     or at the second signal, `abort` is called, once, in a thread of its own: it must make every wait of the work end.
+    Where it is None, nothing but the process can be lost, which then ends.
     """
 
-    def __init__(self, abort: Callable[[], object], grace_s: float) -> None:
+    def __init__(self, abort: Callable[[], object] | None, grace_s: float) -> None:
         self.signal_number: int | None = None
         self.aborted = False
         self._abort = abort
@@ -62,4 +64,6 @@ class Interrupt:
             if self._signals.get(timeout=min(self._grace_s, threading.TIMEOUT_MAX)) is None:
                 return
         self.aborted = True
+        if self._abort is None:
+            os._exit(self.status)
         self._abort()

@@ -19,9 +19,10 @@ from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._listen_file import ListenFile
 from kbatch.cli._log import Log
-from kbatch.cli._outbox_place import Place
+from kbatch.cli._place import InboxPlace
 from kbatch.cli._screen import Bar, Screen
 from kbatch.cli._settings import Settings
+from kbatch.cli._work import command_of
 
 _LOOK_EVERY_S = 0.1
 _TELL_EVERY_S = 60.0
@@ -61,7 +62,7 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
                 except Exception as raised:  # a handler's, or kbatch's
                     error = raised
         if error is not None:
-            status, why = 1, f"it cannot go on: {named_exception_text(error)}"
+            status, why = 1, f"it cannot go on: {named_exception_text(error)}{command_of(error)}"
         else:
             status, why = interrupt.status, "stopped by a signal" if interrupt.requested else "stopped by the handler"
             status = status if interrupt.requested else 0
@@ -114,8 +115,7 @@ def _listener(job: ListenJob, connection: Connection) -> tuple[kbatch.Listener, 
     if "reject_on" in file.values:
         options["reject_on"] = [_named(where, "reject_on") for where in file.values["reject_on"]]
     if "inbox" in file.values:
-        place = Place(file.values["inbox"], file.values.get("prefix", "kbatch_"), schema=file.values.get("schema"))
-        options["inbox"] = place.open_inbox()
+        options["inbox"] = InboxPlace.find(None, None, None, file.values).open()
     if file.retry:
         own: dict[str, Any] = {"max_attempts": 3, "initial_backoff_s": 0.1, "max_backoff_s": 1.0, **file.retry}
         try:

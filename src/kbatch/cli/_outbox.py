@@ -1,4 +1,4 @@
-"""``kbatch outbox``: tables, dead letters and what waits."""
+"""``kbatch outbox``: what is in it, dead letters and what waits."""
 
 import base64
 import dataclasses
@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ import kbatch
 from kbatch._fastmap import wall_time
 from kbatch._text import counted, printable
 from kbatch.cli._failure import USAGE, Failure
-from kbatch.cli._outbox_place import Place
+from kbatch.cli._place import OutboxPlace
 from kbatch.cli._screen import Screen
+from kbatch.cli._tables import number, sheet
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _LETTER = ("dead letter", "dead letters")
 _MESSAGE = ("message", "messages")
+_PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,14 @@ class Selection:
         ids = [_uuid(each) for each in self.which if not re.fullmatch("[0-9]{1,18}", each)]
         if numbers and ids:
             raise Failure("give numbers or ids, not both at a time", USAGE)
-        now = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
         query = kbatch.OutboxQuery(
             numbers=numbers or None,
             ids=ids or None,
             topic=self.topic,
             message_type=self.message_type,
             error=self.error,
-            since=None if self.newer_than is None else now - _age("--newer-than", self.newer_than),
-            until=None if self.older_than is None else now - _age("--older-than", self.older_than),
+            since=None if self.newer_than is None else _from_now("--newer-than", self.newer_than, -1),
+            until=None if self.older_than is None else _from_now("--older-than", self.older_than, -1),
         )
         if needed and query.is_all != self.is_all:
             what = "numbers or ids, --topic, --type or --error"
@@ -68,30 +69,27 @@ def _uuid(text: str) -> uuid.UUID:
         raise Failure("a message is named by its number, or by its id, which is a UUID", USAGE) from None
 
 
-def _age(option: str, text: str) -> datetime.timedelta:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd])", text)
+def _seconds(option: str, age: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,9})([smhd])", age)
     if match is None:
         raise Failure(f"{option} takes a number and s, m, h or d, such as 90s, 15m, 2h, 7d", USAGE)
-    return datetime.timedelta(seconds=int(match[1]) * _UNITS[match[2]])
+    return int(match[1]) * _UNITS[match[2]]
 
 
-# -- tables
+def _from_now(option: str, age: str, sign: int) -> datetime.datetime:
+    """A time before now, or after it."""
+    seconds = _seconds(option, age)
+    now = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
+    try:
+        return now + sign * datetime.timedelta(seconds=seconds)
+    except OverflowError:
+        raise Failure(f"{option} is out of range: {age}", USAGE) from None
 
 
-def create(place: Place, screen: Screen) -> int:
-    """Makes what is missing."""
-    place.open().create()
-    screen.say(f"the outbox is ready: {place.shown}")
-    return 0
+# -- all of it
 
 
-def ddl(place: Place, screen: Screen) -> int:
-    """The statements that make the tables."""
-    screen.print(place.open().ddl())
-    return 0
-
-
-def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int:
+def status(place: OutboxPlace, count_up_to: int, as_json: bool, screen: Screen) -> int:
     """What is in the outbox."""
     outbox = place.open()
     found = outbox.status(count_up_to=count_up_to)
@@ -99,17 +97,12 @@ def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int
         screen.say(json.dumps(dataclasses.asdict(found)))
         return 0
 
-    def number(count: int) -> str:
-        return f"{count:,}" + (" or more" if count >= count_up_to else "")
-
-    table = Table(show_header=False, title=f"outbox {printable(place.shown)}", title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    table.add_row("to be sent", number(found.waiting))
+    table = sheet(place)
+    table.add_row("to be sent", number(found.waiting, count_up_to))
     table.add_row("  the oldest was added", f"{_span(found.oldest_age_s)} ago" if found.waiting else "-")
-    table.add_row("refused, and tried again later", number(found.later))
-    table.add_row("scheduled", number(found.scheduled))
-    table.add_row("dead letters", number(found.dead))
+    table.add_row("refused, and tried again later", number(found.later, count_up_to))
+    table.add_row("scheduled", number(found.scheduled, count_up_to))
+    table.add_row("dead letters", number(found.dead, count_up_to))
     table.add_row("relays at work", str(found.relays))
     if isinstance(outbox, kbatch.PostgresOutbox):
         table.add_row("rows whose room vacuum has not freed yet", f"{found.unvacuumed:,}")
@@ -120,7 +113,7 @@ def status(place: Place, count_up_to: int, as_json: bool, screen: Screen) -> int
 # -- dead letters
 
 
-def list_dead(place: Place, selection: Selection, limit: int, offset: int, as_json: bool, screen: Screen) -> int:
+def list_dead(place: OutboxPlace, selection: Selection, limit: int, offset: int, as_json: bool, screen: Screen) -> int:
     """A page of them."""
     letters = place.open().dead_letters
     query = selection.query()
@@ -128,7 +121,7 @@ def list_dead(place: Place, selection: Selection, limit: int, offset: int, as_js
     return _list(page, limit, offset, as_json, screen, _LETTER)
 
 
-def count_dead(place: Place, selection: Selection, as_json: bool, screen: Screen) -> int:
+def count_dead(place: OutboxPlace, selection: Selection, as_json: bool, screen: Screen) -> int:
     """How many are alike."""
     counts = place.open().dead_letters.summary(selection.query())
     if as_json:
@@ -146,12 +139,12 @@ def count_dead(place: Place, selection: Selection, as_json: bool, screen: Screen
     return 0
 
 
-def show_dead(place: Place, selection: Selection, as_json: bool, screen: Screen) -> int:
+def show_dead(place: OutboxPlace, selection: Selection, as_json: bool, screen: Screen) -> int:
     """Everything about some."""
     return _show(place.open().dead_letters.find(selection.query(), limit=None), selection, as_json, screen, _LETTER)
 
 
-def replay_dead(place: Place, selection: Selection, as_json: bool, screen: Screen) -> int:
+def replay_dead(place: OutboxPlace, selection: Selection, as_json: bool, screen: Screen) -> int:
     """Has them sent again."""
     letters = place.open().dead_letters
     query = selection.query(needed=True)
@@ -166,20 +159,26 @@ def replay_dead(place: Place, selection: Selection, as_json: bool, screen: Scree
     return 0 if replayed == found and replayed >= _named(query) else 1
 
 
-def discard_dead(place: Place, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
+def discard_dead(place: OutboxPlace, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
     """Deletes them."""
     letters = place.open().dead_letters
     query = selection.query(needed=True)
-    found = sum(each.letters for each in letters.summary(query))
-    if not _confirmed(f"discard {counted(found, *_LETTER)} for good?", found, yes, screen):
+    meant = query if yes else _asked("discard", letters.find, query, _LETTER, screen)
+    if meant is None:
         return 1
-    discarded = letters.discard(query)
+    discarded = letters.discard(meant)
     screen.say(json.dumps({"discarded": discarded}) if as_json else f"{counted(discarded, *_LETTER)} discarded")
     return 0 if discarded >= _named(query) else 1
 
 
 def edit_dead(
-    place: Place, number: int, body: Path | None, topic: str | None, key: str | None, as_json: bool, screen: Screen
+    place: OutboxPlace,
+    number: int,
+    body: Path | None,
+    topic: str | None,
+    key: str | None,
+    as_json: bool,
+    screen: Screen,
 ) -> int:
     """Has one sent again, changed."""
     if body is None and topic is None and key is None:
@@ -211,46 +210,48 @@ def _content(body: Path) -> bytes:
 # -- what waits
 
 
-def list_later(place: Place, selection: Selection, limit: int, offset: int, as_json: bool, screen: Screen) -> int:
+def list_later(place: OutboxPlace, selection: Selection, limit: int, offset: int, as_json: bool, screen: Screen) -> int:
     """A page of it."""
     page = place.open().scheduled.find(selection.query(), limit=limit + offset + 1 if limit else None)[offset:]
     return _list(page, limit, offset, as_json, screen, _MESSAGE)
 
 
-def cancel_later(place: Place, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
+def cancel_later(place: OutboxPlace, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
     """Deletes it."""
     scheduled = place.open().scheduled
     query = selection.query(needed=True)
-    found = len(scheduled.find(query, limit=None))
-    if not _confirmed(f"cancel {counted(found, *_MESSAGE)} for good?", found, yes, screen):
+    meant = query if yes else _asked("cancel", scheduled.find, query, _MESSAGE, screen)
+    if meant is None:
         return 1
-    cancelled = scheduled.cancel(query)
+    cancelled = scheduled.cancel(meant)
     screen.say(json.dumps({"cancelled": cancelled}) if as_json else f"{counted(cancelled, *_MESSAGE)} cancelled")
     return 0 if cancelled >= _named(query) else 1
 
 
 def reschedule_later(
-    place: Place, selection: Selection, at: str | None, within: str | None, as_json: bool, screen: Screen
+    place: OutboxPlace, selection: Selection, at: str | None, within: str | None, as_json: bool, screen: Screen
 ) -> int:
     """Has it sent at another time."""
     if (at is None) == (within is None):
         raise Failure("say when: --at TIME or --in AGE", USAGE)
-    due_at = datetime.datetime.fromtimestamp(wall_time(), datetime.timezone.utc)
-    due_at = _time(at) if within is None else due_at + _age("--in", within)
+    due_at = _time("--at", at) if within is None else _from_now("--in", within, 1)
     query = selection.query(needed=True)
     moved = place.open().scheduled.reschedule(query, due_at)
     screen.say(json.dumps({"rescheduled": moved}) if as_json else f"{counted(moved, *_MESSAGE)} due {_when(due_at)}")
     return 0 if moved >= _named(query) else 1
 
 
-def _time(text: str | None) -> datetime.datetime:
+def _time(option: str, text: str | None) -> datetime.datetime:
     try:
         time = datetime.datetime.fromisoformat((text or "").replace("Z", "+00:00"))
     except ValueError:
         time = None
     if time is None or time.tzinfo is None:
-        raise Failure("--at takes a time with its zone, such as 2030-01-31T12:00:00Z", USAGE)
-    return time.astimezone(datetime.timezone.utc)
+        raise Failure(f"{option} takes a time with its zone, such as 2030-01-31T12:00:00Z", USAGE)
+    try:
+        return time.astimezone(datetime.timezone.utc)
+    except OverflowError:
+        raise Failure(f"{option} is out of range: {text}", USAGE) from None
 
 
 # -- parts
@@ -259,6 +260,20 @@ def _time(text: str | None) -> datetime.datetime:
 def _named(query: kbatch.OutboxQuery) -> int:
     """How many messages were named one by one."""
     return len(query.numbers or query.ids or ())
+
+
+def _asked(
+    verb: str, find: Callable[..., list[Any]], query: kbatch.OutboxQuery, nouns: tuple[str, str], screen: Screen
+) -> kbatch.OutboxQuery | None:
+    """The messages that `query` means now, if somebody says yes to them: not what comes while that is thought over."""
+    numbers: list[int] = []
+    last = None
+    while page := find(query, limit=_PAGE, after=last):
+        numbers += [each.number for each in page]
+        last = page[-1]
+    if not _confirmed(f"{verb} {counted(len(numbers), *nouns)} for good?", len(numbers), False, screen):
+        return None
+    return dataclasses.replace(query, numbers=numbers)
 
 
 def _confirmed(question: str, found: int, yes: bool, screen: Screen) -> bool:

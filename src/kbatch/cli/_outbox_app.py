@@ -1,12 +1,13 @@
 """``kbatch outbox`` and ``kbatch relay``: their options."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from kbatch.cli._outbox_place import Place, find_place
+from kbatch.cli._place import OutboxPlace
 from kbatch.cli._screen import Screen
 from kbatch.cli._work import Wire, exit_with, typed
 
@@ -64,11 +65,17 @@ WireOption = Annotated[Wire, typer.Option(help="The format of the headers, as th
 
 def _place(
     outbox: str | None, prefix: str | None, schema: str | None, config: Path | None, wire: Wire = Wire.KBATCH
-) -> Place:
+) -> OutboxPlace:
     from kbatch.cli._relay_file import RelayFile
 
+    return _place_by(RelayFile(config).values, outbox, prefix, schema, wire)
+
+
+def _place_by(
+    file: Mapping[str, Any], outbox: str | None, prefix: str | None, schema: str | None, wire: Wire = Wire.KBATCH
+) -> OutboxPlace:
     name = None if outbox is None else typed("--outbox", outbox)
-    return find_place(name, prefix, schema, RelayFile(config).values, wire=wire.value)
+    return OutboxPlace.find(name, prefix, schema, file, wire=wire.value, notify=bool(file.get("notify")))
 
 
 @outbox_app.command()
@@ -77,7 +84,7 @@ def create(outbox: Outbox = None, prefix: Prefix = None, schema: Schema = None, 
     screen = Screen()
 
     def work() -> int:
-        from kbatch.cli._outbox import create as run
+        from kbatch.cli._tables import create as run
 
         return run(_place(outbox, prefix, schema, config), screen)
 
@@ -90,11 +97,11 @@ def ddl(outbox: Outbox = None, prefix: Prefix = None, schema: Schema = None, con
     screen = Screen()
 
     def work() -> int:
-        from kbatch.cli._outbox import ddl as run
+        from kbatch.cli._tables import ddl as run
 
         return run(_place(outbox, prefix, schema, config), screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @outbox_app.command()
@@ -114,7 +121,7 @@ def status(
 
         return run(_place(outbox, prefix, schema, config), count_up_to, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @outbox_app.command()
@@ -172,7 +179,7 @@ def dead_list(
             return count_dead(place, selection, json, screen)
         return list_dead(place, selection, limit, offset, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_app.command("show")
@@ -193,7 +200,7 @@ def dead_show(
 
         return show_dead(_place(outbox, prefix, schema, config, wire), Selection(which), json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_app.command("replay")
@@ -318,7 +325,7 @@ def later_list(
         selection = Selection(which or (), topic, type, error)
         return list_later(_place(outbox, prefix, schema, config, wire), selection, limit, offset, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @later_app.command("cancel")
@@ -415,8 +422,13 @@ def relay(
         float | None, typer.Option(min=0.0, help="With --drain: seconds after which it ends anyway.")
     ] = None,
     grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a signal leaves to what is in flight; a second one ends them.")
-    ] = 30.0,
+        float | None,
+        typer.Option(
+            min=0.0,
+            show_default="close_timeout_s of FILE, or 30",
+            help="Seconds that a signal leaves to what is in flight; a second one ends them.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No live line on a terminal.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="For programs: each line of the log, and the counters at the end, as JSON.")
@@ -449,10 +461,10 @@ def relay(
         if timeout is not None and not drain:
             raise Failure("--timeout is for --drain", USAGE)
         file = RelayFile(config)
-        name = None if outbox is None else typed("--outbox", outbox)
         settings = Settings.collect([typed("-X", each) for each in setting or []], file.kafka(), os.environ)
         return run_relay(
-            RelayJob(find_place(name, prefix, schema, file.values), settings, file, drain, timeout, grace, json), screen
+            RelayJob(_place_by(file.values, outbox, prefix, schema), settings, file, drain, timeout, grace, json),
+            screen,
         )
 
     exit_with(work, screen)

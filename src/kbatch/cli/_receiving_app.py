@@ -99,6 +99,8 @@ def listen(
     Settings of librdkafka, group.id among them, come from -X, else from the environment (KBATCH_GROUP_ID is group.id),
     else from the table kafka of the --config FILE. Keep secrets out of -X: others can see command lines.
 
+    The tables of the FILE's inbox must be there: kbatch inbox create. KBATCH_INBOX, if it is set, says where that is.
+
     Ctrl-C, SIGTERM and SIGHUP wait for the handlers that run, commit what is done and leave the group.
 
     Exit status: 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP; 0 if the handler's program ended it; 1 if it
@@ -166,7 +168,7 @@ def consume(
         job = ConsumeJob(wanted, _settings(setting, config), wire.value, form, group, commit, connect_timeout)
         return run(job, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 def replay(
@@ -191,9 +193,12 @@ def replay(
     Key, value and headers are as they were; the headers of the failure are taken off. No group's offsets change, and
     the records stay where they are: a second replay sends them a second time.
 
-    Exit status: 0 if each record was acknowledged; 1 if not; 2 if an option is wrong, if nobody can be asked and --yes
-    is missing, or if a record does not say where it came from and --to is missing; 130 after Ctrl-C, 143 after SIGTERM,
-    129 after SIGHUP.
+    A record with a header whose name is not UTF-8 is left out. Ctrl-C and SIGTERM wait for what is in flight; a second
+    one does not wait.
+
+    Exit status: 0 if each record was acknowledged; 1 if not, or if one is left out or not there; 2 if an option is
+    wrong, if nobody can be asked and --yes is missing, or if a record does not say where it came from and --to is
+    missing; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
     """
     screen = Screen()
 
@@ -231,7 +236,7 @@ def dead_topic_list(
         letters = _letters(topic, begin, until, partition, key, limit, error, origin, setting, config, connect_timeout)
         return list_letters(letters, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_topic_app.command("show")
@@ -255,7 +260,7 @@ def dead_topic_show(
         letters = Letters(Range(typed("TOPIC", topic)), settings, wire.value, which, connect_timeout_s=connect_timeout)
         return show_letters(letters, json, screen)
 
-    exit_with(work, screen)
+    exit_with(work, screen, prints=True)
 
 
 @dead_topic_app.command("replay")

@@ -1,5 +1,6 @@
 """A record as text: for people, and as a JSON object, which is read back."""
 
+import contextlib
 import datetime
 import json
 import re
@@ -9,6 +10,7 @@ import msgspec
 from confluent_kafka import Message
 
 import kbatch
+from kbatch._fastmap import record_headers
 from kbatch._receiving._failures import raw_copy
 from kbatch._text import printable
 from kbatch.cli._json_line import BadLine, second_opinion
@@ -16,19 +18,26 @@ from kbatch.cli._outbox import _plain, _shown
 
 _NOT_ASCII = re.compile("[^\0-\x7f]")
 _ABSENT = msgspec.Raw()
+_YEAR_10000 = 253_402_300_800_000
 
 
 def record_line(message: Message, wire: str) -> str:
     """What ``--json`` prints of a record, in ASCII. A value that is JSON stands in ``value`` as what it is, its numbers
-    as they are written; other text in ``value_text``, and bytes that are no UTF-8 in ``value_text_base64``."""
+    as they are written; other text in ``value_text``, and bytes that are no UTF-8 in ``value_text_base64``. Headers
+    that cannot be read are null, and `read_record` does not take them."""
+    fields = _fields(message, wire)
+    try:
+        headers: Any = [{"name": name, **_plain("value", text)} for name, text in headers_of(message)]
+    except kbatch.DeserializationError:  # as `error` says
+        headers = None
     found: dict[str, Any] = {
         "topic": message.topic(),
         "partition": message.partition(),
         "offset": message.offset(),
         "time": _time(message),
         **_plain("key", _bytes(message.key())),
-        **_fields(message, wire),
-        "headers": [{"name": name, **_plain("value", text)} for name, text in headers_of(message)],
+        **fields,
+        "headers": headers,
     }
     value = _bytes(message.value())
     text = "null" if value is None else _as_json(value)
@@ -107,7 +116,8 @@ def record_text(message: Message, wire: str) -> str:
     lines = [first + (f", {kind}" if kind else "")]
     if error:
         lines.append(f"  not readable: {error}")
-    lines += [f"  {name}: {_shown(value)}" for name, value in headers_of(message)]
+    with contextlib.suppress(kbatch.DeserializationError):  # as `error` says
+        lines += [f"  {name}: {_shown(value)}" for name, value in headers_of(message)]
     value = message.value()
     lines.append("  a null value" if value is None else "  " + (_shown(_compact(value)) or ""))
     return "\n".join(printable(line) for line in lines) + "\n"
@@ -120,8 +130,12 @@ def value_line(message: Message) -> bytes:
 
 
 def headers_of(message: Message) -> list[tuple[str, bytes | None]]:
-    """All headers of a record."""
-    given: Any = message.headers() or []
+    """All headers of a record.
+
+    Raises:
+        DeserializationError: The name of one is not UTF-8.
+    """
+    given = record_headers(message)
     return [(name, value.encode() if isinstance(value, str) else value) for name, value in given]
 
 
@@ -150,7 +164,7 @@ def _bytes(value: Any) -> bytes | None:
 
 def _time(message: Message) -> str | None:
     kind, milliseconds = message.timestamp()
-    if not kind or milliseconds < 0:
+    if not kind or not 0 <= milliseconds < _YEAR_10000:  # it may have been microseconds
         return None
     at = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.timezone.utc)
     return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -14,7 +14,7 @@ from kbatch.cli._connection import Connection
 from kbatch.cli._failure import USAGE, Failure
 from kbatch.cli._interrupt import Interrupt
 from kbatch.cli._log import Log
-from kbatch.cli._outbox_place import Place
+from kbatch.cli._place import OutboxPlace
 from kbatch.cli._relay_file import RelayFile
 from kbatch.cli._screen import Bar, Screen
 from kbatch.cli._settings import Settings
@@ -27,18 +27,19 @@ _COUNT_EVERY_S = 1.0
 _COUNT_UP_TO = 10_000
 _TELL_EVERY_S = 60.0
 _STALLED_AFTER_S = 10.0
+_GRACE_S = 30.0
 
 
 @dataclass(frozen=True)
 class RelayJob:
     """What the command line asks for."""
 
-    place: Place
+    place: OutboxPlace
     settings: Settings
     file: RelayFile
     drain: bool
     timeout_s: float | None
-    grace_s: float
+    grace_s: float | None
     as_json: bool
 
 
@@ -48,10 +49,10 @@ def run_relay(job: RelayJob, screen: Screen) -> int:
         connection = Connection(log)
         outbox = job.place.open()
         with contextlib.ExitStack() as stack:
-            relay = _relay(job, outbox, connection)
+            relay, grace_s = _relay(job, outbox, connection)
             stack.callback(_close, relay)
             # At its end, at the second signal, or when the time for it is over.
-            interrupt = stack.enter_context(Interrupt(lambda: relay.stop(0), job.grace_s))
+            interrupt = stack.enter_context(Interrupt(lambda: relay.stop(0), grace_s))
             log.tell(f"relay of {job.place.shown} to {_brokers(job.settings)} begins")
             with screen.live("relay") as bar, _watched(relay, outbox, log, connection, interrupt, bar):
                 try:
@@ -88,7 +89,8 @@ def _told(relay: kbatch.Relay) -> str:
     return text
 
 
-def _relay(job: RelayJob, outbox: Any, connection: Connection) -> kbatch.Relay:
+def _relay(job: RelayJob, outbox: Any, connection: Connection) -> tuple[kbatch.Relay, float]:
+    """A relay, and how many seconds a signal leaves to what is in flight."""
     if job.settings.find("bootstrap.servers") is None:
         raise Failure(
             "no broker is named: give -X bootstrap.servers=HOST:PORT, KBATCH_BOOTSTRAP_SERVERS, or "
@@ -99,7 +101,9 @@ def _relay(job: RelayJob, outbox: Any, connection: Connection) -> kbatch.Relay:
         if key.endswith("_cb") or key in ("logger", "on_delivery"):
             raise Failure(job.settings.explain(f"{key} is for programs; a command line has no place for it"), USAGE)
     config = {"log_level": "0", **job.settings.values, "error_cb": connection}
-    options = {"close_timeout_s": job.grace_s, **job.file.relay}
+    options: dict[str, Any] = {"close_timeout_s": _GRACE_S, **job.file.relay}
+    if job.grace_s is not None:
+        options["close_timeout_s"] = job.grace_s
     if job.file.retry:
         # What a file does not say is as a relay has it without one.
         own: dict[str, Any] = {"max_attempts": 20, "initial_backoff_s": 0.5, "max_backoff_s": 60.0, **job.file.retry}
@@ -117,7 +121,7 @@ def _relay(job: RelayJob, outbox: Any, connection: Connection) -> kbatch.Relay:
     except kbatch.ConfigError as error:
         _close(relay)
         raise Failure(str(error), USAGE) from None
-    return relay
+    return relay, options["close_timeout_s"]
 
 
 def _close(relay: kbatch.Relay) -> None:

@@ -1,12 +1,13 @@
 """``kbatch replay`` and ``kbatch dead-topic``: records that failed, shown and sent back."""
 
+import contextlib
 import datetime
 import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from confluent_kafka import Message
 from rich.table import Table
@@ -28,6 +29,7 @@ from kbatch.cli._topic_reader import Range, TopicReader
 _BATCH = 500
 _GRACE_S = 30.0
 _ATTEMPTS = ("attempts", "ce_attempts")
+Headers: TypeAlias = list[tuple[str, "bytes | None"]]
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,32 @@ class Letters:
             found.add((int(match[1]), int(match[2])))
         return found
 
-    def read(self, connection: Connection, interrupt: Interrupt) -> Iterator[Message]:
+    def open(self, connection: Connection) -> TopicReader:
+        """What reads their topic."""
+        self.places()  # wrong ones are told before a broker is asked
+        return TopicReader(self.settings, self.range, connection, self.connect_timeout_s)
+
+    def read(self, reader: TopicReader, interrupt: Interrupt) -> Iterator[Message]:
         """They, one after the other."""
         places = self.places()
         given = 0
-        with TopicReader(self.settings, self.range, connection, self.connect_timeout_s) as reader:
-            for message in reader.messages(lambda: interrupt.requested):
-                if message is None:
+        for message in reader.messages(lambda: interrupt.requested):
+            if message is None:
+                continue
+            if places and (message.partition(), message.offset()) not in places:
+                continue
+            headers, reason = _known(message)
+            if self.error is not None and self.error not in reason:
+                continue
+            if self.origin is not None and (found := origin_of(headers.items())) is not None:
+                if found.topic != self.origin:
                     continue
-                headers = dict(headers_of(message))
-                if places and (message.partition(), message.offset()) not in places:
-                    continue
-                if self.error is not None and self.error not in _reason(headers):
-                    continue
-                if self.origin is not None and (found := origin_of(headers.items())) is not None:
-                    if found.topic != self.origin:
-                        continue
-                elif self.origin is not None:
-                    continue
-                yield message
-                given += 1
-                if given == self.count:
-                    return
+            elif self.origin is not None:
+                continue
+            yield message
+            given += 1
+            if given == self.count:
+                return
 
 
 @dataclass(frozen=True)
@@ -91,34 +97,54 @@ class ReplayJob:
 def replay(job: ReplayJob, screen: Screen) -> int:
     """Sends records back and returns the exit status: 0 if each of them was acknowledged."""
     connection = Connection(screen)
-    with Interrupt(lambda: None, _GRACE_S) as interrupt:
+    with contextlib.ExitStack() as stack:
         # Counted first: what comes meanwhile is not meant.
         targets: Counter[str] = Counter()
-        lost = 0
+        lost = unreadable = 0
         ends: dict[int, int] = {}
-        for message in job.letters.read(connection, interrupt):
-            target = _target(message, job.to)
-            ends[message.partition() or 0] = message.offset() or 0
-            if target is None:
-                lost += 1
-            else:
-                targets[target] += 1
+        places = job.letters.places()
+        with Interrupt(None, _GRACE_S) as interrupt:
+            reader = stack.enter_context(job.letters.open(connection))
+            for message in job.letters.read(reader, interrupt):
+                number, offset = message.partition() or 0, message.offset() or 0
+                places.discard((number, offset))
+                ends[number] = offset
+                try:
+                    target = _target(headers_of(message), job.to)
+                except kbatch.DeserializationError:
+                    unreadable += 1
+                    continue
+                if target is None:
+                    lost += 1
+                else:
+                    targets[target] += 1
         if interrupt.requested:
             return interrupt.status
+        if places:
+            raise _not_found(places)
         if lost:
             raise Failure(
                 f"{counted(lost, 'record does', 'records do')} not say which topic was the first; give --to TOPIC",
                 USAGE,
             )
+        if unreadable:
+            screen.tell(f"{counted(unreadable, 'record')} left out: the name of a header is not UTF-8")
         found = sum(targets.values())
         shown = ", ".join(f"{count:,} to {topic}" for topic, count in sorted(targets.items()))
         if job.dry_run or not found:
-            return _tell(job, 0, found, shown if found else "nothing is there to be replayed", screen)
-        if not _confirmed(f"replay {counted(found, 'record')} ({shown})?", found, job.yes, screen):
+            status = _tell(job, 0, found, shown if found else "nothing is there to be replayed", screen)
+        elif _confirmed(f"replay {counted(found, 'record')} ({shown})?", found, job.yes, screen):
+            sent, interrupt = _send(job, reader, connection, ends, found)
+            status = _tell(job, sent, found, shown, screen)
+            if interrupt.requested:
+                return interrupt.status
+        else:
             return 1
-        sent = _send(job, connection, interrupt, ends, found)
-        status = _tell(job, sent, found, shown, screen)
-        return interrupt.status if interrupt.requested else status
+        return 1 if unreadable and not job.dry_run else status
+
+
+def _not_found(places: Collection[tuple[int, int]]) -> Failure:
+    return Failure(f"{counted(len(places), 'record')} not found")
 
 
 def _tell(job: ReplayJob, sent: int, found: int, shown: str, screen: Screen) -> int:
@@ -133,26 +159,37 @@ def _tell(job: ReplayJob, sent: int, found: int, shown: str, screen: Screen) -> 
     return 0 if job.dry_run or sent == found else 1
 
 
-def _send(job: ReplayJob, connection: Connection, interrupt: Interrupt, ends: dict[int, int], found: int) -> int:
+def _send(
+    job: ReplayJob, reader: TopicReader, connection: Connection, ends: dict[int, int], found: int
+) -> tuple[int, Interrupt]:
+    """Sends what was counted. Returns how much was acknowledged, and whether it was told to stop."""
     config = {"log_level": "0", **shared_config(job.letters.settings.values), "error_cb": connection}
     try:
         producer = kbatch.Producer(config, wire="raw")
     except ConfigError as error:
         raise Failure(job.letters.settings.explain(str(error)), USAGE) from None
     sent = 0
-    with producer:
+    with producer, Interrupt(lambda: _give_up(producer), _GRACE_S) as interrupt:
         batch: list[kbatch.Envelope[Any]] = []
 
         def flush() -> int:
-            acked = producer.send_batch(None, batch).acked if batch else 0
+            acked = 0
+            if batch and not interrupt.requested:
+                # Closed by a second signal: nothing more is sent.
+                with contextlib.suppress(kbatch.ProducerClosedError):
+                    acked = producer.send_batch(None, batch).acked
             batch.clear()
             return acked
 
         # Partitions may come in another order this time: not the first so many, but those up to the ends.
-        for message in replace(job.letters, count=None).read(connection, interrupt):
+        for message in replace(job.letters, count=None).read(reader, interrupt):
             if (message.offset() or 0) > ends.get(message.partition() or 0, -1):
                 continue
-            batch.append(_without_failure(message, _target(message, job.to) or ""))
+            try:
+                headers = headers_of(message)
+            except kbatch.DeserializationError:
+                continue
+            batch.append(_without_failure(message, headers, _target(headers, job.to) or ""))
             if sent + len(batch) == found:
                 break
             if len(batch) == _BATCH:
@@ -160,17 +197,22 @@ def _send(job: ReplayJob, connection: Connection, interrupt: Interrupt, ends: di
                 acked = flush()
                 sent += acked
                 if acked < full:
-                    return sent
-        return sent + flush()
+                    return sent, interrupt
+        return sent + flush(), interrupt
 
 
-def _target(message: Message, to: str | None) -> str | None:
-    origin = None if to is not None else origin_of(headers_of(message))
+def _give_up(producer: kbatch.Producer) -> None:
+    # What is lost is told by its batch.
+    with contextlib.suppress(kbatch.UndeliveredError):
+        producer.close(0)
+
+
+def _target(headers: Headers, to: str | None) -> str | None:
+    origin = None if to is not None else origin_of(headers)
     return to if origin is None else origin.topic
 
 
-def _without_failure(message: Message, topic: str) -> kbatch.Envelope[Any]:
-    headers = headers_of(message)
+def _without_failure(message: Message, headers: Headers, topic: str) -> kbatch.Envelope[Any]:
     failed = any(name in FAILURE_HEADERS for name, _ in headers)
     kept = [pair for pair in headers if pair[0] not in FAILURE_HEADERS and not (failed and pair[0] in _ATTEMPTS)]
     value = message.value()
@@ -184,17 +226,16 @@ def list_letters(letters: Letters, as_json: bool, screen: Screen) -> int:
     """A line of each."""
     table = Table("place", "failed", "origin", "key", "attempts", "error")
     found = 0
-    with Interrupt(lambda: None, _GRACE_S) as interrupt:
-        for message in letters.read(Connection(screen), interrupt):
+    with Interrupt(None, _GRACE_S) as interrupt, letters.open(Connection(screen)) as reader:
+        for message in letters.read(reader, interrupt):
             found += 1
-            headers = dict(headers_of(message))
+            summary = _summary(message)
             if as_json:
-                screen.say(json.dumps(_summary(message, headers)))
+                screen.say(json.dumps(summary))
                 continue
-            summary = _summary(message, headers)
             cells = (summary["failed_at"], summary["origin"], _shown(_key(message)), summary["attempts"])
             table.add_row(summary["place"], *(_text(None if each is None else str(each)) for each in cells),
-                          _text(_reason(headers)))  # fmt: skip
+                          _text(summary["error"]))  # fmt: skip
         if not as_json:
             screen.show(table) if found else screen.say("no records")
         return interrupt.status if interrupt.requested else 0
@@ -203,8 +244,8 @@ def list_letters(letters: Letters, as_json: bool, screen: Screen) -> int:
 def show_letters(letters: Letters, as_json: bool, screen: Screen) -> int:
     """Everything about some."""
     places = letters.places()
-    with Interrupt(lambda: None, _GRACE_S) as interrupt:
-        for message in letters.read(Connection(screen), interrupt):
+    with Interrupt(None, _GRACE_S) as interrupt, letters.open(Connection(screen)) as reader:
+        for message in letters.read(reader, interrupt):
             places.discard((message.partition() or 0, message.offset() or 0))
             if as_json:
                 screen.print(record_line(message, letters.wire))
@@ -215,11 +256,21 @@ def show_letters(letters: Letters, as_json: bool, screen: Screen) -> int:
         if interrupt.requested:
             return interrupt.status
     if places:
-        raise Failure(f"{counted(len(places), 'record')} not found")
+        raise _not_found(places)
     return 0
 
 
-def _summary(message: Message, headers: dict[str, bytes | None]) -> dict[str, Any]:
+def _known(message: Message) -> tuple[dict[str, bytes | None], str]:
+    """The headers of a record, and why it failed."""
+    try:
+        headers = dict(headers_of(message))
+    except kbatch.DeserializationError as error:
+        return {}, error.reason
+    return headers, _reason(headers)
+
+
+def _summary(message: Message) -> dict[str, Any]:
+    headers, reason = _known(message)
     origin = origin_of(headers.items())
     failed_at = headers.get("failed-at") or b""
     at = None
@@ -233,7 +284,7 @@ def _summary(message: Message, headers: dict[str, bytes | None]) -> dict[str, An
         "origin": None if origin is None else f"{origin.topic} [{origin.partition}] {origin.offset}",
         "key": None if message.key() is None else printable(_shown(_key(message)) or ""),
         "attempts": None if attempts is None else printable(attempts.decode("utf-8", "replace")),
-        "error": _reason(headers),
+        "error": reason,
     }
 
 

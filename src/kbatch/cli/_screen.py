@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import functools
 import os
 import re
@@ -85,7 +86,11 @@ class Stream:
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
         except ValueError:  # it is closed
-            pass
+            self.error = self.error or _closed()
+
+
+def _closed() -> OSError:
+    return OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 class PlainStream:
@@ -155,8 +160,9 @@ class Screen:
 
     @property
     def loss(self) -> OSError | None:
-        """Why results do not arrive any more: the disk is full, or who read them is gone."""
-        return self._results().error
+        """Why results do not arrive: the disk is full, who read them is gone, or there never was an output."""
+        results = self._results()
+        return results.error if results.is_there else _closed()
 
     @property
     def is_asked(self) -> bool:

@@ -10,8 +10,11 @@ from kbatch._config import canonical, shown_key
 from kbatch.cli._failure import USAGE, Failure
 
 PREFIX = "KBATCH_"
-#: Names an outbox, and is no setting of librdkafka: the URL may hold a password.
-VARIABLE = "KBATCH_OUTBOX"
+#: Each names a database, and is no setting of librdkafka: the URL may hold a password.
+OUTBOX_VARIABLE = "KBATCH_OUTBOX"
+INBOX_VARIABLE = "KBATCH_INBOX"
+# The last one is the pytest plugin's.
+_NO_SETTINGS = {OUTBOX_VARIABLE, INBOX_VARIABLE, "KBATCH_TEST_POSTGRES"}
 
 # What Kubernetes sets for each Service of the namespace. A Service `kbatch` gives these names the prefix above, and so
 # does a Service `kbatch-…`.
@@ -83,7 +86,7 @@ def _from_options(options: Iterable[str]) -> Iterator[Setting]:
 def _from_environment(environment: Mapping[str, str]) -> Iterator[Setting]:
     found: dict[str, Setting] = {}
     for name, value in environment.items():
-        if name == VARIABLE or not name.startswith(PREFIX) or len(name) == len(PREFIX):
+        if name in _NO_SETTINGS or not name.startswith(PREFIX) or len(name) == len(PREFIX):
             continue
         if not _is_of_a_service(name, environment):
             key = name[len(PREFIX) :].lower().replace("__", "\0").replace("_", ".").replace("\0", "_")

@@ -41,12 +41,12 @@ def _point(option: str, text: str, *names: str) -> tuple[str, int]:
         return "offset", int(text)
     age = re.fullmatch("([0-9]{1,9})([smhd])", text)
     if age is not None:
-        return "time", int((wall_time() - int(age[1]) * _UNITS[age[2]]) * 1000)
+        return "time", max(0, int((wall_time() - int(age[1]) * _UNITS[age[2]]) * 1000))
     with contextlib.suppress(ValueError):
         at = datetime.datetime.fromisoformat(text.replace("Z", "+00:00"))
         if at.tzinfo is None:
             at = at.replace(tzinfo=datetime.timezone.utc)
-        return "time", int(at.timestamp() * 1000)
+        return "time", max(0, int(at.timestamp() * 1000))
     raise Failure(
         f"{option} takes {', '.join(names)}, an offset, an age (90s, 15m, 2h, 7d) or a time (2026-11-30T08:00:00Z)",
         USAGE,
@@ -147,7 +147,10 @@ class TopicReader:
                     raise Failure(f"the broker did not answer: {reason.str()}") from None
 
     def messages(self, is_over: Callable[[], bool]) -> Iterator[Message | None]:
-        """The records that are meant, by partition in order; ``None`` now and then while there is none."""
+        """The records that are meant, by partition in order; ``None`` now and then while there is none.
+
+        They are the same each time, whatever came since, and however long ago an age of ``--from`` began.
+        """
         wanted = self._wanted
         key = None if wanted.key is None else wanted.key.encode()
         ends = {number: end for number, (begin, end) in self._offsets.items() if wanted.follow or begin < end}

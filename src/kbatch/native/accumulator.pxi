@@ -433,7 +433,7 @@ cdef class Accumulator:
         try:
             waiter.wake()
         except Exception:
-            _logger.exception("could not wake an event loop")
+            log_raised("could not wake an event loop")
         return 0
 
     # -- for the thread that sends

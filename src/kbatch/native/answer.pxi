@@ -71,9 +71,8 @@ cdef class Answer:
         return getattr(self.callback, method)(self.batch, argument)
 
     cdef void _log(self) noexcept:
-        _logger.exception(
-            "a sender callback failed: %s.%s; it was told: %r", callback_name(type(self.callback)),
-            self.method, self.argument)
+        log_raised("a sender callback failed: %s.%s; it was told: %r",
+                   (callback_name(type(self.callback)), self.method, self.argument))
 
     cdef int _end(self) except -1:
         then, self.then = self.then, None

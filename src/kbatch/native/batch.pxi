@@ -175,7 +175,7 @@ cdef class Batch(MappedBatch):
             try:
                 self.core.undelivered._take(lot)
             except BaseException:
-                _logger.exception("could not note that a failure was seen")
+                log_raised("could not note that a failure was seen")
 
     cdef void _wait_on(self) noexcept:
         # Until it looks, or waits no longer: only then others may be told instead.

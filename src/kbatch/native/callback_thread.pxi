@@ -19,9 +19,9 @@ cdef class Job:
         try:
             refuse_coroutine(self.run(*self.arguments))
         except BaseException:
-            try:  # a logging filter that raises must not end the thread
-                _logger.exception("a callback failed: %s", callback_name(self.arguments[0]))
-            except BaseException:
+            try:
+                log_raised("a callback failed: %s", (callback_name(self.arguments[0]),))
+            except BaseException:  # no memory for the name
                 pass
         self.call._end()
 
@@ -102,7 +102,7 @@ cdef class CallbackThread:
             except MemoryError:
                 nap()
             except BaseException:
-                _logger.exception("no thread for callbacks")
+                log_raised("no thread for callbacks")
                 return
 
     cdef bint _start(self) except -1:

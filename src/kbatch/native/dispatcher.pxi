@@ -139,7 +139,7 @@ cdef class Dispatcher:
             except MemoryError:  # who waits would wait for ever
                 nap()
             except Exception:
-                _logger.exception("could not wake an event loop")
+                log_raised("could not wake an event loop")
                 return
 
     cdef void _pass_on(self, Notice *notice) noexcept:
@@ -152,7 +152,7 @@ cdef class Dispatcher:
                 if notice.event != NULL:
                     drop_event(self.c, notice.event)
                     notice.event = NULL
-                _logger.exception("could not pass on an event of librdkafka")
+                log_raised("could not pass on an event of librdkafka")
             free_notice(notice)
             notice = following
 

@@ -40,6 +40,14 @@ cdef int share_gil(int64_t *offered_ns) except -1:
     return PyErr_CheckSignals()
 
 
+cdef void log_raised(str text, tuple arguments=()) noexcept:
+    """Logs what was raised, with its traceback. What a handler or a filter of logs raises is dropped."""
+    try:
+        _logger.exception(text, *arguments)
+    except BaseException:
+        pass
+
+
 cdef void nap() noexcept:
     # Until others may have given memory back.
     with nogil:

@@ -534,11 +534,27 @@ cdef object _read_custom(object record, object wire):
 
 cdef tuple _headers_of(object record):
     cdef object headers
+    cdef tuple pairs
+    cdef Py_ssize_t i
     try:
         headers = record.headers()
     except (SystemError, UnicodeDecodeError) as error:  # confluent-kafka raises the first, from the second
         raise _record_error(record, "the name of one of its headers is not UTF-8") from error
-    return _header_pairs(headers) if headers else _EMPTY
+    pairs = _header_pairs(headers) if headers else _EMPTY
+    for i in range(len(pairs)):
+        # Asked a second time, confluent-kafka gives its pairs, of which that name is missing: whoever looks crashes.
+        if PyTuple_GET_ITEM(PyTuple_GET_ITEM(<PyObject *> pairs, i), 0) == NULL:
+            raise _record_error(record, "the name of one of its headers is not UTF-8")
+    return pairs
+
+
+def record_headers(record) -> tuple:
+    """The headers of a record as it gives them, any number of times.
+
+    Raises:
+        DeserializationError: The name of one is not UTF-8.
+    """
+    return _headers_of(record)
 
 
 cdef int _check_encoded(object record, object key, object value) except -1:

@@ -46,9 +46,9 @@ cdef class TaskStarter:
 
     def __call__(self) -> None:
         if not call_on_loop(self.loop, self._start):
-            _logger.error("a callback was not called: the event loop on which its batch was sent is closed")
             if self.lost is not None:
                 self.lost()
+            _logger.error("a callback was not called: the event loop on which its batch was sent is closed")
 
     def _start(self) -> None:  # may come twice, if who asked for it was interrupted
         while True:
@@ -63,9 +63,21 @@ cdef class TaskStarter:
                 return
             except MemoryError:  # who waits for the callback would wait for ever
                 nap()
+            except Exception:  # a task factory of the application: the next time it would raise as well
+                self._give_up()
+                log_raised("a callback was not called: no task could be made for it")
+                return
             except BaseException:  # Ctrl-C within asyncio's own code
                 self.loop.call_soon(self._start)
                 raise
+
+    cdef int _give_up(self) except -1:
+        coroutine, self.coroutine = self.coroutine, None
+        self.call._end()
+        self.started.discard(self)
+        if coroutine is not None:
+            coroutine.close()
+        return 0
 
     def _create(self):
         self.call.__enter__()

@@ -1,7 +1,8 @@
-"""Tests without Kafka: producers and listeners in memory, a mock cluster with faults to order, and a pytest fixture.
+"""Tests without Kafka: producers and listeners in memory, a mock cluster with faults to order, and pytest fixtures.
 
 The plugin `pytest_kbatch`, which pytest finds by itself, gives the fixtures ``kafka_cluster``, ``memory_producer``,
-``memory_listener`` and ``sqlite_outbox``. What is in memory for asyncio is in `kbatch.testing.aio`.
+``memory_listener``, and ``sqlite_outbox``, ``sqlite_inbox``, ``postgres_outbox`` and ``postgres_inbox`` with tables of
+the test's own. What is in memory for asyncio is in `kbatch.testing.aio`.
 """
 
 from kbatch.testing._api_key import ApiKey

@@ -37,6 +37,7 @@ class MockCluster:
       single batch is acknowledged and lost, at the latest when the next one comes, which is lost with it. Spread larger
       data over more partitions.
     - It does not deduplicate: a retried idempotent produce request whose first copy was written is written twice.
+    - Of a transaction it takes the offsets and does not commit them, and it shows each reader what was aborted.
     - A topic that does not exist is created with 4 partitions when a client first asks for it. There is no request that
       creates one (CreateTopics, the AdminClient): use `create_topic`.
     - No TLS, SASL or ACLs, no quotas, no compaction, no retention by time. Brokers do not fail over by themselves:
@@ -234,8 +235,20 @@ class MockCluster:
         self._call("set_api_version", _api_key(api_key), minimum, maximum)
 
     def set_group_rebalance_delay(self, delay_ms: int) -> None:
-        """Sets how long a new consumer group waits for more members before its first assignment: 3,000 ms at first."""
+        """Sets how long a new consumer group waits for more members before its first assignment: 0 ms at first."""
         self._call("set_group_rebalance_delay", _integer("delay_ms", delay_ms, 0, _INT32[1]))
+
+    def set_group_session(self, timeout_ms: int, heartbeat_interval_ms: int) -> None:
+        """Sets what brokers tell members of groups with ``group.protocol=consumer``.
+
+        Args:
+            timeout_ms: After so long the partitions of a member that has not been heard of are given away; 30,000 at
+                first.
+            heartbeat_interval_ms: How often a member is heard of, and learns of its partitions; 3,000 at first.
+        """
+        timeout_ms = _integer("timeout_ms", timeout_ms, 1, _INT32[1])
+        interval_ms = _integer("heartbeat_interval_ms", heartbeat_interval_ms, 1, _INT32[1])
+        self._call("set_group_session", timeout_ms, interval_ms)
 
     # Request tracking
 

@@ -83,7 +83,8 @@ cdef struct MockApi:
     int (*broker_decommission)(void *cluster, int32_t broker_id) noexcept nogil
     int (*coordinator_set)(void *cluster, const char *kind, const char *key, int32_t broker_id) noexcept nogil
     int (*set_apiversion)(void *cluster, int16_t api_key, int16_t minimum, int16_t maximum) noexcept nogil
-    void (*group_initial_rebalance_delay_ms)(void *cluster, int32_t delay_ms) noexcept nogil
+    void (*set_group_consumer_session_timeout_ms)(void *cluster, int timeout_ms) noexcept nogil
+    void (*set_group_consumer_heartbeat_interval_ms)(void *cluster, int interval_ms) noexcept nogil
     # request tracking
     void (*start_request_tracking)(void *cluster) noexcept nogil
     void (*stop_request_tracking)(void *cluster) noexcept nogil
@@ -151,8 +152,10 @@ cdef void _fill() except *:
         "rd_kafka_mock_coordinator_set")
     mock.set_apiversion = <int (*)(void *, int16_t, int16_t, int16_t) noexcept nogil> symbol(
         "rd_kafka_mock_set_apiversion")
-    mock.group_initial_rebalance_delay_ms = <void (*)(void *, int32_t) noexcept nogil> symbol(
-        "rd_kafka_mock_group_initial_rebalance_delay_ms")
+    mock.set_group_consumer_session_timeout_ms = <void (*)(void *, int) noexcept nogil> symbol(
+        "rd_kafka_mock_set_group_consumer_session_timeout_ms")
+    mock.set_group_consumer_heartbeat_interval_ms = <void (*)(void *, int) noexcept nogil> symbol(
+        "rd_kafka_mock_set_group_consumer_heartbeat_interval_ms")
     mock.start_request_tracking = <void (*)(void *) noexcept nogil> symbol("rd_kafka_mock_start_request_tracking")
     mock.stop_request_tracking = <void (*)(void *) noexcept nogil> symbol("rd_kafka_mock_stop_request_tracking")
     mock.clear_requests = <void (*)(void *) noexcept nogil> symbol("rd_kafka_mock_clear_requests")
@@ -485,7 +488,13 @@ cdef class Cluster:
     def set_group_rebalance_delay(self, int32_t delay_ms) -> None:
         cdef void *cluster = self._open()
         with nogil:
-            mock.group_initial_rebalance_delay_ms(cluster, delay_ms)
+            mock.initial_rebalance_delay_ms(cluster, delay_ms)
+
+    def set_group_session(self, int timeout_ms, int heartbeat_interval_ms) -> None:
+        cdef void *cluster = self._open()
+        with nogil:
+            mock.set_group_consumer_session_timeout_ms(cluster, timeout_ms)
+            mock.set_group_consumer_heartbeat_interval_ms(cluster, heartbeat_interval_ms)
 
     def start_request_tracking(self) -> None:
         cdef void *cluster = self._open()

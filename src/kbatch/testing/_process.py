@@ -13,6 +13,15 @@ _ERRORS: dict[str, type[Exception]] = {
 }
 
 
+def environment_of_child() -> dict[str, str]:
+    """A child imports what this process imports, and takes nothing from the folder it happens to start in."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+        "PYTHONSAFEPATH": "1",
+    }
+
+
 class ProcessBackend:
     """The mock cluster in a process of its own; `kbatch.testing._server` is the other end of the pipes.
 
@@ -24,17 +33,11 @@ class ProcessBackend:
     def __init__(self, brokers: int) -> None:
         self._owner_pid = os.getpid()
         self._last_id = 0
-        # The child imports what this process imports, and takes nothing from the folder it happens to start in.
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
-            "PYTHONSAFEPATH": "1",
-        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "kbatch.testing._server", str(brokers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environment,
+            env=environment_of_child(),
             # A group of its own: a Ctrl-C on the terminal is for the program under test, not for its broker.
             start_new_session=True,
             creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
