@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import relays, senders
+from benchmarks.awaiting import awaitings
 from benchmarks.figures import Figure, Section, figure, latency_line, lines, percentile_us, standing_still
 from benchmarks.inbox import half_loads, handlings, inboxes
 from benchmarks.outbox import outboxes
@@ -19,6 +20,7 @@ from benchmarks.serializers import serializers
 from benchmarks.sides.base import Result
 from benchmarks.turns import Contender, Effort, Score, pairs, rate_ratio
 from benchmarks.verify import same_bytes
+from benchmarks.whole_way import whole_ways
 
 LATENCY_SIZES = (1, 100, 1_000)
 LARGE_BATCH = 200_000
@@ -599,6 +601,8 @@ MEASURES: dict[str, Callable[[Plan], Iterator[Section]]] = {
     "serializers": lambda plan: serializers(plan.all_turns),
     "outbox-sqlite": lambda plan: outboxes(plan.all_turns, plan.open_broker),
     "outbox-postgres": lambda plan: postgres_outboxes(plan.all_turns, plan.open_broker),
+    "outbox-awaiting": lambda plan: awaitings(min(5, max(3, plan.all_turns // 3)), plan.open_broker),
+    "outbox-whole": lambda plan: whole_ways(plan.way_turns, plan.open_broker),
     "outbox-backlog": lambda plan: relays.backlogs(max(3, plan.all_turns // 2), plan.backlogs, plan.open_broker),
     "outbox-relays": lambda plan: relays.numbers(max(3, plan.all_turns // 3), plan.relay_rows, plan.open_broker),
     "outbox-fencing": lambda plan: relays.fencing(max(3, plan.all_turns // 3), plan.relay_rows // 3, plan.open_broker),

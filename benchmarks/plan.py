@@ -31,6 +31,8 @@ class Plan:
     backlogs: tuple[int, ...] = BACKLOGS
     #: rows that several relays send
     relay_rows: int = 300_000
+    #: of the whole way, for each database and round trip
+    way_turns: int = 3
     #: of a topic that consumers read in each turn
     read_records: int = 100_000
     half_load_s: float = 8.0

@@ -360,7 +360,7 @@ def _color(name: str) -> str:
     if "by hand" in name:
         return COLORS["confluent"]
     words = {"kbatch": "kbatch", "FastStream": "faststream", "confluent": "confluent", "aiokafka": "aiokafka",
-             "without": "cloop"}  # fmt: skip
+             "without": "cloop", "awaits": "cloop"}  # fmt: skip
     return COLORS[next((side for word, side in words.items() if word in name), "kbatch")]
 
 
@@ -382,6 +382,11 @@ def _figure_bars(
 
 def _rounded(value: float) -> str:
     return _thousands(float(f"{value:.3g}"))
+
+
+def outbox_whole(document: Document) -> Figure | None:
+    title = "Orders per second from transactions through Kafka to invoices"
+    return _figure_bars(document, "outbox-whole", "ways", title, _rounded)
 
 
 def outbox_fencing(document: Document) -> Figure | None:
@@ -448,6 +453,7 @@ PLOTS: dict[str, Plot] = {
     "gil": gil,
     "linger": linger,
     "codecs": codecs,
+    "outbox-whole": outbox_whole,
     "outbox-backlog": outbox_backlog,
     "outbox-relays": outbox_relays,
     "outbox-fencing": outbox_fencing,

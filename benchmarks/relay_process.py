@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 
 import kbatch
+from benchmarks.database import Database
 from benchmarks.sides.base import say
 
 
 class Options(msgspec.Struct, frozen=True):
-    conninfo: str
-    prefix: str
+    database: Database
     bootstrap_servers: str
     #: of `kbatch.Relay`
     relay: dict[str, Any] = {}
@@ -29,8 +29,8 @@ class Count(msgspec.Struct, frozen=True):
 
 def main() -> None:
     options = msgspec.json.decode(sys.argv[1], type=Options)
-    outbox = kbatch.PostgresOutbox(options.conninfo, prefix=options.prefix)
-    with kbatch.Relay(outbox, {"bootstrap.servers": options.bootstrap_servers}, **options.relay) as relay:
+    config = {"bootstrap.servers": options.bootstrap_servers}
+    with kbatch.Relay(options.database.outbox(), config, **options.relay) as relay:
         thread = threading.Thread(target=relay.run)
         thread.start()
         try:

@@ -17,6 +17,7 @@ from typing import Any
 import kbatch
 from benchmarks.broker import Broker, OpenBroker
 from benchmarks.data import kbatch_envelopes
+from benchmarks.database import Database
 from benchmarks.figures import Section, figure
 from benchmarks.outbox_postgres import _clear, _connected, _latencies, _made
 from benchmarks.postgres import postgres
@@ -88,7 +89,7 @@ class _Relays:
         self._database = database
         self._prefix = prefix
         relay = {"lease_s": LEASE_S, **relay}
-        options = Options(database.conninfo, prefix, broker.bootstrap_servers, relay)
+        options = Options(Database("PostgreSQL", database.conninfo, prefix), broker.bootstrap_servers, relay)
         with ExitStack() as stack:
             self._relays = [stack.enter_context(Worker("benchmarks.relay_process", options)) for _ in range(number)]
             least = BUCKETS // number

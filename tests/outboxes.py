@@ -16,7 +16,7 @@ import kbatch
 from kbatch import Envelope
 from kbatch._fastmap import packed_key_hash, unpack_record
 from kbatch._outbox._sqlite_store import SqliteStore
-from tests.waiting import stop
+from tests.waiting import stop, until
 
 Outbox: TypeAlias = kbatch.SqliteOutbox | kbatch.PostgresOutbox
 Database: TypeAlias = Outbox | kbatch.SqliteInbox | kbatch.PostgresInbox
@@ -78,6 +78,30 @@ def connected(where: Any) -> contextlib.AbstractContextManager[Any]:
     import psycopg
 
     return contextlib.closing(psycopg.connect(getattr(where, "_conninfo", where), autocommit=True))
+
+
+@contextlib.contextmanager
+def holding_all_connections(where: Any, most: int) -> Iterator[list[Any]]:
+    """Has all connections that a PostgreSQL server gives, so that nobody else has one; what others had is ended."""
+    import psycopg
+
+    with contextlib.ExitStack() as undo:
+        held = [undo.enter_context(connected(where))]
+
+        def has_all() -> bool:
+            """Another one may have been faster with one of them."""
+            held[0].execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> ALL (%s) "
+                "AND backend_type = 'client backend'",
+                ([connection.info.backend_pid for connection in held],),
+            )
+            with contextlib.suppress(psycopg.OperationalError):
+                while True:
+                    held.append(undo.enter_context(connected(where)))
+            return len(held) == most
+
+        until(has_all, "all connections")
+        yield held
 
 
 @contextlib.contextmanager

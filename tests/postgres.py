@@ -62,6 +62,23 @@ class Server(PostgresServer):
         """Makes a standby the primary server, as a failover does."""
         self._run("pg_ctl", "promote", "--wait", "-D", str(self._data))
 
+    def dump(self) -> Path:
+        """A file of what it has now."""
+        file = self.directory / "dump.sql"
+        self._run("pg_dump", "--dbname", self.conninfo, "--file", str(file))
+        return file
+
+    def replaced(self, dump: Path) -> "Server":
+        """Another server in place of this one, with what a dump had. The numbers of its transactions begin anew."""
+        other = Server()
+        other.start()
+        other._run("psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", other.conninfo, "--file", str(dump))
+        other.stop()
+        self.stop()
+        other.port = self.port
+        other.start()
+        return other
+
     def crash(self) -> None:
         """Kills all of its processes at once."""
         assert self._process is not None

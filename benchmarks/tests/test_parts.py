@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from benchmarks import docs, inbox, outbox, outbox_postgres, reading, relays
+from benchmarks import awaiting, docs, inbox, outbox, outbox_postgres, reading, relays, whole_way
 from benchmarks.figures import show
 from benchmarks.inbox import measured
 from benchmarks.measures import GROUPS, MEASURES
@@ -15,7 +15,7 @@ from benchmarks.turns import Effort
 
 TINY = Plan(
     effort=Effort(rounds=1, turns=1, seconds=0.05), memory_envelopes=20_000, backlogs=(5_000, 8_000),
-    relay_rows=9_000, read_records=3_000, half_load_s=0.3,
+    relay_rows=9_000, read_records=3_000, half_load_s=0.3, way_turns=1,
 )  # fmt: skip
 
 
@@ -24,6 +24,8 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, counts in (
         (outbox, {"ROWS": 5_000, "COMMITS": 3}),
         (outbox_postgres, {"ROWS": 5_000, "COMMITS": 3, "SENDS": 3}),
+        (awaiting, {"ROWS": 5_000, "SECONDS": 0.1}),
+        (whole_way, {"ORDERS": 3_000, "AWAITED": 200, "FIRST": 100}),
         (relays, {"SEED": 2_000, "FIRST": 4_000}),
         (reading, {"RECORDS": 4_000}),
         (inbox, {"MESSAGES": 1_000, "SINGLE_MESSAGES": 50, "MOST_PACED": 2_000}),

@@ -76,6 +76,7 @@ def results(tmp_path: Path) -> Path:
     rate = Figure("50,000 rows, rows/s", 120_000.0, 100_000.0, 140_000.0, digits=0)
     milliseconds = Figure("p50", 3.0, 3.0, 3.0, " ms")
     sections += [
+        Section("", "outbox-whole", {"ways": ["SQLite: kbatch", "SQLite: that awaits"]}, figures=2 * [rate]),
         Section("", "outbox-backlog", {"rows": [50_000, 5_000_000]}, figures=[rate, rate]),
         Section("", "outbox-relays", {"relays": [1, 2, 4]}, figures=3 * [rate]),
         Section("", "outbox-fencing", {"ways": ["without", "with fencing"]}, figures=2 * [rate]),

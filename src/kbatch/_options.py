@@ -1,4 +1,4 @@
-"""What a batched sender and its agent are told: each option with its type, its default and its check, once."""
+"""What a batched sender, its agent and a relay are told: each option with its type, its default and its check, once."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from kbatch._callbacks import call_fault, loops_own
-from kbatch._checks import check_topic, check_whole, is_number
+from kbatch._checks import check_topic, check_whole, is_number, is_whole
 from kbatch._errors import ConfigError, type_name
 from kbatch._recovery._retry import RetryPolicy
 
 if TYPE_CHECKING:
-    from typing import TypedDict
+    from typing import Literal, TypedDict
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
     from kbatch._recovery._circuit import CircuitState
 
-__all__ = ["AgentOptions", "AioAgentOptions", "BatchingOptions", "shows", "taken"]
+__all__ = ["AgentOptions", "AioAgentOptions", "AioRelayOptions", "BatchingOptions", "RelayOptions", "shows", "taken"]
 
 _F = TypeVar("_F", bound=Callable[..., object])
 # What an option may be besides. Of a topic: None, for the default, or in a mode that has no such option. Else: Never.
@@ -96,19 +96,78 @@ class AgentOptions(Generic[_Unset]):
             )
         if not isinstance(self.strict_order, bool):
             raise ConfigError(f"strict_order must be bool, not {type_name(self.strict_order)}")
-        for name, *arguments in (("on_failed", "envelope", "error"), ("on_state_change", "before", "after")):
-            value = getattr(self, name)
-            fault = None if value is None else call_fault(value, *arguments)
-            if fault is not None:
-                raise ConfigError(f"{name} {fault}")
-            owned = None if self._takes_coroutines else loops_own(value)
-            if owned is not None:
-                raise ConfigError(f"{name} must not be {owned}; kbatch.aio's topics and agents take them")
+        who = None if self._takes_coroutines else "kbatch.aio's topics and agents take them"
+        _check_callback("on_failed", self.on_failed, "envelope", "error", elsewhere=who)
+        _check_callback("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
         if self.dead_letter_topic is not None:
             check_topic("dead_letter_topic", self.dead_letter_topic)
 
 
 class AioAgentOptions(AgentOptions[_Unset]):
+    """The same for asyncio, where callbacks may be coroutine functions, and asyncio's self."""
+
+    _takes_coroutines = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayOptions:
+    """How a relay sends what is in an outbox; `Relay` tells what each is.
+
+    Raises:
+        ConfigError: A value of the wrong type or out of its range, or two that contradict each other.
+    """
+
+    retry: RetryPolicy | None = None
+    batch_size: int = 2_000
+    max_in_flight_batches: int = 4
+    strict_order: bool = False
+    lease_s: float | None = None
+    fencing: Literal["kafka"] | None = None
+    failures_to_open: int = 3
+    probe_interval_s: float = 1.0
+    max_probe_interval_s: float = 30.0
+    on_state_change: Callable[[CircuitState, CircuitState], object] | None = None
+
+    _takes_coroutines: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
+            raise ConfigError(f"retry must be a RetryPolicy, not {type_name(self.retry)}")
+        if self.retry is not None and self.retry.max_age_s is not None:
+            raise ConfigError("retry.max_age_s is not for a relay: give envelopes a deliver_by")
+        for name in ("batch_size", "max_in_flight_batches", "failures_to_open"):
+            value = getattr(self, name)
+            if not (is_whole(value) and 1 <= value <= 100_000):
+                raise ConfigError(f"{name} must be an int from 1 to 100,000, not {value!r}")
+        for name in ("probe_interval_s", "max_probe_interval_s"):
+            seconds = getattr(self, name)
+            if not (is_number(seconds) and 0 < seconds < 1e6):
+                raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
+        if self.probe_interval_s > self.max_probe_interval_s:
+            raise ConfigError(
+                f"probe_interval_s={self.probe_interval_s!r} is longer than "
+                f"max_probe_interval_s={self.max_probe_interval_s!r}"
+            )
+        if not isinstance(self.strict_order, bool):
+            raise ConfigError(f"strict_order must be bool, not {type_name(self.strict_order)}")
+        if self.fencing not in (None, "kafka"):
+            raise ConfigError(f"fencing must be 'kafka' or None, not {self.fencing!r}")
+        check_whole("batch_size * max_in_flight_batches", self.most_in_flight)
+        who = None if self._takes_coroutines else "kbatch.aio.Relay takes them"
+        _check_callback("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
+
+    @property
+    def most_in_flight(self) -> int:
+        """Records."""
+        return self.batch_size * self.max_in_flight_batches
+
+    @property
+    def is_fencing(self) -> bool:
+        """Whether brokers take nothing of a relay whose buckets others have taken."""
+        return self.fencing is not None
+
+
+class AioRelayOptions(RelayOptions):
     """The same for asyncio, where callbacks may be coroutine functions, and asyncio's self."""
 
     _takes_coroutines = True
@@ -135,6 +194,28 @@ if TYPE_CHECKING:
         on_failed: Callable[[Envelope[Any], KbatchError], object] | None
         dead_letter_topic: str | None
         on_state_change: Callable[[CircuitState, CircuitState], object] | None
+
+    class RelayKeywords(TypedDict, total=False):
+        retry: RetryPolicy | None
+        batch_size: int
+        max_in_flight_batches: int
+        strict_order: bool
+        lease_s: float | None
+        fencing: Literal["kafka"] | None
+        failures_to_open: int
+        probe_interval_s: float
+        max_probe_interval_s: float
+        on_state_change: Callable[[CircuitState, CircuitState], object] | None
+
+
+def _check_callback(name: str, value: Any, *arguments: str, elsewhere: str | None) -> None:
+    """Raises ConfigError for what cannot be called so, and for what is asyncio's if that is taken `elsewhere` only."""
+    fault = None if value is None else call_fault(value, *arguments)
+    if fault is not None:
+        raise ConfigError(f"{name} {fault}")
+    owned = None if elsewhere is None else loops_own(value)
+    if owned is not None:
+        raise ConfigError(f"{name} must not be {owned}; {elsewhere}")
 
 
 def shows(*kinds: type, or_none: bool = False) -> Callable[[_F], _F]:

@@ -6,6 +6,7 @@ import pytest
 
 from kbatch import SenderMode
 from kbatch.testing.compliance import TransportCompliance
+from tests.formats import InOtherFormats
 
 from .cluster import KafkaCluster
 
@@ -25,3 +26,8 @@ class TestKafka(TransportCompliance):
     @pytest.fixture
     def bootstrap_servers(self, one_broker: KafkaCluster) -> str:
         return one_broker.bootstrap_servers
+
+
+@pytest.mark.nightly
+class TestOtherFormats(InOtherFormats, TestKafka):
+    pass

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import ConfigError, OutboxError, SenderClosedError, SqliteOutbox, aio
+from kbatch import CircuitState, ConfigError, OutboxError, SenderClosedError, SqliteOutbox, aio
 from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.relays import WatchedOutbox, check_history, numbered
@@ -159,6 +159,41 @@ def test_a_cancelled_drain_ends_and_a_run_beside_it_goes_on(outbox: SqliteOutbox
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("kind", ["function", "coroutine function"])
+def test_its_circuit_is_told_on_its_loop(outbox: SqliteOutbox, kafka_cluster: MockCluster, kind: str) -> None:
+    told: list[CircuitState] = []
+    threads: set[str] = set()
+    outboxes.add(outbox, numbered(range(10)))
+    kafka_cluster.set_broker_down()
+
+    def plain(before: CircuitState, after: CircuitState) -> None:
+        told.append(after)
+        threads.add(threading.current_thread().name)
+
+    async def later(before: CircuitState, after: CircuitState) -> None:
+        await asyncio.sleep(0)
+        plain(before, after)
+
+    async def main() -> None:
+        settings = config(kafka_cluster, **{"delivery.timeout.ms": 300, "reconnect.backoff.max.ms": 100})
+        options: Any = {"failures_to_open": 1, "probe_interval_s": 0.05, "max_probe_interval_s": 0.1}
+        told_by = plain if kind == "function" else later
+        async with aio.Relay(outbox, settings, on_state_change=told_by, **options) as relay:
+            assert (relay.state, relay.last_error) == (CircuitState.CLOSED, None)
+            run = asyncio.create_task(relay.run())
+            await comes(lambda: told)
+            assert isinstance(relay.last_error, kbatch.DeliveryError)
+            kafka_cluster.set_broker_up()
+            await comes(lambda: told[-1] is CircuitState.CLOSED)
+            assert relay.state is CircuitState.CLOSED
+            relay.stop()
+            await run
+
+    asyncio.run(main())
+    assert told[0] is CircuitState.OPEN
+    assert threads == {threading.current_thread().name}
+
+
 def test_the_end_of_its_loop_ends_it(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
     relay = aio.Relay(outbox, config(kafka_cluster), close_timeout_s=0.0)
 
@@ -186,6 +221,8 @@ def test_errors_are_those_of_the_other_one(outbox: SqliteOutbox, tmp_path: Path,
         aio.Relay(outbox, aio.Producer(config(kafka_cluster)))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="lease_s must be"):
         aio.Relay(outbox, config(kafka_cluster), lease_s=1.0)
+    with pytest.raises(TypeError, match=r"Relay\(\) got an unexpected keyword argument 'colour'"):
+        aio.Relay(outbox, config(kafka_cluster), colour=1)  # type: ignore[call-arg]
 
 
 def test_close_waits_for_a_run_in_another_task(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:

@@ -444,6 +444,7 @@ def test_relay_tells_programs_in_json(outbox, kafka_cluster: MockCluster):
     assert status == 0
     (end,) = rows(out)
     assert (end["acked"], end["exit_status"], end["reason"]) == (10, 0, "the outbox is empty")
+    assert (end["state"], end["last_error"]) == ("closed", None)
     assert {tuple(each) for each in rows(err)} == {("time", "level", "message")}
 
 

@@ -1,13 +1,13 @@
-"""The public compliance suite, on the mock cluster, and the page of its results."""
+"""The public compliance suite, on the mock cluster."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kbatch.testing import MockCluster
 from kbatch.testing.compliance import TransportCompliance
+from tests.formats import InOtherFormats
 
 
 class TestMockCluster(TransportCompliance):
@@ -25,10 +25,5 @@ class TestMockCluster(TransportCompliance):
         return lambda name: kafka_cluster.create_topic(name, partitions=3)
 
 
-def test_the_page_has_each_test_and_none_that_failed() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "compliance.md").read_text(encoding="utf-8")
-    names = [name.removeprefix("test_").replace("_", " ") for name in vars(TransportCompliance) if name[:5] == "test_"]
-    assert len(names) > 15
-    for table in page.split("<!-- results: ")[1:]:
-        assert [name for name in names if f"\n| {name} |" not in table] == []
-    assert "FAILED" not in page
+class TestOtherFormats(InOtherFormats, TestMockCluster):
+    pass

@@ -15,7 +15,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 import kbatch
 from kbatch import aio
-from kbatch.testing import MockCluster
+from kbatch.testing import ApiKey, MockCluster
 from tests.waiting import until
 
 from .clients import produce, read_back
@@ -136,6 +136,26 @@ def test_poison_goes_to_the_dead_letters_and_stops_no_partition(
         "original-offset": str(poison).encode(),
         "original-timestamp": str(original.timestamp).encode(),
     }
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_a_hundred_dead_letters_are_sent_by_one_producer(cluster: MockCluster, concurrency: int) -> None:
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError("poison")
+
+    send(cluster, *(kbatch.Envelope({"n": n}, key=f"k{n % 7}", message_type="order") for n in range(100)))
+    cluster.start_request_tracking()
+    with Running(made(cluster, handle, retry=ONCE, dead_letter_topic="dead", concurrency=concurrency)) as running:
+        until(lambda: running.listener.stats()["dead"] == 100, "the listener has given up all of them")
+    assert running.error is None
+    # Each producer, which is idempotent, asks for a number of its own.
+    assert sum(request.api_key == ApiKey.INIT_PRODUCER_ID for request in cluster.requests()) == 1
+    assert committed(cluster) == 100
+    letters = read_back(cluster.bootstrap_servers, "dead")
+    originals = [int(dict(each.headers)["original-offset"] or b"") for each in letters]
+    assert sorted(originals) == list(range(100))
+    values = [each.value for each in read_back(cluster.bootstrap_servers, "orders")]
+    assert [each.value for each in letters] == [values[offset] for offset in originals]
 
 
 def test_a_header_without_a_name_goes_with_its_record_to_the_dead_letters(cluster: MockCluster) -> None:

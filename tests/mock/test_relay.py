@@ -1,5 +1,35 @@
-"""A relay brings what an outbox has to Kafka: all of it, nothing else, in order per key, whatever fails meanwhile."""
+"""A relay brings what an outbox has to Kafka: all of it, nothing else, in order per key, whatever fails meanwhile.
 
+Of the original's compliance suite of nodes, which are relays here, these are with relays at work;
+`unit/test_outbox_store.py` has the others, and says what is left out:
+
+- the original node knows all, a second node is balanced, hand-over between nodes:
+  `test_two_relays_share_the_buckets_and_the_second_one_hands_its_own_back`
+- pausing stops at once: `test_it_stops_with_what_is_in_flight_written_and_may_run_again`,
+  `test_a_stop_before_it_runs_ends_it_at_once`
+- every bucket survives the loss of the node that held it:
+  `test_one_of_three_relays_is_killed_and_the_others_take_its_buckets`
+- start several, take away the first, take away another: `test_start_several_take_away_the_first_take_away_another`
+- eject a stale one, and what becomes of it: `test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing`,
+  `test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_and_sends_nothing_new`
+- registering again after an ejection: `test_a_relay_that_was_ejected_registers_again_as_itself`; one that fences takes
+  another name, `test_one_that_was_taken_for_dead_begins_anew`
+
+Of its suite of recovery:
+
+- dormant messages are recovered: `test_a_relay_that_is_killed_at_one_of_its_steps`,
+  `test_what_is_scheduled_outlives_a_relay`; those of a listener are in Kafka,
+  `test_a_listener_that_is_killed_at_its_steps`
+- an open circuit recovers nothing: `test_an_outage_moves_nothing_and_counts_nothing`
+- the exclusive listener recovers its own inbox end to end: `test_a_listener_that_is_killed_at_its_steps`
+
+Left out of that suite:
+
+- clearing storage empties all tables, is idempotent: nothing clears an outbox, `create` never takes anything away
+- it rebuilds dropped tables: `create` does, `test_tables_that_are_missing`; nothing else makes tables
+"""
+
+import asyncio
 import contextlib
 import os
 import random
@@ -15,7 +45,7 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import ConfigError, Envelope, OutboxError, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
+from kbatch import CircuitState, ConfigError, Envelope, OutboxError, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
 from kbatch._fastmap import monotonic, packed_key_hash
 from kbatch._outbox._leases import Times
 from kbatch.testing import ApiKey, MockCluster
@@ -476,7 +506,7 @@ def test_an_outage_moves_nothing_and_counts_nothing(outbox: Outbox, cluster: Moc
     outboxes.add(outbox, numbered(range(300)))
     cluster.set_broker_down()
     with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, batch_size=100, failures_to_open=1)) as relay:
-        until(lambda: not relay._gate.may_send(), "the circuit is open")
+        until(lambda: relay.state is CircuitState.OPEN, "the circuit is open")
         outboxes.add(outbox, numbered(range(300, 400)))
         time.sleep(0.5)
         assert outbox.status().waiting == 400
@@ -485,6 +515,52 @@ def test_an_outage_moves_nothing_and_counts_nothing(outbox: Outbox, cluster: Moc
         cluster.set_broker_up()
         assert relay.drain(60) == 0
     check_history(range(400), stored(cluster), copies=None, in_order=False)
+
+
+def test_its_circuit_and_why_it_is_open_are_told(outbox: Outbox, cluster: MockCluster) -> None:
+    told: list[tuple[CircuitState, CircuitState, str]] = []
+
+    def on_state_change(before: CircuitState, after: CircuitState) -> None:
+        told.append((before, after, threading.current_thread().name))
+
+    outboxes.add(outbox, numbered(range(10)))
+    cluster.set_broker_down()
+    options = {"failures_to_open": 1, "on_state_change": on_state_change}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 300}, **options)) as relay:
+        assert (relay.state, relay.last_error) == (CircuitState.CLOSED, None)
+        until(lambda: told, "that it is open")
+        assert relay.state is not CircuitState.CLOSED
+        assert isinstance(relay.last_error, kbatch.DeliveryError)
+        cluster.set_broker_up()
+        assert relay.drain(60) == 0
+    closed, opened, half_open = CircuitState.CLOSED, CircuitState.OPEN, CircuitState.HALF_OPEN
+    assert [states[:2] for states in (told[0], *told[-2:])] == [
+        (closed, opened),
+        (opened, half_open),
+        (half_open, closed),
+    ]
+    assert {thread for _, _, thread in told} == {"kbatch-sender-callbacks"}
+    assert relay.state is closed
+    assert isinstance(relay.last_error, kbatch.DeliveryError)  # it stays
+
+
+def test_close_waits_until_a_change_is_told(outbox: Outbox, cluster: MockCluster) -> None:
+    begun, goes_on, told = threading.Event(), threading.Event(), []
+
+    def on_state_change(before: CircuitState, after: CircuitState) -> None:
+        begun.set()
+        goes_on.wait(10)
+        told.append(after)
+        relay.close()  # it waits for nothing of its own
+
+    outboxes.add(outbox, numbered(range(1)))
+    cluster.set_broker_down()
+    relay = make(outbox, cluster, {"delivery.timeout.ms": 300}, failures_to_open=1, on_state_change=on_state_change)
+    relay._gate.circuit.hurry(monotonic(), 3600.0)
+    with running(relay):
+        assert begun.wait(30)
+        threading.Timer(0.2, goes_on.set).start()
+    assert told == [CircuitState.OPEN]
 
 
 def test_one_partition_without_a_leader_stops_no_other(outbox: Outbox, cluster: MockCluster) -> None:
@@ -647,6 +723,22 @@ def test_a_relay_whose_lease_ran_out_deletes_nothing_and_moves_nothing(outbox: O
         assert relay.stats()["lost_buckets"] > 0
     assert kept == [120]
     check_history(range(100), stored(cluster), copies=100)
+
+
+def test_a_relay_that_was_ejected_registers_again_as_itself(outbox: Outbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(100)))
+    with running(make(outbox, cluster)) as relay:
+        until(lambda: outbox.status().waiting == 0 and relay.stats()["buckets"] == 64, "all sent, and all buckets")
+        before = relay._owner
+        outboxes.query(outbox, "DELETE FROM {relay}")
+        outboxes.query(outbox, "UPDATE {lease} SET owner = NULL, until = 0, token = token + 1")
+        until(lambda: relay.stats()["lost_buckets"] == 64, "that it knows")
+        until(lambda: relay.stats()["buckets"] == 64, "all buckets")
+        assert outboxes.query(outbox, "SELECT owner FROM {relay}") == [(before,)]
+        assert outboxes.query(outbox, "SELECT DISTINCT owner, token FROM {lease}") == [(before, 3)]
+        outboxes.add(outbox, numbered(range(100, 200)))
+        until(lambda: outbox.status().waiting == 0, "the others")
+    check_history(range(200), stored(cluster))
 
 
 def test_a_relay_that_another_has_followed_writes_nothing(outbox: Outbox, cluster: MockCluster) -> None:
@@ -977,6 +1069,12 @@ def test_a_producer_of_the_callers_stays_open(outbox: Outbox, cluster: MockClust
         ({}, {"probe_interval_s": 0}, "probe_interval_s"),
         ({}, {"probe_interval_s": 60}, "is longer than"),
         ({}, {"close_timeout_s": -1}, "close_timeout_s"),
+        ({}, {"on_state_change": 7}, "on_state_change must be callable, not int"),
+        (
+            {},
+            {"on_state_change": asyncio.sleep},
+            r"on_state_change must not be .*; kbatch\.aio\.Relay takes",
+        ),
         ({}, {"strict_order": 1}, "strict_order must be bool, not int"),
         ({"partitioner": "random"}, {"strict_order": True}, "strict_order=True contradicts partitioner=random"),
     ],

@@ -327,7 +327,8 @@ def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(
 # -- many topics
 
 
-def test_five_hundred_topics_mixed(outbox: SqliteOutbox, cluster: MockCluster) -> None:
+def test_five_hundred_topics_mixed(new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster) -> None:
+    outbox = new_outbox(wire="raw")
     names = [f"topic-{n}" for n in range(500)]
     for name in names:
         cluster.create_topic(name, partitions=1)

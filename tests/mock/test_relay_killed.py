@@ -107,6 +107,47 @@ def test_one_of_three_relays_is_killed_and_the_others_take_its_buckets(
 
 
 @pytest.mark.long
+def test_start_several_take_away_the_first_take_away_another(outbox: Outbox, kafka_cluster: MockCluster) -> None:
+    kafka_cluster.create_topic("orders", partitions=3)
+    shares = "SELECT count(*) FROM {lease} WHERE owner IS NOT NULL GROUP BY owner ORDER BY 1"
+    processes: list[subprocess.Popen[str]] = []
+    owners: list[str] = []
+    added = 0
+
+    def add() -> None:
+        nonlocal added
+        outboxes.add(outbox, numbered(range(added, added + 200)))
+        added += 200
+
+    try:
+        for _ in range(3):
+            processes.append(start(outbox, kafka_cluster, drain=False))
+            until(lambda: outbox.status().relays == len(processes), "one more")
+            found = [owner for (owner,) in outboxes.query(outbox, "SELECT owner FROM {relay}")]
+            owners += [owner for owner in found if owner not in owners]
+        until(lambda: outboxes.query(outbox, shares) == [(20,), (22,), (22,)], "a third for each")
+        for taken, left in ((0, [(32,), (32,)]), (1, [(64,)])):
+            add()
+            processes[taken].kill()
+            processes[taken].wait()
+            for table in ("lease", "relay"):  # as if so much time had passed
+                outboxes.query(outbox, f"UPDATE {{{table}}} SET until = 0 WHERE owner = '{owners[taken]}'")
+            add()
+            until(lambda left=left: outboxes.query(outbox, shares) == left, "its buckets are the others'")
+            until(lambda: outbox.status().waiting == 0, "all sent")
+        assert outboxes.query(outbox, "SELECT DISTINCT owner FROM {lease}") == [(owners[2],)]
+        add()
+        until(lambda: outbox.status().waiting == 0, "all sent")
+        check_history(range(added), read_back(kafka_cluster.bootstrap_servers, "orders"), copies=2 * IN_FLIGHT)
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.communicate(timeout=30)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, -signal.SIGKILL, 0]
+
+
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="platform: no SIGSTOP")
 def test_a_relay_that_was_stopped_past_its_lease_writes_nothing_to_the_database_and_sends_nothing_new(
     outbox: Outbox, kafka_cluster: MockCluster

@@ -2,12 +2,8 @@
 
 import contextlib
 import itertools
-import os
 import random
-import shutil
 import signal
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +19,7 @@ from kbatch.testing import MockCluster
 from tests import outboxes
 from tests.kafka.proxy import Direction, FaultProxy
 from tests.outboxes import connected
+from tests.pooling import pool_before
 from tests.relays import WatchedOutbox, check_history, numbered
 from tests.waiting import until
 
@@ -119,34 +116,6 @@ def check(outbox: PostgresOutbox, cluster: MockCluster, copies: int | None) -> N
 
 def waits_in_vain(caplog: pytest.LogCaptureFixture) -> bool:
     return any("cannot use its outbox" in record.message for record in caplog.records)
-
-
-@contextlib.contextmanager
-def pool_before(server: Any) -> Iterator[str]:
-    """The conninfo of a PgBouncer in transaction mode that has three connections."""
-    program = shutil.which("pgbouncer")
-    if program is None:
-        pytest.skip("platform: no PgBouncer is installed")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    settings = server.directory / "pgbouncer.ini"
-    settings.write_text(
-        f"[databases]\npostgres = host=127.0.0.1 port={server.port} user=postgres\n"
-        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\n"
-        "pool_mode = transaction\ndefault_pool_size = 3\n"
-    )
-    user = {"user": "nobody"} if os.geteuid() == 0 else {}
-    with subprocess.Popen([program, "-q", str(settings)], stderr=subprocess.DEVNULL, **user) as process:
-        until(lambda: accepts(port), "PgBouncer")
-        try:
-            yield f"postgresql://postgres@127.0.0.1:{port}/postgres?sslmode=disable"
-        finally:
-            process.terminate()
-
-
-def accepts(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_pool_in_transaction_mode_between(server: Any, cluster: MockCluster) -> None:
@@ -253,38 +222,19 @@ MOST_CONNECTIONS = 8
 
 @pytest.mark.long
 def test_a_server_that_has_no_connection_left(server: Any, cluster: MockCluster) -> None:
-    import psycopg
-
     outbox = made(server.conninfo)
     server.stop()
     server.start(max_connections=str(MOST_CONNECTIONS), superuser_reserved_connections="0", max_wal_senders="0")
     calls: list[str] = []
-    with running(WatchedOutbox(outbox, before=calls.append), cluster) as relay, contextlib.ExitStack() as undo:
-        held = [undo.enter_context(connected(outbox))]
-
-        def takes_all() -> bool:
-            """The relay may have been faster with one."""
-            ours = [connection.info.backend_pid for connection in held]
-            held[0].execute(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> ALL (%s) "
-                "AND backend_type = 'client backend'",
-                (ours,),
-            )
-            with contextlib.suppress(psycopg.OperationalError):
-                while True:
-                    held.append(undo.enter_context(connected(outbox)))
-            return len(held) == MOST_CONNECTIONS
-
-        until(takes_all, "all connections")
-        calls.clear()
-        until(lambda: calls.count("open_store") >= 3, "it asks in vain")
-        assert relay._store is None
-        add = held[0]
-        add.execute("BEGIN")
-        add.execute("INSERT INTO orders SELECT generate_series(0, 199)")
-        outbox.add(add, numbered(range(200)), topic="orders")
-        add.execute("COMMIT")
-        undo.close()
+    with running(WatchedOutbox(outbox, before=calls.append), cluster) as relay:
+        with outboxes.holding_all_connections(outbox, MOST_CONNECTIONS) as held:
+            calls.clear()
+            until(lambda: calls.count("open_store") >= 3, "it asks in vain")
+            assert relay._store is None
+            held[0].execute("BEGIN")
+            held[0].execute("INSERT INTO orders SELECT generate_series(0, 199)")
+            outbox.add(held[0], numbered(range(200)), topic="orders")
+            held[0].execute("COMMIT")
         assert relay.drain(60) == 0
     check(outbox, cluster, copies=0)
 

@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 
 import kbatch
-from kbatch import Envelope, KafkaTopic, Relay, SenderMode, aio
+from kbatch import CircuitState, Envelope, KafkaTopic, Relay, RetryPolicy, SenderMode, aio
 from kbatch._outbox import _shared
-from kbatch.testing import MockCluster
+from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.outboxes import Outbox
 from tests.relays import check_history, numbered
 from tests.waiting import until
 
-from .clients import read_back
+from .clients import read_back, read_committed
 from .processes import start as start_program
 from .test_relay_killed import let_leases_run_out
 
@@ -43,8 +43,11 @@ def config(cluster: MockCluster) -> dict[str, Any]:
     return {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}
 
 
-def durable(outbox: Outbox, cluster: MockCluster, kind: Any = KafkaTopic, **options: Any) -> Any:
-    return kind("orders", SenderMode.DURABLE, outbox=outbox, config=config(cluster), **options)
+def durable(
+    outbox: Outbox, cluster: MockCluster, kind: Any = KafkaTopic, producer: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    settings = {**config(cluster), **(producer or {})}
+    return kind("orders", SenderMode.DURABLE, outbox=outbox, config=settings, **options)
 
 
 def test_a_relay_of_its_own_forwards_what_is_sent(outbox: Outbox, kafka_cluster: MockCluster) -> None:
@@ -66,6 +69,86 @@ def test_a_relay_of_its_own_under_asyncio(outbox: Outbox, kafka_cluster: MockClu
 
     asyncio.run(main())
     check_history(range(200), read_back(kafka_cluster.bootstrap_servers, "orders"))
+
+
+@pytest.mark.parametrize("kind", [KafkaTopic, aio.KafkaTopic], ids=["threads", "asyncio"])
+def test_its_relay_has_the_options_that_a_topic_gives(outbox: Outbox, kafka_cluster: MockCluster, kind: Any) -> None:
+    retry = RetryPolicy(max_attempts=1)
+    relay = {"retry": retry, "batch_size": 30, "max_in_flight_batches": 2, "strict_order": True, "lease_s": 99.0}
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_topic_error("orders", "TOPIC_AUTHORIZATION_FAILED")
+
+    def look(sender: Any) -> None:
+        until(lambda: outbox.status().dead == 1, "it dead after its one attempt")
+        made = sender._shared.relay._relay
+        assert (made._batch_size, made._max_flights, made._lease_s) == (30, 2, 99.0)
+        assert made._positions._one_in_flight
+        assert made._handle.producer._max_in_flight == 10_000
+
+    async def main() -> None:
+        async with durable(outbox, kafka_cluster, kind, relay=relay).create_sender() as sender:
+            await sender.send(Envelope(data=b"1", key="k1"))
+            look(sender)
+
+    if kind is aio.KafkaTopic:
+        asyncio.run(main())
+    else:
+        with durable(outbox, kafka_cluster, relay=relay).create_sender() as sender:
+            sender.send(Envelope(data=b"1", key="k1"))
+            look(sender)
+
+
+def test_a_fencing_relay_of_its_own_sends_by_transactions(outbox: Outbox, kafka_cluster: MockCluster) -> None:
+    topic = durable(outbox, kafka_cluster, relay={"fencing": "kafka", "batch_size": 50})
+    for first in (0, 200):  # each time a relay with a name of its own
+        with topic.create_sender() as sender:
+            for envelope in numbered(range(first, first + 200)):
+                sender.send(envelope)
+            until(lambda: outbox.status().waiting == 0, "all of them in Kafka")
+            relay = sender._shared.relay._relay
+            assert relay._handle.producer._transactions is not None
+            assert relay._handle.producer._parsed.native.get("transactional.id") == f"kbatch-relay-{relay._owner}"
+    check_history(range(400), read_committed(kafka_cluster.bootstrap_servers, "orders"))
+
+
+def test_close_sends_what_is_in_the_outbox_when_brokers_do_not_know_a_fencing_relay_yet(
+    outbox: Outbox, kafka_cluster: MockCluster
+) -> None:
+    kafka_cluster.create_topic("orders", partitions=1)
+    kafka_cluster.set_rtt(-1, 50)
+    with durable(outbox, kafka_cluster, relay={"fencing": "kafka"}).create_sender() as sender:
+        sender.send(Envelope(data=b"0", key="k0"))
+    assert (outbox.status().waiting, outbox.status().relays) == (0, 0)
+    check_history(range(1), read_committed(kafka_cluster.bootstrap_servers, "orders"))
+
+
+def test_close_does_not_wait_for_brokers_that_do_not_let_a_fencing_relay_have_its_name(
+    outbox: Outbox, kafka_cluster: MockCluster
+) -> None:
+    kafka_cluster.push_request_errors(ApiKey.INIT_PRODUCER_ID, 1_000 * ["TRANSACTIONAL_ID_AUTHORIZATION_FAILED"])
+    topic = durable(outbox, kafka_cluster, relay={"fencing": "kafka"}, close_timeout_s=3600.0)
+    with topic.create_sender() as sender:
+        sender.send(Envelope(data=b"0", key="k0"))
+    assert (outbox.status().waiting, outbox.status().relays) == (1, 0)
+
+
+def test_the_circuit_of_its_relay_is_told(outbox: Outbox, kafka_cluster: MockCluster) -> None:
+    told: list[tuple[CircuitState, CircuitState]] = []
+    relay = {
+        "failures_to_open": 1,
+        "probe_interval_s": 0.05,
+        "max_probe_interval_s": 0.1,
+        "on_state_change": lambda *states: told.append(states),
+    }
+    kafka_cluster.set_broker_down()
+    soon = {"delivery.timeout.ms": 300, "reconnect.backoff.max.ms": 100}
+    with durable(outbox, kafka_cluster, producer=soon, relay=relay).create_sender() as sender:
+        sender.send(Envelope(data=b"0", key="k0"))
+        until(lambda: told, "that it is open")
+        kafka_cluster.set_broker_up()
+        until(lambda: told[-1][1] is CircuitState.CLOSED, "that it is closed")
+    assert told[0] == (CircuitState.CLOSED, CircuitState.OPEN)
+    check_history(range(1), read_back(kafka_cluster.bootstrap_servers, "orders"), copies=None)
 
 
 def test_without_a_config_another_relay_forwards_it(outbox: Outbox, kafka_cluster: MockCluster) -> None:

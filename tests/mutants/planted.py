@@ -2067,6 +2067,20 @@ MUTANTS = (
         "tests/mock/test_sent_durably.py",
     ),
     Mutant(
+        "a fencing relay that is to finish ends before brokers know it",
+        "Relay._is_idle",
+        "self._leases.tokens or is_to_have_leases",
+        "self._leases.tokens",
+        "tests/mock/test_sent_durably.py",
+    ),
+    Mutant(
+        "a relay of other options is taken for the same",
+        "BaseTopic._plan_of",
+        "(*self._fingerprint_of(prototype), options)",
+        "self._fingerprint_of(prototype)",
+        "tests/unit/test_durable_sender.py",
+    ),
+    Mutant(
         "a relay that is to finish waits for what was refused",
         "Relay._is_idle",
         "return self._has_read_all or not (can_send",
@@ -2764,6 +2778,20 @@ MUTANTS = (
         "            except Exception:  # a task factory",
         "            except ZeroDivisionError:  # a task factory",
         "tests/unit/test_from_threads_to_a_loop.py",
+    ),
+    Mutant(
+        "two relays that renew at once take the same buckets",
+        "PostgresStore.renew",
+        "ORDER BY bucket LIMIT $4 {others}) RETURNING",
+        "ORDER BY bucket LIMIT $4) RETURNING",
+        "tests/unit/test_outbox_store.py -k racing_nodes",
+    ),
+    Mutant(
+        "a listener fetches more than it may have in flight",
+        "Reading._room",
+        "limits.records - self._in_flight, limits.size - self._size",
+        "limits.records, limits.size - self._size",
+        "tests/mock/test_compliance.py -k too_busy",
     ),
     Mutant(
         "a clock that is set back ends a sender",

@@ -1,5 +1,5 @@
-"""Threads that send, submit, await, listen, flush, purge, ask and close, all at once, over and over. Each second round
-reads."""
+"""Threads that send, submit, await, listen, flush, purge, ask and close, all at once, over and over. Of three rounds
+one reads, and one adds to an outbox that relays empty."""
 
 import argparse
 import asyncio
@@ -15,7 +15,7 @@ import kbatch
 from kbatch import Envelope, Producer, Tombstone, _fastmap
 
 from ..loops import beside
-from . import reading
+from . import reading, relaying
 
 TOPICS = ("orders", "stock", "mail")
 HANG_S = 300
@@ -237,20 +237,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--seconds", type=float, default=0.3, help="of a round before it is ended")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", choices=("sending", "reading"))
+    parser.add_argument("--only", choices=("sending", "reading", "relaying"))
     options = parser.parse_args()
     logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # circuits open when producers are closed under senders
     faulthandler.dump_traceback_later(HANG_S + options.rounds * options.seconds * 10, exit=True)
     dice = random.Random(options.seed)
     reading.fill(options.bootstrap_servers)
-    read = 0
+    read = relayed = 0
     for number in range(options.rounds):
-        if options.only != "reading" and (number % 2 == 0 or options.only == "sending"):
+        kind = options.only or ("sending", "reading", "relaying")[number % 3]
+        if kind == "sending":
             round_of(options.bootstrap_servers, dice, options.seconds)
-        else:
+        elif kind == "reading":
             read_round = dice.choice((reading.core_round, reading.core_round, reading.listener_round))
             read += read_round(options.bootstrap_servers, dice, options.seconds)
-    print(f"{options.rounds} rounds of seed {options.seed}, {read} records read")
+        else:
+            relayed += relaying.relay_round(options.bootstrap_servers, dice, options.seconds)
+    print(f"{options.rounds} rounds of seed {options.seed}, {read} records read, {relayed} relayed")
 
 
 if __name__ == "__main__":

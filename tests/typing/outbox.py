@@ -29,7 +29,11 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
         assert_type(relay, kbatch.Relay)
         assert_type(relay.drain(1.5), int)
         assert_type(relay.stats(), dict[str, int])
-    kbatch.Relay(outbox, producer)
+        assert_type(relay.state, kbatch.CircuitState)
+        assert_type(relay.last_error, kbatch.KbatchError | None)
+    kbatch.Relay(outbox, producer, on_state_change=lambda before, after: print(before.value, after.value))
+    kbatch.Relay(outbox, producer, batch_size="7")  # type: ignore[arg-type]
+    kbatch.Relay(outbox, producer, colour="red")  # type: ignore[call-arg]
     kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]
     outbox.add("shop.db", [kbatch.Envelope(order)])  # type: ignore[arg-type]
     outbox.add(connection, [kbatch.Envelope(order)], "orders")  # type: ignore[call-arg]
@@ -43,6 +47,16 @@ def durable(connection: sqlite3.Connection, order: object, settings: dict[str, s
         assert_type(sender.send(kbatch.Envelope(order), timeout=1.5), bool)
         assert_type(sender.send(kbatch.Envelope(order), connection=connection), bool)
         assert_type(sender.flush(), int)
+    fenced = kbatch.KafkaTopic(
+        "orders",
+        kbatch.SenderMode.DURABLE,
+        outbox=outbox,
+        config=settings,
+        relay={"fencing": "kafka", "retry": kbatch.RetryPolicy(), "lease_s": 120},
+    )
+    assert_type(fenced.create_sender(), kbatch.DurableSender)
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, relay={})  # type: ignore[call-overload]
+    kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, config=settings, relay={"colour": 1})  # type: ignore[call-overload]
     kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, close_timeout_s=1.0)
     kbatch.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox="shop.db")  # type: ignore[call-overload]
     kbatch.DurableSender(outbox, None, close_timeout_s=1.0)
@@ -50,7 +64,9 @@ def durable(connection: sqlite3.Connection, order: object, settings: dict[str, s
 
 async def on_a_loop(order: object, settings: dict[str, str]) -> None:
     outbox = kbatch.SqliteOutbox("shop.db")
-    topic = aio.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox)
+    topic = aio.KafkaTopic(
+        "orders", kbatch.SenderMode.DURABLE, outbox=outbox, config=settings, relay={"strict_order": True}
+    )
     async with topic.create_sender() as sender:
         assert_type(sender, aio.DurableSender)
         assert_type(await sender.send(kbatch.Envelope(order)), bool)

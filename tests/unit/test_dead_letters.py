@@ -1,4 +1,30 @@
-"""Dead letters, and what waits, in an outbox that no relay works on."""
+"""Dead letters, and what waits, in an outbox that no relay works on: the public suite, and what is about our databases.
+
+Of the original's compliance suite of the administration of dead letters these are here:
+
+- summaries with no options: `test_summaries_with_no_options`
+- summaries after, before, within a time range: `test_summaries_after_before_and_within_a_time_range`
+- big queries: `test_big_queries`
+- paging and totals: `test_paging_and_totals`
+- discard by query: `test_discard_by_query`
+- replay by query: `test_replay_by_query`
+- discard and replay by a batch of messages: `test_discard_and_replay_by_a_batch_of_messages`
+
+Of its suite of a message store:
+
+- delete a dead letter by id: `test_discard_and_replay_by_a_batch_of_messages`
+- load dead letters with a limit: `test_load_dead_letters_with_a_limit`
+- load them by exception type and by message type, query from and until:
+  `test_load_by_exception_type_by_message_type_and_by_time`; the type of an exception is part of the text of an error
+- edit and replay a dead letter: `test_edit_and_replay_a_dead_letter`
+- query scheduled, by message type; cancel scheduled by id, by type: `test_query_and_cancel_scheduled_by_type_and_by_id`
+- reschedule: `test_reschedule`
+
+Left out:
+
+- query by the replayable flag: there is none; a letter is replayed at once, by the call
+- summarize scheduled: nothing counts by kinds what is scheduled; `status` has its number
+"""
 
 import functools
 import re
@@ -251,3 +277,55 @@ def test_what_holds_back_no_key_makes_no_relay_look_again(outbox: Outbox) -> Non
     assert outbox.dead_letters.discard(ALL) == 1
     assert changes(outbox) == before
     assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
+
+
+def test_paging_and_totals(outbox: Outbox) -> None:
+    bury(outbox, *keyed(*(f"k{n}" for n in range(50))))
+    outboxes.query(outbox, "UPDATE {dead} SET last_error = 'too large' WHERE seq % 2 = 0")
+    letters, large = outbox.dead_letters, OutboxQuery(error="too large")
+    pages: list[list[int]] = []
+    last: Any = None
+    while page := letters.find(large, limit=10, after=last):
+        pages.append(numbers(page))
+        last = page[-1]
+        # What died before does not move what is on the next page.
+        letters.discard(OutboxQuery(numbers=pages[-1][:1]))
+    assert pages == [list(range(first, first + 20, 2)) for first in (2, 22)] + [[42, 44, 46, 48, 50]]
+    assert {error: count for _, _, error, count in letters.summary()} == {"refused": 25, "too large": 22}
+    assert sum(each.letters for each in letters.summary()) == outbox.status().dead == 47
+    assert [each.letters for each in letters.summary(large)] == [len(letters.find(large, limit=None))] == [22]
+
+
+def test_discard_and_replay_by_a_batch_of_messages(outbox: Outbox) -> None:
+    bury(outbox, *keyed(*"abcdefgh"))
+    letters = outbox.dead_letters
+    ids = {letter.number: letter.id for letter in letters.find()}
+
+    def these(*wanted: int) -> OutboxQuery:
+        return OutboxQuery(ids=[id for number in wanted if (id := ids[number]) is not None])
+
+    assert letters.discard(these(2)) == 1
+    assert letters.discard(these(1, 2, 5)) == 2  # one of which is gone
+    assert letters.replay(these(3, 5, 8)) == 2
+    assert letters.replay(these(3, 8)) == 0
+    assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([b"c", b"h"], [b"d", b"f", b"g"])
+
+
+def test_query_and_cancel_scheduled_by_type_and_by_id(outbox: Outbox) -> None:
+    tomorrow = datetime.now(timezone.utc) + timedelta(days=1)
+    for kind, *keys in (("placed", "a", "b", "c"), ("paid", "d", "e")):
+        outboxes.add(outbox, keyed(*keys, message_type=kind, scheduled_time=tomorrow))
+    outboxes.add(outbox, keyed("f", message_type="placed"))
+    outboxes.add(outbox, keyed("g", message_type="placed", scheduled_time=tomorrow + timedelta(days=1)))
+    scheduled, placed = outbox.scheduled, OutboxQuery(message_type="placed")
+    by_then = OutboxQuery(message_type="placed", until=tomorrow + timedelta(hours=1))
+    found = {each.key: each.id for each in scheduled.find(placed)}
+    assert set(found) == {b"a", b"b", b"c", b"g"}
+    assert {each.key for each in scheduled.find(by_then)} == {b"a", b"b", b"c"}
+    assert found[b"b"] is not None
+    assert scheduled.cancel(OutboxQuery(ids=[found[b"b"]])) == 1
+    assert scheduled.cancel(by_then) == 2
+    assert scheduled.cancel(placed) == 1
+    assert scheduled.cancel(placed) == 0
+    assert {(each.key, each.message_type) for each in scheduled.find()} == {(b"d", "paid"), (b"e", "paid")}
+    assert outboxes.bodies(outbox) == [b"f"]  # which is not scheduled

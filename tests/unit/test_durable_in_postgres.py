@@ -365,6 +365,25 @@ def test_a_server_that_is_away_is_told_at_once_and_found_when_it_is_back(server:
     assert numbers(outbox) == [1, 3]
 
 
+def test_a_server_that_has_no_connection_left_is_told_at_once(server: Any) -> None:
+    most = 8
+    server.stop()
+    server.start(max_connections=str(most), superuser_reserved_connections="0", max_wal_senders="0")
+    outbox = made(server)
+    with DurableSender(outbox, "orders") as sender:
+        assert sender.send(envelope(1))
+        with outboxes.holding_all_connections(outbox, most) as held:  # the sender's has been ended
+            for _ in range(2):
+                with pytest.raises(OutboxError, match="too many clients") as caught:
+                    sender.send(envelope(2), timeout=60)
+                assert caught.value.possibly_persisted is False
+            held[0].execute("BEGIN")
+            assert sender.send(envelope(3), connection=held[0])
+            held[0].execute("COMMIT")
+        assert sender.send(envelope(4))
+    assert numbers(outbox) == [1, 3, 4]
+
+
 def test_a_table_that_is_locked_is_waited_for_within_the_callers_time(
     outbox: PostgresOutbox, sender: DurableSender
 ) -> None:

@@ -64,6 +64,10 @@ def sender(outbox: Outbox) -> Iterator[DurableSender]:
         yield sender
 
 
+async def print_later(before: object, after: object) -> None:
+    print(before, after)
+
+
 def envelope(number: int, **options: Any) -> Envelope:
     return Envelope(data=b"%d" % number, key=f"k{number % 5}", **options)
 
@@ -388,6 +392,20 @@ def test_a_topic_makes_them(outbox: Outbox, kind: Any) -> None:
         ({"config": 7}, "config must be a mapping"),
         ({"config": {**SERVERS, "transactional.id": "x"}}, "must not have transactional.id"),
         ({"config": {**SERVERS, "enable.idempotence": False}}, "must not have enable.idempotence=false"),
+        ({"relay": {}}, "relay: only with config="),
+        ({"config": SERVERS, "relay": 7}, "relay must be a dict of keyword arguments of kbatch.Relay, not int"),
+        ({"config": SERVERS, "relay": {"colour": 7}}, "relay: 'colour' is none of its options, which are retry, batch"),
+        ({"config": SERVERS, "relay": {"producer": 7}}, "relay: 'producer' is none of its options"),
+        ({"config": SERVERS, "relay": {"close_timeout_s": 7}}, "relay: close_timeout_s is that of the senders"),
+        ({"config": SERVERS, "relay": {"batch_size": 0}}, "relay: batch_size must be an int from 1"),
+        ({"config": SERVERS, "relay": {"on_state_change": print_later}}, "relay: on_state_change must not be"),
+        ({"config": SERVERS, "relay": {"lease_s": 62.0}}, "relay: lease_s must be seconds, 64 at least"),
+        ({"config": {**SERVERS, "partitioner": "random"}, "relay": {"strict_order": True}}, "relay: strict_order=True"),
+        (
+            {"config": {**SERVERS, "transactional.id": "x"}, "relay": {"fencing": "kafka"}},
+            "must not have transactional",
+        ),
+        ({"mode": SenderMode.INLINE, "outbox": None, "config": SERVERS, "relay": {}}, "relay: not with SenderMode.INL"),
         ({"mode": SenderMode.BUFFERED, "config": SERVERS}, "outbox: not with SenderMode.BUFFERED"),
         ({"mode": SenderMode.INLINE, "config": SERVERS}, "outbox: not with SenderMode.INLINE"),
     ],
@@ -396,6 +414,28 @@ def test_what_a_topic_does_not_take(outbox: Outbox, options: dict[str, Any], say
     for kind in (KafkaTopic, aio.KafkaTopic):
         with pytest.raises(ConfigError, match=says):
             kind("orders", **{"mode": SenderMode.DURABLE, "outbox": outbox, **options})
+
+
+def test_relays_of_the_same_options_are_one_and_those_of_others_are_refused(outbox: Outbox) -> None:
+    def topic(relay: Any, kind: Any = KafkaTopic) -> Any:
+        return kind("orders", SenderMode.DURABLE, outbox=outbox, config=SERVERS, relay=relay)
+
+    def told(before: object, after: object) -> None: ...
+
+    assert topic(None) == topic({}) == topic({"batch_size": 2_000, "retry": None})
+    options = {"batch_size": 7, "retry": kbatch.RetryPolicy(max_attempts=2), "on_state_change": told}
+    assert topic(options) == topic(dict(options)) != topic(None)
+    assert hash(topic(options)) == hash(topic(dict(options)))
+    with topic(options).create_sender() as first:
+        for kind in (KafkaTopic, aio.KafkaTopic):
+            second = topic({**options, "retry": kbatch.RetryPolicy(max_attempts=2)}, kind).create_sender()
+            assert second._shared is first._shared
+            second._close(0)
+            for others in (None, {**options, "batch_size": 8}, {**options, "fencing": "kafka"}):
+                with pytest.raises(ConfigError, match="give both the same config= and relay="):
+                    topic(others, kind).create_sender()
+            with pytest.raises(ConfigError, match="give both the same config= and relay="):
+                topic({**options, "on_state_change": lambda before, after: None}, kind).create_sender()
 
 
 def test_senders_of_one_outbox_share_a_relay_and_another_configuration_is_refused(outbox: Outbox) -> None:

@@ -67,6 +67,10 @@ def aio_topic(**options: Any) -> None:
     aio.KafkaTopic("orders", mode=kbatch.SenderMode.BUFFERED, config=NOWHERE, **options)
 
 
+def relay(**options: Any) -> None:
+    kbatch.Relay(kbatch.SqliteOutbox("none.db"), NOWHERE, **options).close()
+
+
 # How each hook is given, with how many arguments it is called, and how it is called in an error.
 HOOKS: dict[str, tuple[Callable[[Any], object], int, str]] = {
     "encoder": (lambda hook: made(encoder=hook), 2, "(message, context)"),
@@ -78,6 +82,7 @@ HOOKS: dict[str, tuple[Callable[[Any], object], int, str]] = {
     "oauth_cb": (told("oauth_cb"), 1, "(config)"),
     "on_failed": (lambda hook: topic(on_failed=hook), 2, "(envelope, error)"),
     "on_state_change": (lambda hook: aio_topic(on_state_change=hook), 2, "(before, after)"),
+    "on_state_change ": (lambda hook: relay(on_state_change=hook), 2, "(before, after)"),
     "when": (lambda hook: MemoryProducer().fail(when=hook), 1, "(envelope)"),
     "callback": (submitted, 1, "(report)"),
     "callback ": (submitted_on_loop, 1, "(report)"),

@@ -1,6 +1,24 @@
 """What our inboxes have to do: the suite that every inbox has to pass, `accept`, and what is about our databases alone.
-The names are those of the original's compliance suite of a message store; `kbatch.testing.compliance` lists what is
-left out."""
+
+The names are those of the original's compliance suite of a message store, where an inbox has the thing. What it
+stores of a message is that a group has handled it, so one test is several of the original's:
+
+- store one incoming; store one that is handled; mark one handled; counts: `test_store_one_that_is_handled`
+- store one that is a duplicate; incoming exists: `test_store_one_that_is_a_duplicate`
+- a bulk with duplicates inside reports only those: `test_a_bulk_with_duplicates_inside_reports_only_those`
+- mark several handled: `test_mark_several_handled`
+- what is handled is removed in the end: `test_what_is_old_is_purged_of_a_group_that_is_said_to_have_committed_it`
+
+Left out:
+
+- outgoing messages, dead letters, what is scheduled: an outbox has these (`test_outbox_store.py`,
+  `test_dead_letters.py`)
+- load incoming, fetch by owner, discard and reassign: messages that are not handled are in Kafka, and the group's
+  protocol says whose they are
+- increment attempts, move incoming to dead letters, edit and replay them: a listener does these with topics of Kafka
+  (`mock/test_listener_failures.py`, `mock/test_replay.py`)
+- schedule execution: a listener sends what is to be tried later to a retry topic
+"""
 
 import contextlib
 import random
@@ -862,3 +880,15 @@ def test_a_time_of_handling_is_not_the_transactions_start(inbox: Inbox) -> None:
         inbox.accept(connection, orders(1)[0], group=GROUP)
     ((handled_at,),) = query(inbox, "SELECT handled_at FROM {inbox}")
     assert handled_at >= between
+
+
+# -- by the names of the original's suite, see above
+
+
+def test_mark_several_handled(inbox: Inbox) -> None:
+    several = orders(100)
+    assert accept(inbox, several[:40]) == [True] * 40
+    assert accept(inbox, several) == [False] * 40 + [True] * 60
+    assert accept(inbox, several, ends="ROLLBACK") == [False] * 100
+    assert ids(inbox) == {each.id for each in several}
+    assert inbox.status().handled == 100

@@ -393,8 +393,12 @@ def test_what_type_checkers_are_told_is_what_it_takes() -> None:
         keywords = annotations_of(_options, name)
         told |= {option: kind.replace("_Unset", "None") for option, kind in keywords.items()}
     taken = inspect.signature(_topic.BaseTopic.__init__).parameters.values()
-    own = ("self", "name", "mode", "producer", "config", "outbox")
+    own = ("self", "name", "mode", "producer", "config", "outbox", "relay")
     assert told == {each.name: each.annotation for each in taken if each.name not in own}
+    of_relays = inspect.signature(kbatch.Relay.__init__).parameters.values()
+    not_of_topics = ("self", "outbox", "producer", "close_timeout_s")
+    of_relays_own = {each.name: each.annotation for each in of_relays if each.name not in not_of_topics}
+    assert annotations_of(_options, "RelayKeywords") == of_relays_own
 
 
 def test_an_option_that_nothing_has_is_refused_as_python_does(kind: Any) -> None:

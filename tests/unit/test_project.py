@@ -1,5 +1,6 @@
 """What must agree between files that no compiler compares."""
 
+import ast
 import inspect
 import itertools
 import re
@@ -10,6 +11,8 @@ from types import ModuleType
 import kbatch
 from kbatch import _version
 from kbatch.cli import _app, _inbox_app, _outbox_app
+from kbatch.testing.compliance import TransportCompliance
+from tools import compliance
 
 ROOT = Path(__file__).parents[2]
 
@@ -88,6 +91,22 @@ def test_no_two_files_of_tests_have_the_same_name():
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert len(names) > 80
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_a_test_that_a_docstring_of_tests_names_is_there():
+    texts = {path: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
+    suites = {path: path.read_text(encoding="utf-8") for path in (ROOT / "src" / "kbatch" / "testing").glob("*.py")}
+    defined = {
+        name for text in (texts | suites).values() for name in re.findall(r"^ *(?:async )?def (\w+)", text, re.M)
+    }
+    files = {path.name for path in texts}
+    named = {
+        name: path.name
+        for path, text in texts.items()
+        for name in re.findall(r"`(?:\w+/)*(test_\w+(?:\.py)?)`", ast.get_docstring(ast.parse(text)) or "")
+    }
+    assert len(named) > 30
+    assert {name: where for name, where in named.items() if name not in defined | files} == {}
 
 
 def test_packages_and_compiled_modules_are_found_not_listed():
@@ -274,3 +293,25 @@ def test_the_map_of_the_design_has_each_file_and_no_other():
     # What says nothing about itself, and the plugin beside the package.
     silent = {"__init__.py", "_version.py"}
     assert {path.name for path in files} - silent == named - {"pytest_kbatch.py"} - silent
+
+
+def test_the_page_of_compliance_has_each_test_as_it_is_now_and_none_that_failed():
+    page = compliance.PAGE.read_text(encoding="utf-8")
+    assert len(compliance.names()) > 15
+    ways = [f"{mode}, {style}" for mode, style in compliance.COLUMNS]
+    for cluster in compliance.CLUSTERS:
+        table = page.split(f"<!-- results: {cluster} -->\n")[1].split("<!-- end -->")[0]
+        says = re.search(
+            r"^kbatch \S+, commit [0-9a-f]{10}\b.*, \d{4}-\d{2}-\d{2}, tests `(\w+)`\.$", table, re.MULTILINE
+        )
+        assert says is not None
+        assert says[1] == compliance.fingerprint(), f"the table {cluster!r} is of other tests: make compliance KAFKA=1"
+        heading, _, *rows = [
+            [cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")
+        ]
+        assert heading == ["test", *ways]
+        assert [name for name, *_ in rows] == compliance.names()
+        for name, *cells in rows:
+            test = getattr(TransportCompliance, f"test_{name.replace(' ', '_')}")
+            all_ways = any(mark.args[0] == "wire" for mark in getattr(test, "pytestmark", ()))
+            assert cells == ["passed (3)" if all_ways or way == "BUFFERED, threads" else "passed" for way in ways], name

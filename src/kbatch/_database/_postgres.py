@@ -24,6 +24,11 @@ __all__ = ["AioPostgresDatabase", "PostgresDatabase", "PostgresNames", "is_async
 _IN_TRANSACTION, _NO_PIPELINE = 2, 0  # libpq's PQTRANS_INTRANS and PQ_PIPELINE_OFF
 _LONGEST_NAME = 63  # bytes; PostgreSQL cuts off what is longer
 
+_OF_A_POOL = (
+    "behind a pool in transaction mode nothing may be prepared: connect with prepare_threshold=None (psycopg) or "
+    "statement_cache_size=0 (asyncpg)"
+)
+
 # What to do, by the beginning of PostgreSQL's code.
 _HINTS = {
     "42P01": "call create() of the {what} once, or have its ddl() executed; the connection must be to its database",
@@ -38,6 +43,9 @@ _HINTS = {
     "53100": "make room on the server's disk",
     "57014": "a statement took too long, or was cancelled",
     "55P03": "another session has held a lock for long; transactions should be short",
+    # A statement that was prepared, of which another session knows nothing or knows another one.
+    "42P05": _OF_A_POOL,
+    "26000": _OF_A_POOL,
     "40": "roll the transaction back, and do it again",
     "28": "look at the user and the password of conninfo",
 }

@@ -9,10 +9,10 @@ import os
 import socket
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer
-from kbatch._checks import check_close_timeout, check_methods, check_timeout, check_whole, is_number, is_whole
+from kbatch._checks import check_close_timeout, check_methods, check_timeout, is_number
 from kbatch._config import inherit
 from kbatch._errors import (
     ConfigError,
@@ -21,10 +21,10 @@ from kbatch._errors import (
     ProducerFencedError,
     SenderClosedError,
     SenderError,
-    type_name,
 )
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
 from kbatch._logs import tell
+from kbatch._options import RelayOptions, shows, taken
 from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
@@ -45,15 +45,17 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import TypeVar
 
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
+    from kbatch._errors import KbatchError
     from kbatch._fastmap import Trial
+    from kbatch._options import RelayKeywords
     from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
     from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
-__all__ = ["Relay", "check_relay_outbox", "relay_producer"]
+__all__ = ["Relay", "check_relay_outbox", "lease_of", "relay_producer"]
 
 _DELIVERY_TIMEOUT_MS = 30_000
 _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
@@ -111,68 +113,42 @@ class Relay:
             and readers ``isolation.level=read_committed``. ``producer`` is then a ``config``, in which
             ``delivery.timeout.ms`` and ``transaction.timeout.ms`` are 10,000 by default. Transactional ids begin with
             ``kbatch-relay-``.
-        failures_to_open, probe_interval_s, max_probe_interval_s: As for `SendingAgent`.
+        failures_to_open, probe_interval_s, max_probe_interval_s, on_state_change: As for `SendingAgent`.
         close_timeout_s: Seconds that the end of `run` and of the ``with`` block waits for what is in flight.
 
     Raises:
         ConfigError: A wrong option, or a producer that may lose or reorder records.
     """
 
+    _calls_class: type[UserCalls] = UserCalls
+    _options_class: type[RelayOptions] = RelayOptions
+
+    @shows(RelayOptions)
     def __init__(
         self,
         outbox: RelayOutbox,
         producer: Mapping[str, Any] | Producer,
         *,
-        retry: RetryPolicy | None = None,
-        batch_size: int = 2_000,
-        max_in_flight_batches: int = 4,
-        strict_order: bool = False,
-        lease_s: float | None = None,
-        fencing: Literal["kafka"] | None = None,
-        failures_to_open: int = 3,
-        probe_interval_s: float = 1.0,
-        max_probe_interval_s: float = 30.0,
         close_timeout_s: float = 30.0,
+        **keywords: Unpack[RelayKeywords],
     ) -> None:
         check_relay_outbox(outbox)
-        policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0) if retry is None else retry
-        if not isinstance(policy, RetryPolicy):
-            raise ConfigError(f"retry must be a RetryPolicy, not {type_name(retry)}")
-        if policy.max_age_s is not None:
-            raise ConfigError("retry.max_age_s is not for a relay: give envelopes a deliver_by")
-        for name, value in (
-            ("batch_size", batch_size),
-            ("max_in_flight_batches", max_in_flight_batches),
-            ("failures_to_open", failures_to_open),
-        ):
-            if not (is_whole(value) and 1 <= value <= 100_000):
-                raise ConfigError(f"{name} must be an int from 1 to 100,000, not {value!r}")
-        for name, seconds in (("probe_interval_s", probe_interval_s), ("max_probe_interval_s", max_probe_interval_s)):
-            if not (is_number(seconds) and 0 < seconds < 1e6):
-                raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
-        if probe_interval_s > max_probe_interval_s:
-            raise ConfigError(f"{probe_interval_s=!r} is longer than {max_probe_interval_s=!r}")
-        if not isinstance(strict_order, bool):
-            raise ConfigError(f"strict_order must be bool, not {type_name(strict_order)}")
-        if fencing not in (None, "kafka"):
-            raise ConfigError(f"fencing must be 'kafka' or None, not {fencing!r}")
-        check_whole("batch_size * max_in_flight_batches", batch_size * max_in_flight_batches)
+        (given,) = taken(self, keywords, RelayOptions)
+        options = self._options_class(**given)
+        policy = options.retry
+        if policy is None:
+            policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0)
         check_close_timeout(close_timeout_s)
         self._outbox = outbox
-        self._batch_size = batch_size
-        self._is_fencing = fencing is not None
-        self._max_flights = 1 if self._is_fencing else max_in_flight_batches
+        self._batch_size = options.batch_size
+        self._is_fencing = options.is_fencing
+        self._max_flights = 1 if self._is_fencing else options.max_in_flight_batches
         self._close_timeout_s = close_timeout_s
-        self._use = _use_of(producer, batch_size * max_in_flight_batches, is_fencing=self._is_fencing)
+        self._use = _use_of(producer, options)
         self._handle = self._use.handle
         self._max_delivery_s = self._handle.producer.max_delivery_s()
         try:
-            if strict_order and self._handle.producer._parsed.native.get("partitioner") == "random":
-                raise ConfigError(
-                    "strict_order=True contradicts partitioner=random, which spreads a key over partitions; choose "
-                    "another partitioner"
-                )
-            self._lease_s = _lease_s(lease_s, self._max_delivery_s)
+            self._lease_s = lease_of(options, self._handle.producer)
         except ConfigError:
             self._use.release(0.0)
             raise
@@ -182,23 +158,24 @@ class Relay:
         self._fences: Fences | None = None
         self._naming: BatchWithOffsets | None = None  # has the producer's transactional id initialised
         self._naming_failed_at: float | None = None
-        self._calls = UserCalls()
+        self._calls = self._calls_class()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
             self._handle,
             None,
             self._calls,
             self._prober,
-            failures_to_open=failures_to_open,
-            probe_interval_s=probe_interval_s,
-            max_probe_interval_s=max_probe_interval_s,
+            failures_to_open=options.failures_to_open,
+            probe_interval_s=options.probe_interval_s,
+            max_probe_interval_s=options.max_probe_interval_s,
+            on_state_change=options.on_state_change,
             name=repr(outbox),
         )
         self._flag: Flag = self._gate.flag
         self._judge = Judge(policy, packed_key_hash, entropy)
         self._longest_wait_s = policy.max_backoff_s
         self._leases = Leases(self._lease_s)
-        self._positions = Positions(packed_key_hash, one_in_flight=strict_order)
+        self._positions = Positions(packed_key_hash, one_in_flight=options.strict_order)
         self._store: OutboxStore | None = None
         self._flights: dict[Flight, None] = {}
         self._done: list[Place] = []  # what is to be written
@@ -234,6 +211,16 @@ class Relay:
         return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
 
     # -- what others call
+
+    @property
+    def state(self) -> CircuitState:
+        """The state of the circuit breaker."""
+        return self._gate.circuit.state
+
+    @property
+    def last_error(self) -> KbatchError | None:
+        """Why a record failed the last time that one did, whether or not it is sent again; ``None`` before."""
+        return self._gate.last_error
 
     def run(self) -> None:
         """Sends what is in the outbox, until `stop`; then waits for what is in flight, and gives its buckets back.
@@ -304,27 +291,33 @@ class Relay:
         return {**self._counts, "in_flight": in_flight, "buckets": len(self._leases.tokens)}
 
     def close(self) -> None:
-        """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's.
+        """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's. Then it waits for
+        calls of ``on_state_change`` that are left, up to 2 seconds, unless it is called by one.
 
         Raises:
             RuntimeError: It is called within `run`, as by a signal handler, which calls `stop`.
         """
         if self._is_run_here():
             raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
+        self._close(self._close_timeout_s)
+        self._calls.join(_LAST_WORDS_S)
+
+    def _close(self, timeout: float) -> None:
+        """Closes what is its own, the producer within `timeout` seconds."""
         with self._claims:
             self._closed = True
         self.stop()
         while self._runs.locked():
             threading.Event().wait(_LOOK_WHETHER_OVER_S)
         with self._closing:
-            self._release()
+            self._release(timeout)
 
-    def _release(self) -> None:
+    def _release(self, timeout: float) -> None:
         if self._released:
             return
         try:
             self._gate.close()
-            self._use.release(self._close_timeout_s)
+            self._use.release(timeout)
         finally:
             self._prober.stop()
             self._calls.stop()
@@ -434,7 +427,10 @@ class Relay:
     def _is_idle(self) -> bool:
         if self._flights or (self._has_answers() and self._write_at() <= monotonic()):
             return False  # what the database has refused keeps nobody waiting
-        can_send = self._gate.may_send() and self._leases.tokens and self._trouble_at is None
+        # Before its transactional id is initialised it has no lease, and will have some.
+        is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_failed_at is None
+        has_leases = self._leases.tokens or is_to_have_leases
+        can_send = self._gate.may_send() and has_leases and self._trouble_at is None
         return self._has_read_all or not (can_send and self._has_room(self._failures))
 
     def _begin(self) -> None:
@@ -1123,15 +1119,28 @@ def _check_producer(producer: Producer, own_id: str | None = None) -> None:
         raise ConfigError(f"the producer of a relay must not have {wrong}")
 
 
-def _use_of(producer: Mapping[str, Any] | Producer, room: int, *, is_fencing: bool) -> ProducerUse:
-    if is_fencing and isinstance(producer, BaseProducer):
+def _use_of(producer: Mapping[str, Any] | Producer | ProducerUse, options: RelayOptions) -> ProducerUse:
+    if isinstance(producer, ProducerUse):
+        return producer  # of one that `relay_producer` has made; not for users
+    if options.is_fencing and isinstance(producer, BaseProducer):
         raise ConfigError("fencing='kafka' needs producers of its own: give their configuration")
     if isinstance(producer, Producer):
         _check_producer(producer)
         return ProducerHandle.of(producer).acquire()
     if isinstance(producer, BaseProducer):
         raise ConfigError(f"a relay takes no {producer._shown}: give its configuration, or a kbatch.Producer")
-    return ProducerHandle(relay_producer(producer, room, is_fencing=is_fencing), given=False).acquire()
+    made = relay_producer(producer, options.most_in_flight, is_fencing=options.is_fencing)
+    return ProducerHandle(made, given=False).acquire()
+
+
+def lease_of(options: RelayOptions, producer: BaseProducer) -> float:
+    """Seconds of a relay's leases. Raises ConfigError for options that contradict the producer."""
+    if options.strict_order and producer._parsed.native.get("partitioner") == "random":
+        raise ConfigError(
+            "strict_order=True contradicts partitioner=random, which spreads a key over partitions; choose another "
+            "partitioner"
+        )
+    return _lease_s(options.lease_s, producer.max_delivery_s())
 
 
 def _lease_s(lease_s: float | None, max_delivery_s: float) -> float:

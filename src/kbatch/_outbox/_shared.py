@@ -6,21 +6,25 @@ import contextlib
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import ConfigError, ForkError, named_exception_text
 from kbatch._fastmap import Flag, monotonic
 from kbatch._logs import tell
 from kbatch._outbox._group import GroupCommit
 from kbatch._outbox._relay import Relay
+from kbatch._recovery._handle import ProducerHandle
 
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from kbatch._options import RelayOptions
     from kbatch._outbox._store import DurableOutbox
     from kbatch._producer import Producer
 
-__all__ = ["OutboxUse"]
+
+__all__ = ["OutboxUse", "RelayPlan"]
 
 _BEGIN_AGAIN_S = 1.0
 _REMIND_EVERY_S = 60.0
@@ -35,21 +39,32 @@ if hasattr(os, "register_at_fork"):
 _shared: weakref.WeakValueDictionary[int, SharedOutbox] = weakref.WeakValueDictionary()  # by an outbox's id
 
 
+@dataclass(frozen=True)
+class RelayPlan:
+    """What a relay of DURABLE senders is made of.
+
+    Attributes:
+        prototype: A producer as its own are, checked with the options. Never used itself.
+        options: Of the relay.
+        key: The same where the producer's settings and the options are.
+    """
+
+    prototype: Producer
+    options: RelayOptions
+    key: Hashable
+
+
 class OwnRelay:
     """A relay in a thread of its own, which begins again when it fails.
 
-    Args:
-        prototype: A producer with the settings of those that are made for it. Never used itself.
-        key: The same where the settings are.
-
     Attributes:
+        plan: What it is made of.
         close_timeout_s: Seconds that its end waits for what is in flight.
     """
 
-    def __init__(self, outbox: DurableOutbox, prototype: Producer, key: Hashable) -> None:
+    def __init__(self, outbox: DurableOutbox, plan: RelayPlan) -> None:
         self._outbox = outbox
-        self._prototype = prototype
-        self.key = key
+        self.plan = plan
         self._flag = Flag()
         self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -103,17 +118,17 @@ class OwnRelay:
     def _run(self) -> None:
         told_at: float | None = None
         while self._thread is threading.current_thread() and not self._is_stopping:
-            producer: Producer | None = None
+            relay: Relay | None = None
             try:
-                producer = self._prototype._twin()
-                with Relay(self._outbox, producer, close_timeout_s=self.close_timeout_s) as relay:
-                    self._relay = relay
-                    if self._is_finishing:
-                        relay._finish()
-                    if not self._is_stopping:
-                        relay.run()
-                    if self._is_finishing:
-                        return
+                use: Any = ProducerHandle(self.plan.prototype._twin(), given=False).acquire()
+                relay = Relay(self._outbox, use, close_timeout_s=self.close_timeout_s, **vars(self.plan.options))
+                self._relay = relay
+                if self._is_finishing:
+                    relay._finish()
+                if not self._is_stopping:
+                    relay.run()
+                if self._is_finishing:
+                    return
             except Exception as error:
                 now = monotonic()
                 if told_at is None or now - told_at >= _REMIND_EVERY_S:
@@ -125,9 +140,9 @@ class OwnRelay:
                     self._flag.wait(_BEGIN_AGAIN_S, interruptible=False)
             finally:
                 self._relay = None
-                if producer is not None:
+                if relay is not None:
                     with contextlib.suppress(Exception):  # the next one is another
-                        producer._core.close(0.0)
+                        relay._close(0.0)
 
 
 class SharedOutbox:
@@ -174,14 +189,13 @@ class OutboxUse:
     """What one sender has of a `SharedOutbox`, until `release`, or until it is forgotten.
 
     Args:
-        prototype: Of the producers of a relay of its own; ``None`` if others forward what is sent.
-        key: The same where the producer's settings are.
+        plan: Of a relay of their own; ``None`` if others forward what is sent.
 
     Raises:
         ConfigError: The outbox has a relay with other settings.
     """
 
-    def __init__(self, outbox: DurableOutbox, prototype: Producer | None = None, key: Hashable = None) -> None:
+    def __init__(self, outbox: DurableOutbox, plan: RelayPlan | None = None) -> None:
         self._token = object()
         self._relay: OwnRelay | None = None  # that ends with this
         with _lock:
@@ -191,14 +205,15 @@ class OutboxUse:
             if shared is None or shared.is_forked() or _shared.get(id(outbox)) is not shared:
                 shared = SharedOutbox(outbox)
                 shared.users.add(self._token)
-            if prototype is not None:
+            if plan is not None:
                 if shared.relay is None:
-                    shared.relay = OwnRelay(outbox, prototype, key)
-                elif shared.relay.key != key:
+                    shared.relay = OwnRelay(outbox, plan)
+                elif shared.relay.plan.key != plan.key:
                     shared.users.discard(self._token)
                     raise ConfigError(
-                        f"config= differs from that of another sender of {outbox!r}: one relay sends what is in an "
-                        "outbox, whatever its topic; give both the same config=, or run a kbatch.Relay and leave it out"
+                        f"config= or relay= differs from that of another sender of {outbox!r}: one relay sends what is "
+                        "in an outbox, whatever its topic; give both the same config= and relay=, or run a "
+                        "kbatch.Relay and leave them out"
                     )
                 shared.relays_users.add(self._token)
             _shared[id(outbox)] = shared

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
-from kbatch._options import AgentOptions, BatchingOptions, shows, taken
-from kbatch._outbox._relay import check_relay_outbox, relay_producer
-from kbatch._outbox._shared import OutboxUse
+from kbatch._options import AgentOptions, BatchingOptions, RelayOptions, shows, taken
+from kbatch._outbox._relay import check_relay_outbox, lease_of, relay_producer
+from kbatch._outbox._shared import OutboxUse, RelayPlan
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     import msgspec
     from typing_extensions import Unpack
 
-    from kbatch._options import AgentKeywords, BatchingKeywords
+    from kbatch._options import AgentKeywords, BatchingKeywords, RelayKeywords
     from kbatch._outbox._store import DurableOutbox
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
 
 _CALLBACKS = ("error_cb", "stats_cb", "throttle_cb", "oauth_cb", "logger")
-
+_NO_OUTBOX: dict[str, Any] = {"_outbox": None, "_plan": None}
 
 _S_co = TypeVar("_S_co", covariant=True)  # the sender
 
@@ -80,10 +80,11 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
     mode: SenderMode
     close_timeout_s: float
     _settings: Hashable  # the same where the producer, or what it is made of, is
-    # The caller's, or one that is never used and others are made of; None if others forward what is in the outbox.
+    # The caller's, or one that is never used and others are made of; None with an outbox.
     _producer: BaseProducer | None = field(compare=False)
     _is_given: bool = field(compare=False)
     _outbox: DurableOutbox | None = field(compare=False)
+    _plan: RelayPlan | None = field(compare=False)  # of its relay; None if others forward what is in the outbox
 
     _shown = "kbatch.KafkaTopic"
     _producer_class: type[BaseProducer] = Producer
@@ -101,6 +102,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         producer: BaseProducer | None = None,
         config: Mapping[str, Any] | None = None,
         outbox: DurableOutbox | None = None,
+        relay: RelayKeywords | None = None,
         wire: str | WireFormat | None = None,
         encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
         source: str | None = None,
@@ -131,11 +133,14 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             values.update(self._checked(batching, agent))
             if self.dead_letter_topic == name:
                 raise ConfigError(f"dead_letter_topic must not be the topic itself, {name!r}")
-            values.update(
-                self._bind_outbox(outbox, producer, config, options)
-                if mode is SenderMode.DURABLE
-                else self._bind(outbox, producer, config, options)
-            )
+            if mode is SenderMode.DURABLE:
+                values.update(self._bind_outbox(outbox, producer, config, relay, options))
+            elif relay is not None:
+                raise ConfigError(
+                    f"relay: not with SenderMode.{mode.name}, which has no outbox; use SenderMode.DURABLE"
+                )
+            else:
+                values.update(self._bind(outbox, producer, config, options))
         except BaseException as error:
             # As the producer's: passwords must not be found in the local variables of a traceback.
             traceback.clear_frames(error.__traceback__)
@@ -150,7 +155,9 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         options = {**options, **vars(self._agent_class._options_class(**agent))}
         return options if self.mode is SenderMode.BUFFERED else dict.fromkeys(options)
 
-    def _bind_outbox(self, outbox: Any, producer: Any, config: Any, options: dict[str, Any]) -> dict[str, Any]:
+    def _bind_outbox(
+        self, outbox: Any, producer: Any, config: Any, relay: Any, options: dict[str, Any]
+    ) -> dict[str, Any]:
         if outbox is None:
             raise ConfigError("outbox is missing: SenderMode.DURABLE sends through one, such as a kbatch.SqliteOutbox")
         check_outbox(outbox)
@@ -164,16 +171,27 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
                 f"{', '.join(options)}: not with SenderMode.DURABLE: the outbox maps envelopes, and its relay sends "
                 "what is in it; give them to these"
             )
+        if config is None and relay is not None:
+            raise ConfigError("relay: only with config=; without it a kbatch.Relay that you run has these options")
         if config is not None:
             check_relay_outbox(outbox)
-        prototype = None if config is None else relay_producer(config)
-        settings = None if prototype is None else self._fingerprint_of(prototype)
+        plan = None if config is None else self._plan_of(config, relay)
         return {
-            "_settings": (_Same(outbox), settings),
-            "_producer": prototype,
+            "_settings": (_Same(outbox), None if plan is None else plan.key),
+            "_producer": None,
             "_is_given": False,
             "_outbox": outbox,
+            "_plan": plan,
         }
+
+    def _plan_of(self, config: Any, relay: Any) -> RelayPlan:
+        options = _relay_options({} if relay is None else relay)
+        prototype = relay_producer(config, options.most_in_flight, is_fencing=options.is_fencing)
+        try:
+            lease_of(options, prototype)
+        except ConfigError as error:
+            raise ConfigError(f"relay: {error}") from None
+        return RelayPlan(prototype, options, (*self._fingerprint_of(prototype), options))
 
     def _fingerprint_of(self, prototype: BaseProducer) -> tuple[Hashable, ...]:
         return (
@@ -200,7 +218,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
                     f"{', '.join(refused)}: not with producer=, which has its settings already; give config= alone, "
                     "and topics whose settings agree share one producer"
                 )
-            return {"_settings": _Same(producer), "_producer": producer, "_is_given": True, "_outbox": None}
+            return {"_settings": _Same(producer), "_producer": producer, "_is_given": True, **_NO_OUTBOX}
         prototype = self._producer_class(config, **options)
         wire = options.get("wire", "kbatch")
         settings = (
@@ -209,7 +227,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             *(_Same(options.get(name)) for name in ("encoder", "header_hook")),
             *(prototype._max_in_flight, options.get("source"), options.get("carry_scheduled_time", False)),
         )
-        return {"_settings": settings, "_producer": prototype, "_is_given": False, "_outbox": None}
+        return {"_settings": settings, "_producer": prototype, "_is_given": False, **_NO_OUTBOX}
 
     def _check_producer(self, producer: object) -> None:
         if isinstance(producer, self._producer_class):
@@ -242,9 +260,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
         return self._batched_class(agent, **batching, close_timeout_s=self.close_timeout_s)
 
     def _create_durable(self, outbox: DurableOutbox) -> BaseDurableSender:
-        if not isinstance(self._producer, Producer):  # others forward what is in it
-            return self._durable_class(outbox, self.name, close_timeout_s=self.close_timeout_s)
-        use = OutboxUse(outbox, self._producer, self._settings)
+        use = outbox if self._plan is None else OutboxUse(outbox, self._plan)
         return self._durable_class(use, self.name, close_timeout_s=self.close_timeout_s)
 
     def _options_of(self, kind: type) -> dict[str, Any]:
@@ -276,6 +292,9 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             does, from the first envelope until the last of these senders is closed; all of one outbox have the same.
         outbox: What ``SenderMode.DURABLE`` sends through, such as a `SqliteOutbox`, or one of your own, a
             `kbatch.stores.DurableOutbox`; only with it.
+        relay: Keyword arguments of `Relay` for the relay in this process: each but ``producer`` and
+            ``close_timeout_s``. Only with an `outbox` and `config`; all of one outbox have the same. Its
+            ``on_state_change`` must be no coroutine function, also of `kbatch.aio`.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`,
             and not with ``SenderMode.DURABLE``.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with
@@ -341,6 +360,17 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         ) -> None: ...
         @overload
         def __init__(
+            self: KafkaTopic[DurableSender],
+            name: str,
+            mode: Literal[SenderMode.DURABLE],
+            *,
+            outbox: DurableOutbox,
+            config: Mapping[str, Any],
+            relay: RelayKeywords | None,
+            close_timeout_s: float = 30.0,
+        ) -> None: ...
+        @overload
+        def __init__(
             self: KafkaTopic[InlineSender | BatchedSender],
             name: str,
             mode: SenderMode,
@@ -366,7 +396,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         ``SenderMode.DURABLE`` a `DurableSender`. It starts with its first envelope.
 
         Raises:
-            ConfigError: Another sender of the same outbox has a relay with another `config`.
+            ConfigError: Another sender of the same outbox has a relay with another `config` or `relay`.
         """
         sender: _S_co = self._create()
         return sender
@@ -387,6 +417,21 @@ class _Same:
         return hash(self._ids)
 
 
+def _relay_options(given: Any) -> RelayOptions:
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"relay must be a dict of keyword arguments of kbatch.Relay, not {type_name(given)}")
+    known = [each.name for each in fields(RelayOptions)]
+    for name in given:
+        if name == "close_timeout_s":
+            raise ConfigError("relay: close_timeout_s is that of the senders; give it to the topic")
+        if name not in known:
+            raise ConfigError(f"relay: {name!r} is none of its options, which are {', '.join(known)}")
+    try:
+        return RelayOptions(**given)
+    except ConfigError as error:
+        raise ConfigError(f"relay: {error}") from None
+
+
 def _check_mode(mode: Any, given: dict[str, Any]) -> None:
     if not isinstance(mode, SenderMode):
         raise ConfigError(
@@ -395,8 +440,8 @@ def _check_mode(mode: Any, given: dict[str, Any]) -> None:
         )
     if mode is SenderMode.DURABLE and given:
         raise ConfigError(
-            f"{', '.join(given)}: not with SenderMode.DURABLE, whose envelopes a relay sends; run a kbatch.Relay with "
-            "what it takes of them"
+            f"{', '.join(given)}: not with SenderMode.DURABLE, whose envelopes a relay sends; give relay= what a "
+            "kbatch.Relay takes of them"
         )
     if mode is SenderMode.INLINE and given:
         raise ConfigError(

@@ -4,25 +4,37 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from kbatch._fastmap import LoopWaker
+from kbatch._fastmap import LoopWaker, running_loop
 from kbatch._loop import in_thread
+from kbatch._options import AioRelayOptions, shows, taken
 from kbatch._outbox import _relay
+from kbatch.aio._batched import LoopCalls
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType
 
-    from typing_extensions import Self
+    from typing_extensions import Self, Unpack
 
+    from kbatch._errors import KbatchError
+    from kbatch._options import RelayKeywords
     from kbatch._outbox._store import RelayOutbox
     from kbatch._producer import Producer
-    from kbatch._recovery._retry import RetryPolicy
+    from kbatch._recovery._circuit import CircuitState
 
 __all__ = ["Relay"]
 
 _T = TypeVar("_T")
+
+
+class _LoopRelay(_relay.Relay):
+    """Its callback is called on an event loop."""
+
+    _calls_class = LoopCalls
+    _options_class = AioRelayOptions
+    _calls: LoopCalls
 
 
 class Relay:
@@ -34,41 +46,34 @@ class Relay:
         outbox, producer, retry, batch_size, max_in_flight_batches, strict_order, lease_s, fencing, failures_to_open,
             probe_interval_s, max_probe_interval_s, close_timeout_s: As for `kbatch.Relay`. A producer is a
             `kbatch.Producer`.
+        on_state_change: As for `kbatch.Relay`; it may be a coroutine function. It is called on the event loop on which
+            `run` or `drain` was awaited first.
     """
 
+    @shows(AioRelayOptions)
     def __init__(
         self,
         outbox: RelayOutbox,
         producer: Mapping[str, Any] | Producer,
         *,
-        retry: RetryPolicy | None = None,
-        batch_size: int = 2_000,
-        max_in_flight_batches: int = 4,
-        strict_order: bool = False,
-        lease_s: float | None = None,
-        fencing: Literal["kafka"] | None = None,
-        failures_to_open: int = 3,
-        probe_interval_s: float = 1.0,
-        max_probe_interval_s: float = 30.0,
         close_timeout_s: float = 30.0,
+        **keywords: Unpack[RelayKeywords],
     ) -> None:
-        self._relay = _relay.Relay(
-            outbox,
-            producer,
-            retry=retry,
-            batch_size=batch_size,
-            max_in_flight_batches=max_in_flight_batches,
-            strict_order=strict_order,
-            lease_s=lease_s,
-            fencing=fencing,
-            failures_to_open=failures_to_open,
-            probe_interval_s=probe_interval_s,
-            max_probe_interval_s=max_probe_interval_s,
-            close_timeout_s=close_timeout_s,
-        )
+        taken(self, keywords, AioRelayOptions)
+        self._relay = _LoopRelay(outbox, producer, close_timeout_s=close_timeout_s, **keywords)
 
     def __repr__(self) -> str:
         return repr(self._relay).replace("kbatch.Relay", "kbatch.aio.Relay", 1)
+
+    @property
+    def state(self) -> CircuitState:
+        """As `kbatch.Relay.state`."""
+        return self._relay.state
+
+    @property
+    def last_error(self) -> KbatchError | None:
+        """As `kbatch.Relay.last_error`."""
+        return self._relay.last_error
 
     async def run(self) -> None:
         """As `kbatch.Relay.run`, until `stop`. If the task is cancelled, it ends as after `stop`: it waits for what is
@@ -109,6 +114,8 @@ class Relay:
 
     async def _in_thread(self, function: Callable[[Callable[[], bool]], _T]) -> _T:
         """Calls it in a thread; cancelled, it tells `function` that it is given up, and waits for its end."""
+        if self._relay._calls.loop is None:
+            self._relay._calls.loop = running_loop()
         cancelled: list[bool] = []
         answers: list[_T] = []
         errors: list[BaseException] = []

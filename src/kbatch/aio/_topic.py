@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Unpack
 
+    from kbatch._options import RelayKeywords
     from kbatch._outbox._store import DurableOutbox
     from kbatch._sending._topic import Options, OptionsWithConfig, SenderMode
 
@@ -81,6 +82,17 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             *,
             outbox: DurableOutbox,
             config: Mapping[str, Any] | None = None,
+            close_timeout_s: float = 30.0,
+        ) -> None: ...
+        @overload
+        def __init__(
+            self: KafkaTopic[DurableSender],
+            name: str,
+            mode: Literal[SenderMode.DURABLE],
+            *,
+            outbox: DurableOutbox,
+            config: Mapping[str, Any],
+            relay: RelayKeywords | None,
             close_timeout_s: float = 30.0,
         ) -> None: ...
         @overload

@@ -68,7 +68,9 @@ def run_relay(job: RelayJob, screen: Screen) -> int:
             status, why = _why(left, job, interrupt)
             log.tell(f"{why}: {_told(relay)}")
             if job.as_json:
-                screen.say(json.dumps({**relay.stats(), "exit_status": status, "reason": why}))
+                last_error = None if relay.last_error is None else str(relay.last_error)
+                seen = {**relay.stats(), "state": relay.state.value, "last_error": last_error}
+                screen.say(json.dumps({**seen, "exit_status": status, "reason": why}))
             return status
 
 

@@ -9,7 +9,7 @@ import kbatch
 from kbatch.cli._toml_file import TomlFile
 
 # What else a `Relay` takes is no number of a file.
-_NOT_IN_FILES = {"self", "outbox", "producer", "retry"}
+_NOT_IN_FILES = {"self", "outbox", "producer", "retry", "on_state_change"}
 RELAY_OPTIONS = [name for name in inspect.signature(kbatch.Relay.__init__).parameters if name not in _NOT_IN_FILES]
 RETRY_OPTIONS = [each.name for each in dataclasses.fields(kbatch.RetryPolicy)]
 

@@ -10,6 +10,8 @@ threads and with asyncio::
 
 The names of the tests are those of Wolverine's transport compliance, as far as kbatch has what they test. It has no
 request and reply, no message bus, no sagas, no rate limits and no health of endpoints: tests of these are left out.
+"a fault reaches its subscriber with the payload intact" is the end of
+`test_will_move_to_dead_letter_queue_without_any_exception_match`: kbatch publishes no faults, a dead letter is one.
 """
 
 import asyncio
@@ -19,10 +21,11 @@ import multiprocessing
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -57,6 +60,15 @@ class _Refused(Exception):
     pass
 
 
+def _by_key(envelopes: Iterable[Any]) -> dict[str, list[int]]:
+    """The numbers of each key's orders, in their order."""
+    numbers: dict[str, list[int]] = defaultdict(list)
+    for envelope in envelopes:
+        key = envelope.key if isinstance(envelope.key, str) else envelope.key.decode()
+        numbers[key].append(envelope.message.number)
+    return numbers
+
+
 def _now() -> datetime:
     return datetime.fromtimestamp(wall_time(), timezone.utc)
 
@@ -64,7 +76,8 @@ def _now() -> datetime:
 def _send(
     servers: str, folder: str, mode: kbatch.SenderMode, style: str, wire: str, envelopes: list[Any], topic: str
 ) -> None:
-    """By a sender of its own, which is closed when all is acknowledged."""
+    """By a sender of its own, which is closed when all is acknowledged; from an event loop by a task for each envelope,
+    which begin in the order of the envelopes."""
     config = {"bootstrap.servers": servers}
     options: dict[str, Any] = {"config": config}
     mapping: dict[str, Any] = {"wire": wire, "source": "compliance"}
@@ -122,6 +135,10 @@ class _Listening:
         except BaseException as error:
             self.error = error
 
+    def in_flight(self) -> int:
+        """How many records are read and not handled."""
+        return int(self._listener.stats()["in_flight"])
+
     def messages(self) -> list[Any]:
         return [envelope.message for envelope in self.received]
 
@@ -137,6 +154,32 @@ class _Listening:
         self._thread.join(_LONGEST_S)
         assert not self._thread.is_alive(), "the listener does not end"
         assert self.error is None, self.error
+
+
+def _run(target: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """In a process of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process.start()
+    process.join(2 * _LONGEST_S)
+    assert process.exitcode == 0
+
+
+class _Seen(NamedTuple):
+    """What a receiver in another process tells of an envelope."""
+
+    topic: str
+    key: str | bytes
+    message: _Order
+
+
+def _receive(connection: Any, count: int, style: str, config: dict[str, Any], topics: list[str], options: Any) -> None:
+    """As many envelopes, by a listener of this process."""
+    listening = _Listening(style, config, topics, None, options)
+    try:
+        listening.until(lambda: len(listening.received) >= count)
+    finally:
+        listening.stop()
+    connection.send([_Seen(each.topic, each.key or b"", each.message) for each in listening.received])
 
 
 class _Transport:
@@ -163,6 +206,7 @@ class _Transport:
         self._config = {
             "bootstrap.servers": servers,
             "group.id": self.group,
+            "topic.metadata.refresh.interval.ms": 1000,  # not each broker knows at once of a topic that was just made
             **settings,
         }
 
@@ -170,17 +214,25 @@ class _Transport:
         _send(*self._arguments, list(envelopes), topic or self.topic)
 
     def send_from_another_process(self, *envelopes: Any, topic: str | None = None) -> None:
-        arguments = (*self._arguments, list(envelopes), topic or self.topic)
-        process = multiprocessing.get_context("spawn").Process(target=_send, args=arguments)
-        process.start()
-        process.join(_LONGEST_S)
-        assert process.exitcode == 0
+        _run(_send, (*self._arguments, list(envelopes), topic or self.topic))
+
+    def received_by_another_process(self, count: int, *topics: str, **options: Any) -> list[_Seen]:
+        ours, theirs = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        with ours, theirs:
+            _run(_receive, (theirs, count, *self._listener(topics, "", options)))
+            assert ours.poll()
+            seen: list[_Seen] = ours.recv()
+        return seen
+
+    def _listener(self, topics: Iterable[str], group: str, options: dict[str, Any]) -> tuple[Any, ...]:
+        """What a listener is made of."""
+        options = {"types": {"compliance.order": _Order}, "wire": self._wire, "commit_interval_s": 0.1, **options}
+        return self._style, {**self._config, "group.id": group or self.group}, list(topics or (self.topic,)), options
 
     @contextlib.contextmanager
     def listening(self, *topics: str, handler: Any = None, group: str = "", **options: Any) -> Iterator[_Listening]:
-        options = {"types": {"compliance.order": _Order}, "wire": self._wire, "commit_interval_s": 0.1, **options}
-        config = {**self._config, "group.id": group or self.group}
-        listening = _Listening(self._style, config, list(topics or (self.topic,)), handler, options)
+        style, config, names, options = self._listener(topics, group, options)
+        listening = _Listening(style, config, names, handler, options)
         try:
             yield listening
         finally:
@@ -191,6 +243,7 @@ class TransportCompliance:
     """Each test runs for INLINE, BUFFERED and DURABLE, with threads and asyncio; some for each wire format.
 
     A subclass has the fixture ``bootstrap_servers``; ``create_topic`` and ``consumer_settings`` may be overridden, too.
+    So may ``mode``, ``style`` and ``wire``, to run the tests in other ways.
     """
 
     @pytest.fixture
@@ -253,55 +306,64 @@ class TransportCompliance:
         ]
 
     def test_stop_and_restart_listeners(self, transport: _Transport) -> None:
-        transport.send(*(kbatch.Envelope(_Order(n), key="a") for n in range(5)))
-        with transport.listening() as first:
-            first.until(lambda: len(first.received) == 5)
-        transport.send(*(kbatch.Envelope(_Order(n), key="a") for n in range(5, 10)))
-        with transport.listening() as second:
-            second.until(lambda: len(second.received) == 5)
-        numbers = [message.number for message in first.messages() + second.messages()]
-        assert sorted(numbers) == list(range(10))
-        assert sorted(numbers[:5]) == list(range(5))
+        sent = [kbatch.Envelope(_Order(n), key=f"k{n % 5}") for n in range(30)]
+        transport.send(*sent[:15])
+        with transport.listening(concurrency=4) as first:
+            first.until(lambda: len(first.received) == 15)
+        transport.send(*sent[15:])
+        with transport.listening(concurrency=4) as second:
+            second.until(lambda: len(second.received) == 15)
+        assert _by_key(first.received) == _by_key(sent[:15])
+        assert _by_key(second.received) == _by_key(sent[15:])
 
     def test_stop_receiving_when_too_busy_and_restart(self, transport: _Transport) -> None:
         transport.send(*(kbatch.Envelope(_Order(n), key=str(n)) for n in range(60)))
         gate = threading.Event()
-        begun: list[int] = []
 
         def handler(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
-            begun.append(envelope.message.number)
             assert gate.wait(_LONGEST_S)
 
-        with transport.listening(handler=handler, concurrency=2, max_in_flight=4) as listening:
-            listening.until(lambda: len(begun) == 2)
-            time.sleep(0.5)
-            assert len(begun) == 2
-            gate.set()
-            listening.until(lambda: len(listening.received) == 60)
-        assert sorted(begun) == list(range(60))
+        fetched: list[int] = []
+        group = f"{transport.group}-roomy"
+        with (
+            transport.listening(handler=handler, concurrency=2, max_in_flight=4) as busy,
+            transport.listening(handler=handler, group=group) as roomy,
+        ):
+            try:
+                busy.until(lambda: busy.in_flight() >= 2)
+
+                def all_are_fetched() -> bool:
+                    fetched.append(busy.in_flight())
+                    return roomy.in_flight() == 60
+
+                roomy.until(all_are_fetched)  # so there was time to fetch them
+            finally:
+                gate.set()
+            busy.until(lambda: len(busy.received) == 60)
+        assert max(fetched) <= 4
+        assert sorted(message.number for message in busy.messages()) == list(range(60))
 
     # -- from one node to another
 
     @pytest.mark.parametrize("wire", _WIRES)
     def test_send_from_one_node_to_another_by_destination(self, transport: _Transport) -> None:
-        orders = [_Order(n, "é" * n) for n in range(20)]
-        transport.send_from_another_process(*(kbatch.Envelope(order, key=f"k{order.number % 3}") for order in orders))
-        with transport.listening() as listening:
-            listening.until(lambda: len(listening.received) == 20)
-        assert sorted(listening.messages(), key=lambda order: order.number) == orders
-        if transport.mode is kbatch.SenderMode.DURABLE:  # the others' envelopes were sent by tasks of their own
-            for key in (b"k0", b"k1", b"k2"):
-                numbers = [each.message.number for each in listening.received if each.key == key]
-                assert len(numbers) >= 6
+        sent = [kbatch.Envelope(_Order(n, "é" * n), key=f"k{n % 7}") for n in range(70)]
+        transport.send_from_another_process(*sent)
+        with transport.listening(concurrency=4) as listening:
+            listening.until(lambda: len(listening.received) == 70)
+        assert sorted(listening.messages(), key=lambda order: order.number) == [each.message for each in sent]
+        assert _by_key(listening.received) == _by_key(sent)
+        assert len({each.partition for each in listening.received}) > 1
 
     def test_send_from_one_node_to_another_by_rule(self, transport: _Transport) -> None:
         other = f"{transport.topic}-other"
         transport.create_topic(other)
-        transport.send_from_another_process(kbatch.Envelope(_Order(1)), kbatch.Envelope(_Order(2), topic=other))
-        with transport.listening(transport.topic, other) as listening:
-            listening.until(lambda: len(listening.received) == 2)
-        places = {each.message.number: each.topic for each in listening.received}
-        assert places == {1: transport.topic, 2: other}
+        sent = [kbatch.Envelope(_Order(n), key=f"k{n % 3}", topic=other if n % 2 else None) for n in range(40)]
+        transport.send_from_another_process(*sent)
+        received = transport.received_by_another_process(40, transport.topic, other, concurrency=4)
+        for topic in (None, other):
+            of_topic = [each for each in received if each.topic == (topic or transport.topic)]
+            assert _by_key(of_topic) == _by_key(each for each in sent if each.topic == topic)
 
     def test_send_and_wait(self, transport: _Transport) -> None:
         # What a closed sender has sent is there: a group that begins now, at the beginning, finds it.
