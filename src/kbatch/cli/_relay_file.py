@@ -1,16 +1,16 @@
 """The file of a relay's settings."""
 
 import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import kbatch
+from kbatch._options import RelayOptions
 from kbatch.cli._toml_file import TomlFile
 
-# What else a `Relay` takes is no number of a file.
-_NOT_IN_FILES = {"self", "outbox", "producer", "retry", "on_state_change"}
-RELAY_OPTIONS = [name for name in inspect.signature(kbatch.Relay.__init__).parameters if name not in _NOT_IN_FILES]
+_NOT_IN_FILES = {"retry", "on_state_change"}  # the one has a table of its own, the other is for programs
+RELAY_OPTIONS = [each.name for each in dataclasses.fields(RelayOptions) if each.name not in _NOT_IN_FILES]
+RELAY_OPTIONS.append("close_timeout_s")
 RETRY_OPTIONS = [each.name for each in dataclasses.fields(kbatch.RetryPolicy)]
 
 
