@@ -78,6 +78,15 @@ def days_ago(days: float) -> datetime:
     return datetime.now(timezone.utc) - timedelta(days=days)
 
 
+def let_time_pass(inbox: Inbox, seconds: float) -> None:
+    """As if so much had passed by the inbox's clock."""
+    us = int(seconds * 1e6)
+    past = f"({us})" if isinstance(inbox, kbatch.SqliteInbox) else f"{us} * interval '1 microsecond'"
+    query(inbox, f"UPDATE {{inbox}} SET handled_at = handled_at - {past}")
+    query(inbox, f"UPDATE {{position}} SET mark_at = mark_at - ({us}) WHERE mark_offset IS NOT NULL")
+    query(inbox, f"UPDATE {{position}} SET safe_until = safe_until - ({us}) WHERE safe_until <> 0")
+
+
 def consumer(cluster: Any, group: str = GROUP) -> dict[str, Any]:
     """A listener's configuration. The mock cluster's groups wait for a session that has gone without a word."""
     servers = cluster if isinstance(cluster, str) else cluster.bootstrap_servers

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
@@ -183,9 +183,20 @@ def literal(outbox: Outbox, value: bytes) -> str:
     return f"X'{value.hex()}'" if isinstance(outbox, kbatch.SqliteOutbox) else f"'\\x{value.hex()}'::bytea"
 
 
-def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None, deliver_by: bool = False) -> None:
-    """Has inserts into one of its tables fail, or those of the row of this number, or of rows with a `deliver_by`."""
+def refuse_rows(
+    outbox: Outbox,
+    table: str,
+    *,
+    number: int | None = None,
+    message_id: uuid.UUID | None = None,
+    deliver_by: bool = False,
+) -> None:
+    """Has inserts into one of its tables fail, or those of the row of this number or id, or of rows with a
+    `deliver_by`."""
     when = "" if number is None else f"WHEN (NEW.seq = {number}) "
+    if message_id is not None:
+        value = literal(outbox, message_id.bytes) if isinstance(outbox, kbatch.SqliteOutbox) else f"'{message_id}'"
+        when = f"WHEN (NEW.id = {value}) "
     when = "WHEN (NEW.deliver_by IS NOT NULL) " if deliver_by else when
     if isinstance(outbox, kbatch.SqliteOutbox):
         query(
@@ -201,6 +212,34 @@ def refuse_rows(outbox: Outbox, table: str, *, number: int | None = None, delive
             f"CREATE TRIGGER refuses BEFORE INSERT ON {outbox._tables.names[table]} "
             f"FOR EACH ROW {when}EXECUTE FUNCTION {name}()",
         )
+
+
+def let_time_pass(outbox: Outbox, seconds: float) -> None:
+    """As if so much had passed by the database's clock."""
+    for change in (
+        "{lease} SET until = until - ? WHERE owner IS NOT NULL",
+        "{relay} SET until = until - ?",
+        "{later} SET due_at = due_at - ?",
+        "{dead} SET died_at = died_at - ?",
+    ):
+        query(outbox, f"UPDATE {change}".replace("?", f"({int(seconds * 1000)})"))
+
+
+class OurStores:
+    """What the suites of `kbatch.testing.compliance` ask of our stores."""
+
+    @pytest.fixture
+    def outbox(self, new_outbox: Callable[..., Outbox]) -> Outbox:
+        return new_outbox()
+
+    def let_time_pass(self, outbox: Outbox, seconds: float) -> None:
+        let_time_pass(outbox, seconds)
+
+    def refuse_row(self, outbox: Outbox, table: str, message_id: uuid.UUID) -> None:
+        refuse_rows(outbox, table, message_id=message_id)
+
+    def take_rows(self, outbox: Outbox, table: str) -> None:
+        take_rows(outbox, table)
 
 
 def take_rows(outbox: Outbox, table: str) -> None:

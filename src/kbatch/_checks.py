@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kbatch._errors import ConfigError
+from kbatch._errors import ConfigError, type_name
 
-__all__ = ["check_close_timeout", "check_timeout", "check_topic", "check_whole", "is_number", "is_whole"]
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = [
+    "check_close_timeout",
+    "check_methods",
+    "check_timeout",
+    "check_topic",
+    "check_whole",
+    "is_number",
+    "is_whole",
+]
 
 _LEGAL_NAME = re.compile(r"[a-zA-Z0-9._-]{1,249}")
 
@@ -48,3 +59,10 @@ def check_whole(name: str, value: Any, bits: int = 31) -> None:
     """Raises ConfigError for what is no int of 1 or more."""
     if not (is_whole(value) and 1 <= value < 2**bits):
         raise ConfigError(f"{name} must be an int from 1 to 2**{bits} - 1, not {value!r}")
+
+
+def check_methods(name: str, value: object, wanted: str, methods: Collection[str]) -> None:
+    """Raises ConfigError for what has not all of these methods."""
+    missing = [method for method in methods if not callable(getattr(value, method, None))]
+    if missing:
+        raise ConfigError(f"{name} must be {wanted}, not {type_name(value)}, which has no method {missing[0]}")

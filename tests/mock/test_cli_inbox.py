@@ -118,13 +118,13 @@ def test_what_is_wrong_is_told_in_one_line(
 
 
 def test_status_shows_how_much_and_up_to_when_each_group_has_committed(inbox: Inbox) -> None:
-    asked_at = inbox._clock_us()
+    asked_at = inbox.clock_us()
     for group in (GROUP, "[red]mail"):
         order = Envelope(data=b"", topic="orders", partition=0)
         with contextlib.closing(inbox.open_session(group)) as session:
             session.handle(order, lambda *_: None)
-        inbox._note(group, asked_at, {("orders", 0): (7, 7)})
-    inbox._note(GROUP, asked_at + 1, {("orders", 0): (7, 7)})
+        inbox.note_offsets(group, asked_at, {("orders", 0): (7, 7)})
+    inbox.note_offsets(GROUP, asked_at + 1, {("orders", 0): (7, 7)})
     until = datetime.fromtimestamp(asked_at / 1e6, timezone.utc)
     status, out, err = here(inbox, "status")
     assert (status, err) == (0, "")

@@ -1085,7 +1085,7 @@ def test_wrong_options(outbox: SqliteOutbox, producer: dict[str, Any], options: 
 
 
 def test_what_is_no_outbox() -> None:
-    with pytest.raises(ConfigError, match=r"must be a kbatch\.SqliteOutbox or kbatch\.PostgresOutbox, not str"):
+    with pytest.raises(ConfigError, match=r"or a kbatch\.stores\.RelayOutbox, not str, which has no method open_store"):
         Relay("shop.db", {"bootstrap.servers": "127.0.0.1:1"})  # type: ignore[arg-type]
 
 

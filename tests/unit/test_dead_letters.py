@@ -1,24 +1,24 @@
-"""Dead letters, and what waits, in an outbox that no relay works on.
+"""Dead letters, and what waits, in an outbox that no relay works on: the public suite, and what is about our databases.
 
 Of the original's compliance suite of the administration of dead letters these are here:
 
-- summaries with no options: `test_a_summary_counts_what_is_alike`
-- summaries after, before, within a time range: `test_summaries_after_before_and_within_a_time`
-- big queries: `test_big_queries_are_paged_counted_replayed_and_discarded`
+- summaries with no options: `test_summaries_with_no_options`
+- summaries after, before, within a time range: `test_summaries_after_before_and_within_a_time_range`
+- big queries: `test_big_queries`
 - paging and totals: `test_paging_and_totals`
-- discard by query: `test_discarding_is_for_what_is_meant_only`
-- replay by query: `test_big_queries_are_paged_counted_replayed_and_discarded`
+- discard by query: `test_discard_by_query`
+- replay by query: `test_replay_by_query`
 - discard and replay by a batch of messages: `test_discard_and_replay_by_a_batch_of_messages`
 
 Of its suite of a message store:
 
 - delete a dead letter by id: `test_discard_and_replay_by_a_batch_of_messages`
-- load dead letters with a limit: `test_pages_follow_each_other_in_the_order_of_death`
-- load them by exception type and by message type, query from and until: `test_everything_that_a_query_says_must_apply`;
-  the type of an exception is part of the text of an error
-- edit and replay a dead letter: `test_an_edited_letter_takes_the_old_place_also_under_another_key`
+- load dead letters with a limit: `test_load_dead_letters_with_a_limit`
+- load them by exception type and by message type, query from and until:
+  `test_load_by_exception_type_by_message_type_and_by_time`; the type of an exception is part of the text of an error
+- edit and replay a dead letter: `test_edit_and_replay_a_dead_letter`
 - query scheduled, by message type; cancel scheduled by id, by type: `test_query_and_cancel_scheduled_by_type_and_by_id`
-- reschedule: `test_what_waits_is_found_by_when_it_is_due_cancelled_and_scheduled_anew`
+- reschedule: `test_reschedule`
 
 Left out:
 
@@ -29,7 +29,6 @@ Left out:
 import functools
 import re
 import sqlite3
-import uuid
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -39,7 +38,7 @@ import pytest
 
 import kbatch
 from kbatch import ConfigError, Envelope, OutboxError, OutboxQuery, SqliteOutbox
-from kbatch._outbox import _kept
+from kbatch.testing.compliance import DeadLetterCompliance
 from tests import outboxes
 from tests.outboxes import Outbox
 from tests.packed import checksummed
@@ -135,103 +134,6 @@ def test_the_id_of_an_envelope_is_its_own_whatever_the_format_writes(new_outbox:
     assert letter.id == letter.envelope.id == envelope.id
 
 
-def test_pages_follow_each_other_in_the_order_of_death(outbox: Outbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_kept, "_PAGE", 3)
-    bury(outbox, *keyed(*(f"k{n}" for n in range(10))))
-    letters = outbox.dead_letters
-    found: list[Any] = []
-    while page := letters.find(limit=4, after=found[-1] if found else None):
-        assert len(page) <= 4
-        found += page
-    assert numbers(found) == list(range(1, 11))
-    assert numbers(letters.find(limit=None)) == list(range(1, 11))
-    some = OutboxQuery(numbers=[9, 3, 77, 5, -1, 2**63, 2**70])
-    assert numbers(letters.find(some)) == [3, 5, 9]
-    assert numbers(letters.find(some, after=found[2])) == [5, 9]
-
-
-def test_letters_that_died_in_the_same_millisecond_are_all_found(
-    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_kept, "_PAGE", 2)
-    bury(outbox, *keyed(*(f"k{n}" for n in range(9))))
-    outboxes.query(outbox, "UPDATE {dead} SET died_at = 1000")
-    assert sorted(numbers(outbox.dead_letters.find(limit=None))) == list(range(1, 10))
-
-
-def test_everything_that_a_query_says_must_apply(outbox: Outbox) -> None:
-    first = Envelope(data=b"1", key="a", topic="orders", message_type="placed")
-    bury(outbox, first)
-    bury(outbox, Envelope(data=b"2", key="a", topic="bills", message_type="placed"), error="Message is TOO LARGE")
-    bury(outbox, Envelope(data=b"3", key="b", topic="bills", message_type="paid"))
-    hour = timedelta(hours=1)
-    for query, expected in (
-        (ALL, [1, 2, 3]),
-        (OutboxQuery(ids=[first.id, uuid.uuid4()]), [1]),
-        (OutboxQuery(topic="bills"), [2, 3]),
-        (OutboxQuery(message_type="placed"), [1, 2]),
-        (OutboxQuery(error="too large"), [2]),
-        (OutboxQuery(since=LONG_AGO + 2 * hour), [2, 3]),
-        (OutboxQuery(until=LONG_AGO + 2 * hour), [1]),
-        (OutboxQuery(since=LONG_AGO + 2 * hour, until=LONG_AGO + 3 * hour), [2]),
-        (OutboxQuery(numbers=[1, 3], since=LONG_AGO + 2 * hour), [3]),
-        (OutboxQuery(numbers=[1, 3], until=LONG_AGO + 2 * hour), [1]),
-        (OutboxQuery(topic="bills", message_type="placed"), [2]),
-        (OutboxQuery(topic="bills", numbers=[1]), []),
-        (OutboxQuery(numbers=[]), []),
-    ):
-        assert numbers(outbox.dead_letters.find(query)) == expected, query
-
-
-def test_a_summary_counts_what_is_alike(outbox: Outbox) -> None:
-    assert outbox.dead_letters.summary() == []
-    bury(outbox, *keyed("a", "b", "c", message_type="placed"))
-    bury(outbox, *keyed("d", topic="bills"), error="too large")
-    assert outbox.dead_letters.summary() == [
-        ("orders", "placed", "refused", 3),
-        ("bills", "bytes", "too large", 1),
-    ]
-    assert outbox.dead_letters.summary(OutboxQuery(topic="bills"))[0].letters == 1
-
-
-def test_summaries_after_before_and_within_a_time(outbox: Outbox) -> None:
-    bury(outbox, *keyed("a", "b", "c", "d"))
-
-    def count(**times: datetime) -> int:
-        return sum(each.letters for each in outbox.dead_letters.summary(OutboxQuery(**times)))
-
-    second, fourth = LONG_AGO + timedelta(hours=2), LONG_AGO + timedelta(hours=4)
-    assert (count(since=second), count(until=second), count(since=second, until=fourth)) == (3, 1, 2)
-
-
-def test_big_queries_are_paged_counted_replayed_and_discarded(outbox: Outbox) -> None:
-    bury(outbox, *keyed(*(f"k{n}" for n in range(5_000)), topic="orders"), *keyed("x", topic="bills"))
-    orders = OutboxQuery(topic="orders")
-    assert outbox.dead_letters.summary(orders)[0].letters == 5_000
-    assert len(outbox.dead_letters.find(orders, limit=None)) == 5_000
-    assert outbox.dead_letters.replay(OutboxQuery(numbers=range(1, 2_001))) == 2_000
-    assert outbox.dead_letters.discard(orders) == 3_000
-    status = outbox.status()
-    assert (status.waiting, status.dead) == (2_000, 1)
-
-
-def test_paging_and_totals(outbox: Outbox) -> None:
-    bury(outbox, *keyed(*(f"k{n}" for n in range(50))))
-    outboxes.query(outbox, "UPDATE {dead} SET last_error = 'too large' WHERE seq % 2 = 0")
-    letters, large = outbox.dead_letters, OutboxQuery(error="too large")
-    pages: list[list[int]] = []
-    last: Any = None
-    while page := letters.find(large, limit=10, after=last):
-        pages.append(numbers(page))
-        last = page[-1]
-        # What died before does not move what is on the next page.
-        letters.discard(OutboxQuery(numbers=pages[-1][:1]))
-    assert pages == [list(range(first, first + 20, 2)) for first in (2, 22)] + [[42, 44, 46, 48, 50]]
-    assert {error: count for _, _, error, count in letters.summary()} == {"refused": 25, "too large": 22}
-    assert sum(each.letters for each in letters.summary()) == outbox.status().dead == 47
-    assert [each.letters for each in letters.summary(large)] == [len(letters.find(large, limit=None))] == [22]
-
-
 def test_a_damaged_letter_is_found_and_may_be_replayed_or_discarded(outbox: Outbox) -> None:
     bury(outbox, *keyed("a", "b", "c"))
     outboxes.query(outbox, f"UPDATE {{dead}} SET packed = {outboxes.literal(outbox, b'0')} WHERE seq < 3")
@@ -312,21 +214,11 @@ def test_wrong_calls(outbox: Outbox, tmp_path: Path) -> None:
         SqliteOutbox(tmp_path / "none.db").dead_letters.find()
 
 
+class TestDeadLetters(outboxes.OurStores, DeadLetterCompliance):
+    pass
+
+
 # -- replaying
-
-
-def test_what_is_replayed_goes_back_to_its_old_place(outbox: Outbox) -> None:
-    bury(outbox, *keyed("a", "b", "c"))
-    outboxes.add(outbox, keyed("a", "d"))
-    before = changes(outbox)
-    assert outbox.dead_letters.replay(OutboxQuery(numbers=[3, 1])) == 2
-    assert changes(outbox) > before
-    assert outboxes.bodies(outbox) == [b"a", b"c", b"a", b"d"]
-    assert outboxes.bodies(outbox, "dead") == [b"b"]
-    places = outboxes.query(outbox, "SELECT seq, bucket, deliver_by FROM {outbox} ORDER BY seq")
-    assert [seq for seq, _, _ in places] == [1, 3, 4, 5]
-    assert places[0][1] == places[2][1]  # the same key, the same bucket
-    assert outbox.dead_letters.replay(OutboxQuery(numbers=[3, 1])) == 0
 
 
 def test_an_expired_letter_is_not_replayed_into_nothing(outbox: Outbox) -> None:
@@ -343,20 +235,6 @@ def test_what_the_hot_table_would_not_take_is_not_replayed(outbox: Outbox) -> No
     outboxes.query(outbox, "UPDATE {dead} SET deliver_by = 'soon' WHERE seq = 1")
     assert outbox.dead_letters.replay(ALL) == 1
     assert numbers(outbox.dead_letters.find()) == [1]
-
-
-def test_an_edited_letter_takes_the_old_place_also_under_another_key(outbox: Outbox) -> None:
-    bury(outbox, *keyed("a", "b"))
-    (added_at,) = outboxes.query(outbox, "SELECT created_at FROM {dead} WHERE seq = 1")
-    letter = outbox.dead_letters.find()[0]
-    before = changes(outbox)
-    outbox.dead_letters.replay_edited(1, letter.envelope.replace(key="z", data=b"mended"))
-    assert changes(outbox) > before
-    assert outboxes.bodies(outbox) == [b"mended"]
-    assert outboxes.query(outbox, "SELECT seq, created_at FROM {outbox}") == [(1, *added_at)]
-    outboxes.add(outbox, keyed("z"))
-    assert len(set(outboxes.query(outbox, "SELECT bucket FROM {outbox}"))) == 1
-    assert numbers(outbox.dead_letters.find()) == [2]
 
 
 def test_what_was_scheduled_for_a_time_that_has_passed_since_it_was_added_can_be_edited(outbox: Outbox) -> None:
@@ -384,14 +262,38 @@ def test_an_edit_that_cannot_be_sent_changes_nothing(outbox: Outbox) -> None:
     assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([], [b"a"])
 
 
-def test_discarding_is_for_what_is_meant_only(outbox: Outbox) -> None:
-    bury(outbox, *keyed("a", "b"))
-    bury(outbox, *keyed("c", topic="bills"))
-    assert outbox.dead_letters.discard(OutboxQuery(topic="bills")) == 1
-    assert numbers(outbox.dead_letters.find()) == [1, 2]
-    assert outbox.dead_letters.discard(OutboxQuery(topic="bills")) == 0
-    assert outbox.dead_letters.discard(ALL) == 2
-    assert outbox.status().dead == 0
+# -- what waits
+
+
+def test_what_holds_back_no_key_makes_no_relay_look_again(outbox: Outbox) -> None:
+    day = timedelta(days=1)
+    outboxes.add(outbox, keyed("a", "b", scheduled_time=datetime.now(timezone.utc) + day))
+    bury(outbox, *keyed("c"))
+    outboxes.add(outbox, [Envelope(data=b"without a key", topic="orders")])
+    outboxes.move_to_later(outbox, 4, 4)
+    before = changes(outbox)
+    assert outbox.scheduled.reschedule(ALL, LONG_AGO) == 3
+    assert outbox.scheduled.cancel(ALL) == 3
+    assert outbox.dead_letters.discard(ALL) == 1
+    assert changes(outbox) == before
+    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
+
+
+def test_paging_and_totals(outbox: Outbox) -> None:
+    bury(outbox, *keyed(*(f"k{n}" for n in range(50))))
+    outboxes.query(outbox, "UPDATE {dead} SET last_error = 'too large' WHERE seq % 2 = 0")
+    letters, large = outbox.dead_letters, OutboxQuery(error="too large")
+    pages: list[list[int]] = []
+    last: Any = None
+    while page := letters.find(large, limit=10, after=last):
+        pages.append(numbers(page))
+        last = page[-1]
+        # What died before does not move what is on the next page.
+        letters.discard(OutboxQuery(numbers=pages[-1][:1]))
+    assert pages == [list(range(first, first + 20, 2)) for first in (2, 22)] + [[42, 44, 46, 48, 50]]
+    assert {error: count for _, _, error, count in letters.summary()} == {"refused": 25, "too large": 22}
+    assert sum(each.letters for each in letters.summary()) == outbox.status().dead == 47
+    assert [each.letters for each in letters.summary(large)] == [len(letters.find(large, limit=None))] == [22]
 
 
 def test_discard_and_replay_by_a_batch_of_messages(outbox: Outbox) -> None:
@@ -407,42 +309,6 @@ def test_discard_and_replay_by_a_batch_of_messages(outbox: Outbox) -> None:
     assert letters.replay(these(3, 5, 8)) == 2
     assert letters.replay(these(3, 8)) == 0
     assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([b"c", b"h"], [b"d", b"f", b"g"])
-
-
-def test_a_replay_that_fails_changes_nothing(outbox: Outbox) -> None:
-    bury(outbox, *keyed("a", "b"))
-    before = changes(outbox)
-    outboxes.refuse_rows(outbox, "outbox", number=2)
-    with pytest.raises(OutboxError, match="no room"):
-        outbox.dead_letters.replay(ALL)
-    assert (outboxes.bodies(outbox), outboxes.bodies(outbox, "dead")) == ([], [b"a", b"b"])
-    assert changes(outbox) == before
-
-
-# -- what waits
-
-
-def test_what_waits_is_found_by_when_it_is_due_cancelled_and_scheduled_anew(outbox: Outbox) -> None:
-    outboxes.add(outbox, keyed("a", "b", "c"))
-    outboxes.move_to_later(outbox, 1, 3)
-    outboxes.query(outbox, f"UPDATE {{later}} SET due_at = {ms(LONG_AGO)} + 1000 * (4 - seq)")
-    scheduled = outbox.scheduled
-    found = scheduled.find()
-    assert numbers(found) == [3, 2, 1]
-    assert (found[0].due_at, found[0].error, found[0].attempts) == (LONG_AGO + timedelta(seconds=1), "refused", 1)
-    assert numbers(scheduled.find(limit=1, after=found[0])) == [2]
-    before = changes(outbox)
-    assert scheduled.cancel(OutboxQuery(until=LONG_AGO + timedelta(seconds=2))) == 1
-    assert changes(outbox) > before  # its key goes on
-    before = changes(outbox)
-    assert scheduled.reschedule(OutboxQuery(numbers=[2, 3]), LONG_AGO) == 1
-    assert changes(outbox) == before
-    assert [(each.number, each.due_at) for each in scheduled.find()] == [
-        (2, LONG_AGO),
-        (1, LONG_AGO + timedelta(seconds=3)),
-    ]
-    assert scheduled.cancel(ALL) == 2
-    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)
 
 
 def test_query_and_cancel_scheduled_by_type_and_by_id(outbox: Outbox) -> None:
@@ -463,17 +329,3 @@ def test_query_and_cancel_scheduled_by_type_and_by_id(outbox: Outbox) -> None:
     assert scheduled.cancel(placed) == 0
     assert {(each.key, each.message_type) for each in scheduled.find()} == {(b"d", "paid"), (b"e", "paid")}
     assert outboxes.bodies(outbox) == [b"f"]  # which is not scheduled
-
-
-def test_what_holds_back_no_key_makes_no_relay_look_again(outbox: Outbox) -> None:
-    day = timedelta(days=1)
-    outboxes.add(outbox, keyed("a", "b", scheduled_time=datetime.now(timezone.utc) + day))
-    bury(outbox, *keyed("c"))
-    outboxes.add(outbox, [Envelope(data=b"without a key", topic="orders")])
-    outboxes.move_to_later(outbox, 4, 4)
-    before = changes(outbox)
-    assert outbox.scheduled.reschedule(ALL, LONG_AGO) == 3
-    assert outbox.scheduled.cancel(ALL) == 3
-    assert outbox.dead_letters.discard(ALL) == 1
-    assert changes(outbox) == before
-    assert outbox.status() == kbatch.OutboxStatus(0, 0, 0, 0.0, 0)

@@ -345,7 +345,7 @@ def test_a_file_that_is_taken_away_is_told(outbox: Outbox, sender: DurableSender
 @pytest.mark.parametrize(
     ("arguments", "options", "says"),
     [
-        (("shop.db", "orders"), {}, "outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not str"),
+        (("shop.db", "orders"), {}, "or a kbatch.stores.DurableOutbox, not str, which has no method map"),
         ((None, "orders"), {}, "outbox must be"),
         (("outbox", "a b"), {}, "topic must be 1 to 249 letters"),
         (("outbox", "orders"), {"close_timeout_s": -1}, "close_timeout_s must be seconds"),
@@ -386,7 +386,7 @@ def test_a_topic_makes_them(outbox: Outbox, kind: Any) -> None:
     ("options", "says"),
     [
         ({"outbox": None}, "outbox is missing: SenderMode.DURABLE sends through one"),
-        ({"outbox": "shop.db"}, "outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not str"),
+        ({"outbox": "shop.db"}, "or a kbatch.stores.DurableOutbox, not str, which has no method map"),
         ({"producer": kbatch.Producer(SERVERS)}, "producer: not with SenderMode.DURABLE"),
         ({"batch_size": 7, "strict_order": True}, "batch_size, strict_order: not with SenderMode.DURABLE"),
         ({"wire": "raw"}, "wire: not with SenderMode.DURABLE: the outbox maps"),

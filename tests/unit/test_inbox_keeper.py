@@ -16,13 +16,13 @@ class FakeInbox:
         self.noted: list[tuple[int, Mapping[Any, Any]]] = []
         self.purged = 0
 
-    def _clock_us(self) -> int:
+    def clock_us(self) -> int:
         return 10**15
 
-    def _note(self, group: str, asked_at: int, offsets: Mapping[Any, Any]) -> None:
+    def note_offsets(self, group: str, asked_at: int, offsets: Mapping[Any, Any]) -> None:
         self.noted.append((asked_at, offsets))
 
-    def _purge(self, older_than_s: object, committed: object) -> int:
+    def purge_old(self) -> int:
         self.purged += 1
         return 0
 

@@ -1,4 +1,4 @@
-"""What every inbox has to do.
+"""What our inboxes have to do: the suite that every inbox has to pass, `accept`, and what is about our databases alone.
 
 The names are those of the original's compliance suite of a message store, where an inbox has the thing. What it
 stores of a message is that a group has handled it, so one test is several of the original's:
@@ -35,6 +35,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, InboxError
+from kbatch.testing.compliance import InboxCompliance
 from tests import inboxes, outboxes
 from tests.inboxes import GROUP, Inbox, accept, ids, in_postgres, in_sqlite, transaction
 from tests.outboxes import granted, in_schema, query, run
@@ -273,6 +274,29 @@ def test_tables_are_made_by_several_at_a_time(new_inbox: NewInbox) -> None:
     assert accept(inbox, orders(1)) == [True]
 
 
+# -- what a listener asks
+
+
+class TestInboxStore(InboxCompliance):
+    @pytest.fixture
+    def inbox(self, new_inbox: NewInbox) -> Inbox:
+        inbox = new_inbox()
+        inboxes.effects(inbox)
+        return inbox
+
+    def _table(self, inbox: Inbox) -> str:
+        return "effects" if isinstance(inbox, kbatch.SqliteInbox) else in_schema(inbox, "effects")
+
+    def write(self, inbox: Inbox, connection: Any, number: int) -> None:
+        connection.execute(f"INSERT INTO {self._table(inbox)} (n) VALUES ({number})")
+
+    def written(self, inbox: Inbox) -> list[int]:
+        return inboxes.numbers(inbox, self._table(inbox))
+
+    def let_time_pass(self, inbox: Inbox, seconds: float) -> None:
+        inboxes.let_time_pass(inbox, seconds)
+
+
 # -- sessions
 
 
@@ -283,72 +307,6 @@ def writer(table: str) -> Callable[[Any, Any], None]:
         connection.execute(f"INSERT INTO {table} (n) VALUES ({envelope.message['n']})")
 
     return handle
-
-
-def test_a_handlers_work_and_its_mark_are_committed_together(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    given = orders(3)
-    seen = []
-
-    def handle(envelope: Envelope, connection: Any) -> None:
-        writer(effects)(envelope, connection)
-        seen.append((inboxes.numbers(inbox, effects), inbox.status().handled))  # for others
-
-    assert [session.handle(order, handle) for order in [*given, *given]] == [True] * 3 + [False] * 3
-    session.close()
-    assert seen == [([], 0), ([0], 1), ([0, 1], 2)]
-    assert inboxes.numbers(inbox, effects) == [0, 1, 2]
-    assert ids(inbox) == {order.id for order in given}
-
-
-def test_what_a_handler_raises_rolls_both_back_and_passes_on(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    (order,) = orders(1)
-
-    def fail(envelope: Envelope, connection: Any) -> None:
-        writer(effects)(envelope, connection)
-        raise KeyError("a fault of its own")
-
-    for _ in range(2):
-        with pytest.raises(KeyError, match="a fault of its own"):
-            session.handle(order, fail)
-        assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
-    assert session.handle(order, writer(effects))
-    assert inboxes.numbers(inbox, effects) == [0]
-    session.close()
-
-
-def test_a_batch_has_only_those_that_are_new_each_once(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    given = orders(10)
-    calls: list[list[int]] = []
-
-    def handle(envelopes: list[Envelope], connection: Any) -> None:
-        calls.append([envelope.message["n"] for envelope in envelopes])
-        for envelope in envelopes:
-            writer(effects)(envelope, connection)
-
-    assert session.handle_batch([given[2], given[1], given[2]], handle) == 2
-    assert session.handle_batch(given, handle) == 8
-    assert session.handle_batch(given, handle) == 0
-    assert session.handle_batch([], handle) == 0
-    assert calls == [[2, 1], [0, 3, 4, 5, 6, 7, 8, 9]]
-    assert inboxes.numbers(inbox, effects) == [2, 1, 0, 3, 4, 5, 6, 7, 8, 9]
-    session.close()
-
-
-def test_a_batch_whose_handler_raises_marks_none(inbox: Inbox, effects: str) -> None:
-    session = inbox.open_session(GROUP)
-    given = orders(5)
-
-    def fail(envelopes: list[Envelope], connection: Any) -> None:
-        writer(effects)(envelopes[0], connection)
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        session.handle_batch(given, fail)
-    assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
-    session.close()
 
 
 ENDINGS: dict[str, Callable[[Any], object]] = {
@@ -432,21 +390,6 @@ def test_a_handler_that_goes_on_after_an_error_of_the_database_has_failed(inbox:
     assert session.handle(order, writer(effects))
     assert inboxes.numbers(inbox, effects) == [0]
     session.close()
-
-
-def test_sessions_that_handle_the_same_messages_do_so_once(inbox: Inbox, effects: str) -> None:
-    given = orders(40)
-
-    def work(seed: int) -> int:
-        session = inbox.open_session(GROUP)
-        try:
-            return sum(session.handle(order, writer(effects)) for order in random.Random(seed).sample(given, 40))
-        finally:
-            session.close()
-
-    with ThreadPoolExecutor(3) as pool:
-        assert sum(pool.map(work, range(3))) == 40
-    assert sorted(inboxes.numbers(inbox, effects)) == list(range(40))
 
 
 @in_sqlite
@@ -736,11 +679,11 @@ def test_what_a_group_has_handled_and_not_committed_is_never_purged(inbox: Inbox
     def us(days: float) -> int:
         return int((NOW - timedelta(days=days)).timestamp() * 1e6)
 
-    inbox._note(GROUP, us(19), {partition: (3, 10)})  # the mark is at 10
+    inbox.note_offsets(GROUP, us(19), {partition: (3, 10)})  # the mark is at 10
     assert inbox.purge() == 0
-    inbox._note(GROUP, us(18), {partition: (9, 50)})
+    inbox.note_offsets(GROUP, us(18), {partition: (9, 50)})
     assert (inbox.purge(), inbox.status().safe_until) == (0, {GROUP: None})
-    inbox._note(GROUP, us(17), {partition: (10, 60)})  # all that it had handled 19 days ago is committed
+    inbox.note_offsets(GROUP, us(17), {partition: (10, 60)})  # all that it had handled 19 days ago is committed
     assert inbox.status().safe_until[GROUP] == datetime.fromtimestamp(us(19) / 1e6, timezone.utc)
     assert inbox.purge() == 10
 
@@ -750,25 +693,25 @@ def test_a_partition_that_is_behind_keeps_what_its_group_has_handled(inbox: Inbo
     handle_from(inbox, read_from("orders", 0), group="another")
     inboxes.handled_at(inbox, NOW - timedelta(days=20))
     for _ in range(3):
-        asked_at = inbox._clock_us()
-        inbox._note(GROUP, asked_at, {("orders", 0): (5, 5), ("orders", 1): (1, 2), ("orders", 2): (0, 9)})
-        inbox._note("another", asked_at, {("orders", 0): (5, 5)})
+        asked_at = inbox.clock_us()
+        inbox.note_offsets(GROUP, asked_at, {("orders", 0): (5, 5), ("orders", 1): (1, 2), ("orders", 2): (0, 9)})
+        inbox.note_offsets("another", asked_at, {("orders", 0): (5, 5)})
     assert inbox.purge(0 if isinstance(inbox, kbatch.SqliteInbox) else 86_400) in (0, 1)
     assert len(ids(inbox)) == 3
     status = inbox.status()
     assert status.safe_until[GROUP] is None
     assert status.safe_until["another"] is not None
-    inbox._note(GROUP, inbox._clock_us(), {("orders", 1): (2, 2)})
+    inbox.note_offsets(GROUP, inbox.clock_us(), {("orders", 1): (2, 2)})
     assert inbox.status().safe_until[GROUP] is not None
 
 
 def test_a_topic_that_was_made_anew_does_not_wait_for_the_end_of_the_old_one(inbox: Inbox) -> None:
     handle_from(inbox, read_from("orders", 0))
     partition = ("orders", 0)
-    inbox._note(GROUP, 1_000_000, {partition: (0, 1000)})
-    inbox._note(GROUP, 2_000_000, {partition: (1000, 3)})  # what was committed is of the old one
+    inbox.note_offsets(GROUP, 1_000_000, {partition: (0, 1000)})
+    inbox.note_offsets(GROUP, 2_000_000, {partition: (1000, 3)})  # what was committed is of the old one
     assert inbox.status().safe_until == {GROUP: None}
-    inbox._note(GROUP, 3_000_000, {partition: (3, 3)})
+    inbox.note_offsets(GROUP, 3_000_000, {partition: (3, 3)})
     assert inbox.status().safe_until == {GROUP: datetime.fromtimestamp(2, timezone.utc)}
 
 
@@ -779,19 +722,19 @@ def test_after_a_clock_was_set_back_nothing_is_purged_until_it_is_known_anew(inb
     partition = ("orders", 0)
     handle_from(inbox, *(read_from("orders", 0, n, id=uuid.uuid4()) for n in range(5)))
     inboxes.handled_at(inbox, NOW - timedelta(days=9))
-    inbox._note(GROUP, us(10), {partition: (5, 5)})
-    inbox._note(GROUP, us(9), {partition: (5, 5)})
+    inbox.note_offsets(GROUP, us(10), {partition: (5, 5)})
+    inbox.note_offsets(GROUP, us(9), {partition: (5, 5)})
     assert inbox.status().safe_until[GROUP] == datetime.fromtimestamp(us(10) / 1e6, timezone.utc)
     # By ten days: what is handled then, and not committed, seems to have been handled before that time.
     handle_from(inbox, *(read_from("orders", 0, n, id=uuid.uuid4()) for n in range(5, 8)))
     inboxes.handled_at(inbox, NOW - timedelta(days=19.5), f"handled_at > {at(inbox, NOW - timedelta(days=1))}")
-    inbox._note(GROUP, us(19), {partition: (5, 8)})
+    inbox.note_offsets(GROUP, us(19), {partition: (5, 8)})
     assert (inbox.purge(), inbox.status().safe_until) == (0, {GROUP: None})
-    inbox._note(GROUP, us(18), {partition: (7, 8)})
+    inbox.note_offsets(GROUP, us(18), {partition: (7, 8)})
     assert inbox.purge() == 0
-    inbox._note(GROUP, us(8), {partition: (8, 8)})  # it is right again
+    inbox.note_offsets(GROUP, us(8), {partition: (8, 8)})  # it is right again
     assert inbox.purge() == 3
-    inbox._note(GROUP, us(7.5), {partition: (8, 8)})
+    inbox.note_offsets(GROUP, us(7.5), {partition: (8, 8)})
     assert inbox.purge() == 5
 
 
@@ -800,9 +743,9 @@ def test_a_clock_that_was_ahead_is_not_believed_after_it_was_set_back(inbox: Inb
     handle_from(inbox, read_from("orders", 0))
     ahead = int((NOW + timedelta(days=365)).timestamp() * 1e6)
     for later in range(2):
-        inbox._note(GROUP, ahead + later, {partition: (1, 1)})
+        inbox.note_offsets(GROUP, ahead + later, {partition: (1, 1)})
     inboxes.handled_at(inbox, NOW - timedelta(days=9))
-    inbox._note(GROUP, int(NOW.timestamp() * 1e6), {partition: (1, 2)})
+    inbox.note_offsets(GROUP, int(NOW.timestamp() * 1e6), {partition: (1, 2)})
     assert inbox.status().safe_until == {GROUP: None}
     assert inbox.purge() == 0
 
@@ -835,7 +778,7 @@ def test_names_of_a_schema_and_tables_may_have_any_characters(new_inbox: NewInbo
         assert session.handle_batch(given, lambda envelopes, connection: None) == 3
         session.close()
         for _ in range(2):
-            inbox._note(schema, inbox._clock_us(), {("orders", 0): (3, 3), ("orders", 1): (4, 4)})
+            inbox.note_offsets(schema, inbox.clock_us(), {("orders", 0): (3, 3), ("orders", 1): (4, 4)})
         assert inbox.status().safe_until[schema] is not None
         inboxes.handled_at(inbox, NOW - timedelta(days=9))
         assert inbox.purge() == 4
@@ -872,7 +815,7 @@ def test_a_purge_works_whatever_transactions_are_by_default_and_is_not_left_open
     monkeypatch.setattr(Purge, "_counts", looked)
     monkeypatch.setattr(Purge, "_rows", meets)
     handle_from(user, read_from("orders", 0))
-    user._note(GROUP, 1_000_000, {("orders", 0): (0, 1)})
+    user.note_offsets(GROUP, 1_000_000, {("orders", 0): (0, 1)})
     assert user.purge(committed={GROUP: NOW}) == 4
     assert found == ["20s", "read committed"]
 

@@ -18,6 +18,7 @@ import kbatch.aio
 import kbatch.testing
 import kbatch.testing.aio
 from kbatch.cli._app import app
+from kbatch.testing import compliance
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
@@ -146,6 +147,9 @@ def names_of_tests(path: str) -> frozenset[str]:
     for node in ast.parse((ROOT / "tests" / path).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
             found |= {f"{node.name}::{each.name}" for each in node.body if isinstance(each, ast.FunctionDef)}
+            for base in node.bases:  # a suite that is for others, too
+                suite = getattr(compliance, ast.unparse(base), object)
+                found |= {f"{node.name}::{name}" for name in dir(suite)}
         elif isinstance(node, ast.FunctionDef):
             found.add(node.name)
     return frozenset(name for name in found if re.search(r"(^|::)test_\w+$", name))

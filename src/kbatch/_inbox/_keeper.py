@@ -12,7 +12,7 @@ from kbatch._logs import tell
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from kbatch._inbox._base import ListenersInbox, Partition
+    from kbatch._inbox._base import ListenerInbox, Partition
 
 __all__ = ["Keeper"]
 
@@ -32,7 +32,7 @@ class Keeper:
     """
 
     def __init__(
-        self, inbox: ListenersInbox, group: str, offsets: Callable[[], Mapping[Partition, tuple[int, int]]]
+        self, inbox: ListenerInbox, group: str, offsets: Callable[[], Mapping[Partition, tuple[int, int]]]
     ) -> None:
         self._inbox = inbox
         self._group = group
@@ -62,7 +62,7 @@ class Keeper:
                 if monotonic() >= next_purge:
                     next_purge = monotonic() + _PURGE_EVERY_S
                     if self._inbox.retention_s is not None:
-                        self._inbox._purge(None, None)
+                        self._inbox.purge_old()
             except Exception as error:
                 if not self._is_over:
                     tell(
@@ -71,7 +71,7 @@ class Keeper:
 
     def note(self) -> None:
         """Tells it once."""
-        asked_at = self._inbox._clock_us() - _MARGIN_US  # before the ends are asked for
+        asked_at = self._inbox.clock_us() - _MARGIN_US  # before the ends are asked for
         offsets = self._offsets()
         if offsets:
-            self._inbox._note(self._group, asked_at, offsets)
+            self._inbox.note_offsets(self._group, asked_at, offsets)

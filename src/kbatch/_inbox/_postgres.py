@@ -133,15 +133,17 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
                 purge.delete(slot_name(slot))
         return purge.deleted
 
-    def _clock_us(self) -> int:
+    def clock_us(self) -> int:
+        """The clock by which ids are marked, in microseconds since 1970."""
         from kbatch._database._postgres_connection import run_raw
 
         with self._connection() as connection:
             ((now_us,),) = run_raw(connection, f"SELECT {_NOW_US}")
         return int(now_us)
 
-    def _note(self, group: str, asked_at: int, offsets: Mapping[Partition, tuple[int, int]]) -> None:
-        """Of partitions, the offset that the group has committed and the end of the log, asked for after `asked_at`."""
+    def note_offsets(self, group: str, asked_at_us: int, offsets: Mapping[Partition, tuple[int, int]]) -> None:
+        """What a listener tells: of partitions, the offset that the group has committed and the end of the log, which
+        brokers were asked for after the time `asked_at_us`."""
         from kbatch._database._postgres_connection import run_raw, writing
 
         found = [(*partition, *told) for partition, told in sorted(offsets.items())]
@@ -149,9 +151,14 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
             topics, partitions, committed, ends = (list(each) for each in zip(*found, strict=True))
             numbers = [f"{{{','.join(map(str, each))}}}" for each in (partitions, committed, ends)]
             with self._connection() as connection, writing(connection):
-                run_raw(connection, self._tables.sql(_NOTE), (group, asked_at, topics, *numbers))
+                run_raw(connection, self._tables.sql(_NOTE), (group, asked_at_us, topics, *numbers))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Looks whether the tables can be used; waits for the database.
+
+        Raises:
+            InboxError: The tables are missing or another version's; the database does not answer.
+        """
         with self._checked_connection() as connection:
             connection.close()
 

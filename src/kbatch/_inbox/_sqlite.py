@@ -229,20 +229,27 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
                     break
         return deleted
 
-    def _clock_us(self) -> int:
+    def clock_us(self) -> int:
+        """The clock by which ids are marked, in microseconds since 1970."""
         return now_us()
 
-    def _note(self, group: str, asked_at: int, offsets: Mapping[Partition, tuple[int, int]]) -> None:
-        """Of partitions, the offset that the group has committed and the end of the log, asked for after `asked_at`."""
+    def note_offsets(self, group: str, asked_at_us: int, offsets: Mapping[Partition, tuple[int, int]]) -> None:
+        """What a listener tells: of partitions, the offset that the group has committed and the end of the log, which
+        brokers were asked for after the time `asked_at_us`."""
         statement = self._tables.sql(_NOTE)
         with self._connection() as connection:
             connection.execute("BEGIN IMMEDIATE")
             for (topic, partition), (committed, end) in sorted(offsets.items()):
                 place = {"group": group, "topic": topic, "partition": partition}
-                connection.execute(statement, {"done": committed, "last": end, "now": asked_at, **place})
+                connection.execute(statement, {"done": committed, "last": end, "now": asked_at_us, **place})
             connection.execute("COMMIT")
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Looks whether the tables can be used; waits for the database.
+
+        Raises:
+            InboxError: The tables are missing or another version's; the database does not answer.
+        """
         with self._connection() as connection:
             self._check_tables(connection)
 

@@ -18,13 +18,13 @@ from kbatch._outbox._scheduled import ScheduledMessages
 from kbatch._outbox._store import BUCKETS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._store import NewRow, OutboxAdmin
+    from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore, OutboxWriter, ScheduledRow
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxStatus"]
+__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxBase", "OutboxStatus"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, SQLite's for a value, and below PostgreSQL's
 
@@ -148,3 +148,59 @@ class BlockingOutbox(BaseOutbox):
     def scheduled(self) -> ScheduledMessages:
         """The messages that wait, for their next attempt or for their time: to find, cancel and reschedule them."""
         return self._scheduled()
+
+
+class OutboxBase(BlockingOutbox):
+    """What an outbox of your own derives from: it maps envelopes to rows, tells relays of this process of them, and has
+    `dead_letters` and `scheduled`.
+
+    A subclass has `open_store`, `open_writer` and `open_admin`, and an ``add`` as its users need it: of `map_all` and
+    `rows` it makes rows, within the application's transaction, and then calls `tell_watchers`.
+
+    Args:
+        wire, encoder, source, header_hook, max_message_bytes: As for `SqliteOutbox`.
+    """
+
+    def __init__(
+        self,
+        *,
+        wire: str | WireFormat = "kbatch",
+        encoder: msgspec.json.Encoder | msgspec.msgpack.Encoder | Callable[[Any, Any], bytes | None] | None = None,
+        source: str | None = None,
+        header_hook: Callable[[], HeadersLike | None] | None = None,
+        max_message_bytes: int = 1_000_000,
+    ) -> None:
+        super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
+
+    def open_store(self) -> OutboxStore:
+        """As `RelayOutbox.open_store`."""
+        raise NotImplementedError
+
+    def open_writer(self) -> OutboxWriter:
+        """As `DurableOutbox.open_writer`."""
+        raise NotImplementedError
+
+    def map_all(self, topic: str | None, envelopes: Iterable[Envelope[Any]]) -> MappedBatch:
+        """What `rows` takes of envelopes, without those whose ``deliver_by`` has passed.
+
+        Args:
+            topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+
+        Raises:
+            SerializationError: An envelope could not be mapped, or is too large. Then none is.
+        """
+        return self._pool.map(self._mapper, topic, envelopes)
+
+    def count(self, batches: Sequence[MappedBatch]) -> int:
+        """How many rows they become, so many numbers are needed."""
+        return sum(map(self._pool.count, batches))
+
+    def rows(self, batches: Sequence[MappedBatch], first_number: int) -> tuple[list[NewRow], list[ScheduledRow]]:
+        """Rows of the hot table, and rows that wait for their ``scheduled_time``; numbered from `first_number` on."""
+        scheduled: list[ScheduledRow] = []
+        return self._pool.rows(batches, first_number, BUCKETS, scheduled), scheduled
+
+    def tell_watchers(self, is_committed: bool = False) -> None:
+        """Has relays of this process look soon: after an ``add`` whose transaction is still open, and after each commit
+        of a writer with ``True``."""
+        self._tell_watchers(is_committed)

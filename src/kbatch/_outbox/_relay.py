@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kbatch._base_producer import BaseProducer
-from kbatch._checks import check_close_timeout, check_timeout, is_number
+from kbatch._checks import check_close_timeout, check_methods, check_timeout, is_number
 from kbatch._config import inherit
 from kbatch._errors import (
     ConfigError,
@@ -21,7 +21,6 @@ from kbatch._errors import (
     ProducerFencedError,
     SenderClosedError,
     SenderError,
-    type_name,
 )
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
 from kbatch._logs import tell
@@ -44,27 +43,19 @@ from kbatch._threads import PROBES
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from types import TracebackType
-    from typing import Protocol, TypeVar
+    from typing import TypeVar
 
     from typing_extensions import Self, Unpack
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Trial
     from kbatch._options import RelayKeywords
-    from kbatch._outbox._store import Failure, OutboxStore, Place
+    from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
     from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
-    class RelayOutbox(Protocol):
-        """What a relay asks of an outbox."""
-
-        def open_store(self) -> OutboxStore: ...
-        def watch(self, watcher: Callable[[bool], object], /) -> None: ...
-        def unwatch(self, watcher: Callable[[bool], object], /) -> None: ...
-
-
-__all__ = ["Relay", "lease_of", "relay_producer"]
+__all__ = ["Relay", "check_relay_outbox", "lease_of", "relay_producer"]
 
 _DELIVERY_TIMEOUT_MS = 30_000
 _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
@@ -103,7 +94,8 @@ class Relay:
     It needs a process or a thread of its own, in which `run` is called. It holds no transaction open while it sends.
 
     Args:
-        outbox: A `SqliteOutbox` or `PostgresOutbox`, whose tables are there.
+        outbox: A `SqliteOutbox` or `PostgresOutbox`, whose tables are there, or one of your own, a
+            `kbatch.stores.RelayOutbox`.
         producer: A producer's ``config``, or a `Producer` that is used for nothing else and that the caller closes. It
             must be idempotent with ``acks=all``, without a ``transactional.id``. With a ``config``,
             ``delivery.timeout.ms`` is 30,000 by default.
@@ -140,8 +132,7 @@ class Relay:
         close_timeout_s: float = 30.0,
         **keywords: Unpack[RelayKeywords],
     ) -> None:
-        if not callable(getattr(outbox, "open_store", None)):
-            raise ConfigError(f"outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not {type_name(outbox)}")
+        check_relay_outbox(outbox)
         (given,) = taken(self, keywords, RelayOptions)
         options = self._options_class(**given)
         policy = options.retry
@@ -1095,6 +1086,12 @@ def _new_owner() -> str:
 
 def _times() -> Times:
     return Times(monotonic(), wall_time())
+
+
+def check_relay_outbox(outbox: object) -> None:
+    """Raises ConfigError for what is no outbox."""
+    wanted = "a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a kbatch.stores.RelayOutbox"
+    check_methods("outbox", outbox, wanted, ("open_store", "watch", "unwatch"))
 
 
 def relay_producer(config: Mapping[str, Any], room: int = 10_000, *, is_fencing: bool = False) -> Producer:

@@ -7,7 +7,7 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import ConfigError, ForkError, named_exception_text
 from kbatch._fastmap import Flag, monotonic
@@ -17,22 +17,11 @@ from kbatch._outbox._relay import Relay
 from kbatch._recovery._handle import ProducerHandle
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable
+    from collections.abc import Hashable
 
-    from kbatch._fastmap import Envelope, MappedBatch
     from kbatch._options import RelayOptions
-    from kbatch._outbox._store import OutboxStore, OutboxWriter
+    from kbatch._outbox._store import DurableOutbox
     from kbatch._producer import Producer
-
-    class DurableOutbox(Protocol):
-        """What senders, and the relay of theirs, ask of an outbox."""
-
-        def map(self, topic: str | None, envelope: Envelope[Any], /) -> MappedBatch | None: ...
-        def open_writer(self) -> OutboxWriter: ...
-        def add(self, connection: Any, envelopes: Iterable[Envelope[Any]], /, *, topic: str | None = None) -> Any: ...
-        def open_store(self) -> OutboxStore: ...
-        def watch(self, watcher: Callable[[bool], object], /) -> None: ...
-        def unwatch(self, watcher: Callable[[bool], object], /) -> None: ...
 
 
 __all__ = ["OutboxUse", "RelayPlan"]

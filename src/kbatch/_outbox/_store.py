@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 from kbatch._errors import OutboxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-    from kbatch._fastmap import MappedBatch
+    from kbatch._fastmap import Envelope, MappedBatch
 
 __all__ = [
     "BIGGEST_NUMBER",
     "BUCKETS",
     "DueRow",
+    "DurableOutbox",
     "Failure",
     "HeldKey",
     "KeptRow",
@@ -27,6 +28,7 @@ __all__ = [
     "Position",
     "Reading",
     "RefusedWriteError",
+    "RelayOutbox",
     "ScheduledRow",
     "StoredRow",
     "Table",
@@ -48,7 +50,13 @@ StoredRow: TypeAlias = tuple[int, int, bytes, "int | None"]  # bucket, seq, pack
 
 
 class DueRow(NamedTuple):
-    """A row that waited for its next attempt."""
+    """A row that waited for its next attempt.
+
+    Attributes:
+        bucket, seq, packed, deliver_by: As of a `StoredRow`.
+        attempts: How often it was refused.
+        key_hash: As of the `Failure` that it came from.
+    """
 
     bucket: int
     seq: int
@@ -59,7 +67,12 @@ class DueRow(NamedTuple):
 
 
 class HeldKey(NamedTuple):
-    """A key of which rows wait for their next attempt, and the lowest number of these."""
+    """A key of which rows wait for their next attempt.
+
+    Attributes:
+        bucket, key_hash: What tells it from other keys.
+        seq: The lowest number of its rows that wait.
+    """
 
     bucket: int
     key_hash: int
@@ -67,7 +80,15 @@ class HeldKey(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What becomes of a row that was not acknowledged. With ``due_in_s=None`` it is dead."""
+    """What becomes of a row that was not acknowledged.
+
+    Attributes:
+        bucket, seq: Which row.
+        due_in_s: Seconds until its next attempt; ``None``: it is dead.
+        attempts: How often it was refused.
+        error: The last error.
+        key_hash: A number for its topic and key, of 64 bits with a sign, to be stored; ``None`` without a key.
+    """
 
     bucket: int
     seq: int
@@ -78,15 +99,25 @@ class Failure(NamedTuple):
 
 
 class Lease(NamedTuple):
-    """A bucket that a relay has. The token is another one whenever the bucket changes hands, or the server does."""
+    """A bucket that a relay has.
+
+    Attributes:
+        bucket: Its number.
+        token: Another one whenever the bucket changes hands, or the server does, and never 0.
+    """
 
     bucket: int
     token: int
 
 
 class Reading(NamedTuple):
-    """Rows, those of a bucket in the order of their numbers; the floor, risen or not, of each bucket of which there are
-    some, and of others whose floor has risen; and the buckets that were read to their end."""
+    """What was read.
+
+    Attributes:
+        rows: Those of a bucket in the order of their numbers.
+        floors: The floor, risen or not, of each bucket of which there are rows, and of others whose floor has risen.
+        ended: The buckets that were read to their end.
+    """
 
     rows: list[StoredRow]
     floors: dict[int, int]
@@ -112,6 +143,12 @@ class KeptRow(NamedTuple):
 
     Attributes:
         at_ms: When it died, or when it is due; milliseconds since 1970.
+        bucket, seq: Which row.
+        id: The envelope's id, 16 bytes.
+        packed: The record.
+        created_at, deliver_by: As of a `NewRow`.
+        attempts: How often it was refused.
+        error: The last error.
     """
 
     at_ms: int
@@ -299,3 +336,33 @@ class OutboxAdmin(Protocol):
 
     def close(self) -> None:
         """Gives the connection back."""
+
+
+class RelayOutbox(Protocol):
+    """What a `Relay` asks of an outbox. `OutboxBase` has the last two."""
+
+    def open_store(self) -> OutboxStore:
+        """The connection of a relay, which closes it. Raises an `OutboxError` if the tables are missing or the database
+        does not answer."""
+
+    def watch(self, watcher: Callable[[bool], object], /) -> None:
+        """Calls ``watcher(False)`` after each `add` to this object, and ``watcher(True)`` after commits that it knows
+        of. An outbox that never calls it is read after 100 ms at most."""
+
+    def unwatch(self, watcher: Callable[[bool], object], /) -> None:
+        """Calls it no more, if it does."""
+
+
+class DurableOutbox(RelayOutbox, Protocol):
+    """What DURABLE senders, and the relay of theirs, ask of an outbox. `OutboxBase` has `map`."""
+
+    def map(self, topic: str | None, envelope: Envelope[Any], /) -> MappedBatch | None:
+        """What an `OutboxWriter` adds of an envelope; ``None`` if its ``deliver_by`` has passed. Raises a
+        `SerializationError` for one that could not be mapped, or is too large."""
+
+    def open_writer(self) -> OutboxWriter:
+        """The connection of this process's DURABLE senders, who close it. Raises as `open_store` does."""
+
+    def add(self, connection: Any, envelopes: Iterable[Envelope[Any]], /, *, topic: str | None = None) -> Any:
+        """Adds envelopes within the transaction that `connection` is in; how many. Only a sender that is given a
+        ``connection`` calls it."""

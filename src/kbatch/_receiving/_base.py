@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbatch._callbacks import call_fault
-from kbatch._checks import check_close_timeout, is_number, is_whole
+from kbatch._checks import check_close_timeout, check_methods, is_number, is_whole
 from kbatch._errors import ConfigError, DeserializationError, InboxError, exception_text, type_name
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
 
     from kbatch._fastmap import ReceivedEnvelope
-    from kbatch._inbox._base import ListenersInbox
+    from kbatch._inbox._base import ListenerInbox
     from kbatch._producer import Producer
     from kbatch._receiving._failing import TakenFrom
     from kbatch._receiving._lanes import Work
@@ -72,14 +72,19 @@ class BaseListener:
         dead_letter_topic: str | None,
         reject_on: Iterable[type[Exception]],
         producer: Producer | None,
-        inbox: ListenersInbox | None = None,
+        inbox: ListenerInbox | None = None,
         transactional_id: str | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise ConfigError("topics must be a list of names, with one at least")
-        if inbox is not None and not callable(getattr(inbox, "open_session", None)):
-            raise ConfigError(f"inbox must be a kbatch.SqliteInbox or kbatch.PostgresInbox, not {type_name(inbox)}")
+        if inbox is not None:
+            check_methods(
+                "inbox",
+                inbox,
+                "a kbatch.SqliteInbox or kbatch.PostgresInbox, or a kbatch.stores.ListenerInbox",
+                ("open_session", "check", "clock_us", "note_offsets", "purge_old"),
+            )
         options = {"connection": inbox, "transaction": transactional_id}
         given = ["envelope", *(name for name, option in options.items() if option is not None)]
         fault = call_fault(handler, *given) or self._handler_fault(handler)
@@ -274,7 +279,7 @@ class BaseListener:
     def _check_inbox(self) -> None:
         if self._inbox is not None:
             try:
-                self._inbox._check()
+                self._inbox.check()
             except InboxError as error:
                 if not error.is_outage:  # else it is waited for
                     raise
@@ -366,7 +371,7 @@ def _undecodable(envelope: ReceivedEnvelope[Any], reason: str) -> Deserializatio
     )
 
 
-def _check_transactional(parsed: ConsumerConfig, inbox: ListenersInbox | None, commit_interval_s: float) -> None:
+def _check_transactional(parsed: ConsumerConfig, inbox: ListenerInbox | None, commit_interval_s: float) -> None:
     if inbox is not None:
         raise ConfigError(
             "transactional_id contradicts inbox: a transaction of Kafka and one of a database do not commit together"

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._inbox._base import ListenersInbox
-    from kbatch._inbox._session import InboxSession
+    from kbatch._inbox._base import ListenerInbox, ListenerSession
     from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
@@ -61,10 +60,10 @@ class Listener(BaseListener):
         max_in_flight, max_in_flight_bytes: How many records, and about how many bytes, are read and not handled yet. A
             partition that takes more than its share of them is not read further until half of its records are handled,
             so that the others flow.
-        inbox: A `SqliteInbox` or `PostgresInbox`. The handler is called with an envelope, or a list of them, and a
-            connection: what it writes there is committed together with the mark that these ids were handled, and an
-            envelope that the group has handled before is left out. The handler must not end the transaction. While the
-            database does not answer, the listener waits for it.
+        inbox: A `SqliteInbox` or `PostgresInbox`, or one of your own, a `kbatch.stores.ListenerInbox`. The handler is
+            called with an envelope, or a list of them, and a connection: what it writes there is committed together
+            with the mark that these ids were handled, and an envelope that the group has handled before is left out.
+            The handler must not end the transaction. While the database does not answer, the listener waits for it.
         commit_interval_s: Seconds between two commits.
         close_timeout_s: Seconds that the end of `run` waits for handlers. What they still handle then is logged,
             counted as ``abandoned``, and read again.
@@ -106,7 +105,7 @@ class Listener(BaseListener):
         batch_timeout_ms: float = 0.0,
         max_in_flight: int = 2_000,
         max_in_flight_bytes: int = 64 * 1024 * 1024,
-        inbox: ListenersInbox | None = None,
+        inbox: ListenerInbox | None = None,
         commit_interval_s: float = COMMIT_INTERVAL_S,
         close_timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
@@ -267,7 +266,7 @@ class Listener(BaseListener):
                 packed = transaction._end()
             self._transacting.commit(self._of_thread.reading, work, packed)
             return
-        session: InboxSession | None = self._of_thread.session
+        session: ListenerSession | None = self._of_thread.session
         if session is None:
             self._call(handled)
             return

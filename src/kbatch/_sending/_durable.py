@@ -6,8 +6,8 @@ import inspect
 import threading
 from typing import TYPE_CHECKING, Any
 
-from kbatch._checks import check_close_timeout, check_timeout, check_topic
-from kbatch._errors import ConfigError, OutboxError, OutboxTimeoutError, SenderClosedError, type_name
+from kbatch._checks import check_close_timeout, check_methods, check_timeout, check_topic
+from kbatch._errors import OutboxError, OutboxTimeoutError, SenderClosedError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Flag, monotonic
 from kbatch._outbox._group import Waiting
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kbatch._fastmap import Envelope, MappedBatch
-    from kbatch._outbox._shared import DurableOutbox
+    from kbatch._outbox._store import DurableOutbox
 
 __all__ = ["BaseDurableSender", "DurableSender", "check_outbox"]
 
@@ -287,5 +287,5 @@ class DurableSender(BaseDurableSender):
 
 def check_outbox(outbox: Any) -> None:
     """Raises ConfigError for what is no outbox."""
-    if not callable(getattr(outbox, "open_writer", None)):
-        raise ConfigError(f"outbox must be a kbatch.SqliteOutbox or kbatch.PostgresOutbox, not {type_name(outbox)}")
+    wanted = "a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a kbatch.stores.DurableOutbox"
+    check_methods("outbox", outbox, wanted, ("map", "open_writer"))

@@ -13,7 +13,7 @@ from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
 from kbatch._options import AgentOptions, BatchingOptions, RelayOptions, shows, taken
-from kbatch._outbox._relay import lease_of, relay_producer
+from kbatch._outbox._relay import check_relay_outbox, lease_of, relay_producer
 from kbatch._outbox._shared import OutboxUse, RelayPlan
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kbatch._options import AgentKeywords, BatchingKeywords, RelayKeywords
-    from kbatch._outbox._shared import DurableOutbox
+    from kbatch._outbox._store import DurableOutbox
     from kbatch._wire import HeadersLike, WireFormat
 
 __all__ = ["BaseTopic", "KafkaTopic", "SenderMode"]
@@ -173,6 +173,8 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             )
         if config is None and relay is not None:
             raise ConfigError("relay: only with config=; without it a kbatch.Relay that you run has these options")
+        if config is not None:
+            check_relay_outbox(outbox)
         plan = None if config is None else self._plan_of(config, relay)
         return {
             "_settings": (_Same(outbox), None if plan is None else plan.key),
@@ -288,7 +290,8 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
         config: librdkafka's keys, of which kbatch makes a `Producer` and closes it. With ``SenderMode.DURABLE`` it may
             be left out: then a `Relay` that is run elsewhere sends what is in the outbox. Else a relay in this process
             does, from the first envelope until the last of these senders is closed; all of one outbox have the same.
-        outbox: What ``SenderMode.DURABLE`` sends through, such as a `SqliteOutbox`; only with it.
+        outbox: What ``SenderMode.DURABLE`` sends through, such as a `SqliteOutbox`, or one of your own, a
+            `kbatch.stores.DurableOutbox`; only with it.
         relay: Keyword arguments of `Relay` for the relay in this process: each but ``producer`` and
             ``close_timeout_s``. Only with an `outbox` and `config`; all of one outbox have the same. Its
             ``on_state_change`` must be no coroutine function, also of `kbatch.aio`.

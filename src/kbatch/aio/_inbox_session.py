@@ -6,11 +6,14 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from kbatch._errors import InboxError, type_name
+from kbatch._inbox._session import InboxSession
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from kbatch._fastmap import Envelope
-    from kbatch._inbox._session import InboxSession
+    from kbatch._inbox._base import ListenerSession
 
     _T = TypeVar("_T")
 
@@ -24,7 +27,12 @@ class AioInboxSession:
     A call that is cancelled leaves a step that runs to its end; what cleans up comes after it, before the next call.
     """
 
-    def __init__(self, session: InboxSession) -> None:
+    def __init__(self, session: ListenerSession) -> None:
+        if not isinstance(session, InboxSession):
+            raise InboxError(
+                f"a kbatch.aio.Listener takes the inboxes of kbatch alone, and this one has sessions of the type "
+                f"{type_name(session)}; a kbatch.Listener takes any kbatch.stores.ListenerInbox"
+            )
         session._is_shared = True
         self._session = session
         self._thread = ThreadPoolExecutor(1, "kbatch-inbox")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from kbatch._inbox._base import ListenersInbox
+    from kbatch._inbox._base import ListenerInbox
     from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
@@ -71,7 +71,7 @@ class Listener(BaseListener):
         batch_timeout_ms: float = 0.0,
         max_in_flight: int = 2_000,
         max_in_flight_bytes: int = 64 * 1024 * 1024,
-        inbox: ListenersInbox | None = None,
+        inbox: ListenerInbox | None = None,
         commit_interval_s: float = 1.0,
         close_timeout_s: float = 30.0,
         retry: RetryPolicy | None = None,
@@ -226,7 +226,7 @@ class Listener(BaseListener):
             error = await in_thread(_THREAD, functools.partial(self._transacting.store, work))
             self._failing.sent_on(reading, work, error)
 
-    async def _call_in(self, reading: Reading, work: Work, inbox: ListenersInbox, handled: Any) -> None:
+    async def _call_in(self, reading: Reading, work: Work, inbox: ListenerInbox, handled: Any) -> None:
         session = self._sessions.pop() if self._sessions else AioInboxSession(inbox.open_session(self._parsed.group))
         try:
             handle: Callable[..., Awaitable[object]] = session.handle

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._options import RelayKeywords
-    from kbatch._outbox._relay import RelayOutbox
+    from kbatch._outbox._store import RelayOutbox
     from kbatch._producer import Producer
     from kbatch._recovery._circuit import CircuitState
 

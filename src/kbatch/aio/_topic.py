@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from kbatch._options import RelayKeywords
-    from kbatch._outbox._shared import DurableOutbox
+    from kbatch._outbox._store import DurableOutbox
     from kbatch._sending._topic import Options, OptionsWithConfig, SenderMode
 
 __all__ = ["KafkaTopic"]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope, ReceivedEnvelope
-    from kbatch._inbox._base import ListenersInbox
+    from kbatch._inbox._base import ListenerInbox
     from kbatch._receiving._base import BaseListener
     from kbatch._receiving._failing import Steps
     from kbatch._recovery._retry import RetryPolicy
@@ -242,7 +242,7 @@ class BaseMemoryListener:
         retry_topics: Iterable[float] = (),
         dead_letter_topic: str | None = None,
         reject_on: Iterable[type[Exception]] = (),
-        inbox: ListenersInbox | None = None,
+        inbox: ListenerInbox | None = None,
         transactional_id: str | None = None,
     ) -> None:
         names = topics if isinstance(topics, str) else list(topics)

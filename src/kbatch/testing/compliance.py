@@ -33,8 +33,10 @@ import pytest
 import kbatch
 import kbatch.aio
 from kbatch._fastmap import monotonic, wall_time
+from kbatch.testing._inbox_compliance import InboxCompliance
+from kbatch.testing._outbox_compliance import DeadLetterCompliance, OutboxCompliance
 
-__all__ = ["TransportCompliance"]
+__all__ = ["DeadLetterCompliance", "InboxCompliance", "OutboxCompliance", "TransportCompliance"]
 
 _LONGEST_S = 60.0
 _MODES = tuple(kbatch.SenderMode)
