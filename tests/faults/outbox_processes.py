@@ -4,6 +4,7 @@ A server that has imported this module forks them: a process that imports kbatch
 """
 
 import asyncio
+import json
 import logging
 import multiprocessing
 import os
@@ -20,7 +21,7 @@ import kbatch
 import kbatch.aio
 from kbatch import _transactions
 from kbatch._database import _tables
-from kbatch._fastmap import monotonic, wall_time
+from kbatch._fastmap import monotonic, unpack_record, wall_time
 from kbatch._inbox._session import InboxSession
 from kbatch._outbox import _relay
 from kbatch._receiving import _reading, _transacting
@@ -108,6 +109,28 @@ def add(place: dict[str, Any], topic: str, table: str, told: str, first: int, ap
             if index not in application.rolled_back:
                 step("committed")
                 tell(numbers)
+
+
+def unrecorded(outbox: outboxes.Outbox) -> list[int]:
+    """The numbers whose rows wait to be sent, or are in flight, or were sent and that is not written yet."""
+    statement = "SELECT packed FROM {outbox} UNION ALL SELECT packed FROM {later}"
+    return [int(unpack_record(packed)[4] or b"") for (packed,) in outboxes.query(outbox, statement)]
+
+
+def _away(outbox: outboxes.Outbox) -> type[Exception]:
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        return sqlite3.Error
+    import psycopg
+
+    return psycopg.Error
+
+
+def noted(path: str) -> list[list[int]]:
+    """What relays whose clock jumped have noted, of each jump."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as lines:
+        return [json.loads(line) for line in lines]
 
 
 class _Writer:
@@ -218,23 +241,50 @@ _JUMP_EVERY_S = 0.2
 _PAUSE_S = 0.05  # the database was away at the start of a relay: whoever watches relays begins another
 
 
-def _jump(seconds: int) -> None:
-    """Has the wall clock of this process jump by so much, and back, over and over."""
+def _jump(seconds: int, note: Callable[[], bool] = lambda: True) -> None:
+    """Has the wall clock of this process jump by so much, and back, over and over.
+
+    Args:
+        note: Called before each jump, by who looks at the clock. If it returns False, the clock does not jump yet.
+    """
     if not seconds:
         return
+    turn = monotonic() // _JUMP_EVERY_S
+    lock = threading.Lock()
 
     def jumping() -> float:
-        return wall_time() + (seconds if monotonic() // _JUMP_EVERY_S % 2 else 0)
+        nonlocal turn
+        now = monotonic() // _JUMP_EVERY_S
+        with lock:
+            if now % 2 != turn % 2 and note():
+                turn = now
+            return wall_time() + (seconds if turn % 2 else 0)
 
     for module in (_tables, _relay, _reading):
         vars(module)["wall_time"] = jumping
     Failing.__init__.__defaults__ = (monotonic, jumping)
 
 
-def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], plan: Relay) -> None:
-    """Sends until SIGTERM."""
-    _jump(plan.clock_s)
-    outbox = _Outbox(opened(place), Steps(plan.kill))
+def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], plan: Relay, notes: str) -> None:
+    """Sends until SIGTERM.
+
+    Args:
+        notes: A file, for the numbers that are unrecorded when its clock jumps: a lease ends by each of two clocks, and
+            when one jumps, what is in flight is given up.
+    """
+    plain = opened(place)
+    outbox = _Outbox(plain, Steps(plan.kill))
+
+    def note() -> bool:
+        try:
+            line = json.dumps(unrecorded(plain)) + "\n"
+        except _away(plain):
+            return False
+        with open(notes, "a") as file:
+            file.write(line)
+        return True
+
+    _jump(plan.clock_s, note)
     if plan.is_aio:
         asyncio.run(_relay_on_loop(outbox, config, options))
         return

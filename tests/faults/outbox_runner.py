@@ -50,7 +50,6 @@ IN_FLIGHT_BATCHES = 2
 _LANE = 1_000_000  # numbers of each
 _RETRY_S = 0.2
 _LEASE_IS_TAKEN_S = 0.3
-_JUMPS = 200  # of a relay's clock, while a plan runs
 _LAST_SLOT = 99  # of a listener that is not killed
 _NAMES = Names()
 _LAST = Listen(_LAST_SLOT, concurrency=4, batch_size=None, max_in_flight=2_000, commit_interval_s=0.05, kill=None)
@@ -87,7 +86,7 @@ class OutboxRun:
         self.cluster, self.plan, self.place, self.outbox, self.inbox = cluster, plan, place, outbox, inbox
         self._server = server
         self.names = names
-        self.history = OutboxHistory(in_flight=plan.batch_size * IN_FLIGHT_BATCHES)
+        self.history = OutboxHistory()
         self._running: dict[tuple[str, int], Any] = {}  # "relay" or "listener", and its slot
         self._dead: list[int] = []  # relays whose leases have not run out
         self._next = [lane * _LANE for lane in range(10)]
@@ -108,9 +107,12 @@ class OutboxRun:
             }
         self._place = {**outboxes.where(outbox), "wire": _wire(plan)}
         self._effects = ""
+        self._notes = ""
+        self._are_brokers_away = False
         self._retry_topics = [_RETRY_S] if plan.handling is not None and plan.handling.late else []
 
     def run(self, folder: Path) -> OutboxHistory:
+        self._notes = str(folder / "disturbed")
         outboxes.run(self.outbox, f"CREATE TABLE {self._table} (n INTEGER PRIMARY KEY)")
         self.create_topics()
         if self.plan.assignment == BROKERS_DECIDE:
@@ -121,6 +123,8 @@ class OutboxRun:
             for _, step in self.plan.taken:
                 self._take(step, folder)
         finally:
+            if self._are_brokers_away:
+                self._disturb()
             self.heal()
             try:
                 self._relay_the_rest()
@@ -129,6 +133,8 @@ class OutboxRun:
             finally:
                 for who, slot in list(self._running):
                     self._end(who, slot, is_killed=False)
+        for jump in processes.noted(self._notes):
+            self.history.unrecorded.update(jump)
         self.history.committed.update(n for (n,) in outboxes.rows(self.outbox, f"SELECT n FROM {self._table}"))
         self.history.log = self._numbered(self.names.orders)
         if self.plan.handling is not None:
@@ -246,9 +252,7 @@ class OutboxRun:
         if isinstance(step, Application):
             self._run_application(step, folder)
         elif isinstance(step, Relay):
-            arguments = (self._place, self._of_relay, self._options, step)
-            if step.clock_s:  # a lease ends by each of two clocks: when one jumps, what is in flight is given up
-                self.history.relays_disturbed += _JUMPS
+            arguments = (self._place, self._of_relay, self._options, step, self._notes)
             self._begin("relay", step.slot, processes.relay, arguments)
         elif isinstance(step, Listen):
             self._begin("listener", step.slot, processes.listen, self._of_listener(step))
@@ -259,15 +263,16 @@ class OutboxRun:
         elif isinstance(step, Pass):
             time.sleep(step.ms / 1000)
         elif isinstance(step, Brokers):
-            self._disturb_relays()
+            self._disturb()
             self.set_brokers(step)
+            self._are_brokers_away = not step.are_up
         elif isinstance(step, Locked):
             self._lock(step.ms / 1000)
         elif isinstance(step, Severed):
-            self._disturb_relays()
+            self._disturb()
             outboxes.rows(self.place, _SEVER)
         elif isinstance(step, Crashed):
-            self._disturb_relays()
+            self._disturb()
             assert self._server is not None
             self._server.crash()
             time.sleep(step.ms / 1000)
@@ -287,9 +292,9 @@ class OutboxRun:
             process = self._running[who, slot] = processes.SERVER.Process(target=target, args=arguments)
             process.start()
 
-    def _disturb_relays(self) -> None:
-        """Each may send again what it has in flight."""
-        self.history.relays_disturbed += sum(who == "relay" for who, _ in self._running)
+    def _disturb(self) -> None:
+        """Notes what may be sent again: relays have some of it in flight. Nothing is added meanwhile."""
+        self.history.unrecorded.update(processes.unrecorded(self.outbox))
 
     def _hang(self, step: Hang) -> None:
         process = self._running.get((step.who, step.slot))
@@ -298,7 +303,7 @@ class OutboxRun:
         try:
             stop(process.pid)
             if step.who == "relay":
-                self.history.relays_disturbed += 1
+                self._disturb()
                 try:
                     self._run_out([process.pid], wait_s=1)
                 except Exception as error:  # it may hang in a transaction
@@ -334,7 +339,7 @@ class OutboxRun:
         arguments = (self._place, self.names.orders, self._table, str(told), first, step)
         process: Any = processes.SERVER.Process(target=target, args=arguments)
         process.start()
-        process.join(step.kill_after_s if step.kill_after_s is not None else self.patience_s)
+        self._join(process, step.kill_after_s if step.kill_after_s is not None else self.patience_s)
         if process.exitcode is None:
             if step.kill_after_s is None:
                 self.history.findings.append(f"hangs: {step}")
@@ -356,12 +361,20 @@ class OutboxRun:
             process.kill()
         elif process.exitcode is None:
             process.terminate()
-        process.join(self.patience_s)
+        self._join(process, self.patience_s)
         if process.exitcode is None:
             self.history.findings.append(f"{who} {slot} does not end")
             process.kill()
             process.join()
         self._bury()
+
+    def _join(self, process: Any, seconds: float) -> None:
+        """Waits for its end, and buries others that end: long before their leases do, so that nobody has sent again
+        what is noted then."""
+        end = time.monotonic() + seconds
+        while process.exitcode is None and (left := end - time.monotonic()) > 0:
+            process.join(min(left, 1.0))
+            self._bury()
 
     def _bury(self) -> None:
         for (who, slot), process in list(self._running.items()):
@@ -373,6 +386,7 @@ class OutboxRun:
             elif process.exitcode == -signal.SIGKILL:
                 self.history.relay_kills += 1
                 self._dead.append(process.pid)
+                self._disturb()
             elif process.exitcode not in (0, -signal.SIGTERM):  # the latter before it began
                 self.history.findings.append(f"exit status {process.exitcode} of {who} {slot}")
 

@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.faults.checker import check_outbox
-from tests.faults.history import OutboxHistory
 from tests.faults.outbox_plan import (
     BROKERS_DECIDE,
     STEPS_OF_ADD,
@@ -78,57 +76,3 @@ def test_each_step_is_killed_and_a_seed_makes_the_same_plan_each_time() -> None:
     assert kinds == {*STEPS_OF_ADD, *STEPS_OF_SEND, *STEPS_OF_RELAY}
     for seed in SEEDS:
         assert str(make_outbox_plan(seed, "sqlite")) == str(make_outbox_plan(seed, "sqlite"))
-
-
-def history(**values: object) -> OutboxHistory:
-    log = [("a", 1), ("a", 2), ("b", 3)]
-    return OutboxHistory(**{"in_flight": 10, "committed": {1, 2, 3}, "told": {1, 2}, "log": log, **values})  # type: ignore[arg-type]
-
-
-DOUBLED: dict[str, object] = {"log": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)], "relay_kills": 1}
-
-
-@pytest.mark.parametrize(
-    ("values", "violated"),
-    [
-        ({}, []),
-        ({"committed": {1, 2, 3, 4}}, ["I1"]),
-        ({"told": {1, 4}, "possible": {4}}, ["I1"]),
-        ({"told": {1, 4}, "committed": {1, 2, 3}, "log": [("a", 1), ("a", 2), ("b", 3), ("b", 4)]}, ["settled"]),
-        ({"committed": {1, 2}}, ["stranger"]),
-        ({"committed": {1, 2}, "possible": {3}}, []),
-        ({"log": [("a", 2), ("a", 1), ("b", 3)]}, ["I4"]),
-        ({"log": [("a", 1), ("a", 2), ("a", 1), ("b", 3)]}, ["I6"]),
-        ({"log": [("a", 1), ("a", 2), ("a", 1), ("b", 3)], "relay_kills": 1}, []),
-        ({"log": [("a", 1), ("a", 2), ("b", 3), *[("b", 3)] * 11], "relay_kills": 1}, ["I6"]),
-        ({"findings": ["hangs"]}, ["runner"]),
-        ({"effects": [1, 3, 2]}, []),
-        ({"effects": [1, 2]}, ["I1"]),
-        ({"effects": [1, 2, 3, 1]}, ["I6", "I4"]),
-        ({"effects": [2, 1, 3]}, ["I4"]),
-        ({"effects": [2, 1, 3], "late": {1}}, []),
-        ({"effects": [1, 2, 3, 4]}, ["stranger"]),
-        ({"effects": [1, 2], "poison": {3}, "dead": {3}}, []),
-        ({"effects": [1, 2], "poison": {3}}, ["I1"]),
-        ({"effects": [1, 2, 3], "poison": {3}, "dead": {3}}, ["stranger"]),
-        ({"effects": [1, 2], "dead": {3}}, ["I1", "stranger"]),
-        ({"outputs": [("b", 3), ("a", 1), ("a", 2)]}, []),
-        ({"outputs": [("b", 3), ("a", 1)]}, ["I1"]),
-        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("a", 2)]}, ["I6"]),
-        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("b", 4)]}, ["stranger"]),
-        ({"outputs": [("a", 2), ("a", 1), ("b", 3)]}, ["I4"]),
-        ({"outputs": [("a", 2), ("a", 1), ("b", 3)], "late": {1}}, []),
-        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3)]}, []),
-        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}}, ["I1"]),
-        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3), ("b", 3)]}, ["I6"]),
-        ({"outputs": [("a", 1), ("a", 2), ("b", 3)], "letters": [("b", 3)]}, ["stranger"]),
-        (
-            {**DOUBLED, "outputs": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)]},
-            [],  # a copy is a record
-        ),
-        ({**DOUBLED, "outputs": [("a", 1), ("a", 1), ("a", 2), ("a", 2), ("b", 3)]}, ["I4"]),
-        ({**DOUBLED, "outputs": [("a", 1), ("a", 2), ("b", 3)]}, ["I1"]),
-    ],
-)
-def test_the_checker_finds_what_is_wrong(values: dict[str, object], violated: list[str]) -> None:
-    assert [violation.invariant for violation in check_outbox(history(**values))] == violated
