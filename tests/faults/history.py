@@ -166,6 +166,10 @@ def seen(history: History) -> Counter[str]:
     return +counts
 
 
+#: What `seen` counts of an outbox's `met` begins with.
+MET = "met: "
+
+
 @dataclass
 class OutboxHistory:
     """What happened to an outbox: numbers, which of a key grow in the order of their transactions."""
@@ -177,6 +181,8 @@ class OutboxHistory:
     possible: set[int] = field(default_factory=set)
     #: Key and number of each record, those of a partition in their order.
     log: list[tuple[str, int]] = field(default_factory=list)
+    #: How often a process was killed at a step of its own, by the step's name, and each kind of fault has happened.
+    met: Counter[str] = field(default_factory=Counter)
     application_kills: int = 0
     relay_kills: int = 0
     #: Of a number: at how many disturbances its row was still in the hot table or in `later`, so that a relay may have

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import kbatch
@@ -52,11 +53,30 @@ class Names(NamedTuple):
         return f"{self.group}.retry.{delay:g}"
 
 
+class Notes(NamedTuple):
+    """Lines that processes leave in files, which outlive them."""
+
+    folder: str
+
+    def add(self, name: str, text: str) -> None:
+        with open(Path(self.folder, name), "ab", buffering=0) as file:  # in one piece: it may be killed
+            file.write(f"{text}\n".encode())
+
+    def read(self, name: str) -> list[str]:
+        path = Path(self.folder, name)
+        return path.read_text().splitlines() if path.exists() else []
+
+
+#: Names of notes: steps at which a process was killed; and what was unrecorded when a clock jumped, as JSON.
+KILLED, JUMPED = "killed", "jumped"
+
+
 class Steps:
     """Kills this process when it comes to a step for the nth time."""
 
-    def __init__(self, kill: tuple[str, int] | None) -> None:
+    def __init__(self, kill: tuple[str, int] | None, notes: Notes) -> None:
         self._step, self._left = kill or ("", 0)
+        self._notes = notes
         self._lock = threading.Lock()
 
     def __call__(self, step: str) -> None:
@@ -65,6 +85,7 @@ class Steps:
         with self._lock:
             self._left -= 1
             if self._left == 0:
+                self._notes.add(KILLED, step)
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -75,23 +96,29 @@ def opened(place: dict[str, Any]) -> outboxes.Outbox:
 
 def _envelope(number: int, of: Application) -> kbatch.Envelope:
     moment = datetime.now(timezone.utc) + timedelta(milliseconds=20 + number % 3) if of.scheduled else None
-    key = f"scheduled {number}" if of.scheduled else f"lane {of.lane}, {number % 3}"  # what is scheduled has no order
+    # What is scheduled has no order.
+    key = f"scheduled {number}" if of.scheduled else f"lane {of.lane}, {number % of.keys}"
     return kbatch.Envelope(data=b"%d" % number, key=key, scheduled_time=moment)
 
 
 class _Told:
     """Numbers that were committed as this process knows it; they outlive it."""
 
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def __init__(self, notes: Notes, first: int) -> None:
+        self._file = os.open(Path(notes.folder, told(first)), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def __call__(self, numbers: Sequence[int]) -> None:
         os.write(self._file, b"".join(b"%d\n" % number for number in numbers))
 
 
-def add(place: dict[str, Any], topic: str, table: str, told: str, first: int, application: Application) -> None:
+def told(first: int) -> str:
+    """The name of the notes of an application whose numbers begin with this one."""
+    return f"told {first}"
+
+
+def add(place: dict[str, Any], topic: str, table: str, notes: Notes, first: int, application: Application) -> None:
     """Data and messages in each transaction."""
-    outbox, step, tell = opened(place), Steps(application.kill), _Told(told)
+    outbox, step, tell = opened(place), Steps(application.kill, notes), _Told(notes, first)
     is_postgres = "path" not in place
     with outboxes.connected(outbox) as connection:
         for index, size in enumerate(application.sizes):
@@ -125,14 +152,6 @@ def _away(outbox: outboxes.Outbox) -> type[Exception]:
     return psycopg.Error
 
 
-def noted(path: str) -> list[list[int]]:
-    """What relays whose clock jumped have noted, of each jump."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as lines:
-        return [json.loads(line) for line in lines]
-
-
 class _Writer:
     def __init__(self, writer: Any, step: Steps) -> None:
         self._writer, self._step = writer, step
@@ -153,10 +172,10 @@ class _Writer:
         self._writer.close()
 
 
-def send(place: dict[str, Any], topic: str, table: str, told: str, first: int, application: Application) -> None:
+def send(place: dict[str, Any], topic: str, table: str, notes: Notes, first: int, application: Application) -> None:
     """Threads send through a durable sender, each the numbers of a key."""
     outbox: Any = opened(place)
-    step, tell = Steps(application.kill), _Told(told)
+    step, tell = Steps(application.kill, notes), _Told(notes, first)
     open_writer = outbox.open_writer
 
     def watched() -> _Writer:
@@ -265,23 +284,17 @@ def _jump(seconds: int, note: Callable[[], bool] = lambda: True) -> None:
     Failing.__init__.__defaults__ = (monotonic, jumping)
 
 
-def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], plan: Relay, notes: str) -> None:
-    """Sends until SIGTERM.
-
-    Args:
-        notes: A file, for the numbers that are unrecorded when its clock jumps: a lease ends by each of two clocks, and
-            when one jumps, what is in flight is given up.
-    """
+def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], notes: Notes, plan: Relay) -> None:
+    """Sends until SIGTERM. When its clock jumps, what is in flight is given up, since a lease ends by each of two."""
     plain = opened(place)
-    outbox = _Outbox(plain, Steps(plan.kill))
+    outbox = _Outbox(plain, Steps(plan.kill, notes))
 
     def note() -> bool:
         try:
-            line = json.dumps(unrecorded(plain)) + "\n"
+            left = unrecorded(plain)
         except _away(plain):
             return False
-        with open(notes, "a") as file:
-            file.write(line)
+        notes.add(JUMPED, json.dumps(left))
         return True
 
     _jump(plan.clock_s, note)
@@ -391,6 +404,7 @@ def listen(
     names: Names,
     retry_topics: list[float],
     handling: Handling,
+    notes: Notes,
     plan: Listen,
 ) -> None:
     """Handles until SIGTERM.
@@ -400,7 +414,7 @@ def listen(
     """
     _jump(plan.clock_s)
     logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # of what fails on purpose
-    step = Steps(plan.kill)
+    step = Steps(plan.kill, notes)
     options: dict[str, Any] = {
         "concurrency": plan.concurrency,
         "batch_size": plan.batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import sqlite3
@@ -24,10 +25,16 @@ from kbatch.testing import MockCluster
 from tests import inboxes, outboxes
 from tests.faults import outbox_processes as processes
 from tests.faults.checker import Violation, check_outbox
-from tests.faults.history import OutboxHistory
+from tests.faults.history import MET, OutboxHistory
 from tests.faults.outbox_plan import (
     BROKERS_DECIDE,
+    FIRST,
+    JUMPED,
+    KILLED,
+    SENT,
+    SHARED,
     Application,
+    Await,
     Brokers,
     Crashed,
     End,
@@ -41,7 +48,7 @@ from tests.faults.outbox_plan import (
     RunOut,
     Severed,
 )
-from tests.faults.outbox_processes import Names
+from tests.faults.outbox_processes import Names, Notes
 from tests.mock.clients import read_back, read_committed
 from tests.postgres import Server
 from tests.waiting import stop
@@ -107,12 +114,12 @@ class OutboxRun:
             }
         self._place = {**outboxes.where(outbox), "wire": _wire(plan)}
         self._effects = ""
-        self._notes = ""
+        self._notes = Notes("")
         self._are_brokers_away = False
         self._retry_topics = [_RETRY_S] if plan.handling is not None and plan.handling.late else []
 
     def run(self, folder: Path) -> OutboxHistory:
-        self._notes = str(folder / "disturbed")
+        self._notes = Notes(str(folder))
         outboxes.run(self.outbox, f"CREATE TABLE {self._table} (n INTEGER PRIMARY KEY)")
         self.create_topics()
         if self.plan.assignment == BROKERS_DECIDE:
@@ -121,7 +128,7 @@ class OutboxRun:
             self._effects = inboxes.effects(self.inbox)
         try:
             for _, step in self.plan.taken:
-                self._take(step, folder)
+                self._take(step)
         finally:
             if self._are_brokers_away:
                 self._disturb()
@@ -133,8 +140,7 @@ class OutboxRun:
             finally:
                 for who, slot in list(self._running):
                     self._end(who, slot, is_killed=False)
-        for jump in processes.noted(self._notes):
-            self.history.unrecorded.update(jump)
+        self._read_notes()
         self.history.committed.update(n for (n,) in outboxes.rows(self.outbox, f"SELECT n FROM {self._table}"))
         self.history.log = self._numbered(self.names.orders)
         if self.plan.handling is not None:
@@ -240,19 +246,25 @@ class OutboxRun:
         history.letters = self._numbered(self.names.dead)
         history.dead = {number for _, number in history.letters}
         if self.plan.transactional:
-            history.outputs = self._numbered(self.names.invoices)
+            history.outputs = self._outputs()
         else:
-            history.effects = inboxes.numbers(self.inbox, self._effects)
+            history.effects = self._outputs()
         numbers = {number for _, number in history.log}
         history.poison = {number for number in numbers if handling.is_poison(number)}
         history.late = {number for number in numbers if handling.is_late(number)}
 
-    def _take(self, step: Any, folder: Path) -> None:
+    def _read_notes(self) -> None:
+        for jump in self._notes.read(processes.JUMPED):
+            self.history.met["clock"] += 1
+            self.history.unrecorded.update(json.loads(jump))
+        self.history.met.update(self._notes.read(processes.KILLED))
+
+    def _take(self, step: Any) -> None:
         self._bury()
         if isinstance(step, Application):
-            self._run_application(step, folder)
+            self._run_application(step)
         elif isinstance(step, Relay):
-            arguments = (self._place, self._of_relay, self._options, step, self._notes)
+            arguments = (self._place, self._of_relay, self._options, self._notes, step)
             self._begin("relay", step.slot, processes.relay, arguments)
         elif isinstance(step, Listen):
             self._begin("listener", step.slot, processes.listen, self._of_listener(step))
@@ -260,23 +272,28 @@ class OutboxRun:
             self._end(step.who, step.slot, step.is_killed)
         elif isinstance(step, Hang):
             self._hang(step)
+        elif isinstance(step, Await):
+            self._await(step)
         elif isinstance(step, Pass):
             time.sleep(step.ms / 1000)
         elif isinstance(step, Brokers):
             self._disturb()
             self.set_brokers(step)
             self._are_brokers_away = not step.are_up
+            if not step.are_up:
+                self.history.met.update(filter(None, ("brokers", step.how)))
         elif isinstance(step, Locked):
             self._lock(step.ms / 1000)
         elif isinstance(step, Severed):
             self._disturb()
-            outboxes.rows(self.place, _SEVER)
+            self.history.met["severed"] += bool(outboxes.rows(self.place, _SEVER))
         elif isinstance(step, Crashed):
             self._disturb()
             assert self._server is not None
             self._server.crash()
             time.sleep(step.ms / 1000)
             self._server.start()
+            self.history.met["crashed"] += 1
         elif isinstance(step, RunOut):
             self._run_out()
         elif isinstance(step, RoundTrip):
@@ -285,7 +302,10 @@ class OutboxRun:
     def _of_listener(self, step: Listen) -> tuple[Any, ...]:
         config = {**self.listener_config(), "fetch.wait.max.ms": 20}
         where = None if self.inbox is None else inboxes.where(self.inbox)
-        return where, self._effects, config, self.names, self._retry_topics, self.plan.handling, step
+        return (
+            *(where, self._effects, config, self.names, self._retry_topics, self.plan.handling),
+            *(self._notes, step),
+        )
 
     def _begin(self, who: str, slot: int, target: Any, arguments: tuple[Any, ...]) -> None:
         if (who, slot) not in self._running:
@@ -302,6 +322,7 @@ class OutboxRun:
             return
         try:
             stop(process.pid)
+            self.history.met[f"hang {step.who}"] += 1
             if step.who == "relay":
                 self._disturb()
                 try:
@@ -328,15 +349,41 @@ class OutboxRun:
                     connection.execute("BEGIN")
                     name = each._tables.names["outbox" if each is self.outbox else "inbox"]
                     connection.execute(f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE")
+            self.history.met["locked"] += 1
             time.sleep(seconds)
 
-    def _run_application(self, step: Application, folder: Path) -> None:
+    def _await(self, step: Await) -> None:
+        """Until it is so. In a plan that was made shorter, it may never be."""
+        end = time.monotonic() + self.patience_s
+        while not self._is_so(step) and time.monotonic() < end:
+            time.sleep(0.03)
+            self._bury()
+
+    def _is_so(self, step: Await) -> bool:
+        count = sum(who == step.who for who, _ in self._running)
+        is_killed = (step.who, FIRST) not in self._running
+        if step.what == KILLED or not count:
+            return is_killed
+        if step.what == SHARED:
+            return is_killed or outboxes.query(self.outbox, "SELECT count(DISTINCT owner) FROM {lease}") == [(count,)]
+        if step.what == SENT:
+            return not processes.unrecorded(self.outbox)
+        if step.what == JUMPED:
+            return bool(self._notes.read(processes.JUMPED))
+        return bool(self._outputs())
+
+    def _outputs(self) -> list[Any]:
+        """What handlers have written, or sent in transactions."""
+        if self.plan.transactional:
+            return self._numbered(self.names.invoices)
+        return inboxes.numbers(self.inbox, self._effects)
+
+    def _run_application(self, step: Application) -> None:
         first = self._next[step.lane]
         count = sum(step.sizes)
         self._next[step.lane] += count
-        told = folder / f"told-{first}"
         target = processes.add if step.way == "add" else processes.send
-        arguments = (self._place, self.names.orders, self._table, str(told), first, step)
+        arguments = (self._place, self.names.orders, self._table, self._notes, first, step)
         process: Any = processes.SERVER.Process(target=target, args=arguments)
         process.start()
         self._join(process, step.kill_after_s if step.kill_after_s is not None else self.patience_s)
@@ -348,8 +395,7 @@ class OutboxRun:
         if process.exitcode not in (0, -signal.SIGKILL):
             self.history.findings.append(f"exit status {process.exitcode} of {step}")
         self.history.application_kills += process.exitcode == -signal.SIGKILL
-        numbers = [int(line) for line in told.read_text().split()] if told.exists() else []
-        self.history.told.update(numbers)
+        self.history.told.update(map(int, self._notes.read(processes.told(first))))
         if step.way == "send":  # what was not told may be committed
             self.history.possible.update(range(first, first + count))
 
@@ -459,6 +505,7 @@ def run_outbox_plan(
             "stored twice": len(history.log) - len({number for _, number in history.log}),
             "effects": len(history.effects or history.outputs or ()),
             "dead letters": len(history.dead),
+            **{f"{MET}{name}": count for name, count in history.met.items()},
         }
     )
     return check_outbox(history), +seen
