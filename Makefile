@@ -118,7 +118,7 @@ soak-kafka: build $(STAMPS)/test-group ## Run 100 seeded fault plans on real bro
 	$(BIN)/python -m tests.faults.soak --kafka $(ARGS)
 
 .PHONY: nightly
-nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 96 seeds; 5,500 plans of outboxes and inboxes
+nightly: build $(STAMPS)/test-group ## The tests on Kafka with more of what takes long: five rolling restarts, 96 seeds; 3,000 plans of relays that are killed, 2,500 whole histories
 	KBATCH_NIGHTLY=1 $(BIN)/python -m pytest tests/kafka tests/mock/test_relay_database_faults.py $(ARGS)
 	$(BIN)/python -m tests.faults.soak --outbox sqlite --seeds 0:2000
 	$(BIN)/python -m tests.faults.soak --outbox postgres --seeds 0:1000

@@ -22,10 +22,11 @@ of its key; else that holds if nothing was sent again (I4). ``max_buffered`` is 
 
 Of an outbox (`OutboxHistory`): what was committed, by the application's data or as its sender was told, is in the log
 (I1), and nothing else is (stranger). What was told is in the data (settled). The first copies of a key are in the order
-of its transactions (I4). There are no more copies than the killed relays had in flight (I6). Of a whole history every
-order has exactly one effect, in order per key: what is in the log has an effect (I1), once (I6), and nothing else has
-one (stranger); the effects of a key are in the order of its transactions, but for what came from a retry topic (I4).
-What no handler takes has no effect, and is in the dead letter topic (I1), where nothing else is (stranger).
+of its transactions (I4). A number is in the log once, and once more for each disturbance at which its row was not
+recorded yet (I6): what was acknowledged and deleted is not sent again. Of a whole history every order has exactly one
+effect, in order per key: what is in the log has an effect (I1), once (I6), and nothing else has one (stranger); the
+effects of a key are in the order of its transactions, but for what came from a retry topic (I4). What no handler takes
+has no effect, and is in the dead letter topic (I1), where nothing else is (stranger).
 Listeners with transactions know no copies: there each record of the log, and a copy is one, has exactly one output, or
 one dead letter, and the outputs of a key are in the order of the log.
 """
@@ -116,10 +117,10 @@ def check_outbox(history: OutboxHistory) -> list[Violation]:
     for key, number in history.log:
         firsts.setdefault(number, key)
     found += _in_order([(key, number) for number, key in firsts.items()], "record")
-    copies = sum(count - 1 for count in numbers.values())
-    disturbed = history.relay_kills + history.relays_disturbed
-    if copies > disturbed * history.in_flight:
-        found.append(Violation("I6", f"{copies} copies, and {disturbed} relays were killed or disturbed"))
+    for number, count in sorted(numbers.items()):
+        if count - 1 > history.unrecorded[number]:
+            text = f"{number} is in the log {count} times, unrecorded at {history.unrecorded[number]} disturbances"
+            found.append(Violation("I6", text))
     if history.effects is not None:
         found += _effects(history, history.effects, firsts)
     if history.outputs is not None:

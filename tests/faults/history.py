@@ -166,12 +166,14 @@ def seen(history: History) -> Counter[str]:
     return +counts
 
 
+#: What `seen` counts of an outbox's `met` begins with.
+MET = "met: "
+
+
 @dataclass
 class OutboxHistory:
     """What happened to an outbox: numbers, which of a key grow in the order of their transactions."""
 
-    #: How many records a relay has in flight at most.
-    in_flight: int
     #: By the application's own data, and as it was told.
     committed: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
@@ -179,10 +181,13 @@ class OutboxHistory:
     possible: set[int] = field(default_factory=set)
     #: Key and number of each record, those of a partition in their order.
     log: list[tuple[str, int]] = field(default_factory=list)
+    #: How often a process was killed at a step of its own, by the step's name, and each kind of fault has happened.
+    met: Counter[str] = field(default_factory=Counter)
     application_kills: int = 0
     relay_kills: int = 0
-    #: How often a relay may have sent again what it had in flight, for an outage or since it hung.
-    relays_disturbed: int = 0
+    #: Of a number: at how many disturbances its row was still in the hot table or in `later`, so that a relay may have
+    #: had it in flight, and it is sent again. One is a relay that was killed or hung, an outage, a clock that jumped.
+    unrecorded: Counter[int] = field(default_factory=Counter)
     listener_kills: int = 0
     #: Of a whole history: the number of each effect, in the order in which handlers wrote them; else None.
     effects: list[int] | None = None

@@ -44,6 +44,8 @@ STEPS_OF_TRANSACTIONAL = tuple(
     )
     for when in ("before", "after")
 )
+#: Nothing that a plan can do makes brokers refuse offsets or records of a transaction: these steps come by chance.
+BY_CHANCE = ("before abort_transaction", "after abort_transaction")
 #: A process comes there once, or a few times.
 ONCE = frozenset(
     (
@@ -53,6 +55,17 @@ ONCE = frozenset(
 )
 #: How a real broker is away.
 OUTAGES = ("refuses", "does not answer", "stands still", "is killed")
+#: Of whole histories each of these has its turn; a PostgreSQL has some of its own as well.
+FAULTS = ("hang relay", "hang listener", "brokers", "locked")
+FAULTS_OF_POSTGRES = ("severed", "crashed", "clock")
+#: Slots of the processes that a plan begins with, and of nobody else.
+FIRST, OTHER, THIRD = SLOTS, SLOTS + 1, SLOTS + 2
+#: What a plan may wait for.
+KILLED = f"the {{}} {FIRST} is killed"
+SHARED = f"each {{}} has buckets, or the {{}} {FIRST} is killed"
+SENT = "a {} has sent all"
+HANDLED = "a {} has handled something"
+JUMPED = "the clock of a {} has jumped"
 
 
 class Kill(NamedTuple):
@@ -76,6 +89,8 @@ class Application(NamedTuple):
     kill: Kill | None
     #: Seconds after which it is killed wherever it is.
     kill_after_s: float | None
+    #: How many keys its messages have.
+    keys: int = 3
 
     def __str__(self) -> str:
         of = f"{len(self.sizes)} transactions of {', '.join(map(str, self.sizes))} by {self.way}"
@@ -140,6 +155,16 @@ class Hang(NamedTuple):
         return f"{self.who} {self.slot} hangs, loses what it holds, and goes on"
 
 
+class Await(NamedTuple):
+    """Until something is so: one of those above."""
+
+    what: str
+    who: str = "relay"  # "listener"
+
+    def __str__(self) -> str:
+        return f"until {self.what.replace('{}', self.who)}"
+
+
 class Pass(NamedTuple):
     """Time passes."""
 
@@ -202,7 +227,9 @@ class RoundTrip(NamedTuple):
         return f"brokers take {self.ms} ms"
 
 
-Step = Application | Relay | Listen | End | Hang | Pass | Brokers | Locked | Severed | Crashed | RunOut | RoundTrip
+Step = (
+    Application | Relay | Listen | End | Hang | Await | Pass | Brokers | Locked | Severed | Crashed | RunOut | RoundTrip
+)
 
 
 def _jumping(seconds: int) -> str:
@@ -240,6 +267,10 @@ class OutboxPlan:
     batch_size: int
     strict_order: bool
     kinds: tuple[str, ...]
+    #: The steps at which a process is killed, and the faults, of which its first steps see to it that they happen.
+    promised: tuple[str, ...]
+    #: How many steps these are.
+    first: int
     steps: tuple[Step, ...]
     #: Whether each batch of a relay is a transaction of Kafka.
     fenced: bool
@@ -260,6 +291,10 @@ class OutboxPlan:
 
     def only(self, keep: tuple[int, ...]) -> "OutboxPlan":
         return replace(self, keep=keep)
+
+    def beginning(self) -> "OutboxPlan":
+        """Without what comes by chance."""
+        return self.only(tuple(range(self.first)))
 
     @property
     def crashes(self) -> bool:
@@ -287,6 +322,37 @@ class OutboxPlan:
 
 
 def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
+    plan = _later_steps(seed, database)
+    named, first = plan.promised
+    others = [Relay(OTHER, None), Relay(THIRD, None, is_aio=seed % 2 == 0)]
+    end = [End(slot, is_killed=seed % 2 == 0) for slot in (OTHER, THIRD)]
+    return _begun_with(plan, [_killed_application(seed, named), *_killed_relay(seed, first, *others), *end])
+
+
+def _begun_with(plan: OutboxPlan, first: list[Step]) -> OutboxPlan:
+    steps = (*first, *plan.steps)
+    kinds = tuple(sorted({*plan.kinds, *plan.promised}))
+    return replace(plan, steps=steps, first=len(first), kinds=kinds, keep=tuple(range(len(steps))))
+
+
+def _killed_application(seed: int, step: str) -> Application:
+    return _plain(seed, (2, 7))._replace(way=("add", "send")[seed % 2], kill=Kill(step, 1))
+
+
+def _killed_relay(seed: int, step: str, *others: Relay) -> list[Step]:
+    """One that is killed at this step, alone or beside others, when there are rows for each of them."""
+    begun: list[Step] = [Relay(FIRST, Kill(step, 1), is_aio=seed % 3 == 1), *others, Await(SHARED)]
+    rows = _plain(seed, (1, 7, 40))._replace(scheduled="scheduled" in step, keys=48)
+    end: list[Step] = [Await(SENT), End(FIRST, False)] if "leave" in step else [Await(KILLED)]
+    return [*begun, rows, *end, RunOut()]
+
+
+def _plain(seed: int, sizes: tuple[int, ...]) -> Application:
+    return Application(seed % LANES, "add", sizes, frozenset(), scheduled=False, kill=None, kill_after_s=None)
+
+
+def _later_steps(seed: int, database: str) -> OutboxPlan:
+    """An outbox's plan but for the steps that it begins with."""
     rng = random.Random(seed)
     relays = rng.choice((1, 2, 3, 3))
     # Each step of a relay, and of an application, has its turn as the first that is killed.
@@ -319,6 +385,8 @@ def make_outbox_plan(seed: int, database: str) -> OutboxPlan:
         batch_size=rng.choice((5, 50, 50)),
         strict_order=rng.random() < 0.15,
         kinds=tuple(sorted(kills)),
+        promised=(named, first),
+        first=0,
         steps=tuple(steps),
         fenced=rng.random() < 0.2,
         handling=None,
@@ -337,7 +405,7 @@ def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxP
 
     On Kafka listeners have transactions in each second plan; the mock cluster commits no offsets in them.
     """
-    plan = make_outbox_plan(seed, database)
+    plan = _later_steps(seed, database)
     rng = random.Random(f"whole {seed}")
     steps = list(plan.steps)
     is_transactional = kafka and seed % 2 == 0
@@ -375,19 +443,59 @@ def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxP
     elif rng.random() < 0.25:
         assignment = BROKERS_DECIDE
     others.add(assignment)
-    return replace(
+    faults = [FAULTS[seed // 2 % 4 if kafka else seed % 4]]
+    faults += [FAULTS_OF_POSTGRES[seed // 3 % 3]] if database == "postgres" else []
+    how = OUTAGES[seed // 8 % 4] if kafka else ""
+    faults += [how] if kafka and "brokers" in faults else []
+    plan = replace(
         plan,
         kinds=tuple(sorted(kills | others)),
+        promised=(*plan.promised, *([] if first in BY_CHANCE else [first]), *faults),
         steps=tuple(steps),
         # The mock cluster's end of a partition is behind a transaction's marker, which is never committed: nobody could
         # tell when all is done.
         fenced=kafka and plan.fenced,
         handling=handling,
         assignment=assignment,
-        keep=tuple(range(len(steps))),
         kafka=kafka,
         transactional=is_transactional,
+        # Else a second listener may get no partition of the first one's.
+        partitions=3 if "take_away" in first else plan.partitions,
     )
+    return _begun_with(plan, _first_of_whole(plan, seed, first, faults, how))
+
+
+def _first_of_whole(plan: OutboxPlan, seed: int, of_listener: str, faults: Sequence[str], how: str) -> list[Step]:
+    """The promised kills of an application, a relay and a listener, one after the other, and the faults."""
+    named, of_relay, *_ = plan.promised
+    rng = random.Random(f"first {seed}")
+    other = _listen(rng, OTHER, None)._replace(is_aio=rng.random() < 0.3)
+    is_killed = rng.random() < 0.5
+    steps: list[Step] = [
+        _listen(rng, FIRST, Kill(of_listener, 1))._replace(is_aio=rng.random() < 0.3),
+        _killed_application(seed, named),
+        *_killed_relay(seed, of_relay),
+        Relay(FIRST, None, clock_s=3_600 if "clock" in faults else 0, is_aio=rng.random() < 0.3),
+    ]
+    if "take_away" in of_listener:
+        steps.append(other)
+    if "finish" in of_listener or "commit_and_wait" in of_listener:  # at its end
+        steps += [Await(HANDLED, "listener"), End(FIRST, False, "listener")]
+    if of_listener not in BY_CHANCE:
+        steps.append(Await(KILLED, "listener"))
+    steps += [Await(SENT), other, _plain(seed, (1, 7))]
+    of_faults: dict[str, list[Step]] = {
+        "hang relay": [Hang(FIRST, "relay")],
+        "hang listener": [Hang(OTHER, "listener")],
+        "brokers": [Brokers(False, how), Pass(50), Brokers(True)],
+        "locked": [Locked(50)],
+        "severed": [Severed()],
+        "crashed": [Crashed(0)],
+        "clock": [Await(JUMPED)],
+    }
+    for fault in faults:
+        steps += of_faults.get(fault, [])
+    return [*steps, End(FIRST, is_killed), *(End(slot, is_killed, "listener") for slot in (FIRST, OTHER))]
 
 
 def _on_kafka(rng: random.Random, step: Step) -> Step:

@@ -4,6 +4,7 @@ A server that has imported this module forks them: a process that imports kbatch
 """
 
 import asyncio
+import json
 import logging
 import multiprocessing
 import os
@@ -14,13 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import kbatch
 import kbatch.aio
 from kbatch import _transactions
 from kbatch._database import _tables
-from kbatch._fastmap import monotonic, wall_time
+from kbatch._fastmap import monotonic, unpack_record, wall_time
 from kbatch._inbox._session import InboxSession
 from kbatch._outbox import _relay
 from kbatch._receiving import _reading, _transacting
@@ -51,11 +53,30 @@ class Names(NamedTuple):
         return f"{self.group}.retry.{delay:g}"
 
 
+class Notes(NamedTuple):
+    """Lines that processes leave in files, which outlive them."""
+
+    folder: str
+
+    def add(self, name: str, text: str) -> None:
+        with open(Path(self.folder, name), "ab", buffering=0) as file:  # in one piece: it may be killed
+            file.write(f"{text}\n".encode())
+
+    def read(self, name: str) -> list[str]:
+        path = Path(self.folder, name)
+        return path.read_text().splitlines() if path.exists() else []
+
+
+#: Names of notes: steps at which a process was killed; and what was unrecorded when a clock jumped, as JSON.
+KILLED, JUMPED = "killed", "jumped"
+
+
 class Steps:
     """Kills this process when it comes to a step for the nth time."""
 
-    def __init__(self, kill: tuple[str, int] | None) -> None:
+    def __init__(self, kill: tuple[str, int] | None, notes: Notes) -> None:
         self._step, self._left = kill or ("", 0)
+        self._notes = notes
         self._lock = threading.Lock()
 
     def __call__(self, step: str) -> None:
@@ -64,6 +85,7 @@ class Steps:
         with self._lock:
             self._left -= 1
             if self._left == 0:
+                self._notes.add(KILLED, step)
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -74,23 +96,29 @@ def opened(place: dict[str, Any]) -> outboxes.Outbox:
 
 def _envelope(number: int, of: Application) -> kbatch.Envelope:
     moment = datetime.now(timezone.utc) + timedelta(milliseconds=20 + number % 3) if of.scheduled else None
-    key = f"scheduled {number}" if of.scheduled else f"lane {of.lane}, {number % 3}"  # what is scheduled has no order
+    # What is scheduled has no order.
+    key = f"scheduled {number}" if of.scheduled else f"lane {of.lane}, {number % of.keys}"
     return kbatch.Envelope(data=b"%d" % number, key=key, scheduled_time=moment)
 
 
 class _Told:
     """Numbers that were committed as this process knows it; they outlive it."""
 
-    def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    def __init__(self, notes: Notes, first: int) -> None:
+        self._file = os.open(Path(notes.folder, told(first)), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def __call__(self, numbers: Sequence[int]) -> None:
         os.write(self._file, b"".join(b"%d\n" % number for number in numbers))
 
 
-def add(place: dict[str, Any], topic: str, table: str, told: str, first: int, application: Application) -> None:
+def told(first: int) -> str:
+    """The name of the notes of an application whose numbers begin with this one."""
+    return f"told {first}"
+
+
+def add(place: dict[str, Any], topic: str, table: str, notes: Notes, first: int, application: Application) -> None:
     """Data and messages in each transaction."""
-    outbox, step, tell = opened(place), Steps(application.kill), _Told(told)
+    outbox, step, tell = opened(place), Steps(application.kill, notes), _Told(notes, first)
     is_postgres = "path" not in place
     with outboxes.connected(outbox) as connection:
         for index, size in enumerate(application.sizes):
@@ -108,6 +136,20 @@ def add(place: dict[str, Any], topic: str, table: str, told: str, first: int, ap
             if index not in application.rolled_back:
                 step("committed")
                 tell(numbers)
+
+
+def unrecorded(outbox: outboxes.Outbox) -> list[int]:
+    """The numbers whose rows wait to be sent, or are in flight, or were sent and that is not written yet."""
+    statement = "SELECT packed FROM {outbox} UNION ALL SELECT packed FROM {later}"
+    return [int(unpack_record(packed)[4] or b"") for (packed,) in outboxes.query(outbox, statement)]
+
+
+def _away(outbox: outboxes.Outbox) -> type[Exception]:
+    if isinstance(outbox, kbatch.SqliteOutbox):
+        return sqlite3.Error
+    import psycopg
+
+    return psycopg.Error
 
 
 class _Writer:
@@ -130,10 +172,10 @@ class _Writer:
         self._writer.close()
 
 
-def send(place: dict[str, Any], topic: str, table: str, told: str, first: int, application: Application) -> None:
+def send(place: dict[str, Any], topic: str, table: str, notes: Notes, first: int, application: Application) -> None:
     """Threads send through a durable sender, each the numbers of a key."""
     outbox: Any = opened(place)
-    step, tell = Steps(application.kill), _Told(told)
+    step, tell = Steps(application.kill, notes), _Told(notes, first)
     open_writer = outbox.open_writer
 
     def watched() -> _Writer:
@@ -218,23 +260,44 @@ _JUMP_EVERY_S = 0.2
 _PAUSE_S = 0.05  # the database was away at the start of a relay: whoever watches relays begins another
 
 
-def _jump(seconds: int) -> None:
-    """Has the wall clock of this process jump by so much, and back, over and over."""
+def _jump(seconds: int, note: Callable[[], bool] = lambda: True) -> None:
+    """Has the wall clock of this process jump by so much, and back, over and over.
+
+    Args:
+        note: Called before each jump, by who looks at the clock. If it returns False, the clock does not jump yet.
+    """
     if not seconds:
         return
+    turn = monotonic() // _JUMP_EVERY_S
+    lock = threading.Lock()
 
     def jumping() -> float:
-        return wall_time() + (seconds if monotonic() // _JUMP_EVERY_S % 2 else 0)
+        nonlocal turn
+        now = monotonic() // _JUMP_EVERY_S
+        with lock:
+            if now % 2 != turn % 2 and note():
+                turn = now
+            return wall_time() + (seconds if turn % 2 else 0)
 
     for module in (_tables, _relay, _reading):
         vars(module)["wall_time"] = jumping
     Failing.__init__.__defaults__ = (monotonic, jumping)
 
 
-def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], plan: Relay) -> None:
-    """Sends until SIGTERM."""
-    _jump(plan.clock_s)
-    outbox = _Outbox(opened(place), Steps(plan.kill))
+def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], notes: Notes, plan: Relay) -> None:
+    """Sends until SIGTERM. When its clock jumps, what is in flight is given up, since a lease ends by each of two."""
+    plain = opened(place)
+    outbox = _Outbox(plain, Steps(plan.kill, notes))
+
+    def note() -> bool:
+        try:
+            left = unrecorded(plain)
+        except _away(plain):
+            return False
+        notes.add(JUMPED, json.dumps(left))
+        return True
+
+    _jump(plan.clock_s, note)
     if plan.is_aio:
         asyncio.run(_relay_on_loop(outbox, config, options))
         return
@@ -341,6 +404,7 @@ def listen(
     names: Names,
     retry_topics: list[float],
     handling: Handling,
+    notes: Notes,
     plan: Listen,
 ) -> None:
     """Handles until SIGTERM.
@@ -350,7 +414,7 @@ def listen(
     """
     _jump(plan.clock_s)
     logging.getLogger("kbatch").setLevel(logging.CRITICAL)  # of what fails on purpose
-    step = Steps(plan.kill)
+    step = Steps(plan.kill, notes)
     options: dict[str, Any] = {
         "concurrency": plan.concurrency,
         "batch_size": plan.batch_size,

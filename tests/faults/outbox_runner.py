@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 import sqlite3
@@ -24,10 +25,16 @@ from kbatch.testing import MockCluster
 from tests import inboxes, outboxes
 from tests.faults import outbox_processes as processes
 from tests.faults.checker import Violation, check_outbox
-from tests.faults.history import OutboxHistory
+from tests.faults.history import MET, OutboxHistory
 from tests.faults.outbox_plan import (
     BROKERS_DECIDE,
+    FIRST,
+    JUMPED,
+    KILLED,
+    SENT,
+    SHARED,
     Application,
+    Await,
     Brokers,
     Crashed,
     End,
@@ -41,7 +48,7 @@ from tests.faults.outbox_plan import (
     RunOut,
     Severed,
 )
-from tests.faults.outbox_processes import Names
+from tests.faults.outbox_processes import Names, Notes
 from tests.mock.clients import read_back, read_committed
 from tests.postgres import Server
 from tests.waiting import stop
@@ -50,7 +57,6 @@ IN_FLIGHT_BATCHES = 2
 _LANE = 1_000_000  # numbers of each
 _RETRY_S = 0.2
 _LEASE_IS_TAKEN_S = 0.3
-_JUMPS = 200  # of a relay's clock, while a plan runs
 _LAST_SLOT = 99  # of a listener that is not killed
 _NAMES = Names()
 _LAST = Listen(_LAST_SLOT, concurrency=4, batch_size=None, max_in_flight=2_000, commit_interval_s=0.05, kill=None)
@@ -87,7 +93,7 @@ class OutboxRun:
         self.cluster, self.plan, self.place, self.outbox, self.inbox = cluster, plan, place, outbox, inbox
         self._server = server
         self.names = names
-        self.history = OutboxHistory(in_flight=plan.batch_size * IN_FLIGHT_BATCHES)
+        self.history = OutboxHistory()
         self._running: dict[tuple[str, int], Any] = {}  # "relay" or "listener", and its slot
         self._dead: list[int] = []  # relays whose leases have not run out
         self._next = [lane * _LANE for lane in range(10)]
@@ -108,9 +114,12 @@ class OutboxRun:
             }
         self._place = {**outboxes.where(outbox), "wire": _wire(plan)}
         self._effects = ""
+        self._notes = Notes("")
+        self._are_brokers_away = False
         self._retry_topics = [_RETRY_S] if plan.handling is not None and plan.handling.late else []
 
     def run(self, folder: Path) -> OutboxHistory:
+        self._notes = Notes(str(folder))
         outboxes.run(self.outbox, f"CREATE TABLE {self._table} (n INTEGER PRIMARY KEY)")
         self.create_topics()
         if self.plan.assignment == BROKERS_DECIDE:
@@ -119,8 +128,10 @@ class OutboxRun:
             self._effects = inboxes.effects(self.inbox)
         try:
             for _, step in self.plan.taken:
-                self._take(step, folder)
+                self._take(step)
         finally:
+            if self._are_brokers_away:
+                self._disturb()
             self.heal()
             try:
                 self._relay_the_rest()
@@ -129,6 +140,7 @@ class OutboxRun:
             finally:
                 for who, slot in list(self._running):
                     self._end(who, slot, is_killed=False)
+        self._read_notes()
         self.history.committed.update(n for (n,) in outboxes.rows(self.outbox, f"SELECT n FROM {self._table}"))
         self.history.log = self._numbered(self.names.orders)
         if self.plan.handling is not None:
@@ -234,21 +246,25 @@ class OutboxRun:
         history.letters = self._numbered(self.names.dead)
         history.dead = {number for _, number in history.letters}
         if self.plan.transactional:
-            history.outputs = self._numbered(self.names.invoices)
+            history.outputs = self._outputs()
         else:
-            history.effects = inboxes.numbers(self.inbox, self._effects)
+            history.effects = self._outputs()
         numbers = {number for _, number in history.log}
         history.poison = {number for number in numbers if handling.is_poison(number)}
         history.late = {number for number in numbers if handling.is_late(number)}
 
-    def _take(self, step: Any, folder: Path) -> None:
+    def _read_notes(self) -> None:
+        for jump in self._notes.read(processes.JUMPED):
+            self.history.met["clock"] += 1
+            self.history.unrecorded.update(json.loads(jump))
+        self.history.met.update(self._notes.read(processes.KILLED))
+
+    def _take(self, step: Any) -> None:
         self._bury()
         if isinstance(step, Application):
-            self._run_application(step, folder)
+            self._run_application(step)
         elif isinstance(step, Relay):
-            arguments = (self._place, self._of_relay, self._options, step)
-            if step.clock_s:  # a lease ends by each of two clocks: when one jumps, what is in flight is given up
-                self.history.relays_disturbed += _JUMPS
+            arguments = (self._place, self._of_relay, self._options, self._notes, step)
             self._begin("relay", step.slot, processes.relay, arguments)
         elif isinstance(step, Listen):
             self._begin("listener", step.slot, processes.listen, self._of_listener(step))
@@ -256,22 +272,28 @@ class OutboxRun:
             self._end(step.who, step.slot, step.is_killed)
         elif isinstance(step, Hang):
             self._hang(step)
+        elif isinstance(step, Await):
+            self._await(step)
         elif isinstance(step, Pass):
             time.sleep(step.ms / 1000)
         elif isinstance(step, Brokers):
-            self._disturb_relays()
+            self._disturb()
             self.set_brokers(step)
+            self._are_brokers_away = not step.are_up
+            if not step.are_up:
+                self.history.met.update(filter(None, ("brokers", step.how)))
         elif isinstance(step, Locked):
             self._lock(step.ms / 1000)
         elif isinstance(step, Severed):
-            self._disturb_relays()
-            outboxes.rows(self.place, _SEVER)
+            self._disturb()
+            self.history.met["severed"] += bool(outboxes.rows(self.place, _SEVER))
         elif isinstance(step, Crashed):
-            self._disturb_relays()
+            self._disturb()
             assert self._server is not None
             self._server.crash()
             time.sleep(step.ms / 1000)
             self._server.start()
+            self.history.met["crashed"] += 1
         elif isinstance(step, RunOut):
             self._run_out()
         elif isinstance(step, RoundTrip):
@@ -280,16 +302,19 @@ class OutboxRun:
     def _of_listener(self, step: Listen) -> tuple[Any, ...]:
         config = {**self.listener_config(), "fetch.wait.max.ms": 20}
         where = None if self.inbox is None else inboxes.where(self.inbox)
-        return where, self._effects, config, self.names, self._retry_topics, self.plan.handling, step
+        return (
+            *(where, self._effects, config, self.names, self._retry_topics, self.plan.handling),
+            *(self._notes, step),
+        )
 
     def _begin(self, who: str, slot: int, target: Any, arguments: tuple[Any, ...]) -> None:
         if (who, slot) not in self._running:
             process = self._running[who, slot] = processes.SERVER.Process(target=target, args=arguments)
             process.start()
 
-    def _disturb_relays(self) -> None:
-        """Each may send again what it has in flight."""
-        self.history.relays_disturbed += sum(who == "relay" for who, _ in self._running)
+    def _disturb(self) -> None:
+        """Notes what may be sent again: relays have some of it in flight. Nothing is added meanwhile."""
+        self.history.unrecorded.update(processes.unrecorded(self.outbox))
 
     def _hang(self, step: Hang) -> None:
         process = self._running.get((step.who, step.slot))
@@ -297,8 +322,9 @@ class OutboxRun:
             return
         try:
             stop(process.pid)
+            self.history.met[f"hang {step.who}"] += 1
             if step.who == "relay":
-                self.history.relays_disturbed += 1
+                self._disturb()
                 try:
                     self._run_out([process.pid], wait_s=1)
                 except Exception as error:  # it may hang in a transaction
@@ -323,18 +349,44 @@ class OutboxRun:
                     connection.execute("BEGIN")
                     name = each._tables.names["outbox" if each is self.outbox else "inbox"]
                     connection.execute(f"LOCK TABLE {name} IN ACCESS EXCLUSIVE MODE")
+            self.history.met["locked"] += 1
             time.sleep(seconds)
 
-    def _run_application(self, step: Application, folder: Path) -> None:
+    def _await(self, step: Await) -> None:
+        """Until it is so. In a plan that was made shorter, it may never be."""
+        end = time.monotonic() + self.patience_s
+        while not self._is_so(step) and time.monotonic() < end:
+            time.sleep(0.03)
+            self._bury()
+
+    def _is_so(self, step: Await) -> bool:
+        count = sum(who == step.who for who, _ in self._running)
+        is_killed = (step.who, FIRST) not in self._running
+        if step.what == KILLED or not count:
+            return is_killed
+        if step.what == SHARED:
+            return is_killed or outboxes.query(self.outbox, "SELECT count(DISTINCT owner) FROM {lease}") == [(count,)]
+        if step.what == SENT:
+            return not processes.unrecorded(self.outbox)
+        if step.what == JUMPED:
+            return bool(self._notes.read(processes.JUMPED))
+        return bool(self._outputs())
+
+    def _outputs(self) -> list[Any]:
+        """What handlers have written, or sent in transactions."""
+        if self.plan.transactional:
+            return self._numbered(self.names.invoices)
+        return inboxes.numbers(self.inbox, self._effects)
+
+    def _run_application(self, step: Application) -> None:
         first = self._next[step.lane]
         count = sum(step.sizes)
         self._next[step.lane] += count
-        told = folder / f"told-{first}"
         target = processes.add if step.way == "add" else processes.send
-        arguments = (self._place, self.names.orders, self._table, str(told), first, step)
+        arguments = (self._place, self.names.orders, self._table, self._notes, first, step)
         process: Any = processes.SERVER.Process(target=target, args=arguments)
         process.start()
-        process.join(step.kill_after_s if step.kill_after_s is not None else self.patience_s)
+        self._join(process, step.kill_after_s if step.kill_after_s is not None else self.patience_s)
         if process.exitcode is None:
             if step.kill_after_s is None:
                 self.history.findings.append(f"hangs: {step}")
@@ -343,8 +395,7 @@ class OutboxRun:
         if process.exitcode not in (0, -signal.SIGKILL):
             self.history.findings.append(f"exit status {process.exitcode} of {step}")
         self.history.application_kills += process.exitcode == -signal.SIGKILL
-        numbers = [int(line) for line in told.read_text().split()] if told.exists() else []
-        self.history.told.update(numbers)
+        self.history.told.update(map(int, self._notes.read(processes.told(first))))
         if step.way == "send":  # what was not told may be committed
             self.history.possible.update(range(first, first + count))
 
@@ -356,12 +407,20 @@ class OutboxRun:
             process.kill()
         elif process.exitcode is None:
             process.terminate()
-        process.join(self.patience_s)
+        self._join(process, self.patience_s)
         if process.exitcode is None:
             self.history.findings.append(f"{who} {slot} does not end")
             process.kill()
             process.join()
         self._bury()
+
+    def _join(self, process: Any, seconds: float) -> None:
+        """Waits for its end, and buries others that end: long before their leases do, so that nobody has sent again
+        what is noted then."""
+        end = time.monotonic() + seconds
+        while process.exitcode is None and (left := end - time.monotonic()) > 0:
+            process.join(min(left, 1.0))
+            self._bury()
 
     def _bury(self) -> None:
         for (who, slot), process in list(self._running.items()):
@@ -373,6 +432,7 @@ class OutboxRun:
             elif process.exitcode == -signal.SIGKILL:
                 self.history.relay_kills += 1
                 self._dead.append(process.pid)
+                self._disturb()
             elif process.exitcode not in (0, -signal.SIGTERM):  # the latter before it began
                 self.history.findings.append(f"exit status {process.exitcode} of {who} {slot}")
 
@@ -445,6 +505,7 @@ def run_outbox_plan(
             "stored twice": len(history.log) - len({number for _, number in history.log}),
             "effects": len(history.effects or history.outputs or ()),
             "dead letters": len(history.dead),
+            **{f"{MET}{name}": count for name, count in history.met.items()},
         }
     )
     return check_outbox(history), +seen

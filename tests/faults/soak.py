@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tests.faults.history import MET
 from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan, make_whole_plan
 from tests.faults.plan import Plan, make_plan
 from tests.faults.worker import Result, Worker
@@ -169,12 +170,15 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int, kind: Kind) ->
     failed: list[Result] = []
     kinds: Counter[str] = Counter()
     seen: Counter[str] = Counter()
+    promised: set[str] = set()
     plans = 0
 
     def told(result: Result) -> None:
         nonlocal plans
         kinds.update(result.plan.kinds)
         seen.update(result.seen)
+        if isinstance(result.plan, OutboxPlan):
+            promised.update(result.plan.promised)
         if result.violations:
             failed.append(result)
             print(result, flush=True)
@@ -188,8 +192,16 @@ def _many(seeds: range, jobs: int, seconds: float, failures: int, kind: Kind) ->
     run_many(iter(seeds), jobs, told, enough, kind)
     print(f"{plans} plans in {time.monotonic() - began:.0f} s, {len(failed)} failed")
     print(f"each kind of fault {min(kinds.values(), default=0)} to {max(kinds.values(), default=0)} times")
-    print("outcomes:", ", ".join(f"{name} {count}" for name, count in sorted(seen.items())))
+    met = {name: seen.pop(f"{MET}{name}", 0) for name in promised}
+    print("outcomes:", ", ".join(f"{name} {count}" for name, count in sorted(seen.items()) if not name.startswith(MET)))
+    never = sorted(name for name, count in met.items() if not count)
+    if met:
+        print(f"killed at each step, and each outage met, {min(met.values())} to {max(met.values())} times")
+    if never:
+        print(f"never: {', '.join(never)}")
     if not failed:
+        if never:
+            return 1
         if kind.whole:
             print("every order has exactly one effect, in order per key")
         return 0

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.faults.checker import check
+from tests.faults.checker import check, check_outbox
 from tests.faults.history import (
     ACKED,
     CALLBACK,
@@ -17,6 +17,7 @@ from tests.faults.history import (
     Answer,
     History,
     Message,
+    OutboxHistory,
     Outcome,
     Read,
     Rules,
@@ -438,3 +439,67 @@ def test_a_stream_is_excused() -> None:
     assert {violation.invariant for violation in check(history)} == {"I6"}
     history.rules.copies = True
     assert check(history) == []
+
+
+# -- outboxes
+
+
+def outbox_history(**values: object) -> OutboxHistory:
+    log = [("a", 1), ("a", 2), ("b", 3)]
+    return OutboxHistory(**{"committed": {1, 2, 3}, "told": {1, 2}, "log": log, **values})  # type: ignore[arg-type]
+
+
+DOUBLED: dict[str, object] = {
+    "log": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)],
+    "unrecorded": Counter((1, 2)),
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "violated"),
+    [
+        ({}, []),
+        ({"committed": {1, 2, 3, 4}}, ["I1"]),
+        ({"told": {1, 4}, "possible": {4}}, ["I1"]),
+        ({"told": {1, 4}, "committed": {1, 2, 3}, "log": [("a", 1), ("a", 2), ("b", 3), ("b", 4)]}, ["settled"]),
+        ({"committed": {1, 2}}, ["stranger"]),
+        ({"committed": {1, 2}, "possible": {3}}, []),
+        ({"log": [("a", 2), ("a", 1), ("b", 3)]}, ["I4"]),
+        ({"log": [("a", 1), ("a", 2), ("a", 1), ("b", 3)]}, ["I6"]),
+        ({"log": [("a", 1), ("a", 2), ("a", 1), ("b", 3)], "relay_kills": 1, "unrecorded": Counter((1, 2))}, []),
+        # It was acknowledged and deleted when the relay was killed.
+        ({"log": [("a", 1), ("a", 2), ("a", 1), ("b", 3)], "relay_kills": 1, "unrecorded": Counter((2, 3))}, ["I6"]),
+        # Once more than relays were killed while it was not recorded.
+        ({"log": [("b", 3), *[("a", 1)] * 3, ("a", 2)], "relay_kills": 2, "unrecorded": Counter((1, 2, 1))}, []),
+        ({"log": [("b", 3), *[("a", 1)] * 3, ("a", 2)], "relay_kills": 2, "unrecorded": Counter((1, 2))}, ["I6"]),
+        ({"findings": ["hangs"]}, ["runner"]),
+        ({"effects": [1, 3, 2]}, []),
+        ({"effects": [1, 2]}, ["I1"]),
+        ({"effects": [1, 2, 3, 1]}, ["I6", "I4"]),
+        ({"effects": [2, 1, 3]}, ["I4"]),
+        ({"effects": [2, 1, 3], "late": {1}}, []),
+        ({"effects": [1, 2, 3, 4]}, ["stranger"]),
+        ({"effects": [1, 2], "poison": {3}, "dead": {3}}, []),
+        ({"effects": [1, 2], "poison": {3}}, ["I1"]),
+        ({"effects": [1, 2, 3], "poison": {3}, "dead": {3}}, ["stranger"]),
+        ({"effects": [1, 2], "dead": {3}}, ["I1", "stranger"]),
+        ({"outputs": [("b", 3), ("a", 1), ("a", 2)]}, []),
+        ({"outputs": [("b", 3), ("a", 1)]}, ["I1"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("a", 2)]}, ["I6"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3), ("b", 4)]}, ["stranger"]),
+        ({"outputs": [("a", 2), ("a", 1), ("b", 3)]}, ["I4"]),
+        ({"outputs": [("a", 2), ("a", 1), ("b", 3)], "late": {1}}, []),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3)]}, []),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}}, ["I1"]),
+        ({"outputs": [("a", 1), ("a", 2)], "poison": {3}, "letters": [("b", 3), ("b", 3)]}, ["I6"]),
+        ({"outputs": [("a", 1), ("a", 2), ("b", 3)], "letters": [("b", 3)]}, ["stranger"]),
+        (
+            {**DOUBLED, "outputs": [("a", 1), ("a", 2), ("a", 1), ("a", 2), ("b", 3)]},
+            [],  # a copy is a record
+        ),
+        ({**DOUBLED, "outputs": [("a", 1), ("a", 1), ("a", 2), ("a", 2), ("b", 3)]}, ["I4"]),
+        ({**DOUBLED, "outputs": [("a", 1), ("a", 2), ("b", 3)]}, ["I1"]),
+    ],
+)
+def test_what_is_wrong_with_an_outbox_is_found(values: dict[str, object], violated: list[str]) -> None:
+    assert [violation.invariant for violation in check_outbox(outbox_history(**values))] == violated

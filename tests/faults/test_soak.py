@@ -7,7 +7,15 @@ import subprocess
 import pytest
 
 from tests.faults import soak, worker
-from tests.faults.outbox_plan import OutboxPlan
+from tests.faults.history import MET
+from tests.faults.outbox_plan import (
+    FAULTS,
+    STEPS_OF_ADD,
+    STEPS_OF_LISTENER,
+    STEPS_OF_RELAY,
+    STEPS_OF_SEND,
+    OutboxPlan,
+)
 from tests.faults.plan import Fault, Plan, make_plan
 from tests.faults.worker import Result, Worker
 
@@ -86,6 +94,29 @@ def test_the_soak_prints_the_shortest_plan_that_fails(
     assert "fault: " in fault
     assert "I1: lost" in shown
     assert "--seed 3 --keep " in shown
+
+
+class Idle(Worker):
+    """Nothing that its plans promise happens but for the kills of relays."""
+
+    def run(self, plan: OutboxPlan) -> Result:
+        return Result(plan, (), 0.1, {f"{MET}{name}": 2 for name in plan.promised if name in self.happen})
+
+    happen: tuple[str, ...] = ()
+
+
+def test_the_soak_fails_if_a_step_or_an_outage_never_came(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(soak, "Worker", Idle)
+    arguments = ["--whole", "sqlite", "--seeds", "8"]
+    Idle.happen = (*STEPS_OF_ADD, *STEPS_OF_SEND, *STEPS_OF_RELAY, *STEPS_OF_LISTENER, *FAULTS)
+    assert soak.main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "killed at each step, and each outage met, 2 to 4 times" in shown
+    Idle.happen = tuple(name for name in Idle.happen if name not in ("locked", "after read"))
+    assert soak.main(arguments) == 1
+    assert "never: after read, locked\n" in capsys.readouterr().out
 
 
 def test_a_crash_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

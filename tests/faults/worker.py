@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from tests.faults.checker import Violation
+from tests.faults.history import MET
 from tests.faults.outbox_plan import OutboxPlan, make_outbox_plan, make_whole_plan
 from tests.faults.plan import Plan, make_plan
 
@@ -38,6 +39,11 @@ class Result(NamedTuple):
     violations: tuple[str, ...]
     seconds: float
     seen: dict[str, int]
+
+    @property
+    def met(self) -> set[str]:
+        """The steps at which a process was killed, and the faults that have happened."""
+        return {name.removeprefix(MET) for name in self.seen if name.startswith(MET)}
 
     @property
     def invariants(self) -> set[str]:

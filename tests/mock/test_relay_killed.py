@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import signal
 import subprocess
@@ -27,7 +26,7 @@ from .clients import read_back
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="platform: no SIGKILL")
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = int(os.environ.get("KBATCH_RELAY_ROUNDS", "4"))
+ROUNDS = 4
 IN_FLIGHT = 100
 
 

@@ -30,7 +30,7 @@ from .processes import start as start_program
 from .test_relay_killed import let_leases_run_out
 
 ROOT = Path(__file__).parents[2]
-ROUNDS = int(os.environ.get("KBATCH_DURABLE_ROUNDS", "4"))
+ROUNDS = 4
 LANES = 8
 
 

@@ -1829,6 +1829,20 @@ MUTANTS = (
         "tests/mock/test_relay.py",
     ),
     Mutant(
+        "a relay sends once more what was acknowledged and deleted",
+        "Relay._settle",
+        "        self._flights.pop(flight, None)  # not before: what was interrupted is done once more\n",
+        "        self._flights.pop(flight, None)\n"
+        '        last = vars(self).setdefault("_last", [])\n'
+        "        last += [] if flight.is_due or lost else [flight]\n"
+        '        if len(last) > 1 and self._counts["acked"] < 50 and max(flight.tokens.values()) > 1:\n'
+        "            old = last.pop(0)\n"
+        "            self._hand_over(\n"
+        "                Flight(old.places, old.packed, old.deliver_by, old.tokens), self._handle.producer\n"
+        "            )\n",
+        "tests/faults/test_outbox_seeds.py",
+    ),
+    Mutant(
         "a row that cannot be moved keeps its bucket from the relay that is to have it",
         "Relay._busy",
         "busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed",
