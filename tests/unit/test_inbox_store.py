@@ -531,8 +531,14 @@ def test_a_handler_that_takes_longer_than_the_server_lets_it_has_failed(inbox: I
     session = inbox.open_session(GROUP)
     (order,) = orders(1)
     kind = KeyError if ends == "raises" else psycopg.errors.IdleInTransactionSessionTimeout
-    with pytest.raises(kind):
-        session.handle(order, Late(ends, effects))
+    # A connection that is reset may lose the server's last words. Then it is an outage like any other.
+    caught: list[type[Exception]] = []
+    while kind not in caught and len(caught) < 10:
+        with pytest.raises((kind, InboxError)) as raised:
+            session.handle(order, Late(ends, effects))
+        assert not isinstance(raised.value, InboxError) or raised.value.is_outage
+        caught.append(raised.type)
+    assert kind in caught
     assert (inboxes.numbers(inbox, effects), ids(inbox)) == ([], set())
     assert session.handle(order, writer(effects))
     session.close()

@@ -50,8 +50,10 @@ def producer_of(sender: Any) -> Any:
 
 def close(sender: Any) -> int:
     """Of either kind."""
-    handle = sender._begin_closing() if hasattr(sender, "_begin_closing") else None
-    left: int = sender._close(0) if handle is None else handle.release(0)
+    if isinstance(sender, (kbatch.InlineSender, aio.InlineSender)):
+        sender._begin_closing()
+        return sender._use.release(0)
+    left: int = sender._close(0)
     return left
 
 

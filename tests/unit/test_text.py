@@ -84,6 +84,8 @@ def test_lines_of_librdkafka_are_one_line_each() -> None:
             got.append(text % arguments)
 
     class Callbacks:
+        waiting = 0
+
         def put(self, function: Any, *arguments: object) -> None:
             function(*arguments)
 

@@ -272,7 +272,7 @@ class InboxCompliance:
         for _ in range(2):
             self.let_time_pass(inbox, 60.0)
             self._note(inbox, 5, 5)
-        self.let_time_pass(inbox, -10 * _DAY_S)
+        self.let_time_pass(inbox, -(10 * _DAY_S))
         late = _orders(range(5, 8))  # they seem to have been handled before what was known to be safe
         self._handle(inbox, *late)
         self.let_time_pass(inbox, 60.0)

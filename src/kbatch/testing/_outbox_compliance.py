@@ -20,6 +20,7 @@ import contextlib
 import random
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, cast
@@ -223,7 +224,7 @@ class OutboxCompliance(_Hooks):
                 share = _renew(store, owner, release=())[1]
                 surplus = sorted(held[owner])[: max(0, len(held[owner]) - share)]
                 held[owner], share = _renew(store, owner, release=surplus)
-        assert sorted(len(leases) for leases in held.values()) == [20, 22, 22]
+        assert Counter(len(leases) for leases in held.values()) == {20: 1, 22: 2}
         assert {bucket for leases in held.values() for bucket in leases} == set(_EVERY)
 
     def test_delete_one(self, store: OutboxStore) -> None:
@@ -329,7 +330,7 @@ class OutboxCompliance(_Hooks):
         assert sum(map(len, held)) == len(set().union(*held))
         assert store.run_out() == set()  # nobody who lives was removed
 
-    @pytest.mark.parametrize(("back_s", "is_free"), [(-50, False), (0, False), (50, False), (70, True), (3600, True)])
+    @pytest.mark.parametrize(("back_s", "is_free"), [(-40, False), (0, False), (50, False), (70, True), (3600, True)])
     def test_a_lease_of_before_the_clock_was_set_back_has_run_out(
         self, outbox: Any, store: OutboxStore, back_s: int, is_free: bool
     ) -> None:

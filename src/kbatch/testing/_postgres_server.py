@@ -20,6 +20,7 @@ import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kbatch._fastmap import monotonic
 from kbatch.testing._process import environment_of_child
 
 if TYPE_CHECKING:
@@ -121,14 +122,14 @@ class PostgresServer:
                 start_new_session=True,
                 **self._as,
             )
-        end = time.monotonic() + START_S
+        end = monotonic() + START_S
         state = self._data / "postmaster.pid"
         while True:
             with contextlib.suppress(OSError):
                 lines = state.read_text().split("\n")
                 if lines[0] == str(self._process.pid) and len(lines) > 7 and lines[7].strip() == "ready":
                     return
-            if self._process.poll() is not None or time.monotonic() > end:
+            if self._process.poll() is not None or monotonic() > end:
                 raise RuntimeError(f"PostgreSQL does not start: {(self.directory / 'log').read_text()}")
             time.sleep(0.02)
 
