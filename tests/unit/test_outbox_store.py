@@ -124,11 +124,19 @@ def test_a_relay_of_before_the_clock_was_set_back_is_not_counted(
 
 
 def test_what_is_not_due_is_not_read(outbox: Outbox) -> None:
+    outboxes.add(outbox, numbered(range(3000), keys=3000))
+    outboxes.query(
+        outbox,
+        "INSERT INTO {later} (bucket, seq, id, packed, created_at, due_at, attempts, last_error, key_hash) "
+        "SELECT bucket, seq, id, packed, created_at, {now} + 30000 + seq, 1, 'refused', seq FROM {outbox}",
+    )
+    outboxes.query(outbox, "ANALYZE")  # a relay may have few buckets, which look as if they were quick to read
     store = outbox.open_store()
     plans = outboxes.explained(store)
-    store.read_due(range(64), avoid=(), longest_s=60.0, limit=10)
+    for buckets in (range(64), [3]):
+        assert store.read_due(buckets, avoid=(), longest_s=60.0, limit=10) == []
     store.close()
-    assert ["kbatch_outbox_later_at" in plan for plan in plans] == [True, True]
+    assert ["kbatch_outbox_later_at" in plan for plan in plans] == [True] * 4
 
 
 def test_rows_are_found_by_the_primary_key_whatever_the_statistics_say(outbox: Outbox, store: OutboxStore) -> None:
