@@ -53,7 +53,7 @@ CREATE TABLE IF NOT EXISTS {later} (
     scheduled smallint NOT NULL DEFAULT 0 CHECK (scheduled IN (0, 1)),
     PRIMARY KEY (bucket, seq)
 ) WITH (autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 1000, autovacuum_vacuum_cost_delay = 0);
-CREATE INDEX IF NOT EXISTS {later_due} ON {later} (due_at);
+CREATE INDEX IF NOT EXISTS {later_due} ON {later} ((due_at + 0), bucket, seq);
 CREATE INDEX IF NOT EXISTS {later_at} ON {later} (scheduled, due_at, seq);
 CREATE INDEX IF NOT EXISTS {later_key} ON {later} (bucket, key_hash, seq);
 CREATE TABLE IF NOT EXISTS {dead} (
