@@ -24,6 +24,7 @@ from kbatch import _transactions
 from kbatch._database import _tables
 from kbatch._fastmap import monotonic, unpack_record, wall_time
 from kbatch._inbox._session import InboxSession
+from kbatch._options import AioRelayOptions
 from kbatch._outbox import _relay
 from kbatch._receiving import _reading, _transacting
 from kbatch._receiving._copies import Copies
@@ -31,6 +32,7 @@ from kbatch._receiving._failing import Failing
 from kbatch._receiving._reading import Reading
 from kbatch._receiving._transacting import Transacting
 from kbatch._transactions import Transactions
+from kbatch.aio._batched import LoopCalls
 from kbatch.aio._inbox_session import AioInboxSession
 from tests import inboxes, outboxes
 from tests.faults.outbox_plan import Application, Handling, Listen, Relay
@@ -256,6 +258,11 @@ class _Relay(kbatch.Relay):
         self._step("answered")
 
 
+class _RelayOnLoop(_Relay):
+    _calls_class = LoopCalls
+    _options_class = AioRelayOptions
+
+
 _JUMP_EVERY_S = 0.2
 _PAUSE_S = 0.05  # the database was away at the start of a relay: whoever watches relays begins another
 
@@ -325,7 +332,7 @@ async def _relay_on_loop(outbox: _Outbox, config: dict[str, Any], options: dict[
     over = asyncio.Event()
     while not over.is_set():
         async with kbatch.aio.Relay(outbox, config, **options) as running:
-            running._relay = _Relay(outbox, config, **options)
+            running._relay = _RelayOnLoop(outbox, config, **options)  # type: ignore[assignment]
 
             def stop(running: kbatch.aio.Relay = running) -> None:
                 over.set()

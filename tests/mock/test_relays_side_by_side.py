@@ -76,14 +76,14 @@ def test_two_outboxes_of_one_database_each_delete_their_own(
 
 
 def test_relays_that_know_one_file_by_several_names_share_it(tmp_path: Path, cluster: MockCluster) -> None:
-    from kbatch.cli._outbox_place import find_place
+    from kbatch.cli._place import OutboxPlace
 
     path = outboxes.made(tmp_path)._path
     (tmp_path / "folder").mkdir()
     names = [path, str(tmp_path / "link.db"), str(tmp_path / "folder" / ".." / "shop.db"), f"sqlite:///{path}"]
     os.symlink(path, names[1])
     found: list[Any] = [SqliteOutbox(name, wire="raw") for name in names[:3]]
-    found.append(find_place(names[3], None, None, wire="raw").open())
+    found.append(OutboxPlace.find(names[3], None, None, {}, wire="raw").open())
     numbers = iter(range(10**6))
     with contextlib.ExitStack() as undo:
         relays = [undo.enter_context(running(make(outbox, cluster, batch_size=20))) for outbox in found]

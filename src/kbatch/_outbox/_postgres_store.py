@@ -43,6 +43,11 @@ _MOST_S = 2.0  # of a reading, or what it has found would be too late
 _KEPT = "bucket, seq, id, packed, created_at, deliver_by"
 
 _TOKEN_BITS = 63
+_REFUSED_TO_ASK = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.FeatureNotSupported,
+)
 
 
 class PostgresStore(PostgresSession):
@@ -65,19 +70,12 @@ class PostgresStore(PostgresSession):
         self._gaps = Gaps()
         self._listens = listens
         self._rows_read = 0  # since the last renewal
-        self._server = f"(SELECT {IDENTITY})"
-        try:
-            self._run(f"SELECT {IDENTITY}")
-        except psycopg.errors.ObjectNotInPrerequisiteState:
-            pass  # a standby, which writes nothing, or is promoted soon
-        except psycopg.Error:
-            self._server = "''"  # some services do not let users ask
+        self._server = f"(SELECT {IDENTITY})" if self._may_ask(f"SELECT {IDENTITY}") else "''"
         self._at_once = _FEW_BUCKETS
+        # Who may not ask for the last number passes by what was deleted again and again.
         self._snapshot = _SNAPSHOT % tables.sql("{last_number}")
-        try:
-            self._run(self._snapshot)
-        except psycopg.Error:
-            self._snapshot = _SNAPSHOT % "NULL::bigint"  # who may not ask passes by what was deleted again and again
+        if not self._may_ask(self._snapshot):
+            self._snapshot = _SNAPSHOT % "NULL::bigint"
         sql = tables.sql
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
@@ -130,6 +128,17 @@ class PostgresStore(PostgresSession):
             "UPDATE {later} AS gone SET due_at = {now} + due_in_ms, attempts = place.attempts, last_error = error "
             f"FROM {failed} WHERE {at}"
         )
+
+    def _may_ask(self, statement: str) -> bool:
+        """Whether the server lets this user ask: some services do not. Raises if there is no answer."""
+        with self._errors():
+            try:
+                self._run(statement)
+            except psycopg.errors.ObjectNotInPrerequisiteState:
+                return True  # of a standby, which writes nothing, or is promoted soon
+            except _REFUSED_TO_ASK:
+                return False
+        return True
 
     # -- leases
 
