@@ -26,7 +26,7 @@ INSTALLED = (
     "tests/unit/test_outbox_add.py",
     "tests/unit/test_sender_callbacks.py",
 )
-# CPythons of whose wheels only that is tested: the one on which `make test` has run all tests, and newer ones.
+# CPythons of whose wheels only that is tested.
 TESTED = os.environ.get("TESTED_CPYTHON", "").split()
 WORKERS = "4"  # most tests wait for something
 DIST = Path("dist").absolute()
