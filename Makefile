@@ -33,7 +33,7 @@ FORCING := $(C_SOURCES) setup.py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # setup.py's switches: whoever measures or tests must not do it on a leftover of these by accident.
-unexport DEBUG SANITIZE COVERAGE ANNOTATE QUICK
+unexport DEBUG SANITIZE COVERAGE ANNOTATE QUICK COMPILED
 
 .PHONY: help
 help: ## List the targets
@@ -58,18 +58,26 @@ $(STAMPS)/%-group: requirements/%.txt $(STAMPS)/venv
 	$(BIN)/python -m pip install --quiet --require-hashes -r $<
 	@touch $@
 
+# One pip at a time, also with -j: what needs no compiler is installed while one works.
+$(STAMPS)/run-group: | $(STAMPS)/compile-group
+$(STAMPS)/test-group: | $(STAMPS)/run-group
+
 $(STAMPS)/compiled: $(STAMPS)/compile-group $(CYTHON_SOURCES) $(FORCING)
 	$(BIN)/python setup.py --quiet build_ext --inplace --parallel $(JOBS) $(if $(filter $(FORCING),$?),--force)
 	@touch $@
 
-# Editable: Python sources are used where they are. Without build isolation, so that what is compiled stays so.
+# Editable: Python sources are used where they are. COMPILED: else it compiles all of it once more, into a folder that
+# it throws away.
 # Without an index, so that it fails if the lock lacks something.
 $(STAMPS)/installed: $(STAMPS)/compiled $(STAMPS)/run-group pyproject.toml setup.py src/kbatch/_version.py
-	$(if $(filter-out $(STAMPS)/compiled,$?),$(BIN)/python -m pip install --quiet --no-index --no-build-isolation --editable '.[cli]')
+	$(if $(filter-out $(STAMPS)/compiled,$?),COMPILED=1 $(BIN)/python -m pip install --quiet --no-index --no-build-isolation --editable '.[cli]')
 	@touch $@
 
 .PHONY: build
 build: $(STAMPS)/installed ## Make .venv, compile, install (what the other targets do first)
+
+.PHONY: build-tests
+build-tests: build $(STAMPS)/test-group ## And install what the tests need (with -j 2: while it compiles)
 
 # --- use and test ---------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ DEBUG     -O0, assertions, Python-level line tracing off, allocations that a tes
 SANITIZE  AddressSanitizer and UndefinedBehaviorSanitizer, or ThreadSanitizer if it is "thread" (with DEBUG's flags)
 COVERAGE  line tracing for Cython.Coverage
 QUICK     -O0, for a build that is thrown away after some tests
+COMPILED  nothing is compiled: `build_ext --inplace` has done it (an editable installation would do it once more)
 """
 
 import os
@@ -47,8 +48,8 @@ extension = Extension(
     extra_link_args=link_args,
 )
 
-setup(
-    ext_modules=cythonize(
+def compiled() -> list[Extension]:
+    return cythonize(
         [extension],
         include_path=["src"],
         force=DEBUG or SANITIZE or COVERAGE,
@@ -64,4 +65,6 @@ setup(
             "linetrace": COVERAGE,
         },
     )
-)
+
+
+setup(ext_modules=[] if switched_on("COMPILED") else compiled())
