@@ -48,6 +48,7 @@ extension = Extension(
     extra_link_args=link_args,
 )
 
+
 def compiled() -> list[Extension]:
     return cythonize(
         [extension],

@@ -122,8 +122,8 @@ def test_packages_and_compiled_modules_are_found_not_listed():
 
 def test_ci_runs_each_tier_of_tests_and_each_check():
     text = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    calls = re.findall(r"^[^#\n]*\bmake --no-print-directory ([a-z -]*[a-z])", text, re.MULTILINE)
-    targets = ["test", "memory", "lint", "types", "stubtest", "test-kafka", "wheel", "bench-check"]
+    calls = re.findall(r"^[^#\n]*\bmake (?:-j 2 )?--no-print-directory ([a-z -]*[a-z])", text, re.MULTILINE)
+    targets = ["build-tests", "test", "memory", "lint", "types", "stubtest", "test-kafka", "wheel", "bench-check"]
     assert " ".join(calls).split() == targets
     # What runs beside the tests on Kafka is waited for, and what it fails with is the end.
     assert 'wait "$checks" || { cat "$beside"; exit 1; }' in text
