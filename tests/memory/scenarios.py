@@ -32,6 +32,7 @@ from kbatch._fastmap import (
 )
 from kbatch._pending import PendingBatch
 from kbatch._receiving._consumer import BEGINNING
+from kbatch._transactions import BatchWithOffsets
 from kbatch.testing import ApiKey, MemoryProducer, MockCluster
 from tests.mock.clients import read_back
 from tests.mock.test_consumer_core import make_core
@@ -351,6 +352,71 @@ def rebalanced(world: World) -> Step:
         until(enough, "2 records")
         assert sorted(found) == [0, 1]
         world.at_end.pop()()
+
+    return step
+
+
+def placed(world: World) -> Step:
+    """What a listener asks brokers about a partition is answered, or was not asked."""
+    with kbatch.Producer(world.config()) as producer:
+        producer.send_batch("asked", [Envelope(data=b"%d" % n, partition=0) for n in range(3)]).raise_for_errors()
+    core = make_core(world.cluster)
+    world.at_end.append(lambda: core.close(10.0))
+    core.assign([("asked", 0, BEGINNING)])
+    until(lambda: core.poll(3, 0.05)[0], "a record")
+    assert core.commit([("asked", 0, 2)], 10.0) == []
+    questions: list[tuple[Callable[[], Any], Any]] = [
+        (lambda: core.committed([("asked", 0)], 10.0), {("asked", 0): 2}),
+        (lambda: core.ends([("asked", 0)]), {("asked", 0): 3}),
+        (lambda: core.watermarks("asked", 0, 10.0), (0, 3)),
+        (lambda: len(core.partitions("asked", 10.0)), len(core.partitions("asked", 10.0))),
+        (lambda: core.offsets_for_times([("asked", 0, 1)], 10.0).keys(), {("asked", 0): None}.keys()),
+        (lambda: core.pause([("asked", 0)]), []),
+        (lambda: core.resume([("asked", 0)]), []),
+    ]
+
+    def step(attempt: Attempt) -> None:
+        for ask, expected in questions:
+            got = checked(attempt(ask))
+            if got.error is None:
+                assert got.value == expected
+            assert ask() == expected
+
+    return step
+
+
+def sending_offsets(world: World) -> Step:
+    """A transaction is committed with the offsets it has, or not at all; without memory the call can be made again.
+
+    Nothing goes to the topic that is read back: the mock cluster's markers of transactions have no checksum.
+    """
+    with kbatch.Producer(world.config()) as producer:
+        producer.send_batch("shared", [Envelope(data=b"x")]).raise_for_errors()
+    core = make_core(world.cluster)
+    world.at_end.append(lambda: core.close(10.0))
+    core.subscribe(["shared"])
+    until(lambda: core.poll(0, 0.05) and core.rebalance() is not None, "a rebalance")
+    core.answer()
+    producer = world.producer(config={"transactional.id": "offsets", "enable.idempotence": True})
+    producer.send_batch("invoices", world.batch()).raise_for_errors()
+    pool = RecordPool()
+
+    def commit(membership: Any) -> BatchWithOffsets:
+        batch = BatchWithOffsets(producer._core)
+        batch.send_offsets = lambda used, timeout_ms: membership.send_offsets(used, [("shared", 0, 1)], timeout_ms)
+        producer._core.map_packed(batch, pool.pack(pool.map(producer._mapper, "invoices", world.batch())))
+        producer._send_detached(batch)
+        batch._wait(30.0)
+        return batch
+
+    def step(attempt: Attempt) -> None:
+        membership = checked(attempt(core.membership))
+        # Outside of a transaction it is refused, in words that need memory.
+        told = checked(attempt(lambda: core.membership().send_offsets(producer._core, [("shared", 0, 1)], 5_000)))
+        assert told.error is not None or told.value is not None
+        if membership.error is None:
+            checked(attempt(lambda: commit(membership.value)))
+        assert commit(core.membership()).is_committed
 
     return step
 
@@ -1205,6 +1271,8 @@ SCENARIOS: dict[str, Callable[[World], Step]] = {
     "received": received_records,
     "polled": polled,
     "rebalanced": rebalanced,
+    "placed": placed,
+    "sending offsets": sending_offsets,
     "refused events": refused_events,
     "sending": sending,
     "sending fresh": sending_fresh,

@@ -42,6 +42,7 @@ ALLOCATIONS = {
     "polled": 2,  # its envelopes have memory of others before; that of "received" is new each time
     "received": 1,
     "rebalanced": 2,
+    "sending offsets": 1,
     "tokens": 1,
     "setting a token": 1,
 }
