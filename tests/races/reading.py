@@ -196,7 +196,7 @@ def core_round(bootstrap_servers: str, dice: random.Random, seconds: float) -> i
 
 
 def listener_round(bootstrap_servers: str, dice: random.Random, seconds: float) -> int:
-    """A listener whose handlers look at the same envelopes as others do."""
+    """A listener whose handlers look at the same envelopes as others do; some send in transactions."""
     given, over = Given(), threading.Event()
     batch_size = dice.choice((None, 20))
 
@@ -205,6 +205,10 @@ def listener_round(bootstrap_servers: str, dice: random.Random, seconds: float) 
             given.envelopes.append(envelope)
             given.count += 1
             look_at(envelope, threads_dice())
+
+    def handle_and_send(handled: Any, transaction: kbatch.Transaction) -> None:
+        handle(handled)
+        transaction.send("mail", [Envelope(data=b"x", headers=_HEADERS)])
 
     def threads_dice() -> random.Random:
         return random.Random(threading.get_ident())
@@ -217,8 +221,12 @@ def listener_round(bootstrap_servers: str, dice: random.Random, seconds: float) 
 
     config = config_of(bootstrap_servers, dice)
     config.pop("enable.partition.eof")
-    listener = kbatch.Listener(
-        config, ["orders", "stock"], handle, concurrency=4, batch_size=batch_size, commit_interval_s=0.02
+    options: dict[str, Any] = {"concurrency": 4, "batch_size": batch_size}
+    topics = ["orders", "stock"]
+    listener = (
+        kbatch.Listener(config, topics, handle_and_send, transactional_id=config["group.id"], **options)
+        if dice.random() < 0.5
+        else kbatch.Listener(config, topics, handle, commit_interval_s=0.02, **options)
     )
     runner = threading.Thread(target=listener.run)
     threads = [threading.Thread(target=look, args=(given, seeded(dice), over)), threading.Thread(target=watch)]
