@@ -29,7 +29,10 @@ class AioSqliteDatabase(SqliteDatabase):
         module = sys.modules.get("aiosqlite")
         if module is None or not isinstance(driver, module.Connection):
             what = "an aiosqlite.Connection, or SQLAlchemy's AsyncConnection or AsyncSession over one"
-            raise not_taken(connection, driver, what)
+            error = not_taken(connection, driver, what)
+            if isinstance(driver, sqlite3.Connection):
+                raise TypeError(f"{error}: {self._shown.replace('aio.', '')} takes one of sqlite3")
+            raise error
         driver = cast("aiosqlite.Connection", driver)
         self._check_aio(driver)
         return driver

@@ -205,7 +205,10 @@ class SqliteDatabase:
         if not isinstance(connection, sqlite3.Connection):
             connection = driver_of(connection, self._as_error)
             if not isinstance(connection, sqlite3.Connection):
-                raise TypeError(f"connection must be a sqlite3.Connection, not {type_name(connection)}")
+                text = f"connection must be a sqlite3.Connection, not {type_name(connection)}"
+                if type(connection).__module__.startswith("aiosqlite"):
+                    text += f": {self._shown.replace('kbatch', 'kbatch.aio')} takes one of aiosqlite"
+                raise TypeError(text)
         self._check_connection(connection)
         return connection
 
