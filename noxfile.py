@@ -24,6 +24,7 @@ INSTALLED = (
     "tests/unit/test_installed.py",
     "tests/unit/test_inbox_connections.py",
     "tests/unit/test_outbox_add.py",
+    "tests/unit/test_outbox_aiosqlite.py",
     "tests/unit/test_sender_callbacks.py",
 )
 # CPythons of whose wheels only that is tested.

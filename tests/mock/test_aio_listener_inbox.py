@@ -78,22 +78,39 @@ def test_a_message_that_comes_twice_has_one_effect(
     check(inbox, effects, 200)
 
 
-@in_postgres
 def test_the_inbox_for_asyncio_is_one_for_its_listener(cluster: MockCluster, inbox: Inbox, effects: str) -> None:
-    assert isinstance(inbox, kbatch.PostgresInbox)
     send(cluster, orders(50))
+    own: Any = getattr(aio, type(inbox).__name__)(**inboxes.where(inbox))
 
     async def handle(envelope: Any, connection: Any) -> None:
-        async with connection.transaction():  # a savepoint
+        is_psycopg = isinstance(own, aio.PostgresInbox)
+        async with connection.transaction() if is_psycopg else contextlib.nullcontext():  # a savepoint
             await write(effects, connection, envelope)
 
     async def work() -> None:
-        own = aio.PostgresInbox(inbox._conninfo, schema=inbox._tables.schema)
         async with running(cluster, own, handle, concurrency=4) as (listener, _):
             await until(lambda: listener.stats()["handled"] == 50)
 
     asyncio.run(work())
     check(inbox, effects, 50)
+
+
+@in_sqlite
+def test_a_handler_adds_to_an_outbox_in_the_transaction_of_its_message(cluster: MockCluster, inbox: Any) -> None:
+    outbox = kbatch.SqliteOutbox(inbox._path, wire="raw")
+    outbox.create()
+    send(cluster, given := send(cluster, orders(20)))
+
+    async def handle(envelope: Any, connection: Any) -> None:
+        outbox.add(connection, [kbatch.Envelope(data=envelope.data)], topic="invoices")
+
+    async def work() -> None:
+        own = aio.SqliteInbox(inbox._path)
+        async with running(cluster, own, handle, concurrency=4) as (listener, _):
+            await until(lambda: listener.stats()["handled"] == 2 * len(given))
+
+    asyncio.run(work())
+    assert sorted(int(body or b"") for body in outboxes.bodies(outbox)) == list(range(20))
 
 
 def test_what_a_handler_raises_ends_it_and_nothing_of_it_is_committed(

@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import pytest
 
 import kbatch
@@ -64,6 +65,36 @@ def test_it_drains(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
     asyncio.run(main())
     check_history(range(500), read_back(kafka_cluster.bootstrap_servers, "orders"))
     assert owners(outbox) == [(None,)]
+
+
+def test_what_tasks_add_by_an_outbox_for_asyncio_is_sent(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
+    other = aio.SqliteOutbox(outbox._path, wire="raw")
+
+    async def add(connection: aiosqlite.Connection, numbers: range, ends: Callable[[], Awaitable[None]]) -> None:
+        await connection.execute("BEGIN IMMEDIATE")
+        assert await other.add(connection, numbered(numbers), topic="orders") == len(numbers)
+        await ends()
+
+    async def main() -> None:
+        async with aio.Relay(other, config(kafka_cluster)) as relay, aiosqlite.connect(outbox._path) as connection:
+            run = asyncio.create_task(relay.run())
+            for first in range(0, 500, 50):
+                await add(connection, range(1000, 1100), connection.rollback)
+                await add(connection, range(first, first + 50), connection.commit)
+            assert await relay.drain(30) == 0
+            relay.stop()
+            await run
+            topic = aio.KafkaTopic(
+                "orders", kbatch.SenderMode.DURABLE, outbox=other, config=config(kafka_cluster), relay={}
+            )
+            async with topic.create_sender() as sender:
+                (last,) = numbered(range(500, 501))
+                await connection.execute("BEGIN IMMEDIATE")
+                assert await sender.send(last, connection=connection)
+                await connection.commit()
+
+    asyncio.run(main())
+    check_history(range(501), read_back(kafka_cluster.bootstrap_servers, "orders"))
 
 
 def test_it_runs_until_stop_and_the_loop_goes_on_meanwhile(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:

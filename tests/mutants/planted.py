@@ -1438,7 +1438,7 @@ MUTANTS = (
     # -- the outbox
     Mutant(
         "a number of an outbox is given twice",
-        "SqliteOutbox.__init__",
+        "BaseSqliteOutbox.__init__",
         "SET last_seq = last_seq + ? WHERE",
         "SET last_seq = last_seq + ? - 1 WHERE",
         "tests/unit/test_outbox_add.py",
@@ -1473,21 +1473,35 @@ MUTANTS = (
     ),
     Mutant(
         "an add that meets a row of its number deletes that",
-        "SqliteOutbox._insert_rows",
+        "BaseSqliteOutbox._insert_rows",
         "                    begun.pop()  # the one that SQLite has refused\n",
         "                    pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
+        "an add of asyncio that has not begun is made though its task was cancelled",
+        "AioSqliteDatabase._on_its_thread",
+        "            steps.clear()\n",
+        "            pass\n",
+        "tests/unit/test_outbox_aiosqlite.py",
+    ),
+    Mutant(
+        "an add of asyncio writes outside of a transaction that an encoder has ended",
+        "BaseSqliteOutbox._add",
+        "        self._check_connection(connection)  # an encoder or a generator may have ended the transaction\n",
+        "",
+        "tests/unit/test_outbox_aiosqlite.py",
+    ),
+    Mutant(
         "an outbox has tables made in another file",
-        "SqliteOutbox.add",
-        "                self._check_file_of(driver)\n",
+        "BaseSqliteOutbox._add",
+        "                self._check_file_of(connection)\n",
         "                pass\n",
         "tests/unit/test_outbox_add.py",
     ),
     Mutant(
         "an add that fails in the middle leaves what it has inserted",
-        "SqliteOutbox._insert_rows",
+        "BaseSqliteOutbox._insert_rows",
         "                self._take_back(cursor, hot, later)\n",
         "                pass\n",
         "tests/unit/test_outbox_add.py",
@@ -1515,7 +1529,7 @@ MUTANTS = (
     ),
     Mutant(
         "an outbox adds to tables with another number of buckets",
-        "SqliteOutbox.__init__",
+        "BaseSqliteOutbox.__init__",
         'AND version = {version} AND buckets = {buckets}"',
         'AND version = {version}"',
         "tests/unit/test_outbox_add.py",
@@ -1746,7 +1760,7 @@ MUTANTS = (
     ),
     Mutant(
         "an outbox has tables of two versions",
-        "SqliteDatabase.create",
+        "SqliteDatabase._create",
         "            self._refuse_other_tables(connection)\n",
         "",
         "tests/unit/test_outbox_add.py",
@@ -2450,14 +2464,14 @@ MUTANTS = (
     ),
     Mutant(
         "a batch that SQLite refuses in the middle leaves marks of messages that nobody handled",
-        "SqliteInbox._mark_all",
+        "BaseSqliteInbox._mark_all",
         "                self._take_back(cursor, new + rows[len(found) : begun])\n",
         "                pass\n",
         "tests/unit/test_inbox_connections.py",
     ),
     Mutant(
         "the first mark of a connection ends the application's transaction when SQLite refuses it",
-        "SqliteInbox._mark_all",
+        "BaseSqliteInbox._mark_all",
         "                begun = len(found)  # SQLite has refused the last one\n",
         "                pass\n",
         "tests/unit/test_inbox_connections.py",
@@ -2513,7 +2527,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was handled while a clock was ahead keeps all that came after it",
-        "SqliteInbox._purge",
+        "BaseSqliteInbox._purge",
         "                if newest <= rows[0][2] <= now:",
         "                if newest <= rows[0][2]:",
         "tests/unit/test_inbox_store.py",

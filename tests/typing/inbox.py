@@ -4,6 +4,7 @@ import sqlite3
 from datetime import datetime
 from typing import Any
 
+import aiosqlite
 import psycopg
 import sqlalchemy.ext.asyncio
 import sqlalchemy.orm
@@ -34,6 +35,20 @@ def postgres(connection: psycopg.Connection[Any], session: sqlalchemy.orm.Sessio
     assert_type(inbox.accept(connection, order, group="billing"), bool)
     assert_type(inbox.accept_many(session, [order], group="billing"), list[bool])
     kbatch.Listener({}, ["orders"], print, inbox=inbox)
+
+
+async def sqlite_of_asyncio(
+    connection: aiosqlite.Connection, session: sqlalchemy.ext.asyncio.AsyncSession, order: kbatch.Envelope[int]
+) -> None:
+    async def handle(envelope: kbatch.ReceivedEnvelope[int], connection: sqlite3.Connection) -> None: ...
+
+    inbox = aio.SqliteInbox("shop.db", retention_s=None)
+    assert_type(await inbox.accept(connection, order, group="billing"), bool)
+    assert_type(await inbox.accept_many(session, [order], group="billing"), list[bool])
+    assert_type(await inbox.purge(3600.0), int)
+    assert_type(await inbox.status(), kbatch.InboxStatus)
+    kbatch.Listener({}, ["orders"], print, inbox=inbox)
+    aio.Listener({}, ["orders"], handle, inbox=inbox)
 
 
 async def loops(

@@ -4,6 +4,7 @@ import sqlite3
 from datetime import datetime
 from typing import Any
 
+import aiosqlite
 import psycopg
 import sqlalchemy.ext.asyncio
 import sqlalchemy.orm
@@ -77,6 +78,26 @@ async def on_a_loop(order: object, settings: dict[str, str]) -> None:
         await relay.run()
         relay.stop()
         assert_type(relay.stats(), dict[str, int])
+
+
+async def sqlite_of_asyncio(
+    connection: aiosqlite.Connection,
+    session: sqlalchemy.ext.asyncio.AsyncSession,
+    envelopes: list[kbatch.Envelope[bytes]],
+    settings: dict[str, str],
+) -> None:
+    outbox = aio.SqliteOutbox("shop.db", wire="raw", max_message_bytes=2_000)
+    await outbox.create()
+    assert_type(await outbox.add(connection, envelopes, topic="orders"), int)
+    assert_type(await outbox.add(session, envelopes), int)
+    assert_type(await outbox.add(await session.connection(), envelopes), int)
+    assert_type((await outbox.status()).waiting, int)
+    assert_type(await outbox.dead_letters.find(), list[kbatch.DeadLetter])
+    await outbox.add(sqlite3.connect("shop.db"), envelopes)  # type: ignore[arg-type]
+    kbatch.Relay(outbox, settings)
+    aio.Relay(outbox, settings)
+    aio.DurableSender(outbox, "orders")
+    aio.KafkaTopic("orders", kbatch.SenderMode.DURABLE, outbox=outbox, config=settings)
 
 
 def postgres(session: sqlalchemy.orm.Session, envelopes: list[kbatch.Envelope[bytes]]) -> None:

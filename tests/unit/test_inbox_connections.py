@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import aiosqlite
 import pytest
 
 import kbatch
@@ -224,6 +225,123 @@ def test_it_joins_the_transaction_of_sqlalchemy(of_sqlite: SqliteInbox, session:
         connection.commit() if commits else connection.rollback()
     engine.dispose()
     assert found(of_sqlite) == ((1, 1) if commits else (0, 0))
+
+
+# -- sqlite3 on an event loop
+
+
+def of_loops(inbox: SqliteInbox) -> aio.SqliteInbox:
+    return aio.SqliteInbox(inbox._path)
+
+
+@contextlib.asynccontextmanager
+async def connected_to_sqlite(inbox: SqliteInbox, driver: str) -> AsyncIterator[tuple[Any, Any]]:
+    """A connection, and how it executes a statement."""
+    if driver == "aiosqlite":
+        async with aiosqlite.connect(inbox._path) as connection:
+            yield connection, connection.execute
+        return
+    sqlalchemy = pytest.importorskip("sqlalchemy", reason="platform: it has no wheel here")
+    extension = pytest.importorskip("sqlalchemy.ext.asyncio")
+    engine = extension.create_async_engine(f"sqlite+aiosqlite:///{inbox._path}")
+    async with extension.AsyncSession(engine) if driver.endswith("session") else engine.connect() as connection:
+        yield connection, lambda statement: connection.execute(sqlalchemy.text(statement))
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("driver", ["aiosqlite", "sqlalchemy connection", "sqlalchemy session"])
+def test_it_joins_the_transaction_of_each_driver_of_asyncio_in_sqlite(
+    of_sqlite: SqliteInbox, driver: str, count: int
+) -> None:
+    inbox, some = of_loops(of_sqlite), given(count)
+
+    async def work() -> None:
+        async with connected_to_sqlite(of_sqlite, driver) as (connection, execute):
+            with pytest.raises(InboxError, match="BEGIN IMMEDIATE"):
+                await inbox.accept(connection, some[0], group=GROUP)
+            await execute("INSERT INTO orders VALUES (1)")
+            assert await inbox.accept_many(connection, some, group=GROUP) == [True] * count
+            assert found(of_sqlite) == (0, 0)
+            await connection.rollback()
+            await execute("INSERT INTO orders VALUES (1)")
+            assert await inbox.accept(connection, some[0], group=GROUP)
+            expected = [False] + [True] * (count - 1)
+            assert await inbox.accept_many(connection, some, group=GROUP) == expected
+            assert await inbox.accept_many(connection, some * 2, group=GROUP) == [False] * count * 2
+            assert await inbox.accept_many(connection, [], group=GROUP) == []
+            assert found(of_sqlite) == (0, 0)
+            await connection.commit()
+
+    asyncio.run(work())
+    assert found(of_sqlite) == (1, count)
+    assert inboxes.ids(of_sqlite) == {each.id for each in some}
+
+
+def test_what_is_refused_on_an_event_loop_marks_nothing_and_the_transaction_goes_on(
+    of_sqlite: SqliteInbox, tmp_path: Path
+) -> None:
+    inbox, some = of_loops(of_sqlite), given(5)
+    other = inboxes.made(tmp_path, "other.db")
+    run(
+        of_sqlite,
+        f"CREATE TRIGGER refuses BEFORE INSERT ON kbatch_inbox WHEN NEW.id = X'{some[3].id.hex}' "
+        "BEGIN SELECT raise(ABORT, 'no room'); END",
+    )
+
+    def failing() -> Any:
+        yield some[0]
+        raise KeyError
+
+    async def work() -> None:
+        async with aiosqlite.connect(of_sqlite._path, check_same_thread=False) as connection:
+            cursor = await connection.execute("INSERT INTO orders VALUES (1)")
+            with pytest.raises(InboxError, match="no room"):
+                await inbox.accept_many(connection, some, group=GROUP)
+            with pytest.raises(KeyError):
+                await inbox.accept_many(connection, failing(), group=GROUP)
+            with pytest.raises(TypeError, match=r"must be a kbatch\.Envelope"):
+                await inbox.accept_many(connection, [some[0], "no envelope"], group=GROUP)  # type: ignore[list-item]
+            await connection.commit()
+            assert found(of_sqlite) == (1, 0)
+            await connection.execute("BEGIN")
+            ends = (cursor.connection.rollback() or each for each in some)
+            with pytest.raises(InboxError, match="in no transaction"):
+                await inbox.accept_many(connection, ends, group=GROUP)
+        with pytest.raises(InboxError, match="give a connection that is open"):
+            await inbox.accept(connection, some[0], group=GROUP)
+        with pytest.raises(TypeError, match=r"an aiosqlite\.Connection"):
+            await inbox.accept("shop.db", some[0], group=GROUP)  # type: ignore[arg-type]
+        async with aiosqlite.connect(other._path) as connection:
+            await connection.execute("BEGIN")
+            with pytest.raises(InboxError, match="give a connection to that file"):
+                await inbox.accept(connection, some[0], group=GROUP)
+
+    asyncio.run(work())
+    assert found(of_sqlite) == (1, 0)
+    assert inboxes.ids(other) == set()
+
+
+def test_the_inbox_of_sqlite_for_asyncio_makes_tables_tells_its_status_and_purges(tmp_path: Path) -> None:
+    inbox = aio.SqliteInbox(tmp_path / "new.db", retention_s=1)
+    of_threads = SqliteInbox(tmp_path / "new.db")
+
+    async def work() -> None:
+        with pytest.raises(InboxError, match=r"call create\(\)"):
+            await inbox.status()
+        await inbox.create()
+        assert await inbox.status() == kbatch.InboxStatus(0)
+        inboxes.accept(of_threads, given(3))
+        inboxes.let_time_pass(of_threads, 60)
+        assert await inbox.purge() == 0
+        assert await inbox.purge(committed={GROUP: inboxes.days_ago(0)}) == 3
+
+    asyncio.run(work())
+    assert repr(inbox) == f"<kbatch.aio.SqliteInbox {tmp_path / 'new.db'}>"
+    session = inbox.open_session(GROUP)
+    assert session.handle(given(1)[0], lambda envelope, connection: connection.execute("SELECT 1"))
+    session.close()
+    assert len(inboxes.ids(of_threads)) == 1
 
 
 # -- PostgreSQL

@@ -48,7 +48,7 @@ LAYERS = [
 ]
 # The same within packages.
 LAYERS_WITHIN = {
-    "_database": [{"_postgres_connection", "_tables"}, {"_postgres", "_sqlite"}],
+    "_database": [{"_postgres_connection", "_tables"}, {"_postgres", "_sqlite"}, {"_aiosqlite"}],
     "_inbox": [
         {"_base", "_slots"},
         {"_tables"},

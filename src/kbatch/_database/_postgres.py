@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
-from kbatch._database._tables import Tables, driver_of
+from kbatch._database._tables import Tables, driver_of, driver_of_aio, not_taken
 from kbatch._errors import ConfigError, exception_text, shown, type_name
 from kbatch._text import printable
 
@@ -237,7 +237,7 @@ class PostgresDatabase:
             module = sys.modules.get("psycopg")
         if module is not None and isinstance(driver, module.Connection):
             return cast("psycopg.Connection[Any]", driver)
-        raise _not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
+        raise not_taken(connection, driver, "a psycopg.Connection, or SQLAlchemy's Connection or Session over psycopg")
 
     def _check_psycopg(self, connection: Any) -> None:
         pgconn = connection.pgconn
@@ -266,32 +266,16 @@ class AioPostgresDatabase(PostgresDatabase):
     """The same for connections of asyncio."""
 
     async def _driver_aio(self, connection: Any) -> Any:
-        driver = connection
-        sqlalchemy = sys.modules.get("sqlalchemy.ext.asyncio")
-        if sqlalchemy is not None and isinstance(driver, (sqlalchemy.AsyncSession, sqlalchemy.AsyncConnection)):
-            try:
-                driver = await self._driver_of_sqlalchemy(driver, sqlalchemy)
-            except sys.modules["sqlalchemy"].exc.SQLAlchemyError as error:
-                raise self._tables.as_error(error) from error
+        driver = await driver_of_aio(connection, self._tables.as_error, _begins_late)
         psycopg = sys.modules.get("psycopg")
         if is_asyncpg(driver) or (psycopg is not None and isinstance(driver, psycopg.AsyncConnection)):
             return driver
-        raise _not_taken(
+        raise not_taken(
             connection,
             driver,
             "one of psycopg.AsyncConnection, asyncpg.Connection, or SQLAlchemy's AsyncConnection or AsyncSession over "
             "them",
         )
-
-    async def _driver_of_sqlalchemy(self, connection: Any, sqlalchemy: Any) -> Any:
-        if isinstance(connection, sqlalchemy.AsyncSession):
-            connection = await connection.connection()
-        if not connection.in_transaction():
-            await connection.begin()
-        driver = (await connection.get_raw_connection()).driver_connection
-        if is_asyncpg(driver) and not driver.is_in_transaction():
-            await connection.exec_driver_sql("SELECT 1")  # SQLAlchemy begins asyncpg's transaction with a statement
-        return driver
 
     def _check_aio(self, driver: Any) -> None:
         if not is_asyncpg(driver):
@@ -326,9 +310,8 @@ def is_asyncpg(driver: object) -> bool:
     return asyncpg is not None and isinstance(driver, (asyncpg.Connection, asyncpg.pool.PoolConnectionProxy))
 
 
-def _not_taken(given: object, driver: object, what: str) -> TypeError:
-    text = f"connection must be {what}, not {type_name(given)}"
-    return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
+def _begins_late(driver: Any) -> bool:
+    return is_asyncpg(driver) and not driver.is_in_transaction()
 
 
 def _check_url(conninfo: str) -> None:

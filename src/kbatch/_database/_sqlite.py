@@ -102,6 +102,7 @@ class SqliteDatabase:
 
     _tables: SqliteNames
     _added: str
+    _shown: str
 
     def _set_path(self, path: str | os.PathLike[str]) -> None:
         if not isinstance(path, (str, os.PathLike)):
@@ -115,6 +116,9 @@ class SqliteDatabase:
         self._own_files: set[str] = {self._path}  # names by which the database is known to be this one
         # SQL functions are the connection's, and gone with it. One of this name means that its file is this one.
         self._known = f"kbatch_{hashlib.sha256(os.fsencode(self._path)).hexdigest()[:16]}"
+
+    def __repr__(self) -> str:
+        return f"<{self._shown} {printable(self._path)}>"
 
     # -- tables
 
@@ -130,13 +134,7 @@ class SqliteDatabase:
         """
         return self._tables.ddl()
 
-    def create(self) -> None:
-        """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
-
-        Raises:
-            OutboxError, InboxError: The file is no database, or cannot be written; the tables are another version's;
-                the file system has no WAL mode. Then no table was made.
-        """
+    def _create(self) -> None:
         with self._connection(create=True) as connection:
             (mode,) = connection.execute("PRAGMA journal_mode=WAL").fetchone()
             if mode != "wal":
@@ -207,7 +205,10 @@ class SqliteDatabase:
         if not isinstance(connection, sqlite3.Connection):
             connection = driver_of(connection, self._as_error)
             if not isinstance(connection, sqlite3.Connection):
-                raise TypeError(f"connection must be a sqlite3.Connection, not {type_name(connection)}")
+                text = f"connection must be a sqlite3.Connection, not {type_name(connection)}"
+                if type(connection).__module__.startswith("aiosqlite"):
+                    text += f": {self._shown.replace('kbatch', 'kbatch.aio')} takes one of aiosqlite"
+                raise TypeError(text)
         self._check_connection(connection)
         return connection
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from kbatch._errors import shown, type_name
 from kbatch._fastmap import wall_time
 
 if TYPE_CHECKING:
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
 
-__all__ = ["Tables", "age_s", "driver_of", "now_us"]
+__all__ = ["Tables", "age_s", "driver_of", "driver_of_aio", "not_taken", "now_us"]
 
 
 class Tables:
@@ -67,6 +68,38 @@ def driver_of(connection: Any, as_error: Callable[[BaseException], KbatchError])
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise as_error(error) from error
     return connection
+
+
+async def driver_of_aio(
+    connection: Any,
+    as_error: Callable[[BaseException], KbatchError],
+    begins_late: Callable[[Any], bool] = lambda driver: False,
+) -> Any:
+    """The same for its `AsyncConnection` or `AsyncSession`.
+
+    Args:
+        begins_late: Whether SQLAlchemy begins a transaction of this driver's connection only with a statement.
+    """
+    sqlalchemy = sys.modules.get("sqlalchemy.ext.asyncio")
+    if sqlalchemy is None or not isinstance(connection, (sqlalchemy.AsyncSession, sqlalchemy.AsyncConnection)):
+        return connection
+    try:
+        if isinstance(connection, sqlalchemy.AsyncSession):
+            connection = await connection.connection()
+        if not connection.in_transaction():
+            await connection.begin()
+        driver = (await connection.get_raw_connection()).driver_connection
+        if begins_late(driver):
+            await connection.exec_driver_sql("SELECT 1")
+    except sys.modules["sqlalchemy"].exc.SQLAlchemyError as error:
+        raise as_error(error) from error
+    return driver
+
+
+def not_taken(given: object, driver: object, what: str) -> TypeError:
+    """What is raised for a connection of another kind, or over another driver."""
+    text = f"connection must be {what}, not {type_name(given)}"
+    return TypeError(text if driver is given else f"{text} over {shown(type(driver).__module__)}")
 
 
 def now_us() -> int:

@@ -11,7 +11,6 @@ from kbatch._database._tables import now_us
 from kbatch._inbox._base import BaseInbox, InboxStatus, check_group, id_of, limits_of, time_of
 from kbatch._inbox._session import InboxSession, ended_by_handler
 from kbatch._inbox._tables import SqliteInboxTables
-from kbatch._text import printable
 
 if TYPE_CHECKING:
     import os
@@ -25,25 +24,15 @@ if TYPE_CHECKING:
     from kbatch._fastmap import Envelope
     from kbatch._inbox._base import Partition
 
-__all__ = ["SqliteInbox"]
+__all__ = ["BaseSqliteInbox", "SqliteInbox"]
 
 _DELETED_AT_ONCE = 1000
 
 
-class SqliteInbox(SqliteDatabase, BaseInbox):
-    """Knows which ids a consumer group has handled, in tables of the SQLite database that its handlers write.
+class BaseSqliteInbox(SqliteDatabase, BaseInbox):
+    """What the inboxes for threads and for asyncio have in common."""
 
-    Any number of threads may use one inbox, each with a connection of its own.
-
-    Args:
-        path: The database file. The application's connections must be to this file.
-        prefix: What the names of the tables begin with.
-        retention_s: How long a listener keeps an id after it was handled, at least; ``None``: for ever.
-
-    Raises:
-        ConfigError: A value out of its range, or of the wrong type.
-    """
-
+    _shown = "kbatch.SqliteInbox"
     _added = "marks"
     _tables: SqliteInboxTables
 
@@ -62,56 +51,16 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         self._mark_if_known = sql(f"{mark} AND {self._if_known()} ON CONFLICT DO NOTHING")
         self._unmark = sql("DELETE FROM {inbox} WHERE group_id = ? AND id = ? AND handled_at = ?")
 
-    def __repr__(self) -> str:
-        return f"<kbatch.SqliteInbox {printable(self._path)}>"
-
     # -- marking
 
-    def accept(
-        self,
-        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
-        envelope: Envelope[Any],
-        *,
-        group: str,
-    ) -> bool:
-        """Marks an envelope's id as handled by a group, within the transaction that `connection` is in.
-
-        If this raises, nothing was marked, and the transaction can go on, unless SQLite itself has ended it. A
-        transaction should begin with ``BEGIN IMMEDIATE``: SQLite may refuse at once to let one write that has only read
-        before.
-
-        Args:
-            connection: One of ``sqlite3``, to this inbox's file, in a transaction; or a connection or session of
-                SQLAlchemy 2 that uses one, after its first statement that writes.
-            envelope: What was received.
-            group: The consumer group.
-
-        Returns:
-            False if the group has handled it before: there is nothing to be done.
-
-        Raises:
-            InboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
-                are missing or another version's; the database takes no writes.
-        """
-        return self.accept_many(connection, (envelope,), group=group)[0]
-
-    def accept_many(
-        self,
-        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
-        envelopes: Iterable[Envelope[Any]],
-        *,
-        group: str,
-    ) -> list[bool]:
-        """As `accept`, for many: whether each is new. Of those with the same id only the first one may be."""
-        check_group(group)
-        driver = self._driver(connection)
-        ids = [id_of(envelope) for envelope in envelopes]
-        self._check_connection(driver)  # a generator may have ended the transaction
+    def _accept_all(self, connection: sqlite3.Connection, ids: Sequence[uuid.UUID], group: str) -> list[bool]:
+        """Marks what an application has given, within its transaction."""
+        self._check_connection(connection)  # a generator may have ended the transaction
         try:
-            return self._mark_all(driver, ids, group)
+            return self._mark_all(connection, ids, group)
         except sqlite3.Error as error:
             if lacks_tables(error):
-                self._check_file_of(driver)
+                self._check_file_of(connection)
             raise self._tables.as_inbox_error(error, self._path) from error
 
     def _mark_all(self, connection: sqlite3.Connection, ids: Sequence[uuid.UUID], group: str) -> list[bool]:
@@ -156,15 +105,7 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
 
     # -- looking
 
-    def status(self, *, count_up_to: int = 100_000) -> InboxStatus:
-        """What is in the inbox.
-
-        Args:
-            count_up_to: No more ids are counted, since counting reads the rows.
-
-        Raises:
-            InboxError: The tables are missing or another version's; the database does not answer.
-        """
+    def _status(self, count_up_to: int) -> InboxStatus:
         with self._connection() as connection:
             self._check_tables(connection)
             statement = self._tables.sql("SELECT count(*) FROM (SELECT 1 FROM {inbox} LIMIT ?)")
@@ -180,26 +121,6 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
         )
 
     # -- retention
-
-    def purge(self, older_than_s: float | None = None, *, committed: Mapping[str, datetime] | None = None) -> int:
-        """Deletes ids that were handled so many seconds ago, in batches of a transaction each.
-
-        An id stays while its record may be read again. Of a group that a `Listener` reads with this inbox, that is
-        known: what it had handled before a time that `status` tells was committed. Of other groups nothing is known
-        and nothing deleted, unless `committed` says it.
-
-        Args:
-            older_than_s: By default the inbox's ``retention_s``, or 7 days.
-            committed: By group, a time before which all that it handled is committed: no record of it is read again,
-                however long its consumers were stopped. This counts more than what listeners have told.
-
-        Returns:
-            How many were deleted.
-
-        Raises:
-            InboxError: The tables are missing or another version's; the database does not answer.
-        """
-        return self._purge(older_than_s, committed)
 
     def _purge(self, older_than_s: float | None, committed: Mapping[str, datetime] | None) -> int:
         age_us = self._age_us(older_than_s)
@@ -255,8 +176,7 @@ class SqliteInbox(SqliteDatabase, BaseInbox):
 
     # -- listeners
 
-    def open_session(self, group: str) -> InboxSession:
-        """What a listener's worker handles envelopes with. It makes a connection when it is needed."""
+    def _open_session(self, group: str) -> InboxSession:
         tell_of_fault(sqlite3.sqlite_version)
         return SqliteInboxSession(self, group)
 
@@ -277,7 +197,7 @@ WHERE group_id = :group AND topic = :topic AND partition = :partition
 class SqliteInboxSession(InboxSession):
     """`BEGIN IMMEDIATE` takes SQLite's one lock for writing at once: so no statement of a handler finds it taken."""
 
-    def __init__(self, inbox: SqliteInbox, group: str) -> None:
+    def __init__(self, inbox: BaseSqliteInbox, group: str) -> None:
         super().__init__(group)
         self._inbox = inbox
         self._new_position = inbox._tables.sql(
@@ -338,3 +258,103 @@ class SqliteInboxSession(InboxSession):
 
     def _error(self, error: sqlite3.Error) -> InboxError:
         return self._inbox._tables.as_inbox_error(error, self._inbox._path, own=True)
+
+
+class SqliteInbox(BaseSqliteInbox):
+    """Knows which ids a consumer group has handled, in tables of the SQLite database that its handlers write.
+
+    Any number of threads may use one inbox, each with a connection of its own. `kbatch.aio.SqliteInbox` is for
+    asyncio.
+
+    Args:
+        path: The database file. The application's connections must be to this file.
+        prefix: What the names of the tables begin with.
+        retention_s: How long a listener keeps an id after it was handled, at least; ``None``: for ever.
+
+    Raises:
+        ConfigError: A value out of its range, or of the wrong type.
+    """
+
+    def create(self) -> None:
+        """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
+
+        Raises:
+            InboxError: The file is no database, or cannot be written; the tables are another version's; the file
+                system has no WAL mode. Then no table was made.
+        """
+        self._create()
+
+    def accept(
+        self,
+        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelope: Envelope[Any],
+        *,
+        group: str,
+    ) -> bool:
+        """Marks an envelope's id as handled by a group, within the transaction that `connection` is in.
+
+        If this raises, nothing was marked, and the transaction can go on, unless SQLite itself has ended it. A
+        transaction should begin with ``BEGIN IMMEDIATE``: SQLite may refuse at once to let one write that has only read
+        before.
+
+        Args:
+            connection: One of ``sqlite3``, to this inbox's file, in a transaction; or a connection or session of
+                SQLAlchemy 2 that uses one, after its first statement that writes.
+            envelope: What was received.
+            group: The consumer group.
+
+        Returns:
+            False if the group has handled it before: there is nothing to be done.
+
+        Raises:
+            InboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
+                are missing or another version's; the database takes no writes.
+        """
+        return self.accept_many(connection, (envelope,), group=group)[0]
+
+    def accept_many(
+        self,
+        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        group: str,
+    ) -> list[bool]:
+        """As `accept`, for many: whether each is new. Of those with the same id only the first one may be."""
+        check_group(group)
+        driver = self._driver(connection)
+        return self._accept_all(driver, [id_of(envelope) for envelope in envelopes], group)
+
+    def status(self, *, count_up_to: int = 100_000) -> InboxStatus:
+        """What is in the inbox.
+
+        Args:
+            count_up_to: No more ids are counted, since counting reads the rows.
+
+        Raises:
+            InboxError: The tables are missing or another version's; the database does not answer.
+        """
+        return self._status(count_up_to)
+
+    def purge(self, older_than_s: float | None = None, *, committed: Mapping[str, datetime] | None = None) -> int:
+        """Deletes ids that were handled so many seconds ago, in batches of a transaction each.
+
+        An id stays while its record may be read again. Of a group that a `Listener` reads with this inbox, that is
+        known: what it had handled before a time that `status` tells was committed. Of other groups nothing is known
+        and nothing deleted, unless `committed` says it.
+
+        Args:
+            older_than_s: By default the inbox's ``retention_s``, or 7 days.
+            committed: By group, a time before which all that it handled is committed: no record of it is read again,
+                however long its consumers were stopped. This counts more than what listeners have told.
+
+        Returns:
+            How many were deleted.
+
+        Raises:
+            InboxError: The tables are missing or another version's; the database does not answer.
+        """
+        return self._purge(older_than_s, committed)
+
+    def open_session(self, group: str) -> InboxSession:
+        """What a listener's worker handles envelopes with. It makes a connection when it is needed."""
+        return self._open_session(group)

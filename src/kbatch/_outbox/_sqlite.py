@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._database._sqlite import SqliteDatabase, lacks_tables, take_back, tell_of_fault
 from kbatch._database._tables import age_s
-from kbatch._outbox._base import BlockingOutbox, OutboxStatus
+from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus
 from kbatch._outbox._sqlite_admin import SqliteAdmin
 from kbatch._outbox._sqlite_store import SqliteStore
 from kbatch._outbox._sqlite_tables import SqliteTables
 from kbatch._outbox._sqlite_writer import SqliteWriter
 from kbatch._outbox._store import BUCKETS
-from kbatch._text import printable
 
 if TYPE_CHECKING:
     import os
@@ -28,26 +27,13 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore, OutboxWriter, ScheduledRow
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["SqliteOutbox"]
+__all__ = ["BaseSqliteOutbox", "SqliteOutbox"]
 
 
-class SqliteOutbox(SqliteDatabase, BlockingOutbox):
-    """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
+class BaseSqliteOutbox(SqliteDatabase, BaseOutbox):
+    """What the outboxes for threads and for asyncio have in common."""
 
-    An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
-    outbox, each with a connection of its own.
-
-    Args:
-        path: The database file. The application's connections and the relay's must be to this file.
-        prefix: What the names of the tables begin with.
-        wire, encoder, source, header_hook: As for `Producer`.
-        max_message_bytes: The largest record that is taken. It should be the relay's ``message.max.bytes`` at most, and
-            the ``max.message.bytes`` of the topics.
-
-    Raises:
-        ConfigError: A value out of its range, or of the wrong type.
-    """
-
+    _shown = "kbatch.SqliteOutbox"
     _added = "messages"
     _tables: SqliteTables
 
@@ -85,54 +71,17 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
             "scheduled) VALUES (?, ?, ?, ?, ?, ?, ?, 0, '', 1)"
         )
 
-    def __repr__(self) -> str:
-        return f"<kbatch.SqliteOutbox {printable(self._path)}>"
-
     # -- adding
 
-    def add(
-        self,
-        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
-        envelopes: Iterable[Envelope[Any]],
-        *,
-        topic: str | None = None,
-    ) -> int:
-        """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
-
-        One with a future ``scheduled_time`` is sent then, by the database's clock, as if it was added at that time: it
-        holds back no other of its key until then.
-
-        All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
-        can go on, unless SQLite itself has ended it. After an exception of a signal handler, such as Ctrl-C, all of
-        them may have been added: roll back. A transaction that only reads before should begin with ``BEGIN IMMEDIATE``:
-        SQLite may refuse at once to let it write.
-
-        Args:
-            connection: One of ``sqlite3``, to this outbox's file, in a transaction; or a connection or session of
-                SQLAlchemy 2 that uses one, after its first statement that writes.
-            envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
-                in the order in which transactions with them were written.
-            topic: Where envelopes without a topic of their own go; ``None`` if each has one.
-
-        Returns:
-            How many were added: all but those whose ``deliver_by`` has passed.
-
-        Raises:
-            SerializationError: An envelope could not be mapped, or is too large.
-            OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
-                are missing or another version's; the database takes no writes.
-        """
-        driver = self._driver(connection)
-        batch = self._pool.map(self._mapper, topic, envelopes)
-        self._check_connection(driver)  # an encoder or a generator may have ended the transaction
+    def _add(self, connection: sqlite3.Connection, batch: MappedBatch) -> int:
+        """Adds what an application has given, within its transaction."""
+        self._check_connection(connection)  # an encoder or a generator may have ended the transaction
         try:
-            count = self._write(driver, (batch,), self._pool.count(batch))
+            return self._write(connection, (batch,), self._pool.count(batch))
         except sqlite3.Error as error:
             if lacks_tables(error):
-                self._check_file_of(driver)
+                self._check_file_of(connection)
             raise self._tables.as_outbox_error(error, self._path) from error
-        self._tell_watchers()
-        return count
 
     def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
         self._write(connection, batches, sum(map(self._pool.count, batches)))
@@ -205,15 +154,7 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
 
     # -- looking
 
-    def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
-        """What is in the outbox.
-
-        Args:
-            count_up_to: Of each kind no more are counted, since counting reads the rows.
-
-        Raises:
-            OutboxError: The tables are missing or another version's; the database does not answer.
-        """
+    def _status(self, count_up_to: int) -> OutboxStatus:
         sql = self._tables.sql
         with self._connection() as connection:
             self._check_tables(connection)
@@ -264,3 +205,78 @@ class SqliteOutbox(SqliteDatabase, BlockingOutbox):
             connection = undo.enter_context(self._connection(keep=True))
             self._check_tables(connection)
             return SqliteAdmin(connection, self._tables, self._path)
+
+
+class SqliteOutbox(BaseSqliteOutbox, BlockingOutbox):
+    """Takes envelopes within transactions of the application, in tables of its SQLite database; a `Relay` sends them.
+
+    An envelope is mapped when it is added, and stored as it goes on the wire. Any number of threads may use one
+    outbox, each with a connection of its own. `kbatch.aio.SqliteOutbox` is for asyncio.
+
+    Args:
+        path: The database file. The application's connections and the relay's must be to this file.
+        prefix: What the names of the tables begin with.
+        wire, encoder, source, header_hook: As for `Producer`.
+        max_message_bytes: The largest record that is taken. It should be the relay's ``message.max.bytes`` at most, and
+            the ``max.message.bytes`` of the topics.
+
+    Raises:
+        ConfigError: A value out of its range, or of the wrong type.
+    """
+
+    def create(self) -> None:
+        """Makes the database file and the tables, as far as they are missing, and sets the database to WAL mode.
+
+        Raises:
+            OutboxError: The file is no database, or cannot be written; the tables are another version's; the file
+                system has no WAL mode. Then no table was made.
+        """
+        self._create()
+
+    def add(
+        self,
+        connection: sqlite3.Connection | sqlalchemy.Connection | sqlalchemy.orm.Session,
+        envelopes: Iterable[Envelope[Any]],
+        *,
+        topic: str | None = None,
+    ) -> int:
+        """Adds envelopes within the transaction that `connection` is in: they are sent if it is committed.
+
+        One with a future ``scheduled_time`` is sent then, by the database's clock, as if it was added at that time: it
+        holds back no other of its key until then.
+
+        All of them are mapped before anything is written. If this raises, none of them was added, and the transaction
+        can go on, unless SQLite itself has ended it. After an exception of a signal handler, such as Ctrl-C, all of
+        them may have been added: roll back. A transaction that only reads before should begin with ``BEGIN IMMEDIATE``:
+        SQLite may refuse at once to let it write.
+
+        Args:
+            connection: One of ``sqlite3``, to this outbox's file, in a transaction; or a connection or session of
+                SQLAlchemy 2 that uses one, after its first statement that writes.
+            envelopes: Any iterable; it is read once. Of one topic and key (or partition, without a key) they are sent
+                in the order in which transactions with them were written.
+            topic: Where envelopes without a topic of their own go; ``None`` if each has one.
+
+        Returns:
+            How many were added: all but those whose ``deliver_by`` has passed.
+
+        Raises:
+            SerializationError: An envelope could not be mapped, or is too large.
+            OutboxError: The connection is in no transaction, closed, another thread's or to another file; the tables
+                are missing or another version's; the database takes no writes.
+        """
+        driver = self._driver(connection)
+        count = self._add(driver, self._pool.map(self._mapper, topic, envelopes))
+        self._tell_watchers()
+        return count
+
+    def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
+        """What is in the outbox.
+
+        Args:
+            count_up_to: Of each kind no more are counted, since counting reads the rows.
+
+        Raises:
+            OutboxError: The tables are missing or another version's; the database does not answer.
+        """
+        return self._status(count_up_to)

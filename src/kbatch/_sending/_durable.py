@@ -229,7 +229,7 @@ class DurableSender(BaseDurableSender):
             self._begin_use()
             outbox = self._shared.outbox
             if inspect.iscoroutinefunction(outbox.add):
-                raise TypeError(f"{outbox!r} adds by await: use kbatch.aio.DurableSender, or a kbatch.PostgresOutbox")
+                raise TypeError(f"{outbox!r} adds by await: use kbatch.aio.DurableSender, or an outbox for threads")
             return bool(outbox.add(connection, (envelope,), topic=self.topic))
         batch = self._map(envelope)
         if batch is None:

@@ -28,6 +28,8 @@ from kbatch.aio._postgres import PostgresOutbox
 from kbatch.aio._producer import Producer
 from kbatch.aio._relay import Relay
 from kbatch.aio._scheduled import ScheduledMessages
+from kbatch.aio._sqlite import SqliteOutbox
+from kbatch.aio._sqlite_inbox import SqliteInbox
 from kbatch.aio._topic import KafkaTopic
 from kbatch.aio._transaction import Transaction
 
@@ -48,5 +50,7 @@ __all__ = [
     "SenderCallback",
     "SenderProtocol",
     "SendingAgent",
+    "SqliteInbox",
+    "SqliteOutbox",
     "Transaction",
 ]

@@ -15,7 +15,7 @@ _THREAD = "kbatch-outbox"
 
 
 class DeadLetters:
-    """The dead letters of an outbox, `PostgresOutbox.dead_letters`.
+    """The dead letters of an outbox: `SqliteOutbox.dead_letters`, `PostgresOutbox.dead_letters`.
 
     Each method does what that of `kbatch.DeadLetters` does, on a thread, which goes on if the task is cancelled.
     """

@@ -44,7 +44,7 @@ class Listener(BaseListener):
         handler: A coroutine function. At most `concurrency` calls of it run at a time.
         config, topics, types, wire, concurrency, batch_size, batch_timeout_ms, max_in_flight, max_in_flight_bytes,
             commit_interval_s: As for `kbatch.Listener`.
-        inbox: The same; also a `kbatch.aio.PostgresInbox`. The handler's connection is a ``psycopg.AsyncConnection``,
+        inbox: The same; also one of `kbatch.aio`. The handler's connection is a ``psycopg.AsyncConnection``,
             or one of ``sqlite3``, whose statements block the loop.
         close_timeout_s: The same; the tasks that still run then are cancelled.
         retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of

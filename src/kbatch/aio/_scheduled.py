@@ -17,7 +17,8 @@ _THREAD = "kbatch-outbox"
 
 
 class ScheduledMessages:
-    """The messages of an outbox that wait, for their next attempt or for their time: `PostgresOutbox.scheduled`.
+    """The messages of an outbox that wait, for their next attempt or for their time: `SqliteOutbox.scheduled`,
+    `PostgresOutbox.scheduled`.
 
     Each method does what that of `kbatch.ScheduledMessages` does, on a thread, which goes on if the task is cancelled.
     """
