@@ -94,7 +94,7 @@ class SenderCallback:
         self.mark_processing_failure(batch, error)
 
     def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
-        """The circuit is open; nothing was sent."""
+        """The circuit is open, or a producer is to be replaced; nothing was sent."""
         self.mark_processing_failure(batch, error)
 
 

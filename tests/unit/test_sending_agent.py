@@ -16,6 +16,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._send_loop import SendLoop
 from kbatch.testing import MemoryProducer
 from kbatch.testing._memory import MemoryCore
@@ -419,6 +420,43 @@ def test_a_batch_that_the_producer_does_not_take_counts_as_a_failure_that_is_tol
             assert sender.flush(20) == 0
         assert "no request" in str(agent.last_error)
         assert (sender.stats()["retried"], sender.stats()["acked"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_batch_goes_by_the_producer_that_took_the_place_of_a_dead_one(kind: str) -> None:
+    # Another sender has it replaced while the batch is mapped.
+    made: Any = (MemoryProducer if kind == "threads" else AioMemoryProducer)(header_hook=lambda: replace())
+    handle = ProducerHandle(made, given=False)
+    other, use = handle.acquire(), handle.acquire()
+
+    def replace() -> None:
+        handle.replace(made)
+
+    told: list[Any] = []
+
+    class Told(kbatch.SenderCallback):
+        def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
+            told.append(report.acked)
+
+        def mark_processing_failure(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+            told.append(error)
+
+    batch = kbatch.OutgoingBatch([Envelope(1), Envelope(2)])
+    if kind == "threads":
+        agent = SendingAgent(use, "orders")  # type: ignore[arg-type]
+        agent.send_batch(Told(), batch)
+        agent.close()
+    else:
+
+        async def send() -> None:
+            agent = aio.SendingAgent(use, "orders")  # type: ignore[arg-type]
+            await agent.send_batch(Told(), batch)
+            await agent.close()
+
+        asyncio.run(send())
+    assert made.closed
+    assert told == [2]
+    other.release(0)
 
 
 def test_a_line_of_the_log_for_which_there_is_no_memory_ends_no_sender() -> None:

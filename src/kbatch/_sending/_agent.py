@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._checks import check_topic
-from kbatch._errors import ConfigError, ForkError, KbatchError, SenderClosedError, SenderError
+from kbatch._errors import ConfigError, ForkError, KbatchError, ProducerClosedError, SenderClosedError, SenderError
 from kbatch._fastmap import AnsweringSender, Call, CallQueue, Flag, comes_from, monotonic
 from kbatch._options import AgentOptions, shows, taken
 from kbatch._producer import Producer
@@ -360,11 +360,16 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
     """
 
     def _send_answered(self, answer: Answer) -> Told:
-        producer: Any = self._handle.producer
         self._start()
         answer.trial = self._gate.admit()
-        answer.then = functools.partial(self._gate.note_answer, producer)
-        return send_answered(producer, self.topic, answer)
+        while True:
+            producer: Any = self._handle.producer
+            answer.then = functools.partial(self._gate.note_answer, producer)
+            try:
+                return send_answered(producer, self.topic, answer)
+            except ProducerClosedError as error:
+                if self._handle.fate(producer, error) != "successor":
+                    raise
 
     def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
         return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)

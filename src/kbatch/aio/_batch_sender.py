@@ -46,7 +46,7 @@ class SenderCallback:
         await self.mark_processing_failure(batch, error)
 
     async def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
-        """The circuit is open; nothing was sent."""
+        """The circuit is open, or a producer is to be replaced; nothing was sent."""
         await self.mark_processing_failure(batch, error)
 
 

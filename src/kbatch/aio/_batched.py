@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._batch_sender import answer_refusal, answer_report
 from kbatch._checks import check_timeout
-from kbatch._errors import SenderFullError, named_exception_text
+from kbatch._errors import ProducerClosedError, SenderFullError, named_exception_text
 from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
 from kbatch._loop import in_thread
 from kbatch._options import AgentOptions, AioAgentOptions
@@ -121,13 +121,18 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     _calls: LoopCalls
 
     async def _send_answered(self, answer: Answer) -> Told:
-        producer: Any = self._handle.producer
         self._adopt_loop()
         if self._is_forked() or not self._has_thread():
             await in_thread("kbatch-start", self._start)
         answer.trial = self._gate.admit()
-        answer.then = functools.partial(self._gate.note_answer, producer)
-        return await send_answered(producer, self.topic, answer)
+        while True:
+            producer: Any = self._handle.producer
+            answer.then = functools.partial(self._gate.note_answer, producer)
+            try:
+                return await send_answered(producer, self.topic, answer)
+            except ProducerClosedError as error:
+                if self._handle.fate(producer, error) != "successor":
+                    raise
 
     def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
         return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)
