@@ -15,6 +15,7 @@ from kbatch._errors import ConfigError, ProducerError, UndeliveredError, type_na
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, Core, Mapper
+from kbatch._logs import tell_beside
 from kbatch._pending import PendingBatch
 from kbatch._text import counted, printable
 from kbatch._transactions import Transactions
@@ -121,6 +122,9 @@ class BaseProducer:
         """Gives up every message that is queued or in flight: its outcome is a failure.
 
         Does not wait for it: a batch sent before those failures have come may be given up as well.
+
+        Raises:
+            ProducerClosedError: The producer is closed, or closing.
         """
         self._core.purge()
 
@@ -207,11 +211,11 @@ class BaseProducer:
         # lost is never lost silently.
         self._core.undelivered.raise_beside(error, reachable=True)
         left = self._core.in_flight()
-        if left and error is None:  # librdkafka did not give them back within the time
-            raise UndeliveredError(
-                f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed",
-                count=left,
-            )
+        if left:  # librdkafka did not give them back within the time
+            text = f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed"
+            if error is None:
+                raise UndeliveredError(text, count=left)
+            tell_beside(error, text)
 
 
 def check_kind(producer: object, kind: type[BaseProducer]) -> None:

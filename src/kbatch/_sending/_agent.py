@@ -145,7 +145,12 @@ class BaseSendingAgent:
         with self._gate.lock:
             if self._gate.closed:
                 raise SenderClosedError("the sender is closed")
-            self._start_once()
+            try:
+                self._start_once()
+            except BaseException:
+                if not self._has_thread():  # a forked child may start it
+                    self._pid = None
+                raise
             if self._buffer is not None:
                 self._buffer._accept()
 
@@ -264,10 +269,10 @@ class BaseSendingAgent:
             thread.join(_seconds_until(end))
         self._prober.stop()
         self._calls.join(_seconds_until(end))
-        return self._given_up.not_sent + self._lost()
+        return self._given_up.not_sent + self._given_up.uncounted()
 
     def _lost(self) -> int:
-        """After the end: how many envelopes on_failed is not told of, after a crash or if a thread hangs."""
+        """After the end: how many envelopes nobody is told of, after a crash or if a thread hangs."""
         return self._given_up.lost()
 
     def _stats(self) -> dict[str, int]:
