@@ -153,6 +153,7 @@ class Producer(BaseProducer):
         Raises:
             UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch` or keeps it. Of
                 one that somebody keeps `close` tells.
+            ProducerClosedError: The producer is closed, or closing: `close` flushes it.
         """
         check_timeout(timeout)
         left = self._core.flush(timeout)

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import operator
+import os
 import random
 import threading
 import time
@@ -326,6 +327,31 @@ def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplo
         sender.close(30)
     assert sorted(told) == list(range(5))
     assert len(sender) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_may_start_what_its_parent_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: MemoryCore) -> None:
+        raise RuntimeError("no threads")
+
+    producer = MemoryProducer()
+    sender = kbatch.BatchedSender(SendingAgent(producer, "orders"), batch_timeout_ms=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryCore, "start", refuse)
+        with pytest.raises(RuntimeError, match="no threads"):
+            sender.send(Envelope(1))
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sender.send(Envelope(1))
+            status = sender.flush(20)
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    sender.close()
+    producer.close()
 
 
 def test_a_handler_that_sends_while_the_thread_is_made_has_no_second_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
