@@ -131,9 +131,10 @@ class BaseProducer:
     def stats(self) -> dict[str, int]:
         """Counters since the start.
 
-        ``batches``, ``envelopes`` (mapped), ``acked``, ``failed``, ``in_flight``; ``map_ns`` and ``enqueue_ns``, the
-        time spent in the two phases; ``pooled_bytes``, memory kept for the next batches; ``pinned_buffers``, batches
-        of this process whose memory librdkafka may still read or that was not given back yet.
+        ``batches``, ``envelopes`` (mapped), ``acked``, ``failed``, ``in_flight``; ``map_ns``, the time spent in
+        mapping; ``enqueue_ns``, the sum of the batches' times from when each was taken until all of it was enqueued,
+        waits included; ``pooled_bytes``, memory kept for the next batches; ``pinned_buffers``, batches of this process
+        whose memory librdkafka may still read or that was not given back yet.
         """
         return self._core.counters()
 

@@ -289,9 +289,9 @@ cdef struct BatchState:
     int32_t taken         # of a batch on hold: somebody sees to its answer; under the GIL
     int32_t failing       # atomic: an envelope has failed that could be mapped
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
-    int32_t detached      # the drainer enqueues it, not the thread that sends it, which alone may set it in line
+    int32_t detached      # 1: the drainer enqueues it. Set before the line, or there by `hand_over_own`
     int32_t in_line       # phase 2 is not over; its thread's own, of a detached batch under the client's lock
-    unsigned long thread  # const in line: that enqueues it, unless it is detached
+    unsigned long thread  # const in line: whose it is; 0 if it was detached from the first
     int32_t listeners     # wants the dispatcher; under the client's lock, as all below
     int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
     int32_t has_news      # waits for the dispatcher
@@ -472,8 +472,8 @@ cdef struct Client:
     int eager               # unfinished batches with listeners, flushes: reasons to poll at once
     int events              # const: the types of librdkafka's events, besides delivery reports, that somebody wants
     int events_expected     # const: callbacks are configured
-    int drainer_parked      # waits without a time limit
-    int drainer_asleep      # waits with one
+    int drainer_parked      # waits without a limit, or for longer than a nap: work that comes wakes it
+    int drainer_asleep      # naps: only eagerness and the turn of a detached batch wake it
     int drainer_polls       # sits in librdkafka's poll
     int32_t drainer_is_due  # atomic: the drainer should leave its poll, there is something to enqueue
     Waiter drainer_self     # marks its polls; never linked

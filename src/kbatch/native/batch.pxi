@@ -134,7 +134,7 @@ cdef class Batch(MappedBatch):
 
     @property
     def begun(self) -> bool:
-        """Whether enqueueing has begun, so that an answer will come."""
+        """Whether a producer has taken it, so that an answer will come."""
         return self.state.started_ns != 0
 
     @property
@@ -153,7 +153,7 @@ cdef class Batch(MappedBatch):
 
     @property
     def latency_s(self) -> float:
-        """Seconds from the start of enqueueing to the last outcome; ``nan`` before."""
+        """Seconds from when the producer took the batch to its answer, the wait for room included; ``nan`` before."""
         if not KB_LOAD32(&self.state.done):
             return NAN
         return (self.state.done_ns - self.state.started_ns) / 1e9

@@ -4,8 +4,8 @@ cdef enum:
     # what enqueue_slice, take_turn and advance answer
     DONE = 0
     AGAIN = 1       # the slice is over, or the turn, or the room: look at signals and deadlines, then go on
-    LATE = 2        # the batch's deadline for enqueueing has passed
-    SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch
+    LATE = 2        # the batch's deadline for enqueueing has passed; of `advance`: the caller's for the wait
+    SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch; not of `advance`
 
 cdef enum:
     DRAIN_EVERY = 128            # messages between two looks at the delivery reports
