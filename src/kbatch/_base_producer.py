@@ -157,7 +157,7 @@ class BaseProducer:
 
     def __len__(self) -> int:
         """How many accepted messages have no outcome yet, those that wait for room in flight included."""
-        return self._core.in_flight()
+        return self._core.without_outcome()
 
     def __bool__(self) -> bool:
         # len() may be 0, and `if producer:` must not mean that.
@@ -167,7 +167,7 @@ class BaseProducer:
         if not hasattr(self, "_core"):
             return f"<{self._shown} refused>"  # in a traceback of the constructor
         name = self._core.name()
-        state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
+        state = "closed" if self.closed else "not started" if name is None else f"{len(self)} without an outcome"
         return f"<{self._shown} {printable(name or '')}{' ' if name else ''}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -211,7 +211,7 @@ class BaseProducer:
         # At the end of a `with` block, whose own error comes first. Also if it was closed within the block: what was
         # lost is never lost silently.
         self._core.undelivered.raise_beside(error, reachable=True)
-        left = self._core.in_flight()
+        left = self._core.without_outcome()
         if left:  # librdkafka did not give them back within the time
             text = f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed"
             if error is None:

@@ -122,6 +122,8 @@ class KafkaSender(AnsweringSender):
         self.producer = producer
         self.topic = topic
 
+    # `send_batch` is `AnsweringSender`'s, in `native/answer.pxi`: it calls these three.
+
     def _send_answered(self, answer: Answer) -> Told:
         return send_answered(self.producer, self.topic, answer)
 

@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "what stands in line is not counted",
-        "Core._take",
+        "Core._accept",
         "        KB_ADD64(&self.c.waiting, batch.state.count)\n",
         "        self.c.waiting = 0\n",
         "tests/mock/test_lifecycle.py",
@@ -733,8 +733,8 @@ MUTANTS = (
         "HeldBatches.hold",
         "            if refusal is not None:\n                look_for_fatal(c)\n"
         "                self.core._check_fatal()\n                raise refusal\n"
-        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
-        "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
+        "            self.core._accept(batch, deadline_after(timeout), waker, None)\n",
+        "            self.core._accept(batch, deadline_after(timeout), waker, None)\n"
         "            if refusal is not None:\n                look_for_fatal(c)\n"
         "                self.core._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions_interrupted.py",
@@ -771,7 +771,7 @@ MUTANTS = (
     # -- exceptions between two lines
     Mutant(
         "a batch that Ctrl-C has left in flight has no answer",
-        "Answer._leave",
+        "Answer._fate",
         "                    pending._listen(None, self._give_settled)\n",
         "                    pass\n",
         "tests/mock/test_injected_exceptions.py",
@@ -842,7 +842,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was looked at is raised all the same",
-        "Batch._leave",
+        "Batch._mark_looked",
         "                self.core.undelivered._take(lot)\n",
         "                pass\n",
         "tests/unit/test_never_silent.py",
@@ -978,7 +978,7 @@ MUTANTS = (
     Mutant(
         "what a thread sends next passes what its signal handler has handed over",
         "satisfied",
-        "        return not w.batch.in_line\n",
+        "        return not w.batch.is_enqueuing\n",
         "        return True\n",
         "tests/mock/test_waiting_line.py",
     ),
@@ -2733,7 +2733,7 @@ MUTANTS = (
     Mutant(
         "what a signal handler has flushed is enqueued although the handler raises",
         "Core._drive",
-        "if state.thread and state.in_line:",
+        "if state.thread and state.is_enqueuing:",
         "if False:",
         "tests/mock/test_exit_and_signals.py",
     ),

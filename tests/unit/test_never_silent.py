@@ -719,7 +719,7 @@ def test_messages_that_librdkafka_keeps_are_told_beside_the_error_of_a_block(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with MemoryProducer() as producer:
-        monkeypatch.setattr(producer._core, "in_flight", lambda: 1)
+        monkeypatch.setattr(producer._core, "without_outcome", lambda: 1)
         error = LookupError()
         producer._check_delivered(error)
         check_beside(error, "nobody was told: 1 message was still in flight when the producer was closed", caplog)

@@ -65,6 +65,7 @@ class Gate:
         name: What the log calls the sender; by default its topic.
         calls: For `on_state_change`, and for the log.
         prober: For probes, which block.
+        clock: A test's own; callers tell the time as `now` where they have it.
 
     Attributes:
         flag: Set when there may be something to do: the next batch, a probe, a replacement.

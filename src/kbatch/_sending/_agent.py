@@ -364,6 +364,8 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
         ConfigError: A value of the wrong type or out of its range.
     """
 
+    # `send_batch` is `AnsweringSender`'s, in `native/answer.pxi`: it calls these three.
+
     def _send_answered(self, answer: Answer) -> Told:
         self._start()
         answer.trial = self._gate.admit()

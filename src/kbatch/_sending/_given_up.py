@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._callbacks import callback_name
 from kbatch._errors import KbatchError, NotYetDueError, SerializationError, exception_text
-from kbatch._fastmap import KEPT_BYTES, Undelivered, envelope_bytes
+from kbatch._fastmap import KEPT_BYTES, KEPT_COUNT, Undelivered, envelope_bytes
 from kbatch._text import counted
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kbatch._sending._queue import Ended
 
 __all__ = ["GivenUp"]
-
-_KEPT_FAILURES = 1000
 
 
 class GivenUp:
@@ -129,7 +127,7 @@ class GivenUp:
         size = envelope_bytes(envelope)
         self._kept.append((envelope, error, size))
         self._kept_bytes += size
-        while len(self._kept) > 1 and (len(self._kept) > _KEPT_FAILURES or self._kept_bytes > KEPT_BYTES):
+        while len(self._kept) > 1 and (len(self._kept) > KEPT_COUNT or self._kept_bytes > KEPT_BYTES):
             self._kept_bytes -= self._kept.popleft()[2]
         self.undelivered.add(envelope, error)
 

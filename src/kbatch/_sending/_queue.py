@@ -414,7 +414,7 @@ class SendQueue:
         flights = self.flights()
         return flights[0].departed_at if flights else None
 
-    def give_up(self) -> list[Entry]:
+    def take_out_all(self) -> list[Entry]:
         """Takes out all that waits here."""
         entries = sorted(self._all_waiting(), key=attrgetter("seq"))
         self._suspects.clear()

@@ -80,6 +80,8 @@ class KafkaSender(AioAnsweringSender):
         self.producer = producer
         self.topic = topic
 
+    # `send_batch` is `AioAnsweringSender`'s, in `native/answer.pxi`: it calls these three.
+
     async def _send_answered(self, answer: Answer) -> Told:
         return await send_answered(self.producer, self.topic, answer)
 

@@ -289,7 +289,7 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
     cdef int answer
     cdef int64_t now
     cdef bint done
-    if not batch.detached and batch.in_line:
+    if not batch.detached and batch.is_enqueuing:
         answer = take_turn(c, batch)
         if answer == AGAIN:
             return AGAIN
@@ -306,7 +306,7 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
             look_for_fatal(c)
             kb_mutex_lock(&c.mu)
         leave(c)
-    elif batch.in_line:  # handed over: what its thread sends next must not pass it
+    elif batch.is_enqueuing:  # handed over: what its thread sends next must not pass it
         c.entered += 1
         w.kind = FOR_LEAVING
         done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE)) or c.life >= FINISHING

@@ -7,6 +7,7 @@ cdef enum:
 
 cdef enum:
     MESSAGES_AT_ONCE = 128       # messages copied out of an event at a time
+    MOST_WAKING = 16             # batches that are finished under one lock
 
 
 cdef int watch_requests(rd_kafka_t *rk, const rd_kafka_conf_t *conf, void *opaque,
@@ -122,7 +123,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     cdef const rd_kafka_message_t *messages[MESSAGES_AT_ONCE]
     cdef const rd_kafka_message_t *message
     cdef BatchState *run = NULL   # consecutive reports mostly belong to one batch
-    cdef BatchState *waking[16]   # batches that ran down to zero in this event
+    cdef BatchState *waking[MOST_WAKING]  # batches that ran down to zero in this event
     cdef Topic *topic = NULL      # of the run
     cdef Topic *own
     cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0, list_bytes = 0
@@ -172,7 +173,7 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
             if run != NULL and counts_down(run, run_count):
                 waking[ran_down] = run
                 ran_down += 1
-                if ran_down == 16:
+                if ran_down == MOST_WAKING:
                     kb_mutex_lock(&c.mu)
                     finish(c, waking, ran_down, me)
                     kb_mutex_unlock(&c.mu)
