@@ -142,19 +142,21 @@ class BaseSendingAgent:
                 "this sender was used before the fork and its threads are not in this process; make a new one"
             )
         self._pid = os.getpid()
-        with self._gate.lock:
-            if self._gate.closed:
-                raise SenderClosedError("the sender is closed")
-            try:
+        try:
+            with self._gate.lock:
+                if self._gate.closed:
+                    raise SenderClosedError("the sender is closed")
                 self._start_once()
-            except BaseException:
+                if self._buffer is not None:
+                    self._buffer._accept()
+        except BaseException:
+            with self._gate.lock:
                 if not self._has_thread():  # a forked child may start it
                     self._pid = None
-                raise
-            if self._buffer is not None:
-                self._buffer._accept()
+            raise
 
     def _start_once(self) -> None:
+        self._pid = os.getpid()  # another thread's start may have failed meanwhile
         if not self._has_thread():
             self._handle.producer._core.start()
             loop, flag, pid = self._make_send_loop(), self._gate.flag, os.getpid()
