@@ -68,6 +68,34 @@ MUTANTS = (
         "tests/unit/test_batch_formation.py",
     ),
     Mutant(
+        "a batch goes to a producer that is to be replaced",
+        "Gate.admit",
+        "            if self.broken is not None:\n",
+        "            if False:\n",
+        "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "what no broker has refused opens the circuit",
+        "verdict_of_answer",
+        "    if isinstance(told, ProducerError) and not can_be_replaced(told):\n",
+        "    if False:\n",
+        "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "what a log that hangs has not told is counted twice",
+        "GivenUp.uncounted",
+        "len(self.buffer) - sum(left for _, left in list(self._untold))",
+        "len(self.buffer)",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "a loop closes the dead producer of its copies",
+        "Copies._send",
+        "                self._dead = producer  #",
+        "                handle.replace(producer)  #",
+        "tests/mock/test_listener_failures.py",
+    ),
+    Mutant(
         "a probe whose failure cannot be logged never ends",
         "Gate._probe",
         "        finally:\n            with self.lock:",
@@ -254,8 +282,8 @@ MUTANTS = (
     Mutant(
         "a batch is done one envelope early",
         "handle_reports",
-        "if outcome.batch == run and own == topic:\n                run_count += 1",
-        "if outcome.batch == run and own == topic:\n                run_count += 2 if run_count == 1 else 1",
+        "if outcome.batch == streak and own == topic:\n                streak_count += 1",
+        "if outcome.batch == streak and own == topic:\n                streak_count += 2 if streak_count == 1 else 1",
     ),
     # -- headers
     Mutant(

@@ -63,7 +63,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef Py_ssize_t i = batch.next
     cdef Py_ssize_t stop = min(batch.count, i + ENQUEUE_SLICE)
     cdef Py_ssize_t look_at = i   # when to look at reports, deadlines and the line
-    cdef Topic *room = NULL       # where there is room for
+    cdef Topic *reserved_for = NULL  # the topic that has the room of the next three
     cdef int64_t reserved = 0     # messages, counted as in flight, not yet offered, and
     cdef int64_t room_bytes = 0   # bytes, of which
     cdef int64_t bytes = 0        # were taken
@@ -124,10 +124,10 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             settled += 1
             i += 1
             continue
-        if reserved == 0 or record.topic != room or bytes >= room_bytes:
-            unreserve(c, room, reserved, bytes)
+        if reserved == 0 or record.topic != reserved_for or bytes >= room_bytes:
+            unreserve(c, reserved_for, reserved, bytes)
             bytes = 0
-            room = record.topic
+            reserved_for = record.topic
             reserved = take_room(c, batch, i, stop, &room_bytes)
             if reserved == 0:
                 batch.starved = 1
@@ -179,7 +179,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         if code:
             settle_unsent(&batch.outcomes[i], record, code)
             KB_ADD64(&c.in_flight, -1)
-            give_room(room, 1, 0)
+            give_room(reserved_for, 1, 0)
             settled += 1
             failed += 1
             refused += 1
@@ -188,7 +188,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         i += 1
     c.unpolled += i - batch.next
     batch.next = i
-    unreserve(c, room, reserved, bytes)
+    unreserve(c, reserved_for, reserved, bytes)
     if settled:
         kb_mutex_lock(&c.mu)
         count_failed(c, failed)
