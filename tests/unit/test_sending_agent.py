@@ -469,13 +469,13 @@ def test_a_whole_batch_goes_by_the_producer_that_took_the_place_of_a_dead_one(ki
 
     batch = kbatch.OutgoingBatch([Envelope(1), Envelope(2)])
     if kind == "threads":
-        agent = SendingAgent(use, "orders")  # type: ignore[arg-type]
+        agent = SendingAgent(use, "orders")
         agent.send_batch(Told(), batch)
         agent.close()
     else:
 
         async def send() -> None:
-            agent = aio.SendingAgent(use, "orders")  # type: ignore[arg-type]
+            agent = aio.SendingAgent(use, "orders")
             await agent.send_batch(Told(), batch)
             await agent.close()
 
