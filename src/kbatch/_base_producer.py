@@ -15,6 +15,7 @@ from kbatch._errors import ConfigError, ProducerError, UndeliveredError, type_na
 from kbatch._events import make_dispatcher
 from kbatch._exit import CORES, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, Core, Mapper
+from kbatch._logs import tell_beside
 from kbatch._pending import PendingBatch
 from kbatch._text import counted, printable
 from kbatch._transactions import Transactions
@@ -121,15 +122,19 @@ class BaseProducer:
         """Gives up every message that is queued or in flight: its outcome is a failure.
 
         Does not wait for it: a batch sent before those failures have come may be given up as well.
+
+        Raises:
+            ProducerClosedError: The producer is closed, or closing.
         """
         self._core.purge()
 
     def stats(self) -> dict[str, int]:
         """Counters since the start.
 
-        ``batches``, ``envelopes`` (mapped), ``acked``, ``failed``, ``in_flight``; ``map_ns`` and ``enqueue_ns``, the
-        time spent in the two phases; ``pooled_bytes``, memory kept for the next batches; ``pinned_buffers``, batches
-        of this process whose memory librdkafka may still read or that was not given back yet.
+        ``batches``, ``envelopes`` (mapped), ``acked``, ``failed``, ``in_flight``; ``map_ns``, the time spent in
+        mapping; ``enqueue_ns``, the sum of the batches' times from when each was taken until all of it was enqueued,
+        waits included; ``pooled_bytes``, memory kept for the next batches; ``pinned_buffers``, batches of this process
+        whose memory librdkafka may still read or that was not given back yet.
         """
         return self._core.counters()
 
@@ -152,7 +157,7 @@ class BaseProducer:
 
     def __len__(self) -> int:
         """How many accepted messages have no outcome yet, those that wait for room in flight included."""
-        return self._core.in_flight()
+        return self._core.without_outcome()
 
     def __bool__(self) -> bool:
         # len() may be 0, and `if producer:` must not mean that.
@@ -162,7 +167,7 @@ class BaseProducer:
         if not hasattr(self, "_core"):
             return f"<{self._shown} refused>"  # in a traceback of the constructor
         name = self._core.name()
-        state = "closed" if self.closed else "not started" if name is None else f"{len(self)} in flight"
+        state = "closed" if self.closed else "not started" if name is None else f"{len(self)} without an outcome"
         return f"<{self._shown} {printable(name or '')}{' ' if name else ''}{state}>"
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -206,12 +211,12 @@ class BaseProducer:
         # At the end of a `with` block, whose own error comes first. Also if it was closed within the block: what was
         # lost is never lost silently.
         self._core.undelivered.raise_beside(error, reachable=True)
-        left = self._core.in_flight()
-        if left and error is None:  # librdkafka did not give them back within the time
-            raise UndeliveredError(
-                f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed",
-                count=left,
-            )
+        left = self._core.without_outcome()
+        if left:  # librdkafka did not give them back within the time
+            text = f"{counted(left, 'message was', 'messages were')} still in flight when the producer was closed"
+            if error is None:
+                raise UndeliveredError(text, count=left)
+            tell_beside(error, text)
 
 
 def check_kind(producer: object, kind: type[BaseProducer]) -> None:

@@ -94,7 +94,7 @@ class SenderCallback:
         self.mark_processing_failure(batch, error)
 
     def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
-        """The circuit is open; nothing was sent."""
+        """The circuit is open, or a producer is to be replaced; nothing was sent."""
         self.mark_processing_failure(batch, error)
 
 
@@ -121,6 +121,8 @@ class KafkaSender(AnsweringSender):
         check_kind(producer, Producer)
         self.producer = producer
         self.topic = topic
+
+    # `send_batch` is `AnsweringSender`'s, in `native/answer.pxi`: it calls these three.
 
     def _send_answered(self, answer: Answer) -> Told:
         return send_answered(self.producer, self.topic, answer)

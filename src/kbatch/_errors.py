@@ -499,4 +499,7 @@ class SenderFullError(SenderError, TimeoutError):
 
 
 class CircuitOpenError(SenderError):
-    """The circuit breaker is open, after too many batches had failed one after the other. Nothing was sent."""
+    """The circuit breaker is open, after too many batches had failed one after the other. Nothing was sent.
+
+    It is the answer, too, while a producer in its fatal state waits to be replaced.
+    """

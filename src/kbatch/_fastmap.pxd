@@ -286,12 +286,12 @@ cdef struct BatchState:
     int64_t hold          # 1: a transaction decides when the batch is done; then 0. Under the client's lock
     int32_t done          # atomic; written under the client's lock
     int32_t settled       # of a batch on hold: every envelope has an outcome; written under the client's lock
-    int32_t taken         # of a batch on hold: somebody sees to its answer; under the GIL
+    int32_t claimed       # of a batch on hold: somebody sees to its answer; under the GIL
     int32_t failing       # atomic: an envelope has failed that could be mapped
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
-    int32_t detached      # the drainer enqueues it, not the thread that sends it, which alone may set it in line
-    int32_t in_line       # phase 2 is not over; its thread's own, of a detached batch under the client's lock
-    unsigned long thread  # const in line: that enqueues it, unless it is detached
+    int32_t detached      # 1: the drainer enqueues it. Set before the line, or there by `hand_over_own`
+    int32_t is_enqueuing  # phase 2 has begun and is not over; its thread's own, of a detached batch under the client's lock
+    unsigned long thread  # const in line: whose it is; 0 if it was detached from the first
     int32_t listeners     # wants the dispatcher; under the client's lock, as all below
     int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
     int32_t has_news      # waits for the dispatcher
@@ -329,7 +329,7 @@ cdef class Batch(MappedBatch):
     cdef bint looked      # somebody is told of its failures, or was
     cdef int waited       # so many wait for it, or have waited and not looked yet
     cdef _Lot lot         # its failures, once it is released, if nobody is told of them yet
-    cdef void _leave(self) noexcept
+    cdef void _mark_looked(self) noexcept
     cdef void _wait_on(self) noexcept
     cdef void _keep_failures(self) noexcept
     cdef void _release(self) noexcept
@@ -452,7 +452,8 @@ cdef struct Client:
     kb_mutex mu
     kb_cond drainer_cond
     kb_cond dispatcher_cond
-    kb_cond life_cond       # life, entered or the line changed, or a batch on hold was released
+    kb_cond life_cond       # life, entered or the line changed, or a batch on hold was released. What waits for something
+                            # else naps on it, such as `_await_release`: nobody signals that
     int32_t life            # written under `mu`; atomic, where it is read without
     int32_t shut            # atomic: life >= FINISHING
     int entered             # threads that may call librdkafka, apart from the drainer: it must live
@@ -472,8 +473,8 @@ cdef struct Client:
     int eager               # unfinished batches with listeners, flushes: reasons to poll at once
     int events              # const: the types of librdkafka's events, besides delivery reports, that somebody wants
     int events_expected     # const: callbacks are configured
-    int drainer_parked      # waits without a time limit
-    int drainer_asleep      # waits with one
+    int drainer_parked      # waits without a limit, or for longer than a nap: work that comes wakes it
+    int drainer_asleep      # naps: only eagerness and the turn of a detached batch wake it
     int drainer_polls       # sits in librdkafka's poll
     int32_t drainer_is_due  # atomic: the drainer should leave its poll, there is something to enqueue
     Waiter drainer_self     # marks its polls; never linked
@@ -590,7 +591,7 @@ cdef class Core:
     cdef void _leave(self) noexcept nogil
     cdef int _check_fatal(self) except -1
     cdef int _begin(self, Batch batch, int64_t deadline, object waker, object callback, bint detached) except -1
-    cdef int _take(self, Batch batch, int64_t deadline, object waker, object callback) except -1
+    cdef int _accept(self, Batch batch, int64_t deadline, object waker, object callback) except -1
     cdef int _adopt(self, Batch batch, int64_t deadline, object waker, object callback) except -1
     cdef bint _wait_for(self, Batch batch, int64_t deadline) except -1
     cdef bint _drive(self, Batch batch, int64_t deadline, int wait_for) except -1

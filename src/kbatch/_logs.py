@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 
-__all__ = ["tell"]
+__all__ = ["tell", "tell_beside"]
 
 _logger = logging.getLogger("kbatch")
 
@@ -14,3 +14,12 @@ def tell(text: str, *arguments: object, level: int = logging.WARNING, exc_info: 
     """Logs a warning, or what has another level. What a handler or a filter of logs raises is dropped."""
     with contextlib.suppress(Exception):
         _logger.log(level, text, *arguments, exc_info=exc_info, stacklevel=2)
+
+
+def tell_beside(error: BaseException, text: str) -> None:
+    """Says what nobody was told of at the end of a block that `error` ends: notes it with the error where exceptions
+    have notes, and logs it."""
+    text = f"nobody was told: {text}"
+    with contextlib.suppress(Exception):  # it has no notes, or is frozen
+        error.add_note(text)  # type: ignore[attr-defined,unused-ignore]
+    tell("%s", text, level=logging.ERROR)

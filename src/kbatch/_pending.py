@@ -13,7 +13,7 @@ from kbatch._text import counted
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
 
-__all__ = ["PendingBatch"]
+__all__ = ["PendingBatch", "no_answer"]
 
 
 class PendingBatch(Batch):
@@ -42,9 +42,7 @@ class PendingBatch(Batch):
             ForkError: The producer was used before a fork, and this is the child.
         """
         if not self._wait(timeout):
-            raise BatchPendingError(
-                f"no answer for a batch of {counted(len(self), 'envelope')} within {timeout} s; it goes on", self
-            )
+            raise no_answer(self, timeout)
         return self.report
 
     @property
@@ -103,3 +101,10 @@ class PendingBatch(Batch):
 
     def __repr__(self) -> str:
         return f"<PendingBatch of {counted(len(self), 'envelope')}, {'done' if self.done() else 'in flight'}>"
+
+
+def no_answer(batch: PendingBatch, timeout: float | None) -> BatchPendingError:
+    """The error of who has waited for `batch` for so many seconds."""
+    return BatchPendingError(
+        f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
+    )

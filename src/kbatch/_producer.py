@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import ReportCallback, check_callback
 from kbatch._checks import check_timeout
-from kbatch._errors import BatchPendingError
 from kbatch._fastmap import monotonic
-from kbatch._pending import PendingBatch
-from kbatch._text import counted
+from kbatch._pending import PendingBatch, no_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -88,9 +86,7 @@ class Producer(BaseProducer):
         end = None if timeout is None else monotonic() + timeout
         self._core.map(batch, topic, envelopes)
         if not self._send(batch, None if end is None else end - monotonic()):
-            raise BatchPendingError(
-                f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
-            )
+            raise no_answer(batch, timeout)
         return batch.report
 
     def submit(
@@ -153,6 +149,7 @@ class Producer(BaseProducer):
         Raises:
             UndeliveredError: Messages were not acknowledged, and nobody looked at their `PendingBatch` or keeps it. Of
                 one that somebody keeps `close` tells.
+            ProducerClosedError: The producer is closed, or closing: `close` flushes it.
         """
         check_timeout(timeout)
         left = self._core.flush(timeout)

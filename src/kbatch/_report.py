@@ -98,7 +98,7 @@ class DeliveryReport:
 
     @property
     def latency_s(self) -> float:
-        """Seconds from the start of enqueueing to the last outcome."""
+        """Seconds from when the producer took the batch to its answer, the wait for room included."""
         return self._latency_s
 
     def exception(self) -> BatchError | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._codes import ABORTED_CODE, PURGE_INFLIGHT, PURGE_QUEUE, TIMED_OUT
 from kbatch._errors import TransactionUnknownError
-from kbatch._fastmap import HeldBatches, monotonic
+from kbatch._fastmap import TRANSACTION_CALLS, HeldBatches, monotonic
 from kbatch._logs import tell
 from kbatch._pending import PendingBatch
 from kbatch._text import counted, printable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchWithOffsets", "Transactions"]
 
-_INIT, _BEGIN, _COMMIT, _ABORT = range(4)  # HeldBatches.transaction_call
+_INIT, _BEGIN, _COMMIT, _ABORT = TRANSACTION_CALLS
 
 # librdkafka goes on with a call that timed out, and the next one takes it up. With -1 a call may never end.
 _SLICE_MS = 500
@@ -96,7 +96,7 @@ class Transactions:
             raise
 
     def _run(self, batch: PendingBatch) -> None:
-        if not self._held.take_held(batch):
+        if not self._held.claim_held(batch):
             return  # refused meanwhile
         try:
             self._transact(batch)

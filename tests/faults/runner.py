@@ -848,7 +848,7 @@ class _Watched:
         flights, settle = loop.flights, loop.flights._settle
 
         def watched(flight: Any, pending: kbatch.PendingBatch, rejected: Any) -> None:
-            if flight not in flights._given_up:
+            if flight not in flights._answered_already:
                 outcomes = self.run._outcomes(self.stream, pending.report)
                 for envelope, outcome in zip(flight.envelopes, outcomes, strict=True):
                     self.stream.attempts.setdefault(_token(envelope), []).append(outcome)

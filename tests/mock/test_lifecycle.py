@@ -246,8 +246,9 @@ def test_close_without_use_and_twice(kafka_cluster: MockCluster) -> None:
     assert producer.close() == 0
     assert producer.close() == 0
     assert producer.closed
-    with pytest.raises(kbatch.ProducerClosedError):
-        producer.send_batch("orders", envelopes(1))
+    for call in (lambda: producer.send_batch("orders", envelopes(1)), producer.flush, producer.purge):
+        with pytest.raises(kbatch.ProducerClosedError):
+            call()
 
 
 def test_close_gives_up_what_is_left_and_answers_for_it(dark_cluster: MockCluster) -> None:

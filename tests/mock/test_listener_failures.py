@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -16,6 +17,8 @@ from confluent_kafka import Consumer, TopicPartition
 
 import kbatch
 from kbatch import aio
+from kbatch._receiving._copies import Copies
+from kbatch._recovery._handle import ProducerHandle
 from kbatch.testing import ApiKey, MockCluster
 from tests.waiting import until
 
@@ -501,6 +504,49 @@ def test_a_listener_of_a_loop_does_the_same(cluster: MockCluster) -> None:
     assert [each for each in seen if each[0] != "orders"] == [("billing.retry.0.3", 1)]
     assert len(read_back(cluster.bootstrap_servers, "dead")) == 1
     assert committed(cluster) == 3
+
+
+def test_a_loop_neither_starts_the_producer_of_copies_nor_closes_a_dead_one(
+    cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send_copy, replace = Copies.send, ProducerHandle.replace
+    ready: list[bool] = []
+    threads: list[threading.Thread] = []
+
+    def watched_send(copies: Copies, *arguments: Any) -> None:
+        assert copies._handle is not None
+        ready.append(copies._handle.producer._core.started())
+        send_copy(copies, *arguments)
+        if len(ready) == 1:
+            copies._handle.producer._core.inject_fatal_error(45, "as a broker would")
+
+    def watched_replace(handle: ProducerHandle, *arguments: Any) -> None:
+        threads.append(threading.current_thread())
+        replace(handle, *arguments)
+
+    monkeypatch.setattr(Copies, "send", watched_send)
+    monkeypatch.setattr(ProducerHandle, "replace", watched_replace)
+
+    async def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError("poison")
+
+    async def listen() -> None:
+        config = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", **QUICK}
+        async with aio.Listener(config, ["orders"], handle, retry=ONCE, dead_letter_topic="dead") as listener:
+            task = asyncio.create_task(listener.run())
+            end = asyncio.get_running_loop().call_later(60, listener.stop)
+            while listener.stats()["dead"] < 2 and not task.done():
+                await asyncio.sleep(0.01)
+            end.cancel()
+            listener.stop()
+            await task
+
+    send(cluster, *numbered(0, 1))
+    asyncio.run(listen())
+    assert {json.loads(letter.value or b"")["n"] for letter in read_back(cluster.bootstrap_servers, "dead")} == {0, 1}
+    assert all(ready)
+    assert threads
+    assert threading.main_thread() not in threads
 
 
 def test_a_listener_that_runs_again_sends_on_again(cluster: MockCluster) -> None:

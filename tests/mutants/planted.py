@@ -68,6 +68,34 @@ MUTANTS = (
         "tests/unit/test_batch_formation.py",
     ),
     Mutant(
+        "a batch goes to a producer that is to be replaced",
+        "Gate.admit",
+        "            if self.broken is not None:\n",
+        "            if False:\n",
+        "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "what no broker has refused opens the circuit",
+        "verdict_of_answer",
+        "    if isinstance(told, ProducerError) and not can_be_replaced(told):\n",
+        "    if False:\n",
+        "tests/unit/test_gate.py",
+    ),
+    Mutant(
+        "what a log that hangs has not told is counted twice",
+        "GivenUp.uncounted",
+        "len(self.buffer) - sum(left for _, left in list(self._untold))",
+        "len(self.buffer)",
+        "tests/unit/test_never_silent.py",
+    ),
+    Mutant(
+        "a loop closes the dead producer of its copies",
+        "Copies._send",
+        "                self._dead = producer  #",
+        "                handle.replace(producer)  #",
+        "tests/mock/test_listener_failures.py",
+    ),
+    Mutant(
         "a probe whose failure cannot be logged never ends",
         "Gate._probe",
         "        finally:\n            with self.lock:",
@@ -172,7 +200,7 @@ MUTANTS = (
     ),
     Mutant(
         "what stands in line is not counted",
-        "Core._take",
+        "Core._accept",
         "        KB_ADD64(&self.c.waiting, batch.state.count)\n",
         "        self.c.waiting = 0\n",
         "tests/mock/test_lifecycle.py",
@@ -254,8 +282,8 @@ MUTANTS = (
     Mutant(
         "a batch is done one envelope early",
         "handle_reports",
-        "if outcome.batch == run and own == topic:\n                run_count += 1",
-        "if outcome.batch == run and own == topic:\n                run_count += 2 if run_count == 1 else 1",
+        "if outcome.batch == streak and own == topic:\n                streak_count += 1",
+        "if outcome.batch == streak and own == topic:\n                streak_count += 2 if streak_count == 1 else 1",
     ),
     # -- headers
     Mutant(
@@ -733,8 +761,8 @@ MUTANTS = (
         "HeldBatches.hold",
         "            if refusal is not None:\n                look_for_fatal(c)\n"
         "                self.core._check_fatal()\n                raise refusal\n"
-        "            self.core._take(batch, deadline_after(timeout), waker, None)\n",
-        "            self.core._take(batch, deadline_after(timeout), waker, None)\n"
+        "            self.core._accept(batch, deadline_after(timeout), waker, None)\n",
+        "            self.core._accept(batch, deadline_after(timeout), waker, None)\n"
         "            if refusal is not None:\n                look_for_fatal(c)\n"
         "                self.core._check_fatal()\n                raise refusal\n",
         "tests/mock/test_transactions_interrupted.py",
@@ -771,7 +799,7 @@ MUTANTS = (
     # -- exceptions between two lines
     Mutant(
         "a batch that Ctrl-C has left in flight has no answer",
-        "Answer._leave",
+        "Answer._fate",
         "                    pending._listen(None, self._give_settled)\n",
         "                    pass\n",
         "tests/mock/test_injected_exceptions.py",
@@ -842,7 +870,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was looked at is raised all the same",
-        "Batch._leave",
+        "Batch._mark_looked",
         "                self.core.undelivered._take(lot)\n",
         "                pass\n",
         "tests/unit/test_never_silent.py",
@@ -978,7 +1006,7 @@ MUTANTS = (
     Mutant(
         "what a thread sends next passes what its signal handler has handed over",
         "satisfied",
-        "        return not w.batch.in_line\n",
+        "        return not w.batch.is_enqueuing\n",
         "        return True\n",
         "tests/mock/test_waiting_line.py",
     ),
@@ -2747,7 +2775,7 @@ MUTANTS = (
     Mutant(
         "what a signal handler has flushed is enqueued although the handler raises",
         "Core._drive",
-        "if state.thread and state.in_line:",
+        "if state.thread and state.is_enqueuing:",
         "if False:",
         "tests/mock/test_exit_and_signals.py",
     ),

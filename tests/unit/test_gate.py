@@ -9,6 +9,7 @@ import pytest
 
 import kbatch
 from kbatch import CircuitState, Envelope
+from kbatch._batch_sender import answer_refusal
 from kbatch._recovery._gate import Gate, verdict_of_answer
 from kbatch._recovery._handle import ProducerHandle
 from kbatch._recovery._user_calls import UserCalls
@@ -148,6 +149,26 @@ def test_what_wants_to_probe_and_cannot_tries_again(monkeypatch: pytest.MonkeyPa
     assert scene.state is HALF_OPEN
 
 
+def test_a_probe_that_cannot_be_put_is_noted_with_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = Scene()
+    scene.open()
+    free: list[bool] = []
+
+    def refuse(_: object) -> None:
+        raise MemoryError
+
+    def probed(succeeded: bool, now: float) -> None:
+        thread = threading.Thread(target=lambda: free.append(scene.gate.lock.acquire(blocking=False)))
+        thread.start()
+        thread.join()
+
+    monkeypatch.setattr(scene.probes, "put", refuse)
+    monkeypatch.setattr(scene.gate.circuit, "probed", probed)
+    with pytest.raises(MemoryError):
+        scene.gate.probe_if_due(scene.now + 10)
+    assert free == [False]
+
+
 @pytest.mark.parametrize(("topics", "asked"), [((None, "orders"), "orders"), ((None, "other"), ""), (("x", "y"), "")])
 def test_the_probe_asks_for_the_topic_that_failed(
     monkeypatch: pytest.MonkeyPatch, topics: tuple[str | None, ...], asked: str
@@ -204,6 +225,8 @@ def test_a_producer_in_its_fatal_state_is_replaced_once() -> None:
     assert gate.broken is dead
     assert not gate.may_send()
     assert gate.must_replace()
+    with pytest.raises(kbatch.CircuitOpenError, match="is to be replaced"):
+        gate.admit()
     gate.replace()
     successor = scene.handle.producer
     assert successor is not dead
@@ -274,7 +297,11 @@ def test_what_an_answer_says_about_the_brokers() -> None:
             producer.fail(code)
             report = producer.send_batch("orders", [Envelope(1)])
             assert verdict_of_answer(report) == verdict
-    assert verdict_of_answer(kbatch.ProducerClosedError("closed")) == "failed"
+    for by_nobody in (kbatch.ProducerClosedError("closed"), kbatch.ProducerError("no memory"), kbatch.ForkError()):
+        with MemoryProducer() as producer:
+            told = answer_refusal(producer, kbatch.OutgoingBatch([Envelope(1)]), by_nobody, False)[1]
+        assert verdict_of_answer(told) == "nothing"
+    assert verdict_of_answer(kbatch.ProducerFatalError("made up", code=45)) == "failed"
     assert verdict_of_answer(kbatch.BatchInterruptedError("Ctrl-C")) == "nothing"
 
 

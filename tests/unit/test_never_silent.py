@@ -20,7 +20,9 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, SenderMode, aio
+from kbatch._recovery._user_calls import UserCalls
 from kbatch._sending._given_up import GivenUp
+from kbatch._sending._queue import Ended, Entry
 from kbatch.testing import MemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 
@@ -667,3 +669,58 @@ def test_one_that_nothing_can_be_kept_of_for_want_of_memory_is_counted(
         assert taken == (["second", "third"] if on_failed else [])
         assert len(sender) == 0
         sender.close()
+
+
+@pytest.mark.parametrize("is_raised_beside", [False, True])
+def test_what_a_log_that_hangs_has_not_told_is_counted_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, is_raised_beside: bool
+) -> None:
+    ends = threading.Event()
+
+    monkeypatch.setattr(GivenUp, "_log_first", lambda *_: ends.wait(HANG_S))
+    monkeypatch.setattr("kbatch._sending._agent._LAST_NOTES_S", 0.05)
+    text = "2 envelopes were not sent when the sender was closed"
+    with MemoryProducer() as producer:
+        producer.down(timeout=0)
+        sender = sender_of(producer)
+        try:
+            for envelope in envelopes("a", "b"):
+                sender.send(envelope)
+            assert sender.close(0) == 2
+            if is_raised_beside:
+                error = LookupError()
+                sender._check_sent(error)
+                check_beside(error, f"nobody was told: {text}", caplog)
+            else:
+                with pytest.raises(kbatch.UndeliveredError, match=text) as raised:
+                    sender._check_sent(None)
+                assert raised.value.count == 2
+        finally:
+            ends.set()
+
+
+def test_what_is_left_behind_a_callback_that_hangs_in_a_list_is_counted() -> None:
+    class Buffer(list[int]):
+        def _give_back(self, count: int, _: int) -> None:
+            del self[:count]
+
+    lost: list[int] = []
+    given_up = GivenUp("orders", UserCalls(), lambda envelope, error: lost.append(given_up.lost()))
+    given_up.buffer = Buffer(range(5))  # type: ignore[assignment]
+    ended = [Ended(Entry(envelope, 0, 0.0, None, 1), kbatch.SenderError("")) for envelope in envelopes("a", "b", "c")]
+    told = threading.Event()
+    given_up.tell(ended, closing=False, then=told.set)
+    assert told.wait(HANG_S)
+    assert lost == [2, 2, 2]
+    assert given_up.lost() == 2
+
+
+def test_messages_that_librdkafka_keeps_are_told_beside_the_error_of_a_block(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MemoryProducer() as producer:
+        monkeypatch.setattr(producer._core, "without_outcome", lambda: 1)
+        error = LookupError()
+        producer._check_delivered(error)
+        check_beside(error, "nobody was told: 1 message was still in flight when the producer was closed", caplog)
+        monkeypatch.undo()

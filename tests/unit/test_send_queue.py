@@ -387,7 +387,7 @@ class Queues(RuleBasedStateMachine):
 
     def everything_is_given_up(self) -> None:
         waiting = self.of_state("waiting")
-        entries = self.queue.give_up()
+        entries = self.queue.take_out_all()
         assert [entry.seq for entry in entries] == sorted(sent.seq for sent in waiting)
         assert {id(entry.envelope) for entry in entries} == {id(sent.envelope) for sent in waiting}
         assert (waiting_in(self.queue), self.queue.scheduled) == (0, 0)
@@ -672,7 +672,7 @@ def test_giving_up_takes_out_all_that_waits_and_a_flight_may_settle_later() -> N
         flight = admit(queue, Batch(envelopes[:1]))
         fail(queue, admit(queue, Batch(envelopes[1:2], 1)), {0: RETRIABLE})
         queue.put_back(admit(queue, Batch(envelopes[2:], 2, scheduled=True)))
-        waiting = [entry.seq for entry in queue.give_up()]
+        waiting = [entry.seq for entry in queue.take_out_all()]
         assert waiting == [1, 2, 3, 4]
         assert waiting_in(queue) == 0
         fail(queue, flight, {0: OUTAGE}, again=False)
@@ -714,7 +714,7 @@ def test_what_was_counted_goes_with_an_envelope_to_its_end() -> None:
     assert (
         queue.take(Batch([Envelope(data=b"xyz", scheduled_time=at(WALL + 60))], 5, scheduled=True), NOW, WALL) is None
     )
-    assert [entry.size for entry in queue.give_up()] == [3]
+    assert [entry.size for entry in queue.take_out_all()] == [3]
 
 
 def test_what_is_ready_waits_behind_one_of_its_key_that_fails_again() -> None:

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextvars
 import operator
+import os
 import random
 import threading
 import time
@@ -16,6 +17,7 @@ import pytest
 import kbatch
 from kbatch import Envelope, SendingAgent, aio
 from kbatch._fastmap import Accumulator
+from kbatch._recovery._handle import ProducerHandle
 from kbatch._sending._send_loop import SendLoop
 from kbatch.testing import MemoryProducer
 from kbatch.testing._memory import MemoryCore
@@ -327,6 +329,31 @@ def test_a_lack_of_memory_when_something_is_given_up_tells_it_all_the_same(caplo
     assert len(sender) == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="platform: no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_a_forked_child_may_start_what_its_parent_could_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: MemoryCore) -> None:
+        raise RuntimeError("no threads")
+
+    producer = MemoryProducer()
+    sender = kbatch.BatchedSender(SendingAgent(producer, "orders"), batch_timeout_ms=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryCore, "start", refuse)
+        with pytest.raises(RuntimeError, match="no threads"):
+            sender.send(Envelope(1))
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            sender.send(Envelope(1))
+            status = sender.flush(20)
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    sender.close()
+    producer.close()
+
+
 def test_a_handler_that_sends_while_the_thread_is_made_has_no_second_one_made(monkeypatch: pytest.MonkeyPatch) -> None:
     made, at_work = threading.Thread.__init__, set()
     go_round = SendLoop.round
@@ -419,6 +446,43 @@ def test_a_batch_that_the_producer_does_not_take_counts_as_a_failure_that_is_tol
             assert sender.flush(20) == 0
         assert "no request" in str(agent.last_error)
         assert (sender.stats()["retried"], sender.stats()["acked"]) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_batch_goes_by_the_producer_that_took_the_place_of_a_dead_one(kind: str) -> None:
+    # Another sender has it replaced while the batch is mapped.
+    made: Any = (MemoryProducer if kind == "threads" else AioMemoryProducer)(header_hook=lambda: replace())
+    handle = ProducerHandle(made, given=False)
+    other, use = handle.acquire(), handle.acquire()
+
+    def replace() -> None:
+        handle.replace(made)
+
+    told: list[Any] = []
+
+    class Told(kbatch.SenderCallback):
+        def mark_successful(self, batch: kbatch.OutgoingBatch, report: kbatch.DeliveryReport) -> None:
+            told.append(report.acked)
+
+        def mark_processing_failure(self, batch: kbatch.OutgoingBatch, error: kbatch.KbatchError) -> None:
+            told.append(error)
+
+    batch = kbatch.OutgoingBatch([Envelope(1), Envelope(2)])
+    if kind == "threads":
+        agent = SendingAgent(use, "orders")
+        agent.send_batch(Told(), batch)
+        agent.close()
+    else:
+
+        async def send() -> None:
+            agent = aio.SendingAgent(use, "orders")
+            await agent.send_batch(Told(), batch)
+            await agent.close()
+
+        asyncio.run(send())
+    assert made.closed
+    assert told == [2]
+    other.release(0)
 
 
 def test_a_line_of_the_log_for_which_there_is_no_memory_ends_no_sender() -> None:

@@ -1,4 +1,4 @@
-"""What a relay asks of the database that an outbox is in."""
+"""What a relay, senders, and who looks after dead letters ask of the database that an outbox is in."""
 
 from __future__ import annotations
 

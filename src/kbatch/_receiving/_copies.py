@@ -64,6 +64,7 @@ class Copies:
         self._prototype: Producer | None = None  # not used: each run has a twin
         self._handle: ProducerHandle | None = None  # of a run
         self._use: ProducerUse | None = None
+        self._dead: BaseProducer | None = None  # in its fatal state, until `prepare` has it replaced
         if producer is None:
             self._prototype = Producer(shared_config(config), wire="raw")
         elif not isinstance(producer, Producer):
@@ -80,14 +81,35 @@ class Copies:
             assert self._given is not None
             handle = ProducerHandle.of(self._given)
         self._use = handle.acquire()
-        self._handle = handle
+        self._handle, self._dead = handle, None
+
+    def is_ready(self) -> bool:
+        """Whether `send` would not block."""
+        handle = self._handle
+        return handle is None or (self._dead is None and handle.producer._core.started())
+
+    def prepare(self) -> None:
+        """Starts the producer, in place of one in its fatal state, if there is one. Blocks, and raises what sending
+        does."""
+        handle, dead = self._handle, self._dead
+        if handle is None:
+            return  # the run has ended
+        if dead is not None:
+            handle.replace(dead)
+            self._dead = None
+        handle.producer._core.start()
 
     def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
         """Sends the copy that the work has, and returns; `answer` is called once, with ``None`` when it is stored.
 
-        That may be within this call, or later on a thread of the producer.
+        That may be within this call, or later on a thread of the producer. It blocks unless `is_ready`.
         """
         assert work.copy is not None
+        try:
+            self.prepare()
+        except KbatchError as error:
+            answer(error)
+            return
         pool = RecordPool()
         (packed,) = pool.pack(pool.map(self._mapper, None, [work.copy]))
         assert packed is not None
@@ -125,7 +147,7 @@ class Copies:
             if is_alone:
                 handle.drop_solo(producer)
             elif handle.fate(producer, error) == "replace":
-                handle.replace(producer)
+                self._dead = producer  # not replaced here: that blocks, and this may be an event loop
             answer(error)
         except KbatchError as error:
             answer(error)

@@ -65,6 +65,7 @@ class Gate:
         name: What the log calls the sender; by default its topic.
         calls: For `on_state_change`, and for the log.
         prober: For probes, which block.
+        clock: A test's own; callers tell the time as `now` where they have it.
 
     Attributes:
         flag: Set when there may be something to do: the next batch, a probe, a replacement.
@@ -139,11 +140,13 @@ class Gate:
 
         Raises:
             SenderClosedError: Nothing will be sent any more.
-            CircuitOpenError: The circuit is open, or another batch is the trial.
+            CircuitOpenError: The circuit is open, or another batch is the trial, or the producer is to be replaced.
         """
         with self.lock:
             if not self.is_alive():
                 raise self.refusal()
+            if self.broken is not None:
+                raise CircuitOpenError("the producer can send no more, and is to be replaced: nothing was sent")
             if not self.circuit.may_send():
                 raise CircuitOpenError("the circuit breaker is open: nothing was sent")
             return self.circuit.sent()
@@ -251,7 +254,8 @@ class Gate:
         try:
             self._prober.put(self._probe)
         except BaseException:
-            self.circuit.probed(False, now)
+            with self.lock:
+                self.circuit.probed(False, now)
             raise
 
     def open_for_s(self, now: float) -> float:
@@ -336,6 +340,8 @@ class Gate:
 
 def verdict_of_answer(told: KbatchError | DeliveryReport) -> Verdict:
     """What the answer of a batch that is not sent again says about the brokers."""
+    if isinstance(told, ProducerError) and not can_be_replaced(told):
+        return "nothing"  # refused as a whole, and by no broker: closed, forked, no memory, no thread
     if isinstance(told, (SerializationError, NotYetDueError, BatchInterruptedError)):
         return "nothing"
     report = told.report if isinstance(told, KbatchError) else told

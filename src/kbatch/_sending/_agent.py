@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._batch_sender import answer_refusal, answer_report, send_answered
 from kbatch._checks import check_topic
-from kbatch._errors import ConfigError, ForkError, KbatchError, SenderClosedError, SenderError
+from kbatch._errors import ConfigError, ForkError, KbatchError, ProducerClosedError, SenderClosedError, SenderError
 from kbatch._fastmap import AnsweringSender, Call, CallQueue, Flag, comes_from, monotonic
 from kbatch._options import AgentOptions, shows, taken
 from kbatch._producer import Producer
@@ -142,14 +142,21 @@ class BaseSendingAgent:
                 "this sender was used before the fork and its threads are not in this process; make a new one"
             )
         self._pid = os.getpid()
-        with self._gate.lock:
-            if self._gate.closed:
-                raise SenderClosedError("the sender is closed")
-            self._start_once()
-            if self._buffer is not None:
-                self._buffer._accept()
+        try:
+            with self._gate.lock:
+                if self._gate.closed:
+                    raise SenderClosedError("the sender is closed")
+                self._start_once()
+                if self._buffer is not None:
+                    self._buffer._accept()
+        except BaseException:
+            with self._gate.lock:
+                if not self._has_thread():  # a forked child may start it
+                    self._pid = None
+            raise
 
     def _start_once(self) -> None:
+        self._pid = os.getpid()  # another thread's start may have failed meanwhile
         if not self._has_thread():
             self._handle.producer._core.start()
             loop, flag, pid = self._make_send_loop(), self._gate.flag, os.getpid()
@@ -264,10 +271,10 @@ class BaseSendingAgent:
             thread.join(_seconds_until(end))
         self._prober.stop()
         self._calls.join(_seconds_until(end))
-        return self._given_up.not_sent + self._lost()
+        return self._given_up.not_sent + self._given_up.uncounted()
 
     def _lost(self) -> int:
-        """After the end: how many envelopes on_failed is not told of, after a crash or if a thread hangs."""
+        """After the end: how many envelopes nobody is told of, after a crash or if a thread hangs."""
         return self._given_up.lost()
 
     def _stats(self) -> dict[str, int]:
@@ -359,12 +366,19 @@ class SendingAgent(AnsweringSender, BaseSendingAgent):
         ConfigError: A value of the wrong type or out of its range.
     """
 
+    # `send_batch` is `AnsweringSender`'s, in `native/answer.pxi`: it calls these three.
+
     def _send_answered(self, answer: Answer) -> Told:
-        producer: Any = self._handle.producer
         self._start()
         answer.trial = self._gate.admit()
-        answer.then = functools.partial(self._gate.note_answer, producer)
-        return send_answered(producer, self.topic, answer)
+        while True:
+            producer: Any = self._handle.producer
+            answer.then = functools.partial(self._gate.note_answer, producer)
+            try:
+                return send_answered(producer, self.topic, answer)
+            except ProducerClosedError as error:
+                if self._handle.fate(producer, error) != "successor":
+                    raise
 
     def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
         return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)

@@ -8,6 +8,7 @@ from kbatch._checks import check_close_timeout, check_timeout
 from kbatch._errors import ConfigError, SenderFullError, UndeliveredError
 from kbatch._exit import SENDERS
 from kbatch._fastmap import Accumulator, Flag, monotonic
+from kbatch._logs import tell_beside
 from kbatch._options import BatchingOptions, shows, taken
 from kbatch._sending._agent import BaseSendingAgent, SendingAgent
 from kbatch._text import counted
@@ -96,10 +97,11 @@ class BaseBatchedSender(Accumulator):
         # At the end of a `with` block, whose own error comes first.
         undelivered, lost = self._agent._undelivered, 0 if self._is_forked else self._agent._lost()
         undelivered.raise_beside(error)
-        if lost and error is None:
-            raise UndeliveredError(
-                f"{counted(lost, 'envelope was', 'envelopes were')} not sent when the sender was closed", count=lost
-            )
+        if lost:
+            text = f"{counted(lost, 'envelope was', 'envelopes were')} not sent when the sender was closed"
+            if error is None:
+                raise UndeliveredError(text, count=lost)
+            tell_beside(error, text)
 
     def __repr__(self) -> str:
         if not hasattr(self, "_agent"):

@@ -80,7 +80,7 @@ class Endings:
     def end_all_that_wait(self) -> None:
         """At the end of closing, or when nothing can be sent any more."""
         queue, buffer = self._queue, self._buffer
-        entries = queue.give_up()
+        entries = queue.take_out_all()
         if buffer is not None:
             buffer._stop_accepting()
             while (batch := buffer._next_batch()) is not None:

@@ -66,7 +66,7 @@ class Flights:
         self._max_in_flight = max_in_flight
         self._news = news
         self._counts = counts
-        self._given_up: set[Flight] = set()
+        self._answered_already: set[Flight] = set()
         self._last_success = -math.inf
 
     def may_depart(self) -> bool:
@@ -119,8 +119,8 @@ class Flights:
         self, flight: Flight, pending: PendingBatch, rejected: list[tuple[int, SerializationError | NotYetDueError]]
     ) -> None:
         queue, gate = self._queue, self._gate
-        if flight in self._given_up:  # it has its outcome
-            self._given_up.remove(flight)
+        if flight in self._answered_already:  # it has its outcome
+            self._answered_already.remove(flight)
             return
         report = pending.report
         now = monotonic()
@@ -162,7 +162,7 @@ class Flights:
     def give_up(self) -> None:
         """After the end of closing: what is still in flight has no outcome that is known."""
         for flight in self._queue.flights():
-            self._given_up.add(flight)
+            self._answered_already.add(flight)
             failures = [
                 (index, DeliveryError(TIMED_OUT, possibly_persisted=True)) for index in range(len(flight.envelopes))
             ]

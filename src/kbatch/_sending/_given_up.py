@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._callbacks import callback_name
 from kbatch._errors import KbatchError, NotYetDueError, SerializationError, exception_text
-from kbatch._fastmap import KEPT_BYTES, Undelivered, envelope_bytes
+from kbatch._fastmap import KEPT_BYTES, KEPT_COUNT, Undelivered, envelope_bytes
 from kbatch._text import counted
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from kbatch._sending._queue import Ended
 
 __all__ = ["GivenUp"]
-
-_KEPT_FAILURES = 1000
 
 
 class GivenUp:
@@ -45,8 +43,8 @@ class GivenUp:
         self._on_failed = on_failed
         self._kept: deque[tuple[Envelope[Any], KbatchError, int]] = deque()  # with its bytes
         self._kept_bytes = 0
-        # Of what on_failed has, or will have: the lowest number, and all.
-        self._untold: deque[tuple[int, list[Ended]]] = deque()
+        # Of what is being told, or will be: the lowest number, and how many are left.
+        self._untold: deque[list[int]] = deque()
 
     @property
     def has_callback(self) -> bool:
@@ -58,22 +56,28 @@ class GivenUp:
         return tuple((envelope, error) for envelope, error, _ in list(self._kept))
 
     def lowest_untold(self) -> int | None:
-        """The lowest number of one that `on_failed` has not taken yet."""
+        """The lowest number of one that is not told yet."""
         return min((seq for seq, _ in list(self._untold)), default=None)
 
     def lost(self) -> int:
         """After the end: how many envelopes nobody is told of, after a crash or if a thread hangs."""
         if self.buffer is None:
             return 0
-        to_be_told = 0 if self._on_failed is None else sum(len(told) for _, told in list(self._untold))
-        return max(0, len(self.buffer) - to_be_told)
+        # What on_failed has, or will have, is told; without it a log that hangs keeps the caller from being told.
+        return len(self.buffer) if self._on_failed is None else self.uncounted()
+
+    def uncounted(self) -> int:
+        """After the end: how many envelopes were not even given up, after a crash or if a thread hangs."""
+        if self.buffer is None:
+            return 0
+        return max(0, len(self.buffer) - sum(left for _, left in list(self._untold)))
 
     def tell(self, told: list[Ended], *, closing: bool, then: Callable[[], None]) -> None:
         """Has them told, on the thread for callbacks; `then` is called when they are."""
         if closing:
             self.not_sent += len(told)
         self.failed += len(told)
-        self._untold.append((min(end.entry.seq for end in told), told))
+        self._untold.append([min(end.entry.seq for end in told), len(told)])
         self._calls.put_surely(self._tell, told, then)
 
     def _tell(self, told: list[Ended], then: Callable[[], None]) -> None:
@@ -117,12 +121,13 @@ class GivenUp:
             if self.buffer is not None:
                 # Not before: what a slow callback has not taken yet is buffered, too.
                 self.buffer._give_back(1, end.entry.size)
+            self._untold[0][1] -= 1
 
     def _keep(self, envelope: Envelope[Any], error: KbatchError) -> None:
         size = envelope_bytes(envelope)
         self._kept.append((envelope, error, size))
         self._kept_bytes += size
-        while len(self._kept) > 1 and (len(self._kept) > _KEPT_FAILURES or self._kept_bytes > KEPT_BYTES):
+        while len(self._kept) > 1 and (len(self._kept) > KEPT_COUNT or self._kept_bytes > KEPT_BYTES):
             self._kept_bytes -= self._kept.popleft()[2]
         self.undelivered.add(envelope, error)
 

@@ -212,7 +212,7 @@ class SendQueue:
     # -- sending
 
     def wants_batch(self) -> bool:
-        """Whether `admit` may be called: nothing older is ready."""
+        """Whether `take` may be called: nothing older is ready."""
         return not self._ready and not self._suspects and not self._isolating
 
     def take(self, batch: Formed, now: float, wall: float) -> Flight | None:
@@ -351,7 +351,7 @@ class SendQueue:
         self.hasten(now)
 
     def step_aside(self, now: float) -> None:
-        """What is ready lets a batch of `admit` go first, as far as the order of its group allows."""
+        """What is ready lets a batch of `take` go first, as far as the order of its group allows."""
         ready, self._ready = self._ready, deque()
         for entry in ready:
             self._wait_until(now, entry)
@@ -414,7 +414,7 @@ class SendQueue:
         flights = self.flights()
         return flights[0].departed_at if flights else None
 
-    def give_up(self) -> list[Entry]:
+    def take_out_all(self) -> list[Entry]:
         """Takes out all that waits here."""
         entries = sorted(self._all_waiting(), key=attrgetter("seq"))
         self._suspects.clear()

@@ -46,7 +46,7 @@ class SenderCallback:
         await self.mark_processing_failure(batch, error)
 
     async def mark_circuit_open(self, batch: OutgoingBatch, error: KbatchError) -> None:
-        """The circuit is open; nothing was sent."""
+        """The circuit is open, or a producer is to be replaced; nothing was sent."""
         await self.mark_processing_failure(batch, error)
 
 
@@ -79,6 +79,8 @@ class KafkaSender(AioAnsweringSender):
         check_kind(producer, Producer)
         self.producer = producer
         self.topic = topic
+
+    # `send_batch` is `AioAnsweringSender`'s, in `native/answer.pxi`: it calls these three.
 
     async def _send_answered(self, answer: Answer) -> Told:
         return await send_answered(self.producer, self.topic, answer)

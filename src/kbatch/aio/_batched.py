@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._batch_sender import answer_refusal, answer_report
 from kbatch._checks import check_timeout
-from kbatch._errors import SenderFullError, named_exception_text
-from kbatch._fastmap import AioAnsweringSender, Call, LoopWaker, call_on_loop, monotonic, running_loop
+from kbatch._errors import ProducerClosedError, SenderFullError, named_exception_text
+from kbatch._fastmap import (
+    SEND_NOT_STARTED,
+    SEND_TAKEN,
+    SEND_TAKEN_PAUSE,
+    AioAnsweringSender,
+    Call,
+    LoopWaker,
+    call_on_loop,
+    monotonic,
+    running_loop,
+)
 from kbatch._loop import in_thread
 from kbatch._options import AgentOptions, AioAgentOptions
 from kbatch._recovery._user_calls import UserCalls
@@ -34,7 +44,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BatchedSender", "SendingAgent"]
 
-_TAKEN, _TAKEN_PAUSE, _NOT_STARTED = 1, 2, 3  # what Accumulator._send_on_loop answers
 _NO_CONTEXT = contextvars.Context()  # to be copied
 _LOOK_AT_LOOP_S = 1.0  # whether it was closed before a callback had ended
 
@@ -120,14 +129,21 @@ class SendingAgent(AioAnsweringSender, BaseSendingAgent):
     _options_class: type[AgentOptions[Never]] = AioAgentOptions
     _calls: LoopCalls
 
+    # `send_batch` is `AioAnsweringSender`'s, in `native/answer.pxi`: it calls these three.
+
     async def _send_answered(self, answer: Answer) -> Told:
-        producer: Any = self._handle.producer
         self._adopt_loop()
         if self._is_forked() or not self._has_thread():
             await in_thread("kbatch-start", self._start)
         answer.trial = self._gate.admit()
-        answer.then = functools.partial(self._gate.note_answer, producer)
-        return await send_answered(producer, self.topic, answer)
+        while True:
+            producer: Any = self._handle.producer
+            answer.then = functools.partial(self._gate.note_answer, producer)
+            try:
+                return await send_answered(producer, self.topic, answer)
+            except ProducerClosedError as error:
+                if self._handle.fate(producer, error) != "successor":
+                    raise
 
     def _refuse_answered(self, answer: Answer, error: BaseException) -> Told:
         return answer_refusal(self._handle.producer, answer.batch, error, answer.mapping)
@@ -163,11 +179,11 @@ class BatchedSender(BaseBatchedSender):
         if self._agent._calls.loop is None:
             self._agent._adopt_loop()
         answer = self._send_on_loop(envelope)
-        if answer == _TAKEN:
+        if answer == SEND_TAKEN:
             return
-        if answer == _NOT_STARTED:
+        if answer == SEND_NOT_STARTED:
             await self._await_start()
-        if answer == _TAKEN_PAUSE:
+        if answer == SEND_TAKEN_PAUSE:
             await asyncio.sleep(0)
         elif not self.try_send(envelope):
             await self._wait_for_place(envelope, timeout)

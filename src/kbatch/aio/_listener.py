@@ -9,10 +9,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from kbatch._callbacks import callback_name, is_coroutine_function
-from kbatch._errors import InboxError, ListenerError
+from kbatch._errors import InboxError, KbatchError, ListenerError
 from kbatch._fastmap import LoopWaker, monotonic
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
+from kbatch._receiving._copies import Copies
 from kbatch.aio._inbox_session import AioInboxSession
 from kbatch.aio._transaction import Transaction
 
@@ -221,7 +222,14 @@ class Listener(BaseListener):
 
     async def _send_on(self, reading: Reading, work: Work) -> None:
         if self._transacting is None:
-            self._failing.send_on(reading, work)
+            assert isinstance(self._copies, Copies)
+            try:
+                while not self._copies.is_ready():
+                    await in_thread("kbatch-start", self._copies.prepare)
+            except KbatchError as refusal:
+                self._failing.sent_on(reading, work, refusal)
+            else:
+                self._failing.send_on(reading, work)
         else:
             error = await in_thread(_THREAD, functools.partial(self._transacting.store, work))
             self._failing.sent_on(reading, work, error)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 from kbatch._base_producer import BaseProducer
 from kbatch._callbacks import callback_name, check_callback, marked_as_coroutine_function
 from kbatch._checks import check_timeout
-from kbatch._errors import BatchPendingError, ProducerClosedError
+from kbatch._errors import ProducerClosedError
 from kbatch._fastmap import Call, Envelope, LoopWaker, TaskStarter, Turns, comes_from, monotonic, running_loop
 from kbatch._loop import in_thread
-from kbatch._pending import PendingBatch
-from kbatch._text import counted
+from kbatch._pending import PendingBatch, no_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -93,9 +92,7 @@ class Producer(BaseProducer):
                 timer.cancel()
         batch._remove_waker(waker)
         if not batch.done():
-            raise BatchPendingError(
-                f"no answer for a batch of {counted(len(batch), 'envelope')} within {timeout} s; it goes on", batch
-            )
+            raise no_answer(batch, timeout)
         return batch.report
 
     @marked_as_coroutine_function

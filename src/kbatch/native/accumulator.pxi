@@ -118,6 +118,9 @@ cdef enum:
     TAKEN_PAUSE = 2
     NOT_STARTED = 3
 
+# for kbatch.aio
+SEND_TAKEN, SEND_TAKEN_PAUSE, SEND_NOT_STARTED = TAKEN, TAKEN_PAUSE, NOT_STARTED
+
 
 cdef class Accumulator:
     """Takes envelopes one at a time, from any thread, and forms batches of them.

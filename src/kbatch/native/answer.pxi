@@ -123,7 +123,7 @@ cdef class Answer:
         method, argument = self._told()
         self._give(method, argument)
 
-    cdef int _leave(self) except -1:
+    cdef int _fate(self) except -1:
         # What becomes of the answer.
         cdef Batch pending = self.pending
         cdef int tries = 0
@@ -182,7 +182,7 @@ cdef class AnsweringSender:
         except BaseException as error:
             if is_refused:
                 raise
-            left = answer._leave()
+            left = answer._fate()
             if left == LEFT:
                 raise
             method, argument = answer._told() if left == SETTLED else answer._refused(error)
@@ -299,7 +299,7 @@ cdef class AnsweringCoroutine:
             return self._finish(error)
         if isinstance(error, StopIteration):
             return self._tell(error.value)
-        left = self.answer._leave()
+        left = self.answer._fate()
         if left == LEFT:
             self.over = True
             raise error

@@ -134,7 +134,7 @@ cdef class Batch(MappedBatch):
 
     @property
     def begun(self) -> bool:
-        """Whether enqueueing has begun, so that an answer will come."""
+        """Whether a producer has taken it, so that an answer will come."""
         return self.state.started_ns != 0
 
     @property
@@ -153,21 +153,21 @@ cdef class Batch(MappedBatch):
 
     @property
     def latency_s(self) -> float:
-        """Seconds from the start of enqueueing to the last outcome; ``nan`` before."""
+        """Seconds from when the producer took the batch to its answer, the wait for room included; ``nan`` before."""
         if not KB_LOAD32(&self.state.done):
             return NAN
         return (self.state.done_ns - self.state.started_ns) / 1e9
 
     def _look(self, report=None):
         """Somebody is told of what fails, so the producer does not. Returns the argument: nothing comes in between."""
-        self._leave()
+        self._mark_looked()
         return report
 
     def _unlook(self) -> None:
         """Who was to be told of what fails cannot be told, so the producer does. Before the batch is given back."""
         self.looked = False
 
-    cdef void _leave(self) noexcept:
+    cdef void _mark_looked(self) noexcept:
         cdef _Lot lot = self.lot
         self.looked = True
         self.lot = None
@@ -258,7 +258,7 @@ cdef class Batch(MappedBatch):
         if waker is None:
             dispatcher.callback_thread._start()  # now: the answer itself needs no memory
         if callback is not None:
-            self._leave()
+            self._mark_looked()
         kb_mutex_lock(&c.mu)
         done = self.state.done
         if not done and not self.state.listeners:

@@ -333,7 +333,7 @@ cdef class Core:
         cdef BatchState *state = &batch.state
         self._enter()
         try:
-            self._take(batch, deadline, waker, callback)
+            self._accept(batch, deadline, waker, callback)
             state.detached = detached
             kb_mutex_lock(&c.mu)
             state.thread = 0 if detached else PyThread_get_thread_ident()
@@ -348,7 +348,7 @@ cdef class Core:
             self._leave()
         return 0
 
-    cdef int _take(self, Batch batch, int64_t deadline, object waker, object callback) except -1:
+    cdef int _accept(self, Batch batch, int64_t deadline, object waker, object callback) except -1:
         # Entered. Raises, or the batch is the client's until its answer.
         look_for_fatal(self.c)
         self._check_fatal()
@@ -399,10 +399,10 @@ cdef class Core:
         except BaseException:
             if wait_for == FOR_BATCH:
                 batch._wait_no_longer()
-            if not state.detached and state.in_line:
+            if not state.detached and state.is_enqueuing:
                 end_enqueueing(c, state, SHUT)
             kb_mutex_lock(&c.mu)
-            if state.thread and state.in_line:  # a signal handler has flushed, so the drainer enqueues it
+            if state.thread and state.is_enqueuing:  # a signal handler has flushed, so the drainer enqueues it
                 KB_STORE32(&state.abandoned, 1)
                 c.look_ns = 0
             nudge_drainer(c)
@@ -415,7 +415,7 @@ cdef class Core:
 
     # -- the producer as a whole
 
-    def in_flight(self) -> int:
+    def without_outcome(self) -> int:
         """How many accepted envelopes have no outcome, those in line included."""
         return KB_LOAD64(&self.c.waiting) + KB_LOAD64(&self.c.in_flight)
 

@@ -4,8 +4,8 @@ cdef enum:
     # what enqueue_slice, take_turn and advance answer
     DONE = 0
     AGAIN = 1       # the slice is over, or the turn, or the room: look at signals and deadlines, then go on
-    LATE = 2        # the batch's deadline for enqueueing has passed
-    SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch
+    LATE = 2        # the batch's deadline for enqueueing has passed; of `advance`: the caller's for the wait
+    SHUT = 3        # the client's time to close is over, or nobody wants the rest of the batch; not of `advance`
 
 cdef enum:
     DRAIN_EVERY = 128            # messages between two looks at the delivery reports
@@ -63,7 +63,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
     cdef Py_ssize_t i = batch.next
     cdef Py_ssize_t stop = min(batch.count, i + ENQUEUE_SLICE)
     cdef Py_ssize_t look_at = i   # when to look at reports, deadlines and the line
-    cdef Topic *room = NULL       # where there is room for
+    cdef Topic *reserved_for = NULL  # the topic that has the room of the next three
     cdef int64_t reserved = 0     # messages, counted as in flight, not yet offered, and
     cdef int64_t room_bytes = 0   # bytes, of which
     cdef int64_t bytes = 0        # were taken
@@ -124,10 +124,10 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
             settled += 1
             i += 1
             continue
-        if reserved == 0 or record.topic != room or bytes >= room_bytes:
-            unreserve(c, room, reserved, bytes)
+        if reserved == 0 or record.topic != reserved_for or bytes >= room_bytes:
+            unreserve(c, reserved_for, reserved, bytes)
             bytes = 0
-            room = record.topic
+            reserved_for = record.topic
             reserved = take_room(c, batch, i, stop, &room_bytes)
             if reserved == 0:
                 batch.starved = 1
@@ -179,7 +179,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         if code:
             settle_unsent(&batch.outcomes[i], record, code)
             KB_ADD64(&c.in_flight, -1)
-            give_room(room, 1, 0)
+            give_room(reserved_for, 1, 0)
             settled += 1
             failed += 1
             refused += 1
@@ -188,7 +188,7 @@ cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept
         i += 1
     c.unpolled += i - batch.next
     batch.next = i
-    unreserve(c, room, reserved, bytes)
+    unreserve(c, reserved_for, reserved, bytes)
     if settled:
         kb_mutex_lock(&c.mu)
         count_failed(c, failed)
@@ -289,7 +289,7 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
     cdef int answer
     cdef int64_t now
     cdef bint done
-    if not batch.detached and batch.in_line:
+    if not batch.detached and batch.is_enqueuing:
         answer = take_turn(c, batch)
         if answer == AGAIN:
             return AGAIN
@@ -306,7 +306,7 @@ cdef int advance(Client *c, BatchState *batch, int64_t deadline, int wait_for) n
             look_for_fatal(c)
             kb_mutex_lock(&c.mu)
         leave(c)
-    elif batch.in_line:  # handed over: what its thread sends next must not pass it
+    elif batch.is_enqueuing:  # handed over: what its thread sends next must not pass it
         c.entered += 1
         w.kind = FOR_LEAVING
         done = wait_slice(c, &w, min(deadline, now + WAIT_SLICE)) or c.life >= FINISHING

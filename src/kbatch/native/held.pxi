@@ -7,6 +7,9 @@ cdef enum:
     COMMIT_TRANSACTION = 2
     ABORT_TRANSACTION = 3
 
+# for `Transactions`
+TRANSACTION_CALLS = (INIT_TRANSACTIONS, BEGIN_TRANSACTION, COMMIT_TRANSACTION, ABORT_TRANSACTION)
+
 
 cdef object transaction_error(Client *c, rd_kafka_error_t *error):
     # What a call about a transaction was answered with, as `HeldBatches.transaction_call` returns it. Takes the error.
@@ -52,7 +55,7 @@ cdef class HeldBatches:
                 look_for_fatal(c)
                 self.core._check_fatal()
                 raise refusal
-            self.core._take(batch, deadline_after(timeout), waker, None)
+            self.core._accept(batch, deadline_after(timeout), waker, None)
             state.remaining += 1
             state.detached = 1  # who waits for it must not enqueue it
             kb_mutex_lock(&c.mu)
@@ -63,16 +66,16 @@ cdef class HeldBatches:
         finally:
             self.core._leave()
 
-    def take_held(self, Batch batch not None) -> bool:
+    def claim_held(self, Batch batch not None) -> bool:
         """Whether the answer of a batch on hold is now the caller's business: true once."""
-        if not batch.state.hold or batch.state.taken:
+        if not batch.state.hold or batch.state.claimed:
             return False
-        batch.state.taken = 1
+        batch.state.claimed = 1
         return True
 
     def refuse_held(self, Batch batch not None, int code) -> None:
-        """`give_up_held` and `conclude`, in one so that no signal comes between, unless another has taken the batch."""
-        if self.take_held(batch):
+        """`give_up_held` and `conclude`, in one so that no signal comes between, unless another has claimed it."""
+        if self.claim_held(batch):
             self.give_up_held(batch, code)
             self.conclude(batch, code)
 
@@ -87,7 +90,7 @@ cdef class HeldBatches:
         if not state.hold:
             return
         kb_mutex_lock(&c.mu)
-        fresh = not state.in_line and KB_LOAD64(&state.remaining) == state.count + 2  # not yet enqueued
+        fresh = not state.is_enqueuing and KB_LOAD64(&state.remaining) == state.count + 2  # not yet enqueued
         kb_mutex_unlock(&c.mu)
         if fresh:
             self.give_up_held(batch, RD_KAFKA_RESP_ERR__PURGE_QUEUE)

@@ -37,7 +37,7 @@ cdef void join_line(Client *c, BatchState *batch) noexcept nogil:
     # Under the lock. A thread has one batch in line, so batches of threads have no order. Detached batches have one
     # for each of their topics.
     cdef Place *place = &batch.place
-    batch.in_line = 1
+    batch.is_enqueuing = 1
     if not batch.detached:
         stand_in_line(c, batch)
         return
@@ -91,7 +91,7 @@ cdef void leave_line(Client *c, BatchState *batch) noexcept nogil:
         KB_STORE32(&c.standing, c.standing - 1)
     take_out(batch)
     want(c, batch, 0)
-    batch.in_line = 0
+    batch.is_enqueuing = 0
     if batch.detached:
         c.detached -= 1
         leave_places(c, batch)

@@ -7,6 +7,7 @@ cdef enum:
 
 cdef enum:
     MESSAGES_AT_ONCE = 128       # messages copied out of an event at a time
+    MOST_WAKING = 16             # batches that are finished under one lock
 
 
 cdef int watch_requests(rd_kafka_t *rk, const rd_kafka_conf_t *conf, void *opaque,
@@ -121,11 +122,11 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
     # Copy out, give the event back (only then has the queue room again), count down, wake.
     cdef const rd_kafka_message_t *messages[MESSAGES_AT_ONCE]
     cdef const rd_kafka_message_t *message
-    cdef BatchState *run = NULL   # consecutive reports mostly belong to one batch
-    cdef BatchState *waking[16]   # batches that ran down to zero in this event
-    cdef Topic *topic = NULL      # of the run
+    cdef BatchState *streak = NULL  # consecutive reports mostly belong to one batch
+    cdef BatchState *waking[MOST_WAKING]  # batches that ran down to zero in this event
+    cdef Topic *topic = NULL      # of the streak
     cdef Topic *own
-    cdef int64_t run_count = 0, run_bytes = 0, bytes = 0, total = 0, failed = 0, list_bytes = 0
+    cdef int64_t streak_count = 0, streak_bytes = 0, bytes = 0, total = 0, failed = 0, list_bytes = 0
     cdef int i, n, ran_down = 0
     cdef Outcome *outcome
     cdef HeaderList *kept
@@ -163,28 +164,28 @@ cdef void handle_reports(Client *c, rd_kafka_event_t *event, Waiter *me) noexcep
                 outcome.offset = -1
                 failed += 1
                 KB_STORE32(&outcome.batch.failing, 1)
-            if outcome.batch == run and own == topic:
-                run_count += 1
-                run_bytes += message.len
+            if outcome.batch == streak and own == topic:
+                streak_count += 1
+                streak_bytes += message.len
                 continue
-            bytes += run_bytes
-            give_room(topic, run_count, run_bytes)
-            if run != NULL and counts_down(run, run_count):
-                waking[ran_down] = run
+            bytes += streak_bytes
+            give_room(topic, streak_count, streak_bytes)
+            if streak != NULL and counts_down(streak, streak_count):
+                waking[ran_down] = streak
                 ran_down += 1
-                if ran_down == 16:
+                if ran_down == MOST_WAKING:
                     kb_mutex_lock(&c.mu)
                     finish(c, waking, ran_down, me)
                     kb_mutex_unlock(&c.mu)
                     ran_down = 0
-            run = outcome.batch
+            streak = outcome.batch
             topic = own
-            run_count = 1
-            run_bytes = message.len
-    bytes += run_bytes
-    give_room(topic, run_count, run_bytes)
-    if run != NULL and counts_down(run, run_count):
-        waking[ran_down] = run
+            streak_count = 1
+            streak_bytes = message.len
+    bytes += streak_bytes
+    give_room(topic, streak_count, streak_bytes)
+    if streak != NULL and counts_down(streak, streak_count):
+        waking[ran_down] = streak
         ran_down += 1
     api.event_destroy(event)
     if failed:

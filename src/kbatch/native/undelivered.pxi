@@ -4,6 +4,7 @@ cdef enum:
     KEPT_FAILURES = 1000  # with their envelopes; of the others there is a count
     MOST_KEPT_BYTES = 16777216  # of these envelopes
 
+KEPT_COUNT = KEPT_FAILURES
 KEPT_BYTES = MOST_KEPT_BYTES
 
 

@@ -1,7 +1,7 @@
 # Waiting: one leader polls, the others sleep.
 
 cdef enum:
-    # Waiter.kind
+    # Waiter.kind; in order: those from FOR_TURN on are pointless once the client finishes
     FOR_BATCH = 0   # all envelopes of a batch have an outcome
     FOR_DECISION = 1  # of a batch on hold: all have an outcome, or one has failed and no more is enqueued
     FOR_SETTLED = 2  # all envelopes of a batch on hold have an outcome
@@ -18,11 +18,11 @@ cdef inline bint satisfied(Client *c, Waiter *w) noexcept nogil:
     if w.kind == FOR_BATCH:
         return w.batch.done
     if w.kind == FOR_DECISION:
-        return w.batch.settled or (KB_LOAD32(&w.batch.failing) and not w.batch.in_line)
+        return w.batch.settled or (KB_LOAD32(&w.batch.failing) and not w.batch.is_enqueuing)
     if w.kind == FOR_SETTLED:
         return w.batch.settled
     if w.kind == FOR_LEAVING:
-        return not w.batch.in_line
+        return not w.batch.is_enqueuing
     return c.turn == w.batch
 
 

@@ -128,7 +128,7 @@ class MemoryCore(NativeMemoryCore):
         self.start()
         if self.line.wait_until(lambda: self.closed() or not self.line.has_some_of(self), timeout):
             self.await_release(_LAST_S)
-        return self.in_flight()
+        return self.without_outcome()
 
     def purge(self) -> None:
         if not self.started():

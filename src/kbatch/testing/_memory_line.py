@@ -133,7 +133,7 @@ class MemoryLine(MemoryBroker):
         core = sent.core
         if not sent.messages:
             return True
-        most_used = core.in_flight() - sent.messages.total()  # with what waits
+        most_used = core.without_outcome() - sent.messages.total()  # with what waits
         if not core.transactional and (SHARE + 1) * (most_used + 1) <= SHARE * core.room:
             return True  # wherever the others go to
         own: Counter[str] = Counter()
