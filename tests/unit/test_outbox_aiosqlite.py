@@ -293,9 +293,12 @@ def test_what_is_no_connection_of_a_loop(outbox: SqliteOutbox, given: Any) -> No
     assert said == f"connection must be {what}, not {name}"
 
 
-def test_the_outbox_for_threads_says_which_one_takes_a_connection_of_aiosqlite(outbox: SqliteOutbox) -> None:
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_outbox_for_threads_says_which_one_takes_a_connection_of_aiosqlite(
+    outbox: SqliteOutbox, driver: str
+) -> None:
     async def work() -> None:
-        async with begun(outbox) as connection:
+        async with connected(outbox, driver) as (connection, _):
             with pytest.raises(TypeError, match=r"kbatch\.aio\.SqliteOutbox takes one of aiosqlite"):
                 outbox.add(connection, envelopes(1), topic="orders")
 

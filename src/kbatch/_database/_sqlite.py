@@ -215,7 +215,7 @@ class SqliteDatabase:
             connection = driver_of(connection, self._as_error)
             if not isinstance(connection, sqlite3.Connection):
                 text = f"connection must be a sqlite3.Connection, not {type_name(connection)}"
-                if type(connection).__module__.startswith("aiosqlite"):
+                if type(connection).__module__.startswith(("aiosqlite", "sqlalchemy.ext.asyncio")):
                     text += f": {self._shown.replace('kbatch', 'kbatch.aio')} takes one of aiosqlite"
                 raise TypeError(text)
         self._check_connection(connection)
