@@ -229,8 +229,8 @@ class SqliteDatabase:
         if not in_transaction:
             raise self._tables.error(
                 f"the connection is in no transaction, so that the {self._added} would not be committed together with "
-                "the data: add them after the first statement that writes the data, or after "
-                'connection.execute("BEGIN IMMEDIATE")'
+                "the data: add them after the first statement that writes the data, which a session of SQLAlchemy "
+                'executes by flush(), or after connection.execute("BEGIN IMMEDIATE")'
             )
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:
