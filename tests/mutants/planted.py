@@ -1521,6 +1521,13 @@ MUTANTS = (
         "tests/unit/test_outbox_aiosqlite.py",
     ),
     Mutant(
+        "an add keeps what was inserted by a statement that says it was interrupted",
+        "BaseSqliteOutbox._add",
+        "            end_if_interrupted(connection, error)\n",
+        "",
+        "tests/unit/test_outbox_add.py",
+    ),
+    Mutant(
         "an outbox has tables made in another file",
         "BaseSqliteOutbox._add",
         "                self._check_file_of(connection)\n",

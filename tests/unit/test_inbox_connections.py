@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -131,6 +132,24 @@ def test_a_row_that_sqlite_refuses_leaves_no_mark_of_its_batch(of_sqlite: Sqlite
         with pytest.raises(InboxError, match="no room"):
             of_sqlite.accept_many(connection, some, group=GROUP)
     assert found(of_sqlite) == (1, 0)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_progress_handler_that_interrupts_at_any_time_leaves_no_mark(of_sqlite: SqliteInbox, count: int) -> None:
+    for calls in range(1000):
+        asked = itertools.count()
+        with contextlib.closing(sqlite3.connect(of_sqlite._path)) as connection:
+            connection.execute("INSERT INTO orders VALUES (1)")
+            connection.set_progress_handler(lambda: next(asked) >= calls, 5)  # noqa: B023
+            try:
+                of_sqlite.accept_many(connection, given(count), group=GROUP)
+            except InboxError:
+                connection.set_progress_handler(None, 0)
+                connection.commit()
+            else:
+                break
+        assert not inboxes.ids(of_sqlite)
+    assert calls > 5
 
 
 class Interrupted(sqlite3.Connection):

@@ -553,6 +553,25 @@ def test_a_row_that_has_the_number_already_stays(outbox: SqliteOutbox, count: in
 
 @in_sqlite
 @pytest.mark.parametrize("count", [1, 3])
+def test_a_progress_handler_that_interrupts_at_any_time_leaves_nothing(outbox: SqliteOutbox, count: int) -> None:
+    for calls in range(1000):
+        asked = itertools.count()
+        with contextlib.closing(sqlite3.connect(outbox._path)) as connection:
+            connection.execute(outbox._tables.sql("UPDATE {meta} SET version = 1"))
+            connection.set_progress_handler(lambda: next(asked) >= calls, 5)  # noqa: B023
+            try:
+                outbox.add(connection, envelopes(count), topic="orders")
+            except OutboxError:
+                connection.set_progress_handler(None, 0)
+                connection.commit()
+            else:
+                break
+        assert outbox.status().waiting == 0
+    assert calls > 5
+
+
+@in_sqlite
+@pytest.mark.parametrize("count", [1, 3])
 def test_an_exception_at_any_line_leaves_all_or_nothing(outbox: SqliteOutbox, count: int) -> None:
     places = 0
     with outboxes.transaction(outbox) as connection:

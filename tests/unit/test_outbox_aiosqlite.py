@@ -95,6 +95,36 @@ def test_it_joins_the_transaction_of_each_driver(outbox: SqliteOutbox, driver: s
         assert outboxes.bodies(outbox) == [b"%d" % n for n in range(2 * count)]
 
 
+def test_a_session_is_to_be_flushed_before_and_a_savepoint_of_it_takes_its_messages_alone(outbox: SqliteOutbox) -> None:
+    orm = pytest.importorskip("sqlalchemy.orm", reason="platform: it has no wheel here")
+    import sqlalchemy
+
+    class Order:
+        def __init__(self, n: int) -> None:
+            self.n = n
+
+    columns = sqlalchemy.Column("n", sqlalchemy.Integer, primary_key=True)
+    orm.registry().map_imperatively(Order, sqlalchemy.Table("orders", sqlalchemy.MetaData(), columns))
+
+    async def work() -> None:
+        async with connected(outbox, "sqlalchemy session") as (session, _):
+            session.add(Order(1))
+            assert "by flush()" in await refused(of_aio(outbox), session)
+            await session.flush()
+            assert await of_aio(outbox).add(session, envelopes(1), topic="orders") == 1
+            for n, keeps in ((2, False), (3, True)):
+                nested = await session.begin_nested()
+                session.add(Order(n))
+                await session.flush()
+                assert await of_aio(outbox).add(session, envelopes(2, n), topic="orders") == 2
+                await (nested.commit() if keeps else nested.rollback())
+            await session.commit()
+
+    asyncio.run(work())
+    assert counted(outbox) == (2, 3)
+    assert outboxes.bodies(outbox) == [b"0", b"3", b"4"]
+
+
 @pytest.mark.parametrize("isolation_level", ISOLATION)
 @pytest.mark.parametrize("commits", [True, False])
 def test_it_joins_the_transaction_of_each_isolation_level(
@@ -293,9 +323,12 @@ def test_what_is_no_connection_of_a_loop(outbox: SqliteOutbox, given: Any) -> No
     assert said == f"connection must be {what}, not {name}"
 
 
-def test_the_outbox_for_threads_says_which_one_takes_a_connection_of_aiosqlite(outbox: SqliteOutbox) -> None:
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_outbox_for_threads_says_which_one_takes_a_connection_of_aiosqlite(
+    outbox: SqliteOutbox, driver: str
+) -> None:
     async def work() -> None:
-        async with begun(outbox) as connection:
+        async with connected(outbox, driver) as (connection, _):
             with pytest.raises(TypeError, match=r"kbatch\.aio\.SqliteOutbox takes one of aiosqlite"):
                 outbox.add(connection, envelopes(1), topic="orders")
 

@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
 
-__all__ = ["NOW_MS", "SqliteDatabase", "SqliteNames", "is_locked", "lacks_tables", "take_back", "tell_of_fault"]
+__all__ = [
+    "NOW_MS",
+    "SqliteDatabase",
+    "SqliteNames",
+    "end_if_interrupted",
+    "is_locked",
+    "lacks_tables",
+    "take_back",
+    "tell_of_fault",
+]
 
 _BUSY_TIMEOUT_S = 5.0
 _LONGEST_WAL = 16_000_000  # what the file is cut to when SQLite begins it anew, after a reader had kept it growing
@@ -206,7 +215,7 @@ class SqliteDatabase:
             connection = driver_of(connection, self._as_error)
             if not isinstance(connection, sqlite3.Connection):
                 text = f"connection must be a sqlite3.Connection, not {type_name(connection)}"
-                if type(connection).__module__.startswith("aiosqlite"):
+                if type(connection).__module__.startswith(("aiosqlite", "sqlalchemy.ext.asyncio")):
                     text += f": {self._shown.replace('kbatch', 'kbatch.aio')} takes one of aiosqlite"
                 raise TypeError(text)
         self._check_connection(connection)
@@ -220,8 +229,8 @@ class SqliteDatabase:
         if not in_transaction:
             raise self._tables.error(
                 f"the connection is in no transaction, so that the {self._added} would not be committed together with "
-                "the data: add them after the first statement that writes the data, or after "
-                'connection.execute("BEGIN IMMEDIATE")'
+                "the data: add them after the first statement that writes the data, which a session of SQLAlchemy "
+                'executes by flush(), or after connection.execute("BEGIN IMMEDIATE")'
             )
 
     def _check_file_of(self, connection: sqlite3.Connection) -> None:
@@ -262,6 +271,14 @@ def lacks_tables(error: sqlite3.Error) -> bool:
 def is_locked(error: sqlite3.Error) -> bool:
     """Whether a statement failed since another connection reads or writes."""
     return "locked" in str(error) or "busy" in str(error)
+
+
+def end_if_interrupted(connection: sqlite3.Connection, error: sqlite3.Error) -> None:
+    """Ends a transaction whose statement a progress handler has interrupted. SQLite does so by itself, but not when the
+    statement was complete: it asks the handler afterwards, too, and what was written stays."""
+    if str(error) == "interrupted" and connection.in_transaction:
+        with contextlib.suppress(sqlite3.Error):  # of this statement, likewise
+            take_back(connection)
 
 
 def take_back(connection: sqlite3.Connection) -> None:

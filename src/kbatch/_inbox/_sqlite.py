@@ -6,7 +6,7 @@ import contextlib
 import sqlite3
 from typing import TYPE_CHECKING, Any
 
-from kbatch._database._sqlite import SqliteDatabase, lacks_tables, take_back, tell_of_fault
+from kbatch._database._sqlite import SqliteDatabase, end_if_interrupted, lacks_tables, take_back, tell_of_fault
 from kbatch._database._tables import now_us
 from kbatch._inbox._base import BaseInbox, InboxStatus, check_group, id_of, limits_of, time_of
 from kbatch._inbox._session import InboxSession, ended_by_handler
@@ -61,6 +61,7 @@ class BaseSqliteInbox(SqliteDatabase, BaseInbox):
         except sqlite3.Error as error:
             if lacks_tables(error):
                 self._check_file_of(connection)
+            end_if_interrupted(connection, error)
             raise self._tables.as_inbox_error(error, self._path) from error
 
     def _mark_all(self, connection: sqlite3.Connection, ids: Sequence[uuid.UUID], group: str) -> list[bool]:

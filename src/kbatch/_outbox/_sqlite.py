@@ -7,7 +7,7 @@ import sqlite3
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
 
-from kbatch._database._sqlite import SqliteDatabase, lacks_tables, take_back, tell_of_fault
+from kbatch._database._sqlite import SqliteDatabase, end_if_interrupted, lacks_tables, take_back, tell_of_fault
 from kbatch._database._tables import age_s
 from kbatch._outbox._base import BaseOutbox, BlockingOutbox, OutboxStatus
 from kbatch._outbox._sqlite_admin import SqliteAdmin
@@ -81,6 +81,7 @@ class BaseSqliteOutbox(SqliteDatabase, BaseOutbox):
         except sqlite3.Error as error:
             if lacks_tables(error):
                 self._check_file_of(connection)
+            end_if_interrupted(connection, error)
             raise self._tables.as_outbox_error(error, self._path) from error
 
     def _insert_all(self, connection: sqlite3.Connection, batches: Sequence[MappedBatch]) -> None:
