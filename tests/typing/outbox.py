@@ -32,6 +32,8 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
         assert_type(relay.state, kbatch.CircuitState)
         assert_type(relay.last_error, kbatch.KbatchError | None)
     kbatch.Relay(outbox, producer, on_state_change=lambda before, after: print(before.value, after.value))
+    kbatch.Relay(outbox, producer, on_dead=lambda letter: print(letter.died_at))
+    kbatch.Relay(outbox, producer, on_dead=lambda letter: print(letter.no))  # type: ignore[attr-defined]
     kbatch.Relay(outbox, producer, batch_size="7")  # type: ignore[arg-type]
     kbatch.Relay(outbox, producer, colour="red")  # type: ignore[call-arg]
     kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]

@@ -294,7 +294,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             `kbatch.stores.DurableOutbox`; only with it.
         relay: Keyword arguments of `Relay` for the relay in this process: each but ``producer`` and
             ``close_timeout_s``. Only with an `outbox` and `config`; all of one outbox have the same. Its
-            ``on_state_change`` must be no coroutine function, also of `kbatch.aio`.
+            ``on_state_change`` and ``on_dead`` must be no coroutine functions, also of `kbatch.aio`.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`,
             and not with ``SenderMode.DURABLE``.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with

@@ -13,6 +13,7 @@ from kbatch._errors import InboxError, ListenerError
 from kbatch._fastmap import LoopWaker, monotonic
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
+from kbatch.aio._batched import LoopCalls
 from kbatch.aio._inbox_session import AioInboxSession
 from kbatch.aio._transaction import Transaction
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from kbatch._fastmap import ReceivedEnvelope
     from kbatch._inbox._base import ListenerInbox
     from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
@@ -49,6 +51,8 @@ class Listener(BaseListener):
         close_timeout_s: The same; the tasks that still run then are cancelled.
         retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
             threads.
+        on_dead: As for `kbatch.Listener`; it may be a coroutine function. It is called on the event loop on which `run`
+            is awaited.
         transactional_id: The same; the handler gets a `Transaction` whose `send <Transaction.send>` it awaits. A
             commit that is under way when its task is cancelled is made as a whole, or not at all.
 
@@ -57,6 +61,9 @@ class Listener(BaseListener):
     """
 
     _name = "kbatch.aio.Listener"
+    _calls_class = LoopCalls
+    _takes_coroutines_instead = None
+    _calls: LoopCalls
 
     def __init__(
         self,
@@ -80,6 +87,7 @@ class Listener(BaseListener):
         reject_on: Iterable[type[Exception]] = (),
         producer: Producer | None = None,
         transactional_id: str | None = None,
+        on_dead: Callable[[ReceivedEnvelope[Any], Exception], object] | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -101,6 +109,7 @@ class Listener(BaseListener):
             reject_on=reject_on,
             producer=producer,
             transactional_id=transactional_id,
+            on_dead=on_dead,
         )
         self._sessions: list[AioInboxSession] = []  # that no handler uses
 
@@ -150,6 +159,7 @@ class Listener(BaseListener):
                 waker()
 
         try:
+            self._calls.loop = ended.loop
             reading = handlers.reading = self._begin(claim, handlers.wake, handlers.give_up)
             threading.Thread(
                 target=contextvars.copy_context().run, args=(run,), name="kbatch-listener", daemon=True
@@ -180,7 +190,7 @@ class Listener(BaseListener):
             raise reading.error
 
     async def close(self) -> None:
-        """Stops it, and waits until `run` has ended.
+        """Stops it, and waits until `run` has ended, and for calls of ``on_dead`` as `kbatch.Listener.close` does.
 
         Raises:
             RuntimeError: A handler calls it, which calls `stop`.
@@ -190,6 +200,8 @@ class Listener(BaseListener):
                 raise RuntimeError("close waits for the end of handlers, so none must call it; call stop")
             self.stop()
             await in_thread("kbatch-close", lambda: self._wait_until_over(float("inf")))
+        if self._deaths is not None:
+            await in_thread("kbatch-close", self._await_calls)
 
     async def __aenter__(self) -> Self:
         return self
