@@ -106,6 +106,8 @@ async def postgres_of_asyncio(
 
 
 async def of_loops(number: int, envelope: kbatch.Envelope[Any], due_at: datetime) -> None:
+    kbatch.PostgresOutbox(connect=lambda: psycopg.connect(password="made"))
+    kbatch.PostgresOutbox(connect=lambda: "postgresql://")  # type: ignore[arg-type,return-value]
     threads, loops = kbatch.PostgresOutbox("postgresql://"), aio.PostgresOutbox("postgresql://")
     assert_type(threads.dead_letters, kbatch.DeadLetters)
     assert_type(threads.scheduled.cancel(kbatch.OutboxQuery()), int)
