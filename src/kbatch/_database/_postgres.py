@@ -52,6 +52,13 @@ _HINTS = {
 }
 
 
+# What a server says that refuses a connection for want of room, in English: libpq tells no code of it. In other
+# languages it is a connection that was not made.
+_NO_ROOM = re.compile(
+    "sorry, too many clients already|remaining connection slots are reserved|too many connections for (role|database) "
+)
+
+
 class PostgresNames(Tables):
     """Tables in PostgreSQL, by their quoted names.
 
@@ -107,6 +114,8 @@ class PostgresNames(Tables):
             hint = "give a connection that is open"
         elif _is_timeout(cause):
             hint = _HINTS["57014"]
+        elif not code and _NO_ROOM.search(text) and is_lost(cause):
+            hint = _HINTS["53300"]
         elif hint is None and (code.startswith(("08", "57P")) if code else is_lost(cause)):
             hint = "the connection is lost, or was not made: is the server there, and is {given} right?"
         hint = hint.format(what=self.what, given=self.given) if hint else None
