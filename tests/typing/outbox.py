@@ -23,6 +23,7 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     assert_type(letter.envelope, kbatch.Envelope[Any])
     assert_type(outbox.dead_letters.replay(kbatch.OutboxQuery(numbers=[letter.number])), int)
     assert_type(outbox.scheduled.find(after=None), list[kbatch.ScheduledMessage])
+    assert_type(outbox.scheduled.summary()[0].messages, int)
     outbox.dead_letters.find(after=outbox.scheduled.find()[0])  # type: ignore[arg-type]
     outbox.dead_letters.discard("orders")  # type: ignore[arg-type]
     with kbatch.Relay(outbox, settings, retry=kbatch.RetryPolicy()) as relay:
@@ -114,6 +115,7 @@ async def of_loops(number: int, envelope: kbatch.Envelope[Any], due_at: datetime
     assert_type(loops.dead_letters, aio.DeadLetters)
     assert_type(await loops.dead_letters.find(limit=None), list[kbatch.DeadLetter])
     assert_type(await loops.dead_letters.summary(), list[kbatch.DeadLetterCount])
+    assert_type(await loops.scheduled.summary(), list[kbatch.ScheduledCount])
     await loops.dead_letters.replay_edited(number, envelope)
     assert_type(await loops.scheduled.reschedule(kbatch.OutboxQuery(), due_at), int)
     await loops.scheduled.cancel()  # type: ignore[call-arg]

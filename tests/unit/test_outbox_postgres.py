@@ -359,6 +359,7 @@ def test_the_outbox_for_asyncio_looks_after_dead_letters_and_what_waits(outbox: 
         assert await letters.replay(OutboxQuery(numbers=[second.number])) == 1
         assert await letters.discard(OutboxQuery()) == 1
         assert len(await scheduled.find(limit=1)) == 1
+        assert [each.messages for each in await scheduled.summary()] == [2]
         assert await scheduled.reschedule(OutboxQuery(numbers=[4, 5]), soon) == 2
         assert await scheduled.cancel(OutboxQuery(numbers=[5])) == 1
         assert [(each.number, each.due_at) for each in await scheduled.find()] == [(4, soon)]

@@ -123,9 +123,9 @@ PUBLIC = """
     DeserializationError DurableSender Envelope ForkError InboxError InboxStatus InlineSender KafkaSender KafkaTopic
     KbatchError KeptMessage Listener ListenerError NotYetDueError OutboxError OutboxQuery OutboxStatus
     OutboxTimeoutError OutgoingBatch PendingBatch PostgresInbox PostgresOutbox Producer ProducerClosedError
-    ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledMessage
-    ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
-    SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone Transaction
+    ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledCount
+    ScheduledMessage ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode
+    SenderProtocol SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone Transaction
     TransactionUnknownError
     UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """
