@@ -505,7 +505,7 @@ def test_a_listener_of_a_loop_does_the_same(cluster: MockCluster) -> None:
 
 @pytest.mark.parametrize("batch_size", [None, 3])
 def test_each_dead_letter_of_a_listener_is_told_once_it_is_stored(cluster: MockCluster, batch_size: int | None) -> None:
-    told: list[tuple[int, str, str]] = []
+    told: list[tuple[int, str, str, bool]] = []
 
     def handle(listener: kbatch.Listener, envelope: Any) -> None:
         for each in [envelope] if batch_size is None else envelope:
@@ -513,15 +513,15 @@ def test_each_dead_letter_of_a_listener_is_told_once_it_is_stored(cluster: MockC
                 raise ValueError(f"poison {each.message['n']}")
 
     def on_dead(envelope: kbatch.ReceivedEnvelope[Any], error: Exception) -> None:
-        assert len(read_back(cluster.bootstrap_servers, "dead")) > len(told)
-        told.append((envelope.message["n"], str(error), envelope.topic))
+        is_stored = len(read_back(cluster.bootstrap_servers, "dead")) > len(told)
+        told.append((envelope.message["n"], str(error), envelope.topic, is_stored))
 
     send(cluster, *numbered(*range(5)))
     options = {"retry": BRIEFLY, "retry_topics": [0.3], "dead_letter_topic": "dead", "batch_size": batch_size}
     with made(cluster, handle, on_dead=on_dead, **options) as listener, Running(listener) as running:
         until(lambda: listener.stats()["dead"] == 2, "the dead letters")
     assert running.error is None
-    assert sorted(told) == [(n, f"poison {n}", "billing.retry.0.3") for n in (1, 3)]
+    assert sorted(told) == [(n, f"poison {n}", "billing.retry.0.3", True) for n in (1, 3)]
 
 
 def test_what_cannot_be_read_is_told_with_its_error(cluster: MockCluster) -> None:

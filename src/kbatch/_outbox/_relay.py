@@ -53,13 +53,13 @@ if TYPE_CHECKING:
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Trial
     from kbatch._options import RelayKeywords
-    from kbatch._outbox._dead_letters import DeadLetter
+    from kbatch._outbox._dead_letters import DeadLetter, DeadLetters
     from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
     from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
-__all__ = ["Relay", "check_relay_outbox", "lease_of", "relay_producer"]
+__all__ = ["Relay", "check_relay_outbox", "dead_letters_of", "lease_of", "relay_producer"]
 
 _DELIVERY_TIMEOUT_MS = 30_000
 _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
@@ -1119,14 +1119,19 @@ def check_relay_outbox(outbox: object) -> None:
     check_methods("outbox", outbox, wanted, ("open_store", "watch", "unwatch"))
 
 
-def _deaths(outbox: object, calls: UserCalls, on_dead: Callable[[DeadLetter], object]) -> Deaths[int]:
-    """By the numbers of rows."""
+def dead_letters_of(outbox: object) -> DeadLetters:
+    """What `on_dead` is told of. Raises ConfigError for an outbox that has none."""
     if not isinstance(outbox, BaseOutbox):
         raise ConfigError(
             "on_dead needs an outbox that has dead letters: a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a "
             "kbatch.stores.OutboxBase"
         )
-    letters = outbox._dead_letters()
+    return outbox._dead_letters()
+
+
+def _deaths(outbox: object, calls: UserCalls, on_dead: Callable[[DeadLetter], object]) -> Deaths[int]:
+    """By the numbers of rows."""
+    letters = dead_letters_of(outbox)
 
     def look_up(numbers: list[int]) -> Iterator[tuple[str, tuple[DeadLetter]]]:
         for letter in letters.find(OutboxQuery(numbers=numbers), limit=None):
