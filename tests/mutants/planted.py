@@ -2401,7 +2401,7 @@ MUTANTS = (
     Mutant(
         "what waits for on_dead has no bound",
         "Deaths.put",
-        "len(self._waiting) >= _MOST_WAITING or ",
+        "len(self._waiting) >= self._most_waiting or ",
         "",
         "tests/unit/test_deaths.py",
     ),

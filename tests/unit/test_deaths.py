@@ -20,12 +20,14 @@ NOWHERE = {"bootstrap.servers": "127.0.0.1:1", "group.id": "billing"}
 class Scene:
     """Numbers have died, and what is told of each is its text."""
 
-    def __init__(self, on_dead: Any = None) -> None:
+    def __init__(self, on_dead: Any = None, **options: Any) -> None:
         self.told: list[str] = []
         self.asked: list[list[int]] = []
         self.failures = 0  # of the next calls
         self.gone: set[int] = set()
-        self.deaths: Deaths[int] = Deaths(UserCalls(), on_dead or self.told.append, self.look_up, "the test")
+        self.calls = UserCalls()
+        on_dead = on_dead or self.told.append
+        self.deaths: Deaths[int] = Deaths(self.calls, on_dead, self.look_up, "the test", **options)
 
     def look_up(self, numbers: list[int]) -> Iterator[tuple[str, tuple[str]]]:
         self.asked.append(numbers)
@@ -88,9 +90,8 @@ def test_one_that_raises_is_logged_and_the_others_are_told(caplog: pytest.LogCap
 
 
 def test_behind_one_that_hangs_a_number_waits_and_the_rest_is_logged(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("kbatch._recovery._deaths._MOST_WAITING", 5)
     hangs, goes_on, told = threading.Event(), threading.Event(), []
 
     def on_dead(number: str) -> None:
@@ -98,7 +99,7 @@ def test_behind_one_that_hangs_a_number_waits_and_the_rest_is_logged(
         goes_on.wait(60)
         told.append(number)
 
-    scene = Scene(on_dead)
+    scene = Scene(on_dead, most_waiting=5)
     scene.deaths.put([0])
     assert hangs.wait(30)
     for number in range(1, 10):
@@ -147,14 +148,18 @@ def test_a_callback_that_waits_for_the_end_of_its_calls_does_not_wait_for_itself
     assert caplog.records == []
 
 
-def test_a_forked_child_forgets_what_its_parent_tells() -> None:
-    goes_on = threading.Event()
-    scene = Scene(lambda number: goes_on.wait(60))
-    scene.deaths.put(range(3))
+def test_a_forked_child_forgets_what_its_parent_tells_and_tells_what_comes_then(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scene = Scene()
+    with monkeypatch.context() as patch:
+        patch.setattr(scene.calls, "put_surely", lambda *call: None)  # the parent's thread is not there
+        scene.deaths.put(range(3))
     scene.deaths.forget()
     assert scene.deaths.left == 0
-    goes_on.set()
+    scene.deaths.put([3])
     scene.deaths.join(10.0)
+    assert scene.told == ["3"]
 
 
 async def told_later(envelope: Any, error: Exception) -> None: ...

@@ -45,6 +45,7 @@ COMMIT_INTERVAL_S = 1.0
 _REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
 _LAST_WORDS_S = 2.0  # for calls of on_dead
+_MOST_DEATHS = 1_000  # that wait for on_dead; a traceback may hold much
 _CLOSE_COPIES_S = 1.0  # what is not answered then is not committed
 _COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
 
@@ -132,7 +133,7 @@ class BaseListener:
             raise ConfigError("on_dead is told of what is in the dead letter topic: give a dead_letter_topic, too")
         self._calls = self._calls_class()
         shown = f"{self._name} of {', '.join(names)}"
-        self._deaths = None if on_dead is None else Deaths(self._calls, on_dead, _shown_deaths, shown)
+        self._deaths = None if on_dead is None else Deaths(self._calls, on_dead, _shown_deaths, shown, _MOST_DEATHS)
         self._failing = Failing(self._failures, self._copies, deaths=self._deaths)  # of the last run
         self._topics = names
         self._handler = handler

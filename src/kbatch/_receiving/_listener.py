@@ -80,7 +80,7 @@ class Listener(BaseListener):
             handler's error, and does not commit the record.
         on_dead: Called with the `ReceivedEnvelope` and the exception, once a broker has acknowledged its copy in the
             dead letter topic (of a transaction: has committed it), on a thread that senders share, one record after
-            the other. What it raises is logged, and the listener does not wait for it: 10,000 records or 16 MiB wait
+            the other. What it raises is logged, and the listener does not wait for it: 1,000 records or 16 MiB wait
             for it at most, and the log tells how many more there were. A record that is read again after a crash may
             be told twice, as its copy may be there twice; after a crash, or the end of the process, what waited is not
             told. Only with a `dead_letter_topic`.

@@ -40,6 +40,7 @@ class Deaths(Generic[_T]):
         look_up: Makes of some that have died how the log names each, and the arguments of `on_dead`. It may leave some
             out, and raise OutboxError: then it is asked again when `tell_again` is called.
         name: What has them, for the log.
+        most_waiting: How many wait at most.
     """
 
     def __init__(
@@ -48,11 +49,13 @@ class Deaths(Generic[_T]):
         on_dead: Callable[..., object],
         look_up: Callable[[list[_T]], Iterable[tuple[str, tuple[object, ...]]]],
         name: str,
+        most_waiting: int = _MOST_WAITING,
     ) -> None:
         self._calls = calls
         self._on_dead = on_dead
         self._look_up = look_up
         self._name = name
+        self._most_waiting = most_waiting
         self._told_at: float | None = None  # that it cannot be looked up
         self.forget()
 
@@ -78,7 +81,7 @@ class Deaths(Generic[_T]):
         """
         with self._lock:
             for each in died:
-                if len(self._waiting) >= _MOST_WAITING or (self._bytes and self._bytes + size > KEPT_BYTES):
+                if len(self._waiting) >= self._most_waiting or (self._bytes and self._bytes + size > KEPT_BYTES):
                     self._dropped += 1
                     continue
                 self._waiting.append((each, size))
