@@ -93,7 +93,7 @@ class Deaths(Generic[_T]):
         if self._again_at is not None and monotonic() >= self._again_at:
             self._tell_soon()
 
-    def join(self, timeout: float) -> None:
+    def join(self, timeout: float | None) -> None:
         """Waits for the calls that are left, unless it is called by one. What is not told by then is logged."""
         self._tell_soon()
         self._calls.join(timeout)
