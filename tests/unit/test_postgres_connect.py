@@ -269,6 +269,14 @@ def test_no_secret_is_shown(kind: Any) -> None:
     assert SECRET not in told
 
 
+def test_a_function_that_needs_arguments_shows_none_that_it_has() -> None:
+    def connect(host: str, *, password: str) -> Any: ...
+
+    with pytest.raises(ConfigError, match=r"connect must take no arguments, which .*connect does not") as caught:
+        PostgresOutbox(connect=functools.partial(connect, password=SECRET))  # type: ignore[call-arg]
+    assert SECRET not in str(caught.value)
+
+
 def test_threads_may_call_it_at_the_same_time(maker: Maker, schema: str) -> None:
     outbox = made(maker, schema)
     errors: list[Exception] = []

@@ -7,7 +7,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
-from kbatch._callbacks import call_fault, loops_own
+from kbatch._callbacks import call_fault, callback_name, loops_own
 from kbatch._database._tables import Tables, driver_of
 from kbatch._errors import ConfigError, exception_text, named_exception_text, shown, type_name
 from kbatch._text import printable
@@ -158,6 +158,8 @@ class PostgresDatabase:
             self._set_conninfo(conninfo)
             return
         fault = call_fault(connect)
+        if fault is not None and callable(connect):  # not its signature: that of a partial shows a password
+            fault = f"must take no arguments, which {callback_name(connect)} does not"
         owned = None if fault else loops_own(connect)
         if owned is not None:
             fault = f"must not be {owned}: connections of kbatch's own are used on threads"
