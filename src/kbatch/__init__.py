@@ -46,7 +46,7 @@ from kbatch._outbox._dead_letters import DeadLetter, DeadLetterCount, DeadLetter
 from kbatch._outbox._kept import KeptMessage, OutboxQuery
 from kbatch._outbox._postgres import PostgresOutbox
 from kbatch._outbox._relay import Relay
-from kbatch._outbox._scheduled import ScheduledMessage, ScheduledMessages
+from kbatch._outbox._scheduled import ScheduledCount, ScheduledMessage, ScheduledMessages
 from kbatch._outbox._sqlite import SqliteOutbox
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
@@ -109,6 +109,7 @@ __all__ = [
     "ReceivedEnvelope",
     "Relay",
     "RetryPolicy",
+    "ScheduledCount",
     "ScheduledMessage",
     "ScheduledMessages",
     "SenderCallback",

@@ -17,9 +17,19 @@ if TYPE_CHECKING:
 
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Envelope
+    from kbatch._outbox._dead_letters import DeadLetter
     from kbatch._recovery._circuit import CircuitState
 
-__all__ = ["AgentOptions", "AioAgentOptions", "AioRelayOptions", "BatchingOptions", "RelayOptions", "shows", "taken"]
+__all__ = [
+    "AgentOptions",
+    "AioAgentOptions",
+    "AioRelayOptions",
+    "BatchingOptions",
+    "RelayOptions",
+    "check_option",
+    "shows",
+    "taken",
+]
 
 _F = TypeVar("_F", bound=Callable[..., object])
 # What an option may be besides. Of a topic: None, for the default, or in a mode that has no such option. Else: Never.
@@ -97,8 +107,8 @@ class AgentOptions(Generic[_Unset]):
         if not isinstance(self.strict_order, bool):
             raise ConfigError(f"strict_order must be bool, not {type_name(self.strict_order)}")
         who = None if self._takes_coroutines else "kbatch.aio's topics and agents take them"
-        _check_callback("on_failed", self.on_failed, "envelope", "error", elsewhere=who)
-        _check_callback("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
+        check_option("on_failed", self.on_failed, "envelope", "error", elsewhere=who)
+        check_option("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
         if self.dead_letter_topic is not None:
             check_topic("dead_letter_topic", self.dead_letter_topic)
 
@@ -127,6 +137,7 @@ class RelayOptions:
     probe_interval_s: float = 1.0
     max_probe_interval_s: float = 30.0
     on_state_change: Callable[[CircuitState, CircuitState], object] | None = None
+    on_dead: Callable[[DeadLetter], object] | None = None
 
     _takes_coroutines: ClassVar[bool] = False
 
@@ -154,7 +165,8 @@ class RelayOptions:
             raise ConfigError(f"fencing must be 'kafka' or None, not {self.fencing!r}")
         check_whole("batch_size * max_in_flight_batches", self.most_in_flight)
         who = None if self._takes_coroutines else "kbatch.aio.Relay takes them"
-        _check_callback("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
+        check_option("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
+        check_option("on_dead", self.on_dead, "letter", elsewhere=who)
 
     @property
     def most_in_flight(self) -> int:
@@ -206,9 +218,10 @@ if TYPE_CHECKING:
         probe_interval_s: float
         max_probe_interval_s: float
         on_state_change: Callable[[CircuitState, CircuitState], object] | None
+        on_dead: Callable[[DeadLetter], object] | None
 
 
-def _check_callback(name: str, value: Any, *arguments: str, elsewhere: str | None) -> None:
+def check_option(name: str, value: Any, *arguments: str, elsewhere: str | None) -> None:
     """Raises ConfigError for what cannot be called so, and for what is asyncio's if that is taken `elsewhere` only."""
     fault = None if value is None else call_fault(value, *arguments)
     if fault is not None:

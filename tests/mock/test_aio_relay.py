@@ -225,6 +225,61 @@ def test_its_circuit_is_told_on_its_loop(outbox: SqliteOutbox, kafka_cluster: Mo
     assert threads == {threading.current_thread().name}
 
 
+@pytest.mark.parametrize("kind", ["function", "coroutine function"])
+def test_its_dead_letters_are_told_on_its_loop(outbox: SqliteOutbox, kafka_cluster: MockCluster, kind: str) -> None:
+    told: list[tuple[bytes | None, str]] = []
+    kafka_cluster.create_topic("refused", 1)
+    kafka_cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(10), topic="refused"), topic=None)
+
+    def plain(letter: kbatch.DeadLetter) -> None:
+        told.append((letter.envelope.data, threading.current_thread().name))
+
+    async def later(letter: kbatch.DeadLetter) -> None:
+        await asyncio.sleep(0)
+        plain(letter)
+
+    async def main() -> None:
+        on_dead = plain if kind == "function" else later
+        once = kbatch.RetryPolicy(max_attempts=1)
+        async with aio.Relay(outbox, config(kafka_cluster), retry=once, on_dead=on_dead) as relay:
+            assert await relay.drain(30) == 0
+
+    asyncio.run(main())
+    assert sorted(told) == [(b"%d" % n, threading.current_thread().name) for n in range(10)]
+
+
+def test_a_coroutine_function_for_dead_letters_may_close_it_and_may_be_cancelled(
+    outbox: SqliteOutbox, kafka_cluster: MockCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[int] = []
+    kafka_cluster.create_topic("refused", 1)
+    kafka_cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(3), topic="refused", keys=1), topic=None)
+
+    async def on_dead(letter: kbatch.DeadLetter) -> None:
+        told.append(letter.number)
+        if len(told) == 1:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.sleep(60)
+        await relay.close()
+
+    async def main() -> None:
+        nonlocal relay
+        once = kbatch.RetryPolicy(max_attempts=1)
+        relay = aio.Relay(outbox, config(kafka_cluster), retry=once, on_dead=on_dead)
+        await relay.run()
+        await relay.close()
+        await comes(lambda: len(told) == outbox.status().dead)
+
+    relay: Any = None
+    asyncio.run(main())
+    assert len(told) >= 2
+    assert caplog.text.count("on_dead failed: ") == 1
+
+
 def test_the_end_of_its_loop_ends_it(outbox: SqliteOutbox, kafka_cluster: MockCluster) -> None:
     relay = aio.Relay(outbox, config(kafka_cluster), close_timeout_s=0.0)
 

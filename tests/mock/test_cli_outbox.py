@@ -313,6 +313,10 @@ def test_what_waits_is_listed(outbox):
     assert {each["number"] for each in rows(here(outbox, "later", "list", "2", "3", "--json")[1])} == {2, 3}
     assert "due_at" in rows(here(outbox, "later", "list", "--json")[1])[0]
     assert here(outbox, "later", "list", "--topic", "x") == (0, "no messages\n", "")
+    (count,) = rows(here(outbox, "later", "list", "--summary", "--json")[1])
+    assert (count["topic"], count["message_type"], count["messages"]) == ("orders", "bytes", 3)
+    assert "messages" in here(outbox, "later", "list", "--summary")[1]
+    assert here(outbox, "later", "list", "--summary", "--topic", "x") == (0, "no messages\n", "")
 
 
 def test_what_waits_is_rescheduled(outbox):

@@ -549,6 +549,117 @@ def test_a_loop_neither_starts_the_producer_of_copies_nor_closes_a_dead_one(
     assert threading.main_thread() not in threads
 
 
+@pytest.mark.parametrize("batch_size", [None, 3])
+def test_each_dead_letter_of_a_listener_is_told_once_it_is_stored(cluster: MockCluster, batch_size: int | None) -> None:
+    told: list[tuple[int, str, str, bool]] = []
+
+    def handle(listener: kbatch.Listener, envelope: Any) -> None:
+        for each in [envelope] if batch_size is None else envelope:
+            if each.message["n"] in (1, 3):
+                raise ValueError(f"poison {each.message['n']}")
+
+    def on_dead(envelope: kbatch.ReceivedEnvelope[Any], error: Exception) -> None:
+        is_stored = len(read_back(cluster.bootstrap_servers, "dead")) > len(told)
+        told.append((envelope.message["n"], str(error), envelope.topic, is_stored))
+
+    send(cluster, *numbered(*range(5)))
+    options = {"retry": BRIEFLY, "retry_topics": [0.3], "dead_letter_topic": "dead", "batch_size": batch_size}
+    with made(cluster, handle, on_dead=on_dead, **options) as listener, Running(listener) as running:
+        until(lambda: listener.stats()["dead"] == 2, "the dead letters")
+    assert running.error is None
+    assert sorted(told) == [(n, f"poison {n}", "billing.retry.0.3", True) for n in (1, 3)]
+
+
+def test_what_cannot_be_read_is_told_with_its_error(cluster: MockCluster) -> None:
+    told: list[tuple[bytes | None, type[Exception]]] = []
+    send(cluster, kbatch.Envelope(data=b"no JSON", message_type="order"))
+    listener = made(
+        cluster,
+        lambda listener, envelope: None,
+        dead_letter_topic="dead",
+        on_dead=lambda envelope, error: told.append((envelope.data, type(error))),
+    )
+    with listener, Running(listener):
+        until(lambda: listener.stats()["dead"] == 1, "the dead letter")
+    assert told == [(b"no JSON", kbatch.DeserializationError)]
+
+
+def test_a_callback_of_dead_letters_that_hangs_stops_no_listener(
+    cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kbatch._receiving._base._LAST_WORDS_S", 0.1)
+    goes_on = threading.Event()
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        if envelope.message["n"] < 3:
+            raise ValueError("poison")
+
+    send(cluster, *numbered(*range(6)))
+    options = {"retry": ONCE, "dead_letter_topic": "dead", "on_dead": lambda envelope, error: goes_on.wait(60)}
+    try:
+        with made(cluster, handle, **options) as listener, Running(listener) as running:
+            until(lambda: listener.stats()["handled"] == 6, "all of them")
+        assert running.error is None
+        assert "on_dead was not told yet of 3 dead letters of kbatch.Listener of orders" in caplog.text
+        assert committed(cluster) == 6
+    finally:
+        goes_on.set()
+
+
+def test_a_callback_of_dead_letters_may_close_the_listener_which_may_run_again(cluster: MockCluster) -> None:
+    told: list[int] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError("poison")
+
+    def on_dead(envelope: kbatch.ReceivedEnvelope[Any], error: Exception) -> None:
+        listener.close()
+        told.append(envelope.message["n"])
+
+    listener = made(cluster, handle, retry=ONCE, dead_letter_topic="dead", on_dead=on_dead)
+    for n in range(2):
+        send(cluster, *numbered(n))
+        run(listener)
+        until(lambda: len(told) == n + 1, "that it is told")  # noqa: B023
+    assert told == [0, 1]
+
+
+@pytest.mark.parametrize("kind", ["function", "coroutine function"])
+def test_dead_letters_of_a_listener_of_a_loop_are_told_on_it(cluster: MockCluster, kind: str) -> None:
+    told: list[tuple[int, str, str]] = []
+
+    async def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        raise ValueError(f"poison {envelope.message['n']}")
+
+    def plain(envelope: kbatch.ReceivedEnvelope[Any], error: Exception) -> None:
+        told.append((envelope.message["n"], str(error), threading.current_thread().name))
+
+    async def later(envelope: kbatch.ReceivedEnvelope[Any], error: Exception) -> None:
+        await asyncio.sleep(0)
+        plain(envelope, error)
+        await listener.close()
+
+    async def listen() -> None:
+        nonlocal listener
+        config = {"bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", **QUICK}
+        listener = aio.Listener(
+            config, ["orders"], handle, types={"order": dict[str, int]}, retry=ONCE, dead_letter_topic="dead",
+            on_dead=plain if kind == "function" else later,
+        )  # fmt: skip
+        task = asyncio.create_task(listener.run())
+        async with asyncio.timeout(60) if hasattr(asyncio, "timeout") else contextlib.nullcontext():
+            while not told:
+                await asyncio.sleep(0.01)
+        listener.stop()
+        await task
+        await listener.close()
+
+    listener: Any = None
+    send(cluster, *numbered(0))
+    asyncio.run(listen())
+    assert told == [(0, "poison 0", threading.current_thread().name)]
+
+
 def test_a_listener_that_runs_again_sends_on_again(cluster: MockCluster) -> None:
     def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
         raise ValueError("poison")

@@ -499,6 +499,99 @@ def test_a_record_that_is_damaged_or_larger_than_the_relay_sends_is_dead_at_once
     check_history(set(range(20)) - {2, 3, 4, 5}, stored(cluster))
 
 
+def test_each_dead_letter_is_told_once_it_is_committed(outbox: Outbox, cluster: MockCluster) -> None:
+    told: list[tuple[kbatch.DeadLetter, bool, str]] = []
+
+    def on_dead(letter: kbatch.DeadLetter) -> None:
+        is_there = outbox.dead_letters.find(OutboxQuery(numbers=[letter.number])) == [letter]
+        told.append((letter, is_there, threading.current_thread().name))
+
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(20)))
+    outboxes.add(outbox, numbered(range(100, 160), topic="refused"), topic=None)
+    with make(outbox, cluster, on_dead=on_dead) as relay:
+        assert relay.drain(60) == 0
+    assert sorted(int(letter.envelope.data or b"") for letter, _, _ in told) == list(range(100, 160))
+    assert {(is_there, thread) for _, is_there, thread in told} == {(True, "kbatch-sender-callbacks")}
+    assert {(letter.topic, letter.attempts) for letter, _, _ in told} == {("refused", 3)}
+    assert all("TOPIC_AUTHORIZATION_FAILED" in letter.error for letter, _, _ in told)
+
+
+def test_what_was_never_dead_is_not_told(outbox: Outbox, cluster: MockCluster) -> None:
+    # A message that was cancelled while it was on its way moves no row.
+    told: list[object] = []
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(1), topic="refused"), topic=None)
+    with running(make(outbox, cluster, on_dead=told.append, retry=RetryPolicy(max_attempts=2))) as relay:
+        until(lambda: outbox.status().later == 1, "its first refusal")
+        cluster.set_rtt(-1, 300)
+        until(lambda: relay.stats()["in_flight"] == 1, "its second attempt")
+        outbox.scheduled.cancel(OutboxQuery())
+        until(lambda: relay.stats()["dead"] == 1 and not relay._has_answers(), "its second refusal")
+    assert told == []
+    assert outbox.status().dead == 0
+
+
+def test_a_letter_that_cannot_be_read_yet_is_told_when_it_can(
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[kbatch.DeadLetter] = []
+    failures = [OutboxError("away"), OutboxError("away")]
+    open_admin = outbox.open_admin
+
+    def failing() -> Any:
+        if failures:
+            raise failures.pop()
+        return open_admin()
+
+    monkeypatch.setattr(outbox, "open_admin", failing)
+    monkeypatch.setattr("kbatch._recovery._deaths._TRY_AGAIN_S", 0.05)
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    with running(make(outbox, cluster, on_dead=told.append, retry=RetryPolicy(max_attempts=1))):
+        outboxes.add(outbox, numbered(range(1), topic="refused"), topic=None)
+        until(lambda: told, "its letter")
+    assert [letter.topic for letter in told] == ["refused"]
+
+
+def test_a_callback_of_dead_letters_that_closes_the_relay_ends_it(outbox: Outbox, cluster: MockCluster) -> None:
+    told: list[object] = []
+
+    def on_dead(letter: kbatch.DeadLetter) -> None:
+        relay.close()
+        told.append(letter)
+
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(3), topic="refused"), topic=None)
+    relay = make(outbox, cluster, on_dead=on_dead, retry=RetryPolicy(max_attempts=1))
+    relay.run()
+    relay.close()
+    until(lambda: len(told) == 3, "the others")
+
+
+@in_sqlite
+def test_a_callback_of_dead_letters_that_hangs_stops_no_relay(
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._relay._LAST_WORDS_S", 0.1)
+    goes_on = threading.Event()
+    cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
+    outboxes.add(outbox, numbered(range(10), topic="refused"), topic=None)
+    try:
+        with make(outbox, cluster, on_dead=lambda letter: goes_on.wait(60)) as relay:
+            assert relay.drain(30) == 0
+            outboxes.add(outbox, numbered(range(100)))
+            assert relay.drain(30) == 0
+            assert (relay.stats()["dead"], relay.stats()["acked"]) == (10, 100)
+        assert f"on_dead was not told yet of 10 dead letters of {outbox!r}" in caplog.text
+    finally:
+        goes_on.set()
+
+
+def test_only_an_outbox_that_has_dead_letters_tells_of_them(outbox: Outbox, cluster: MockCluster) -> None:
+    with pytest.raises(ConfigError, match="on_dead needs an outbox that has dead letters"):
+        make(WatchedOutbox(outbox), cluster, on_dead=print)
+
+
 # -- outages
 
 
@@ -1070,6 +1163,8 @@ def test_a_producer_of_the_callers_stays_open(outbox: Outbox, cluster: MockClust
         ({}, {"probe_interval_s": 60}, "is longer than"),
         ({}, {"close_timeout_s": -1}, "close_timeout_s"),
         ({}, {"on_state_change": 7}, "on_state_change must be callable, not int"),
+        ({}, {"on_dead": 7}, "on_dead must be callable, not int"),
+        ({}, {"on_dead": asyncio.sleep}, r"on_dead must not be .*; kbatch\.aio\.Relay takes"),
         (
             {},
             {"on_state_change": asyncio.sleep},

@@ -151,6 +151,16 @@ def test_the_circuit_of_its_relay_is_told(outbox: Outbox, kafka_cluster: MockClu
     check_history(range(1), read_back(kafka_cluster.bootstrap_servers, "orders"), copies=None)
 
 
+def test_the_dead_letters_of_its_relay_are_told(outbox: Outbox, kafka_cluster: MockCluster) -> None:
+    told: list[str | None] = []
+    kafka_cluster.create_topic("orders", 1)
+    kafka_cluster.set_topic_error("orders", "TOPIC_AUTHORIZATION_FAILED")
+    relay = {"retry": kbatch.RetryPolicy(max_attempts=1), "on_dead": lambda letter: told.append(letter.topic)}
+    with durable(outbox, kafka_cluster, relay=relay).create_sender() as sender:
+        sender.send(Envelope(data=b"0", key="k0"))
+    assert told == ["orders"]
+
+
 def test_without_a_config_another_relay_forwards_it(outbox: Outbox, kafka_cluster: MockCluster) -> None:
     with KafkaTopic("orders", SenderMode.DURABLE, outbox=outbox).create_sender() as sender:
         for envelope in numbered(range(20)):

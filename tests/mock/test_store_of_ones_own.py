@@ -67,6 +67,19 @@ def add(outbox: MemoryOutbox, *envelopes: Any) -> None:
         outbox.add(tables, envelopes, topic="orders")
 
 
+def test_its_dead_letters_are_told(kafka_cluster: MockCluster) -> None:
+    outbox, told = MemoryOutbox(), []
+    kafka_cluster.create_topic("orders", 1)
+    kafka_cluster.set_topic_error("orders", "TOPIC_AUTHORIZATION_FAILED")
+    add(outbox, *numbered(range(3)))
+    with Relay(outbox, config(kafka_cluster), retry=RetryPolicy(max_attempts=1), on_dead=told.append) as relay:
+        assert relay.drain(30) == 0
+    assert sorted(told, key=lambda letter: letter.number) == sorted(
+        outbox.dead_letters.find(), key=lambda letter: letter.number
+    )
+    assert len(told) == 3
+
+
 def test_a_listener_takes_it(kafka_cluster: MockCluster) -> None:
     inbox = MemoryInbox()
     orders = numbered(range(20), message_type="order")

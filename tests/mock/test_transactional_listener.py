@@ -107,6 +107,40 @@ def test_a_transaction_that_was_aborted_is_sent_again_without_the_handler(
     assert refused == [refused[0]] * 2
 
 
+def test_a_dead_letter_is_told_once_its_transaction_is_committed(
+    cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, str, bool]] = []
+    committed: list[int] = []
+    commit = _transacting.Transacting.commit
+
+    def committing(self: Any, reading: Any, work: Any, packed: list[bytes]) -> None:
+        commit(self, reading, work, packed)
+        committed.append(work.envelope.message.number)
+
+    def handle(envelope: Received, transaction: kbatch.Transaction) -> None:
+        if envelope.message.number == 3:
+            raise ValueError("poison")
+
+    def on_dead(envelope: Received, error: Exception) -> None:
+        number = envelope.message.number
+        told.append((number, str(error), number in committed))
+
+    monkeypatch.setattr(_transacting.Transacting, "commit", committing)
+    send(cluster, 5)
+    listener = listener_of(
+        config_of(cluster),
+        handle,
+        retry=kbatch.RetryPolicy(max_attempts=1),
+        dead_letter_topic="out",
+        on_dead=on_dead,
+    )
+    with listener, running(listener) as raised:
+        until(lambda: listener.stats()["handled"] == 5, "the records")
+    assert raised == []
+    assert told == [(3, "poison", True)]
+
+
 def test_the_membership_is_taken_before_it_is_asked_whether_the_partition_is_held() -> None:
     """The other way round, a membership that has come since would commit offsets of a partition that it has not."""
     steps: list[str] = []

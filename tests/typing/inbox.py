@@ -27,6 +27,7 @@ def threads(connection: sqlite3.Connection, order: kbatch.Envelope[int], now: da
     inbox.accept("shop.db", order, group="billing")  # type: ignore[arg-type]
     inbox.accept(connection, order)  # type: ignore[call-arg]
     kbatch.Listener({}, ["orders"], print, inbox=inbox)
+    kbatch.Listener({}, ["orders"], print, on_dead=lambda envelope, error: print(envelope.offset, error.args))
     kbatch.Listener({}, ["orders"], print, inbox="shop.db")  # type: ignore[arg-type]
 
 

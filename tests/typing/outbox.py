@@ -24,6 +24,7 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
     assert_type(letter.envelope, kbatch.Envelope[Any])
     assert_type(outbox.dead_letters.replay(kbatch.OutboxQuery(numbers=[letter.number])), int)
     assert_type(outbox.scheduled.find(after=None), list[kbatch.ScheduledMessage])
+    assert_type(outbox.scheduled.summary()[0].messages, int)
     outbox.dead_letters.find(after=outbox.scheduled.find()[0])  # type: ignore[arg-type]
     outbox.dead_letters.discard("orders")  # type: ignore[arg-type]
     with kbatch.Relay(outbox, settings, retry=kbatch.RetryPolicy()) as relay:
@@ -33,6 +34,8 @@ def outbox(connection: sqlite3.Connection, order: object, settings: dict[str, st
         assert_type(relay.state, kbatch.CircuitState)
         assert_type(relay.last_error, kbatch.KbatchError | None)
     kbatch.Relay(outbox, producer, on_state_change=lambda before, after: print(before.value, after.value))
+    kbatch.Relay(outbox, producer, on_dead=lambda letter: print(letter.died_at))
+    kbatch.Relay(outbox, producer, on_dead=lambda letter: print(letter.no))  # type: ignore[attr-defined]
     kbatch.Relay(outbox, producer, batch_size="7")  # type: ignore[arg-type]
     kbatch.Relay(outbox, producer, colour="red")  # type: ignore[call-arg]
     kbatch.Relay("shop.db", settings)  # type: ignore[arg-type]
@@ -125,12 +128,15 @@ async def postgres_of_asyncio(
 
 
 async def of_loops(number: int, envelope: kbatch.Envelope[Any], due_at: datetime) -> None:
+    kbatch.PostgresOutbox(connect=lambda: psycopg.connect(password="made"))
+    kbatch.PostgresOutbox(connect=lambda: "postgresql://")  # type: ignore[arg-type,return-value]
     threads, loops = kbatch.PostgresOutbox("postgresql://"), aio.PostgresOutbox("postgresql://")
     assert_type(threads.dead_letters, kbatch.DeadLetters)
     assert_type(threads.scheduled.cancel(kbatch.OutboxQuery()), int)
     assert_type(loops.dead_letters, aio.DeadLetters)
     assert_type(await loops.dead_letters.find(limit=None), list[kbatch.DeadLetter])
     assert_type(await loops.dead_letters.summary(), list[kbatch.DeadLetterCount])
+    assert_type(await loops.scheduled.summary(), list[kbatch.ScheduledCount])
     await loops.dead_letters.replay_edited(number, envelope)
     assert_type(await loops.scheduled.reschedule(kbatch.OutboxQuery(), due_at), int)
     await loops.scheduled.cancel()  # type: ignore[call-arg]

@@ -198,7 +198,15 @@ def test_wrong_queries(options: dict[str, Any], message: str) -> None:
 
 def test_wrong_calls(outbox: Outbox, tmp_path: Path) -> None:
     letters, scheduled = outbox.dead_letters, outbox.scheduled
-    for call in (letters.find, letters.replay, letters.discard, letters.summary, scheduled.cancel, scheduled.find):
+    for call in (
+        letters.find,
+        letters.replay,
+        letters.discard,
+        letters.summary,
+        scheduled.cancel,
+        scheduled.find,
+        scheduled.summary,
+    ):
         with pytest.raises(TypeError, match=r"query must be a kbatch.OutboxQuery, not dict"):
             call({})  # type: ignore[arg-type]
     for limit in (0, True, "7"):

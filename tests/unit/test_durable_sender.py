@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,7 @@ from tests.outboxes import Outbox, in_sqlite
 from tests.waiting import later, until
 
 SERVERS = {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}
+METHODS = ("map", "open_writer", "open_store", "watch", "unwatch")  # of an outbox
 PAST = datetime.now(timezone.utc) - timedelta(days=1)
 
 
@@ -400,6 +402,15 @@ def test_a_topic_makes_them(outbox: Outbox, kind: Any) -> None:
         ({"config": SERVERS, "relay": {"close_timeout_s": 7}}, "relay: close_timeout_s is that of the senders"),
         ({"config": SERVERS, "relay": {"batch_size": 0}}, "relay: batch_size must be an int from 1"),
         ({"config": SERVERS, "relay": {"on_state_change": print_later}}, "relay: on_state_change must not be"),
+        ({"config": SERVERS, "relay": {"on_dead": asyncio.sleep}}, "relay: on_dead must not be"),
+        (
+            {
+                "config": SERVERS,
+                "relay": {"on_dead": print},
+                "outbox": SimpleNamespace(**dict.fromkeys(METHODS, print)),
+            },
+            "relay: on_dead needs an outbox that has dead letters",
+        ),
         ({"config": SERVERS, "relay": {"lease_s": 62.0}}, "relay: lease_s must be seconds, 64 at least"),
         ({"config": {**SERVERS, "partitioner": "random"}, "relay": {"strict_order": True}}, "relay: strict_order=True"),
         (

@@ -71,6 +71,10 @@ def relay(**options: Any) -> None:
     kbatch.Relay(kbatch.SqliteOutbox("none.db"), NOWHERE, **options).close()
 
 
+def listener(**options: Any) -> None:
+    kbatch.Listener({**NOWHERE, "group.id": "billing"}, ["orders"], print, dead_letter_topic="dead", **options)
+
+
 # How each hook is given, with how many arguments it is called, and how it is called in an error.
 HOOKS: dict[str, tuple[Callable[[Any], object], int, str]] = {
     "encoder": (lambda hook: made(encoder=hook), 2, "(message, context)"),
@@ -83,6 +87,8 @@ HOOKS: dict[str, tuple[Callable[[Any], object], int, str]] = {
     "on_failed": (lambda hook: topic(on_failed=hook), 2, "(envelope, error)"),
     "on_state_change": (lambda hook: aio_topic(on_state_change=hook), 2, "(before, after)"),
     "on_state_change ": (lambda hook: relay(on_state_change=hook), 2, "(before, after)"),
+    "on_dead": (lambda hook: relay(on_dead=hook), 1, "(letter)"),
+    "on_dead ": (lambda hook: listener(on_dead=hook), 2, "(envelope, error)"),
     "when": (lambda hook: MemoryProducer().fail(when=hook), 1, "(envelope)"),
     "callback": (submitted, 1, "(report)"),
     "callback ": (submitted_on_loop, 1, "(report)"),

@@ -167,6 +167,23 @@ def test_what_is_scheduled_is_handed_out_at_once(send: Any) -> None:
     assert seen == [later]
 
 
+def test_dead_letters_are_told_before_send_returns(send: Any) -> None:
+    told: list[tuple[str, int, str]] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Order]) -> None:
+        if envelope.message.number % 2:
+            raise ValueError(f"odd {envelope.message.number}")
+
+    def on_dead(envelope: kbatch.ReceivedEnvelope[Order], error: Exception) -> None:
+        told.append((envelope.topic, envelope.message.number, str(error)))
+
+    envelopes = [Envelope(Order(number)) for number in range(4)]
+    options = {"retry": ONCE, "retry_topics": [5], "dead_letter_topic": "dead", "on_dead": on_dead}
+    _, listener = send(handle, *envelopes, types={"Order": Order}, **options)
+    assert told == [("test.retry.5", 1, "odd 1"), ("test.retry.5", 3, "odd 3")]
+    assert len(listener.dead_letters) == 2
+
+
 def test_a_database_that_never_answers_ends_no_test_and_no_record(send: Any) -> None:
     class GoneError(Exception):
         is_outage = True

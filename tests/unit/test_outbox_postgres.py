@@ -359,6 +359,7 @@ def test_the_outbox_for_asyncio_looks_after_dead_letters_and_what_waits(outbox: 
         assert await letters.replay(OutboxQuery(numbers=[second.number])) == 1
         assert await letters.discard(OutboxQuery()) == 1
         assert len(await scheduled.find(limit=1)) == 1
+        assert [each.messages for each in await scheduled.summary()] == [2]
         assert await scheduled.reschedule(OutboxQuery(numbers=[4, 5]), soon) == 2
         assert await scheduled.cancel(OutboxQuery(numbers=[5])) == 1
         assert [(each.number, each.due_at) for each in await scheduled.find()] == [(4, soon)]
@@ -642,6 +643,30 @@ def test_what_a_driver_says_of_its_use_is_not_told_as_a_lost_connection(outbox: 
     assert isinstance(late, OutboxError)
     assert "TimeoutError" in str(late)
     assert "conninfo" not in str(late)
+
+
+def test_a_connection_that_is_refused_for_want_of_room_says_so(postgres: str, outbox: PostgresOutbox) -> None:
+    import psycopg
+    from psycopg.conninfo import make_conninfo
+
+    role = f"of_{os.urandom(6).hex()}"
+    outboxes.query(outbox, f"CREATE ROLE {role} LOGIN CONNECTION LIMIT 0")
+    try:
+        with pytest.raises(OutboxError, match=r"too many connections for role .*; the server has no connection left"):
+            PostgresOutbox(make_conninfo(postgres, user=role)).status()
+    finally:
+        outboxes.query(outbox, f"DROP ROLE {role}")
+    for text, is_known in (
+        ("connection failed: FATAL:  sorry, too many clients already", True),
+        ("FATAL:  remaining connection slots are reserved for non-replication superuser connections", True),
+        ("FATAL:  remaining connection slots are reserved for roles with the SUPERUSER attribute", True),
+        ('FATAL:  too many connections for database "shop"', True),
+        ("FATAL:  tut mir leid, schon zu viele Verbindungen", False),  # by its code only, which libpq does not tell
+        ('FATAL:  database "shop" does not exist', False),
+    ):
+        told = str(outbox._tables.as_error(psycopg.OperationalError(text)))
+        assert ("the server has no connection left" in told) is is_known
+        assert ("is the server there" in told) is not is_known
 
 
 def test_tables_that_are_missing(postgres: str, outbox: PostgresOutbox) -> None:

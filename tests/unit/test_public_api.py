@@ -80,7 +80,7 @@ LAYERS_WITHIN = {
         {"_base"},
         {"_listener"},
     ],
-    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_gate"}],
+    "_recovery": [{"_circuit", "_dead_letter", "_handle", "_retry", "_user_calls"}, {"_deaths", "_gate"}],
     "_sending": [
         {"_queue", "_watchers"},
         {"_endings", "_flights", "_given_up", "_stalls"},
@@ -97,7 +97,7 @@ LAYER_WITHIN = {
 }
 ABOVE_THE_ROOT = {"testing", "cli"}  # these may import what `kbatch` itself exports
 # What type checkers alone see may point up: an error has the report or the batch that it tells of, and native code is
-# given objects of Python.
+# given objects of Python; an option is a callback that is given a dead letter.
 UP_FOR_TYPES = {
     ("_errors", "_fastmap"),
     ("_errors", "_pending"),
@@ -105,6 +105,7 @@ UP_FOR_TYPES = {
     ("_fastmap", "_batch_sender"),
     ("_fastmap", "_wire"),
     ("_fastmap", "aio"),
+    ("_options", "_outbox"),
 }
 
 
@@ -122,9 +123,9 @@ PUBLIC = """
     DeserializationError DurableSender Envelope ForkError InboxError InboxStatus InlineSender KafkaSender KafkaTopic
     KbatchError KeptMessage Listener ListenerError NotYetDueError OutboxError OutboxQuery OutboxStatus
     OutboxTimeoutError OutgoingBatch PendingBatch PostgresInbox PostgresOutbox Producer ProducerClosedError
-    ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledMessage
-    ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode SenderProtocol
-    SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone Transaction
+    ProducerError ProducerFatalError ProducerFencedError ReceivedEnvelope Relay RetryPolicy ScheduledCount
+    ScheduledMessage ScheduledMessages SenderCallback SenderClosedError SenderError SenderFullError SenderMode
+    SenderProtocol SendingAgent SerializationContext SerializationError SqliteInbox SqliteOutbox Tombstone Transaction
     TransactionUnknownError
     UndeliveredError UnknownTopicError WireFormat WireReader __version__ librdkafka_version read_envelope uuid7
 """

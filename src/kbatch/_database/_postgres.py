@@ -7,12 +7,13 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any, cast
 
+from kbatch._callbacks import call_fault, callback_name, loops_own
 from kbatch._database._tables import Tables, driver_of, driver_of_aio, not_taken
-from kbatch._errors import ConfigError, exception_text, shown, type_name
+from kbatch._errors import ConfigError, exception_text, named_exception_text, shown, type_name
 from kbatch._text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import psycopg
 
@@ -47,8 +48,15 @@ _HINTS = {
     "42P05": _OF_A_POOL,
     "26000": _OF_A_POOL,
     "40": "roll the transaction back, and do it again",
-    "28": "look at the user and the password of conninfo",
+    "28": "look at the user and the password of {given}",
 }
+
+
+# What a server says that refuses a connection for want of room, in English: libpq tells no code of it. In other
+# languages it is a connection that was not made.
+_NO_ROOM = re.compile(
+    "sorry, too many clients already|remaining connection slots are reserved|too many connections for (role|database) "
+)
 
 
 class PostgresNames(Tables):
@@ -62,8 +70,10 @@ class PostgresNames(Tables):
         now_ms: The database's clock, in milliseconds since 1970: asked once for each statement, so that an index may be
             used.
         bare: The names without schema and quotes.
+        given: What was given to find the database by, for messages.
     """
 
+    given = "conninfo"
     now_ms = "(SELECT (extract(epoch FROM clock_timestamp()) * 1000)::bigint)"
 
     def __init__(
@@ -104,10 +114,21 @@ class PostgresNames(Tables):
             hint = "give a connection that is open"
         elif _is_timeout(cause):
             hint = _HINTS["57014"]
+        elif not code and _NO_ROOM.search(text) and is_lost(cause):
+            hint = _HINTS["53300"]
         elif hint is None and (code.startswith(("08", "57P")) if code else is_lost(cause)):
-            hint = "the connection is lost, or was not made: is the server there, and is conninfo right?"
-        text = f"the {self.what} {self!r}: {text}" + (f"; {hint.format(what=self.what)}" if hint else "")
-        return self._made(cause, text)
+            hint = "the connection is lost, or was not made: is the server there, and is {given} right?"
+        hint = hint.format(what=self.what, given=self.given) if hint else None
+        return self._made(cause, f"the {self.what} {self!r}: {text}" + (f"; {hint}" if hint else ""))
+
+    def as_outage(self, error: Exception) -> KbatchError:
+        """That the user's function has made no connection, for whatever reason, and may make one later."""
+        if any(kind.__module__.partition(".")[0] == "psycopg" for kind in type(error).__mro__):
+            return self._outage(str(self.as_error(error)))
+        return self._outage(f"the {self.what} {self!r}: connect has failed: {named_exception_text(error)}")
+
+    def _outage(self, text: str) -> KbatchError:
+        return self.error(text)
 
     def _made(self, error: BaseException, text: str) -> KbatchError:
         return self.error(text)
@@ -128,7 +149,25 @@ class PostgresDatabase:
     _added: str
     _shown: str
 
-    def _set_conninfo(self, conninfo: str) -> None:
+    def _set_database(self, conninfo: str | None, connect: Callable[[], psycopg.Connection[Any]] | None) -> None:
+        self._conninfo: str | None = None
+        self._connect = connect
+        if (conninfo is None) == (connect is None):
+            raise ConfigError("give either conninfo or connect, which makes connections")
+        if connect is None:
+            self._set_conninfo(conninfo)
+            return
+        fault = call_fault(connect)
+        if fault is not None and callable(connect):  # not its signature: that of a partial shows a password
+            fault = f"must take no arguments, which {callback_name(connect)} does not"
+        owned = None if fault else loops_own(connect)
+        if owned is not None:
+            fault = f"must not be {owned}: connections of kbatch's own are used on threads"
+        if fault is not None:
+            raise ConfigError(f"connect {fault}")
+        self._tables.given = "connect"
+
+    def _set_conninfo(self, conninfo: str | None) -> None:
         if not isinstance(conninfo, str) or "\0" in conninfo:
             what = type_name(conninfo) if not isinstance(conninfo, str) else "one with a NUL character"
             raise ConfigError(f'conninfo must be a text, as "postgresql://user@host/database", not {what}')
@@ -205,7 +244,7 @@ class PostgresDatabase:
         try:
             import psycopg
 
-            from kbatch._database._postgres_connection import connect, not_begun
+            from kbatch._database._postgres_connection import connect, not_begun, taken_over
         except ImportError as error:
             raise self._tables.error(
                 f"the {self._tables.what} {self._tables!r} needs psycopg for a connection of its own: pip install "
@@ -213,7 +252,11 @@ class PostgresDatabase:
             ) from error
         connection = None
         try:
-            connection = connect(self._conninfo, self._tables.error)
+            if self._connect is None:
+                assert self._conninfo is not None
+                connection = connect(self._conninfo, self._tables.error)
+            else:
+                connection = taken_over(self._made_by_user(self._connect), self._tables.error)
             yield connection
         except BaseException as error:
             told = error
@@ -226,6 +269,12 @@ class PostgresDatabase:
             raise
         if not keep:
             connection.close()
+
+    def _made_by_user(self, connect: Callable[[], object]) -> object:
+        try:
+            return connect()
+        except Exception as error:
+            raise self._tables.as_outage(error) from error
 
     # -- with a connection of the application
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import types
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from psycopg.pq import TransactionStatus
+from psycopg.pq import PipelineStatus, TransactionStatus
 from psycopg.rows import tuple_row
 
+from kbatch._errors import type_name
 from kbatch._fastmap import monotonic
 
 if TYPE_CHECKING:
@@ -20,7 +24,10 @@ if TYPE_CHECKING:
 
     _T = TypeVar("_T")
 
-__all__ = ["OwnConnection", "SilentServerError", "connect", "not_begun", "run_raw", "writing"]
+__all__ = ["OwnConnection", "SilentServerError", "connect", "not_begun", "run_raw", "taken_over", "writing"]
+
+_lock = threading.RLock()  # re-entrant: a signal handler may come from within
+_taken_over: weakref.WeakSet[psycopg.Connection[Any]] = weakref.WeakSet()
 
 _CONNECT_S = 10
 _IDLE_S = 20  # after which the server rolls back the transaction of a process that was stopped
@@ -36,9 +43,11 @@ class OwnConnection(psycopg.Connection[Any]):
 
     Attributes:
         is_given: User code has it now, whose statements may take as long as they do.
+        given: The user's own face of it, if there is one, which warns when it is forgotten before it is closed.
     """
 
     is_given = False
+    given: psycopg.Connection[Any] | None = None
 
     def wait(self, gen: Any, *arguments: Any, **keywords: Any) -> Any:
         if self.is_given:
@@ -81,6 +90,48 @@ def connect(conninfo: str, error: type[KbatchError]) -> OwnConnection:
     own.update({name: value for name, value in wanted.items() if name not in given})
     # Prepared statements would be another session's behind a pool, and their plans might be of an empty table.
     return OwnConnection.connect(conninfo, autocommit=True, prepare_threshold=None, **own)
+
+
+def taken_over(given: object, error: type[KbatchError]) -> OwnConnection:
+    """What a user's function has made, in autocommit mode and with psycopg's defaults, whatever it had.
+
+    Raises:
+        error: It is no new connection that is of use. It is closed, unless it was there before.
+        psycopg.Error: It is lost.
+    """
+    if not isinstance(given, psycopg.Connection):
+        if isinstance(given, types.CoroutineType):
+            given.close()  # else it would be missed that nobody awaits it
+        raise error(f"connect must return a psycopg.Connection, not {type_name(given)}")
+    with _lock:
+        is_new = given not in _taken_over
+        _taken_over.add(given)
+    if not is_new:
+        raise error("connect must return a new connection each time: it has returned this one before")
+    try:
+        fault = _fault_of(given)
+        if fault is not None:
+            raise error(f"connect must return a connection of its own, open and in no transaction: {fault}")
+        own = OwnConnection(given.pgconn)  # another face of libpq's connection
+        own._autocommit, own.prepare_threshold, own.given = True, None, given
+        if given.info.encoding != "utf-8":
+            own.execute("SET client_encoding TO 'UTF8'")
+    except BaseException:
+        given.close()
+        raise
+    return own
+
+
+def _fault_of(given: psycopg.Connection[Any]) -> str | None:
+    if given.closed:
+        return "this one is closed"
+    if getattr(given, "_pool", None) is not None:
+        return "this one is a pool's"
+    if given.pgconn.pipeline_status != PipelineStatus.OFF:
+        return "this one is in pipeline mode"
+    if given.info.transaction_status is not TransactionStatus.IDLE:
+        return "this one is in a transaction, which connect has to commit"
+    return None
 
 
 def run_raw(connection: psycopg.Connection[Any], statement: str, parameters: Any = None) -> list[tuple[Any, ...]]:

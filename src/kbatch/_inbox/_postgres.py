@@ -11,7 +11,7 @@ from kbatch._inbox._slots import OTHER_SLOT, SLOTS, slot_name
 from kbatch._inbox._tables import PostgresInboxTables
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from datetime import datetime
 
     import psycopg
@@ -51,15 +51,16 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
 
     def __init__(
         self,
-        conninfo: str,
+        conninfo: str | None = None,
         *,
+        connect: Callable[[], psycopg.Connection[Any]] | None = None,
         schema: str = "public",
         prefix: str = "kbatch_",
         retention_s: float | None = 604_800.0,
     ) -> None:
         super().__init__(retention_s)
-        self._set_conninfo(conninfo)
         self._tables = PostgresInboxTables(schema, prefix)
+        self._set_database(conninfo, connect)
         # Through text, since some drivers ask for other types.
         self._mark_one = self._marking("$1", "$2::text", "$3::text")
         self._mark_many = self._marking("$1::text", "$2::text", "$3::text", "$4::integer")
@@ -183,6 +184,11 @@ class PostgresInbox(BasePostgresInbox):
     Args:
         conninfo: Where the database is, as for ``psycopg.connect``: for listeners, `create`, `status` and `purge`. The
             application's connections must be to this database.
+        connect: Makes a new psycopg connection, in place of `conninfo`: for passwords that expire, or a TLS context. It
+            is called without arguments for each connection that kbatch needs, on several threads, also after a loss.
+            It must return one of its own, in no transaction: kbatch uses it with psycopg's defaults and in autocommit
+            mode, and closes it. What it raises counts as a database that does not answer, and it is called again. Let
+            it have a ``connect_timeout`` and ``keepalives_idle``, as kbatch's own connections do.
         schema: Where the tables are. It must be there.
         prefix: What the names of the tables begin with.
         retention_s: How long a listener keeps an id after it was handled, at least; ``None``: for ever.

@@ -117,6 +117,9 @@ class PostgresInboxTables(PostgresNames):
     def _made(self, error: BaseException, text: str) -> InboxError:
         return InboxError(text, is_outage=self.is_outage(error))
 
+    def _outage(self, text: str) -> InboxError:
+        return InboxError(text, is_outage=True)
+
     @staticmethod
     def is_outage(error: BaseException) -> bool:
         """Whether the database takes nothing now, and may do so later."""

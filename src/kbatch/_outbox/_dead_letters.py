@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -76,10 +75,7 @@ class DeadLetters:
         Raises:
             OutboxError: As for `find`.
         """
-        with self._keeper.open() as store:
-            found = self._keeper.scan(store, query)
-            counts = Counter((seen.topic, seen.message_type, seen.row.error) for seen in found)
-        return [DeadLetterCount(*kind, letters) for kind, letters in counts.most_common()]
+        return [DeadLetterCount(*counted) for counted in self._keeper.counts(query)]
 
     def replay(self, query: OutboxQuery) -> int:
         """Has relays send messages again, as if they had never been sent.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,12 @@ class Keeper:
     def scan(self, store: OutboxAdmin, query: OutboxQuery | None, after: Position | None = None) -> Iterator[Seen]:
         """What is meant; all by default."""
         return scan(store, self._table, OutboxQuery() if query is None else _checked(query), self._wire, after)
+
+    def counts(self, query: OutboxQuery | None) -> list[tuple[str | None, str | None, str, int]]:
+        """How many there are of each topic, message type and error, the most first."""
+        with self.open() as store:
+            counts = Counter((seen.topic, seen.message_type, seen.row.error) for seen in self.scan(store, query))
+        return [(*kind, count) for kind, count in counts.most_common()]
 
     def change(self, query: OutboxQuery, change: Callable[[OutboxAdmin, list[Place]], int]) -> int:
         """Has something done with what is meant. The rows are looked for before its one transaction, so that nobody

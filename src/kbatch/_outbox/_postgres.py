@@ -40,8 +40,9 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
 
     def __init__(
         self,
-        conninfo: str,
+        conninfo: str | None = None,
         *,
+        connect: Callable[[], psycopg.Connection[Any]] | None = None,
         schema: str = "public",
         prefix: str = "kbatch_",
         wire: str | WireFormat = "kbatch",
@@ -52,13 +53,13 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
         notify: bool = False,
     ) -> None:
         super().__init__(wire, encoder, source, header_hook, max_message_bytes, keeps_scheduled=True)
-        self._set_conninfo(conninfo)
         if not isinstance(notify, bool):
             raise ConfigError(f"notify must be bool, not {type_name(notify)}")
         self._notify = notify
         self._listener: PostgresListener | None = None
         self._listening = threading.RLock()
         self._tables = PostgresTables(schema, prefix)
+        self._set_database(conninfo, connect)
         sql = self._tables.sql
         # A transaction has its number before a row of it has one: else a relay could not know below which numbers
         # rows may come to light. PostgreSQL looks at what no row decides before it looks at any row.
@@ -250,6 +251,11 @@ class PostgresOutbox(BasePostgresOutbox, BlockingOutbox):
     Args:
         conninfo: Where the database is, as for ``psycopg.connect``: for relays, `create` and `status`. The
             application's connections must be to this database.
+        connect: Makes a new psycopg connection, in place of `conninfo`: for passwords that expire, or a TLS context. It
+            is called without arguments for each connection that kbatch needs, on several threads, also after a loss.
+            It must return one of its own, in no transaction: kbatch uses it with psycopg's defaults and in autocommit
+            mode, and closes it. What it raises counts as a database that does not answer, and it is called again. Let
+            it have a ``connect_timeout`` and ``keepalives_idle``, as kbatch's own connections do.
         schema: Where the tables are. It must be there.
         prefix: What the names of the tables begin with.
         wire, encoder, source, header_hook: As for `Producer`.

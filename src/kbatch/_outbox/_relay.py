@@ -25,14 +25,17 @@ from kbatch._errors import (
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
 from kbatch._logs import tell
 from kbatch._options import RelayOptions, shows, taken
+from kbatch._outbox._base import BaseOutbox
 from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
 from kbatch._outbox._flight import Flight, Judge
+from kbatch._outbox._kept import OutboxQuery
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
 from kbatch._outbox._store import BUCKETS, HeldKey, RefusedWriteError
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
+from kbatch._recovery._deaths import Deaths
 from kbatch._recovery._gate import Gate
 from kbatch._recovery._handle import ProducerHandle, ProducerUse
 from kbatch._recovery._retry import RetryPolicy, entropy
@@ -41,7 +44,7 @@ from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from types import TracebackType
     from typing import TypeVar
 
@@ -50,12 +53,13 @@ if TYPE_CHECKING:
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Trial
     from kbatch._options import RelayKeywords
+    from kbatch._outbox._dead_letters import DeadLetter, DeadLetters
     from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
     from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
-__all__ = ["Relay", "check_relay_outbox", "lease_of", "relay_producer"]
+__all__ = ["Relay", "check_relay_outbox", "dead_letters_of", "lease_of", "relay_producer"]
 
 _DELIVERY_TIMEOUT_MS = 30_000
 _TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
@@ -114,6 +118,12 @@ class Relay:
             ``delivery.timeout.ms`` and ``transaction.timeout.ms`` are 10,000 by default. Transactional ids begin with
             ``kbatch-relay-``.
         failures_to_open, probe_interval_s, max_probe_interval_s, on_state_change: As for `SendingAgent`.
+        on_dead: Called with the `DeadLetter` of each record that this relay has given up, soon after that is committed,
+            as it is read from the database then: one that was replayed or discarded before is left out. It is called on
+            the thread of ``on_state_change``, one letter after the other; what it raises is logged, and the relay does
+            not wait for it. 10,000 letters wait for it at most, and the log tells how many more there were. After a
+            crash, or the end of the process, what waited is not told by any relay: the outbox's ``dead_letters`` has
+            all. A letter may be told twice. It needs an outbox of kbatch, or a `kbatch.stores.OutboxBase`.
         close_timeout_s: Seconds that the end of `run` and of the ``with`` block waits for what is in flight.
 
     Raises:
@@ -139,6 +149,8 @@ class Relay:
         if policy is None:
             policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0)
         check_close_timeout(close_timeout_s)
+        self._calls = self._calls_class()
+        self._deaths = None if options.on_dead is None else _deaths(outbox, self._calls, options.on_dead)
         self._outbox = outbox
         self._batch_size = options.batch_size
         self._is_fencing = options.is_fencing
@@ -158,7 +170,6 @@ class Relay:
         self._fences: Fences | None = None
         self._naming: BatchWithOffsets | None = None  # has the producer's transactional id initialised
         self._naming_failed_at: float | None = None
-        self._calls = self._calls_class()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
             self._handle,
@@ -292,7 +303,7 @@ class Relay:
 
     def close(self) -> None:
         """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's. Then it waits for
-        calls of ``on_state_change`` that are left, up to 2 seconds, unless it is called by one.
+        calls of ``on_state_change`` and ``on_dead`` that are left, up to 2 seconds, unless it is called by one.
 
         Raises:
             RuntimeError: It is called within `run`, as by a signal handler, which calls `stop`.
@@ -300,7 +311,13 @@ class Relay:
         if self._is_run_here():
             raise RuntimeError("close waits for the end of run, so it must not be called within it; call stop")
         self._close(self._close_timeout_s)
-        self._calls.join(_LAST_WORDS_S)
+        self._await_calls()
+
+    def _await_calls(self) -> None:
+        if self._deaths is None:
+            self._calls.join(_LAST_WORDS_S)
+        else:
+            self._deaths.join(_LAST_WORDS_S)
 
     def _close(self, timeout: float) -> None:
         """Closes what is its own, the producer within `timeout` seconds."""
@@ -453,6 +470,8 @@ class Relay:
                 self._fences = Fences(self._flag.set, self._prober.put)
                 self._naming = None
                 self._former.clear()
+            if self._deaths is not None:
+                self._deaths.forget()
             self._pid = os.getpid()  # last: who was interrupted does it again, since owner and producer must match
         self._outbox.watch(self._on_add)
 
@@ -488,6 +507,8 @@ class Relay:
                 self._renew_at = now
         if now >= self._store_at:
             self._guarded(self._use_store, None)
+        if self._deaths is not None:
+            self._deaths.tell_again()
         due = [self._renew_at, self._look_at_all_at]
         if self._may_send():
             due += [self._due_at, self._admit_at]
@@ -990,6 +1011,10 @@ class Relay:
             failures_later=failures_later,
         )
         self._lets_go = self._lets_go or bool(done_later or failures_later)
+        if self._deaths is not None:  # first: interrupted after it, it is told twice
+            dead = [each for each in (*failures, *failures_later) if each.due_in_s is None and each.bucket not in lost]
+            if dead:
+                self._deaths.put(failure.seq for failure in dead)
         written = {*failures, *failures_later}
         self._done, self._done_later = [] if done else self._done, [] if done_later else self._done_later
         self._failures = [failure for failure in self._failures if failure not in written]
@@ -1092,6 +1117,27 @@ def check_relay_outbox(outbox: object) -> None:
     """Raises ConfigError for what is no outbox."""
     wanted = "a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a kbatch.stores.RelayOutbox"
     check_methods("outbox", outbox, wanted, ("open_store", "watch", "unwatch"))
+
+
+def dead_letters_of(outbox: object) -> DeadLetters:
+    """What `on_dead` is told of. Raises ConfigError for an outbox that has none."""
+    if not isinstance(outbox, BaseOutbox):
+        raise ConfigError(
+            "on_dead needs an outbox that has dead letters: a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a "
+            "kbatch.stores.OutboxBase"
+        )
+    return outbox._dead_letters()
+
+
+def _deaths(outbox: object, calls: UserCalls, on_dead: Callable[[DeadLetter], object]) -> Deaths[int]:
+    """By the numbers of rows."""
+    letters = dead_letters_of(outbox)
+
+    def look_up(numbers: list[int]) -> Iterator[tuple[str, tuple[DeadLetter]]]:
+        for letter in letters.find(OutboxQuery(numbers=numbers), limit=None):
+            yield f"dead letter {letter.number}", (letter,)
+
+    return Deaths(calls, on_dead, look_up, repr(outbox))
 
 
 def relay_producer(config: Mapping[str, Any], room: int = 10_000, *, is_fencing: bool = False) -> Producer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from kbatch._errors import ConfigError, type_name
 from kbatch._outbox._kept import Keeper, KeptMessage, OutboxQuery, milliseconds, moment
@@ -12,7 +12,7 @@ from kbatch._outbox._kept import Keeper, KeptMessage, OutboxQuery, milliseconds,
 if TYPE_CHECKING:
     from kbatch._outbox._store import OutboxAdmin, Place
 
-__all__ = ["ScheduledMessage", "ScheduledMessages"]
+__all__ = ["ScheduledCount", "ScheduledMessage", "ScheduledMessages"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,20 @@ class ScheduledMessage(KeptMessage):
     """
 
     due_at: datetime
+
+
+class ScheduledCount(NamedTuple):
+    """How many messages that wait are alike.
+
+    Attributes:
+        topic, message_type, error: What is the same. The error is empty of those that no broker has refused.
+        messages: How many there are.
+    """
+
+    topic: str | None
+    message_type: str | None
+    error: str
+    messages: int
 
 
 class ScheduledMessages:
@@ -52,6 +66,14 @@ class ScheduledMessages:
         """
         found = self._keeper.page(query, limit, after)
         return [ScheduledMessage(**seen.values, due_at=moment(seen.row.at_ms * 1000)) for seen in found]
+
+    def summary(self, query: OutboxQuery | None = None) -> list[ScheduledCount]:
+        """How many there are of each topic, message type and error, the most first.
+
+        Raises:
+            OutboxError: As for `find`.
+        """
+        return [ScheduledCount(*counted) for counted in self._keeper.counts(query)]
 
     def cancel(self, query: OutboxQuery) -> int:
         """Deletes messages for good. Later ones of their keys that wait behind them go on.

@@ -143,6 +143,8 @@ class OwnRelay:
                 if relay is not None:
                     with contextlib.suppress(Exception):  # the next one is another
                         relay._close(0.0)
+                        if relay._deaths is not None:
+                            relay._await_calls()
 
 
 class SharedOutbox:

@@ -16,6 +16,7 @@ from kbatch._exit import CORES, SENDERS, watch_multiprocessing_child
 from kbatch._fastmap import WIRE_NAMES, CallbackThread, monotonic
 from kbatch._inbox._keeper import Keeper
 from kbatch._logs import tell
+from kbatch._options import check_option
 from kbatch._receiving._config import ConsumerConfig
 from kbatch._receiving._consumer import ConsumerCore
 from kbatch._receiving._copies import Copies
@@ -24,14 +25,16 @@ from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes
 from kbatch._receiving._reading import Limits, Reading
 from kbatch._receiving._transacting import CannotCommitError, Transacting
+from kbatch._recovery._deaths import Deaths
+from kbatch._recovery._user_calls import UserCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 
     from kbatch._fastmap import ReceivedEnvelope
     from kbatch._inbox._base import ListenerInbox
     from kbatch._producer import Producer
-    from kbatch._receiving._failing import TakenFrom
+    from kbatch._receiving._failing import Dead, TakenFrom
     from kbatch._receiving._lanes import Work
     from kbatch._recovery._retry import RetryPolicy
 
@@ -41,6 +44,8 @@ COMMIT_INTERVAL_S = 1.0
 
 _REMIND_EVERY_S = 60.0
 _LOOK_WHETHER_OVER_S = 0.02
+_LAST_WORDS_S = 2.0  # for calls of on_dead
+_MOST_DEATHS = 1_000  # that wait for on_dead; a traceback may hold much
 _CLOSE_COPIES_S = 1.0  # what is not answered then is not committed
 _COUNTS = ("handled", "failed", "in_flight", "in_flight_bytes", "running", "partitions", "full_partitions")
 
@@ -49,6 +54,8 @@ class BaseListener:
     """The options of a listener, checked as a whole, and its run. Whatever changes while it runs is the run's."""
 
     _name = "kbatch.Listener"
+    _calls_class: type[UserCalls] = UserCalls
+    _takes_coroutines_instead: str | None = "kbatch.aio.Listener takes them"
     _first_wait_s, _longest_wait_s = 0.2, 5.0  # for an inbox whose database is away
     _look_s = 0.02  # whether what waits is still wanted
 
@@ -74,6 +81,7 @@ class BaseListener:
         producer: Producer | None,
         inbox: ListenerInbox | None = None,
         transactional_id: str | None = None,
+        on_dead: Callable[[ReceivedEnvelope[Any], Exception], object] | None = None,
     ) -> None:
         names = [] if isinstance(topics, (str, bytes)) else list(topics)
         if not names or not all(isinstance(name, str) and name for name in names):
@@ -120,7 +128,13 @@ class BaseListener:
             self._copies = self._transacting = Transacting(config, transactional_id, wire, producer)
         elif self._failures.sends:
             self._copies = Copies(config, producer)
-        self._failing = Failing(self._failures, self._copies)  # of the last run
+        check_option("on_dead", on_dead, "envelope", "error", elsewhere=self._takes_coroutines_instead)
+        if on_dead is not None and dead_letter_topic is None:
+            raise ConfigError("on_dead is told of what is in the dead letter topic: give a dead_letter_topic, too")
+        self._calls = self._calls_class()
+        shown = f"{self._name} of {', '.join(names)}"
+        self._deaths = None if on_dead is None else Deaths(self._calls, on_dead, _shown_deaths, shown, _MOST_DEATHS)
+        self._failing = Failing(self._failures, self._copies, deaths=self._deaths)  # of the last run
         self._topics = names
         self._handler = handler
         self._inbox = inbox
@@ -190,6 +204,8 @@ class BaseListener:
         if self._pid != os.getpid():  # a forked child: what its parent runs is not here
             self._claims = threading.RLock()
             self._claim, self._is_to_stop = None, False
+            if self._deaths is not None:
+                self._deaths.forget()
             self._pid = os.getpid()
         with self._claims:
             if self._claim is not None:
@@ -208,7 +224,7 @@ class BaseListener:
         )
         if self._copies is not None:
             self._copies.open()
-        self._failing = Failing(self._failures, self._copies)
+        self._failing = Failing(self._failures, self._copies, deaths=self._deaths)
         self._reading = Reading(
             core,
             self._topics,
@@ -275,6 +291,11 @@ class BaseListener:
     def _wait_until_over(self, end: float) -> None:
         while self._runs_here() and monotonic() < end:
             threading.Event().wait(min(_LOOK_WHETHER_OVER_S, max(0.0, end - monotonic())))
+
+    def _await_calls(self) -> None:
+        """Those of `on_dead` that are left."""
+        if self._deaths is not None and self._pid == os.getpid():
+            self._deaths.join(_LAST_WORDS_S)
 
     def _check_inbox(self) -> None:
         if self._inbox is not None:
@@ -363,6 +384,11 @@ class _Decoders:
             raise _undecodable(
                 envelope, f"its data cannot be decoded as {self._name!r}: {exception_text(error)}"
             ) from error
+
+
+def _shown_deaths(dead: list[Dead]) -> Iterator[tuple[str, Dead]]:
+    for envelope, error in dead:
+        yield f"record {envelope.topic} [{envelope.partition}] at offset {envelope.offset}", (envelope, error)
 
 
 def _undecodable(envelope: ReceivedEnvelope[Any], reason: str) -> DeserializationError:

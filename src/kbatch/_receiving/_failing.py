@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from kbatch._errors import KbatchError, named_exception_text, spares_brokers
-from kbatch._fastmap import monotonic, wall_time
+from kbatch._fastmap import envelope_bytes, monotonic, wall_time
 from kbatch._logs import tell
 from kbatch._receiving._failures import is_outage
 from kbatch._recovery._retry import RetryPolicy, entropy
@@ -15,8 +15,12 @@ from kbatch._recovery._retry import RetryPolicy, entropy
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from kbatch._fastmap import Envelope, ReceivedEnvelope
     from kbatch._receiving._failures import Failures
     from kbatch._receiving._lanes import Work
+    from kbatch._recovery._deaths import Deaths
+
+    Dead: TypeAlias = tuple[ReceivedEnvelope[Any], Exception]  # a record, and why it is a dead letter
 
 __all__ = ["CopyTaker", "Failing", "OvertakenError", "Steps", "TakenFrom"]
 
@@ -69,6 +73,7 @@ class Failing:
         failures: Decides.
         copies: Takes what is sent on; ``None`` where nothing is.
         now, wall: A test's own clocks.
+        deaths: Is told of dead letters.
     """
 
     def __init__(
@@ -77,8 +82,10 @@ class Failing:
         copies: CopyTaker | None,
         now: Callable[[], float] = monotonic,
         wall: Callable[[], float] = wall_time,
+        deaths: Deaths[Dead] | None = None,
     ) -> None:
         self._failures = failures
+        self._deaths = deaths
         self._copies = copies
         self._now, self._wall = now, wall
         self._lock = threading.RLock()  # re-entrant: a signal handler may come from within
@@ -117,6 +124,8 @@ class Failing:
             self._tell(work, fate.told, error if fate.after_s is None else None)
         if fate.copy is not None:
             work.copy, work.failures = fate.copy, 0
+            if self._deaths is not None and isinstance(error, Exception) and not self._is_tried_again(fate.copy):
+                work.cause = error
             return True
         if fate.after_s is not None:
             steps.put_off(work, self._now() + fate.after_s)
@@ -148,7 +157,10 @@ class Failing:
         copy = work.copy
         assert copy is not None
         if error is None:
-            self._count("to_retry" if copy.topic in self._failures.delays else "dead")
+            self._count("to_retry" if self._is_tried_again(copy) else "dead")
+            if work.cause is not None and self._deaths is not None:
+                self._deaths.put([(work.envelope, work.cause)], envelope_bytes(work.envelope))
+            work.cause = None  # its traceback has the work
             if work.next_part():
                 work.copy = None
                 steps.put_off(work, self._now())
@@ -164,6 +176,9 @@ class Failing:
             if self._may_tell_outage():
                 self._tell(work, f"not stored in {copy.topic} yet, and sent again until it is: {error}", None)
             steps.put_off(work, self._now() + _COPY_AGAIN.delay_s(work.failures, entropy))
+
+    def _is_tried_again(self, copy: Envelope[Any]) -> bool:
+        return copy.topic in self._failures.delays
 
     # -- what is told
 

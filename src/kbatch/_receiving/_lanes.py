@@ -20,8 +20,8 @@ class Work:
     """What one call of a handler gets: one record, or several of one partition in the order of the log."""
 
     __slots__ = (
-        "begun_at", "copy", "ended", "envelopes", "failures", "is_told", "lane", "outages", "part", "partition",
-        "places", "size",
+        "begun_at", "cause", "copy", "ended", "envelopes", "failures", "is_told", "lane", "outages", "part",
+        "partition", "places", "size",
     )  # fmt: skip
 
     def __init__(
@@ -44,6 +44,7 @@ class Work:
         self.failures = 0  # how often handling that has failed
         self.outages = 0  # how often since, for no fault of its own
         self.copy: Envelope[Any] | None = None  # what is to be sent in place of handling it again
+        self.cause: Exception | None = None  # of a copy that is a dead letter, if somebody is told of those
 
     @property
     def envelope(self) -> ReceivedEnvelope[Any]:

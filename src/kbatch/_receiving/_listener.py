@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from kbatch._fastmap import ReceivedEnvelope
     from kbatch._inbox._base import ListenerInbox, ListenerSession
     from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
@@ -77,6 +78,12 @@ class Listener(BaseListener):
             the next one.
         dead_letter_topic: Where a record goes that has failed everywhere. Without one the listener ends with the
             handler's error, and does not commit the record.
+        on_dead: Called with the `ReceivedEnvelope` and the exception, once a broker has acknowledged its copy in the
+            dead letter topic (of a transaction: has committed it), on a thread that senders share, one record after
+            the other. What it raises is logged, and the listener does not wait for it: 1,000 records or 16 MiB wait
+            for it at most, and the log tells how many more there were. A record that is read again after a crash may
+            be told twice, as its copy may be there twice; after a crash, or the end of the process, what waited is not
+            told. Only with a `dead_letter_topic`.
         reject_on: Exceptions after which a record goes to the dead letter topic at once, as it does when it cannot be
             read or decoded.
         producer: What sends to these topics. By default the listener makes one of its own configuration. With a
@@ -114,6 +121,7 @@ class Listener(BaseListener):
         reject_on: Iterable[type[Exception]] = (),
         producer: Producer | None = None,
         transactional_id: str | None = None,
+        on_dead: Callable[[ReceivedEnvelope[Any], Exception], object] | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -135,6 +143,7 @@ class Listener(BaseListener):
             producer=producer,
             inbox=inbox,
             transactional_id=transactional_id,
+            on_dead=on_dead,
         )
         self._of_thread = threading.local()  # of handlers: `session` and `reading`
         self._idle: list[Flag] = []  # of handlers' threads that wait; under the lock of the run
@@ -168,7 +177,8 @@ class Listener(BaseListener):
             self._over(claim, is_last=True)  # Ctrl-C may have come before the run's own end, or in it
 
     def close(self) -> None:
-        """Stops it, and waits until `run` has ended.
+        """Stops it, and waits until `run` has ended. Then it waits for calls of ``on_dead`` that are left, up to 2
+        seconds, unless it is called by one.
 
         Raises:
             RuntimeError: It is called within `run` or by a handler, which call `stop`.
@@ -178,6 +188,7 @@ class Listener(BaseListener):
         if self._runs_here():
             self.stop()
             self._wait_until_over(float("inf"))
+        self._await_calls()
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
 from kbatch._options import AgentOptions, BatchingOptions, RelayOptions, shows, taken
-from kbatch._outbox._relay import check_relay_outbox, lease_of, relay_producer
+from kbatch._outbox._relay import check_relay_outbox, dead_letters_of, lease_of, relay_producer
 from kbatch._outbox._shared import OutboxUse, RelayPlan
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle
@@ -175,7 +175,7 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             raise ConfigError("relay: only with config=; without it a kbatch.Relay that you run has these options")
         if config is not None:
             check_relay_outbox(outbox)
-        plan = None if config is None else self._plan_of(config, relay)
+        plan = None if config is None else self._plan_of(config, relay, outbox)
         return {
             "_settings": (_Same(outbox), None if plan is None else plan.key),
             "_producer": None,
@@ -184,11 +184,13 @@ class BaseTopic(BatchingOptions[None], AgentOptions[None]):
             "_plan": plan,
         }
 
-    def _plan_of(self, config: Any, relay: Any) -> RelayPlan:
+    def _plan_of(self, config: Any, relay: Any, outbox: Any) -> RelayPlan:
         options = _relay_options({} if relay is None else relay)
         prototype = relay_producer(config, options.most_in_flight, is_fencing=options.is_fencing)
         try:
             lease_of(options, prototype)
+            if options.on_dead is not None:
+                dead_letters_of(outbox)
         except ConfigError as error:
             raise ConfigError(f"relay: {error}") from None
         return RelayPlan(prototype, options, (*self._fingerprint_of(prototype), options))
@@ -294,7 +296,7 @@ class KafkaTopic(BaseTopic, Generic[_S_co]):
             `kbatch.stores.DurableOutbox`; only with it.
         relay: Keyword arguments of `Relay` for the relay in this process: each but ``producer`` and
             ``close_timeout_s``. Only with an `outbox` and `config`; all of one outbox have the same. Its
-            ``on_state_change`` must be no coroutine function, also of `kbatch.aio`.
+            ``on_state_change`` and ``on_dead`` must be no coroutine functions, also of `kbatch.aio`.
         wire, encoder, source, header_hook, carry_scheduled_time, max_in_flight: As for `Producer`; only with `config`,
             and not with ``SenderMode.DURABLE``.
         batch_size, batch_bytes, batch_timeout_ms, max_buffered, max_buffered_bytes: As for `BatchedSender`; only with

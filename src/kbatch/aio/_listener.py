@@ -14,6 +14,7 @@ from kbatch._fastmap import LoopWaker, monotonic
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
 from kbatch._receiving._copies import Copies
+from kbatch.aio._batched import LoopCalls
 from kbatch.aio._inbox_session import AioInboxSession
 from kbatch.aio._transaction import Transaction
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
+    from kbatch._fastmap import ReceivedEnvelope
     from kbatch._inbox._base import ListenerInbox
     from kbatch._producer import Producer
     from kbatch._receiving._lanes import Work
@@ -50,6 +52,8 @@ class Listener(BaseListener):
         close_timeout_s: The same; the tasks that still run then are cancelled.
         retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
             threads.
+        on_dead: As for `kbatch.Listener`; it may be a coroutine function. It is called on the event loop on which `run`
+            is awaited.
         transactional_id: The same; the handler gets a `Transaction` whose `send <Transaction.send>` it awaits. A
             commit that is under way when its task is cancelled is made as a whole, or not at all.
 
@@ -58,6 +62,9 @@ class Listener(BaseListener):
     """
 
     _name = "kbatch.aio.Listener"
+    _calls_class = LoopCalls
+    _takes_coroutines_instead = None
+    _calls: LoopCalls
 
     def __init__(
         self,
@@ -81,6 +88,7 @@ class Listener(BaseListener):
         reject_on: Iterable[type[Exception]] = (),
         producer: Producer | None = None,
         transactional_id: str | None = None,
+        on_dead: Callable[[ReceivedEnvelope[Any], Exception], object] | None = None,
     ) -> None:
         super().__init__(
             config,
@@ -102,6 +110,7 @@ class Listener(BaseListener):
             reject_on=reject_on,
             producer=producer,
             transactional_id=transactional_id,
+            on_dead=on_dead,
         )
         self._sessions: list[AioInboxSession] = []  # that no handler uses
 
@@ -151,6 +160,7 @@ class Listener(BaseListener):
                 waker()
 
         try:
+            self._calls.loop = ended.loop
             reading = handlers.reading = self._begin(claim, handlers.wake, handlers.give_up)
             threading.Thread(
                 target=contextvars.copy_context().run, args=(run,), name="kbatch-listener", daemon=True
@@ -181,7 +191,7 @@ class Listener(BaseListener):
             raise reading.error
 
     async def close(self) -> None:
-        """Stops it, and waits until `run` has ended.
+        """Stops it, and waits until `run` has ended, and for calls of ``on_dead`` as `kbatch.Listener.close` does.
 
         Raises:
             RuntimeError: A handler calls it, which calls `stop`.
@@ -191,6 +201,8 @@ class Listener(BaseListener):
                 raise RuntimeError("close waits for the end of handlers, so none must call it; call stop")
             self.stop()
             await in_thread("kbatch-close", lambda: self._wait_until_over(float("inf")))
+        if self._deaths is not None:
+            await in_thread("kbatch-close", self._await_calls)
 
     async def __aenter__(self) -> Self:
         return self

@@ -46,8 +46,8 @@ class Relay:
         outbox, producer, retry, batch_size, max_in_flight_batches, strict_order, lease_s, fencing, failures_to_open,
             probe_interval_s, max_probe_interval_s, close_timeout_s: As for `kbatch.Relay`. A producer is a
             `kbatch.Producer`.
-        on_state_change: As for `kbatch.Relay`; it may be a coroutine function. It is called on the event loop on which
-            `run` or `drain` was awaited first.
+        on_state_change, on_dead: As for `kbatch.Relay`; they may be coroutine functions. They are called on the event
+            loop on which `run` or `drain` was awaited first.
     """
 
     @shows(AioRelayOptions)

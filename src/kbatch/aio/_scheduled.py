@@ -36,6 +36,10 @@ class ScheduledMessages:
         """As `kbatch.ScheduledMessages.find`."""
         return await in_thread(_THREAD, lambda: self._messages.find(query, limit=limit, after=after))
 
+    async def summary(self, query: kbatch.OutboxQuery | None = None) -> list[kbatch.ScheduledCount]:
+        """As `kbatch.ScheduledMessages.summary`."""
+        return await in_thread(_THREAD, lambda: self._messages.summary(query))
+
     async def cancel(self, query: kbatch.OutboxQuery) -> int:
         """As `kbatch.ScheduledMessages.cancel`."""
         return await in_thread(_THREAD, lambda: self._messages.cancel(query))

@@ -9,7 +9,9 @@ from kbatch.cli._relay_file import RETRY_OPTIONS
 from kbatch.cli._toml_file import TomlFile
 
 # Objects of Python, or what stands elsewhere in the file.
-_NOT_IN_FILES = {"self", "config", "topics", "handler", "types", "retry", "reject_on", "producer", "inbox"}
+_NOT_IN_FILES = {
+    "self", "config", "topics", "handler", "types", "retry", "reject_on", "producer", "inbox", "on_dead"
+}  # fmt: skip
 LISTEN_OPTIONS = [name for name in inspect.signature(kbatch.Listener.__init__).parameters if name not in _NOT_IN_FILES]
 
 

@@ -123,20 +123,7 @@ def list_dead(place: OutboxPlace, selection: Selection, limit: int, offset: int,
 
 def count_dead(place: OutboxPlace, selection: Selection, as_json: bool, screen: Screen) -> int:
     """How many are alike."""
-    counts = place.open().dead_letters.summary(selection.query())
-    if as_json:
-        for each in counts:
-            screen.say(json.dumps(each._asdict()))
-        return 0
-    if not counts:
-        screen.say("no dead letters")
-        return 0
-    table = Table("letters", "topic", "type", "error")
-    table.columns[0].justify = "right"
-    for each in counts:
-        table.add_row(f"{each.letters:,}", _text(each.topic), _text(each.message_type), _text(each.error))
-    screen.show(table)
-    return 0
+    return _list_counts(place.open().dead_letters.summary(selection.query()), as_json, screen, _LETTER)
 
 
 def show_dead(place: OutboxPlace, selection: Selection, as_json: bool, screen: Screen) -> int:
@@ -214,6 +201,11 @@ def list_later(place: OutboxPlace, selection: Selection, limit: int, offset: int
     """A page of it."""
     page = place.open().scheduled.find(selection.query(), limit=limit + offset + 1 if limit else None)[offset:]
     return _list(page, limit, offset, as_json, screen, _MESSAGE)
+
+
+def count_later(place: OutboxPlace, selection: Selection, as_json: bool, screen: Screen) -> int:
+    """How much of it is alike."""
+    return _list_counts(place.open().scheduled.summary(selection.query()), as_json, screen, _MESSAGE)
 
 
 def cancel_later(place: OutboxPlace, selection: Selection, yes: bool, as_json: bool, screen: Screen) -> int:
@@ -304,6 +296,27 @@ def _list(page: Sequence[Any], limit: int, offset: int, as_json: bool, screen: S
     screen.show(table)
     if more:
         screen.tell(f"there are more: --offset {offset + limit}, or --limit 0 for all")
+    return 0
+
+
+def _list_counts(
+    counts: Sequence[kbatch.DeadLetterCount | kbatch.ScheduledCount],
+    as_json: bool,
+    screen: Screen,
+    nouns: tuple[str, str],
+) -> int:
+    if as_json:
+        for each in counts:
+            screen.say(json.dumps(each._asdict()))
+        return 0
+    if not counts:
+        screen.say(f"no {nouns[1]}")
+        return 0
+    table = Table(counts[0]._fields[-1], "topic", "type", "error")
+    table.columns[0].justify = "right"
+    for topic, message_type, error, count in counts:
+        table.add_row(f"{count:,}", _text(topic), _text(message_type), _text(error))
+    screen.show(table)
     return 0
 
 

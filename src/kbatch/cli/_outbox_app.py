@@ -59,6 +59,7 @@ Newer = Annotated[str | None, typer.Option(metavar="AGE", help="Those that died 
 All = Annotated[bool, typer.Option("--all", help="All of them.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Ask no question.")]
 Limit = Annotated[int, typer.Option(min=0, help="How many at most; 0 for all.")]
+Summary = Annotated[bool, typer.Option("--summary", help="Count those of one topic, type and error.")]
 Offset = Annotated[int, typer.Option(min=0, help="How many to leave out before.")]
 WireOption = Annotated[Wire, typer.Option(help="The format of the headers, as the application's outbox has it.")]
 
@@ -163,7 +164,7 @@ def dead_list(
     newer_than: Newer = None,
     limit: Limit = 50,
     offset: Offset = 0,
-    summary: Annotated[bool, typer.Option("--summary", help="Count those of one topic, type and error.")] = False,
+    summary: Summary = False,
     wire: WireOption = Wire.KBATCH,
     json: Json = False,
 ) -> None:
@@ -313,6 +314,7 @@ def later_list(
     error: Error = None,
     limit: Limit = 50,
     offset: Offset = 0,
+    summary: Summary = False,
     wire: WireOption = Wire.KBATCH,
     json: Json = False,
 ) -> None:
@@ -320,10 +322,13 @@ def later_list(
     screen = Screen()
 
     def work() -> int:
-        from kbatch.cli._outbox import Selection, list_later
+        from kbatch.cli._outbox import Selection, count_later, list_later
 
+        place = _place(outbox, prefix, schema, config, wire)
         selection = Selection(which or (), topic, type, error)
-        return list_later(_place(outbox, prefix, schema, config, wire), selection, limit, offset, json, screen)
+        if summary:
+            return count_later(place, selection, json, screen)
+        return list_later(place, selection, limit, offset, json, screen)
 
     exit_with(work, screen, prints=True)
 

@@ -8,7 +8,7 @@ import kbatch
 from kbatch._options import RelayOptions
 from kbatch.cli._toml_file import TomlFile
 
-_NOT_IN_FILES = {"retry", "on_state_change"}  # the one has a table of its own, the other is for programs
+_NOT_IN_FILES = {"retry", "on_state_change", "on_dead"}  # the first has a table of its own, others are for programs
 RELAY_OPTIONS = [each.name for each in dataclasses.fields(RelayOptions) if each.name not in _NOT_IN_FILES]
 RELAY_OPTIONS.append("close_timeout_s")
 RETRY_OPTIONS = [each.name for each in dataclasses.fields(kbatch.RetryPolicy)]

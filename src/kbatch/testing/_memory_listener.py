@@ -92,7 +92,7 @@ class _Memory:
         self._raw = Mapper("raw", encoder, None, None, _LARGEST, _LARGEST)
         self._wire = wire
         self._failures = listener._failures
-        self.failing = _Noting(self._failures, self, lambda: self._now, self._wall)
+        self.failing = _Noting(self._failures, self, lambda: self._now, self._wall, listener._deaths)
         self.failing.memory = self
         listener._failing = self.failing
         self._lane = listener._lane
@@ -244,6 +244,7 @@ class BaseMemoryListener:
         reject_on: Iterable[type[Exception]] = (),
         inbox: ListenerInbox | None = None,
         transactional_id: str | None = None,
+        on_dead: Callable[[ReceivedEnvelope[Any], Exception], object] | None = None,
     ) -> None:
         names = topics if isinstance(topics, str) else list(topics)
         config = {"bootstrap.servers": "in-memory:9092", "group.id": group}
@@ -268,6 +269,7 @@ class BaseMemoryListener:
             retry_topics=retry_topics,
             dead_letter_topic=dead_letter_topic,
             reject_on=reject_on,
+            on_dead=on_dead,
             **options,
         )
         self._inbox, self._group = inbox, group
@@ -305,6 +307,7 @@ class MemoryListener(BaseMemoryListener):
         topics: What it reads; envelopes without a topic are in the first.
         group: Its ``group.id``.
         source: As `kbatch.Producer` takes it.
+        on_dead: As `kbatch.Listener` takes it, and on the same threads, or loop; `send` waits for its calls.
         transactional_id: As `kbatch.Listener` takes it. What a handler sends is in `sent` once it has returned, and
             nowhere if it has raised. Each commit is made at once: nothing is refused, aborted or fenced, and all that
             has no partition of its own is in partition 0.
@@ -332,4 +335,6 @@ class MemoryListener(BaseMemoryListener):
         finally:
             if session is not None:
                 session.close()
+        if listener._deaths is not None:
+            listener._deaths.join(None)
         return outcomes

@@ -11,7 +11,6 @@ what they test. Left out, with the reasons:
   outbox but its owner's SQL.
 - Pausing stops at once: that is `Relay.stop`, and no call of a store.
 - The replayable flag: there is none. A replay moves letters at once, in one transaction.
-- Summarize scheduled: `kbatch.DeadLetters` has a summary, and `kbatch.ScheduledMessages` has none.
 - Rows of transactions that end in another order than they took their numbers: only the store's author can have two of
   the application's transactions open. ``docs/stores.md`` says what a store must promise there.
 """
@@ -870,6 +869,20 @@ class DeadLetterCompliance(_Hooks):
         assert [each.key for each in outbox.scheduled.find(limit=1, after=found[0])] == [b"a"]
         assert [each.key for each in outbox.scheduled.find(kbatch.OutboxQuery(message_type="placed"))] == [b"a"]
         assert abs(found[0].due_at - _in(_HOUR_S)) < timedelta(minutes=5)
+
+    def test_summarize_scheduled(self, outbox: Any, store: OutboxStore) -> None:
+        assert outbox.scheduled.summary() == []
+        _add(outbox, _keyed("a", "b"))
+        leases, _ = _renew(store, "relay")
+        store.settle(leases, **{**_NOTHING, "failures": [_failed(row, _HOUR_S) for row in _hot(outbox)]})
+        _add(outbox, _keyed("c", "d", "e", message_type="placed", scheduled_time=_in(_HOUR_S)))
+        _add(outbox, _keyed("f", topic="bills", scheduled_time=_in(_HOUR_S)))
+        first, second, third = outbox.scheduled.summary()
+        assert (first, third) == (("orders", "placed", "", 3), ("bills", "bytes", "", 1))
+        assert (second.topic, second.message_type, second.messages) == ("orders", "bytes", 2)
+        assert second.error == outbox.scheduled.find(kbatch.OutboxQuery(message_type="bytes"))[0].error != ""
+        assert outbox.scheduled.summary(kbatch.OutboxQuery(topic="bills")) == [third]
+        assert outbox.dead_letters.summary() == []
 
     def test_cancel_scheduled_by_id_and_by_type(self, outbox: Any) -> None:
         envelopes = _keyed("a", "b", "c", message_type="placed", scheduled_time=_in(_HOUR_S))

@@ -3,9 +3,11 @@
 Not imported by `kbatch.testing`: tests without asyncio need none of it.
 """
 
+import functools
 from typing import Any
 
-from kbatch._fastmap import Envelope
+from kbatch._fastmap import Envelope, running_loop
+from kbatch._loop import in_thread
 from kbatch.aio import Listener, Producer
 from kbatch.testing._memory import BaseMemoryProducer
 from kbatch.testing._memory_listener import BaseMemoryListener, MemoryOutcome
@@ -22,6 +24,7 @@ class MemoryListener(BaseMemoryListener):
         """As that of `kbatch.testing.MemoryListener`; one call of the handler is awaited after the other."""
         memory: Any = self._memory
         listener = self._listener
+        listener._calls.loop = running_loop()
         outcomes: list[MemoryOutcome] = memory.take_in(envelopes, topic or self._topic)
         for work in memory.works():
             is_copied = False
@@ -33,6 +36,8 @@ class MemoryListener(BaseMemoryListener):
                 memory.failing.handled(memory, work)
             if is_copied:
                 memory.failing.send_on(memory, work)
+        if listener._deaths is not None:
+            await in_thread("kbatch-close", functools.partial(listener._deaths.join, None))
         return outcomes
 
 
