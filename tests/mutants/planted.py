@@ -1626,9 +1626,16 @@ MUTANTS = (
         "tests/unit/test_outbox_positions.py",
     ),
     Mutant(
+        "turns go on by as many buckets as there are in one, however few a reading gets through",
+        "Positions.taken",
+        "max(sum(bucket in floors or bucket in ended for bucket in self._by_turns) - 2, 0)",
+        "3",
+        "tests/unit/test_outbox_positions.py",
+    ),
+    Mutant(
         "the same buckets come first each time",
         "Positions.floors",
-        "self._first + _BY_TURNS\n",
+        "self._first + 1\n",
         "self._first\n",
         "tests/unit/test_outbox_positions.py",
     ),
