@@ -1613,9 +1613,16 @@ MUTANTS = (
     ),
     Mutant(
         "a look at all that took long comes again at once",
-        "Relay._send_next",
-        "_LOOK_PAUSE * (now - self._look_began_at)",
+        "Relay._has_to_pause",
+        "_LOOK_PAUSE * self._look_took_s",
         "0.0",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "what a look at all takes counts only where it comes to the end of a bucket",
+        "Positions.is_of_a_look",
+        "any(self._of[bucket].floor == 0 for bucket in reading.floors) or any(",
+        "any(",
         "tests/mock/test_relay.py",
     ),
     Mutant(

@@ -199,6 +199,12 @@ class Positions:
             if position.has_ended:
                 self._begin_again(position)
 
+    def is_of_a_look(self, reading: Reading) -> bool:
+        """Whether a bucket was read from its beginning, or for the first time since then to its end."""
+        return any(self._of[bucket].floor == 0 for bucket in reading.floors) or any(
+            not self._of[bucket].has_ended for bucket in reading.ended
+        )
+
     def _begin_again(self, position: _Position) -> None:
         position.floor = 0
         position.has_ended = False

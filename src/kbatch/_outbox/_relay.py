@@ -64,7 +64,7 @@ _MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has 
 _RENEW_EVERY_S = 1.0
 _STAND_ASIDE_AFTER_S = 10.0
 _LOOK_AT_ALL_EVERY_S = 30.0
-_LOOK_PAUSE = 20  # times what a look took, at least: it passes by what was deleted and not vacuumed
+_LOOK_PAUSE = 20  # times what its readings took, at least: they pass by what was deleted and not vacuumed
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
@@ -194,7 +194,7 @@ class Relay:
         self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
-        self._look_began_at: float | None = None
+        self._look_began_at = self._look_took_s = 0.0
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
@@ -439,8 +439,7 @@ class Relay:
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
-        self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
-        self._look_began_at = now
+        self._begin_look()
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
         self._stands_aside = False
@@ -507,6 +506,7 @@ class Relay:
             if self._store is None:
                 self._store = self._outbox.open_store()
                 self._positions.start_again()  # what it would have found below the floors it does not know
+                self._begin_look()
             result = call()
         except OutboxError as error:
             now = monotonic()
@@ -536,10 +536,9 @@ class Relay:
         now = monotonic()
         if now >= self._renew_at or (self._leases.leaving - self._busy()):
             self._renew()
-        if now >= self._look_at_all_at:
+        if now >= self._look_at_all_at and not self._has_to_pause(now):
             # Rows that others have put back without telling, and keys that others have let go.
-            self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
-            self._look_began_at = now
+            self._begin_look()
             self._not_admitted.clear()
             self._positions.start_ended_again()
             self._let_go()
@@ -553,7 +552,18 @@ class Relay:
             if not (self._may_send() and self._has_room(self._failures)) or monotonic() < self._read_at:
                 break
             self._send_next()
+            if monotonic() >= self._renew_at:  # a reading may take long: the next one has a whole lease
+                break
         self._send_due_if_time()
+
+    def _begin_look(self) -> None:
+        self._look_began_at, self._look_took_s = monotonic(), 0.0
+        self._look_at_all_at = self._look_began_at + _LOOK_AT_ALL_EVERY_S
+
+    def _has_to_pause(self, now: float) -> bool:
+        """Whether the last look at all took long, or still goes on, so that the next one has to wait."""
+        self._look_at_all_at = max(self._look_at_all_at, self._look_began_at + _LOOK_PAUSE * self._look_took_s)
+        return now < self._look_at_all_at
 
     def _admit_scheduled(self) -> None:
         assert self._store is not None
@@ -762,7 +772,10 @@ class Relay:
         assert self._store is not None
         floors = self._positions.floors(self._leases.to_read())
         in_flight = functools.cache(self._in_flight)
+        began = monotonic()
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES, in_flight=in_flight)
+        if self._positions.is_of_a_look(reading):
+            self._look_took_s += monotonic() - began
         if self._was_changed():
             return
         rows = self._positions.taken(reading, in_flight)
@@ -771,12 +784,8 @@ class Relay:
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
-            now = monotonic()
-            self._read_at = now + self._poll_s
+            self._read_at = monotonic() + self._poll_s
             self._has_read_all = not reading.rows
-            if self._look_began_at is not None:
-                pause = max(_LOOK_AT_ALL_EVERY_S, _LOOK_PAUSE * (now - self._look_began_at))
-                self._look_at_all_at, self._look_began_at = now + pause, None
         if not rows:
             return
         times = [row[3] for row in rows]
@@ -829,6 +838,7 @@ class Relay:
         if changes == self._changes:
             return False
         self._positions.look_again()
+        self._begin_look()
         self._let_go()
         self._read_at = self._due_at = monotonic()
         self._changes = changes  # last: who was interrupted looks again
