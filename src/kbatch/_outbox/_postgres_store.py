@@ -38,6 +38,7 @@ _SNAPSHOT = (
 
 _FEW_BUCKETS = 4  # of a statement, until it is known to be quick
 _SLOW_S, _QUICK_S = 0.5, 0.1
+_FAR = 100_000  # numbers of a bucket that were passed before: if its deleted rows had them it takes long
 _MOST_S = 2.0  # of a reading, or what it has found would be too late
 
 _KEPT = "bucket, seq, id, packed, created_at, deliver_by"
@@ -72,6 +73,7 @@ class PostgresStore(PostgresSession):
         self._rows_read = 0  # since the last renewal
         self._server = f"(SELECT {IDENTITY})" if self._may_ask(f"SELECT {IDENTITY}") else "''"
         self._at_once = _FEW_BUCKETS
+        self._passed: dict[int, int] = {}  # up to where each bucket was read
         # Who may not ask for the last number passes by what was deleted again and again.
         self._snapshot = _SNAPSHOT % tables.sql("{last_number}")
         if not self._may_ask(self._snapshot):
@@ -239,6 +241,8 @@ class PostgresStore(PostgresSession):
             known: list[str] = []
             if gaps:
                 statement, known = self._read_but, [array_text(seq for _, seq in in_flight())]
+            if self._looks_far_back(left):  # how quick it was above all that says nothing
+                self._at_once = min(self._at_once, _FEW_BUCKETS)
             while left and size < max_bytes and len(rows) < limit and monotonic() - began < _MOST_S:
                 most = limit - len(rows)
                 share = max(most // len(left), _FEWEST_OF_BUCKET)
@@ -271,6 +275,7 @@ class PostgresStore(PostgresSession):
                     if is_last:
                         break
         self._rows_read += len(rows)
+        self._passed.update({bucket: floors[bucket] for bucket in ended} | new_floors)
         return Reading(rows, new_floors, ended)
 
     def _raise_floor(
@@ -281,6 +286,14 @@ class PostgresStore(PostgresSession):
         if last is not None and last > floor:
             self._gaps.was_read(bucket, floor, last, now)
             new_floors[bucket] = last
+
+    def _looks_far_back(self, left: Mapping[int, Sequence[Range]]) -> bool:
+        """Whether ranges that are to be read have many numbers that were read before, or perhaps by others."""
+        for bucket, ranges in left.items():
+            passed = self._passed.get(bucket, BIGGEST_NUMBER)
+            if passed and any(low == 0 or min(high, passed) - low > _FAR for low, high in ranges):
+                return True
+        return False
 
     def _learn_how_many(self, took_s: float) -> None:
         # What was deleted and is kept for an old snapshot is passed by, however much it is.
