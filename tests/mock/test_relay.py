@@ -31,6 +31,7 @@ Left out of that suite:
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -990,6 +991,34 @@ def test_a_stop_before_it_runs_ends_it_at_once(outbox: Outbox, cluster: MockClus
         relay.run()
         assert outbox.status().waiting == 7
         assert relay.drain(30) == 0
+
+
+def test_a_relay_that_is_to_finish_leaves_what_is_added_meanwhile_and_sends_what_is_put_back(
+    outbox: Outbox, cluster: MockCluster
+) -> None:
+    added = itertools.count()
+    put_back: list[list[Any]] = []
+
+    def add(name: str) -> None:
+        if name == "read":
+            outboxes.add(outbox, numbered([next(added)]))
+
+    with running(make(WatchedOutbox(outbox, before=add), cluster)) as relay:
+        hand_over = relay._hand_over
+
+        def put_one_back(flight: Any, producer: Any) -> None:
+            if relay._finishing and not put_back:
+                put_back.append(flight.places)
+                relay._put_back(flight)
+            else:
+                hand_over(flight, producer)
+
+        relay._hand_over = put_one_back  # type: ignore[method-assign]
+        until(lambda: relay.stats()["acked"] >= 20, "some")
+        relay._finish()
+        until(lambda: not relay._runs.locked(), "its end", 20)
+    assert put_back
+    check_history(range(next(added)), stored(cluster))
 
 
 def test_a_signal_ends_it(outbox: Outbox, cluster: MockCluster) -> None:

@@ -2111,7 +2111,7 @@ MUTANTS = (
     Mutant(
         "a relay that is to finish waits for what was refused",
         "Relay._is_idle",
-        "return self._has_read_all or not (can_send",
+        "return self._read_at == math.inf or not (can_send",
         "return not (can_send",
         "tests/mock/test_sent_durably.py",
     ),

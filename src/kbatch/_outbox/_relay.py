@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import socket
 import threading
@@ -189,7 +190,7 @@ class Relay:
         self._runs = threading.Lock()  # of the last run, which holds it
         self._runner: int | None = None  # the thread of the last run
         self._stopping = self._ending = self._finishing = False
-        self._has_read_all = False
+        self._is_finishing = False  # since the last round began
         self._has_asked = False  # for leases, so that it may have some
         self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
@@ -381,14 +382,13 @@ class Relay:
         try:
             try:
                 self._begin()
-                is_finishing = False
                 while not (is_over or self._stopping or given_up()) and (end is None or monotonic() < end):
-                    if self._finishing and not is_finishing:
-                        is_finishing, self._has_read_all = True, False
+                    if self._finishing and not self._is_finishing:
+                        self._is_finishing = True
                         self._read_at = monotonic()
                     pause = self._round()
                     is_over = until_empty and self._is_empty()
-                    if is_finishing and self._is_idle():
+                    if self._is_finishing and self._is_idle():
                         break
                     if end is not None:
                         pause = min(pause, max(0.0, end - monotonic()))
@@ -398,7 +398,7 @@ class Relay:
                 self._end(end)
         finally:
             self._give_back()  # again, if that was interrupted
-            self._stopping = self._finishing = False  # it may be run again
+            self._stopping = self._finishing = self._is_finishing = False  # it may be run again
             self._end_by = None
         return is_over
 
@@ -431,7 +431,7 @@ class Relay:
         is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_failed_at is None
         has_leases = self._leases.tokens or is_to_have_leases
         can_send = self._gate.may_send() and has_leases and self._trouble_at is None
-        return self._has_read_all or not (can_send and self._has_room(self._failures))
+        return self._read_at == math.inf or not (can_send and self._has_room(self._failures))
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
@@ -468,7 +468,7 @@ class Relay:
         gate = self._gate
         now = monotonic()
         hint_s, self._hint_s = self._hint_s, None
-        if hint_s is not None:
+        if hint_s is not None and not self._is_finishing:
             self._read_at = min(self._read_at, now + hint_s)
         self._take_settled()
         if gate.death is not None:
@@ -784,8 +784,8 @@ class Relay:
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
-            self._read_at = monotonic() + self._poll_s
-            self._has_read_all = not reading.rows
+            # Who is to finish has seen what was there, and reads on only if some of it is to be sent again.
+            self._read_at = math.inf if self._is_finishing else monotonic() + self._poll_s
         if not rows:
             return
         times = [row[3] for row in rows]
@@ -891,6 +891,7 @@ class Relay:
         if not flight.is_due:
             self._positions.landed(flight.places, flight.packed)
             self._positions.put_back(flight.places)
+            self._read_at = min(self._read_at, monotonic() + self._poll_s)
 
     # -- answers
 
