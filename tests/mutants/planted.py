@@ -1859,7 +1859,7 @@ MUTANTS = (
     Mutant(
         "a row that cannot be moved keeps its bucket from the relay that is to have it",
         "Relay._busy",
-        "busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed",
+        "busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed",
         "busy |= failed",
         "tests/mock/test_relay_database_faults.py",
     ),

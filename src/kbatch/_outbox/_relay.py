@@ -608,17 +608,21 @@ class Relay:
 
     # -- leases
 
-    def _busy(self) -> set[int]:
+    def _busy(self, leaving: Collection[int] | None = None) -> set[int]:
         """Buckets of which something is in flight, or not written yet. What the database refuses keeps no bucket that
         leaves: the next relay sends it again."""
+        leaving = self._leases.leaving if leaving is None else leaving
         busy = {bucket for flight in self._flights for bucket in flight.tokens}
         busy.update(place[0] for places in (self._done, self._done_later) for place in places)
         failed = {failure.bucket for failures in (self._failures, self._failures_later) for failure in failures}
-        busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed
-        transactions = self._handle.producer._transactions
-        if transactions is not None and transactions.is_undecided:
+        busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed
+        if self._is_undecided():
             busy.update(self._leases.tokens)
         return busy
+
+    def _is_undecided(self) -> bool:
+        transactions = self._handle.producer._transactions
+        return transactions is not None and transactions.is_undecided
 
     def _renew(self) -> None:
         assert self._store is not None
@@ -626,7 +630,7 @@ class Relay:
             self._renew_at = monotonic() + self._renew_every_s
             return
         busy = self._busy()
-        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not busy:
+        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not self._busy(self._leases.tokens):
             self._stand_aside()
             return
         self._stands_aside = False
@@ -932,6 +936,8 @@ class Relay:
             self._gate.last_error = answers.last_error
             self._read_at = monotonic()
         self._gate.note("nothing" if lost else answers.verdict, flight.trial, monotonic())
+        if self._is_undecided():  # nothing more is handed over to it that would show this, if the circuit is open now
+            self._gate.give_up(self._handle.producer)
 
     def _has_answers(self) -> bool:
         return bool(self._done or self._done_later or self._failures or self._failures_later)
