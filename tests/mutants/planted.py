@@ -1325,8 +1325,8 @@ MUTANTS = (
     Mutant(
         "events behind a callback that hangs become more and more",
         "_Events.put",
-        "self._callbacks.waiting >= most_waiting",
-        "self._callbacks.waiting < 0",
+        "self._put - self._begun >= most_waiting",
+        "self._put < 0",
         "tests/mock/test_event_callbacks_served.py",
     ),
     Mutant(
