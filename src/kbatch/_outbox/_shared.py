@@ -143,6 +143,8 @@ class OwnRelay:
                 self._relay = None
                 if relay is not None:
                     with contextlib.suppress(Exception):  # the next one is another
+                        if not (self._is_finishing or self._is_stopping):
+                            relay._gate.note_successor()
                         relay._close(0.0)
 
 
