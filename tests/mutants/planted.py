@@ -1607,7 +1607,7 @@ MUTANTS = (
     Mutant(
         "what comes to light below a raised floor is forgotten",
         "PostgresStore._raise_floor",
-        "            self._gaps.was_read(bucket, floor, last, now)\n",
+        "            self._gaps.was_read(bucket, floor, last, now, is_empty=True)\n",
         "",
         "tests/unit/test_outbox_late_rows.py",
     ),
@@ -2156,6 +2156,20 @@ MUTANTS = (
         "Gaps.was_read_again",
         "            still = gap.open.left(now)\n            if still.has_any():\n",
         "            still = gap.open.left(now)\n            if still == gap.open:\n",
+        "tests/unit/test_outbox_snapshots.py",
+    ),
+    Mutant(
+        "each reading beside open transactions makes a range of each bucket",
+        "Gaps.was_read",
+        "if is_empty and gaps and gaps[-1].is_empty and gaps[-1].high == low:",
+        "if False:",
+        "tests/unit/test_outbox_snapshots.py",
+    ),
+    Mutant(
+        "what was found late is passed by whenever another transaction ends",
+        "Gaps.was_read_again",
+        "gap.is_empty and is_empty",
+        "gap.is_empty",
         "tests/unit/test_outbox_snapshots.py",
     ),
     Mutant(

@@ -284,7 +284,7 @@ class PostgresStore(PostgresSession):
         """Has what was deleted lie below the floor of a bucket that was read to its end."""
         floor = new_floors.get(bucket, floors[bucket])
         if last is not None and last > floor:
-            self._gaps.was_read(bucket, floor, last, now)
+            self._gaps.was_read(bucket, floor, last, now, is_empty=True)
             new_floors[bucket] = last
 
     def _looks_far_back(self, left: Mapping[int, Sequence[Range]]) -> bool:
@@ -316,9 +316,9 @@ class PostgresStore(PostgresSession):
             end = found[at - 1][1] if at > begin else low
             if high == BIGGEST_NUMBER:
                 if end > low:
-                    self._gaps.was_read(bucket, low, end, now)
+                    self._gaps.was_read(bucket, low, end, now, is_empty=False)
             elif is_whole or end > low:
-                self._gaps.was_read_again(bucket, low, high if is_whole else end, now)
+                self._gaps.was_read_again(bucket, low, high if is_whole else end, now, is_empty=at == begin)
             if not is_whole:
                 ranges[0] = (end, high)
                 break
