@@ -307,6 +307,20 @@ def test_numbers_that_were_rolled_back_are_passed_over(outbox: PostgresOutbox, r
     assert reader.store._gaps._of == {}
 
 
+def test_what_a_session_adds_by_numbers_that_it_had_taken_before_is_found(
+    outbox: PostgresOutbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    outboxes.query(outbox, "ALTER TABLE {outbox} ALTER COLUMN seq SET CACHE 50")
+    reader = Reader(outbox)
+    with connected(outbox._conninfo) as session:
+        for number in range(10):
+            with session.transaction():
+                outbox.add(session, numbered([number]), topic="orders")
+            assert reader.read() == [number]
+    reader.store.close()
+    assert "has a CACHE" in caplog.text
+
+
 def test_rows_of_savepoints_and_of_prepared_transactions_are_found(outbox: PostgresOutbox, reader: Reader) -> None:
     name = outboxes.in_schema(outbox, "prepared").replace('"', "").replace("'", "")
     with connected(outbox) as connection:

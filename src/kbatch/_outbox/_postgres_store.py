@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import psycopg
 
 from kbatch._fastmap import monotonic
+from kbatch._logs import tell
 from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._postgres_session import IDENTITY, PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
@@ -76,9 +77,9 @@ class PostgresStore(PostgresSession):
         self._passed: dict[int, int] = {}  # up to where each bucket was read
         # Who may not ask for the last number passes by what was deleted again and again.
         self._snapshot = _SNAPSHOT % tables.sql("{last_number}")
-        if not self._may_ask(self._snapshot):
-            self._snapshot = _SNAPSHOT % "NULL::bigint"
         sql = tables.sql
+        if not self._may_ask(self._snapshot) or self._has_cache():
+            self._snapshot = _SNAPSHOT % "NULL::bigint"
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
                 SELECT of_range.*, sum(octet_length(packed)) OVER (ROWS UNBOUNDED PRECEDING) - octet_length(packed)
@@ -130,6 +131,18 @@ class PostgresStore(PostgresSession):
             "UPDATE {later} AS gone SET due_at = {now} + due_in_ms, attempts = place.attempts, last_error = error "
             f"FROM {failed} WHERE {at}"
         )
+
+    def _has_cache(self) -> bool:
+        """Whether sessions take numbers for later transactions: the last number that was taken says nothing then."""
+        asked = self._tables.sql("{has_cache}")
+        if not self._may_ask(asked):
+            return False
+        with self._errors():
+            has_cache = self._run(asked) == [(True,)]
+        if has_cache:
+            text = "the sequence of %s has a CACHE, which mixes up the order of records and has a relay read more: %s"
+            tell(text, self._tables.names["outbox"], "ALTER COLUMN seq SET CACHE 1")
+        return has_cache
 
     def _may_ask(self, statement: str) -> bool:
         """Whether the server lets this user ask: some services do not. Raises if there is no answer."""
