@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING
 
 from kbatch._fastmap import CallbackThread, Dispatcher, TokenRefresh
@@ -18,7 +19,7 @@ __all__ = ["make_dispatcher"]
 
 _logger = logging.getLogger("kbatch")
 
-# Behind a callback that takes long, or hangs, so many calls wait at most.
+# Behind a callback that takes long, or hangs, so many of them wait at most.
 _MOST_WAITING = 1_000
 _MOST_WAITING_BEFORE_STATS = 100  # they may be of a megabyte each, and the next ones say more
 
@@ -41,7 +42,8 @@ def make_dispatcher(
         def on_error(code: int, reason: str, fatal: bool) -> None:
             from confluent_kafka import KafkaError
 
-            events.put(error_cb, KafkaError(code, reason, fatal=fatal))
+            most = math.inf if fatal else _MOST_WAITING  # there is one, and the producer is of no use after it
+            events.put(error_cb, KafkaError(code, reason, fatal=fatal), most_waiting=most)
 
     if config.stats_cb is not None:
         stats_cb = config.stats_cb
@@ -83,21 +85,30 @@ def make_dispatcher(
 
 
 class _Events:
-    """Puts events behind what waits for the callback thread already, unless that is too much: then they are dropped."""
+    """Puts events behind what waits for the callback thread already. If too many of them wait they are dropped; answers
+    of batches, which go the same way, count for nothing here."""
 
     def __init__(self, callbacks: CallbackThread) -> None:
         self._callbacks = callbacks
-        self._dropped = 0  # the dispatcher's
+        self._put = self._dropped = 0  # the dispatcher's
+        self._begun = self._told = 0  # the callback thread's
 
-    def put(self, callback: Callable[..., object], *arguments: object, most_waiting: int = _MOST_WAITING) -> None:
-        if self._callbacks.waiting >= most_waiting:
+    def put(self, callback: Callable[..., object], *arguments: object, most_waiting: float = _MOST_WAITING) -> None:
+        if self._put - self._begun >= most_waiting:
             self._dropped += 1
             return
-        if self._dropped:
-            text = "%s of librdkafka had no room behind slow callbacks and were dropped"
-            self._callbacks.put(_logger.warning, text, counted(self._dropped, "event"))
-            self._dropped = 0
+        self._callbacks.put(self._begin)  # a call of its own: what the callback raises is logged with its own name
+        self._put += 1
         self._callbacks.put(callback, *arguments)
+
+    def _begin(self) -> None:
+        self._begun += 1
+        dropped = self._dropped - self._told
+        if dropped:
+            self._told += dropped
+            _logger.warning(
+                "%s of librdkafka had no room behind slow callbacks and were dropped", counted(dropped, "event")
+            )
 
 
 # syslog's levels as Python's

@@ -291,11 +291,11 @@ def test_what_has_no_room_behind_a_callback_that_hangs_is_dropped_and_counted(
     with kbatch.Producer(config) as producer:
         producer._core.start()
         callbacks = producer._callback_thread
-        until(lambda: callbacks.waiting >= 5, "statistics that wait")
+        until(lambda: callbacks.waiting == 10, "statistics that wait, each with its count")
         others = Calls()
         for number in range(20):
             callbacks.put(others, number)  # such as answers of batches: they are told, however many wait
-        assert callbacks.waiting == 25
+        assert callbacks.waiting == 30
         goes_on.set()
         until(lambda: "had no room" in caplog.text, "word of what was dropped")
         began_again = len(told)
@@ -303,3 +303,25 @@ def test_what_has_no_room_behind_a_callback_that_hangs_is_dropped_and_counted(
     assert [number for (number,) in others.arguments] == list(range(20))
     (line, *_) = [record.getMessage() for record in caplog.records if "had no room" in record.getMessage()]
     assert re.fullmatch(r"[\d,]+ events? of librdkafka had no room behind slow callbacks and were dropped", line)
+
+
+def test_answers_of_batches_take_no_room_of_events_and_a_fatal_error_has_it_always(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_events, "_MOST_WAITING", 5)
+    goes_on = threading.Event()
+    told: list[Any] = []
+    config: dict[str, Any] = {"bootstrap.servers": NOBODY, "log_level": 0, "error_cb": told.append}
+    config |= {"reconnect.backoff.ms": 10, "reconnect.backoff.max.ms": 10}
+    with kbatch.Producer(config) as producer:
+        callbacks = producer._callback_thread
+        callbacks.put(goes_on.wait, 90)
+        for _ in range(1_000):
+            callbacks.put(int)
+        producer._core.start()
+        until(lambda: callbacks.waiting == 1_010, "5 errors, each with its count", 20)
+        producer._core.inject_fatal_error(45, "as a broker would")
+        until(lambda: callbacks.waiting == 1_012, "the fatal one", 20)
+        goes_on.set()
+        until(lambda: any(error.fatal() for error in told), "word of it")
+    assert [error.fatal() for error in told[:6]] == [False] * 5 + [True]

@@ -31,12 +31,14 @@ Left out of that suite:
 
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import signal
 import sqlite3
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -48,11 +50,12 @@ import kbatch
 from kbatch import CircuitState, ConfigError, Envelope, OutboxError, OutboxQuery, Relay, RetryPolicy, SqliteOutbox
 from kbatch._fastmap import monotonic, packed_key_hash
 from kbatch._outbox._leases import Times
+from kbatch._outbox._store import Reading
 from kbatch.testing import ApiKey, MockCluster
 from tests import outboxes
 from tests.injection import Injector
 from tests.outboxes import Outbox, in_sqlite
-from tests.relays import WatchedOutbox, check_history, numbered
+from tests.relays import WatchedOutbox, WatchedStore, check_history, numbered
 from tests.waiting import until
 
 from .clients import read_back
@@ -170,16 +173,114 @@ def test_what_is_added_while_it_runs(outbox: Outbox, cluster: MockCluster) -> No
     check_history(range(2000), stored(cluster))
 
 
-def test_a_look_at_all_that_took_long_is_not_repeated_soon(outbox: Outbox) -> None:
-    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+class SlowOutbox:
+    """Reading a bucket from its beginning takes `slow_s`, as where much was deleted and is kept for an old snapshot.
+    Its clock is that of relays."""
+
+    def __init__(self, outbox: Outbox, monkeypatch: pytest.MonkeyPatch, slow_s: float) -> None:
+        self.outbox, self.slow_s, self.now = outbox, slow_s, 1000.0
+        self.calls: list[str] = []
+        self.read_at: dict[int, list[float]] = defaultdict(list)  # of each bucket, from its beginning
+        monkeypatch.setattr("kbatch._outbox._relay.monotonic", lambda: self.now)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.outbox, name)
+
+    def open_store(self) -> Any:
+        store = self.outbox.open_store()
+        read = store.read
+
+        def read_slowly(floors: dict[int, int], **options: Any) -> Reading:
+            began = self.now
+            chosen: dict[int, int] = {}
+            for bucket, floor in floors.items():
+                if self.now - began >= 2.0:
+                    break
+                chosen[bucket] = floor
+                if floor == 0:
+                    self.now += self.slow_s
+                    self.read_at[bucket].append(self.now)
+            rows, found, ended = read(chosen, **options)
+            return Reading(rows, {**dict.fromkeys(chosen, 1), **found}, ended)
+
+        store.read = read_slowly
+        return WatchedStore(store, self.calls.append, lambda name: None)
+
+
+@in_sqlite
+def test_a_look_at_all_rows_that_takes_long_comes_to_its_end_before_the_next_one(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowOutbox(outbox, monkeypatch, 0.7)
+    with Relay(slow, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+        relay._begin()
+        try:
+            began = slow.now
+            while slow.now < began + 1000.0:
+                relay._use_store()
+                slow.now += 2.0
+        finally:
+            relay._end()
+    assert len(slow.read_at) == 64
+    looks = [at for of_bucket in slow.read_at.values() for at in of_bucket]
+    assert max(of_bucket[0] for of_bucket in slow.read_at.values()) < began + 150.0
+    assert len(looks) == 128  # of 44.8 s each, one in 15 minutes
+
+
+@in_sqlite
+def test_what_is_found_beside_a_slow_look_does_not_have_the_next_one_come_soon(
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowOutbox(outbox, monkeypatch, 0.7)
+    outboxes.add(outbox, numbered(range(20_000), keys=500))
+    with Relay(slow, config(cluster), batch_size=500) as relay:
         relay._begin()
         try:
             relay._use_store()
-            assert relay._look_at_all_at - monotonic() < 31
-            relay._look_began_at = monotonic() - 10.0
-            relay._read_at = 0.0
+            assert relay._look_took_s == pytest.approx(2.1)
+            assert relay._has_to_pause(slow.now + 35.0)
+        finally:
+            relay._end()
+
+
+@in_sqlite
+def test_the_next_look_at_all_waits_for_readings_and_for_no_outage(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowOutbox(outbox, monkeypatch, 0.0)
+    with Relay(slow, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
+        relay._begin()
+        try:
+            for trial in range(5):  # the circuit opens
+                relay._gate.note("failed", None, slow.now + trial)
+            slow.now += 29.0
             relay._use_store()
-            assert relay._look_at_all_at - monotonic() > 150
+            assert not slow.read_at
+            relay._gate.note("succeeded", None, slow.now)
+            relay._gate.circuit.probed(True, slow.now)
+            relay._use_store()
+            assert len(slow.read_at) == 64
+            slow.now += 2.0
+            relay._use_store()
+            slow.now += 0.2
+            relay._use_store()
+            assert {len(of_bucket) for of_bucket in slow.read_at.values()} == {2}
+        finally:
+            relay._end()
+
+
+@in_sqlite
+def test_after_a_slow_reading_leases_are_renewed_before_the_next_one(
+    outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = SlowOutbox(outbox, monkeypatch, 0.7)
+    outboxes.add(outbox, numbered(range(5_000), keys=500))
+    with Relay(slow, config(cluster)) as relay:
+        relay._begin()
+        try:
+            for _ in range(3):
+                relay._use_store()
+            assert [name for name in slow.calls if name in ("renew", "read")] == ["renew", "read"] * 3
         finally:
             relay._end()
 
@@ -983,6 +1084,34 @@ def test_a_stop_before_it_runs_ends_it_at_once(outbox: Outbox, cluster: MockClus
         relay.run()
         assert outbox.status().waiting == 7
         assert relay.drain(30) == 0
+
+
+def test_a_relay_that_is_to_finish_leaves_what_is_added_meanwhile_and_sends_what_is_put_back(
+    outbox: Outbox, cluster: MockCluster
+) -> None:
+    added = itertools.count()
+    put_back: list[list[Any]] = []
+
+    def add(name: str) -> None:
+        if name == "read":
+            outboxes.add(outbox, numbered([next(added)]))
+
+    with running(make(WatchedOutbox(outbox, before=add), cluster)) as relay:
+        hand_over = relay._hand_over
+
+        def put_one_back(flight: Any, producer: Any) -> None:
+            if relay._finishing and not put_back:
+                put_back.append(flight.places)
+                relay._put_back(flight)
+            else:
+                hand_over(flight, producer)
+
+        relay._hand_over = put_one_back  # type: ignore[method-assign]
+        until(lambda: relay.stats()["acked"] >= 20, "some")
+        relay._finish()
+        until(lambda: not relay._runs.locked(), "its end", 20)
+    assert put_back
+    check_history(range(next(added)), stored(cluster))
 
 
 def test_a_signal_ends_it(outbox: Outbox, cluster: MockCluster) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from kbatch import Envelope, OutboxError, Relay, RetryPolicy, SqliteOutbox
+from kbatch._fastmap import monotonic
 from kbatch._outbox._store import Failure, RefusedWriteError
 from kbatch.testing import MockCluster
 from tests import outboxes
@@ -227,6 +228,29 @@ def test_a_row_that_cannot_be_moved_is_found_among_many_by_halves(
         assert [failure.seq for failure in relay._failures] == [100]
         relay._end()
     assert calls.count("settle") < 50
+
+
+def test_a_row_that_cannot_be_moved_does_not_keep_a_relay_that_reaches_no_broker_from_standing_aside(
+    outbox: SqliteOutbox,
+) -> None:
+    outboxes.refuse_rows(outbox, "later")
+    outboxes.add(outbox, numbered(range(1)))
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
+        relay._begin()
+        relay._renew()
+        ((bucket, seq),) = outboxes.query(outbox, "SELECT bucket, seq FROM {outbox}")
+        relay._failures = [Failure(bucket, seq, 1.0, 1, "refused", None)]
+        for _ in range(5):
+            relay._gate.note("failed", None, monotonic())
+        relay._gate._opened_at -= 60.0
+        relay._use_store()
+        assert relay.stats()["buckets"] == 64  # it asks for leases once a second
+        relay._renew_at = 0.0
+        relay._use_store()
+        assert relay.stats()["buckets"] == 0
+        assert relay._failures == []
+        relay._end()
+    assert outbox.status().relays == 0
 
 
 def test_a_lease_that_is_lost_while_failures_are_moved_by_halves_counts_once(

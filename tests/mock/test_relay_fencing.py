@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import kbatch.aio
-from kbatch import ConfigError, Envelope, Relay, SqliteOutbox
+from kbatch import CircuitState, ConfigError, Envelope, Relay, SqliteOutbox
 from kbatch._outbox import _fences
 from kbatch._outbox._fences import initialize
 from kbatch.testing import ApiKey, MockCluster
@@ -239,6 +239,31 @@ def test_a_producer_in_its_fatal_state_is_replaced_by_one_with_another_name(
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(30) == 0
         assert relay._owner != before
+    check_history(range(200), stored(cluster))
+
+
+def test_one_that_reaches_no_broker_to_end_its_transaction_leaves_its_buckets_to_others(
+    outbox: Outbox, cluster: MockCluster
+) -> None:
+    with running(make(outbox, cluster, failures_to_open=1)) as relay:
+        outboxes.add(outbox, numbered(range(100)))
+        until(lambda: relay.stats()["acked"] == 100, "the first")
+        transactions: Any = relay._handle.producer._transactions
+
+        def cannot_abort(batch: Any, code: int, *, asked: bool = False) -> None:
+            transactions._undecided = "its last transaction could not be aborted"
+            transactions._held.wait_until_settled(batch)
+            transactions._held.conclude(batch, code)
+
+        transactions._abort = cannot_abort
+        before = relay._owner
+        cluster.set_broker_down()
+        outboxes.add(outbox, numbered(range(100, 200)))
+        until(lambda: relay.stats()["buckets"] == 0, "that it has begun anew", 20)
+        assert relay.state is not CircuitState.CLOSED
+        assert relay._former == {before}
+        cluster.set_broker_up()
+        until(lambda: relay.stats()["acked"] == 200, "the others")
     check_history(range(200), stored(cluster))
 
 

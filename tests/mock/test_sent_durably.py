@@ -228,6 +228,41 @@ def test_a_relay_that_fails_begins_again(
     assert told == ["the relay of DURABLE senders has failed, and begins again: OutboxError: no answer"]
 
 
+def test_the_circuit_of_a_relay_that_fails_is_told_as_closed_when_the_next_one_begins(
+    outbox: Outbox, kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_shared, "_BEGIN_AGAIN_S", 0.05)
+    told: list[tuple[CircuitState, CircuitState]] = []
+    failed: list[Relay] = []
+    run = Relay.run
+
+    def failing(relay: Relay) -> None:
+        renew = relay._renew
+
+        def fail_once() -> None:
+            if told and not failed:
+                failed.append(relay)
+                raise RuntimeError("as a store of one's own may")
+            renew()
+
+        relay._renew = fail_once  # type: ignore[method-assign]
+        run(relay)
+
+    monkeypatch.setattr(Relay, "run", failing)
+    relay = {"failures_to_open": 1, "probe_interval_s": 60.0, "max_probe_interval_s": 60.0}
+    kafka_cluster.set_broker_down()
+    soon = {"delivery.timeout.ms": 300, "reconnect.backoff.max.ms": 100}
+    options = {**relay, "on_state_change": lambda *states: told.append(states)}
+    with durable(outbox, kafka_cluster, producer=soon, relay=options).create_sender() as sender:
+        sender.send(Envelope(data=b"0", key="k0"))
+        until(lambda: failed, "that it has failed")
+        kafka_cluster.set_broker_up()
+        until(lambda: outbox.status().waiting == 0, "it in Kafka")
+    assert failed[0].state is CircuitState.OPEN
+    is_open, is_closed = (CircuitState.CLOSED, CircuitState.OPEN), (CircuitState.OPEN, CircuitState.CLOSED)
+    assert told[:2] == [is_open, is_closed]
+
+
 class Raising(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         raise RuntimeError("a handler of logs")

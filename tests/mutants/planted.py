@@ -1353,8 +1353,8 @@ MUTANTS = (
     Mutant(
         "events behind a callback that hangs become more and more",
         "_Events.put",
-        "self._callbacks.waiting >= most_waiting",
-        "self._callbacks.waiting < 0",
+        "self._put - self._begun >= most_waiting",
+        "self._put < 0",
         "tests/mock/test_event_callbacks_served.py",
     ),
     Mutant(
@@ -1656,15 +1656,22 @@ MUTANTS = (
     Mutant(
         "what comes to light below a raised floor is forgotten",
         "PostgresStore._raise_floor",
-        "            self._gaps.was_read(bucket, floor, last, now)\n",
+        "            self._gaps.was_read(bucket, floor, last, now, is_empty=True)\n",
         "",
         "tests/unit/test_outbox_late_rows.py",
     ),
     Mutant(
         "a look at all that took long comes again at once",
-        "Relay._send_next",
-        "_LOOK_PAUSE * (now - self._look_began_at)",
+        "Relay._has_to_pause",
+        "_LOOK_PAUSE * self._look_took_s",
         "0.0",
+        "tests/mock/test_relay.py",
+    ),
+    Mutant(
+        "what a look at all takes counts only where it comes to the end of a bucket",
+        "Positions.is_of_a_look",
+        "any(self._of[bucket].floor == 0 for bucket in reading.floors) or any(",
+        "any(",
         "tests/mock/test_relay.py",
     ),
     Mutant(
@@ -1675,9 +1682,16 @@ MUTANTS = (
         "tests/unit/test_outbox_positions.py",
     ),
     Mutant(
+        "turns go on by as many buckets as there are in one, however few a reading gets through",
+        "Positions.taken",
+        "max(sum(bucket in floors or bucket in ended for bucket in self._by_turns) - 2, 0)",
+        "3",
+        "tests/unit/test_outbox_positions.py",
+    ),
+    Mutant(
         "the same buckets come first each time",
         "Positions.floors",
-        "self._first + _BY_TURNS\n",
+        "self._first + 1\n",
         "self._first\n",
         "tests/unit/test_outbox_positions.py",
     ),
@@ -1894,7 +1908,7 @@ MUTANTS = (
     Mutant(
         "a row that cannot be moved keeps its bucket from the relay that is to have it",
         "Relay._busy",
-        "busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed",
+        "busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed",
         "busy |= failed",
         "tests/mock/test_relay_database_faults.py",
     ),
@@ -2146,7 +2160,7 @@ MUTANTS = (
     Mutant(
         "a relay that is to finish waits for what was refused",
         "Relay._is_idle",
-        "return self._has_read_all or not (can_send",
+        "return self._read_at == math.inf or not (can_send",
         "return not (can_send",
         "tests/mock/test_sent_durably.py",
     ),
@@ -2191,6 +2205,20 @@ MUTANTS = (
         "Gaps.was_read_again",
         "            still = gap.open.left(now)\n            if still.has_any():\n",
         "            still = gap.open.left(now)\n            if still == gap.open:\n",
+        "tests/unit/test_outbox_snapshots.py",
+    ),
+    Mutant(
+        "each reading beside open transactions makes a range of each bucket",
+        "Gaps.was_read",
+        "if is_empty and gaps and gaps[-1].is_empty and gaps[-1].high == low:",
+        "if False:",
+        "tests/unit/test_outbox_snapshots.py",
+    ),
+    Mutant(
+        "what was found late is passed by whenever another transaction ends",
+        "Gaps.was_read_again",
+        "gap.is_empty and is_empty",
+        "gap.is_empty",
         "tests/unit/test_outbox_snapshots.py",
     ),
     Mutant(

@@ -450,6 +450,36 @@ def test_relays_of_the_same_options_are_one_and_those_of_others_are_refused(outb
                 topic({**options, "on_state_change": lambda before, after: None}, kind).create_sender()
 
 
+@in_sqlite
+@pytest.mark.parametrize(("timeout", "for_flights"), [(30.0, 2.0), (1.0, 0.5), (0.0, 0.0)])
+def test_a_relay_that_has_not_finished_has_some_of_the_time_for_what_is_in_flight(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, timeout: float, for_flights: float
+) -> None:
+    now = 1000.0
+    calls: list[tuple[str, float]] = []
+
+    class Busy:
+        close_timeout_s = 30.0
+
+        def finish(self) -> None:
+            calls.append(("finish", now))
+
+        def wait(self, end: float) -> None:
+            nonlocal now
+            now = max(now, end)
+            calls.append(("wait", end))
+
+        def stop(self, close_timeout_s: float) -> None:
+            calls.append(("stop", close_timeout_s))
+
+    monkeypatch.setattr(_shared, "monotonic", lambda: now)
+    use: Any = _shared.OutboxUse(outbox)
+    use.shared.relay = Busy()
+    end = now + timeout
+    use.release(end)
+    assert calls == [("finish", 1000.0), ("wait", end - for_flights), ("stop", for_flights), ("wait", end + 3.0)]
+
+
 def test_senders_of_one_outbox_share_a_relay_and_another_configuration_is_refused(outbox: Outbox) -> None:
     def topic(name: str, **config: Any) -> Any:
         return KafkaTopic(name, SenderMode.DURABLE, outbox=outbox, config={**SERVERS, **config}, close_timeout_s=0.0)

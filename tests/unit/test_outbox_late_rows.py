@@ -42,11 +42,13 @@ class Reader:
         self.in_flight: list[tuple[int, int]] = []
         self.statements: list[str] = []
         self.ranges = 0
+        self.buckets_of: list[int] = []  # each statement, how many
         run = self.store._run
 
         def watched(statement: str, parameters: Any = None) -> Any:
             if parameters:
                 self.statements.append(statement)
+                self.buckets_of.append(len({*parameters[0].strip("{}").split(",")}))
                 self.ranges += parameters[0].count(",") + 1
             return run(statement, parameters)
 
@@ -147,6 +149,42 @@ def test_a_reading_that_takes_long_ends_with_some_buckets_and_the_next_goes_on(
     for _ in range(7):
         assert reader.read() == []
     assert reader.store._at_once == 64
+
+
+def test_what_may_pass_by_much_that_was_deleted_begins_with_few_buckets(
+    outbox: PostgresOutbox, reader: Reader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kbatch._outbox._postgres_store._FAR", 50)
+    monkeypatch.setattr("kbatch._outbox._postgres_store._QUICK_S", 1e9)
+    monkeypatch.setattr("kbatch._outbox._postgres_store._SLOW_S", 1e9)
+
+    def first_statement() -> int:
+        reader.buckets_of.clear()
+        reader.read()
+        return reader.buckets_of[0]
+
+    for _ in range(3):  # nothing was ever added: all floors stay 0
+        reader.read()
+    assert first_statement() == 64
+    outboxes.add(outbox, numbered(range(500), keys=200))
+    reader.read()
+    assert first_statement() == 64
+    assert min(reader.floors.values()) == 500
+    reader.floors = dict.fromkeys(range(64), 470)  # what was put back
+    assert first_statement() == 64
+    reader.floors[40] = 400  # a key was let go
+    assert first_statement() == 4
+    assert first_statement() == 64
+    reader.floors = dict.fromkeys(range(64), 0)  # a look at all, or a replay
+    assert first_statement() == 4
+    with transaction(outbox) as late:
+        outbox.add(late, numbered([1], keys=1), topic="orders")
+        for n in range(10):
+            outboxes.add(outbox, numbered(range(20), keys=200))
+            outboxes.query(outbox, "DELETE FROM {outbox}")
+            assert first_statement() == 64, n
+    assert first_statement() == 4  # what it was open for long is read once more
+    assert first_statement() == 64
 
 
 def test_a_transaction_that_began_after_all_that_have_ended_is_waited_for(
@@ -267,6 +305,20 @@ def test_numbers_that_were_rolled_back_are_passed_over(outbox: PostgresOutbox, r
             connection.execute("ROLLBACK" if n % 2 else "COMMIT")
             assert reader.read() == ([] if n % 2 else [n])
     assert reader.store._gaps._of == {}
+
+
+def test_what_a_session_adds_by_numbers_that_it_had_taken_before_is_found(
+    outbox: PostgresOutbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    outboxes.query(outbox, "ALTER TABLE {outbox} ALTER COLUMN seq SET CACHE 50")
+    reader = Reader(outbox)
+    with connected(outbox._conninfo) as session:
+        for number in range(10):
+            with session.transaction():
+                outbox.add(session, numbered([number]), topic="orders")
+            assert reader.read() == [number]
+    reader.store.close()
+    assert "has a CACHE" in caplog.text
 
 
 def test_rows_of_savepoints_and_of_prepared_transactions_are_found(outbox: PostgresOutbox, reader: Reader) -> None:

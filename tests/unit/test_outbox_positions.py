@@ -178,14 +178,29 @@ def test_a_damaged_row_is_held_by_nobody() -> None:
 def test_each_reading_begins_with_other_buckets() -> None:
     buckets = range(16)
     positions = begun(*buckets)
-    orders = [list(positions.floors(buckets)) for _ in range(8)]
+    orders = [list(positions.floors(buckets)) for _ in range(16)]
     assert all(sorted(order) == list(buckets) for order in orders)
-    assert sorted(bucket for order in orders for bucket in order[:4]) == sorted([*buckets, *buckets])
+    assert sorted(order[0] for order in orders) == list(buckets)
     positions = begun(1, 2, 3)
     firsts = [next(iter(positions.floors([1, 2, 3]))) for _ in range(6)]
     assert sorted(firsts) == [1, 1, 2, 2, 3, 3]
     assert list(positions.floors([1, 9])) == [1]
     assert positions.floors([]) == {}
+
+
+@pytest.mark.parametrize("fit", [1, 2, 3, 4, 40])
+@pytest.mark.parametrize("count", [64, 32, 22, 3, 1])
+def test_every_bucket_has_its_turn_however_many_a_reading_gets_through(count: int, fit: int) -> None:
+    buckets = range(count)
+    positions = begun(*buckets)
+    turns = dict.fromkeys(buckets, 0)
+    for seq in range(1, 65):  # each bucket has more rows than fit, and of the last one that is read perhaps one row
+        order = list(positions.floors(buckets))
+        for bucket in order[:4][: max(fit - 1, 1)]:
+            turns[bucket] += 1
+        positions.taken(Reading([], dict.fromkeys(order[:fit], seq), set()), set)
+    assert min(turns.values()) >= 1
+    assert max(turns.values()) <= min(turns.values()) + 2
 
 
 def test_then_come_the_buckets_that_are_furthest_behind() -> None:

@@ -51,6 +51,7 @@ class Positions:
         self._one_in_flight = one_in_flight
         self._of: dict[int, _Position] = {}
         self._first = 0
+        self._by_turns: list[int] = []
 
     def begin(self, buckets: Iterable[int], held: Iterable[HeldKey]) -> None:
         """Reads these buckets from their beginning."""
@@ -75,22 +76,24 @@ class Positions:
     def floors(self, buckets: Collection[int]) -> dict[int, int]:
         """The floors of buckets, in the order in which they are to be read.
 
-        The first few are others each time, so that none waits for long behind full ones. Then come those whose floors
-        are lowest: the oldest rows first. So buckets of unlike sizes are read side by side, and what is read and
-        deleted together lies on few pages.
+        The first few come by turns, so that none waits for long behind full ones. Then come those whose floors are
+        lowest: the oldest rows first. So buckets of unlike sizes are read side by side, and what is read and deleted
+        together lies on few pages.
         """
         floors = {bucket: self._of[bucket].floor for bucket in buckets if bucket in self._of}
         if not floors:
             return {}
         known = list(floors)
-        first, self._first = self._first % len(known), self._first + _BY_TURNS
-        by_turns = itertools.islice(itertools.cycle(known), first, first + min(_BY_TURNS, len(known)))
-        return {bucket: floors[bucket] for bucket in (*by_turns, *sorted(known, key=floors.__getitem__))}
+        first, self._first = self._first % len(known), self._first + 1
+        self._by_turns = list(itertools.islice(itertools.cycle(known), first, first + min(_BY_TURNS, len(known))))
+        return {bucket: floors[bucket] for bucket in (*self._by_turns, *sorted(known, key=floors.__getitem__))}
 
     def taken(self, reading: Reading, in_flight: Callable[[], Collection[Place]]) -> list[StoredRow]:
         """Learns what was read. The rows that are to be sent: not in flight, and behind no row of their key that waits
         in `later`, or that is in flight if one is at a time."""
         rows, floors, ended = reading
+        # The next reading begins with the last of them that this one got to, and may have left before it was through.
+        self._first += max(sum(bucket in floors or bucket in ended for bucket in self._by_turns) - 2, 0)
         read = (self._of[bucket] for bucket in floors)
         if self._one_in_flight or any(each.held or each.floor < each.highest for each in read):
             rows = self._filtered(rows, in_flight)
@@ -195,6 +198,12 @@ class Positions:
         for position in self._of.values():
             if position.has_ended:
                 self._begin_again(position)
+
+    def is_of_a_look(self, reading: Reading) -> bool:
+        """Whether a bucket was read from its beginning, or for the first time since then to its end."""
+        return any(self._of[bucket].floor == 0 for bucket in reading.floors) or any(
+            not self._of[bucket].has_ended for bucket in reading.ended
+        )
 
     def _begin_again(self, position: _Position) -> None:
         position.floor = 0

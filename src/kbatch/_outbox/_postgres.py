@@ -99,7 +99,8 @@ class BasePostgresOutbox(PostgresDatabase, BaseOutbox):
         The schema must be there, and all need ``USAGE`` on it. Whoever adds needs ``INSERT`` on the table ``outbox``,
         ``USAGE`` on its sequence and ``SELECT`` on ``outbox_meta``, and ``INSERT`` on ``outbox_later`` for what is
         scheduled; relays, and who looks after dead letters, need ``SELECT``, ``INSERT``, ``UPDATE`` and ``DELETE`` on
-        all of the tables, and ``USAGE`` on the sequence.
+        all of the tables, and ``USAGE`` on the sequence. Leave its ``CACHE`` at 1: with more, records of a key are sent
+        in another order than that in which they were added.
         """
         return self._tables.ddl()
 

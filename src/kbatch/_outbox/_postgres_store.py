@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 import psycopg
 
 from kbatch._fastmap import monotonic
+from kbatch._logs import tell
 from kbatch._outbox._postgres_rows import array_text
 from kbatch._outbox._postgres_session import IDENTITY, PostgresSession
 from kbatch._outbox._snapshots import Gaps, Snapshot
@@ -38,6 +39,7 @@ _SNAPSHOT = (
 
 _FEW_BUCKETS = 4  # of a statement, until it is known to be quick
 _SLOW_S, _QUICK_S = 0.5, 0.1
+_FAR = 100_000  # numbers of a bucket that were passed before: if its deleted rows had them it takes long
 _MOST_S = 2.0  # of a reading, or what it has found would be too late
 
 _KEPT = "bucket, seq, id, packed, created_at, deliver_by"
@@ -72,11 +74,12 @@ class PostgresStore(PostgresSession):
         self._rows_read = 0  # since the last renewal
         self._server = f"(SELECT {IDENTITY})" if self._may_ask(f"SELECT {IDENTITY}") else "''"
         self._at_once = _FEW_BUCKETS
+        self._passed: dict[int, int] = {}  # up to where each bucket was read
         # Who may not ask for the last number passes by what was deleted again and again.
         self._snapshot = _SNAPSHOT % tables.sql("{last_number}")
-        if not self._may_ask(self._snapshot):
-            self._snapshot = _SNAPSHOT % "NULL::bigint"
         sql = tables.sql
+        if not self._may_ask(self._snapshot) or self._has_cache():
+            self._snapshot = _SNAPSHOT % "NULL::bigint"
         of_ranges = """
             SELECT bucket, seq, packed, deliver_by FROM (
                 SELECT of_range.*, sum(octet_length(packed)) OVER (ROWS UNBOUNDED PRECEDING) - octet_length(packed)
@@ -128,6 +131,18 @@ class PostgresStore(PostgresSession):
             "UPDATE {later} AS gone SET due_at = {now} + due_in_ms, attempts = place.attempts, last_error = error "
             f"FROM {failed} WHERE {at}"
         )
+
+    def _has_cache(self) -> bool:
+        """Whether sessions take numbers for later transactions: the last number that was taken says nothing then."""
+        asked = self._tables.sql("{has_cache}")
+        if not self._may_ask(asked):
+            return False
+        with self._errors():
+            has_cache = self._run(asked) == [(True,)]
+        if has_cache:
+            text = "the sequence of %s has a CACHE, which mixes up the order of records and has a relay read more: %s"
+            tell(text, self._tables.names["outbox"], "ALTER COLUMN seq SET CACHE 1")
+        return has_cache
 
     def _may_ask(self, statement: str) -> bool:
         """Whether the server lets this user ask: some services do not. Raises if there is no answer."""
@@ -239,6 +254,8 @@ class PostgresStore(PostgresSession):
             known: list[str] = []
             if gaps:
                 statement, known = self._read_but, [array_text(seq for _, seq in in_flight())]
+            if self._looks_far_back(left):  # how quick it was above all that says nothing
+                self._at_once = min(self._at_once, _FEW_BUCKETS)
             while left and size < max_bytes and len(rows) < limit and monotonic() - began < _MOST_S:
                 most = limit - len(rows)
                 share = max(most // len(left), _FEWEST_OF_BUCKET)
@@ -271,6 +288,7 @@ class PostgresStore(PostgresSession):
                     if is_last:
                         break
         self._rows_read += len(rows)
+        self._passed.update({bucket: floors[bucket] for bucket in ended} | new_floors)
         return Reading(rows, new_floors, ended)
 
     def _raise_floor(
@@ -279,8 +297,16 @@ class PostgresStore(PostgresSession):
         """Has what was deleted lie below the floor of a bucket that was read to its end."""
         floor = new_floors.get(bucket, floors[bucket])
         if last is not None and last > floor:
-            self._gaps.was_read(bucket, floor, last, now)
+            self._gaps.was_read(bucket, floor, last, now, is_empty=True)
             new_floors[bucket] = last
+
+    def _looks_far_back(self, left: Mapping[int, Sequence[Range]]) -> bool:
+        """Whether ranges that are to be read have many numbers that were read before, or perhaps by others."""
+        for bucket, ranges in left.items():
+            passed = self._passed.get(bucket, BIGGEST_NUMBER)
+            if passed and any(low == 0 or min(high, passed) - low > _FAR for low, high in ranges):
+                return True
+        return False
 
     def _learn_how_many(self, took_s: float) -> None:
         # What was deleted and is kept for an old snapshot is passed by, however much it is.
@@ -303,9 +329,9 @@ class PostgresStore(PostgresSession):
             end = found[at - 1][1] if at > begin else low
             if high == BIGGEST_NUMBER:
                 if end > low:
-                    self._gaps.was_read(bucket, low, end, now)
+                    self._gaps.was_read(bucket, low, end, now, is_empty=False)
             elif is_whole or end > low:
-                self._gaps.was_read_again(bucket, low, high if is_whole else end, now)
+                self._gaps.was_read_again(bucket, low, high if is_whole else end, now, is_empty=at == begin)
             if not is_whole:
                 ranges[0] = (end, high)
                 break

@@ -106,6 +106,7 @@ class PostgresTables(OutboxTables, PostgresNames):
         sequence = f"(SELECT pg_get_serial_sequence('{owner}', 'seq')::regclass)"
         self._values["next_number"] = f"nextval({sequence})"
         self._values["last_number"] = f"pg_sequence_last_value({sequence})"
+        self._values["has_cache"] = f"SELECT seqcache > 1 FROM pg_sequence WHERE seqrelid = {sequence}"
         self.channel = f"kbatch_{hashlib.sha256(owner.encode()).hexdigest()[:16]}"  # a name may be too long for one
 
     def ddl(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import os
 import socket
 import threading
@@ -68,7 +69,7 @@ _MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has 
 _RENEW_EVERY_S = 1.0
 _STAND_ASIDE_AFTER_S = 10.0
 _LOOK_AT_ALL_EVERY_S = 30.0
-_LOOK_PAUSE = 20  # times what a look took, at least: it passes by what was deleted and not vacuumed
+_LOOK_PAUSE = 20  # times what its readings took, at least: they pass by what was deleted and not vacuumed
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
@@ -200,12 +201,12 @@ class Relay:
         self._runs = threading.Lock()  # of the last run, which holds it
         self._runner: int | None = None  # the thread of the last run
         self._stopping = self._ending = self._finishing = False
-        self._has_read_all = False
+        self._is_finishing = False  # since the last round began
         self._has_asked = False  # for leases, so that it may have some
         self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
         self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
-        self._look_began_at: float | None = None
+        self._look_began_at = self._look_took_s = 0.0
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
         self._end_by: float | None = None  # when `stop` wants it to end
         self._gives_up = False  # what is in flight
@@ -398,14 +399,13 @@ class Relay:
         try:
             try:
                 self._begin()
-                is_finishing = False
                 while not (is_over or self._stopping or given_up()) and (end is None or monotonic() < end):
-                    if self._finishing and not is_finishing:
-                        is_finishing, self._has_read_all = True, False
+                    if self._finishing and not self._is_finishing:
+                        self._is_finishing = True
                         self._read_at = monotonic()
                     pause = self._round()
                     is_over = until_empty and self._is_empty()
-                    if is_finishing and self._is_idle():
+                    if self._is_finishing and self._is_idle():
                         break
                     if end is not None:
                         pause = min(pause, max(0.0, end - monotonic()))
@@ -415,7 +415,7 @@ class Relay:
                 self._end(end)
         finally:
             self._give_back()  # again, if that was interrupted
-            self._stopping = self._finishing = False  # it may be run again
+            self._stopping = self._finishing = self._is_finishing = False  # it may be run again
             self._end_by = None
         return is_over
 
@@ -448,7 +448,7 @@ class Relay:
         is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_failed_at is None
         has_leases = self._leases.tokens or is_to_have_leases
         can_send = self._gate.may_send() and has_leases and self._trouble_at is None
-        return self._has_read_all or not (can_send and self._has_room(self._failures))
+        return self._read_at == math.inf or not (can_send and self._has_room(self._failures))
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
@@ -456,8 +456,7 @@ class Relay:
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
-        self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
-        self._look_began_at = now
+        self._begin_look()
         self._poll_s = _SHORTEST_POLL_S
         self._trouble_at = self._refusal_at = None
         self._stands_aside = False
@@ -488,7 +487,7 @@ class Relay:
         gate = self._gate
         now = monotonic()
         hint_s, self._hint_s = self._hint_s, None
-        if hint_s is not None:
+        if hint_s is not None and not self._is_finishing:
             self._read_at = min(self._read_at, now + hint_s)
         self._take_settled()
         if gate.death is not None:
@@ -528,6 +527,7 @@ class Relay:
             if self._store is None:
                 self._store = self._outbox.open_store()
                 self._positions.start_again()  # what it would have found below the floors it does not know
+                self._begin_look()
             result = call()
         except OutboxError as error:
             now = monotonic()
@@ -557,10 +557,9 @@ class Relay:
         now = monotonic()
         if now >= self._renew_at or (self._leases.leaving - self._busy()):
             self._renew()
-        if now >= self._look_at_all_at:
+        if now >= self._look_at_all_at and not self._has_to_pause(now):
             # Rows that others have put back without telling, and keys that others have let go.
-            self._look_at_all_at = now + _LOOK_AT_ALL_EVERY_S
-            self._look_began_at = now
+            self._begin_look()
             self._not_admitted.clear()
             self._positions.start_ended_again()
             self._let_go()
@@ -574,7 +573,18 @@ class Relay:
             if not (self._may_send() and self._has_room(self._failures)) or monotonic() < self._read_at:
                 break
             self._send_next()
+            if monotonic() >= self._renew_at:  # a reading may take long: the next one has a whole lease
+                break
         self._send_due_if_time()
+
+    def _begin_look(self) -> None:
+        self._look_began_at, self._look_took_s = monotonic(), 0.0
+        self._look_at_all_at = self._look_began_at + _LOOK_AT_ALL_EVERY_S
+
+    def _has_to_pause(self, now: float) -> bool:
+        """Whether the last look at all took long, or still goes on, so that the next one has to wait."""
+        self._look_at_all_at = max(self._look_at_all_at, self._look_began_at + _LOOK_PAUSE * self._look_took_s)
+        return now < self._look_at_all_at
 
     def _admit_scheduled(self) -> None:
         assert self._store is not None
@@ -619,17 +629,21 @@ class Relay:
 
     # -- leases
 
-    def _busy(self) -> set[int]:
+    def _busy(self, leaving: Collection[int] | None = None) -> set[int]:
         """Buckets of which something is in flight, or not written yet. What the database refuses keeps no bucket that
         leaves: the next relay sends it again."""
+        leaving = self._leases.leaving if leaving is None else leaving
         busy = {bucket for flight in self._flights for bucket in flight.tokens}
         busy.update(place[0] for places in (self._done, self._done_later) for place in places)
         failed = {failure.bucket for failures in (self._failures, self._failures_later) for failure in failures}
-        busy |= failed - self._leases.leaving if monotonic() < self._failures_at else failed
-        transactions = self._handle.producer._transactions
-        if transactions is not None and transactions.is_undecided:
+        busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed
+        if self._is_undecided():
             busy.update(self._leases.tokens)
         return busy
+
+    def _is_undecided(self) -> bool:
+        transactions = self._handle.producer._transactions
+        return transactions is not None and transactions.is_undecided
 
     def _renew(self) -> None:
         assert self._store is not None
@@ -637,7 +651,7 @@ class Relay:
             self._renew_at = monotonic() + self._renew_every_s
             return
         busy = self._busy()
-        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not busy:
+        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not self._busy(self._leases.tokens):
             self._stand_aside()
             return
         self._stands_aside = False
@@ -783,7 +797,10 @@ class Relay:
         assert self._store is not None
         floors = self._positions.floors(self._leases.to_read())
         in_flight = functools.cache(self._in_flight)
+        began = monotonic()
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES, in_flight=in_flight)
+        if self._positions.is_of_a_look(reading):
+            self._look_took_s += monotonic() - began
         if self._was_changed():
             return
         rows = self._positions.taken(reading, in_flight)
@@ -792,12 +809,8 @@ class Relay:
         else:
             self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
         if reading.ended.issuperset(floors):
-            now = monotonic()
-            self._read_at = now + self._poll_s
-            self._has_read_all = not reading.rows
-            if self._look_began_at is not None:
-                pause = max(_LOOK_AT_ALL_EVERY_S, _LOOK_PAUSE * (now - self._look_began_at))
-                self._look_at_all_at, self._look_began_at = now + pause, None
+            # Who is to finish has seen what was there, and reads on only if some of it is to be sent again.
+            self._read_at = math.inf if self._is_finishing else monotonic() + self._poll_s
         if not rows:
             return
         times = [row[3] for row in rows]
@@ -850,6 +863,7 @@ class Relay:
         if changes == self._changes:
             return False
         self._positions.look_again()
+        self._begin_look()
         self._let_go()
         self._read_at = self._due_at = monotonic()
         self._changes = changes  # last: who was interrupted looks again
@@ -902,6 +916,7 @@ class Relay:
         if not flight.is_due:
             self._positions.landed(flight.places, flight.packed)
             self._positions.put_back(flight.places)
+            self._read_at = min(self._read_at, monotonic() + self._poll_s)
 
     # -- answers
 
@@ -942,6 +957,8 @@ class Relay:
             self._gate.last_error = answers.last_error
             self._read_at = monotonic()
         self._gate.note("nothing" if lost else answers.verdict, flight.trial, monotonic())
+        if self._is_undecided():  # nothing more is handed over to it that would show this, if the circuit is open now
+            self._gate.give_up(self._handle.producer)
 
     def _has_answers(self) -> bool:
         return bool(self._done or self._done_later or self._failures or self._failures_later)

@@ -28,6 +28,7 @@ __all__ = ["OutboxUse", "RelayPlan"]
 
 _BEGIN_AGAIN_S = 1.0
 _REMIND_EVERY_S = 60.0
+_FOR_FLIGHTS_S = 2.0  # of the time of a close: what is in flight has its answer, and is not sent twice
 _LAST_WORDS_S = 3.0  # of a relay, after the time for what is in flight
 
 # Of the table and the users, for a few instructions at a time. A fork waits for it. Re-entrant: a signal handler may
@@ -142,6 +143,8 @@ class OwnRelay:
                 self._relay = None
                 if relay is not None:
                     with contextlib.suppress(Exception):  # the next one is another
+                        if not (self._is_finishing or self._is_stopping):
+                            relay._gate.note_successor()
                         relay._close(0.0)
                         if relay._deaths is not None:
                             relay._await_calls()
@@ -245,8 +248,8 @@ class OutboxUse:
             relay.stop(relay.close_timeout_s)
         elif relay is not None and end is not None:
             relay.finish()
-            relay.wait(end)
-            relay.stop(0.0)
+            relay.wait(end - min(_FOR_FLIGHTS_S, max(0.0, end - monotonic()) / 2))
+            relay.stop(max(0.0, end - monotonic()))
             relay.wait(end + _LAST_WORDS_S)
         if is_last and end is not None:
             shared.group.wait(end)

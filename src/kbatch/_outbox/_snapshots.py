@@ -66,13 +66,15 @@ class _Gap(NamedTuple):
     low: int
     high: int
     open: Open
+    is_empty: bool  # whenever it was read, so that what is deleted later is not passed by when it is read again
 
 
 class Gaps:
     """Of each bucket the ranges of numbers that were read while transactions were open that may have rows in them.
 
     Rows of these come to light below the number up to which a bucket was read. When one of the transactions of a range
-    has ended, the range is read once more. One that stays open keeps its ranges, and nothing else.
+    has ended, the range is read once more. One that stays open keeps its ranges, and nothing else. Ranges in which
+    nothing was found become one, however many readings there are beside other transactions.
     """
 
     def __init__(self) -> None:
@@ -104,13 +106,18 @@ class Gaps:
                 found[bucket] = ranges
         return found
 
-    def was_read(self, bucket: int, low: int, high: int, now: Snapshot) -> None:
+    def was_read(self, bucket: int, low: int, high: int, now: Snapshot, *, is_empty: bool) -> None:
         """A range of numbers above all that were read before was read."""
         still = now.open()
-        if still.has_any():
-            self._keep(bucket, [*self._of.get(bucket, ()), _Gap(low, high, still)])
+        if not still.has_any():
+            return
+        gaps = list(self._of.get(bucket, ()))
+        if is_empty and gaps and gaps[-1].is_empty and gaps[-1].high == low:
+            gap = gaps.pop()
+            low, still = gap.low, gap.open.with_all_of(still)
+        self._keep(bucket, [*gaps, _Gap(low, high, still, is_empty)])
 
-    def was_read_again(self, bucket: int, low: int, high: int, now: Snapshot) -> None:
+    def was_read_again(self, bucket: int, low: int, high: int, now: Snapshot, *, is_empty: bool) -> None:
         """A range, or the first part of one, that `to_read` had told was read."""
         gaps: list[_Gap] = []
         for gap in self._of.get(bucket, ()):
@@ -122,7 +129,7 @@ class Gaps:
                 gaps.append(gap._replace(high=begin))
             still = gap.open.left(now)
             if still.has_any():
-                gaps.append(_Gap(begin, end, still))
+                gaps.append(_Gap(begin, end, still, gap.is_empty and is_empty))
             if end < gap.high:
                 gaps.append(gap._replace(low=end))
         self._keep(bucket, gaps)
@@ -131,12 +138,13 @@ class Gaps:
         kept: list[_Gap] = []
         for gap in gaps:
             if kept and kept[-1].high == gap.low and kept[-1].open == gap.open:
-                kept[-1] = kept[-1]._replace(high=gap.high)
+                kept[-1] = kept[-1]._replace(high=gap.high, is_empty=kept[-1].is_empty and gap.is_empty)
             else:
                 kept.append(gap)
         while len(kept) > _MOST_GAPS:  # together they are read more often than each would be
             first, second = kept[:2]
-            kept[:2] = [_Gap(first.low, second.high, first.open.with_all_of(second.open))]
+            is_empty = first.is_empty and second.is_empty
+            kept[:2] = [_Gap(first.low, second.high, first.open.with_all_of(second.open), is_empty)]
         if kept:
             self._of[bucket] = kept
         else:

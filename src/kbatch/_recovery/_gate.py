@@ -114,6 +114,7 @@ class Gate:
         self._on_state_change = on_state_change
         self._clock = clock
         self._opened_at = self._reminded_at = 0.0
+        self._has_successor = False
         # Of the circuit, to be told: from which state to which, and what is logged.
         self._changes: deque[tuple[CircuitState, CircuitState, int, str, tuple[object, ...]]] = deque()
 
@@ -298,10 +299,20 @@ class Gate:
         text = "the circuit breaker of %r has been open for %.0f s, %s buffered; a probe failed: %s"
         self._calls.log(level, text, self._name, now - self._opened_at, buffered(len(self.buffer)), reason)
 
+    def note_successor(self) -> None:
+        """Learns that another gate takes its place, whose circuit is closed: to the user they are one."""
+        with self.lock:
+            self._has_successor = True
+            before = self.circuit.state
+            if before is not CircuitState.CLOSED:
+                text = "the circuit breaker of %r is closed: another sender begins"
+                self._changes.append((before, CircuitState.CLOSED, logging.WARNING, text, (self._name,)))
+        self._tell_changes_soon()
+
     def _note_change(self, before: CircuitState) -> None:
         # Under the lock, so that the changes are told in their order.
         state = self.circuit.state
-        if state is before:
+        if state is before or self._has_successor:
             return
         arguments: tuple[object, ...]
         if state is CircuitState.OPEN:
