@@ -224,6 +224,31 @@ def test_a_key_waits_for_its_retries_in_place_and_others_do_not(cluster: MockClu
     assert committed(cluster) == 6
 
 
+@pytest.mark.parametrize("reset", ["latest", "error"])
+def test_retry_topics_begin_at_their_beginning_wherever_the_users_topics_do(cluster: MockCluster, reset: str) -> None:
+    cluster.create_topic("billing.retry.2", 1)
+    config = {
+        "bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", "auto.offset.reset": reset, **QUICK
+    }  # fmt: skip
+    consumer = Consumer(config)
+    consumer.commit(offsets=[TopicPartition("orders", 0, 0)], asynchronous=False)
+    consumer.close()
+    send(cluster, *numbered(1))
+    seen: list[str | None] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append(envelope.topic)
+        if envelope.topic == "orders":
+            raise ValueError("not yet")
+
+    for count in (1, 2):  # the first ends before the copy is due, when the group has committed nothing of its topic
+        with Running(kbatch.Listener(config, ["orders"], handle, retry=ONCE, retry_topics=[2])) as running:
+            stats = running.listener.stats
+            until(lambda given=stats, n=count: len(seen) >= n and not given()["in_flight"], "it is handled")
+        assert running.error is None
+    assert seen == ["orders", "billing.retry.2"]
+
+
 def test_a_record_goes_through_all_retry_topics_to_the_dead_letters(cluster: MockCluster) -> None:
     tries: list[tuple[str, int]] = []
 

@@ -2614,7 +2614,7 @@ MUTANTS = (
     Mutant(
         "a commit that failed is not made again",
         "Reading._take_failed_commit",
-        "            self._positions.give_back(offsets)\n",
+        "            self._positions.give_back(failed)\n",
         "            pass\n",
         "tests/mock/test_listener_runs.py",
     ),

@@ -26,7 +26,7 @@ class Consumer:
         self.change: tuple[bool, list[tuple[str, int]]] | None = None
         self.is_lost = False
         self.commits: list[list[tuple[str, int, int]]] = []
-        self.answers: list[int] = []
+        self.answers: list[list[tuple[str, int, int]]] = []
         self.answered = 0
         self.reads: list[tuple[list[tuple[str, int]], bool]] = []
         self.most: list[int] = []
@@ -55,7 +55,7 @@ class Consumer:
         self.commits.append(offsets)
         return 0
 
-    def commit_answer(self) -> int | None:
+    def commit_answer(self, offsets: list[tuple[str, int, int]]) -> list[tuple[str, int, int]] | None:
         return self.answers.pop() if self.answers else None
 
     def read(self, partitions: list[tuple[str, int]], wanted: bool = True) -> None:
@@ -373,12 +373,12 @@ def test_a_commit_that_fails_is_collected_again_and_one_that_a_rebalance_has_ove
     reading.done(take(reading, 1)[0])
     for code in (27, 28, 28):  # REBALANCE_IN_PROGRESS, INVALID_COMMIT_OFFSET_SIZE
         reading._turn()
-        consumer.answers = [code]
+        consumer.answers = [[("orders", 0, code)]]
         reading._turn()
     reading._turn()
     assert consumer.commits.count([("orders", 0, 1)]) >= 3
     assert len(caplog.records) == 1
-    consumer.answers = [0]
+    consumer.answers = [[]]
     reading._turn()
     count = len(consumer.commits)
     reading._turn()
@@ -415,3 +415,21 @@ def test_headers_count_among_the_bytes_in_flight() -> None:
     consumer.records = []
     reading._turn()
     assert consumer.most[-1] == 0
+
+
+def test_a_commit_that_fails_for_one_partition_of_several_is_told_and_made_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, Q)
+    consumer.records = [record(0), record(0, 1)]
+    reading._turn()
+    for work in take(reading, 2):
+        reading.done(work)
+    reading._turn()
+    assert [sorted(offsets) for offsets in consumer.commits] == [[("orders", 0, 1), ("orders", 1, 1)]]
+    consumer.answers = [[("orders", 1, 3)]]  # UNKNOWN_TOPIC_OR_PART
+    reading._turn()
+    reading._turn()
+    assert consumer.commits[1:] == [[("orders", 1, 1)]]
+    assert "could not commit 1 offset, and tries again" in caplog.text

@@ -353,7 +353,7 @@ class Reading:
         now = monotonic()
         self._next_commit, self._next_look = now + self._limits.commit_interval_s, now + _LOOK_S
         try:
-            self.core.subscribe(self._topics)
+            self.core.subscribe(self._topics, self._failures.delays)  # whose records were committed where they failed
         except ConsumerCallError as error:
             raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
         while not self.is_stopping:
@@ -623,32 +623,34 @@ class Reading:
             self._committing = offsets
             code = self.core.begin_commit(offsets)
             if code:
-                self._take_failed_commit(code)
+                self._take_failed_commit([(topic, number, code) for topic, number, _ in offsets])
 
     def _take_commit_answer(self) -> None:
         if self._committing:
-            code = self.core.commit_answer()
-            if code:
-                self._take_failed_commit(code)
-            elif code == 0:
+            failed = self.core.commit_answer(self._committing)
+            if failed:
+                self._take_failed_commit(failed)
+            elif failed is not None:
                 self._committing = []
 
-    def _take_failed_commit(self, code: int) -> None:
-        offsets, self._committing = self._committing, []
+    def _take_failed_commit(self, failed: list[tuple[str, int, int]]) -> None:
+        """Of those on their way these were not committed, for the reason of a code each."""
+        self._committing = []
         with self.lock:
-            self._positions.give_back(offsets)
-        name, text = error_text(code)
-        if code in LISTENER_CODES:
-            self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
-        elif code not in OVERTAKEN_CODES:
-            self._complain(
-                ("commit", code),
-                "a consumer of %s could not commit %s, and tries again: %s (%s)",
-                ", ".join(self._topics),
-                counted(len(offsets), "offset"),
-                text,
-                name,
-            )
+            self._positions.give_back(failed)
+        for code, count in Counter(code for *_, code in failed).items():
+            name, text = error_text(code)
+            if code in LISTENER_CODES:
+                self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
+            elif code not in OVERTAKEN_CODES:
+                self._complain(
+                    ("commit", code),
+                    "a consumer of %s could not commit %s, and tries again: %s (%s)",
+                    ", ".join(self._topics),
+                    counted(count, "offset"),
+                    text,
+                    name,
+                )
 
     def _commit_and_wait(self, partitions: Iterable[Partition] | None, timeout: float) -> None:
         """Commits what is done of these partitions, or of all, and waits for the answer."""
