@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import threading
@@ -13,7 +14,7 @@ from kbatch._errors import InboxError, ListenerError
 from kbatch._fastmap import LoopWaker, monotonic
 from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
-from kbatch.aio._inbox_session import AioInboxSession
+from kbatch.aio._inbox_session import aio_session
 from kbatch.aio._transaction import Transaction
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
     from kbatch._recovery._retry import RetryPolicy
+    from kbatch.aio._inbox_session import AioInboxSession, AioListenerSession
 
 __all__ = ["Listener"]
 
@@ -45,7 +47,8 @@ class Listener(BaseListener):
         config, topics, types, wire, concurrency, batch_size, batch_timeout_ms, max_in_flight, max_in_flight_bytes,
             commit_interval_s: As for `kbatch.Listener`.
         inbox: The same; also a `kbatch.aio.PostgresInbox`. The handler's connection is a ``psycopg.AsyncConnection``,
-            or one of ``sqlite3``, whose statements block the loop.
+            or one of ``sqlite3``, whose statements block the loop. A session of an inbox of your own waits on a thread
+            while the handler is awaited, which gets its connection as it is.
         close_timeout_s: The same; the tasks that still run then are cancelled.
         retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
             threads.
@@ -102,7 +105,7 @@ class Listener(BaseListener):
             producer=producer,
             transactional_id=transactional_id,
         )
-        self._sessions: list[AioInboxSession] = []  # that no handler uses
+        self._sessions: list[AioInboxSession | AioListenerSession] = []  # that no handler uses
 
     @staticmethod
     def _handler_fault(handler: object) -> str | None:
@@ -141,8 +144,11 @@ class Listener(BaseListener):
                 try:
                     self._read(reading)
                 finally:
-                    self._close_sessions()
-                    self._over(claim, is_last=True)
+                    try:
+                        self._close_sessions()
+                    finally:
+                        self._over(claim, is_last=True)
+                    self._close_sessions()  # of handlers that have ended meanwhile
             except BaseException as error:
                 errors.append(error)
             handlers.is_over = True
@@ -227,7 +233,10 @@ class Listener(BaseListener):
             self._failing.sent_on(reading, work, error)
 
     async def _call_in(self, reading: Reading, work: Work, inbox: ListenerInbox, handled: Any) -> None:
-        session = self._sessions.pop() if self._sessions else AioInboxSession(inbox.open_session(self._parsed.group))
+        try:
+            session = self._sessions.pop()
+        except IndexError:
+            session = aio_session(inbox.open_session(self._parsed.group))
         try:
             handle: Callable[..., Awaitable[object]] = session.handle
             if self._batch_size is not None:
@@ -254,9 +263,9 @@ class Listener(BaseListener):
                 self._close_sessions()
 
     def _close_sessions(self) -> None:
-        sessions, self._sessions = self._sessions, []
-        for session in sessions:
-            session.close()
+        with contextlib.suppress(IndexError):  # others take from it
+            while True:
+                self._sessions.pop().close()
 
 
 class _Handlers:
