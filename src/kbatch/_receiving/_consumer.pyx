@@ -970,6 +970,7 @@ cdef class ConsumerCore(Core):
         None: there is no answer yet."""
         cdef rd_kafka_event_t *event
         cdef int code
+        cdef list failed = []
         self._enter()
         try:
             event = api.queue_poll(self.c.commit_queue, 0)
@@ -980,7 +981,10 @@ cdef class ConsumerCore(Core):
                 code = api.event_error(event)
                 if api.event_list(event) != NULL:
                     return list_errors(api.event_list(event), code)
-                return [(topic, partition, code) for topic, partition, _ in offsets] if code else []
+                if code:
+                    for item in offsets:
+                        failed.append((item[0], item[1], code))
+                return failed
             finally:
                 api.event_destroy(event)
         finally:
