@@ -385,6 +385,25 @@ def test_a_copy_has_no_more_headers_than_readers_take() -> None:
     assert dict(copy.headers)["original-offset"] == "17"
 
 
+def test_a_copy_that_no_producer_will_send_is_not_sent_again_and_again(tmp_path: Any) -> None:
+    refused = {"bootstrap.servers": "localhost:1", "security.protocol": "ssl", "ssl.ca.location": str(tmp_path / "no")}
+    closed = MemoryProducer()
+    closed.close()
+    for copies, expected in (
+        (Copies({}, closed), kbatch.ProducerClosedError),
+        (Copies({**refused, "group.id": "g"}, None), kbatch.ConfigError),
+    ):
+        recorder = Recorder()
+        policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
+        failing, work = Failing(policy, copies), work_of(record())
+        assert failing.failed(recorder, work, ValueError())
+        copies.open()
+        with pytest.raises(expected):  # who has called it ends the listener
+            failing.send_on(recorder, work)
+        assert recorder.told == []
+        copies.close(1.0)
+
+
 @pytest.mark.parametrize("lacks", ["thread", "memory"])
 def test_a_copy_that_cannot_be_sent_alone_is_answered_and_sent_again(
     lacks: str, monkeypatch: pytest.MonkeyPatch

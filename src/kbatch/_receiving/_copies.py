@@ -86,6 +86,10 @@ class Copies:
         """Sends the copy that the work has, and returns; `answer` is called once, with ``None`` when it is stored.
 
         That may be within this call, or later on a thread of the producer.
+
+        Raises:
+            ProducerError, ConfigError: No producer will send it: the one that was given is closed, or librdkafka
+                refuses its configuration. `answer` is not called.
         """
         assert work.copy is not None
         pool = RecordPool()
@@ -124,10 +128,16 @@ class Copies:
         except ProducerError as error:
             if is_alone:
                 handle.drop_solo(producer)
-            elif handle.fate(producer, error) == "replace":
-                handle.replace(producer)
+            else:
+                fate = handle.fate(producer, error)
+                if fate == "end":
+                    raise
+                if fate == "replace":
+                    handle.replace(producer)
             answer(error)
         except KbatchError as error:
+            if isinstance(error, ConfigError) and not is_alone:
+                raise
             answer(error)
         except Exception as error:
             if not is_alone:

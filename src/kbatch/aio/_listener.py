@@ -124,7 +124,7 @@ class Listener(BaseListener):
             Exception: What a handler has raised. Its record is not committed.
             ListenerError, ConfigError, RuntimeError: As `kbatch.Listener.run`; also if a handler was cancelled.
             DeserializationError, DeliveryError, InboxError: As `kbatch.Listener.run`.
-            ProducerFencedError, ProducerFatalError: As `kbatch.Listener.run`.
+            ProducerClosedError, ProducerFencedError, ProducerFatalError: As `kbatch.Listener.run`.
         """
         if self._inbox is not None:
             await in_thread("kbatch-inbox", self._check_inbox)
