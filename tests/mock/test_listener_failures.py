@@ -412,6 +412,21 @@ def test_an_outage_of_the_database_fills_no_topic_and_counts_no_attempt(cluster:
     assert tries == [0, 0, 0, 0, 0, 1]
 
 
+def test_an_error_of_an_inbox_that_the_handler_uses_by_itself_is_one_of_the_handler(cluster: MockCluster) -> None:
+    tries: list[int] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        tries.append(envelope.message["n"])
+        if len(tries) == 1:
+            raise kbatch.InboxError("of accept: database is locked")
+
+    send(cluster, *numbered(0, 1))
+    with Running(made(cluster, handle, retry=BRIEFLY, dead_letter_topic="dead")) as running:
+        until(lambda: running.listener.stats()["handled"] == 2 or running.error, "the listener has done it")
+    assert running.error is None
+    assert (tries, running.listener.stats()["attempts_failed"]) == ([0, 0, 1], 1)
+
+
 def test_each_failed_attempt_is_logged_once_and_its_payload_never(
     cluster: MockCluster, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -292,12 +292,12 @@ class BaseListener:
         if isinstance(error, CannotCommitError):
             reading.fail(work, error.error)
             return False
-        if isinstance(error, InboxError):
+        if isinstance(error, InboxError) and self._inbox is not None:  # else the handler uses one by itself
             # No fault of the record: no attempt is counted, and it is sent nowhere.
             if not error.is_outage:
                 reading.fail(work, error)
                 return False
-            if self._inbox is not None and reading.is_given_up(work):
+            if reading.is_given_up(work):
                 reading.abandon(work)
                 return False
         if isinstance(error, Exception) and not reading.holds(work):
