@@ -198,6 +198,25 @@ def test_a_record_whose_partition_another_member_has_by_now_is_sent_nowhere(
     assert not reading.is_stopping
 
 
+def test_a_record_whose_handler_fails_after_the_end_is_read_again_and_sent_nowhere() -> None:
+    listener = kbatch.Listener(
+        {"bootstrap.servers": "localhost:1", "group.id": "billing"}, ["orders"], print, dead_letter_topic="dead",
+        retry=kbatch.RetryPolicy(max_attempts=1),
+    )  # fmt: skip
+    reading = reading_of(Consumer(), P, close_timeout_s=0)
+    reading.core.records = [record(0), record(1)]
+    reading._turn()
+    first, second = take(reading, 2)
+    reading.stop()
+    reading.run()
+    assert not listener._fail(reading, first, ValueError("too late"))
+    assert first.copy is None
+    second.copy = kbatch.Envelope(data=b"x", topic="dead")  # it had failed right before
+    listener._failing.send_on(reading, second)
+    assert (reading.error, reading.stats()["in_flight"]) == (None, 0)
+    assert listener._failing.stats()["dead"] == 0
+
+
 @pytest.mark.parametrize("is_leaving", [True, False])
 def test_what_was_handled_of_a_batch_that_was_split_is_committed_when_its_partition_leaves(is_leaving: bool) -> None:
     consumer = Consumer()

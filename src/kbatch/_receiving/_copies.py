@@ -18,6 +18,7 @@ from kbatch._errors import (
 from kbatch._fastmap import Mapper, RecordPool
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._receiving._failing import OvertakenError
 from kbatch._recovery._handle import ProducerHandle, ProducerUse
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Copies:
         self._use = handle.acquire()
         self._handle = handle
 
-    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+    def send(self, work: Work, answer: Callable[[KbatchError | OvertakenError | None], object]) -> None:
         """Sends the copy that the work has, and returns; `answer` is called once, with ``None`` when it is stored.
 
         That may be within this call, or later on a thread of the producer.
@@ -95,8 +96,11 @@ class Copies:
         pool = RecordPool()
         (packed,) = pool.pack(pool.map(self._mapper, None, [work.copy]))
         assert packed is not None
-        assert self._handle is not None
-        self._send(self._handle, self._handle.producer, packed, answer, is_alone=False)
+        handle = self._handle
+        if handle is None:  # its run has ended without it
+            answer(OvertakenError())
+        else:
+            self._send(handle, handle.producer, packed, answer, is_alone=False)
 
     def _send(
         self,

@@ -101,6 +101,7 @@ class Reading:
         self._full: dict[Partition, tuple[int, int]] = {}  # not read until no more records, and bytes, are in flight
         self._reopened: list[Partition] = []
         self._waits_for_room = False
+        self._is_finished = False  # what has not ended until now is read again
         self._is_over = False
         self._is_ended = False  # its consumer is closed
         self.handled = self.failed = self.rebalances = self.abandoned = 0
@@ -175,9 +176,9 @@ class Reading:
             return self.is_stopping or leaving or work.partition not in self._positions
 
     def holds(self, work: Work) -> bool:
-        """Whether its partition is still the member's as it was when its records came."""
+        """Whether its partition is still the member's as it was when its records came, and the run has not ended."""
         with self.lock:
-            return self._positions.holds(work.partition, work.places[0])
+            return not self._is_finished and self._positions.holds(work.partition, work.places[0])
 
     def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
@@ -377,6 +378,7 @@ class Reading:
     def _finish(self) -> None:
         """Commits what was done, and says what was not."""
         with self.lock:
+            self._is_finished = True
             left = sorted(self._running, key=lambda work: work.begun_at)
             self.abandoned += sum(work.left for work in left)
         if left:
