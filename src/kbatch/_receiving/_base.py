@@ -113,6 +113,8 @@ class BaseListener:
         self._parsed = ConsumerConfig.parse(config)
         group = self._parsed.group
         self._failures = Failures(group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
+        if inbox is not None and self._failures.delays:
+            _check_retention(inbox, max(self._failures.delays.values()))
         self._transacting: Transacting | None = None
         self._copies: Copies | Transacting | None = None
         if transactional_id is not None:
@@ -369,6 +371,15 @@ def _undecodable(envelope: ReceivedEnvelope[Any], reason: str) -> Deserializatio
     return DeserializationError(
         reason, topic=envelope.topic, partition=envelope.partition, offset=envelope.offset, header=None
     )
+
+
+def _check_retention(inbox: ListenerInbox, longest: float) -> None:
+    # What waits for its time in a retry topic of which nothing was handled yet holds no id back.
+    if inbox.retention_s is not None and inbox.retention_s <= longest:
+        raise ConfigError(
+            f"retention_s={inbox.retention_s} of the inbox is not above the longest of retry_topics, {longest}: an id "
+            "would be purged before its record is read again there"
+        )
 
 
 def _check_transactional(parsed: ConsumerConfig, inbox: ListenerInbox | None, commit_interval_s: float) -> None:
