@@ -1,5 +1,6 @@
 """One run of a listener without librdkafka: what a consumer tells it, step by step."""
 
+import asyncio
 import time
 from typing import Any
 from unittest import mock
@@ -7,12 +8,13 @@ from unittest import mock
 import pytest
 
 import kbatch
-from kbatch import ListenerError, ProducerClosedError
+from kbatch import ListenerError, ProducerClosedError, aio
 from kbatch._fastmap import received
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes, Waiting, Work
 from kbatch._receiving._reading import Limits, Reading
+from kbatch.aio._listener import _Handlers
 
 P, Q = ("orders", 0), ("orders", 1)
 
@@ -138,6 +140,27 @@ def test_what_waits_of_a_partition_that_leaves_does_not_begin() -> None:
     assert [work.partition for work in take(reading, 1)] == [Q]
     assert reading.take() is None
     assert reading.stats()["in_flight"] == 1
+
+
+def test_what_is_put_off_while_a_rebalance_begins_does_not_begin() -> None:
+    consumer = Consumer()
+    reading, batch = split_batch(consumer)
+
+    class Lock:  # after each time that it is held, another thread comes
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            if steps:
+                steps.pop()()
+
+    taken: list[Work | None] = []
+    steps = [lambda: taken.append(reading.take()), lambda: reading.put_off(batch, 0.0)]
+    lock, reading.lock = reading.lock, Lock()
+    reading._rebalance(False, [P])
+    assert taken == [None]
+    assert consumer.answered == 2
 
 
 def test_a_partition_that_was_lost_is_given_up_at_once_and_not_committed() -> None:
@@ -452,3 +475,28 @@ def test_a_commit_that_fails_for_one_partition_of_several_is_told_and_made_again
     reading._turn()
     assert consumer.commits[1:] == [[("orders", 1, 1)]]
     assert "could not commit 1 offset, and tries again" in caplog.text
+
+
+def test_what_a_loop_cannot_take_ends_no_record_whose_handler_runs() -> None:
+    async def handle(envelope: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        config = {"bootstrap.servers": "localhost:1", "group.id": "billing"}
+        handlers = _Handlers(aio.Listener(config, ["orders"], handle, concurrency=2), asyncio.get_running_loop())
+        reading = reading_of(Consumer(), P)
+        reading.core.records = [record(0)]
+        reading._turn()
+        handlers.reading = mock.Mock(wraps=reading)
+        (work,) = take(reading, 1)
+        error = MemoryError("no memory for the next")
+        handlers.reading.take.side_effect = [work, error]
+        handlers._begin()
+        await asyncio.sleep(0)
+        assert (reading.error, reading.stats()["running"], reading.stats()["failed"]) == (error, 1, 0)
+        handlers.cancel()
+        while reading.stats()["running"]:
+            await asyncio.sleep(0)
+        assert reading.stats()["abandoned"] == 1
+
+    asyncio.run(main())

@@ -568,11 +568,10 @@ class Reading:
             self.rebalances += 1
             self.core.answer()
             return
-        with self.lock:
-            self._drop(set(partitions))  # nothing of them begins any more
         limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
         with self.lock:
-            self._leaving = set(partitions)
+            self._leaving = set(partitions)  # nothing of them begins any more, also of what is put off from now on
+            self._drop(self._leaving)
         self._leave_at = monotonic() + limit
         self._leave_when_drained()
 

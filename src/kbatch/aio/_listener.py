@@ -310,6 +310,7 @@ class _Handlers:
         work: Work | None = None
         try:
             while len(self._tasks) < self._listener._concurrency:
+                work = None  # the one before has a task
                 work = self.reading.take()
                 if work is None:
                     return
