@@ -242,7 +242,8 @@ def test_the_next_batch_of_a_partition_waits_for_one_that_was_put_off() -> None:
 def test_a_consumers_own_keys_are_none_of_its_producers(caplog: pytest.LogCaptureFixture) -> None:
     config = {
         "bootstrap.servers": "localhost:1", "group.id": "g", "max.partition.fetch.bytes": 1000,
-        "session.timeout.ms": 1500, "sasl.username": "u", "security.protocol": "plaintext",
+        "session.timeout.ms": 1500, "allow.auto.create.topics": True,
+        "sasl.username": "u", "security.protocol": "plaintext",
     }  # fmt: skip
     shared = shared_config(config)
     assert set(shared) == {"bootstrap.servers", "sasl.username", "security.protocol", "message.max.bytes"}

@@ -32,7 +32,8 @@ __all__ = ["Copies", "shared_config"]
 # Those that say how a group reads. A producer would warn of them, or take them for its own.
 _CONSUMERS_OWN = frozenset(
     (
-        *("auto.commit.interval.ms", "auto.offset.reset", "check.crcs", "client.rack", "consume.callback.max.messages"),
+        *("allow.auto.create.topics", "auto.commit.interval.ms", "auto.offset.reset", "check.crcs", "client.rack"),
+        "consume.callback.max.messages",
         *("coordinator.query.interval.ms", "enable.auto.commit", "enable.auto.offset.store", "enable.partition.eof"),
         *("fetch.error.backoff.ms", "fetch.max.bytes", "fetch.message.max.bytes", "fetch.min.bytes"),
         *("fetch.queue.backoff.ms", "fetch.wait.max.ms", "group.id", "group.instance.id", "group.protocol"),
