@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
+from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES, UNKNOWN_TOPIC_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, envelope_bytes, monotonic, wall_time
 from kbatch._librdkafka import error_text
@@ -16,6 +16,7 @@ from kbatch._logs import tell
 from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
+from kbatch._receiving._missing import MissingTopics
 from kbatch._receiving._positions import Positions
 from kbatch._text import counted, printable
 
@@ -112,6 +113,7 @@ class Reading:
         self._next_commit = self._next_look = 0.0
         self._has_gathered = False
         self._delayed = Delayed()
+        self._missing = MissingTopics(core)
         self._mean_size = 1_000_000.0  # bytes of a record, until one has come
         self._complaints: dict[tuple[object, ...], float] = {}
 
@@ -342,6 +344,7 @@ class Reading:
         """Nothing is read any more, or ever was. Those who wait for work are told."""
         if not self._is_ended:
             self.is_stopping = True
+            self._missing.stop()
             with self.lock:
                 self._is_over = True
                 self._wake(sys.maxsize)  # all that wait: nothing will come
@@ -353,12 +356,18 @@ class Reading:
             return
         now = monotonic()
         self._next_commit, self._next_look = now + self._limits.commit_interval_s, now + _LOOK_S
+        self._subscribe()
+        while not self.is_stopping:
+            self._turn()
+            if self._missing.have_come and self._leaving is None:
+                self._missing.have_come = False
+                self._subscribe()
+
+    def _subscribe(self) -> None:
         try:
             self.core.subscribe(self._topics, self._failures.delays)  # whose records were committed where they failed
         except ConsumerCallError as error:
             raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
-        while not self.is_stopping:
-            self._turn()
 
     def _drain(self) -> None:
         """Waits for the handlers that run. The group goes on to be polled."""
@@ -531,6 +540,8 @@ class Reading:
             where = "" if topic is None else f" ({topic}" + (f" [{partition}])" if partition >= 0 else ")")
             self.end_with(ListenerError(f"the consumer cannot go on: {text}{where} ({name})", code=code))
         else:
+            if code in UNKNOWN_TOPIC_CODES and topic is not None and offset < 0 and not topic.startswith("^"):
+                self._missing.add(topic)  # and this is not about a record
             place = "" if topic is None else f" ({topic})"
             self._complain((code, topic), "a consumer of %s: %s%s (%s)", ", ".join(self._topics), text, place, name)
 
