@@ -581,7 +581,7 @@ class Reading:
             return
         limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
         with self.lock:
-            self._leaving = set(partitions)  # nothing of them begins any more, also of what is put off from now on
+            self._leaving = set(partitions)  # nothing of them begins any more, nor what is put off
             self._drop(self._leaving)
         self._leave_at = monotonic() + limit
         self._leave_when_drained()
