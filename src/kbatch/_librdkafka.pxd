@@ -265,6 +265,9 @@ cdef struct Api:
     # topic handles, reference counted
     rd_kafka_topic_t *(*topic_new)(rd_kafka_t *rk, const char *topic, void *conf) noexcept nogil
     void (*topic_destroy)(rd_kafka_topic_t *topic) noexcept nogil
+    void *(*default_topic_conf_dup)(rd_kafka_t *rk) noexcept nogil
+    int (*topic_conf_set)(void *conf, const char *name, const char *value,
+                          char *errstr, size_t errstr_size) noexcept nogil
     # producing; on an error of produceva the headers stay the caller's
     rd_kafka_headers_t *(*headers_new)(size_t initial_count) noexcept nogil
     void (*headers_destroy)(rd_kafka_headers_t *headers) noexcept nogil

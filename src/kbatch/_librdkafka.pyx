@@ -136,6 +136,9 @@ cdef void _fill() except *:
     api.topic_new = <rd_kafka_topic_t *(*)(rd_kafka_t *, const char *, void *) noexcept nogil> symbol(
         "rd_kafka_topic_new")
     api.topic_destroy = <void (*)(rd_kafka_topic_t *) noexcept nogil> symbol("rd_kafka_topic_destroy")
+    api.default_topic_conf_dup = <void *(*)(rd_kafka_t *) noexcept nogil> symbol("rd_kafka_default_topic_conf_dup")
+    api.topic_conf_set = <int (*)(void *, const char *, const char *, char *, size_t) noexcept nogil> symbol(
+        "rd_kafka_topic_conf_set")
     api.headers_new = <rd_kafka_headers_t *(*)(size_t) noexcept nogil> symbol("rd_kafka_headers_new")
     api.headers_destroy = <void (*)(rd_kafka_headers_t *) noexcept nogil> symbol("rd_kafka_headers_destroy")
     api.header_add = <int (*)(rd_kafka_headers_t *, const char *, ssize_t, const void *,

@@ -78,6 +78,26 @@ def test_a_message_that_comes_twice_has_one_effect(
     check(inbox, effects, 200)
 
 
+def test_it_goes_on_when_the_main_thread_has_ended(
+    cluster: MockCluster, inbox: Inbox, effects: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Then executors take nothing more, while threads that are no daemons go on.
+    monkeypatch.setattr("concurrent.futures.thread._shutdown", True)
+    send(cluster, orders(20))
+
+    async def handle(envelope: Any, connection: Any) -> None:
+        await write(effects, connection, envelope)
+
+    async def work() -> None:
+        async with running(cluster, inbox, handle, dead_letter_topic="dead") as (listener, _):
+            await until(lambda: listener.stats()["handled"] == 20)
+            assert listener.stats()["attempts_failed"] == 0
+        assert "not running" in repr(listener)
+
+    asyncio.run(work())
+    check(inbox, effects, 20)
+
+
 def test_the_inbox_for_asyncio_is_one_for_its_listener(cluster: MockCluster, inbox: Inbox, effects: str) -> None:
     send(cluster, orders(50))
     own: Any = getattr(aio, type(inbox).__name__)(**inboxes.where(inbox))

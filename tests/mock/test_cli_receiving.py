@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from confluent_kafka import Consumer, TopicPartition
 
 import kbatch
 from kbatch.cli._failure import Failure
+from kbatch.cli._listen import _abort
 from kbatch.cli._topic_reader import TopicReader
 from kbatch.testing import MockCluster
 from tests.waiting import until
@@ -365,6 +367,7 @@ def test_what_can_lose_nothing_ends_at_the_second_signal_whatever_it_waits_for(s
         (("replay", "t", "--from", "committed"), "--from committed needs --group, which consume has"),
         (("consume", "t", "--json", "--values"), "two forms"),
         (("consume", "t", "--commit"), "--commit is for a --group"),
+        (("consume", "t", "--commit", "--group", "g", "--key", "k"), "--commit passes by what --key leaves out"),
         (("dead-topic", "replay", "t"), "say which: PARTITION:OFFSET"),
         (("dead-topic", "replay", "t", "0:1", "--all"), "say which: PARTITION:OFFSET"),
         (("dead-topic", "show", "t", "7"), "a record is named by PARTITION:OFFSET"),
@@ -628,7 +631,20 @@ def test_a_signal_leaves_to_handlers_what_the_option_or_the_file_says(
     file.write_text(file.read_text().replace("concurrency = 2", "concurrency = 2\nclose_timeout_s = 20"))
     status, _, err = run_here("listen", "--config", "listen.toml", *options)
     assert (status, err) == (1, "kbatch: enough\n")
-    assert given == [seconds, seconds + 5]
+    assert given == [seconds, seconds + 15]  # for the last commit, and to leave the group
+
+
+@pytest.mark.parametrize(("running", "told"), [(1, "handlers do not end"), (0, "brokers do not answer")])
+def test_listen_that_is_ended_hard_says_for_whom_it_has_waited(
+    monkeypatch: pytest.MonkeyPatch, running: int, told: str
+) -> None:
+    exits: list[int] = []
+    texts: list[str] = []
+    monkeypatch.setattr("os._exit", exits.append)
+    log = SimpleNamespace(tell=lambda text, level: texts.append(text))
+    _abort(log, SimpleNamespace(stats=lambda: {"running": running}), 143)  # type: ignore[arg-type]
+    assert exits == [143]
+    assert texts[0].startswith(told)
 
 
 def test_listen_with_an_inbox_gives_its_connection_to_the_handler(cluster: MockCluster, topic: str, shop: Any) -> None:

@@ -227,6 +227,31 @@ def test_a_key_waits_for_its_retries_in_place_and_others_do_not(cluster: MockClu
     assert committed(cluster) == 6
 
 
+@pytest.mark.parametrize("reset", ["latest", "error"])
+def test_retry_topics_begin_at_their_beginning_wherever_the_users_topics_do(cluster: MockCluster, reset: str) -> None:
+    cluster.create_topic("billing.retry.2", 1)
+    config = {
+        "bootstrap.servers": cluster.bootstrap_servers, "group.id": "billing", "auto.offset.reset": reset, **QUICK
+    }  # fmt: skip
+    consumer = Consumer(config)
+    consumer.commit(offsets=[TopicPartition("orders", 0, 0)], asynchronous=False)
+    consumer.close()
+    send(cluster, *numbered(1))
+    seen: list[str | None] = []
+
+    def handle(envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        seen.append(envelope.topic)
+        if envelope.topic == "orders":
+            raise ValueError("not yet")
+
+    for count in (1, 2):  # the first ends before the copy is due, when the group has committed nothing of its topic
+        with Running(kbatch.Listener(config, ["orders"], handle, retry=ONCE, retry_topics=[2])) as running:
+            stats = running.listener.stats
+            until(lambda given=stats, n=count: len(seen) >= n and not given()["in_flight"], "it is handled")
+        assert running.error is None
+    assert seen == ["orders", "billing.retry.2"]
+
+
 def test_a_record_goes_through_all_retry_topics_to_the_dead_letters(cluster: MockCluster) -> None:
     tries: list[tuple[str, int]] = []
 
@@ -388,6 +413,21 @@ def test_an_outage_of_the_database_fills_no_topic_and_counts_no_attempt(cluster:
         until(lambda: running.listener.stats()["handled"] == 2, "the listener has done it")
     assert counts(running.listener) == {"handled": 2, "attempts_failed": 0, "to_retry": 0, "dead": 0, "in_flight": 0}
     assert tries == [0, 0, 0, 0, 0, 1]
+
+
+def test_an_error_of_an_inbox_that_the_handler_uses_by_itself_is_one_of_the_handler(cluster: MockCluster) -> None:
+    tries: list[int] = []
+
+    def handle(listener: kbatch.Listener, envelope: kbatch.ReceivedEnvelope[Any]) -> None:
+        tries.append(envelope.message["n"])
+        if len(tries) == 1:
+            raise kbatch.InboxError("of accept: database is locked")
+
+    send(cluster, *numbered(0, 1))
+    with Running(made(cluster, handle, retry=BRIEFLY, dead_letter_topic="dead")) as running:
+        until(lambda: running.listener.stats()["handled"] == 2 or running.error, "the listener has done it")
+    assert running.error is None
+    assert (tries, running.listener.stats()["attempts_failed"]) == ([0, 0, 1], 1)
 
 
 def test_each_failed_attempt_is_logged_once_and_its_payload_never(

@@ -98,6 +98,30 @@ def test_a_listener_takes_it(kafka_cluster: MockCluster) -> None:
     assert sorted(inbox.tables.effects) == list(range(20))
 
 
+def test_a_listener_of_asyncio_takes_it(kafka_cluster: MockCluster) -> None:
+    inbox = MemoryInbox()
+    orders = numbered(range(20), message_type="order")
+
+    async def handle(envelope: Any, tables: Tables) -> None:
+        await asyncio.sleep(0)
+        tables.effects.append(envelope.message)
+
+    with Producer(config(kafka_cluster)) as producer:
+        assert producer.send_batch("orders", [*orders, *orders])
+
+    async def work() -> None:
+        options = {"types": {"order": int}, "inbox": inbox, "concurrency": 4}
+        listener = aio.Listener(consumer(kafka_cluster), ["orders"], handle, **options)
+        task = asyncio.create_task(listener.run())
+        while listener.stats()["handled"] < 40 and not task.done():
+            await asyncio.sleep(0.01)
+        listener.stop()
+        await task
+
+    asyncio.run(work())
+    assert sorted(inbox.tables.effects) == list(range(20))
+
+
 def test_relays_send_from_it_side_by_side(kafka_cluster: MockCluster) -> None:
     outbox = MemoryOutbox(wire="raw")
     kafka_cluster.create_topic("orders", partitions=3)

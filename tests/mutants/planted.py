@@ -2733,7 +2733,7 @@ MUTANTS = (
     Mutant(
         "a commit that failed is not made again",
         "Reading._take_failed_commit",
-        "            self._positions.give_back(offsets)\n",
+        "            self._positions.give_back(failed)\n",
         "            pass\n",
         "tests/mock/test_listener_runs.py",
     ),
@@ -2757,6 +2757,30 @@ MUTANTS = (
         "        while self._running:\n",
         "        while self._running and False:\n",
         "tests/mock/test_listener_runs.py",
+    ),
+    Mutant(
+        "a record whose handler fails after the end is a dead letter, and is read again",
+        "Reading._finish",
+        "            self._is_finished = True\n",
+        "            pass\n",
+        "tests/unit/test_listener_reading.py",
+    ),
+    Mutant(
+        "a copy is sent again for ever by a producer that is closed",
+        "Copies._send",
+        '                if fate == "end":\n',
+        "                if False:\n",
+        "tests/unit/test_failures.py",
+    ),
+    Mutant(
+        "what is put off while a rebalance begins is handled under it",
+        "Reading._rebalance",
+        "            self._leaving = set(partitions)  # nothing of them begins any more, nor what is put off\n"
+        "            self._drop(self._leaving)\n",
+        "            self._drop(set(partitions))\n"
+        "        with self.lock:\n"
+        "            self._leaving = set(partitions)\n",
+        "tests/unit/test_listener_reading.py",
     ),
     Mutant(
         "two records of a key are handled at a time",

@@ -98,7 +98,7 @@ def poll(core: ConsumerCore, dice: random.Random, given: Given, over: threading.
             if dice.random() < 0.2 and given.envelopes:
                 last = given.envelopes[-1]
                 core.begin_commit([(last.topic, last.partition, last.offset + 1)])
-            core.commit_answer()
+            core.commit_answer([])
         except ConsumerCallError:
             pass
         except ProducerClosedError:

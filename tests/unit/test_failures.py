@@ -242,7 +242,8 @@ def test_the_next_batch_of_a_partition_waits_for_one_that_was_put_off() -> None:
 def test_a_consumers_own_keys_are_none_of_its_producers(caplog: pytest.LogCaptureFixture) -> None:
     config = {
         "bootstrap.servers": "localhost:1", "group.id": "g", "max.partition.fetch.bytes": 1000,
-        "session.timeout.ms": 1500, "sasl.username": "u", "security.protocol": "plaintext",
+        "session.timeout.ms": 1500, "allow.auto.create.topics": True,
+        "sasl.username": "u", "security.protocol": "plaintext",
     }  # fmt: skip
     shared = shared_config(config)
     assert set(shared) == {"bootstrap.servers", "sasl.username", "security.protocol", "message.max.bytes"}
@@ -383,6 +384,25 @@ def test_a_copy_has_no_more_headers_than_readers_take() -> None:
     assert len(copy.headers) == 100_000
     assert list(copy.headers[:1000]) == list(given[:1000])
     assert dict(copy.headers)["original-offset"] == "17"
+
+
+def test_a_copy_that_no_producer_will_send_is_not_sent_again_and_again(tmp_path: Any) -> None:
+    refused = {"bootstrap.servers": "localhost:1", "security.protocol": "ssl", "ssl.ca.location": str(tmp_path / "no")}
+    closed = MemoryProducer()
+    closed.close()
+    for copies, expected in (
+        (Copies({}, closed), kbatch.ProducerClosedError),
+        (Copies({**refused, "group.id": "g"}, None), kbatch.ConfigError),
+    ):
+        recorder = Recorder()
+        policy = failures(retry=kbatch.RetryPolicy(max_attempts=1), dead_letter_topic="dead")
+        failing, work = Failing(policy, copies), work_of(record())
+        assert failing.failed(recorder, work, ValueError())
+        copies.open()
+        with pytest.raises(expected):  # who has called it ends the listener
+            failing.send_on(recorder, work)
+        assert recorder.told == []
+        copies.close(1.0)
 
 
 @pytest.mark.parametrize("lacks", ["thread", "memory"])

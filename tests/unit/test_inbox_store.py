@@ -454,6 +454,20 @@ def test_what_a_handler_sets_for_its_rows_changes_nothing_for_later_messages(
 
 
 @in_postgres
+def test_a_handler_may_have_all_its_statements_prepared(inbox: Inbox, effects: str) -> None:
+    session = inbox.open_session(GROUP)
+
+    def handle(envelope: Envelope, connection: Any) -> None:
+        connection.prepare_threshold = 0
+        writer(effects)(envelope, connection)
+
+    given = orders(3)
+    assert [session.handle(order, handle) for order in (*given, given[2])] == [True, True, True, False]
+    session.close()
+    assert inboxes.numbers(inbox, effects) == [0, 1, 2]
+
+
+@in_postgres
 def test_a_connection_that_is_cut_is_an_outage_and_the_next_call_has_another(inbox: Inbox, effects: str) -> None:
     session = inbox.open_session(GROUP)
     given = orders(4)

@@ -1,5 +1,6 @@
 """One run of a listener without librdkafka: what a consumer tells it, step by step."""
 
+import asyncio
 import time
 from typing import Any
 from unittest import mock
@@ -7,12 +8,13 @@ from unittest import mock
 import pytest
 
 import kbatch
-from kbatch import ListenerError, ProducerClosedError
+from kbatch import ListenerError, ProducerClosedError, aio
 from kbatch._fastmap import received
 from kbatch._receiving._failing import Failing
 from kbatch._receiving._failures import Failures
 from kbatch._receiving._lanes import BatchLanes, Lanes, Waiting, Work
 from kbatch._receiving._reading import Limits, Reading
+from kbatch.aio._listener import _Handlers
 
 P, Q = ("orders", 0), ("orders", 1)
 
@@ -26,7 +28,7 @@ class Consumer:
         self.change: tuple[bool, list[tuple[str, int]]] | None = None
         self.is_lost = False
         self.commits: list[list[tuple[str, int, int]]] = []
-        self.answers: list[int] = []
+        self.answers: list[list[tuple[str, int, int]]] = []
         self.answered = 0
         self.reads: list[tuple[list[tuple[str, int]], bool]] = []
         self.most: list[int] = []
@@ -55,7 +57,7 @@ class Consumer:
         self.commits.append(offsets)
         return 0
 
-    def commit_answer(self) -> int | None:
+    def commit_answer(self, offsets: list[tuple[str, int, int]]) -> list[tuple[str, int, int]] | None:
         return self.answers.pop() if self.answers else None
 
     def read(self, partitions: list[tuple[str, int]], wanted: bool = True) -> None:
@@ -140,6 +142,27 @@ def test_what_waits_of_a_partition_that_leaves_does_not_begin() -> None:
     assert reading.stats()["in_flight"] == 1
 
 
+def test_what_is_put_off_while_a_rebalance_begins_does_not_begin() -> None:
+    consumer = Consumer()
+    reading, batch = split_batch(consumer)
+
+    class Lock:  # after each time that it is held, another thread comes
+        def __enter__(self) -> None:
+            lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            lock.release()
+            if steps:
+                steps.pop()()
+
+    taken: list[Work | None] = []
+    steps = [lambda: taken.append(reading.take()), lambda: reading.put_off(batch, 0.0)]
+    lock, reading.lock = reading.lock, Lock()
+    reading._rebalance(False, [P])
+    assert taken == [None]
+    assert consumer.answered == 2
+
+
 def test_a_partition_that_was_lost_is_given_up_at_once_and_not_committed() -> None:
     consumer = Consumer()
     reading = reading_of(consumer, P)
@@ -196,6 +219,25 @@ def test_a_record_whose_partition_another_member_has_by_now_is_sent_nowhere(
     assert reading.stats()["in_flight"] == 0
     assert listener._failing.stats()["attempts_failed"] == 2
     assert not reading.is_stopping
+
+
+def test_a_record_whose_handler_fails_after_the_end_is_read_again_and_sent_nowhere() -> None:
+    listener = kbatch.Listener(
+        {"bootstrap.servers": "localhost:1", "group.id": "billing"}, ["orders"], print, dead_letter_topic="dead",
+        retry=kbatch.RetryPolicy(max_attempts=1),
+    )  # fmt: skip
+    reading = reading_of(Consumer(), P, close_timeout_s=0)
+    reading.core.records = [record(0), record(1)]
+    reading._turn()
+    first, second = take(reading, 2)
+    reading.stop()
+    reading.run()
+    assert not listener._fail(reading, first, ValueError("too late"))
+    assert first.copy is None
+    second.copy = kbatch.Envelope(data=b"x", topic="dead")  # it had failed right before
+    listener._failing.send_on(reading, second)
+    assert (reading.error, reading.stats()["in_flight"]) == (None, 0)
+    assert listener._failing.stats()["dead"] == 0
 
 
 @pytest.mark.parametrize("is_leaving", [True, False])
@@ -373,12 +415,12 @@ def test_a_commit_that_fails_is_collected_again_and_one_that_a_rebalance_has_ove
     reading.done(take(reading, 1)[0])
     for code in (27, 28, 28):  # REBALANCE_IN_PROGRESS, INVALID_COMMIT_OFFSET_SIZE
         reading._turn()
-        consumer.answers = [code]
+        consumer.answers = [[("orders", 0, code)]]
         reading._turn()
     reading._turn()
     assert consumer.commits.count([("orders", 0, 1)]) >= 3
     assert len(caplog.records) == 1
-    consumer.answers = [0]
+    consumer.answers = [[]]
     reading._turn()
     count = len(consumer.commits)
     reading._turn()
@@ -404,6 +446,7 @@ def test_other_errors_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         reading._turn()
     assert not reading.is_stopping
     assert len(caplog.records) == 1
+    reading.end()
 
 
 def test_headers_count_among_the_bytes_in_flight() -> None:
@@ -415,3 +458,46 @@ def test_headers_count_among_the_bytes_in_flight() -> None:
     consumer.records = []
     reading._turn()
     assert consumer.most[-1] == 0
+
+
+def test_a_commit_that_fails_for_one_partition_of_several_is_told_and_made_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    consumer = Consumer()
+    reading = reading_of(consumer, P, Q)
+    consumer.records = [record(0), record(0, 1)]
+    reading._turn()
+    for work in take(reading, 2):
+        reading.done(work)
+    reading._turn()
+    assert [sorted(offsets) for offsets in consumer.commits] == [[("orders", 0, 1), ("orders", 1, 1)]]
+    consumer.answers = [[("orders", 1, 3)]]  # UNKNOWN_TOPIC_OR_PART
+    reading._turn()
+    reading._turn()
+    assert consumer.commits[1:] == [[("orders", 1, 1)]]
+    assert "could not commit 1 offset, and tries again" in caplog.text
+
+
+def test_what_a_loop_cannot_take_ends_no_record_whose_handler_runs() -> None:
+    async def handle(envelope: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        config = {"bootstrap.servers": "localhost:1", "group.id": "billing"}
+        handlers = _Handlers(aio.Listener(config, ["orders"], handle, concurrency=2), asyncio.get_running_loop())
+        reading = reading_of(Consumer(), P)
+        reading.core.records = [record(0)]
+        reading._turn()
+        handlers.reading = mock.Mock(wraps=reading)
+        (work,) = take(reading, 1)
+        error = MemoryError("no memory for the next")
+        handlers.reading.take.side_effect = [work, error]
+        handlers._begin()
+        await asyncio.sleep(0)
+        assert (reading.error, reading.stats()["running"], reading.stats()["failed"]) == (error, 1, 0)
+        handlers.cancel()
+        while reading.stats()["running"]:
+            await asyncio.sleep(0)
+        assert reading.stats()["abandoned"] == 1
+
+    asyncio.run(main())

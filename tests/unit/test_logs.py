@@ -68,7 +68,7 @@ def test_a_listener_reads_on_and_commits(refused: list[str]) -> None:
     reading._turn()  # a handler has run for long
     reading.done(done)
     reading._turn()
-    consumer.answers = [15]  # of the commit
+    consumer.answers = [[("orders", 0, 15)]]  # of the commit
     reading._turn()
     with mock.patch.object(consumer, "commit", lambda offsets, timeout: [(*offsets[0], 15)]):
         reading._commit_and_wait(None, 1.0)

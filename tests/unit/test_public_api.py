@@ -74,8 +74,9 @@ LAYERS_WITHIN = {
         {"_shared"},
     ],
     "_receiving": [
-        {"_config", "_consumer", "_copies", "_delayed", "_failures", "_positions"},
-        {"_failing", "_lanes"},
+        {"_config", "_consumer", "_delayed", "_failures", "_positions"},
+        {"_failing", "_lanes", "_missing"},
+        {"_copies"},
         {"_reading", "_transacting"},
         {"_base"},
         {"_listener"},

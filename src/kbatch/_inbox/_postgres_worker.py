@@ -86,7 +86,7 @@ class PostgresInboxSession(InboxSession):
             if partitions:
                 self._note(partitions)
             cursor = psycopg.RawCursor(connection, row_factory=tuple_row)  # whatever a handler has set
-            cursor.execute((_BEGIN + statement + _GO_ON).encode())
+            cursor.execute((_BEGIN + statement + _GO_ON).encode(), prepare=False)  # several at once
             while True:
                 if cursor.description is not None:
                     count, marked = cursor.fetchall()[0]
@@ -125,7 +125,7 @@ class PostgresInboxSession(InboxSession):
                 "`with connection.transaction():` around what may fail"
             )
         try:
-            connection.execute(f"{_IS_OPEN}; COMMIT".encode())
+            connection.execute(f"{_IS_OPEN}; COMMIT".encode(), prepare=False)
         except psycopg.errors.DivisionByZero:
             raise ended_by_handler() from None
         except psycopg.Error as error:

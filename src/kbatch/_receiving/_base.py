@@ -121,6 +121,8 @@ class BaseListener:
         self._parsed = ConsumerConfig.parse(config)
         group = self._parsed.group
         self._failures = Failures(group, names, wire, retry, retry_topics, dead_letter_topic, reject_on)
+        if inbox is not None and self._failures.delays:
+            _check_retention(inbox, max(self._failures.delays.values()))
         self._transacting: Transacting | None = None
         self._copies: Copies | Transacting | None = None
         if transactional_id is not None:
@@ -313,12 +315,12 @@ class BaseListener:
         if isinstance(error, CannotCommitError):
             reading.fail(work, error.error)
             return False
-        if isinstance(error, InboxError):
+        if isinstance(error, InboxError) and self._inbox is not None:  # else the handler uses one by itself
             # No fault of the record: no attempt is counted, and it is sent nowhere.
             if not error.is_outage:
                 reading.fail(work, error)
                 return False
-            if self._inbox is not None and reading.is_given_up(work):
+            if reading.is_given_up(work):
                 reading.abandon(work)
                 return False
         if isinstance(error, Exception) and not reading.holds(work):
@@ -395,6 +397,15 @@ def _undecodable(envelope: ReceivedEnvelope[Any], reason: str) -> Deserializatio
     return DeserializationError(
         reason, topic=envelope.topic, partition=envelope.partition, offset=envelope.offset, header=None
     )
+
+
+def _check_retention(inbox: ListenerInbox, longest: float) -> None:
+    # What waits for its time in a retry topic of which nothing was handled yet holds no id back.
+    if inbox.retention_s is not None and inbox.retention_s <= longest:
+        raise ConfigError(
+            f"retention_s={inbox.retention_s} of the inbox is not above the longest of retry_topics, {longest}: an id "
+            "would be purged before its record is read again there"
+        )
 
 
 def _check_transactional(parsed: ConsumerConfig, inbox: ListenerInbox | None, commit_interval_s: float) -> None:

@@ -347,8 +347,9 @@ cdef class ConsumerCore(Core):
 
     # -- the group
 
-    def subscribe(self, topics) -> None:
-        """Joins the group for these topics; a name that begins with ``^`` is a pattern."""
+    def subscribe(self, topics, from_beginning=()) -> None:
+        """Joins the group for these topics; a name that begins with ``^`` is a pattern. Those of `from_beginning` are
+        read from there while the group has committed nothing, whatever ``auto.offset.reset`` says."""
         cdef list names = []
         cdef rd_kafka_topic_partition_list_t *wanted
         cdef int code
@@ -356,6 +357,8 @@ cdef class ConsumerCore(Core):
             names.append((topic, -1))
         self._enter()
         try:
+            for topic in from_beginning:
+                self._begin_at_beginning((<str?> topic).encode())
             wanted = make_list(names)
             with nogil:
                 code = api.subscribe(self.c.rk, wanted)
@@ -363,6 +366,23 @@ cdef class ConsumerCore(Core):
         finally:
             self._leave()
         self._check(code)
+
+    cdef int _begin_at_beginning(self, bytes topic) except -1:
+        # librdkafka keeps a topic, and what it was made with, until its own end; so it must not know it before.
+        cdef const char *name = topic
+        cdef rd_kafka_topic_t *handle
+        cdef void *conf
+        cdef char text[256]
+        cdef int code = 0
+        with nogil:
+            conf = api.default_topic_conf_dup(self.c.rk)
+            api.topic_conf_set(conf, "auto.offset.reset", "earliest", text, sizeof(text))
+            handle = api.topic_new(self.c.rk, name, conf)  # which takes the configuration
+            if handle == NULL:
+                code = api.last_error()
+            else:
+                api.topic_destroy(handle)
+        return self._check(code)
 
     def unsubscribe(self) -> None:
         """Leaves the group. Its partitions are taken by a rebalance, as others are."""
@@ -945,17 +965,30 @@ cdef class ConsumerCore(Core):
             self._leave()
         return code
 
-    def commit_answer(self) -> int | None:
-        """The code that one commit was answered with; None: there is no answer yet."""
+    def commit_answer(self, offsets) -> list | None:
+        """What was not committed of `offsets`, with which the last commit was begun, as ``(topic, partition, code)``;
+        None: there is no answer yet."""
         cdef rd_kafka_event_t *event
-        cdef object code = None
+        cdef int code
+        cdef list failed = []
         self._enter()
-        event = api.queue_poll(self.c.commit_queue, 0)
-        if event != NULL:
-            code = api.event_error(event)
-            api.event_destroy(event)
-        self._leave()
-        return code
+        try:
+            event = api.queue_poll(self.c.commit_queue, 0)
+            if event == NULL:
+                return None
+            try:
+                # The code of the whole is 0 unless all partitions have failed.
+                code = api.event_error(event)
+                if api.event_list(event) != NULL:
+                    return list_errors(api.event_list(event), code)
+                if code:
+                    for item in offsets:
+                        failed.append((item[0], item[1], code))
+                return failed
+            finally:
+                api.event_destroy(event)
+        finally:
+            self._leave()
 
     def ends(self, partitions) -> dict:
         """Of partitions that are read, the offset behind their last record, as the last answer of a broker told."""

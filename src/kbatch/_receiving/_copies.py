@@ -18,6 +18,7 @@ from kbatch._errors import (
 from kbatch._fastmap import Mapper, RecordPool
 from kbatch._pending import PendingBatch
 from kbatch._producer import Producer
+from kbatch._receiving._failing import OvertakenError
 from kbatch._recovery._handle import ProducerHandle, ProducerUse
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ __all__ = ["Copies", "shared_config"]
 # Those that say how a group reads. A producer would warn of them, or take them for its own.
 _CONSUMERS_OWN = frozenset(
     (
-        *("auto.commit.interval.ms", "auto.offset.reset", "check.crcs", "client.rack", "consume.callback.max.messages"),
+        *("allow.auto.create.topics", "auto.commit.interval.ms", "auto.offset.reset", "check.crcs", "client.rack"),
+        "consume.callback.max.messages",
         *("coordinator.query.interval.ms", "enable.auto.commit", "enable.auto.offset.store", "enable.partition.eof"),
         *("fetch.error.backoff.ms", "fetch.max.bytes", "fetch.message.max.bytes", "fetch.min.bytes"),
         *("fetch.queue.backoff.ms", "fetch.wait.max.ms", "group.id", "group.instance.id", "group.protocol"),
@@ -99,22 +101,38 @@ class Copies:
             self._dead = None
         handle.producer._core.start()
 
-    def send(self, work: Work, answer: Callable[[KbatchError | None], object]) -> None:
+    def is_final(self, error: KbatchError, producer: BaseProducer | None = None) -> bool:
+        """Whether no producer will send a copy after this refusal, by `producer` or the one of now: the one that was
+        given is closed, or librdkafka refuses the configuration."""
+        handle = self._handle
+        if isinstance(error, ProducerError):
+            return handle is not None and handle.fate(producer or handle.producer, error) == "end"
+        return isinstance(error, ConfigError)
+
+    def send(self, work: Work, answer: Callable[[KbatchError | OvertakenError | None], object]) -> None:
         """Sends the copy that the work has, and returns; `answer` is called once, with ``None`` when it is stored.
 
         That may be within this call, or later on a thread of the producer. It blocks unless `is_ready`.
+
+        Raises:
+            ProducerError, ConfigError: No producer will send it (`is_final`); `answer` is not called.
         """
         assert work.copy is not None
         try:
             self.prepare()
         except KbatchError as error:
+            if self.is_final(error):
+                raise
             answer(error)
             return
         pool = RecordPool()
         (packed,) = pool.pack(pool.map(self._mapper, None, [work.copy]))
         assert packed is not None
-        assert self._handle is not None
-        self._send(self._handle, self._handle.producer, packed, answer, is_alone=False)
+        handle = self._handle
+        if handle is None:  # its run has ended without it
+            answer(OvertakenError())
+        else:
+            self._send(handle, handle.producer, packed, answer, is_alone=False)
 
     def _send(
         self,
@@ -146,10 +164,14 @@ class Copies:
         except ProducerError as error:
             if is_alone:
                 handle.drop_solo(producer)
+            elif self.is_final(error, producer):
+                raise
             elif handle.fate(producer, error) == "replace":
                 self._dead = producer  # not replaced here: that blocks, and this may be an event loop
             answer(error)
         except KbatchError as error:
+            if not is_alone and self.is_final(error):
+                raise
             answer(error)
         except Exception as error:
             if not is_alone:

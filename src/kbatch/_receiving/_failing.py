@@ -134,10 +134,11 @@ class Failing:
         return False
 
     def overtaken(self, steps: Steps, work: Work, error: Exception) -> None:
-        """As `failed`, of work whose partition is this member's no more: it is for another one to judge it."""
+        """As `failed`, of work whose partition is this member's no more, or whose run is over: it is read again."""
         if not is_outage(error):
             self._count("attempts_failed")
-        told = f"left alone, since its partition was taken from this member meanwhile: {named_exception_text(error)}"
+        told = "left alone, since its partition was taken from this member meanwhile, or the listener has ended: "
+        told += named_exception_text(error)
         self._tell(work, told, error)
         steps.put_off(work, self._now())
 

@@ -164,6 +164,7 @@ class Listener(BaseListener):
             ListenerError: The group, or a topic, is refused, or another member with the same ``group.instance.id`` has
                 taken its place.
             ConfigError: librdkafka refuses the configuration.
+            ProducerClosedError: A record is to be sent on, and the `producer` that was given is closed.
             ProducerFencedError: Another with the same `transactional_id` has begun.
             ProducerFatalError: The producer of its transactions is refused, as one that may not have the id.
             InboxError: The inbox has no tables, or another version's; or a handler has ended its transaction.

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
-from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES
+from kbatch._codes import END_CODES, LISTENER_CODES, OVERTAKEN_CODES, UNKNOWN_TOPIC_CODES
 from kbatch._errors import ListenerError, ProducerClosedError
 from kbatch._fastmap import Flag, envelope_bytes, monotonic, wall_time
 from kbatch._librdkafka import error_text
@@ -16,6 +16,7 @@ from kbatch._logs import tell
 from kbatch._receiving._consumer import END, ConsumerCallError
 from kbatch._receiving._delayed import Delayed
 from kbatch._receiving._lanes import Work
+from kbatch._receiving._missing import MissingTopics
 from kbatch._receiving._positions import Positions
 from kbatch._text import counted, printable
 
@@ -101,6 +102,7 @@ class Reading:
         self._full: dict[Partition, tuple[int, int]] = {}  # not read until no more records, and bytes, are in flight
         self._reopened: list[Partition] = []
         self._waits_for_room = False
+        self._is_finished = False  # what has not ended until now is read again
         self._is_over = False
         self._is_ended = False  # its consumer is closed
         self.handled = self.failed = self.rebalances = self.abandoned = 0
@@ -111,6 +113,7 @@ class Reading:
         self._next_commit = self._next_look = 0.0
         self._has_gathered = False
         self._delayed = Delayed()
+        self._missing = MissingTopics(core)
         self._mean_size = 1_000_000.0  # bytes of a record, until one has come
         self._complaints: dict[tuple[object, ...], float] = {}
 
@@ -175,9 +178,9 @@ class Reading:
             return self.is_stopping or leaving or work.partition not in self._positions
 
     def holds(self, work: Work) -> bool:
-        """Whether its partition is still the member's as it was when its records came."""
+        """Whether its partition is still the member's as it was when its records came, and the run has not ended."""
         with self.lock:
-            return self._positions.holds(work.partition, work.places[0])
+            return not self._is_finished and self._positions.holds(work.partition, work.places[0])
 
     def take(self, otherwise: Callable[[], object] | None = None) -> Work | None:
         """What is to be handled now; without it, under the lock, `otherwise` is called."""
@@ -341,6 +344,7 @@ class Reading:
         """Nothing is read any more, or ever was. Those who wait for work are told."""
         if not self._is_ended:
             self.is_stopping = True
+            self._missing.stop()
             with self.lock:
                 self._is_over = True
                 self._wake(sys.maxsize)  # all that wait: nothing will come
@@ -352,12 +356,18 @@ class Reading:
             return
         now = monotonic()
         self._next_commit, self._next_look = now + self._limits.commit_interval_s, now + _LOOK_S
-        try:
-            self.core.subscribe(self._topics)
-        except ConsumerCallError as error:
-            raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
+        self._subscribe()
         while not self.is_stopping:
             self._turn()
+            if self._missing.have_come and self._leaving is None:
+                self._missing.have_come = False
+                self._subscribe()
+
+    def _subscribe(self) -> None:
+        try:
+            self.core.subscribe(self._topics, self._failures.delays)  # whose records were committed where they failed
+        except ConsumerCallError as error:
+            raise ListenerError(f"the topics cannot be subscribed to: {error.args[2]}", code=error.args[0]) from None
 
     def _drain(self) -> None:
         """Waits for the handlers that run. The group goes on to be polled."""
@@ -377,6 +387,7 @@ class Reading:
     def _finish(self) -> None:
         """Commits what was done, and says what was not."""
         with self.lock:
+            self._is_finished = True
             left = sorted(self._running, key=lambda work: work.begun_at)
             self.abandoned += sum(work.left for work in left)
         if left:
@@ -529,6 +540,8 @@ class Reading:
             where = "" if topic is None else f" ({topic}" + (f" [{partition}])" if partition >= 0 else ")")
             self.end_with(ListenerError(f"the consumer cannot go on: {text}{where} ({name})", code=code))
         else:
+            if code in UNKNOWN_TOPIC_CODES and topic is not None and offset < 0 and not topic.startswith("^"):
+                self._missing.add(topic)  # and this is not about a record
             place = "" if topic is None else f" ({topic})"
             self._complain((code, topic), "a consumer of %s: %s%s (%s)", ", ".join(self._topics), text, place, name)
 
@@ -566,11 +579,10 @@ class Reading:
             self.rebalances += 1
             self.core.answer()
             return
-        with self.lock:
-            self._drop(set(partitions))  # nothing of them begins any more
         limit = min(self._limits.close_timeout_s, self._limits.max_poll_interval_s / 2)
         with self.lock:
-            self._leaving = set(partitions)
+            self._leaving = set(partitions)  # nothing of them begins any more, nor what is put off
+            self._drop(self._leaving)
         self._leave_at = monotonic() + limit
         self._leave_when_drained()
 
@@ -623,32 +635,34 @@ class Reading:
             self._committing = offsets
             code = self.core.begin_commit(offsets)
             if code:
-                self._take_failed_commit(code)
+                self._take_failed_commit([(topic, number, code) for topic, number, _ in offsets])
 
     def _take_commit_answer(self) -> None:
         if self._committing:
-            code = self.core.commit_answer()
-            if code:
-                self._take_failed_commit(code)
-            elif code == 0:
+            failed = self.core.commit_answer(self._committing)
+            if failed:
+                self._take_failed_commit(failed)
+            elif failed is not None:
                 self._committing = []
 
-    def _take_failed_commit(self, code: int) -> None:
-        offsets, self._committing = self._committing, []
+    def _take_failed_commit(self, failed: list[tuple[str, int, int]]) -> None:
+        """Of those on their way these were not committed, for the reason of a code each."""
+        self._committing = []
         with self.lock:
-            self._positions.give_back(offsets)
-        name, text = error_text(code)
-        if code in LISTENER_CODES:
-            self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
-        elif code not in OVERTAKEN_CODES:
-            self._complain(
-                ("commit", code),
-                "a consumer of %s could not commit %s, and tries again: %s (%s)",
-                ", ".join(self._topics),
-                counted(len(offsets), "offset"),
-                text,
-                name,
-            )
+            self._positions.give_back(failed)
+        for code, count in Counter(code for *_, code in failed).items():
+            name, text = error_text(code)
+            if code in LISTENER_CODES:
+                self.end_with(ListenerError(f"offsets cannot be committed: {text} ({name})", code=code))
+            elif code not in OVERTAKEN_CODES:
+                self._complain(
+                    ("commit", code),
+                    "a consumer of %s could not commit %s, and tries again: %s (%s)",
+                    ", ".join(self._topics),
+                    counted(count, "offset"),
+                    text,
+                    name,
+                )
 
     def _commit_and_wait(self, partitions: Iterable[Partition] | None, timeout: float) -> None:
         """Commits what is done of these partitions, or of all, and waits for the answer."""

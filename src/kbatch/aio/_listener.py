@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import threading
@@ -15,7 +16,7 @@ from kbatch._loop import in_thread
 from kbatch._receiving._base import BaseListener
 from kbatch._receiving._copies import Copies
 from kbatch.aio._batched import LoopCalls
-from kbatch.aio._inbox_session import AioInboxSession
+from kbatch.aio._inbox_session import aio_session
 from kbatch.aio._transaction import Transaction
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from kbatch._receiving._lanes import Work
     from kbatch._receiving._reading import Reading
     from kbatch._recovery._retry import RetryPolicy
+    from kbatch.aio._inbox_session import AioInboxSession, AioListenerSession
 
 __all__ = ["Listener"]
 
@@ -48,7 +50,8 @@ class Listener(BaseListener):
         config, topics, types, wire, concurrency, batch_size, batch_timeout_ms, max_in_flight, max_in_flight_bytes,
             commit_interval_s: As for `kbatch.Listener`.
         inbox: The same; also one of `kbatch.aio`. The handler's connection is a ``psycopg.AsyncConnection``,
-            or one of ``sqlite3``, whose statements block the loop.
+            or one of ``sqlite3``, whose statements block the loop. A session of an inbox of your own waits on a thread
+            while the handler is awaited, which gets its connection as it is.
         close_timeout_s: The same; the tasks that still run then are cancelled.
         retry, retry_topics, dead_letter_topic, reject_on, producer: As for `kbatch.Listener`; the producer is one of
             threads.
@@ -112,7 +115,7 @@ class Listener(BaseListener):
             transactional_id=transactional_id,
             on_dead=on_dead,
         )
-        self._sessions: list[AioInboxSession] = []  # that no handler uses
+        self._sessions: list[AioInboxSession | AioListenerSession] = []  # that no handler uses
 
     @staticmethod
     def _handler_fault(handler: object) -> str | None:
@@ -131,7 +134,7 @@ class Listener(BaseListener):
             Exception: What a handler has raised. Its record is not committed.
             ListenerError, ConfigError, RuntimeError: As `kbatch.Listener.run`; also if a handler was cancelled.
             DeserializationError, DeliveryError, InboxError: As `kbatch.Listener.run`.
-            ProducerFencedError, ProducerFatalError: As `kbatch.Listener.run`.
+            ProducerClosedError, ProducerFencedError, ProducerFatalError: As `kbatch.Listener.run`.
         """
         if self._inbox is not None:
             await in_thread("kbatch-inbox", self._check_inbox)
@@ -151,8 +154,11 @@ class Listener(BaseListener):
                 try:
                     self._read(reading)
                 finally:
-                    self._close_sessions()
-                    self._over(claim, is_last=True)
+                    try:
+                        self._close_sessions()
+                    finally:
+                        self._over(claim, is_last=True)
+                    self._close_sessions()  # of handlers that have ended meanwhile
             except BaseException as error:
                 errors.append(error)
             handlers.is_over = True
@@ -239,6 +245,8 @@ class Listener(BaseListener):
                 while not self._copies.is_ready():
                     await in_thread("kbatch-start", self._copies.prepare)
             except KbatchError as refusal:
+                if self._copies.is_final(refusal):
+                    raise
                 self._failing.sent_on(reading, work, refusal)
             else:
                 self._failing.send_on(reading, work)
@@ -247,7 +255,10 @@ class Listener(BaseListener):
             self._failing.sent_on(reading, work, error)
 
     async def _call_in(self, reading: Reading, work: Work, inbox: ListenerInbox, handled: Any) -> None:
-        session = self._sessions.pop() if self._sessions else AioInboxSession(inbox.open_session(self._parsed.group))
+        try:
+            session = self._sessions.pop()
+        except IndexError:
+            session = aio_session(inbox.open_session(self._parsed.group))
         try:
             handle: Callable[..., Awaitable[object]] = session.handle
             if self._batch_size is not None:
@@ -274,9 +285,9 @@ class Listener(BaseListener):
                 self._close_sessions()
 
     def _close_sessions(self) -> None:
-        sessions, self._sessions = self._sessions, []
-        for session in sessions:
-            session.close()
+        with contextlib.suppress(IndexError):  # others take from it
+            while True:
+                self._sessions.pop().close()
 
 
 class _Handlers:
@@ -321,6 +332,7 @@ class _Handlers:
         work: Work | None = None
         try:
             while len(self._tasks) < self._listener._concurrency:
+                work = None  # the one before has a task
                 work = self.reading.take()
                 if work is None:
                     return

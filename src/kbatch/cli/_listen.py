@@ -26,7 +26,7 @@ from kbatch.cli._work import command_of
 
 _LOOK_EVERY_S = 0.1
 _TELL_EVERY_S = 60.0
-_LAST_S = 5.0
+_LAST_S = 15.0  # the last commit and the leaving of the group, with brokers that do not answer, take 12
 _GRACE_S = 30.0
 
 
@@ -51,7 +51,7 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
         id_ = options.get("transactional_id")
         # What `run` still does when the time for handlers is over takes a moment.
         grace_s = options["close_timeout_s"] + _LAST_S
-        with Interrupt(lambda: _abort(log, interrupt.status), grace_s) as interrupt:
+        with Interrupt(lambda: _abort(log, listener, interrupt.status), grace_s) as interrupt:
             log.tell(f"listener of {', '.join(topics)} begins{_told_of_transactions(id_)}")
             error: Exception | None = None
             with screen.live("listen") as bar, _watched(listener, log, connection, interrupt, bar):
@@ -72,9 +72,10 @@ def run_listener(job: ListenJob, screen: Screen) -> int:
         return status
 
 
-def _abort(log: Log, status: int) -> None:
+def _abort(log: Log, listener: kbatch.Listener, status: int) -> None:
     # A handler that hangs cannot be ended in another way; what it had under way is not committed, and is read again.
-    log.tell("handlers do not end; their records will be read again", "warning")
+    who = "handlers do not end; their records" if listener.stats()["running"] else "brokers do not answer; some records"
+    log.tell(f"{who} will be read again", "warning")
     os._exit(status)
 
 

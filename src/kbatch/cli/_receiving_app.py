@@ -137,7 +137,9 @@ def consume(
         str | None,
         typer.Option(help="With --from committed and --commit: whose offsets. It does not become a member."),
     ] = None,
-    commit: Annotated[bool, typer.Option("--commit", help="Commit for the group what was printed.")] = False,
+    commit: Annotated[
+        bool, typer.Option("--commit", help="Commit for the group what was printed; not with --key.")
+    ] = False,
     wire: WireOption = Wire.KBATCH,
     setting: Setting = None,
     config: Config = None,
@@ -161,6 +163,8 @@ def consume(
             raise Failure("--json and --values are two forms; give one", USAGE)
         if commit and group is None:
             raise Failure("--commit is for a --group", USAGE)
+        if commit and key is not None:  # an offset covers all before it
+            raise Failure("--commit passes by what --key leaves out: the group would never handle it", USAGE)
         wanted = Range(
             typed("TOPIC", topic), begin, until, partition, None if key is None else typed("--key", key), count, follow
         )
