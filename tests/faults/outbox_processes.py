@@ -288,7 +288,7 @@ def _jump(seconds: int, note: Callable[[], bool] = lambda: True) -> None:
 
     for module in (_tables, _relay, _reading):
         vars(module)["wall_time"] = jumping
-    Failing.__init__.__defaults__ = (monotonic, jumping)
+    Failing.__init__.__defaults__ = (monotonic, jumping, None)
 
 
 def relay(place: dict[str, Any], config: dict[str, Any], options: dict[str, Any], notes: Notes, plan: Relay) -> None:

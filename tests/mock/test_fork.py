@@ -47,7 +47,7 @@ def test_a_used_producer_refuses_in_a_forked_child_and_goes_on_in_the_parent(kaf
 
 
 def test_a_fork_while_other_threads_map_enqueue_and_wait(kafka_cluster: MockCluster) -> None:
-    kafka_cluster.create_topic("orders", partitions=4)
+    kafka_cluster.create_topic("orders", partitions=16)  # of each of which the cluster keeps 5 MB
     kafka_cluster.set_rtt(1, 10)  # bounds what is sent
     # Each child has seconds to live: one that hangs on a lock is killed, and its status says so.
     code = """

@@ -612,6 +612,7 @@ def test_each_dead_letter_is_told_once_it_is_committed(outbox: Outbox, cluster: 
     outboxes.add(outbox, numbered(range(100, 160), topic="refused"), topic=None)
     with make(outbox, cluster, on_dead=on_dead) as relay:
         assert relay.drain(60) == 0
+        until(lambda: len(told) >= 60, "that all are told")
     assert sorted(int(letter.envelope.data or b"") for letter, _, _ in told) == list(range(100, 160))
     assert {(is_there, thread) for _, is_there, thread in told} == {(True, "kbatch-sender-callbacks")}
     assert {(letter.topic, letter.attempts) for letter, _, _ in told} == {("refused", 3)}

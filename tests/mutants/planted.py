@@ -2767,9 +2767,9 @@ MUTANTS = (
     ),
     Mutant(
         "a copy is sent again for ever by a producer that is closed",
-        "Copies._send",
-        '                if fate == "end":\n',
-        "                if False:\n",
+        "Copies.is_final",
+        '            return handle is not None and handle.fate(producer or handle.producer, error) == "end"\n',
+        "            return False\n",
         "tests/unit/test_failures.py",
     ),
     Mutant(

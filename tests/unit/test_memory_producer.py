@@ -1173,7 +1173,7 @@ def test_asyncio() -> None:
             while producer.stats()["in_flight"] < 3:
                 await asyncio.sleep(0.001)
             with pytest.raises(kbatch.BatchPendingError):
-                await producer.send_batch(TOPIC, envelopes(1), timeout=0.01)
+                await producer.send_batch(TOPIC, envelopes(1), timeout=0.3)  # time to be put
             assert await producer.flush(0.01) == 4
             assert not waiting.done()
             producer.release()
