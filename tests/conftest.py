@@ -1,6 +1,5 @@
 """What holds for every test: the compiled, current extension; nothing pinned afterwards; in CI nothing skipped."""
 
-import collections
 import contextlib
 import ctypes
 import functools
@@ -216,26 +215,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "long: takes many seconds, so it begins before the others")
 
 
-def _mixed(items: list[pytest.Item]) -> list[pytest.Item]:
-    """File by file, those of each folder spread over all: tests that mostly wait run beside tests that never do."""
-    in_folder = collections.Counter(item.path.parent for item in items)
-    before: collections.Counter[Path] = collections.Counter()
-    places: dict[Path, float] = {}
-    for item in items:
-        folder = item.path.parent
-        places.setdefault(item.path, before[folder] / in_folder[folder])
-        before[folder] += 1
-    return sorted(items, key=lambda item: places[item.path])
-
-
-def _order_for_workers(items: list[pytest.Item]) -> None:
-    """Of the parts that xdist's worksteal gives its workers each begins with the long ones, for which the others would
-    have to wait in the end, and has some of all the others."""
+def _begin_with_the_long_ones(items: list[pytest.Item]) -> None:
+    """In each of the parts that xdist's worksteal gives its workers: the others would wait for the one that is last."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers == 1:
         return
     long = [item for item in items if item.get_closest_marker("long")]
-    others = iter(_mixed([item for item in items if not item.get_closest_marker("long")]))
+    others = iter([item for item in items if not item.get_closest_marker("long")])
     left = len(items)
     ordered: list[pytest.Item] = []
     for worker in range(workers):
@@ -248,7 +234,7 @@ def _order_for_workers(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    _order_for_workers(items)
+    _begin_with_the_long_ones(items)
     if not SLOW_BUILD:
         return
     for item in items:
