@@ -290,7 +290,7 @@ cdef struct BatchState:
     int32_t failing       # atomic: an envelope has failed that could be mapped
     int32_t abandoned     # atomic: nobody wants what is not enqueued yet
     int32_t detached      # 1: the drainer enqueues it. Set before the line, or there by `hand_over_own`
-    int32_t is_enqueuing  # phase 2 has begun and is not over; its thread's own, of a detached batch under the client's lock
+    int32_t is_enqueuing  # phase 2 is not over; its thread's own, or, if detached, under the client's lock
     unsigned long thread  # const in line: whose it is; 0 if it was detached from the first
     int32_t listeners     # wants the dispatcher; under the client's lock, as all below
     int32_t tell_enqueued  # wants the dispatcher at the end of phase 2, too
@@ -452,8 +452,7 @@ cdef struct Client:
     kb_mutex mu
     kb_cond drainer_cond
     kb_cond dispatcher_cond
-    kb_cond life_cond       # life, entered or the line changed, or a batch on hold was released. What waits for something
-                            # else naps on it, such as `_await_release`: nobody signals that
+    kb_cond life_cond       # life, entered or the line changed, or a batch on hold was released; others nap on it
     int32_t life            # written under `mu`; atomic, where it is read without
     int32_t shut            # atomic: life >= FINISHING
     int entered             # threads that may call librdkafka, apart from the drainer: it must live
