@@ -48,9 +48,10 @@ def postgres_outboxes(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
             yield _relaying(max(3, turns // 3), conninfo, broker)
 
 
-def _connected(conninfo: str, **options: Any) -> Any:
+def _connected(conninfo: str | None, **options: Any) -> Any:
     import psycopg
 
+    assert conninfo is not None  # of the outboxes here
     return psycopg.connect(conninfo, **options)
 
 
