@@ -163,7 +163,12 @@ class BasePostgresInbox(PostgresDatabase, BaseInbox):
         with self._checked_connection() as connection:
             connection.close()
 
-    def _open_session(self, group: str) -> InboxSession:
+    def open_session(self, group: str) -> InboxSession:
+        """What a listener's worker handles envelopes with, on a thread. It makes a connection when it is needed.
+
+        Raises:
+            InboxError: psycopg is not installed.
+        """
         try:
             from kbatch._inbox._postgres_worker import PostgresInboxSession
         except ImportError as error:
@@ -299,11 +304,3 @@ class PostgresInbox(BasePostgresInbox):
             InboxError: The tables are missing or another version's; the database does not answer.
         """
         return self._purge(older_than_s, committed)
-
-    def open_session(self, group: str) -> InboxSession:
-        """What a listener's worker handles envelopes with. It makes a connection when it is needed.
-
-        Raises:
-            InboxError: psycopg is not installed.
-        """
-        return self._open_session(group)

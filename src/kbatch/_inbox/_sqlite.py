@@ -177,7 +177,8 @@ class BaseSqliteInbox(SqliteDatabase, BaseInbox):
 
     # -- listeners
 
-    def _open_session(self, group: str) -> InboxSession:
+    def open_session(self, group: str) -> InboxSession:
+        """What a listener's worker handles envelopes with, on a thread. It makes a connection when it is needed."""
         tell_of_fault(sqlite3.sqlite_version)
         return SqliteInboxSession(self, group)
 
@@ -355,7 +356,3 @@ class SqliteInbox(BaseSqliteInbox):
             InboxError: The tables are missing or another version's; the database does not answer.
         """
         return self._purge(older_than_s, committed)
-
-    def open_session(self, group: str) -> InboxSession:
-        """What a listener's worker handles envelopes with. It makes a connection when it is needed."""
-        return self._open_session(group)

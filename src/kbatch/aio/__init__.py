@@ -21,10 +21,10 @@ from kbatch.aio._batch_sender import KafkaSender, SenderCallback, SenderProtocol
 from kbatch.aio._batched import BatchedSender, SendingAgent
 from kbatch.aio._dead_letters import DeadLetters
 from kbatch.aio._durable import DurableSender
-from kbatch.aio._inbox import PostgresInbox
 from kbatch.aio._inline import InlineSender
 from kbatch.aio._listener import Listener
 from kbatch.aio._postgres import PostgresOutbox
+from kbatch.aio._postgres_inbox import PostgresInbox
 from kbatch.aio._producer import Producer
 from kbatch.aio._relay import Relay
 from kbatch.aio._scheduled import ScheduledMessages

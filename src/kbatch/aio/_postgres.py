@@ -6,11 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._postgres import AioPostgresDatabase, is_asyncpg
-from kbatch._loop import in_thread
 from kbatch._outbox._postgres import BasePostgresOutbox
 from kbatch._outbox._postgres_rows import COPIED, copy_stream
-from kbatch.aio._dead_letters import DeadLetters
-from kbatch.aio._scheduled import ScheduledMessages
+from kbatch.aio._outbox import AwaitableOutbox
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -20,16 +18,13 @@ if TYPE_CHECKING:
     import sqlalchemy.ext.asyncio
 
     from kbatch._fastmap import Envelope
-    from kbatch._outbox._base import OutboxStatus
     from kbatch._outbox._postgres_rows import NewRows
     from kbatch._outbox._postgres_tables import PostgresTables
 
 __all__ = ["PostgresOutbox"]
 
-_THREAD = "kbatch-outbox"
 
-
-class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
+class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox, AwaitableOutbox):
     """Takes envelopes within transactions of the application, in tables of its PostgreSQL database.
 
     Takes what `kbatch.PostgresOutbox` takes. A `kbatch.aio.Relay` sends them, or a `kbatch.Relay` in a thread or a
@@ -38,24 +33,6 @@ class PostgresOutbox(AioPostgresDatabase, BasePostgresOutbox):
 
     _shown = "kbatch.aio.PostgresOutbox"
     _tables: PostgresTables
-
-    async def create(self) -> None:
-        """As `kbatch.PostgresOutbox.create`, on a thread, with psycopg."""
-        await in_thread(_THREAD, self._create)
-
-    async def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
-        """As `kbatch.PostgresOutbox.status`, on a thread, with psycopg."""
-        return await in_thread(_THREAD, lambda: self._status(count_up_to))
-
-    @property
-    def dead_letters(self) -> DeadLetters:
-        """As `kbatch.PostgresOutbox.dead_letters`, with methods to await."""
-        return DeadLetters(self._dead_letters())
-
-    @property
-    def scheduled(self) -> ScheduledMessages:
-        """As `kbatch.PostgresOutbox.scheduled`, with methods to await."""
-        return ScheduledMessages(self._scheduled())
 
     async def add(
         self,

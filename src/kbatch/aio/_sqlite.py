@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kbatch._database._aiosqlite import AioSqliteDatabase
-from kbatch._loop import in_thread
 from kbatch._outbox._sqlite import BaseSqliteOutbox
-from kbatch.aio._dead_letters import DeadLetters
-from kbatch.aio._scheduled import ScheduledMessages
+from kbatch.aio._outbox import AwaitableOutbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,15 +15,12 @@ if TYPE_CHECKING:
     import sqlalchemy.ext.asyncio
 
     from kbatch._fastmap import Envelope
-    from kbatch._outbox._base import OutboxStatus
     from kbatch._outbox._sqlite_tables import SqliteTables
 
 __all__ = ["SqliteOutbox"]
 
-_THREAD = "kbatch-outbox"
 
-
-class SqliteOutbox(AioSqliteDatabase, BaseSqliteOutbox):
+class SqliteOutbox(AioSqliteDatabase, BaseSqliteOutbox, AwaitableOutbox):
     """Takes envelopes within transactions of the application, in tables of its SQLite database.
 
     Takes what `kbatch.SqliteOutbox` takes. A `kbatch.aio.Relay` sends them, or a `kbatch.Relay` in a thread or a
@@ -34,24 +29,6 @@ class SqliteOutbox(AioSqliteDatabase, BaseSqliteOutbox):
 
     _shown = "kbatch.aio.SqliteOutbox"
     _tables: SqliteTables
-
-    async def create(self) -> None:
-        """As `kbatch.SqliteOutbox.create`, on a thread."""
-        await in_thread(_THREAD, self._create)
-
-    async def status(self, *, count_up_to: int = 100_000) -> OutboxStatus:
-        """As `kbatch.SqliteOutbox.status`, on a thread."""
-        return await in_thread(_THREAD, lambda: self._status(count_up_to))
-
-    @property
-    def dead_letters(self) -> DeadLetters:
-        """As `kbatch.SqliteOutbox.dead_letters`, with methods to await."""
-        return DeadLetters(self._dead_letters())
-
-    @property
-    def scheduled(self) -> ScheduledMessages:
-        """As `kbatch.SqliteOutbox.scheduled`, with methods to await."""
-        return ScheduledMessages(self._scheduled())
 
     async def add(
         self,

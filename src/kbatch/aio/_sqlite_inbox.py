@@ -7,26 +7,21 @@ from typing import TYPE_CHECKING, Any
 from kbatch._database._aiosqlite import AioSqliteDatabase
 from kbatch._inbox._base import check_group, id_of
 from kbatch._inbox._sqlite import BaseSqliteInbox
-from kbatch._loop import in_thread
+from kbatch.aio._inbox import AwaitableInbox
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from datetime import datetime
+    from collections.abc import Iterable
 
     import aiosqlite
     import sqlalchemy.ext.asyncio
 
     from kbatch._fastmap import Envelope
-    from kbatch._inbox._base import InboxStatus
-    from kbatch._inbox._session import InboxSession
     from kbatch._inbox._tables import SqliteInboxTables
 
 __all__ = ["SqliteInbox"]
 
-_THREAD = "kbatch-inbox"
 
-
-class SqliteInbox(AioSqliteDatabase, BaseSqliteInbox):
+class SqliteInbox(AioSqliteDatabase, BaseSqliteInbox, AwaitableInbox):
     """Knows which ids a consumer group has handled, in tables of the SQLite database that its handlers write.
 
     Takes what `kbatch.SqliteInbox` takes.
@@ -34,22 +29,6 @@ class SqliteInbox(AioSqliteDatabase, BaseSqliteInbox):
 
     _shown = "kbatch.aio.SqliteInbox"
     _tables: SqliteInboxTables
-
-    async def create(self) -> None:
-        """As `kbatch.SqliteInbox.create`, on a thread."""
-        await in_thread(_THREAD, self._create)
-
-    async def status(self, *, count_up_to: int = 100_000) -> InboxStatus:
-        """As `kbatch.SqliteInbox.status`, on a thread."""
-        return await in_thread(_THREAD, lambda: self._status(count_up_to))
-
-    async def purge(self, older_than_s: float | None = None, *, committed: Mapping[str, datetime] | None = None) -> int:
-        """As `kbatch.SqliteInbox.purge`, on a thread."""
-        return await in_thread(_THREAD, lambda: self._purge(older_than_s, committed))
-
-    def open_session(self, group: str) -> InboxSession:
-        """As `kbatch.SqliteInbox.open_session`: for a `kbatch.Listener`, whose handlers run on threads."""
-        return self._open_session(group)
 
     async def accept(
         self,
