@@ -202,6 +202,13 @@ class SqliteDatabase:
         if not keep:
             connection.close()
 
+    @contextlib.contextmanager
+    def _checked_connection(self, *, of_many_threads: bool = False) -> Iterator[sqlite3.Connection]:
+        """It stays open unless this ends by an exception."""
+        with self._connection(keep=True, of_many_threads=of_many_threads) as connection:
+            self._check_tables(connection)
+            yield connection
+
     # -- the application's
 
     def _as_error(self, error: BaseException) -> KbatchError:

@@ -207,8 +207,7 @@ class SqliteInboxSession(InboxSession):
         )
 
     def _open(self) -> sqlite3.Connection:
-        with self._inbox._connection(keep=True, of_many_threads=self._is_shared) as connection:
-            self._inbox._check_tables(connection)
+        with self._inbox._checked_connection(of_many_threads=self._is_shared) as connection:
             return connection
 
     def _close(self, connection: sqlite3.Connection) -> None:

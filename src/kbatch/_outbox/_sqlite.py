@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sqlite3
 from operator import length_hint
 from typing import TYPE_CHECKING, Any
@@ -183,9 +182,7 @@ class BaseSqliteOutbox(SqliteDatabase, BaseOutbox):
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
         tell_of_fault(sqlite3.sqlite_version)
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             return SqliteStore(connection, self._tables, self._path)
 
     def open_writer(self) -> OutboxWriter:
@@ -195,16 +192,12 @@ class BaseSqliteOutbox(SqliteDatabase, BaseOutbox):
             OutboxError: The tables are missing or another version's; the database does not answer.
         """
         tell_of_fault(sqlite3.sqlite_version)
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             return SqliteWriter(connection, self._tables, self._path, self._insert_all, self._tell_watchers)
 
     def open_admin(self) -> OutboxAdmin:
         """As `BaseOutbox.open_admin`."""
-        with contextlib.ExitStack() as undo:
-            connection = undo.enter_context(self._connection(keep=True))
-            self._check_tables(connection)
+        with self._checked_connection() as connection:
             return SqliteAdmin(connection, self._tables, self._path)
 
 
