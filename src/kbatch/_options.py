@@ -95,17 +95,7 @@ class AgentOptions(Generic[_Unset]):
             raise ConfigError(f"retry must be a kbatch.RetryPolicy, not {type_name(self.retry)}")
         check_whole("failures_to_open", self.failures_to_open)
         check_whole("max_in_flight_batches", self.max_in_flight_batches)
-        for name in ("probe_interval_s", "max_probe_interval_s", "stalled_after_s"):
-            value = getattr(self, name)
-            if not (is_number(value) and 0 < value < 1e6):
-                raise ConfigError(f"{name} must be seconds above 0, not {value!r}")
-        if self.probe_interval_s > self.max_probe_interval_s:
-            raise ConfigError(
-                f"probe_interval_s={self.probe_interval_s!r} is longer than "
-                f"max_probe_interval_s={self.max_probe_interval_s!r}"
-            )
-        if not isinstance(self.strict_order, bool):
-            raise ConfigError(f"strict_order must be bool, not {type_name(self.strict_order)}")
+        _check_sending(self, "probe_interval_s", "max_probe_interval_s", "stalled_after_s")
         who = None if self._takes_coroutines else "kbatch.aio's topics and agents take them"
         check_option("on_failed", self.on_failed, "envelope", "error", elsewhere=who)
         check_option("on_state_change", self.on_state_change, "before", "after", elsewhere=who)
@@ -150,17 +140,7 @@ class RelayOptions:
             value = getattr(self, name)
             if not (is_whole(value) and 1 <= value <= 100_000):
                 raise ConfigError(f"{name} must be an int from 1 to 100,000, not {value!r}")
-        for name in ("probe_interval_s", "max_probe_interval_s"):
-            seconds = getattr(self, name)
-            if not (is_number(seconds) and 0 < seconds < 1e6):
-                raise ConfigError(f"{name} must be seconds above 0, not {seconds!r}")
-        if self.probe_interval_s > self.max_probe_interval_s:
-            raise ConfigError(
-                f"probe_interval_s={self.probe_interval_s!r} is longer than "
-                f"max_probe_interval_s={self.max_probe_interval_s!r}"
-            )
-        if not isinstance(self.strict_order, bool):
-            raise ConfigError(f"strict_order must be bool, not {type_name(self.strict_order)}")
+        _check_sending(self, "probe_interval_s", "max_probe_interval_s")
         if self.fencing not in (None, "kafka"):
             raise ConfigError(f"fencing must be 'kafka' or None, not {self.fencing!r}")
         check_whole("batch_size * max_in_flight_batches", self.most_in_flight)
@@ -219,6 +199,21 @@ if TYPE_CHECKING:
         max_probe_interval_s: float
         on_state_change: Callable[[CircuitState, CircuitState], object] | None
         on_dead: Callable[[DeadLetter], object] | None
+
+
+def _check_sending(options: AgentOptions[Any] | RelayOptions, *seconds: str) -> None:
+    """What agents and relays are told alike, and which of their options are `seconds`."""
+    for name in seconds:
+        value = getattr(options, name)
+        if not (is_number(value) and 0 < value < 1e6):
+            raise ConfigError(f"{name} must be seconds above 0, not {value!r}")
+    if options.probe_interval_s > options.max_probe_interval_s:
+        raise ConfigError(
+            f"probe_interval_s={options.probe_interval_s!r} is longer than "
+            f"max_probe_interval_s={options.max_probe_interval_s!r}"
+        )
+    if not isinstance(options.strict_order, bool):
+        raise ConfigError(f"strict_order must be bool, not {type_name(options.strict_order)}")
 
 
 def check_option(name: str, value: Any, *arguments: str, elsewhere: str | None) -> None:

@@ -446,7 +446,7 @@ def test_other_errors_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
         reading._turn()
     assert not reading.is_stopping
     assert len(caplog.records) == 1
-    reading.end()
+    reading.close()
 
 
 def test_headers_count_among_the_bytes_in_flight() -> None:

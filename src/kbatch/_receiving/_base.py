@@ -268,7 +268,7 @@ class BaseListener:
             if self._keeper is not None:
                 self._keeper.stop()
             if self._reading is not None:
-                self._reading.end()
+                self._reading.close()
             if self._copies is not None:
                 self._copies.close(_CLOSE_COPIES_S)
             is_last = True

@@ -41,7 +41,7 @@ class Delayed:
         return due
 
     def next_due(self) -> float | None:
-        """When the first of them is due; ``None`` if none waits."""
+        """When the first of them is due; ``None`` if none waits. A `MemoryListener` asks, which sets its own clock."""
         return min((waiting[0][0] for waiting in self._waiting.values() if waiting), default=None)
 
     def take_empty(self) -> list[Partition]:

@@ -169,7 +169,8 @@ class Reading:
             return {}
         return {each: (committed[each], end) for each, end in ends.items()}
 
-    # -- for those who handle
+    # -- for those who handle: `done` or `put_off` comes once for what was taken; else `fail` or `abandon`, which do
+    # nothing for what is not under way
 
     def is_given_up(self, work: Work) -> bool:
         """Whether what handles it should rather end than wait for something."""
@@ -208,7 +209,7 @@ class Reading:
             for place in work.places:
                 self._positions.end(place)
             self.handled += work.left
-            self._end(work)
+            self._end_work(work)
             if work.copy is not None and len(self._waiting):  # this thread may be the producer's, and takes nothing
                 self._wake(1)
 
@@ -220,10 +221,10 @@ class Reading:
             _tell_of_another(error)
 
     def _fail(self, work: Work, error: BaseException) -> bool:
-        is_first = self._end_with(error)
+        is_first = self._note_error(error)
         if work in self._running:  # no step was taken
             self.failed += work.left
-            self._end(work)
+            self._end_work(work)
         return is_first
 
     def put_off(self, work: Work, due: float) -> None:
@@ -233,7 +234,7 @@ class Reading:
             self._end_parts(work)
             is_leaving = self._leaving is not None and work.partition in self._leaving
             if self.is_stopping or is_leaving or not self._positions.holds(work.partition, work.places[0]):
-                self._end(work)  # it is read again, here or elsewhere
+                self._end_work(work)  # it is read again, here or elsewhere
                 return
             self._leave_running(work)
             self._waiting.put_off(work, due)
@@ -246,13 +247,13 @@ class Reading:
         with self.lock:
             if work in self._running:
                 self.abandoned += work.left
-                self._end(work)
+                self._end_work(work)
 
     def end_with(self, error: BaseException) -> None:
-        if not self._end_with(error):
+        if not self._note_error(error):
             _tell_of_another(error)
 
-    def _end_with(self, error: BaseException) -> bool:
+    def _note_error(self, error: BaseException) -> bool:
         """Whether it ends for no other error."""
         if self.error is None:
             self.error = error
@@ -272,7 +273,7 @@ class Reading:
             self.handled += 1
             self._kept += 1
 
-    def _end(self, work: Work) -> None:
+    def _end_work(self, work: Work) -> None:
         self._leave_running(work)
         self._waiting.end(work, monotonic())
         self._release(work)
@@ -338,9 +339,9 @@ class Reading:
             try:
                 self._finish()
             finally:
-                self.end()
+                self.close()
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Nothing is read any more, or ever was. Those who wait for work are told."""
         if not self._is_ended:
             self.is_stopping = True
