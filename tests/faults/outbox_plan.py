@@ -44,8 +44,6 @@ STEPS_OF_TRANSACTIONAL = tuple(
     )
     for when in ("before", "after")
 )
-#: Nothing that a plan can do makes brokers refuse offsets or records of a transaction: these steps come by chance.
-BY_CHANCE = ("before abort_transaction", "after abort_transaction")
 #: A process comes there once, or a few times.
 ONCE = frozenset(
     (
@@ -247,6 +245,13 @@ class Handling(NamedTuple):
     def is_poison(self, number: int) -> bool:
         return self.poison > 0 and number % self.poison == 1
 
+    def is_too_large(self, number: int) -> bool:
+        """Whether it is poison since brokers do not take what its handler sends, so that its transaction is aborted.
+
+        A handler that raises has no transaction yet.
+        """
+        return self.is_poison(number) and number % 2 == 0
+
     def is_late(self, number: int) -> bool:
         return self.late > 0 and number % self.late == 2 and not self.is_poison(number)
 
@@ -433,7 +438,7 @@ def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxP
     others |= {"clock"} if any(step.clock_s for step in steps if isinstance(step, (Relay, Listen))) else set()
     assignment = rng.choice(("cooperative-sticky", "cooperative-sticky", "range"))
     handling = Handling(rng.choice((0, 17, 40)), rng.choice((0, 0, 23)), rng.choice((0, 11, 50)))
-    if "copy" in first or "store" in first:
+    if "copy" in first or "store" in first or "abort" in first:
         handling = handling._replace(poison=17)
     if kafka:
         # Each way in which partitions are given away has its turn, the one that brokers decide in each second plan.
@@ -450,7 +455,7 @@ def make_whole_plan(seed: int, database: str, *, kafka: bool = False) -> OutboxP
     plan = replace(
         plan,
         kinds=tuple(sorted(kills | others)),
-        promised=(*plan.promised, *([] if first in BY_CHANCE else [first]), *faults),
+        promised=(*plan.promised, first, *faults),
         steps=tuple(steps),
         # The mock cluster's end of a partition is behind a transaction's marker, which is never committed: nobody could
         # tell when all is done.
@@ -481,9 +486,7 @@ def _first_of_whole(plan: OutboxPlan, seed: int, of_listener: str, faults: Seque
         steps.append(other)
     if "finish" in of_listener or "commit_and_wait" in of_listener:  # at its end
         steps += [Await(HANDLED, "listener"), End(FIRST, False, "listener")]
-    if of_listener not in BY_CHANCE:
-        steps.append(Await(KILLED, "listener"))
-    steps += [Await(SENT), other, _plain(seed, (1, 7))]
+    steps += [Await(KILLED, "listener"), Await(SENT), other, _plain(seed, (1, 7))]
     of_faults: dict[str, list[Step]] = {
         "hang relay": [Hang(FIRST, "relay")],
         "hang listener": [Hang(OTHER, "listener")],

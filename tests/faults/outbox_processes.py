@@ -69,6 +69,8 @@ class Notes(NamedTuple):
         return path.read_text().splitlines() if path.exists() else []
 
 
+#: The bytes of an invoice that its topic does not take.
+TOO_LARGE = 200_000
 #: Names of notes: steps at which a process was killed; and what was unrecorded when a clock jumped, as JSON.
 KILLED, JUMPED = "killed", "jumped"
 
@@ -443,11 +445,14 @@ def listen(
     def write(envelope: Any, into: Any) -> Any:
         """The effect, of which nothing is left if the handler fails then."""
         if place is None:
-            return into.send(names.invoices, [kbatch.Envelope(data=envelope.data, key=envelope.key.decode())])
+            fill = bytes(TOO_LARGE) if handling.is_too_large(int(envelope.data)) else b""
+            return into.send(names.invoices, [kbatch.Envelope(data=envelope.data + fill, key=envelope.key.decode())])
         return into.execute(f"INSERT INTO {table} (n) VALUES ({int(envelope.data)})")
 
     def refuse(envelope: Any) -> None:
         number = int(envelope.data)
+        if place is None and handling.is_too_large(number):
+            return
         if handling.is_poison(number) or (handling.is_late(number) and envelope.topic == names.orders):
             raise Refused(number)
         if not handling.is_late(number) and failures[number] < handling.failures(number):

@@ -12,7 +12,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
 from tests.faults.outbox_plan import Brokers, OutboxPlan
-from tests.faults.outbox_processes import Names
+from tests.faults.outbox_processes import TOO_LARGE, Names
 from tests.faults.outbox_runner import OutboxRun, run_outbox_plan
 from tests.kafka.proxy import Direction
 from tests.mock.clients import read_committed
@@ -59,7 +59,8 @@ class KafkaOutboxRun(OutboxRun):
 
     def create_topics(self) -> None:
         for name, partitions in self.topics().items():
-            self.cluster.create_topic(name, partitions=partitions)
+            config = {"max.message.bytes": str(TOO_LARGE // 2)} if name == self.names.invoices else {}
+            self.cluster.create_topic(name, partitions=partitions, config=config)
 
     def set_session(self) -> None:
         times = {"consumer.session.timeout.ms": self.session_ms, "consumer.heartbeat.interval.ms": self.session_ms // 5}
