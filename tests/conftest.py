@@ -27,6 +27,8 @@ from tests import inboxes, outboxes
 
 pytest_plugins = ["pytester"]
 
+gc.disable()  # until all are collected: nothing of that can go, and collections would look through it again and again
+
 # A shell that starts the tests in the background may have SIGINT ignored, nohup has SIGHUP, and what they start would
 # ignore it too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -247,6 +249,7 @@ def pytest_collection_finish() -> None:
     # them each time.
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def _fail_the_skipped(report: Any) -> None:

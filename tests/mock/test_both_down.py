@@ -85,8 +85,11 @@ def test_both_go_at_once_and_one_is_back_before_the_other(
     with running(relay), listening(of) as raised:
         with Shop(outbox):
             for _ in range(2):
-                handled = of.stats()["handled"]
+                # Of both: the listener has records that it had read before, and a relay that has told that it cannot
+                # use its outbox tells it again after a minute.
+                handled, acked = of.stats()["handled"], relay.stats()["acked"]
                 until(lambda handled=handled: of.stats()["handled"] > handled + 50, "that it flows")
+                until(lambda acked=acked: relay.stats()["acked"] > acked + 50, "that the relay sends")
                 caplog.clear()
                 cluster.set_broker_down()
                 server.crash()
