@@ -65,6 +65,7 @@ def test_seed(seed: int, run: Run) -> None:
     check(run(outbox_plan(seed)))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(450)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_every_order_has_exactly_one_effect_in_order_per_key(seed: int, run: Run) -> None:

@@ -71,6 +71,7 @@ def committed(outbox: PostgresOutbox) -> list[int]:
     return [n for (n,) in outboxes.rows(outbox, "SELECT n FROM orders ORDER BY n")]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("first", ["database", "brokers"])
 def test_both_go_at_once_and_one_is_back_before_the_other(
     server: Any, cluster: MockCluster, caplog: pytest.LogCaptureFixture, first: str

@@ -311,6 +311,7 @@ def test_a_pipe_that_does_not_block_is_waited_for(topic, servers, shared_cluster
     assert out.startswith(b"2 of 2 lines")
 
 
+@pytest.mark.long
 def test_embedded_needs_no_broker(lines_file):
     file = lines_file("\n".join(lines_of(300)))
     # what would lead to another broker is left out
@@ -1015,6 +1016,7 @@ def wait_for(condition, timeout_s=60.0):
         time.sleep(0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_ctrl_c_finishes_what_is_in_flight_and_says_where_it_stopped(name, lines_file):
     number = getattr(signal, name, None)

@@ -224,6 +224,7 @@ def test_records_have_keys_and_headers_of_their_own(
     assert_one_line(run_here(*asks), 2, f"leave out {options[0]}")
 
 
+@pytest.mark.long
 def test_a_header_whose_name_is_no_text_stops_nothing(
     cluster: MockCluster, topic: str, servers: tuple[str, str], tmp_path: Path
 ) -> None:

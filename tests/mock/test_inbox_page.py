@@ -35,6 +35,7 @@ def invoices(folder: Path) -> list[int]:
             return []
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform == "win32", reason="platform: no SIGTERM")
 def test_billing_that_is_killed_writes_one_invoice_for_each_order(kafka_cluster: MockCluster, tmp_path: Path) -> None:
     kafka_cluster.create_topic("orders", partitions=3)

@@ -403,6 +403,7 @@ def test_a_request_without_an_answer_ends_with_the_socket_timeout_after_a_fatal_
         assert pending.wait(30).errors[0].possibly_persisted
 
 
+@pytest.mark.long
 def test_what_a_former_leader_answered_is_possibly_persisted(kafka_cluster: MockCluster) -> None:
     # A leader that has appended and is then deposed answers so as well; librdkafka says: not persisted.
     kafka_cluster.create_topic("orders", partitions=1)

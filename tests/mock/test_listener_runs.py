@@ -115,6 +115,7 @@ def test_a_signal_handler_stops_it() -> None:
     assert listener.stats()["handled"] == 1
 
 
+@pytest.mark.long
 def test_a_signal_handler_stops_it_wherever_it_is() -> None:
     """It takes no lock that the thread which it has interrupted holds."""
     with MockCluster() as cluster:
@@ -639,6 +640,7 @@ def test_the_lag_is_what_is_not_handled() -> None:
             until(lambda: listener.lag() == {("orders", 0): 0}, "no lag")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("strategy", ["cooperative-sticky", "range"])
 def test_members_that_come_and_go_handle_each_record_in_order(strategy: str) -> None:
     """Ten of them. At least once; nothing is committed that was not handled; order per key and owner."""

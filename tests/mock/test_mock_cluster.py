@@ -698,6 +698,7 @@ def test_nothing_is_left_after_close(process):
     assert all(now <= then for now, then in zip(left, before, strict=True)), (left, before)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="platform: resident size")
 @pytest.mark.allocator
 def test_calls_do_not_leak():

@@ -174,6 +174,7 @@ def test_a_durable_sender_whose_server_ends_and_comes_back(server: Any, pool: st
     assert len(found) == len(set(found))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGQUIT], ids=["stopped", "crashed"])
 def test_a_listener_whose_inbox_ends_and_comes_back(server: Any, pool: str, end: int) -> None:
     inbox = PostgresInbox(server.conninfo)
