@@ -303,9 +303,9 @@ MUTANTS = (
     # -- enqueueing
     Mutant(
         "a record is dropped when librdkafka's queue is full",
-        "enqueue_slice",
-        "            batch.queue_full, batch.full_at = 1, seen\n",
-        "            batch.queue_full, batch.full_at = 1, seen\n            i += 1\n",
+        "offer",
+        "        want(c, batch, batch.records[i].value_len)\n        return False\n",
+        "        want(c, batch, batch.records[i].value_len)\n        return True\n",
         "tests/mock/test_waiting_line.py",
     ),
     Mutant(
@@ -331,7 +331,7 @@ MUTANTS = (
     ),
     Mutant(
         "a long batch keeps its turn",
-        "enqueue_slice",
+        "look_around",
         "if i != batch.next and others_stand_in_line(c) and (",
         "if i < 0 and (",
         "tests/mock/test_waiting_line.py",
@@ -371,29 +371,29 @@ MUTANTS = (
     ),
     Mutant(
         "the headers of a refused record leak",
-        "enqueue_slice",
-        "                if kept != NULL:\n                    keep_list(c.lists, kept)\n                else:\n",
-        "                if kept != NULL:\n                    keep_list(c.lists, kept)\n                elif False:\n",
+        "produce",
+        "    if kept != NULL:\n        keep_list(c.lists, kept)\n    else:\n",
+        "    if kept != NULL:\n        keep_list(c.lists, kept)\n    elif False:\n",
         "tests/mock/test_stored_records.py -k leak",
     ),
     Mutant(
         "an expired envelope is sent",
         "enqueue_slice",
-        "        if record.flags:\n            failed += settle_unsent(",
-        "        if record.flags & RECORD_REJECTED:\n            failed += settle_unsent(",
+        "        if batch.records[i].flags:\n",
+        "        if batch.records[i].flags & RECORD_REJECTED:\n",
     ),
     Mutant(
         "a rejected envelope is not counted as failed",
-        "enqueue_slice",
-        "            failed += settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)",
-        "            settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)",
+        "pass_over",
+        "    s.failed += settle_unsent(",
+        "    settle_unsent(",
         "tests/mock/test_rejected_report.py",
     ),
     Mutant(
         "a rejected envelope aborts its transaction",
-        "enqueue_slice",
-        "        if refused:\n",
-        "        if failed:\n",
+        "end_slice",
+        "        if s.refused:\n",
+        "        if s.failed:\n",
         "tests/mock/test_rejected_report.py",
     ),
     Mutant(
@@ -470,13 +470,13 @@ MUTANTS = (
     ),
     Mutant(
         "an expired envelope stays counted as waiting",
-        "enqueue_slice",
-        "RD_KAFKA_RESP_ERR_NO_ERROR)\n            KB_ADD64(&c.waiting, -1)\n",
+        "pass_over",
+        "RD_KAFKA_RESP_ERR_NO_ERROR)\n    KB_ADD64(&c.waiting, -1)\n",
         "RD_KAFKA_RESP_ERR_NO_ERROR)\n",
     ),
     Mutant(
         "a cancelled batch is enqueued to its end",
-        "enqueue_slice",
+        "look_around",
         "if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):",
         "if KB_LOAD32(&c.shut):",
         "tests/mock/test_aio.py",
@@ -899,9 +899,9 @@ MUTANTS = (
     ),
     Mutant(
         "what expires while its batch waits for room is sent",
-        "enqueue_slice",
-        "                wall_us = kb_wall_ns() // 1000\n",
-        "                pass\n",
+        "look_around",
+        "        s.wall_us = kb_wall_ns() // 1000\n",
+        "        pass\n",
         "tests/mock/test_waiting_line.py",
     ),
     # -- who is guilty
@@ -977,9 +977,9 @@ MUTANTS = (
     ),
     Mutant(
         "the header list of a refused record is lost",
-        "enqueue_slice",
-        "                    keep_list(c.lists, kept)\n",
-        "                    pass\n",
+        "produce",
+        "        keep_list(c.lists, kept)\n",
+        "        pass\n",
         "tests/mock/test_stored_records.py -k leak",
     ),
     Mutant(
