@@ -274,8 +274,8 @@ MUTANTS = (
     ),
     Mutant(
         "what is under way at a fatal error is given up at once",
-        "drainer_main",
-        "if c.life == FINISHING or now > c.fatal_since_ns + c.socket_timeout_ns + FATAL_GRACE:",
+        "purge_if_due",
+        "if c.life == FINISHING or d.now > c.fatal_since_ns + c.socket_timeout_ns + FATAL_GRACE:",
         "if True:",
         "tests/mock/test_lifecycle.py",
     ),
@@ -984,9 +984,9 @@ MUTANTS = (
     ),
     Mutant(
         "an idle producer keeps its header lists",
-        "drainer_main",
-        "            if idle_ns <= 0:\n",
-        "            if False:\n",
+        "drop_idle_lists",
+        "    if d.idle_ns > 0:\n",
+        "    if True:\n",
         "tests/mock/test_header_lists.py",
     ),
     Mutant(
