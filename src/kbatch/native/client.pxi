@@ -1,5 +1,5 @@
 # What one producer has in C: `Client` in `_fastmap.pxd`. What works on it without the GIL: reports, waiting, line,
-# header_lists, enqueue, drainer.
+# header_lists, enqueue, queues, drainer.
 #
 # Lock: client.mu guards every field of Client and BatchState that is not marked atomic or const. It is never held
 # while librdkafka is called, except for the yield of the main queue: events of a consumer's other queues take it under

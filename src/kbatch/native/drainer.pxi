@@ -8,94 +8,31 @@ cdef int64_t LAST_LOOK = 50 * MS       # for the events that are on the queue wh
 cdef int64_t LAST_WORDS = 1000 * MS    # for the dispatcher to pass them on; it may need the GIL, or have none any more
 
 
+cdef struct Drainer:
+    # On the drainer's stack: what it sees in a round, and what it remembers.
+    int64_t now
+    int64_t in_flight
+    int64_t idle_ns         # how long it may sleep when there is nothing to do; 0: until it is signalled
+    int64_t seen_polls      # Client.polls when it left the reports to the callers; -1: it has not
+    int64_t purge_after_ns
+    int64_t finished_ns     # when it looked for the last events; 0: not yet
+
+
 cdef void drainer_main(void *arg) noexcept nogil:
     cdef Client *c = <Client *> arg
-    cdef int64_t in_flight, seen_polls = -1, now, purge_after_ns = 0, finished_ns = 0, idle_ns
-    cdef BatchState *over
-    cdef bint urgent
-    cdef int flags, slice_ms, answer
+    cdef Drainer d
     cdef Notice *unread
+    memset(&d, 0, sizeof(Drainer))
+    d.seen_polls = -1
     kb_mutex_lock(&c.mu)
     while True:
-        in_flight = KB_LOAD64(&c.in_flight)
-        now = kb_now_ns()
-        if c.life == FINISHING and in_flight == 0 and c.entered == 0 and nobody_in_line(c) and c.held == 0:
-            # What happened before the end is still told.
-            if finished_ns == 0 and c.events_expected:
-                finished_ns = now
-                kb_mutex_unlock(&c.mu)
-                while poll_once(c, 0, NULL) and kb_now_ns() < finished_ns + LAST_LOOK:
-                    pass
-                kb_mutex_lock(&c.mu)
-                continue
-            if c.notice_first == NULL or now > finished_ns + LAST_WORDS:
+        d.now = kb_now_ns()
+        d.in_flight = KB_LOAD64(&c.in_flight)
+        if has_finished(c, &d):
+            if has_told_all(c, &d):
                 break
-            drainer_sleep(c, FINISH_PURGE)  # until the dispatcher, which enters to pass them on, leaves
-            continue
-        if in_flight and now >= purge_after_ns and (c.life == FINISHING or c.fatal_since_ns):
-            # Again and again: a slice of an enqueuer, or a request that failed, may bring messages back. A request
-            # under way may still be appended, after what another producer sends meanwhile: it gets all of its time.
-            purge_after_ns = now + (FINISH_PURGE if c.life == FINISHING else FATAL_PURGE)
-            flags = RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_NON_BLOCKING
-            if c.life == FINISHING or now > c.fatal_since_ns + c.socket_timeout_ns + FATAL_GRACE:
-                flags |= RD_KAFKA_PURGE_F_INFLIGHT
-            kb_mutex_unlock(&c.mu)
-            api.purge(c.rk, flags)
-            kb_mutex_lock(&c.mu)
-            continue
-        if c.detached:
-            if now >= c.look_ns or c.shut:
-                over = next_over(c, now)
-                if over != NULL:
-                    over.ready = 0
-                    answer = SHUT if c.shut or KB_LOAD32(&over.abandoned) else LATE
-                    kb_mutex_unlock(&c.mu)
-                    end_enqueueing(c, over, answer)
-                    kb_mutex_lock(&c.mu)
-                    continue
-            if is_detached(c.turn):
-                nudge_dispatcher(c)
-                enqueue_detached(c)
-                continue
-        idle_ns = WAIT_SLICE if c.detached else 0  # 0: nothing to look for
-        if c.lists != NULL and in_flight == 0 and c.callers == 0 and nobody_in_line(c):
-            idle_ns = c.lists_used_ns + LISTS_IDLE - now
-            if idle_ns <= 0:
-                drop_lists(c)
-                continue
-        urgent = c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns
-        if (c.leader != NULL or c.callers) and c.life == RUNNING:
-            seen_polls = -1
-            drainer_sleep(c, DRAINER_NAP if in_flight or c.idle_done != NULL else idle_ns)
-            continue
-        if not urgent:
-            if in_flight == 0 and c.idle_done == NULL:
-                drainer_sleep(c, idle_ns)
-                continue
-            if seen_polls != c.polls:
-                # A caller was here a moment ago and may come back: taking its reports away would only cost.
-                seen_polls = c.polls
-                drainer_sleep(c, DRAINER_NAP)
-                continue
-            nudge_dispatcher(c)
-            if in_flight == 0:
-                drainer_sleep(c, DRAINER_NAP)
-                continue
-        elif in_flight == 0 and not c.events_expected and c.life == RUNNING:
-            drainer_sleep(c, DRAINER_NAP if c.idle_done != NULL else idle_ns)
-            nudge_dispatcher(c)
-            continue
-        nudge_dispatcher(c)
-        slice_ms = 10 if c.life == FINISHING else 100
-        if c.detached:
-            slice_ms = <int> min(slice_ms, (c.look_ns - now + MS - 1) // MS)
-        c.drainer_polls = 1
-        kb_mutex_unlock(&c.mu)
-        if not poll_once(c, slice_ms, &c.drainer_self):
-            look_for_fatal(c)
-        kb_mutex_lock(&c.mu)
-        c.drainer_polls = 0
-        KB_STORE32(&c.drainer_is_due, 0)
+        elif not (purge_if_due(c, &d) or serve_detached(c, &d) or drop_idle_lists(c, &d)):
+            poll_or_sleep(c, &d)
     # Before the lock is given back: an event taken by the dispatcher after this would outlive librdkafka.
     unread = c.notice_first
     c.notice_first = c.notice_last = NULL
@@ -104,6 +41,115 @@ cdef void drainer_main(void *arg) noexcept nogil:
     end_librdkafka(c)
     client_drop(c)
 
+
+# -- a round. Each function has the lock on entry and exit. Those that `drainer_main` calls in a row answer True if they
+# let the lock go meanwhile: what the drainer has seen is then out of date, and it begins another round.
+
+cdef inline bint has_finished(Client *c, Drainer *d) noexcept nogil:
+    return c.life == FINISHING and d.in_flight == 0 and c.entered == 0 and nobody_in_line(c) and c.held == 0
+
+
+cdef bint has_told_all(Client *c, Drainer *d) noexcept nogil:
+    # Whether librdkafka may go. What happened before the end is still told.
+    if d.finished_ns == 0 and c.events_expected:
+        d.finished_ns = d.now
+        kb_mutex_unlock(&c.mu)
+        while poll_once(c, 0, NULL) and kb_now_ns() < d.finished_ns + LAST_LOOK:
+            pass
+        kb_mutex_lock(&c.mu)
+        return False
+    if c.notice_first == NULL or d.now > d.finished_ns + LAST_WORDS:
+        return True
+    drainer_sleep(c, FINISH_PURGE)  # until the dispatcher, which enters to pass them on, leaves
+    return False
+
+
+cdef bint purge_if_due(Client *c, Drainer *d) noexcept nogil:
+    # Again and again: a slice of an enqueuer, or a request that failed, may bring messages back. A request under way
+    # may still be appended, after what another producer sends meanwhile: it gets all of its time.
+    cdef int flags = RD_KAFKA_PURGE_F_QUEUE | RD_KAFKA_PURGE_F_NON_BLOCKING
+    if d.in_flight == 0 or d.now < d.purge_after_ns or not (c.life == FINISHING or c.fatal_since_ns):
+        return False
+    d.purge_after_ns = d.now + (FINISH_PURGE if c.life == FINISHING else FATAL_PURGE)
+    if c.life == FINISHING or d.now > c.fatal_since_ns + c.socket_timeout_ns + FATAL_GRACE:
+        flags |= RD_KAFKA_PURGE_F_INFLIGHT
+    kb_mutex_unlock(&c.mu)
+    api.purge(c.rk, flags)
+    kb_mutex_lock(&c.mu)
+    return True
+
+
+cdef bint serve_detached(Client *c, Drainer *d) noexcept nogil:
+    # Ends a batch whose time is over, or enqueues the one that has the turn.
+    cdef BatchState *over = NULL
+    cdef int answer
+    if c.detached and (d.now >= c.look_ns or c.shut):
+        over = next_over(c, d.now)
+    if over != NULL:
+        over.ready = 0
+        answer = SHUT if c.shut or KB_LOAD32(&over.abandoned) else LATE
+        kb_mutex_unlock(&c.mu)
+        end_enqueueing(c, over, answer)
+        kb_mutex_lock(&c.mu)
+        return True
+    if is_detached(c.turn):
+        nudge_dispatcher(c)
+        enqueue_detached(c)
+        return True
+    return False
+
+
+cdef bint drop_idle_lists(Client *c, Drainer *d) noexcept nogil:
+    # Or says how long the drainer may sleep until then.
+    d.idle_ns = WAIT_SLICE if c.detached else 0
+    if c.lists == NULL or d.in_flight or c.callers or not nobody_in_line(c):
+        return False
+    d.idle_ns = c.lists_used_ns + LISTS_IDLE - d.now
+    if d.idle_ns > 0:
+        return False
+    drop_lists(c)
+    return True
+
+
+cdef void poll_or_sleep(Client *c, Drainer *d) noexcept nogil:
+    cdef int64_t nap_ns = DRAINER_NAP if c.idle_done != NULL else d.idle_ns
+    if (c.leader != NULL or c.callers) and c.life == RUNNING:
+        d.seen_polls = -1
+        drainer_sleep(c, DRAINER_NAP if d.in_flight else nap_ns)
+    elif c.eager or c.events_expected or c.life >= CLOSING or c.fatal_since_ns:
+        if d.in_flight == 0 and not c.events_expected and c.life == RUNNING:
+            drainer_sleep(c, nap_ns)
+            nudge_dispatcher(c)
+        else:
+            drainer_poll(c, d)
+    elif d.in_flight == 0 and c.idle_done == NULL:
+        drainer_sleep(c, d.idle_ns)
+    elif d.seen_polls != c.polls:
+        # A caller was here a moment ago and may come back: taking its reports away would only cost.
+        d.seen_polls = c.polls
+        drainer_sleep(c, DRAINER_NAP)
+    elif d.in_flight == 0:
+        nudge_dispatcher(c)
+        drainer_sleep(c, DRAINER_NAP)
+    else:
+        drainer_poll(c, d)
+
+
+cdef void drainer_poll(Client *c, Drainer *d) noexcept nogil:
+    cdef int slice_ms = 10 if c.life == FINISHING else 100
+    nudge_dispatcher(c)
+    if c.detached:
+        slice_ms = <int> min(slice_ms, (c.look_ns - d.now + MS - 1) // MS)
+    c.drainer_polls = 1
+    kb_mutex_unlock(&c.mu)
+    if not poll_once(c, slice_ms, &c.drainer_self):
+        look_for_fatal(c)
+    kb_mutex_lock(&c.mu)
+    c.drainer_polls = 0
+    KB_STORE32(&c.drainer_is_due, 0)
+
+
+# -- detached batches
 
 cdef BatchState *first_over(Client *c, BatchState *batch, int64_t now) noexcept nogil:
     # From `batch` on: a detached one whose time is over, or that nobody wants.
@@ -141,6 +187,8 @@ cdef void enqueue_detached(Client *c) noexcept nogil:
         end_turn(c, batch, NULL)
 
 
+# -- its sleep
+
 cdef void nudge_drainer(Client *c) noexcept nogil:
     # Under the lock. A napping drainer looks by itself soon; only eagerness makes it look now.
     if c.drainer_parked:
@@ -177,71 +225,7 @@ cdef void drainer_sleep(Client *c, int64_t ns) noexcept nogil:
         c.drainer_parked = 0
 
 
-cdef void drop_taken(Client *c) noexcept nogil:
-    # What a poll has taken and not given out.
-    cdef Py_ssize_t i
-    for i in range(c.taken):
-        if c.messages[i] != NULL:
-            api.message_destroy(c.messages[i])
-        kb_free(c.blocks[i])
-    c.taken = c.given_out = 0
-
-
-cdef void drop_queue(rd_kafka_queue_t **queue) noexcept nogil:
-    if queue[0] != NULL:
-        api.queue_destroy(queue[0])
-    queue[0] = NULL
-
-
-cdef void drop_part(Part *part) noexcept nogil:
-    api.queue_cb_event_enable(part.queue, NULL, NULL)
-    api.queue_destroy(part.queue)
-    kb_free(part)
-
-
-cdef void answer_rebalance(rd_kafka_t *rk, int code, const rd_kafka_topic_partition_list_t *partitions) noexcept nogil:
-    # Takes what is given, gives back what is taken; each way of a group to share partitions has its own calls. One that
-    # has left its group has none, and takes nothing.
-    cdef const char *protocol = api.rebalance_protocol(rk)
-    cdef rd_kafka_error_t *error = NULL
-    cdef bint cooperative = protocol != NULL and protocol[0] == c'C'
-    if protocol != NULL and code == RD_KAFKA_RESP_ERR__ASSIGN_PARTITIONS:
-        if cooperative:
-            error = api.incremental_assign(rk, partitions)
-        else:
-            api.assign(rk, partitions)
-    elif cooperative and partitions.cnt and code == RD_KAFKA_RESP_ERR__REVOKE_PARTITIONS:
-        error = api.incremental_unassign(rk, partitions)
-    else:
-        api.assign(rk, NULL)
-    if error != NULL:
-        api.error_destroy(error)
-
-
-cdef void drop_queues(Client *c) noexcept nogil:
-    # Before librdkafka is destroyed, which waits for its messages and for the answer to a rebalance. A consumer leaves
-    # its group meanwhile.
-    cdef rd_kafka_topic_partition_list_t *unanswered
-    cdef Part *part
-    kb_mutex_lock(&c.mu)
-    c.rebalances_itself = 1
-    unanswered, c.rebalance = c.rebalance, NULL
-    kb_mutex_unlock(&c.mu)
-    if unanswered != NULL:
-        answer_rebalance(c.rk, c.rebalance_code, unanswered)
-        api.list_destroy(unanswered)
-    drop_taken(c)
-    while c.parts != NULL:
-        part = c.parts
-        c.parts = part.next
-        drop_part(part)
-    c.ready_first = c.ready_last = NULL
-    drop_queue(&c.queue)
-    if c.group_queue != NULL:
-        api.queue_cb_event_enable(c.group_queue, NULL, NULL)
-    drop_queue(&c.group_queue)
-    drop_queue(&c.commit_queue)
-
+# -- the end
 
 cdef void end_librdkafka(Client *c) noexcept nogil:
     # Nothing is in flight and no thread is inside a call. Events that nobody took go first: they hold references.

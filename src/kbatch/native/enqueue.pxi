@@ -57,150 +57,181 @@ cdef rd_kafka_topic_t *topic_handle(Client *c, Topic *topic) noexcept nogil:
     return topic.handle
 
 
-cdef int enqueue_slice(Client *c, BatchState *batch, int64_t slice_end) noexcept nogil:
-    """Offers the records of `batch` to librdkafka from where the last slice ended; it is the batch's turn."""
-    cdef rd_kafka_vu_t vus[7]
-    cdef Py_ssize_t i = batch.next
-    cdef Py_ssize_t stop = min(batch.count, i + ENQUEUE_SLICE)
-    cdef Py_ssize_t look_at = i   # when to look at reports, deadlines and the line
-    cdef Topic *reserved_for = NULL  # the topic that has the room of the next three
-    cdef int64_t reserved = 0     # messages, counted as in flight, not yet offered, and
-    cdef int64_t room_bytes = 0   # bytes, of which
-    cdef int64_t bytes = 0        # were taken
-    cdef int64_t turn_end = 0
-    cdef int64_t wall_us = 0      # what is to be delivered by then has expired
-    cdef int64_t now
-    cdef int64_t settled = 0    # got their outcome here
-    cdef int64_t failed = 0
-    cdef int64_t refused = 0    # of these, other than in phase 1: a transaction fails with them
-    cdef int answer = DONE
-    cdef int code
-    cdef int64_t seen = 0
-    cdef Record *record
-    cdef rd_kafka_topic_t *topic
-    cdef rd_kafka_error_t *error
-    cdef HeaderList *kept
+cdef struct Slice:
+    # On the stack of the thread that offers a batch's records, from `batch.next` on.
+    Py_ssize_t stop      # behind the last
+    int64_t end_ns
+    int64_t turn_end_ns  # while other batches stand in line
+    int64_t wall_us      # what is to be delivered by then has expired; 0: nothing has
+    Reservation reserved
+    int64_t settled      # envelopes that got their outcome here
+    int64_t failed       # of these
+    int64_t refused      # of these, other than in phase 1: a transaction fails with them
+    int64_t seen         # Client.reports before the last offer
+    rd_kafka_vu_t vus[7]
+
+
+cdef void begin_slice(Client *c, BatchState *batch, Slice *s, int64_t end_ns) noexcept nogil:
+    memset(s, 0, sizeof(Slice))
+    s.stop = min(batch.count, batch.next + ENQUEUE_SLICE)
+    s.end_ns = end_ns
+    s.turn_end_ns = kb_now_ns() + TURN
+    s.vus[0].vtype = RD_KAFKA_VTYPE_RKT
+    s.vus[1].vtype = RD_KAFKA_VTYPE_PARTITION
+    s.vus[2].vtype = RD_KAFKA_VTYPE_VALUE
+    s.vus[3].vtype = RD_KAFKA_VTYPE_KEY
+    s.vus[4].vtype = RD_KAFKA_VTYPE_OPAQUE
+    s.vus[5].vtype = RD_KAFKA_VTYPE_TIMESTAMP
+    s.vus[6].vtype = RD_KAFKA_VTYPE_HEADERS
     if c.lists != NULL:
         c.lists.slice += 1
-    vus[0].vtype = RD_KAFKA_VTYPE_RKT
-    vus[1].vtype = RD_KAFKA_VTYPE_PARTITION
-    vus[2].vtype = RD_KAFKA_VTYPE_VALUE
-    vus[3].vtype = RD_KAFKA_VTYPE_KEY
-    vus[4].vtype = RD_KAFKA_VTYPE_OPAQUE
-    vus[5].vtype = RD_KAFKA_VTYPE_TIMESTAMP
-    vus[6].vtype = RD_KAFKA_VTYPE_HEADERS
-    while i < stop:
-        if i == look_at:
-            look_at = i + DRAIN_EVERY
-            if turn_end == 0:
-                turn_end = kb_now_ns() + TURN
-            if i != batch.next or c.unpolled >= DRAIN_EVERY or not others_stand_in_line(c):
-                poll_ready(c, turn_end)  # a short one leaves that to the others
-                c.unpolled = 0
-            now = kb_now_ns()
-            if c.lists != NULL:
-                collect_lists(c, now)
-            if batch.deliver_by != NULL:
-                wall_us = kb_wall_ns() // 1000
-            if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):
-                answer = SHUT
-                break
-            if now >= batch.deadline_ns:
-                answer = LATE
-                break
-            if i != batch.next and others_stand_in_line(c) and (
-                    now >= turn_end or i - batch.next >= TURN_MESSAGES):
-                answer = AGAIN
-                break
-            if now >= slice_end:
-                answer = AGAIN
-                break
-        record = &batch.records[i]
-        if wall_us and 0 < batch.deliver_by[i] <= wall_us and not record.flags:
-            record.flags = RECORD_EXPIRED
-        if record.flags:
-            failed += settle_unsent(&batch.outcomes[i], record, RD_KAFKA_RESP_ERR_NO_ERROR)
-            KB_ADD64(&c.waiting, -1)
-            settled += 1
-            i += 1
-            continue
-        if reserved == 0 or record.topic != reserved_for or bytes >= room_bytes:
-            unreserve(c, reserved_for, reserved, bytes)
-            bytes = 0
-            reserved_for = record.topic
-            reserved = take_room(c, batch, i, stop, &room_bytes)
-            if reserved == 0:
-                batch.starved = 1
-                answer = AGAIN
-                break
-            batch.starved = 0
-        topic = topic_handle(c, record.topic)
-        code = RD_KAFKA_RESP_ERR_NO_ERROR
-        if topic == NULL:
-            code = api.last_error()
+
+
+cdef int look_around(Client *c, BatchState *batch, Slice *s, Py_ssize_t i) noexcept nogil:
+    # At the reports, deadlines and the line. DONE: record `i` may be offered; any other answer ends the slice.
+    cdef int64_t now
+    if i != batch.next or c.unpolled >= DRAIN_EVERY or not others_stand_in_line(c):
+        poll_ready(c, s.turn_end_ns)  # a short one leaves that to the others
+        c.unpolled = 0
+    now = kb_now_ns()
+    if c.lists != NULL:
+        collect_lists(c, now)
+    if batch.deliver_by != NULL:
+        s.wall_us = kb_wall_ns() // 1000
+    if KB_LOAD32(&c.shut) or KB_LOAD32(&batch.abandoned):
+        return SHUT
+    if now >= batch.deadline_ns:
+        return LATE
+    if i != batch.next and others_stand_in_line(c) and (
+            now >= s.turn_end_ns or i - batch.next >= TURN_MESSAGES):
+        return AGAIN
+    return AGAIN if now >= s.end_ns else DONE
+
+
+cdef inline void mark_expired(BatchState *batch, Py_ssize_t i, int64_t wall_us) noexcept nogil:
+    if wall_us and 0 < batch.deliver_by[i] <= wall_us and not batch.records[i].flags:
+        batch.records[i].flags = RECORD_EXPIRED
+
+
+cdef inline void pass_over(Client *c, BatchState *batch, Slice *s, Py_ssize_t i) noexcept nogil:
+    # It has expired, or phase 1 has rejected it.
+    s.failed += settle_unsent(&batch.outcomes[i], &batch.records[i], RD_KAFKA_RESP_ERR_NO_ERROR)
+    KB_ADD64(&c.waiting, -1)
+    s.settled += 1
+
+
+cdef inline bint reserve(Client *c, BatchState *batch, Slice *s, Py_ssize_t i) noexcept nogil:
+    # Whether record `i` has room.
+    cdef Reservation *own = &s.reserved
+    if own.count == 0 or batch.records[i].topic != own.topic or own.bytes >= own.room_bytes:
+        unreserve(c, own)
+        take_room(c, batch, i, s.stop, own)
+        batch.starved = own.count == 0
+    return own.count != 0
+
+
+cdef inline int produce(Client *c, BatchState *batch, Slice *s, Py_ssize_t i) noexcept nogil:
+    # Record `i` becomes a message. The code with which librdkafka refuses it, 0 if it does not.
+    cdef Record *record = &batch.records[i]
+    cdef Outcome *outcome = &batch.outcomes[i]
+    cdef rd_kafka_vu_t *vus = s.vus
+    cdef rd_kafka_topic_t *topic = topic_handle(c, record.topic)
+    cdef rd_kafka_error_t *error
+    cdef HeaderList *kept = NULL
+    if topic == NULL:
+        return api.last_error()
+    vus[0].u.rkt = topic
+    vus[1].u.i32 = record.partition
+    vus[2].u.mem.ptr = record.value
+    vus[2].u.mem.size = record.value_len
+    vus[3].u.mem.ptr = record.key
+    vus[3].u.mem.size = record.key_len
+    outcome.batch = batch
+    outcome.offset = <int64_t> <size_t> record.topic
+    vus[4].u.ptr = outcome
+    vus[5].u.i64 = record.timestamp
+    vus[6].u.headers = NULL
+    if record.header_count:
+        kept = take_list(c, record)
+        if kept == NULL:
+            vus[6].u.headers = build_headers(record)
         else:
-            vus[0].u.rkt = topic
-            vus[1].u.i32 = record.partition
-            vus[2].u.mem.ptr = record.value
-            vus[2].u.mem.size = record.value_len
-            vus[3].u.mem.ptr = record.key
-            vus[3].u.mem.size = record.key_len
-            batch.outcomes[i].batch = batch
-            batch.outcomes[i].offset = <int64_t> <size_t> record.topic
-            vus[4].u.ptr = &batch.outcomes[i]
-            vus[5].u.i64 = record.timestamp
-            vus[6].u.headers = kept = NULL
-            if record.header_count:
-                kept = take_list(c, record)
-                if kept == NULL:
-                    vus[6].u.headers = build_headers(record)
-                else:
-                    kept.topic = record.topic
-                    vus[6].u.headers = kept.headers
-                    batch.outcomes[i].offset = <int64_t> <size_t> kept | 1
-            seen = KB_LOAD64(&c.reports)
-            error = api.produceva(c.rk, vus, 7)
-            if error != NULL:
-                # The headers are still ours: the message was not taken.
-                if kept != NULL:
-                    keep_list(c.lists, kept)
-                else:
-                    drop_headers(vus[6].u.headers)
-                code = produce_error(c, error)
-        if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
-            batch.queue_full, batch.full_at = 1, seen
-            want(c, batch, record.value_len)
-            answer = AGAIN
-            break
-        batch.queue_full = 0
-        if batch.wants:
-            want(c, batch, 0)
-        reserved -= 1
-        if code:
-            settle_unsent(&batch.outcomes[i], record, code)
-            KB_ADD64(&c.in_flight, -1)
-            give_room(reserved_for, 1, 0)
-            settled += 1
-            failed += 1
-            refused += 1
-        else:
-            bytes += record.value_len
-        i += 1
+            kept.topic = record.topic
+            vus[6].u.headers = kept.headers
+            outcome.offset = <int64_t> <size_t> kept | 1
+    s.seen = KB_LOAD64(&c.reports)
+    error = api.produceva(c.rk, vus, 7)
+    if error == NULL:
+        return RD_KAFKA_RESP_ERR_NO_ERROR
+    # The headers are still ours: the message was not taken.
+    if kept != NULL:
+        keep_list(c.lists, kept)
+    else:
+        drop_headers(vus[6].u.headers)
+    return produce_error(c, error)
+
+
+cdef inline bint offer(Client *c, BatchState *batch, Slice *s, Py_ssize_t i) noexcept nogil:
+    # Whether record `i` was taken or refused. If not, librdkafka's queue is full, and it is offered again.
+    cdef int code = produce(c, batch, s, i)
+    if code == RD_KAFKA_RESP_ERR__QUEUE_FULL:
+        batch.queue_full, batch.full_at = 1, s.seen
+        want(c, batch, batch.records[i].value_len)
+        return False
+    batch.queue_full = 0
+    if batch.wants:
+        want(c, batch, 0)
+    s.reserved.count -= 1
+    if code:
+        settle_unsent(&batch.outcomes[i], &batch.records[i], code)
+        KB_ADD64(&c.in_flight, -1)
+        give_room(s.reserved.topic, 1, 0)
+        s.settled += 1
+        s.failed += 1
+        s.refused += 1
+    else:
+        s.reserved.bytes += batch.records[i].value_len
+    return True
+
+
+cdef int end_slice(Client *c, BatchState *batch, Slice *s, Py_ssize_t i, int answer) noexcept nogil:
+    # Record `i` is the first that was not offered.
     c.unpolled += i - batch.next
     batch.next = i
-    unreserve(c, reserved_for, reserved, bytes)
-    if settled:
+    unreserve(c, &s.reserved)
+    if s.settled:
         kb_mutex_lock(&c.mu)
-        count_failed(c, failed)
+        count_failed(c, s.failed)
         kb_mutex_unlock(&c.mu)
-        if refused:
+        if s.refused:
             KB_STORE32(&batch.failing, 1)
-        settle(c, batch, settled)
+        settle(c, batch, s.settled)
     if answer == DONE and i < batch.count:
         answer = AGAIN
     if answer == AGAIN and kb_now_ns() >= batch.deadline_ns:
         answer = LATE
     return answer
+
+
+cdef int enqueue_slice(Client *c, BatchState *batch, int64_t end_ns) noexcept nogil:
+    """Offers the records of `batch` to librdkafka from where the last slice ended; it is the batch's turn."""
+    cdef Slice s
+    cdef Py_ssize_t i = batch.next
+    cdef int answer = DONE
+    begin_slice(c, batch, &s, end_ns)
+    while i < s.stop:
+        if (i - batch.next) % DRAIN_EVERY == 0:
+            answer = look_around(c, batch, &s, i)
+            if answer != DONE:
+                break
+        mark_expired(batch, i, s.wall_us)
+        if batch.records[i].flags:
+            pass_over(c, batch, &s, i)
+        elif not (reserve(c, batch, &s, i) and offer(c, batch, &s, i)):
+            answer = AGAIN
+            break
+        i += 1
+    return end_slice(c, batch, &s, i, answer)
 
 
 cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
@@ -211,8 +242,7 @@ cdef void give_up_rest(Client *c, BatchState *batch, int error) noexcept nogil:
     cdef bint given_up = False
     cdef int64_t wall_us = 0 if batch.deliver_by == NULL else kb_wall_ns() // 1000
     for i in range(batch.next, batch.count):
-        if wall_us and 0 < batch.deliver_by[i] <= wall_us and not batch.records[i].flags:
-            batch.records[i].flags = RECORD_EXPIRED
+        mark_expired(batch, i, wall_us)
         failed += settle_unsent(&batch.outcomes[i], &batch.records[i], error)
         given_up |= batch.records[i].flags == 0
     batch.next = batch.count

@@ -228,32 +228,40 @@ cdef inline void count_offered(Client *c, int64_t count) noexcept nogil:
         KB_ADD64(&c.in_flight, count)
 
 
-cdef int64_t take_room(Client *c, BatchState *batch, Py_ssize_t i, Py_ssize_t stop, int64_t *bytes) noexcept nogil:
-    # Counts records from `i` on as in flight, all of one topic, before they are offered. Returns how many; `bytes` of
-    # values have room.
+cdef struct Reservation:
+    # Room for messages of one topic: they count as in flight before they are offered.
+    Topic *topic        # NULL: nothing was reserved yet
+    int64_t count       # messages that are not offered yet
+    int64_t room_bytes  # for so many bytes of values there was room
+    int64_t bytes       # of values that were offered
+
+
+cdef void take_room(Client *c, BatchState *batch, Py_ssize_t i, Py_ssize_t stop, Reservation *own) noexcept nogil:
+    # For records from `i` on, all of one topic, before they are offered. Without room for one `own.count` is 0.
     cdef Topic *topic = batch.records[i].topic
     cdef int64_t count = min(stop - i, DRAIN_EVERY)
     cdef int64_t n = 1
     count = min(count, room_left(c, topic))
-    bytes[0] = bytes_left(c, batch, topic)
-    if count <= 0 or bytes[0] <= 0:
-        return 0
+    own.topic, own.count, own.bytes = topic, 0, 0
+    own.room_bytes = bytes_left(c, batch, topic)
+    if count <= 0 or own.room_bytes <= 0:
+        return
     if batch.place.other != NULL:
         while n < count and not batch.records[i + n].flags and batch.records[i + n].topic == topic:
             n += 1
         count = n
     count_offered(c, count)
     KB_ADD64(&topic.in_flight, count)
-    return count
+    own.count = count
 
 
-cdef inline void unreserve(Client *c, Topic *topic, int64_t count, int64_t bytes) noexcept nogil:
+cdef inline void unreserve(Client *c, Reservation *own) noexcept nogil:
     # Ends a reservation: `count` were not offered, `bytes` were.
-    if topic != NULL:
-        count_offered(c, -count)
-        KB_ADD64(&c.bytes, bytes)
-        give_room(topic, count, 0)
-        KB_ADD64(&topic.bytes, bytes)
+    if own.topic != NULL:
+        count_offered(c, -own.count)
+        KB_ADD64(&c.bytes, own.bytes)
+        give_room(own.topic, own.count, 0)
+        KB_ADD64(&own.topic.bytes, own.bytes)
 
 
 cdef inline void give_room(Topic *topic, int64_t count, int64_t bytes) noexcept nogil:
