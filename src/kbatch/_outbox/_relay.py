@@ -9,12 +9,9 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer
-from kbatch._checks import check_close_timeout, check_methods, check_timeout, is_number
-from kbatch._config import inherit
+from kbatch._checks import check_close_timeout, check_timeout
 from kbatch._errors import (
     ConfigError,
     OutboxError,
@@ -26,46 +23,41 @@ from kbatch._errors import (
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
 from kbatch._logs import tell
 from kbatch._options import RelayOptions, shows, taken
-from kbatch._outbox._base import BaseOutbox
+from kbatch._outbox._base import check_relay_outbox, dead_letters_of
+from kbatch._outbox._dead_letters import deaths_of
 from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
 from kbatch._outbox._flight import Flight, Judge
-from kbatch._outbox._kept import OutboxQuery
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
+from kbatch._outbox._relay_producer import MARGIN_S, lease_of, use_of
 from kbatch._outbox._store import BUCKETS, HeldKey, RefusedWriteError
 from kbatch._pending import PendingBatch
-from kbatch._producer import Producer
 from kbatch._recovery._circuit import CircuitState
-from kbatch._recovery._deaths import Deaths
 from kbatch._recovery._gate import Gate
-from kbatch._recovery._handle import ProducerHandle, ProducerUse
 from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from types import TracebackType
     from typing import TypeVar
 
     from typing_extensions import Self, Unpack
 
+    from kbatch._base_producer import BaseProducer
     from kbatch._errors import KbatchError
     from kbatch._fastmap import Trial
     from kbatch._options import RelayKeywords
-    from kbatch._outbox._dead_letters import DeadLetter, DeadLetters
     from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
+    from kbatch._producer import Producer
     from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
-__all__ = ["Relay", "check_relay_outbox", "dead_letters_of", "lease_of", "relay_producer"]
+__all__ = ["Relay"]
 
-_DELIVERY_TIMEOUT_MS = 30_000
-_TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
-_UNNAMED = "kbatch-relay"  # the transactional id until there is one
-_MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has come
 _RENEW_EVERY_S = 1.0
 _STAND_ASIDE_AFTER_S = 10.0
 _LOOK_AT_ALL_EVERY_S = 30.0
@@ -151,13 +143,17 @@ class Relay:
             policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0)
         check_close_timeout(close_timeout_s)
         self._calls = self._calls_class()
-        self._deaths = None if options.on_dead is None else _deaths(outbox, self._calls, options.on_dead)
+        self._deaths = (
+            None
+            if options.on_dead is None
+            else deaths_of(dead_letters_of(outbox), self._calls, options.on_dead, repr(outbox))
+        )
         self._outbox = outbox
         self._batch_size = options.batch_size
         self._is_fencing = options.is_fencing
         self._max_flights = 1 if self._is_fencing else options.max_in_flight_batches
         self._close_timeout_s = close_timeout_s
-        self._use = _use_of(producer, options)
+        self._use = use_of(producer, options)
         self._handle = self._use.handle
         self._max_delivery_s = self._handle.producer.max_delivery_s()
         try:
@@ -165,7 +161,7 @@ class Relay:
         except ConfigError:
             self._use.release(0.0)
             raise
-        self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
+        self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - MARGIN_S) / 2)
         self._owner = ""
         self._former: set[str] = set()  # owners that it was, and whose leases nobody may take yet
         self._fences: Fences | None = None
@@ -791,7 +787,7 @@ class Relay:
 
     def _may_hand_over(self) -> bool:
         # A relay that was stopped in between must not send late: what it hands over has its outcome within the lease.
-        return self._leases.left_s(_times()) >= self._max_delivery_s + _MARGIN_S
+        return self._leases.left_s(_times()) >= self._max_delivery_s + MARGIN_S
 
     def _send_next(self) -> None:
         assert self._store is not None
@@ -1128,91 +1124,3 @@ def _new_owner() -> str:
 
 def _times() -> Times:
     return Times(monotonic(), wall_time())
-
-
-def check_relay_outbox(outbox: object) -> None:
-    """Raises ConfigError for what is no outbox."""
-    wanted = "a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a kbatch.stores.RelayOutbox"
-    check_methods("outbox", outbox, wanted, ("open_store", "watch", "unwatch"))
-
-
-def dead_letters_of(outbox: object) -> DeadLetters:
-    """What `on_dead` is told of. Raises ConfigError for an outbox that has none."""
-    if not isinstance(outbox, BaseOutbox):
-        raise ConfigError(
-            "on_dead needs an outbox that has dead letters: a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a "
-            "kbatch.stores.OutboxBase"
-        )
-    return outbox._dead_letters()
-
-
-def _deaths(outbox: object, calls: UserCalls, on_dead: Callable[[DeadLetter], object]) -> Deaths[int]:
-    """By the numbers of rows."""
-    letters = dead_letters_of(outbox)
-
-    def look_up(numbers: list[int]) -> Iterator[tuple[str, tuple[DeadLetter]]]:
-        for letter in letters.find(OutboxQuery(numbers=numbers), limit=None):
-            yield f"dead letter {letter.number}", (letter,)
-
-    return Deaths(calls, on_dead, look_up, repr(outbox))
-
-
-def relay_producer(config: Mapping[str, Any], room: int = 10_000, *, is_fencing: bool = False) -> Producer:
-    """A producer as a relay needs it. Raises ConfigError for one that may lose or reorder records."""
-    own: dict[str, Any] = {"delivery.timeout.ms": _DELIVERY_TIMEOUT_MS}
-    if is_fencing:
-        own = {
-            "delivery.timeout.ms": _TRANSACTION_TIMEOUT_MS,
-            "transaction.timeout.ms": _TRANSACTION_TIMEOUT_MS,
-            "transactional.id": _UNNAMED,
-        }
-    made = Producer(inherit(own, config) if isinstance(config, Mapping) else config, max_in_flight=max(10_000, room))
-    _check_producer(made, own.get("transactional.id"))
-    return made
-
-
-def _check_producer(producer: Producer, own_id: str | None = None) -> None:
-    native = producer._parsed.native
-    wrong = None
-    if native.get("transactional.id") not in (None, "", own_id):
-        wrong = "transactional.id, with which each batch would be one transaction"
-    elif native.get("enable.idempotence") != "true":
-        wrong = "enable.idempotence=false, with which records may be stored twice and in another order"
-    if wrong is not None:
-        raise ConfigError(f"the producer of a relay must not have {wrong}")
-
-
-def _use_of(producer: Mapping[str, Any] | Producer | ProducerUse, options: RelayOptions) -> ProducerUse:
-    if isinstance(producer, ProducerUse):
-        return producer  # of one that `relay_producer` has made; not for users
-    if options.is_fencing and isinstance(producer, BaseProducer):
-        raise ConfigError("fencing='kafka' needs producers of its own: give their configuration")
-    if isinstance(producer, Producer):
-        _check_producer(producer)
-        return ProducerHandle.of(producer).acquire()
-    if isinstance(producer, BaseProducer):
-        raise ConfigError(f"a relay takes no {producer._shown}: give its configuration, or a kbatch.Producer")
-    made = relay_producer(producer, options.most_in_flight, is_fencing=options.is_fencing)
-    return ProducerHandle(made, given=False).acquire()
-
-
-def lease_of(options: RelayOptions, producer: BaseProducer) -> float:
-    """Seconds of a relay's leases. Raises ConfigError for options that contradict the producer."""
-    if options.strict_order and producer._parsed.native.get("partitioner") == "random":
-        raise ConfigError(
-            "strict_order=True contradicts partitioner=random, which spreads a key over partitions; choose another "
-            "partitioner"
-        )
-    return _lease_s(options.lease_s, producer.max_delivery_s())
-
-
-def _lease_s(lease_s: float | None, max_delivery_s: float) -> float:
-    if lease_s is None:
-        return max_delivery_s + 5.0
-    shortest = max_delivery_s + 2 * _MARGIN_S
-    if not is_number(lease_s) or not shortest <= lease_s < 1e6:
-        raise ConfigError(
-            f"lease_s must be seconds, {shortest:g} at least: the longest time that a delivery takes "
-            f"({max_delivery_s:g} s by delivery.timeout.ms) and {2 * _MARGIN_S:g} s; not {lease_s!r}"
-        )
-    return float(lease_s)
