@@ -1110,7 +1110,7 @@ def test_a_relay_that_is_to_finish_leaves_what_is_added_meanwhile_and_sends_what
         relay._hand_over = put_one_back  # type: ignore[method-assign]
         until(lambda: relay.stats()["acked"] >= 20, "some")
         relay._finish()
-        until(lambda: not relay._runs.locked(), "its end", 20)
+        until(lambda: not relay._run_lock.locked(), "its end", 20)
     assert put_back
     check_history(range(next(added)), stored(cluster))
 

@@ -317,7 +317,7 @@ def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
         most = min(batch_size, 20)  # it reads no more then
         until(lambda: relay._refusal_at is not None and len(relay._failures) >= most, "that they cannot be moved")
         relay._finish()
-        until(lambda: not relay._runs.locked(), "its end", 10)
+        until(lambda: not relay._run_lock.locked(), "its end", 10)
     check_history(range(10), stored(cluster))
     assert outbox.status().waiting == 20
 
@@ -409,7 +409,7 @@ def test_drain_beside_run_waits_for_the_database_as_run_does(outbox: SqliteOutbo
 @contextlib.contextmanager
 def run_by_another(outbox: Any) -> Iterator[Relay]:
     """A relay to which it seems that another thread is in `run`."""
-    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay, relay._runs:
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay, relay._run_lock:
         yield relay
 
 

@@ -192,10 +192,13 @@ class Relay:
         self._failures_later: list[Failure] = []
         self._not_admitted: set[Place] = set()  # what is scheduled and due, and the database has refused to move
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
-        self._claims = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
-        self._closing = threading.RLock()
-        self._runs = threading.Lock()  # of the last run, which holds it
+        self._claim_lock = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
+        self._release_lock = threading.RLock()
+        self._run_lock = threading.Lock()  # the last run's own, which holds it until its end
         self._runner: int | None = None  # the thread of the last run
+        # How a run ends. Stopping: somebody wants that, whatever is left. Finishing: it ends by itself once nothing is to
+        # be sent now. Ending: it hands nothing over, and waits for what is in flight. Giving up: it has waited long
+        # enough, and has what is in flight purged.
         self._stopping = self._ending = self._finishing = False
         self._is_finishing = False  # since the last round began
         self._has_asked = False  # for leases, so that it may have some
@@ -266,7 +269,7 @@ class Relay:
     def _drain(self, timeout: float | None, given_up: Callable[[], bool]) -> int:
         check_timeout(timeout)
         end = None if timeout is None else monotonic() + timeout
-        if self._runs.locked():
+        if self._run_lock.locked():
             if self._is_run_here():
                 raise RuntimeError("drain waits for what run does, so it must not be called within it")
             return self._await_empty(end, given_up)
@@ -318,12 +321,12 @@ class Relay:
 
     def _close(self, timeout: float) -> None:
         """Closes what is its own, the producer within `timeout` seconds."""
-        with self._claims:
+        with self._claim_lock:
             self._closed = True
         self.stop()
-        while self._runs.locked():
+        while self._run_lock.locked():
             threading.Event().wait(_LOOK_WHETHER_OVER_S)
-        with self._closing:
+        with self._release_lock:
             self._release(timeout)
 
     def _release(self, timeout: float) -> None:
@@ -349,7 +352,7 @@ class Relay:
         store: OutboxStore | None = None
         try:
             while True:
-                has_ended = not self._runs.locked()  # before the count: nobody sends what that finds
+                has_ended = not self._run_lock.locked()  # before the count: nobody sends what that finds
                 try:
                     if store is None:
                         store = self._outbox.open_store()
@@ -416,16 +419,16 @@ class Relay:
         return is_over
 
     def _claim(self, mine: threading.Lock) -> None:
-        with self._claims:
-            if self._runs.locked():
+        with self._claim_lock:
+            if self._run_lock.locked():
                 raise RuntimeError("this relay runs already")
             if self._closed:
                 raise SenderClosedError("the relay is closed")
             self._runner = threading.get_ident()
-            self._runs = mine
+            self._run_lock = mine
 
     def _is_run_here(self) -> bool:
-        return self._runs.locked() and self._runner == threading.get_ident()
+        return self._run_lock.locked() and self._runner == threading.get_ident()
 
     def _is_empty(self) -> bool:
         if self._flights or self._has_answers() or self._store is None:
