@@ -315,7 +315,7 @@ def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
         until(lambda: relay.stats()["acked"] == 10, "the others")
         outboxes.add(outbox, numbered(range(20), keys=20, topic="refused"), topic=None)
         most = min(batch_size, 20)  # it reads no more then
-        until(lambda: relay._refusal_at is not None and len(relay._failures) >= most, "that they cannot be moved")
+        until(lambda: relay._refusal.told_at is not None and len(relay._failures) >= most, "that they cannot be moved")
         relay._finish()
         until(lambda: not relay._run_lock.locked(), "its end", 10)
     check_history(range(10), stored(cluster))

@@ -2485,7 +2485,7 @@ MUTANTS = (
     Mutant(
         "dead letters that cannot be read are never told",
         "Deaths._put_off",
-        "        self._again_at = now + _TRY_AGAIN_S\n",
+        "        self._again_at = monotonic() + _TRY_AGAIN_S\n",
         "        self._waiting.clear()\n",
         "tests/unit/test_deaths.py",
     ),

@@ -21,7 +21,7 @@ from kbatch._errors import (
     SenderError,
 )
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
-from kbatch._logs import tell
+from kbatch._logs import Reminder, tell
 from kbatch._options import RelayOptions, shows, taken
 from kbatch._outbox._base import check_relay_outbox, dead_letters_of
 from kbatch._outbox._dead_letters import deaths_of
@@ -67,7 +67,6 @@ _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
 _LOOK_AT_SCHEDULED_EVERY_S = 0.1
 _TRY_STORE_AGAIN_S = 0.25
-_REMIND_EVERY_S = 60.0
 _BATCH_BYTES = 4_000_000
 _MOST_DUE = 500
 _MOST_SCHEDULED = 2_000
@@ -166,7 +165,7 @@ class Relay:
         self._former: set[str] = set()  # owners that it was, and whose leases nobody may take yet
         self._fences: Fences | None = None
         self._naming: BatchWithOffsets | None = None  # has the producer's transactional id initialised
-        self._naming_failed_at: float | None = None
+        self._naming_trouble = Reminder()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
             self._handle,
@@ -196,8 +195,8 @@ class Relay:
         self._release_lock = threading.RLock()
         self._run_lock = threading.Lock()  # the last run's own, which holds it until its end
         self._runner: int | None = None  # the thread of the last run
-        # How a run ends. Stopping: somebody wants that, whatever is left. Finishing: it ends by itself once nothing is to
-        # be sent now. Ending: it hands nothing over, and waits for what is in flight. Giving up: it has waited long
+        # How a run ends. Stopping: somebody wants that, whatever is left. Finishing: it ends by itself once nothing is
+        # to be sent now. Ending: it hands nothing over, and waits for what is in flight. Giving up: it has waited long
         # enough, and has what is in flight purged.
         self._stopping = self._ending = self._finishing = False
         self._is_finishing = False  # since the last round began
@@ -214,9 +213,9 @@ class Relay:
         self._was_due = False  # what was sent last
         self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0  # of the last run
-        self._trouble_at: float | None = None
+        self._trouble = Reminder()  # with the database
         self._failures_at = 0.0  # when failures that could not be written are tried again
-        self._refusal_at: float | None = None
+        self._refusal = Reminder()
 
     def __repr__(self) -> str:
         return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
@@ -444,9 +443,9 @@ class Relay:
         if self._flights or (self._has_answers() and self._write_at() <= monotonic()):
             return False  # what the database has refused keeps nobody waiting
         # Before its transactional id is initialised it has no lease, and will have some.
-        is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_failed_at is None
+        is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_trouble.told_at is None
         has_leases = self._leases.tokens or is_to_have_leases
-        can_send = self._gate.may_send() and has_leases and self._trouble_at is None
+        can_send = self._gate.may_send() and has_leases and self._trouble.told_at is None
         return self._read_at == math.inf or not (can_send and self._has_room(self._failures))
 
     def _begin(self) -> None:
@@ -457,7 +456,7 @@ class Relay:
         self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
         self._begin_look()
         self._poll_s = _SHORTEST_POLL_S
-        self._trouble_at = self._refusal_at = None
+        self._trouble.told_at = self._refusal.told_at = None
         self._stands_aside = False
         self._not_admitted.clear()
         self._failures_at = 0.0
@@ -529,15 +528,13 @@ class Relay:
                 self._begin_look()
             result = call()
         except OutboxError as error:
-            now = monotonic()
-            self._store_at = now + _TRY_STORE_AGAIN_S
-            if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
-                self._trouble_at = now
+            self._store_at = monotonic() + _TRY_STORE_AGAIN_S
+            if self._trouble.tells_now():
                 tell("a relay cannot use its outbox, and tries again: %s", error)
             self._close_store()
             return otherwise
-        if self._trouble_at is not None:
-            self._trouble_at = None
+        if self._trouble.told_at is not None:
+            self._trouble.told_at = None
             tell("a relay can use its outbox again")
         return result
 
@@ -698,14 +695,10 @@ class Relay:
             return True
         producer = self._handle.producer
         if is_initialized(producer):
-            self._naming = self._naming_failed_at = None
+            self._naming = self._naming_trouble.told_at = None
             return True
         if self._naming is None or self._naming.done():
-            now = monotonic()
-            if self._naming is not None and (
-                self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
-            ):
-                self._naming_failed_at = now
+            if self._naming is not None and self._naming_trouble.tells_now():
                 tell(
                     "a relay waits: brokers do not let it have the transactional id %s: %s",
                     transactional_id(self._owner),
@@ -1001,9 +994,7 @@ class Relay:
         return True
 
     def _tell_of_refusal(self, what: str, error: RefusedWriteError) -> None:
-        now = monotonic()
-        if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
-            self._refusal_at = now
+        if self._refusal.tells_now():
             tell("a relay cannot %s, and tries again: %s", what, error)
 
     def _record(
