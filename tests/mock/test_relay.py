@@ -629,7 +629,7 @@ def test_what_was_never_dead_is_not_told(outbox: Outbox, cluster: MockCluster) -
         cluster.set_rtt(-1, 300)
         until(lambda: relay.stats()["in_flight"] == 1, "its second attempt")
         outbox.scheduled.cancel(OutboxQuery())
-        until(lambda: relay.stats()["dead"] == 1 and not relay._has_answers(), "its second refusal")
+        until(lambda: relay.stats()["dead"] == 1 and not relay._unwritten, "its second refusal")
     assert told == []
     assert outbox.status().dead == 0
 
@@ -1178,7 +1178,7 @@ def test_an_exception_at_any_line_where_it_loses_its_leases_leaves_no_floor_and_
             assert set(floors.values()) == {0}, injector.place
             reading = relay._store.read(floors, limit=1000, max_bytes=10**6, in_flight=set)
             assert len(relay._positions.taken(reading, set)) == 100
-            relay._done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
+            relay._unwritten.done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
             relay._leases._asked = Times(-1e6, -1e6)  # its leases are over
             relay._stopping = True
             injector = Injector(nth)

@@ -1907,8 +1907,8 @@ MUTANTS = (
     ),
     Mutant(
         "a row that cannot be moved keeps its bucket from the relay that is to have it",
-        "Relay._busy",
-        "busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed",
+        "Unwritten.busy",
+        "busy |= failed.difference(leaving) if monotonic() < self.failures_at else failed",
         "busy |= failed",
         "tests/mock/test_relay_database_faults.py",
     ),
@@ -2125,8 +2125,8 @@ MUTANTS = (
     Mutant(
         "the end of a relay waits for rows that the database does not let be moved",
         "Relay._is_idle",
-        "(self._has_answers() and self._write_at() <= monotonic())",
-        "self._has_answers()",
+        "(self._unwritten and self._unwritten.write_at() <= monotonic())",
+        "self._unwritten",
         "tests/mock/test_relay_database_faults.py",
     ),
     Mutant(
@@ -2428,7 +2428,7 @@ MUTANTS = (
     ),
     Mutant(
         "a row that cannot be moved stops all others",
-        "Relay._write_answers",
+        "Unwritten.write",
         "        except RefusedWriteError:\n",
         "        except ZeroDivisionError:\n",
         "tests/mock/test_relay_database_faults.py",
@@ -2436,7 +2436,7 @@ MUTANTS = (
     Mutant(
         "what was refused and could not be moved is sent again",
         "Relay._send_due",
-        "        in_flight.update((failure.bucket, failure.seq) for failure in self._failures_later)\n",
+        "        in_flight.update((failure.bucket, failure.seq) for failure in self._unwritten.failures_later)\n",
         "",
         "tests/mock/test_relay_database_faults.py",
     ),

@@ -30,7 +30,8 @@ from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
 from kbatch._outbox._relay_producer import MARGIN_S, lease_of, use_of
-from kbatch._outbox._store import BUCKETS, HeldKey, RefusedWriteError
+from kbatch._outbox._store import BUCKETS, RefusedWriteError
+from kbatch._outbox._unwritten import Unwritten
 from kbatch._pending import PendingBatch
 from kbatch._recovery._circuit import CircuitState
 from kbatch._recovery._gate import Gate
@@ -40,7 +41,7 @@ from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping
     from types import TracebackType
     from typing import TypeVar
 
@@ -185,10 +186,7 @@ class Relay:
         self._positions = Positions(packed_key_hash, one_in_flight=options.strict_order)
         self._store: OutboxStore | None = None
         self._flights: dict[Flight, None] = {}
-        self._done: list[Place] = []  # what is to be written
-        self._done_later: list[Place] = []
-        self._failures: list[Failure] = []
-        self._failures_later: list[Failure] = []
+        self._unwritten = Unwritten(self._leases, self._note_lost, self._deaths)
         self._not_admitted: set[Place] = set()  # what is scheduled and due, and the database has refused to move
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
         self._claim_lock = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
@@ -211,10 +209,8 @@ class Relay:
         self._poll_s = _SHORTEST_POLL_S
         self._hint_s: float | None = None  # after which it looks again
         self._was_due = False  # what was sent last
-        self._lets_go = False  # of a key that waits something was written, so that others of it may go on
         self._pid = 0  # of the last run
         self._trouble = Reminder()  # with the database
-        self._failures_at = 0.0  # when failures that could not be written are tried again
         self._refusal = Reminder()
 
     def __repr__(self) -> str:
@@ -430,7 +426,7 @@ class Relay:
         return self._run_lock.locked() and self._runner == threading.get_ident()
 
     def _is_empty(self) -> bool:
-        if self._flights or self._has_answers() or self._store is None:
+        if self._flights or self._unwritten or self._store is None:
             return False
         return self._guarded(self._store.left, 1) == 0
 
@@ -440,13 +436,13 @@ class Relay:
         self._flag.set()
 
     def _is_idle(self) -> bool:
-        if self._flights or (self._has_answers() and self._write_at() <= monotonic()):
+        if self._flights or (self._unwritten and self._unwritten.write_at() <= monotonic()):
             return False  # what the database has refused keeps nobody waiting
         # Before its transactional id is initialised it has no lease, and will have some.
         is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_trouble.told_at is None
         has_leases = self._leases.tokens or is_to_have_leases
         can_send = self._gate.may_send() and has_leases and self._trouble.told_at is None
-        return self._read_at == math.inf or not (can_send and self._has_room(self._failures))
+        return self._read_at == math.inf or not (can_send and self._has_room(self._unwritten.failures))
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
@@ -459,7 +455,7 @@ class Relay:
         self._trouble.told_at = self._refusal.told_at = None
         self._stands_aside = False
         self._not_admitted.clear()
-        self._failures_at = 0.0
+        self._unwritten.begin()
         if self._pid != os.getpid():  # two children of a process that made it are two relays
             self._owner = _new_owner()
             if self._is_fencing:
@@ -496,8 +492,8 @@ class Relay:
         if gate.must_replace() and not self._flights:
             if self._fences is None:
                 gate.replace()
-            elif not self._has_answers() or self._write_at() > now:  # what cannot be moved its next owner sends again
-                self._start_over()
+            elif not self._unwritten or self._unwritten.write_at() > now:
+                self._start_over()  # what cannot be moved it sends again as the next owner
         if self._fences is not None:
             is_named = self._naming is not None and is_initialized(self._handle.producer)
             if self._fences.look() or is_named:
@@ -509,13 +505,13 @@ class Relay:
         due = [self._renew_at, self._look_at_all_at]
         if self._may_send():
             due += [self._due_at, self._admit_at]
-            if self._has_room(self._failures):
+            if self._has_room(self._unwritten.failures):
                 due.append(self._read_at)
         probe_at = gate.probe_at()
         if probe_at is not None:
             due.append(probe_at)
-        if self._has_answers():
-            due.append(self._write_at())
+        if self._unwritten:
+            due.append(self._unwritten.write_at())
         pause = max(min(due), self._store_at) - monotonic()
         return min(max(pause, 0.0), _RENEW_EVERY_S)
 
@@ -543,12 +539,13 @@ class Relay:
         _close(store)
 
     def _use_store(self) -> None:
+        assert self._store is not None
         if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
             self._lose(self._leases.forget())
-        self._write_answers()
-        if self._lets_go:
+        self._unwritten.write(self._store)
+        if self._unwritten.lets_go:
             self._let_go()
-            self._lets_go = False
+            self._unwritten.lets_go = False
             self._due_at = monotonic()
         now = monotonic()
         if now >= self._renew_at or (self._leases.leaving - self._busy()):
@@ -566,7 +563,7 @@ class Relay:
         if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
             self._send_due_if_time()
         for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
-            if not (self._may_send() and self._has_room(self._failures)) or monotonic() < self._read_at:
+            if not (self._may_send() and self._has_room(self._unwritten.failures)) or monotonic() < self._read_at:
                 break
             self._send_next()
             if monotonic() >= self._renew_at:  # a reading may take long: the next one has a whole lease
@@ -604,9 +601,10 @@ class Relay:
         while, so that it stops no other."""
         assert self._store is not None
         try:
-            self._store.admit_scheduled(self._tokens_of({bucket for bucket, _ in places}), places)
+            self._store.admit_scheduled(self._leases.tokens_of({bucket for bucket, _ in places}), places)
         except RefusedWriteError as error:
-            self._tell_of_refusal("admit what is scheduled", error)
+            if self._refusal.tells_now():
+                tell("a relay cannot admit what is scheduled, and tries again: %s", error)
             if len(places) == 1:
                 self._not_admitted.update(places)
                 return False
@@ -620,19 +618,15 @@ class Relay:
             self._due_at = now + _LOOK_AT_DUE_EVERY_S
             # What failed before may fail again, which takes long: it leaves room, and a turn, for the others.
             flights = sum(flight.is_due for flight in self._flights)
-            if flights < max(self._max_flights // 2, 1) and self._has_room(self._failures_later):
+            if flights < max(self._max_flights // 2, 1) and self._has_room(self._unwritten.failures_later):
                 self._send_due()
 
     # -- leases
 
     def _busy(self, leaving: Collection[int] | None = None) -> set[int]:
-        """Buckets of which something is in flight, or not written yet. What the database refuses keeps no bucket that
-        leaves: the next relay sends it again."""
-        leaving = self._leases.leaving if leaving is None else leaving
+        """Buckets of which something is in flight, or not written yet."""
         busy = {bucket for flight in self._flights for bucket in flight.tokens}
-        busy.update(place[0] for places in (self._done, self._done_later) for place in places)
-        failed = {failure.bucket for failures in (self._failures, self._failures_later) for failure in failures}
-        busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed
+        busy |= self._unwritten.busy(self._leases.leaving if leaving is None else leaving)
         if self._is_undecided():
             busy.update(self._leases.tokens)
         return busy
@@ -738,19 +732,18 @@ class Relay:
     def _drop(self, buckets: Collection[int]) -> None:
         self._leases.drop(buckets)
         self._positions.end(buckets)
-        self._forget_answers(buckets)
+        self._unwritten.forget(buckets)
 
-    def _forget_answers(self, buckets: Collection[int]) -> None:
-        self._done = [place for place in self._done if place[0] not in buckets]
-        self._done_later = [place for place in self._done_later if place[0] not in buckets]
-        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
-        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
+    def _note_lost(self, buckets: Collection[int]) -> None:
+        held = self._leases.tokens.keys() & buckets  # the others were lost before
+        self._drop(buckets)
+        self._lose(held)
 
     def _lose(self, buckets: Collection[int]) -> None:
         """What is in flight of these buckets is another relay's now: it is given up, and nothing is written of it."""
         if not buckets:
             return
-        self._forget_answers(buckets)  # first, and the log last: whatever comes in between finds nothing to write
+        self._unwritten.forget(buckets)  # first, and the log last: whatever comes in between finds nothing to write
         self._positions.end(buckets)
         self._judge.forget()
         self._counts["lost_buckets"] += len(buckets)
@@ -811,7 +804,7 @@ class Relay:
                 [row[:2] for row in rows],
                 [row[2] for row in rows],
                 times if any(times) else None,
-                self._tokens_of({row[0] for row in rows}),
+                self._leases.tokens_of({row[0] for row in rows}),
             ),
             self._handle.producer,
         )
@@ -822,7 +815,7 @@ class Relay:
         if not buckets:
             return
         in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
-        in_flight.update((failure.bucket, failure.seq) for failure in self._failures_later)
+        in_flight.update((failure.bucket, failure.seq) for failure in self._unwritten.failures_later)
         rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
         if self._was_changed():
             return
@@ -840,7 +833,7 @@ class Relay:
                 [(row.bucket, row.seq) for row in rows],
                 [row.packed for row in rows],
                 [row.deliver_by for row in rows],
-                self._tokens_of({row.bucket for row in rows}),
+                self._leases.tokens_of({row.bucket for row in rows}),
                 is_due=True,
                 attempts=[row.attempts for row in rows],
             ),
@@ -861,17 +854,10 @@ class Relay:
         self._changes = changes  # last: who was interrupted looks again
         return True
 
-    def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
-        # Who was interrupted when leases were lost may still have answers of theirs: no lease has the token 0.
-        return {bucket: self._leases.tokens.get(bucket, 0) for bucket in buckets}
-
     def _in_flight(self) -> set[Place]:
         """The rows that must not be sent now: in flight, or not written yet."""
         places = {place for flight in self._flights for place in flight.places}
-        places.update(self._done, self._done_later)
-        for failures in (self._failures, self._failures_later):
-            places.update((failure.bucket, failure.seq) for failure in failures)
-        return places
+        return places | self._unwritten.places()
 
     def _hand_over(self, flight: Flight, producer: BaseProducer) -> None:
         gate = self._gate
@@ -930,14 +916,11 @@ class Relay:
         self._counts["expired"] += answers.expired
         for kind, count in answers.moved.items():
             self._counts[kind] += count
+        self._unwritten.add(done, failures, is_due=flight.is_due)
         if flight.is_due:
-            self._done_later += done
-            self._failures_later += failures
             if self._is_fencing:
                 self._due_at = monotonic()  # it is alone, and others wait
         else:
-            self._done += done
-            self._failures += failures
             self._positions.put_back(unsent)
             for failure in failures:
                 if failure.due_in_s is not None:
@@ -952,96 +935,12 @@ class Relay:
         if self._is_undecided():  # nothing more is handed over to it that would show this, if the circuit is open now
             self._gate.give_up(self._handle.producer)
 
-    def _has_answers(self) -> bool:
-        return bool(self._done or self._done_later or self._failures or self._failures_later)
-
-    def _write_at(self) -> float:
-        return 0.0 if self._done or self._done_later else self._failures_at
-
-    def _write_answers(self) -> None:
-        if not self._has_answers():
-            return
-        # They stay in the lists until they are written: a database that does not answer is asked again.
-        if monotonic() < self._failures_at:
-            self._record(self._done, self._done_later, [], [])
-            return
-        try:
-            self._record(self._done, self._done_later, self._failures, self._failures_later)
-        except RefusedWriteError:
-            self._record_apart()
-
-    def _record_apart(self) -> None:
-        """What is done first, then failures by halves: a row that the database lets nobody move stops no other."""
-        self._record(self._done, self._done_later, [], [])
-        for is_due in (False, True):
-            failures = self._failures_later if is_due else self._failures
-            if failures:
-                self._move(failures, is_due)
-
-    def _move(self, failures: list[Failure], is_due: bool) -> bool:
-        """Whether the database lets these be moved. The first one that it refuses is found by halves."""
-        try:
-            self._record([], [], [] if is_due else failures, failures if is_due else [])
-        except RefusedWriteError as error:
-            if len(failures) == 1:
-                waiting = self._failures_later if is_due else self._failures
-                waiting.append(waiting.pop(waiting.index(failures[0])))  # the others have their turn first
-                self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
-                self._tell_of_refusal("move what a broker has refused", error)
-                return False
-            half = len(failures) // 2
-            return self._move(failures[:half], is_due) and self._move(failures[half:], is_due)
-        return True
-
-    def _tell_of_refusal(self, what: str, error: RefusedWriteError) -> None:
-        if self._refusal.tells_now():
-            tell("a relay cannot %s, and tries again: %s", what, error)
-
-    def _record(
-        self,
-        done: Sequence[Place],
-        done_later: Sequence[Place],
-        failures: Sequence[Failure],
-        failures_later: Sequence[Failure],
-    ) -> None:
-        """Writes all of what is done or none, and some of the failures."""
-        assert self._store is not None
-        buckets = {place[0] for places in (done, done_later) for place in places}
-        buckets.update(failure.bucket for each in (failures, failures_later) for failure in each)
-        if not buckets:
-            return
-        lost = self._store.settle(
-            self._tokens_of(buckets),
-            done=done,
-            done_later=done_later,
-            failures=failures,
-            failures_later=failures_later,
-        )
-        self._lets_go = self._lets_go or bool(done_later or failures_later)
-        if self._deaths is not None:  # first: interrupted after it, it is told twice
-            dead = [each for each in (*failures, *failures_later) if each.due_in_s is None and each.bucket not in lost]
-            if dead:
-                self._deaths.put(failure.seq for failure in dead)
-        written = {*failures, *failures_later}
-        self._done, self._done_later = [] if done else self._done, [] if done_later else self._done_later
-        self._failures = [failure for failure in self._failures if failure not in written]
-        self._failures_later = [failure for failure in self._failures_later if failure not in written]
-        if lost:
-            held = self._leases.tokens.keys() & lost  # the others were lost before
-            self._drop(lost)
-            self._lose(held)
-
     def _let_go(self) -> None:
         if self._positions.has_held():
             assert self._store is not None
             held = self._store.held_keys(list(self._leases.tokens))
             # Those of which a row is on its way to `later` are not there yet.
-            held += [
-                HeldKey(failure.bucket, failure.key_hash, failure.seq)
-                for failure in self._failures
-                if failure.due_in_s is not None and failure.key_hash is not None
-            ]
-            self._positions.let_go(held)
+            self._positions.let_go(held + self._unwritten.held_keys())
             self._read_at = monotonic()
 
     # -- the end
@@ -1068,7 +967,7 @@ class Relay:
         self._has_asked = False
         self._close_store()
         self._positions.end(self._leases.forget())
-        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
+        self._unwritten.clear()
         self._judge.forget()
 
     def _leave(self) -> bool:
@@ -1079,7 +978,7 @@ class Relay:
 
     def _await_answers(self, end: float) -> bool:
         """Whether everything that was in flight is written by then, or by the time that `stop` gave."""
-        while self._flights or self._has_answers():
+        while self._flights or self._unwritten:
             now = monotonic()
             if self._end_by is not None and not self._gives_up:
                 end = min(end, self._end_by)
@@ -1090,9 +989,9 @@ class Relay:
                 self._guarded(self._use_store, None)
             if self._flights:
                 self._flag.wait(min(end - now, 0.1))
-            elif self._has_answers():
-                if self._write_at() > now:  # they were refused; they stay where they are
-                    self._failures, self._failures_later = [], []
+            elif self._unwritten:
+                if self._unwritten.write_at() > now:  # failures that were refused; the rows stay where they are
+                    self._unwritten.clear()
                     return True
                 self._flag.wait(max(0.0, min(end, self._store_at) - now))
         return True
