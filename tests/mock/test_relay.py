@@ -181,7 +181,8 @@ class SlowOutbox:
         self.outbox, self.slow_s, self.now = outbox, slow_s, 1000.0
         self.calls: list[str] = []
         self.read_at: dict[int, list[float]] = defaultdict(list)  # of each bucket, from its beginning
-        monkeypatch.setattr("kbatch._outbox._relay.monotonic", lambda: self.now)
+        for module in ("_relay", "_admission", "_unwritten"):
+            monkeypatch.setattr(f"kbatch._outbox.{module}.monotonic", lambda: self.now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.outbox, name)

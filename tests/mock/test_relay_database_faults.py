@@ -328,7 +328,7 @@ def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
 def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
+    monkeypatch.setattr("kbatch._outbox._admission._TRY_AGAIN_S", 0.02)
     outbox = new_outbox(wire="raw")
     soon = datetime.now(timezone.utc) + timedelta(days=1)
     # The first, one in the middle and the last of those that are due; their times are their deliver_by.

@@ -2047,7 +2047,7 @@ MUTANTS = (
     ),
     Mutant(
         "what is scheduled and refused stops what is due behind it",
-        "Relay._admit",
+        "Admission._move",
         "            half = len(places) // 2\n",
         "            return False\n",
         "tests/mock/test_relay_database_faults.py",

@@ -23,6 +23,7 @@ from kbatch._errors import (
 from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
 from kbatch._logs import Reminder, tell
 from kbatch._options import RelayOptions, shows, taken
+from kbatch._outbox._admission import Admission
 from kbatch._outbox._base import check_relay_outbox, dead_letters_of
 from kbatch._outbox._dead_letters import deaths_of
 from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
@@ -30,7 +31,7 @@ from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
 from kbatch._outbox._relay_producer import MARGIN_S, lease_of, use_of
-from kbatch._outbox._store import BUCKETS, RefusedWriteError
+from kbatch._outbox._store import BUCKETS
 from kbatch._outbox._unwritten import Unwritten
 from kbatch._pending import PendingBatch
 from kbatch._recovery._circuit import CircuitState
@@ -66,11 +67,9 @@ _LOOK_PAUSE = 20  # times what its readings took, at least: they pass by what wa
 _SHORTEST_POLL_S = 0.005
 _LONGEST_POLL_S = 0.1
 _LOOK_AT_DUE_EVERY_S = 0.1
-_LOOK_AT_SCHEDULED_EVERY_S = 0.1
 _TRY_STORE_AGAIN_S = 0.25
 _BATCH_BYTES = 4_000_000
 _MOST_DUE = 500
-_MOST_SCHEDULED = 2_000
 _LOOK_WHETHER_OVER_S = 0.02
 _LAST_WORDS_S = 2.0  # for the outcomes of what was given up
 
@@ -187,7 +186,7 @@ class Relay:
         self._store: OutboxStore | None = None
         self._flights: dict[Flight, None] = {}
         self._unwritten = Unwritten(self._leases, self._note_lost, self._deaths)
-        self._not_admitted: set[Place] = set()  # what is scheduled and due, and the database has refused to move
+        self._admission = Admission(self._leases)
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
         self._claim_lock = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
         self._release_lock = threading.RLock()
@@ -201,7 +200,7 @@ class Relay:
         self._has_asked = False  # for leases, so that it may have some
         self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
-        self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
+        self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._store_at = 0.0
         self._look_began_at = self._look_took_s = 0.0
         self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
         self._end_by: float | None = None  # when `stop` wants it to end
@@ -211,7 +210,6 @@ class Relay:
         self._was_due = False  # what was sent last
         self._pid = 0  # of the last run
         self._trouble = Reminder()  # with the database
-        self._refusal = Reminder()
 
     def __repr__(self) -> str:
         return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
@@ -449,13 +447,13 @@ class Relay:
         self._positions.end(range(BUCKETS))  # what an interrupted end has left
         self._store = self._outbox.open_store()
         now = monotonic()
-        self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
+        self._renew_at = self._read_at = self._due_at = self._store_at = now
         self._begin_look()
         self._poll_s = _SHORTEST_POLL_S
-        self._trouble.told_at = self._refusal.told_at = None
+        self._trouble.told_at = None
         self._stands_aside = False
-        self._not_admitted.clear()
         self._unwritten.begin()
+        self._admission.begin()
         if self._pid != os.getpid():  # two children of a process that made it are two relays
             self._owner = _new_owner()
             if self._is_fencing:
@@ -504,7 +502,7 @@ class Relay:
             self._deaths.tell_again()
         due = [self._renew_at, self._look_at_all_at]
         if self._may_send():
-            due += [self._due_at, self._admit_at]
+            due += [self._due_at, self._admission.look_at]
             if self._has_room(self._unwritten.failures):
                 due.append(self._read_at)
         probe_at = gate.probe_at()
@@ -553,11 +551,11 @@ class Relay:
         if now >= self._look_at_all_at and not self._has_to_pause(now):
             # Rows that others have put back without telling, and keys that others have let go.
             self._begin_look()
-            self._not_admitted.clear()
+            self._admission.forget_refused()
             self._positions.start_ended_again()
             self._let_go()
-        if monotonic() >= self._admit_at and self._may_send():
-            self._admit_scheduled()
+        if monotonic() >= self._admission.look_at and self._may_send() and self._admission.admit(self._store):
+            self._read_at = monotonic()
         # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
         # would be the trial again and again.
         if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
@@ -578,39 +576,6 @@ class Relay:
         """Whether the last look at all took long, or still goes on, so that the next one has to wait."""
         self._look_at_all_at = max(self._look_at_all_at, self._look_began_at + _LOOK_PAUSE * self._look_took_s)
         return now < self._look_at_all_at
-
-    def _admit_scheduled(self) -> None:
-        assert self._store is not None
-        now = monotonic()
-        buckets = self._leases.to_read()
-        places: list[Place] = []
-        if buckets:
-            places = self._store.due_scheduled(buckets, avoid=self._not_admitted, limit=_MOST_SCHEDULED)
-        self._admit_at = now if len(places) == _MOST_SCHEDULED else now + _LOOK_AT_SCHEDULED_EVERY_S
-        is_refused = bool(places) and not self._admit(places)
-        if places:
-            self._read_at = now
-        elif self._not_admitted:  # all others are through: these have their turn again
-            self._not_admitted.clear()
-            is_refused = True
-        if is_refused:
-            self._admit_at = now + _TRY_STORE_AGAIN_S
-
-    def _admit(self, places: list[Place]) -> bool:
-        """Whether the database takes these rows. The first one that it refuses is found by halves, and left out for a
-        while, so that it stops no other."""
-        assert self._store is not None
-        try:
-            self._store.admit_scheduled(self._leases.tokens_of({bucket for bucket, _ in places}), places)
-        except RefusedWriteError as error:
-            if self._refusal.tells_now():
-                tell("a relay cannot admit what is scheduled, and tries again: %s", error)
-            if len(places) == 1:
-                self._not_admitted.update(places)
-                return False
-            half = len(places) // 2
-            return self._admit(places[:half]) and self._admit(places[half:])
-        return True
 
     def _send_due_if_time(self) -> None:
         now = monotonic()
