@@ -925,7 +925,7 @@ def test_a_relay_that_was_ejected_registers_again_as_itself(outbox: Outbox, clus
     outboxes.add(outbox, numbered(range(100)))
     with running(make(outbox, cluster)) as relay:
         until(lambda: outbox.status().waiting == 0 and relay.stats()["buckets"] == 64, "all sent, and all buckets")
-        before = relay._owner
+        before = relay._owner.name
         outboxes.query(outbox, "DELETE FROM {relay}")
         outboxes.query(outbox, "UPDATE {lease} SET owner = NULL, until = 0, token = token + 1")
         until(lambda: relay.stats()["lost_buckets"] == 64, "that it knows")
@@ -993,7 +993,7 @@ def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
         until(lambda: first.stats()["buckets"] == 64, "all buckets")
 
         def watched(store: Any, owner: str, lease_s: float, *, release: Any, **others: Any) -> Any:
-            if owner == first._owner and release:
+            if owner == first._owner.name and release:
                 in_flight = {bucket for flight in list(first._flights) for bucket in flight.tokens}
                 given_up.append((set(release), in_flight))
             return renew(store, owner, lease_s, release=release, **others)
@@ -1266,7 +1266,7 @@ def test_one_that_was_made_before_a_fork_is_another_one_in_each_child(
                 patch.setattr(os, "getpid", lambda pid=pid: pid)
                 relay._begin()
                 relay._end()
-            owners.append(relay._owner)
+            owners.append(relay._owner.name)
     assert owners[0] != owners[1] == owners[2]
 
 

@@ -107,7 +107,7 @@ def test_a_fencing_relay_of_its_own_sends_by_transactions(outbox: Outbox, kafka_
             until(lambda: outbox.status().waiting == 0, "all of them in Kafka")
             relay = sender._shared.relay._relay
             assert relay._handle.producer._transactions is not None
-            assert relay._handle.producer._parsed.native.get("transactional.id") == f"kbatch-relay-{relay._owner}"
+            assert relay._handle.producer._parsed.native.get("transactional.id") == f"kbatch-relay-{relay._owner.name}"
     check_history(range(400), read_committed(kafka_cluster.bootstrap_servers, "orders"))
 
 

@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 import os
-import socket
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -16,17 +15,16 @@ from kbatch._errors import (
     ConfigError,
     OutboxError,
     ProducerError,
-    ProducerFencedError,
     SenderClosedError,
     SenderError,
 )
-from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
+from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, wall_time
 from kbatch._logs import Reminder, tell
 from kbatch._options import RelayOptions, shows, taken
 from kbatch._outbox._admission import Admission
 from kbatch._outbox._base import check_relay_outbox, dead_letters_of
 from kbatch._outbox._dead_letters import deaths_of
-from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
+from kbatch._outbox._fences import Owner
 from kbatch._outbox._flight import Flight, Judge
 from kbatch._outbox._leases import Leases, Times
 from kbatch._outbox._positions import Positions
@@ -50,11 +48,9 @@ if TYPE_CHECKING:
 
     from kbatch._base_producer import BaseProducer
     from kbatch._errors import KbatchError
-    from kbatch._fastmap import Trial
     from kbatch._options import RelayKeywords
     from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
     from kbatch._producer import Producer
-    from kbatch._transactions import BatchWithOffsets
 
     _T = TypeVar("_T")
 
@@ -161,11 +157,6 @@ class Relay:
             self._use.release(0.0)
             raise
         self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - MARGIN_S) / 2)
-        self._owner = ""
-        self._former: set[str] = set()  # owners that it was, and whose leases nobody may take yet
-        self._fences: Fences | None = None
-        self._naming: BatchWithOffsets | None = None  # has the producer's transactional id initialised
-        self._naming_trouble = Reminder()
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
             self._handle,
@@ -179,6 +170,7 @@ class Relay:
             name=repr(outbox),
         )
         self._flag: Flag = self._gate.flag
+        self._owner = Owner(self._gate, self._prober.put, is_fencing=self._is_fencing)
         self._judge = Judge(policy, packed_key_hash, entropy)
         self._longest_wait_s = policy.max_backoff_s
         self._leases = Leases(self._lease_s)
@@ -437,7 +429,7 @@ class Relay:
         if self._flights or (self._unwritten and self._unwritten.write_at() <= monotonic()):
             return False  # what the database has refused keeps nobody waiting
         # Before its transactional id is initialised it has no lease, and will have some.
-        is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_trouble.told_at is None
+        is_to_have_leases = self._owner.is_to_be_named() and not self._has_asked
         has_leases = self._leases.tokens or is_to_have_leases
         can_send = self._gate.may_send() and has_leases and self._trouble.told_at is None
         return self._read_at == math.inf or not (can_send and self._has_room(self._unwritten.failures))
@@ -455,12 +447,7 @@ class Relay:
         self._unwritten.begin()
         self._admission.begin()
         if self._pid != os.getpid():  # two children of a process that made it are two relays
-            self._owner = _new_owner()
-            if self._is_fencing:
-                self._handle.name(transactional_id(self._owner))
-                self._fences = Fences(self._flag.set, self._prober.put)
-                self._naming = None
-                self._former.clear()
+            self._owner.begin()
             if self._deaths is not None:
                 self._deaths.forget()
             self._pid = os.getpid()  # last: who was interrupted does it again, since owner and producer must match
@@ -488,14 +475,12 @@ class Relay:
         if self._stands_aside and gate.open_for_s(now) == 0.0:
             self._renew_at = now
         if gate.must_replace() and not self._flights:
-            if self._fences is None:
+            if not self._is_fencing:
                 gate.replace()
             elif not self._unwritten or self._unwritten.write_at() > now:
                 self._start_over()  # what cannot be moved it sends again as the next owner
-        if self._fences is not None:
-            is_named = self._naming is not None and is_initialized(self._handle.producer)
-            if self._fences.look() or is_named:
-                self._renew_at = now
+        if self._owner.look():
+            self._renew_at = now
         if now >= self._store_at:
             self._guarded(self._use_store, None)
         if self._deaths is not None:
@@ -602,7 +587,7 @@ class Relay:
 
     def _renew(self) -> None:
         assert self._store is not None
-        if not self._is_named():
+        if not self._owner.is_named():
             self._renew_at = monotonic() + self._renew_every_s
             return
         busy = self._busy()
@@ -615,17 +600,17 @@ class Relay:
         self._has_asked = True
         # What is still in flight of a lost bucket must have its outcome before it is sent again.
         leases, share = self._store.renew(
-            self._owner,
+            self._owner.name,
             self._lease_s,
             release=release,
             avoid=busy,
-            fenced=None if self._fences is None else self._fences.fenced,
+            fenced=self._owner.fenced(),
         )
         self._drop(release)
         self._renew_at = asked.monotonic + self._renew_every_s
         self._lose(self._leases.renewed(asked, leases, share))
-        if self._fences is not None:
-            self._fence(self._fences)
+        if self._owner.fence(self._store):
+            self._renew_at = monotonic()
         fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
         if fresh:
             if self._changes is None:
@@ -640,59 +625,14 @@ class Relay:
             return
         assert self._store is not None
         self._drop(self._leases.forget())  # first: of what others have nothing is read
-        self._store.leave(self._owner, keep=())
+        self._store.leave(self._owner.name, keep=())
         self._stands_aside = True
         tell("a relay reaches no broker, and leaves the outbox to others until it does: %r", self._outbox)
 
-    # With fencing each relay has a transactional id of its own. Who takes a bucket whose lease has run out initialises
-    # that of its owner before. So an id must not be initialised once its owner may have lost a lease: it is before the
-    # first lease, and never again. Who needs another producer is another owner.
-
-    def _is_named(self) -> bool:
-        """Whether brokers know its transactional id, so that others can fence it: before, it must have no lease."""
-        if self._fences is None:
-            return True
-        producer = self._handle.producer
-        if is_initialized(producer):
-            self._naming = self._naming_trouble.told_at = None
-            return True
-        if self._naming is None or self._naming.done():
-            if self._naming is not None and self._naming_trouble.tells_now():
-                tell(
-                    "a relay waits: brokers do not let it have the transactional id %s: %s",
-                    transactional_id(self._owner),
-                    self._naming.reason,
-                )
-            self._naming = None
-            try:
-                self._naming = initialize(producer, self._flag.set)
-            except ProducerError as error:
-                self._note_refusal(producer, error, None)
-        return False
-
-    def _fence(self, fences: Fences) -> None:
-        assert self._store is not None
-        fences.want((self._store.run_out() | self._former) - {self._owner}, self._handle.producer)
-        for owner in self._former & fences.fenced:
-            self._store.leave(owner, keep=())
-            self._former.discard(owner)
-            self._renew_at = monotonic()
-
     def _start_over(self) -> None:
-        """Goes on as another relay, since its producer is fenced, or can send no more."""
-        self._former.add(self._owner)
+        """Goes on as another owner, since its producer is fenced, or can send no more."""
         self._lose(self._leases.forget())
-        self._owner = _new_owner()  # before the producer: what is not of this name must be one that can send no more
-        self._naming = None
-        self._gate.replace(transactional_id=transactional_id(self._owner))
-
-    def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
-        if self._is_fencing and isinstance(error, ProducerFencedError):
-            tell("a relay was taken for dead by another, and begins anew: %s", error)
-            self._gate.give_up(producer)
-            self._gate.note("nothing", trial, monotonic())
-        else:
-            self._gate.note_refusal(producer, error, trial)
+        self._owner.start_over()
 
     def _drop(self, buckets: Collection[int]) -> None:
         self._leases.drop(buckets)
@@ -847,7 +787,7 @@ class Relay:
                 self._handle.drop_solo(producer)
                 gate.note("nothing", flight.trial, monotonic())
             else:
-                self._note_refusal(producer, error, flight.trial)
+                self._owner.note_refusal(producer, error, flight.trial)
         except BaseException:
             if flight.pending is None or not flight.pending.begun:  # else its answer will come
                 self._put_back(flight)
@@ -925,8 +865,7 @@ class Relay:
     def _give_back(self) -> None:
         """Gives the buckets back of which nothing is open. Called again it does nothing."""
         self._outbox.unwatch(self._on_add)
-        if self._fences is not None:
-            self._fences.close()
+        self._owner.close()
         if self._has_asked and not self._guarded(self._leave, False):
             self._guarded(self._leave, False)  # by another connection
         self._has_asked = False
@@ -938,7 +877,7 @@ class Relay:
     def _leave(self) -> bool:
         assert self._store is not None
         # What was not settled within the time may still be stored: its buckets wait until the leases run out.
-        self._store.leave(self._owner, keep=self._busy())
+        self._store.leave(self._owner.name, keep=self._busy())
         return True
 
     def _await_answers(self, end: float) -> bool:
@@ -974,10 +913,6 @@ def _close(store: OutboxStore | None) -> None:
     if store is not None:
         with contextlib.suppress(OutboxError):
             store.close()
-
-
-def _new_owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
 
 
 def _times() -> Times:
