@@ -1585,7 +1585,7 @@ MUTANTS = (
     ),
     Mutant(
         "a relay takes buckets of one that is not fenced",
-        "Relay._renew",
+        "RelayLoop._renew",
         "fenced=self._owner.fenced(),",
         "fenced=None,",
         "tests/mock/test_relay_fencing.py",
@@ -1634,7 +1634,7 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that reaches no broker keeps its buckets",
-        "Relay._stand_aside",
+        "RelayLoop._stand_aside",
         "        self._store.leave(self._owner.name, keep=())\n",
         "",
         "tests/mock/test_relay.py",
@@ -1662,7 +1662,7 @@ MUTANTS = (
     ),
     Mutant(
         "a look at all that took long comes again at once",
-        "Relay._has_to_pause",
+        "RelayLoop._has_to_pause",
         "_LOOK_PAUSE * self._look_took_s",
         "0.0",
         "tests/mock/test_relay.py",
@@ -1704,7 +1704,7 @@ MUTANTS = (
     ),
     Mutant(
         "a key that waits holds back nothing",
-        "Relay._settle",
+        "RelayLoop._settle",
         "                    self._positions.hold(failure.bucket, failure.key_hash, failure.seq)\n",
         "                    pass\n",
         "tests/mock/test_relay.py",
@@ -1739,7 +1739,7 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that finds nothing does not rest",
-        "Relay._send_next",
+        "RelayLoop._send_next",
         "        if reading.ended.issuperset(floors):\n",
         "        if len(reading.rows) < self._batch_size // 2:\n",
         "tests/mock/test_relay.py",
@@ -1748,7 +1748,7 @@ MUTANTS = (
         "a relay that was interrupted at its start runs for ever",
         "Relay._run",
         "        with mine:  # whatever interrupts this, nobody finds it held afterwards\n",
-        "        mine.acquire()\n        if not self._ending or mine:\n",
+        "        mine.acquire()\n        if mine:\n",
         "tests/mock/test_relay.py",
     ),
     Mutant(
@@ -1760,14 +1760,14 @@ MUTANTS = (
     ),
     Mutant(
         "a relay keeps its buckets when the database failed at its end",
-        "Relay._give_back",
+        "RelayLoop._give_back",
         "        if self._has_asked and not",
         "        if self._store is not None and not",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "a relay's drain ends long after its time",
-        "Relay._end",
+        "RelayLoop._end",
         "longest if end is None else min(longest, max(end, now))",
         "longest",
         "tests/mock/test_relay.py",
@@ -1816,14 +1816,14 @@ MUTANTS = (
     ),
     Mutant(
         "what failed before takes all turns",
-        "Relay._use_store",
+        "RelayLoop._use_store",
         " and not self._was_due:",
         ":",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "what failed before takes all room",
-        "Relay._send_due_if_time",
+        "RelayLoop._send_due_if_time",
         "< max(self._max_flights // 2, 1)",
         "< self._max_flights",
         "tests/mock/test_relay.py",
@@ -1837,23 +1837,23 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that starts later knows no key that waits",
-        "Relay._renew",
+        "RelayLoop._renew",
         "self._positions.begin(fresh, self._store.held_keys(fresh))",
         "self._positions.begin(fresh, [])",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "a lease counts from when its answer came",
-        "Relay._renew",
+        "RelayLoop._renew",
         "self._leases.renewed(asked, leases, share)",
         "self._leases.renewed(_times(), leases, share)",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "a relay that was stopped hands over late",
-        "Relay._hand_over",
+        "RelayLoop._hand_over",
         "            if not self._may_hand_over():",
-        "            if self._closed and not self._may_hand_over():",
+        "            if self._ending and not self._may_hand_over():",
         "tests/mock/test_relay.py",
     ),
     Mutant(
@@ -1879,21 +1879,21 @@ MUTANTS = (
     ),
     Mutant(
         "the trial is what was refused before",
-        "Relay._use_store",
+        "RelayLoop._use_store",
         "if self._gate.circuit.state is CircuitState.CLOSED and",
         "if self._gate.circuit.state is not None and",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "a bucket goes to another relay with records in flight",
-        "Relay._renew",
+        "RelayLoop._renew",
         "        release = self._leases.leaving - busy\n",
         "        release = set(self._leases.leaving)\n",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "a relay sends once more what was acknowledged and deleted",
-        "Relay._settle",
+        "RelayLoop._settle",
         "        self._flights.pop(flight, None)  # not before: what was interrupted is done once more\n",
         "        self._flights.pop(flight, None)\n"
         '        last = vars(self).setdefault("_last", [])\n'
@@ -1921,7 +1921,7 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that was interrupted goes on where its earlier run has read",
-        "Relay._begin",
+        "RelayLoop._begin",
         "        self._positions.end(range(BUCKETS))  # what an interrupted end has left\n",
         "",
         "tests/mock/test_relay.py",
@@ -2110,7 +2110,7 @@ MUTANTS = (
     ),
     Mutant(
         "two children of a process are one relay",
-        "Relay._begin",
+        "RelayLoop._begin",
         "        if self._pid != os.getpid():",
         "        if not self._pid:",
         "tests/mock/test_relay.py",
@@ -2124,7 +2124,7 @@ MUTANTS = (
     ),
     Mutant(
         "the end of a relay waits for rows that the database does not let be moved",
-        "Relay._is_idle",
+        "RelayLoop._is_idle",
         "(self._unwritten and self._unwritten.write_at() <= monotonic())",
         "self._unwritten",
         "tests/mock/test_relay_database_faults.py",
@@ -2145,7 +2145,7 @@ MUTANTS = (
     ),
     Mutant(
         "a fencing relay that is to finish ends before brokers know it",
-        "Relay._is_idle",
+        "RelayLoop._is_idle",
         "self._leases.tokens or is_to_have_leases",
         "self._leases.tokens",
         "tests/mock/test_sent_durably.py",
@@ -2159,7 +2159,7 @@ MUTANTS = (
     ),
     Mutant(
         "a relay that is to finish waits for what was refused",
-        "Relay._is_idle",
+        "RelayLoop._is_idle",
         "return self._read_at == math.inf or not (can_send",
         "return not (can_send",
         "tests/mock/test_sent_durably.py",
@@ -2173,7 +2173,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a relay's end gives up keeps its buckets",
-        "Relay._end",
+        "RelayLoop._end",
         "            self._purge()\n",
         "            pass\n",
         "tests/mock/test_relay.py",
@@ -2294,7 +2294,7 @@ MUTANTS = (
     ),
     Mutant(
         "a store that is opened anew looks only above the floors",
-        "Relay._guarded",
+        "RelayLoop._guarded",
         "                self._positions.start_again()  # what it would have found below the floors it does not know\n",
         "",
         "tests/mock/test_relay_postgres.py",
@@ -2316,14 +2316,14 @@ MUTANTS = (
     # -- dead letters
     Mutant(
         "a relay notices no replay",
-        "Relay._was_changed",
+        "RelayLoop._was_changed",
         "        if changes == self._changes:\n",
         "        if changes == self._changes or changes:\n",
         "tests/mock/test_replay.py",
     ),
     Mutant(
         "what was read before a replay is sent before it",
-        "Relay._send_next",
+        "RelayLoop._send_next",
         "        if self._was_changed():\n            return\n",
         "        self._was_changed()\n",
         "tests/mock/test_replay.py",
@@ -2435,7 +2435,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was refused and could not be moved is sent again",
-        "Relay._send_due",
+        "RelayLoop._send_due",
         "        in_flight.update((failure.bucket, failure.seq) for failure in self._unwritten.failures_later)\n",
         "",
         "tests/mock/test_relay_database_faults.py",
