@@ -1175,10 +1175,10 @@ def test_an_exception_at_any_line_where_it_loses_its_leases_leaves_no_floor_and_
             relay._loop._begin()
             relay._loop._renew()
             assert relay._loop._store is not None
-            floors = relay._loop._positions.floors(relay._loop._leases.to_read())
+            floors = relay._loop._floors.floors(relay._loop._leases.to_read())
             assert set(floors.values()) == {0}, injector.place
             reading = relay._loop._store.read(floors, limit=1000, max_bytes=10**6, in_flight=set)
-            assert len(relay._loop._positions.taken(reading, set)) == 100
+            assert len(relay._loop._floors.taken(reading, set)) == 100
             relay._loop._unwritten.done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
             relay._loop._leases._asked = Times(-1e6, -1e6)  # its leases are over
             relay._loop._stopping = True

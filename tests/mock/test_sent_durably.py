@@ -82,7 +82,7 @@ def test_its_relay_has_the_options_that_a_topic_gives(outbox: Outbox, kafka_clus
         until(lambda: outbox.status().dead == 1, "it dead after its one attempt")
         made = sender._shared.relay._relay
         assert (made._loop._batch_size, made._loop._max_flights, made._loop._lease_s) == (30, 2, 99.0)
-        assert made._loop._positions._one_in_flight
+        assert made._loop._floors._one_in_flight
         assert made._use.handle.producer._max_in_flight == 10_000
 
     async def main() -> None:

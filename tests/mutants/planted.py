@@ -1627,10 +1627,10 @@ MUTANTS = (
     ),
     Mutant(
         "what is put back is forgotten",
-        "Positions._read_again",
+        "Floors._read_again",
         "position.floor = min(position.floor, seq - 1)",
         "position.floor = max(position.floor, seq - 1)",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a relay that reaches no broker keeps its buckets",
@@ -1669,66 +1669,66 @@ MUTANTS = (
     ),
     Mutant(
         "what a look at all takes counts only where it comes to the end of a bucket",
-        "Positions.is_of_a_look",
+        "Floors.is_of_a_look",
         "any(self._of[bucket].floor == 0 for bucket in reading.floors) or any(",
         "any(",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "buckets are read by turns alone",
-        "Positions.floors",
+        "Floors.floors",
         "*sorted(known, key=floors.__getitem__)",
         "*known[first:], *known",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "turns go on by as many buckets as there are in one, however few a reading gets through",
-        "Positions.taken",
+        "Floors.taken",
         "max(sum(bucket in floors or bucket in ended for bucket in self._by_turns) - 2, 0)",
         "3",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "the same buckets come first each time",
-        "Positions.floors",
+        "Floors.floors",
         "self._first + 1\n",
         "self._first\n",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "what is in flight is read again",
-        "Positions._filtered",
+        "Floors._filtered",
         "                if (bucket, seq) in known:\n",
         "                if (bucket, seq) in known and not seq:\n",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a key that waits holds back nothing",
         "RelayLoop._settle",
-        "                    self._positions.hold(failure.bucket, failure.key_hash, failure.seq)\n",
+        "                    self._floors.hold(failure.bucket, failure.key_hash, failure.seq)\n",
         "                    pass\n",
         "tests/mock/test_relay.py",
     ),
     Mutant(
         "a key that waits holds back its earlier rows too",
-        "Positions._filtered",
+        "Floors._filtered",
         "if held is not None and seq > held.behind:",
         "if held is not None:",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a row that waits is sent before an earlier one that was put back",
-        "Positions._read_again",
+        "Floors._read_again",
         "        position.known = min(position.known, seq - 1)\n",
         "",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a row that waits is sent beside an earlier one",
-        "Positions.first_of_keys",
+        "Floors.first_of_keys",
         "row.seq <= lowest.get((row.bucket, row.key_hash), row.seq)",
         "row.seq",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a relay rests though there is more of a full bucket",
@@ -1838,8 +1838,8 @@ MUTANTS = (
     Mutant(
         "a relay that starts later knows no key that waits",
         "RelayLoop._renew",
-        "self._positions.begin(fresh, self._store.held_keys(fresh))",
-        "self._positions.begin(fresh, [])",
+        "self._floors.begin(fresh, self._store.held_keys(fresh))",
+        "self._floors.begin(fresh, [])",
         "tests/mock/test_relay.py",
     ),
     Mutant(
@@ -1901,7 +1901,7 @@ MUTANTS = (
         '        if len(last) > 1 and self._counts["acked"] < 50 and max(flight.tokens.values()) > 1:\n'
         "            old = last.pop(0)\n"
         "            self._hand_over(\n"
-        "                Flight(old.places, old.packed, old.deliver_by, old.tokens), self._handle.producer\n"
+        "                RowFlight(old.places, old.packed, old.deliver_by, old.tokens), self._handle.producer\n"
         "            )\n",
         "tests/faults/test_outbox_seeds.py",
     ),
@@ -1914,15 +1914,15 @@ MUTANTS = (
     ),
     Mutant(
         "a regular look at all rows begins again before it has reached the end",
-        "Positions.start_ended_again",
+        "Floors.start_ended_again",
         "            if position.has_ended:\n",
         "            if True:\n",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a relay that was interrupted goes on where its earlier run has read",
         "RelayLoop._begin",
-        "        self._positions.end(range(BUCKETS))  # what an interrupted end has left\n",
+        "        self._floors.end(range(BUCKETS))  # what an interrupted end has left\n",
         "",
         "tests/mock/test_relay.py",
     ),
@@ -2096,17 +2096,17 @@ MUTANTS = (
     ),
     Mutant(
         "with strict order two records of a key are in flight",
-        "Positions._filtered",
+        "Floors._filtered",
         "                    if key_hash in position.flying:\n",
         "                    if key_hash in position.held:\n",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "with strict order what was skipped is not read again",
-        "Positions.landed",
+        "Floors.landed",
         "                self._read_again(position, skipped)\n",
         "                position.known = min(position.known, skipped - 1)\n",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "two children of a process are one relay",
@@ -2117,10 +2117,10 @@ MUTANTS = (
     ),
     Mutant(
         "of two rows of a key that wait the last one told holds the others back",
-        "Positions.let_go",
+        "Floors.let_go",
         "min(seq, waiting.get((bucket, key_hash), seq))",
         "seq",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "the end of a relay waits for rows that the database does not let be moved",
@@ -2295,7 +2295,7 @@ MUTANTS = (
     Mutant(
         "a store that is opened anew looks only above the floors",
         "RelayLoop._guarded",
-        "                self._positions.start_again()  # what it would have found below the floors it does not know\n",
+        "                self._floors.start_again()  # what it would have found below the floors it does not know\n",
         "",
         "tests/mock/test_relay_postgres.py",
     ),
@@ -2330,10 +2330,10 @@ MUTANTS = (
     ),
     Mutant(
         "a row in later does not wait for one that was replayed",
-        "Positions.look_again",
+        "Floors.look_again",
         "            self._read_again(position, 1)\n",
         "            position.floor = 0\n",
-        "tests/unit/test_outbox_positions.py",
+        "tests/unit/test_outbox_floors.py",
     ),
     Mutant(
         "a replay tells no relay",

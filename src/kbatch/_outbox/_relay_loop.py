@@ -14,9 +14,9 @@ from kbatch._fastmap import monotonic, packed_key_hash, wall_time
 from kbatch._logs import Reminder, tell
 from kbatch._outbox._admission import Admission
 from kbatch._outbox._fences import Owner
-from kbatch._outbox._flight import Flight, Judge
+from kbatch._outbox._flight import Judge, RowFlight
+from kbatch._outbox._floors import Floors
 from kbatch._outbox._leases import Leases, Times
-from kbatch._outbox._positions import Positions
 from kbatch._outbox._relay_producer import MARGIN_S
 from kbatch._outbox._store import BUCKETS
 from kbatch._outbox._unwritten import Unwritten
@@ -93,9 +93,9 @@ class RelayLoop:
         self._judge = Judge(policy, packed_key_hash, entropy)
         self._longest_wait_s = policy.max_backoff_s
         self._leases = Leases(lease_s)
-        self._positions = Positions(packed_key_hash, one_in_flight=options.strict_order)
+        self._floors = Floors(packed_key_hash, one_in_flight=options.strict_order)
         self._store: OutboxStore | None = None
-        self._flights: dict[Flight, None] = {}
+        self._flights: dict[RowFlight, None] = {}
         self._unwritten = Unwritten(self._leases, self._note_lost, deaths)
         self._admission = Admission(self._leases)
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
@@ -192,7 +192,7 @@ class RelayLoop:
 
     def _begin(self) -> None:
         self._ending = self._gives_up = False
-        self._positions.end(range(BUCKETS))  # what an interrupted end has left
+        self._floors.end(range(BUCKETS))  # what an interrupted end has left
         self._store = self._outbox.open_store()
         now = monotonic()
         self._renew_at = self._read_at = self._due_at = self._store_at = now
@@ -259,7 +259,7 @@ class RelayLoop:
         try:
             if self._store is None:
                 self._store = self._outbox.open_store()
-                self._positions.start_again()  # what it would have found below the floors it does not know
+                self._floors.start_again()  # what it would have found below the floors it does not know
                 self._begin_look()
             result = call()
         except OutboxError as error:
@@ -295,7 +295,7 @@ class RelayLoop:
             # Rows that others have put back without telling, and keys that others have let go.
             self._begin_look()
             self._admission.forget_refused()
-            self._positions.start_ended_again()
+            self._floors.start_ended_again()
             self._let_go()
         if monotonic() >= self._admission.look_at and self._may_send() and self._admission.admit(self._store):
             self._read_at = monotonic()
@@ -369,11 +369,11 @@ class RelayLoop:
         self._lose(self._leases.renewed(asked, leases, share))
         if self._owner.fence(self._store):
             self._renew_at = monotonic()
-        fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
+        fresh = {bucket for bucket in self._leases.tokens if not self._floors.knows(bucket)} - busy
         if fresh:
             if self._changes is None:
                 self._changes = self._store.changes()  # nothing was read before
-            self._positions.begin(fresh, self._store.held_keys(fresh))
+            self._floors.begin(fresh, self._store.held_keys(fresh))
             self._read_at = self._due_at = monotonic()
 
     def _stand_aside(self) -> None:
@@ -394,7 +394,7 @@ class RelayLoop:
 
     def _drop(self, buckets: Collection[int]) -> None:
         self._leases.drop(buckets)
-        self._positions.end(buckets)
+        self._floors.end(buckets)
         self._unwritten.forget(buckets)
 
     def _note_lost(self, buckets: Collection[int]) -> None:
@@ -407,7 +407,7 @@ class RelayLoop:
         if not buckets:
             return
         self._unwritten.forget(buckets)  # first, and the log last: whatever comes in between finds nothing to write
-        self._positions.end(buckets)
+        self._floors.end(buckets)
         self._judge.forget()
         self._counts["lost_buckets"] += len(buckets)
         if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
@@ -443,15 +443,15 @@ class RelayLoop:
 
     def _send_next(self) -> None:
         assert self._store is not None
-        floors = self._positions.floors(self._leases.to_read())
+        floors = self._floors.floors(self._leases.to_read())
         in_flight = functools.cache(self._in_flight)
         began = monotonic()
         reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES, in_flight=in_flight)
-        if self._positions.is_of_a_look(reading):
+        if self._floors.is_of_a_look(reading):
             self._look_took_s += monotonic() - began
         if self._was_changed():
             return
-        rows = self._positions.taken(reading, in_flight)
+        rows = self._floors.taken(reading, in_flight)
         if reading.rows:
             self._poll_s = _SHORTEST_POLL_S
         else:
@@ -463,7 +463,7 @@ class RelayLoop:
             return
         times = [row[3] for row in rows]
         self._hand_over(
-            Flight(
+            RowFlight(
                 [row[:2] for row in rows],
                 [row[2] for row in rows],
                 times if any(times) else None,
@@ -483,7 +483,7 @@ class RelayLoop:
         if self._was_changed():
             return
         hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
-        rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
+        rows = self._floors.first_of_keys(rows, itertools.chain(*hot))
         producer: BaseProducer | None
         if self._is_fencing:  # one that is refused would abort the others
             rows, producer = rows[:1], self._handle.producer
@@ -492,7 +492,7 @@ class RelayLoop:
         if not rows or producer is None:
             return
         self._hand_over(
-            Flight(
+            RowFlight(
                 [(row.bucket, row.seq) for row in rows],
                 [row.packed for row in rows],
                 [row.deliver_by for row in rows],
@@ -510,7 +510,7 @@ class RelayLoop:
         changes = self._store.changes()
         if changes == self._changes:
             return False
-        self._positions.look_again()
+        self._floors.look_again()
         self._begin_look()
         self._let_go()
         self._read_at = self._due_at = monotonic()
@@ -522,7 +522,7 @@ class RelayLoop:
         places = {place for flight in self._flights for place in flight.places}
         return places | self._unwritten.places()
 
-    def _hand_over(self, flight: Flight, producer: BaseProducer) -> None:
+    def _hand_over(self, flight: RowFlight, producer: BaseProducer) -> None:
         gate = self._gate
         try:
             flight.trial = gate.admit()
@@ -552,11 +552,11 @@ class RelayLoop:
                 gate.note("nothing", flight.trial, monotonic())
             raise
 
-    def _put_back(self, flight: Flight) -> None:
+    def _put_back(self, flight: RowFlight) -> None:
         self._flights.pop(flight, None)
         if not flight.is_due:
-            self._positions.landed(flight.places, flight.packed)
-            self._positions.put_back(flight.places)
+            self._floors.landed(flight.places, flight.packed)
+            self._floors.put_back(flight.places)
             self._read_at = min(self._read_at, monotonic() + self._poll_s)
 
     # -- answers
@@ -566,7 +566,7 @@ class RelayLoop:
             if flight.pending is not None and flight.pending.done():
                 self._settle(flight)
 
-    def _settle(self, flight: Flight) -> None:
+    def _settle(self, flight: RowFlight) -> None:
         answers = self._judge.answers(flight)
         tokens = self._leases.tokens
         lost = {bucket for bucket, token in flight.tokens.items() if tokens.get(bucket) != token}
@@ -584,12 +584,12 @@ class RelayLoop:
             if self._is_fencing:
                 self._due_at = monotonic()  # it is alone, and others wait
         else:
-            self._positions.put_back(unsent)
+            self._floors.put_back(unsent)
             for failure in failures:
                 if failure.due_in_s is not None:
-                    self._positions.hold(failure.bucket, failure.key_hash, failure.seq)
+                    self._floors.hold(failure.bucket, failure.key_hash, failure.seq)
         self._flights.pop(flight, None)  # not before: what was interrupted is done once more
-        if not flight.is_due and self._positions.landed(flight.places, flight.packed):
+        if not flight.is_due and self._floors.landed(flight.places, flight.packed):
             self._read_at = monotonic()
         if failures or unsent:
             self._gate.last_error = answers.last_error
@@ -599,11 +599,11 @@ class RelayLoop:
             self._gate.give_up(self._handle.producer)
 
     def _let_go(self) -> None:
-        if self._positions.has_held():
+        if self._floors.has_held():
             assert self._store is not None
             held = self._store.held_keys(list(self._leases.tokens))
             # Those of which a row is on its way to `later` are not there yet.
-            self._positions.let_go(held + self._unwritten.held_keys())
+            self._floors.let_go(held + self._unwritten.held_keys())
             self._read_at = monotonic()
 
     # -- the end
@@ -628,7 +628,7 @@ class RelayLoop:
             self._guarded(self._leave, False)  # by another connection
         self._has_asked = False
         self._close_store()
-        self._positions.end(self._leases.forget())
+        self._floors.end(self._leases.forget())
         self._unwritten.clear()
         self._judge.forget()
 
