@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 
-from kbatch._fastmap import monotonic
-
 __all__ = ["Reminder", "tell", "tell_beside"]
 
 _REMIND_EVERY_S = 60.0
@@ -39,9 +37,8 @@ class Reminder:
     def __init__(self) -> None:
         self.told_at: float | None = None
 
-    def tells_now(self) -> bool:
-        """Whether to tell of it, which is to be done then."""
-        now = monotonic()
+    def tells_now(self, now: float) -> bool:
+        """Whether to tell of it at this time of a monotonic clock, which is to be done then."""
         if self.told_at is not None and now - self.told_at < _REMIND_EVERY_S:
             return False
         self.told_at = now

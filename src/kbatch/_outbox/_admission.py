@@ -67,7 +67,7 @@ class Admission:
         try:
             store.admit_scheduled(self._leases.tokens_of({bucket for bucket, _ in places}), places)
         except RefusedWriteError as error:
-            if self._refusal.tells_now():
+            if self._refusal.tells_now(monotonic()):
                 tell("a relay cannot admit what is scheduled, and tries again: %s", error)
             if len(places) == 1:
                 self._refused.update(places)

@@ -146,7 +146,7 @@ class Owner:
             self._naming = self._trouble.told_at = None
             return True
         if self._naming is None or self._naming.done():
-            if self._naming is not None and self._trouble.tells_now():
+            if self._naming is not None and self._trouble.tells_now(monotonic()):
                 tell(
                     "a relay waits: brokers do not let it have the transactional id %s: %s",
                     transactional_id(self.name),

@@ -264,7 +264,7 @@ class RelayLoop:
             result = call()
         except OutboxError as error:
             self._store_at = monotonic() + _TRY_STORE_AGAIN_S
-            if self._trouble.tells_now():
+            if self._trouble.tells_now(monotonic()):
                 tell("a relay cannot use its outbox, and tries again: %s", error)
             self._close_store()
             return otherwise

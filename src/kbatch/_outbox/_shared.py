@@ -130,7 +130,7 @@ class OwnRelay:
                 if self._is_finishing:
                     return
             except Exception as error:
-                if trouble.tells_now():
+                if trouble.tells_now(monotonic()):
                     tell("the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error))
                 if self._is_finishing:
                     return

@@ -137,7 +137,7 @@ class Unwritten:
                 waiting = self.failures_later if is_due else self.failures
                 waiting.append(waiting.pop(waiting.index(failures[0])))  # the others have their turn first
                 self.failures_at = monotonic() + _TRY_AGAIN_S
-                if self.refusal.tells_now():
+                if self.refusal.tells_now(monotonic()):
                     tell("a relay cannot move what a broker has refused, and tries again: %s", error)
                 return False
             half = len(failures) // 2

@@ -144,6 +144,6 @@ class Deaths(Generic[_T]):
 
     def _put_off(self, error: OutboxError) -> None:
         self._again_at = monotonic() + _TRY_AGAIN_S
-        if self._trouble.tells_now():
+        if self._trouble.tells_now(monotonic()):
             text = "on_dead waits, since the dead letters of %s cannot be read: %s"
             self._calls.log(logging.WARNING, text, self._name, error)
