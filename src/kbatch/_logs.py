@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 
-__all__ = ["tell", "tell_beside"]
+__all__ = ["Reminder", "tell", "tell_beside"]
+
+_REMIND_EVERY_S = 60.0
 
 _logger = logging.getLogger("kbatch")
 
@@ -23,3 +25,21 @@ def tell_beside(error: BaseException, text: str) -> None:
     with contextlib.suppress(Exception):  # it has no notes, or is frozen
         error.add_note(text)  # type: ignore[attr-defined,unused-ignore]
     tell("%s", text, level=logging.ERROR)
+
+
+class Reminder:
+    """When to tell of a trouble: at once, and then once a minute while it lasts.
+
+    Attributes:
+        told_at: When it was told of the last time; ``None`` if there is no trouble.
+    """
+
+    def __init__(self) -> None:
+        self.told_at: float | None = None
+
+    def tells_now(self, now: float) -> bool:
+        """Whether to tell of it at this time of a monotonic clock, which is to be done then."""
+        if self.told_at is not None and now - self.told_at < _REMIND_EVERY_S:
+            return False
+        self.told_at = now
+        return True

@@ -25,7 +25,7 @@ from kbatch._database import _tables
 from kbatch._fastmap import monotonic, unpack_record, wall_time
 from kbatch._inbox._session import InboxSession
 from kbatch._options import AioRelayOptions
-from kbatch._outbox import _relay
+from kbatch._outbox import _relay_loop
 from kbatch._receiving import _reading, _transacting
 from kbatch._receiving._copies import Copies
 from kbatch._receiving._failing import Failing
@@ -245,19 +245,24 @@ class _Outbox(WatchedOutbox):
 class _Relay(kbatch.Relay):
     def __init__(self, outbox: _Outbox, *arguments: Any, **options: Any) -> None:
         super().__init__(outbox, *arguments, **options)
-        self._step = outbox._step
+        loop, step = self._loop, outbox._step
+        may_hand_over, hand_over, settle = loop._may_hand_over, loop._hand_over, loop._settle
 
-    def _may_hand_over(self) -> bool:
-        self._step("mapped")
-        return super()._may_hand_over()
+        def mapped() -> bool:
+            step("mapped")
+            return may_hand_over()
 
-    def _hand_over(self, *arguments: Any) -> None:
-        super()._hand_over(*arguments)
-        self._step("handed over")
+        def handed_over(*arguments: Any) -> None:
+            hand_over(*arguments)
+            step("handed over")
 
-    def _settle(self, flight: Any) -> None:
-        super()._settle(flight)
-        self._step("answered")
+        def answered(flight: Any) -> None:
+            settle(flight)
+            step("answered")
+
+        loop._may_hand_over = mapped  # type: ignore[method-assign]
+        loop._hand_over = handed_over  # type: ignore[method-assign]
+        loop._settle = answered  # type: ignore[method-assign]
 
 
 class _RelayOnLoop(_Relay):
@@ -288,7 +293,7 @@ def _jump(seconds: int, note: Callable[[], bool] = lambda: True) -> None:
                 turn = now
             return wall_time() + (seconds if turn % 2 else 0)
 
-    for module in (_tables, _relay, _reading):
+    for module in (_tables, _relay_loop, _reading):
         vars(module)["wall_time"] = jumping
     Failing.__init__.__defaults__ = (monotonic, jumping, None)
 

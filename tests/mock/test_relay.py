@@ -107,7 +107,7 @@ def running(relay: Relay) -> Iterator[Relay]:
     thread = threading.Thread(target=run)
     with relay:
         thread.start()
-        until(lambda: relay._store is not None or errors, "its start")
+        until(lambda: relay._loop._store is not None or errors, "its start")
         yield relay
         relay.stop()
         thread.join()
@@ -181,7 +181,8 @@ class SlowOutbox:
         self.outbox, self.slow_s, self.now = outbox, slow_s, 1000.0
         self.calls: list[str] = []
         self.read_at: dict[int, list[float]] = defaultdict(list)  # of each bucket, from its beginning
-        monkeypatch.setattr("kbatch._outbox._relay.monotonic", lambda: self.now)
+        for module in ("_relay_loop", "_admission", "_unwritten"):
+            monkeypatch.setattr(f"kbatch._outbox.{module}.monotonic", lambda: self.now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.outbox, name)
@@ -213,14 +214,14 @@ def test_a_look_at_all_rows_that_takes_long_comes_to_its_end_before_the_next_one
 ) -> None:
     slow = SlowOutbox(outbox, monkeypatch, 0.7)
     with Relay(slow, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
-        relay._begin()
+        relay._loop._begin()
         try:
             began = slow.now
             while slow.now < began + 1000.0:
-                relay._use_store()
+                relay._loop._use_store()
                 slow.now += 2.0
         finally:
-            relay._end()
+            relay._loop._end()
     assert len(slow.read_at) == 64
     looks = [at for of_bucket in slow.read_at.values() for at in of_bucket]
     assert max(of_bucket[0] for of_bucket in slow.read_at.values()) < began + 150.0
@@ -234,13 +235,13 @@ def test_what_is_found_beside_a_slow_look_does_not_have_the_next_one_come_soon(
     slow = SlowOutbox(outbox, monkeypatch, 0.7)
     outboxes.add(outbox, numbered(range(20_000), keys=500))
     with Relay(slow, config(cluster), batch_size=500) as relay:
-        relay._begin()
+        relay._loop._begin()
         try:
-            relay._use_store()
-            assert relay._look_took_s == pytest.approx(2.1)
-            assert relay._has_to_pause(slow.now + 35.0)
+            relay._loop._use_store()
+            assert relay._loop._look_took_s == pytest.approx(2.1)
+            assert relay._loop._has_to_pause(slow.now + 35.0)
         finally:
-            relay._end()
+            relay._loop._end()
 
 
 @in_sqlite
@@ -249,24 +250,24 @@ def test_the_next_look_at_all_waits_for_readings_and_for_no_outage(
 ) -> None:
     slow = SlowOutbox(outbox, monkeypatch, 0.0)
     with Relay(slow, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
-        relay._begin()
+        relay._loop._begin()
         try:
             for trial in range(5):  # the circuit opens
                 relay._gate.note("failed", None, slow.now + trial)
             slow.now += 29.0
-            relay._use_store()
+            relay._loop._use_store()
             assert not slow.read_at
             relay._gate.note("succeeded", None, slow.now)
             relay._gate.circuit.probed(True, slow.now)
-            relay._use_store()
+            relay._loop._use_store()
             assert len(slow.read_at) == 64
             slow.now += 2.0
-            relay._use_store()
+            relay._loop._use_store()
             slow.now += 0.2
-            relay._use_store()
+            relay._loop._use_store()
             assert {len(of_bucket) for of_bucket in slow.read_at.values()} == {2}
         finally:
-            relay._end()
+            relay._loop._end()
 
 
 @in_sqlite
@@ -276,20 +277,20 @@ def test_after_a_slow_reading_leases_are_renewed_before_the_next_one(
     slow = SlowOutbox(outbox, monkeypatch, 0.7)
     outboxes.add(outbox, numbered(range(5_000), keys=500))
     with Relay(slow, config(cluster)) as relay:
-        relay._begin()
+        relay._loop._begin()
         try:
             for _ in range(3):
-                relay._use_store()
+                relay._loop._use_store()
             assert [name for name in slow.calls if name in ("renew", "read")] == ["renew", "read"] * 3
         finally:
-            relay._end()
+            relay._loop._end()
 
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_relay_that_reaches_no_broker_leaves_the_outbox_to_one_that_does(
     outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._STAND_ASIDE_AFTER_S", 0.2)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._STAND_ASIDE_AFTER_S", 0.2)
     with MockCluster() as unreachable:
         unreachable.create_topic("orders", partitions=3)
         cut_off = make(outbox, unreachable, {"delivery.timeout.ms": 500}, failures_to_open=1)
@@ -312,15 +313,15 @@ def test_a_relay_that_reaches_no_broker_leaves_the_outbox_to_one_that_does(
 
 def test_it_looks_again_soon_after_an_add_in_its_process_and_not_in_a_child(outbox: Outbox) -> None:
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
-        relay._begin()
+        relay._loop._begin()
         for pid, poll_s in ((os.getpid() + 1, 0.1), (os.getpid(), 0.005)):
-            relay._poll_s, relay._pid = 0.1, pid
+            relay._loop._poll_s, relay._loop._pid = 0.1, pid
             outboxes.add(outbox, numbered(range(3)))
-            assert relay._poll_s == poll_s
+            assert relay._loop._poll_s == poll_s
             assert relay._flag.wait(0.0) is (poll_s < 0.1)
         outboxes.add(outbox, numbered(range(3)))
         assert not relay._flag.wait(0.0)  # it looks already
-        relay._end()
+        relay._loop._end()
         assert outbox._watchers == []
 
 
@@ -329,14 +330,14 @@ def test_it_rests_when_there_is_no_more_and_not_before(outbox: Outbox, batch_siz
     outboxes.add(outbox, numbered(range(3), keys=1))
     options = {"batch_size": batch_size, "close_timeout_s": 0.0}
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, **options) as relay:
-        relay._begin()
-        relay._renew()
+        relay._loop._begin()
+        relay._loop._renew()
         seen = 0
-        relay._read_at = 0.0
-        while not relay._read_at and seen < 9:
-            relay._send_next()
+        relay._loop._read_at = 0.0
+        while not relay._loop._read_at and seen < 9:
+            relay._loop._send_next()
             seen += 1
-        relay._end()
+        relay._loop._end()
     assert seen == readings
 
 
@@ -435,14 +436,14 @@ def test_with_strict_order_one_record_of_a_key_is_in_flight_whatever_fails(
     outboxes.add(outbox, numbered(range(300), keys=10))
     relay = make(outbox, cluster, {"delivery.timeout.ms": 500}, strict_order=True, batch_size=20, failures_to_open=1)
     together: list[int] = []
-    hand_over = relay._hand_over
+    hand_over = relay._loop._hand_over
 
     def watched(flight: Any, producer: Any) -> None:
         hand_over(flight, producer)
-        keys = [packed_key_hash(packed) for each in list(relay._flights) for packed in each.packed]
+        keys = [packed_key_hash(packed) for each in list(relay._loop._flights) for packed in each.packed]
         together.append(len(keys) - len(set(keys)))
 
-    relay._hand_over = watched  # type: ignore[method-assign]
+    relay._loop._hand_over = watched  # type: ignore[method-assign]
     with running(relay):
         until(lambda: relay.stats()["acked"] >= 100, "some")
         cluster.set_broker_down()
@@ -525,7 +526,7 @@ def test_a_key_that_is_held_back_waits_also_for_a_relay_that_starts_later(outbox
 def test_a_row_behind_many_of_a_held_key_is_reached_however_often_all_are_looked_at_again(
     outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._LOOK_AT_ALL_EVERY_S", 0.0)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._LOOK_AT_ALL_EVERY_S", 0.0)
     outboxes.add(outbox, numbered(range(1000, 1200), keys=1))
     outboxes.move_to_later(outbox, 1, 1)
     outbox.scheduled.reschedule(OutboxQuery(), datetime.now(timezone.utc) + timedelta(hours=1))
@@ -629,7 +630,7 @@ def test_what_was_never_dead_is_not_told(outbox: Outbox, cluster: MockCluster) -
         cluster.set_rtt(-1, 300)
         until(lambda: relay.stats()["in_flight"] == 1, "its second attempt")
         outbox.scheduled.cancel(OutboxQuery())
-        until(lambda: relay.stats()["dead"] == 1 and not relay._has_answers(), "its second refusal")
+        until(lambda: relay.stats()["dead"] == 1 and not relay._loop._unwritten, "its second refusal")
     assert told == []
     assert outbox.status().dead == 0
 
@@ -674,7 +675,7 @@ def test_a_callback_of_dead_letters_that_closes_the_relay_ends_it(outbox: Outbox
 def test_a_callback_of_dead_letters_that_hangs_stops_no_relay(
     outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._LAST_WORDS_S", 0.1)
+    monkeypatch.setattr("kbatch._outbox._relay._LAST_CALLS_S", 0.1)
     goes_on = threading.Event()
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.add(outbox, numbered(range(10), topic="refused"), topic=None)
@@ -777,7 +778,7 @@ def test_one_partition_without_a_leader_stops_no_other(outbox: Outbox, cluster: 
 def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
     outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 5)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._MOST_DUE", 5)
     cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
     cluster.set_partition_leader("orders", 0, -1)
     outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(9)])
@@ -794,7 +795,7 @@ def test_rows_that_are_due_and_that_nobody_takes_stop_no_other_that_is_due(
 def test_rows_that_are_due_and_that_nobody_takes_stop_no_row_that_was_not_sent_yet(
     outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, max_in_flight_batches: int
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._MOST_DUE", 2)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._MOST_DUE", 2)
     cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
     cluster.set_partition_leader("orders", 0, -1)
     outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(20)])
@@ -814,7 +815,7 @@ def test_a_producer_in_its_fatal_state_is_replaced(outbox: Outbox, cluster: Mock
     with running(make(outbox, cluster)) as relay:
         outboxes.add(outbox, numbered(range(100)))
         assert relay.drain(30) == 0
-        relay._handle.producer._core.inject_fatal_error(45, "as a broker would")
+        relay._use.handle.producer._core.inject_fatal_error(45, "as a broker would")
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(30) == 0
     check_history(range(200), stored(cluster))
@@ -823,8 +824,8 @@ def test_a_producer_in_its_fatal_state_is_replaced(outbox: Outbox, cluster: Mock
 def test_an_answer_whose_wake_up_was_lost_is_found(outbox: Outbox, cluster: MockCluster) -> None:
     outboxes.add(outbox, numbered(range(100)))
     with make(outbox, cluster) as relay:
-        send = relay._handle.producer._send_detached
-        relay._handle.producer._send_detached = lambda batch, *, waker: send(batch)  # type: ignore[method-assign]
+        send = relay._use.handle.producer._send_detached
+        relay._use.handle.producer._send_detached = lambda batch, *, waker: send(batch)  # type: ignore[method-assign]
         assert relay.drain(30) == 0
     check_history(range(100), stored(cluster))
 
@@ -853,7 +854,7 @@ def test_a_database_that_is_locked_for_long_is_waited_for(
 def test_a_database_that_fails_at_any_call_before_or_after_it_was_done(
     outbox: Outbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.01)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._TRY_STORE_AGAIN_S", 0.01)
     seeded = random.Random(seed)
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.add(outbox, numbered(range(600)))
@@ -924,7 +925,7 @@ def test_a_relay_that_was_ejected_registers_again_as_itself(outbox: Outbox, clus
     outboxes.add(outbox, numbered(range(100)))
     with running(make(outbox, cluster)) as relay:
         until(lambda: outbox.status().waiting == 0 and relay.stats()["buckets"] == 64, "all sent, and all buckets")
-        before = relay._owner
+        before = relay._loop._owner.name
         outboxes.query(outbox, "DELETE FROM {relay}")
         outboxes.query(outbox, "UPDATE {lease} SET owner = NULL, until = 0, token = token + 1")
         until(lambda: relay.stats()["lost_buckets"] == 64, "that it knows")
@@ -966,13 +967,13 @@ def test_nothing_is_handed_over_when_the_lease_is_too_short_for_it(
     left = "SELECT (min(until) - {now}) / 1000.0 FROM {lease}"
     with make(WatchedOutbox(outbox, after=after), cluster, {"delivery.timeout.ms": 1000}, lease_s=6.0) as relay:
         handed_over: list[float] = []
-        send = relay._handle.producer._send_detached
+        send = relay._use.handle.producer._send_detached
 
         def send_detached(*arguments: Any, **keywords: Any) -> None:
             handed_over.extend(seconds for (seconds,) in outboxes.query(outbox, left))
             send(*arguments, **keywords)
 
-        relay._handle.producer._send_detached = send_detached  # type: ignore[method-assign]
+        relay._use.handle.producer._send_detached = send_detached  # type: ignore[method-assign]
         assert relay.drain(30) == 0
     assert slept
     assert min(handed_over) >= 5.0 - 0.1
@@ -992,8 +993,8 @@ def test_a_bucket_is_given_up_only_when_nothing_of_it_is_in_flight(
         until(lambda: first.stats()["buckets"] == 64, "all buckets")
 
         def watched(store: Any, owner: str, lease_s: float, *, release: Any, **others: Any) -> Any:
-            if owner == first._owner and release:
-                in_flight = {bucket for flight in list(first._flights) for bucket in flight.tokens}
+            if owner == first._loop._owner.name and release:
+                in_flight = {bucket for flight in list(first._loop._flights) for bucket in flight.tokens}
                 given_up.append((set(release), in_flight))
             return renew(store, owner, lease_s, release=release, **others)
 
@@ -1045,13 +1046,13 @@ def test_drain_gives_up_what_is_in_flight_at_its_end(outbox: Outbox, cluster: Mo
     outboxes.add(outbox, numbered(range(7)))
     with make(outbox, cluster, {"delivery.timeout.ms": 60_000}, close_timeout_s=60.0) as relay:
         ends: list[float] = []
-        await_answers = relay._await_answers
+        await_answers = relay._loop._await_answers
 
         def watched(end: float) -> bool:
             ends.append(end)
             return await_answers(end)
 
-        relay._await_answers = watched  # type: ignore[method-assign]
+        relay._loop._await_answers = watched  # type: ignore[method-assign]
         before = monotonic()
         assert relay.drain(0.5) == 7
         assert before + 0.5 <= ends[0] < before + 60.0
@@ -1098,19 +1099,19 @@ def test_a_relay_that_is_to_finish_leaves_what_is_added_meanwhile_and_sends_what
             outboxes.add(outbox, numbered([next(added)]))
 
     with running(make(WatchedOutbox(outbox, before=add), cluster)) as relay:
-        hand_over = relay._hand_over
+        hand_over = relay._loop._hand_over
 
         def put_one_back(flight: Any, producer: Any) -> None:
-            if relay._finishing and not put_back:
+            if relay._loop._finishing and not put_back:
                 put_back.append(flight.places)
-                relay._put_back(flight)
+                relay._loop._put_back(flight)
             else:
                 hand_over(flight, producer)
 
-        relay._hand_over = put_one_back  # type: ignore[method-assign]
+        relay._loop._hand_over = put_one_back  # type: ignore[method-assign]
         until(lambda: relay.stats()["acked"] >= 20, "some")
         relay._finish()
-        until(lambda: not relay._runs.locked(), "its end", 20)
+        until(lambda: not relay._run_lock.locked(), "its end", 20)
     assert put_back
     check_history(range(next(added)), stored(cluster))
 
@@ -1171,21 +1172,21 @@ def test_an_exception_at_any_line_where_it_loses_its_leases_leaves_no_floor_and_
     places, injector = 0, Injector(0)
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
         for nth in range(1, 10**6):
-            relay._begin()
-            relay._renew()
-            assert relay._store is not None
-            floors = relay._positions.floors(relay._leases.to_read())
+            relay._loop._begin()
+            relay._loop._renew()
+            assert relay._loop._store is not None
+            floors = relay._loop._floors.floors(relay._loop._leases.to_read())
             assert set(floors.values()) == {0}, injector.place
-            reading = relay._store.read(floors, limit=1000, max_bytes=10**6, in_flight=set)
-            assert len(relay._positions.taken(reading, set)) == 100
-            relay._done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
-            relay._leases._asked = Times(-1e6, -1e6)  # its leases are over
-            relay._stopping = True
+            reading = relay._loop._store.read(floors, limit=1000, max_bytes=10**6, in_flight=set)
+            assert len(relay._loop._floors.taken(reading, set)) == 100
+            relay._loop._unwritten.done = [row[:2] for row in reading.rows]  # acknowledged, and not written yet
+            relay._loop._leases._asked = Times(-1e6, -1e6)  # its leases are over
+            relay._loop._stopping = True
             injector = Injector(nth)
-            injector.run(getattr(relay, call))
+            injector.run(getattr(relay._loop, call))
             if call == "_use_store":
-                relay._end()
-            relay._give_back()
+                relay._loop._end()
+            relay._loop._give_back()
             if injector.place is None:
                 break
             places += 1
@@ -1198,14 +1199,14 @@ def test_close_that_was_interrupted_at_any_line_is_called_again(outbox: SqliteOu
     places = 0
     for nth in range(1, 10**6):
         relay = Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0)
-        producer = relay._handle.producer
+        producer = relay._use.handle.producer
         injector = Injector(nth)
         injector.run(relay.close)
         again = threading.Thread(target=relay.close)  # a lock that is still held is not the thread's
         again.start()
         again.join()
         assert producer.closed, injector.place
-        assert not relay._handle._users
+        assert not relay._use.handle._users
         if injector.place is None:
             break
         places += 1
@@ -1218,7 +1219,7 @@ def test_buckets_are_given_back_when_the_database_is_in_trouble_at_the_end(
     troubled: list[str] = []
 
     def before(name: str) -> None:
-        if name == "renew" and relay._leases.tokens and not troubled:
+        if name == "renew" and relay._loop._leases.tokens and not troubled:
             troubled.append(name)
             relay.stop()
             raise OutboxError("no answer")
@@ -1263,9 +1264,9 @@ def test_one_that_was_made_before_a_fork_is_another_one_in_each_child(
         for pid in (11, 12, 12):
             with monkeypatch.context() as patch:
                 patch.setattr(os, "getpid", lambda pid=pid: pid)
-                relay._begin()
-                relay._end()
-            owners.append(relay._owner)
+                relay._loop._begin()
+                relay._loop._end()
+            owners.append(relay._loop._owner.name)
     assert owners[0] != owners[1] == owners[2]
 
 
@@ -1317,5 +1318,5 @@ def test_what_is_no_outbox() -> None:
 @in_sqlite
 def test_its_defaults_have_time_for_a_delivery(outbox: SqliteOutbox) -> None:
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1"}) as relay:
-        assert relay._max_delivery_s == 62.0
-        assert relay._lease_s == 67.0
+        assert relay._loop._max_delivery_s == 62.0
+        assert relay._loop._lease_s == 67.0

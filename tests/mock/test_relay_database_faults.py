@@ -93,7 +93,7 @@ class FullOutbox(WatchedOutbox):
 def test_while_the_disk_is_full_what_is_sent_is_recorded_and_what_was_refused_waits(
     outbox: SqliteOutbox, cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
+    monkeypatch.setattr("kbatch._outbox._unwritten._TRY_AGAIN_S", 0.02)
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     # A row of its own size, which finds no room in the other table before the others' room is free.
     outboxes.add(outbox, [Envelope(data=b"x" * 500_000, key="k", topic="refused")], topic=None)
@@ -163,7 +163,7 @@ def test_a_row_that_cannot_be_moved_stops_no_other_and_is_moved_when_it_can_be(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, table: str
 ) -> None:
     outbox = new_outbox(wire="raw")
-    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
+    monkeypatch.setattr("kbatch._outbox._unwritten._TRY_AGAIN_S", 0.02)
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.refuse_rows(outbox, table, number=3)
     outboxes.add(outbox, numbered(range(5), topic="refused"), topic=None)
@@ -217,16 +217,16 @@ def test_a_row_that_cannot_be_moved_is_found_among_many_by_halves(
     calls: list[str] = []
     watched = WatchedOutbox(outbox, before=calls.append)
     with Relay(watched, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
-        relay._begin()
-        relay._renew()
-        relay._failures = [Failure(*place, None, 1, "refused", None) for place in found]
-        relay._write_answers()
+        relay._loop._begin()
+        relay._loop._renew()
+        relay._loop._unwritten.failures = [Failure(*place, None, 1, "refused", None) for place in found]
+        relay._loop._unwritten.write(relay._loop._store)
         assert outbox.status().dead == 99
-        relay._failures_at = 0.0  # its time has come
-        relay._write_answers()
+        relay._loop._unwritten.failures_at = 0.0  # its time has come
+        relay._loop._unwritten.write(relay._loop._store)
         assert outbox.status().dead == 255
-        assert [failure.seq for failure in relay._failures] == [100]
-        relay._end()
+        assert [failure.seq for failure in relay._loop._unwritten.failures] == [100]
+        relay._loop._end()
     assert calls.count("settle") < 50
 
 
@@ -236,20 +236,20 @@ def test_a_row_that_cannot_be_moved_does_not_keep_a_relay_that_reaches_no_broker
     outboxes.refuse_rows(outbox, "later")
     outboxes.add(outbox, numbered(range(1)))
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
-        relay._begin()
-        relay._renew()
+        relay._loop._begin()
+        relay._loop._renew()
         ((bucket, seq),) = outboxes.query(outbox, "SELECT bucket, seq FROM {outbox}")
-        relay._failures = [Failure(bucket, seq, 1.0, 1, "refused", None)]
+        relay._loop._unwritten.failures = [Failure(bucket, seq, 1.0, 1, "refused", None)]
         for _ in range(5):
             relay._gate.note("failed", None, monotonic())
         relay._gate._opened_at -= 60.0
-        relay._use_store()
+        relay._loop._use_store()
         assert relay.stats()["buckets"] == 64  # it asks for leases once a second
-        relay._renew_at = 0.0
-        relay._use_store()
+        relay._loop._renew_at = 0.0
+        relay._loop._use_store()
         assert relay.stats()["buckets"] == 0
-        assert relay._failures == []
-        relay._end()
+        assert relay._loop._unwritten.failures == []
+        relay._loop._end()
     assert outbox.status().relays == 0
 
 
@@ -258,12 +258,12 @@ def test_a_lease_that_is_lost_while_failures_are_moved_by_halves_counts_once(
 ) -> None:
     outboxes.add(outbox, numbered(range(8), keys=1))
     with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, close_timeout_s=0.0) as relay:
-        relay._begin()
-        relay._renew()
+        relay._loop._begin()
+        relay._loop._renew()
         bucket = outboxes.query(outbox, "SELECT bucket FROM {outbox} LIMIT 1")[0][0]
-        relay._failures = [Failure(bucket, seq, None, 1, "refused", None) for seq in range(1, 8)]
-        relay._failures.append(Failure((bucket + 1) % 64, 8, None, 1, "refused", None))
-        store = relay._store
+        relay._loop._unwritten.failures = [Failure(bucket, seq, None, 1, "refused", None) for seq in range(1, 8)]
+        relay._loop._unwritten.failures.append(Failure((bucket + 1) % 64, 8, None, 1, "refused", None))
+        store = relay._loop._store
 
         class Store:
             def settle(self, tokens: Any, *, failures: Any, **_: Any) -> set[int]:
@@ -271,28 +271,28 @@ def test_a_lease_that_is_lost_while_failures_are_moved_by_halves_counts_once(
                     raise RefusedWriteError("no room")
                 return set(tokens)
 
-        relay._store = Store()  # type: ignore[assignment]
-        relay._write_answers()
-        assert [failure.seq for failure in relay._failures] == [8]
-        relay._store = store
+        relay._loop._store = Store()  # type: ignore[assignment]
+        relay._loop._unwritten.write(relay._loop._store)
+        assert [failure.seq for failure in relay._loop._unwritten.failures] == [8]
+        relay._loop._store = store
         assert (relay.stats()["lost_buckets"], relay.stats()["buckets"]) == (1, 63)
         assert caplog.text.count("lost the leases of 1 bucket") == 1
-        relay._end()
+        relay._loop._end()
 
 
 def test_a_relay_that_cannot_move_what_is_refused_reads_no_more_of_it_than_it_may_have_in_flight(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outbox = new_outbox(wire="raw")
-    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.01)
+    monkeypatch.setattr("kbatch._outbox._unwritten._TRY_AGAIN_S", 0.01)
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     outboxes.refuse_rows(outbox, "later")
     outboxes.add(outbox, numbered(range(100), keys=100, topic="refused"), topic=None)
     tries: list[int] = []
 
     def before(name: str) -> None:
-        if name == "settle" and len(relay._failures) >= 10:
-            tries.append(len(relay._failures))
+        if name == "settle" and len(relay._loop._unwritten.failures) >= 10:
+            tries.append(len(relay._loop._unwritten.failures))
 
     relay = make(WatchedOutbox(outbox, before=before), cluster, batch_size=5, max_in_flight_batches=2)
     with running(relay):
@@ -315,9 +315,12 @@ def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
         until(lambda: relay.stats()["acked"] == 10, "the others")
         outboxes.add(outbox, numbered(range(20), keys=20, topic="refused"), topic=None)
         most = min(batch_size, 20)  # it reads no more then
-        until(lambda: relay._refusal_at is not None and len(relay._failures) >= most, "that they cannot be moved")
+        until(
+            lambda: relay._loop._unwritten.refusal.told_at is not None and len(relay._loop._unwritten.failures) >= most,
+            "that they cannot be moved",
+        )
         relay._finish()
-        until(lambda: not relay._runs.locked(), "its end", 10)
+        until(lambda: not relay._run_lock.locked(), "its end", 10)
     check_history(range(10), stored(cluster))
     assert outbox.status().waiting == 20
 
@@ -325,7 +328,7 @@ def test_a_relay_that_is_to_finish_does_not_wait_for_what_cannot_be_moved(
 def test_what_is_scheduled_and_cannot_be_moved_stops_no_other(
     new_outbox: Callable[..., outboxes.Outbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._TRY_STORE_AGAIN_S", 0.02)
+    monkeypatch.setattr("kbatch._outbox._admission._TRY_AGAIN_S", 0.02)
     outbox = new_outbox(wire="raw")
     soon = datetime.now(timezone.utc) + timedelta(days=1)
     # The first, one in the middle and the last of those that are due; their times are their deliver_by.
@@ -409,7 +412,7 @@ def test_drain_beside_run_waits_for_the_database_as_run_does(outbox: SqliteOutbo
 @contextlib.contextmanager
 def run_by_another(outbox: Any) -> Iterator[Relay]:
     """A relay to which it seems that another thread is in `run`."""
-    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay, relay._runs:
+    with Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}) as relay, relay._run_lock:
         yield relay
 
 

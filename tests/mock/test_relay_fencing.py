@@ -96,12 +96,14 @@ def test_one_that_was_taken_for_dead_begins_anew(outbox: Outbox, cluster: MockCl
     outboxes.add(outbox, numbered(range(100)))
     with running(make(outbox, cluster)) as relay:
         until(lambda: outbox.status().waiting == 0, "the first rows")
-        before = relay._owner
+        before = relay._loop._owner.name
         # The mock cluster fences nobody.
-        relay._handle.producer._core.inject_fatal_error(90, "There is a newer producer with the same transactionalId")
+        relay._use.handle.producer._core.inject_fatal_error(
+            90, "There is a newer producer with the same transactionalId"
+        )
         outboxes.add(outbox, numbered(range(100, 1_000), keys=200))
         until(lambda: outbox.status().waiting == 0, "the others")
-        assert relay._owner != before
+        assert relay._loop._owner.name != before
         assert relay.stats()["refused"] == relay.stats()["put_off"] == 0
     check_history(range(1_000), stored(cluster))
     assert outbox.status().dead == outbox.status().later == 0
@@ -136,6 +138,8 @@ def test_a_dead_relays_buckets_are_taken_once_it_is_fenced(
     fails = True
 
     def watched(producer: Any, waker: Any) -> Any:
+        if producer is relay._use.handle.producer:
+            return initialize(producer, waker)
         initialized.append(producer._parsed.native.get("transactional.id"))
         if fails:
             raise kbatch.ProducerError("for the test")
@@ -156,12 +160,14 @@ def test_brokers_know_its_name_before_it_has_a_lease(outbox: Outbox, cluster: Mo
 
     def before(name: str) -> None:
         if name == "renew":
-            known.append(_fences.is_initialized(relay._handle.producer))
+            known.append(_fences.is_initialized(relay._use.handle.producer))
 
     outboxes.add(outbox, numbered(range(100)))
     with make(WatchedOutbox(outbox, before=before), cluster) as relay:
         assert relay.drain(30) == 0
-        relay._handle.producer._core.inject_fatal_error(90, "There is a newer producer with the same transactionalId")
+        relay._use.handle.producer._core.inject_fatal_error(
+            90, "There is a newer producer with the same transactionalId"
+        )
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(30) == 0
     assert set(known) == {True}
@@ -186,12 +192,12 @@ def test_a_transaction_that_is_fenced_at_any_request_counts_no_attempt(
     outboxes.add(outbox, numbered(range(100)))
     with make(outbox, cluster) as relay:
         assert relay.drain(30) == 0
-        before = relay._owner
+        before = relay._loop._owner.name
         cluster.push_request_errors(api, ["INVALID_PRODUCER_EPOCH" if api == ApiKey.PRODUCE else "PRODUCER_FENCED"])
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(60) == 0
         stats = relay.stats()
-        assert relay._owner != before or api == ApiKey.PRODUCE  # there librdkafka asks for another epoch
+        assert relay._loop._owner.name != before or api == ApiKey.PRODUCE  # there librdkafka asks for another epoch
     assert (stats["refused"], stats["put_off"], stats["dead"]) == (0, 0, 0)
     assert {int(record.value) for record in stored(cluster)} == set(range(200))
 
@@ -234,11 +240,11 @@ def test_a_producer_in_its_fatal_state_is_replaced_by_one_with_another_name(
     outboxes.add(outbox, numbered(range(100)))
     with make(outbox, cluster) as relay:
         assert relay.drain(30) == 0
-        before = relay._owner
-        relay._handle.producer._core.inject_fatal_error(45, "as a broker would")
+        before = relay._loop._owner.name
+        relay._use.handle.producer._core.inject_fatal_error(45, "as a broker would")
         outboxes.add(outbox, numbered(range(100, 200)))
         assert relay.drain(30) == 0
-        assert relay._owner != before
+        assert relay._loop._owner.name != before
     check_history(range(200), stored(cluster))
 
 
@@ -248,7 +254,7 @@ def test_one_that_reaches_no_broker_to_end_its_transaction_leaves_its_buckets_to
     with running(make(outbox, cluster, failures_to_open=1)) as relay:
         outboxes.add(outbox, numbered(range(100)))
         until(lambda: relay.stats()["acked"] == 100, "the first")
-        transactions: Any = relay._handle.producer._transactions
+        transactions: Any = relay._use.handle.producer._transactions
 
         def cannot_abort(batch: Any, code: int, *, asked: bool = False) -> None:
             transactions._undecided = "its last transaction could not be aborted"
@@ -256,12 +262,12 @@ def test_one_that_reaches_no_broker_to_end_its_transaction_leaves_its_buckets_to
             transactions._held.conclude(batch, code)
 
         transactions._abort = cannot_abort
-        before = relay._owner
+        before = relay._loop._owner.name
         cluster.set_broker_down()
         outboxes.add(outbox, numbered(range(100, 200)))
         until(lambda: relay.stats()["buckets"] == 0, "that it has begun anew", 20)
         assert relay.state is not CircuitState.CLOSED
-        assert relay._former == {before}
+        assert relay._loop._owner.former == {before}
         cluster.set_broker_up()
         until(lambda: relay.stats()["acked"] == 200, "the others")
     check_history(range(200), stored(cluster))
@@ -275,11 +281,11 @@ def test_a_row_that_cannot_be_moved_does_not_keep_its_producer_from_being_replac
     outboxes.query(outbox, "UPDATE {outbox} SET packed = substr(packed, 1, 5) WHERE seq = 11")
     with running(make(outbox, cluster)) as relay:
         until(lambda: outbox.status().waiting == 1, "one row that the database refuses to move")
-        before = relay._owner
-        relay._handle.producer._core.inject_fatal_error(45, "as a broker would")
+        before = relay._loop._owner.name
+        relay._use.handle.producer._core.inject_fatal_error(45, "as a broker would")
         outboxes.add(outbox, numbered(range(20, 100)))
         until(lambda: outbox.status().waiting == 1, "the others")
-        assert relay._owner != before
+        assert relay._loop._owner.name != before
         outboxes.take_rows(outbox, "dead")
         assert relay.drain(30) == 0
     assert outbox.status().dead == 1

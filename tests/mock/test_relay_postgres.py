@@ -230,7 +230,7 @@ def test_a_server_that_has_no_connection_left(server: Any, cluster: MockCluster)
         with outboxes.holding_all_connections(outbox, MOST_CONNECTIONS) as held:
             calls.clear()
             until(lambda: calls.count("open_store") >= 3, "it asks in vain")
-            assert relay._store is None
+            assert relay._loop._store is None
             held[0].execute("BEGIN")
             held[0].execute("INSERT INTO orders SELECT generate_series(0, 199)")
             outbox.add(held[0], numbered(range(200)), topic="orders")
@@ -262,7 +262,7 @@ def test_a_transaction_that_stays_open_delays_its_own_rows_alone(
 def test_what_comes_to_light_after_the_connection_was_made_anew(
     in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._LOOK_AT_ALL_EVERY_S", 1e6)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._LOOK_AT_ALL_EVERY_S", 1e6)
     outbox = in_postgres(wire="raw")
     failed = threading.Event()
     fail = threading.Event()
@@ -335,13 +335,13 @@ def listens(outbox: PostgresOutbox) -> list[Any]:
 def test_a_commit_of_another_process_wakes_an_idle_relay(
     in_postgres: Callable[..., PostgresOutbox], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._LONGEST_POLL_S", 3600.0)  # it does not find it by itself
+    monkeypatch.setattr("kbatch._outbox._relay_loop._LONGEST_POLL_S", 3600.0)  # it does not find it by itself
     outbox = notifying(in_postgres(wire="raw"))
     with running(notifying(outbox), cluster) as relay:
         for first in range(0, 3 * count, count):
             until(lambda: listens(outbox) == [(1,)], "that it is idle")
-            relay._poll_s = 3600.0
-            until(lambda: relay._read_at > monotonic() + 100, "that it polls no more")
+            relay._loop._poll_s = 3600.0
+            until(lambda: relay._loop._read_at > monotonic() + 100, "that it polls no more")
             outboxes.add(outbox, numbered(range(first, first + count)))
             until(lambda: relay.stats()["acked"] == first + count, "that it is woken")  # noqa: B023
     check_history(range(3 * count), read_back(cluster.bootstrap_servers, "orders"))

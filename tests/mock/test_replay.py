@@ -24,7 +24,7 @@ NOT_SOON = RetryPolicy(max_attempts=None, initial_backoff_s=3600.0, max_backoff_
 @pytest.fixture(autouse=True)
 def nothing_is_found_by_chance(monkeypatch: pytest.MonkeyPatch) -> None:
     """A relay that looks at everything every 30 s finds what it was not told of."""
-    monkeypatch.setattr("kbatch._outbox._relay._LOOK_AT_ALL_EVERY_S", 3600.0)
+    monkeypatch.setattr("kbatch._outbox._relay_loop._LOOK_AT_ALL_EVERY_S", 3600.0)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def next_transaction(outbox: PostgresOutbox) -> int:
 def test_all_rows_of_a_restored_outbox_are_read(
     new_postgres: Callable[[], Any], cluster: MockCluster, monkeypatch: pytest.MonkeyPatch, by_pool: bool
 ) -> None:
-    monkeypatch.setattr("kbatch._outbox._relay._LOOK_AT_ALL_EVERY_S", 1e6)  # it does not find them by chance
+    monkeypatch.setattr("kbatch._outbox._relay_loop._LOOK_AT_ALL_EVERY_S", 1e6)  # it does not find them by chance
     with contextlib.ExitStack() as undo:
         servers = [new_postgres()]
         undo.callback(lambda: [each.close() for each in servers])  # after the relay has ended

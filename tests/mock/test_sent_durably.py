@@ -81,9 +81,9 @@ def test_its_relay_has_the_options_that_a_topic_gives(outbox: Outbox, kafka_clus
     def look(sender: Any) -> None:
         until(lambda: outbox.status().dead == 1, "it dead after its one attempt")
         made = sender._shared.relay._relay
-        assert (made._batch_size, made._max_flights, made._lease_s) == (30, 2, 99.0)
-        assert made._positions._one_in_flight
-        assert made._handle.producer._max_in_flight == 10_000
+        assert (made._loop._batch_size, made._loop._max_flights, made._loop._lease_s) == (30, 2, 99.0)
+        assert made._loop._floors._one_in_flight
+        assert made._use.handle.producer._max_in_flight == 10_000
 
     async def main() -> None:
         async with durable(outbox, kafka_cluster, kind, relay=relay).create_sender() as sender:
@@ -106,8 +106,11 @@ def test_a_fencing_relay_of_its_own_sends_by_transactions(outbox: Outbox, kafka_
                 sender.send(envelope)
             until(lambda: outbox.status().waiting == 0, "all of them in Kafka")
             relay = sender._shared.relay._relay
-            assert relay._handle.producer._transactions is not None
-            assert relay._handle.producer._parsed.native.get("transactional.id") == f"kbatch-relay-{relay._owner}"
+            assert relay._use.handle.producer._transactions is not None
+            assert (
+                relay._use.handle.producer._parsed.native.get("transactional.id")
+                == f"kbatch-relay-{relay._loop._owner.name}"
+            )
     check_history(range(400), read_committed(kafka_cluster.bootstrap_servers, "orders"))
 
 
@@ -237,7 +240,7 @@ def test_the_circuit_of_a_relay_that_fails_is_told_as_closed_when_the_next_one_b
     run = Relay.run
 
     def failing(relay: Relay) -> None:
-        renew = relay._renew
+        renew = relay._loop._renew
 
         def fail_once() -> None:
             if told and not failed:
@@ -245,7 +248,7 @@ def test_the_circuit_of_a_relay_that_fails_is_told_as_closed_when_the_next_one_b
                 raise RuntimeError("as a store of one's own may")
             renew()
 
-        relay._renew = fail_once  # type: ignore[method-assign]
+        relay._loop._renew = fail_once  # type: ignore[method-assign]
         run(relay)
 
     monkeypatch.setattr(Relay, "run", failing)

@@ -12,7 +12,7 @@ import pytest
 
 from kbatch import Envelope, OutboxError, RetryPolicy
 from kbatch._inbox._keeper import Keeper
-from kbatch._logs import tell
+from kbatch._logs import Reminder, tell
 from kbatch._outbox._group import GroupCommit
 from kbatch._receiving._transacting import Transacting
 from kbatch._transactions import Transactions
@@ -214,3 +214,14 @@ def test_a_transaction_that_cannot_be_committed_is_aborted(refused: list[str], m
     assert len(transactions._held.concluded) == 1
     assert not transactions.is_undecided
     assert refused == ["a transaction of 3 envelopes is aborted: another epoch"]
+
+
+def test_a_trouble_is_told_at_once_once_a_minute_and_at_once_when_it_has_come_back() -> None:
+    trouble = Reminder()
+    told = []
+    for now in (0.0, 1.0, 59.0, 60.0, 61.0, 120.0, 121.0):
+        if now == 121.0:
+            trouble.told_at = None  # it was over
+        if trouble.tells_now(now):
+            told.append(now)
+    assert told == [0.0, 60.0, 120.0, 121.0]

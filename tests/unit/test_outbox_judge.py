@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kbatch import DeliveryError, DeserializationError, RetryPolicy
-from kbatch._outbox._flight import Flight, Judge
+from kbatch._outbox._flight import Judge, RowFlight
 
 SOON = RetryPolicy(max_attempts=3, initial_backoff_s=1.0, max_backoff_s=8.0, jitter=0.0)
 
@@ -19,9 +19,9 @@ class Report:
         self.acked = count - expired - self.failed
 
 
-def flight(count: int, codes: dict[int, int], *, expired: int = 0, **options: Any) -> Flight:
+def flight(count: int, codes: dict[int, int], *, expired: int = 0, **options: Any) -> RowFlight:
     errors = {index: DeliveryError(code, possibly_persisted=False) for index, code in codes.items()}
-    made = Flight([(0, n + 1) for n in range(count)], [b"%d" % n for n in range(count)], None, {0: 1}, **options)
+    made = RowFlight([(0, n + 1) for n in range(count)], [b"%d" % n for n in range(count)], None, {0: 1}, **options)
     made.pending = type("Pending", (), {"report": Report(count, errors, expired)})()
     return made
 

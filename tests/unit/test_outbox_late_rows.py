@@ -140,7 +140,7 @@ def test_a_reading_that_takes_long_ends_with_some_buckets_and_the_next_goes_on(
     readings = 0
     while len(found) < 640:
         found += reader.read()
-        reader.floors = dict(sorted(reader.floors.items(), key=lambda each: each[1]))  # as `Positions` has them
+        reader.floors = dict(sorted(reader.floors.items(), key=lambda each: each[1]))  # as `Floors` has them
         readings += 1
     assert sorted(found) == [*range(640)]
     assert readings > 10

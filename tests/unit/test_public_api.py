@@ -58,8 +58,8 @@ LAYERS_WITHIN = {
     ],
     "_outbox": [
         {"_leases", "_postgres_rows", "_snapshots", "_store"},
-        {"_fences", "_flight", "_group", "_kept", "_positions", "_tables"},
-        {"_dead_letters", "_postgres_tables", "_scheduled", "_sqlite_tables"},
+        {"_admission", "_fences", "_flight", "_floors", "_group", "_kept", "_relay_producer", "_tables", "_unwritten"},
+        {"_dead_letters", "_postgres_tables", "_relay_loop", "_scheduled", "_sqlite_tables"},
         {"_base", "_postgres_session", "_sqlite_session"},
         {
             "_postgres_admin",

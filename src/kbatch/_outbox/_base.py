@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kbatch._base_producer import check_mapping
-from kbatch._checks import is_whole
+from kbatch._checks import check_methods, is_whole
 from kbatch._errors import ConfigError, NotYetDueError, OutboxError
 from kbatch._fastmap import Mapper, RecordPool
 from kbatch._outbox._dead_letters import DeadLetters
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import NewRow, OutboxAdmin, OutboxStore, OutboxWriter, ScheduledRow
     from kbatch._wire import HeadersLike, WireFormat
 
-__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxBase", "OutboxStatus"]
+__all__ = ["BaseOutbox", "BlockingOutbox", "OutboxBase", "OutboxStatus", "check_relay_outbox", "dead_letters_of"]
 
 _MOST_BYTES = 1_000_000_000  # librdkafka's bound for message.max.bytes, SQLite's for a value, and below PostgreSQL's
 
@@ -204,3 +204,19 @@ class OutboxBase(BlockingOutbox):
         """Has relays of this process look soon: after an ``add`` whose transaction is still open, and after each commit
         of a writer with ``True``."""
         self._tell_watchers(is_committed)
+
+
+def check_relay_outbox(outbox: object) -> None:
+    """Raises ConfigError for what is no outbox."""
+    wanted = "a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a kbatch.stores.RelayOutbox"
+    check_methods("outbox", outbox, wanted, ("open_store", "watch", "unwatch"))
+
+
+def dead_letters_of(outbox: object) -> DeadLetters:
+    """What `on_dead` is told of. Raises ConfigError for an outbox that has none."""
+    if not isinstance(outbox, BaseOutbox):
+        raise ConfigError(
+            "on_dead needs an outbox that has dead letters: a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a "
+            "kbatch.stores.OutboxBase"
+        )
+    return outbox._dead_letters()

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from kbatch._errors import OutboxError, type_name
 from kbatch._fastmap import Envelope, wall_time
 from kbatch._outbox._kept import Keeper, KeptMessage, OutboxQuery, moment
+from kbatch._recovery._deaths import Deaths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from datetime import datetime
 
     from kbatch._outbox._store import NewRow
+    from kbatch._recovery._user_calls import UserCalls
 
-__all__ = ["DeadLetter", "DeadLetterCount", "DeadLetters"]
+__all__ = ["DeadLetter", "DeadLetterCount", "DeadLetters", "deaths_of"]
 
 
 @dataclass(frozen=True)
@@ -125,3 +127,15 @@ class DeadLetters:
             OutboxError: As for `find`. Then nothing was changed, unless it is ``possibly_persisted``.
         """
         return self._keeper.change(query, lambda store, places: store.delete("dead", places))
+
+
+def deaths_of(
+    letters: DeadLetters, calls: UserCalls, on_dead: Callable[[DeadLetter], object], name: str
+) -> Deaths[int]:
+    """What tells `on_dead` of the rows of these numbers."""
+
+    def look_up(numbers: list[int]) -> Iterator[tuple[str, tuple[DeadLetter]]]:
+        for letter in letters.find(OutboxQuery(numbers=numbers), limit=None):
+            yield f"dead letter {letter.number}", (letter,)
+
+    return Deaths(calls, on_dead, look_up, name)

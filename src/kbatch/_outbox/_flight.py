@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from kbatch._recovery._gate import Verdict
     from kbatch._recovery._retry import RetryPolicy
 
-__all__ = ["Answers", "Flight", "Judge"]
+__all__ = ["Answers", "Judge", "RowFlight"]
 
 
 @dataclass(eq=False)
-class Flight:
+class RowFlight:
     """Rows that are sent together.
 
     Attributes:
@@ -89,7 +89,7 @@ class Judge:
         """Forgets what has timed out."""
         self._timed_out.clear()
 
-    def answers(self, flight: Flight) -> Answers:
+    def answers(self, flight: RowFlight) -> Answers:
         """What becomes of the rows of a settled flight."""
         assert flight.pending is not None
         report = flight.pending.report
@@ -120,7 +120,7 @@ class Judge:
         verdict = self._verdict(flight, report.acked, reasons)
         return Answers(done, failures, moved, unsent, verdict, report.acked, report.expired, last)
 
-    def _verdict(self, flight: Flight, acked: int, reasons: Mapping[int, KbatchError]) -> Verdict:
+    def _verdict(self, flight: RowFlight, acked: int, reasons: Mapping[int, KbatchError]) -> Verdict:
         if acked:
             return "succeeded"
         # What is due is what failed before. If it counted, a topic that refuses everything would stop all others.
@@ -128,7 +128,7 @@ class Judge:
             return "nothing"
         return "nothing" if spare_brokers(reasons.values()) else "failed"
 
-    def _failure(self, flight: Flight, index: int, error: KbatchError, is_partial: bool) -> Failure | None:
+    def _failure(self, flight: RowFlight, index: int, error: KbatchError, is_partial: bool) -> Failure | None:
         """Where a row goes; ``None`` if it stays."""
         bucket, seq = place = flight.places[index]
         attempts = flight.attempts[index] if flight.attempts else 0

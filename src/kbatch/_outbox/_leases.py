@@ -60,6 +60,10 @@ class Leases:
                 self.leaving.discard(bucket)
         return lost
 
+    def tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
+        """The tokens of these buckets; 0, which no lease has, for those that it has lost."""
+        return {bucket: self.tokens.get(bucket, 0) for bucket in buckets}
+
     def to_read(self) -> list[int]:
         """The buckets whose rows may be sent."""
         return [bucket for bucket in self.tokens if bucket not in self.leaving]

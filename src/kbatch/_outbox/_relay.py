@@ -3,84 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
-import math
-import os
-import socket
 import threading
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from kbatch._base_producer import BaseProducer
-from kbatch._checks import check_close_timeout, check_methods, check_timeout, is_number
-from kbatch._config import inherit
-from kbatch._errors import (
-    ConfigError,
-    OutboxError,
-    ProducerError,
-    ProducerFencedError,
-    SenderClosedError,
-    SenderError,
-)
-from kbatch._fastmap import CallQueue, Flag, monotonic, packed_key_hash, uuid7, wall_time
-from kbatch._logs import tell
+from kbatch._checks import check_close_timeout, check_timeout
+from kbatch._errors import ConfigError, OutboxError, SenderClosedError
+from kbatch._fastmap import CallQueue, monotonic
 from kbatch._options import RelayOptions, shows, taken
-from kbatch._outbox._base import BaseOutbox
-from kbatch._outbox._fences import Fences, initialize, is_initialized, transactional_id
-from kbatch._outbox._flight import Flight, Judge
-from kbatch._outbox._kept import OutboxQuery
-from kbatch._outbox._leases import Leases, Times
-from kbatch._outbox._positions import Positions
-from kbatch._outbox._store import BUCKETS, HeldKey, RefusedWriteError
-from kbatch._pending import PendingBatch
-from kbatch._producer import Producer
+from kbatch._outbox._base import check_relay_outbox, dead_letters_of
+from kbatch._outbox._dead_letters import deaths_of
+from kbatch._outbox._relay_loop import RelayLoop
+from kbatch._outbox._relay_producer import lease_of, use_of
 from kbatch._recovery._circuit import CircuitState
-from kbatch._recovery._deaths import Deaths
 from kbatch._recovery._gate import Gate
-from kbatch._recovery._handle import ProducerHandle, ProducerUse
-from kbatch._recovery._retry import RetryPolicy, entropy
 from kbatch._recovery._user_calls import UserCalls
 from kbatch._text import counted
 from kbatch._threads import PROBES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Mapping
     from types import TracebackType
-    from typing import TypeVar
 
     from typing_extensions import Self, Unpack
 
     from kbatch._errors import KbatchError
-    from kbatch._fastmap import Trial
     from kbatch._options import RelayKeywords
-    from kbatch._outbox._dead_letters import DeadLetter, DeadLetters
-    from kbatch._outbox._store import Failure, OutboxStore, Place, RelayOutbox
-    from kbatch._transactions import BatchWithOffsets
+    from kbatch._outbox._store import OutboxStore, RelayOutbox
+    from kbatch._producer import Producer
 
-    _T = TypeVar("_T")
+__all__ = ["Relay"]
 
-__all__ = ["Relay", "check_relay_outbox", "dead_letters_of", "lease_of", "relay_producer"]
-
-_DELIVERY_TIMEOUT_MS = 30_000
-_TRANSACTION_TIMEOUT_MS = 10_000  # with fencing, and of a delivery within it: the lease must be longer than both
-_UNNAMED = "kbatch-relay"  # the transactional id until there is one
-_MARGIN_S = 1.0  # what is left of a lease when the last outcome of a batch has come
-_RENEW_EVERY_S = 1.0
-_STAND_ASIDE_AFTER_S = 10.0
-_LOOK_AT_ALL_EVERY_S = 30.0
-_LOOK_PAUSE = 20  # times what its readings took, at least: they pass by what was deleted and not vacuumed
-_SHORTEST_POLL_S = 0.005
-_LONGEST_POLL_S = 0.1
-_LOOK_AT_DUE_EVERY_S = 0.1
-_LOOK_AT_SCHEDULED_EVERY_S = 0.1
-_TRY_STORE_AGAIN_S = 0.25
-_REMIND_EVERY_S = 60.0
-_BATCH_BYTES = 4_000_000
-_MOST_DUE = 500
-_MOST_SCHEDULED = 2_000
 _LOOK_WHETHER_OVER_S = 0.02
-_LAST_WORDS_S = 2.0  # for the outcomes of what was given up
+_LAST_CALLS_S = 2.0  # for what its callbacks are to be told
 
 
 class Relay:
@@ -146,34 +100,24 @@ class Relay:
         check_relay_outbox(outbox)
         (given,) = taken(self, keywords, RelayOptions)
         options = self._options_class(**given)
-        policy = options.retry
-        if policy is None:
-            policy = RetryPolicy(max_attempts=20, initial_backoff_s=0.5, max_backoff_s=60.0)
         check_close_timeout(close_timeout_s)
         self._calls = self._calls_class()
-        self._deaths = None if options.on_dead is None else _deaths(outbox, self._calls, options.on_dead)
+        self._deaths = (
+            None
+            if options.on_dead is None
+            else deaths_of(dead_letters_of(outbox), self._calls, options.on_dead, repr(outbox))
+        )
         self._outbox = outbox
-        self._batch_size = options.batch_size
-        self._is_fencing = options.is_fencing
-        self._max_flights = 1 if self._is_fencing else options.max_in_flight_batches
         self._close_timeout_s = close_timeout_s
-        self._use = _use_of(producer, options)
-        self._handle = self._use.handle
-        self._max_delivery_s = self._handle.producer.max_delivery_s()
+        self._use = use_of(producer, options)
         try:
-            self._lease_s = lease_of(options, self._handle.producer)
+            lease_s = lease_of(options, self._use.handle.producer)
         except ConfigError:
             self._use.release(0.0)
             raise
-        self._renew_every_s = min(_RENEW_EVERY_S, (self._lease_s - self._max_delivery_s - _MARGIN_S) / 2)
-        self._owner = ""
-        self._former: set[str] = set()  # owners that it was, and whose leases nobody may take yet
-        self._fences: Fences | None = None
-        self._naming: BatchWithOffsets | None = None  # has the producer's transactional id initialised
-        self._naming_failed_at: float | None = None
         self._prober = CallQueue(PROBES)
         self._gate = Gate(
-            self._handle,
+            self._use.handle,
             None,
             self._calls,
             self._prober,
@@ -183,44 +127,24 @@ class Relay:
             on_state_change=options.on_state_change,
             name=repr(outbox),
         )
-        self._flag: Flag = self._gate.flag
-        self._judge = Judge(policy, packed_key_hash, entropy)
-        self._longest_wait_s = policy.max_backoff_s
-        self._leases = Leases(self._lease_s)
-        self._positions = Positions(packed_key_hash, one_in_flight=options.strict_order)
-        self._store: OutboxStore | None = None
-        self._flights: dict[Flight, None] = {}
-        self._done: list[Place] = []  # what is to be written
-        self._done_later: list[Place] = []
-        self._failures: list[Failure] = []
-        self._failures_later: list[Failure] = []
-        self._not_admitted: set[Place] = set()  # what is scheduled and due, and the database has refused to move
-        self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
-        self._claims = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
-        self._closing = threading.RLock()
-        self._runs = threading.Lock()  # of the last run, which holds it
+        self._flag = self._gate.flag
+        self._claim_lock = threading.RLock()  # re-entrant, as the next one: a signal handler may come here from within
+        self._release_lock = threading.RLock()
+        self._run_lock = threading.Lock()  # the last run's own, which holds it until its end
         self._runner: int | None = None  # the thread of the last run
-        self._stopping = self._ending = self._finishing = False
-        self._is_finishing = False  # since the last round began
-        self._has_asked = False  # for leases, so that it may have some
-        self._stands_aside = False  # it reaches no broker, and others have its buckets
         self._closed = self._released = False
-        self._renew_at = self._look_at_all_at = self._read_at = self._due_at = self._admit_at = self._store_at = 0.0
-        self._look_began_at = self._look_took_s = 0.0
-        self._changes: int | None = None  # as the store had it when all rows were last to be looked at again
-        self._end_by: float | None = None  # when `stop` wants it to end
-        self._gives_up = False  # what is in flight
-        self._poll_s = _SHORTEST_POLL_S
-        self._hint_s: float | None = None  # after which it looks again
-        self._was_due = False  # what was sent last
-        self._lets_go = False  # of a key that waits something was written, so that others of it may go on
-        self._pid = 0  # of the last run
-        self._trouble_at: float | None = None
-        self._failures_at = 0.0  # when failures that could not be written are tried again
-        self._refusal_at: float | None = None
+        self._loop = RelayLoop(
+            outbox,
+            options,
+            self._gate,
+            self._prober.put,
+            self._deaths,
+            lease_s=lease_s,
+            close_timeout_s=close_timeout_s,
+        )
 
     def __repr__(self) -> str:
-        return f"<kbatch.Relay of {self._outbox!r}, {counted(len(self._leases.tokens), 'bucket')}>"
+        return f"<kbatch.Relay of {self._outbox!r}, {counted(self._loop.stats()['buckets'], 'bucket')}>"
 
     # -- what others call
 
@@ -270,7 +194,7 @@ class Relay:
     def _drain(self, timeout: float | None, given_up: Callable[[], bool]) -> int:
         check_timeout(timeout)
         end = None if timeout is None else monotonic() + timeout
-        if self._runs.locked():
+        if self._run_lock.locked():
             if self._is_run_here():
                 raise RuntimeError("drain waits for what run does, so it must not be called within it")
             return self._await_empty(end, given_up)
@@ -287,10 +211,7 @@ class Relay:
                 given up, and sent again some time. It may be called again, to wait less.
         """
         check_timeout(timeout)
-        if timeout is not None:
-            self._end_by = monotonic() + timeout
-        self._stopping = True
-        self._flag.set()
+        self._loop.stop(timeout)
 
     def stats(self) -> dict[str, int]:
         """Counters since the start, of records.
@@ -299,8 +220,7 @@ class Relay:
         each time; ``put_off``, the same without an attempt counted; ``dead``; ``in_flight``. And of buckets:
         ``buckets``, those that it has; ``lost_buckets``, whose lease ran out.
         """
-        in_flight = sum(len(flight.places) for flight in list(self._flights))
-        return {**self._counts, "in_flight": in_flight, "buckets": len(self._leases.tokens)}
+        return self._loop.stats()
 
     def close(self) -> None:
         """Stops it, waits until `run` has ended, and closes the producer, unless it is the caller's. Then it waits for
@@ -316,18 +236,18 @@ class Relay:
 
     def _await_calls(self) -> None:
         if self._deaths is None:
-            self._calls.join(_LAST_WORDS_S)
+            self._calls.join(_LAST_CALLS_S)
         else:
-            self._deaths.join(_LAST_WORDS_S)
+            self._deaths.join(_LAST_CALLS_S)
 
     def _close(self, timeout: float) -> None:
         """Closes what is its own, the producer within `timeout` seconds."""
-        with self._claims:
+        with self._claim_lock:
             self._closed = True
         self.stop()
-        while self._runs.locked():
+        while self._run_lock.locked():
             threading.Event().wait(_LOOK_WHETHER_OVER_S)
-        with self._closing:
+        with self._release_lock:
             self._release(timeout)
 
     def _release(self, timeout: float) -> None:
@@ -353,7 +273,7 @@ class Relay:
         store: OutboxStore | None = None
         try:
             while True:
-                has_ended = not self._runs.locked()  # before the count: nobody sends what that finds
+                has_ended = not self._run_lock.locked()  # before the count: nobody sends what that finds
                 try:
                     if store is None:
                         store = self._outbox.open_store()
@@ -379,733 +299,28 @@ class Relay:
         finally:
             store.close()
 
-    # -- the thread
-
     def _run(self, *, until_empty: bool, end: float | None, given_up: Callable[[], bool]) -> bool:
-        """Whether the outbox was seen empty.
-
-        Args:
-            given_up: Whether it is to end, as after `stop`. Who changes the answer sets the flag.
-        """
+        """As `RelayLoop.run`, in one thread at a time."""
         mine = threading.Lock()
         with mine:  # whatever interrupts this, nobody finds it held afterwards
-            return self._run_with(mine, until_empty, end, given_up)
-
-    def _run_with(
-        self, mine: threading.Lock, until_empty: bool, end: float | None, given_up: Callable[[], bool]
-    ) -> bool:
-        self._claim(mine)
-        is_over = False
-        try:
-            try:
-                self._begin()
-                while not (is_over or self._stopping or given_up()) and (end is None or monotonic() < end):
-                    if self._finishing and not self._is_finishing:
-                        self._is_finishing = True
-                        self._read_at = monotonic()
-                    pause = self._round()
-                    is_over = until_empty and self._is_empty()
-                    if self._is_finishing and self._is_idle():
-                        break
-                    if end is not None:
-                        pause = min(pause, max(0.0, end - monotonic()))
-                    if pause > 0.0 and not is_over:
-                        self._flag.wait(pause)
-            finally:
-                self._end(end)
-        finally:
-            self._give_back()  # again, if that was interrupted
-            self._stopping = self._finishing = self._is_finishing = False  # it may be run again
-            self._end_by = None
-        return is_over
+            self._claim(mine)
+            return self._loop.run(until_empty=until_empty, end=end, given_up=given_up)
 
     def _claim(self, mine: threading.Lock) -> None:
-        with self._claims:
-            if self._runs.locked():
+        with self._claim_lock:
+            if self._run_lock.locked():
                 raise RuntimeError("this relay runs already")
             if self._closed:
                 raise SenderClosedError("the relay is closed")
             self._runner = threading.get_ident()
-            self._runs = mine
+            self._run_lock = mine
 
     def _is_run_here(self) -> bool:
-        return self._runs.locked() and self._runner == threading.get_ident()
-
-    def _is_empty(self) -> bool:
-        if self._flights or self._has_answers() or self._store is None:
-            return False
-        return self._guarded(self._store.left, 1) == 0
+        return self._run_lock.locked() and self._runner == threading.get_ident()
 
     def _finish(self) -> None:
         """Has `run` end once it has sent what is to be sent now, or cannot."""
-        self._finishing = True
-        self._flag.set()
-
-    def _is_idle(self) -> bool:
-        if self._flights or (self._has_answers() and self._write_at() <= monotonic()):
-            return False  # what the database has refused keeps nobody waiting
-        # Before its transactional id is initialised it has no lease, and will have some.
-        is_to_have_leases = self._fences is not None and not self._has_asked and self._naming_failed_at is None
-        has_leases = self._leases.tokens or is_to_have_leases
-        can_send = self._gate.may_send() and has_leases and self._trouble_at is None
-        return self._read_at == math.inf or not (can_send and self._has_room(self._failures))
-
-    def _begin(self) -> None:
-        self._ending = self._gives_up = False
-        self._positions.end(range(BUCKETS))  # what an interrupted end has left
-        self._store = self._outbox.open_store()
-        now = monotonic()
-        self._renew_at = self._read_at = self._due_at = self._admit_at = self._store_at = now
-        self._begin_look()
-        self._poll_s = _SHORTEST_POLL_S
-        self._trouble_at = self._refusal_at = None
-        self._stands_aside = False
-        self._not_admitted.clear()
-        self._failures_at = 0.0
-        if self._pid != os.getpid():  # two children of a process that made it are two relays
-            self._owner = _new_owner()
-            if self._is_fencing:
-                self._handle.name(transactional_id(self._owner))
-                self._fences = Fences(self._flag.set, self._prober.put)
-                self._naming = None
-                self._former.clear()
-            if self._deaths is not None:
-                self._deaths.forget()
-            self._pid = os.getpid()  # last: who was interrupted does it again, since owner and producer must match
-        self._outbox.watch(self._on_add)
-
-    def _on_add(self, is_committed: bool) -> None:
-        # In a thread of the application, which has committed or will do so soon. While there is much to do it costs
-        # nothing.
-        if self._poll_s > _SHORTEST_POLL_S and self._pid == os.getpid():  # else the flag's lock may be held for ever
-            self._poll_s = _SHORTEST_POLL_S
-            self._hint_s = 0.0 if is_committed else _SHORTEST_POLL_S
-            self._flag.set()
-
-    def _round(self) -> float:
-        """Does what is to be done now. Returns the seconds until there will be more, if nothing happens."""
-        gate = self._gate
-        now = monotonic()
-        hint_s, self._hint_s = self._hint_s, None
-        if hint_s is not None and not self._is_finishing:
-            self._read_at = min(self._read_at, now + hint_s)
-        self._take_settled()
-        if gate.death is not None:
-            raise gate.refusal()
-        gate.probe_if_due(now)
-        if self._stands_aside and gate.open_for_s(now) == 0.0:
-            self._renew_at = now
-        if gate.must_replace() and not self._flights:
-            if self._fences is None:
-                gate.replace()
-            elif not self._has_answers() or self._write_at() > now:  # what cannot be moved its next owner sends again
-                self._start_over()
-        if self._fences is not None:
-            is_named = self._naming is not None and is_initialized(self._handle.producer)
-            if self._fences.look() or is_named:
-                self._renew_at = now
-        if now >= self._store_at:
-            self._guarded(self._use_store, None)
-        if self._deaths is not None:
-            self._deaths.tell_again()
-        due = [self._renew_at, self._look_at_all_at]
-        if self._may_send():
-            due += [self._due_at, self._admit_at]
-            if self._has_room(self._failures):
-                due.append(self._read_at)
-        probe_at = gate.probe_at()
-        if probe_at is not None:
-            due.append(probe_at)
-        if self._has_answers():
-            due.append(self._write_at())
-        pause = max(min(due), self._store_at) - monotonic()
-        return min(max(pause, 0.0), _RENEW_EVERY_S)
-
-    def _guarded(self, call: Callable[[], _T], otherwise: _T) -> _T:
-        """Calls what uses the store. If the database does not answer, the store is opened again later."""
-        try:
-            if self._store is None:
-                self._store = self._outbox.open_store()
-                self._positions.start_again()  # what it would have found below the floors it does not know
-                self._begin_look()
-            result = call()
-        except OutboxError as error:
-            now = monotonic()
-            self._store_at = now + _TRY_STORE_AGAIN_S
-            if self._trouble_at is None or now - self._trouble_at >= _REMIND_EVERY_S:
-                self._trouble_at = now
-                tell("a relay cannot use its outbox, and tries again: %s", error)
-            self._close_store()
-            return otherwise
-        if self._trouble_at is not None:
-            self._trouble_at = None
-            tell("a relay can use its outbox again")
-        return result
-
-    def _close_store(self) -> None:
-        store, self._store = self._store, None
-        _close(store)
-
-    def _use_store(self) -> None:
-        if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
-            self._lose(self._leases.forget())
-        self._write_answers()
-        if self._lets_go:
-            self._let_go()
-            self._lets_go = False
-            self._due_at = monotonic()
-        now = monotonic()
-        if now >= self._renew_at or (self._leases.leaving - self._busy()):
-            self._renew()
-        if now >= self._look_at_all_at and not self._has_to_pause(now):
-            # Rows that others have put back without telling, and keys that others have let go.
-            self._begin_look()
-            self._not_admitted.clear()
-            self._positions.start_ended_again()
-            self._let_go()
-        if monotonic() >= self._admit_at and self._may_send():
-            self._admit_scheduled()
-        # The circuit's trial is what was not refused before, if there is any: else one partition that takes nothing
-        # would be the trial again and again.
-        if self._gate.circuit.state is CircuitState.CLOSED and not self._was_due:
-            self._send_due_if_time()
-        for _ in range(self._max_flights):  # rows of held keys are read and not sent, however many there are
-            if not (self._may_send() and self._has_room(self._failures)) or monotonic() < self._read_at:
-                break
-            self._send_next()
-            if monotonic() >= self._renew_at:  # a reading may take long: the next one has a whole lease
-                break
-        self._send_due_if_time()
-
-    def _begin_look(self) -> None:
-        self._look_began_at, self._look_took_s = monotonic(), 0.0
-        self._look_at_all_at = self._look_began_at + _LOOK_AT_ALL_EVERY_S
-
-    def _has_to_pause(self, now: float) -> bool:
-        """Whether the last look at all took long, or still goes on, so that the next one has to wait."""
-        self._look_at_all_at = max(self._look_at_all_at, self._look_began_at + _LOOK_PAUSE * self._look_took_s)
-        return now < self._look_at_all_at
-
-    def _admit_scheduled(self) -> None:
-        assert self._store is not None
-        now = monotonic()
-        buckets = self._leases.to_read()
-        places: list[Place] = []
-        if buckets:
-            places = self._store.due_scheduled(buckets, avoid=self._not_admitted, limit=_MOST_SCHEDULED)
-        self._admit_at = now if len(places) == _MOST_SCHEDULED else now + _LOOK_AT_SCHEDULED_EVERY_S
-        is_refused = bool(places) and not self._admit(places)
-        if places:
-            self._read_at = now
-        elif self._not_admitted:  # all others are through: these have their turn again
-            self._not_admitted.clear()
-            is_refused = True
-        if is_refused:
-            self._admit_at = now + _TRY_STORE_AGAIN_S
-
-    def _admit(self, places: list[Place]) -> bool:
-        """Whether the database takes these rows. The first one that it refuses is found by halves, and left out for a
-        while, so that it stops no other."""
-        assert self._store is not None
-        try:
-            self._store.admit_scheduled(self._tokens_of({bucket for bucket, _ in places}), places)
-        except RefusedWriteError as error:
-            self._tell_of_refusal("admit what is scheduled", error)
-            if len(places) == 1:
-                self._not_admitted.update(places)
-                return False
-            half = len(places) // 2
-            return self._admit(places[:half]) and self._admit(places[half:])
-        return True
-
-    def _send_due_if_time(self) -> None:
-        now = monotonic()
-        if now >= self._due_at and self._may_send():
-            self._due_at = now + _LOOK_AT_DUE_EVERY_S
-            # What failed before may fail again, which takes long: it leaves room, and a turn, for the others.
-            flights = sum(flight.is_due for flight in self._flights)
-            if flights < max(self._max_flights // 2, 1) and self._has_room(self._failures_later):
-                self._send_due()
-
-    # -- leases
-
-    def _busy(self, leaving: Collection[int] | None = None) -> set[int]:
-        """Buckets of which something is in flight, or not written yet. What the database refuses keeps no bucket that
-        leaves: the next relay sends it again."""
-        leaving = self._leases.leaving if leaving is None else leaving
-        busy = {bucket for flight in self._flights for bucket in flight.tokens}
-        busy.update(place[0] for places in (self._done, self._done_later) for place in places)
-        failed = {failure.bucket for failures in (self._failures, self._failures_later) for failure in failures}
-        busy |= failed.difference(leaving) if monotonic() < self._failures_at else failed
-        if self._is_undecided():
-            busy.update(self._leases.tokens)
-        return busy
-
-    def _is_undecided(self) -> bool:
-        transactions = self._handle.producer._transactions
-        return transactions is not None and transactions.is_undecided
-
-    def _renew(self) -> None:
-        assert self._store is not None
-        if not self._is_named():
-            self._renew_at = monotonic() + self._renew_every_s
-            return
-        busy = self._busy()
-        if self._gate.open_for_s(monotonic()) >= _STAND_ASIDE_AFTER_S and not self._busy(self._leases.tokens):
-            self._stand_aside()
-            return
-        self._stands_aside = False
-        release = self._leases.leaving - busy
-        asked = _times()
-        self._has_asked = True
-        # What is still in flight of a lost bucket must have its outcome before it is sent again.
-        leases, share = self._store.renew(
-            self._owner,
-            self._lease_s,
-            release=release,
-            avoid=busy,
-            fenced=None if self._fences is None else self._fences.fenced,
-        )
-        self._drop(release)
-        self._renew_at = asked.monotonic + self._renew_every_s
-        self._lose(self._leases.renewed(asked, leases, share))
-        if self._fences is not None:
-            self._fence(self._fences)
-        fresh = {bucket for bucket in self._leases.tokens if not self._positions.knows(bucket)} - busy
-        if fresh:
-            if self._changes is None:
-                self._changes = self._store.changes()  # nothing was read before
-            self._positions.begin(fresh, self._store.held_keys(fresh))
-            self._read_at = self._due_at = monotonic()
-
-    def _stand_aside(self) -> None:
-        """Gives all buckets to relays that reach brokers, as at its end, until a probe finds some."""
-        self._renew_at = monotonic() + self._renew_every_s
-        if self._stands_aside:
-            return
-        assert self._store is not None
-        self._drop(self._leases.forget())  # first: of what others have nothing is read
-        self._store.leave(self._owner, keep=())
-        self._stands_aside = True
-        tell("a relay reaches no broker, and leaves the outbox to others until it does: %r", self._outbox)
-
-    # With fencing each relay has a transactional id of its own. Who takes a bucket whose lease has run out initialises
-    # that of its owner before. So an id must not be initialised once its owner may have lost a lease: it is before the
-    # first lease, and never again. Who needs another producer is another owner.
-
-    def _is_named(self) -> bool:
-        """Whether brokers know its transactional id, so that others can fence it: before, it must have no lease."""
-        if self._fences is None:
-            return True
-        producer = self._handle.producer
-        if is_initialized(producer):
-            self._naming = self._naming_failed_at = None
-            return True
-        if self._naming is None or self._naming.done():
-            now = monotonic()
-            if self._naming is not None and (
-                self._naming_failed_at is None or now - self._naming_failed_at >= _REMIND_EVERY_S
-            ):
-                self._naming_failed_at = now
-                tell(
-                    "a relay waits: brokers do not let it have the transactional id %s: %s",
-                    transactional_id(self._owner),
-                    self._naming.reason,
-                )
-            self._naming = None
-            try:
-                self._naming = initialize(producer, self._flag.set)
-            except ProducerError as error:
-                self._note_refusal(producer, error, None)
-        return False
-
-    def _fence(self, fences: Fences) -> None:
-        assert self._store is not None
-        fences.want((self._store.run_out() | self._former) - {self._owner}, self._handle.producer)
-        for owner in self._former & fences.fenced:
-            self._store.leave(owner, keep=())
-            self._former.discard(owner)
-            self._renew_at = monotonic()
-
-    def _start_over(self) -> None:
-        """Goes on as another relay, since its producer is fenced, or can send no more."""
-        self._former.add(self._owner)
-        self._lose(self._leases.forget())
-        self._owner = _new_owner()  # before the producer: what is not of this name must be one that can send no more
-        self._naming = None
-        self._gate.replace(transactional_id=transactional_id(self._owner))
-
-    def _note_refusal(self, producer: BaseProducer, error: ProducerError, trial: Trial | None) -> None:
-        if self._is_fencing and isinstance(error, ProducerFencedError):
-            tell("a relay was taken for dead by another, and begins anew: %s", error)
-            self._gate.give_up(producer)
-            self._gate.note("nothing", trial, monotonic())
-        else:
-            self._gate.note_refusal(producer, error, trial)
-
-    def _drop(self, buckets: Collection[int]) -> None:
-        self._leases.drop(buckets)
-        self._positions.end(buckets)
-        self._forget_answers(buckets)
-
-    def _forget_answers(self, buckets: Collection[int]) -> None:
-        self._done = [place for place in self._done if place[0] not in buckets]
-        self._done_later = [place for place in self._done_later if place[0] not in buckets]
-        self._failures = [failure for failure in self._failures if failure.bucket not in buckets]
-        self._failures_later = [failure for failure in self._failures_later if failure.bucket not in buckets]
-
-    def _lose(self, buckets: Collection[int]) -> None:
-        """What is in flight of these buckets is another relay's now: it is given up, and nothing is written of it."""
-        if not buckets:
-            return
-        self._forget_answers(buckets)  # first, and the log last: whatever comes in between finds nothing to write
-        self._positions.end(buckets)
-        self._judge.forget()
-        self._counts["lost_buckets"] += len(buckets)
-        if any(bucket in buckets for flight in self._flights for bucket in flight.tokens):
-            self._purge()
-        tell(
-            "a relay has lost the leases of %s: others may send what it had in flight once more",
-            counted(len(buckets), "bucket"),
-        )
-
-    def _purge(self) -> None:
-        for flight in list(self._flights):
-            if flight.pending is not None:
-                flight.pending.core.abandon(flight.pending)
-                flight.pending.core.purge()
-
-    # -- sending
-
-    def _may_send(self) -> bool:
-        return (
-            not (self._stopping or self._ending)
-            and len(self._flights) < self._max_flights
-            and self._gate.may_send()
-            and self._may_hand_over()
-        )
-
-    def _has_room(self, failures: Collection[Failure]) -> bool:
-        # The database may refuse to move all that a broker refuses: then they would become more and more.
-        return len(failures) < self._batch_size * self._max_flights
-
-    def _may_hand_over(self) -> bool:
-        # A relay that was stopped in between must not send late: what it hands over has its outcome within the lease.
-        return self._leases.left_s(_times()) >= self._max_delivery_s + _MARGIN_S
-
-    def _send_next(self) -> None:
-        assert self._store is not None
-        floors = self._positions.floors(self._leases.to_read())
-        in_flight = functools.cache(self._in_flight)
-        began = monotonic()
-        reading = self._store.read(floors, limit=self._batch_size, max_bytes=_BATCH_BYTES, in_flight=in_flight)
-        if self._positions.is_of_a_look(reading):
-            self._look_took_s += monotonic() - began
-        if self._was_changed():
-            return
-        rows = self._positions.taken(reading, in_flight)
-        if reading.rows:
-            self._poll_s = _SHORTEST_POLL_S
-        else:
-            self._poll_s = min(2 * self._poll_s, _LONGEST_POLL_S)
-        if reading.ended.issuperset(floors):
-            # Who is to finish has seen what was there, and reads on only if some of it is to be sent again.
-            self._read_at = math.inf if self._is_finishing else monotonic() + self._poll_s
-        if not rows:
-            return
-        times = [row[3] for row in rows]
-        self._hand_over(
-            Flight(
-                [row[:2] for row in rows],
-                [row[2] for row in rows],
-                times if any(times) else None,
-                self._tokens_of({row[0] for row in rows}),
-            ),
-            self._handle.producer,
-        )
-
-    def _send_due(self) -> None:
-        assert self._store is not None
-        buckets = self._leases.to_read()
-        if not buckets:
-            return
-        in_flight = {place for flight in self._flights if flight.is_due for place in flight.places}
-        in_flight.update((failure.bucket, failure.seq) for failure in self._failures_later)
-        rows = self._store.read_due(buckets, avoid=in_flight, longest_s=self._longest_wait_s, limit=_MOST_DUE)
-        if self._was_changed():
-            return
-        hot = [zip(each.places, each.packed, strict=True) for each in self._flights if not each.is_due]
-        rows = self._positions.first_of_keys(rows, itertools.chain(*hot))
-        producer: BaseProducer | None
-        if self._is_fencing:  # one that is refused would abort the others
-            rows, producer = rows[:1], self._handle.producer
-        else:
-            producer = self._handle.solo() if rows else None
-        if not rows or producer is None:
-            return
-        self._hand_over(
-            Flight(
-                [(row.bucket, row.seq) for row in rows],
-                [row.packed for row in rows],
-                [row.deliver_by for row in rows],
-                self._tokens_of({row.bucket for row in rows}),
-                is_due=True,
-                attempts=[row.attempts for row in rows],
-            ),
-            producer,
-        )
-
-    def _was_changed(self) -> bool:
-        """Whether others have put rows back, or changed what waits. Asked after each reading: what was read is then
-        not sent, since rows of a lower number may come before it. It is read again."""
-        assert self._store is not None
-        changes = self._store.changes()
-        if changes == self._changes:
-            return False
-        self._positions.look_again()
-        self._begin_look()
-        self._let_go()
-        self._read_at = self._due_at = monotonic()
-        self._changes = changes  # last: who was interrupted looks again
-        return True
-
-    def _tokens_of(self, buckets: Collection[int]) -> dict[int, int]:
-        # Who was interrupted when leases were lost may still have answers of theirs: no lease has the token 0.
-        return {bucket: self._leases.tokens.get(bucket, 0) for bucket in buckets}
-
-    def _in_flight(self) -> set[Place]:
-        """The rows that must not be sent now: in flight, or not written yet."""
-        places = {place for flight in self._flights for place in flight.places}
-        places.update(self._done, self._done_later)
-        for failures in (self._failures, self._failures_later):
-            places.update((failure.bucket, failure.seq) for failure in failures)
-        return places
-
-    def _hand_over(self, flight: Flight, producer: BaseProducer) -> None:
-        gate = self._gate
-        try:
-            flight.trial = gate.admit()
-        except SenderError:
-            self._put_back(flight)
-            return
-        try:
-            flight.pending = PendingBatch(producer._core)
-            producer._core.map_packed(flight.pending, flight.packed, flight.rejected, deliver_by=flight.deliver_by)
-            if not self._may_hand_over():  # the reading, or the mapping, took too long
-                self._put_back(flight)
-                gate.note("nothing", flight.trial, monotonic())
-                return
-            self._flights[flight] = None
-            self._was_due = flight.is_due
-            producer._send_detached(flight.pending, waker=self._flag.set)
-        except ProducerError as error:
-            self._put_back(flight)
-            if flight.is_due and producer is not self._handle.producer:
-                self._handle.drop_solo(producer)
-                gate.note("nothing", flight.trial, monotonic())
-            else:
-                self._note_refusal(producer, error, flight.trial)
-        except BaseException:
-            if flight.pending is None or not flight.pending.begun:  # else its answer will come
-                self._put_back(flight)
-                gate.note("nothing", flight.trial, monotonic())
-            raise
-
-    def _put_back(self, flight: Flight) -> None:
-        self._flights.pop(flight, None)
-        if not flight.is_due:
-            self._positions.landed(flight.places, flight.packed)
-            self._positions.put_back(flight.places)
-            self._read_at = min(self._read_at, monotonic() + self._poll_s)
-
-    # -- answers
-
-    def _take_settled(self) -> None:
-        for flight in list(self._flights):
-            if flight.pending is not None and flight.pending.done():
-                self._settle(flight)
-
-    def _settle(self, flight: Flight) -> None:
-        answers = self._judge.answers(flight)
-        tokens = self._leases.tokens
-        lost = {bucket for bucket, token in flight.tokens.items() if tokens.get(bucket) != token}
-        done, failures, unsent = answers.done, answers.failures, answers.unsent
-        if lost:
-            done = [place for place in done if place[0] not in lost]
-            failures = [failure for failure in failures if failure.bucket not in lost]
-            unsent = [place for place in unsent if place[0] not in lost]
-        self._counts["acked"] += answers.acked
-        self._counts["expired"] += answers.expired
-        for kind, count in answers.moved.items():
-            self._counts[kind] += count
-        if flight.is_due:
-            self._done_later += done
-            self._failures_later += failures
-            if self._is_fencing:
-                self._due_at = monotonic()  # it is alone, and others wait
-        else:
-            self._done += done
-            self._failures += failures
-            self._positions.put_back(unsent)
-            for failure in failures:
-                if failure.due_in_s is not None:
-                    self._positions.hold(failure.bucket, failure.key_hash, failure.seq)
-        self._flights.pop(flight, None)  # not before: what was interrupted is done once more
-        if not flight.is_due and self._positions.landed(flight.places, flight.packed):
-            self._read_at = monotonic()
-        if failures or unsent:
-            self._gate.last_error = answers.last_error
-            self._read_at = monotonic()
-        self._gate.note("nothing" if lost else answers.verdict, flight.trial, monotonic())
-        if self._is_undecided():  # nothing more is handed over to it that would show this, if the circuit is open now
-            self._gate.give_up(self._handle.producer)
-
-    def _has_answers(self) -> bool:
-        return bool(self._done or self._done_later or self._failures or self._failures_later)
-
-    def _write_at(self) -> float:
-        return 0.0 if self._done or self._done_later else self._failures_at
-
-    def _write_answers(self) -> None:
-        if not self._has_answers():
-            return
-        # They stay in the lists until they are written: a database that does not answer is asked again.
-        if monotonic() < self._failures_at:
-            self._record(self._done, self._done_later, [], [])
-            return
-        try:
-            self._record(self._done, self._done_later, self._failures, self._failures_later)
-        except RefusedWriteError:
-            self._record_apart()
-
-    def _record_apart(self) -> None:
-        """What is done first, then failures by halves: a row that the database lets nobody move stops no other."""
-        self._record(self._done, self._done_later, [], [])
-        for is_due in (False, True):
-            failures = self._failures_later if is_due else self._failures
-            if failures:
-                self._move(failures, is_due)
-
-    def _move(self, failures: list[Failure], is_due: bool) -> bool:
-        """Whether the database lets these be moved. The first one that it refuses is found by halves."""
-        try:
-            self._record([], [], [] if is_due else failures, failures if is_due else [])
-        except RefusedWriteError as error:
-            if len(failures) == 1:
-                waiting = self._failures_later if is_due else self._failures
-                waiting.append(waiting.pop(waiting.index(failures[0])))  # the others have their turn first
-                self._failures_at = monotonic() + _TRY_STORE_AGAIN_S
-                self._tell_of_refusal("move what a broker has refused", error)
-                return False
-            half = len(failures) // 2
-            return self._move(failures[:half], is_due) and self._move(failures[half:], is_due)
-        return True
-
-    def _tell_of_refusal(self, what: str, error: RefusedWriteError) -> None:
-        now = monotonic()
-        if self._refusal_at is None or now - self._refusal_at >= _REMIND_EVERY_S:
-            self._refusal_at = now
-            tell("a relay cannot %s, and tries again: %s", what, error)
-
-    def _record(
-        self,
-        done: Sequence[Place],
-        done_later: Sequence[Place],
-        failures: Sequence[Failure],
-        failures_later: Sequence[Failure],
-    ) -> None:
-        """Writes all of what is done or none, and some of the failures."""
-        assert self._store is not None
-        buckets = {place[0] for places in (done, done_later) for place in places}
-        buckets.update(failure.bucket for each in (failures, failures_later) for failure in each)
-        if not buckets:
-            return
-        lost = self._store.settle(
-            self._tokens_of(buckets),
-            done=done,
-            done_later=done_later,
-            failures=failures,
-            failures_later=failures_later,
-        )
-        self._lets_go = self._lets_go or bool(done_later or failures_later)
-        if self._deaths is not None:  # first: interrupted after it, it is told twice
-            dead = [each for each in (*failures, *failures_later) if each.due_in_s is None and each.bucket not in lost]
-            if dead:
-                self._deaths.put(failure.seq for failure in dead)
-        written = {*failures, *failures_later}
-        self._done, self._done_later = [] if done else self._done, [] if done_later else self._done_later
-        self._failures = [failure for failure in self._failures if failure not in written]
-        self._failures_later = [failure for failure in self._failures_later if failure not in written]
-        if lost:
-            held = self._leases.tokens.keys() & lost  # the others were lost before
-            self._drop(lost)
-            self._lose(held)
-
-    def _let_go(self) -> None:
-        if self._positions.has_held():
-            assert self._store is not None
-            held = self._store.held_keys(list(self._leases.tokens))
-            # Those of which a row is on its way to `later` are not there yet.
-            held += [
-                HeldKey(failure.bucket, failure.key_hash, failure.seq)
-                for failure in self._failures
-                if failure.due_in_s is not None and failure.key_hash is not None
-            ]
-            self._positions.let_go(held)
-            self._read_at = monotonic()
-
-    # -- the end
-
-    def _end(self, end: float | None = None) -> None:
-        """Waits for what is in flight, until `end` at most, writes its answers, and gives the buckets back."""
-        self._ending = True
-        now = monotonic()
-        longest = now + self._close_timeout_s
-        if not self._await_answers(longest if end is None else min(longest, max(end, now))):
-            # What librdkafka has given up it sends no more, so that others may have the buckets at once.
-            self._gives_up = True
-            self._purge()
-            self._await_answers(monotonic() + _LAST_WORDS_S)
-        self._give_back()
-
-    def _give_back(self) -> None:
-        """Gives the buckets back of which nothing is open. Called again it does nothing."""
-        self._outbox.unwatch(self._on_add)
-        if self._fences is not None:
-            self._fences.close()
-        if self._has_asked and not self._guarded(self._leave, False):
-            self._guarded(self._leave, False)  # by another connection
-        self._has_asked = False
-        self._close_store()
-        self._positions.end(self._leases.forget())
-        self._done, self._done_later, self._failures, self._failures_later = [], [], [], []
-        self._judge.forget()
-
-    def _leave(self) -> bool:
-        assert self._store is not None
-        # What was not settled within the time may still be stored: its buckets wait until the leases run out.
-        self._store.leave(self._owner, keep=self._busy())
-        return True
-
-    def _await_answers(self, end: float) -> bool:
-        """Whether everything that was in flight is written by then, or by the time that `stop` gave."""
-        while self._flights or self._has_answers():
-            now = monotonic()
-            if self._end_by is not None and not self._gives_up:
-                end = min(end, self._end_by)
-            if now >= end:
-                return False
-            self._take_settled()
-            if now >= self._store_at:
-                self._guarded(self._use_store, None)
-            if self._flights:
-                self._flag.wait(min(end - now, 0.1))
-            elif self._has_answers():
-                if self._write_at() > now:  # they were refused; they stay where they are
-                    self._failures, self._failures_later = [], []
-                    return True
-                self._flag.wait(max(0.0, min(end, self._store_at) - now))
-        return True
+        self._loop.finish()
 
 
 def _never() -> bool:
@@ -1120,99 +335,3 @@ def _close(store: OutboxStore | None) -> None:
     if store is not None:
         with contextlib.suppress(OutboxError):
             store.close()
-
-
-def _new_owner() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
-
-
-def _times() -> Times:
-    return Times(monotonic(), wall_time())
-
-
-def check_relay_outbox(outbox: object) -> None:
-    """Raises ConfigError for what is no outbox."""
-    wanted = "a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a kbatch.stores.RelayOutbox"
-    check_methods("outbox", outbox, wanted, ("open_store", "watch", "unwatch"))
-
-
-def dead_letters_of(outbox: object) -> DeadLetters:
-    """What `on_dead` is told of. Raises ConfigError for an outbox that has none."""
-    if not isinstance(outbox, BaseOutbox):
-        raise ConfigError(
-            "on_dead needs an outbox that has dead letters: a kbatch.SqliteOutbox or kbatch.PostgresOutbox, or a "
-            "kbatch.stores.OutboxBase"
-        )
-    return outbox._dead_letters()
-
-
-def _deaths(outbox: object, calls: UserCalls, on_dead: Callable[[DeadLetter], object]) -> Deaths[int]:
-    """By the numbers of rows."""
-    letters = dead_letters_of(outbox)
-
-    def look_up(numbers: list[int]) -> Iterator[tuple[str, tuple[DeadLetter]]]:
-        for letter in letters.find(OutboxQuery(numbers=numbers), limit=None):
-            yield f"dead letter {letter.number}", (letter,)
-
-    return Deaths(calls, on_dead, look_up, repr(outbox))
-
-
-def relay_producer(config: Mapping[str, Any], room: int = 10_000, *, is_fencing: bool = False) -> Producer:
-    """A producer as a relay needs it. Raises ConfigError for one that may lose or reorder records."""
-    own: dict[str, Any] = {"delivery.timeout.ms": _DELIVERY_TIMEOUT_MS}
-    if is_fencing:
-        own = {
-            "delivery.timeout.ms": _TRANSACTION_TIMEOUT_MS,
-            "transaction.timeout.ms": _TRANSACTION_TIMEOUT_MS,
-            "transactional.id": _UNNAMED,
-        }
-    made = Producer(inherit(own, config) if isinstance(config, Mapping) else config, max_in_flight=max(10_000, room))
-    _check_producer(made, own.get("transactional.id"))
-    return made
-
-
-def _check_producer(producer: Producer, own_id: str | None = None) -> None:
-    native = producer._parsed.native
-    wrong = None
-    if native.get("transactional.id") not in (None, "", own_id):
-        wrong = "transactional.id, with which each batch would be one transaction"
-    elif native.get("enable.idempotence") != "true":
-        wrong = "enable.idempotence=false, with which records may be stored twice and in another order"
-    if wrong is not None:
-        raise ConfigError(f"the producer of a relay must not have {wrong}")
-
-
-def _use_of(producer: Mapping[str, Any] | Producer | ProducerUse, options: RelayOptions) -> ProducerUse:
-    if isinstance(producer, ProducerUse):
-        return producer  # of one that `relay_producer` has made; not for users
-    if options.is_fencing and isinstance(producer, BaseProducer):
-        raise ConfigError("fencing='kafka' needs producers of its own: give their configuration")
-    if isinstance(producer, Producer):
-        _check_producer(producer)
-        return ProducerHandle.of(producer).acquire()
-    if isinstance(producer, BaseProducer):
-        raise ConfigError(f"a relay takes no {producer._shown}: give its configuration, or a kbatch.Producer")
-    made = relay_producer(producer, options.most_in_flight, is_fencing=options.is_fencing)
-    return ProducerHandle(made, given=False).acquire()
-
-
-def lease_of(options: RelayOptions, producer: BaseProducer) -> float:
-    """Seconds of a relay's leases. Raises ConfigError for options that contradict the producer."""
-    if options.strict_order and producer._parsed.native.get("partitioner") == "random":
-        raise ConfigError(
-            "strict_order=True contradicts partitioner=random, which spreads a key over partitions; choose another "
-            "partitioner"
-        )
-    return _lease_s(options.lease_s, producer.max_delivery_s())
-
-
-def _lease_s(lease_s: float | None, max_delivery_s: float) -> float:
-    if lease_s is None:
-        return max_delivery_s + 5.0
-    shortest = max_delivery_s + 2 * _MARGIN_S
-    if not is_number(lease_s) or not shortest <= lease_s < 1e6:
-        raise ConfigError(
-            f"lease_s must be seconds, {shortest:g} at least: the longest time that a delivery takes "
-            f"({max_delivery_s:g} s by delivery.timeout.ms) and {2 * _MARGIN_S:g} s; not {lease_s!r}"
-        )
-    return float(lease_s)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import ConfigError, ForkError, named_exception_text
 from kbatch._fastmap import Flag, monotonic
-from kbatch._logs import tell
+from kbatch._logs import Reminder, tell
 from kbatch._outbox._group import GroupCommit
 from kbatch._outbox._relay import Relay
 from kbatch._recovery._handle import ProducerHandle
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["OutboxUse", "RelayPlan"]
 
 _BEGIN_AGAIN_S = 1.0
-_REMIND_EVERY_S = 60.0
 _FOR_FLIGHTS_S = 2.0  # of the time of a close: what is in flight has its answer, and is not sent twice
 _LAST_WORDS_S = 3.0  # of a relay, after the time for what is in flight
 
@@ -117,7 +116,7 @@ class OwnRelay:
         return thread is not None and (thread.is_alive() or self._is_finishing or self._is_stopping)
 
     def _run(self) -> None:
-        told_at: float | None = None
+        trouble = Reminder()
         while self._thread is threading.current_thread() and not self._is_stopping:
             relay: Relay | None = None
             try:
@@ -131,9 +130,7 @@ class OwnRelay:
                 if self._is_finishing:
                     return
             except Exception as error:
-                now = monotonic()
-                if told_at is None or now - told_at >= _REMIND_EVERY_S:
-                    told_at = now
+                if trouble.tells_now(monotonic()):
                     tell("the relay of DURABLE senders has failed, and begins again: %s", named_exception_text(error))
                 if self._is_finishing:
                     return

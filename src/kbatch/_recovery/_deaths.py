@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from kbatch._callbacks import callback_name
 from kbatch._errors import OutboxError
 from kbatch._fastmap import KEPT_BYTES, monotonic
-from kbatch._logs import tell
+from kbatch._logs import Reminder, tell
 from kbatch._text import counted
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ _T = TypeVar("_T")
 _MOST_WAITING = 10_000
 _AT_ONCE = 50
 _TRY_AGAIN_S = 1.0
-_REMIND_EVERY_S = 60.0
 
 
 class Deaths(Generic[_T]):
@@ -56,7 +55,7 @@ class Deaths(Generic[_T]):
         self._look_up = look_up
         self._name = name
         self._most_waiting = most_waiting
-        self._told_at: float | None = None  # that it cannot be looked up
+        self._trouble = Reminder()  # they cannot be looked up
         self.forget()
 
     def forget(self) -> None:
@@ -144,9 +143,7 @@ class Deaths(Generic[_T]):
                 self._calls.log(logging.ERROR, "on_dead failed: %s; of %s", name, shown, exc_info=error)
 
     def _put_off(self, error: OutboxError) -> None:
-        now = monotonic()
-        self._again_at = now + _TRY_AGAIN_S
-        if self._told_at is None or now - self._told_at >= _REMIND_EVERY_S:
-            self._told_at = now
+        self._again_at = monotonic() + _TRY_AGAIN_S
+        if self._trouble.tells_now(monotonic()):
             text = "on_dead waits, since the dead letters of %s cannot be read: %s"
             self._calls.log(logging.WARNING, text, self._name, error)

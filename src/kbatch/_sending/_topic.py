@@ -13,7 +13,8 @@ from kbatch._base_producer import BaseProducer
 from kbatch._checks import check_close_timeout, check_topic
 from kbatch._errors import ConfigError, type_name
 from kbatch._options import AgentOptions, BatchingOptions, RelayOptions, shows, taken
-from kbatch._outbox._relay import check_relay_outbox, dead_letters_of, lease_of, relay_producer
+from kbatch._outbox._base import check_relay_outbox, dead_letters_of
+from kbatch._outbox._relay_producer import lease_of, relay_producer
 from kbatch._outbox._shared import OutboxUse, RelayPlan
 from kbatch._producer import Producer
 from kbatch._recovery._handle import ProducerHandle

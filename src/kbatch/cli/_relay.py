@@ -119,7 +119,7 @@ def _relay(job: RelayJob, outbox: Any, connection: Connection) -> tuple[kbatch.R
         raise Failure(job.settings.explain(str(error)), USAGE) from None
     try:
         # What librdkafka sees only when it starts: settings that do not go together, a certificate that is not there.
-        relay._handle.producer._core.start()
+        relay._use.handle.producer._core.start()
     except kbatch.ConfigError as error:
         _close(relay)
         raise Failure(str(error), USAGE) from None

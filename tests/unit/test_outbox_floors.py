@@ -5,7 +5,7 @@ from bisect import bisect
 
 import pytest
 
-from kbatch._outbox._positions import Positions
+from kbatch._outbox._floors import Floors
 from kbatch._outbox._store import DueRow, HeldKey, Reading
 
 
@@ -20,14 +20,14 @@ def key_of(packed: bytes) -> int | None:
     return int(packed) or None
 
 
-def begun(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Positions:
-    positions = Positions(key_of)
+def begun(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Floors:
+    positions = Floors(key_of)
     positions.begin(buckets or (0,), held)
     return positions
 
 
 def taken(
-    positions: Positions, bucket: int, *numbers: int, in_flight: tuple[int, ...] = (), ended: bool = True
+    positions: Floors, bucket: int, *numbers: int, in_flight: tuple[int, ...] = (), ended: bool = True
 ) -> list[int]:
     """Which rows are sent, if the store has these above the floor."""
     (floor,) = (each for of, each in positions.floors([bucket]).items() if of == bucket)
@@ -244,13 +244,13 @@ def test_a_bucket_that_comes_back_is_read_from_its_beginning() -> None:
 # -- one record of a key in flight
 
 
-def strict(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Positions:
-    positions = Positions(key_of, one_in_flight=True)
+def strict(*buckets: int, held: tuple[HeldKey, ...] = ()) -> Floors:
+    positions = Floors(key_of, one_in_flight=True)
     positions.begin(buckets or (0,), held)
     return positions
 
 
-def landed(positions: Positions, *numbers: int) -> bool:
+def landed(positions: Floors, *numbers: int) -> bool:
     return positions.landed([(0, number) for number in numbers], [b"%d" % (number % 10) for number in numbers])
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from kbatch._outbox._store import DueRow, HeldKey, Place, Reading, StoredRow
 
-__all__ = ["Positions"]
+__all__ = ["Floors"]
 
 
 _ALL = 2**63
@@ -38,7 +38,7 @@ class _Position:
         self.flying: dict[int, int | None] = {}
 
 
-class Positions:
+class Floors:
     """Of each bucket its floor, and the keys whose rows are held back.
 
     Args:
