@@ -293,7 +293,8 @@ def test_a_relay_that_reaches_no_broker_leaves_the_outbox_to_one_that_does(
     monkeypatch.setattr("kbatch._outbox._relay_loop._STAND_ASIDE_AFTER_S", 0.2)
     with MockCluster() as unreachable:
         unreachable.create_topic("orders", partitions=3)
-        cut_off = make(outbox, unreachable, {"delivery.timeout.ms": 500}, failures_to_open=1)
+        # Others would wait for its leases until this test is over.
+        cut_off = make(outbox, unreachable, {"delivery.timeout.ms": 500}, failures_to_open=1, lease_s=300)
         other = make(outbox, cluster)
         with running(cut_off if is_first else other):
             until(lambda: outbox.status().relays == 1, "its leases")
@@ -806,6 +807,20 @@ def test_rows_that_are_due_and_that_nobody_takes_stop_no_row_that_was_not_sent_y
         until(lambda: relay.stats()["in_flight"], "rows that nobody takes")
         time.sleep(0.6)  # as many as it sends
         assert relay.stats()["in_flight"] <= 2 * max(max_in_flight_batches // 2, 1)
+        outboxes.add(outbox, numbered(range(10), topic="other"), topic=None)
+        until(lambda: relay.stats()["acked"] == 10, "the others")
+    check_history(range(10), stored(cluster, "other"))
+
+
+def test_rows_that_are_due_again_and_again_take_every_other_turn(outbox: Outbox, cluster: MockCluster) -> None:
+    cluster.set_api_version(ApiKey.PRODUCE, 0, 9)
+    cluster.set_partition_leader("orders", 0, -1)
+    outboxes.add(outbox, [Envelope(data=b"%d" % n, key=f"k{n}", partition=0) for n in range(9)])
+    outboxes.move_to_later(outbox, 1, 9)
+    at_once = RetryPolicy(initial_backoff_s=0.001, max_backoff_s=0.001, jitter=0.0)
+    options = {"max_in_flight_batches": 1, "failures_to_open": 1_000, "retry": at_once}
+    with running(make(outbox, cluster, {"delivery.timeout.ms": 500}, **options)) as relay:
+        until(lambda: relay.stats()["put_off"] >= 18, "rows that nobody takes, twice")
         outboxes.add(outbox, numbered(range(10), topic="other"), topic=None)
         until(lambda: relay.stats()["acked"] == 10, "the others")
     check_history(range(10), stored(cluster, "other"))
