@@ -31,7 +31,7 @@ class Reminder:
     """When to tell of a trouble: at once, and then once a minute while it lasts.
 
     Attributes:
-        told_at: When it was told of the last time; ``None`` if there is no trouble.
+        told_at: When it was told of the last time; ``None`` if never, or since somebody has set that it is over.
     """
 
     def __init__(self) -> None:

@@ -220,10 +220,10 @@ def test_a_row_that_cannot_be_moved_is_found_among_many_by_halves(
         relay._loop._begin()
         relay._loop._renew()
         relay._loop._unwritten.failures = [Failure(*place, None, 1, "refused", None) for place in found]
-        relay._loop._unwritten.write(relay._loop._store)
+        relay._loop._unwritten.write(relay._loop._store, relay._loop._note_lost)
         assert outbox.status().dead == 99
         relay._loop._unwritten.failures_at = 0.0  # its time has come
-        relay._loop._unwritten.write(relay._loop._store)
+        relay._loop._unwritten.write(relay._loop._store, relay._loop._note_lost)
         assert outbox.status().dead == 255
         assert [failure.seq for failure in relay._loop._unwritten.failures] == [100]
         relay._loop._end()
@@ -272,7 +272,7 @@ def test_a_lease_that_is_lost_while_failures_are_moved_by_halves_counts_once(
                 return set(tokens)
 
         relay._loop._store = Store()  # type: ignore[assignment]
-        relay._loop._unwritten.write(relay._loop._store)
+        relay._loop._unwritten.write(relay._loop._store, relay._loop._note_lost)
         assert [failure.seq for failure in relay._loop._unwritten.failures] == [8]
         relay._loop._store = store
         assert (relay.stats()["lost_buckets"], relay.stats()["buckets"]) == (1, 63)

@@ -3,7 +3,9 @@
 import asyncio
 import contextlib
 import gc
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from kbatch import Envelope, OutgoingBatch, aio
 from kbatch.testing import MemoryProducer
 from kbatch.testing._memory import BaseMemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
+from tests import outboxes
+from tests.waiting import until
 
 UNMAPPABLE = Envelope(object())
 
@@ -193,3 +197,19 @@ def test_what_a_callback_raises(kind: str, uncollected: Callable[[], set[str]]) 
         await sender.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+@pytest.mark.parametrize("fencing", [None, "kafka"])
+def test_a_forgotten_relay_and_its_producer(
+    tmp_path: Path, fencing: Any, is_closed: bool, uncollected: Callable[[], set[str]]
+) -> None:
+    outbox = outboxes.made(tmp_path)
+    relay = kbatch.Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, fencing=fencing)
+    assert relay.drain(0.1) == 0
+    if is_closed:
+        relay.close()
+    producer = weakref.ref(relay._use.handle.producer)
+    del relay
+    until(lambda: producer() is None, "the end of its producer")
+    assert uncollected() == set()

@@ -96,7 +96,7 @@ class RelayLoop:
         self._floors = Floors(packed_key_hash, one_in_flight=options.strict_order)
         self._store: OutboxStore | None = None
         self._flights: dict[RowFlight, None] = {}
-        self._unwritten = Unwritten(self._leases, self._note_lost, deaths)
+        self._unwritten = Unwritten(self._leases, deaths)
         self._admission = Admission(self._leases)
         self._counts = dict.fromkeys(("acked", "expired", "refused", "put_off", "dead", "lost_buckets"), 0)
         # How a run ends. Stopping: somebody wants that, whatever is left. Finishing: it ends by itself once nothing is
@@ -234,7 +234,7 @@ class RelayLoop:
             if not self._is_fencing:
                 gate.replace()
             elif not self._unwritten or self._unwritten.write_at() > now:
-                self._start_over()  # what cannot be moved it sends again as the next owner
+                self._start_over()  # what cannot be moved its next owner sends again
         if self._owner.look():
             self._renew_at = now
         if now >= self._store_at:
@@ -283,7 +283,7 @@ class RelayLoop:
         assert self._store is not None
         if self._leases.tokens and self._leases.left_s(_times()) <= 0.0:
             self._lose(self._leases.forget())
-        self._unwritten.write(self._store)
+        self._unwritten.write(self._store, self._note_lost)
         if self._unwritten.lets_go:
             self._let_go()
             self._unwritten.lets_go = False

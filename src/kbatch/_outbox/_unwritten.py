@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from kbatch._outbox._store import Failure, OutboxStore, Place
     from kbatch._recovery._deaths import Deaths
 
+    # Is told of buckets that others have. Not kept: it is a method of what keeps this.
+    OnLost = Callable[[Collection[int]], object]
+
 __all__ = ["Unwritten"]
 
 _TRY_AGAIN_S = 0.25
@@ -39,9 +42,7 @@ class Unwritten:
         lets_go: Of a key that waits something was written, so that others of it may go on.
     """
 
-    def __init__(
-        self, leases: Leases, on_lost: Callable[[Collection[int]], object], deaths: Deaths[int] | None
-    ) -> None:
+    def __init__(self, leases: Leases, deaths: Deaths[int] | None) -> None:
         self.done: list[Place] = []
         self.done_later: list[Place] = []
         self.failures: list[Failure] = []
@@ -50,7 +51,6 @@ class Unwritten:
         self.refusal = Reminder()
         self.lets_go = False
         self._leases = leases
-        self._on_lost = on_lost
         self._deaths = deaths
 
     def __bool__(self) -> bool:
@@ -108,30 +108,30 @@ class Unwritten:
         """Nothing of it is ever written."""
         self.done, self.done_later, self.failures, self.failures_later = [], [], [], []
 
-    def write(self, store: OutboxStore) -> None:
+    def write(self, store: OutboxStore, on_lost: OnLost) -> None:
         """Writes it, but for failures that the database refuses. An `OutboxError` leaves here what was not written."""
         if not self:
             return
         if monotonic() < self.failures_at:
-            self._settle(store, self.done, self.done_later, [], [])
+            self._settle(store, on_lost, self.done, self.done_later, [], [])
             return
         try:
-            self._settle(store, self.done, self.done_later, self.failures, self.failures_later)
+            self._settle(store, on_lost, self.done, self.done_later, self.failures, self.failures_later)
         except RefusedWriteError:
-            self._write_apart(store)
+            self._write_apart(store, on_lost)
 
-    def _write_apart(self, store: OutboxStore) -> None:
+    def _write_apart(self, store: OutboxStore, on_lost: OnLost) -> None:
         """What is done first, then failures by halves: a row that the database lets nobody move stops no other."""
-        self._settle(store, self.done, self.done_later, [], [])
+        self._settle(store, on_lost, self.done, self.done_later, [], [])
         for is_due in (False, True):
             failures = self.failures_later if is_due else self.failures
             if failures:
-                self._move(store, failures, is_due)
+                self._move(store, on_lost, failures, is_due)
 
-    def _move(self, store: OutboxStore, failures: list[Failure], is_due: bool) -> bool:
+    def _move(self, store: OutboxStore, on_lost: OnLost, failures: list[Failure], is_due: bool) -> bool:
         """Whether the database lets these be moved. The first one that it refuses is found by halves."""
         try:
-            self._settle(store, [], [], [] if is_due else failures, failures if is_due else [])
+            self._settle(store, on_lost, [], [], [] if is_due else failures, failures if is_due else [])
         except RefusedWriteError as error:
             if len(failures) == 1:
                 waiting = self.failures_later if is_due else self.failures
@@ -141,12 +141,15 @@ class Unwritten:
                     tell("a relay cannot move what a broker has refused, and tries again: %s", error)
                 return False
             half = len(failures) // 2
-            return self._move(store, failures[:half], is_due) and self._move(store, failures[half:], is_due)
+            return self._move(store, on_lost, failures[:half], is_due) and self._move(
+                store, on_lost, failures[half:], is_due
+            )
         return True
 
     def _settle(
         self,
         store: OutboxStore,
+        on_lost: OnLost,
         done: Sequence[Place],
         done_later: Sequence[Place],
         failures: Sequence[Failure],
@@ -174,4 +177,4 @@ class Unwritten:
         self.failures = [failure for failure in self.failures if failure not in written]
         self.failures_later = [failure for failure in self.failures_later if failure not in written]
         if lost:
-            self._on_lost(lost)
+            on_lost(lost)

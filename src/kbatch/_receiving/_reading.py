@@ -169,8 +169,8 @@ class Reading:
             return {}
         return {each: (committed[each], end) for each, end in ends.items()}
 
-    # -- for those who handle: `done` or `put_off` comes once for what was taken; else `fail` or `abandon`, which do
-    # nothing for what is not under way
+    # -- for those who handle: `done` or `put_off` comes once for what was taken; else `fail` or `abandon`, which end no
+    # work that is not under way
 
     def is_given_up(self, work: Work) -> bool:
         """Whether what handles it should rather end than wait for something."""
