@@ -12,7 +12,7 @@ import pytest
 
 import kbatch
 from kbatch import Envelope, OutgoingBatch, aio
-from kbatch.testing import MemoryProducer
+from kbatch.testing import MemoryProducer, MockCluster
 from kbatch.testing._memory import BaseMemoryProducer
 from kbatch.testing.aio import MemoryProducer as AioMemoryProducer
 from tests import outboxes
@@ -205,11 +205,12 @@ def test_a_forgotten_relay_and_its_producer(
     tmp_path: Path, fencing: Any, is_closed: bool, uncollected: Callable[[], set[str]]
 ) -> None:
     outbox = outboxes.made(tmp_path)
-    relay = kbatch.Relay(outbox, {"bootstrap.servers": "127.0.0.1:1", "log_level": 0}, fencing=fencing)
-    assert relay.drain(0.1) == 0
-    if is_closed:
-        relay.close()
-    producer = weakref.ref(relay._use.handle.producer)
-    del relay
-    until(lambda: producer() is None, "the end of its producer")
+    with MockCluster() as cluster:  # to which a fencing one tells its name
+        relay = kbatch.Relay(outbox, {"bootstrap.servers": cluster.bootstrap_servers, "log_level": 0}, fencing=fencing)
+        assert relay.drain(60) == 0
+        if is_closed:
+            relay.close()
+        producer = weakref.ref(relay._use.handle.producer)
+        del relay
+        until(lambda: producer() is None, "the end of its producer")
     assert uncollected() == set()
