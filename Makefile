@@ -114,7 +114,7 @@ compliance: build $(STAMPS)/test-group ## Run the compliance suite, put its resu
 test-all: test test-kafka ## Run both
 
 .PHONY: mutants
-mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each , two at a time (an hour)
+mutants: build $(STAMPS)/test-group ## Plant defects, one at a time, and see whether the tests find each, two at a time (90 minutes)
 	$(BIN)/python -m tests.mutants $(ARGS)
 
 .PHONY: soak

@@ -4,6 +4,8 @@ The yardstick is the standard library's sqlite3 with the same rows in the same r
 temporary folder, in WAL mode with synchronous=FULL, as `SqliteOutbox.create` sets them.
 """
 
+import contextlib
+import itertools
 import sqlite3
 import tempfile
 import threading
@@ -17,6 +19,7 @@ from typing import Any
 import kbatch
 from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
+from benchmarks.durable import CALLERS, SENDS, Write, durable_sends
 from benchmarks.figures import Section, figure
 
 BULK = 1_000
@@ -34,9 +37,10 @@ _INSERT = "INSERT INTO kbatch_outbox (bucket, seq, id, packed, created_at, deliv
 
 
 def outboxes(turns: int, open_broker: OpenBroker) -> Iterator[Section]:
-    """The sections of an outbox in SQLite: adding; relaying and latency."""
+    """The sections of an outbox in SQLite: adding; sending durably; relaying and latency."""
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-") as folder:
         yield _adding(turns, Path(folder))
+        yield _durable(max(3, turns // 3), Path(folder))
     with tempfile.TemporaryDirectory(prefix="kbatch-outbox-") as folder, open_broker() as broker:
         yield _relaying(max(3, turns // 3), Path(folder), broker)
 
@@ -121,6 +125,36 @@ def _adding(turns: int, folder: Path) -> Section:
         else:
             ratios = [one / other for one, other in pairs]
             section.figures.append(figure(f"{name}: time of add / execute", ratios, target=SINGLE_TARGET, at_most=True))
+    shop.close()
+    return section
+
+
+def _durable(turns: int, folder: Path) -> Section:
+    section = Section(
+        f"Outbox in SQLite: durable sends of {CALLERS} callers, and a bare group commit of sqlite3", "outbox-sqlite"
+    )
+    shop = _Shop(folder / "durable.db")
+    with shop.connection:
+        shop.connection.execute("BEGIN IMMEDIATE")
+        shop.outbox.add(shop.connection, kbatch_envelopes(SENDS), topic="orders")
+    rows = shop.rows()
+    shop.clear()
+
+    @contextlib.contextmanager
+    def writing() -> Iterator[Write]:
+        numbers = itertools.count(1)
+        with contextlib.closing(sqlite3.connect(folder / "durable.db", isolation_level=None)) as connection:
+            connection.execute("PRAGMA synchronous=FULL")
+
+            def write(chosen: list[int]) -> None:
+                connection.execute("BEGIN IMMEDIATE")
+                group = [(bucket, next(numbers), *rest) for bucket, _, *rest in (rows[each] for each in chosen)]
+                connection.executemany(_INSERT, group)
+                connection.execute("COMMIT")
+
+            yield write
+
+    durable_sends(section, shop.outbox, writing, shop.clear, turns)
     shop.close()
     return section
 

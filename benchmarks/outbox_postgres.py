@@ -4,9 +4,7 @@ The yardstick is psycopg with the same rows in the same run, turn by turn. The s
 and is stopped afterwards; client, server and relay share the machine.
 """
 
-import asyncio
 import contextlib
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,22 +14,19 @@ from typing import Any
 import kbatch
 from benchmarks.broker import OpenBroker
 from benchmarks.data import kbatch_envelopes
+from benchmarks.durable import CALLERS, SENDS, Write, durable_sends
 from benchmarks.figures import Section, figure
 from benchmarks.postgres import postgres
-from kbatch import aio
 
 BULK = 1_000
 SINGLES = 200
 ROWS = 50_000
-CALLERS = 64
-SENDS = 100  # of each
 COMMITS = 60
 DELETED_AT_ONCE = 8_000
 PARTITIONS = 32
 
 SINGLE_TARGET, BULK_TARGET = 1.1, 1.5
 RELAY_TARGET, RELAY_ROWS_TARGET, SAME_TARGET = 0.5, 120_000.0, 0.9
-DURABLE_TARGET = 0.7
 
 _COLUMNS = "bucket, id, packed, created_at, deliver_by"
 _INSERT = f"INSERT INTO kbatch_outbox ({_COLUMNS}) VALUES (%s, %s, %s, %s, %s)"
@@ -136,89 +131,23 @@ def _durable(turns: int, conninfo: str) -> Section:
         "outbox-postgres",
     )
     outbox = _made(conninfo)
-    envelopes = kbatch_envelopes(SENDS)
     with _connected(conninfo) as connection:
-        outbox.add(connection, envelopes, topic="orders")
+        outbox.add(connection, kbatch_envelopes(SENDS), topic="orders")
         rows = connection.execute(f"SELECT {_COLUMNS} FROM kbatch_outbox ORDER BY seq").fetchall()
         connection.rollback()
-    of_threads: list[float] = []
-    of_tasks: list[float] = []
-    bare: list[float] = []
-    for _ in range(turns):
-        with kbatch.DurableSender(outbox, "orders") as sender:
-            sender.send(envelopes[0])
-            of_threads.append(_in_threads(lambda number: sender.send(envelopes[number])))
-        of_tasks.append(asyncio.run(_in_tasks(outbox, envelopes)))
-        bare.append(_bare_group_commit(conninfo, rows))
-        _clear(conninfo)
-    section.figures += [
-        figure("threads, sends/s", of_threads, digits=0),
-        figure("tasks, sends/s", of_tasks, digits=0),
-        figure("bare group commit of threads, sends/s", bare, digits=0),
-    ]
-    for name, rates in (("threads", of_threads), ("tasks", of_tasks)):
-        ratios = [one / other for one, other in zip(rates, bare, strict=True)]
-        section.figures.append(figure(f"{name} / bare group commit", ratios, target=DURABLE_TARGET))
-    return section
 
-
-def _in_threads(send: Callable[[int], object]) -> float:
-    """Sends a second."""
-
-    def work() -> None:
-        for number in range(SENDS):
-            send(number)
-
-    threads = [threading.Thread(target=work) for _ in range(CALLERS)]
-    began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return CALLERS * SENDS / (time.perf_counter() - began)
-
-
-async def _in_tasks(outbox: kbatch.PostgresOutbox, envelopes: list["kbatch.Envelope[Any]"]) -> float:
-    async with aio.DurableSender(outbox, "orders") as sender:
-        await sender.send(envelopes[0])
-
-        async def work() -> None:
-            for number in range(SENDS):
-                await sender.send(envelopes[number])
-
-        began = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(CALLERS)))
-        return CALLERS * SENDS / (time.perf_counter() - began)
-
-
-def _bare_group_commit(conninfo: str, rows: list[tuple[Any, ...]]) -> float:
-    """Sends a second of threads that hand rows to one thread, which inserts and commits all that wait."""
-    waiting: queue.SimpleQueue[tuple[tuple[Any, ...], threading.Event] | None] = queue.SimpleQueue()
-
-    def write() -> None:
+    @contextlib.contextmanager
+    def writing() -> Iterator[Write]:
         with _connected(conninfo) as connection, connection.cursor() as cursor:
-            while (first := waiting.get()) is not None:
-                group = [first]
-                with contextlib.suppress(queue.Empty):
-                    while (more := waiting.get_nowait()) is not None:
-                        group.append(more)
-                cursor.executemany(_INSERT, [row for row, _ in group])
+
+            def write(numbers: list[int]) -> None:
+                cursor.executemany(_INSERT, [rows[number] for number in numbers])
                 connection.commit()
-                for _, done in group:
-                    done.set()
 
-    def send(number: int) -> None:
-        done = threading.Event()
-        waiting.put((rows[number], done))
-        done.wait()
+            yield write
 
-    writer = threading.Thread(target=write)
-    writer.start()
-    try:
-        return _in_threads(send)
-    finally:
-        waiting.put(None)
-        writer.join()
+    durable_sends(section, outbox, writing, lambda: _clear(conninfo), turns)
+    return section
 
 
 # -- relaying

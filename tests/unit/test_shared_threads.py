@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -295,6 +296,28 @@ def test_a_call_that_comes_while_the_first_thread_begins_waits_for_nobody() -> N
         for queue in queues:
             queue.join(HANG_S)
         assert all(each.is_set() for each in called)
+    assert running() == 0
+
+
+def test_a_thread_that_one_call_starts_takes_another_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = SharedThreads("tests-shared", 0.001)
+    queues = [CallQueue(threads) for _ in range(3)]
+    ends = [blocked(queues[0])]
+    start = threading.Thread.start
+
+    def started(self: threading.Thread) -> None:
+        start(self)
+        if len(ends) == 1:
+            time.sleep(0.05)  # until it stands by
+            ends.append(blocked(queues[1]))
+
+    monkeypatch.setattr(threading.Thread, "start", started)
+    ends.append(blocked(queues[2]))
+    assert len(ends) == 3
+    for end in ends:
+        end()
+    for queue in queues:
+        queue.join(HANG_S)
     assert running() == 0
 
 

@@ -133,8 +133,18 @@ cdef class SharedThreads:
     # -- for queues
 
     cdef bint _has_thread_for(self, CallQueue queue) except -1:
-        # Whether there is a thread for a call of the queue. If not, there is none to be had.
-        return self._ensure(True) and (not self.began_ns or self.current is queue or self._ensure(False))
+        # Whether there is a thread for a call of the queue. If not, there is none to be had. It looks again after each
+        # start: the thread may have taken a call of another queue meanwhile.
+        cdef int64_t generation = self.generation
+        while self.generation == generation:
+            if not self._has_active():
+                if not self._ensure(True):
+                    return False
+            elif not self.began_ns or self.current is queue or self._has_standby():
+                return True
+            elif not self._ensure(False):
+                return False
+        return True  # in a forked child, where `put` begins anew
 
     cdef bint _ensure(self, bint active) except -1:
         # Whether there is the active thread, or the one that stands by. If not, there is no thread to be had.
