@@ -227,6 +227,18 @@ def test_an_idle_producer_gives_them_back(cluster: MockCluster, config: dict[str
     assert [record.headers for record in records] == [[("n", f"{n:04}".encode())] for n in range(1_000)] * 4
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_an_idle_producer_gives_back_those_of_one_short_batch(config: dict[str, Any], count: int) -> None:
+    envelopes = [Envelope(b"", headers=[(f"h{n}", "v") for n in range(12)])] * count
+    with kbatch.Producer(config, wire="raw") as producer:
+        assert producer.send_batch("recycled", [Envelope(b"")]).ok
+        built = producer.stats()["pooled_bytes"]
+        assert producer.send_batch("recycled", envelopes).ok
+        used = producer.stats()["pooled_bytes"]
+        assert used > built + 10_000
+        until(lambda: producer.stats()["pooled_bytes"] < used - 10_000, "lists that are given back")
+
+
 def test_lists_are_kept_between_short_batches(cluster: MockCluster, config: dict[str, Any]) -> None:
     envelopes = [Envelope(b"", headers=[("n", f"{n:04}")]) for n in range(100)]  # one look at the reports
     with kbatch.Producer(config, wire="raw") as producer:

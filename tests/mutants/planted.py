@@ -42,6 +42,13 @@ MUTANTS = (
         "tests/mock/test_header_lists.py",
     ),
     Mutant(
+        "the drainer sleeps on when there are lists to give back some day",
+        "take_list",
+        "        kb_cond_signal(&c.drainer_cond)  # it may sleep until it is signalled, and has these to give back now\n",
+        "",
+        "tests/mock/test_header_lists.py",
+    ),
+    Mutant(
         "the last list of a run forgets those that are free already",
         "keep_run",
         "    first.last.next = shape.free\n",

@@ -100,9 +100,13 @@ cdef bint serve_detached(Client *c, Drainer *d) noexcept nogil:
 
 
 cdef bint drop_idle_lists(Client *c, Drainer *d) noexcept nogil:
-    # Or says how long the drainer may sleep until then.
+    # Or says how long the drainer may sleep until then. Nobody wakes it when the last caller has left.
     d.idle_ns = WAIT_SLICE if c.detached else 0
-    if c.lists == NULL or d.in_flight or c.callers or not nobody_in_line(c):
+    if c.lists == NULL:
+        return False
+    if d.in_flight or c.callers or not nobody_in_line(c):
+        if d.idle_ns == 0:
+            d.idle_ns = LISTS_IDLE
         return False
     d.idle_ns = c.lists_used_ns + LISTS_IDLE - d.now
     if d.idle_ns > 0:

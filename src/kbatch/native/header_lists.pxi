@@ -236,6 +236,7 @@ cdef HeaderList *take_list(Client *c, Record *record) noexcept nogil:
         c.lists_used_ns = kb_now_ns()
         kb_mutex_lock(&c.mu)
         c.lists = pool
+        kb_cond_signal(&c.drainer_cond)  # it may sleep until it is signalled, and has these to give back now
         kb_mutex_unlock(&c.mu)
     for i in range(count):
         length = wire_length(&h[i])
