@@ -392,6 +392,37 @@ def test_what_is_done_behind_one_that_hangs_does_not_grow_without_end() -> None:
             until(lambda: len(seen) == 1000, "the rest")
 
 
+def test_what_is_done_one_by_one_behind_one_that_hangs_does_not_grow_without_end() -> None:
+    # There is always room for a record, so room is not what ends it.
+    release = threading.Event()
+    seen: list[Any] = []
+
+    def handle(envelope: Received) -> None:
+        if envelope.message.number == 0:
+            release.wait(60)
+        seen.append(envelope.message.number)
+
+    def has_stopped() -> bool:
+        return listener.stats()["full_partitions"] == 1
+
+    with MockCluster() as cluster:
+        cluster.create_topic("orders", partitions=1)
+        listener = listener_of(cluster, handle, concurrency=2, max_in_flight=10)
+        with running(listener), kbatch.Producer({"bootstrap.servers": cluster.bootstrap_servers}) as producer:
+            try:
+                for number in range(300):
+                    envelope = kbatch.Envelope(Order(number), key=str(number))
+                    assert producer.send_batch("orders", [envelope]).ok
+                    while len(seen) < number and not has_stopped():
+                        time.sleep(0.001)
+                    if has_stopped():
+                        break
+                assert 50 <= len(seen) <= 200
+            finally:
+                release.set()
+            until(lambda: len(seen) == number + 1, "the rest")
+
+
 def test_bytes_in_flight_are_bounded() -> None:
     most = 0
     count = 0

@@ -491,6 +491,23 @@ def test_a_topic_that_refuses_everything_stops_no_other_and_dies_after_its_attem
     assert sorted(outboxes.bodies(outbox, "dead")) == sorted(b"%d" % n for n in range(100, 160))
 
 
+@in_sqlite
+def test_the_trial_of_a_circuit_is_what_was_not_refused_before(outbox: Outbox, cluster: MockCluster) -> None:
+    outboxes.add(outbox, numbered(range(30), keys=30))
+    outboxes.move_to_later(outbox, 1, 5)
+    with make(outbox, cluster, failures_to_open=1) as relay:
+        relay._loop._begin()
+        try:
+            relay._gate.note("failed", None, monotonic())
+            relay._gate.circuit.probed(True, monotonic())
+            relay._loop._use_store()
+            assert [flight.is_due for flight in relay._loop._flights] == [False]
+        finally:
+            relay._loop._end()
+        assert relay.drain(30) == 0
+    check_history(range(30), stored(cluster))
+
+
 def test_what_waits_holds_back_its_key_until_it_is_accepted(outbox: Outbox, cluster: MockCluster) -> None:
     cluster.set_topic_error("refused", "TOPIC_AUTHORIZATION_FAILED")
     patient = RetryPolicy(max_attempts=None, initial_backoff_s=0.02, max_backoff_s=0.1)
