@@ -314,7 +314,7 @@ class Looker:
 def test_a_batch_that_is_looked_at_while_its_failures_are_noted_is_told_there_alone() -> None:
     before = gc.get_threshold()
     gc.collect()
-    gc.freeze()  # for good: what was frozen before cannot be told from it, and every later collection would see it again
+    gc.freeze()  # for good: what the whole run froze before cannot be told from it
     for times in range(1, 41):
         with MemoryProducer() as producer:
             producer.fail(PERMANENT, times=1)
