@@ -493,7 +493,7 @@ MUTANTS = (
         "bodies are given back when all is enqueued, not when all is reported",
         "end_enqueueing",
         "    drop_records(batch)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
-        "    drop_records(batch)\n    arena_give(c, &batch.bodies)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
+        "    drop_records(batch)\n    arena_give(batch.pool, &batch.bodies)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
     ),
     Mutant(
         "what an encoder returned is not kept",
@@ -517,9 +517,9 @@ MUTANTS = (
     ),
     Mutant(
         "who waited for room and left is taken all the same",
-        "Accumulator._first_in_line",
-        "            if waiter.gone:\n",
-        "            if waiter.gone and waiter.bytes < 0:\n",
+        "Accumulator._look_at_first",
+        "            if not waiter.gone:\n",
+        "            if not waiter.gone or waiter.bytes >= 0:\n",
         "tests/unit/test_batch_formation.py",
     ),
     Mutant(

@@ -401,14 +401,11 @@ cdef class Accumulator:
 
     cdef RoomWaiter _first_in_line(self):
         # Takes out the first that waits; None if there is none.
-        cdef RoomWaiter waiter = None
-        while waiter is None and self.waiters:
-            waiter = self.waiters.popleft()
+        cdef RoomWaiter waiter = self._look_at_first()
+        if waiter is not None:
+            self.waiters.popleft()
             waiter.in_line = False
             self.line_changes += 1
-            if waiter.gone:
-                self.gone -= 1
-                waiter = None
         return waiter
 
     cdef int _make_room(self) except -1:
