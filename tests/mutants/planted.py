@@ -44,8 +44,8 @@ MUTANTS = (
     Mutant(
         "the drainer sleeps on when there are lists to give back some day",
         "take_list",
-        "        kb_cond_signal(&c.drainer_cond)  # it may sleep until it is signalled, and has these to give back now\n",
-        "",
+        "        kb_cond_signal(&c.drainer_cond)  # it may sleep",
+        "        pass  # it may sleep",
         "tests/mock/test_header_lists.py",
     ),
     Mutant(
@@ -492,8 +492,8 @@ MUTANTS = (
     Mutant(
         "bodies are given back when all is enqueued, not when all is reported",
         "end_enqueueing",
-        "    drop_records(batch)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
-        "    drop_records(batch)\n    arena_give(batch.pool, &batch.bodies)\n    kb_mutex_lock(&c.mu)\n    leave_line(c, batch)",
+        "    drop_records(batch)\n",
+        "    drop_records(batch)\n    arena_give(batch.pool, &batch.bodies)\n",
     ),
     Mutant(
         "what an encoder returned is not kept",
