@@ -136,6 +136,7 @@ def postgres(postgres_servers: Any, tmp_path_factory: pytest.TempPathFactory) ->
     """The conninfo of a PostgreSQL server, one for all processes of the session."""
     base = tmp_path_factory.getbasetemp()
     conninfo: str = postgres_servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    outboxes.keep_connections(conninfo)
     return conninfo
 
 

@@ -75,9 +75,42 @@ def connected(where: Any) -> contextlib.AbstractContextManager[Any]:
     """A connection in autocommit mode, closed at the end."""
     if isinstance(where, (kbatch.SqliteOutbox, kbatch.SqliteInbox)):
         return contextlib.closing(sqlite3.connect(where._path, isolation_level=None, timeout=30))
+    conninfo = getattr(where, "_conninfo", where)
+    return _kept(conninfo) if conninfo in _lasting else contextlib.closing(_connect(conninfo))
+
+
+def keep_connections(conninfo: str) -> None:
+    """To a server that lasts, `connected` keeps those that are as good as new for the next ones: tests look thousands
+    of times, and each connection is a process of the server's."""
+    _lasting.add(conninfo)
+
+
+_lasting: set[str] = set()
+_idle: dict[tuple[int, str], list[Any]] = {}  # of each process: a child of a fork has none of its parent's
+
+
+def _connect(conninfo: str) -> Any:
     import psycopg
 
-    return contextlib.closing(psycopg.connect(getattr(where, "_conninfo", where), autocommit=True))
+    return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
+
+
+@contextlib.contextmanager
+def _kept(conninfo: str) -> Iterator[Any]:
+    from psycopg.pq import TransactionStatus
+
+    idle = _idle.setdefault((os.getpid(), conninfo), [])
+    connection = idle.pop() if idle else _connect(conninfo)
+    is_good = False
+    try:
+        yield connection
+        is_good = connection.autocommit and connection.info.transaction_status == TransactionStatus.IDLE
+    finally:
+        if is_good:
+            connection.execute("DISCARD ALL")
+            idle.append(connection)
+        else:
+            connection.close()
 
 
 @contextlib.contextmanager
