@@ -318,7 +318,7 @@ def header_field(name: Any) -> str:
 
 def user_header(name: Any, value: Any, wire: str) -> Header:
     encoded = utf8(name)
-    if not encoded or b"\0" in encoded or name in RESERVED[wire]:
+    if (not encoded and wire != "raw") or b"\0" in encoded or name in RESERVED[wire]:
         raise _BadError
     content = key_or_value(value)
     if wire == "cloudevents":

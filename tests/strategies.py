@@ -141,8 +141,12 @@ cloudevents_pairs = st.one_of(
 )
 
 
+# Records that others have stored may have headers without a name.
+raw_pairs = st.one_of(pairs, pairs, st.tuples(st.just(""), values))
+
+
 def headers_of(wire: str) -> st.SearchStrategy[Any]:
-    pairs_of_wire = cloudevents_pairs if wire == "cloudevents" else pairs
+    pairs_of_wire = {"cloudevents": cloudevents_pairs, "raw": raw_pairs}.get(wire, pairs)
     few = st.lists(pairs_of_wire, max_size=6)
     return st.one_of(
         few,
@@ -316,7 +320,9 @@ not_guids = [
 
 @st.composite
 def bad_headers(draw: st.DrawFn, setting: Setting) -> list[tuple[Any, Any]]:
-    bad_names = st.one_of(torn_texts, not_text, st.sampled_from(["", "\0", "a\0"]))
+    bad_names = st.one_of(torn_texts, not_text, st.sampled_from(["\0", "a\0"]))
+    if setting.wire != "raw":
+        bad_names |= st.just("")
     if RESERVED[setting.wire]:
         bad_names |= st.sampled_from(sorted(RESERVED[setting.wire]))
     bad = draw(st.one_of(st.tuples(bad_names, values), st.tuples(names, torn_texts | not_text_nor_octets)))
