@@ -132,12 +132,12 @@ def postgres_servers() -> Any:
 
 
 @pytest.fixture(scope="session")
-def postgres(postgres_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+def postgres(postgres_servers: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The conninfo of a PostgreSQL server, one for all processes of the session."""
     base = tmp_path_factory.getbasetemp()
     conninfo: str = postgres_servers.shared(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
-    outboxes.keep_connections(conninfo)
-    return conninfo
+    with outboxes.connections_kept(conninfo):
+        yield conninfo
 
 
 @pytest.fixture(scope="session")

@@ -79,10 +79,15 @@ def connected(where: Any) -> contextlib.AbstractContextManager[Any]:
     return _kept(conninfo) if conninfo in _lasting else contextlib.closing(_connect(conninfo))
 
 
-def keep_connections(conninfo: str) -> None:
-    """To a server that lasts, `connected` keeps those that are as good as new for the next ones: tests look thousands
-    of times, and each connection is a process of the server's."""
+@contextlib.contextmanager
+def connections_kept(conninfo: str) -> Iterator[None]:
+    """Meanwhile `connected` keeps those that are as good as new for the next ones: tests look thousands of times, and
+    each connection is a process of the server's."""
     _lasting.add(conninfo)
+    yield
+    _lasting.remove(conninfo)
+    for connection in _idle.pop((os.getpid(), conninfo), ()):
+        connection.close()
 
 
 _lasting: set[str] = set()

@@ -702,7 +702,7 @@ def test_an_exception_at_any_line_of_the_writers_thread_acknowledges_nothing_tha
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch, no_finalizers: None
 ) -> None:
     monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
-    monkeypatch.setattr("kbatch._sending._durable._LOOK_AT_THREAD_S", 0.02)
+    monkeypatch.setattr("kbatch._sending._durable.BaseDurableSender._look_s", 0.02)
     places = 0
     for nth in range(1, 400, 3):
         injector = Injector(nth)

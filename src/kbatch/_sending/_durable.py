@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BaseDurableSender", "DurableSender", "check_outbox"]
 
-_LOOK_AT_THREAD_S = 1.0  # whether it has died
 _LOOK_WHETHER_OVER_S = 0.005
 
 
@@ -31,6 +30,7 @@ class BaseDurableSender:
     """What does not wait of a durable sender, be it blocking or for asyncio."""
 
     _shown = "kbatch.DurableSender"
+    _look_s = 1.0  # until somebody who waits looks whether the thread that commits has died
 
     def __init__(self, outbox: DurableOutbox | OutboxUse, topic: str | None, *, close_timeout_s: float = 30.0) -> None:
         check_close_timeout(close_timeout_s)
@@ -82,18 +82,12 @@ class BaseDurableSender:
         self._waiting[waiting] = None
         self._shared.group.put(waiting)
 
-    def _pause(self, end: float | None) -> float:
-        """Until somebody who waits looks again."""
-        return _LOOK_AT_THREAD_S if end is None else min(_LOOK_AT_THREAD_S, max(0.0, end - monotonic()))
-
-    def _is_answered(self, waiting: Waiting, end: float | None) -> bool:
-        """Whether the wait is over."""
-        if waiting.is_over or (end is not None and monotonic() >= end):
-            return True
-        return self._shared.group.has_lost(waiting)
+    def _is_answered(self, waiting: Waiting) -> bool:
+        """Whether the wait is over, or would last for ever."""
+        return waiting.is_over or self._shared.group.has_lost(waiting)
 
     def _answer(self, waiting: Waiting, timeout: float | None) -> None:
-        is_lost = self._shared.group.has_lost(waiting)
+        is_lost = not waiting.is_over and self._shared.group.has_lost(waiting)
         if waiting.is_over:
             if waiting.error is not None:
                 raise waiting.take_error()
@@ -240,9 +234,11 @@ class DurableSender(BaseDurableSender):
         del batch  # else an error has it with this frame
         try:
             self._put(waiting)
+            left = timeout
             end = None if timeout is None else monotonic() + timeout
-            while not self._is_answered(waiting, end):
-                done.wait(self._pause(end))
+            while not self._is_answered(waiting) and (left is None or left > 0):
+                done.wait(self._look_s if left is None else min(self._look_s, left))
+                left = None if end is None else end - monotonic()
             self._answer(waiting, timeout)
         finally:
             self._leave(waiting)

@@ -6,12 +6,13 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from kbatch._checks import check_timeout
-from kbatch._fastmap import LoopWaker, monotonic
+from kbatch._fastmap import LoopWaker
 from kbatch._loop import in_thread
 from kbatch._outbox._group import Waiting
 from kbatch._sending._durable import BaseDurableSender
 
 if TYPE_CHECKING:
+    import asyncio
     from types import TracebackType
 
     from typing_extensions import Self
@@ -28,6 +29,7 @@ class DurableSender(BaseDurableSender):
     """
 
     _shown = "kbatch.aio.DurableSender"
+    _watch: _Watch | None = None  # of the loop that sent last
 
     async def send(self, envelope: Envelope[Any], *, connection: Any = None, timeout: float | None = None) -> bool:
         """Waits until the envelope is committed to the outbox.
@@ -44,19 +46,24 @@ class DurableSender(BaseDurableSender):
         if batch is None:
             return False
         waker = LoopWaker()
-        end = None if timeout is None else monotonic() + timeout
         waiting = Waiting(batch, waker, patient=timeout is not None)
         del batch  # else an error has it with this frame
-        look = None
+        watch = self._watch
+        if watch is None or watch.loop is not waker.loop:
+            watch = self._watch = _Watch(self, waker.loop)
+        timer = None
         try:
+            watch.add(waiting, waker)
+            if timeout is not None:
+                timer = waker.loop.call_later(timeout, waker.resolve)
             self._put(waiting)
-            look = _Look(self, waiting, waker, end)
             await waker.future
             self._answer(waiting, timeout)
         finally:
             self._leave(waiting)
-            if look is not None:
-                look.timer.cancel()
+            watch.discard(waiting)
+            if timer is not None:
+                timer.cancel()
         return True
 
     async def flush(self, timeout: float | None = None) -> int:
@@ -78,21 +85,34 @@ class DurableSender(BaseDurableSender):
         await self.close()
 
 
-class _Look:
-    """Ends a wait when its time is over, or when the thread that would has died."""
+class _Watch:
+    """Ends the waits of one loop when the thread that would has died. It has one timer for all of them: of a timer for
+    each, asyncio makes and cancels an object or two with each call."""
 
-    def __init__(self, sender: DurableSender, waiting: Waiting, waker: LoopWaker, end: float | None) -> None:
-        self._sender, self._waiting, self._waker, self._end = sender, waiting, waker, end
-        self._arm()
+    def __init__(self, sender: DurableSender, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._sender = sender
+        self._waits: dict[Waiting, LoopWaker] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, waiting: Waiting, waker: LoopWaker) -> None:
+        self._waits[waiting] = waker
+        if self._timer is None:
+            self._arm()
+
+    def discard(self, waiting: Waiting) -> None:
+        self._waits.pop(waiting, None)
 
     def _arm(self) -> None:
-        self.timer = self._waker.loop.call_later(self._sender._pause(self._end), self._look)
+        self._timer = self.loop.call_later(self._sender._look_s, self._look)
 
     def _look(self) -> None:
-        if self._sender._is_answered(self._waiting, self._end):
-            self._waker.resolve()
-        else:
+        self._timer = None
+        if self._waits:
             self._arm()
+        for waiting, waker in self._waits.items():
+            if self._sender._is_answered(waiting):
+                waker.resolve()
 
 
 def _nothing() -> None:
