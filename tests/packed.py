@@ -47,7 +47,7 @@ def unpacked(packed: bytes) -> Any:
     for _ in range(count):
         name, at = _counted(packed, at, end)
         value, at = _counted(packed, at, end)
-        if not name:
+        if name is None:
             raise ValueError("a header without a name")
         headers.append((name.decode(), value))
     value, at = _counted(packed, at, end)
