@@ -253,6 +253,15 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+_done = itertools.count(1)
+
+
+def pytest_runtest_logfinish() -> None:
+    if next(_done) % 100 == 0:  # reports, and what tests have imported
+        gc.collect()
+        gc.freeze()
+
+
 def _fail_the_skipped(report: Any) -> None:
     if not (IN_CI and report.skipped) or hasattr(report, "wasxfail"):
         return

@@ -4,6 +4,7 @@ Reads calls from standard input and answers them on standard output, a line of J
 them. Ends at the end of its input.
 """
 
+import gc
 import json
 import os
 import sys
@@ -22,6 +23,7 @@ def _error(error: Exception) -> list[Any]:
 
 
 def main() -> None:
+    gc.freeze()  # what is imported stays: its end does not search it for garbage
     # Replies have a descriptor to themselves: whatever else prints, goes to standard error.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
