@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
+import sys
 import types
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -73,8 +73,9 @@ def loops_own(function: Any) -> str | None:
     """What `function` is if nobody but an event loop may call it: it would do nothing on a thread, or wake nobody."""
     if is_coroutine_function(function):
         return "a coroutine function"
+    future = getattr(sys.modules.get("asyncio"), "Future", ())  # nothing is one as long as asyncio is not imported
     is_asyncios = str(getattr(function, "__module__", "")).startswith("asyncio.")
-    if isinstance(getattr(function, "__self__", None), asyncio.Future) or (
+    if isinstance(getattr(function, "__self__", None), future) or (
         is_asyncios and not str(getattr(function, "__name__", "")).endswith("_threadsafe")
     ):
         name = callback_name(function)
