@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import inspect
 import sys
 import types
 import weakref
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from kbatch._errors import type_name
 
@@ -24,13 +23,10 @@ __all__ = [
     "has_coroutine_methods",
     "is_coroutine_function",
     "loops_own",
-    "marked_as_coroutine_function",
     "refuse_coroutine",
 ]
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-
-_F = TypeVar("_F", bound="Callable[..., Any]")
 
 _METHODS = (
     *("mark_successful", "mark_processing_failure", "mark_serialization_failure", "mark_timed_out"),
@@ -77,8 +73,9 @@ def loops_own(function: Any) -> str | None:
     """What `function` is if nobody but an event loop may call it: it would do nothing on a thread, or wake nobody."""
     if is_coroutine_function(function):
         return "a coroutine function"
+    future = getattr(sys.modules.get("asyncio"), "Future", ())  # nothing is one as long as asyncio is not imported
     is_asyncios = str(getattr(function, "__module__", "")).startswith("asyncio.")
-    if isinstance(getattr(function, "__self__", None), asyncio.Future) or (
+    if isinstance(getattr(function, "__self__", None), future) or (
         is_asyncios and not str(getattr(function, "__name__", "")).endswith("_threadsafe")
     ):
         name = callback_name(function)
@@ -181,14 +178,3 @@ def refuse_coroutine(answer: object) -> None:
     if isinstance(answer, types.CoroutineType):
         answer.close()
         raise TypeError("it made a coroutine, which nothing awaits here; kbatch.aio takes coroutine functions")
-
-
-def marked_as_coroutine_function(function: _F) -> _F:
-    """For inspect and for mocks: it takes its arguments when it is called, and returns a coroutine.
-
-    Up to Python 3.11 only asyncio and unittest.mock see it.
-    """
-    if sys.version_info >= (3, 12):
-        return inspect.markcoroutinefunction(function)
-    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
-    return function

@@ -10,7 +10,6 @@ The parts stand in ``native/``, in the order in which a batch meets them: ``enve
 classes are declared in ``_fastmap.pxd``.
 """
 
-import asyncio
 import collections
 import contextvars
 import datetime
@@ -20,6 +19,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 import threading
 import typing
 import uuid
@@ -95,6 +95,7 @@ cdef extern from *:
 cdef object _logger = logging.getLogger("kbatch")
 
 include "native/clock.pxi"
+include "native/asyncio.pxi"
 include "native/text.pxi"
 include "native/envelope.pxi"
 include "native/gil.pxi"

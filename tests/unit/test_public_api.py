@@ -386,6 +386,51 @@ def test_an_import_brings_no_more_than_it_needs() -> None:
     assert [name for name in loaded if name.startswith(unwanted)] == []
 
 
+@pytest.mark.parametrize("module", ["kbatch", "kbatch.cli._app"])
+def test_asyncio_is_imported_by_those_who_use_it(module: str) -> None:
+    loaded = run(f"import sys, {module}; print(*sys.modules)").split()
+    assert {"asyncio", "socket", "ssl"} & set(loaded) == set()
+
+
+def test_asyncio_is_seen_when_it_has_been_imported() -> None:
+    assert (
+        run("""if True:
+        import sys, types
+        import kbatch
+        from kbatch._fastmap import running_loop
+        from kbatch.testing import MemoryProducer
+
+        def is_refused(error):
+            def fail():
+                raise error
+            with MemoryProducer(header_hook=fail) as producer:
+                try:
+                    producer.send_batch("orders", [kbatch.Envelope(1)])
+                except kbatch.SerializationError as refusal:
+                    return refusal.__cause__ is error
+
+        def has_no_loop():
+            try:
+                running_loop()
+            except RuntimeError:
+                return True
+
+        assert has_no_loop() and is_refused(ValueError("not imported"))
+        sys.modules["asyncio"] = types.ModuleType("asyncio")  # as another thread sees it at first
+        assert has_no_loop() and is_refused(ValueError("half made"))
+        del sys.modules["asyncio"]
+
+        import asyncio
+        async def main():
+            assert running_loop() is asyncio.get_running_loop()
+        asyncio.run(main())
+        assert has_no_loop() and is_refused(asyncio.CancelledError("whole"))
+        print("seen")
+    """)
+        == "seen\n"
+    )
+
+
 def test_testing_brings_nothing_for_asyncio() -> None:
     loaded = run("import sys, kbatch.testing; print(*sys.modules)").split()
     assert [name for name in loaded if name.startswith(("kbatch.aio", "kbatch.testing.aio"))] == []

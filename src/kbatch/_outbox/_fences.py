@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
+import platform
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ProducerError, ProducerFencedError
@@ -201,4 +201,4 @@ class Owner:
 
 
 def _new_name() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"
+    return f"{platform.node()}:{os.getpid()}:{uuid7()}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import sys
 from collections.abc import Mapping, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kbatch._base_producer import BaseProducer
-from kbatch._callbacks import callback_name, check_callback, marked_as_coroutine_function
+from kbatch._callbacks import callback_name, check_callback
 from kbatch._checks import check_timeout
 from kbatch._errors import ProducerClosedError
 from kbatch._fastmap import Call, Envelope, LoopWaker, TaskStarter, Turns, comes_from, monotonic, running_loop
@@ -32,6 +33,19 @@ _logger = logging.getLogger("kbatch")
 _SLICE_S = 0.002  # how long the loop may be kept at a time
 _LONG = 10_000
 
+_F = TypeVar("_F", bound="Callable[..., Any]")
+
+
+def _marked_as_coroutine_function(function: _F) -> _F:
+    """For inspect and for mocks: it takes its arguments when it is called, and returns a coroutine.
+
+    Up to Python 3.11 only asyncio and unittest.mock see it.
+    """
+    if sys.version_info >= (3, 12):
+        return inspect.markcoroutinefunction(function)
+    function._is_coroutine = asyncio.coroutines._is_coroutine  # type: ignore[attr-defined]
+    return function
+
 
 class Producer(BaseProducer):
     """Sends batches of envelopes to Kafka from asyncio. Any number of tasks and loops may use one producer.
@@ -49,7 +63,7 @@ class Producer(BaseProducer):
 
     # -- sending
 
-    @marked_as_coroutine_function
+    @_marked_as_coroutine_function
     def send_batch(
         self, topic: str | None, envelopes: Iterable[Envelope[Any]], *, timeout: float | None = None
     ) -> Coroutine[Any, Any, DeliveryReport]:
@@ -95,7 +109,7 @@ class Producer(BaseProducer):
             raise no_answer(batch, timeout)
         return batch.report
 
-    @marked_as_coroutine_function
+    @_marked_as_coroutine_function
     def submit(
         self,
         topic: str | None,

@@ -89,7 +89,7 @@ cdef class Answer:
             return 0
         try:
             refuse_coroutine(self._call(method, argument))
-        except (Exception, asyncio.CancelledError):  # nobody cancels who waits here: it is the callback's own
+        except (Exception, cancelled_error()):  # nobody cancels who waits here: it is the callback's own
             self._log()
         finally:
             self._end()
@@ -212,8 +212,9 @@ cdef class AioAnsweringSender:
 
 
 cdef object cancels_of_task():
+    asyncio = imported_asyncio()
     try:
-        task = asyncio.current_task()
+        task = None if asyncio is None else asyncio.current_task()
         return None if task is None else task.cancelling()
     except Exception:  # Python 3.10, or a loop's own kind of task
         return None
@@ -343,7 +344,7 @@ cdef class AnsweringCoroutine:
 
     cdef bint _is_own_cancellation(self, error) except -1:
         # Whether the callback ended with it though nobody has cancelled the task.
-        if not isinstance(error, asyncio.CancelledError):
+        if not isinstance(error, cancelled_error()):
             return False
         if self.cancels is None or self.thrown is None:
             return self.thrown is None

@@ -241,7 +241,7 @@ cdef class _Mapping:
             self.hook_headers = _header_pairs(hook) if hook is not None else ()
         except MemoryError:
             raise
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, cancelled_error()) as error:
             raise SerializationError(
                 f"header_hook failed: {exception_text(error)}", index=None, envelope_id=None, field="header_hook"
             ) from error
@@ -836,7 +836,7 @@ cdef class _Mapping:
             return self._map_until(end_ns)
         except MemoryError:
             raise
-        except (Exception, asyncio.CancelledError) as error:  # nothing is awaited here: nobody has cancelled the caller
+        except (Exception, cancelled_error()) as error:  # nothing is awaited here: nobody has cancelled the caller
             if self.hears_signals:
                 raise  # a signal handler's
             raise self._as_rejection(error)

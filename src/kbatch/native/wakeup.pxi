@@ -1,13 +1,13 @@
 # Event loops: waking one from another thread, turns among its coroutines.
 
-def running_loop() -> asyncio.AbstractEventLoop:
+def running_loop():
     """The running event loop of asyncio. Raises RuntimeError where there is none."""
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
+    loop = current_loop()
+    if loop is None:
         raise RuntimeError(
             "kbatch.aio needs a running event loop of asyncio, and there is none here; under trio, have a thread use "
-            "kbatch.Producer, as trio.to_thread.run_sync does") from None
+            "kbatch.Producer, as trio.to_thread.run_sync does")
+    return loop
 
 
 def call_on_loop(loop, function) -> bool:
@@ -129,7 +129,7 @@ cdef class Arrivals:
                 nap()
                 continue
             except BaseException:  # Ctrl-C within asyncio's own code
-                asyncio.get_running_loop().call_soon(self.resolve)
+                running_loop().call_soon(self.resolve)
                 raise
             over = waker is last
             if self.first is waker:
@@ -222,7 +222,7 @@ cdef class Turns:
         if not self.lines:
             return False
         self.forget_closed_loops()
-        return asyncio.get_running_loop() in self.lines
+        return running_loop() in self.lines
 
     def forget_closed_loops(self) -> None:
         """Lets go of loops that were closed while somebody stood in their line."""
@@ -345,7 +345,7 @@ cdef class Turn:
         return 0
 
     cdef int _call(self, object called, object loop) except -1:
-        if asyncio._get_running_loop() is loop:
+        if current_loop() is loop:
             if not called.done():
                 called.set_result(None)
         elif not loop.is_closed():  # forgotten elsewhere, by a garbage collection
