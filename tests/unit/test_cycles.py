@@ -70,6 +70,7 @@ def uncollected() -> Iterator[Callable[[], set[str]]]:
             gc.collect()
 
     gc.collect()
+    gc.freeze()  # what tests before this one have left may become garbage only now
     gc.disable()
     try:
         yield look
