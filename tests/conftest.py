@@ -219,20 +219,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _begin_with_the_long_ones(items: list[pytest.Item]) -> None:
-    """In each of the parts that xdist's worksteal gives its workers: the others would wait for the one that is last."""
+    """In each of the parts that xdist's worksteal gives its workers: the others would wait for the one that is last.
+
+    Unit tests, which are short and wait for nothing, come last in each part, where others take them over.
+    """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers == 1:
         return
     long = [item for item in items if item.get_closest_marker("long")]
-    others = iter([item for item in items if not item.get_closest_marker("long")])
-    left = len(items)
-    ordered: list[pytest.Item] = []
-    for worker in range(workers):
-        size = left // (workers - worker)
-        left -= size
-        mine = long[worker::workers]
-        ordered += [*mine, *itertools.islice(others, max(0, size - len(mine)))]
-    items[:] = [*ordered, *others]
+    others = [item for item in items if not item.get_closest_marker("long")]
+    units = [item for item in others if "unit" in item.path.parts]
+    waiting = [item for item in others if "unit" not in item.path.parts]
+    items[:] = [
+        item
+        for worker in range(workers)
+        for item in (*long[worker::workers], *_part(waiting, worker, workers), *_part(units, worker, workers))
+    ]
+
+
+def _part(items: list[pytest.Item], worker: int, workers: int) -> list[pytest.Item]:
+    return items[len(items) * worker // workers : len(items) * (worker + 1) // workers]
 
 
 @pytest.hookimpl(trylast=True)

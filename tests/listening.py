@@ -18,12 +18,14 @@ class Order(msgspec.Struct):
 
 
 def config_of(cluster: Any, group: str = "billing", **settings: Any) -> dict[str, Any]:
-    # The mock cluster lets a member that comes after the last one has left wait for nearly a session.
+    # The mock cluster lets a member that comes after the last one has left wait for nearly a session, and a fetch for
+    # its whole time, also when there is something by then.
     return {
         "bootstrap.servers": cluster.bootstrap_servers,
         "group.id": group,
         "session.timeout.ms": 1500,
         "heartbeat.interval.ms": 300,
+        "fetch.wait.max.ms": 20,
         **{name.replace("_", "."): value for name, value in settings.items()},
     }
 
