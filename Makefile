@@ -99,7 +99,7 @@ $(STAMPS)/tests-compiled: $(STAMPS)/installed $(STAMPS)/test-group $(shell find 
 	@touch $@
 
 .PHONY: test
-test: build $(STAMPS)/tests-compiled ## Run the tests that need no Java, WORKERS=12 processes side by side (6 to 10 minutes)
+test: build $(STAMPS)/tests-compiled ## Run the tests that need no Java, WORKERS=12 processes side by side (5 to 7 minutes)
 	$(PYTEST) -n $(WORKERS) --dist worksteal --ignore=tests/kafka $(ARGS)
 
 .PHONY: test-kafka

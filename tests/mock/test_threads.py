@@ -453,6 +453,23 @@ def test_a_slow_callback_does_not_delay_draining(kafka_cluster: MockCluster) -> 
     assert sorted(answers) == list(range(1, 41))
 
 
+def test_a_callback_has_its_thread_before_the_batch_is_done(
+    kafka_cluster: MockCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    called: list[str] = []
+    kafka_cluster.create_topic("orders", partitions=1)
+    with make_producer(kafka_cluster, config={"linger.ms": 300}) as producer:
+        pending = producer.submit("orders", envelopes(1))
+        pending.add_done_callback(lambda _: called.append(threading.current_thread().name))
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", start)
+            until(lambda: called, "the callback")
+    assert called == ["kbatch-callbacks"]
+
+
 def test_callbacks_of_a_batch_run_in_the_order_in_which_they_were_added(kafka_cluster: MockCluster) -> None:
     kafka_cluster.create_topic("orders", partitions=1)
     calls: list[str] = []

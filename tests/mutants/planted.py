@@ -626,7 +626,8 @@ MUTANTS = (
         "a callback comes twice",
         "Dispatcher._answer_done",
         "                self.callback_thread._append_surely(job)\n            batch",
-        "                self.callback_thread._append_surely(Job.make((<Job> job).function, (<Job> job).arguments))\n"
+        "                what = (<Job> job).arguments\n"
+        "                self.callback_thread._append_surely(Job.make(None, what[0], what[1:]))\n"
         "                self.callback_thread._append_surely(job)\n            batch",
         "tests/mock/test_lifecycle.py",
     ),
@@ -677,26 +678,27 @@ MUTANTS = (
         "AnsweringSender.send_batch",
         "            if left == LEFT:\n                raise\n            method",
         "            if left != SETTLED:\n                raise\n            method",
-        "tests/mock/test_lifecycle.py",
+        "tests/mock/test_injected_exceptions.py",
     ),
     Mutant(
         "a child of a fork may use the producer",
         "Core._check_fork",
         "        if self.c.pid and self.c.pid != _this_pid:\n            raise ForkError(",
         "        if self.c.pid < 0:\n            raise ForkError(",
-        "tests/mock/test_lifecycle.py",
+        "tests/mock/test_fork.py",
     ),
     # -- mapping
     Mutant(
         "the last envelope of a batch is not mapped when it fails",
         "_Mapping._map_until",
-        "            self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])\n",
-        "            try:\n"
-        "                self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])\n"
-        "            except SerializationError:\n"
-        "                if i + 1 < self.state.count or i == 0:\n"
-        "                    raise\n"
-        "                self.state.count -= 1\n",
+        "                self._map_one(<object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])\n",
+        "                try:\n"
+        "                    self._map_one(\n"
+        "                        <object> PyTuple_GET_ITEM(<PyObject *> envelopes, i), &self.state.records[i])\n"
+        "                except SerializationError:\n"
+        "                    if i + 1 < self.state.count or i == 0:\n"
+        "                        raise\n"
+        "                    self.state.count -= 1\n",
     ),
     Mutant(
         "a slice of mapping begins one envelope late",
@@ -823,7 +825,7 @@ MUTANTS = (
         "Batch._listen",
         "            dispatcher.callback_thread._start()  # now: the answer itself needs no memory\n",
         "            pass\n",
-        "tests/mock/test_no_memory.py",
+        "tests/mock/test_threads.py",
     ),
     Mutant(
         "a loop that could not be woken for want of memory is not woken",
