@@ -215,3 +215,18 @@ def test_a_forgotten_relay_and_its_producer(
         del relay
         until(lambda: producer() is None and not _fastmap.pinned_buffers(), "the end of its producer")
     assert uncollected() == set()
+
+
+def test_a_forgotten_durable_sender_of_tasks(tmp_path: Path, uncollected: Callable[[], set[str]]) -> None:
+    outbox = outboxes.made(tmp_path)
+
+    async def main() -> None:
+        sender = aio.DurableSender(outbox, "orders")
+        assert await sender.send(Envelope(1))
+        forgotten = weakref.ref(sender)
+        del sender
+        await asyncio.sleep(0)
+        assert forgotten() is None
+
+    asyncio.run(main())
+    assert uncollected() == set()

@@ -140,6 +140,10 @@ class GroupCommit:
         """Whether nobody will answer, since the thread died at a place where it could not tell."""
         return waiting.is_lost(self._thread)
 
+    def has_answered(self, waiting: Waiting) -> bool:
+        """Whether the wait is over, or would last for ever."""
+        return waiting.is_over or self.has_lost(waiting)
+
     @property
     def is_ending(self) -> bool:
         """Whether it takes nothing any more."""

@@ -82,10 +82,6 @@ class BaseDurableSender:
         self._waiting[waiting] = None
         self._shared.group.put(waiting)
 
-    def _is_answered(self, waiting: Waiting) -> bool:
-        """Whether the wait is over, or would last for ever."""
-        return waiting.is_over or self._shared.group.has_lost(waiting)
-
     def _answer(self, waiting: Waiting, timeout: float | None) -> None:
         is_lost = not waiting.is_over and self._shared.group.has_lost(waiting)
         if waiting.is_over:
@@ -236,7 +232,7 @@ class DurableSender(BaseDurableSender):
             self._put(waiting)
             left = timeout
             end = None if timeout is None else monotonic() + timeout
-            while not self._is_answered(waiting) and (left is None or left > 0):
+            while not self._shared.group.has_answered(waiting) and (left is None or left > 0):
                 done.wait(self._look_s if left is None else min(self._look_s, left))
                 left = None if end is None else end - monotonic()
             self._answer(waiting, timeout)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from kbatch._fastmap import Envelope
+    from kbatch._outbox._group import GroupCommit
 
 __all__ = ["DurableSender"]
 
@@ -50,7 +51,7 @@ class DurableSender(BaseDurableSender):
         del batch  # else an error has it with this frame
         watch = self._watch
         if watch is None or watch.loop is not waker.loop:
-            watch = self._watch = _Watch(self, waker.loop)
+            watch = self._watch = _Watch(self._shared.group, waker.loop, self._look_s)
         timer = None
         try:
             watch.add(waiting, waker)
@@ -89,9 +90,10 @@ class _Watch:
     """Ends the waits of one loop when the thread that would has died. It has one timer for all of them: of a timer for
     each, asyncio makes and cancels an object or two with each call."""
 
-    def __init__(self, sender: DurableSender, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, group: GroupCommit, loop: asyncio.AbstractEventLoop, look_s: float) -> None:
         self.loop = loop
-        self._sender = sender
+        self._group = group  # not the sender: nobody has to find that both are garbage
+        self._look_s = look_s
         self._waits: dict[Waiting, LoopWaker] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -104,14 +106,14 @@ class _Watch:
         self._waits.pop(waiting, None)
 
     def _arm(self) -> None:
-        self._timer = self.loop.call_later(self._sender._look_s, self._look)
+        self._timer = self.loop.call_later(self._look_s, self._look)
 
     def _look(self) -> None:
         self._timer = None
         if self._waits:
             self._arm()
         for waiting, waker in self._waits.items():
-            if self._sender._is_answered(waiting):
+            if self._group.has_answered(waiting):
                 waker.resolve()
 
 
