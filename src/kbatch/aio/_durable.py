@@ -95,21 +95,22 @@ class _Watch:
         self._group = group  # not the sender: nobody has to find that both are garbage
         self._look_s = look_s
         self._waits: dict[Waiting, LoopWaker] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._is_armed = False
 
     def add(self, waiting: Waiting, waker: LoopWaker) -> None:
         self._waits[waiting] = waker
-        if self._timer is None:
+        if not self._is_armed:
             self._arm()
 
     def discard(self, waiting: Waiting) -> None:
         self._waits.pop(waiting, None)
 
     def _arm(self) -> None:
-        self._timer = self.loop.call_later(self._look_s, self._look)
+        self.loop.call_later(self._look_s, self._look)  # a loop that is closed forgets it
+        self._is_armed = True
 
     def _look(self) -> None:
-        self._timer = None
+        self._is_armed = False
         if self._waits:
             self._arm()
         for waiting, waker in self._waits.items():
