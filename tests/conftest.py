@@ -228,17 +228,17 @@ def _begin_with_the_long_ones(items: list[pytest.Item]) -> None:
         return
     long = [item for item in items if item.get_closest_marker("long")]
     others = [item for item in items if not item.get_closest_marker("long")]
-    units = [item for item in others if "unit" in item.path.parts]
     waiting = [item for item in others if "unit" not in item.path.parts]
-    items[:] = [
-        item
-        for worker in range(workers)
-        for item in (*long[worker::workers], *_part(waiting, worker, workers), *_part(units, worker, workers))
-    ]
-
-
-def _part(items: list[pytest.Item], worker: int, workers: int) -> list[pytest.Item]:
-    return items[len(items) * worker // workers : len(items) * (worker + 1) // workers]
+    units = iter([item for item in others if "unit" in item.path.parts])
+    left = len(items)
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        size = left // (workers - worker)
+        left -= size
+        mine = long[worker::workers]
+        mine += waiting[len(waiting) * worker // workers : len(waiting) * (worker + 1) // workers]
+        ordered += [*mine, *itertools.islice(units, max(0, size - len(mine)))]
+    items[:] = [*ordered, *units]
 
 
 @pytest.hookimpl(trylast=True)

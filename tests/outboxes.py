@@ -94,10 +94,10 @@ _lasting: set[str] = set()
 _idle: dict[tuple[int, str], list[Any]] = {}  # of each process: a child of a fork has none of its parent's
 
 
-def _connect(conninfo: str) -> Any:
+def _connect(conninfo: str, **options: Any) -> Any:
     import psycopg
 
-    return psycopg.connect(conninfo, autocommit=True, prepare_threshold=None)
+    return psycopg.connect(conninfo, autocommit=True, **options)
 
 
 @contextlib.contextmanager
@@ -105,17 +105,23 @@ def _kept(conninfo: str) -> Iterator[Any]:
     from psycopg.pq import TransactionStatus
 
     idle = _idle.setdefault((os.getpid(), conninfo), [])
-    connection = idle.pop() if idle else _connect(conninfo)
-    is_good = False
+    try:
+        connection = idle.pop()
+    except IndexError:
+        connection = _connect(conninfo, prepare_threshold=None)  # DISCARD ALL discards what psycopg counts on
+    is_good = is_kept = False
     try:
         yield connection
         is_good = connection.autocommit and connection.info.transaction_status == TransactionStatus.IDLE
     finally:
-        if is_good:
-            connection.execute("DISCARD ALL")
-            idle.append(connection)
-        else:
-            connection.close()
+        try:
+            if is_good:
+                connection.execute("DISCARD ALL")
+                idle.append(connection)
+                is_kept = True
+        finally:
+            if not is_kept:
+                connection.close()
 
 
 @contextlib.contextmanager

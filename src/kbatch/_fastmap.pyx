@@ -25,7 +25,7 @@ import typing
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
-from types import GenericAlias
+from types import GenericAlias, ModuleType
 
 import msgspec
 from msgspec import UNSET

@@ -230,3 +230,27 @@ def test_a_forgotten_durable_sender_of_tasks(tmp_path: Path, uncollected: Callab
 
     asyncio.run(main())
     assert uncollected() == set()
+
+
+def test_a_durable_sender_forgets_a_loop_that_is_closed(tmp_path: Path) -> None:
+    sender = aio.DurableSender(outboxes.made(tmp_path), "orders")
+    loop = asyncio.new_event_loop()
+    assert loop.run_until_complete(sender.send(Envelope(1)))
+    loop.close()
+    forgotten = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert forgotten() is None
+    asyncio.run(sender.close())
+
+
+def test_each_loop_of_a_durable_sender_has_one_timer(tmp_path: Path) -> None:
+    sender = aio.DurableSender(outboxes.made(tmp_path), "orders")
+    loops: list[Any] = [asyncio.new_event_loop() for _ in range(2)]
+    for _ in range(10):
+        for loop in loops:
+            assert loop.run_until_complete(sender.send(Envelope(1)))
+    assert [len(loop._scheduled) for loop in loops] == [1, 1]
+    loops[0].run_until_complete(sender.close())
+    for loop in loops:
+        loop.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from typing import TYPE_CHECKING
 
 from kbatch._errors import ProducerError, ProducerFencedError
@@ -201,4 +200,6 @@ class Owner:
 
 
 def _new_name() -> str:
-    return f"{platform.node()}:{os.getpid()}:{uuid7()}"
+    import socket  # for relays only
+
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid7()}"

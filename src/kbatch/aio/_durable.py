@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from kbatch._checks import check_timeout
@@ -30,7 +31,7 @@ class DurableSender(BaseDurableSender):
     """
 
     _shown = "kbatch.aio.DurableSender"
-    _watch: _Watch | None = None  # of the loop that sent last
+    _watches: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Watch] | None = None
 
     async def send(self, envelope: Envelope[Any], *, connection: Any = None, timeout: float | None = None) -> bool:
         """Waits until the envelope is committed to the outbox.
@@ -49,9 +50,7 @@ class DurableSender(BaseDurableSender):
         waker = LoopWaker()
         waiting = Waiting(batch, waker, patient=timeout is not None)
         del batch  # else an error has it with this frame
-        watch = self._watch
-        if watch is None or watch.loop is not waker.loop:
-            watch = self._watch = _Watch(self._shared.group, waker.loop, self._look_s)
+        watch = self._watch_of(waker.loop)
         timer = None
         try:
             watch.add(waiting, waker)
@@ -66,6 +65,14 @@ class DurableSender(BaseDurableSender):
             if timer is not None:
                 timer.cancel()
         return True
+
+    def _watch_of(self, loop: asyncio.AbstractEventLoop) -> _Watch:
+        if self._watches is None:
+            self._watches = weakref.WeakKeyDictionary()
+        watch = self._watches.get(loop)
+        if watch is None:
+            watch = self._watches[loop] = _Watch(self._shared.group, self._look_s)
+        return watch
 
     async def flush(self, timeout: float | None = None) -> int:
         """As `kbatch.DurableSender.flush`. Tasks that were made before the call and send at their first step count."""
@@ -88,11 +95,13 @@ class DurableSender(BaseDurableSender):
 
 class _Watch:
     """Ends the waits of one loop when the thread that would has died. It has one timer for all of them: of a timer for
-    each, asyncio makes and cancels an object or two with each call."""
+    each, asyncio makes and cancels an object or two with each call.
 
-    def __init__(self, group: GroupCommit, loop: asyncio.AbstractEventLoop, look_s: float) -> None:
-        self.loop = loop
-        self._group = group  # not the sender: nobody has to find that both are garbage
+    It holds neither the sender nor the loop: both may be forgotten.
+    """
+
+    def __init__(self, group: GroupCommit, look_s: float) -> None:
+        self._group = group
         self._look_s = look_s
         self._waits: dict[Waiting, LoopWaker] = {}
         self._is_armed = False
@@ -100,22 +109,25 @@ class _Watch:
     def add(self, waiting: Waiting, waker: LoopWaker) -> None:
         self._waits[waiting] = waker
         if not self._is_armed:
-            self._arm()
+            self._arm(waker.loop)
 
     def discard(self, waiting: Waiting) -> None:
         self._waits.pop(waiting, None)
 
-    def _arm(self) -> None:
-        self.loop.call_later(self._look_s, self._look)  # a loop that is closed forgets it
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        loop.call_later(self._look_s, self._look, loop)
         self._is_armed = True
 
-    def _look(self) -> None:
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         self._is_armed = False
-        if self._waits:
-            self._arm()
-        for waiting, waker in self._waits.items():
-            if self._group.has_answered(waiting):
-                waker.resolve()
+        try:
+            for waiting, waker in list(self._waits.items()):
+                if self._group.has_answered(waiting) or waiting.is_withdrawn:
+                    waker.resolve()
+                    self.discard(waiting)  # whoever waits was interrupted, or does it in a moment
+        finally:
+            if self._waits:
+                self._arm(loop)
 
 
 def _nothing() -> None:

@@ -15,6 +15,7 @@ def main() -> None:
         os.environ["TERMINAL_WIDTH"] = "10000"  # fish takes each line for a completion, so the framework may wrap none
     # What is imported stays until the end: neither now nor at the end is it searched for garbage. A fifth of the time
     # that a short command takes.
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         from kbatch.cli._app import app
@@ -32,7 +33,8 @@ def main() -> None:
         sys.exit(1)
     finally:
         gc.freeze()
-        gc.enable()
+        if was_enabled:
+            gc.enable()
     with plain_streams():
         try:
             app(prog_name="kbatch")
