@@ -616,7 +616,6 @@ class RelayLoop:
         if not self._await_answers(longest if end is None else min(longest, max(end, now))):
             # What librdkafka has given up it sends no more, so that others may have the buckets at once.
             self._gives_up = True
-            self._purge()
             self._await_answers(monotonic() + _LAST_WORDS_S)
         self._give_back()
 
@@ -641,12 +640,14 @@ class RelayLoop:
     def _await_answers(self, end: float) -> bool:
         """Whether everything that was in flight is written by then, or by the time that `stop` gave."""
         while self._flights or self._unwritten:
+            self._take_settled()  # before the time is looked at: the database may have taken long, and all is answered
             now = monotonic()
             if self._end_by is not None and not self._gives_up:
                 end = min(end, self._end_by)
             if now >= end:
-                return False
-            self._take_settled()
+                return not (self._flights or self._unwritten)
+            if self._gives_up:
+                self._purge()  # again: what moves from one of librdkafka's queues to another meanwhile is passed over
             if now >= self._store_at:
                 self._guarded(self._use_store, None)
             if self._flights:
