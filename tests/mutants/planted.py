@@ -2182,9 +2182,9 @@ MUTANTS = (
     ),
     Mutant(
         "what a relay's end gives up keeps its buckets",
-        "RelayLoop._end",
-        "            self._purge()\n",
-        "            pass\n",
+        "RelayLoop._await_answers",
+        "                self._purge()  # again",
+        "                pass  # again",
         "tests/mock/test_relay.py",
     ),
     # -- the outbox in PostgreSQL
