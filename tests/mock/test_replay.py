@@ -270,7 +270,8 @@ def test_what_was_answered_while_the_database_took_long_keeps_no_bucket(
                 time.sleep(0.1)
 
         watched.before = take_long
-        loop._use_store, use_store = lambda: (setattr(loop, "_renew_at", 0.0), use_store()), loop._use_store  # type: ignore[method-assign, assignment]
+        use_store = loop._use_store
+        monkeypatch.setattr(loop, "_use_store", lambda: (setattr(loop, "_renew_at", 0.0), use_store()))
         relay.stop(0)
     assert slow
     cluster.set_broker_up()
