@@ -236,14 +236,14 @@ def test_what_a_deferred_constraint_refuses_at_the_commit_is_not_added(
 
 
 def test_a_connection_that_was_cut_while_nobody_sent_is_told_to_nobody(
-    outbox: PostgresOutbox, sender: DurableSender
+    outbox: PostgresOutbox, sender: DurableSender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    writers: list[Any] = []
+    open_writer = outbox.open_writer
+    monkeypatch.setattr(outbox, "open_writer", lambda: writers.append(open_writer()) or writers[-1])
     assert sender.send(envelope(1))
-    outboxes.run(
-        outbox,
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
-        "WHERE application_name = 'kbatch' AND query = 'COMMIT' AND datname = current_database()",
-    )
+    (writer,) = writers
+    outboxes.run(outbox, f"SELECT pg_terminate_backend({writer._connection.info.backend_pid})")
     assert sender.send(envelope(2)) is True
     assert numbers(outbox) == [1, 2]
 
